@@ -1,4 +1,4 @@
-"""Errors and warnings. Each message names the argument, describes the problem, and ends with a hint."""
+"""Errors and warnings. In general, a message names the faulty argument, describes the problem, and ends with a hint."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class EvaluationError(RepairError):
 
 
 class UnusableSamplesError(EvaluationError):
-    """Some samples have no class or no finite loss. `samples` has, by split, their positions in the data set."""
+    """Some samples have no class or no finite loss. `samples` maps a split to their data-set positions."""
 
     def __init__(self, problem: str, hint: str = "", samples: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__(problem, hint)
@@ -86,7 +86,7 @@ class ReplayError(RepairError):
 
 
 class InseparableBatchError(ReplayError):
-    """The samples of a batch, such as graphs, cannot be separated, and the layer to repair is not the last one."""
+    """A batch, such as one of graphs, cannot be split into samples, and the layer to repair is not the last layer."""
 
 
 class RepairWarning(UserWarning):
@@ -101,7 +101,7 @@ class NotRepairedWarning(RepairWarning):
 
 
 class DataWarning(RepairWarning):
-    """The data are unreliable, for instance because samples change from pass to pass."""
+    """The data are unreliable, for instance because samples change each time they are read."""
 
 
 class TrainingWarning(RepairWarning):
@@ -136,7 +136,7 @@ def first_line(error: object) -> str:
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """Raises `ConfigurationError` if `value` is not one of the choices. The hint names the most similar choice."""
+    """Raises `ConfigurationError` if `value` is not in `choices`. The hint names the most similar choice."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
@@ -147,7 +147,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Raises `ConfigurationError` if `fits` is false or `value` is a class. The message: `value` is no `kind`."""
+    """Refuses a `value` for which `fits` is false, or which is a class. The message says that it is no `kind`."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 

@@ -99,9 +99,9 @@ class ContinuedTraining:
     ) -> Trained | None:
         """Trains a copy; leaves the model, its trainer, its loggers and the global random state unchanged.
 
-        With a time limit, times a few steps first and trains as many epochs as fit. Without a limit, the same seed
-        gives the same weights. Returns None if `renew` stops the training, if weights are not finite, or if training is
-        impossible or not even one epoch fits.
+        With a time limit, times a few steps first and trains as many epochs as fit into `seconds`. Without a limit, the
+        same seed gives the same weights. Returns None if `renew` stops the training, if weights are not finite, if
+        training is impossible, or if not even one epoch fits.
         """
         end, run = time.perf_counter() + seconds, _TrainingRun(seed, start or {}, weight, rate, renew)
         epochs = self.epochs if epochs is None else epochs
@@ -182,7 +182,7 @@ class ContinuedTraining:
                 sampler = loader.sampler if isinstance(loader, DataLoader) else loader
                 budget.halfway = partial(_renew_weights, run.renew, sampler)
             budget.on_all_ranks(partial(trainer.fit, model, **given))
-        # `eval` merges adapters, as they are merged in the model to repair.
+        # `eval` merges LoRA weights, as they are merged in the model to repair.
         state = snapshot(budget.on_all_ranks(model.eval))
         del model, trainer, loader, given
         gc.collect()  # large reference cycles
@@ -264,7 +264,7 @@ def _renew_weights(renew: Renew, sampler: Any, model: LightningModule) -> bool:
 
 
 class MarkedSamples(Dataset[tuple[Any, bool]]):
-    """Data set of pairs of a sample and its mark. `marked` is a bool tensor with the mark of each sample."""
+    """Data set of pairs: a sample of `data`, and True if the sample is marked. `marked` is a bool for each sample."""
 
     def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
         self.data, self.marked = data, marked
@@ -278,7 +278,7 @@ class MarkedSamples(Dataset[tuple[Any, bool]]):
 
 @dataclass(frozen=True)
 class AugmentingCollate:
-    """Collate function for `MarkedSamples`. A batch has the unmarked samples, followed by the augmented marked ones."""
+    """Collate function for `MarkedSamples`. A batch has the unmarked samples, then the marked samples, augmented."""
 
     collate: Callable[[list[Any]], Any]
     augment: Augment

@@ -44,26 +44,26 @@ from lightning_nrl.updates.interpolation import ShareChoice
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Sources of the known data, the adapter for their batches, and the weights to repair.
+    """Sources of the known data, the function that unpacks their batches, and the weights to repair.
 
     All samples of the passed and the failed data are known data, and the gate counts all of them.
 
     Attributes:
         passed: source of the passed samples: `auto` (the train data), `train`, `val`, `test`, `repair`, a DataLoader,
-            or several of these. If a split has several data loaders, `val` means all and `val:1` the second.
+            or several of these. If `val` has several data loaders, `val` means all of them, `val:1` only the second.
         failed: source of the failures: `auto` (the data module's `repair_dataloader()` if it has one, else all
             validation data), or a value as for `passed`.
         adapter: function, or its address `package.module:function`. It either splits a batch,
             `f(batch) -> (args, kwargs, target)`, or runs the module, `f(module, batch) -> (logits, target)`. None:
             batches are `(x, y, *extras)`, or mappings with keys such as `image` and `label`.
         draws: number of times, at least 1, that each known sample is read if its data set draws random numbers, as
-            augmentation does. The seed fixes the numbers, which differ each time. Each time counts as a sample.
+            augmentation does. The seed fixes these numbers; they differ for each read. Each read counts as a sample.
         render: function, or its address, that turns a sample into an image or text for the report. None: an image, a
             table or tokens, depending on the shape of the model's input.
         augment: function `f(batch) -> batch`, or its address, that augments the targets when training continues. It may
             draw at random and return more samples than it gets. Reports count the samples without this augmentation.
             None: only the data set's own augmentation.
-        start_from: the weights to repair: those at the end of training (`last`) or of the best checkpoint (`best`).
+        start_from: weights to repair: the weights at the end of training (`last`), or the best checkpoint's (`best`).
 
     Raises:
         ConfigurationError: on construction, for an invalid split, data loader, function or choice.
@@ -117,7 +117,7 @@ class DataRequest:
     ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
         """Returns the passed, failed, unseen and calibration data. The last two are None if they are not requested.
 
-        Refuses unseen data that are all known, and calibration data that share a sample with other data.
+        Refuses unseen data if all samples are known, and calibration data that share a sample with other data.
         """
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
@@ -365,7 +365,7 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """Returns the chosen share of the old weights, with its accuracy and NFR. Numbers `..._before` are of share 0."""
+    """Returns the chosen share of the replaced model's weights; accuracy and NFR for it and for share 0 (`_before`)."""
     before, after = choice.curve[0], choice.chosen
     return {
         "share": choice.share,

@@ -1,4 +1,4 @@
-"""Views of broken and repaired samples for a report: made by the user's function, or else an image, a table or text."""
+"""Views of broken and repaired samples for a report: images, tables or text, or what the user's function returns."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def display(
 ) -> Pixels | str | None:
     """Returns the model's input for one sample as an image (`height x width x 3`) or as text, or None if neither fits.
 
-    A vector of integers is shown as the longest text in `sample`, or as a list of tokens. Another vector is shown as a
-    table. A larger tensor is shown as an image if the model has 2D or 3D convolutions (`convolves`), or if the tensor
-    has one or three channels or is uint8. The image shows only the first three channels, and only the middle frame of a
-    video. If values are outside of [0, 1], the smallest is shown as black and the largest as white.
+    A vector of integers is shown as the longest text in `sample`, or, if `sample` has no text, as a list of tokens. Any
+    other vector is shown as a table. A tensor with more dimensions is shown as an image if the model has 2D or 3D
+    convolutions (`convolves`), or if the tensor has one or three channels or is uint8. The image shows only the first
+    three channels, and only the middle frame of a video. If values are outside of [0, 1], they are scaled to [0, 1].
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
@@ -66,7 +66,7 @@ def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
     """Converts an image to `height x width x 3` uint8; returns None if it is no image.
 
     Values are uint8 or floats in [0, 1]. With `stretched`, floats may have any range, and the smallest becomes black
-    and the largest white. The shape has 1 or 3 channels, as first or last dimension, or no dimension of channels.
+    and the largest white. The image has 1 or 3 channels in its first or last dimension, or it is two-dimensional.
     """
     x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if x.is_complex() or x.ndim not in (2, 3):
@@ -166,7 +166,7 @@ def _table(x: Tensor) -> str:
 def sample_views(
     report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None, *, model: nn.Module
 ) -> tuple[SampleView, ...]:
-    """Returns views of the most clearly broken and repaired samples of each split; omits those that cannot be shown."""
+    """Returns views of the most clearly broken and repaired samples of each split. A sample may have no view."""
     convolves = any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules())
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
@@ -205,7 +205,7 @@ def _views(
 
 
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """Returns the attribute `classes` of the first data set that has it, as in torchvision, or an empty tuple."""
+    """Returns the attribute `classes` (as in torchvision) of the first data set that has it, or an empty tuple."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
             found = getattr(dataset, "classes", None)

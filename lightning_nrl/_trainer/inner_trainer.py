@@ -45,7 +45,7 @@ DROPPED_CALLBACKS = callback_kinds(
     "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder LearningRateMonitor ModelSummary "
     "ProgressBar Timer"
 )
-"""Callbacks of a module that tune, save, print or stop. A copy drops them, since the outer trainer does this."""
+"""Callbacks that tune, save, print or stop training. The training of a copied module runs without them."""
 LIBRARIES = ("contextlib", "lightning", "lightning_nrl", "pytorch_lightning", "torch")
 """Packages whose code is not the user's own."""
 WARM_UP_SHARE = 0.1  # share of the steps in which the learning rate of `_adamw` rises
@@ -102,7 +102,7 @@ def copied_module(
 
 
 def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataModule:
-    """Copies a data module for another trainer. The copy has the training loader `loader`, and shares all data."""
+    """Copies a data module for another trainer. The copy has the training loader `loader`; data are not copied."""
     new = copy.copy(data)
     for name in ("prepare_data", "setup", "teardown"):
         setattr(new, name, no_op)
@@ -111,7 +111,7 @@ def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataM
 
 
 def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str) -> Trainer:
-    """Returns a trainer with the device, precision, gradient clipping and accumulation of the outer trainer."""
+    """Returns a trainer with the device, precision, gradient clipping and accumulation of the trainer `outer`."""
     device = outer.strategy.root_device
     trainer: Trainer = class_for(outer, "pytorch.Trainer")(
         accelerator=device.type,
@@ -139,7 +139,7 @@ def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Lightning's log and all warnings for a block, since the outer trainer has shown the same."""
+    """Silences Lightning's log and all warnings for a block, since the user's trainer has shown the same messages."""
     levels = {logger: logger.level for logger in map(logging.getLogger, LOGGER_NAMES)}
     try:
         for logger in levels:
@@ -244,7 +244,7 @@ def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
 
 
 class CannotTrainError(RepairError):
-    """The training cannot continue. The message is empty if it failed on another rank."""
+    """The training cannot continue. The message is empty if the training failed on another rank."""
 
 
 def describe_failure(error: Exception) -> str:
@@ -277,7 +277,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 
 
 class TimeBudget(CallbackBase):
-    """Callback that keeps ranks in step, stops training at `end` (of `time.perf_counter`) and reports progress."""
+    """Callback that keeps ranks in step, stops training when `time.perf_counter()` is `end`, and reports progress."""
 
     def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
         self._end, self._collective, self._clock = end, collective, clock
@@ -318,7 +318,7 @@ class TimeBudget(CallbackBase):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averages gradients over ranks. Gradients accumulated earlier are equal on all ranks and do not change."""
+        """Averages gradients over ranks. Gradients accumulated earlier are averages already, so they do not change."""
         if self._collective.world_size > 1:
             self.meet()
             _average_gradients(pl_module, self._collective)

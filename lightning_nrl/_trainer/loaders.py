@@ -1,4 +1,4 @@
-"""Sources that read the user's data loaders in order, each sample once, as in validation."""
+"""Sources that read each sample of the user's data loaders once and in order, as Lightning's validation does."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class LoaderSource:
     """This rank's share of a split, read through a data loader (see `lightning_nrl.data.batch.Source`)."""
 
     split: str
-    passed: bool
-    failed: bool
+    passed: bool  # True: the search may score right samples of this split
+    failed: bool  # True: failures of this split may be repaired
     index: Tensor  # data-set positions of the samples of all ranks, repeated for each draw
     positions: Tensor  # this rank's rows of `index`
     loader: DataLoader[Any]  # the user's own
@@ -104,7 +104,7 @@ class LoaderSource:
 
     @property
     def identity(self) -> Tensor:
-        """`id` of the innermost data set of each of `n` samples, and the position in that data set: `n x 2` int64."""
+        """For each of `n` samples, the `id` of its innermost data set and its position in there: `n x 2` int64."""
         return base_samples(self.loader.dataset, self.index)
 
     @property
@@ -153,7 +153,7 @@ class LoaderSource:
             raise ConfigurationError(problem, adapter_hint(raw)) from error
 
     def with_draws(self, draws: int) -> LoaderSource:
-        """Returns a source that reads each sample `draws` times with other random numbers, and counts it as often."""
+        """Returns a source that reads each sample `draws` times, with other random numbers, and counts each read."""
         n = len(self.index)
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
@@ -187,7 +187,7 @@ def make_source(
     limit: int | None = None,
     whole: bool = False,
 ) -> LoaderSource:
-    """Returns a source that shares the samples among ranks, in order, without dropping or repeating any.
+    """Returns a source that shares the samples among ranks, in order, without dropping or repeating a sample.
 
     `limit` is the largest number of batches, as for `fast_dev_run`. With `whole`, each rank reads all samples.
     """
@@ -214,7 +214,7 @@ def batch_size_of(loader: DataLoader[Any]) -> int:
 
 
 def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **arguments: Any) -> DataLoader[Any]:
-    """Copies a loader's collate function, workers, pinning and data set (or takes `dataset`). `arguments` add more."""
+    """Returns a loader with the collate function, workers and pinning of `loader`. `arguments` go to `DataLoader`."""
     if loader.num_workers:
         for name in ("num_workers", "prefetch_factor", "multiprocessing_context"):
             arguments[name] = getattr(loader, name)
@@ -232,7 +232,7 @@ def split_and_loader(name: str) -> tuple[str, str]:
 
 
 def loaders_in(given: Any) -> Mapping[str, Any]:
-    """Returns the loaders of a list, mapping or `CombinedLoader` by number or key, as text. A single loader is `0`."""
+    """Returns the loaders of a list, mapping or `CombinedLoader` by number or key (text). A single loader is at `0`."""
     given = getattr(given, "iterables", given)
     if isinstance(given, Mapping):
         return {str(key): loader for key, loader in given.items()}
@@ -279,7 +279,7 @@ def sample_index(loader: DataLoader[Any]) -> Tensor:
     """Returns the data-set positions that a loader's sampler can draw, in ascending order.
 
     A weighted sampler can draw the samples of weight above 0. A custom sampler is run twice. If both runs draw the same
-    positions, these positions are returned, and otherwise all positions, as for any other sampler.
+    positions, these positions are returned. Otherwise, and for any other sampler, all positions are returned.
     """
     n = len(loader.dataset)  # type: ignore[arg-type]
     outer, sampler = sampler_of(loader)

@@ -33,7 +33,7 @@ SAME_OUTPUT_TOLERANCE = 1e-3  # largest difference of outputs that count as equa
 FEWEST_PROBABILITIES = 8  # number of samples; fewer logits may all lie between 0 and 1 by chance
 LAYER_TOLERANCE = 1e-3  # largest relative distance at which two inputs or outputs of a layer count as equal
 SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
-SPREAD_FACTOR = 3.0  # distance to our inputs that augmentation can explain, in mean distances between two runs
+SPREAD_FACTOR = 3.0  # augmentation explains a distance to our inputs up to this multiple of that between two runs
 LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above factor * loss of the step + offset
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
 """Changes of a layer's output that show whether logits depend on it. Both keep typical values, since a NaN that becomes
@@ -46,10 +46,10 @@ Calls = list[tuple[Tensor, Tensor]]
 def open_sources(
     trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Returns an evaluator, and the groups `splits` with sources whose adapter predicts as the deployed module does.
+    """Returns an evaluator, and the sources in `splits` with adapters that predict as the deployed module does.
 
     The first batch of the first source decides if `predict_step` or `forward` predicts, and which layers are called
-    (`Evaluator.called`). The module's own steps are compared with the prediction on the first group of sources.
+    (`Evaluator.called`). On the sources in `splits[0]`, the module's own steps are compared with the prediction.
     """
     evaluator = make_evaluator(trainer, model, task)
     ranks = evaluator.collective
@@ -234,7 +234,7 @@ def _evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None
 
 @torch.no_grad()
 def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """Returns the names of the layers that the prediction calls, sorted by their last call, or None on an error.
+    """Returns the names of the layers that the prediction calls, sorted by last call. On an error, returns None.
 
     Omits Linear layers at the end that do not affect the logits, such as a second head.
     """
@@ -293,10 +293,10 @@ def _logits_after_change(
 
 
 def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]) -> None:
-    """Refuses a module whose own step gives the last layer other inputs than our evaluation, on the first known batch.
+    """Refuses a module whose own step, on a known batch, gives the last layer other inputs than the prediction does.
 
     The step is `validation_step`, or `training_step` if `validation_step` is missing or does not call the last layer.
-    If the adapter runs the module itself, the module is not refused, and a warning is shown.
+    If the adapter runs the module itself, the module is not refused, but a warning is shown.
     """
     if not known or evaluator.called is None:
         return
@@ -343,7 +343,7 @@ def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, 
 
 
 def _is_augmented(own: Calls, ours: Calls, run: Callable[..., tuple[Calls, float] | None]) -> bool:
-    # If the step augments, its inputs differ from ours about as much as from its inputs with another seed.
+    # If the step augments, its inputs differ from the prediction's about as much as from its own with another seed.
     runs = [own]
     for seed in range(1, SEEDS_OF_AUGMENTATION):
         again = run(seed=seed)
@@ -388,7 +388,7 @@ def _recording(model: nn.Module, evaluator: Evaluator, layers: Mapping[str, nn.M
 
 
 def _distances(calls: Calls, others: Calls) -> Iterator[float]:
-    # Relative to the smaller norm, so that a distance is large whichever of the two is scaled.
+    # Relative to the smaller norm, so that a distance is large whichever of the two tensors is scaled.
     for a in calls:
         for b in others:
             # A step may concatenate several views of a batch.

@@ -19,7 +19,7 @@ from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
 
 MAX_SAMPLES_CHECKED = 32
-"""Number of samples of a split that are read twice. If 10 % of the split change, one is found with 95 % probability."""
+"""Number of samples of a split that are read twice. If 10 % of the split change, 95 % of such checks notice it."""
 
 
 def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> int:
@@ -75,7 +75,7 @@ def draws_at_random(source: LoaderSource) -> bool:
 
 
 def report_stability(sources: Sequence[LoaderSource]) -> str:
-    """Describes, for the report, splits that draw random numbers; warns of splits whose samples cannot be repeated."""
+    """Describes, for the report, splits that draw random numbers. Warns of splits whose samples are not repeatable."""
     sentences = []
     for source in sources:
         positions = _checked_positions(source)
@@ -131,9 +131,9 @@ Transforms = Mapping[type, Mapping[str, Any]]
 def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
     """Returns a source with the `transform` of the validation data if its own transform draws random numbers.
 
-    The source stays unchanged if the validation transform does not fit. It fits if it is of a data set of the same
-    class, draws no random numbers, and gives the checked samples the same targets, and inputs of the same dtypes and
-    numbers of dimensions.
+    The source stays unchanged if the validation transform does not fit. A transform fits if it is of a data set of the
+    same class and draws no random numbers, and if it changes neither the targets of the checked samples nor the dtypes
+    and numbers of dimensions of their inputs.
     """
     dataset = source.loader.dataset
     if any(map(_own_transforms, innermost_datasets(dataset))):

@@ -1,4 +1,4 @@
-"""The replaced model as a module on the device of the new one."""
+"""The replaced model as a module on the device of the new model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
-    """Returns the replaced model, or its predictions if `reference` is a file of them. Refuses any other reference."""
+    """Returns the replaced model, or its predictions if `reference` is a CSV file. Refuses any other reference."""
     found = parse_reference(reference)
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
@@ -31,7 +31,7 @@ def parse_teacher(reference: object) -> OldModel | Predictions:
 
 
 def parse_with_weights(reference: object) -> OldModel:
-    """Returns the replaced model. Refuses one whose weights cannot be interpolated with those of the new model."""
+    """Returns the replaced model. Refuses a model whose weights cannot be mixed with the weights of the new model."""
     found = parse_reference(reference)
     if not isinstance(found, OldModel):
         what = "there are no weights to interpolate with" if found is None else "it has no weights"

@@ -40,17 +40,17 @@ from lightning_nrl.updates import ReleaseReport
 
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 PAGE_KINDS = ("html", "markdown", "json")
-"""Kinds of pages, which `commit` moves last, in this order. So if `report.json` exists, all other files exist."""
+"""Kinds of report files. `commit` moves them last, in this order. So if `report.json` exists, all other files exist."""
 
 NOT_JUDGED = "it would not hold"
 FILE_PREFIX = "lightning_nrl-"
 
 
 class SavedFiles(AbstractContextManager["SavedFiles"]):
-    """Files of one report. The first rank stages them in a hidden folder, and `commit` moves them to their folder.
+    """Files of one report. The first rank writes (stages) them in a hidden folder; `commit` moves them to their paths.
 
-    `files` are their paths by kind, such as `checkpoint`. `names` are further names of files that an earlier run may
-    have left in the folder; `commit` removes or renames these files.
+    `files` maps the kind of a file, such as `checkpoint`, to its path. `names` are names of files that an earlier run
+    may have left in the same folder. If this report has no file of that name, `commit` puts `earlier-` before the name.
     """
 
     def __init__(self, files: Mapping[str, str], trainer: Trainer | None = None, names: Sequence[str] = ()) -> None:
@@ -98,7 +98,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         self.write("patch", write)
 
     def checkpoint(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
-        """Stages the trainer's checkpoint and checks that it holds the judged weights. All ranks must call it."""
+        """Stages the trainer's checkpoint, and checks that it holds `parameters`. All ranks must call it."""
         trainer, path = self._trainer, self._files.get("checkpoint")
         if trainer is None or path is None:
             return
@@ -150,7 +150,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
     def warn_missing(self, report: AnyReport, accepted: bool = False) -> AnyReport:
         """Warns of missing files. Returns, on every rank, the report with the paths of the existing files only.
 
-        With `accepted`, the warning says that the model holds the repair.
+        With `accepted`, the warning says that the model has the repaired weights.
         """
         if self._problems:
             folder = next(iter(self._files.values())).parent
@@ -271,7 +271,7 @@ REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_F
 def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
     """Returns `dirpath`, or by default the folder `name` in the log folder of the run. All ranks must call it.
 
-    The log folder is that of the first logger, or `default_root_dir` without loggers. W&B and MLflow share one
+    The log folder is the folder of the first logger, or `default_root_dir` without loggers. W&B and MLflow share one
     `save_dir` among all runs, so their log folder is `<save_dir>/<logger.name>/<logger.version>`.
     """
     found: Any = dirpath
@@ -318,7 +318,7 @@ def report_files(
     """Returns the paths of a report's files by kind, and the name of the report in logs. All ranks must call it.
 
     Without `dirpath`, the folder is the first of `name`, `name-1`, ... in the log folder that has no report, and the
-    name in logs is that of the folder. In a `fast_dev_run`, no paths are returned, since nothing is written.
+    name in logs is the name of the folder. In a `fast_dev_run`, no paths are returned, since nothing is written.
     """
     if batch_limit(trainer):
         return {}, name
@@ -334,7 +334,7 @@ def report_files(
 def write_report(
     report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
 ) -> AnyReport:
-    """Writes a report, and more files by the functions `others`. Returns the report with the paths of written files."""
+    """Writes a report, and each file in `others` by its function. Returns the report with the paths of these files."""
     with SavedFiles(report.files) as files:
         for kind, write in (others or {}).items():
             files.write(kind, write)
@@ -386,7 +386,7 @@ def _about_best(report: RepairReport, trainer: Trainer) -> str:
 def resume_store(
     dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair"
 ) -> ResumeStore:
-    """Returns a store for results of steps of at least `every` seconds (None: of no steps). All ranks must call it."""
+    """Returns a store for results of steps of `every` seconds or more (None: no results). All ranks must call it."""
     if every is None or batch_limit(trainer):
         return ResumeStore()
     parent = base_folder(dirpath, trainer, name)

@@ -1,4 +1,4 @@
-"""Hooks on a module's own steps, which record logits, add a term to the loss, or run code after a hook."""
+"""Records logits in a module's own steps, adds a term to the loss of a step, and runs code after a Lightning hook."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."
 )
-"""Hint if the loss term cannot be added to a step from outside."""
+"""Hint if a callback cannot add its loss term to the loss of a `training_step`."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ class OutputCapture:
         self._handles: dict[str, RemovableHandle] = {}
 
     def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
-        """Registers hooks on submodules by dotted name (empty: the module itself). `calls` prefers the first names."""
+        """Registers hooks on submodules by dotted name (empty: the module itself). `calls` prefers earlier names."""
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
@@ -78,7 +78,7 @@ class OutputCapture:
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """Ends recording. Returns the output of the call with these arguments, or else of the first call.
+        """Ends recording. Returns the output of the call with these arguments, or else the output of the first call.
 
         Returns None if there was no call. `redirected` has the same meaning as in `calls`.
         """
@@ -105,7 +105,7 @@ class OutputCapture:
 class Probe:
     """Calls a model. The first call sets `parts`, a tuple with the name of the submodule that returned the output.
 
-    If several submodules returned the model's output, `parts` has only the outermost of them. If none did, it is empty.
+    If several submodules returned the output, `parts` has only the outermost. If no submodule did, `parts` is empty.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,10 +158,10 @@ class ForwardPass(NamedTuple):
 def find_forward_pass(
     name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
 ) -> ForwardPass:
-    """Finds the only call in a step that takes its whole batch: `n` samples with the inputs `args` and `kwargs`.
+    """Finds the only call that takes the whole batch of a step: `n` samples with the inputs `args` and `kwargs`.
 
-    `calls` are those of the submodule `name`, or of the module itself if `name` is empty. If there is only one call of
-    the module itself, it may have other inputs. Raises `ConfigurationError` if no call fits, or several calls fit.
+    `calls` are the calls of the submodule `name`, or of the module itself if `name` is empty. If the module itself was
+    called only once, the call may have other inputs. Raises `ConfigurationError` if no call or several calls fit.
     """
     found = []
     for given, named, output in calls:
@@ -185,7 +185,7 @@ def find_forward_pass(
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """Adds a scalar to the loss that a training step returned, also in a mapping. None, a skipped step, stays None."""
+    """Adds a scalar to the loss in the result of a training step. The result of a skipped step, None, stays None."""
     if result is None:
         return None
     if isinstance(result, Tensor):
@@ -215,7 +215,7 @@ def no_op(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def without_logging(model: nn.Module) -> Iterator[None]:
-    """Makes `self.log` do nothing for a block, since Lightning refuses it outside its own steps."""
+    """Makes `self.log` do nothing for a block, since Lightning refuses `self.log` outside of the steps that it runs."""
     with ExitStack() as stack:
         for part in model.modules():
             if isinstance(part, LightningModule):
@@ -256,7 +256,7 @@ def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]
 
 
 def release_hook(module: LightningModule, name: str) -> None:
-    """Restores the module's own hook `name`, and drops the followers."""
+    """Restores the module's own hook `name`, and drops the followers given to `follow_hook`."""
     found = vars(module).get(name)
     if isinstance(found, _FollowedHook):
         found.release()

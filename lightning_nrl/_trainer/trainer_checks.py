@@ -67,7 +67,7 @@ def check_order(
     """Refuses an order of callbacks in which one callback undoes a change of the weights by another.
 
     Callbacks of the classes `OVERWRITING_CALLBACKS` and `earlier` must not come after `callback`. If `start_from` is
-    `best`, callbacks of the classes `earlier` and `kind` must not come before `callback`, which undoes their change.
+    `best`, callbacks of the classes `earlier` and `kind` must not come before `callback`: it would undo their change.
     """
     callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)

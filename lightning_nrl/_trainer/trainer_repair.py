@@ -1,4 +1,4 @@
-"""A repair inside a fit, with the trainer's module and data, and its progress bar."""
+"""A repair of the trainer's module inside a fit, and the progress bar of the repair."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ STAGES = {
     "move": "moving towards checkpoints",
     "merge": "merging repairs",
 }
-"""Descriptions of stages; other stages are shown by name."""
+"""Descriptions of stages in the progress bar. A stage that is not listed is shown by its name."""
 MOST_SHARE = 0.99  # largest share of the bar that is filled before the end
 MIN_ANNOUNCED_SECONDS = 3.0  # shorter repairs are not announced
 
@@ -99,7 +99,7 @@ class RepairProgress:
             self._line.close()
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Stores the expected seconds of the coming stages. Announces their sum, or `most` if that is less."""
+        """Stores the expected seconds of the coming stages. Announces their sum, or `most` if `most` is less."""
         self._expected, self._end = dict(seconds), self.now() + most
         total = min(sum(seconds.values()), most)
         if total >= MIN_ANNOUNCED_SECONDS:
@@ -122,7 +122,7 @@ class RepairProgress:
             self._draw()
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows the progress of the current stage, and what its best weights so far repair and break."""
+        """Shows the progress of the current stage, and how many samples its best weights so far repair and break."""
         if self._open:
             stage, counts = self._open[-1], ((repaired, "repaired"), (broken, "broken"))
             note = ", ".join(f"{n} {what}" for n, what in counts if n is not None)
@@ -257,7 +257,7 @@ class TrainerRepair:
     left_out: tuple[type, ...]
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
-        """Checks a repair before training, on one batch of each split. Warns if it could not continue the training."""
+        """Checks a repair before training, on one batch of each split. Warns if training could not continue."""
         settings, method = self.settings, self.settings.method
         if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
             raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: the fit saves none.", NO_CHECKPOINTS_HINT)
@@ -304,7 +304,7 @@ class TrainerRepair:
     def opened(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
-        """Yields model and data as in validation; shows a progress bar. With `whole`, each rank reads all samples."""
+        """Opens data, in the trainer's validation stage, and a progress bar. With `whole`, ranks read all samples."""
         with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
             loaders = SplitLoaders(trainer, model)
             found = self._open_data(loaders, epochs, limit=batch_limit(trainer), whole=whole)
@@ -349,7 +349,7 @@ def _best_checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
 
 
 def _check_recorded(settings: Settings, history: Any, known: Sequence[LoaderSource]) -> None:
-    # If no split with failures is recorded, the localizer finds no regression among them.
+    # If no split with failures is recorded, the localizer finds no regression among the failures.
     failing = [source.split for source in known if source.failed]
     if history.recorded and not set(failing) & set(history.recorded):
         wanted = [*history.recorded, *failing]

@@ -41,7 +41,7 @@ from lightning_nrl.tasks import Task
 TUNING_CALLBACKS = callback_kinds("BatchSizeFinder LearningRateFinder WeightAveraging")
 """Callbacks that train before `fit` does, or load other weights than a checkpoint's state dict."""
 ASSUMED_EPOCHS = 20
-"""Number of epochs that is assumed for a training of unknown length: half of the usual number."""
+"""Number of epochs that is assumed for a training of unknown length."""
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 """Metrics of a trainer that the next fit clears."""
 
@@ -96,11 +96,11 @@ def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBa
 
 @contextmanager
 def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) -> Iterator[StartingWeights]:
-    """Loads the weights to repair, equal on all ranks: the current weights (`last`) or the `best` checkpoint.
+    """Loads the weights to repair on all ranks: the current weights (`last`), or those of the best checkpoint (`best`).
 
-    Buffers that differ by rank, such as batch norm statistics, become those of the first rank, as in a checkpoint.
+    Buffers that differ by rank, such as batch norm statistics, get the values of the first rank, as in a checkpoint.
     Modules in training mode run their own `train()` again, since Lightning sets only the flag `training` after a
-    validation, and adapters that `eval()` has merged would stay merged. On exit, everything is restored bit by bit,
+    validation, and LoRA weights that `eval()` has merged would stay merged. On exit, everything is restored bit by bit,
     unless the block has set `keep` of the yielded object.
     """
     path = _best_path(trainer) if start_from == "best" else ""

@@ -44,7 +44,7 @@ def remove_stale(folder: Path, *patterns: str) -> None:
 
 
 class StagedFiles:
-    """Files that are written to a hidden subfolder first (staged), and then moved to `folder` together.
+    """Files that are first written to a hidden subfolder (staged), and then moved to `folder` together.
 
     `names` are all files that a run may write; `marks` are some of these files, such as the report. `commit` removes
     the marks of an earlier run first and moves new marks last. So a folder with a mark holds the files of one run only,
@@ -89,10 +89,10 @@ class StagedFiles:
         return self._stage is not None and (self._stage / name).exists()
 
     def commit(self, there: Container[str] = ()) -> list[Path]:
-        """Moves the staged files to the folder; returns the new paths of the files of an earlier run that were renamed.
+        """Moves the staged files to the folder. If it renames files of an earlier run, returns their new paths.
 
-        Marks of an earlier run are removed. Other files of that run are replaced if a file of the same name is staged,
-        and else get the prefix `earlier-`, since a file may be the only copy of a model. Files in `there`, which this
+        Marks of an earlier run are removed. Another file of that run is replaced if a file of the same name is staged.
+        Otherwise it gets the prefix `earlier-`, since it may be the only copy of a model. Files in `there`, which this
         run has written directly, stay.
         """
         if self._stage is None or not any(self._stage.iterdir()):

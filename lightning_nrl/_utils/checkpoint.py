@@ -29,7 +29,7 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
 
 
 def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bool = True) -> Mapping[str, Any]:
-    """Reads a file with a checkpoint or a state dict to the CPU. If it is unreadable, the error shows `hint`."""
+    """Loads a checkpoint or state dict from a file, onto the CPU. If the file is unreadable, the error shows `hint`."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
@@ -66,7 +66,7 @@ def reason(error: Exception) -> str:
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Converts a state dict to the names in `live_tensors`, and to the dtypes and devices of the model's tensors.
+    """Returns a state dict with the names in `live_tensors`, and with the dtypes and devices of the model's tensors.
 
     Refuses a state dict in which a tensor is missing, is not in the model, or has another shape than in the model.
     """

@@ -56,7 +56,7 @@ class Collective:
         return total.to(x.device, x.dtype)
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Returns the tensors of all ranks, in rank order; sizes and dtypes may differ."""
+        """Returns the tensors of all ranks, in rank order. The ranks may give other sizes and dtypes."""
         if self.world_size == 1:
             return [x]
         rows = [x] * self.world_size
@@ -82,7 +82,7 @@ class Collective:
         return self.agreed(mine).byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
-        """Returns `work()` of this rank. If it fails on one rank, all ranks raise, so that none waits for another.
+        """Returns `work()` of this rank. If `work` fails on one rank, all ranks raise, so that no rank waits forever.
 
         `work` must not exchange anything between ranks. An error of this package is raised on every rank. Any other
         error is raised on its own rank, while the other ranks raise an `OtherRankError` with the message `failed`.

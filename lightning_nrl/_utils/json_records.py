@@ -27,7 +27,7 @@ UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that i
 
 
 def flat(prefix: str = "") -> Mapping[str, Any]:
-    """Returns metadata for a field that is a dataclass: its fields are written into the outer object, with a prefix."""
+    """Returns metadata for a field that is a dataclass. The fields inside get a prefix and join the outer object."""
     return {"flat": prefix}
 
 
@@ -61,7 +61,7 @@ class Record(Derives):
         """Reads the result of `to_dict`.
 
         Raises:
-            ConfigurationError: a value is missing, unknown, infinite or of another type. The message has its path.
+            ConfigurationError: a value, at a path in the message, is missing, unknown, infinite or of a wrong type.
         """
         return from_plain(cls, data)
 

@@ -31,12 +31,12 @@ def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     """Sets evaluation mode for a block, then restores parameters, buffers and flags bit by bit.
 
-    Yields the earlier values of the tensors that `eval()` has overwritten, by the `id` of the tensor.
+    Yields a mapping from the `id` of each tensor that `eval()` has overwritten to the tensor's earlier value.
 
-    Models may write to their own weights: by `Embedding(max_norm=)`, by clamps in `forward`, or by merging adapters in
-    `eval()`. So on exit, the modules' own `train()` runs, every tensor is compared with a copy (the tensor's `_version`
-    would miss `weight.data.clamp_()`), and flags such as `merged` are restored. Parameters keep their identity and
-    memory, since optimizers refer to them. Nested blocks share one copy.
+    Models may write to their own weights: by `Embedding(max_norm=)`, by clamps in `forward`, or by merging LoRA weights
+    in `eval()`. So on exit, the modules' own `train()` runs, every tensor is compared with a copy (the tensor's
+    `_version` would miss `weight.data.clamp_()`), and flags such as `merged` are restored. Parameters keep their
+    identity and memory, since optimizers refer to them. Nested calls of `eval_mode` copy each parameter only once.
     """
     modules = [module for module in model.modules() if hasattr(module, "training")]  # a frozen scripted module has none
     flags = [module.training for module in modules]
@@ -66,8 +66,8 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 def loading_mode(model: nn.Module) -> Iterator[None]:
     """Sets training mode for a block if a module overrides `train()` or `eval()`, then restores the modes.
 
-    A checkpoint has the weights of training mode; `eval()` may merge adapters into them. A trainer may restore the flag
-    `training` without a call of `train()`, so that an adapter stays merged in training mode.
+    A checkpoint has the weights of training mode; `eval()` may merge LoRA weights into them. A trainer may restore the
+    flag `training` without a call of `train()`, so that LoRA weights stay merged in training mode.
     """
     modules = [module for module in model.modules() if hasattr(module, "training")]
     flags = [module.training for module in modules]
@@ -85,7 +85,7 @@ def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
 
 
 def has_own_modes(model: nn.Module) -> bool:
-    """True if a module overrides `train()` or `eval()`, for instance to merge an adapter."""
+    """True if a module overrides `train()` or `eval()`, for instance to merge LoRA weights."""
     return any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in model.modules())
 
 
@@ -161,7 +161,7 @@ def seed_cpu(seed: int) -> None:
 
 
 def mixed_seed(seed: int, i: int) -> int:
-    """Derives the 64-bit seed of generator `i` from a seed (splitmix64, Steele et al. 2014)."""
+    """Returns the `i`-th of the 64-bit seeds that follow from one seed (splitmix64, Steele et al. 2014)."""
     z = (seed * 0xD1342543DE82EF95 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64

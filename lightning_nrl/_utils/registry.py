@@ -113,7 +113,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """Returns the error for a text such as `tolerence:1%`; `found` quotes the text, and `name` is `tolerence`."""
+        """Returns the error for a text such as `tolerence:1%`. `found` quotes the text; `name` is only `tolerence`."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(

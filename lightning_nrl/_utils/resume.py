@@ -1,7 +1,7 @@
-"""Saved results of the finished steps of a repair, which the same call reuses after a kill.
+"""Saved results of the finished steps of a repair. If the process is killed, the same call reuses them.
 
-A repair takes the same steps in the same order each time. So the number of a step, after the numbers of the steps
-around it, names its file. The name of the folder is a hash of everything that affects the results.
+A repair takes the same steps in the same order each time. So the file of a step is named by the number of the step,
+after the numbers of the steps that contain it. The folder is named by a hash of everything that affects the results.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def to_bytes(value: Any) -> bytes:
 def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None) -> Any:
     """Deserialises the result of `to_bytes`.
 
-    `hint` is the type of the value. A dataclass or named tuple in the value is refused unless it appears in `hint`, or
-    in the type hints of its fields. Tensors that were on another device than the CPU are put on `device`.
+    `hint` is the type of the value. A dataclass or named tuple in the value is refused unless its class is in `hint` or
+    in the type of a field of such a class. Tensors that were on another device than the CPU are put on `device`.
 
     Raises:
         ValueError: the data are damaged or hold an unexpected object, or memory runs out.
@@ -84,7 +84,7 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 class ResumeStore:
     """Store for the results of steps that take at least `every` seconds, in a subfolder of `parent`.
 
-    With `parent=None`, nothing is saved. Results of earlier runs are sought in the folders `elsewhere`, newest first.
+    With `parent=None`, nothing is saved. Results of earlier runs are also sought in the folders `elsewhere`, in order.
     """
 
     def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
@@ -97,9 +97,9 @@ class ResumeStore:
         self._path, self._number = "", 0  # path of the current step, and number of steps begun inside it
 
     def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
-        """Looks for saved results of the same work. All ranks must call it; only the first reads and writes files.
+        """Looks for results saved with the same `origin`. All ranks must call it; only the first rank uses files.
 
-        `origin` maps names, for messages, to hashes of everything that affects the results.
+        `origin` has hashes of everything that affects the results. Its keys name these things in messages.
         """
         if self._parent is None:
             return
@@ -116,7 +116,7 @@ class ResumeStore:
             clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns a step's saved result, or else `work()`, saved if it took `every` seconds. All ranks must call it."""
+        """Returns a step's saved result, or runs `work` and saves its result if it was slow. All ranks must call it."""
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed

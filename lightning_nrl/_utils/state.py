@@ -30,12 +30,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
-    """Returns the tensors of `state` that differ from the model's. A shared tensor is under each of its names.
+    """Returns the tensors of `state` that differ from the model's. A shared tensor is returned under each of its names.
 
     `state` may be on another device, since Lightning moves the model to the CPU after a fit on a GPU.
 
     Raises:
-        ConfigurationError: a name is not in the model, or has another shape there.
+        ConfigurationError: a name is not in the model, or its tensor has another shape there.
     """
     live = _checked(model, state)
     pairs = ((live[name], value) for name, value in state.items())
@@ -47,7 +47,7 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
     """Replaces tensors of the model for a block, then puts the original tensor objects back. Raises like `changed`.
 
-    A shared tensor is replaced in all modules (`torch.func.functional_call` would leave some of them changed).
+    A shared tensor is replaced in all its modules (`torch.func.functional_call` would leave some modules changed).
     """
     live = _checked(model, state)
     new = {id(live[name]): value for name, value in state.items()}
@@ -78,8 +78,8 @@ def write(model: nn.Module, state: State) -> None:
 def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
     """Returns old + strength * (new - old) for each name in `new`. The result is exact for the strengths 0 and 1.
 
-    Integer tensors, such as batch counts, are those of `new` from strength 1/2 on, and those of `old` below. Variances
-    of batch norm are clamped to 0 or more.
+    Integer tensors, such as batch counts, are taken from `new` if the strength is at least 1/2, and otherwise from
+    `old`. Variances of batch norm are clamped to 0 or more.
     """
     if strength in (0.0, 1.0):
         return {name: (new if strength else old)[name] for name in new}
@@ -100,7 +100,7 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
     """Returns base + sum_i factors[i] * (states[i] - base) for each floating-point tensor in any of the states.
 
-    A state without this tensor adds nothing. Variances of batch norm are clamped to 0 or more.
+    A state that lacks a tensor adds nothing to it. Variances of batch norm are clamped to 0 or more.
     """
     new: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for state in states for name in state):
@@ -195,7 +195,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a state dict's tensors in hexadecimal digits: of names, dtypes, shapes and bytes.
+    """Returns the SHA-256 of the names, dtypes, shapes and bytes of a state dict's tensors, in hexadecimal digits.
 
     The hash does not depend on devices, strides or the order of names.
     """

@@ -24,10 +24,10 @@ class Observer(Protocol):
         """Returns a context manager in which a stage runs, such as `collect`, `fit`, `polish`, `search` or `judge`."""
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Receives the finished and total steps of a stage, and what its best weights so far repair and break."""
+        """Receives the counts of finished and of all steps, and how many samples the best weights repair and break."""
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Receives the expected seconds of the coming stages by name, and the seconds left until the time limit."""
+        """Receives the expected seconds of the coming stages by name, and the seconds `most` until the time limit."""
 
     def announce(self, text: str) -> None:
         """Shows a sentence to the user, before work that takes more than a few seconds."""
@@ -75,12 +75,12 @@ class Deadline:
         return replace(self, end=self.end - seconds)
 
     def within(self, seconds: float) -> Deadline:
-        """Returns a deadline in `seconds` from now, but no later than this one."""
+        """Returns a deadline in `seconds` from now, but no later than this deadline."""
         return replace(self, end=min(self.end, self.now() + seconds))
 
 
 class StageTimer:
-    """Timer of a repair's stages, which passes progress on to an observer. `max_time` limits the repair, in seconds."""
+    """Times the stages of a repair, and passes progress on to an observer. `max_time` is the time limit in seconds."""
 
     def __init__(
         self, observer: Observer | None = None, max_time: float | None = None, now: Clock | None = None
@@ -107,7 +107,7 @@ class StageTimer:
         return self.deadline().seconds_left
 
     def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
-        """Sets `elapsed` and `seconds` to those of an earlier process, whose time then counts towards `max_time`."""
+        """Continues from the `elapsed` and `seconds` of an earlier process. `max_time` limits both times together."""
         self._ahead += elapsed - self.elapsed
         self.seconds.clear()
         self.seconds.update(seconds)
@@ -119,7 +119,7 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the duration of the block to a stage, without the time of other stages inside the block."""
+        """Adds the time of the `with` block to a stage, without the time of other stages inside the block."""
         poll()
         self.seconds.setdefault(name, 0.0)
         start, inside = self.now(), sum(self.seconds.values())

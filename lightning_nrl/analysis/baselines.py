@@ -42,7 +42,7 @@ class FineTuning:
     """Fine-tunes on all known data with more weight on the targeted failures and no constraint against regressions.
 
     AdamW minimises the task's loss, starting from the model's weights. The model stays in evaluation mode: batch norm
-    uses its stored statistics, and dropout is off. Samples are read as in validation, without augmentation.
+    uses its stored statistics, and dropout is off. Samples are read without augmentation.
 
     Attributes:
         epochs: passes over all known data. Small data get more passes, so that there are at least 400 steps.
@@ -67,7 +67,7 @@ class FineTuning:
 class LayerFineTuning(FineTuning):
     """Fine-tunes only the layers that a swarm would search. The default learning rate suits a single layer."""
 
-    learning_rate: float = 1e-2  # best ratio of repaired to broken samples in 3e-4 to 1e-2, on digits and vehicles
+    learning_rate: float = 1e-2  # of 3e-4 to 1e-2, best ratio of repaired to broken samples on digits and vehicles
 
     def __call__(self, problem: Problem) -> Solution:
         return super().__call__(replace(problem, scope=tuple(problem.space.parameters)))
@@ -79,8 +79,8 @@ class DistilledFineTuning(FineTuning):
 
     Each sample's loss gets an added term: a weight times the divergence from the output before the tuning, with both
     outputs divided by `temperature`. The weight is `base + scale` if the sample was right before, else `base` (Yan et
-    al. 2021, Positive-congruent training; the defaults are theirs). The divergence is multiplied by the squared
-    temperature, which keeps the size of its gradient (Hinton et al. 2015).
+    al. 2021, Positive-congruent training; the defaults are from this paper). The divergence is multiplied by the
+    squared temperature, which keeps the size of its gradient (Hinton et al. 2015).
     """
 
     base: float = 1.0
@@ -155,8 +155,8 @@ def _steps_left(problem: Problem, pace: float) -> int:
 class Retraining:
     """Repeats the model's own training from random weights, with the known failures added to the training data.
 
-    Needs `problem.training`, which runs that training. `fresh` returns an untrained network; None: each module of the
-    model initialises itself anew by `reset_parameters`.
+    Needs `problem.training`, which runs this training. `fresh` returns an untrained network. If it is None, each module
+    of the model initialises itself anew by `reset_parameters`.
     """
 
     fresh: Callable[[], nn.Module] | None = None
@@ -221,8 +221,8 @@ class Interpolation:
     """Interpolates between the model's weights w0 and the weights w of the method `new`: (1 - a) w0 + a w.
 
     Compared with w, the mixed weights break fewer samples and repair fewer, too. Schumann et al. 2024 (Backward
-    compatibility during data updates by weight interpolation) choose a on separate data, since on the training data of
-    w, a = 1 is always the most accurate. Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) recommend 0.5.
+    compatibility during data updates by weight interpolation) choose `a` on data that w was not trained on, since `a=1`
+    is always best on its training data. Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) recommend 0.5.
     """
 
     new: Method = field(default_factory=FineTuning)
@@ -236,7 +236,7 @@ class Interpolation:
         return self.towards(problem, self.new(problem))
 
     def towards(self, problem: Problem, end: Solution) -> Solution:
-        """Interpolates towards a known solution of the method `new`, which then does not run."""
+        """Interpolates towards a known solution of the method `new`, which does not run again."""
         if end.proposal is None:
             return end
         began = problem.clock.elapsed

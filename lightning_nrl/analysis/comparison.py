@@ -69,11 +69,11 @@ def compare_module(
     """Runs methods one by one on the same problem, from the same weights and with the same seed.
 
     The model stays unchanged, and no gate judges the results. Samples are counted under the weights w0 + t (w - w0),
-    with w0 before and w after the method, at several t and at the largest t found that breaks no known sample.
+    with w0 before the method and w after it, at several t and at the largest t found that breaks no known sample.
 
     Model, data and `settings` are as in `repair_module`. Each method has the full `max_time`, and unseen data are only
     counted. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`. `training`
-    continues or repeats the model's own training; further training and retraining need it.
+    continues or repeats the model's own training; the baselines further training and retraining need it.
 
     Raises:
         ConfigurationError: an argument is invalid, no failed sample is in the target, or no known sample passes.
@@ -108,7 +108,7 @@ def compare_module(
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
-    """Returns methods by name. Raises `ConfigurationError` if one is unknown or given twice."""
+    """Returns methods by name. Raises `ConfigurationError` if a method is unknown or given twice."""
     methods = COMPARED_BY_DEFAULT if methods is None else (methods,) if isinstance(methods, str) else methods
     if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
@@ -155,7 +155,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Bisects for the largest strength that breaks no known sample. Misses a larger one if counts fall again."""
+    """Bisects for the largest strength that breaks no known sample, as if larger strengths always broke more."""
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength

@@ -33,22 +33,22 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 class PositiveCongruentTraining(CallbackBase):
-    """Adds a loss term that keeps the new model right where the replaced one is right.
+    """Adds a loss term that keeps the new model right where the replaced model is right.
 
     The idea and the default term come from Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free Model
     Updates. The callback computes the term from the output of `self(x)` in `training_step`, and adds it to the loss
-    that the step returns. An error is raised if the step does not call the model exactly once on its batch. Such a step
-    must call `regression_loss`. Each term is logged as `regression/<name of the term>`. The replaced model does not
+    that the step returns. A step that does not call the model exactly once on its batch must call `regression_loss`;
+    otherwise an error is raised. Each term is logged as `regression/<name of the term>`. The replaced model does not
     become part of the module, its checkpoints or its optimizer.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`. If the term is a
-            `MarginHinge` with a limit `most`, the path of a CSV file with the model's predictions is enough.
+            `MarginHinge` with a finite `most`, the path of a CSV file with the model's predictions is enough.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a custom term
             (`lightning_nrl.updates.loss_terms.Term`), or a list of terms, whose sum is added.
-        index: function of a batch that returns the data-set position of each sample, or the function's address. The
-            outputs of the replaced model are then cached by position, so samples must not be augmented. Required for
-            predictions from a file. If None, the replaced model runs on every batch.
+        index: function of a batch that returns the data-set position of each sample, or the function's address. If
+            given, outputs of the replaced model are cached by position, so samples must not be augmented. If
+            `reference` is a CSV file, `index` is required. If None, the replaced model runs on every batch.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`, but it must not run the module itself.
@@ -106,7 +106,7 @@ class PositiveCongruentTraining(CallbackBase):
             except BaseException:
                 self._release()
                 raise
-        # Only during a batch: a module that was copied with the replaced step would call the step of the original.
+        # The step is replaced only during a batch: a copy of a module with a replaced step would call the original's.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
@@ -209,7 +209,7 @@ def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
 
     Args:
         module: the module whose `training_step` runs.
-        batch: the batch as the data loader returns it, or `(augmented, labels)` if the step augments the inputs.
+        batch: the batch as the data loader returns it, or `(augmented inputs, labels)` if the step augments the inputs.
         output: output of the model for this batch, with gradients.
 
     Example::

@@ -48,9 +48,9 @@ class ReferenceResults:
     passed: Tensor  # `n` bool, True where the replaced model is right
     label: Tensor  # `n` int64, true classes; -1 if the task has no classes
     once: Tensor  # `n` bool, False for samples that a distributed sampler repeats to give each rank equally many
-    group: Tensor  # `n` int64, index of the sample's slice in `names`; -1 if it is in no slice
+    group: Tensor  # `n` int64, index of the sample's slice in `names`; -1 if the sample is in no slice
     names: tuple[str, ...]  # names of the slices, the same on every rank
-    parts: tuple[str, ...]  # name of the submodule that returns the new model's output, if there is one (`Probe.parts`)
+    parts: tuple[str, ...]  # name of the submodule that returns the new model's output; may be empty (`Probe.parts`)
     adapter: Adapter  # the user's adapter, bound to the new model
 
 
@@ -83,7 +83,7 @@ def evaluate_reference(
     task: Task,
     adapter: Adapter,
 ) -> ReferenceResults:
-    """Evaluates the replaced model, and in one pass the new `model`, on validation data. Neither model changes."""
+    """Evaluates the replaced model and the new `model` on validation data. Neither model changes."""
     collective = Collective.current(model.device)
     loader, most = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
@@ -176,7 +176,7 @@ class FlipCounter:
             self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns slice names, and rows of counts (kept, broken, repaired, failing): first all data, then by slice."""
+        """Returns slice names and counts (kept, broken, repaired, failing): a row for all data, then one per slice."""
         known, new = self.reference, self.new.cpu()
         old, counted = known.passed, known.once & self.counted.cpu()
         masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
@@ -202,8 +202,8 @@ class RegressionMetrics(CallbackBase):
         reference: the replaced model: a module, an `OldModel`, the path of its checkpoint, or the path of a CSV file
             with its predictions for the split `val`.
         slices: where the slice of each sample is found: the key or position of a column in the raw batch, a function of
-            the raw batch or its address, or a `Target`. Samples with the same text or whole number form a slice. In a
-            column of bools, True marks one slice, named like the column. Tags are `regression/<slice>/nfr` and so on.
+            the raw batch (or its address), or a `Target`. Samples with the same text or whole number form a slice. In a
+            column of bools, True samples form a slice with the column's name. Tags are `regression/<slice>/nfr` etc.
         prefix: prefix of logged tags.
         dataloader: index of the validation data loader whose samples are counted, from 0.
         task: as in `RegressionFreeRepair`.

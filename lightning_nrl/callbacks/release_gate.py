@@ -47,8 +47,8 @@ class ReleaseGate(CallbackBase):
         require: a further condition for each split: `not-worse` (no more samples broken than repaired), `better` (a
             gain that is significant at 5 % in the sign test), or `any` (no condition).
         slices: as in `RegressionMetrics`.
-        splits: names of the data loaders in the report. By default, a mapping of data loaders gives its keys, a list
-            `test-0`, `test-1` and so on, and a single data loader `test`. In `validate`, `val` replaces `test`.
+        splits: names of the data loaders in the report. The default for a mapping of loaders is its keys. For a
+            list it is `test-0`, `test-1` and so on, and for one loader `test`. In `validate`, `val` replaces `test`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
         seed: seed for random transforms of the data.
@@ -56,7 +56,7 @@ class ReleaseGate(CallbackBase):
         verbose: if True, prints the decision.
 
     Attributes:
-        report: the decision. None until the test has ended.
+        report: the `ReleaseReport` with the decision. None until the test has ended.
 
     Example::
 

@@ -58,7 +58,7 @@ class RepairCallback(CallbackBase):
 
 
 class RegressionFreeRepair(RepairCallback):
-    """Repairs the failures of a model after `fit` without breaking samples that the model gets right.
+    """Repairs the failures of a model after `fit` without breaking known samples that the model gets right.
 
     After training, the callback evaluates the known data. The default method then searches new values for some weights
     of one layer, solves a convex problem for the layer, and, if the whole network may change, continues the training
@@ -70,7 +70,7 @@ class RegressionFreeRepair(RepairCallback):
     Args:
         target: the failures to repair, such as `Target.label(3)` or `"label 3"`. None means all failures.
         layer: dotted name of the layer or block to repair, or several names. With `auto`, training changes the whole
-            network. The search and the convex problem change the last Linear, or the last convolution if there is none.
+            network; the other steps change the last Linear, or the last convolution if there is no Linear.
         gate: condition for acceptance: `instance` (no known passed sample is broken), `instance-in-target` (no sample
             in the target is broken), `accuracy` (at least as many samples are repaired as broken), `tolerance:3` or
             `tolerance:1%` (at most 3, or 1 % of the passed samples, are broken), or a `Gate`.
@@ -82,10 +82,10 @@ class RegressionFreeRepair(RepairCallback):
             its predictions, or an `OldModel`. Only known samples that the replaced model gets right are then repaired.
         unseen: data that the repair never uses: `test`, `val`, a DataLoader or None. The report counts how many of
             these samples break and how many are repaired.
-        calibration: data for choosing how much of the weight change to make, which no search uses: `val`, `test`, a
+        calibration: data that no search uses, for choosing how much of the weight change to make: `val`, `test`, a
             DataLoader or None.
         data: `DataOptions` with the sources of known data, the adapter for batches, and the weights to repair.
-        samples: `SampleOptions` with the weights of samples, slices, and protected samples.
+        samples: `SampleOptions` with sample weights, slices, and protected samples.
         search: `SearchOptions` with the ranking, localisation and size of the search.
         bounds: `BoundOptions` with how much of the weight change to make, and which bounds for future data to report.
         max_time: time limit in seconds. With None, the time grows with the number of epochs that the fit had.
@@ -98,7 +98,7 @@ class RegressionFreeRepair(RepairCallback):
         report: the report. None before the repair.
 
     Raises:
-        ConfigurationError: an argument is invalid. Raised on construction, or when `fit` begins if it needs the model.
+        ConfigurationError: an argument is invalid. Raised on construction, or in `fit` if the check needs the model.
 
     Example::
 
@@ -160,7 +160,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
-        """Returns a callback with a row of the paper's Table II, such as `EXP-B1`. Other arguments override the row."""
+        """Returns a callback set up as a row of the paper's Table II, such as `EXP-B1`. `arguments` override it."""
         return cls(**with_paper_row(row, arguments))
 
     @property
@@ -176,7 +176,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def repaired_model_path(self) -> str | None:
-        """Path of the repaired checkpoint, or None if no repair was accepted. `test(model, ckpt_path)` takes both."""
+        """Path of the repaired checkpoint, or None if none was accepted. Both are valid as `ckpt_path` of `test`."""
         return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
@@ -225,7 +225,7 @@ class RegressionFreeRepair(RepairCallback):
         """Writes the report, under the callback's `state_key`, and the repaired weights into a checkpoint.
 
         The weights are written to `repaired.ckpt`, which is saved before the model changes, and later to any checkpoint
-        of a model that has the repaired weights. There they replace the average of a weight-averaging callback.
+        of a model that has them. They replace the average of a weight-averaging callback.
         """
         if self.report is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
@@ -238,7 +238,7 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # There is no `state_dict`: with it, Lightning would refuse equal callbacks before `setup` can say why.
+        # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before `setup` can say why.
         if isinstance(state_dict, dict) and "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
@@ -265,14 +265,14 @@ class RegressionFreeRepair(RepairCallback):
             self._parameters = None
 
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches for a repair without changing the model. `epochs`, by default the fit's, limits further training."""
+        """Searches for a repair without changing the model. `epochs` (None: as in the fit) limits further training."""
         self._work = repair_files.resume_store(self._folder, trainer, self.settings.search.save_every, self._name)
         return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
 
     def save_outcome(
         self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
     ) -> str:
-        """Writes the files (or warns), then writes accepted weights to the model. Returns the name for loggers."""
+        """Writes the files (or warns), then accepted weights to the model. Returns the repair's name in loggers."""
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
         files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)

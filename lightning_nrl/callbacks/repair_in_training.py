@@ -29,28 +29,28 @@ HOOK = "on_train_epoch_end"  # hook of the module after which repairs run
 
 
 class RepairInTraining(RepairCallback):
-    """Repairs the model after chosen epochs and at the end of training. Training continues from accepted repairs.
+    """Repairs the model after chosen epochs and at the end of training. Training continues with repaired weights.
 
     Each repair works as in `RegressionFreeRepair`. It runs right after the module's own `on_train_epoch_end` and before
     callbacks that save or stop by a metric. Training that follows may break samples again. Repairs leave the states of
     optimizers and schedules as they are. A repair writes its files to `<log_dir>/repair-step-<step>/` and logs under
     the name `repair-step-<step>`; for the repair at the end of training the name is `repair`.
 
-    A repair by the default method may train for as many epochs as the training so far. Set a `max_time`, or choose a
-    method that takes seconds (`convex`, `swarm`).
+    A repair by the default method may train for as many epochs as the model has been trained so far. Set a `max_time`,
+    or choose a method that takes seconds (`convex`, `swarm`).
 
     Args:
         every_n_epochs: epochs between two repairs. If None, only `monitor` starts repairs.
-        monitor: name of a validation metric, such as that of a slice. An epoch ends with a repair if the metric is
+        monitor: name of a validation metric, such as `regression/nfr`. An epoch ends with a repair if the metric is
             worse than its best value since the last repair. After an accepted repair, an unlogged validation measures
             the metric anew.
         mode: `min` if a lower metric is better, `max` if a higher one is.
         min_delta: by how much the metric may be worse than its best value without starting a repair. At least 0.
-        at_end: if True, also repairs when training ends, unless a repair already followed the last step.
+        at_end: if True, also repairs when training ends, unless a repair has already run after the last step.
         **arguments: arguments of `RegressionFreeRepair`.
 
     Attributes:
-        repair: the `RegressionFreeRepair` that makes the repairs; its `report` is that of the last repair.
+        repair: the `RegressionFreeRepair` that makes the repairs. Its `report` is the report of the last repair.
         reports: reports of all repairs of this training, the oldest first.
 
     Example::
@@ -117,7 +117,7 @@ class RepairInTraining(RepairCallback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning calls this hook before that of the module, which may still change weights.
+        # Lightning calls this hook before the module's hook of the same name, which may still change weights.
         follow_hook(pl_module, HOOK, partial(self._repair_if_due, trainer, pl_module))
 
     @override
@@ -143,7 +143,7 @@ class RepairInTraining(RepairCallback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.repair.add_to_checkpoint(checkpoint, pl_module, self.state_key)
-        # There is no `state_dict`: with it, Lightning would refuse equal callbacks before `setup` can say why.
+        # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before `setup` can say why.
         if self._best is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = self._best
 
@@ -208,6 +208,6 @@ class RepairInTraining(RepairCallback):
             return due
         best = value if self._best is None else sign * self._best
         due |= value > best + self.min_delta
-        # After a refused repair, later values are compared with the value that started it.
+        # After a refused repair, later values are compared with the value that started the repair.
         self._best = sign * (value if due else min(best, value))
         return due

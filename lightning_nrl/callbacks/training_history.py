@@ -44,7 +44,7 @@ class TrainingHistory(CallbackBase):
         every_n_epochs: epochs between two records.
         every_n_steps: optimiser steps between two records. If given, `every_n_epochs` is ignored.
         layers: layers to record: `auto` (the layer that a repair would search), dotted names, or `all`.
-        dirpath: folder for the records. None takes `<log_dir>/history`, or `<default_root_dir>/history` if no logger.
+        dirpath: folder for records. None takes `<log_dir>/history` or, without a logger, `<default_root_dir>/history`.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
@@ -152,7 +152,7 @@ class TrainingHistory(CallbackBase):
         rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluates all splits and writes a record. Every rank must call it. Restores modes and random states."""
+        """Evaluates `recorded` splits and writes a record. All ranks must call it. Restores modes and random states."""
         began = time.perf_counter()
         results = run_splits(self.recorded, trainer, pl_module, self.task, self.adapter)
         self._last = trainer.global_step

@@ -41,24 +41,24 @@ from lightning_nrl.updates.interpolation import (
 from lightning_nrl.updates.old_model import Reference
 
 MIN_COSINE = 0.5
-"""A smaller cosine between initial and replaced weights causes a warning; unrelated weights have about 0."""
+"""A smaller cosine between initial and replaced weights causes a warning. It is about 0 for unrelated weights."""
 
 
 class WeightInterpolation(CallbackBase):
     """Interpolates the weights after `fit` with those of the replaced model: `(1 - share) new + share old`.
 
     This breaks fewer samples at little or no loss of accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024,
-    BCWI). Training must start from the replaced weights: `new.load_state_dict(...)` before `fit`. Put this callback
-    before `RegressionFreeRepair`, which then repairs the remaining failures.
+    BCWI). Training must start from the weights of the replaced model: `new.load_state_dict(...)` before `fit`. Put this
+    callback before `RegressionFreeRepair`, which then repairs the remaining failures.
 
     Logs `interpolation/share`. On calibration data it also logs `interpolation/accuracy` and `interpolation/nfr` (the
-    negative flip rate), and with the suffix `_before` their values without the interpolation. Checkpoints of training,
+    negative flip rate), and with the suffix `_before` the values without interpolation. Checkpoints of training,
     weight averages and optimizer states do not change. Save the new weights with `trainer.save_checkpoint`.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel`.
-        share: share of the replaced weights, in [0, 1]. `auto` takes the largest of 0, 0.05, ..., 0.5 that breaks no
-            more samples than share 0, and whose accuracy on calibration data is within `tolerance` of the best.
+        share: share of the replaced model, in [0, 1]. `auto` takes the largest share of 0, 0.05, ..., 0.5 that breaks
+            no more calibration samples than share 0, and whose accuracy is within `tolerance` of the best accuracy.
         tolerance: accuracy that `auto` may give up for fewer regressions. 0.005 is half a percentage point.
         calibration: data that were not trained on, for choosing the share and for counting: `val`, `test`, `repair` or
             a DataLoader. If None, nothing is counted, and `share` must be a number.
@@ -72,7 +72,7 @@ class WeightInterpolation(CallbackBase):
         verbose: if True, prints the choice.
 
     Attributes:
-        choice: the chosen share and the alternatives. None if nothing was counted.
+        choice: the chosen share and the alternatives. None if there were no calibration data.
 
     Example::
 
@@ -139,7 +139,7 @@ class WeightInterpolation(CallbackBase):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with random_state(), validating(trainer):
-            # A few batches show whether the data fit; batch norm needs several samples on each rank.
+            # A few batches show whether the data fit the model; batch norm needs several samples on each rank.
             counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
             evaluator = make_evaluator(trainer, pl_module, self.task)
             if counted is not None:

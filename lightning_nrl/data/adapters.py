@@ -1,4 +1,4 @@
-"""Adapters, which split a batch into model inputs and target: the default, `unpack`, and some that run the model."""
+"""Adapters, which split a batch into model inputs and target: `unpack` by default; a `ModelAdapter` runs the model."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _items(value: Any, path: str) -> list[tuple[str, str, Any]]:
         by_key = isinstance(value, Mapping)
         return [(f"{path}[{key!r}]" if by_key else f"{path}.{key}", str(key), x) for key, x in named.items()]
     if isinstance(value, (list, tuple)):
-        # The first items are enough for long lists, such as one item per sample.
+        # Of long lists, such as lists with one item per sample, the first items are enough.
         most = len(value) if len(value) <= 2 * MAX_SHOWN_ITEMS else MAX_SHOWN_ITEMS
         return [(f"{path}[{i}]", f"[{i}]", x) for i, x in enumerate(value[:most])]
     return []
@@ -127,12 +127,12 @@ class ForwardSignature:
 
     names: tuple[str, ...] = ()
     required: tuple[str, ...] = ()  # names of the parameters without a default
-    takes_mapping: bool = False  # True if one is required, and is annotated as a mapping or named `batch`
+    takes_mapping: bool = False  # True if the only required parameter is annotated as a mapping or named `batch`
     takes_keywords: bool = False  # True if forward has `**kwargs`
 
     @classmethod
     def of(cls, module: nn.Module) -> ForwardSignature | None:
-        """Inspects a module's forward. Returns None if it takes `*args`, as wrapped modules do, or has no signature."""
+        """Inspects a module's forward. Returns None if it takes `*args`, as in wrappers, or has no signature."""
         try:
             parameters = inspect.signature(module.forward).parameters.values()
         except (TypeError, ValueError):
@@ -151,7 +151,7 @@ class ForwardSignature:
 
 
 def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
-    """Binds `unpack` to the signature of a module's forward, and a `ModelAdapter` to the module. Others stay as is."""
+    """Binds `unpack` to the signature of a module's forward, and a `ModelAdapter` to the module. Keeps others."""
     if adapter is unpack:
         return partial(unpack, signature=ForwardSignature.of(module))
     adapter = as_adapter(adapter)
@@ -165,13 +165,13 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     needs several inputs, x may also be a tuple of them, or the batch may begin with them, followed by the target.
 
     In a mapping, named tuple, data class or batch of graphs, the target is the first of `TARGET_KEYS`. The inputs
-    or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`, `{"batch": ...}`. Forward gets these inputs:
+    or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`, `{"batch": ...}`. Inputs depend on forward:
 
-    - If it has one required parameter, the whole batch if it is of graphs, else the field of this name. Without such a
-      field, a parameter named `batch` or annotated as a mapping gets the whole batch; any other parameter gets
-      the only tensor, else the first of `INPUT_KEYS`, else the whole batch.
-    - If it has several parameters, the fields of these names. `**kwargs` gets all tensors except the target.
-    - If `signature` is None, the first of `INPUT_KEYS`, else every tensor except the target, by name.
+    - If forward has one required parameter, it gets a batch of graphs as a whole. Of any other batch, it gets the field
+      with the parameter's name. Without such a field, a parameter named `batch` or annotated as a mapping gets the
+      whole batch; any other parameter gets the only tensor, else the first of `INPUT_KEYS`, else the whole batch.
+    - If forward has several parameters, it gets fields of these names. `**kwargs` gets all tensors but the target.
+    - If `signature` is None, forward gets the first of `INPUT_KEYS`, else every tensor except the target, by name.
 
     Returns:
         `(args, kwargs, target)`.

@@ -111,7 +111,7 @@ class ModelCall(ABC):
 
     @abstractmethod
     def __call__(self, model: nn.Module, raw: Any) -> Any:
-        """Runs the model with gradients on a raw batch, or on a part that was cut from one."""
+        """Runs the model with gradients on a raw batch, or on a part of a raw batch."""
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceabl
 
 COLUMNS_AT_ONCE = 2**14  # numbers per sample converted to int64 at once, to limit memory
 MAX_SAMPLES_TRIED = 8
-"""Number of samples that are read from a data set to find out which data set inside, and which positions, it reads."""
+"""Number of samples that are read from a wrapper to find out which data set it wraps, and which positions it reads."""
 
 
 @runtime_checkable
@@ -33,12 +33,12 @@ class Identified(Protocol):
 
 
 def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False) -> Tensor:
-    """Finds the innermost data set of each sample, inside of subsets, unions and wrappers, and the position there.
+    """Finds each sample's innermost data set, inside subsets, unions and wrappers, and its position in that data set.
 
     Args:
         dataset: the outermost data set.
         index: `n` int64, positions in `dataset`.
-        as_read: True: a wrapper counts as innermost, since it may change samples, such as by augmentation.
+        as_read: True if a wrapper counts as innermost, since it may change samples, such as by augmentation.
 
     Returns:
         `n x 2` int64: the `id` of the innermost data set, valid in this process only, and the position in it.
@@ -61,10 +61,10 @@ def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False)
 
 
 def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor] | None:
-    """Reads some samples to find the data set inside of another one, and the position of each sample there.
+    """Reads some samples of a wrapper to find the data set that it wraps, and the position of each sample in it.
 
-    Position `i` must be read from position `i` inside, or from `places[i]`, where `places` is an attribute of the outer
-    data set. Returns None if neither is the case.
+    Sample `i` of the wrapper must be read from position `i` of the wrapped data set, or from position `places[i]`,
+    where `places` is an attribute of the wrapper. Returns None if neither is the case.
     """
     own = getattr(dataset, "__dict__", {})
     tried = index[torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()].unique()
@@ -137,7 +137,7 @@ def content_keys(batch: Batch) -> Tensor:
 
 
 def _has_samples(batch: Batch) -> bool:
-    """True if all inputs but numbers and texts are tensors, and a matrix or larger tensor has one row per sample."""
+    """True if all inputs but numbers and texts are tensors, and one of at least two dimensions has a row per sample."""
     leaves = [x for x in pytree.tree_leaves((batch.args, batch.kwargs)) if not isinstance(x, (int, float, str))]
     return all(isinstance(x, Tensor) for x in leaves) and any(x.ndim > 1 and len(x) == len(batch) for x in leaves)
 

@@ -95,7 +95,7 @@ class Target(ABC):
         return Not(self)
 
     def __bool__(self) -> bool:
-        # Else `a and b` would silently give `b`, and `a or b` would give `a`.
+        # Without this error, `a and b` would silently give `b`, and `a or b` would give `a`.
         problem = "`target`: a Target is neither true nor false."
         raise TypeError(explain(problem, "combine targets with `&`, `|` and `~`."))
 

@@ -27,7 +27,7 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "compare": (*SEARCH_OPTION_NAMES.split(), "augment", "n_scored", "max_time", "seed"),
     "sweep": (*SEARCH_OPTION_NAMES.split(), "method", "calibration", "set_aside", "dirpath"),
 }
-"""Options that have an effect, by function. In a function that is not listed, all but `start_from` have an effect."""
+"""Options that have an effect, by function. In a function that is not listed, only `start_from` has no effect."""
 
 REFUSALS = {
     "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",
@@ -63,7 +63,7 @@ def is_used(entry_point: str, argument: str) -> bool:
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
-    """Returns a callback with these arguments; refuses unknown arguments and those without effect in `entry_point`."""
+    """Returns a callback with these arguments. Refuses any that is unknown or has no effect in `entry_point`."""
     known = list(inspect.signature(RegressionFreeRepair).parameters)
     inside = {
         field.name: f"`{name}={kind.__name__}({field.name}=...)`"
@@ -80,7 +80,7 @@ def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
 
 
 def check_model(model: Any, without_lightning: str) -> None:
-    """Refuses a model that is no LightningModule, compiled or not. The hint names the function `without_lightning`."""
+    """Refuses any model but a (compiled) LightningModule. The hint suggests the function named `without_lightning`."""
     inner = original_module(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, LightningModule):
         problem = f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule."

@@ -42,7 +42,7 @@ PAGE_WIDTH = 120  # characters
 
 
 def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool = False) -> int:
-    """Writes a copy `out` of a checkpoint with a patch applied, or reverted if `undo`."""
+    """Writes a copy of a checkpoint to `out`. In the copy, the patch is applied, or it is reverted if `undo`."""
     change = Patch.load(patch)
     patch_checkpoint(change, ckpt, out, undo=undo, weights_only=weights_only == "true")
     done = "reverted" if undo else "applied"
@@ -64,7 +64,7 @@ def inspect_file(file: str) -> int:
 
 
 def show_report(file: str, out: str | None) -> int:
-    """Prints a report as Markdown, or writes it as Markdown or HTML."""
+    """Prints a report as Markdown, or writes it to the file `out` as HTML or Markdown."""
     report = read_report(file)
     if out is None:
         print(report.to_markdown(), end="")
@@ -131,7 +131,7 @@ def decide_release(
     allow_missing: list[str],
     out: str | None,
 ) -> int:
-    """Decides on a release from two files of predictions; returns 0 if it is accepted, else 1."""
+    """Decides on a release from two files of predictions; returns 0 if the new model is accepted, else 1."""
     rules, sliced = parse_rules(rule or ["instance"], require), None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     for one in rules:
@@ -189,7 +189,7 @@ def diagnose_project(project: Project) -> int:
 
 
 def compare_project(project: Project) -> int:
-    """Prints a comparison of methods, or the decision of a `ReleaseGate` on `new`; returns 1 if `new` is refused."""
+    """Prints a comparison of methods, or the decision of a `ReleaseGate`; returns 1 if it refuses the new model."""
     methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
     if old is None and new is None and not rules and not require:
         options = {name: value for name, value in project.options.items() if is_used("compare", name)}
@@ -211,7 +211,7 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command: its function, its purpose in words, and its arguments. None means the arguments of a project."""
+    """A command: its function, its purpose in words, and its arguments. They are None if it reads a project."""
 
     run: Callable[..., int]
     purpose: str

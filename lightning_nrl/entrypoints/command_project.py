@@ -47,7 +47,7 @@ OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
         "require": (Require, REQUIRE),
     },
 }
-"""Arguments of a command besides those of every project: type and help by name."""
+"""Arguments that a command takes in addition to `PROJECT_ARGUMENTS`: type and help text by name."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Project:
 
 
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
-    """Reads a project from a command's own arguments and those of LightningCLI, without a subcommand such as `fit`.
+    """Reads a project from arguments of the command and of LightningCLI. They include no subcommand such as `fit`.
 
-    A `RegressionFreeRepair` among the trainer's callbacks sets options of the repair; those under `repair` override it.
+    Options under `repair` override the options of a `RegressionFreeRepair` among the trainer's callbacks.
     """
     program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
     if not {"-h", "--help"}.isdisjoint(arguments):
@@ -118,7 +118,7 @@ def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tupl
 
 
 class _ProjectArguments:
-    """Mixin that adds the arguments `own`, and `repair`, to LightningCLI."""
+    """Mixin for LightningCLI. Adds the arguments in `own`, and those of `RegressionFreeRepair` as `repair.NAME`."""
 
     own: Mapping[str, tuple[Any, str]]
     config: Any

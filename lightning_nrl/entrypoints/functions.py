@@ -57,7 +57,7 @@ def dry_fit(
     whole: bool = False,
     **data: Any,
 ) -> Result:
-    """Runs `work` in a `fit` without steps and returns its result; leaves model, trainer and random state unchanged.
+    """Returns the result of `work`, run in a `fit` without steps. Leaves model, trainer and random state unchanged.
 
     `callback` has the data options, the task and the seed. `data` are further arguments of `fit`. With `whole`, each
     rank reads all samples instead of its share.
@@ -161,16 +161,16 @@ def repair(
     Args:
         trainer: a trainer for the model, used for one `fit` without steps.
         model: the trained module, or a module into which `ckpt_path` is loaded.
-        train_dataloaders: data for the passed samples; None: those of the data module, or of the module itself.
-        val_dataloaders: data for the failed samples; None: those of the data module, or of the module itself.
-        datamodule: data module, with an optional `repair_dataloader()` for the failed samples.
-        ckpt_path: checkpoint of the model; None: the current weights.
+        train_dataloaders: data for the passed samples; None: the train data of `datamodule`, or of the module itself.
+        val_dataloaders: data for the failed samples; None: the validation data of `datamodule`, or of the module.
+        datamodule: data module. A method `repair_dataloader()`, if it exists, returns the data for the failed samples.
+        ckpt_path: checkpoint of the model; None: the model keeps its current weights.
         weights_only: True: refuse a checkpoint with other objects than tensors and plain values; False: trust it.
-        callback: a `RegressionFreeRepair` with all settings, such as one made by `from_paper`.
-        **arguments: if there is no `callback`: arguments of `RegressionFreeRepair`, such as `target=Target.label(3)`.
+        callback: a `RegressionFreeRepair` with all settings, such as `RegressionFreeRepair.from_paper("EXP-B1")`.
+        **arguments: arguments of `RegressionFreeRepair`, such as `target=Target.label(3)`, if `callback` is None.
 
     Returns:
-        The report. If its `status` is `repaired`, the model has the new weights, also saved as `files["checkpoint"]`.
+        The report. If its `status` is `repaired`, the new weights are in the model and in its `files["checkpoint"]`.
 
     Raises:
         ConfigurationError: an argument is invalid, or the trainer has a repair callback, `min_epochs` or `min_steps`.
@@ -212,12 +212,12 @@ def diagnose(
 ) -> Diagnosis:
     """Predicts which failures a repair can fix, which passed samples limit the repair, and how long the repair takes.
 
-    This takes about two evaluations of the known data and some seconds. Model and trainer are not changed, and no file
-    is written. All arguments except `history` are those of `repair`. Of the arguments of `RegressionFreeRepair`, only
-    `target`, `task`, `data` and `seed` have an effect.
+    This takes about as long as two evaluations of the known data, plus some seconds. It changes neither model nor
+    trainer, and writes no file. All arguments except `history` are those of `repair`. Of the arguments of
+    `RegressionFreeRepair`, only `target`, `task`, `data` and `seed` have an effect.
 
-    `history` is a folder written by `TrainingHistory`. With it, the notes of the diagnosis count the targets that were
-    never learned and those that were forgotten. They name targets that were never learned and have a doubtful label.
+    `history` is a folder written by `TrainingHistory`. With it, the notes say how many targets were never right during
+    training, and how many were forgotten. They also name targets that were never right and have a doubtful label.
 
     Returns:
         The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` recommends a next step.
@@ -255,7 +255,7 @@ def compare(
     unseen: str | DataLoader[Any] | None = "test",
     **arguments: Any,
 ) -> Comparison:
-    """Runs repair methods and baselines on one trained model, and counts what each repairs and breaks.
+    """Runs repair methods and baselines on one trained model, and counts the samples that each repairs and breaks.
 
     Each method starts from the same weights with the same seed and may take `max_time` seconds; only retraining may
     take longer. Model, trainer and random state are not changed, and no file is written. All arguments except `methods`
@@ -300,7 +300,7 @@ def sweep(
     log: Literal["setting", "run", "none"] = "none",
     **arguments: Any,
 ) -> SweepResult:
-    """Runs the paper's search with many settings and seeds on one model, and counts what each run repairs and breaks.
+    """Runs the paper's search on one model with many settings and seeds; counts what each run repairs and breaks.
 
     Each run finds the same weights as `repair` with the same arguments, bit by bit. It takes a fraction of the time,
     since the sweep reads the data once and searches many swarms together. Ranks share the runs. Model, trainer and
@@ -309,12 +309,12 @@ def sweep(
     refused (see docs/options.md).
 
     `settings` is a `Grid`, or one or several mappings from argument to value. `seeds` is a list of seeds, or a number
-    `n` for the seeds 0 to n - 1. `dirpath` is the folder for the table and the weights, or None. A second call with
-    the same folder makes only the missing runs. `log` chooses the rows of TensorBoard's HParams tab: one for each
-    `setting` with the means over its seeds, one for each `run`, or `none`.
+    `n` for the seeds 0 to n - 1. `dirpath` is a folder for a table of the runs and for their weights, or None. A second
+    call with the same folder makes only the missing runs. `log` chooses the rows of TensorBoard's HParams tab: a row
+    for each run (`run`), a row for each setting with the means over its seeds (`setting`), or no rows (`none`).
 
     Returns:
-        The result: `rich.print` shows means and spread, `best` returns a run, `pareto` returns the Pareto front.
+        The result: `rich.print` shows mean and spread of each setting, `best()` returns a run, `pareto()` several runs.
 
     Example::
 

@@ -40,7 +40,7 @@ NO_CLASS = -100  # label of a sample that has no class although the task has cla
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs a model over data as it is deployed, and evaluates every sample by a task.
+    """Runs a model, in the form in which it is deployed, over data, and evaluates every sample by a task.
 
     Attributes:
         model: the model, in evaluation mode, on the device where it runs.
@@ -115,7 +115,7 @@ class Evaluator:
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
     def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
-        """Yields logits and targets that pass `Task.check`. Moves raw batches to the device and adapts them."""
+        """Yields logits and targets, checked by `Task.check`. Moves raw batches to the device and adapts them."""
         bound = bind_adapter(adapter, self.model)
         for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
             with self.context():
@@ -190,7 +190,7 @@ class _TargetMarker:
 
 
 def _warn_of_probabilities(split: str, table: Table) -> None:
-    """Warns if outputs look like probabilities: all are in [0, 1], and the threshold 0.5 beats a constant class."""
+    """Warns if outputs look like probabilities: in [0, 1], and the threshold 0.5 is more accurate than one class."""
     is_1, margin = table["label"] == 1, table["margin"]
     output, most = torch.where(is_1, margin, -margin), max(int(is_1.sum()), int((~is_1).sum()))
     if bool(((output >= 0) & (output <= 1)).all()) and int(((output > 0.5) == is_1).sum()) > most:
@@ -207,10 +207,10 @@ def _check_count(batch: Batch, output: Tensor) -> None:
 
 
 def _fill_missing_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tuple[Batch, Tensor | None]:
-    """Replaces unusable labels by class 0; returns the batch, and a mask of these samples or None if all are usable.
+    """Replaces unusable labels by class 0. Returns the batch, and a mask of these labels or None if all are usable.
 
-    A label is unusable if it is negative or, unless `check` is True, larger than the model's classes. `check` is True
-    for the first batch: there, a label that is too large hints at a wrong argument, and `Task.check` raises an error.
+    A label is unusable if it is negative or, unless `check` is True, above the model's last class. `check` is True for
+    the first batch: there, a label that is too large hints at a wrong argument, and `Task.check` raises an error.
     """
     target, label = batch.target, task.label(batch.target)
     if label is None:
@@ -297,7 +297,7 @@ def check_needs(
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
 ) -> None:
-    """Raises a `ConfigurationError` if the task lacks margins or classes that are in `needs`. `by` names the method."""
+    """Raises a `ConfigurationError` if the task lacks margins or classes named in `needs`. `by` names the method."""
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
         raise ConfigurationError(

@@ -45,7 +45,7 @@ def collect_features(
 ) -> HeadFeatures:
     """Runs the model over the known data and records the inputs and outputs of its last Linear, `head`.
 
-    From more than `MAX_SAMPLES` samples, a second pass records a selection. All ranks get the same features.
+    If there are more than `MAX_SAMPLES` samples, a second pass records a selection. All ranks get the same features.
     """
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def collect_features(
 def row_batches(
     known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yields this rank's samples among those at `rows` of the results: pairs of a `Batch` and its samples' rows."""
+    """Yields this rank's samples in `rows` of the results, as pairs of a `Batch` and the rows of its samples."""
     for source in known:
         start = results.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]
@@ -143,7 +143,7 @@ def neighbours(
 
     The samples have the features `inputs`, `n x D`, and the labels `label`; the `P` passed samples have the features
     `passed`, `P x D`, and the labels `passed_label`. Distances are cosine distances after subtraction of the mean of
-    `passed`. If the samples are in `passed` too, `itself` (`n` int64, their rows) keeps each from counting itself.
+    `passed`. If the samples are in `passed` too, `itself`, `n` int64, has their rows: no sample is its own neighbour.
     """
     middle = passed.mean(0)
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))
@@ -186,8 +186,8 @@ def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Ten
 def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: SampleResults) -> Tensor:
     """Marks the targets with a doubtful label (see `doubtful`), `N` bool by row of `results`.
 
-    Runs the model over the known data once, and then again over `MAX_SAMPLES` samples if there are more. Marks nothing
-    unless the output of the last Linear is the logits. `results` are the model's results on the known data.
+    Runs the model over the known data once, and if there are more than `MAX_SAMPLES`, again over a selection. Marks
+    nothing unless the last Linear returns the logits. `results` are the model's results on the known data.
     """
     found = torch.zeros_like(results.passed)
     _, head = last_linear(evaluator.model, evaluator.called)

@@ -58,8 +58,8 @@ def absolute_input(layer: Layer, x: Tensor) -> Tensor:
 def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
     """Unfolds inputs into windows: the values that one output channel multiplies by its weights at one position.
 
-    The shape is `groups x (r * positions) x weights per output channel`. A Linear has one position per row. A
-    convolution has one for each place of its kernel; about `max_positions` of them per row are kept, evenly spread.
+    The shape is `groups x (r * positions) x weights per output channel`. A Linear has one position per row, and a
+    convolution one position for each place of its kernel. About `max_positions` per row are kept, evenly spread.
     """
     if isinstance(layer, nn.Linear):
         return x[None]
@@ -106,14 +106,14 @@ class OutputProbe:
         return [name for name, *_ in self.seen]
 
     def add_zero(self, name: str, x: Tensor, output: Tensor) -> Tensor:
-        """Records a call of the layer `name` and returns its output plus the zero."""
+        """Records a call of the layer `name` and returns `output` plus a zero that requires a gradient."""
         zero = torch.zeros_like(output, requires_grad=True)
         # A copy, since the model may change its tensors in place.
         self.seen.append((name, x.detach().clone(), zero))
         return output + zero
 
     def hooked(self) -> AbstractContextManager[Any]:
-        """Returns a context that records calls of the layers, but not functions such as `F.linear` on their weights."""
+        """Returns a context that records calls of the layers. Calls of `F.linear` with their weights do not count."""
 
         def hook_of(name: str) -> Any:
             return lambda module, args, output: self.add_zero(name, args[0], output)
@@ -125,7 +125,7 @@ class OutputProbe:
         return stack
 
     def gradients(self, values: Tensor, weights: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Returns the gradients of `(weights * values).sum()` at recorded outputs, or `()` if `values` needs none."""
+        """Returns gradients of `(weights * values).sum()` at recorded outputs; `()` if not `values.requires_grad`."""
         zeros = [zero for *_, zero in self.seen]
         if not zeros or not values.requires_grad:
             return ()
@@ -133,7 +133,7 @@ class OutputProbe:
             return torch.autograd.grad(values, zeros, weights, retain_graph=retain_graph, materialize_grads=True)
 
     def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
-        """Returns the calls of each layer, with the gradients of `values.sum()`. No calls if `values` needs none."""
+        """Returns each layer's calls, with gradients of `values.sum()`; no calls if not `values.requires_grad`."""
         calls: dict[str, list[LayerCall]] = {name: [] for name in self.layers}
         gradients = self.gradients(values, torch.ones_like(values))
         for (name, x, _), gradient in zip(self.seen, gradients, strict=bool(gradients)):
@@ -171,7 +171,7 @@ def is_by_sample(calls: Sequence[LayerCall], n: int) -> bool:
 
 
 def sample_gradients(layer: Layer, calls: Sequence[LayerCall], n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields, for blocks of `m` samples, gradients of the weight, `m x weight shape`, and the bias, `m x outputs`."""
+    """Yields, for `m` samples at a time, gradients of the weight, `m x weight shape`, and the bias, `m x outputs`."""
     size = layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
     for start in range(0, n, step := max(1, MAX_GRADIENT_ENTRIES // size)):
         block = [[torch.unflatten(t, 0, (n, -1))[start : start + step] for t in call] for call in calls]

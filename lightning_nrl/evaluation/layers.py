@@ -1,4 +1,4 @@
-"""Finds the layers to repair and puts their weights into one flat vector; refuses batch norms that use the batch."""
+"""Finds the layers to repair, puts their weights into one flat vector, and refuses batch norms that use the batch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LayerRef:
 
 @dataclass(frozen=True)
 class ParameterSpace:
-    """The weights to search: those of all layers in `sites`, as one flat vector.
+    """The weights to search: all weights of the layers in `sites`, as one flat vector.
 
     The vector has for each layer its weight, row by row, and then its bias if biases are included. If `sites` is empty,
     no weights can be searched, and `obstacle` says why; training may still change the model's parameters.
@@ -139,10 +139,10 @@ def find_scope(
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
     """Finds the layers whose weights can be searched, and the names of all parameters that training may change.
 
-    `layer` is as for `find_layers`, or names a block: then the block's last layer is searched, and training may change
-    all parameters of the block. With `auto`, training may change all parameters that are not frozen, and the searched
-    layer is chosen from the names in `called` if possible. If `auto` finds no layer, a `ConfigurationError` is raised;
-    with `trains=True`, for methods that train, the space is empty instead.
+    `layer` is as for `find_layers`, or names a module of several layers: then the module's last layer is searched, and
+    training may change all its parameters. With `auto`, training may change all parameters that are not frozen, and the
+    searched layer is, if possible, one in `called`, the layers that a prediction calls. If `auto` finds no layer, a
+    `ConfigurationError` is raised; with `trains=True`, for methods that train, the space is empty instead.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     is_auto = layer == "auto" and "auto" not in modules
@@ -158,7 +158,7 @@ def find_scope(
         return ParameterSpace((), str(error).partition("\n")[0]), tuple(scope)
     if is_auto:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # If all called layers are frozen, as in a moving average, training the others would not change predictions.
+        # If all called layers are frozen, as in a moving average, training other layers would not change predictions.
         scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
     else:
         scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
@@ -185,7 +185,7 @@ def _names(
         for kind in (nn.Linear, Layer):
             found = [name for name, module in pool.items() if isinstance(module, kind)]
             if found:
-                # Respect frozen layers, unless all are frozen.
+                # Frozen layers are not chosen, unless all are frozen.
                 free = [name for name in found if (w := _own_weight(modules[name])) is None or w.requires_grad]
                 return (free or found)[-1:]
     found_outside = _outside_tree(modules)

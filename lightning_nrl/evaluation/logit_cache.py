@@ -34,7 +34,7 @@ class LogitCache:
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """Returns the logits of the samples `index`. Returns None if any of them is not cached.
+        """Returns the logits of the samples `index`. Returns None if one of these samples is not cached.
 
         If `shape` is given, None is also returned if the cached logits of a sample do not have the shape `shape[1:]`.
         """
@@ -46,7 +46,7 @@ class LogitCache:
         return self._table[index.to(self._table.device, non_blocking=True)]
 
     def put(self, index: Tensor, logits: Tensor) -> None:
-        """Caches the logits of the samples `index` if memory allows it and their shape fits."""
+        """Caches the logits of the samples `index` if memory allows it and their shape is that of the cached logits."""
         index = index.cpu()
         if self._table is not None and logits.shape[1:] != self._table.shape[1:]:
             self.has_varied = True

@@ -112,14 +112,14 @@ class PositiveFlipRate(FlipMetric, rate="positive_flip_rate"):
 class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
     """Share of the new model's errors that are regressions: `broken / (broken + failing)`.
 
-    Of two equally accurate models, the one with the lower impact surprises its users less. NaN if there are no errors.
+    Of two equally accurate models, the one with the lower impact surprises its users less. It is NaN without errors.
     """
 
 
 class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
-    """Negative flip rate (NFR) divided by the NFR of two models with independent errors (Yan et al., CVPR 2021).
+    """Negative flip rate (NFR) divided by the NFR that independent errors would give (Yan et al., CVPR 2021).
 
-    `NFR / ((1 - ER_old) * ER_new)` with the error rates ER is 1 for independent errors and allows comparing updates of
+    It is `NFR / ((1 - ER_old) * ER_new)`, where ER are the error rates of the models. It allows comparing updates of
     different accuracy. It is NaN if the old model gets nothing right or the new model gets everything right.
     """
 
@@ -140,7 +140,7 @@ class BackwardErrorCompatibility(FlipMetric, rate="backward_error_compatibility"
 class RepairRate(FlipMetric, rate="repair_rate"):
     """Share of wrong samples that are now right: `repaired / (repaired + failing)` (Sohn et al., Arachne).
 
-    To get the rate over I_neg, pass only the targeted samples.
+    To get the rate over the targets (I_neg in the paper), update the metric with these samples only.
     """
 
 

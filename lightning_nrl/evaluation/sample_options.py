@@ -65,17 +65,17 @@ class SampleOptions:
             `{split: {id: number}}`; or `"focal"` or `Focal(gamma)`, which favour hard samples. None: equal values.
         slices: slice of each sample: a column of names, numbers or bools, or a target, whose samples form one slice.
             Each slice has a row in the report.
-        quotas: for some slices, the number or share of the targets that must be repaired, or else the repair is
-            refused: `{"night": 5, "truck": "50%"}`.
+        quotas: for some slices, the number or share of the targets that must be repaired, such as
+            `{"night": 5, "truck": "50%"}`. If fewer are repaired, the repair is refused.
         protected: passed samples of known and calibration data that must never break, whatever the gate: a column of
-            bools, a target, or ids by split. Whole numbers instead of bools are costs of breaking samples, usually 1.
-        risk: severity of confusions, as in Athena and DRWeightMerge: whole numbers from 1 by pair of true and predicted
-            class, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`. Severities (default: 1) multiply the
-            value of repairing a confusion. The highest severity of a class multiplies the cost of breaking its samples.
+            bools, a target, or ids by split. Whole numbers instead of bools are costs of breaking samples (default: 1).
+        risk: severity of confusions, as in the methods Athena and DRWeightMerge: whole numbers from 1 by true class, or
+            by true and predicted class, `{7: 2, (3, 5): 4}`, in YAML `"3 -> 5": 4`. Severities (default: 1) multiply
+            the value of repairing a confusion. A class's highest severity multiplies the cost of breaking its samples.
         set_aside: failures in the target that are not to be repaired: a column of bools, a target, ids, or `"doubtful"`
             for failures whose label looks wrong. The report lists these failures.
-        keep: samples that must not break in an update: all that the new model gets right (`both`), or only those that
-            the replaced model gets right too (`reference`).
+        keep: samples that must not break if there is an old model: all that the new model gets right (`both`), or only
+            those that the old model gets right too (`reference`).
 
     Example:
         >>> SampleOptions(slices="camera", quotas={"night": "50%"}, protected="must_pass").quotas
@@ -237,7 +237,7 @@ def _values_by_id(argument: str, value: Any, results: SampleResults, splits: Seq
     """Converts an option that names samples by id to `N` float64, one value per sample.
 
     A listed id gets 1, an id in a mapping gets its number. Other samples get 1 for importance and costs, else 0. Ids
-    without a split belong to the only one in `splits`. `strict=False` ignores unknown splits and such ids.
+    without a split belong to the only split in `splits`. `strict=False` ignores unknown splits and ids without a split.
     """
     by_key = isinstance(value, Mapping)
     has_costs = argument == "protected" and by_key and not all(isinstance(v, (list, tuple)) for v in value.values())

@@ -28,13 +28,13 @@ class SampleResults:
         prediction: `N` int64, predicted class, -1 if the task has no classes.
         loss: `N` float, the task's loss.
         passed: `N` bool, True if the sample is right.
-        targeted: `N` bool, True if the sample failed and the target selects it. On known data, these are I_neg.
+        targeted: `N` bool, True if the sample failed and the target selects it (on known data: I_neg in the paper).
         in_target: `N` bool, True for samples, right or wrong, in the target (`Target.covers`); default: `targeted`.
         margin: `N` float, the task's margin, NaN if the task has no margins.
         weight: `N` float64, 1 by default. For a targeted sample, the value of its repair, 1 on average. For a passed
             sample, the cost of breaking it: a whole number from 1, or infinity if the sample is protected.
         names: names of the slices.
-        group: `N` int64, number of the sample's slice in `names`; -1, the default, if it is in no slice.
+        group: `N` int64, index of the sample's slice in `names`; -1, the default, if the sample is in no slice.
     """
 
     splits: tuple[str, ...]
@@ -134,7 +134,7 @@ class SampleResults:
 
 
 def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Converts masks of right samples, before and after a change, to masks of kept, broken, repaired and failing."""
+    """Converts masks of right samples before and after a change to masks of kept, broken, repaired and failing ones."""
     return before & after, before & ~after, ~before & after, ~before & ~after
 
 
@@ -142,7 +142,8 @@ def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 class FlipCounts:
     """Counts of kept, broken, repaired and failing samples.
 
-    Kept samples are right before and after, broken ones only before, repaired ones only after, failing ones never.
+    Kept samples are right before and after a change, broken samples are right only before it, repaired samples are
+    right only after it, and failing samples are never right.
     """
 
     kept: int
@@ -156,12 +157,12 @@ class FlipCounts:
 
     @property
     def passed(self) -> int:
-        """Number of samples that were right before."""
+        """Number of samples that were right before the change."""
         return self.kept + self.broken
 
     @property
     def right(self) -> int:
-        """Number of samples that are right after."""
+        """Number of samples that are right after the change."""
         return self.kept + self.repaired
 
     @property
@@ -174,7 +175,7 @@ class FlipCounts:
 
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
-        """Counts flips from masks of the samples that are right before and after, `N` bool each."""
+        """Counts flips from two masks, `N` bool each, of the samples that are right before and after a change."""
         return FlipCounts(*(int(mask.sum()) for mask in flip_masks(before, after)))
 
 
@@ -183,8 +184,8 @@ class TargetCounts(FlipCounts):
     """Counts of kept, broken, repaired and failing samples, and counts within the target.
 
     Attributes:
-        targeted: failed samples to repair (I_neg).
-        repaired_in_target: targeted samples that are right after.
+        targeted: failed samples to repair (I_neg in the paper).
+        repaired_in_target: targeted samples that are right after the change.
         passed_in_target: samples in the target (`Target.covers`) that were right before.
         broken_in_target: broken samples in the target; 0 is the paper's instance-level suppression (section III).
     """
@@ -206,7 +207,7 @@ class Flips:
 
     @classmethod
     def between(cls, before: SampleResults, after: SampleResults) -> Flips:
-        """Compares two tables of the same rows. A sample with a NaN or infinite loss counts as wrong."""
+        """Compares two tables of the same samples. A sample with a NaN or infinite loss counts as wrong."""
         if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
             raise EvaluationError(
                 f"results before ({_shape(before)}) and after ({_shape(after)}) are of different samples.",

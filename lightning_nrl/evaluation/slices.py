@@ -25,12 +25,12 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
 Slices = Callable[[Any], Any] | Target
-"""Function of a raw batch that returns a name, number or bool per sample, or a target, whose samples are a slice."""
+"""Function of a raw batch that returns a name, number or bool per sample, or a target, whose samples form a slice."""
 MAX_SLICES = 200  # each slice has its own curves; more than 200 are most likely ids
 
 
 class SliceRecorder(RecordingSource):
-    """Source that records the slice of each sample. `slices=None` means no slices. `argument` is the name in errors."""
+    """Source that records the slice of each sample. `slices=None` means no slices. Errors name `argument`."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
         super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
@@ -60,7 +60,7 @@ class SliceRecorder(RecordingSource):
         return [_slice_name(own, value) for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns the slice names of all ranks, and the number of each sample's slice in these names (-1: no slice)."""
+        """Returns the slice names of all ranks, and the index of each sample's slice in these names (-1: no slice)."""
         mine = json.dumps(list(self._numbers)).encode()
         lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
@@ -79,7 +79,7 @@ def _renumber(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor
 
 
 def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """Joins the results of `SliceRecorder.named` for several splits: all names, and each sample's number in them."""
+    """Joins the results of `SliceRecorder.named` for several splits into all names and each sample's index in these."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
     return names, torch.cat([_renumber(own, group, names) for own, group in parts])
 
@@ -142,7 +142,7 @@ def required_repairs(before: SampleResults, quotas: Mapping[str, Quota]) -> tupl
 
 
 def missed_quotas(before: SampleResults, repaired: Tensor, needed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Returns (repaired targets, `needed` repairs) of each slice with too few repairs. `repaired` is `N` bool."""
+    """Returns the numbers of repaired and of `needed` targets, for slices with too few. `repaired` is `N` bool."""
     got = {name: int((before.targeted & repaired & _in_slice(before, name)).sum()) for name in needed}
     return {name: (got[name], need) for name, need in needed.items() if got[name] < need}
 
@@ -157,7 +157,7 @@ def upweight_slices(before: SampleResults, names: Collection[str], factor: float
 
 
 def normalise_weights(before: SampleResults) -> SampleResults:
-    """Scales the weights of targets to a mean of 1, and those of other failures to 1. Does not change other weights."""
+    """Scales targets' weights to a mean of 1 and sets other failures' weights to 1. Keeps passed samples' weights."""
     targeted = before.targeted
     mean = before.weight[targeted].mean() if targeted.any() else 1.0
     weight = torch.where(targeted, before.weight / mean, torch.where(before.passed, before.weight, 1.0))

@@ -45,10 +45,10 @@ class Gate(ABC):
 
     @final
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
-        """Returns by how much the cost of the broken samples exceeds the limit, or 0 if the gate accepts the cost.
+        """Returns by how much `cost` exceeds the limit, `allowed(counts)`, or 0 if it does not exceed the limit.
 
-        If `cost` is None, the number of broken samples that this gate counts is used. A gate that needs a target then
-        raises a `ConfigurationError`, unless `counts` are `TargetCounts`.
+        `cost` defaults to the number of broken samples in `counts`. If `needs_target` is True, this default only counts
+        samples in the target and raises a `ConfigurationError` unless `counts` are `TargetCounts`.
         """
         if cost is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
@@ -61,7 +61,7 @@ class Gate(ABC):
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
-        """Returns the total weight of the `broken` samples (`N` bool) that the gate counts; inf if one is protected."""
+        """Sums the sample weights of the `broken` samples, `N` bool, that the gate counts: inf if one is protected."""
         return before.cost(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
@@ -75,7 +75,7 @@ class Gate(ABC):
 
     @staticmethod
     def instance() -> Gate:
-        """Allows no broken known sample. The paper's instance level is less strict: it only concerns the target."""
+        """Allows no broken known sample. Instance-level suppression in the paper only concerns the target."""
         return Instance()
 
     @staticmethod
@@ -95,7 +95,7 @@ class Gate(ABC):
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text or raises a `ConfigurationError` about `argument`. A `Gate` is returned unchanged.
+        """Reads a gate from text; returns a `Gate` unchanged. A `ConfigurationError` says that `argument` is wrong.
 
         The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples), or `tolerance:1%` or
         `tolerance:0.01` (1 % of the samples that passed).
@@ -133,7 +133,7 @@ class Instance(Gate):
 class InstanceInTarget(Gate):
     """Allows no broken known sample in the target (`Target.covers`). Other samples may break unless they are protected.
 
-    So the gate accepts a model that repairs one class at the expense of another: check the count `broken`, too.
+    So the gate accepts a model that repairs one class at the expense of another: check how many samples break, too.
     """
 
     needs_target: ClassVar[bool] = True
@@ -163,7 +163,7 @@ class Accuracy(Gate):
 @GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
-    """Allows `limit` known samples to break. An int is a number of samples, a float a fraction of the passed ones."""
+    """Allows `limit` known samples to break: an int is their number, a float their share of the passed samples."""
 
     limit: int | float
 
@@ -231,7 +231,7 @@ def judge(
         before: results of the model before the repair on all known data; the mask `targeted` marks samples to repair.
         after: results of the new weights on the same data, from a forward pass of the deployed module.
         gate: limit on the cost of broken known samples. Protected samples may never break.
-        needed: quotas: for each slice, by its name, the minimum number of its targets to repair.
+        needed: quotas, which map the name of a slice to the minimum number of its targets to repair.
     """
     flips = Flips.between(before, after)
     counts = flips.target_counts(before)
@@ -253,13 +253,13 @@ def judge(
 
 
 def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
-    """Returns `decision`, or a refusal if a protected sample breaks. `before` and `after` are of calibration data."""
+    """Returns `decision`, or a refusal if the results on calibration data show that a protected sample breaks."""
     words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
     return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
 
 
 def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
-    """Returns a sentence on broken protected samples, else on the broken samples' weight if it is not their number."""
+    """Returns a sentence on protected samples that broke, or on a cost that is not the number of broken samples."""
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
         return f" Protected {kind}samples would break: {_by_split(protected)}."

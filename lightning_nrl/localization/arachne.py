@@ -26,12 +26,12 @@ class Arachne:
     """Localises weights with a large gradient and a large forward impact on the failed samples (Arachne, 2019).
 
     The gradient of a weight w_ij is |dL/dw_ij| of the mean loss L. Its forward impact is the mean of |o_i w_ij|, where
-    o_i is the input that the weight is multiplied with. Of the `n_g` weights with the largest gradients, those on the
-    Pareto front of gradient and forward impact are localised (see `pareto_front`). Passed samples are not used.
+    o_i is the input that the weight is multiplied with. Of the `n_g` weights with the largest gradients, the weights
+    on the Pareto front of gradient and forward impact (see `pareto_front`) are localised. Passed samples are not used.
 
     Attributes:
-        n_weights: number of weights to localise. If the front has fewer, it is followed by the front of the remaining
-            weights, and so on. None: only the first front, as published.
+        n_weights: number of weights to localise. If the front has fewer weights, weights on the front of the remaining
+            weights are added, and so on. None: only the first front, as published.
         n_g: number of weights to compare. None: 20 per failed sample, as published, but at least `n_weights`.
         include_bias: True to localise biases too.
     """
@@ -57,10 +57,10 @@ class Arachne:
 class ArachneV2:
     r"""Localises weights with a high impact on failed and a low impact on passed samples (Arachne, TOSEM 2022).
 
-    The result is the Pareto front of two scores, `impact on failed / (1 + impact on passed)`: one for the summed
-    gradient :math:`|\sum dL/dw|`, one for the forward impact (`contribution`). The published method draws as many
-    passed as failed samples, stratified by label. Here all passed samples are used, and the sum of their gradients is
-    scaled to the number of failed samples.
+    The result is the Pareto front of two scores, `impact on failed / (1 + impact on passed)`. The impact is the
+    summed gradient :math:`|\sum dL/dw|` in one score and the forward impact (see `contribution`) in the other.
+    The published method draws as many passed as failed samples, stratified by label. Here all passed samples are used,
+    and the sum of their gradients is scaled to the number of failed samples.
 
     Attributes:
         n_weights: as in `Arachne`.
@@ -85,7 +85,7 @@ class ArachneV2:
 
 
 MAX_OUTPUTS = 32
-"""Number of a sample's largest outputs on which a neuron's influence is measured; each needs a backward pass."""
+"""Number of a sample's largest logits on which a neuron's influence is measured; each needs a backward pass."""
 
 
 def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     The first mean is the weight's share of its neuron's input. The second mean is the neuron's influence on z, the
     `MAX_OUTPUTS` largest logits of a sample. The means are over samples and, in a convolution, over positions. The
     result has one number per weight, in the order of `ParameterSpace.flat`. The arguments are those of `measure`.
-    Raises an `EvaluationError` if no sample is marked, a `ReplayError` if a layer is never called or has no gradient.
+    Raises an `EvaluationError` if no sample is marked, and a `ReplayError` if a layer is not called or has no gradient.
     """
     space = recording.space
     own: dict[str, tuple[LayerRef, int, slice]] = {}

@@ -47,8 +47,8 @@ class History(Protocol):
 class DataLocalizer(Protocol):
     """Creates a localizer that needs more than a recording of the current model: the known data or earlier models.
 
-    If it has the attribute `wants_history` and this is True, `with_history(folder)` is called before `on`, with the
-    folder of a `TrainingHistory` in the same Trainer.
+    If its optional attribute `wants_history` is True, `with_history(folder)` is called with the folder of the
+    `TrainingHistory` in the same Trainer, and must return the `DataLocalizer` whose `on` is then called.
     """
 
     @property
@@ -56,17 +56,17 @@ class DataLocalizer(Protocol):
         """True if biases may be chosen too."""
 
     def on(self, known: KnownData) -> Localizer:
-        """Returns the localizer for these data."""
+        """Returns the localizer for the known data."""
 
 
 def on_data(localizer: Localizer, known: KnownData) -> Localizer:
-    """Returns the localizer of a `DataLocalizer` for the known data. Returns any other localizer unchanged."""
+    """Returns `localizer.on(known)` if `localizer` is a `DataLocalizer`, and otherwise `localizer` itself."""
     return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointHistory:
-    """History of the checkpoints of one training, oldest first. Each is evaluated once on the known data.
+    """History of the checkpoints of one training, oldest first. Each checkpoint is evaluated once on the known data.
 
     A checkpoint is a module, a state dict, or the path of a Lightning checkpoint or of a saved state dict.
     """
@@ -74,7 +74,7 @@ class CheckpointHistory:
     checkpoints: Sequence[nn.Module | State | str | Path]
 
     def points(self, known: KnownData) -> list[HistoryPoint]:
-        """Evaluates each checkpoint. Raises a `ConfigurationError` if one cannot be read or does not fit the model."""
+        """Evaluates each checkpoint. A checkpoint that cannot be read or does not fit raises a `ConfigurationError`."""
         points, argument = [], "NeuRecover.history"
         for checkpoint in self.checkpoints:
             state = fitting(argument, read_state(argument, checkpoint), known.evaluator.model)

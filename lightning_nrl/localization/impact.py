@@ -52,7 +52,7 @@ SAMPLES_PER_PASS = 64
 class Impact:
     """Impacts of each of `W` weights on some samples (paper, section II.1, step i)."""
 
-    backward: Tensor  # W: absolute gradient of the loss by each weight
+    backward: Tensor  # W: absolute gradient of the loss with respect to each weight
     forward: Tensor  # W: mean absolute product of each weight with its inputs
     n_samples: int  # number of samples measured
 
@@ -69,13 +69,13 @@ def measure(
 
     The weight w_ij leads from a layer's input o_i to its output o_j. L is the loss of a sample. The backward impact is
     |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined over samples as `aggregation` says. The forward impact is the mean of
-    |o_i * w_ij| over samples. A convolution uses a weight at many positions: the gradient is summed over them, and the
-    forward impact is their mean, padding included. The forward impact of a bias is its absolute value.
+    |o_i * w_ij| over samples. A convolution uses a weight at many positions: the gradient is summed over them, and
+    |o_i * w_ij| is averaged over them, padding included. The forward impact of a bias is its absolute value.
 
     Args:
         recording: recording of the model on the known data of this rank.
-        evaluator: supplies the task's losses and the ranks, over which impacts are combined.
-        rows_mask: `N` bool, one per row of the results: the samples to measure.
+        evaluator: supplies the task's losses and combines the impacts of all ranks.
+        rows_mask: mask of the samples to measure, `N` bool, with one entry per row of the results.
         aggregation: `mean_gradient` for the absolute mean gradient, `per_sample` for the mean absolute gradient.
         weight: `N`, weights of the samples in the means, above 0 for measured samples; None: equal weights.
 
@@ -85,8 +85,8 @@ def measure(
     Raises:
         ConfigurationError: the aggregation is unknown.
         EvaluationError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called, or its output is detached. If `per_sample` or `weight` is given, also: the
-            first dimension of a layer's input is not the number of samples.
+        ReplayError: a layer is never called, or its output is detached. With `per_sample` or `weight`, also if the size
+            of the first dimension of a layer's input is not the number of samples.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
     space, sites = recording.space, len(recording.space.sites)
@@ -170,7 +170,7 @@ def _calls(
 ) -> tuple[list[list[LayerCall]], Tensor]:
     """Returns the calls of each site, with gradients of `values(logits).sum()`, and a mask of sites that mix samples.
 
-    A site mixes samples if the value of a sample has a gradient at the rows of another. This is tested if `check`.
+    A site mixes samples if the value of one sample has a gradient at the rows of another. With `check` this is tested.
     """
     sites = recording.space.sites
     probe, made = replay_with_probe(recording, chunk, values)
@@ -280,7 +280,7 @@ class ByGradient:
         check_numbers(n_weights=self.n_weights)
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Returns the weights with the largest nonzero gradients. Of equal gradients, the first ones are taken."""
+        """Returns the weights with the largest nonzero gradients. Weights with equal gradients keep their order."""
         gradient = measure(recording, evaluator, failed).backward
         wanted = self.n_weights or default_n_weights(len(gradient))
         top = gradient.argsort(descending=True, stable=True)[:wanted]

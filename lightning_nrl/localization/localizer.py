@@ -21,11 +21,11 @@ class Localization:
 
     `sizes` maps names to numbers of weights: `localized` weights, and all weights of the layers (`total`). Localizers
     such as `NeuRecoverLite` remove the weights that matter for passed samples (`passed`) from the weights that matter
-    for failed samples (`failed`). They also give the sizes of these two sets and of their intersection (`both`).
+    for failed samples (`failed`). These localizers also give the sizes of both sets and of the intersection (`both`).
     """
 
     weights: Tensor  # K int64: ascending positions of the localised weights in the flat vector (`ParameterSpace`)
-    n_g: int  # number of top weights that were compared; for `NeuRecoverLite` the size N_g of each set
+    n_g: int  # number of weights with top impacts that were compared; for `NeuRecoverLite` the size N_g of each set
     requested: int | None  # requested number of weights (#lw); None if no number was requested
     sizes: dict[str, int]
 
@@ -38,7 +38,7 @@ class Replay(Protocol):
         """The layers to repair."""
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """Yields chunks of at most `size` samples. `keep`, `N` bool, marks the rows of the results to include.
+        """Yields chunks of at most `size` samples. `keep`, `N` bool, marks samples (rows of the results) to include.
 
         If `keep` is None, all samples are included. If `size` is None, chunks have no maximum size.
         """
@@ -53,20 +53,20 @@ class Replay(Protocol):
 
 @runtime_checkable
 class Localizer(Protocol):
-    """Interface of localizers, which choose the weights to search. Write your own as a frozen dataclass like this."""
+    """Interface of localizers, which choose the weights to search. Write a new localizer as a frozen dataclass."""
 
     @property
     def include_bias(self) -> bool:
-        """True if biases may be chosen too. `recording.space` then contains them."""
+        """True if biases may be chosen too. `recording.space` then contains the biases."""
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Chooses the weights to search, the same on every rank.
 
         Args:
             recording: recording of the model on the known data of this rank.
-            evaluator: supplies the task and the ranks.
-            failed: `N` bool, one per row of the results: the samples to repair (I_neg).
-            passed: `N` bool, one per row of the results: the samples to keep (I_pos).
+            evaluator: supplies the task and the communication between ranks.
+            failed: mask of the samples to repair (I_neg), `N` bool, with one entry per row of the results.
+            passed: mask of the samples to keep (I_pos), `N` bool, with one entry per row of the results.
 
         Raises:
             EmptyLocalizationError: no weight qualifies.
@@ -90,7 +90,7 @@ def make_localization(weights: Tensor, n_g: int, requested: int | None, total: i
 
 
 def check_numbers(**numbers: int | None) -> None:
-    """Raises a `ConfigurationError` unless each number is None or a whole number from 1."""
+    """Raises a `ConfigurationError` unless each number is None or a whole number of at least 1."""
     for name, number in numbers.items():
         if number is not None:
             check_whole(name, number, 1)
@@ -128,7 +128,7 @@ class RandomWeights:
     """Draws weights uniformly at random, independently of the data.
 
     Attributes:
-        n_weights: number of weights to draw; None: `default_n_weights`. All are drawn if the layers have fewer.
+        n_weights: number of weights to draw; None: `default_n_weights`. If the layers have fewer, all are drawn.
         seed: seed of the draw, from 0 to 2^32 - 1. The repair's seed has no effect.
         include_bias: True to draw biases too.
     """

@@ -31,9 +31,9 @@ class NeuRecover:
 
     The regressions (deg) are targets (I_neg) that used to be right. The improvements (imp) are passed samples (I_pos)
     that used to be wrong. In each layer the weights `(F_deg & G_deg & D) - (F_imp & G_imp)` are localised. F_deg has
-    the weights with the largest forward impact on the regressions, G_deg those with the largest gradient, and D those
-    that the training changed most. F_imp and G_imp are the same sets for the improvements. In a layer of n weights,
-    each set has `round(n * s * rate)` weights. Here s is the suspiciousness of the layer:
+    the weights with the largest forward impact on the regressions, G_deg has the weights with the largest gradient, and
+    D has the weights that the training changed most. F_imp and G_imp are like F_deg and G_deg for the improvements. In
+    a layer of n weights, each set has `round(n * s * rate)` weights. Here s is the suspiciousness of the layer:
 
     .. math:: s = \frac{\bar f_{deg}}{\bar f_{deg} + \bar f_{imp}} \cdot \overline{|\Delta w|}
 
@@ -70,7 +70,7 @@ class NeuRecover:
 
     @property
     def wants_history(self) -> bool:
-        """True if `with_history` must be called with the folder of a `TrainingHistory`, as `history` is None."""
+        """True if `with_history` must be called with the folder of a `TrainingHistory`, because `history` is None."""
         return self.history is None
 
     def with_history(self, folder: str) -> NeuRecover:
@@ -79,7 +79,7 @@ class NeuRecover:
     def on(self, known: KnownData) -> HistoryLocalizer:
         """Reads the history, evaluates checkpoints on the known data, and returns the localizer for these data.
 
-        Raises a `ConfigurationError` if there is no history, or no point with other weights than the current model.
+        Raises a `ConfigurationError` if there is no history, or if no point has other weights than the current model.
         """
         history = _history_of(self.history)
         if history is None:
@@ -109,7 +109,7 @@ class NeuRecover:
 
 @dataclass(frozen=True)
 class TrainingFlips:
-    """Flips of samples and changes of weights during a training. A step counts `decay` times as much as the next."""
+    """Flips of samples and changes of weights in a training. A step counts `decay` times as much as the next step."""
 
     regressed: Tensor  # N: weighted number of flips from right to wrong
     improved: Tensor  # N: weighted number of flips from wrong to right
@@ -164,7 +164,7 @@ def localize_by_history(
     n_weights: int | None = None,
     rate: float | None = None,
 ) -> Localization:
-    """Localises weights by the sets that `NeuRecover` describes. Raises an `EmptyLocalizationError` if none is left.
+    """Localises weights by the sets of `NeuRecover`. Raises an `EmptyLocalizationError` if no weight is left.
 
     Args:
         space: the layers to repair.

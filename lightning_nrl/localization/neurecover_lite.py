@@ -1,8 +1,8 @@
 """NeuRecoverLite's localisation: weights with a high impact on failed but not on passed data (paper, section II.1).
 
-With increasing N_g (see `localize`) a weight enters `B_failed & F_failed` once N_g reaches the worse of its two ranks,
-and is localised from then on, until it enters `B_passed & F_passed` in the same way. So the number of localised weights
-may rise and fall with N_g, and is computed for all N_g at once.
+With increasing N_g (see `localize`) a weight enters `B_failed & F_failed` once N_g reaches the worse of its ranks by
+backward and by forward impact. From then on the weight is localised, until it enters `B_passed & F_passed` likewise.
+So the number of localised weights may rise and fall with N_g, and is computed for all N_g at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NeuRecoverLite:
 
     Attributes:
         n_weights: number of weights to localise (#lw), or the nearest reachable number; by default `default_n_weights`.
-        n_g: number of weights in each of the four sets (N_g); replaces `n_weights`.
+        n_g: number of weights (N_g) in each of the four sets of `localize`; replaces `n_weights`.
         aggregation: definition of the backward impact. `mean_gradient` is the absolute value of the samples' mean
             gradient, `per_sample` is the mean of the absolute values of their gradients.
         include_bias: True to localise biases too.
@@ -51,9 +51,9 @@ class NeuRecoverLite:
 def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None) -> Localization:
     """Computes `(B_failed & F_failed) - (B_passed & F_passed)` (paper, section II.1, step ii).
 
-    B_failed has the N_g weights with the largest backward impact on the failed samples, F_failed the N_g weights with
-    the largest forward impact. B_passed and F_passed are the same sets for the passed samples. Of weights with equal
-    impacts, the first ones are taken. If `n_g` is None, the N_g is used for which the number of localised weights is
+    B_failed has the N_g weights with the largest backward impact on the failed samples, F_failed has the N_g weights
+    with the largest forward impact. B_passed and F_passed are the same sets for the passed samples. Of weights with
+    equal impacts, the first are taken. If `n_g` is None, the N_g is used for which the number of localised weights is
     nearest to `n_weights`. On a tie the smallest N_g is used.
 
     Args:

@@ -1,4 +1,4 @@
-"""The record of a training on disk: results of each sample and weights of layers at some steps, the points.
+"""The record of a training on disk: results of each sample and weights of layers at some steps, called points.
 
 The folder has one file per point, named by step (`point-00000120.pt`), and the samples of each split (`samples.pt`).
 All files load with `weights_only=True`.
@@ -66,7 +66,7 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRecord:
-        """Reads a folder. Raises a `ConfigurationError` if it has no record or a damaged one."""
+        """Reads a folder. Raises a `ConfigurationError` if the folder has no record or a damaged record."""
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
             raise ConfigurationError(f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT)
@@ -83,7 +83,7 @@ class TrainingRecord:
             raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
 
     def history(self, known: KnownData) -> list[HistoryPoint]:
-        """Converts the points for `NeuRecover`. A known sample that was not recorded has the result -1, unknown.
+        """Converts the record to history points. A known sample that was not recorded has the result -1, unknown.
 
         Raises a `ConfigurationError` if the weights of a layer to repair were not recorded, or if targets (I_neg) exist
         but none of their splits was recorded.

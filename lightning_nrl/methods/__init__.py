@@ -1,7 +1,7 @@
 """Repair methods, one per file.
 
-In: a `Problem`. Out: a `Solution`. `solve` runs a method, or a searcher as a `LocalSearch`. To add a method, write a
-frozen dataclass whose `__call__` takes a problem and returns a solution, and register it below.
+In: a `Problem`. Out: a `Solution`. `solve` runs a method; it wraps a searcher in a `LocalSearch`. To add a method,
+write a frozen dataclass whose `__call__` takes a problem and returns a solution, and register it below.
 """
 
 from typing import Any

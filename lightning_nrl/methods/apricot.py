@@ -22,7 +22,7 @@ from lightning_nrl.report.run_records import Step
 
 Strategy = Literal["both", "right", "wrong"]  # `both` and its two parts; 1 to 3 in the paper
 
-LONGEST_STEP = 0.2  # maximum sum of a round's factors; else many failures would add up
+LONGEST_STEP = 0.2  # maximum sum of a round's factors; otherwise a round would move far if many samples fail
 NO_CHECKPOINTS_HINT = (
     "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
     "`ModelCheckpoint(monitor=..., save_top_k=5)`."
@@ -31,26 +31,26 @@ NO_CHECKPOINTS_HINT = (
 
 @dataclass(frozen=True, eq=False)
 class Apricot:
-    r"""Moves weights toward saved checkpoints that get targets right, away from others, then continues training.
+    r"""Moves weights toward checkpoints that get targets right and away from wrong checkpoints, then trains further.
 
-    A round moves the weights by a sum over the targets x that still fail. w_x is the weight of x, C(x) are the
-    checkpoints that get x right, I(x) the checkpoints that get x wrong. A bar is the mean over the checkpoints m:
+    A round moves the weights by a sum over the targets x that still fail. w_x is the sample weight of x, C(x) are the
+    checkpoints that get x right, I(x) the checkpoints that get x wrong. A bar is a mean over checkpoints m:
 
     .. math:: \theta \leftarrow \theta + r \sum_x w_x (\overline{\theta_m - \theta}_{m \in C(x)}
         - \overline{\theta_m - \theta}_{m \in I(x)})
 
-    Each round evaluates all known samples. Training then continues from the round with the most repaired targets minus
-    broken samples. Of all weights that were evaluated, the best within the gate are proposed.
+    Each round evaluates all known samples. Training then continues from the weights with the most repaired targets
+    minus broken samples. Of all weights that were evaluated, the best within the gate are proposed.
 
     Attributes:
-        checkpoints: a folder of `*.ckpt` files, or a list. Its items are modules, state dicts, or paths of Lightning
-            checkpoints or saved state dicts, all of the model's architecture. None means the checkpoints that the
-            Trainer's `ModelCheckpoint` callbacks kept (`save_top_k`).
-        strategy: `right` moves toward checkpoints that are right, `wrong` away from wrong ones, `both` does both.
+        checkpoints: a folder of `*.ckpt` files, or a list of modules, state dicts, or paths of Lightning checkpoints or
+            saved state dicts, all of the model's architecture. None means the checkpoints that the Trainer's
+            `ModelCheckpoint` callbacks kept (`save_top_k`).
+        strategy: `right` only moves toward checkpoints in C(x), `wrong` only moves away from I(x), `both` does both.
         rate: the step size r per sample, above 0. If steps of a round add up to more than 0.2, they are scaled to 0.2.
         rounds: maximum number of rounds, from 1. Each round is one pass over the known data.
-        patience: the rounds stop after this many in a row without a better result, from 1.
-        epochs: epochs of continued training, from 0; none if the training is unknown or only some layers may change.
+        patience: maximum number of rounds in a row without a better result, from 1.
+        epochs: epochs of continued training, from 0. Ignored if the training is unknown or only some layers may change.
         polish: True to polish the last weights if they break more than the gate allows. This is not in the paper.
 
     Raises:
@@ -89,7 +89,7 @@ class Apricot:
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Moves and trains; raises a `ConfigurationError` if checkpoints are missing or do not fit the model."""
+        """Finds new weights; raises a `ConfigurationError` if checkpoints are missing or do not fit the model."""
         clock, deadline = problem.clock, problem.deadline_of_method()
         began = time.perf_counter()
         with clock.stage("checkpoints"):

@@ -36,22 +36,23 @@ class Auto:
     Each repair is called a rung. All rungs aim to break no known passed sample.
 
     - `search` always runs. It localises the weights of the chosen layer that matter for the failures. A swarm then
-      searches new values for these weights, starting from the original ones.
+      searches new values for these weights, starting from the original values.
     - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer with `Convex`, then
-      searches from the result. If only one layer may change and `Convex` does not suit it, `Linearized` repairs it.
+      searches from the result. If only one layer may change and `Convex` does not suit it, `Linearized` is used.
     - `training` runs if more than one layer may change. It continues the training, then polishes (`FineTunePolish`).
-    - `polish` replaces `exact` and `training` in an update, where a new model replaces an old one. It takes small steps
-      from the new model until all that the old one got right is right again (`Polish`), then searches from there.
+    - `polish` replaces `exact` and `training` in an update, where a new model replaces an old one. Small steps from the
+      new model restore all samples that the old model got right (`Polish`). A search then starts from the result.
 
     If the task has no margins, only a `LocalSearch` runs. A rung can be taken if it repairs a target and the gate
-    allows what it breaks. Its net rate is (repaired - broken) / passed on held-out samples, or 0 without these counts.
+    allows what it breaks. Its net rate is (repaired - broken) / passed on held-out samples, or 0 if none are held out.
 
     1. Of the rungs that can be taken, those stay that lack the fewest repairs to meet the quotas of slices.
-    2. Rungs with a net rate below 0 are dropped, unless all are below 0.
-    3. Of rungs whose repaired targets weigh the same, the one with the highest net rate stays, or the smaller on a tie.
+    2. Rungs with a net rate below 0 are dropped, unless all net rates are below 0.
+    3. Of rungs that repair equally much (by sample weight), only the rung with the highest net rate stays. If several
+       of them have this net rate, the smallest of these stays.
     4. The smallest rung left is compared with each larger rung in turn, and the better of the two is kept. A larger
-       rung that repairs more (by weight) is better unless its net rate is significantly lower: by more than two
-       standard errors. One that repairs less, but at least half, is better if its net rate is significantly higher.
+       rung that repairs more is better unless its net rate is significantly lower (by over two standard errors). A
+       larger rung that repairs less, but at least half as much, is better if its net rate is significantly higher.
 
     Attributes:
         swarm: the searcher of the rungs that search. It may be a swarm or any other searcher.
@@ -93,7 +94,7 @@ class Auto:
 
 @dataclass(frozen=True)
 class RungResult:
-    """The result of one rung. `seconds` includes the second run that estimates the held-out counts."""
+    """The result of one rung. `seconds` includes a second run of the rung, which gives the held-out counts."""
 
     name: str
     solution: Solution
@@ -139,7 +140,7 @@ class _Ladder:
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def run(self) -> list[RungResult]:
-        """Runs all rungs. If time is left, rungs that `max_time` cut run again. The better of two results counts."""
+        """Runs all rungs. If time is left, rungs that `max_time` cut run again, and the better result counts."""
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -200,7 +201,7 @@ class _Ladder:
         return fine_tune_and_polish(self.problem, self.held_out)
 
     def _polish(self) -> Solution:
-        """Polishes the new model, then searches. Holds nothing out, since few samples resemble its regressions."""
+        """Polishes the new model, then searches from the result. No samples are held out."""
         solution = Polish(share=budget.UPDATE_TIME_SHARE)(self.problem)
         if solution.proposal is None:
             return solution
@@ -213,11 +214,11 @@ class _Ladder:
         return replace(solution, proposal=solution.proposal or base)
 
     def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
-        """If a solution has no held-out counts, solves again without the held-out samples and counts them."""
+        """If a solution has no held-out counts, solves again without the held-out samples and counts their flips."""
         if self.held_out is None or solution.held_out is not None or solution.proposal is None:
             return solution
         trial = solve(self.problem.without(self.held_out))
-        # A trial that has no time returns the original weights and a reason. They would be no estimate.
+        # A trial that has no time returns the original weights and a reason. Counts of these would be no estimate.
         if trial.proposal is None or trial.reason:
             return solution
         return replace(solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out))
@@ -227,7 +228,7 @@ class _Ladder:
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """Chooses a rung by the rules of `Auto`. Returns its index, or None if none can be taken, and the reason."""
+    """Chooses a rung by the rules of `Auto`. Returns its index, or None if no rung can be taken, and the reason."""
     usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
         given = (result.solution.reason for result in results if result.solution.reason)
@@ -267,7 +268,7 @@ def _repairs(result: RungResult) -> str:
     return f"{text}; of the held-out samples it repairs {repaired} failed and breaks {broken} passed ones"
 
 
-Counted = tuple[TargetCounts, TargetCounts | None]  # of all known samples, and of the held-out samples or None
+Counted = tuple[TargetCounts, TargetCounts | None]  # counts of all known samples, and of the held-out samples or None
 
 
 def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
@@ -279,7 +280,7 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """For each share in `PRICE_LEVELS` that may break, returns the counts with the most repairs, if there are any."""
+    """Returns, for each share in `PRICE_LEVELS`, the counts with most repairs in which at most this share breaks."""
     counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]
@@ -307,7 +308,7 @@ def _solved(problem: Problem, method: Method) -> Solution:
 def _safely(
     problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
 ) -> Solution:
-    """Runs a search or method; if it cannot search or runs out of memory, returns a solution with only the reason."""
+    """Runs a search or method; if it finds no weights or lacks memory, returns a solution with only a reason."""
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:

@@ -31,7 +31,7 @@ TIME_SHARE_OF_PARTS = 0.7  # to repair the parts; the search of the coefficients
 # Searches and the exact solution in the default
 SEARCH_TIME_SHARE = 0.1
 HURRIED_SEARCH_TIME_SHARE = 0.5  # if there is time for fewer than `FEW_EPOCHS` of training
-FEW_EPOCHS = 8  # a tenth of a shorter training is too short for a search
+FEW_EPOCHS = 8  # of a training with fewer epochs, a tenth of the time is too short for a search
 EXACT_TIME_SHARE = 0.8  # of the time that the first search leaves
 MAX_PAIRS = 1_500  # `Convex.max_pairs` in the default
 
@@ -55,10 +55,10 @@ PACE_STEPS = 4  # steps of `distill` that are timed, after a first step that is 
 POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits
 STALLED_POLISH_SHARE = 1 / 3  # of the training's visits; a polish stops after so many without fewer violated samples
 RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back
-MAX_STALLED_ROUNDS = 20  # since a start, a result or a new low of violated samples
+MAX_STALLED_ROUNDS = 20  # without a result or a new low of violated samples
 MAX_ROUNDS = 100  # in total, even while fewer and fewer samples are violated
 MAX_RETREATS = 4
-FIRST_ENFORCING_ROUNDS = 4  # with `max_time`, targets that still fail are then suspended; next time after twice as many
+FIRST_ENFORCING_ROUNDS = 4  # with `max_time`, wrong targets are then not pushed; next time after twice as many
 ENFORCING_TIME_FRACTION = 0.4  # the same limit as a share of the time left
 
 # Convex and linearized
@@ -70,7 +70,7 @@ MAX_LINEARIZATIONS = 10  # 3 to 6 usually suffice
 # After the method
 CURVE_SHARE = 0.1  # of the training's visits, for the curve over strength
 FULL_CURVE_SAMPLES = 4096  # up to this many known samples, all points are counted
-MAX_POLISHES = 3  # of strengths under a limit; a polish may break calibration samples
+MAX_POLISHES = 3  # of changes scaled by different strengths; a polish may break calibration samples
 MAX_POLISHED_SIZES = 4  # of a sparse patch; each is half or twice the size before
 
 # Estimates of a diagnosis

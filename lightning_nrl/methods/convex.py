@@ -41,14 +41,14 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 class Convex:
     """Repairs the last Linear layer by the smallest change of the logits that breaks no known passed sample.
 
-    Here the strength is the price of the margin that a target lacks: a higher one repairs more and changes more. Ten
-    strengths are tried, from low to high. Cross-validation takes the one with most held-out repairs minus regressions.
+    Here the strength is the price of the margin that a target lacks: a higher price repairs more and changes more. Ten
+    strengths are tried, from low to high. The strength with most repairs minus regressions in cross-validation wins.
 
     Attributes:
         patience: stops after this many strengths in a row without a better held-out result. None means no limit.
         seconds: time limit in seconds.
-        max_pairs: stops after a strength with more constraints than this. A constraint is about one sample and one
-            wrong class. None means no limit.
+        max_pairs: stops after a strength that needs more than this number of constraints. A constraint is about one
+            sample and one wrong class. None means no limit.
 
     Raises:
         ConfigurationError: on construction, for a `patience` or `max_pairs` below 1; when called, for several layers, a
@@ -72,7 +72,7 @@ class Convex:
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Solves at each strength and takes the one that does best on held-out samples."""
+        """Solves at each strength and takes the strength that does best on held-out samples."""
         began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
         check_needs(Convex.needs, before, problem.evaluator.task)
@@ -150,11 +150,11 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
     """Yields for each strength the change, `C x d`, and which samples are right in the cross-validation, `N` bool.
 
     The samples of a fold are predicted with the change that was fitted without them. If time runs out at the first
-    strength, folds without a change are predicted with the original layer. A later one is left out instead.
+    strength, folds without a change are predicted with the original layer. A later strength is left out instead.
     """
 
     def is_over() -> bool:
-        return end.seconds_left <= 0  # of this rank, which solves for all
+        return end.seconds_left <= 0  # of this rank, which solves for all ranks
 
     fold = _folds(problem)
     kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
@@ -190,7 +190,7 @@ def _worth(problem: Problem, right: Tensor) -> float:
 
 
 def _folds(problem: Problem) -> Tensor:
-    """Draws a fold for each sample from data sets with failures to repair, `N` int64; all others get -1."""
+    """Draws a fold, `N` int64, for each sample from data sets with failures to repair. Other samples get -1."""
     before = problem.before
     fold, here = torch.full_like(before.label, -1), problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
@@ -201,7 +201,7 @@ def _folds(problem: Problem) -> Tensor:
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
-    """Finds the largest part of a change that breaks nothing as deployed; gives no proposal if it repairs nothing."""
+    """Finds the largest part of a change with which the deployed model breaks nothing. None if it repairs nothing."""
     for number, share in enumerate(DEPLOYED_FRACTIONS):
         if number and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
             break
@@ -231,7 +231,7 @@ def _bias_name(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class _KnownHead:
-    """The layer on the known samples: `head` on passed and targeted ones (`rows`, `N` bool), `rest` on all others."""
+    """The layer's values: `head` has passed and targeted samples (`rows`, `N` bool), `rest` all other known samples."""
 
     rows: Tensor
     head: ConvexHead

@@ -26,15 +26,15 @@ from lightning_nrl.report.run_records import Step
 
 OWN_RATE = 1e-3  # of AdamW with the user's `training_step`, tried if the user's optimizers repair too little
 HEALTHY_REPAIRS = 1 / 5  # of the targets; a training that repairs fewer halfway may be stopped
-# In the second half, the passed samples with the lowest losses are visited half as often.
+# In the second half of a training, the passed samples with the lowest losses are visited half as often.
 EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
-# Failures outside the target may have wrong labels and are then visited less, unless held-out samples gain clearly.
+# Failures outside the target may have wrong labels. This half visits these less, unless held-out samples gain clearly.
 DOUBTED_VISITS = 1 / 5
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """How a training steps: by `distill` if `distilled`, by AdamW if `rate` is given, else by the user's optimizers."""
+    """A way to make training steps: `distill` if `distilled`, AdamW if `rate` is given, else the user's optimizers."""
 
     name: str
     rate: float | None = None
@@ -68,13 +68,13 @@ class FineTunePolish:
     """Continues training on the failures, then polishes until no known passed sample is broken.
 
     If the whole network may change and its training is known, this training continues from the original weights, with
-    the known failures added to its data. That repairs more, and breaks less on unseen data, than training from scratch.
-    Otherwise, or if that repairs too little, AdamW trains the layer, block or network on the task's loss and holds
-    passed samples to the original model's outputs (`_solvers/distill.py`). Halfway, all losses are measured, and easy
-    samples are visited less often from then on. A polish (`_solvers/polish.py`) restores known samples that broke.
+    the known failures added to its data. If it repairs too little by halfway, AdamW replaces the module's optimizers.
+    If that repairs too little, or only some layers may change, AdamW trains what may change on the task's loss and
+    holds passed samples to the original model's outputs (`_solvers/distill.py`). In the second half of a training,
+    passed samples with low losses are visited less. A polish (`_solvers/polish.py`) restores known samples that broke.
 
     Attributes:
-        share: share of the time left that training and polish may use together.
+        share: share of the time left that the training and the polish may use together.
 
     Raises:
         ConfigurationError: on construction, unless the share is above 0 and at most 1.
@@ -97,9 +97,9 @@ class FineTunePolish:
 def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
     """Trains and polishes in at most `share` of the time left.
 
-    The first half of the training does not use the samples in `held_out`, `N` bool. If it breaks more of them than it
-    repairs, the second half does not use them either. `Solution.held_out` has their counts under the last weights that
-    were trained without them.
+    The first half of the training does not use the samples in `held_out`, `N` bool. If it breaks more of these samples
+    than it repairs, the second half does not use them either. `Solution.held_out` counts the flips of these samples
+    under the last weights that were trained without them.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
@@ -119,7 +119,7 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
-    """Estimates the seconds to start a training, run its epochs, evaluate it halfway and end a polish."""
+    """Estimates the seconds to start a training, run its `epochs`, evaluate it halfway and end a polish."""
     passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
@@ -127,7 +127,7 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 def _fine_tuned(
     problem: Problem, held_out: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Tries each kind of steps until one does well halfway; the last kind always trains to the end.
+    """Tries each kind of steps until one kind does well halfway; the last kind always trains to the end.
 
     Returns the weights, and a step of the report per training. If time runs out before a training ends, the weights are
     those with the most repairs halfway, or None if no training came that far.
@@ -184,7 +184,7 @@ def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadl
 class Halfway:
     """Checks the weights halfway through a training, which calls it as `renew` (see `Training`).
 
-    A call returns new sampling weights, `N`. If results are poor, it returns None to stop, unless `is_last` is True.
+    A call returns new sampling weights, `N`. It returns None, to stop, if results are poor and `is_last` is False.
     """
 
     def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
@@ -214,7 +214,7 @@ class Halfway:
         return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
 
     def _does_well(self) -> bool:
-        """True if many targets are repaired, or held-out repairs exceed regressions by more than a standard error."""
+        """True if many targets are repaired, or held-out repairs minus regressions exceed a standard error."""
         assert self.proposal is not None
         n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
         gains = self.held_out is not None and _standard_errors(self.held_out) > 1
@@ -222,10 +222,10 @@ class Halfway:
 
 
 def sample_weight(before: SampleResults) -> Tensor:
-    """Returns sampling weights, `N` float64. A target gets its weight, at most `MAX_SAMPLE_WEIGHT`; all others 1."""
+    """Returns sampling weights, `N` float64. A target gets its sample weight, at most 10; other samples get 1."""
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 
 def _standard_errors(counts: TargetCounts) -> float:
-    """Returns repairs minus regressions in standard errors, if both are Poisson counts."""
+    """Returns repairs minus regressions in units of the standard error, if both are Poisson counts."""
     return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.repaired + counts.broken))

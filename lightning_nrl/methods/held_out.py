@@ -1,6 +1,6 @@
 """Estimates of what a method does to unseen samples; `Auto` chooses its rung by them.
 
-At most half of the samples from splits with failures to repair are held out. Usually the model did not train on these.
+Of splits with failures to repair, at most half of the samples are held out. Usually these are not training splits.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.methods.problem import Problem
 
-HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed ones
-# Share of all known passed samples. Where this limit applies, fewer samples of the other kinds are held out too;
+HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed samples
+# Maximum share of all known passed samples. Where it applies, fewer samples of the other kinds are held out too;
 # otherwise repairs would count more than regressions.
 MAX_HELD_OUT_PASSED = 1 / 5
-MIN_HELD_OUT_FAILURES = 2  # targets; with fewer there is no estimate
+MIN_HELD_OUT_FAILURES = 2  # targets; with fewer held-out targets there is no estimate
 MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; training uses the others from the start
 MAX_STANDARD_ERRORS = 2.0  # smaller differences of net rates may be chance
 FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a smaller one repairs
@@ -28,7 +28,7 @@ def held_out_rows(problem: Problem) -> Tensor | None:
     before = problem.before
     came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
-    # Protected samples always stay in.
+    # Protected samples are never held out.
     kinds = (before.targeted, ~before.passed & ~before.targeted, before.passed & ~before.protected)
     most = min(
         MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, int((came & kinds[-1]).sum())),
@@ -43,12 +43,12 @@ def held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
-    """Counts the flips of the held-out samples `rows`, `N` bool. `before` must be results with no sample held out."""
+    """Counts the flips of the held-out samples `rows`, `N` bool. In `before`, no sample may be held out."""
     return Flips.between(before, after).target_counts(before, rows)
 
 
 def net_rate(counts: TargetCounts | None) -> float:
-    """Returns (repaired - broken) / passed of the held-out samples; 0 if there are no counts."""
+    """Returns (repaired - broken) / passed of the held-out samples, or 0 if `counts` is None."""
     return 0.0 if counts is None else (counts.repaired - counts.broken) / max(1, counts.passed)
 
 
@@ -56,8 +56,8 @@ def is_ahead(value: float, counts: TargetCounts | None, other_value: float, othe
     """True if a rung (`value`, `counts`) is better than a smaller rung (`other_value`, `other`).
 
     A rung that repairs more (by `value`) is better unless its net rate is significantly lower. A rung that repairs
-    less, but at least `FEWEST_REPAIRS_SHARE` as much, is better if its net rate is significantly higher. A difference
-    is significant if it exceeds `MAX_STANDARD_ERRORS` standard errors.
+    less, but at least `FEWEST_REPAIRS_SHARE` times as much, is better if its net rate is significantly higher. A
+    difference is significant if it exceeds `MAX_STANDARD_ERRORS` standard errors.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))

@@ -1,15 +1,15 @@
-"""Repairs any layers by linearised margins: linearises, solves, evaluates, steps, linearises again; never trains.
+"""Repairs any layers by linearised margins. It linearises, solves, evaluates and steps in turn, and never trains.
 
 To first order, a sample's margin is linear in the weights of any layer. A round takes the gradients of some margins at
 the present weights and solves for the step x,
 
-    min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed).
+    min over x    1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed samples).
 
 Coordinates are scaled so that |x| measures how far the step moves the layers' outputs on passed data. `missing` sums
-how far margins stay below the required ones. The deployed model evaluates each step on all known data. If a step breaks
-something, the round solves again, with margins corrected by the error of their prediction (second-order correction, as
-in sequential quadratic programming). A step that breaks nothing and repairs more is kept. Samples that came near the
-boundary join the next round.
+how far margins stay below the required margins. The deployed model evaluates each step on all known data. If a step
+breaks something, the round solves again, with margins corrected by the error of their prediction (second-order
+correction, as in sequential quadratic programming). A step that breaks nothing and repairs more is kept. Samples that
+came near the boundary join the next round.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lightning_nrl.report.run_records import CUT, Step
 # passed data. Both are larger than in `Convex`, since gradients only approximate margins.
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 MAX_STALLED_LINEARIZATIONS = 2  # rounds in a row without a better proposal
-MAX_ROWS = 1000  # samples of one programme, at most half of them targets; its time grows with their square
+MAX_ROWS = 1000  # samples of one programme, at most half of them targets; time grows with the square of this
 MAX_PROGRAMME_ENTRIES = 2**27  # samples x weights, half a GiB in float32; in larger layers only some weights change
 CORRECTIONS = 2  # further solutions of a round, corrected by the error of the prediction
 STEP_FRACTIONS = (0.5, 0.25)  # of the step, tried if the whole step breaks something
@@ -47,7 +47,7 @@ REGRESSION_COST = 3  # weighs broken samples against repairs if all steps of a r
 # Price of a passed sample's missing margin, relative to a target's. It is finite, so that there is a solution even if
 # samples are broken or gradients contradict each other.
 PASSED_PRICE_FACTOR = 1e3
-RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # if the whole step broke nothing; if all steps broke something
+RADIUS_GROWTH, RADIUS_SHRINKAGE = 2.0, 0.25  # used if the whole step broke nothing, or if all steps broke something
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Linearized:
 
     Each step is computed from the gradients of the margins of targets and of passed samples near the boundary. By these
     gradients, the step gives targets a fixed margin if possible. Passed samples keep half of their margin, or the fixed
-    one if it is less. Of all such steps, the smallest is taken: it changes the layers' outputs on passed data least, in
-    the mean square. A step that breaks a known sample is corrected or shortened.
+    margin if that is less. Of all such steps, the smallest is taken: it changes the layers' outputs on passed data
+    least, in the mean square. A step that breaks a known sample is corrected or shortened.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
@@ -91,7 +91,7 @@ Try = tuple[Proposal, Tensor]  # a proposal and its change of the original weigh
 
 
 class _TrustRegionSteps:
-    """Steps from the original weights. Proposals in `found` break nothing; each is better than the one before."""
+    """Steps from the original weights. Proposals in `found` break nothing; each is better than the proposal before."""
 
     def __init__(self, problem: Problem, whitening: Whitening) -> None:
         before = problem.before
@@ -99,7 +99,7 @@ class _TrustRegionSteps:
         unit = before.margin_unit
         keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
-        # Margins that an accepted step must keep. They are below the required ones, which rounding may just miss.
+        # Margins that an accepted step must keep: less than the required margins, which a step may miss by rounding.
         rounding = coarse_rounding(problem.evaluator.precision, before)
         self.least = (keep / 2).clamp(max=max(SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN), rounding))
         self.after, self.closest = before, before.margin
@@ -147,7 +147,7 @@ class _TrustRegionSteps:
         return True
 
     def _linearized(self) -> tuple[_LinearizedMargins, Tensor]:
-        """Linearises at the present weights; also returns how they differ from the original ones, `K` coordinates."""
+        """Linearises at the present weights; also returns their change from the original weights, `K` coordinates."""
         before = self.problem.before
         change = torch.zeros(self.whitening.size) if self.change is None else self.change
         state = self.whitening.state(change.to(self.problem.space.device))
@@ -224,13 +224,13 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """Price of missing margin that repairs the median target if it is alone; 0 if no step can help a target."""
+        """Price of missing margin at which the median target alone is repaired; 0 if no step can help a target."""
         length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
         some = self.targeted & (missing > 0) & (length > 0)
         return float((missing[some] / length[some]).median()) if some.any() else 0.0
 
     def step(self, price: float, error: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns a step, `K`, and its multipliers, `m`. `error`, `m`, is added to margins that gradients predict."""
+        """Returns a step, `K`, and its multipliers, `m`. `error`, `m`, is added to the predicted margins."""
         missing = self.required - self.margin if error is None else self.required - self.margin - error
         own = price if self.weight is None else price * self.weight
         limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)

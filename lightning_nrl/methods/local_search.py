@@ -32,18 +32,18 @@ from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 from lightning_nrl.search.loop import TIME_WAS_OVER
 
 Elites = Callable[[Tensor, int], Tensor]
-"""Takes positions of weights, `K` int64, and a limit; returns known good values of them, `M x K`, M up to the limit."""
+"""Takes positions of K weights, int64, and a number; returns at most that many known good values for them, `M x K`."""
 
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """What to localise and search for; each tensor has one value per known sample (`N`)."""
+    """The goal of a localisation and search; each tensor has one value per known sample (`N`)."""
 
     failed: Tensor  # N bool, samples for which the localised weights should matter
     passed: Tensor  # N bool, samples for which the localised weights should not matter
     constrained: Tensor  # N bool, samples that new weights should not break (I_pos)
     fitness: FitnessFunction
-    reserve: Tensor | None  # N, margins that samples need to count as passing; None if any margin will do
+    reserve: Tensor | None  # N, margins that samples need to count as passing; None: no minimum
     deadline: Deadline
     scored: Tensor | None = None  # N bool, samples that new weights should get right (I_neg); None means the targets
 
@@ -71,16 +71,16 @@ class LocalSearchResult:
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """Localises weights, then searches new values by their scores on I_neg and I_pos (paper, section II).
+    """Localises weights, then searches new values by scores on targets and passed samples (paper, section II).
 
     Attributes:
         searcher: the search algorithm, by name or as an object.
         seconds: time limit of the search in seconds.
         localizer: chooses the weights to search, by name or as an object. None means `SearchOptions.localizer`.
-        fitness: ranks the new values, by name or as an object. None means `SearchOptions.fitness`.
+        fitness: compares the new values, by name or as an object. None means `SearchOptions.fitness`.
 
     Raises:
-        ConfigurationError: on construction, for an unknown name or an unsuitable part.
+        ConfigurationError: on construction, for an unknown name or an unsuitable object.
 
     Example:
         >>> LocalSearch("differential-evolution", localizer="arachne-v2", fitness="arachne-de").fitness
@@ -125,7 +125,7 @@ class LocalSearch:
 def localize_and_search(
     problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
-    """Localises weights, then searches new values; raises an `EmptyLocalizationError` if none are localised."""
+    """Localises weights, then searches new values; raises an `EmptyLocalizationError` if no weights are found."""
     work = partial(_localized_and_searched, problem, searcher, goal, elites)
     return problem.work.once("search", work, LocalSearchResult)
 

@@ -1,4 +1,4 @@
-"""Repairs several targets separately and merges the repairs by coefficients (DRWeightMerge)."""
+"""Repairs parts of the target separately and merges these repairs by coefficients (DRWeightMerge)."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class MergedRepairs:
 
     .. math:: \theta = \theta_0 + \sum_k c_k (\theta_k - \theta_0), \quad c_k \in [0, 1]
 
-    The weights are :math:`\theta_0` before and :math:`\theta_k` after the repair of part k. The fitness counts all
-    targets and known passed samples, by their weights (`SampleOptions.risk`, `importance`, `protected`).
+    The model has the parameters :math:`\theta_0` before and :math:`\theta_k` after the repair of part k. The fitness
+    counts all targets and known passed samples by sample weight (`SampleOptions.risk`, `importance`, `protected`).
 
     Attributes:
-        parts: `confusion` makes one part per pair of true and predicted class, `label` one per true class. A list of
-            targets, as objects or text, is also possible; samples in several parts are repaired in each of them.
-        most: maximum number of parts, from 1. The parts with the largest weight are taken; the others stay unrepaired.
-        method: repairs each part: `arachne` or another published method, `swarm` or another searcher, or an object.
+        parts: `confusion` makes a part of each pair of true and predicted class, `label` of each true class. A list of
+            targets, as objects or text, is also possible; a sample in several parts is repaired in each.
+        most: maximum number of parts, from 1. Only the parts with the largest total sample weight are repaired.
+        method: repairs each part: a published method or a searcher by name, such as `arachne` or `swarm`, or an object.
         searcher: searches the coefficients, by name or as an object. None means a swarm of 30 particles.
-        fitness: ranks the coefficients, by name or as an object. None means the fitness of the whole repair.
+        fitness: compares the coefficients, by name or as an object. None means `SearchOptions.fitness`.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong type.
@@ -166,7 +166,7 @@ def _parse_method(method: Any) -> Any:
 def search_coefficients(
     problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
-    """Searches the best coefficients of K states; returns these, `K`, and the log of the search.
+    """Searches the best coefficients of K states; returns the coefficients, `K`, and the log of the search.
 
     The search starts from the original weights, each state alone, the sum of all changes and the mean of the states.
     """
@@ -215,7 +215,7 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
 class WholeModelScorer:
     """Scores coefficients of merged repairs by passes of the whole model over all known data.
 
-    A sample passes only if its margin is larger than what rounding in the deployed precision can change.
+    A sample passes only if its margin is larger than any change by rounding in the deployed precision.
     """
 
     problem: Problem
@@ -242,7 +242,7 @@ class WholeModelScorer:
         )
 
     def _row(self, coefficients: Tensor) -> list[float]:
-        """Counts passing samples, then sums losses, weights and credits: always of targets, then of passed samples."""
+        """Counts passing samples, sums losses, sample weights and credits: first of targets, then of passed samples."""
         problem, before = self.problem, self.problem.before
         after = problem.evaluate(combined(current_state(problem.model), self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight

@@ -1,4 +1,4 @@
-"""`Polish`: small steps from the model's own or given weights until no known sample is broken."""
+"""`Polish`: small steps from the model's weights, or from given weights, until no known sample is broken."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Polish:
     """Takes small steps until no known sample that the model under repair gets right is broken.
 
     By default the steps start at the model under repair and repair its targets. With `new` they start at a fine-tuned
-    or retrained model of the same architecture and restore what it breaks.
+    or retrained model of the same architecture and restore samples that it breaks.
 
     Attributes:
         new: the model to start at, its state dict, or the path of a Lightning checkpoint or saved state dict. None

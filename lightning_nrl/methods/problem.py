@@ -27,7 +27,7 @@ from lightning_nrl.report.run_records import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
 N_SCORED = 100_000  # default maximum number of known samples that a search uses
-LACKING_SLICE_FACTOR = 4.0  # on the weights of a slice's targets while it misses its quota
+LACKING_SLICE_FACTOR = 4.0  # on the sample weights of a slice's targets while the slice misses its quota
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class Training(Protocol):
             seconds: time limit, which may be infinite.
             seed: seed of the sample order and all other randomness.
             clock: timer that is told the progress.
-            start: initial weights; None means those of the model.
+            start: initial weights; None means the weights of the model.
             weight: sampling weight of each known sample, `N` in the order of `Problem.before`; None means equal
-                weights. An epoch draws as many samples as are known, whatever the weights.
-            epochs: number of epochs over the known data; None means that of the original training.
+                weights. An epoch makes one draw per known sample, whatever the weights.
+            epochs: number of epochs over the known data; None means as many as in the original training.
             rate: learning rate of an AdamW that replaces the module's optimizers and schedules; None keeps these.
             renew: is called halfway with the present weights.
         """
@@ -91,27 +91,27 @@ class Problem:
     """A model, its results on known data, and what may change to repair it.
 
     Attributes:
-        evaluator: evaluates the original model, which is in evaluation mode on its device. It also has the task and
-            the group of ranks. Methods must not write to the model. All ranks run the same method in step.
+        evaluator: evaluates the original model, which is in evaluation mode on its device. The evaluator also has
+            the task and the group of ranks. Methods must not write to the model. All ranks run the method in step.
         known: the known data, one source per split. Each rank holds its share of the samples.
         before: the model's results on all `N` known samples. `before.targeted` marks the samples to repair (I_neg),
             `before.passed` the samples to keep.
         space: the layers whose weights are localised and searched.
         scope: names of the parameters that may change. The parameters of `space` are among them.
         localizer: chooses the weights to search.
-        fitness: ranks new weights in a search.
-        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or `SearchOptions.n_passed` of them.
+        fitness: compares new weights in a search.
+        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or as many as `SearchOptions.n_passed`.
         clock: times the stages and knows the time left.
         seed: seed of all randomness.
         budget: bytes of device memory that a search may use; None means a share of the free memory.
-        n_scored: maximum number of known samples that a search uses. Its result is evaluated on all of them.
+        n_scored: maximum number of known samples that a search uses. The result is evaluated on all known samples.
         training: continues the training; None if the original training is unknown.
         whole: True if the whole network may change.
-        update: True if the model is to replace an older model, which gets the targets right.
-        needed: quotas: for each slice, by its name, the minimum number of its targets to repair.
-        gate: decides how many known passed samples may break; by default none.
+        update: True if this model is to replace an older model, and the older model gets the targets right.
+        needed: quotas, which map the name of a slice to the minimum number of its targets to repair.
+        gate: decides how many known passed samples may break; by default none may.
         held_out: `N` bool, known samples that a method may not use. In `before` they are neither passed nor targeted.
-        unmasked: `before` as it was before samples were held out; None if no samples are held out.
+        unmasked: `before` with held-out samples still marked as passed or targeted; None if no samples are held out.
         work: saves the results of finished steps, so that an interrupted repair can resume.
     """
 
@@ -155,7 +155,7 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Limit of the epochs of continued training: those of the original training, but at least 16 on small data."""
+        """Maximum epochs of continued training: as many as in the original training, but at least 16 on small data."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
@@ -198,7 +198,7 @@ class Problem:
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """Returns a problem without quotas that holds out `held_out`, `N` bool, and its copies unless protected."""
+        """Returns a problem without quotas that holds out `held_out`, `N` bool, and its samples' unprotected copies."""
         held_out = held_out | (self.copies(held_out) & ~self.before.protected)
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         unmasked = self.before if self.unmasked is None else self.unmasked
@@ -207,7 +207,7 @@ class Problem:
 
     @property
     def came_with_failures(self) -> Tensor:
-        """`N` bool, all samples of splits whose failures may be repaired. Usually the model was not trained on them."""
+        """`N` bool, all samples of splits whose failures may be repaired. Usually these are not training splits."""
         came = torch.zeros_like(self.before.passed)
         for source in self.known:
             if source.failed:
@@ -215,7 +215,7 @@ class Problem:
         return came
 
     def copies(self, rows: Tensor) -> Tensor:
-        """Returns `rows`, `N` bool, with copies of its samples added if several sources exist, all `Identified`."""
+        """Marks the samples in `rows`, `N` bool, and their copies if there are several sources, all `Identified`."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows
@@ -230,7 +230,7 @@ class Problem:
     def steered(self, after: SampleResults) -> Problem:
         """Returns a problem in which targets of slices that miss their quota weigh more (`LACKING_SLICE_FACTOR`).
 
-        `after` are the results of the weights to continue from; they decide which slices miss their quota.
+        The results `after` of the weights to continue from decide which slices miss their quota.
         """
         names = missed_quotas(self.before, self.before.targeted & after.passed, self.needed)
         return replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR)) if names else self
@@ -246,7 +246,7 @@ class Method(Protocol):
     - `needs` is a tuple of requirements on task and data (`Need` in `lightning_nrl.evaluation.evaluator`).
     - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` for an unsuitable argument.
     - `fitness` and `localizer` are defaults that the user may override.
-    - `with_parts(localizer=..., fitness=...)` returns the method with the user's parts; None means no choice.
+    - `with_parts(localizer=..., fitness=...)` returns the method with the parts that the user chose; others are None.
     - If `wants_checkpoints` is True, `with_checkpoints(paths)` returns the method with the Trainer's checkpoints.
     """
 

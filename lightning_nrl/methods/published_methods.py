@@ -1,4 +1,4 @@
-"""Published methods that localise and search. The localiser, fitness and searcher of each can be replaced.
+"""Published methods that localise and search. The localiser, fitness and searcher of each method can be replaced.
 
 docs/published_methods.md has their equations and the differences from the papers.
 """

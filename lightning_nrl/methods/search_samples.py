@@ -28,7 +28,7 @@ from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_pa
 from lightning_nrl.search.scores import Scorer
 
 MOST_REPRESENTATIVE = 20_000  # randomly drawn samples; enough for a mean over passed data
-FAILED_SHARE = 0.5  # of the samples of a search; more only if passed samples leave room
+FAILED_SHARE = 0.5  # maximum share of failed samples in a search; more only if passed samples leave room
 FEW_SHARE = 0.25  # if less than this share of large data is recorded, only the chosen samples are read
 
 
@@ -37,7 +37,7 @@ class SampleChoice:
     """The known samples that a search uses, as masks `N` bool with one value per known sample."""
 
     recorded: Tensor  # all samples that the search uses
-    representative: Tensor  # all passed samples among them, or some drawn at random; for means over passed data
+    representative: Tensor  # all passed ones in `recorded`, or some of them drawn at random; for means over passed data
     note: str = ""  # how many samples are used, for the report; empty if all are
 
 
@@ -60,10 +60,10 @@ def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
 def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int) -> SampleChoice:
     """Chooses at most `most` samples for a search from those to repair (`failed`) and to keep (`passed`), `N` bool.
 
-    If there are more than `most`, up to half (more if passed samples are few) are failed samples, the nearest to the
-    boundary. The rest are passed samples: half the nearest to the boundary, half drawn at random from the others.
+    If there are more than `most`, at most half of the chosen samples (more if passed samples are few) are failed ones,
+    nearest to the boundary. The rest are passed samples: half nearest to the boundary, half drawn at random.
     """
-    # With room, all passed samples are recorded, so that sums over a batch are bit for bit those of `sweep`.
+    # If there is room, all passed samples are recorded: sums over a batch then equal those of `sweep` bit for bit.
     whole, wanted = failed | passed | before.passed, failed | passed
     if int(whole.sum()) <= most:
         return SampleChoice(whole, before.passed | passed)
@@ -100,7 +100,7 @@ def _nearest(distance: Tensor, rows: Tensor, n: int) -> Tensor:
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
-    """Records the activations of the known samples in `keep`, `N` bool, under the present weights.
+    """Records the activations of the known samples in `keep`, `N` bool, under the model's present weights.
 
     Raises:
         ReplayError: on all ranks, if one rank cannot record a layer.
@@ -149,7 +149,7 @@ def scorer_for(
 
 
 def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callable[[int, SearchHistory], None]:
-    """Returns a callback that tells the clock the repaired samples and how many of `n_passed` are broken."""
+    """Returns a callback that tells the clock the number of repaired samples, and of broken ones among `n_passed`."""
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_passed - int(history.intact[-1])
@@ -159,5 +159,5 @@ def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callab
 
 
 def half_budget(problem: Problem) -> int | None:
-    """Returns half of `Problem.budget`, or None if it is None. The recording and the scorer get a half each."""
+    """Returns half of `Problem.budget`, or None if it is None. The recording and the scorer may each use half."""
     return None if problem.budget is None else max(1, problem.budget // 2)

@@ -23,10 +23,10 @@ class Proposal:
         after: results of the deployed model with the new weights on known data.
         repaired: number of targets that pass.
         broken: number of known passed samples that no longer pass.
-        value: total weight of the repaired targets (`SampleResults.weight`); by default `repaired`.
-        cost: total weight of the broken samples, infinite if one of them is protected; by default `broken`.
+        value: total sample weight of the repaired targets (`SampleResults.weight`); by default `repaired`.
+        cost: total sample weight of the broken samples, infinite if a protected sample breaks; by default `broken`.
         missing: number of repairs that slices still need to meet their quotas.
-        excess: how far the broken samples exceed what the gate allows; by default `cost`.
+        excess: how far the cost of the broken samples exceeds the gate's limit; by default `cost`.
     """
 
     name: str
@@ -61,17 +61,17 @@ class Solution:
 
     Attributes:
         proposal: the best weights; None if no weights are better than the original ones.
-        reason: why the method found nothing new; empty if it did.
+        reason: why the method found no better weights; empty if it found some.
         steps: the steps taken, in order.
         others: further proposals, which `Auto` counts in `price`.
         tried: counts of the known samples under weights that are not kept. `Auto` uses them in `price` too.
         localization: the weights that a search could change; None if there was no search.
-        result: the log of this search.
-        n_passed: number of passed samples that this search scored; None means all in `Problem.passed`.
-        held_out: counts of known samples that the method could not use; None if they were not measured.
+        result: the log of the search.
+        n_passed: number of passed samples that the search scored; None means all in `Problem.passed`.
+        held_out: flip counts of known samples that the method could not use; None if they were not counted.
         rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for other methods.
         choice: why `Auto` took one of the rungs.
-        price: for several shares of known passed samples, the best counts `Auto` found if this share may break.
+        price: for several shares of known passed samples, the best counts of `Auto` in which at most this share breaks.
     """
 
     proposal: Proposal | None

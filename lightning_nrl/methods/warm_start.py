@@ -31,7 +31,7 @@ from lightning_nrl.search.fitness import FitnessFunction
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 NO_TIME_FOR_SEARCH = f"not run: {CUT}"
 KEPT_MARGIN_SHARE = 0.5  # share of its margin that a sample has to keep
-SUFFICIENT_MARGIN = 0.04  # of the median margin of passed samples, enough to keep; a polish reaches this
+SUFFICIENT_MARGIN = 0.04  # share of the median margin of passed samples that suffices; a polish reaches it
 
 
 def warm_started_search(
@@ -45,11 +45,11 @@ def warm_started_search(
     """Puts `base` into the network, localises weights in the chosen layers, then searches new values for them.
 
     Returns the best of `base`, the proposals and the result of the search. In the search, a sample that passes with
-    `base` must keep half of its margin, or `SUFFICIENT_MARGIN` of the median margin if that is less. This includes
-    failures outside the target that `base` repairs. If `base` repairs all targets, the search widens small margins.
+    `base` must keep half of its margin, or the share `SUFFICIENT_MARGIN` of the median margin if that is less. This
+    includes failures outside the target that `base` repairs. If `base` repairs all targets, small margins are widened.
 
     `base` may change any part of the network. If it is the `state` object of a proposal, the results of this proposal
-    are used and not measured again. The search starts from `base` and from the proposals' values, the best first.
+    are used and not measured again. The search starts from `base` and from the values of the best proposals.
     """
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:
@@ -126,7 +126,7 @@ def _elites(
 
 
 def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
-    """Returns the margin each sample has to keep, `N`: part of its margin at the start; 0 if it fails there."""
+    """Returns the margin each sample has to keep, `N`: part of its margin under `start`, or 0 if it fails."""
     margin = start.after.margin
     if margin.isnan().all():
         return None

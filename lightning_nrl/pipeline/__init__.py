@@ -1,7 +1,7 @@
 """Repairs a model from end to end, without Lightning.
 
 In: a model, its known data and `Settings`. Out: an `Outcome` with the report and the repaired weights. `repair_module`
-evaluates the model, searches new weights and judges them. It leaves the model unchanged.
+evaluates the model, searches for new weights and judges them. It leaves the model unchanged.
 """
 
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint

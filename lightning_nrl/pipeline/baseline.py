@@ -1,6 +1,6 @@
-"""Evaluates the original model on all data, marks the failures to repair, and finds held-out samples that leaked.
+"""Evaluates the original model on all data, marks the failures to repair, and finds samples that leaked between splits.
 
-Methods use no held-out data. Calibration data choose the strength (how far to go). Unseen data are only counted.
+Held-out data here are calibration data, which choose the strength, and unseen data, which are only counted.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Baseline:
     """Results of the model before the repair, on all data.
 
     Attributes:
-        known: results on known data. `targeted` marks the failures to repair, without those that are set aside.
-        before: the results from which the search starts. They equal `known`, except in an update with
-            `keep="reference"`. Then `passed` leaves out samples that the replaced model gets wrong, so these may break.
-        held_out: data and results by role. A role without data is missing.
+        known: results on known data. `targeted` marks the failures to repair, but no failures that are set aside.
+        before: the results from which the search starts. They equal `known`, unless a model is replaced and
+            `SampleOptions.keep` is `reference`. Then samples that the replaced model gets wrong do not count as passed.
+        held_out: calibration and unseen data with their results, by role. A role without data is missing.
         set_aside: mask over the `N` known samples. It marks the failures in the target that are not to be repaired.
         update: results of the replaced model. None if no model is replaced.
         leaked: for each unseen split with leaks, the number of its samples that are also known or calibration data.
@@ -61,7 +61,7 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Evaluates the model on all data. `clock` measures the time. Other arguments and errors: see `repair_module`."""
+    """Evaluates the model on all data. `clock` measures the time. Other arguments are as in `repair_module`."""
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
@@ -103,26 +103,26 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data of one role. `sources` are this rank's share. `before` has all ranks' results before the repair."""
+    """Calibration or unseen data: this rank's `sources`, and the results of all ranks `before` the repair."""
 
     sources: Sequence[Source]
     before: SampleResults
 
     def flips(self, evaluator: Evaluator, state: State) -> Flips:
-        """Evaluates the model under `state` on these data, and compares the results with `before`."""
+        """Evaluates the model with the tensors of `state` on these data, and compares the results with `before`."""
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
 def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """Evaluates held-out data and marks the failures in the target, which are only reported.
+    """Evaluates held-out data and marks the failures in the target. These failures are only reported.
 
     If the target cannot be applied, for instance because these data lack a column, a warning says so and no failure is
-    marked. Any other error is raised. If one rank has such an error, every rank raises.
+    marked. Any other error is raised. If it occurs on one rank only, the other ranks raise an error, too.
     """
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
     except Exception as error:
-        # If one rank fails, all ranks get here. They evaluate again unless some rank has another error.
+        # If one rank fails, all ranks get here. They evaluate again unless a rank has an error of another kind.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
         problem = f"the failures in the target are not counted on held-out data: {error}"
@@ -138,7 +138,7 @@ class LeakCheck:
 
     First run the model over the attributes `known` and `held_out`, then call `leaked`. The attributes wrap the given
     sources to record a hash of each sample. Two samples are the same if their inputs and labels are bitwise equal, or
-    if they have the same position in a data set, even through subsets and unions.
+    if they have the same position in the same data set, even if subsets or unions wrap the data set.
     """
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
@@ -149,7 +149,7 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """Returns the number of leaked samples for each unseen split that has any, and warns about them.
+        """Returns the number of leaked samples for each unseen split with leaks, and warns about these samples.
 
         Call this after a pass over all sources. Raises a `ConfigurationError` if a calibration sample is also known.
         """
@@ -178,7 +178,7 @@ class LeakCheck:
 
 
 def _leaked_rows(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
-    """Marks the samples of a source that are also in `others`. The mask of shape `n` is the same on every rank."""
+    """Returns a mask of the source's samples on all ranks. It is True for samples that are also in `others`."""
     keys = source.gathered(collective)
     again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
     identified = [other.source.identity for other in others if isinstance(other.source, Identified)]

@@ -51,7 +51,7 @@ def given_or_default(settings: Settings | None) -> Settings:
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
     """Raises a `ConfigurationError` if the arguments are no lists of `Source`, or if split names or marks are wrong.
 
-    Split names must differ. At least one known source must be marked `failed` and, if `n_passed` is set, one `passed`.
+    Split names must differ. A known source must be marked `failed`. If `n_passed` is set, one must be marked `passed`.
     """
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
@@ -70,7 +70,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Raises a `ConfigurationError` if `limit` lacks calibration data, or counts only broken samples in the target."""
+    """Raises a `ConfigurationError` if `limit` is set without calibration data or only counts samples in the target."""
     limit = settings.limit
     if limit is not None and limit.needs_target:
         raise ConfigurationError(f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`.")
@@ -82,7 +82,7 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
 
 
 def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
-    """Raises a `ConfigurationError` if the method or `set_aside` needs margins or classes and the task has none."""
+    """Raises a `ConfigurationError` if the method or `set_aside` needs margins or classes that the task lacks."""
     check_needs(getattr(settings.method, "needs", ()), before, task)
     if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
@@ -116,8 +116,8 @@ def run_sanity_check(
 ) -> None:
     """Runs the first stages of a repair on a few samples, so that unsuitable settings fail before training starts.
 
-    Evaluates all `sources` and chooses weights to search on the first one. Leaves the model unchanged. Raises what a
-    repair would raise for an unsuitable layer, batch, target, task, method or reference.
+    Evaluates all `sources`, and chooses weights to search with the first source. Leaves the model unchanged. Raises the
+    errors that a repair would raise for an unsuitable layer, batch, target, task, method or reference.
     """
     model, method = evaluator.model, settings.method
     include_bias, trains = settings.localizer.include_bias, settings.trains
@@ -126,7 +126,7 @@ def run_sanity_check(
     with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
-            # The cache file is left out, since the few predictions would overwrite all others.
+            # The cache file is not used: the predictions of these few samples would overwrite it.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             asked.answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
@@ -138,7 +138,7 @@ def run_sanity_check(
         except OtherRankError:
             raise
         except InseparableBatchError:
-            # Only methods that need `recording`, and tasks without margins, need batches that can be separated.
+            # Only methods that need `recording` and tasks without margins need batches whose samples can be separated.
             if "recording" in getattr(method, "needs", ()) or not has_margins:
                 raise
         except ReplayError:
@@ -198,7 +198,7 @@ def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settin
 
 
 def _check_one_form(watched: Sequence[_LastBatch]) -> None:
-    """Raises if the targets of two splits cannot be in one batch, such as class numbers and one-hot labels."""
+    """Raises if the labels of two splits cannot be in one batch, such as class numbers and one-hot vectors."""
     forms: dict[str, tuple[Any, str]] = {}
     for source in watched:
         target = None if source.batch is None else source.batch.target

@@ -27,12 +27,12 @@ Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """The change from one state of a model to another. It can be applied to the first and reverted on the second.
+    """The change from one state of a model to another. It is applied to the first state and reverted on the second.
 
     A patch may start from the result of an earlier patch. Then revert the later patch first.
 
     Attributes:
-        changes: the change of each changed tensor, by name in the state dict. Tied tensors share one object.
+        changes: a `TensorChange` for each changed tensor, by name in the state dict. Tied tensors share one object.
         base: SHA-256 (`hash_tensors`) of the whole state before the change.
         result: SHA-256 of the whole state after the change.
         versions: versions of the software that made the patch, by name.
@@ -99,7 +99,7 @@ class Patch:
 
     @property
     def report(self) -> RepairReport | None:
-        """The report of the repair, or None. Raises a `ConfigurationError` if an incompatible version wrote it."""
+        """The stored report, or None. Raises a `ConfigurationError` if an incompatible version wrote it."""
         return RepairReport.from_json(self.report_json) if self.report_json else None
 
     def apply(self, to: Weights) -> Weights:
@@ -142,7 +142,7 @@ class Patch:
             problem = "`patch` yields other weights than its hash says."
             raise ConfigurationError(problem, "create the patch again; nothing was changed.")
         if not isinstance(to, nn.Module):
-            copied = copy(to) if isinstance(to, dict) else dict(to)  # keeps torch's attributes of a state dict
+            copied = copy(to) if isinstance(to, dict) else dict(to)  # keeps attributes such as `_metadata`
             copied.update(new)
             return copied
         live = saved_names(to)
@@ -202,7 +202,7 @@ def patch_checkpoint(
         checkpoint: path of a Lightning checkpoint, or of a file with a state dict.
         out: path of the file to write, atomically. It may be `checkpoint`.
         undo: if True, reverts the patch instead.
-        weights_only: if True, refuses a checkpoint with anything but tensors and plain values, which could run code.
+        weights_only: if True, refuses a checkpoint with objects that could run code: all but tensors and plain values.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read, or the patch was made for other weights.

@@ -1,8 +1,8 @@
 """Changes of tensors, bit by bit, and the file format of patches.
 
-A patch is a safetensors file. For a tensor `w` it holds `old/w` and `new/w`, and `index/w` if only some values of `w`
-are stored. A complex number is stored as two numbers. The metadata are `format`, `patch` (a `PatchHeader`), `report`
-and `sha256`, which is a hash of the header, the report and the tensors.
+A patch is a safetensors file. For a changed tensor `w` it holds `old/w` and `new/w`, and `index/w` if only some values
+of `w` are stored. A complex number is stored as two numbers. The metadata are `format`, `patch` (a `PatchHeader`),
+`report` and `sha256`, which is a hash of the header, the report and the tensors.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class TensorChange:
 
     @property
     def n_changed(self) -> int:
-        """Number of stored values: those that changed, or all if more than a third of them changed."""
+        """Number of stored values: all values if more than a third of them changed, otherwise the changed values."""
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
-        """Returns a copy of the tensor on its device, with the new values, or with the old ones if `undo` is True."""
+        """Returns a copy of the tensor on its device, with the new values or, if `undo` is True, the old values."""
         values = self.old if undo else self.new
         if self.index is None:
             return values.clone().to(tensor.device)
@@ -99,7 +99,7 @@ def _values(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """Returns a flat view of a contiguous tensor's bits as integers: one per number, two per complex number."""
+    """Returns a flat view of a contiguous tensor's bits as integers: one per real number, two per complex number."""
     flat = tensor.reshape(-1)
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
     return flat.view(WORD_DTYPES[flat.element_size()])

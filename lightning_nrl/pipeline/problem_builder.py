@@ -1,4 +1,4 @@
-"""Builds the `Problem` of a repair, and hashes of its inputs, which tell whether saved steps can be reused."""
+"""Builds the `Problem` of a repair. Hashes the inputs of the repair, to tell whether saved steps can be reused."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def build_problem(
 
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
-    """Returns a mask of shape `N` of the passed samples to score (I_pos): all, or `n_passed` (#pos) drawn at random."""
+    """Returns a mask of known samples. It marks the passed samples to score (I_pos): all or `n_passed` random ones."""
     if settings.search.n_passed is None:
         return before.passed
     pool = torch.zeros_like(before.passed)
@@ -86,9 +86,9 @@ NEUTRAL_SETTINGS = ("save_every",)  # settings that do not affect the result
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
-    """Returns hashes of everything that a repair depends on, by name. Saved steps can be reused if all are equal.
+    """Returns hashes of everything that a repair depends on, by name. Steps saved with the same hashes can be reused.
 
-    For the data, the model's results on each sample are hashed: if the input of a sample changes, so does its loss.
+    Instead of samples, the model's results on them are hashed: if the input of a sample changes, its loss changes, too.
     """
     model, training = problem.model, problem.training
     versions = installed_versions()

@@ -1,4 +1,4 @@
-"""Runs a repair: baseline, method, sparse patch, line search, verdict and report. Leaves the model unchanged."""
+"""Runs the stages of a repair: baseline, method, sparse patch, line search, gate, report. The model stays unchanged."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Outcome:
 
     Attributes:
         report: the report, whose `status` says how the repair ended.
-        parameters: the repaired parameters and buffers, whole tensors by state-dict name. None if none were accepted.
-        evaluated: `parameters` after `eval()`, which may rewrite tensors, for instance to merge an adapter.
-        changes: new minus old tensors by name, on the CPU, also of refused weights. None if no weights were found.
+        parameters: the changed parameters and buffers, whole tensors by state-dict name. None if not accepted.
+        evaluated: `parameters` as they are in evaluation mode, in which `eval()` may have merged LoRA weights.
+        changes: new minus old values of changed tensors by name, on the CPU, even if refused. None if nothing changed.
         views: inputs of flipped samples, as pictures or text, to show with the report.
     """
 
@@ -91,12 +91,13 @@ def repair_module(
     Args:
         model: the trained model on its device; it runs in evaluation mode. An `Evaluator` also sets the task, mixed
             precision, and the ranks that share the data. Each rank gets the same outcome.
-        known: data that the repair may use, marked `failed` or `passed`. The gate judges new weights on all of them.
+        known: data that the repair may use. The marks `failed` and `passed` are explained in `Source`. The gate judges
+            new weights on all known samples.
         settings: what to repair and how. None takes the default settings.
-        unseen: data that are only counted, before and after an accepted repair. Marks are ignored.
-        calibration: held-out data that choose the strength (how much of the change to make). Marks are ignored.
+        unseen: data that are only counted, before and after an accepted repair. Their marks are ignored.
+        calibration: data that only choose the strength (how much of the weight change to make). Marks are ignored.
         training: continues the training of the model. If None, methods that train take gradient steps of their own.
-        reference: knows what the replaced model gets right. Only samples that this model gets right are then repaired.
+        reference: knows which samples the replaced model gets right. Then only failures among these are repaired.
         observer: is notified of progress.
         work: saves finished steps and restores the steps that an earlier process saved. If None, nothing is saved.
 
@@ -104,10 +105,10 @@ def repair_module(
         The outcome. If nothing can be repaired, its report says why.
 
     Raises:
-        ConfigurationError: the layer, data, target or task cannot be used, or calibration data are also known.
+        ConfigurationError: the layer, data, target or task cannot be used, or a calibration sample is also known.
         EvaluationError: the original model has NaN or infinite losses. The error names the samples.
-        DeviceMemoryError: memory ran out while the original model was evaluated, or later with several ranks. If it
-            runs out later on a single rank, the function returns the outcome `not repaired` instead.
+        DeviceMemoryError: memory ran out while the original model was evaluated or, with several ranks, later. With one
+            rank, the status is `not repaired` if memory runs out later.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time)
@@ -217,7 +218,7 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
 
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
-    """Runs the method. While slices miss their quotas and time is left, runs it again with more weight on them."""
+    """Runs the method. While slices miss quotas and time is left, repeats it with larger weights on their targets."""
     solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
@@ -239,7 +240,7 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
         if decision.accepted and baseline.known is not problem.before:
-            # Samples that the replaced model gets wrong may break, but no more of them than regressions are repaired.
+            # Samples that the replaced model gets wrong may break, but the accuracy on known data must not fall.
             rest = judge(baseline.known, after, Gate.accuracy())
             decision = decision if rest.accepted else rest
         held_out = baseline.held_out.items() if decision.accepted else ()
@@ -294,9 +295,9 @@ def to_be_loaded(
 ) -> tuple[State, dict[str, Tensor]]:
     """Returns two states: the tensors to load in training mode, and their values after the next `eval()`.
 
-    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge an adapter. Then `eval()`
-    rewrites loaded tensors, and the state is chosen that `eval()` brings closest to the patch. Tensors that do not
-    change are left out. Call this in evaluation mode inside `preserve_state`, which yields `rewritten`.
+    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge LoRA weights. Then
+    `eval()` rewrites loaded tensors, so the state to load is chosen that `eval()` brings closest to the patch. Tensors
+    that do not change are left out. Call this in evaluation mode inside `preserve_state`, which yields `rewritten`.
     """
     if not patch or not has_own_modes(model):
         return patch, patch
@@ -323,7 +324,7 @@ def to_be_loaded(
 
 
 def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:
-    """Yields states to load: the wanted state as `train()` rewrites it, `trained` plus the change, the wanted state."""
+    """Yields states to load: `wanted` as `train()` rewrites it, `trained` plus the wanted change, `wanted` itself."""
     write(model, wanted)
     model.train()
     yield snapshot(model)

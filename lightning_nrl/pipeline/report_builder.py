@@ -44,7 +44,7 @@ from lightning_nrl.search.search_log import SearchResult
 def split_report(
     split: str, role: Role, before: SampleResults, now: SampleResults, margin_edges: tuple[float, ...] = ()
 ) -> SplitReport:
-    """Builds the report of one split from the results before the repair and `now`. `margin_edges` are edges of bins."""
+    """Builds the report of one split from the results `before` the repair and `now`. `margin_edges` bound the bins."""
     flips, rows = Flips.between(before, now), before.of(split)
     return SplitReport(
         split=split,
@@ -70,7 +70,7 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
 
 
 def set_aside_samples(before: SampleResults, rows: Tensor, why: str) -> tuple[SetAside, ...]:
-    """Returns a record for each sample that the mask `rows`, of shape `N`, marks. Each record has the reason `why`."""
+    """Returns a record for each known sample that the mask `rows` marks. Each record has the reason `why`."""
     splits = [split for split, size in zip(before.splits, before.sizes, strict=True) for _ in range(size)]
     return tuple(
         SetAside(splits[row], int(before.index[row]), int(before.label[row]), int(before.prediction[row]), why)
@@ -93,7 +93,7 @@ def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weigh
 
 
 def search_report(result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
-    """Returns the report of a search. `n_failed` and `n_passed` are the numbers of scored samples."""
+    """Returns the report of a search. `n_failed` failed and `n_passed` passed samples were scored."""
     return SearchReport(
         iterations=result.iterations,
         stopped=result.stopped,
@@ -139,7 +139,7 @@ def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) ->
     n_classes = 1 + max(int(column.max()) for column in predictions)
     counts = []
     for prediction in predictions:
-        # A pair is one number here, since sorting rows of two numbers takes ten times as long.
+        # A pair of label and prediction is one number here, since sorting rows of two numbers takes ten times as long.
         pairs, n_pairs = (labels * n_classes + prediction).unique(return_counts=True)
         counts.append(dict(zip(pairs.tolist(), n_pairs.tolist(), strict=True)))
     return tuple(
@@ -200,7 +200,7 @@ class ReportBuilder:
     """Builds the report of a repair, from the results of the stages that have run.
 
     Attributes:
-        seconds: time by stage, updated while the repair runs.
+        seconds: seconds by stage, in a mapping that is updated while the repair runs.
         n_passed: number of passed samples that the search scored (|I_pos|).
     """
 
@@ -228,7 +228,7 @@ class ReportBuilder:
         held_out: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
-        """Returns the report on weights `new` with results `after`. If they are refused, `held_out` is not used."""
+        """Returns the report on the weights `new` with the results `after` on known and `held_out` on other data."""
         old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if decision.accepted else before

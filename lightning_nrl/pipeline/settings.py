@@ -29,20 +29,20 @@ class SearchOptions:
     """Options of the search: how candidates (new values for some weights) are ranked, and what is searched.
 
     Attributes:
-        fitness: ranks the candidates: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1` and
-            `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None takes the
-            fitness of the method, or `lexicographic` if the method has none.
+        fitness: ranks the candidates: `lexicographic` (fewer broken samples, then more repaired samples, then a lower
+            loss), `eq1` and `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None
+            takes the fitness of the method, or `lexicographic` if the method has no fitness.
         localizer: chooses the weights to search: `neurecover-lite`, `neurecover`, `arachne`, `arachne-v2`, `gradient`,
             `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None takes the localizer of the
-            method, or `neurecover-lite` if the method has none.
+            method, or `neurecover-lite` if the method has no localizer.
         n_passed: number of passed samples to score (#pos in the paper), drawn at random from sources marked `passed`.
             None scores all known passed samples.
         n_scored: maximum number of known samples that the search uses: failed samples, samples near the decision
-            boundary, and a random draw of the rest. If time is short, fewer are used. The gate judges on all samples.
-        budget: memory for the search on the device, in bytes. None takes a share of the free memory. Half of the budget
-            holds recorded activations. With a GPU, main memory holds more of them. The rest is computed when needed.
-        save_every: a trainer saves the result of each step that took at least this many seconds. If the run is stopped
-            or killed, the same call skips the saved steps. None saves nothing.
+            boundary, and random other samples. If time is short, fewer are used. The gate counts all known samples.
+        budget: device memory for the search, in bytes. None takes a share of the free memory. Half of the budget holds
+            recorded activations. With a GPU, main memory holds further activations. All others are recomputed.
+        save_every: in a trainer, the result of each step of the repair is saved if the step took at least this many
+            seconds. If the run is stopped or killed, the same call skips the saved steps. None saves nothing.
 
     Raises:
         ConfigurationError: on construction, for a wrong type or a value out of range.
@@ -74,14 +74,15 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """How much of the change to make, and which bounds to report for future data.
+    """How much of the weight change to make, and which bounds to report for future data.
 
     Attributes:
-        strength: the share of the change to make, above 0 and at most 2. None takes 1 or, with calibration data, a
-            greater strength that repairs more targets, breaks no known sample and no more calibration samples.
+        strength: the share of the weight change to make, above 0 and at most 2. None takes 1 or, with calibration data,
+            a greater strength that repairs more targets than 1, breaks no known sample, and breaks no more calibration
+            samples than 1.
         limit: how many calibration samples may break, as a gate such as `tolerance:1%`. The greatest strength within
             this limit is taken. None sets no limit.
-        sparse: share of the repairs (0 to below 1) that may be lost to change fewer weights. None keeps every change.
+        sparse: share of the repaired targets (0 to below 1) to give up for fewer changes. None keeps all changes.
         confidence: confidence of the bound from calibration data, in (0, 1).
 
     Raises:
@@ -137,15 +138,15 @@ class Settings:
     Attributes:
         target: the failures to repair, also as text such as `label 3`.
         layer: dotted name of a layer to search, or several names. `auto` takes the last Linear, or the last convolution
-            if there is no Linear; methods that train may then change the whole network. These methods also accept the
-            name of a block. Then all layers in the block may change.
+            if there is no Linear. With `auto`, methods that train may change the whole network. They also accept the
+            name of a block, such as `encoder.2`. Then all layers in the block may change.
         gate: the condition for accepting a repair.
         method: finds new weights, by name or as an object (see `lightning_nrl.methods`).
         max_time: time limit in seconds. None limits the work by the number of epochs of the original fit.
         seed: seed of sampling and search, from 0 to 2^32 - 1.
         search: options of the search.
-        bounds: how much of the change to make, and the bounds to report.
-        samples: weights and roles of the samples.
+        bounds: how much of the weight change to make, and the bounds to report.
+        samples: which samples matter most, which must not break, and which are left out.
 
     Raises:
         ConfigurationError: on construction, for a wrong type or a value out of range. Settings that depend on the
@@ -185,12 +186,12 @@ class Settings:
 
     @property
     def fitness(self) -> FitnessFunction:
-        """The fitness in `search`, else the fitness of the method, else `lexicographic`."""
+        """The fitness in `search`. If it is None, the fitness of the method or, without one, `lexicographic`."""
         return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
 
     @property
     def localizer(self) -> Localizer:
-        """The localizer in `search`, else the localizer of the method, else `neurecover-lite`."""
+        """The localizer in `search`. If it is None, the localizer of the method or, without one, `neurecover-lite`."""
         return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
 
     @property
@@ -288,10 +289,10 @@ def paper_arguments(row: str) -> dict[str, Any]:
     """Returns the arguments of `RegressionFreeRepair`, or of `Settings`, for one row of Table II.
 
     Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
-    and under pi one regression makes the fitness 0 (section IV.B). The strength is 1: the weights become exactly what
+    and with pi one regression makes the fitness 0 (section IV.B). The strength is 1: the weights become exactly what
     the swarm finds. The gate is `accuracy`, the weaker of the paper's two levels (section III).
 
-    The paper does not say how the swarm moves nor when it stops. The steps are those of `ParticleSwarm`. It stops after
+    The paper does not say how the swarm moves nor when it stops. Here it moves as in `ParticleSwarm`. It stops after
     100 iterations, or after 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
     """
     found = paper_row(row)
@@ -307,7 +308,7 @@ def paper_arguments(row: str) -> dict[str, Any]:
 def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a row of Table II, overridden by `arguments`.
 
-    In `search` and `bounds`, only options that differ from their defaults override those of the row.
+    In `search` and `bounds`, only options that differ from their defaults override the options of the row.
     """
     made = {**paper_arguments(row), **arguments}
     search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))

@@ -32,8 +32,8 @@ class PatchPath:
     """Evaluates a patch at several strengths on known and calibration data, and counts what it repairs and breaks.
 
     A patch that breaks nothing at strength 1 may break samples at a lower strength. Then `take` polishes the weights:
-    it takes small steps until these samples are right again. `counted` has the counts by strength, after the polish if
-    there was one. `broken_unpolished` has the number of broken calibration samples by strength, before any polish.
+    it takes small steps until these samples are right again. `counted` has the counts by strength; for polished
+    weights, those after the polish. `broken_unpolished` counts broken calibration samples before any polish.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class PatchPath:
     ) -> tuple[StrengthPoint, ...]:
         """Evaluates the patch at several strengths, in the given order, and returns all points counted so far.
 
-        If a strength above 1 violates the gate, greater strengths are skipped. If time is short, only the first one is
-        certain to be evaluated. `after` has the results on known data at strength 1, if they are available.
+        If a strength above 1 violates the gate, greater strengths are skipped. If time is short, only the first
+        strength is certain to be evaluated. `after` has the results on known data at strength 1, if they are available.
         """
         clock, took, strongest = self.problem.clock, 0.0, float("inf")
         for number, strength in enumerate(strengths):
@@ -85,7 +85,7 @@ class PatchPath:
         return self.counted[strength]
 
     def take(self, strength: float) -> State:
-        """Returns the weights at a strength. Below 1, weights that violate the gate are polished if margins exist."""
+        """Returns the weights at a strength. Below 1, it polishes weights that violate the gate, if margins exist."""
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
             state = polish(self.problem, state, deadline=self.problem.deadline).state
@@ -105,7 +105,7 @@ class PatchPath:
     def within_limit(self, strength: float, limit: Gate) -> bool:
         """True if the patch at a strength keeps the limit on calibration data and the gate on known data.
 
-        Below strength 1 the gate is ignored if the task has margins, because `take` then polishes the weights.
+        Below strength 1 the gate is ignored if the task has margins, because the polish in `take` may still satisfy it.
         """
         point = self.point(strength)
         assert point.calibration is not None
@@ -138,7 +138,7 @@ class PatchPath:
 
 
 LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))  # strengths to try under a limit
-# Number of sets of weights that calibration data may choose under a limit: strengths, also polished ones below 1.
+# Sets of weights that calibration data may choose under a limit: one per strength and, below 1, a polished one, too.
 LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
 
 
@@ -146,7 +146,7 @@ LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
 class LineSearchResult:
     """The `chosen` strength, or None if no strength keeps the limit. `path` has the counts at each tried strength.
 
-    `state` has the whole tensors at the chosen strength. `selection` says how calibration data chose this strength.
+    `state` has each changed tensor at the chosen strength. `selection` says how calibration data chose this strength.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -168,15 +168,15 @@ def line_search(
     """Evaluates a patch at several strengths and chooses one, by default with `choose_strength`.
 
     If `fixed` is given, this strength is chosen. `limit` is a limit on broken calibration samples. If it is given, the
-    greatest strength in `LIMIT_STRENGTHS` is chosen that keeps the limit and the gate; a polish may help to keep the
-    gate. `after` has the results on known data under the patch, if they are available.
+    greatest strength in `LIMIT_STRENGTHS` is chosen whose weights keep the limit and the gate, if necessary after a
+    polish. `after` has the results on known data with the patch, if they are available.
     """
     path = PatchPath(problem, patch, gate, calibration)
     strengths = PATH_STRENGTHS
     if fixed is not None and fixed not in strengths:
         strengths = (fixed, *strengths)
     if calibration is None:
-        # The points are only reported, so strengths up to 1 come first.
+        # Without calibration data the points are only reported, so strengths up to 1 come first.
         strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
         if len(problem.before) > FULL_CURVE_SAMPLES:
             strengths = strengths[: max(2, int(CURVE_SHARE * problem.visits / len(problem.before)))]
@@ -188,7 +188,7 @@ def line_search(
         return _strongest_within(path, limit)
     strength, selection = fixed, Selection()
     if strength is None:
-        # With protected samples the data decide which strengths are tried, so all possible ones count.
+        # With protected samples the data decide which weights are tried, so all that could be tried count.
         weighted = calibration is not None and calibration.before.weighted
         strength = choose_strength(points)
         selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
@@ -197,7 +197,7 @@ def line_search(
 
 
 def choose_strength(path: Sequence[StrengthPoint]) -> float:
-    """Returns the default strength: 1, or a greater one that repairs more of the target at no cost.
+    """Returns the strength to take by default: 1, or a greater strength that repairs more targets at no cost.
 
     At no cost means that no known sample breaks, and no more calibration samples break than at strength 1.
     """
@@ -212,7 +212,7 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
 
 
 def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
-    """Returns the points above strength 1 that repair more and break no known sample, or [] without calibration."""
+    """Returns the points above strength 1 that repair more targets than 1 does and break no known sample."""
     patch = _whole_patch(path)
     if patch is None or patch.calibration is None:
         return []
@@ -224,7 +224,6 @@ def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint | None:
 
 
 def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
-    """Searches the greatest strength within the limit and the gate, on a finer grid than the one counted so far."""
     low = max((t for t in path.counted if path.within_limit(t, limit)), default=0.0)
     high = min((t for t in path.counted if t > low), default=low)
     finer = [t for t in reversed(LIMIT_STRENGTHS) if low < t < high]
@@ -244,9 +243,9 @@ def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
 
 
 def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
-    """Returns how calibration data chose a strength under a limit. The bound on future errors depends on it.
+    """Returns how calibration data chose a strength under a limit. The bound on future errors depends on this choice.
 
-    The search goes from strong to weak, which costs least. If all weaker strengths keep the limit too, a walk from weak
+    The search goes from strong to weak, to save time. If all weaker strengths keep the limit too, a walk from weak
     to strong would also have accepted this strength. Then the tighter bound of such a walk holds: its order
     (`LIMIT_STRENGTHS`) and the number of samples that may break were fixed in advance.
     """
@@ -257,7 +256,7 @@ def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
 
 
 def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
-    """True if every strength up to this one breaks at most `allowed` samples. False if time is too short to tell."""
+    """True if no strength up to `strength` breaks more than `allowed` calibration samples. False if time is short."""
     clock, took = path.problem.clock, 0.0
     for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
         if weaker not in path.broken_unpolished and not path.leaves_time_for(took):
@@ -270,7 +269,7 @@ def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
 
 
 def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
-    """Returns how many calibration samples may break. None if this depends on the repair, or if all may break."""
+    """Returns how many calibration samples may break. None if the number depends on the repair, or if all may break."""
     assert path.calibration is not None
     now = Flips.between(path.calibration.before, path.calibration.before).counts()
     best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
@@ -285,14 +284,14 @@ VALUE_ROUNDING = 1e-9  # allowance for rounding in sums of sample weights
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
     """Searches for a patch that changes as few weights as possible and breaks no more known samples than the proposal.
 
-    The patch keeps the largest changes of the proposal, and may lose a share `loss` of its repairs. Bisection finds how
-    many changes to keep, with a pass over known data each time. Small steps of the kept weights then restore broken
-    samples. Buffers, such as batch norm statistics, are those of the proposal. Returns the patch (or the proposal if
-    fewer changes do not suffice) and the step for the report.
+    The patch keeps the largest weight changes of the proposal, and may lose a share `loss` of the repaired targets.
+    Bisection finds how many changes to keep; each trial takes a pass over known data. Small steps of the kept weights
+    then restore broken samples. Buffers, such as batch norm statistics, are those of the proposal. Returns the patch
+    (or the proposal if fewer changes do not suffice) and the step for the report.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
-    # Decimal arithmetic: in binary, 70 % of 10 repairs would be less than 7.
+    # Exact arithmetic: in binary, (1 - 0.7) * 10 is slightly more than 3.
     least: float = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
     if problem.before.weighted:
         least = (1 - loss) * proposal.value - VALUE_ROUNDING
@@ -318,7 +317,7 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
 
 
 def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
-    """Bisects the least number of changes whose repairs are worth `least` and, if set, cost at most `most_broken`."""
+    """Bisects the least number of changes that repair targets worth `least`, at a cost of at most `most_broken`."""
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
@@ -332,7 +331,7 @@ def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: f
 
 
 class _SortedPatch:
-    """The parameters that a patch changes, each under one name, with old and new values, and the buffers it changes."""
+    """The parameters that a patch changes, with old and new values (tied ones once), and the buffers it changes."""
 
     def __init__(self, problem: Problem, state: State) -> None:
         self.problem = problem

@@ -40,7 +40,7 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """Renders a page as HTML. Figures (SVG) and galleries, by title, follow its first table. `tables` come last."""
+    """Renders a page as HTML. `figures` (SVG) and `galleries`, by title, follow its first table. `tables` come last."""
     body = {"blocks": page.blocks, "figures": figures or {}, "tables": tables, "galleries": galleries or {}}
     return _macro("document", title, body, STYLE, SCRIPT)
 

@@ -21,7 +21,7 @@ Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
 TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-# Code in backticks stays as written. With a `|` it would end the cell of a table, with a `<` it could begin a tag.
+# Code in backticks stays as written, unless it has a `|`, which ends a table cell, or a `<`, which may begin a tag.
 SPECIAL = re.compile(r"((?<!`)`[^`|<]+`(?!`))|[\\|*`\[\]!<]|://|www\.")
 ESCAPES = {"<": "&lt;", "://": ":\u200b//", "www.": "www\u200b."}  # TensorBoard ignores a backslash before `<`
 WIDEST = 100_000  # console width for tables, so that rich does not shrink them: `Table.within` has split them

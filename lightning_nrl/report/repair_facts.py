@@ -55,7 +55,7 @@ def layer_text(report: RepairRecord) -> str:
 
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Returns the fact about the limit from unseen data, or () if there is no limit."""
+    """Returns the fact that states `unseen_limit`, or () if there is no limit."""
     limit = unseen_limit(report)
     if limit is None:
         return ()
@@ -70,8 +70,8 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
 def unseen_limit(report: RepairRecord) -> float | None:
     """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break (`upper_limit`).
 
-    It is the rate among samples that the model was right on before the repair. In an update, the replaced model counts
-    instead. The confidence is `UNSEEN_CONFIDENCE`. Returns None if no unseen sample was right, or no weights changed.
+    The rate is among samples that the model got right before the repair or, in an update, that the replaced model gets
+    right. The confidence is `UNSEEN_CONFIDENCE`. Returns None if `RepairRecord.unseen` counts no such sample.
     """
     counted = report.unseen
     if counted is None or not counted.passed:

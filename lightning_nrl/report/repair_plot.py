@@ -184,14 +184,14 @@ def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
 
 
 def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
-    """Draws the change of the confusion matrix for changed classes. More is better on the diagonal, worse elsewhere."""
+    """Draws the change of the confusion matrix for changed classes. An increase is good only on the diagonal."""
     classes = _changed_classes(cells)
     change = np.zeros((len(classes), len(classes)), dtype=int)
     for cell in cells:
         if cell.before != cell.after:
             change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
     improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
-    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # so that a change of 1 is visible beside one of 50
+    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # so that a change of 1 is visible beside 50
     most = float(np.abs(shade).max())
     axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
     size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7
@@ -246,9 +246,9 @@ def _finish_curves(axes: Any, across: str, up: str) -> None:
 
 
 def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
-    """Draws the change of each tensor, and each weight's change in the tensor that changes most. Returns both by title.
+    """Draws the change of each tensor, and of each weight in the tensor that changes most. Returns figures by title.
 
-    `changes` has new minus old values, whole tensors by state-dict name. If all are 0, there is no figure.
+    `changes` has new minus old values, whole tensors by state-dict name. If all values are 0, there is no figure.
     """
     changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
     if not changed:
@@ -302,7 +302,7 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
 
 
 def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
-    """Returns the roles that have data, and the rows of the summary: each a label and one cell per role."""
+    """Returns the roles that have data, and the rows of the summary. A row has a label and one cell per role."""
     splits = report.candidate or report.splits
     pooled = {role: pool(own) for role, own in by_role(splits).items()}
     updates = {role: report.pooled_update(role) for role in pooled}

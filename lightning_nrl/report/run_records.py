@@ -30,8 +30,8 @@ from lightning_nrl.report.stats import Bound
 class Judge:
     """The precision in which the model was evaluated.
 
-    `rounding` is the estimated effect of rounding on a margin, or None if the task has no margins. `n_borderline` known
-    samples have a smaller margin. On another device or with another batch size they may be wrong.
+    `rounding` is the estimated effect of rounding on a margin, or None if the task has no margins. `n_borderline` right
+    known samples have a smaller margin. On another device or with another batch size they may be wrong.
     """
 
     precision: DeployedPrecision
@@ -41,7 +41,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a method, such as `fit`. After it, `repaired` targets pass and `broken` known passed samples fail."""
+    """A step of a method, such as `fit`. Afterwards `repaired` targets pass, and `broken` known passed samples fail."""
 
     name: str
     repaired: int
@@ -54,9 +54,9 @@ class Step:
 class Rung:
     """One rung of the default method, which tries up to three changes, from the smallest to the largest (the ladder).
 
-    `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, or `training` for further
-    training. `held_out` counts known samples that the rung did not use. It is None if the rung used all. Other
-    counts are of all known samples. The rung that is `taken` becomes the repair.
+    `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, `training` for further training,
+    or `polish` in an update. `held_out` counts known samples that the rung did not use. It is None if the rung used all
+    known samples. The other counts are of all known samples. The rung that is `taken` becomes the repair.
     """
 
     name: str
@@ -83,7 +83,7 @@ class PricePoint:
 
 @dataclass(frozen=True)
 class LocalizationReport:
-    """The numbers of a `Localization`. `requested` (#lw) is None if no number of weights was requested."""
+    """The numbers of weights in a `Localization`. `requested` (#lw) is None if no number was requested."""
 
     requested: int | None
     n_g: int
@@ -94,8 +94,8 @@ class LocalizationReport:
 class SearchReport:
     """The course of a search for the best candidate, which is a set of new values for the searched weights.
 
-    `fitness` is that of the best candidate. `history` has the curves of `SearchHistory`, one value per iteration.
-    `n_failed` and `n_passed` are the numbers of samples in I_neg and I_pos. A number is None if it is unknown.
+    `fitness` is the fitness of the best candidate. `history` has the curves of `SearchHistory`, with one value per
+    iteration. `n_failed` and `n_passed` are the numbers of samples in I_neg and I_pos, or None if they are unknown.
     """
 
     iterations: int
@@ -129,9 +129,9 @@ class Hashes:
 class StrengthPoint:
     """Counts of a patch at one strength: 0 stands for the original weights, 1 for the patch.
 
-    If `polished`, small steps restored broken samples before the count. `gain` is the value of the repaired targets.
+    If `polished`, small steps restored broken samples before the count. `gain` is the value of all repaired targets.
     `harm` is the gate's cost of the broken known samples, `calibration_harm` the cost of broken calibration samples.
-    Each of the three is None if it is just a number of samples: then `worth`, `cost` and `calibration_cost` return it.
+    If one of the three is None, `worth`, `cost` or `calibration_cost` returns the number of these samples instead.
     """
 
     strength: float
@@ -207,7 +207,7 @@ class RepairRecord(Record):
 
     Attributes:
         status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`.
-        reason: why the repair has this status, in a sentence or two with figures.
+        reason: why the repair has this status, in a sentence or two with counts.
         layers: dotted names of the layers to change.
         target: the failures to repair, in words. `gate` and `task` are in words, too.
         splits: outcome by split under the weights that the model has after the repair.
@@ -224,7 +224,7 @@ class RepairRecord(Record):
         price: best results by the share of known samples that may break.
         strength: counts of the patch by strength, from the original weights (0) to the patch (1) and beyond.
         chosen_strength: the strength that was chosen. None if there was no choice.
-        bounds: limit from calibration data. None if there are no such data, or the gate accepted nothing.
+        bounds: limit computed from calibration data. None if there are no such data, or the gate accepted nothing.
         change: difference between the old and the new weights, accepted or not. None if no new weights were found.
         hashes: hashes of the weights.
         judge: precision of the evaluation.
@@ -290,7 +290,7 @@ class RepairRecord(Record):
     def unseen_splits(self) -> tuple[SplitReport, ...]:
         """Reports of unseen splits.
 
-        In an update, they compare with the replaced model. Otherwise they are empty if no weights changed.
+        In an update, the reports compare with the replaced model. Otherwise the result is empty if no weights changed.
         """
         if self.update:
             return tuple(split.now for split in by_role(self.update).get("unseen", ()))
@@ -310,7 +310,7 @@ class RepairRecord(Record):
 
     @property
     def held_out(self) -> TargetCounts | None:
-        """Counts of the taken rung on known samples that it did not use. None if it used all or no weights changed."""
+        """Counts of the taken rung on known samples it did not use. None if it used all or no weights changed."""
         return next((rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None)
 
     def class_name(self, label: int) -> str:

@@ -49,7 +49,7 @@ class _Counted(Derives):
 class FlippedSample:
     """A sample that was repaired or broken. `id` is its position in its data set.
 
-    Classes are -1 if the task has no classes. Margins are negative if wrong, and NaN if the task has no margins.
+    Classes are -1 if the task has no classes. Margins of wrong predictions are negative. Without margins they are NaN.
     """
 
     id: int
@@ -83,7 +83,7 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """Counts of margins before and after, in B bins with B + 1 ascending edges. Outer bins include margins beyond."""
+    """Counts of margins before and after, in B bins with B + 1 ascending edges. The outer bins are open-ended."""
 
     edges: tuple[float, ...]
     before: tuple[int, ...]
@@ -138,7 +138,7 @@ class SplitReport(_Counted):
 
 @dataclass(frozen=True)
 class UpdateSplit:
-    """One split in an update: the new model, as `trained` and as repaired (`now`), against the replaced model."""
+    """One split in an update. The new model, as `trained` or repaired (`now`), is compared with the replaced model."""
 
     trained: SplitReport
     now: SplitReport
@@ -168,7 +168,7 @@ class SliceReport(_Counted):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A failure that was set aside. `id` is its position in its data set. Classes are -1 if the task has no classes."""
+    """A failure not to be repaired. `id` is its position in its data set. Classes are -1 if the task has no classes."""
 
     split: str
     id: int

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Evidence = Literal["better", "no difference shown", "worse"]
-"""Comparison of a model with the one before it, by a test on repaired and broken samples."""
+"""Comparison of a model with an earlier model, by a test on repaired and broken samples."""
 EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
 NEGLIGIBLE = 1e-17  # a term of this relative size no longer changes a sum in double precision
 ORDERED_LEVEL_SHARE = 0.8
@@ -88,7 +88,7 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
     """Computes the probability of at most k successes in n independent draws, each with probability p in (0, 1)."""
     if k >= n:
         return 1.0
-    odds = p / (1 - p)  # terms are summed from k away from the mean; they fall, so no digits cancel
+    odds = p / (1 - p)  # terms are summed from k away from the mean; all are positive, so no digits cancel
     if k <= n * p:
         return min(1.0, _pmf(k, n, p) * _falling(k, n + 1 - k, 1 / odds))
     return max(0.0, 1 - _pmf(k + 1, n, p) * _falling(n - k - 1, k + 2, odds))
@@ -134,7 +134,7 @@ def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
 
 
 def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
-    """Decides by `sign_test` at a level of 5 % whether a model is better or worse. The arguments are the same.
+    """Decides by `sign_test` at a level of 5 % if a model is better or worse. The arguments are those of `sign_test`.
 
     Example:
         >>> evidence_of(14, 16), evidence_of(3, 20)
@@ -234,15 +234,15 @@ class Selection:
 
 
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
-    """Computes an upper limit in (0, 1] on the rate of broken samples, after these data have chosen the weights.
+    """Computes an upper limit in (0, 1] on the rate of broken samples, from data that have also chosen the weights.
 
     `broken` of the `n` samples that were right before are wrong after. The limit is that of Clopper and Pearson for an
-    error probability, which depends on a = 1 - confidence and the number of states C (`Selection`; 1 without a choice):
+    error probability, which depends on a = 1 - confidence and C = `Selection.states` (1 if the data chose nothing):
 
     - Usually it is a / C (Bonferroni).
     - It is 0.8 a if the chosen strength was accepted in order from weak to strong (Learn then Test). Then the limit is
       computed for `allowed` instead of `broken` samples.
-    - It is 0.2 a / C if such an order was set but other weights were chosen, for instance polished weights.
+    - It is 0.2 a / C if such an order was fixed but other weights were chosen, for instance polished weights.
     """
     level = 1 - confidence
     if selection.allowed is not None:

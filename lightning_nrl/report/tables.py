@@ -81,7 +81,7 @@ def unchanged_table(splits: Sequence[SplitReport]) -> Table:
 
 
 def rates_table(splits: Sequence[SplitReport]) -> Table:
-    """Tabulates the repair rate, the break rate and the published rates of model updates, by split."""
+    """Tabulates the repair rate, the break rate and published rates for model updates, by split."""
     columns = _with_totals(splits, pool)
     named = [(RATES[name].label, name) for name in ("break_rate", *SHOWN_RATES)]
     table = _table(columns, [("repair rate: repaired of the targeted", "repair_rate"), *named])
@@ -91,7 +91,7 @@ def rates_table(splits: Sequence[SplitReport]) -> Table:
 
 
 def update_table(splits: Sequence[UpdateSplit]) -> Table:
-    """Tabulates the new model against the replaced one, before and after the repair."""
+    """Tabulates the new model, before and after the repair, against the replaced model."""
     rows = [
         ("accuracy of the replaced model", "now.accuracy_before"),
         ("accuracy of the new one", "trained.accuracy_after"),
@@ -107,7 +107,7 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
 
 
 def slice_table(slices: Sequence[SliceReport]) -> Table:
-    """Tabulates targeted, repaired and broken samples by slice (a row each) and by role."""
+    """Tabulates targeted, repaired and broken samples. Each slice has a row, and each role has columns."""
     roles = [role for role in ROLES if any(s.role == role for s in slices)]
     quotas = any(s.quota is not None for s in slices)
     columns: list[tuple[str, str]] = []
@@ -151,7 +151,7 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
-    """Tabulates the rungs of the default method, a column each, and marks the rung that was taken."""
+    """Tabulates the rungs of the default method, one per column, and marks the rung that was taken."""
     repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
     rows = (
         Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),
@@ -216,7 +216,7 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
-    """Returns the splits whose flips are shown: from `update`, `candidate` or `splits`, the first that is not empty."""
+    """Returns the splits whose flips are shown: the first of `update`, `candidate` and `splits` that is not empty."""
     return tuple(both.now for both in report.update) or report.candidate or report.splits
 
 

@@ -33,8 +33,8 @@ class Verdict:
         promise: the promise in words, with figures.
         evidence: `better`, `no difference shown` or `worse`, by an exact two-sided sign test of repaired against broken
             samples at 5 %. It is also `worse` if one unseen split is worse. Updates compare with the replaced model.
-        source: data of the evidence: `unseen` if there are any, else `held-out` (known samples that the taken rung did
-            not use), else `none`.
+        source: data of the evidence: `unseen` data or, without these, `held-out` samples (known samples that the taken
+            rung did not use). `none` if there are neither.
         repaired: number of repaired samples in these data. `broken` and `n` count broken and all samples. If one unseen
             split alone makes the evidence `worse`, the three numbers are of this split.
         p_value: p-value of the sign test, with a Bonferroni correction if the data chose among several results. The
@@ -165,7 +165,7 @@ def _revert_hint(report: RepairRecord) -> str:
 
 
 def _looser_gate_hint(report: RepairRecord) -> str:
-    """Suggests a gate that would have repaired twice as many targets or gained more on held-out data, else ""."""
+    """Suggests a gate that would have repaired twice as many targets or gained more on held-out data, or returns ""."""
     known = _known(report)
     gained = None if report.held_out is None else points_of(report.held_out)
     for point in report.price:

@@ -18,7 +18,7 @@ from lightning_nrl.search.first_positions import broadcast_stat
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin, check_numbers
 
 Covariance = Literal["auto", "full", "diagonal"]
-MAX_FULL = 320  # largest number of weights for which `auto` is `full`; `default_n_weights` is smaller
+MAX_FULL = 320  # largest number of weights for which `auto` is `full`; `default_n_weights` returns fewer
 
 
 class Evolution(NamedTuple):
@@ -89,7 +89,7 @@ class CmaEs:
         return state._replace(candidates=candidates)
 
     def tell(self, state: Evolution, fitness: Tensor) -> Evolution:
-        """Adapts the strategies to `fitness`, `S x P`. The first call creates them. NaN ranks last."""
+        """Adapts `strategies` to `fitness`, `S x P`. The first call creates the strategies. NaN ranks last."""
         worth = fitness.double().cpu()
         worth = worth.masked_fill(worth.isnan(), -math.inf)
         if state.strategies is None:

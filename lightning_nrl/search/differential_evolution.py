@@ -20,7 +20,7 @@ class Population(NamedTuple):
 
     members: Tensor  # S x P x K
     fitness: Tensor  # S x P, minus infinity before the first candidates are scored
-    candidates: Tensor  # S x P x K, one trial for each member
+    candidates: Tensor  # S x P x K, the trial of each member (see `DifferentialEvolution`)
     lowest: Tensor  # broadcasts to S x P x K, lower bound of the weights
     highest: Tensor  # broadcasts to S x P x K, upper bound of the weights
     searched: Tensor | None  # S x 1 x K bool, False at padding; None: no padding
@@ -36,9 +36,10 @@ class Population(NamedTuple):
 class DifferentialEvolution:
     """Search by differential evolution, rand/1/bin.
 
-    In each generation every member x gets a trial. Each weight of the trial comes, with probability `crossover`, from
-    `x_a + F (x_b - x_c)`, else from x. At least one weight does not come from x. The members a, b and c are drawn for
-    each x, F once for all. A trial replaces x if it is at least as good. Member 0 starts at the original weights.
+    In each generation every member x gets a trial, a candidate that replaces x if it is at least as good. Each weight
+    of the trial comes from `x_a + F (x_b - x_c)` with probability `crossover`, and otherwise from x, but at least one
+    weight does not come from x. The members a, b and c are drawn for each x, and F is drawn once per generation. Member
+    0 starts at the original weights.
 
     Attributes:
         population: number of members, at least 4.
@@ -48,7 +49,7 @@ class DifferentialEvolution:
         scale_min: as in `ParticleSwarm`.
         scale_max: as in `ParticleSwarm`.
         crossover: crossover rate CR, from 0 to 1.
-        factor_min: smallest value of F, at least 0; F is uniformly distributed.
+        factor_min: smallest value of F, at least 0; F has a uniform distribution.
         factor_max: largest value of F, at least `factor_min`.
         reach: trials are clipped to the range of the layer's weights. A negative lower end and a positive upper end of
             this range are first multiplied by `reach`, at least 1.

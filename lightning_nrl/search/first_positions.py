@@ -1,4 +1,4 @@
-"""Initial candidates of a population: near the original weights, random draws like the layer's weights, or both."""
+"""Initial candidates of a population, near the original weights or drawn from the distribution of layer weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, check_num
 Start = Literal["local", "half", "paper", "normal"]  # initial distributions, which `ParticleSwarm` explains
 
 ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
-"""Positions of further candidates on the line through the original weights (position 0) and an elite (position 1)."""
+"""Positions of extra candidates on the line through the original weights (position 0) and an elite (position 1)."""
 
 
 def first_positions(
     origin: SearchOrigin, streams: RandomStreams, n: int, start: Start, scale_min: float, scale_max: float
 ) -> Tensor:
-    """Returns the first candidates, `S x n x K`. `ParticleSwarm` explains `start`, `scale_min` and `scale_max`.
+    """Returns `n` candidates per search, `S x n x K`. `ParticleSwarm` explains `start`, `scale_min` and `scale_max`.
 
-    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites. They also change the position
-    of other candidates that `start` would place near the original weights: up to half of these lie on lines from the
-    original weights through an elite, and the rest lie around the original weights and around each elite in turn.
+    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites. Elites also move the other
+    candidates that `start` would place near the original weights: up to half of these candidates lie on lines from the
+    original weights through an elite, the rest lie around the original weights and around each elite in turn.
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]

@@ -26,7 +26,7 @@ FitnessFunction = Callable[[Scores, Scores], Tensor]
 """Maps the scores of the candidates, `S x P`, and of the original weights, `S x 1`, to fitnesses, `S x P`.
 
 A fitness may declare `uses_passed_loss = False` (it does not read `Scores.loss_passed`) and `uses_credit = True` (it
-reads the credits), and it may have the methods `most_broken` and `as_constraint` of `Fitness`.
+reads the credits in `Scores`), and it may have the methods `most_broken` and `as_constraint` of `Fitness`.
 """
 
 FITNESS_KINDS = ("lexicographic", "eq1", "eq2")
@@ -34,10 +34,10 @@ LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
 INFEASIBLE_RANKINGS = ("ranked", "zero")
 
 FEASIBLE_FLOOR = -(2.0**20)
-"""With `perfect_intact`, every feasible candidate has at least this fitness, every infeasible one at most this."""
+"""Lower limit of feasible and upper limit of infeasible fitnesses in `eq1` and `eq2` with `infeasible="ranked"`."""
 
 SMALLEST_UNCHANGED = 2.0**-10
-"""With `infeasible="zero"`, the fitness of a feasible candidate is changed if it is below this, to stay above 0."""
+"""With `infeasible="zero"`, the fitness of a feasible candidate that is below this number is raised to above 0."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,19 @@ class Fitness:
     :math:`I_{pos}` are kept. `loss_term` explains the loss terms :math:`l`. The kinds are
 
     - `lexicographic`: ranks by fewest broken samples, then most repaired samples, then lowest mean loss over I_neg and
-      I_pos. (With the loss on I_neg alone, the search would go on to shrink the margins of passed samples.) If no
-      sample of I_pos is broken, the fitness is N_patched plus a number from 0 to 1/2, which is larger for a lower loss
-      and 1/4 for an unchanged loss. If a sample is broken, the fitness is negative.
+      I_pos. If no sample of I_pos is broken, the fitness is N_patched plus a number from 0 to 1/2, which is larger for
+      a lower loss and 1/4 for an unchanged loss. If a sample is broken, the fitness is negative.
     - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's eq. (1).
     - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's eq. (2).
 
-    With sample weights (`Scores.value`, `Scores.cost`), the counts and the loss on I_neg are weighted. The number for
-    the loss in `lexicographic` is multiplied by the smallest weight of I_neg, so that no loss outweighs a repair. The
-    fitness is minus infinity if a loss is NaN or infinite.
+    With sample weights (`Scores.value`, `Scores.cost`), the counts and the loss on I_neg are weighted. The number from
+    0 to 1/2 in `lexicographic` is then multiplied by the smallest sample weight in I_neg, so that no loss outweighs a
+    repaired sample. The fitness is minus infinity if a loss is NaN or infinite.
 
     Attributes:
         kind: `lexicographic`, `eq1` or `eq2`.
-        alpha: weight of the intact term in `eq1` and `eq2`, at least 0; see `exchange_rate`.
-        beta: weight of the loss term in `eq2`, at least 0.
+        alpha: factor of N_intact / |I_pos| in `eq1` and `eq2`, at least 0; see `exchange_rate`.
+        beta: factor of the loss term in `eq2`, at least 0.
         delta: small constant in the loss terms, above 0.
         loss_term: reading of the paper's loss ratio in `eq1` and `eq2`, with the loss L under the original weights, the
             loss L' under the candidate, and d = `delta`. `bounded` is 1 - (L'+d)/(L+d), at most 1. `inverse_ratio` is
@@ -106,7 +105,7 @@ class Fitness:
 
     @property
     def uses_passed_loss(self) -> bool:
-        """True if the fitness reads the loss on I_pos. If False, samples that no candidate breaks may be skipped."""
+        """True if the fitness reads the loss on I_pos. If not, samples that no candidate breaks may be skipped."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def as_constraint(self, tolerated: float) -> Fitness:
@@ -114,7 +113,7 @@ class Fitness:
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """Returns how much weight of I_pos a candidate may break and still have a fitness above `value`, `S x P`.
+        """Returns the total sample weight of I_pos, `S x P`, that a candidate above fitness `value` can break at most.
 
         `n_failed` is |I_neg|. Returns None if other terms of the fitness can outweigh any number of broken samples.
         """
@@ -133,7 +132,7 @@ class Fitness:
         """Returns the fitness of each candidate, `S x P` in float64, or float32 on MPS.
 
         The lexicographic order of the counts is exact in float64 for up to a million samples in I_neg and in I_pos. In
-        float32 it is exact while broken * (|I_neg| + 1) is below 2^22.
+        float32 it is exact while the number of broken samples times |I_neg| + 1 is below 2^22.
         """
         repaired, intact, loss_failed, loss_passed = scores.columns()
         _, _, before_failed, before_passed = original.columns()
@@ -193,7 +192,7 @@ class NeuRecoverFitness:
     .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
 
     Attributes:
-        alpha: weight of the intact term, at least 0.
+        alpha: factor of the second term, at least 0.
     """
 
     alpha: float = 1.0
@@ -218,7 +217,7 @@ class ArachneDEFitness:
     The credit of a sample is 1 if it is right under the candidate, else 1/(loss + 1). Sample weights are ignored.
 
     Attributes:
-        aggressiveness: a, the weight of a failed sample relative to a passed one, at least 0.
+        aggressiveness: a, the weight of a failed sample relative to a passed sample, at least 0.
     """
 
     uses_credit = True
@@ -240,7 +239,7 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
     With `n_failed` failed samples to repair, a repaired sample adds 1/n_failed to the fitness. With `n_passed` passed
     samples that the search scores, a broken sample subtracts alpha/n_passed. The result is n_passed / (alpha *
-    n_failed), or infinity if this divisor is 0. No alpha in the paper's range (4 to 8) prevents broken samples, but
+    n_failed), or infinity if alpha * n_failed is 0. No alpha in the paper's range (4 to 8) prevents broken samples, but
     `perfect_intact` and `lexicographic` do.
 
     Example:

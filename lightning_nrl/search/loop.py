@@ -90,23 +90,23 @@ def search_many(
     between candidates that are equal up to rounding.
 
     Args:
-        scorer: scores P candidates per search, `S x P x K` in the dtype of `original`, on the samples of their search.
+        scorer: scores P candidates per search, `S x P x K` in the dtype of `original`, on that search's samples.
         original: `S x K`, the weights before the repair, on the device of the search. Padding may be any finite number.
         stats: statistics of the layers' weights: floats, or tensors that broadcast to `S x K`.
         seeds: one seed per search, the only source of randomness.
-        fitness: function to maximise, one for all searches or one for each; None: the lexicographic ranking.
+        fitness: one function to maximise, or one `Fitness` per search; None: `Fitness()`, the lexicographic ranking.
         searcher: search algorithm, by name or as an object.
-        sizes: number of weights of each search. The other columns are padding, which never changes. None: K for all.
+        sizes: number of weights of each search. Further columns are padding, which never changes. None: K for each.
         elites: `S x M x K`, candidates that are known to be good, with M below P. They are among the first candidates,
             so the result is never worse than any elite.
-        deadline: checked every `check_every` iterations. With a deadline, results may differ between runs.
+        deadline: time limit, checked every `check_every` iterations. With a limit, results may differ between runs.
         on_progress: called with the number of iterations and all histories, at the end and at each check (see
             `check_every`) after a multiple of ten iterations.
         check_every: iterations between checks whether all searches have ended; a check waits for the device. None: 1 on
             a CPU, 10 elsewhere. Results do not depend on this number.
 
     Returns:
-        One result per search, without padding. `seconds` is the time of all searches together.
+        One result per search, without padding. `SearchResult.seconds` is the time of all searches together.
 
     Raises:
         ConfigurationError: `seeds`, `fitness` or `sizes` does not have one entry per search.

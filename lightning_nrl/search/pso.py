@@ -44,7 +44,7 @@ class Swarm(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """Best fitness of each particle so far, `S x P`. A particle that does not exceed it changes nothing."""
+        """Best fitness of each particle so far, `S x P`. A particle must exceed this to change any best position."""
         return self.best_fitness
 
 
@@ -62,18 +62,19 @@ class ParticleSwarm:
             and the others start around it. `half`: half of the swarm starts as in `local`, the rest is drawn from N.
             `paper`: half of the swarm starts exactly at the original weights and may move, the rest is drawn from N.
             `normal`: one particle stays at the original weights, the rest is drawn from N.
-        constants: default coefficients. `clerc`: `inertia` chi = 0.7298, `cognitive` and `social` 2.05 chi, a random
-            number per weight, speed at most 0.2 of the range (max - min) of the layer's weights. `arachne`: `inertia`
-            chi, `cognitive` and `social` 4.1 chi, one random number per particle and pull, speed from 0.2 to 5 ranges.
-            Its minimum speed drives particles away from the original weights.
-        inertia: coefficient of the velocity, at least 0. If it or one of the next four is None, `constants` sets it.
+        constants: default coefficients. `clerc`: `inertia` is chi = 0.7298, `cognitive` and `social` are 2.05 chi, each
+            weight has its own random factor per pull, and the speed is at most 0.2 of the range (max - min) of the
+            layer's weights. `arachne`: `inertia` is chi, `cognitive` and `social` are 4.1 chi, each particle has one
+            random factor per pull, and the speed is from 0.2 to 5 ranges. This minimum speed drives particles away from
+            the original weights.
+        inertia: coefficient of the velocity, at least 0. If this or one of the next four is None, see `constants`.
         cognitive: coefficient of the pull to the particle's best position, at least 0.
         social: coefficient of the pull to the swarm's best position, at least 0.
         min_speed: minimum speed of each weight, as a multiple of the range of the layer's weights, at least 0.
         max_speed: maximum speed of each weight in the same unit, above 0 and at least `min_speed`.
         scale_min: in `local` and `half`, initial distance of the nearest particle from the original weights, in
             standard deviations of the layer's weights, above 0.
-        scale_max: the same distance of the farthest particle. The distances in between are spaced logarithmically.
+        scale_max: the same distance, but of the farthest particle. The other distances are spaced logarithmically.
     """
 
     particles: int = 100

@@ -24,16 +24,16 @@ class Scores:
     loss_passed: Tensor  # S x P, mean loss over I_pos
     n_failed: int | Tensor  # |I_neg|, a number or S x 1
     n_passed: int | Tensor  # |I_pos|, a number or S x 1
-    value: Tensor | None = None  # S x P, total weight of the patched samples, at most |I_neg|; None: weights are 1
-    cost: Tensor | None = None  # S x P whole numbers, total weight of the broken samples of I_pos; None: weights are 1
+    value: Tensor | None = None  # S x P, total sample weight of the patched samples, at most |I_neg|; None: no weights
+    cost: Tensor | None = None  # S x P whole numbers, total sample weight of broken samples of I_pos; None: no weights
     least: float = 1.0  # smallest weight of a sample of I_neg, from 0 to 1
     credit_failed: Tensor | None = None  # S x P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not computed
     credit_passed: Tensor | None = None  # S x P, the same sum over I_pos
 
     def columns(self) -> tuple[Tensor, ...]:
-        """Returns repaired, kept, `loss_failed` and `loss_passed`, `S x P` each, in float64, or float32 on MPS.
+        """Returns four tensors `S x P` in float64, or float32 on MPS. The last two are `loss_failed` and `loss_passed`.
 
-        Repaired and kept are the numbers of these samples or, if samples have weights, their total weights.
+        The first two are the numbers (or the total sample weights) of repaired samples and of kept samples.
         """
         repaired = self.patched if self.value is None else self.value
         kept = self.intact if self.cost is None else self.n_passed - self.cost
@@ -50,7 +50,7 @@ class Scorer(Protocol):
     """Scores candidates on I_neg and I_pos.
 
     A scorer with the attribute `gives_up = True` may stop early. It takes a second argument `most_broken`, `S x P`: the
-    total weight of the samples of I_pos that each candidate may break. A candidate that breaks more, or whose limit is
+    total sample weight of I_pos that each candidate may break. A candidate that breaks more, or whose `most_broken` is
     negative, may get NaN losses and meaningless counts.
     """
 

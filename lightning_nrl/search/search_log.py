@@ -1,4 +1,4 @@
-"""Results of a search, and `SearchLog`, which records searches on their device, so that they need not wait for it."""
+"""Results of a search, and `SearchLog`, which records searches on their device and does not wait for the device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SearchLog:
         original: `S x K`, the weights before the repair, in the dtype of the search.
         iterations: maximum number of steps after the initial population.
         patience: iterations without improvement after which a search has ended.
-        sizes: number of weights of each search; further columns of `original` are padding. None: every search has K.
+        sizes: number of weights of each search; further columns of `original` are padding. None: K per search.
     """
 
     def __init__(self, original: Tensor, iterations: int, patience: int, sizes: Sequence[int] | None) -> None:
@@ -69,7 +69,7 @@ class SearchLog:
 
     @property
     def frozen(self) -> Tensor:
-        """Mask of the searches that have ended, `S` bool. Nothing changes their best candidates any more."""
+        """Mask of the searches that have ended, `S` bool. The best candidate of such a search no longer changes."""
         return self.stale >= self.patience
 
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class SearchLog:
         return fitness
 
     def read(self) -> Tensor:
-        """Copies the T iterations so far to the CPU, `T x N_COLUMNS x S`. No other method waits for the device."""
+        """Copies the rows of T iterations to the CPU, `T x N_COLUMNS x S`. Only this method waits for the device."""
         return self._rows[: self.done + 1].cpu()
 
 

@@ -1,7 +1,7 @@
 """The interface of a search algorithm, and the objects that are passed to it.
 
 A candidate is one set of values for the K weights of a search. A searcher holds only settings: its methods take a state
-and return the next one. `lightning_nrl.search.loop` records the best candidate and stops the search.
+and return the next state. `lightning_nrl.search.loop` records the best candidate and stops the search.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class WeightStats:
 
     @classmethod
     def of(cls, weights: Tensor) -> WeightStats:
-        """Computes the statistics of one layer's weights, in at least float32. The tensor may have any shape."""
+        """Computes the statistics of one layer's weights, in float32 or float64. The tensor may have any shape."""
         return cls(*_moments(weights))
 
     @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
-        """Computes statistics of length K: entry k is for the parameter that contains the flat position `where[k]`."""
+        """Computes K values per statistic. Value k is that of the parameter at `where[k]` in `space.flat()`."""
         parameters = space.parameters.values()
         ends = torch.tensor([p.numel() for p in parameters], device=where.device).cumsum(0)
         which = torch.bucketize(where, ends, right=True).to(space.device)
@@ -54,10 +54,10 @@ def search_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class RandomStreams:
-    """One random generator per search, so that a search draws the same numbers alone, in a batch and with padding."""
+    """One random generator per search. Batches of searches and padding do not change the numbers of a search."""
 
     generators: tuple[torch.Generator, ...]  # one per search, on the CPU so that every device gets the same numbers
-    sizes: tuple[int, ...] | None = None  # number of weights of each search, without padding; None: K
+    sizes: tuple[int, ...] | None = None  # number of weights of each search, without padding; None: every search has K
 
     @classmethod
     def seeded(cls, seeds: Sequence[int], sizes: Sequence[int] | None = None) -> RandomStreams:
@@ -65,7 +65,7 @@ class RandomStreams:
         return cls(tuple(torch.Generator("cpu").manual_seed(seed) for seed in seeds), own)
 
     def uniform(self, like: Tensor, *shape: int) -> Tensor:
-        """Draws numbers from [0, 1) in the dtype of `like`. The `shape` (2, P, K) gives a tensor `2 x S x P x K`."""
+        """Draws numbers from [0, 1) in the dtype of `like`. For S searches `shape` (2, P, K) gives `2 x S x P x K`."""
         return self._draw(torch.rand, like, shape)
 
     def normal(self, like: Tensor, *shape: int) -> Tensor:
@@ -111,7 +111,7 @@ class SearchOrigin:
 
 
 class SearchState(Protocol):
-    """State of S searches with P candidates each: a named tuple or frozen dataclass that holds tensors."""
+    """State of S searches with P candidates of K weights: a named tuple or frozen dataclass that holds tensors."""
 
     @property
     def candidates(self) -> Tensor:
@@ -119,10 +119,10 @@ class SearchState(Protocol):
 
     @property
     def threshold(self) -> Tensor | None:
-        """Fitness that a candidate must exceed to change the state, one for each candidate, `S x P`.
+        """Fitness, `S x P`, that each candidate must exceed to change the state.
 
         Scoring may stop early for a candidate that cannot exceed its threshold. A threshold is never above the best
-        fitness so far. None means that every fitness matters.
+        fitness of its search so far. None means that every fitness matters.
         """
 
 
@@ -169,9 +169,9 @@ SEARCHERS: Registry[Searcher[Any]] = Registry(
 
 
 def check_numbers(how: Any, **least: int) -> None:
-    """Raises a `ConfigurationError` unless some attributes of a searcher are whole numbers of at least a minimum.
+    """Raises a `ConfigurationError` unless each checked attribute of a searcher is a whole number >= its minimum.
 
-    The attributes are `iterations` (minimum 0), `patience` (minimum 1), and those in `least`: names with minimums.
+    The minimum of `iterations` is 0, and the minimum of `patience` is 1. `least` maps other names to minimums.
     """
     for name, lowest in (least | {"iterations": 0, "patience": 1}).items():
         check_whole(f"{type(how).__name__}.{name}", getattr(how, name), lowest)

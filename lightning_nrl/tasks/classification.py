@@ -21,11 +21,11 @@ PROBABILITY_ROUNDING = 1e-2
 
 @TASKS.register("multiclass")
 class Multiclass(Task):
-    """Multiclass classification from `n x C` logits, samples x classes: a sample is right if the arg max is its class.
+    """Multiclass classification: a sample is right if the arg max of its logits is its class.
 
-    The loss is cross entropy, in at least float32. One logit per sample, `n` or `n x 1`, is treated as in `Binary`.
-    Targets are class indices, `n` or `n x 1`, of any real dtype. They may also be `n x C` probabilities, one-hot or
-    soft. The most probable class is then the true one, and the loss is the cross entropy with all probabilities.
+    Logits are `n x C`, samples x classes; one logit per sample, `n` or `n x 1`, is treated as in `Binary`. The loss is
+    cross entropy, in at least float32. Targets are class indices, `n` or `n x 1`, of any real dtype, or `n x C` class
+    probabilities. In the second case, the most probable class is the true class, and the loss uses all probabilities.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
@@ -102,7 +102,7 @@ def _is_soft(target: Tensor) -> bool:
 
 @TASKS.register("binary")
 class Binary(Multiclass):
-    """Binary classification from one logit per sample, `n` or `n x 1`: a logit above 0 predicts class 1, else class 0.
+    """Binary classification from one logit per sample, `n` or `n x 1`. A logit above 0 predicts class 1.
 
     The loss is binary cross entropy. Targets are 0 or 1, `n` or `n x 1`, of any dtype. `Multiclass`, the default, gives
     the same results for such logits. `Binary` rejects logits of any other shape.
@@ -120,17 +120,17 @@ class Binary(Multiclass):
 @TASKS.register("multilabel")
 @dataclass(frozen=True)
 class Multilabel(Task):
-    """Multi-label classification from one logit per label, `n x L`: a sample is right if all its labels are right.
+    """Multi-label classification: a sample is right if all its labels are right.
 
     A label is right if its probability, the sigmoid of the logit, is above the threshold for target 1 and below it for
-    target 0. Targets are `n x L`, of any dtype. The loss is binary cross entropy, averaged over labels. The margin of a
-    label is the distance of its logit from the threshold, negative if the label is wrong. The margin of a sample is the
-    smallest margin of its labels, after leaving out the `wrong` smallest.
+    target 0. Logits and targets are `n x L`, samples x labels; targets have any dtype. The loss is binary cross
+    entropy, averaged over labels. The margin of a label is the distance of its logit from the threshold, negative if
+    the label is wrong. A sample's margin is the smallest margin of its labels, without the `wrong` smallest ones.
 
     Attributes:
         threshold: probability threshold, between 0 and 1.
         wrong: number of wrong labels that a right sample may have.
-        ignore_index: target of labels that are unknown and do not count.
+        ignore_index: target that marks a label as unknown. Unknown labels do not count.
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, 0]])

@@ -1,4 +1,4 @@
-"""`Custom`, a task made of functions, and `NamedHead`, a task for one head of a model with several."""
+"""`Custom`, a task made of functions, and `NamedHead`, a task for one of the heads of a model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MARGIN_ROUNDING = 1e-4  # margins smaller than this share of the batch's largest
 
 
 class Custom(Task):
-    """Task defined by your own functions of output and target, or their addresses, `package.module:function`.
+    """Task defined by your functions of output and target, or by addresses of functions, `package.module:function`.
 
-    To define logits, classes or the divergence too, derive a class from `Task` instead.
+    To define `logits`, `prediction`, `label` or `divergence` too, derive a class from `Task` instead.
 
     Args:
         passed: returns `n` bool, True for each right sample.
         loss: returns each sample's loss, `n`, differentiable. With PyTorch's losses use `reduction="none"` and average
             over all dimensions but the first.
-        margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if the sample passed, else
-            below 0. None: the task has no margins, and only gradient-free methods such as `swarm` can repair.
+        margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if the sample passed, and
+            below 0 if not. With None there are no margins, and only gradient-free methods like `swarm` can repair.
 
     Example:
         >>> def far(output, target):
@@ -103,8 +103,8 @@ def _address(function: Judge) -> str:
 class NamedHead(Task):
     """Task for one head of a model with several outputs.
 
-    If the target has parts too, its part with this `name` is used. Give a repair a `layer` that belongs to this head
-    only: the repair does not protect the outputs of other heads.
+    If the target has several parts too, its part with this `name` is used. Give a repair a `layer` that belongs to this
+    head only: the repair does not protect the outputs of other heads.
 
     Attributes:
         name: key, field or position of the head's output.

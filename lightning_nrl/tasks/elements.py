@@ -37,7 +37,7 @@ class Elements(NamedTuple):
         return self._above(best), rival
 
     def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
-        """Marks right elements, `n x E` bool. With `reserve`, `n`, their lead must reach their sample's reserve."""
+        """Marks right elements, `n x E` bool. If `reserve`, `n`, is given, a lead must reach its sample's entry."""
         right, tied = lead > 0, lead == 0
         if lead.device.type != "cpu" or bool(tied.any()):
             right |= tied & (self.logits.argmax(1) == self.label)
@@ -68,7 +68,7 @@ class ElementsTask(Task):
 
     @abstractmethod
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        """Marks the right samples, `n` bool. With `reserve`, `n`, a sample's margin must also reach its reserve."""
+        """Marks the right samples, `n` bool. If `reserve`, `n`, is given, a sample's margin must reach its entry."""
 
     @abstractmethod
     def elements_margin(self, elements: Elements) -> Tensor:
@@ -128,7 +128,7 @@ class ElementsTask(Task):
         return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the Kullback-Leibler divergence from the teacher, `n`: a mean over elements that `target` counts."""
+        """Returns the Kullback-Leibler divergence from `teacher`, `n`, a mean over elements that are not ignored."""
         each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
         return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
@@ -152,7 +152,7 @@ class Sequence(ElementsTask):
     """Token classification: a sequence is right if all its tokens, or a given share of them, are right.
 
     A token is right if the arg max of its logits is its class. The margin of a sequence is the smallest margin of its
-    tokens, after leaving out as many of the smallest ones as may be wrong.
+    tokens, once as many of the smallest margins are left out as tokens may be wrong.
 
     Attributes:
         share: share of the counted tokens that must be right, above 0 and at most 1.
@@ -187,7 +187,7 @@ class Sequence(ElementsTask):
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
         right = elements.right(elements.lead(), reserve)
-        # The margin is the lead at rank `allowed_wrong`, so at most that many tokens have a smaller lead.
+        # Sorted by lead, token number `allowed_wrong` (from 0) has the margin, so at most that many have less.
         return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
     def elements_margin(self, elements: Elements) -> Tensor:
@@ -217,7 +217,7 @@ class Sequence(ElementsTask):
 
 
 IOU_ROUNDING = 1e-6  # tolerance of the threshold, so that 3 of 5 reach 0.6
-WINDOW = 0.02  # the margin's gradient is averaged over this share of pixels, those ranked next to the deciding one
+WINDOW = 0.02  # share of the pixels, nearest in lead to the deciding one, over which the gradient is averaged
 
 
 @TASKS.register("segmentation")
@@ -226,18 +226,18 @@ class Segmentation(ElementsTask):
     """Semantic segmentation: an image is right if its mean intersection over union (IoU) reaches a threshold.
 
     The mean is over the classes present in the image's target. Outputs are `n x C x ...`, such as `n x C x H x W`, or
-    `n x 1 x ...` for two classes, with a logit above 0 for class 1. Targets are `n x ...` or `n x 1 x ...`, whole
+    `n x 1 x ...` for two classes: a logit above 0 then predicts class 1. Targets are `n x ...` or `n x 1 x ...`, whole
     numbers of any dtype or bools.
 
     The lead of a pixel is its true logit minus the largest other logit. The margin of a right image is the amount by
     which the leads of all pixels can shrink before the IoU falls below the threshold. The margin of a wrong image is
-    minus the amount by which they would have to grow. A margin equals the lead of one pixel, but its gradient is the
-    mean gradient of this lead and of leads of similar size.
+    minus the amount by which all leads must grow for the IoU to reach the threshold. A margin equals the lead of one
+    pixel, but its gradient is the mean gradient of this lead and of leads of similar size.
 
     Attributes:
         iou: threshold, above 0 and at most 1.
-        classes: classes that count, such as `(1,)` for the foreground alone; None: all classes. If none of them occurs
-            in the target of an image, all classes count for this image.
+        classes: classes that count, such as `(1,)` for the foreground alone; None means all classes. If no class that
+            counts occurs in the target of an image, all classes count for this image.
         ignore_index: label of pixels that do not count; 255 in many data sets.
 
     Example:
@@ -286,7 +286,7 @@ class Segmentation(ElementsTask):
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the lead of the deciding pixel of each image, `n`.
 
-        If the pixels turn right one by one, the largest lead first, the image reaches the IoU at the deciding pixel.
+        If pixels turn right one by one, the largest lead first, the IoU reaches the threshold at the deciding pixel.
         """
         lead, rival = elements.lead_and_rival()
         order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -294,7 +294,7 @@ class Segmentation(ElementsTask):
         order = order.gather(1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True))
         lead, label, rival, counts = (x.gather(1, order) for x in (lead, elements.label, rival, elements.counts))
         rank, n = torch.arange(lead.shape[1], device=lead.device), counts.sum(1)
-        # Bisection for the number of pixels that must be right: with none the IoU is 0, with all it is 1.
+        # Bisection for the number of pixels that must be right: with none of them the IoU is 0, with all of them 1.
         none, enough = torch.zeros_like(n), n.clamp_min(1)
         for _ in range(lead.shape[1].bit_length()):
             middle = (none + enough) // 2
@@ -322,7 +322,7 @@ class Segmentation(ElementsTask):
         return super().labels(target, ndim)
 
     def _reaches(self, elements: Elements, label: Tensor, rival: Tensor, counts: Tensor, right: Tensor) -> Tensor:
-        """Marks the images, `n` bool, that reach the IoU if all pixels outside of `right` get their rival class."""
+        """Marks the images, `n` bool, whose IoU is enough if all pixels outside of `right` get their rival class."""
         zeros = torch.zeros(elements.logits.shape[:2], dtype=widest(label.device), device=label.device)
 
         def of_class(where: Tensor, chosen: Tensor) -> Tensor:

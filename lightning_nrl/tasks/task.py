@@ -40,7 +40,7 @@ class Task(ABC):
         Args:
             output: the model's logits.
             target: the targets.
-            reserve: `n`, minimum margin with which each sample passes, for tasks with margins; None: no minimum.
+            reserve: `n`, minimum margin of each sample to pass. None means no minimum, as for tasks without margins.
             with_loss: if False, the second result is None.
         """
         passed = self.passed(output, target)
@@ -57,15 +57,15 @@ class Task(ABC):
         return passed & loss.isfinite()
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Checks each batch. Raises a `ConfigurationError` if output and target do not fit together."""
+        """Raises a `ConfigurationError` if output and target of a batch do not fit together. Called for each batch."""
         return None
 
     def logits(self, output: Any) -> Tensor:
         """Returns the logits in the output of a model.
 
-        A tensor is returned as it is. Of an output with named fields, the first of `OUTPUT_KEYS` is returned. If it has
-        no such field, scalars are ignored: of a list or tuple the first tensor is returned, of any other output the
-        only tensor. Raises a `ConfigurationError` if there is no such tensor, or several in a mapping.
+        A tensor is returned as it is. Of the named fields of an output, the first in `OUTPUT_KEYS` is returned. If no
+        field has such a name, the first tensor of a list or tuple is returned, or the only tensor of another output.
+        Scalars are ignored. Raises a `ConfigurationError` if no tensor is found, or several in a mapping.
         """
         if isinstance(output, Tensor):
             return output
@@ -92,9 +92,9 @@ class Task(ABC):
         return None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the distance of each output from that of another model, the teacher: `n`, at least 0, differentiable.
+        """Returns the distance, `n`, of each output from another model's output `teacher`: at least 0, differentiable.
 
-        The default is the mean squared difference. With `target`, a task may leave out parts that the target ignores.
+        The default is the mean squared difference. Given `target`, a task may leave out what the target ignores.
         """
         squares = (at_least_float32(output) - at_least_float32(teacher)).square()
         return squares[:, None].flatten(1).mean(1)
@@ -118,14 +118,14 @@ class Task(ABC):
 
 
 def class_logits(output: Tensor) -> Tensor:
-    """Returns logits `n x C x ...` of at least two classes. A single logit becomes that of class 1; class 0 gets 0."""
+    """Returns logits `n x C x ...` of at least two classes. A single logit is for class 1, and class 0 gets 0."""
     output = output[:, None] if output.ndim == 1 else output
     # sigmoid(z) = softmax([0, z])[1]
     return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the Kullback-Leibler divergence from the teacher, `n x ...`, for logits `n x C x ...`."""
+    """Returns the Kullback-Leibler divergence, `n x ...`, of logits `output` from logits `teacher`, `n x C x ...`."""
     new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
     return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
 
@@ -150,7 +150,7 @@ TASKS_WITH_ARGUMENTS = {
 
 
 def parse_task(task: Any) -> Task:
-    """Returns the task with a name, the `task` itself if it is a task object, and `Multiclass` for None.
+    """Returns the task named `task`, `task` itself if it is a `Task`, or `Multiclass` if it is None.
 
     Raises a `ConfigurationError` if the name is unknown, or if the named task needs arguments.
 

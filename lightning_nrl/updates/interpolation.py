@@ -54,8 +54,8 @@ class ShareChoice(Renderable):
     """The chosen share of the old weights, and the results for all shares. `rich.print(choice)` shows a table.
 
     Attributes:
-        chosen: among the shares whose accuracy is at most `tolerance` below the best in `curve`, the largest that
-            breaks no more samples than share 0, or simply the largest if all of them break more.
+        chosen: result for the chosen share. Of the shares whose accuracy is at most `tolerance` below the best in
+            `curve`, it is the largest that breaks no more samples than share 0, or the largest if all break more.
         curve: the results for all shares in ascending order, beginning with 0, the unchanged new model.
         tolerance: largest accepted loss of accuracy, in [0, 1]. If it is None, `chosen` is the largest share of all.
         state: weights and buffers for the chosen share; empty for share 0.
@@ -98,15 +98,15 @@ def interpolate(
 ) -> dict[str, Tensor]:
     """Returns the weights `(1 - share) new + share old` for `load_state_dict`, with matching batch norm statistics.
 
-    The method is WiSE-FT (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). Schumann et al. 2024, Backward
-    compatibility during data updates by weight interpolation (BCWI), use it against negative flips. The training of the
-    new model must have started from the old weights; otherwise the accuracy of interpolated weights is very low.
+    The method is WiSE-FT (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). Schumann et al. 2024 (Backward
+    compatibility during data updates by weight interpolation) use it against negative flips. The training of the new
+    model must have started from the old weights; otherwise the accuracy of interpolated weights is very low.
 
     Args:
         old: the old model, its state dict, or the path of a checkpoint.
         new: the new model, on its device; it does not change. An `Evaluator` sets the precision.
-        share: share of the old weights, in [0, 1]. For 0 the result is bit for bit the new model, for 1 the old model.
-        training: data for the batch norm statistics, read once. Needed if there are such layers and 0 < share < 1.
+        share: share of the old weights, in [0, 1]. 0 gives bit for bit the new model, 1 gives the old model.
+        training: data for the batch norm statistics, read once. Needed if the model has batch norm and 0 < share < 1.
         **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
 
     Example:
@@ -138,14 +138,14 @@ def choose_share(
 ) -> ShareChoice:
     """Finds the largest share of the old weights that costs almost no accuracy on validation data.
 
-    A larger share usually breaks fewer samples. Shares that break more samples than share 0 are passed over, unless all
-    shares within the tolerance break more. Each share needs a pass over `data`, which must return the same samples in
-    the same order each time. With batch norm layers, each share also needs a pass over `training`.
+    A larger share usually breaks fewer samples. Shares that break more samples than share 0, the new model itself, are
+    passed over, unless all shares within the tolerance break more. Each share needs a pass over `data`, which must
+    return the same samples in the same order each time. With batch norm, each share also needs a pass over `training`.
 
     Args:
         old: the same as for `interpolate`.
         new: the same as for `interpolate`. An `Evaluator` also sets the task and the ranks that share the data.
-        data: data that the new model was not trained on. On its training data the new model itself is always best.
+        data: data that the new model was not trained on. On its training data, share 0 is always the most accurate.
         training: the same as for `interpolate`.
         tolerance: how far the accuracy may be below the best accuracy of all shares, in [0, 1]. With None the largest
             share is chosen, whatever its accuracy and however many samples it breaks.
@@ -226,7 +226,7 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
 
 
 def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
-    """Returns a row for each sample of this rank: 1 if right under `state`, else 0, and its class (-1: unknown)."""
+    """Returns two columns for this rank's samples: 1 if right under `state`, else 0; the class, or -1 if unknown."""
 
     def run() -> Tensor:
         rows = [torch.zeros(0, 2, dtype=torch.int64)]
@@ -247,7 +247,7 @@ MIN_BATCH_SIZE = 4  # with less, a rank could get a batch of one sample, for whi
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Returns by name the batch norm layers whose running statistics the training updates.
 
-    Frozen layers are left out: those that do not track statistics, which is how Lightning freezes them, and those in
+    Frozen layers are left out: layers that do not track statistics (this is how Lightning freezes them), and layers in
     evaluation mode inside a model in training mode.
     """
     return {
@@ -276,7 +276,7 @@ def estimate_statistics(
 
     Args:
         model: the model, on its device, with the weights that the statistics must match. An `Evaluator` sets the
-            precision and the ranks that share the data. The average gives each batch of each rank the same weight.
+            precision and the ranks that share the data. In the average, each batch of each rank counts the same.
         data: a source, read in random order because batches of sorted data have unlike means; or batches from a data
             loader, read in their order, where no batch should be much smaller than the others.
         batches: number of batches to read; None: all batches.
@@ -319,7 +319,7 @@ def _random_batches(source: Source, batches: int | None, seed: int, collective: 
 
 @contextmanager
 def _reset_to_average(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """Resets the layers' statistics and makes the layers average all batches equally, inside `preserve_state`."""
+    """Resets the statistics, which `preserve_state` must restore, and makes the layers average all batches equally."""
     momenta = [layer.momentum for layer in layers.values()]
     try:
         for layer in layers.values():

@@ -1,7 +1,7 @@
 """Training loss terms that make negative flips rare, and the `Oversampler`.
 
-The mean of a term over the samples of a batch is added to the training loss. A term compares the new model with the
-outputs of the old model, which come from a teacher: `ModelTeacher` or `PredictedTeacher`.
+The mean of a term over the samples of a batch is added to the training loss. A term compares the new model's outputs
+with the old model's outputs, which a teacher provides: `ModelTeacher` or `PredictedTeacher`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OldAnswers:
     passed: Tensor  # n bool, samples that the old model gets right
     output: Tensor | None = None  # logits, one row per sample; None: unknown
     margin: Tensor | None = None  # n, margins, at least float32; None: unknown
-    columns: Tensor | None = None  # int64, the new model's class in each column of `output`; None: all, in order
+    columns: Tensor | None = None  # int64, new class of each column of `output`; None: column i is class i
 
 
 class Term(ABC):
@@ -64,13 +64,13 @@ class FocalDistillation(Term):
     It is `weight * (base + focus * 1[old right]) * T^2 * divergence(output / T, old output / T)` (Yan et al. 2021,
     Positive-Congruent Training). The task defines the divergence; for `Multiclass` it is that of Kullback and Leibler.
     The factor T^2 makes the size of the gradients independent of T (Hinton et al. 2015). With `base=0` the term is 0
-    where the old model is wrong; with `focus=0` it treats all samples alike. It is 0 if an old output is not finite.
+    where the old model is wrong; with `focus=0` it treats all samples alike. It is 0 if the old output is not finite.
 
     Attributes:
         weight: weight of the whole term, above 0.
         base: weight of every sample (alpha in the paper), at least 0.
         focus: additional weight of samples that the old model gets right (beta in the paper), at least 0.
-        temperature: T, above 0. At a high temperature all logits count, at a low one mainly the largest.
+        temperature: T, above 0. At a high temperature all logits count; at a low one, mainly the largest logit counts.
     """
 
     weight: float = 1.0
@@ -113,8 +113,8 @@ class FocalDistillation(Term):
 class MarginHinge(Term):
     """Term that keeps a share of the old model's margin on samples that the old model gets right.
 
-    It is `weight * relu(goal - margin)` with `goal = min(share * old margin, most)`, or 0 where the old model is wrong.
-    If only the old model's predictions are known, not its logits, the goal is `most`, which must then be finite.
+    It is `weight * relu(goal - margin)`, where `goal = min(share * old margin, most)`. It is 0 where the old model is
+    wrong. If the old model's predictions are known, but not its logits, the goal is `most`, which must be finite then.
 
     Attributes:
         weight: weight of the whole term, above 0.
@@ -163,7 +163,7 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     return terms
 
 
-OUTPUT_TOLERANCE = 0.02  # share of the largest output; rounding errors are smaller in any precision and batch size
+OUTPUT_TOLERANCE = 0.02  # times the largest output; differences by rounding are smaller in any precision
 Index = Callable[[Any], Any]
 """Returns the data-set positions of the n samples of a raw batch, as n whole numbers."""
 ReferenceTeacher = Callable[[tuple[Any, ...], Mapping[str, Any], Any, Any, Tensor], OldAnswers]
@@ -174,8 +174,8 @@ raw batch, and the new model's logits."""
 class ModelTeacher:
     """Runs the old model on a batch, without gradients. The caller sets the model's device and evaluation mode.
 
-    `adapter` makes the old model's inputs from a raw batch; None: it gets the inputs of the new model. `index` returns
-    data-set positions, by which outputs are cached in up to 256 MiB; leave it out if samples are augmented.
+    `adapter` makes the old model's inputs from a raw batch. If it is None, the old model gets the new model's inputs.
+    `index` returns data-set positions, by which outputs are cached in up to 256 MiB; leave it out for augmented data.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class ModelTeacher:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
         rows = None if self.index is None else rows_of(self.index, raw, len(like))
-        # The old model may have another number of classes, which is the second of two dimensions.
+        # Outputs of two dimensions are not compared in shape, since the models may have different numbers of classes.
         output = None if rows is None else self.cache.get(rows, like.shape if like.ndim > 2 else None)
         if output is None or not self._is_checked:
             known, output = output, self._run(args, kwargs, raw, len(like))
@@ -213,7 +213,7 @@ class ModelTeacher:
         return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
 
     def _check(self, known: Tensor | None, output: Tensor) -> None:
-        """Compares the outputs of the first repeated samples with the cache, which is switched off if they differ."""
+        """Compares cached outputs with new ones when samples first repeat. If they differ, switches the cache off."""
         if known is None:
             return
         self._is_checked = True
@@ -303,7 +303,7 @@ class Oversampler(Sampler[int]):
     """Sampler that draws a hard sample several times per epoch and every other sample once, in random order.
 
     A sample is hard if a model, such as the old model, gets it wrong, or if its margin is below 3/8 of the median
-    margin of the passed samples. The seed determines the orders. With several processes, Lightning splits each epoch.
+    margin of the passed samples. The seed determines the orders. Lightning splits each epoch among several processes.
 
     Args:
         passed: `n` bool, True for samples of the data set that the model gets right.
@@ -312,7 +312,7 @@ class Oversampler(Sampler[int]):
         seed: seed of the orders.
 
     Attributes:
-        times: `n` int64, how many times each sample is in an epoch; also weights for torch's `WeightedRandomSampler`.
+        times: `n` int64, how often each sample is in an epoch; torch's `WeightedRandomSampler` takes it as weights.
 
     Example::
 
@@ -369,7 +369,7 @@ class Oversampler(Sampler[int]):
         return cls(torch.cat(passed), torch.cat(margins), oversample, seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the number of the next epoch, so that a resumed training does not repeat its first orders."""
+        """Sets the number of the next epoch, so that a resumed training does not repeat its first epochs' orders."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -28,8 +28,8 @@ class ModelPair:
         before: results of the old model.
         after: results of the new model.
         slices: names of the slices.
-        group: `N` int64, number of each sample's slice in `slices`; -1: the sample is in no slice.
-        marked: for each target in a rule, a mask of the samples that it selects, right or wrong, `N` bool.
+        group: `N` int64, index of each sample's slice in `slices`, or -1 if the sample is in no slice.
+        marked: for each target in a rule, a mask, `N` bool, of the samples that the target selects, right or wrong.
         flips: how each sample changed from the old to the new model.
     """
 
@@ -53,7 +53,7 @@ class ModelPair:
         return mask
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
-        """Returns by slice a mask, `N` bool, of its samples in the split. Omits slices without samples in the split."""
+        """Returns, for each slice that has samples in the split, a mask of these samples, `N` bool, by slice name."""
         own = self.rows(split)
         masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
         return {name: mask for name, mask in masks.items() if mask.any()}
@@ -96,7 +96,7 @@ def pair_from_files(
     """Pairs the predictions of two models on the samples in `new`. `old` may have more samples.
 
     `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice. Raises a
-    `ConfigurationError` if `old` lacks a sample, or if `slices` and `old` differ in the samples of a split in `slices`.
+    `ConfigurationError` if `old` lacks a sample, or if a split in `slices` has other samples there than in `old`.
     """
     given = slices or {}
     for split in sorted({split for split, _ in given}):
@@ -131,7 +131,7 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """Returns `asked`, or `there` if `asked` is empty. Raises a `ConfigurationError` if a split is not in `there`."""
+    """Returns `asked`, or `there` if `asked` is empty. Raises a `ConfigurationError` if an asked split is unknown."""
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(

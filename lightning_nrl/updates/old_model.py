@@ -26,7 +26,7 @@ from lightning_nrl.tasks import Multiclass, Task, class_logits
 from lightning_nrl.updates.predictions import Predictions
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
-"""`{old class number: new class number}`, or the class names of the old and of the new model, each in their order."""
+"""`{old class number: new class number}`, or two lists in class order: the names of the old and of the new classes."""
 
 
 @runtime_checkable
@@ -34,10 +34,10 @@ class Reference(Protocol):
     """Knows which samples the old model gets right."""
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """Returns the old model's results on `sources`, this rank's share of the data.
+        """Returns the old model's results on the data of all ranks. `sources` are this rank's share of the data.
 
-        `evaluator` holds the new model, its task and precision. `like` are the new model's results on the same data, in
-        the same order. Of the returned results only `prediction` and `passed` are used.
+        `evaluator` holds the new model, its task and precision. `like` are the new model's results on the same data;
+        the returned table has the same rows. Only its columns `prediction` and `passed` are used.
         """
 
 
@@ -49,11 +49,11 @@ class OldModel:
         model: a module of any architecture. If both models have the same architecture, it may also be a state dict, or
             the path of a checkpoint or saved state dict. A state dict is copied, since training would change it.
         adapter: makes `(args, kwargs, target)` from a raw batch; needed if the two models have different inputs.
-        classes: needed if the classes differ: `{old class: new class}`, or the class names of both models, old ones
-            first. A prediction of a class that the new model lacks counts as wrong.
-        cache: CSV file for the old model's predictions. The file is read instead of running the model if nobody edited
-            it and weights, samples, labels, classes, task and precision are the same; otherwise it is rewritten. Inputs
-            are not compared: delete the file when they change.
+        classes: needed if the models have different classes: `{old class: new class}`, or two lists of class names,
+            first the old model's. A prediction of a class that the new model lacks counts as wrong.
+        cache: CSV file for the old model's predictions. It is read instead of running the model if nobody edited it and
+            weights, samples, labels, classes, task and precision have not changed since it was written; otherwise it is
+            rewritten. Inputs are not compared: delete the file when the inputs change.
 
     Example::
 
@@ -98,7 +98,7 @@ class OldModel:
         return answer
 
     def weights(self, model: nn.Module) -> State:
-        """Returns the old weights. Those of a state dict or file get the dtypes and device of the new `model`."""
+        """Returns the old weights. If they are from a state dict or file, they get dtypes and device of `model`."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
@@ -125,7 +125,7 @@ class OldModel:
 
 
 def parse_reference(reference: Any) -> Reference | None:
-    """Parses a module, a state dict, or the path of a checkpoint or CSV file. Returns None and a `Reference` as is."""
+    """Parses a module, a state dict, or the path of a checkpoint or CSV file. None or a `Reference` stays unchanged."""
     if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
         return reference
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".csv":
@@ -150,8 +150,8 @@ class _Adapted:
 def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
     """Converts `OldModel.classes` to `{old class: new class}`, without classes that only one model has.
 
-    Returns None for None. Raises a `ConfigurationError` if no class is left, if two old classes become the same new
-    class, or if `task` is given and is no `Multiclass`.
+    Returns None if `classes` is None. Raises a `ConfigurationError` if no class is left, if two old classes become the
+    same new class, or if `task` is given and is no `Multiclass`.
     """
     if classes is None:
         return None
@@ -201,7 +201,7 @@ class Update:
         return replace(new, targeted=new.targeted & self.answers[role].passed)
 
     def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
-        """Returns the known results `new`. If `keep` is `reference`, a sample passed only if both models are right."""
+        """Returns the known results `new`. If `keep` is `reference`, `passed` is True where both models are right."""
         return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
 
 
@@ -211,8 +211,8 @@ def evaluate_old(
     sources: Mapping[Role, Sequence[Source]],
     results: Mapping[Role, SampleResults],
 ) -> Update:
-    """Evaluates the old model on this rank's share of all sources. `results` are those of the new model."""
-    # All roles in one call, since a cache is a single file. The names of splits are unique over all roles.
+    """Evaluates the old model on this rank's share of all sources. `results` are the new model's results by role."""
+    # One call evaluates all roles, since a cache is a single file. The names of splits are unique over all roles.
     together = [source for own in sources.values() for source in own]
     found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))
     return Update({role: found.only(results[role].splits) for role in sources})

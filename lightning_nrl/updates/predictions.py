@@ -51,8 +51,8 @@ class Line(NamedTuple):
 def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
     """Yields the lines of a UTF-8 CSV file after its header. A `ConfigurationError` names a line that cannot be read.
 
-    The header must have all names in `columns`. The values of an `optional` column that it lacks are empty. Empty lines
-    and a first line that begins with "# weights " are skipped. Quoted values cannot contain line breaks.
+    The header must have all names in `columns`. If it lacks an `optional` column, the values of that column are empty.
+    Empty lines and a first line that begins with "# weights " are skipped. Quoted values cannot contain line breaks.
     """
     name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
     try:
@@ -89,7 +89,7 @@ Rows = Mapping[int, tuple[int, bool | None]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a model for the samples of splits. The id of a sample is its position in the data set.
+    """Predictions of a model for samples of one or more splits. The id of a sample is its position in the data set.
 
     The CSV file has the columns `split`, `id` and `prediction`, a class number of the new model. For tasks without
     classes the column `passed` (1 or 0) replaces `prediction`.
@@ -161,7 +161,7 @@ class Predictions:
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
-        """Returns the results of this model on the samples of `like`. The loss is 0 for a right sample, else 1.
+        """Converts the predictions for the samples of `like` to results. The loss is 0 for a right sample, else 1.
 
         Raises a `ConfigurationError` if a sample of `like` has no prediction.
         """
@@ -198,7 +198,7 @@ class Predictions:
         )
 
     def alone(self) -> SampleResults:
-        """Returns the results on all samples, without labels. Raises a `ConfigurationError` if any lacks `passed`."""
+        """Converts all predictions to results without labels. Raises a `ConfigurationError` if `passed` is missing."""
         rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
         unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
@@ -216,7 +216,7 @@ Ids = Mapping[str, Sequence[int]]
 
 
 def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
-    """Parses data-set positions by split, or the path of their CSV file. A list becomes `{"": list}`, None `{}`."""
+    """Parses data-set positions by split, or the path of a CSV file. A list becomes `{"": list}`; None becomes `{}`."""
     found = read_ids(ids) if isinstance(ids, (str, Path)) else ids or {}
     found = found if isinstance(found, Mapping) else {"": found}
     lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in found.values())

@@ -49,15 +49,15 @@ def release(
         new: the new model, on its device. An `Evaluator` sets the task, the precision, and the ranks that share the
             data; each rank gets the same report.
         old: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an `OldModel`.
-        data: one source or a list of sources, such as a `TensorSource`; each is a split. Limits for future data are
-            valid only if neither training nor the choice of a model used the split.
-        rules: one or several rules: `protected:ids.csv`, objects of `lightning_nrl.updates`, or `instance`, `accuracy`,
-            `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices` and `slices:count`, each of which may end with ` in SPLIT`
-            to limit the rule to one split.
+        data: one source or a list of sources, such as a `TensorSource`; each is a split. The report's limits of flip
+            rates hold for future data only if neither training nor the choice of a model used the split.
+        rules: one or several rules: `protected:ids.csv`; rules of `lightning_nrl.updates`; `instance`, `accuracy`,
+            `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices` or `slices:count`. The text of every rule but `protected`
+            may end with ` in SPLIT`, which limits the rule to one split.
         require: a further rule for every split. `not-worse`: no more samples break than are repaired. `better`: more
             samples are repaired than break, by the sign test at 5 %. `any`: no further rule.
         slices: tells the slice of each sample: the key or position of a field of the raw batch; a function of the batch
-            (or the address of one) that returns a name or number per sample; or a `Target`, whose samples are a slice.
+            (or the function's address) that returns a name or number per sample; or a `Target`, which is one slice.
         seeds: seeds of data and models by name, copied to the report.
 
     Example:
@@ -95,7 +95,7 @@ def judge_pair(
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
-    """Does the work of `release` and returns the pair too. `name` is the new model's name in the report."""
+    """Does the work of `release` and returns the `ModelPair`, too. `name` is the new model's name in the report."""
     for rule in rules:
         rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
@@ -114,7 +114,7 @@ def judge_pair(
 
 
 def check_reference(argument: str, old: Any) -> Reference:
-    """Parses the old model. Raises a `ConfigurationError`, which names `argument`, for None."""
+    """Parses the old model. If it is None, raises a `ConfigurationError` that names `argument`."""
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
@@ -147,8 +147,8 @@ class ReleaseRow(Derives):
         split: name of the split.
         slice: name of the slice; empty for the whole split.
         counts: flips from the old model to the new one.
-        upper: upper limit of the negative flip rate, in (0, 1], at the report's confidence. The limits of all slices of
-            a split hold together with this confidence.
+        upper: upper limit of the negative flip rate, in (0, 1], at the report's confidence. With this confidence, the
+            limits of all slices of a split hold at the same time.
         p_worse: p-value of the one-sided sign test; a small value means that the new model is worse.
     """
 
@@ -185,7 +185,7 @@ class ReleaseReport(Report):
         old: the old model, which the new model would replace.
         task: the task, which defines when a sample is right, in words.
         precision: precision in which both models ran.
-        missing: by split, the number of samples that only the old model predicts, as the user has allowed.
+        missing: by split, the number of samples that were not compared, since only the old model predicts them.
         seeds: seeds of data and models by name.
         files: paths of the written files, by kind.
     """

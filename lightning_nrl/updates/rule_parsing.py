@@ -13,10 +13,10 @@ from lightning_nrl.updates.rules import AtMostBroken, IsBetter, MaxNegativeFlipR
 
 Require = Literal["not-worse", "better", "any"]
 REQUIRED: Mapping[str, Rule | None] = {"not-worse": AtMostBroken("accuracy"), "better": IsBetter(), "any": None}
-"""The rule for every split that a release gate adds to the user's rules, by the value of `require`."""
+"""By the value of `require`: the rule that a release gate adds to the user's rules. It applies to every split."""
 
 RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""Parsers of rules: functions of the text, its parts after the name, and the splits. None: invalid text."""
+"""Parsers of rules: functions of the text, its parts after the name, and the splits. Invalid text gives None."""
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "any") -> tuple[Rule, ...]:
@@ -36,7 +36,7 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule], require: Require = "an
 def parse_rule(rule: Any) -> Rule:
     """Parses the text of a rule, such as one of the examples in `RULES.forms`. Returns a `Rule` unchanged.
 
-    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`. Other text raises a `ConfigurationError`.
+    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`. Invalid text raises a `ConfigurationError`.
 
     Example:
         >>> parse_rule("nfr:1%:99% in test")

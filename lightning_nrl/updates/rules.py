@@ -45,7 +45,7 @@ class Rule(ABC):
         """Returns the rule as text, as in a report."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Called before any model runs. `splits` are those of the data; `sliced` is True if slices are given.
+        """Called before any model runs. `splits` are the splits of the data; `sliced` is True if slices are given.
 
         Raises a `ConfigurationError` if the rule names another split, or needs slices that are not given.
         """
@@ -53,7 +53,7 @@ class Rule(ABC):
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Targets whose samples the rule reads. `ModelPair.marked` gets a mask for each of them."""
+        """Targets whose samples the rule reads. `ModelPair.marked` gets a mask for each target."""
         return ()
 
 
@@ -137,8 +137,8 @@ class AtMostBroken(SplitRule):
     """Allows in each split at most as many broken samples as a gate allows.
 
     Attributes:
-        gate: `instance` allows none; `accuracy` allows as many as are repaired, so that the accuracy does not fall;
-            `tolerance:3` allows 3 samples, `tolerance:1%` 1 % of the passed samples; or a `Gate`.
+        gate: a `Gate`, or its text. `instance` allows no broken sample; `accuracy` allows as many as are repaired, so
+            that the accuracy does not fall; `tolerance:3` allows 3; `tolerance:1%` allows 1 % of the passed samples.
         splits: names of the splits; empty: all splits.
 
     Example:
@@ -172,7 +172,7 @@ class AtMostBroken(SplitRule):
 
 @dataclass(frozen=True)
 class IsBetter(SplitRule):
-    """Requires that in each split more samples are repaired than broken, by the sign test at 5 %."""
+    """Requires that in each split significantly more samples are repaired than broken, by the sign test at 5 %."""
 
     splits: tuple[str, ...] = ()
     text = "better"
@@ -192,12 +192,12 @@ class IsBetter(SplitRule):
 class MaxNegativeFlipRate(SplitRule):
     """Requires in each split a negative flip rate (broken / all samples) of at most `limit`, with a confidence.
 
-    The upper confidence limit of Clopper and Pearson (`report.stats`) must not exceed `limit`. It is valid for future
-    data only if neither training nor the choice of a model used the split. Several splits or slices need no correction:
-    a model whose rate exceeds `limit` in any of them passes with a probability of at most 1 - confidence.
+    The upper confidence bound of Clopper and Pearson (`report.stats`) must not exceed `limit`. The bound is valid for
+    future data only if neither training nor the choice of a model used the split. With several splits or slices, the
+    confidence holds: a model above `limit` in one must pass there too, with a probability of 1 - confidence at most.
 
     Attributes:
-        limit: limit of the rate, in (0, 1).
+        limit: largest allowed rate, in (0, 1).
         confidence: confidence of the rule, in (0, 1).
         each_slice: True if the limit applies to every slice too, not only to the whole split.
         splits: names of the splits; empty: all splits.
@@ -256,11 +256,11 @@ class NoSliceWorse(SplitRule):
     """Requires that no slice gets worse.
 
     Attributes:
-        by: `count`, for a test suite: a slice is worse if it has fewer right samples than before. `test`, for future
-            data: a slice is worse if the p-value of its one-sided exact sign test is below `level` divided by the
-            number of slices. The result names slices that are too small for this test;
-            `MaxNegativeFlipRate(each_slice=True)` limits what breaks in these.
-        level: for `test`, probability that the rule fails although no slice is worse, in (0, 1).
+        by: `count`, for a test suite: a slice is worse if fewer of its samples are right than with the old model.
+            `test`, for future data: a slice is worse if the p-value of its one-sided exact sign test is below `level`
+            divided by the number of slices. The result names slices that are too small for this test;
+            `MaxNegativeFlipRate(each_slice=True)` limits what breaks in such slices.
+        level: for `test`, largest probability that the rule refuses a model although no slice is worse, in (0, 1).
         splits: names of the splits; empty: all splits.
 
     Example:
@@ -313,7 +313,7 @@ class ProtectedIntact(Rule):
     Attributes:
         ids: protected samples: lists of data-set positions by split, a single list if there is one split, or a CSV file
             with the columns `split` and `id`.
-        where: selects more samples: a `Target` or its text (`label 3`), or a predicate on raw batches or its address.
+        where: more protected samples: a `Target`, its text (`label 3`), a predicate on raw batches, or its address.
 
     Example:
         >>> print(ProtectedIntact({"test": [3, 17]}))

@@ -85,7 +85,7 @@ class _CheckpointReader(WrappingCheckpointIOBase):
 
 
 class CheckpointWriter(WrappingCheckpointIOBase):
-    """Checkpoint plugin that writes like the user's own plugin, or like Lightning but without a temporary folder.
+    """Checkpoint plugin that writes with the user's own plugin or, if there is none, directly with `torch.save`.
 
     An exception is stored as `error` and not raised, since other ranks would wait forever for the rank that writes.
     """

@@ -1,7 +1,7 @@
 """Classes of `pytorch_lightning` and `lightning.pytorch`, two copies of one library; one or both are installed.
 
 A name such as `Trainer` is the union of both classes, for annotations and `isinstance`. A name such as `CallbackBase`
-is a class derived from both. `class_for` returns the class to construct. mypy only sees those of `pytorch_lightning`.
+is a class derived from both. `class_for` returns the class to construct. mypy sees only classes of `pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ else:
     CallbackBase = _base("pytorch.Callback")
     WrappingCheckpointIOBase = _base("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")
-    # Its subclasses also derive from a user's module, whose methods a base from the other package would override.
+    # Subclasses of it also derive from a user's module, whose methods a base from the other package would override.
     LightningModuleMixin = nn.Module
 
 

@@ -1,4 +1,4 @@
-"""Access to private or untyped parts of Lightning, tested with 2.5 and 2.6. Docstrings name the part in brackets."""
+"""Access to private or untyped parts of Lightning, tested with 2.5 and 2.6. Private names are in brackets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def batch_limit(trainer: Trainer) -> int | None:
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
-    """Returns `Trainer.overfit_batches`: a number of batches (int), a share of them (float), or 0 for no limit."""
+    """Returns `Trainer.overfit_batches`: a number (int) or a share (float) of batches, or 0 for no limit."""
     return cast(float, _untyped(trainer).overfit_batches)
 
 
@@ -85,7 +85,7 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Moves a raw batch to the device as in validation (`_on_before_batch_transfer`); applies `with_plain_tensors`."""
+    """Moves a batch to the device as validation does (`_on_before_batch_transfer`), then calls `with_plain_tensors`."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))

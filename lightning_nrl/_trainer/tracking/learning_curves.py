@@ -19,7 +19,7 @@ LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned
 
 @dataclass(frozen=True)
 class Learning:
-    """Which of `n` samples of a split were right at one point of a training, or at `T` points (masks of `T x n`)."""
+    """Masks of the `n` samples of a split that were right at one point of a training, or at `T` points (`T x n`)."""
 
     label: Tensor  # n int64
     right: Tensor  # bool, right at the point
@@ -31,7 +31,7 @@ class Learning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks of samples that are right (`learned`), were right earlier (`forgotten`), or never (`never_learned`)."""
+        """Masks of samples: right (`learned`), right only earlier (`forgotten`), and never right (`never_learned`)."""
         return {"learned": self.right, "forgotten": self.was_right & ~self.right, "never_learned": ~self.was_right}
 
     @property

@@ -77,7 +77,7 @@ def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
-    """Writes the page of a release decision to TensorBoard, and uploads its files to W&B and MLflow."""
+    """Writes the report of a release decision to TensorBoard, and uploads the report's files to W&B and MLflow."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -91,7 +91,7 @@ def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int
 
 @rank_zero_only
 def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, what: str) -> None:
-    """Writes numbers by tag to every logger, on rank zero; `what` names them in a warning."""
+    """Writes numbers by tag to every logger, on rank zero; `what` names the numbers in a warning."""
 
     def write(logger: Logger) -> None:
         logger.log_metrics(numbers, step=step)
@@ -129,7 +129,7 @@ def track_sweep(rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name
 
 
 def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
-    """Calls `write` for every logger; warns of loggers for which it raises."""
+    """Calls `write` for every logger; warns of each logger for which `write` raises."""
     for logger in loggers:
         try:
             write(logger)

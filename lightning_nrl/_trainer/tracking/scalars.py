@@ -31,10 +31,11 @@ EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns the main numbers of a repair, the most important first. There are at most twelve, but more in an update.
+    """Returns the main numbers of a repair, the most important first: at most twelve, or more in a model update.
 
-    `known_...` and `unseen_...` are of all known or all unseen splits, with the weights that the model has now. In an
-    update, `..._regressions` and `..._nfr` compare with the replaced model. `refused_...` are of refused weights.
+    Numbers `known_...` and `unseen_...` count all known or all unseen splits, with the weights that the model has now.
+    In a model update, `..._regressions` and `..._nfr` compare with the replaced model. Numbers `refused_...` count what
+    refused weights would repair and break.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     if report.verdict.source != "none":
@@ -72,7 +73,7 @@ def update_numbers(counts: FlipCounts) -> Scalars:
 
 
 def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
-    """Returns `accepted` (1 or 0), and the numbers of each split (`<name>/<split>/...`) and of its slices."""
+    """Returns `accepted` (1 or 0), and the numbers of each split (`<name>/<split>/...`) and of each slice in it."""
     found: Scalars = {"accepted": float(report.accepted)}
     tags = slice_tags({row.slice for row in report.rows if row.slice})
     for row in report.rows:
@@ -83,7 +84,7 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns numbers that are not in `outcome`: of splits, slices, the rungs of the default method, and weights."""
+    """Returns numbers of splits, slices, rungs of the default method, and weights, which `outcome` does not return."""
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}

@@ -1,4 +1,4 @@
-"""Which targets a change of the last layer can fix, what that breaks, and which passed samples are near the targets.
+"""Finds targets that a change of the last layer can fix, what the change breaks, and passed samples near the targets.
 
 Each target is fixed alone, while every known passed sample stays right. A sample with label y, layer inputs h and
 logits z keeps its margin over class c under a change D of the weights if (z_y - z_c) + (D_y - D_c) h >= required. This
@@ -37,16 +37,16 @@ from lightning_nrl.methods._solvers.convex_head import (
 )
 from lightning_nrl.methods._solvers.qp import solve_dual
 
-REQUIRED_MARGIN = 1e-3  # that fixed targets get and passed samples keep (or half their margin, if less); above rounding
+REQUIRED_MARGIN = 1e-3  # a fixed target gets this margin; a passed sample keeps it, or half of its own if less
 FULFILLED_FRACTION = 0.9  # a constraint is violated if the margin is below this fraction of what it requires
-MAX_FIX_ROUNDS = 14  # rounds of cutting planes, each more expensive; targets without a verdict then are undecided
+MAX_FIX_ROUNDS = 14  # rounds of cutting planes, each more expensive; targets without a verdict then count as undecided
 ROWS_PER_ROUND = 12  # constraints added per target and round: the most violated ones, each of another sample
 MAX_ROWS_PER_TARGET = 192  # with more constraints, those that do not bind are dropped
-FEATURE_RIDGE = 1e-6  # variance added to features, relative to the mean; else changes in rare directions cost nothing
-MAX_LOGITS_AT_ONCE = 2**24  # samples x targets x classes
+FEATURE_RIDGE = 1e-6  # variance added to features, relative to the mean variance; without it, rare directions are free
+MAX_LOGITS_AT_ONCE = 2**24  # largest number samples x targets x classes in memory
 MAX_TARGETS_TRIED = 512  # if there are more targets, a random sample of them is tried
 MAX_MULTIPLICATIONS = 8e9  # for all tried targets on all passed samples, once: about a second on one core
-MIN_TARGETS_TRIED = 8  # so many are tried however long it takes
+MIN_TARGETS_TRIED = 8  # this many targets are tried, however long it takes
 MAX_FIXES_CHECKED = 96  # fixes that are repeated without held-out samples: enough for a mean
 MAX_PASSED_COMPARED = 2_000  # passed samples whose own neighbours are found
 
@@ -162,7 +162,7 @@ def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
 def _check(
     samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
 ) -> HeldOutCheck | None:
-    """Fixes each chosen target twice, each time without half of the samples `kept[failing]`, and counts this half."""
+    """Fixes each chosen target twice, each time without half of `kept[failing]`, counting what breaks in this half."""
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
@@ -218,7 +218,7 @@ class LayerSamples(NamedTuple):
 class _Rows(NamedTuple):
     """Constraints, `K` for each of `T` targets: a sample's label must have a larger logit than a rival class."""
 
-    sample: Tensor  # T x K int64, index of a passed sample; `P` (number of passed samples): the target; -1: no row
+    sample: Tensor  # T x K int64, index of a passed sample, or their number `P` for the target, or -1 for no row
     rival: Tensor  # T x K int64, the rival class
     multiplier: Tensor  # T x K, dual variable of the constraint; above 0 if the constraint binds
 
@@ -297,7 +297,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Stores the fixes found and adds constraints that other solutions violate. Returns False if there are none."""
+        """Stores fixes and adds constraints that other solutions violate. Returns False if no target is left to try."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
@@ -312,7 +312,7 @@ class _FixProgramme:
 
 
 def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
-    """Returns the largest fraction of each change that fixes its target (0: none) and the rows it violates most."""
+    """Returns each change's largest fraction that fixes its target, or 0, and the rows which it violates most."""
     before = margins_over_rivals(passed.logits, passed.label).float()
     required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
     at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
@@ -331,7 +331,7 @@ def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tup
 
 
 def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor) -> tuple[Tensor, ...]:
-    """Returns the fraction of each change that first breaks a sample; shortfall, sample and rival of its worst rows."""
+    """Returns each change's smallest fraction that breaks a sample; shortfall, sample, rival of the worst rows."""
     moved = torch.einsum("pd,tcd->tpc", passed.features.float(), change)
     at = passed.label.expand(len(change), -1)[:, :, None]
     gain = moved.gather(2, at) - moved
@@ -342,7 +342,7 @@ def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required:
 
 
 def _join(rows: _Rows, new: _Rows) -> _Rows:
-    """Joins old and new rows. Drops old rows that do not bind if there are too many."""
+    """Joins old and new constraints. If there are too many, drops old constraints that do not bind."""
     spare = (rows.multiplier == 0) & (rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET)
     rows = rows._replace(sample=torch.where(spare, -1, rows.sample))
     both = _Rows(*(torch.cat(pair, 1) for pair in zip(rows, new, strict=True)))

@@ -48,7 +48,7 @@ MAX_RELATIVE_CHANGE = 10.0  # relative to the layer's norm; larger changes count
 def layer_capacities(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    """Estimates what a change of each layer can do. Returns `()` without layers or targets with a margin.
+    """Estimates what a change of each layer can do. Returns `()` if no layer or no target with a margin exists.
 
     `batches` has this rank's part of the samples to use: pairs of a batch and its samples' rows in `results`.
     """
@@ -65,7 +65,7 @@ def layer_capacities(
     grams, bounds = [], []
     for name, gradient in gradients.items():
         norm = max(float(layers[name].weight.detach().float().norm()), 1e-12)
-        # Small matrices are as fast on a CPU. Rows of unit length share one tolerance.
+        # The matrices are so small that a CPU is as fast. Rows get unit length so that one tolerance suits all.
         length = gradient.flatten(1).float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         unit = gradient.flatten(1).float() / length[:, None]
         gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norm
@@ -92,7 +92,7 @@ def layer_capacities(
 def _gradients(
     evaluator: Evaluator, layers: Mapping[str, Layer], batches: Iterable[tuple[Batch, Tensor]], seed: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns the samples of all ranks by ascending row: rows, margins, and the margins' gradients in each layer."""
+    """Returns rows, margins and the margins' gradients in each layer, for all ranks' samples by ascending row."""
     collective = evaluator.collective
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -136,7 +136,7 @@ def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
     return torch.cat(shares) if shares else mine
 
 
-LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # samples for the comparison of layers: medians need few
+LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # for the comparison of layers: medians need few samples
 PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # evaluate, localise, count twice, and count at each strength
 MOST_NAMED = 10  # samples named in a sentence
 
@@ -156,8 +156,8 @@ def diagnose_module(
 
     Model and data are as in `repair_module`. Of the settings only target and seed matter. `epochs`, the length of the
     model's training, serves to estimate the cost of further training. With `history`, the record of a `TrainingHistory`
-    or its folder, the notes tell how many targets were never right in training and how many were forgotten, and name
-    targets that were never right and whose label is doubtful.
+    or its folder, the notes tell how many targets were never right in training and how many were forgotten (right, then
+    wrong), and name targets that were never right and whose label is doubtful.
 
     Raises:
         ConfigurationError: the data, the target, the task or the history cannot be used.
@@ -292,12 +292,12 @@ def costs(
 
 DOUBTED_SHARE = 0.2  # if at least this share of targets has a doubtful label, the advice begins with labels
 MIN_EXCHANGE_RATE = 2.0  # the last layer is advised only if its fixes repair this many other targets per broken sample
-MAX_CHANGE_RATIO = 4.0  # the last layer is advised only if it needs at most so many times the easiest layer's change
+MAX_CHANGE_RATIO = 4.0  # the last layer is advised only if it needs at most this many times the easiest layer's change
 MAX_SMALL_CHANGE = 0.5  # relative to a layer's norm; first-order estimates are invalid for larger changes
 
 
 def advise(found: Diagnosis) -> str:
-    """Advises to repair the last layer or the network, or get data. Many doubtful labels are mentioned first."""
+    """Advises which method to use, or to get data. If many labels are doubtful, advises to look at them first."""
     if not found.known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
     if not found.known["passed"]:

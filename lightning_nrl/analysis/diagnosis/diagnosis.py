@@ -32,16 +32,16 @@ class Diagnosis(Report, figures.Plotted):
     Attributes:
         advice: what to do, with the reason in figures.
         target: the failures to repair, in words.
-        task: when a sample is right.
+        task: the task, which defines when a sample is right, in words.
         known: counts of known samples: `samples`, `passed`, `failed`, `targeted`.
         head: dotted name of the last Linear; None if it could not be analysed, for a reason in `notes`.
-        targets: for each target, whether the last layer can repair it alone.
+        targets: for each target, whether a change of the last layer alone can repair it.
         binding: passed samples that limit what the last layer can repair, most limiting first.
         check: effect of repairs of the last layer on held-out samples; None if unknown.
         mixing: labels of the passed samples nearest to the targets; None if unknown.
         doubts: targets with doubtful labels, most doubtful first.
         layers, costs: what a change of each layer could do, and how long each method would take.
-        notes: checks that were not possible, with reasons, and then what the history of the training shows.
+        notes: checks that were not possible, with reasons; then, if a history was given, sentences about it.
         seconds: wall time by stage.
     """
 
@@ -119,7 +119,7 @@ class Diagnosis(Report, figures.Plotted):
         return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}
 
 
-LISTED_ROWS = 8  # samples, classes and layers on the page; the JSON has all
+LISTED_ROWS = 8  # most samples, classes and layers in a table of the page; the JSON has all
 
 
 def _truncated(rows: Sequence[Row], most: int, more: str = "more", last: str = "") -> tuple[Row, ...]:

@@ -65,7 +65,7 @@ class HeldOutCheck:
 
     @property
     def rate(self) -> float:
-        """Other targets repaired per broken sample. Infinite if no sample is broken, NaN if none is repaired either."""
+        """Other targets repaired per broken sample. It is infinite if no sample breaks, NaN if both counts are 0."""
         if not self.broken:
             return math.inf if self.repaired else math.nan
         return self.repaired / self.broken
@@ -76,8 +76,8 @@ class NeighbourMixing:
     """Counts of samples by how many of their `k` nearest passed samples have the label of the sample."""
 
     k: int
-    targets: tuple[int, ...]  # item i: number of targets with i such neighbours
-    passed: tuple[int, ...]  # item i: number of passed samples with i such neighbours
+    targets: tuple[int, ...]  # item i: number of targets with i neighbours of their label
+    passed: tuple[int, ...]  # item i: number of passed samples with i neighbours of their label
 
     def mean(self, group: Literal["targets", "passed"]) -> float:
         """Returns the mean share of neighbours with a sample's own label, from 0 to 1. NaN if the group is empty."""
@@ -97,13 +97,13 @@ class DoubtfulLabel(FoundSample):
 
 @dataclass(frozen=True)
 class LayerCapacity:
-    """What a layer could do for some targets without harm to the passed samples nearest to failing, to first order.
+    """First-order estimate of what a change of a layer could do without harm to the passed samples nearest to failing.
 
     Attributes:
-        room: how much a small change can raise the margin of a target if none of the passed samples may lose margin, as
-            a share, from 0 to 1, of the rise without this condition; mean over targets.
-        change: size of the smallest change that repairs a target and breaks none of the passed samples, relative to the
-            layer's norm; median over targets, infinite if there is no such change.
+        room: how far a small change can raise a target's margin if none of these passed samples may lose margin,
+            divided by how far it can without this condition; from 0 to 1, mean over targets.
+        change: size of the smallest change that repairs a target and breaks none of these passed samples, relative to
+            the layer's norm; median over targets, infinite if there is no such change.
     """
 
     layer: str

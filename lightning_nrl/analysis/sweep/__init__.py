@@ -1,4 +1,4 @@
-"""The paper's study as one call: many settings and seeds on one problem, one table.
+"""Repeats the paper's study in one call: runs many settings and seeds on one problem, and returns one table.
 
 In: a model, its known data, settings and seeds. Out: a `SweepResult`, the table of all runs and their weights.
 """

@@ -32,7 +32,7 @@ from lightning_nrl.search._scoring.sparse_delta import output_under
 from lightning_nrl.search._scoring.traced_model import EditableModel
 from lightning_nrl.search.fitness import Fitness
 
-SWARMS_BY_DEVICE = {"cpu": 32}  # swarms in a batch (else 512): more gain nothing on a CPU, and fewer are saved sooner
+SWARMS_BY_DEVICE = {"cpu": 32}  # swarms in a batch, 512 on other devices; larger batches are no faster on a CPU
 TENSORS_PER_SWARM = 16  # approximate number of tensors of the size of all particles, held at once
 STATES_MEMORY = 256 << 20  # bytes for the changed layers of runs, kept from one batch to the next
 
@@ -55,7 +55,7 @@ class RunRequest:
 
 @dataclass
 class BatchSearch:
-    """Runner of searches on one problem, which share recorded activations of the known data and equal localizations."""
+    """Runs searches on one problem. They share recorded activations of known data, and equal localizers run once."""
 
     problem: Problem
     base: Settings
@@ -89,7 +89,7 @@ class BatchSearch:
         return self._passed[which]
 
     def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
-        """Runs a batch of searches (see `batches`), each with the same result as alone. `Recount` adds the counts."""
+        """Runs a batch of searches (see `batches`), each with the same result as alone. `Recount` then adds counts."""
         problem, space, before = self.problem, self.problem.space, self.problem.before
         runs = {request.key: self._unsearched(request) for request in requests}
         localized = [(request, self.localization(request)) for request in requests]
@@ -188,7 +188,7 @@ class ExactBatch:
         return sum(group.nbytes for group in self.cache.groups)
 
     def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the deployed model's logits under `parameters`, all those of the searched layers by dotted name."""
+        """Returns the deployed model's logits. `parameters` has new values of all parameters of the searched layers."""
         model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:

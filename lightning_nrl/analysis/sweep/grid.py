@@ -66,7 +66,7 @@ class Setting:
     n_passed: int | None
 
     def arguments(self) -> dict[str, Any]:
-        """Returns arguments of `repair` and `Settings` for the same search. `strength=1` applies its whole change."""
+        """Returns arguments of `repair` and `Settings` for this search. Their `strength=1` applies its whole change."""
         search = SearchOptions(self.fitness, self.localizer, self.n_passed)
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
@@ -129,7 +129,7 @@ def _setting(given: Any, start: Setting) -> Setting:
     for argument, value in said.items():
         changes.setdefault(_owner(argument, made), {})[argument] = value
     for one, other in (("n_weights", "n_g"), ("n_g", "n_weights")):
-        # Either determines the other, whose default then does not count.
+        # Each of the two determines the other, so the default of the other does not count.
         if said.get(one) is not None and other not in said and hasattr(made.localizer, other):
             changes["localizer"][other] = None
     for part, values in changes.items():

@@ -30,17 +30,17 @@ DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "in_ta
 
 @dataclass(frozen=True)
 class Run(Derives):
-    """One search with one setting and one seed, and what the found weights do in the deployed model.
+    """One search with one setting and one seed, and counts of what the found weights repair and break.
 
     Attributes:
-        setting: name of the setting; its values are the fields from `fitness` to `particles`. `alpha` is None if the
-            fitness has none, `n_weights` if the localizer chooses it, `n_passed` if all passed samples are scored.
+        setting: name of the setting. Its values are the fields from `fitness` to `particles`. A value is None if the
+            fitness has no `alpha`, the localizer chooses `n_weights`, or all passed samples are scored (`n_passed`).
         n_localized: number of searched weights; 0 if the localizer found none.
         value: fitness of the weights found; None if nothing was searched.
-        patched: repaired targets, as counted by the search.
-        intact: passed samples that stay right, of those that the search scored.
+        patched: number of repaired targets, as counted by the search.
+        intact: number of passed samples scored by the search that stay right.
         known: counts of known samples: columns such as `known_broken` in the table.
-        calibration, unseen: the same counts of these data; None without such data.
+        calibration, unseen: the same counts of calibration and unseen samples; None without such data.
         seconds: wall time; runs that were searched and counted together share it equally.
     """
 
@@ -73,7 +73,7 @@ class Run(Derives):
         return getattr(self, role) is not None
 
     def counts(self, role: Role) -> TargetCounts:
-        """Returns the counts for `known`, `calibration` or `unseen` data. Without such data they are all 0."""
+        """Returns the counts for `known`, `calibration` or `unseen` data. Without such data, the counts are all 0."""
         counts: TargetCounts | None = getattr(self, role)
         return counts or NO_COUNTS
 
@@ -124,7 +124,7 @@ class RunStore:
     folder: Path | None
 
     def read(self, wanted: Iterable[str]) -> dict[str, StoredRun]:
-        """Returns those of the wanted runs that are stored, by key. Skips damaged files with a warning."""
+        """Returns the wanted runs that are stored, by key. Skips damaged files with a warning."""
         if self.folder is None:
             return {}
         if self.folder.is_file():

@@ -50,13 +50,13 @@ def sweep_module(
 ) -> SweepResult:
     """Runs every setting with every seed, each like a single repair by `ParticleSwarm`, and counts all results.
 
-    Activations of the known data are recorded once, and many swarms are searched together. Each run gives the same
-    weights, bit for bit, as `repair` with the same arguments and `strength=1`. No gate judges the runs; the model
-    stays unchanged. Several ranks of an `Evaluator` share the runs: each needs all data and returns the same result.
+    Activations of the known data are recorded once, and many swarms search at the same time. Each run gives the same
+    weights, bit for bit, as `repair` with the same arguments and `strength=1`. No gate judges the runs; the model stays
+    unchanged. The ranks of an `Evaluator` share the runs: each rank needs all data and returns the same result.
 
     Model and data are as in `repair_module`. No search reads the calibration data; they serve to choose among the runs.
-    `settings`, `seeds` and `dirpath` are as in `sweep`. `base` has what all runs share, such as target and layer, and
-    the defaults. Its method must be a `ParticleSwarm`; `auto`, the default method, stands for one.
+    `settings`, `seeds` and `dirpath` are as in `sweep`. `base` has the options that all runs share, such as the target,
+    and the defaults of the settings. Its method must be a `ParticleSwarm`; the default, `auto`, is replaced by one.
 
     Raises:
         ConfigurationError: an argument is invalid, no failed sample is in the target, or no known sample passes.
@@ -87,7 +87,7 @@ def swarming(base: Settings) -> Settings:
 
 
 def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
-    """Returns the seeds. Raises `ConfigurationError` if there are none, duplicates, or values out of range."""
+    """Returns the seeds. Raises `ConfigurationError` if there is no seed, a duplicate, or a seed out of range."""
     whole = isinstance(seeds, int) and not isinstance(seeds, bool)
     found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
     if not found or len(set(found)) < len(found):
@@ -125,7 +125,7 @@ class _Sweep:
     store: RunStore
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
-        """Makes the runs that are not stored. The ranks share them; every rank returns the same result."""
+        """Makes the runs that are not stored. The ranks share these runs; every rank returns the same result."""
         # The key of a run also depends on model, data and target.
         evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
         passed = [source.split for source in self.problem.known if source.passed]
@@ -139,7 +139,7 @@ class _Sweep:
         return self._result(requests, there | made)
 
     def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
-        """Runs the work on each rank and returns the runs of all ranks. If it fails on one rank, all ranks fail."""
+        """Calls `work` on each rank and returns the runs of all ranks. If `work` fails on one rank, all ranks fail."""
         own = self.collective.all_or_none(work, "another rank could not make its runs of the sweep.")
         return gather_runs(own, self.collective)
 

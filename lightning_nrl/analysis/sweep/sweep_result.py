@@ -71,7 +71,7 @@ class SweepResult(Report):
         return tuple(front)
 
     def best(self, under: str | Gate = "instance") -> Run | None:
-        """Returns the best run by known and calibration data, or None. Ignores unseen data.
+        """Returns the best run by known and calibration data, or None if no run can win. Ignores unseen data.
 
         Only runs that repair a target and pass the gate `under` on known data can win. The first criterion is the
         number of calibration samples repaired minus broken. Ties are decided by fewer broken calibration samples, more
@@ -90,7 +90,7 @@ class SweepResult(Report):
     def hparams_rows(
         self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
     ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-        """Returns rows of TensorBoard's HParams tab by name: a row with means per `setting`, or a row per `run`."""
+        """Returns rows of TensorBoard's HParams tab by name: one per `setting`, with means, or one per `run`."""
         check_choice("each", each, ("setting", "run"))
         if each == "run":
             return {f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed) for run in self.runs}

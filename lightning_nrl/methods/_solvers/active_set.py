@@ -1,8 +1,8 @@
 """An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
 
-Every known passed sample is a constraint: its margin must stay above 0. Samples close to the boundary form the working
-set. Its closest samples are active: steps descend their hinge losses, whose multipliers grow while a constraint is
-violated. As many others of the set are rehearsed: steps hold them to a teacher's logits, so the model stays in place.
+Every known passed sample is a constraint: its margin must stay above 0. Samples near the boundary form the working
+set. The nearest of these samples are active: steps descend the hinge loss of each, times a multiplier that grows while
+its constraint is violated. As many other samples of the set are rehearsed: steps hold their logits near a `Teacher`'s.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lightning_nrl.methods._solvers.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl.methods.budget import ENFORCING_TIME_FRACTION, FIRST_ENFORCING_ROUNDS, FORWARD_BACKWARD
 from lightning_nrl.methods.problem import Problem
 
-# The margins below are for data whose passed samples have this median margin. For other data they scale with it.
+# The margins below are for data whose passed samples have this median margin. They scale with the median of the data.
 REFERENCE_MARGIN = 8.0
 SAFETY_MARGIN = 1e-3  # below it a passed sample counts as broken, so that another batch size or device does not flip it
 HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5  # passed samples are pushed to half of their margin, at most 0.3
 HINGE_OVER_REQUIRED = 1.2  # at least this multiple of the required margin
 TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would break passed samples
 REACHABLE_MARGIN = 0.3  # failing targets this close to the boundary are pushed too
-ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0  # samples below the first are active, below the second in the working set
+ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0  # below the first a sample is active, below the second it is in the set
 MAX_REHEARSED = 8 * BATCH_SIZE  # passed samples drawn at random that hold the model in place
 MAX_WORKING_SET = 64 * BATCH_SIZE  # keeps rounds short on large data
 POLISH_RATE = 5e-5  # of Adam; small, since each step moves unmeasured samples too
-# Factors of the rate per broken sample or, while targets are enforced, per violated one: small steps do not reach
+# Factors of the rate: per broken sample, or per violated sample while targets are enforced. Small steps do not reach
 # hundreds of samples, and few samples are not worth large steps.
 RATE_PER_BROKEN_SAMPLE, RATE_PER_VIOLATED_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
 MAX_VIOLATED_TO_MEASURE = 32  # if there are more, the margins measured during the steps suffice
@@ -45,9 +45,9 @@ class ActiveSet:
     """The last measured margin of each known sample, and the working set: samples near the decision boundary.
 
     A margin is NaN if the loss of its sample is not finite. If the weights `state` get a sample right, steps keep its
-    logits close to those with `state`. If they break a sample, steps pull its logits to those of the original model.
-    Steps push targets in `enforced`, `N` bool, however far from right; the caller may change this mask between rounds.
-    If `holds_repairs` is False, steps ignore samples that the original model gets wrong, except those in `enforced`.
+    logits close to its logits under `state`. If `state` breaks a sample, steps pull its logits to the original model's.
+    Steps push all targets in `enforced`, `N` bool, even if far from right. The caller may change this mask between
+    rounds. If `holds_repairs` is False, steps ignore samples that the original model gets wrong, unless enforced.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ActiveSet:
         return bool(self.broken[rows].any())
 
     def round(self, descent: Descent) -> float:
-        """Makes a round of steps on samples of the working set. Updates their margins; returns the number of visits."""
+        """Makes a round of steps on the working set and updates margins. Returns the visits (passes of one sample)."""
         before = self.problem.before
         self.multiplier[self.violated] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
@@ -176,13 +176,13 @@ class ActiveSet:
 
 
 def _margins(after: SampleResults) -> Tensor:
-    """Returns the margins. A margin is NaN if the loss is not finite, and below 0 if the sample fails by a tie."""
+    """Returns the margins. A margin is NaN if the loss is not finite, and below 0 if the sample fails on a tie."""
     margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
     return torch.where(after.loss.isfinite(), margin, torch.nan)
 
 
 class TargetSchedule:
-    """Decides which targets the steps of a polish push, even those far from right.
+    """Decides which targets the steps of a polish push, even targets that are far from right.
 
     `wanted`, `N` bool, marks the targets that are not given up. `enforced`, a part of `wanted`, marks the targets that
     steps push at present. A target that takes too long leaves `enforced` until `enforce_again` is called.
@@ -208,16 +208,16 @@ class TargetSchedule:
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Counts a round. Under a deadline, targets still wrong leave `enforced` once their rounds or time are up."""
+        """Counts a round. Under a deadline, wrong targets leave `enforced` when rounds or time for them are used up."""
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
             self.enforced &= ~active_set.violated
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Gives up the lighter half of the enforced targets that are wrong: those of at most the median weight.
+        """Gives up the wrong enforced targets whose sample weight is at most the median of these targets.
 
-        If no enforced target is wrong, gives up the lighter half of those that were wrong in the most rounds.
+        If no enforced target is wrong, the targets that were wrong in the most rounds take the place of wrong ones.
         """
         weight, multiplier = self._weight, active_set.multiplier
         late = self.enforced & active_set.violated

@@ -2,8 +2,8 @@
 
 For a sample with inputs h, logits z and label y, a change D of the weights gives the margin z_y - z_c + (D_y - D_c) h
 over class c. The best D moves the logits of passed data least, in the mean square. Every passed sample must keep a part
-of its margin. Each target should reach a margin, and what it lacks costs a price (the strength). Each pair of a sample
-and another class is one constraint. Few of them bind, so only violated ones are added (cutting planes, Kelley 1960).
+of its margin. Each target should reach a fixed margin; what it lacks costs a price (the strength). Each constraint is
+about a sample and a wrong class. Few constraints bind: only violated ones are added (cutting planes, Kelley 1960).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lightning_nrl.methods._solvers.qp import solve_dual
 KEPT_MARGIN_RATIO, MAX_KEPT_MARGIN = 0.5, 0.05  # a passed sample keeps this part of its margin, at most this much
 HEAD_TARGET_MARGIN = 0.05  # the margin that a repaired target gets
 LEAST_KEPT_MARGIN = 0.01  # part of the required margin that a passed sample keeps after the final scaling
-HEAD_RIDGE = 1e-4  # of the mean eigenvalue, added to all; else directions without passed samples would cost nothing
-MAX_PATH_ROUNDS = 31  # of solving and adding pairs, at each strength
-PAIRS_PER_ROUND = 400  # added at most, the most violated first
-VIOLATION_TOLERANCE = 1e-3  # of the unit; the final scaling removes smaller violations
+HEAD_RIDGE = 1e-4  # of the mean eigenvalue, added to each; or else directions without passed samples would be free
+MAX_PATH_ROUNDS = 31  # of solving and adding constraints, at each strength
+PAIRS_PER_ROUND = 400  # maximum number of constraints to add, the most violated first
+VIOLATION_TOLERANCE = 1e-3  # in units of the median margin; the final scaling removes smaller violations
 # Maximum samples and logits of one block. Larger data are read in smaller blocks that fit the cache, and only where a
 # margin may be too small.
 ROWS_PER_BLOCK, ROWS_OF_MANY = 65_536, 8_192
@@ -55,7 +55,7 @@ class ConvexHead:
         return len(self.label) > ROWS_PER_BLOCK or len(self.label) * self.logits.shape[1] > LOGITS_PER_BLOCK
 
     def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
-        """Yields all samples in blocks, each a slice; or the samples `chosen`, int64, in blocks of indices."""
+        """Yields the indices `chosen`, int64, in blocks. If `chosen` is None, yields slices that cover all samples."""
         n = len(self.label) if chosen is None else len(chosen)
         size = ROWS_OF_MANY if self.is_large else ROWS_PER_BLOCK
         for start in range(0, n, size):
@@ -100,7 +100,7 @@ class ConvexHead:
         return root
 
     def white(self, rows: Tensor) -> Tensor:
-        """Returns features, `m x d`, in coordinates in which the second moment of passed samples is the identity."""
+        """Returns whitened features, `m x d`: for passed samples, their second moment is the identity."""
         return self.inputs(rows).to(self.root.dtype) @ self.root
 
     def changed(self, change: Tensor, some: Tensor | slice) -> Tensor:
@@ -109,7 +109,7 @@ class ConvexHead:
 
     @cached_property
     def reach(self) -> Tensor:
-        """Per sample, `n`: a limit. A change of the weights of less than the limit leaves its margin large enough.
+        """For each sample, `n`, a limit: the sample keeps its required margin under any smaller change of the weights.
 
         The size of a change is the largest distance by which it moves the whitened weights of two classes apart.
         """
@@ -119,7 +119,7 @@ class ConvexHead:
         return (self.narrowest - self.required) / length.clamp_min(torch.finfo(length.dtype).tiny)
 
     def reached(self, change: Tensor, among: Tensor) -> Tensor | None:
-        """Returns indices of samples in `among`, `n` bool, whose `reach` a change exceeds; None stands for all `n`."""
+        """Returns indices of samples in `among`, `n` bool, whose `reach` a change exceeds; None means all `n`."""
         if not self.is_large:
             return None
         white = torch.linalg.solve(self.root, change.T.to(self.root)).T
@@ -144,9 +144,9 @@ def regularization_path(
     """Yields the best change of the weights, `C x d`, at each of the `strengths`.
 
     A strength is the price of the margin that a target lacks. A strength of 1 just suffices to repair the median target
-    if it is the only sample. No change breaks a passed sample in `used`, `n` bool; samples that are not in `used` are
-    ignored. Once `is_over` returns True, changes are no longer optimal but still break nothing. After the first change
-    that takes more than `max_pairs` constraints (one per pair of a sample and another class), the path ends.
+    if this target is the only sample. No change breaks a passed sample in `used`, `n` bool; other samples are ignored.
+    Once `is_over` returns True, changes are no longer optimal but still break nothing. After the first change that
+    takes more than `max_pairs` constraints (one per pair of a sample and a wrong class), the path ends.
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required - head.narrowest)[used & head.targeted]
@@ -165,7 +165,7 @@ def regularization_path(
 
 
 class _PairProgramme:
-    """The programme of the pairs (of a sample and a class) added so far, and its whitened solution `change`."""
+    """A programme with a constraint per pair of sample and wrong class added, and its whitened solution `change`."""
 
     def __init__(self, head: ConvexHead, used: Tensor, is_over: Callable[[], bool]) -> None:
         self.head, self.used, self.price, self.is_over = head, used, 0.0, is_over
@@ -175,7 +175,7 @@ class _PairProgramme:
         self.change = head.root.new_zeros(head.logits.shape[1], head.root.shape[1])
 
     def begin(self, price: float) -> None:
-        """Sets a new price of the margin that targets lack, and drops the pairs whose constraint does not bind."""
+        """Sets the price of the margin that a target lacks. Drops constraints that did not bind at the last price."""
         binding = self._multipliers > 0
         self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
 
@@ -198,7 +198,7 @@ class _PairProgramme:
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:
-        """Adds the pairs whose constraints `change` violates most. Returns False if there are none to add."""
+        """Adds the constraints that `change` violates most. Returns False if `change` violates no new constraint."""
         head, n_classes, change = self.head, self.head.logits.shape[1], self.change @ self.head.root
         codes, lacks = [self._code[:0]], [head.required[:0]]
         for some in head.blocks(head.reached(change, self.used)):
@@ -239,7 +239,7 @@ def add_cutting_planes(
     max_rounds: int,
     is_over: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Calls `solve` and `add_violated` in turn. Returns True if no violation is left, False if stopped before."""
+    """Calls `solve` and `add_violated` in turn. Returns True if no violation is left, False if it stops before."""
     for _ in range(max_rounds):
         solve()
         if not add_violated():
@@ -256,16 +256,16 @@ def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def pair_sides(label: Tensor, rival: Tensor, like: Tensor) -> Tensor:
-    """Returns `C` values per pair: 1 at the label, -1 at the rival, else 0. `like`, `... x C`, determines the dtype."""
+    """Returns `C` values per pair: 1 at the label, -1 at the rival, 0 elsewhere, in the dtype of `like`, `... x C`."""
     n_classes = like.shape[-1]
     return (F.one_hot(label, n_classes) - F.one_hot(rival, n_classes)).to(like.dtype)
 
 
 def pair_gram(features: Tensor, sides: Tensor) -> Tensor:
-    """Returns the inner products of m constraints, `... m x m`. Each is the outer product of its sides and features."""
+    """Returns inner products of m constraints, `... m x m`: outer products of a row of `sides` and of `features`."""
     return (sides @ sides.mT) * (features @ features.mT)
 
 
 def sum_of_pairs(features: Tensor, sides: Tensor, multipliers: Tensor) -> Tensor:
-    """Returns the sum, `... C x d`, of each constraint (see `pair_gram`) times its multiplier. It is deterministic."""
+    """Returns the deterministic sum, `... C x d`, of all constraints (see `pair_gram`) times their multipliers."""
     return (sides * multipliers[..., None]).mT @ features

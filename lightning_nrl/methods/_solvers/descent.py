@@ -24,12 +24,12 @@ Loss = Callable[[Batch, Tensor, Tensor], Tensor]
 class Descent:
     """Gradient descent on a copy of the weights; the live model stays unchanged.
 
-    The model stays in evaluation mode, so batch norm and dropout work as deployed. Steps are on float32 copies, since
-    half precision would round small steps away; the model runs in its own dtype. If a mini-batch exceeds the memory,
-    its gradient is summed over smaller forward passes.
+    The model stays in evaluation mode, so batch norm and dropout work as deployed. Steps move float32 copies of its
+    weights, since half precision would lose small steps; the model runs in its own dtype. If a mini-batch exceeds the
+    memory, its gradient is summed over smaller forward passes.
 
-    The copy starts at `state`. Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter,
-    only its marked weights move. Losses are sums over samples, so that they add up over splits and ranks and do not
+    The copies start at `state`. Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter,
+    only weights marked there move. Losses are sums over samples, so that they add up over splits and ranks and do not
     vanish in half precision. The optimizer must therefore be scale-invariant, such as Adam.
     """
 
@@ -63,19 +63,19 @@ class Descent:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """Returns the scope's current weights in the model's dtypes, and all other tensors of the initial state."""
+        """Returns the scope's current weights in the model's dtypes, and all other tensors of the initial `state`."""
         moved = {name: value.detach().to(self._dtypes[name], copy=True) for name, value in self._copies.items()}
         return {**self._given, **moved}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Puts the current weights into the model inside the block; gradients flow to the float32 copies."""
+        """Gives the model the current weights in a `with` statement; gradients reach the weights' float32 copies."""
         cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
         with temporary_weights(self.problem.model, {**self._frozen, **cast}):
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
-        """Makes one step on a mini-batch. Each rank passes its parts. `rate`, if given, becomes the learning rate.
+        """Makes one step on a mini-batch, of which each rank passes its `parts`. `rate` replaces the learning rate.
 
         Raises:
             DeviceMemoryError: on all ranks, before the step, if a single sample exceeds the memory of one rank.
@@ -127,7 +127,7 @@ class Descent:
                 yield from pieces
 
     def _sum_gradients(self, has_fitted: bool) -> bool:
-        """Sums gradients over ranks; returns False if `has_fitted` is False on one of them."""
+        """Sums gradients over ranks; returns False if `has_fitted` is False on a rank."""
         copies = list(self._copies.values())
         mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
         flags = torch.tensor([*(x.grad is not None for x in copies), not has_fitted]).to(mine[0])
@@ -135,6 +135,6 @@ class Descent:
         *grads, flags = total.split([*(x.numel() for x in copies), len(copies) + 1])
         *used, failed = flags.tolist()
         for x, grad, ranks in zip(copies, grads, used, strict=True):
-            # Parameters without gradients on any rank get none, as on one rank. Weight decay then skips them.
+            # A parameter that has no gradient on any rank gets none, as on a single rank, so weight decay skips it.
             x.grad = grad.view_as(x).to(x.dtype) if ranks else None
         return not failed

@@ -1,7 +1,7 @@
-"""Fine-tuning of one layer, a block or a whole network that holds passed samples to the original model's outputs.
+"""Fine-tunes a layer, a block or a whole network, and holds passed samples to the original model's outputs.
 
-Trains in evaluation mode on every known sample. Easy samples, which are right by a wide margin before the repair and
-now, are skipped in most epochs.
+Trains in evaluation mode on every known sample. Easy samples, which are right by a wide margin both before the repair
+and at present, are skipped in most epochs.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def distill(
 ) -> Trained | None:
     """Trains the parameters in the problem's scope on known data, from their original values.
 
-    The loss of a step is a sum over samples: `3 v loss` for a target of weight v (at most 10), `loss + 5 v divergence`
-    for a passed sample, and `loss` for any other. `divergence` compares the output with the original model's.
+    The loss of a step is a sum over samples, with sample weights v of at most 10: `3 v loss` for a target,
+    `loss + 5 v divergence` for a passed sample, `loss` for any other. `divergence` is from the original model's output.
 
     Samples whose `weight`, `N`, is 0 are left out; other values of `weight` have no effect. Under a deadline, the pace
     of the first steps decides how many steps are made. The learning rate falls to 0 over all steps. If a single sample
-    exceeds the memory, `distill` warns and returns the weights so far. Halfway, `renew` returns a new `weight`; if
-    it returns None instead, `distill` stops and returns None.
+    exceeds the memory, `distill` warns and returns the weights so far. Halfway, it calls `renew`, which returns a new
+    `weight`; if `renew` returns None instead, `distill` stops and returns None.
     """
     run = _Distillation(problem, deadline or Deadline(), problem.used if weight is None else weight > 0)
     rows, has_renewed = run.used.nonzero().flatten(), renew is None

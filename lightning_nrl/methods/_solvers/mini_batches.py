@@ -26,7 +26,7 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator, size: int = BATCH
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """Yields the parts of each mini-batch on this rank. A part has samples of one split, at most one batch of it."""
+    """Yields this rank's parts of each mini-batch. A part has samples of one split, at most the split's batch size."""
     streams = []
     for source in problem.known:
         start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)

@@ -1,12 +1,12 @@
-"""Polish: small steps near the decision boundary until new weights break nothing that the original ones get right.
+"""Polish: small steps near the decision boundary until new weights break no sample that the original weights get right.
 
-New weights repair much and break a little. The broken samples lie near the boundary; steps on them restore them and
-hold the repairs. The result is the best iterate that breaks nothing, counted on all known samples; the original weights
-are the last resort. Below, "nothing is broken" means that no more is broken than the gate allows.
+New weights repair much and break a little. The broken samples lie near the boundary; steps on samples near it restore
+them and keep what is repaired. The result is the best iterate that breaks nothing, counted on all known samples, or
+else the original weights. Below, "nothing is broken" means that no more samples are broken than the gate allows.
 
-On request a polish **enforces** all failing targets, also those far from right (`TargetSchedule`). In limited time it
-suspends targets that are still wrong after some rounds, restores what broke because of them, and enforces them again
-once nothing is broken. Each retreat **gives up** the lighter half of the targets that are still wrong.
+On request a polish **enforces** all failing targets, also targets far from right (`TargetSchedule`). In limited time it
+stops pushing targets that are still wrong after some rounds, restores broken samples, and then enforces these targets
+again. A retreat moves back toward the original weights and **gives up** wrong targets of small sample weight.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from lightning_nrl.report.run_records import CUT, Step
 
 NEEDS: tuple[Need, ...] = ("margins",)
 RETREAT_FACTOR = 0.9  # part of the way from the original weights that a retreat keeps
-HOLDING_STARTS = 3  # number of starts that hold repairs; later ones may lose them
+HOLDING_STARTS = 3  # starts that hold repairs; each retreat starts anew, and later starts may lose repairs
 BISECTIONS = 6  # of the way back, on samples known to be broken
-MAX_COUNTS = 6  # evaluations of all known samples on the way back; each may reveal more broken ones
+MAX_COUNTS = 6  # evaluations of all known samples on the way back; each may reveal more broken samples
 
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Polished weights. `state` has the tensors of the initial state and, after steps, all parameters in the scope."""
+    """Polished weights. `state` has all tensors of the initial state and, after steps, those of `Problem.scope`."""
 
     rounds: int = 0
     strength: float = 1.0  # part of the change that is kept; 0 for the original weights
-    course: tuple[TargetCounts, ...] = ()  # counts of the known samples at each evaluation of all
-    stopped: str = ""  # why the rounds ended early, else empty
+    course: tuple[TargetCounts, ...] = ()  # flips at each evaluation of all known samples
+    stopped: str = ""  # why the rounds ended early; empty if they did not
 
     @property
     def note(self) -> str:
@@ -75,13 +75,13 @@ def polish(
 ) -> PolishResult:
     """Makes small steps from `state` until no more known passed samples are broken than the gate allows.
 
-    If steps do not suffice, the weights move back toward the original ones until that is true. Only parameters in the
-    problem's scope move. If `masks` has a bool tensor for a parameter, only its marked weights move. The last forward
+    If steps do not suffice, the weights move back toward the original weights until this holds. Only parameters in
+    `problem.scope` move. If `masks` has a bool tensor for a parameter, only weights marked there move. The last forward
     passes over known data may end after `deadline`. `after` are the results of `state`; if None, they are measured. If
-    `enforce` is True, steps push all failing targets, otherwise only targets that are nearly right.
+    `enforce` is True, steps push all failing targets; if False, they push only nearly right targets.
 
-    Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
-    the working set, up to 256 MiB.
+    Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the scope, and at most
+    256 MiB for the logits of the working set.
     """
     check_needs(NEEDS, problem.before, problem.evaluator.task)
     work = partial(_polish, problem, state, deadline or Deadline(), masks, after, enforce)
@@ -93,7 +93,7 @@ def polished(
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
     """Returns the polished proposal, its step in the report, and the counts of each evaluation of all known data.
 
-    `steered` gives targets of slices that miss their quota more weight. `deadline` defaults to `deadline_of_method()`.
+    If `steered`, targets of slices that miss their quota weigh more. `deadline` defaults to `deadline_of_method()`.
     """
     clock = problem.clock
     with clock.stage("polish"):
@@ -120,7 +120,7 @@ def _polish(*arguments: Any) -> PolishResult:
 class _Polish:
     """A polish in progress. "Violated" are broken samples and enforced targets that are not right.
 
-    `best` breaks nothing. `state` are the weights where steps began or ended, `after` the last results on known data.
+    `best` breaks nothing. Steps began or ended at the weights `state`. `after` are the last results on known data.
     """
 
     def __init__(
@@ -145,10 +145,10 @@ class _Polish:
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & enforce & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
-        self._n_first = 0  # violated at the first start
+        self._n_first = 0  # violated samples at the first start
 
     def start(self) -> Phase | None:
-        """Starts steps at `state`: first the given weights, later those after a retreat. Returns the next phase."""
+        """Starts steps at `state`: the given weights, or the weights after a retreat. Returns the next phase."""
         holds = self.retreats < HOLDING_STARTS
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds)
         self._n_first = self._n_first or int(self.active_set.violated.sum())
@@ -183,7 +183,7 @@ class _Polish:
         return self._verify if self._is_satisfied(is_violated & self.active_set.working) else self._after_round()
 
     def _verify(self) -> Phase | None:
-        """Evaluates all known samples; keeps the weights if nothing is violated, else adds to the working set."""
+        """Evaluates all known samples and updates the working set. Keeps the weights if no sample is violated."""
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
@@ -230,7 +230,7 @@ class _Polish:
     def _scale_back(self) -> None:
         """Goes back towards the original weights until nothing is broken.
 
-        Bisects on the samples known to be broken, then evaluates all samples, which may reveal more for the next
+        Bisects on samples known to be broken, then evaluates all samples. This may reveal broken samples for the next
         bisection. Ends at the original weights after `MAX_COUNTS` evaluations, or if time runs out after the first.
         """
         problem, active_set = self.problem, self.active_set

@@ -4,22 +4,22 @@ A programme is
 
     min over x, s >= 0   1/2 |x|^2 + sum_i limit_i * s_i     so that   A x + s >= required,
 
-where a row with an infinite limit is hard: its s is 0. The dual has one multiplier per row, which only has bounds,
+where a row with an infinite limit is hard: its s is 0. The dual has one multiplier per row, constrained only by bounds,
 
     max over a   required' a - 1/2 a' K a     so that   0 <= a <= limit,     K = A A',
 
-and x = A' a. The dual's value at any such a is a lower bound of the minimum. It is unbounded exactly if the hard rows
-contradict each other.
+and x = A' a. The dual's value at any a within the bounds is a lower bound of the minimum. The dual is unbounded exactly
+if the hard rows contradict each other.
 
-There are two solvers, each far too slow for the other's task. One programme of 955 rows takes 0.2 s with the Newton
-method and 22 s with the active-set method; 208 programmes of up to 64 rows take 0.86 s and 0.08 s. Both run on the CPU:
-a GPU would wait for the host some 30,000 times per repair.
+There are two solvers (below), each too slow for the other's task. One programme of 955 rows takes 0.2 s with the Newton
+method and 22 s with the active-set method; 208 programmes of up to 64 rows take 0.86 s and 0.08 s, in this order. Both
+solvers run on the CPU: a GPU would wait for the host some 30,000 times per repair.
 
-- One large dual, singular if there are more rows than unknowns: proximal steps (Rockafellar 1976), each by a
-  semismooth Newton method with an exact line search (Li, Sun and Toh 2018).
-- Many small duals at once, all rows hard: an active-set method (Lawson and Hanson 1974), which adds or drops one row at
-  a time. If the value is limited, K + bb' / (2 max_value) with b = required replaces K. This bounds the optimum and
-  changes it only by a factor.
+- `solve_one` solves one large dual, singular if there are more rows than unknowns. It makes proximal steps (Rockafellar
+  1976), each by a semismooth Newton method with an exact line search (Li, Sun and Toh 2018).
+- `solve_batch` solves many small duals with hard rows. Its active-set method (Lawson and Hanson 1974) adds or drops one
+  row at a time. If `max_value` limits the dual's value, K + bb' / (2 max_value) with b = required replaces K. Then
+  the optimum is bounded, and the optimal a is only scaled.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def solve_dual(
     Args:
         gram: K = A A', `m x m` or `T x m x m`. If a row of A is zero, its `required` must be 0.
         required: lower bound of each row, `m` or `T x m`.
-        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None makes all rows hard, as in a batch.
+        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None (needed in a batch) makes all hard.
         start: initial multipliers, shaped like `required`, such as those of a similar programme; None means 0.
-        max_value: for a batch: programmes with a larger optimum count as infeasible. By default all must be feasible.
-        is_over: is called at each step; if True, the best multipliers so far are returned. A batch never calls it.
+        max_value: for a batch only: programmes with a larger optimum count as infeasible. By default none does.
+        is_over: is called at each step; if it returns True, the best `values` so far are returned. Not for batches.
     """
     device, dtype = gram.device, gram.dtype
     g, b = (x.to("cpu", torch.float64) for x in (gram, required))
@@ -121,7 +121,7 @@ class _Box:
     def is_contradictory(self, change: Tensor) -> bool:
         """True if a change of the multipliers proves that the hard rows contradict each other (Farkas' lemma).
 
-        Let d be the increases at hard rows. An x that meets them has |A' d| |x| >= d' A x >= d' required: |x| is huge.
+        If d are the increases at hard rows, an x that meets these has |A' d| |x| >= d' A x >= d' required: |x| is huge.
         """
         d = torch.where(self.limit.isinf(), change.clamp_min(0), 0)
         needed = float(self.required @ d)
@@ -130,7 +130,7 @@ class _Box:
 
 
 def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[Tensor, bool, bool]:
-    """Solves the programme in steps. Each adds a penalty, smaller every time, on the distance that the step moves."""
+    """Solves the programme in steps. Each step adds a penalty on the distance it moves; the penalty shrinks."""
     scale = max(float(box.required.abs().amax()), 1e-30)
     best, least, weight, steps_left = values, box.residual(values), PROXIMAL_WEIGHT, MAX_NEWTON_STEPS
     wanted = 0.1 * scale
@@ -155,7 +155,7 @@ def _newton(
 ) -> tuple[Tensor, int]:
     """Makes one proximal step; returns the multipliers a and the number of Newton steps.
 
-    It minimises 1/2 |x|^2 plus a smooth, piecewise quadratic penalty over x = A' z. The gradient is A' (z - a), where a
+    Over x = A' z it minimises 1/2 |x|^2 plus a smooth, piecewise quadratic penalty. The gradient is A' (z - a), where a
     follows from the penalty at x.
     """
     gram, z = box.gram, centre
@@ -183,7 +183,7 @@ def _newton(
 
 
 def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Tensor, direction: Tensor) -> float:
-    """Finds the step length in [0, 1] at which the slope along the direction, which never falls, is 0."""
+    """Finds the step length in [0, 1] at which the slope along `direction` is 0. The slope never falls on the way."""
     along = box.gram @ direction
 
     def slope(t: float) -> float:
@@ -199,9 +199,9 @@ def _line_search(box: _Box, centre: Tensor, weight: float, z: Tensor, given: Ten
     return (low + high) / 2
 
 
-RELATIVE_JITTER = 1e-9  # of the diagonal's mean, added to it; else nearly equal rows have no unique multipliers
+RELATIVE_JITTER = 1e-9  # share of the diagonal's mean, added to the diagonal: equal rows then have unique multipliers
 MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
-RESIDUAL_TOLERANCE = 1e-6  # relative to the largest requirement
+RESIDUAL_TOLERANCE = 1e-6  # relative to the largest of `required`
 
 
 def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +244,7 @@ def solve_batch(gram: Tensor, required: Tensor, values: Tensor, max_value: float
 
 
 def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor:
-    """Returns multipliers that make the binding rows equalities, NaN if none do; other rows get 0."""
+    """Returns multipliers that make the binding rows equalities, or NaN if no multipliers do. Other rows get 0."""
     width = max(1, int(binding.sum(1).amax()))
     at = binding.long().argsort(dim=1, descending=True, stable=True)[:, :width]
     some = binding.gather(1, at)

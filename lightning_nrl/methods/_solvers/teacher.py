@@ -1,4 +1,4 @@
-"""`Teacher`: logits of known samples with other weights, computed once per sample."""
+"""`Teacher`: logits of known samples under fixed weights, computed once per sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Teacher:
         self._cache = LogitCache(len(which))
 
     def prepare(self, rows: Tensor) -> None:
-        """Caches the missing logits of `rows`, so that no batch must run as a whole later for a few missing rows."""
+        """Caches the missing logits of `rows`, so that no batch must run as a whole later for a few of them."""
         if self._cache.is_empty or self._cache.has_varied:
             return
         for parts in load_batches(self._problem, self._cache.unknown(rows).split(BATCH_SIZE)):
@@ -39,7 +39,7 @@ class Teacher:
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
         """Returns the logits of a batch; `rows`, `n` int64 on the CPU, are its rows among the known samples.
 
-        `shape` is the shape of the logits. It is needed if it varies, as with padding to the longest sample of a batch.
+        `shape` is the shape of the logits. It is needed if this shape varies, as with padding to the longest sample.
         """
         cached = self._cache.get(rows, shape)
         if cached is not None:

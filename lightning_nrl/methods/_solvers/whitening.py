@@ -22,7 +22,7 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods._solvers.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl.methods.problem import Problem
 
-MOMENT_RIDGE = 0.1  # of the mean eigenvalue, added to all; limits changes where passed samples hardly vary
+MOMENT_RIDGE = 0.1  # of the mean eigenvalue, added to each; limits changes where passed samples hardly vary
 MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128  # passed samples, and positions of a convolution, per moment
 MAX_FULL_MOMENT = 2048  # larger windows get a diagonal moment: a full root would take minutes
 
@@ -32,8 +32,8 @@ class Whitening:
     """`K` coordinates of changes of several layers. Steps of equal length move the layers' outputs equally.
 
     `outputs` has for each layer the output channels that may change, int64. A channel has `d` weights, which include
-    its bias if this may change. `roots` has for each layer the matrices C^(-1/2) of its groups of channels, where C is
-    the second moment of the inputs: `groups x d x d`, or `groups x d` if only the diagonal of C is used.
+    its bias if the bias may change. `roots` has for each layer the matrices C^(-1/2) of its groups of channels, where C
+    is the second moment of the inputs: `groups x d x d`, or `groups x d` if only the diagonal of C is used.
     """
 
     sites: tuple[LayerRef, ...]
@@ -62,10 +62,10 @@ class Whitening:
 
 @torch.no_grad()
 def fit_whitening(problem: Problem, max_size: int) -> Whitening:
-    """Computes coordinates of the problem's layers from passed samples. They number at most about `max_size`.
+    """Computes at most about `max_size` coordinates of the problem's layers from passed samples.
 
-    If the layers have more weights than that, only some output channels of each layer may change: those with the
-    largest squared gradients of the targets' margins.
+    If the layers have more weights than `max_size`, only some output channels of each layer may change: the channels
+    with the largest squared gradients of the targets' margins.
     """
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
@@ -95,7 +95,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 @torch.no_grad()
 def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> tuple[Tensor, Tensor]:
-    """Returns the `m` rows `chosen`, sorted, and the gradients of their margins at `state`, `m x K`, on all ranks."""
+    """Returns, on all ranks, the `m` rows `chosen`, sorted, and their margins' gradients at `state`, `m x K`."""
     rows, parts = [], []
     with temporary_weights(problem.model, state):
         for at, found in _gradients(problem, chosen, whitening):

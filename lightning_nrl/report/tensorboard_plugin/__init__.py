@@ -1,6 +1,6 @@
-"""The Repair tab of TensorBoard, which finds it by an entry point.
+"""The Repair tab of TensorBoard, which finds the tab by an entry point.
 
-In: a log folder. Out: its repairs (`repair_folders`), one of them as JSON (`tab_data`), and the browser's files
+In: a log folder. Out: the repairs in it (`repair_folders`), a repair as JSON (`tab_data`), and the browser's files
 (`repair_plugin`, `static/`). torch is imported only when a repair is opened.
 """
 

@@ -80,7 +80,7 @@ class LoadedRepair:
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
-        """Returns the path of a sample's file in the folder, or None if it did not flip or `kind` is unknown."""
+        """Returns the path of a sample's file, or None if the sample did not flip or `kind` is unknown."""
         if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
             return None
         return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))

@@ -1,4 +1,4 @@
-"""Scoring of candidates: the known data are run once up to the repaired layer, and only the rest for each candidate.
+"""Scores candidates. The model runs once up to the repaired layer; only the part after it runs for each candidate.
 
 In: a model, known data, candidates. Out: `Scores`. `recording` stores the activations at the layer in an
 `ActivationCache`. `sparse_delta` computes the effect of changed weights on the layer's output, and `candidate_tensor`

@@ -22,7 +22,7 @@ from lightning_nrl.search._scoring.replay_plan import ReplayPlan
 from lightning_nrl.search._scoring.sample_layout import SampleLayout, index_all, to_device
 from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs, LayerEdit
 
-Recompute = Callable[[Tensor], list[Tensor]]  # recomputes stored tensors of samples, given their rows in the results
+Recompute = Callable[[Tensor], list[Tensor]]  # recomputes the stored tensors of given rows of the results
 STORED_TENSOR = object()  # placeholder of a stored tensor among the constants of a `ReplayGroup`
 
 
@@ -34,11 +34,11 @@ class ReplayGroup:
     layouts: list[SampleLayout]  # layout of each stored tensor
     device: torch.device  # device of the stored tensors
     spec: pytree.TreeSpec | None = None  # tree of the model inputs, if the whole model is run
-    constants: list[Any] = field(default_factory=list)  # leaves of that tree, `STORED_TENSOR` at stored tensors
+    constants: list[Any] = field(default_factory=list)  # leaves of that tree, `STORED_TENSOR` for stored tensors
     recomputed: bool = False  # True if stored tensors are recomputed each time
-    same: tuple[int, ...] = ()  # for each stored tensor the index of the first equal one; only that one is kept
+    same: tuple[int, ...] = ()  # for each stored tensor, index of the first equal tensor; no other is kept
     expected: int = 0  # samples for which memory is allocated at the first batch; 0: every batch allocates
-    shapes: list[torch.Size] = field(default_factory=list)  # of the stored tensors without their first dimension
+    shapes: list[torch.Size] = field(default_factory=list)  # of the stored tensors, without the first dimension
     parts: dict[int, list[Tensor]] = field(default_factory=dict)  # by index of the tensor, parts that `finish` joins
     filled: dict[int, int] = field(default_factory=dict)  # by index of the tensor, filled entries of the first part
     again: Recompute | None = None
@@ -80,7 +80,7 @@ class ReplayGroup:
         self.filled[i] = stop
 
     def finish(self, pin: bool = False) -> None:
-        """Joins the tensors of all batches. With `pin` they are page-locked, for asynchronous copies to a GPU."""
+        """Joins the tensors of all batches. `pin` page-locks the results, for asynchronous copies to a GPU."""
         for i, parts in self.parts.items():
             if i in self.filled:
                 parts[0] = parts[0][: self.filled[i]]
@@ -92,7 +92,7 @@ class ReplayGroup:
         ]
 
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
-        """Returns some samples of the stored tensors: of the last `last` tensors, or of all tensors if `last` is 0."""
+        """Returns the stored tensors of `samples`. If `last` is k > 0, only the last k stored tensors are returned."""
         kept = {i: parts[0] for i, parts in self.parts.items()}
         if self.recomputed:
             kept, samples = self._recompute_batch(samples)
@@ -127,7 +127,7 @@ class ReplayGroup:
         return args, kwargs
 
     def holds_inputs_like(self, other: ReplayGroup, stored: Sequence[Tensor]) -> bool:
-        """True if this group can store the samples of `other`, a group without plan, whose inputs are `stored`."""
+        """True if this group can store the model inputs `stored`, which belong to the group `other` without a plan."""
         return (
             self.plan is None
             and self.spec == other.spec
@@ -154,7 +154,7 @@ class ActivationCache:
     model: EditableModel
     groups: list[ReplayGroup]
     rows: Tensor  # n int64 on the CPU, rows of the samples in the results, in stored order
-    fallback_reason: str | None = None  # why some samples need the whole model; None: none do
+    fallback_reason: str | None = None  # why some samples need the whole model; None: no sample does
 
     @property
     def space(self) -> ParameterSpace:
@@ -208,11 +208,11 @@ class ActivationCache:
         return self.groups[chunk.group].plan is not None
 
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:
-        """Resumes the passes of n samples at the first site. Returns logits of `copies * n` samples, copy by copy.
+        """Resumes the passes of n samples at the first site. Returns `copies * n` rows of logits, n for each copy.
 
         `edit` maps the input and the output of a site (repaired layer), with samples in the first dimension, to a new
         output. At the first site it gets the recorded tensors of n samples, which it must not change in place, and
-        returns `copies * n` samples. Later sites have `copies * n` samples. The logits have gradients in new outputs.
+        returns `copies * n` samples. Later sites have `copies * n` samples. Autograd links the logits to new outputs.
 
         Raises a `ReplayError` if `copies` is above 1 but the samples must run through the whole model (see `rerun`).
         """
@@ -228,14 +228,14 @@ class ActivationCache:
         return self.model.edited_logits(group.inputs(stored), edit)
 
     def rerun(self, chunk: Chunk, where: Tensor, values: Tensor) -> Tensor:
-        """Returns the whole model's logits under candidates `P x K` of the weights at `where`: n rows per candidate."""
+        """Runs the whole model with candidates `P x K` of the weights at `where`. Returns n rows of logits for each."""
         group = self.groups[chunk.group]
         inputs = group.inputs(group.take(chunk.samples, self.space.device))
         return torch.cat([self.model.logits(inputs, self.space.changed(where, v)) for v in values])
 
 
 def split_inputs(inputs: Inputs, n: int, device: torch.device) -> tuple[ReplayGroup, list[Tensor]]:
-    """Returns an empty group for passes of the whole model, and the tensors of `inputs` with one row per sample."""
+    """Returns an empty group for passes of the whole model, and the tensors in `inputs` that have `n` rows."""
     leaves, spec = pytree.tree_flatten((tuple(inputs[0]), dict(inputs[1])))
     stored, constants = [], []
     for x in leaves:

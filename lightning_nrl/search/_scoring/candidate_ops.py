@@ -1,7 +1,7 @@
 """Operations on `CandidateTensor`: one run for the shared base, and one for the differing channels of all candidates.
 
-Channelwise operations come first, then those that mix channels (Linear, convolution), then sums and products. A handler
-gets the torch function and its arguments. If it returns `NotImplemented`, the function gets whole tensors.
+Channelwise operations come first, then Linear and convolution, which mix channels, then sums and products. A handler
+gets the torch function and its arguments. If a handler returns `NotImplemented`, the function gets whole tensors.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 
 
 def _add_identical(apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]) -> Any:
-    """Adds a tensor that is the same for all candidates to one with a pending difference, which stays pending."""
+    """Adds a tensor that all candidates share to a tensor with a pending difference, which stays pending."""
     if kwargs or apply not in (*ADDITIONS, operator.add) or a.shape != b.shape or a.copies != b.copies:
         return NotImplemented
     for x, other in ((a, b), (b, a)):

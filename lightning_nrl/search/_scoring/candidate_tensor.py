@@ -3,7 +3,7 @@
 For P candidates and n samples, the model's code sees a tensor of `P * n` samples. Only n samples and the channels that
 differ between candidates are stored. Channelwise operations (activations, batch norm, pooling, sums) run once on the
 base and once on the differing channels. A Linear or a convolution runs on the base and adds the effect of the differing
-channels. Any other operation gets the whole tensor, so that the results are those of plain code.
+channels. Any other operation gets the whole tensor, so that its result is that of a plain tensor.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ OP_HANDLERS: dict[Any, Callable[..., Any]] = {}  # by torch function; `candidate
 
 @dataclass(frozen=True)
 class LazyDelta:
-    """Change of U channels under P candidates that is computed late, so that a scale per channel can be included.
+    """Change of U channels under P candidates. It is computed late, so that a scale per channel can be included.
 
-    `onto(base, scale)` returns `base + scale * change` as a new tensor `U x P x n x ...`. `base`, `U x n x ...`, is the
-    part of `CandidateTensor.base` in the U channels, and `scale` is a factor per channel, shape `U`, or None.
+    For n samples `onto(base, scale)` returns `base + scale * change` as a new tensor `U x P x n x ...`. `base` is
+    `U x n x ...`, the part of `CandidateTensor.base` in the U channels. `scale` is a factor per channel, `U`, or None.
     """
 
     onto: Callable[[Tensor, Tensor | None], Tensor]
@@ -35,7 +35,7 @@ class LazyDelta:
 
 
 class CandidateTensor(Tensor):
-    """Activations of n samples under P candidates, `P * n x ...`: n rows for candidate 0, n for candidate 1, ..."""
+    """Activations of n samples under P candidates, `P * n x ...`: n rows for each candidate in turn."""
 
     base: Tensor  # n x ..., values that all candidates share; never changed in place
     axis: int  # channel dimension of `base`, not negative

@@ -47,7 +47,7 @@ class ChunkScorer:
         return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
-        """Sets `head` (for a last layer) or `gathered` for all later calls, unless it takes more than `room` bytes."""
+        """Sets `head` (for a last layer) or `gathered` for later calls, unless this takes more than `room` bytes."""
         if self.is_head:
             self.head = self._make_head()
         elif len(self.first_delta.units):
@@ -56,7 +56,7 @@ class ChunkScorer:
             self.head = self.gathered = None
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
-        """Scores candidates `P x K` block by block. Yields each block's slice of the candidates and its sums."""
+        """Scores candidates `P x K` in blocks of candidates. Yields each block's slice of dimension P and its sums."""
 
         def work(_: slice, own: Tensor) -> Sums:
             # On a GPU, `count_passed` would have to wait for the device to know which samples are decided.
@@ -78,7 +78,7 @@ class ChunkScorer:
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns passed and loss under candidates `P x K`, `P x n` each. The loss is None unless `with_loss`."""
+        """Returns the mask of passed samples and the losses, `P x n` each. The losses are None unless `with_loss`."""
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
         whole = self.rows >= len(self.chunk)
@@ -107,7 +107,7 @@ class ChunkScorer:
 
 
 CPU_CACHE_BYTES = 1 << 20
-"""Bytes of the first site's output, or of a last layer's logits, per pass on a CPU, so that they stay in its cache."""
+"""Bytes of the first site's output, or of a last layer's logits, per pass on a CPU. They fit in the CPU's cache."""
 CPU_BLOCK_BYTES = 16 << 20  # bytes of all tensors that a pass creates on a CPU; smaller passes are mostly overhead
 GPU_BLOCK_BYTES = 256 << 20  # bytes of all tensors, or of a last layer's logits, per pass on a GPU
 MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384  # samples per chunk; a GPU is slow if a kernel gets few samples

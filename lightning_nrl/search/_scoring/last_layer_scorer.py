@@ -41,7 +41,7 @@ class Sums(NamedTuple):
 
 
 def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
-    """Computes `Sums` from a mask of passed samples, losses and weights. The last dimension is that of samples."""
+    """Computes `Sums` from a mask of passed samples, losses and sample weights. The samples are the last dimension."""
     wide = widest(passed.device)
     credit = None
     if loss is not None and with_credit:
@@ -61,8 +61,8 @@ class HeadTables:
     """Precomputed values of n samples for a last layer in which U classes have changed weights.
 
     Candidates change only the logits of these classes. The other logits, except that of the true class, are called
-    fixed. Only their maximum and the sum of their exponentials are needed, and for ties their maximum over the classes
-    before the true class, because arg max takes the first of equal logits. The `reserve` does not change losses.
+    fixed. Only the maximum and the sum of exponentials of the fixed logits are needed. Ties also need the maximum over
+    classes before the true class, because arg max takes the first of equal logits. `reserve` does not change losses.
     """
 
     rivals: Tensor  # U x 1 x n, original logits of the changed classes, -inf for the true class
@@ -76,10 +76,10 @@ class HeadTables:
     reserve: Tensor | None  # n, minimum margin to pass; None: no minimum
 
     def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns passed and loss of each sample under P candidates, `P x n` each. The loss is None unless `with_loss`.
+        """Returns the mask of passed samples and the losses, `P x n` each. The losses are None unless `with_loss`.
 
-        `z`, `U x P x n`, holds the changes of the logits of the U classes, and is overwritten. For several swarms at
-        once, `z` and all fields of this class have one more dimension in front.
+        `z`, `U x P x n`, holds the logit changes of U classes under P candidates, and is overwritten. For several
+        swarms, `z` and all fields of this class have one more dimension in front.
         """
         moved = z.gather(-3, self.true_unit.expand(*z.shape[:-3], 1, *z.shape[-2:])).squeeze(-3)
         true = torch.addcmul(self.true_logit, self.true_changes, moved)
@@ -116,8 +116,8 @@ class HeadScorer(HeadTables):
         """Returns two masks, `n` bool: samples that pass under all candidates `P x K`, and samples that fail under all.
 
         Interval arithmetic over the candidates' weight changes bounds each logit. A sample is decided if the interval
-        of its true class and that of its best other class are further apart than the rounding error. For sums of m
-        products this error is at most `2 * eps * (m + 8)` times the sum of all magnitudes.
+        of its true class and the interval of its best other class are further apart than the rounding error. In sums of
+        m products this error is at most `2 * eps * (m + 8)` times the sum of all magnitudes.
         """
         change = self.delta.weight_delta(values, self.true_logit.dtype)
         least, most = change.aminmax(dim=0)
@@ -201,7 +201,7 @@ UNIT_STEPS, WEIGHT_STEPS, SAMPLE_STEPS = 2, 1, 4
 
 OF_UNITS = ("rivals", "is_before")  # fields of `HeadTables` with a dimension for the changed classes
 FILLS = {"true_logit": 0.0, "fixed_max": -1.0, "fixed_max_before": -torch.inf, "rivals": -torch.inf}
-"""Padding by field of `HeadTables`; it is 0 in other fields. A padded sample passes with a loss of 0."""
+"""Fill value of padding by field of `HeadTables`; it is 0 for other fields. A padded sample passes with a loss of 0."""
 
 
 class SwarmHead(NamedTuple):

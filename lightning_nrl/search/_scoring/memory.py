@@ -26,7 +26,7 @@ def default_budget(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the free memory of a device in bytes. In a container, its limit bounds the free main memory."""
+    """Returns the free memory of a device in bytes. A container's limit bounds the free main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -46,7 +46,7 @@ def _installed_memory() -> int:
 
 
 def _container_limit() -> list[int]:
-    """Returns the bytes left below a container's limit (control groups, version 2); empty without a limit."""
+    """Returns the bytes left below a container's limit (control groups, version 2), or [] without a limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))

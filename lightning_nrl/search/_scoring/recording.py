@@ -1,9 +1,9 @@
 """Runs a model once over known data and stores the tensors from which its passes resume at the first repaired layer.
 
-Passes with the same calls and shapes form a group. A resumed pass is compared with the whole model: the first of a
-group under changed weights, later ones under the original weights. Samples whose pass cannot be resumed are stored as
-model inputs and run through the whole model. Tensors that do not fit in memory are recomputed each time. That choice
-depends only on sizes, so that it is the same in every run.
+Passes with the same calls and shapes form a group. Each resumed pass is compared with the whole model: under changed
+weights for the first pass of a group, under the original weights for later passes. Samples whose pass cannot be resumed
+are stored as model inputs and run through the whole model. Tensors that do not fit in memory are recomputed each time
+they are needed. Which tensors fit depends only on the sizes of tensors and on the memory budgets.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lightning_nrl.search._scoring.traced_model import EditableModel, Inputs
 OTHER_OUTPUTS = "for some samples a resumed pass gives other outputs than the whole model"
 
 Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
-"""Reads samples again, given their rows in the results in ascending order; yields batches with their rows."""
+"""Reads samples again, given their rows in the results in ascending order; yields batches and their samples' rows."""
 
 
 @torch.no_grad()
 def record(
     evaluator: Evaluator,
-    batches: Iterable[tuple[Batch, Tensor]],  # this rank's batches of n samples with their rows in the results, n int64
+    batches: Iterable[tuple[Batch, Tensor]],  # this rank's batches and their samples' rows in the results, int64
     space: ParameterSpace,
     keep: Tensor,  # N bool, the samples to store; entry i belongs to row i of the results
     *,
@@ -67,7 +67,7 @@ def record(
         target = batch.target
         if sliceable is None:
             sliceable = can_be_cut(cache.model, inputs, len(rows))
-            # Other inputs might be collated differently when samples are read again in other batches.
+            # Inputs that cannot be sliced might be collated differently in the batches that are read again.
             can_recompute &= sliceable and is_sliceable(inputs, len(rows))
         if len(index) < len(rows):
             target = index_batch(target, index, len(rows))
@@ -130,7 +130,7 @@ def find_group(
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """True if samples can be run without their batch. If the inputs do not show this, two samples are tried."""
+    """True if samples can be run without their batch. If the inputs do not show this, two samples are tested."""
     if is_sliceable(inputs, n):
         return True
     some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
@@ -146,7 +146,7 @@ def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
 def find_head_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Does the work of `find_group` for a batch whose samples cannot be run alone. The layer must return the logits.
+    """Replaces `find_group` for a batch that cannot be cut into samples. The repaired layer must return the logits.
 
     Raises a `ConfigurationError` if the model does not return one row of logits per sample, and an
     `InseparableBatchError` if more than one layer is repaired or if the layer's output is not the logits.
@@ -203,7 +203,7 @@ def _choose_group(
     n: int,  # number of samples in this batch
     can_recompute: bool,
 ) -> ReplayGroup:
-    """Chooses the memory for a batch; returns the group with the structure of `group` in that memory, or a new one."""
+    """Chooses the memory for a batch. Returns the group like `group` in that memory, and creates it if needed."""
     # Equal tensors are stored once, such as the input of a residual block, which is also the input of its shortcut.
     same = tuple(
         next(j for j, y in enumerate(stored) if y is x or (y.dtype == x.dtype and torch.equal(y, x))) for x in stored

@@ -75,7 +75,7 @@ class ReplayPlan:
     modules: Mapping[str, nn.Module]  # modules of the frontier by name
     first: LayerRef  # the repaired layer (site) that is called first
     dims: Mapping[str, int]  # sample dimension of each site's output
-    spec: pytree.TreeSpec  # of the tree (inputs, outputs of the frontier, input and output of the first site)
+    spec: pytree.TreeSpec  # structure of the tree (inputs, outputs of the frontier, input and output of the first site)
     leaves: tuple[LeafSpec, ...]  # leaves of that tree
     is_last_layer: bool = False  # True if the model returns the first site's output unchanged
 
@@ -257,7 +257,7 @@ def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor],
 
 
 def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
-    """Returns True for each leaf that the logits depend on by another way than the first site, as gradients show."""
+    """Returns True for each leaf that affects the logits other than through the first site. Gradients decide this."""
     leaves, spec = flatten_trace(inputs, trace)
     floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
     try:

@@ -29,7 +29,7 @@ class SampleLayout:
         return x.flatten(self.dim, self.dim + 1)
 
     def expand(self, x: Tensor, n: int) -> Tensor:
-        """Repeats all samples `n` times: 0, 1, ..., 0, 1, ... For one sample and `m = 1`, the result is a view."""
+        """Repeats all samples `n` times in the order 0, 1, ..., 0, 1, ... With `m = 1` one sample gives a view."""
         x = x.unsqueeze(self.dim)
         return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
 
@@ -58,7 +58,7 @@ def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_lar
 
 
 def index_batch(tree: Any, index: Tensor, n: int) -> Any:
-    """Selects samples from all tensors of a batch whose first dimension is `n`. Other values stay as they are."""
+    """Selects samples from those tensors of a batch that have `n` rows. Other values stay as they are."""
 
     def take(x: Tensor) -> Tensor:
         return x.index_select(0, index.to(x.device)) if x.ndim and len(x) == n else x
@@ -67,7 +67,7 @@ def index_batch(tree: Any, index: Tensor, n: int) -> Any:
 
 
 def index_all(tree: Any, samples: Tensor | slice) -> Any:
-    """Selects samples from every tensor in a tree. The results for a slice are views."""
+    """Selects rows (samples) from every tensor in a tree. The results for a slice are views."""
     return pytree.tree_map_only(Tensor, lambda x: SampleLayout(0).take(x, samples), tree)
 
 

@@ -53,8 +53,8 @@ class SwarmScorer:
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         """Scores candidates `S x P x K` (swarms x candidates x weights) on the samples of all ranks.
 
-        With `gives_up`, `most_broken`, `S x P`, limits the samples of I_pos that each candidate may break. A candidate
-        above its limit gets NaN losses and meaningless counts; so does a swarm whose limits are all negative.
+        With `gives_up`, `most_broken`, `S x P`, limits the total sample weight of I_pos that a candidate may break. The
+        losses of a candidate that breaks more are NaN, and its counts are meaningless.
         """
         device = self.cache.space.device
         values = values.to(device)
@@ -116,7 +116,7 @@ def make_scorer(
     *,
     budget: int | None = None,  # bytes for scoring, besides those of `cache`; None: a quarter of the free memory
     passed_loss: bool = True,  # True if losses on I_pos are needed
-    fragility: Tensor | None = None,  # N, such as the original loss; the highest are scored first; None: stored order
+    fragility: Tensor | None = None,  # N, such as original losses; the most fragile are scored first; None: no order
     reserve: Tensor | None = None,  # N, minimum margin to pass, for tasks with margins; None: no minimum
     weight: Tensor | None = None,  # N float64, finite sample weights, mean 1 over I_neg; None: equal weights
     credit: bool = False,  # True if the credits of `Scores` are needed; requires `passed_loss`
@@ -187,8 +187,8 @@ def is_stacked_on(device: torch.device) -> bool:
 def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float = math.inf) -> SwarmScorer:
     """Returns a copy of a scorer in which swarms that search a last layer are scored together.
 
-    A swarm is still scored alone if its samples of I_neg or I_pos are in several chunks, or if their padded inputs need
-    more than an equal share of `room` bytes. `stack_heads` explains the other arguments.
+    A swarm is still scored alone if its samples of I_neg or I_pos are in several chunks, or if its padded inputs need
+    more than its share of `room` bytes, which all swarms share equally. `stack_heads` explains the other arguments.
     """
     groups, roles = [], (list[SwarmHead](), list[SwarmHead]())
     each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
@@ -208,7 +208,7 @@ def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float =
 
 
 def _add_sums(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_weight: Tensor | float) -> None:
-    # Role 0 is I_neg and 1 is I_pos. Weights are summed over repaired samples of I_neg, but broken samples of I_pos.
+    # Role 0 is I_neg and 1 is I_pos. Weights are summed over repaired I_neg samples, or over broken I_pos samples.
     weighed = total_weight - found.weight if role and found.weight is not None else found.weight
     for row, column in ((role, found.passed), (2 + role, found.loss), (role - 2, found.credit), (4 + role, weighed)):
         if column is not None:

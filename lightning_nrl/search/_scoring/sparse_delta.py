@@ -1,9 +1,9 @@
 """Effect of K changed weights of a Linear or a convolution on the layer's output.
 
-An output unit is a feature of a Linear's output or a channel of a convolution's. Its output changes by the sum, over
-its changed weights, of weight change times input. Units whose numbers of changed weights differ by less than a factor
-of two form a bucket, which needs one batched matrix product. In half precision, the original output and the change are
-summed in float32 and rounded once, as in a matrix product. Under autocast, inputs and weights are rounded first.
+An output unit is an output feature of a Linear or an output channel of a convolution. Its output changes by the sum,
+over its changed weights, of weight change times input. Units whose numbers of changed weights differ by less than a
+factor of two form a bucket, which needs one batched matrix product. In half precision, the original output and the
+change are summed in float32 and rounded once. Under autocast, inputs and weights are first rounded to its dtype.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor, Lazy
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 COPIED_INPUTS = 2
-"""With more candidates than this times the changed weights per unit, a CPU copies inputs faster than outputs."""
-MIN_SHARE_OF_ALL_UNITS = 0.9  # above this share of changed units, all count as changed, which saves a copy
+"""Above this many candidates per changed weight of a unit, `_products` copies inputs instead of outputs on a CPU."""
+MIN_SHARE_OF_ALL_UNITS = 0.9  # above this share of changed units, all units count as changed, which saves a copy
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class GatheredInputs:
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """Computes a layer's output for any values of K weights, from its input and output under the original weights."""
+    """Computes a layer's output for any values of K weights, from the layer's input and output before the change."""
 
     site: LayerRef
     original: Tensor  # K, original values, in the deployed dtype
@@ -152,7 +152,7 @@ class LayerDelta:
         return new
 
     def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the weight changes of candidates `P x K` and a column of zeros: `P x (K + 1)`, at least float32."""
+        """Returns the weight changes of candidates `P x K` and a zero column: `P x (K + 1)`, in float32 or float64."""
         compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
         new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
         return F.pad(new - old, (0, 1))
@@ -209,7 +209,7 @@ def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) ->
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
-    """Returns an `edit` that applies candidates `P x K` in one call of `ReplayPlan.resume`.
+    """Returns an `edit` function that applies candidates `P x K` in one call of `ReplayPlan.resume`.
 
     `gathered` is the result of `LayerDelta.gather` for the first site. Without it, `edit` calls `gather`.
     """

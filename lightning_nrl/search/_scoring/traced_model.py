@@ -41,7 +41,7 @@ class ForwardTrace:
     calls: list[str] = field(default_factory=list)  # names of the frontier's modules in order, one per call
     outputs: list[Any] = field(default_factory=list)  # outputs of these calls
     layer_order: list[str] = field(default_factory=list)  # names of the repaired layers in order, one per call
-    layer_shapes: list[torch.Size] = field(default_factory=list)  # shapes of the outputs of these calls
+    layer_shapes: list[torch.Size] = field(default_factory=list)  # output shapes of the calls in `layer_order`
     input: Tensor | None = None  # input of the first repaired layer
     output: Tensor | None = None  # output of the first repaired layer, before the user's hooks
 
