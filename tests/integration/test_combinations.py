@@ -105,8 +105,8 @@ ROWS = {
     "`accumulate_grad_batches`, `gradient_clip_val`": Row(
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
     ),
-    "`fit(ckpt_path=...)` of a training that goes on": Row(resumed=True),
-    "`fit(ckpt_path=...)` of a training that is complete": Row(resumed=True, trainer={"max_epochs": 1}),
+    "`fit(ckpt_path=...)` of an unfinished training": Row(resumed=True),
+    "`fit(ckpt_path=...)` of a complete training": Row(resumed=True, trainer={"max_epochs": 1}),
     '`precision="bf16-mixed"`': Row(trainer={"precision": "bf16-mixed"}),
     '`precision="bf16-true"`': Row(trainer={"precision": "bf16-true"}, data=partial(Few, dtype=torch.bfloat16)),
     "`limit_train_batches`, `limit_val_batches`": Row(trainer=LIMITS),

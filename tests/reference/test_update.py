@@ -64,7 +64,7 @@ def test_regressions_are_repaired_wherever_they_are_known() -> None:
 def test_what_the_replaced_model_got_wrong_too_is_no_target() -> None:
     report = repair_module(threshold(0.5), line(), reference=OldModel(threshold(0.4))).report
     assert report.status == "nothing to repair"
-    assert report.reason.startswith("no known sample in the target (all failures) that the replaced model gets right")
+    assert report.reason.startswith("no known sample in the target (all failures) is right under the replaced model")
     assert report.pooled_update("known").now.broken == 0  # type: ignore[union-attr]
 
 
