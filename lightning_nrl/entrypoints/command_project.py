@@ -25,6 +25,7 @@ HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_param
 
 NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
 FULL_HELP = "--help_lightning"
+READ_LATER = (FULL_HELP, "-c", "--config", "--model=")  # arguments that may name a model, and the full help
 OWN_WEIGHTS = "model"  # value of `ckpt_path`
 
 TRUST = "false: trust the checkpoint, which may hold objects that run code; true (the default): refuse objects"
@@ -72,12 +73,16 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
         hint = 'python -m pip install "lightning_nrl[cli]"'
         raise RepairError(f"`{program}` reads YAML with {NEEDED}, which is not installed.", hint)
     sketch = _early_arguments(program, arguments)
+    from_checkpoint = [*_from_checkpoint(sketch)]
+    if sketch["model"] is None and not any(word.startswith(READ_LATER) for word in (*arguments, *from_checkpoint)):
+        hint = "add --model my_project.Classifier --data my_project.Digits, or a --config with both."
+        raise ConfigurationError("`model` is not given, and no checkpoint names its class.", hint)
     kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"own": own})
     try:
         cli = kind(
             save_config_callback=None,
             run=False,
-            args=[*_from_checkpoint(sketch), *("--help" if word == FULL_HELP else word for word in arguments)],
+            args=[*from_checkpoint, *("--help" if word == FULL_HELP else word for word in arguments)],
             seed_everything_default=False,
             parser_kwargs={"prog": program, "description": purpose},
         )
@@ -98,9 +103,9 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
 
 
 def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]) -> None:
-    usage = f"{program} --config config.yaml --ckpt_path best.ckpt [--repair.ARGUMENT VALUE ...]"
+    usage = f"{program} (--config config.yaml | --model CLASS --data CLASS) --ckpt_path best.ckpt [--repair.ARGUMENT VALUE ...]"
     lightning = (
-        "The arguments of LightningCLI can be given too, without a subcommand: --config, --model, --data, "
+        "The arguments of LightningCLI can be given too, without a subcommand: --config, --model, --model.ARGUMENT, --data, "
         f"--trainer.ARGUMENT, --seed_everything and others. {FULL_HELP} prints all arguments with their types."
     )
     parser = argparse.ArgumentParser(program, usage, purpose, lightning, add_help=False)

@@ -252,7 +252,7 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
 def _choice(results: Sequence[RungResult], best: int) -> str:
     taken = results[best]
     text = f"`{taken.name}` is taken: it {_repairs(taken)}."
-    for other in results[best + 1 :]:
+    for other in (*results[:best], *results[best + 1 :]):
         none = f"has no result: {other.solution.reason or 'it repairs no target within the gate.'}"
         text += f" `{other.name}` {f'{_repairs(other)}.' if other.usable else none}"
     return text

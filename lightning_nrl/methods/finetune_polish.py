@@ -156,7 +156,7 @@ def _fine_tuned_by(
         proposal, counts = problem.propose("fit", trained.state), halfway.held_out
         if halfway.stays_held_out:
             counts = None if held_out is None else estimate(problem.before, proposal.after, held_out)
-        step = proposal.step(problem.clock.elapsed - began, f"{kind.name}, {trained.note}")
+        step = proposal.step(problem.clock.elapsed - began, f"{kind.name}, {trained.note}{halfway.note}")
         return FineTuned(proposal, step, counts, is_done=True)
     if halfway.proposal is None:
         return None
@@ -191,6 +191,7 @@ class Halfway:
         self.problem, self._rows, self._is_last = problem, held_out, is_last
         self.stays_held_out = True  # stays True if the training ends before it is halfway
         self.held_out: TargetCounts | None = None
+        self.note = ""  # for the report: the held-out counts and what follows from them
         self.proposal: Proposal | None = None
         used = problem.used if held_out is None else problem.without(held_out).used
         self.first_weight = sample_weight(problem.before).where(used, 0.0)
@@ -205,6 +206,9 @@ class Halfway:
             return None
         gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
         self.stays_held_out = gain < 0
+        if self.held_out is not None:
+            counts = f"{self.held_out.repaired:,} held-out samples repaired, {self.held_out.broken:,} broken"
+            self.note = f"; halfway {counts}, so they {'stay out of' if self.stays_held_out else 'join'} the training"
         loss = after.loss.double().where(before.passed & after.passed, torch.inf)
         easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
         weight = sample_weight(before)

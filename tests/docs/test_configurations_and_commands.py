@@ -85,7 +85,7 @@ def check_command(line: str) -> None:
             assert command in COMMANDS
             shown = help_of(command)
             for option in (word.partition("=")[0] for word in arguments if word.startswith("--")):
-                assert option in shown or option.startswith(("--repair", "--trainer")), option
+                assert option in shown or option.startswith(("--repair", "--trainer", "--model.")), option
     elif "pip install" in line:
         for extras in re.findall(r"(?:lightning_nrl|\.)\[([\w,]+)\]", line):
             assert set(extras.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"]), extras

@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 12
+    assert len(lines) == 13
     shown = {}
     for line in lines:
         program, *arguments = shlex.split(line)
@@ -65,9 +65,9 @@ def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytes
         status, (out, err) = main(arguments), capsys.readouterr()
         assert status == ("REFUSED" in out or "not accepted: " in err), line
         shown[line] = out
-    assert "target  " in shown[lines[0]]
-    assert "not label 1 and not where my_project:is_dark" in " ".join(shown[lines[0]].split())
-    assert "accuracy  " in shown[lines[4]]
+    assert "target  " in shown[lines[1]]
+    assert "not label 1 and not where my_project:is_dark" in " ".join(shown[lines[1]].split())
+    assert "accuracy  " in shown[lines[5]]
     report = RepairReport.from_json((folder / "three" / "report.json").read_text())
     assert (report.target, report.layers, report.settings["seed"]) == ("label 3", ("network.3",), 0)
     assert [split.split for split in report.splits if split.role == "unseen"] == ["test"]
@@ -78,8 +78,8 @@ def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytes
     assert all(torch.equal(old[name], reverted[name]) for name in old)
     assert all(torch.equal(patched[name], repaired[name]) for name in old)
     assert not torch.equal(old["network.3.weight"], patched["network.3.weight"])
-    assert "network.3.weight" in shown[lines[8]]
-    assert "REPAIRED" in shown[lines[9]]
+    assert "network.3.weight" in shown[lines[9]]
+    assert "REPAIRED" in shown[lines[10]]
     assert (folder / "report.md").read_text().startswith("# Repaired: promise kept, ")
     assert "<title>Repaired: " in (folder / "report.html").read_text()
 
@@ -152,12 +152,14 @@ def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture
         ("--config nested.yaml", "`n_scored=-1` is out of range.\nHINT: "),
         ("--model.hidden 12", "`ckpt_path='best.ckpt'` does not fit Classifier: size mismatch for network.1.weight"),
         ("--config best.ckpt", "`config='best.ckpt'` is no text.\nHINT: "),
+        ("--ckpt_path state.pt", "`ckpt_path='state.pt'` is no Lightning checkpoint: it has no `state_dict`.\nHINT: "),
     ],
 )
 def test_values_that_cannot_be_used_have_no_traceback(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
     (folder / "nested.yaml").write_text(blocks("yaml")[0].replace("unseen: test", "search: {n_scored: -1}"))
+    torch.save(torch.load(folder / "best.ckpt")["state_dict"], folder / "state.pt")
     project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
     assert f"error: {message}" in failing(folder, capsys, *project, *arguments.split())
 
@@ -176,6 +178,8 @@ def test_weights_that_nobody_has_trained_are_refused(
     assert main([command, "--config", "config.yaml"]) == 2
     assert "error: `ckpt_path` is not given" in (said := capsys.readouterr().err)
     assert "--ckpt_path model if its own code loads them" in said
+    assert main([command, "--ckpt_path", "model"]) == 2
+    assert "error: `model` is not given, and no checkpoint names its class.\nHINT: " in capsys.readouterr().err
     assert read_project(command, "", ["--config", "config.yaml", "--ckpt_path", "model"]).source["ckpt_path"] is None
 
 

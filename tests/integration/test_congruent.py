@@ -282,7 +282,9 @@ def test_another_architecture_with_other_inputs_and_classes(old: Classifier, tmp
         both.append(model)
     for a, b in zip(*(model.parameters() for model in both), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ConfigurationError, match=r"returned \[32, 11\], but the new one \[32, 10\]\.\nHINT: map the old"):
+    with pytest.raises(
+        ConfigurationError, match=r"returned \[32, 11\], but the new one \[32, 10\]\.\nHINT: map the old"
+    ):
         fit(tmp_path, Classifier(), PositiveCongruentTraining(OldModel(OneMore(old), adapter=flattened)))
 
 

@@ -48,7 +48,7 @@ def reading_checkpoints(
         if not misfit or not reader.path:
             raise
         problem = f"`{argument}={reader.path!r}` does not fit {shorten(found, 300)}"
-        hint = "make the model with the hyperparameters with which the checkpoint was trained."
+        hint = "make the model with the hyperparameters with which the checkpoint was trained (--model.NAME VALUE)."
         raise ConfigurationError(problem, hint) from error
     finally:
         strategy.checkpoint_io = stored
@@ -81,6 +81,10 @@ class _CheckpointReader(WrappingCheckpointIOBase):
                 f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
             ) from error
         self.path = str(path)
+        if "state_dict" not in found:
+            problem = f"`{self._argument}={self.path!r}` is no Lightning checkpoint: it has no `state_dict`."
+            hint = "if it is a state dict, load it by `model.load_state_dict(torch.load(path))`, without a checkpoint."
+            raise ConfigurationError(problem, hint)
         return found
 
 
