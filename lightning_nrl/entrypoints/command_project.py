@@ -103,10 +103,11 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
 
 
 def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]) -> None:
-    usage = f"{program} (--config config.yaml | --model CLASS --data CLASS) --ckpt_path best.ckpt [--repair.ARGUMENT VALUE ...]"
+    project = "(--config config.yaml | --model CLASS --data CLASS) --ckpt_path best.ckpt"
+    usage = f"{program} {project} [--repair.ARGUMENT VALUE ...]"
     lightning = (
-        "The arguments of LightningCLI can be given too, without a subcommand: --config, --model, --model.ARGUMENT, --data, "
-        f"--trainer.ARGUMENT, --seed_everything and others. {FULL_HELP} prints all arguments with their types."
+        "The arguments of LightningCLI can be given too, without a subcommand: --config, --model, --model.ARGUMENT, "
+        f"--data, --trainer.ARGUMENT, --seed_everything and others. {FULL_HELP} prints all arguments with their types."
     )
     parser = argparse.ArgumentParser(program, usage, purpose, lightning, add_help=False)
     for name, (_, text) in own.items():
