@@ -318,7 +318,7 @@ class TimeBudget(CallbackBase):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averages gradients over ranks. Gradients accumulated earlier are averages already, so they do not change."""
+        """Averages all gradients over ranks. This does not change gradients that are equal on all ranks already."""
         if self._collective.world_size > 1:
             self.meet()
             _average_gradients(pl_module, self._collective)

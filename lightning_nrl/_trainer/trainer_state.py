@@ -100,7 +100,7 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
 
     Buffers that differ by rank, such as batch norm statistics, get the values of the first rank, as in a checkpoint.
     Modules in training mode run their own `train()` again, since Lightning sets only the flag `training` after a
-    validation, and LoRA weights that `eval()` has merged would stay merged. On exit, everything is restored bit by bit,
+    validation, and LoRA weights that `eval()` has merged would stay merged. On exit, everything is restored exactly,
     unless the block has set `keep` of the yielded object.
     """
     path = _best_path(trainer) if start_from == "best" else ""

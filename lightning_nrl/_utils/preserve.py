@@ -29,13 +29,13 @@ def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Sets evaluation mode for a block, then restores parameters, buffers and flags bit by bit.
+    """Sets evaluation mode for a block, then restores parameters, buffers and flags exactly.
 
     Yields a mapping from the `id` of each tensor that `eval()` has overwritten to the tensor's earlier value.
 
     Models may write to their own weights: by `Embedding(max_norm=)`, by clamps in `forward`, or by merging LoRA weights
-    in `eval()`. So on exit, the modules' own `train()` runs, every tensor is compared with a copy (the tensor's
-    `_version` would miss `weight.data.clamp_()`), and flags such as `merged` are restored. Parameters keep their
+    in `eval()`. So on exit, `eval_mode` calls `train()` of the modules, compares each tensor with a copy and restores
+    flags such as `merged`. (A tensor's `_version` would miss `weight.data.clamp_()`.) Parameters keep their
     identity and memory, since optimizers refer to them. Nested calls of `eval_mode` copy each parameter only once.
     """
     modules = [module for module in model.modules() if hasattr(module, "training")]  # a frozen scripted module has none
@@ -222,7 +222,7 @@ def _is_at(value: Tensor, memory: Tensor) -> bool:
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:
-    # Sparse tensors cannot be compared bit by bit, and count as changed.
+    # Sparse tensors cannot be compared bit for bit, and count as changed.
     size = SAME_SIZE.get(value.element_size())
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False

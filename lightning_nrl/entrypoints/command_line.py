@@ -244,7 +244,7 @@ COMMANDS: Mapping[str, Command] = {
     "compare": Command(compare_project, "count the samples that methods, or a new checkpoint, repair and break"),
     "release": Command(decide_release, "accept a new model by predictions, or refuse it with exit status 1", RELEASE),
     "apply": Command(apply_patch, "write a checkpoint with a patch applied", PATCH),
-    "revert": Command(partial(apply_patch, undo=True), "write a checkpoint with a patch reverted, bit by bit", PATCH),
+    "revert": Command(partial(apply_patch, undo=True), "write a checkpoint with a patch reverted, bit for bit", PATCH),
     "inspect": Command(inspect_file, "show the contents of a patch, a checkpoint or a report", INSPECT),
     "report": Command(show_report, "print the report of a repair or of a release, or write it to a file", REPORT),
 }

@@ -43,7 +43,7 @@ class NeuRecover:
     Attributes:
         history: earlier points of the training, oldest first: a list of checkpoints (paths, modules, state dicts), a
             folder written by `TrainingHistory`, or a `History`. None: the `TrainingHistory` in the same Trainer.
-        n_weights: number of weights to localise, or the nearest reachable number; by default `default_n_weights`.
+        n_weights: number of weights to localise, by default `default_n_weights`. The result may differ slightly.
         rate: share of a layer's weights in each set if s is 1, above 0 and at most 1. It replaces `n_weights`.
         last: number of most recent steps (from a point to the next) to use; None: all. The published method uses 1.
         decay: weight of a step relative to the step after it, above 0 and at most 1.

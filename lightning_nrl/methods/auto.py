@@ -46,10 +46,10 @@ class Auto:
     If the task has no margins, only a `LocalSearch` runs. A rung can be taken if it repairs a target and the gate
     allows what it breaks. Its net rate is (repaired - broken) / passed on held-out samples, or 0 if none are held out.
 
-    1. Of the rungs that can be taken, those stay that lack the fewest repairs to meet the quotas of slices.
+    1. With quotas of slices, only the rungs stay that lack the fewest repairs to meet them.
     2. Rungs with a net rate below 0 are dropped, unless all net rates are below 0.
-    3. Of rungs that repair equally much (by sample weight), only the rung with the highest net rate stays. If several
-       of them have this net rate, the smallest of these stays.
+    3. Of rungs that repair equally much (by sample weight), only the rung with the highest net rate stays. On a tie in
+       the net rate, only the rung with the smallest change stays.
     4. The smallest rung left is compared with each larger rung in turn, and the better of the two is kept. A larger
        rung that repairs more is better unless its net rate is significantly lower (by over two standard errors). A
        larger rung that repairs less, but at least half as much, is better if its net rate is significantly higher.

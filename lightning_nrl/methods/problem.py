@@ -230,7 +230,7 @@ class Problem:
     def steered(self, after: SampleResults) -> Problem:
         """Returns a problem in which targets of slices that miss their quota weigh more (`LACKING_SLICE_FACTOR`).
 
-        The results `after` of the weights to continue from decide which slices miss their quota.
+        `after` holds the results of the current weights. They show which slices miss their quota.
         """
         names = missed_quotas(self.before, self.before.targeted & after.passed, self.needed)
         return replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR)) if names else self

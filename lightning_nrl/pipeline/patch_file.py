@@ -1,4 +1,4 @@
-"""Changes of tensors, bit by bit, and the file format of patches.
+"""Changes of tensors, bit for bit, and the file format of patches.
 
 A patch is a safetensors file. For a changed tensor `w` it holds `old/w` and `new/w`, and `index/w` if only some values
 of `w` are stored. A complex number is stored as two numbers. The metadata are `format`, `patch` (a `PatchHeader`),

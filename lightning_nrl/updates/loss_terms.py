@@ -247,7 +247,7 @@ class ModelTeacher:
 
 
 class PredictedTeacher:
-    """Looks up in predictions for one split which samples the old model gets right. Logits stay unknown."""
+    """Finds the samples that the old model gets right, by its predictions for one split. Logits stay unknown."""
 
     def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
         self.task, self.index, self.split = task, index, split

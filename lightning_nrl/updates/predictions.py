@@ -91,8 +91,8 @@ Rows = Mapping[int, tuple[int, bool | None]]
 class Predictions:
     """Predictions of a model for samples of one or more splits. The id of a sample is its position in the data set.
 
-    The CSV file has the columns `split`, `id` and `prediction`, a class number of the new model. For tasks without
-    classes the column `passed` (1 or 0) replaces `prediction`.
+    The CSV file has the columns `split`, `id` and `prediction`. A prediction is a class, numbered as in the new
+    model. For tasks without classes the column `passed` (1 or 0) replaces `prediction`.
 
     Attributes:
         splits: for each split, the prediction of each sample by its id (`Rows`).

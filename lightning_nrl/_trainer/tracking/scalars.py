@@ -108,7 +108,7 @@ def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
 
 
 def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns all numbers except the curves: those of `outcome` and of `further_numbers`."""
+    """Returns the numbers of `outcome` and of `further_numbers`, which are all numbers except the curves."""
     return outcome(report, name) | further_numbers(report, name)
 
 

@@ -127,7 +127,7 @@ class ReplayGroup:
         return args, kwargs
 
     def holds_inputs_like(self, other: ReplayGroup, stored: Sequence[Tensor]) -> bool:
-        """True if this group can store the model inputs `stored`, which belong to the group `other` without a plan."""
+        """True if `stored`, the model inputs that the group `other` stores, fit into this group as well."""
         return (
             self.plan is None
             and self.spec == other.spec
