@@ -297,7 +297,7 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Stores solutions that fix a target; adds constraints for other targets. Returns False if no target is left."""
+        """Stores solutions that fix a target, adds constraints for the others. Returns False if no target is left."""
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
