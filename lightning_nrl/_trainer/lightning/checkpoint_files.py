@@ -50,6 +50,12 @@ def reading_checkpoints(
         problem = f"`{argument}={reader.path!r}` does not fit {shorten(found, 300)}"
         hint = "make the model with the hyperparameters with which the checkpoint was trained (--model.NAME VALUE)."
         raise ConfigurationError(problem, hint) from error
+    except KeyError as error:
+        if error.args[0] not in ("pytorch-lightning_version", "state_dict") or not reader.path:
+            raise
+        problem = f"`{argument}={reader.path!r}` is no Lightning checkpoint: it has no `{error.args[0]}`."
+        hint = "if it is a state dict, load it by `model.load_state_dict(torch.load(path))`, without a checkpoint."
+        raise ConfigurationError(problem, hint) from error
     finally:
         strategy.checkpoint_io = stored
 
@@ -81,10 +87,6 @@ class _CheckpointReader(WrappingCheckpointIOBase):
                 f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
             ) from error
         self.path = str(path)
-        if "state_dict" not in found:
-            problem = f"`{self._argument}={self.path!r}` is no Lightning checkpoint: it has no `state_dict`."
-            hint = "if it is a state dict, load it by `model.load_state_dict(torch.load(path))`, without a checkpoint."
-            raise ConfigurationError(problem, hint)
         return found
 
 
