@@ -296,7 +296,7 @@ def find_data(
     without = f", or do without: `{argument}=None`" if optional else ""
     raise ConfigurationError(
         f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
-        f"add it to the data module (on the command line --data), or pass a DataLoader as `{argument}=`{without}.",
+        f"add it to the data module (on the command line: `--data`), or pass a DataLoader as `{argument}=`{without}.",
     )
 
 

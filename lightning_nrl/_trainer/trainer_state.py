@@ -30,7 +30,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
-from lightning_nrl._trainer.step_outputs import without_logging
+from lightning_nrl._trainer.step_outputs import parts_that_log, without_logging
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import interruptible
 from lightning_nrl._utils.preserve import has_own_modes, module_flags, random_state, set_modes
@@ -178,10 +178,11 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
 
 def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
     """Returns an evaluator with the trainer's device, precision and ranks. While it runs, `self.log` does nothing."""
+    parts = parts_that_log(model)
 
     @contextmanager
     def context() -> Iterator[None]:
-        with without_logging(model), trainer.precision_plugin.forward_context():
+        with without_logging(parts), trainer.precision_plugin.forward_context():
             yield
 
     return Evaluator(model, task, context, Collective.current(model.device))

@@ -88,7 +88,7 @@ def count_or_share(value: Any) -> int | float | None:
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5). Refuses any other text."""
+    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5). Refuses other words."""
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)

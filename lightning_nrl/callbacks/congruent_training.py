@@ -179,7 +179,8 @@ class PositiveCongruentTraining(CallbackBase):
             model = reference_module(trainer, pl_module, old.model, self._held)
             teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
         probe = step_outputs.Probe(pl_module)
-        with preserve_state(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
+        mute = step_outputs.without_logging(step_outputs.parts_that_log(pl_module))
+        with preserve_state(pl_module), mute, trainer.precision_plugin.forward_context(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
             except Exception as error:

@@ -25,7 +25,7 @@ HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_param
 
 NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
 FULL_HELP = "--help_lightning"
-READ_LATER = (FULL_HELP, "-c", "--config", "--model=")  # arguments that may name a model, and the full help
+READ_LATER = (FULL_HELP, "-c", "--conf", "--model=", "--print_config")  # may name a model, or need none
 OWN_WEIGHTS = "model"  # value of `ckpt_path`
 
 TRUST = "false: trust the checkpoint, which may hold objects that run code; true (the default): refuse objects"
@@ -74,7 +74,8 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
         raise RepairError(f"`{program}` reads YAML with {NEEDED}, which is not installed.", hint)
     sketch = _early_arguments(program, arguments)
     from_checkpoint = [*_from_checkpoint(sketch)]
-    if sketch["model"] is None and not any(word.startswith(READ_LATER) for word in (*arguments, *from_checkpoint)):
+    words = (*arguments, *from_checkpoint)
+    if sketch["model"] is None and not any(word.startswith(READ_LATER) or ".help" in word for word in words):
         hint = "add --model my_project.Classifier --data my_project.Digits, or a --config with both."
         raise ConfigurationError("`model` is not given, and no checkpoint names its class.", hint)
     kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"own": own})

@@ -191,7 +191,7 @@ class Halfway:
         self.problem, self._rows, self._is_last = problem, held_out, is_last
         self.stays_held_out = True  # stays True if the training ends before it is halfway
         self.held_out: TargetCounts | None = None
-        self.note = ""  # for the report: the held-out counts and what follows from them
+        self.note = ""  # for the report: the held-out counts halfway
         self.proposal: Proposal | None = None
         used = problem.used if held_out is None else problem.without(held_out).used
         self.first_weight = sample_weight(problem.before).where(used, 0.0)
@@ -207,8 +207,9 @@ class Halfway:
         gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
         self.stays_held_out = gain < 0
         if self.held_out is not None:
-            counts = f"{self.held_out.repaired:,} held-out samples repaired, {self.held_out.broken:,} broken"
-            self.note = f"; halfway {counts}, so they {'stay out of' if self.stays_held_out else 'join'} the training"
+            self.note = (
+                f"; held-out samples halfway: {self.held_out.repaired:,} repaired, {self.held_out.broken:,} broken"
+            )
         loss = after.loss.double().where(before.passed & after.passed, torch.inf)
         easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
         weight = sample_weight(before)

@@ -57,7 +57,7 @@ def test_where_everything_may_change_all_rungs_are_climbed_and_one_is_taken() ->
     assert [rung.taken for rung in solution.rungs].count(True) == 1
     assert names(solution)[0] == "swarm"
     assert names(solution)[-2:] == ["fit", "polish"]
-    said = "continued training, 16 epochs; halfway 7 held-out samples repaired, 0 broken, so they join the training"
+    said = "continued training, 16 epochs; held-out samples halfway: 7 repaired, 0 broken"
     assert solution.steps[-2].note == said
     # What another rung has searched is no account of the one taken.
     assert [rung.name for rung in solution.rungs if rung.taken] == ["training"]

@@ -48,13 +48,13 @@ def reading_checkpoints(
         if not misfit or not reader.path:
             raise
         problem = f"`{argument}={reader.path!r}` does not fit {shorten(found, 300)}"
-        hint = "make the model with the hyperparameters with which the checkpoint was trained (--model.NAME VALUE)."
+        hint = "make the model with the hyperparameters with which the checkpoint was trained."
         raise ConfigurationError(problem, hint) from error
     except KeyError as error:
         if error.args[0] not in ("pytorch-lightning_version", "state_dict") or not reader.path:
             raise
         problem = f"`{argument}={reader.path!r}` is no Lightning checkpoint: it has no `{error.args[0]}`."
-        hint = "if it is a state dict, load it by `model.load_state_dict(torch.load(path))`, without a checkpoint."
+        hint = "if it is a state dict, load it by `model.load_state_dict(torch.load(path))` and give no checkpoint."
         raise ConfigurationError(problem, hint) from error
     finally:
         strategy.checkpoint_io = stored

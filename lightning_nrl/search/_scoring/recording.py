@@ -130,7 +130,7 @@ def find_group(
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """True if samples can be run without their batch. If the inputs do not show this, two samples are tested."""
+    """True if samples can be run without their batch. If the inputs do not show this, it runs a few samples."""
     if is_sliceable(inputs, n):
         return True
     some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
