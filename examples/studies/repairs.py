@@ -8,9 +8,9 @@
     python examples/studies/repairs.py vehicles-C --seeds 1 --max-time 80 --compare fine-tuning retraining
 
 A seed sets data, training and repair. The problems are in `problems.py`. Published methods run without a gate; all
-others may break no known sample. Arachne and `merged` score 200 passed samples. NeuRecover and Arachne's second version
-may change all Linear layers, the others the last one. `from_paper` is EXP-B1. `--compare` compares methods and
-baselines, with a table and a figure per seed. Earlier runs are read from `runs/`.
+others may break no known sample. Arachne and `merged` score 200 passed samples. NeuRecover may change all Linear
+layers, Arachne's second version also all convolutions, the others the last layer. `from_paper` is EXP-B1. `--compare`
+compares methods and baselines, with a table and a figure per seed. Earlier runs are read from `runs/`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ AS_FOUND: dict[str, Any] = {"layer": "classifier", "gate": "tolerance:100%", "bo
 ARACHNE = {**AS_FOUND, "search": SearchOptions(n_passed=200)}  # passed samples, as published
 
 
-def linear_layers(network: LightningModule) -> dict[str, Any]:
-    """Returns arguments of a repair of all Linear layers without a gate."""
-    return {**AS_FOUND, "layer": [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]}
+def in_all(network: LightningModule, *kinds: type[nn.Module]) -> dict[str, Any]:
+    """Returns arguments of a repair of all layers of these kinds without a gate."""
+    return {**AS_FOUND, "layer": [name for name, part in network.named_modules() if isinstance(part, kinds)]}
 
 
 def neurecover(history: list[State], network: LightningModule, n: int | None = None, last: int | None = None) -> dict:
     method = bundle("neurecover", localizer=NeuRecover(history, n, last=last))
-    return {**linear_layers(network), "method": method}
+    return {**in_all(network, nn.Linear), "method": method}
 
 
 METHODS: dict[str, Callable[[list[State], LightningModule], dict[str, Any]]] = {
@@ -55,7 +55,7 @@ METHODS: dict[str, Callable[[list[State], LightningModule], dict[str, Any]]] = {
     "neurecover, last two": partial(neurecover, last=1),
     "neurecover, last two, 4 weights": partial(neurecover, n=4, last=1),
     "arachne": lambda history, network: {**ARACHNE, "method": "arachne"},
-    "arachne-de": lambda history, network: {**linear_layers(network), "method": "arachne-de"},
+    "arachne-de": lambda history, network: {**in_all(network, nn.Linear, nn.Conv2d), "method": "arachne-de"},
     "merged": lambda history, network: {**ARACHNE, "method": "merged"},
     "apricot, no polish": lambda history, network: {"method": Apricot(history[-5:], polish=False), "gate": "accuracy"},
     "apricot": lambda history, network: {"method": Apricot(history[-5:])},

@@ -170,7 +170,7 @@ class ReleaseRow(Derives):
         return self.numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReleaseReport(Report):
     """Decision whether a new model may replace the old one, with reasons. `rich.print(report)` shows it as a page.
 
@@ -207,6 +207,9 @@ class ReleaseReport(Report):
     @property
     def accepted(self) -> bool:
         return self.status == "accepted"
+
+    def __repr__(self) -> str:
+        return f"<ReleaseReport: {self.status}; {'; '.join(self.reasons) or 'all rules hold'}>"
 
     @property
     def exit_status(self) -> int:
