@@ -133,7 +133,7 @@ class _WithoutTraining(CallbackBase):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the outcome at the end, when Lightning has loaded the optimizer states and the step count."""
+        """Saves the outcome. By then Lightning has loaded the optimizer states and the step count."""
         if self.outcome is not None:
             with self.callback.handle_signals(trainer):
                 name = self.callback.save_outcome(trainer, pl_module, self.outcome)

@@ -78,7 +78,7 @@ def rounding_margin(precision: DeployedPrecision, before: SampleResults) -> floa
 
 
 def coarse_rounding(precision: DeployedPrecision, before: SampleResults) -> float:
-    """Returns `rounding_margin`, or 0 if it is None or no number format is coarser than float32."""
+    """Returns `rounding_margin`. Returns 0 if that is None or if `precision` is no coarser than float32."""
     return (rounding_margin(precision, before) or 0.0) if precision.eps > torch.finfo(torch.float32).eps else 0.0
 
 

@@ -255,7 +255,7 @@ def needs_passed_loss(fitness: FitnessFunction) -> bool:
 
 
 def needs_credit(fitness: FitnessFunction) -> bool:
-    """True if a fitness reads the credits of `Scores`, which it declares by the attribute `uses_credit = True`."""
+    """True if a fitness has the attribute `uses_credit = True`, since it reads the credits of `Scores`."""
     return bool(getattr(fitness, "uses_credit", False))
 
 

@@ -73,7 +73,7 @@ class HeldOutCheck:
 
 @dataclass(frozen=True)
 class NeighbourMixing:
-    """Counts of samples by how many of their `k` nearest passed samples have the label of the sample."""
+    """Histograms: of a sample's `k` nearest passed samples, the number that have the sample's label."""
 
     k: int
     targets: tuple[int, ...]  # item i: number of targets with i neighbours of their label

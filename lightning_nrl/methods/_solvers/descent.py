@@ -69,7 +69,7 @@ class Descent:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Gives the model the current weights in a `with` statement; gradients reach the weights' float32 copies."""
+        """Gives the model the copies, in its dtypes, in a `with` statement. Gradients reach the float32 copies."""
         cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
         with temporary_weights(self.problem.model, {**self._frozen, **cast}):
             yield

@@ -59,7 +59,7 @@ def solve_dual(
     Args:
         gram: K = A A', `m x m` or `T x m x m`. If a row of A is zero, its `required` must be 0.
         required: lower bound of each row, `m` or `T x m`.
-        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None (needed in a batch) makes all hard.
+        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None makes all rows hard; a batch needs None.
         start: initial multipliers, shaped like `required`, such as those of a similar programme; None means 0.
         max_value: for a batch only: programmes with a larger optimum count as infeasible. By default none does.
         is_over: is called at each step; if it returns True, the best `values` so far are returned. Not for batches.
@@ -90,7 +90,7 @@ CONTRADICTION_RATIO = 1e6
 def solve_one(
     gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
 ) -> tuple[Tensor, bool, bool]:
-    """Returns the multipliers, whether they are optimal up to rounding, and whether the hard rows are feasible."""
+    """Returns multipliers, True if they are optimal up to rounding, and True if all rows without limit can hold."""
     if not len(required):
         return required, True, True
     # Rows are scaled to norm 1, so that one tolerance and one proximal weight suit all. Zero rows stay.

@@ -92,7 +92,7 @@ class ReplayGroup:
         ]
 
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
-        """Returns the stored tensors of `samples`. If `last` is k > 0, only the last k stored tensors are returned."""
+        """Returns each stored tensor, reduced to the rows of `samples`. If `last` is k > 0, returns only the last k."""
         kept = {i: parts[0] for i, parts in self.parts.items()}
         if self.recomputed:
             kept, samples = self._recompute_batch(samples)

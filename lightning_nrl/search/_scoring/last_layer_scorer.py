@@ -115,7 +115,7 @@ class HeadScorer(HeadTables):
     def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Returns two masks, `n` bool: samples that pass under all candidates `P x K`, and samples that fail under all.
 
-        Interval arithmetic over the candidates' weight changes bounds each logit. A sample is decided if the interval
+        The intervals of the candidates' weight changes give an interval for each logit. A sample is decided if the interval
         of its true class and the interval of its best other class are further apart than the rounding error. In sums of
         m products this error is at most `2 * eps * (m + 8)` times the sum of all magnitudes.
         """
