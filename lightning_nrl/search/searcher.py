@@ -34,7 +34,7 @@ class WeightStats:
 
     @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
-        """Computes the statistics of whole tensors, `K` values each. Value k is of the tensor with weight `where[k]`."""
+        """Computes statistics of whole tensors, `K` values each. Value k is of the tensor with weight `where[k]`."""
         parameters = space.parameters.values()
         ends = torch.tensor([p.numel() for p in parameters], device=where.device).cumsum(0)
         which = torch.bucketize(where, ends, right=True).to(space.device)

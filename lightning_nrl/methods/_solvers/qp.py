@@ -59,7 +59,7 @@ def solve_dual(
     Args:
         gram: K = A A', `m x m` or `T x m x m`. If a row of A is zero, its `required` must be 0.
         required: lower bound of each row, `m` or `T x m`.
-        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None makes all rows hard; a batch needs None.
+        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None, as a batch needs, makes all hard.
         start: initial multipliers, shaped like `required`, such as those of a similar programme; None means 0.
         max_value: for a batch only: programmes with a larger optimum count as infeasible. By default none does.
         is_over: is called at each step; if it returns True, the best `values` so far are returned. Not for batches.

@@ -115,9 +115,9 @@ class HeadScorer(HeadTables):
     def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Returns two masks, `n` bool: samples that pass under all candidates `P x K`, and samples that fail under all.
 
-        The intervals of the candidates' weight changes give an interval for each logit. A sample is decided if the interval
-        of its true class and the interval of its best other class are further apart than the rounding error. In sums of
-        m products this error is at most `2 * eps * (m + 8)` times the sum of all magnitudes.
+        Interval arithmetic turns the range of the candidates' weights into ranges of the logits. A sample is decided if
+        the ranges of its true class and of its best other class are further apart than the rounding error. In sums of m
+        products this error is at most `2 * eps * (m + 8)` times the sum of all magnitudes.
         """
         change = self.delta.weight_delta(values, self.true_logit.dtype)
         least, most = change.aminmax(dim=0)
