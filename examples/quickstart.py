@@ -68,7 +68,7 @@ def one_repair(seed: int) -> None:
         '(method="swarm"). `RegressionFreeRepair.from_paper` weighs broken samples against repaired ones.\n'
         "default: up to three rungs, from the smallest change to the largest. `search` is the swarm again, but every "
         "known sample that was right keeps a margin. Each rung is judged on known samples that it has not used (held "
-        "out). Of the rungs that do no harm there, the one that repairs most is taken, or the best there if equal.\n"
+        "out). Of the rungs that do no harm there, the one that repairs most is taken; held-out counts decide a tie.\n"
     )
     print(f"The verdict         {default.verdict.headline}")
     print(f"The report          {default.files['html']}")

@@ -213,20 +213,6 @@ def no_op(*args: Any, **kwargs: Any) -> None:
     """Does nothing, in place of a method that must not run."""
 
 
-def parts_that_log(model: nn.Module) -> list[LightningModule]:
-    """Returns the LightningModules in a model whose `log` is a method, not an object of their own."""
-    return [part for part in model.modules() if isinstance(part, LightningModule) and callable(part.log)]
-
-
-@contextmanager
-def without_logging(parts: Iterable[LightningModule]) -> Iterator[None]:
-    """Makes `self.log` do nothing for a block, since Lightning refuses `self.log` outside of the steps that it runs."""
-    with ExitStack() as stack:
-        for part in parts:
-            stack.enter_context(replaced(part, log=no_op, log_dict=no_op))
-        yield
-
-
 class _FollowedHook:
     # Lightning calls the hooks of most callbacks before that of the module.
     def __init__(self, module: LightningModule, name: str) -> None:

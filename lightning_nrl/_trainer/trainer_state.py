@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
-from lightning_nrl._trainer.step_outputs import parts_that_log, without_logging
+from lightning_nrl._trainer.step_outputs import no_op, replaced
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import interruptible
 from lightning_nrl._utils.preserve import has_own_modes, module_flags, random_state, set_modes
@@ -176,16 +176,27 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
         return ASSUMED_EPOCHS
 
 
-def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
-    """Returns an evaluator with the trainer's device, precision and ranks. While it runs, `self.log` does nothing."""
-    parts = parts_that_log(model)
+def forward_context(trainer: Trainer, model: LightningModule) -> Callable[[], AbstractContextManager[None]]:
+    """Returns a context for forward passes in the trainer's precision. Inside, `self.log` does nothing.
+
+    Lightning refuses `self.log` outside the steps that it runs. An attribute `log` that is not a method stays.
+    """
+    parts = [part for part in model.modules() if isinstance(part, LightningModule) and callable(part.log)]
 
     @contextmanager
     def context() -> Iterator[None]:
-        with without_logging(parts), trainer.precision_plugin.forward_context():
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(replaced(part, log=no_op, log_dict=no_op))
+            stack.enter_context(trainer.precision_plugin.forward_context())
             yield
 
-    return Evaluator(model, task, context, Collective.current(model.device))
+    return context
+
+
+def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
+    """Returns an evaluator with the trainer's device, precision and ranks."""
+    return Evaluator(model, task, forward_context(trainer, model), Collective.current(model.device))
 
 
 @contextmanager

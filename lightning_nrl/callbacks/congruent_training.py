@@ -19,6 +19,7 @@ from lightning_nrl._trainer.loaders import length_of, parse_adapter
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
 from lightning_nrl._trainer.repair_files import parse_prefix
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
+from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import import_function
@@ -179,8 +180,7 @@ class PositiveCongruentTraining(CallbackBase):
             model = reference_module(trainer, pl_module, old.model, self._held)
             teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
         probe = step_outputs.Probe(pl_module)
-        mute = step_outputs.without_logging(step_outputs.parts_that_log(pl_module))
-        with preserve_state(pl_module), mute, trainer.precision_plugin.forward_context(), validating(trainer):
+        with preserve_state(pl_module), forward_context(trainer, pl_module)(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
             except Exception as error:

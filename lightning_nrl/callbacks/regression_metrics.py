@@ -19,9 +19,10 @@ from lightning_nrl._trainer.lightning.private_parts import sampler_of, validatin
 from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.repair_files import parse_prefix
-from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of, parts_that_log, without_logging
+from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.tracking.scalars import update_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
+from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.state import State
@@ -300,8 +301,7 @@ class RegressionMetrics(CallbackBase):
                     "`validation_step` does not call the model on the whole batch, so each batch costs one more pass."
                 )
                 rank_zero_warn(PerformanceWarning(problem, "call `self(x)` in `validation_step`."))
-            mute = without_logging(parts_that_log(pl_module))
-            with random_state(), mute, trainer.precision_plugin.forward_context():
+            with random_state(), forward_context(trainer, pl_module)():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
         right = self.task.right(logits, target)
         self._counter.add(batch_idx, right, self.task.label(target))

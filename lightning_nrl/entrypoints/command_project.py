@@ -25,7 +25,6 @@ HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_param
 
 NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
 FULL_HELP = "--help_lightning"
-READ_LATER = (FULL_HELP, "-c", "--conf", "--model=", "--print_config")  # may name a model, or need none
 OWN_WEIGHTS = "model"  # value of `ckpt_path`
 
 TRUST = "false: trust the checkpoint, which may hold objects that run code; true (the default): refuse objects"
@@ -73,25 +72,23 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
         hint = 'python -m pip install "lightning_nrl[cli]"'
         raise RepairError(f"`{program}` reads YAML with {NEEDED}, which is not installed.", hint)
     sketch = _early_arguments(program, arguments)
-    from_checkpoint = [*_from_checkpoint(sketch)]
-    words = (*arguments, *from_checkpoint)
-    if sketch["model"] is None and not any(word.startswith(READ_LATER) or ".help" in word for word in words):
-        hint = "add --model my_project.Classifier --data my_project.Digits, or a --config with both."
-        raise ConfigurationError("`model` is not given, and no checkpoint names its class.", hint)
     kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch["model"])), {"own": own})
     try:
         cli = kind(
             save_config_callback=None,
             run=False,
-            args=[*from_checkpoint, *("--help" if word == FULL_HELP else word for word in arguments)],
+            args=[*_from_checkpoint(sketch), *("--help" if word == FULL_HELP else word for word in arguments)],
             seed_everything_default=False,
-            parser_kwargs={"prog": program, "description": purpose},
+            parser_kwargs={"prog": program, "description": purpose, "exit_on_error": False},
         )
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentError) as error:
         listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # our error, quoted by jsonargparse
-        if isinstance(error, RepairError) or listed is None:
-            raise
-        raise ConfigurationError(listed[1], listed[2]) from None
+        if listed is not None and not isinstance(error, RepairError):
+            raise ConfigurationError(listed[1], listed[2]) from None
+        if isinstance(error, argparse.ArgumentError):
+            hint = f"name a project by --config, or by --model and --data; see `{program} --help`."
+            raise ConfigurationError(f"{error}.", hint) from None
+        raise
     config = cli.config_init
     source = {
         "trainer": cli.trainer,

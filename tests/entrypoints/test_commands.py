@@ -179,7 +179,7 @@ def test_weights_that_nobody_has_trained_are_refused(
     assert "error: `ckpt_path` is not given" in (said := capsys.readouterr().err)
     assert "--ckpt_path model if its own code loads them" in said
     assert main([command, "--ckpt_path", "model"]) == 2
-    assert "error: `model` is not given, and no checkpoint names its class.\nHINT: " in capsys.readouterr().err
+    assert "required: model.\nHINT: name a project by --config" in capsys.readouterr().err
     assert read_project(command, "", ["--config", "config.yaml", "--ckpt_path", "model"]).source["ckpt_path"] is None
 
 
