@@ -1,10 +1,12 @@
-"""Repairs one slice of the data, selected by an attribute: handwritten digits that lean to the right.
+"""Repairs one slice of the data, selected by an attribute: handwritten digits that lean to the
+right.
 
     python examples/attribute_slice.py
 
-The training set of scikit-learn's digits is limited to upright writing. Later data also have digits that lean to the
-right, and the network fails on four in ten of them. The slant is measured in the image, so it is a real property of
-the data. Any other attribute works the same way: night, camera 2, partly occluded.
+The training set of scikit-learn's digits is limited to upright writing. Later data also have digits
+that lean to the right, and the network fails on four in ten of them. The slant is measured in the
+image, so it is a real property of the data. Any other attribute works the same way: night, camera
+2, partly occluded.
 """
 
 from __future__ import annotations
@@ -33,14 +35,18 @@ def slant(images: Tensor) -> Tensor:
 
 
 class Hands(Splits):
-    """Batches of `(image, digit, slant)`. The training data are upright; the other splits are mixed."""
+    """Batches of `(image, digit, slant)`. The training data are upright; the other splits are
+    mixed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         digits = load_digits()
         order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(0))
         images = torch.tensor(digits.images, dtype=torch.float32)[order] / 16
-        whole = TensorDataset(images.unsqueeze(1), torch.tensor(digits.target)[order], slant(images))
+        whole = TensorDataset(
+            images.unsqueeze(1), torch.tensor(digits.target)[order], slant(images)
+        )
         train, later, test = torch.arange(len(order)).split([900, 400, 497])
         train = train[whole.tensors[2][train] <= LEANING]
         rows = {"train": train, "repair": later, "test": test}

@@ -2,7 +2,8 @@
 
     python examples/compare.py
 
-The data and the network are in `digits.py`. The script prints a table and, with matplotlib, draws `comparison.png`.
+The data and the network are in `digits.py`. The script prints a table and, with matplotlib, draws
+`comparison.png`.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     python examples/custom.py            # all three parts
     python examples/custom.py method     # one of them
 
-- The task defines which predictions are right. Here, a prediction is right if the true digit is among the top two.
-- The fitness ranks the candidates of a search. Here, it is the number of repaired minus broken samples. The gate
-  `accuracy` accepts such a trade. By default, a search breaks no known sample.
-- The method finds new weights. Here, it raises the bias of one class until a sample would break. For comparison, the
-  paper's swarm changes up to 64 weights of the same layer.
+- The task defines which predictions are right. Here, a prediction is right if the true digit is
+  among the top two.
+- The fitness ranks the candidates of a search. Here, it is the number of repaired minus broken
+  samples. The gate `accuracy` accepts such a trade. By default, a search breaks no known sample.
+- The method finds new weights. Here, it raises the bias of one class until a sample would break.
+  For comparison, the paper's swarm changes up to 64 weights of the same layer.
 
 The network and its data are in `digits.py`.
 """
@@ -31,7 +32,9 @@ from lightning_nrl.tasks import Custom
 
 
 def margin(logits: Tensor, digits: Tensor) -> Tensor:
-    """Returns the logit of the true digit minus the second largest other logit: above 0 if in the top two."""
+    """Returns the logit of the true digit minus the second largest other logit: above 0 if in the
+    top two.
+    """
     truth = logits.gather(1, digits[:, None])
     others = logits.masked_fill(F.one_hot(digits, logits.shape[1]).bool(), -torch.inf)
     return truth[:, 0] - others.topk(2).values[:, 1]
@@ -50,8 +53,9 @@ def loss(logits: Tensor, digits: Tensor) -> Tensor:
 def balance(after: object, before: object) -> Tensor:
     """Returns the fitness of each candidate, `searches x candidates`; larger is better.
 
-    `after.patched` counts failed samples that pass with the candidate's weights, `after.intact` passed samples that
-    still pass. `after.loss_failed` is a mean loss. `before` has the same numbers for the original weights.
+    `after.patched` counts failed samples that pass with the candidate's weights, `after.intact`
+    passed samples that still pass. `after.loss_failed` is a mean loss. `before` has the same
+    numbers for the original weights.
     """
     broken = after.n_passed - after.intact
     return after.patched - broken - 0.1 * after.loss_failed  # the loss decides between equal counts
@@ -59,10 +63,11 @@ def balance(after: object, before: object) -> Tensor:
 
 @dataclass(frozen=True)
 class RaiseBias:
-    """Raises the bias of a class in steps and returns the step with the most repairs and no broken sample.
+    """Raises the bias of a class in steps and returns the step with the most repairs and no broken
+    sample.
 
-    A method gets a `Problem` and proposes weights. `problem.propose` counts a proposal with the real model on all
-    known data. The gate judges the returned weights, as for any other method.
+    A method gets a `Problem` and proposes weights. `problem.propose` counts a proposal with the
+    real model on all known data. The gate judges the returned weights, as for any other method.
     """
 
     label: int
@@ -77,7 +82,9 @@ class RaiseBias:
         for step in range(1, self.steps + 1):
             bias = original.clone()
             bias[self.label] += self.largest * step / self.steps
-            proposals.append(problem.propose(f"bias +{self.largest * step / self.steps:.2f}", {name: bias}))
+            proposals.append(
+                problem.propose(f"bias +{self.largest * step / self.steps:.2f}", {name: bias})
+            )
         best = better(proposals)
         helps = best is not None and best.repaired > 0
         return Solution(best if helps else None, reason="" if helps else "no bias repairs anything")
@@ -86,7 +93,9 @@ class RaiseBias:
 SWARM: dict[str, Any] = {"method": "swarm", "gate": "accuracy"}
 SLASHED = Target.where(slashed_zero)
 REPAIRS: dict[str, dict[str, dict[str, Any]]] = {
-    "task": {"own_task": {"task": Custom(passed=among_two, loss=loss, margin=margin), "max_time": 10}},
+    "task": {
+        "own_task": {"task": Custom(passed=among_two, loss=loss, margin=margin), "max_time": 10}
+    },
     "fitness": {"default": SWARM, "balance": {**SWARM, "search": SearchOptions(fitness=balance)}},
     "method": {
         "bias": {"method": RaiseBias(label=0), "target": SLASHED},
@@ -100,7 +109,9 @@ if __name__ == "__main__":
     for part in [given.part] if given.part else REPAIRS:
         seed_everything(0, verbose=False)
         model, data = DigitNet(), SlashedZeros()
-        quiet_trainer(5 if given.fast else 10 if part == "fitness" else 30).fit(model, datamodule=data)
+        quiet_trainer(5 if given.fast else 10 if part == "fitness" else 30).fit(
+            model, datamodule=data
+        )
         trained = {name: value.clone() for name, value in model.state_dict().items()}
         reports = {}
         for name, arguments in REPAIRS[part].items():

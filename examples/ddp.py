@@ -2,8 +2,8 @@
 
     python examples/ddp.py
 
-The repair needs no extra code: each process evaluates its share of the samples, and all get the same repair. The data
-and the network are in `digits.py`. For GPUs, set `accelerator="gpu"`.
+The repair needs no extra code: each process evaluates its share of the samples, and all get the
+same repair. The data and the network are in `digits.py`. For GPUs, set `accelerator="gpu"`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ if __name__ == "__main__":
     fast = start(__doc__).fast
     seed_everything(0, verbose=False)
     repair = RegressionFreeRepair(
-        target=Target.where(slashed_zero), unseen="test", max_time=3 if fast else None, verbose=False
+        target=Target.where(slashed_zero),
+        unseen="test",
+        max_time=3 if fast else None,
+        verbose=False,
     )
     trainer = Trainer(
         max_epochs=5 if fast else 30,

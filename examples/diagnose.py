@@ -1,8 +1,11 @@
-"""Diagnoses failures before a repair: which can be fixed, what prevents it, and in which layer. A few seconds.
+"""Diagnoses failures before a repair: which can be fixed, what prevents it, and in which layer. A
+few
+seconds.
 
     python examples/diagnose.py
 
-The data and the network are in `digits.py`. The script prints tables and, with matplotlib, draws `diagnosis.png`.
+The data and the network are in `digits.py`. The script prints tables and, with matplotlib, draws
+`diagnosis.png`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from rich import print
 from lightning_nrl import ConfigurationError, Target, diagnose
 
 if __name__ == "__main__":
-    given = start(__doc__, **{"--seed": {"type": int, "default": 0, "help": "of data and training"}})
+    given = start(
+        __doc__, **{"--seed": {"type": int, "default": 0, "help": "of data and training"}}
+    )
     epochs = 8 if given.fast else 30
     seed_everything(given.seed, verbose=False)
     trainer = quiet_trainer(epochs)

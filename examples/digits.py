@@ -1,7 +1,8 @@
 """Data and network of most examples: handwritten digits, and later data with a weak spot.
 
-Some people write a zero with a slash through it, but nobody does in the training data (scikit-learn's digits). In later
-data, four in five zeros are slashed. The network misreads many of them.
+Some people write a zero with a slash through it, but nobody does in the training data
+(scikit-learn's digits). In later data, four in five zeros are slashed. The network misreads many of
+them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 SPLITS = {"train": 720, "val": 180, "repair": 360, "test": 537}  # images; splits do not overlap
-SLASHED = {"train": 0.0, "val": 0.0, "repair": 0.8, "test": 0.8}  # share of slashed zeros among zeros
+SLASHED = {
+    "train": 0.0,
+    "val": 0.0,
+    "repair": 0.8,
+    "test": 0.8,
+}  # share of slashed zeros among zeros
 
 
 class SlashedZeros(Splits):
-    """Batches of `(image, digit, slashed)`. `repair_dataloader` has data collected after the training."""
+    """Batches of `(image, digit, slashed)`. `repair_dataloader` has data collected after the
+    training.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -31,7 +39,10 @@ class SlashedZeros(Splits):
         share = torch.cat([torch.full((n,), SLASHED[split]) for split, n in SPLITS.items()])
         slashed = (labels == 0) & (torch.rand(len(labels), generator=generator) < share)
         images[slashed] = slash(images[slashed], generator)
-        parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, slashed)), strict=True)
+        parts = zip(
+            *(tensor.split(list(SPLITS.values())) for tensor in (images, labels, slashed)),
+            strict=True,
+        )
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
 
     def val_dataloader(self) -> DataLoader:
@@ -45,7 +56,9 @@ def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def slash(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a line from lower left to upper right, with random slope and shift, on `n x 1 x 8 x 8` images."""
+    """Draws a line from lower left to upper right, with random slope and shift, on `n x 1 x 8 x 8`
+    images.
+    """
     y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
     slope = torch.empty(len(images), 1, 1, 1).uniform_(0.8, 1.3, generator=generator)
     shift = torch.empty(len(images), 1, 1, 1).uniform_(-0.7, 0.7, generator=generator)
@@ -81,7 +94,9 @@ class DigitNet(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         self._log_accuracy("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(
+        self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._log_accuracy("test", batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -1,10 +1,10 @@
 """Repairs with LightningCLI: the callback is configured in a YAML file.
 
-    python examples/lightning_cli.py                                                 # fit, with lightning_cli.yaml
-    python examples/lightning_cli.py fit --config my.yaml --trainer.max_epochs 10    # any arguments of LightningCLI
+    python examples/lightning_cli.py # fit, with lightning_cli.yaml python examples/lightning_cli.py
+    fit --config my.yaml --trainer.max_epochs 10 # any arguments of LightningCLI
 
-LightningCLI saves its configuration next to the checkpoints. The commands of this package read that file; the script
-prints an example.
+LightningCLI saves its configuration next to the checkpoints. The commands of this package read that
+file; the script prints an example.
 """
 
 from __future__ import annotations
@@ -33,4 +33,6 @@ if __name__ == "__main__":
             checkpoint = cli.trainer.checkpoint_callback.best_model_path
             config = Path(cli.trainer.log_dir) / "config.yaml"
             print("To diagnose the failures of the model before the repair:")
-            print(f"PYTHONPATH={HERE} lightning-nrl diagnose --config {config} --ckpt_path {checkpoint}")
+            print(
+                f"PYTHONPATH={HERE} lightning-nrl diagnose --config {config} --ckpt_path {checkpoint}"
+            )

@@ -15,13 +15,15 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_nrl import RepairReport
-from lightning_nrl.report import SliceReport, SplitReport
+from lightning_nrl.records import SliceReport, SplitReport
 
 FAST = "run in a few seconds, with less data, fewer epochs and less time for the repair"
 
 
 def start(description: str, **arguments: dict[str, Any]) -> argparse.Namespace:
-    """Parses the command line, which always has `--fast`, and silences logs and warnings of other packages."""
+    """Parses the command line, which always has `--fast`, and silences logs and warnings of other
+    packages.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help=FAST)
     for name, options in arguments.items():
@@ -36,18 +38,32 @@ def start(description: str, **arguments: dict[str, Any]) -> argparse.Namespace:
 
 def quiet_trainer(epochs: int = 1, *callbacks: Callback, **arguments: Any) -> Trainer:
     """Returns a trainer on the CPU without progress bar, logger and checkpoints."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(**{"max_epochs": epochs, "accelerator": "cpu", "callbacks": list(callbacks), **quiet, **arguments})
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    return Trainer(
+        **{
+            "max_epochs": epochs,
+            "accelerator": "cpu",
+            "callbacks": list(callbacks),
+            **quiet,
+            **arguments,
+        }
+    )
 
 
 class Splits(LightningDataModule):
-    """Loaders of the splits in `self.data`. `repair_dataloader` has data collected after the training."""
+    """Loaders of the splits in `self.data`. `repair_dataloader` has data collected after the
+    training.
+    """
 
     data: dict[str, Dataset]
     batch_size, drop_last = 32, False
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["train"], self.batch_size, shuffle=True, drop_last=self.drop_last)
+        return DataLoader(
+            self.data["train"], self.batch_size, shuffle=True, drop_last=self.drop_last
+        )
 
     def repair_dataloader(self) -> DataLoader:
         return DataLoader(self.data["repair"], 256)
@@ -76,7 +92,15 @@ def counts_table(rows: Mapping[str, SplitReport | SliceReport]) -> Table:
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    heads = ("\nsamples", "in the\ntarget", "repaired\nof these", "\nof all", "\nbroken", "accuracy\nbefore", "\nnow")
+    heads = (
+        "\nsamples",
+        "in the\ntarget",
+        "repaired\nof these",
+        "\nof all",
+        "\nbroken",
+        "accuracy\nbefore",
+        "\nnow",
+    )
     for head in heads:
         table.add_column(head, justify="right")
     for name, split in rows.items():

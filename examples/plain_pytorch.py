@@ -2,8 +2,9 @@
 
     python examples/plain_pytorch.py
 
-A network learns scikit-learn's handwritten digits. Then the scanner gets a scratch: a bright line down the right side
-of half of the new images. The network fails on many of them. The repair fixes them and breaks no known image.
+A network learns scikit-learn's handwritten digits. Then the scanner gets a scratch: a bright line
+down the right side of half of the new images. The network fails on many of them. The repair fixes
+them and breaks no known image.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ SIZES = (800, 400, 597)  # training images, new images, and later images that ar
 
 
 def load() -> tuple[Tensor, Tensor, Tensor]:
-    """Returns images `N x 64`, digits `N` and a mask of scratched images, `N`. No training image is scratched."""
+    """Returns images `N x 64`, digits `N` and a mask of scratched images, `N`. No training image is
+    scratched.
+    """
     digits = load_digits()
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(digits.images), generator=generator)
@@ -49,7 +52,9 @@ def is_scratched(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 if __name__ == "__main__":
     fast = start(__doc__).fast
     torch.manual_seed(0)
-    (x_train, x_new, x_later), (y_train, y_new, y_later), (_, marks_new, marks_later) = (x.split(SIZES) for x in load())
+    (x_train, x_new, x_later), (y_train, y_new, y_later), (_, marks_new, marks_later) = (
+        x.split(SIZES) for x in load()
+    )
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     train(model, x_train, y_train, epochs=10 if fast else 40)
 

@@ -1,8 +1,11 @@
-"""Repairs a digit classifier on slashed zeros without breaking what it gets right. Under a minute on two cores.
+"""Repairs a digit classifier on slashed zeros without breaking what it gets right. Under a minute
+on
+two cores.
 
     python examples/quickstart.py   # compares the fit, a swarm and the default
 
-The data and the network are in `digits.py`. `train_and_repair` has all the code that a repair needs.
+The data and the network are in `digits.py`. `train_and_repair` has all the code that a repair
+needs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ def train_and_repair(seed: int) -> tuple[RepairReport, Trainer, float]:
     """Returns the report of the default method, the trainer, and the seconds of the fit."""
     seed_everything(seed, verbose=False)
     timer = Timer()
-    callback = RegressionFreeRepair(target=Target.where(slashed_zero), unseen="test", seed=seed, verbose=False)
+    callback = RegressionFreeRepair(
+        target=Target.where(slashed_zero), unseen="test", seed=seed, verbose=False
+    )
     trainer = Trainer(
         max_epochs=30,
         accelerator="cpu",
@@ -38,9 +43,13 @@ def train_and_repair(seed: int) -> tuple[RepairReport, Trainer, float]:
 
 
 def swarm_alone(seed: int, trained: Trainer) -> RepairReport:
-    """Repairs the trained checkpoint with the paper's localisation and swarm and this package's ranking."""
+    """Repairs the trained checkpoint with the paper's localisation and swarm and this package's
+    ranking.
+    """
     return repair(
-        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False),
+        Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+        ),
         DigitNet(),
         datamodule=SlashedZeros(seed),
         ckpt_path=trained.checkpoint_callback.best_model_path,
@@ -72,7 +81,9 @@ def one_repair(seed: int) -> None:
     )
     print(f"The verdict         {default.verdict.headline}")
     print(f"The report          {default.files['html']}")
-    print(f"The repaired model  {default.files.get('checkpoint', 'none, the weights are those of training')}")
+    print(
+        f"The repaired model  {default.files.get('checkpoint', 'none, the weights are those of training')}"
+    )
     print(f"Curves and charts   tensorboard --logdir {trainer.log_dir}")
     print("For your own model  README.md, Three ways to use it")
 
@@ -82,7 +93,10 @@ def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> 
     known, unseen, rungs = swarm.pooled("known"), swarm.pooled("unseen"), default.rungs
     taken, held_out = default.pooled("unseen"), [rung.held_out for rung in rungs]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    ladder = [f"{'' if i else 'default:'}\n{rung.name}\n{'(taken)' * rung.taken}" for i, rung in enumerate(rungs)]
+    ladder = [
+        f"{'' if i else 'default:'}\n{rung.name}\n{'(taken)' * rung.taken}"
+        for i, rung in enumerate(rungs)
+    ]
     table.add_column("")
     for head in ("\nfit\n", "\nswarm\n", *ladder):
         table.add_column(head, justify="right")
@@ -90,13 +104,20 @@ def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> 
     def of_taken(value: object) -> list[object]:
         return [value if rung.taken else "" for rung in rungs]
 
-    fit, alone, now = (f"{x:.2%}" for x in (taken.accuracy_before, unseen.accuracy_after, taken.accuracy_after))
+    fit, alone, now = (
+        f"{x:.2%}" for x in (taken.accuracy_before, unseen.accuracy_after, taken.accuracy_after)
+    )
     changed = 0 if swarm.change is None else swarm.change.changed
     targets, shown = known.repaired_in_target, unseen.repaired_in_target
     spent = f"{sum(swarm.seconds.values()):.1f}", [f"{rung.seconds:.1f}" for rung in rungs]
     sections: list[list[tuple[str, str, object, list[object]]]] = [
         [
-            (f"known targets repaired, of {known.targeted}", "", targets, [r.repaired_in_target for r in rungs]),
+            (
+                f"known targets repaired, of {known.targeted}",
+                "",
+                targets,
+                [r.repaired_in_target for r in rungs],
+            ),
             ("known failures repaired", "", known.repaired, [r.repaired for r in rungs]),
             ("known samples broken", "", known.broken, [r.broken for r in rungs]),
         ],
@@ -107,10 +128,20 @@ def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> 
                 "",
                 [c and f"{c.repaired} of {c.repaired + c.failing}" for c in held_out],
             ),
-            ("held-out samples broken", "", "", [c and f"{c.broken} of {c.passed}" for c in held_out]),
+            (
+                "held-out samples broken",
+                "",
+                "",
+                [c and f"{c.broken} of {c.passed}" for c in held_out],
+            ),
         ],
         [
-            (f"unseen targets repaired, of {unseen.targeted}", "", shown, of_taken(taken.repaired_in_target)),
+            (
+                f"unseen targets repaired, of {unseen.targeted}",
+                "",
+                shown,
+                of_taken(taken.repaired_in_target),
+            ),
             ("unseen failures repaired", "", unseen.repaired, of_taken(taken.repaired)),
             ("unseen samples broken", "", unseen.broken, of_taken(taken.broken)),
             ("unseen accuracy", fit, alone, of_taken(now)),

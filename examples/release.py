@@ -1,9 +1,11 @@
-"""Decides by rules whether a new model may replace the old one; writes a report and exits with a status.
+"""Decides by rules whether a new model may replace the old one; writes a report and exits with a
+status.
 
-    python examples/release.py                        # the candidate is the old model, fine-tuned on new data
-    python examples/release.py --candidate repaired   # the candidate is the old model, repaired
+    python examples/release.py # the candidate is the old model, fine-tuned on new data python
+    examples/release.py --candidate repaired # the candidate is the old model, repaired
 
-The data and the network are in `digits.py`. The status is 0 if the candidate is accepted and 1 if it is refused.
+The data and the network are in `digits.py`. The status is 0 if the candidate is accepted and 1 if
+it is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ if __name__ == "__main__":
     if given.candidate == "tuned":
         quiet_trainer(epochs).fit(new, data.repair_dataloader())
     else:
-        repair(quiet_trainer(), new, datamodule=data, target=Target.where(slashed_zero), verbose=False)
+        repair(
+            quiet_trainer(), new, datamodule=data, target=Target.where(slashed_zero), verbose=False
+        )
 
     gate = ReleaseGate(
         reference=old,

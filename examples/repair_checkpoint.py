@@ -1,7 +1,8 @@
 """Repairs a trained checkpoint without a fit.
 
-    python examples/repair_checkpoint.py               # trains a checkpoint first
-    python examples/repair_checkpoint.py digits.ckpt   # repairs this checkpoint of the network in `digits.py`
+    python examples/repair_checkpoint.py # trains a checkpoint first python
+    examples/repair_checkpoint.py digits.ckpt # repairs this checkpoint of the network in
+    `digits.py`
 
 Only the last layer may change, so the repair takes a few seconds and the patch is small.
 """
@@ -19,7 +20,9 @@ from lightning_nrl import Target, repair
 def train(epochs: int) -> str:
     """Trains without the callback and returns the path of the checkpoint."""
     seed_everything(0, verbose=False)
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.fit(DigitNet(), datamodule=SlashedZeros())
     return trainer.checkpoint_callback.best_model_path
 
@@ -44,6 +47,8 @@ if __name__ == "__main__":
     print(summary(repair=report))
     if report.status == "repaired":
         print(f"Weights changed: {report.change.changed} of {report.change.total:,}.")
-        repaired = DigitNet.load_from_checkpoint(report.files["checkpoint"])  # an ordinary checkpoint
+        repaired = DigitNet.load_from_checkpoint(
+            report.files["checkpoint"]
+        )  # an ordinary checkpoint
         trainer.test(repaired, datamodule=data)
         print(f"The patch, which can be applied and reverted: {report.files.get('patch')}")

@@ -43,6 +43,8 @@ if __name__ == "__main__":
 
     print(summary(repair=repair.report))
     if repair.repaired_model_path:  # a Lightning checkpoint; None if nothing was accepted
-        tested = trainer.test(model, datamodule=data, ckpt_path=repair.repaired_model_path, verbose=False)
+        tested = trainer.test(
+            model, datamodule=data, ckpt_path=repair.repaired_model_path, verbose=False
+        )
         print(f"Lightning's own test of the repaired checkpoint: {tested[0]['test/accuracy']:.2%}")
     print(f"The whole report: {repair.report.files['html']}")

@@ -2,10 +2,10 @@
 
     python examples/source_tokens.py
 
-A sample is a line of Python's standard library. Each character has a label from the module `tokenize`: name, keyword,
-number, string, operator, comment or white space. A line is right if all its characters are. No string in the training
-data has a prefix, such as b"bytes" or r"raw". Later data have such strings. Nothing is downloaded. The counts depend on
-the version of Python.
+A sample is a line of Python's standard library. Each character has a label from the module
+`tokenize`: name, keyword, number, string, operator, comment or white space. A line is right if all
+its characters are. No string in the training data has a prefix, such as b"bytes" or r"raw". Later
+data have such strings. Nothing is downloaded. The counts depend on the version of Python.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ KINDS = {
     tokenize.COMMENT: COMMENT,
 }
 PREFIXED = re.compile(r"""(?<!\w)[bBrRuU]{1,2}["']""")
-SPLITS = {"train": (3_000, 0.0), "repair": (900, 0.25), "test": (1_200, 0.25)}  # lines, share of lines with prefixes
+SPLITS = {
+    "train": (3_000, 0.0),
+    "repair": (900, 0.25),
+    "test": (1_200, 0.25),
+}  # lines, share of lines with prefixes
 
 
 def labels_of(line: str) -> list[int] | None:
@@ -58,7 +62,9 @@ def labels_of(line: str) -> list[int] | None:
 
 
 def prefixed(line: str, labels: list[int]) -> bool:
-    """True if a string of the line has a prefix. Text inside comments and other strings does not count."""
+    """True if a string of the line has a prefix. Text inside comments and other strings does not
+    count.
+    """
     starts = (match.start() for match in PREFIXED.finditer(line))
     return any(labels[at] == STRING and (at == 0 or labels[at - 1] != STRING) for at in starts)
 
@@ -74,13 +80,17 @@ def lines() -> list[str]:
 
 
 class Code(Splits):
-    """Batches of `(characters, labels, prefixed)`. Lines are padded to `WIDTH`; splits do not overlap."""
+    """Batches of `(characters, labels, prefixed)`. Lines are padded to `WIDTH`; splits do not
+    overlap.
+    """
 
     def __init__(self, seed: int = 0, share: float = 1.0) -> None:
         super().__init__()
         code, rng = lines(), random.Random(seed)
         rng.shuffle(code)
-        code.sort(key=lambda line: not PREFIXED.search(line))  # lines with a prefix are rare, so they come first
+        code.sort(
+            key=lambda line: not PREFIXED.search(line)
+        )  # lines with a prefix are rare, so they come first
         sizes = {split: round(n * share) for split, (n, _) in SPLITS.items()}
         counts = {split: round(sizes[split] * prefixes) for split, (_, prefixes) in SPLITS.items()}
         wanted = {True: sum(counts.values()), False: sum(sizes.values()) - sum(counts.values())}
@@ -96,8 +106,12 @@ class Code(Splits):
         for split, n in sizes.items():
             kinds = [True] * counts[split] + [False] * (n - counts[split])
             rows = [pools[kind].pop() for kind in kinds]
-            characters = torch.tensor([[ord(c) for c in line.ljust(WIDTH, "\0")] for line, _ in rows])
-            labels = torch.tensor([labels + [IGNORED] * (WIDTH - len(labels)) for _, labels in rows])
+            characters = torch.tensor(
+                [[ord(c) for c in line.ljust(WIDTH, "\0")] for line, _ in rows]
+            )
+            labels = torch.tensor(
+                [labels + [IGNORED] * (WIDTH - len(labels)) for _, labels in rows]
+            )
             self.data[split] = TensorDataset(characters, labels, torch.tensor(kinds))
 
 
@@ -131,5 +145,7 @@ if __name__ == "__main__":
         max_time=5 if fast else None,
         verbose=False,
     )
-    quiet_trainer(3 if fast else 5, repair).fit(Colours(), datamodule=Code(share=0.2 if fast else 1.0))
+    quiet_trainer(3 if fast else 5, repair).fit(
+        Colours(), datamodule=Code(share=0.2 if fast else 1.0)
+    )
     print(summary(repair=repair.report))

@@ -1,11 +1,14 @@
-"""Repairs published modules of other packages, each in a virtual environment of its own, which is made first.
+"""Repairs published modules of other packages, each in a virtual environment of its own, which is
+made
+first.
 
     python examples/strangers.py torchgeo                        # both of torchgeo's modules
     python examples/strangers.py chemprop lightly --max_time 60
 
-Each module is made as its own documentation says, trained on small data, and used in four ways: repaired as training
-ends, repaired as a checkpoint, updated, and diagnosed. Right samples are counted a second time by `trainer.validate`,
-with the metric that the module itself logs, or in the way that `Project.count` says.
+Each module is made as its own documentation says, trained on small data, and used in four ways:
+repaired as training ends, repaired as a checkpoint, updated, and diagnosed. Right samples are
+counted a second time by `trainer.validate`, with the metric that the module itself logs, or in the
+way that `Project.count` says.
 """
 
 from __future__ import annotations
@@ -80,10 +83,16 @@ class Project:
 
 
 def digits(size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
-    """Handwritten digits of scikit-learn, `n x 1 x size x size` and their classes, for `train` and `val`."""
+    """Handwritten digits of scikit-learn, `n x 1 x size x size` and their classes, for `train` and
+    `val`.
+    """
     data, sizes = load_digits(), [TRAINED_SAMPLES, VALIDATED_SAMPLES]
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[: sum(sizes)]
-    images = F.interpolate(torch.tensor(data.images[order], dtype=torch.float32).unsqueeze(1) / 16, size)
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[
+        : sum(sizes)
+    ]
+    images = F.interpolate(
+        torch.tensor(data.images[order], dtype=torch.float32).unsqueeze(1) / 16, size
+    )
     columns = (tensor.split(sizes) for tensor in (images, torch.tensor(data.target[order])))
     return dict(zip(("train", "val"), zip(*columns, strict=True), strict=True))
 
@@ -134,37 +143,50 @@ def torchgeo_classification() -> Project:
     """ClassificationTask, as published: a dictionary with `image` and `label`."""
     from torchgeo.trainers import ClassificationTask
 
-    data = [[{"image": x.expand(3, -1, -1), "label": y} for x, y in pairs] for pairs in digit_pairs(32)]
+    data = [
+        [{"image": x.expand(3, -1, -1), "label": y} for x, y in pairs] for pairs in digit_pairs(32)
+    ]
     return Project(
-        lambda: ClassificationTask(model="resnet18", weights=None, in_channels=3, num_classes=10, lr=1e-3),
+        lambda: ClassificationTask(
+            model="resnet18", weights=None, in_channels=3, num_classes=10, lr=1e-3
+        ),
         lambda: loaders(*data, size=32),
         metric="val_OverallAccuracy",
     )
 
 
 def torchgeo_segmentation() -> Project:
-    """SemanticSegmentationTask, as published: ink and paper of a noisy picture, right at a mean IoU of 0.7 or more.
+    """SemanticSegmentationTask, as published: ink and paper of a noisy picture, right at a mean IoU
+    of
+    0.7 or more.
 
-    The module's own validation counts pixels, so right images are counted again by torchmetrics on what its own
-    `predict_step` gives.
+    The module's own validation counts pixels, so right images are counted again by torchmetrics on
+    what its own `predict_step` gives.
     """
     from torchgeo.trainers import SemanticSegmentationTask
     from torchmetrics.functional import jaccard_index
 
     iou, data = 0.7, {}
     for split, (images, _) in digits(32).items():
-        noisy = images[:100] + torch.randn(images[:100].shape, generator=torch.Generator().manual_seed(0))
+        noisy = images[:100] + torch.randn(
+            images[:100].shape, generator=torch.Generator().manual_seed(0)
+        )
         pairs = zip(noisy, (images[:100, 0] > 0.5).long(), strict=True)
         data[split] = [{"image": image, "mask": mask} for image, mask in pairs]
 
     def right_images(trainer: Any, module: Any, given: dict) -> int:
         predicted = torch.cat(trainer.predict(module, given["val_dataloaders"])).argmax(1)
         pairs = ((one, sample["mask"]) for one, sample in zip(predicted, data["val"], strict=True))
-        return sum(float(jaccard_index(one, mask, "multiclass", num_classes=2)) >= iou for one, mask in pairs)
+        return sum(
+            float(jaccard_index(one, mask, "multiclass", num_classes=2)) >= iou
+            for one, mask in pairs
+        )
 
     size = {"num_filters": 16, "in_channels": 1, "num_classes": 2}
     return Project(
-        lambda: SemanticSegmentationTask(model="fcn", weights=None, task="multiclass", lr=5e-3, **size),
+        lambda: SemanticSegmentationTask(
+            model="fcn", weights=None, task="multiclass", lr=5e-3, **size
+        ),
         lambda: loaders(**data, size=20),
         n_validated=100,
         epochs=8,
@@ -174,7 +196,9 @@ def torchgeo_segmentation() -> Project:
 
 
 def geometric_graphs() -> Project:
-    """A graph classifier as in torch_geometric's Lightning examples, with its own `LightningDataset`."""
+    """A graph classifier as in torch_geometric's Lightning examples, with its own
+    `LightningDataset`.
+    """
     import pytorch_lightning
     from torch_geometric.data import Data
     from torch_geometric.data.lightning import LightningDataset
@@ -186,7 +210,9 @@ def geometric_graphs() -> Project:
         def __init__(self, in_channels, out_channels, hidden_channels=32, num_layers=3):
             super().__init__()
             self.gnn = GIN(in_channels, hidden_channels, num_layers, jk="cat")
-            self.classifier = MLP([hidden_channels, hidden_channels, out_channels], norm="batch_norm")
+            self.classifier = MLP(
+                [hidden_channels, hidden_channels, out_channels], norm="batch_norm"
+            )
             self.val_acc = Accuracy(task="multiclass", num_classes=out_channels)
 
         def forward(self, x, edge_index, batch):
@@ -221,27 +247,44 @@ def geometric_graphs() -> Project:
 def chemprop_mpnn() -> Project:
     """The MPNN for binary classification, with chemprop's own data points, data set and loader.
 
-    `predict_step` gives a probability; the adapter gives the logit behind it. The checkpoint holds objects (metrics and
-    the classes of the parts).
+    `predict_step` gives a probability; the adapter gives the logit behind it. The checkpoint holds
+    objects (metrics and the classes of the parts).
     """
     from chemprop import data, models
     from chemprop import nn as blocks
     from rdkit.Chem import Crippen, MolFromSmiles
 
-    pieces = ["C", "CC", "C(C)", "O", "N", "C(=O)", "c1ccccc1", "C(F)", "S", "C(Cl)", "C(=O)N", "C1CCCCC1"]
+    pieces = [
+        "C",
+        "CC",
+        "C(C)",
+        "O",
+        "N",
+        "C(=O)",
+        "c1ccccc1",
+        "C(F)",
+        "S",
+        "C(Cl)",
+        "C(=O)N",
+        "C1CCCCC1",
+    ]
 
     def molecules(n: int, seed: int) -> Any:
         """Chains of random parts; the class says whether their estimated logP is above 2."""
         chance = random.Random(seed)
         smiles = ["C" + "".join(chance.choices(pieces, k=chance.randint(2, 6))) for _ in range(n)]
         wanted = [np.array([float(Crippen.MolLogP(MolFromSmiles(text)) > 2)]) for text in smiles]
-        points = [data.MoleculeDatapoint.from_smi(*pair) for pair in zip(smiles, wanted, strict=True)]
+        points = [
+            data.MoleculeDatapoint.from_smi(*pair) for pair in zip(smiles, wanted, strict=True)
+        ]
         return data.MoleculeDataset(points)
 
     def make_module() -> Any:
         ffn = blocks.BinaryClassificationFFN(input_dim=64, hidden_dim=64)
         message = blocks.BondMessagePassing(d_h=64), blocks.MeanAggregation()
-        return models.MPNN(*message, ffn, batch_norm=True, metrics=[blocks.metrics.BinaryAccuracy()])
+        return models.MPNN(
+            *message, ffn, batch_norm=True, metrics=[blocks.metrics.BinaryAccuracy()]
+        )
 
     def adapter(module: Any, batch: Any) -> tuple:
         graphs, vertices, extras, targets, *_ = batch
@@ -260,7 +303,8 @@ def chemprop_mpnn() -> Project:
 
 
 def tabular_embedding() -> Project:
-    """CategoryEmbedding and loaders, as pytorch-tabular's own `TabularModel` prepares them for `fit`.
+    """CategoryEmbedding and loaders, as pytorch-tabular's own `TabularModel` prepares them for
+    `fit`.
 
     The checkpoint holds objects (configurations).
     """
@@ -281,8 +325,12 @@ def tabular_embedding() -> Project:
 
     logging.getLogger("pytorch_tabular").setLevel(logging.ERROR)
     tabular = TabularModel(
-        data_config=DataConfig(target=["digit"], continuous_cols=names, categorical_cols=["top_heavy"]),
-        model_config=CategoryEmbeddingModelConfig(task="classification", layers="64-32", learning_rate=0.01),
+        data_config=DataConfig(
+            target=["digit"], continuous_cols=names, categorical_cols=["top_heavy"]
+        ),
+        model_config=CategoryEmbeddingModelConfig(
+            task="classification", layers="64-32", learning_rate=0.01
+        ),
         optimizer_config=OptimizerConfig(),
         trainer_config=TrainerConfig(batch_size=50, accelerator="cpu", progress_bar="none"),
         verbose=False,
@@ -301,25 +349,48 @@ def transformers_vit() -> Project:
     """A ViT with new weights, in a module as Lightning's and Hugging Face's documentation write it."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    size = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    size = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    }
     config = ViTConfig(image_size=16, patch_size=4, num_channels=1, num_labels=10, **size)
-    data = [[{"pixel_values": image, "labels": label} for image, label in pairs] for pairs in digit_pairs(16)]
-    return Project(lambda: classifier(ViTForImageClassification(config), 2e-3), lambda: loaders(*data), epochs=8)
+    data = [
+        [{"pixel_values": image, "labels": label} for image, label in pairs]
+        for pairs in digit_pairs(16)
+    ]
+    return Project(
+        lambda: classifier(ViTForImageClassification(config), 2e-3),
+        lambda: loaders(*data),
+        epochs=8,
+    )
 
 
 def transformers_bert() -> Project:
-    """A BERT with new weights; batches are `BatchEncoding`s of several lengths from its own collator."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, DataCollatorWithPadding
+    """A BERT with new weights; batches are `BatchEncoding`s of several lengths from its own
+    collator.
+    """
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        BertTokenizer,
+        DataCollatorWithPadding,
+    )
 
     good, bad = ["good", "fine", "lovely", "great"], ["bad", "poor", "awful", "dull"]
-    words = good + bad + ["the", "film", "plot", "was", "and", "very", "actors", "music", "not", "but"]
+    words = (
+        good + bad + ["the", "film", "plot", "was", "and", "very", "actors", "music", "not", "but"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.txt"
         path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
         encode = BertTokenizer(str(path))
 
     def reviews(n: int, seed: int) -> list[dict]:
-        """Sentences of several lengths; the label says whether good words outnumber bad ones, turned over by `not`."""
+        """Sentences of several lengths; the label says whether good words outnumber bad ones,
+        turned over by `not`.
+        """
         generator, made = torch.Generator().manual_seed(seed), []
         while len(made) < n:
             length = int(torch.randint(5, 16, (1,), generator=generator))
@@ -329,7 +400,12 @@ def transformers_bert() -> Project:
                 made.append({**encode(" ".join(text)), "labels": int(score > 0)})
         return made
 
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     config = BertConfig(vocab_size=encode.vocab_size, num_labels=2, **size)
     train, val, collate = reviews(400, 0), reviews(200, 1), DataCollatorWithPadding(encode)
     return Project(
@@ -345,13 +421,17 @@ def lightly_linear() -> Project:
 
     def make_module() -> LinearClassifier:
         backbone = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2))
-        return LinearClassifier(backbone, batch_size_per_device=50, lr=0.5, feature_dim=288, num_classes=10)
+        return LinearClassifier(
+            backbone, batch_size_per_device=50, lr=0.5, feature_dim=288, num_classes=10
+        )
 
     return Project(make_module, lambda: loaders(*digit_pairs()), metric="val_top1")
 
 
 def timm_augmented() -> Project:
-    """A timm network in a plain module, and a data set that augments at random by torchvision's `transforms`."""
+    """A timm network in a plain module, and a data set that augments at random by torchvision's
+    `transforms`.
+    """
     import timm
     from torchvision.transforms import v2
 
@@ -364,7 +444,9 @@ def timm_augmented() -> Project:
 
     train, val = digit_pairs(16)
     return Project(
-        lambda: classifier(timm.create_model("resnet10t", num_classes=10, in_chans=1), 1e-3, smoothing=0.1),
+        lambda: classifier(
+            timm.create_model("resnet10t", num_classes=10, in_chans=1), 1e-3, smoothing=0.1
+        ),
         lambda: loaders(Augmented(train), val),
         epochs=8,
     )
@@ -375,16 +457,26 @@ def uncertainty_routine() -> Project:
     from torch_uncertainty.routines import ClassificationRoutine
 
     def make_module() -> ClassificationRoutine:
-        convolutions = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten()]
+        convolutions = [
+            nn.Conv2d(1, 16, 3),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+        ]
         network = nn.Sequential(*convolutions, nn.Linear(512, 10))
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-        return ClassificationRoutine(network, num_classes=10, loss=nn.CrossEntropyLoss(), optim_recipe=optimizer)
+        return ClassificationRoutine(
+            network, num_classes=10, loss=nn.CrossEntropyLoss(), optim_recipe=optimizer
+        )
 
     return Project(make_module, lambda: loaders(*digit_pairs()), metric="val/cls/Acc")
 
 
 def braindecode_eeg() -> Project:
-    """ShallowFBCSPNet in the Lightning module of braindecode's own tutorial: no `forward`, no validation."""
+    """ShallowFBCSPNet in the Lightning module of braindecode's own tutorial: no `forward`, no
+    validation.
+    """
     import pytorch_lightning
     from braindecode.datasets import create_from_X_y
     from braindecode.models import ShallowFBCSPNet
@@ -409,7 +501,9 @@ def braindecode_eeg() -> Project:
 
         def configure_optimizers(self):
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs)
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer, T_max=self.trainer.max_epochs
+            )
             return [optimizer], [scheduler]
 
     class Validated(LitModule):
@@ -444,10 +538,12 @@ def braindecode_eeg() -> Project:
 
 
 def forecasting_mlp() -> Project:
-    """DecoderMLP: numbers within a tolerance, and pytorch-forecasting's own data set with its own loader.
+    """DecoderMLP: numbers within a tolerance, and pytorch-forecasting's own data set with its own
+    loader.
 
-    Its validation logs errors only; forecasts within the tolerance are counted again on what the module's `predict`
-    gives. The checkpoint holds objects (encoders and normalisers of the data set).
+    Its validation logs errors only; forecasts within the tolerance are counted again on what the
+    module's `predict` gives. The checkpoint holds objects (encoders and normalisers of the data
+    set).
     """
     import pandas
     from pytorch_forecasting import DecoderMLP, TimeSeriesDataSet
@@ -471,18 +567,32 @@ def forecasting_mlp() -> Project:
 
     def within(trainer: Any, module: Any, data: dict) -> int:
         loader = data["val_dataloaders"]
-        predicted = module.predict(loader, trainer_kwargs={"accelerator": "cpu", "logger": False}).cpu()
+        predicted = module.predict(
+            loader, trainer_kwargs={"accelerator": "cpu", "logger": False}
+        ).cpu()
         truth = torch.cat([y for _, (y, _) in loader])
         return int(((predicted - truth).abs() < tolerance).all(1).sum())
 
     names = {"time_idx": "time", "target": "value", "group_ids": ["series"]}
-    lengths = {"max_encoder_length": 12, "max_prediction_length": horizon, "min_prediction_length": horizon}
-    reals = {"time_varying_known_reals": ["price", "weather"], "time_varying_unknown_reals": ["value"]}
-    train = TimeSeriesDataSet(series(40, 0), **names, **lengths, **reals, target_normalizer=TorchNormalizer())
+    lengths = {
+        "max_encoder_length": 12,
+        "max_prediction_length": horizon,
+        "min_prediction_length": horizon,
+    }
+    reals = {
+        "time_varying_known_reals": ["price", "weather"],
+        "time_varying_unknown_reals": ["value"],
+    }
+    train = TimeSeriesDataSet(
+        series(40, 0), **names, **lengths, **reals, target_normalizer=TorchNormalizer()
+    )
     val = TimeSeriesDataSet.from_dataset(train, series(25, 1))
     return Project(
         lambda: DecoderMLP.from_dataset(train, hidden_size=32, learning_rate=0.01, loss=MAE()),
-        lambda: (train.to_dataloader(train=True, batch_size=50), val.to_dataloader(False, batch_size=50)),
+        lambda: (
+            train.to_dataloader(train=True, batch_size=50),
+            val.to_dataloader(False, batch_size=50),
+        ),
         n_validated=len(val),
         task=Regression(tolerance=tolerance),
         adapter=adapter,
@@ -515,9 +625,16 @@ class Uses:
 
     def __init__(self, project: Project, lightning: Any, folder: Path, **options: Any) -> None:
         self.project, self.lightning, self.folder = project, lightning, folder
-        self.options = {"task": project.task, "data": DataOptions(adapter=project.adapter), **options}
+        self.options = {
+            "task": project.task,
+            "data": DataOptions(adapter=project.adapter),
+            **options,
+        }
         self.old, self.trained = folder / "old.ckpt", folder / "trained.ckpt"
-        for path, seed, epochs in ((self.old, 1, max(1, project.epochs // 2)), (self.trained, 0, project.epochs)):
+        for path, seed, epochs in (
+            (self.old, 1, max(1, project.epochs // 2)),
+            (self.trained, 0, project.epochs),
+        ):
             trainer = self.trainer(path.stem, max_epochs=epochs)
             trainer.fit(self.module(seed), **self.data())
             trainer.save_checkpoint(path)
@@ -525,7 +642,9 @@ class Uses:
     def trainer(self, name: str, callbacks: list[Any] | None = None, **arguments: Any) -> Any:
         quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
         arguments = {"max_epochs": self.project.epochs, "accelerator": "cpu", **quiet, **arguments}
-        return self.lightning.Trainer(default_root_dir=self.folder / name, callbacks=callbacks, **arguments)
+        return self.lightning.Trainer(
+            default_root_dir=self.folder / name, callbacks=callbacks, **arguments
+        )
 
     def data(self) -> dict[str, Any]:
         data = self.project.make_data()
@@ -538,7 +657,9 @@ class Uses:
         self.lightning.seed_everything(seed, verbose=False)
         module = self.project.make_module()
         if path is not None:
-            module.load_state_dict(torch.load(path, weights_only=self.project.weights_only)["state_dict"])
+            module.load_state_dict(
+                torch.load(path, weights_only=self.project.weights_only)["state_dict"]
+            )
         return module
 
     def right(self, path: str | Path) -> int:
@@ -548,10 +669,14 @@ class Uses:
             return self.project.count(trainer, module, data)
         loaders = {"dataloaders": data["val_dataloaders"]} if "val_dataloaders" in data else data
         trainer.validate(module, **loaders, verbose=False)
-        return round(float(trainer.callback_metrics[self.project.metric]) * self.project.n_validated)
+        return round(
+            float(trainer.callback_metrics[self.project.metric]) * self.project.n_validated
+        )
 
     def counted(self, report: Any, before: str | Path) -> str:
-        """Targets repaired and samples broken as the report says, and both counts of right validation samples."""
+        """Targets repaired and samples broken as the report says, and both counts of right
+        validation samples.
+        """
         val = next(split for split in report.splits if split.split == "val")
         known = report.pooled("known")
         ours = val.passed, val.kept + val.repaired
@@ -575,17 +700,29 @@ class Uses:
 
     def repair(self) -> str:
         """The same of a checkpoint, without training."""
-        report = repair(self.trainer("repair"), self.module(), **self.of_checkpoint(), dirpath=self.folder / "repair")
+        report = repair(
+            self.trainer("repair"),
+            self.module(),
+            **self.of_checkpoint(),
+            dirpath=self.folder / "repair",
+        )
         return self.counted(report, self.trained)
 
     def update(self) -> str:
-        """A new model in the place of an old one: regressions counted while it trains, and repaired."""
+        """A new model in the place of an old one: regressions counted while it trains, and
+        repaired.
+        """
         old = self.old if self.project.weights_only else self.module(path=self.old)
         metrics = RegressionMetrics(old, task=self.project.task, adapter=self.project.adapter)
-        callback = RegressionFreeRepair(reference=old, **self.options, dirpath=self.folder / "update" / "repair")
+        callback = RegressionFreeRepair(
+            reference=old, **self.options, dirpath=self.folder / "update" / "repair"
+        )
         trainer = self.trainer("update", [metrics, callback])
         trainer.fit(self.module(), **self.data())
-        logged = round(float(trainer.callback_metrics["regression/reference_accuracy"]) * self.project.n_validated)
+        logged = round(
+            float(trainer.callback_metrics["regression/reference_accuracy"])
+            * self.project.n_validated
+        )
         regressions = round(float(trainer.callback_metrics["regression/broken"]))
         line = self.counted(callback.report, trainer.checkpoint_callback.best_model_path)
         known = next(split for split in callback.report.update if split.split == "val")
@@ -597,18 +734,31 @@ class Uses:
         found = diagnose(self.trainer("diagnose"), self.module(), **self.of_checkpoint())
         targeted, judged = found.known["targeted"], found.count("yes") + found.count("no")
         agree = targeted == self.project.n_validated - self.right(self.trained)
-        fixable = f"{found.count('yes')} of {judged} that could be judged" if judged else "cannot be judged"
+        fixable = (
+            f"{found.count('yes')} of {judged} that could be judged"
+            if judged
+            else "cannot be judged"
+        )
         return f"{targeted} failures: {AGREES[agree]}; can be fixed: {fixable}"
 
 
 def use(name: str, max_time: float, verbose: bool) -> None:
-    """Uses one module in this environment and prints a line for each use; one that fails is printed too."""
+    """Uses one module in this environment and prints a line for each use; one that fails is printed
+    too.
+    """
     package, lightning_name, make_project = MODULES[name]
     warnings.simplefilter("ignore")
-    for logger in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric", "lightning_fabric"):
+    for logger in (
+        "lightning.pytorch",
+        "pytorch_lightning",
+        "lightning.fabric",
+        "lightning_fabric",
+    ):
         logging.getLogger(logger).setLevel(logging.ERROR)
     lightning = importlib.import_module(lightning_name)
-    print(f"{name}: {package} {metadata.version(package)}, {lightning_name} {lightning.__version__}")
+    print(
+        f"{name}: {package} {metadata.version(package)}, {lightning_name} {lightning.__version__}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         uses = Uses(make_project(), lightning, Path(folder), max_time=max_time, verbose=verbose)
         for run in (uses.fit, uses.repair, uses.update, uses.diagnose):
@@ -633,16 +783,28 @@ def python_of(package: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("packages", nargs="+", choices=PACKAGES, metavar="PACKAGE", help=", ".join(PACKAGES))
-    parser.add_argument("--folder", type=Path, default=Path("environments"), help="of environments (%(default)s)")
-    parser.add_argument("--here", action="store_true", help="use this environment, which has the package")
-    parser.add_argument("--max_time", type=float, default=20, help="seconds for each repair (%(default)s)")
-    parser.add_argument("--verbose", action="store_true", help="print the report of each repair, and errors in full")
+    parser.add_argument(
+        "packages", nargs="+", choices=PACKAGES, metavar="PACKAGE", help=", ".join(PACKAGES)
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("environments"), help="of environments (%(default)s)"
+    )
+    parser.add_argument(
+        "--here", action="store_true", help="use this environment, which has the package"
+    )
+    parser.add_argument(
+        "--max_time", type=float, default=20, help="seconds for each repair (%(default)s)"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print the report of each repair, and errors in full"
+    )
     given = parser.parse_args()
     for package in given.packages:
         if not given.here:
             options = ["--here", "--max_time", str(given.max_time), *["--verbose"] * given.verbose]
-            subprocess.run([python_of(package, given.folder), __file__, package, *options], check=True)
+            subprocess.run(
+                [python_of(package, given.folder), __file__, package, *options], check=True
+            )
             continue
         for name in (name for name, (of, *_) in MODULES.items() if of == package):
             use(name, given.max_time, given.verbose)

@@ -3,9 +3,10 @@
     python -m pip install plotnine
     python examples/tabular.py
 
-The package plotnine contains 53,940 diamonds with prices, so nothing is downloaded. The network was trained with hardly
-any stones of 1.5 carat or more. In later data, three in ten stones are that large. The network predicts the logarithm
-of the price, so a tolerance of log(1.15) means 15 % at any price.
+The package plotnine contains 53,940 diamonds with prices, so nothing is downloaded. The network was
+trained with hardly any stones of 1.5 carat or more. In later data, three in ten stones are that
+large. The network predicts the logarithm of the price, so a tolerance of log(1.15) means 15 % at
+any price.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ GRADES = {
 }
 LENGTHS = ("carat", "depth", "table", "x", "y", "z")
 LARGE = 1.5  # carat
-SPLITS = {"train": (4_000, 0.002), "repair": (1_500, 0.3), "test": (3_000, 0.3)}  # stones, share of large stones
+SPLITS = {
+    "train": (4_000, 0.002),
+    "repair": (1_500, 0.3),
+    "test": (3_000, 0.3),
+}  # stones, share of large stones
 
 
 def table() -> tuple[Tensor, Tensor, Tensor]:
@@ -42,12 +47,20 @@ def table() -> tuple[Tensor, Tensor, Tensor]:
     if package is None or package.origin is None:
         raise SystemExit("The data come with plotnine: python -m pip install plotnine")
     with (Path(package.origin).parent / "data" / "diamonds.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if min(float(row[name]) for name in LENGTHS) > 0]
+        rows = [
+            row for row in csv.DictReader(file) if min(float(row[name]) for name in LENGTHS) > 0
+        ]
     numbers = torch.tensor([[float(row[name]) for name in LENGTHS] for row in rows])
     numbers[:, [0, 3, 4, 5]] = numbers[:, [0, 3, 4, 5]].log()
-    grades = torch.tensor([[float(GRADES[name].index(row[name])) for name in GRADES] for row in rows])
+    grades = torch.tensor(
+        [[float(GRADES[name].index(row[name])) for name in GRADES] for row in rows]
+    )
     prices = torch.tensor([math.log(float(row["price"])) for row in rows])
-    return torch.cat([numbers, grades], 1), prices, torch.tensor([float(row["carat"]) >= LARGE for row in rows])
+    return (
+        torch.cat([numbers, grades], 1),
+        prices,
+        torch.tensor([float(row["carat"]) >= LARGE for row in rows]),
+    )
 
 
 class Diamonds(Splits):
@@ -67,7 +80,9 @@ class Diamonds(Splits):
             pools = {kind: pools[kind][count:] for kind, count in taken.items()}
         known = features[rows["train"]]
         features = (features - known.mean(0)) / known.std(0)
-        self.data = {name: TensorDataset(features[at], prices[at], large[at]) for name, at in rows.items()}
+        self.data = {
+            name: TensorDataset(features[at], prices[at], large[at]) for name, at in rows.items()
+        }
 
 
 class PriceNet(LightningModule):

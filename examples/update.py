@@ -1,10 +1,11 @@
-"""Replaces an old model by a new one: a gate refuses the new model, a repair fixes its regressions, the gate accepts.
+"""Replaces an old model by a new one: a gate refuses the new model, a repair fixes its regressions,
+the gate accepts.
 
     python examples/update.py
 
-The old network was trained on 200 of scikit-learn's handwritten digits. A new one, trained from scratch on 600, is far
-more accurate, but it misreads some digits that the old one read correctly. Both models are tested on a suite of 400
-digits. Later digits are only counted.
+The old network was trained on 200 of scikit-learn's handwritten digits. A new one, trained from
+scratch on 600, is far more accurate, but it misreads some digits that the old one read correctly.
+Both models are tested on a suite of 400 digits. Later digits are only counted.
 """
 
 from __future__ import annotations
@@ -66,8 +67,19 @@ if __name__ == "__main__":
     )
     verdicts["repaired"] = judged(new, old, loaders)
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="broken: the old model is right, the new one wrong.")
-    for head in ("new model", "broken:\nsuite", "\nlater", "accuracy:\nsuite", "\nlater", "\nverdict"):
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        caption="broken: the old model is right, the new one wrong.",
+    )
+    for head in (
+        "new model",
+        "broken:\nsuite",
+        "\nlater",
+        "accuracy:\nsuite",
+        "\nlater",
+        "\nverdict",
+    ):
         table.add_column(head, justify="left" if head == "new model" else "right")
     for name, verdict in verdicts.items():
         counts = [row.counts for row in verdict.rows]

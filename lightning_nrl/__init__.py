@@ -1,8 +1,8 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback.
 
-The names that most users need can be imported from here. Other public names are imported from their packages, such as
-`lightning_nrl.methods.Convex` or `lightning_nrl.tasks.Segmentation`; docs/reference lists them all. A package whose
-name begins with an underscore is private.
+The names that most users need can be imported from here. Other public names are imported from their
+packages, such as `lightning_nrl.methods.Convex` or `lightning_nrl.tasks.Segmentation`;
+docs/reference lists them all. A package whose name begins with an underscore is private.
 """
 
 from importlib import import_module
@@ -10,21 +10,22 @@ from importlib.util import find_spec
 
 __version__ = "0.2.0.dev0"
 
-# TensorBoard imports this package for its tab, without torch. So each name, and torch with it, is imported on first
-# access only. Type checkers read `__init__.pyi`.
+# TensorBoard imports this package for its tab, without torch. So each name, and torch with it, is
+# imported on first access only. Type checkers read `__init__.pyi`.
 _PACKAGES = {
     "_trainer.data_splits": "DataOptions",
-    "analysis.sweep": "Grid",
     "callbacks": "PositiveCongruentTraining RegressionFreeRepair RegressionMetrics ReleaseGate RepairInTraining"
-    " TrainingHistory WeightInterpolation",
+    " WeightInterpolation",
     "data": "Target TensorSource",
-    "entrypoints": "compare diagnose repair sweep",
+    "entrypoints": "compare diagnose repair",
     "errors": "ConfigurationError",
     "evaluation": "SampleOptions",
     "gate": "Gate",
     "pipeline": "BoundOptions SearchOptions Settings repair_module",
+    "published": "TrainingHistory",
     "report": "RepairReport",
     "search": "ParticleSwarm",
+    "study": "Grid sweep",
     "updates": "OldModel",
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names.split()}

@@ -1,22 +1,22 @@
 from lightning_nrl._trainer.data_splits import DataOptions
-from lightning_nrl.analysis.sweep import Grid
 from lightning_nrl.callbacks import (
     PositiveCongruentTraining,
     RegressionFreeRepair,
     RegressionMetrics,
     ReleaseGate,
     RepairInTraining,
-    TrainingHistory,
     WeightInterpolation,
 )
 from lightning_nrl.data import Target, TensorSource
-from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
+from lightning_nrl.entrypoints import compare, diagnose, repair
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
+from lightning_nrl.published import TrainingHistory
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.study import Grid, sweep
 from lightning_nrl.updates import OldModel
 
 __version__: str

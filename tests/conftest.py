@@ -1,7 +1,7 @@
 """What holds for all tests.
 
-Where several processes test side by side, each takes one core: their threads would only wait for each other. Ctrl-C is
-heeded, as in a shell, where the tests run in the background too.
+Where several processes test side by side, each takes one core: their threads would only wait for
+each other. Ctrl-C is heeded, as in a shell, where the tests run in the background too.
 """
 
 import os

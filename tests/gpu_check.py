@@ -1,8 +1,9 @@
-"""Checks what is promised of a GPU on a real card, in ten minutes: the tests marked `gpu`, as a table.
+"""Checks what is promised of a GPU on a real card, in ten minutes: the tests marked `gpu`, as a
+table.
 
-python tests/gpu_check.py                     # 0: all holds, 1: something does not, 2: there is no card
-python tests/gpu_check.py --device strict     # every check on the stand-in for CUDA, without a card and without times
-python tests/gpu_check.py --only waits memory
+python tests/gpu_check.py # 0: all holds, 1: something does not, 2: there is no card python
+tests/gpu_check.py --device strict # every check on the stand-in for CUDA, without a card and
+without times python tests/gpu_check.py --only waits memory
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ class Rows:
             return
         found = "; ".join(str(value) for _, value in report.user_properties)
         if report.skipped:
-            found = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+            found = (
+                report.longrepr[2].removeprefix("Skipped: ")
+                if isinstance(report.longrepr, tuple)
+                else ""
+            )
         elif report.failed:
             found = report.longreprtext.strip().splitlines()[-1]
         name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
-        self.lines.append((name, found[:90], {"passed": "yes", "failed": "NO"}.get(report.outcome, "")))
+        self.lines.append(
+            (name, found[:90], {"passed": "yes", "failed": "NO"}.get(report.outcome, ""))
+        )
 
     def show(self) -> None:
         width = max(len(name) for name, *_ in self.lines)
@@ -43,11 +50,15 @@ class Rows:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cuda", "strict"), default="cuda")
     parser.add_argument("--only", nargs="+", help="checks whose names have one of these words")
     options = parser.parse_args()
-    sys.path[:0] = [str(path) for path in (TESTS.parent, TESTS, TESTS / "device", TESTS / "scoring")]
+    sys.path[:0] = [
+        str(path) for path in (TESTS.parent, TESTS, TESTS / "device", TESTS / "scoring")
+    ]
     if options.device == "strict":
         import strict_cuda  # noqa: F401  (before torch)
     import pytest
@@ -57,9 +68,23 @@ def main() -> int:
         print(NO_CARD.format(version=torch.__version__))
         return 2
     total = torch.cuda.mem_get_info()[1] / 2**30
-    print(f"torch {torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {total:.0f} GiB")
+    print(
+        f"torch {torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {total:.0f} GiB"
+    )
     rows, chosen = Rows(), ["-k", " or ".join(options.only)] if options.only else []
-    plain = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:terminal", "-W", "ignore", "-m", "gpu", *chosen]
+    plain = [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:terminal",
+        "-W",
+        "ignore",
+        "-m",
+        "gpu",
+        *chosen,
+    ]
     status = pytest.main([*plain, *map(str, CHECKS)], plugins=[rows])
     if rows.lines:
         rows.show()

@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Graphs:
-    """The nodes of several graphs, one after the other; `batch` says whose each is. It cannot be cut."""
+    """The nodes of several graphs, one after the other; `batch` says whose each is. It cannot be
+    cut.
+    """
 
     def __init__(self, x: Tensor, batch: Tensor, y: Tensor) -> None:
         self.x, self.batch, self.y = x, batch, y
@@ -39,7 +41,8 @@ class GraphData(Dataset):
         g = torch.Generator().manual_seed(seed)
         self.y = torch.randint(0, 3, (n,), generator=g)
         self.x = [
-            torch.randn(int(torch.randint(2, 6, (1,), generator=g)), 4, generator=g) + 0.8 * nn.functional.one_hot(y, 4)
+            torch.randn(int(torch.randint(2, 6, (1,), generator=g)), 4, generator=g)
+            + 0.8 * nn.functional.one_hot(y, 4)
             for y in self.y
         ]
 

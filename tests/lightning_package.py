@@ -1,4 +1,6 @@
-"""The Lightning that tests use: `NRL_LIGHTNING=lightning.pytorch python -m pytest ...` runs them under the other."""
+"""The Lightning that tests use: `NRL_LIGHTNING=lightning.pytorch python -m pytest ...` runs them
+under the other.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ LightningDataModule, LightningModule, Trainer, seed_everything = (
     pl.Trainer,
     pl.seed_everything,
 )
-Callback, EarlyStopping, LearningRateFinder = callbacks.Callback, callbacks.EarlyStopping, callbacks.LearningRateFinder
+Callback, EarlyStopping, LearningRateFinder = (
+    callbacks.Callback,
+    callbacks.EarlyStopping,
+    callbacks.LearningRateFinder,
+)
 ModelCheckpoint, ModelPruning = callbacks.ModelCheckpoint, callbacks.ModelPruning
 ProgressBar, RichProgressBar, TQDMProgressBar = (
     callbacks.ProgressBar,

@@ -1,4 +1,6 @@
-"""Arguments of a repair by the plain names of what they say, for helpers that put some of them together."""
+"""Arguments of a repair by the plain names of what they say, for helpers that put some of them
+together.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from lightning_nrl.entrypoints.arguments import OPTION_CLASSES
 
 
 def with_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with fields of option objects put into these, such as `n_passed=5` into `search`."""
+    """The arguments with fields of option objects put into these, such as `n_passed=5` into
+    `search`.
+    """
     made = dict(arguments)
     for name, kind in OPTION_CLASSES.items():
         own = {field.name: made.pop(field.name) for field in fields(kind) if field.name in made}

@@ -38,7 +38,9 @@ class ThreadRank(Collective):
         return self.group.exchange(self.rank, x.clone())
 
     def sum(self, x: Tensor) -> Tensor:
-        return torch.stack([y.long() if y.dtype == torch.bool else y for y in self.gather(x)]).sum(0)
+        return torch.stack([y.long() if y.dtype == torch.bool else y for y in self.gather(x)]).sum(
+            0
+        )
 
 
 def on_ranks(world_size: int, function: Callable[[Collective], Result]) -> list[Result]:

@@ -9,8 +9,12 @@ import torch
 from lightning_nrl.evaluation import SampleResults
 
 
-def sample_table(passed: list[bool], sizes: dict[str, int] | None = None, **columns: Any) -> SampleResults:
-    """One row a sample, half of them of the split `train` and half of `new` unless sizes say otherwise."""
+def sample_table(
+    passed: list[bool], sizes: dict[str, int] | None = None, **columns: Any
+) -> SampleResults:
+    """One row a sample, half of them of the split `train` and half of `new` unless sizes say
+    otherwise.
+    """
     n, ok = len(passed), torch.tensor(passed, dtype=torch.bool)
     sizes = sizes or {"train": n // 2, "new": n - n // 2}
     given: dict[str, Any] = {

@@ -20,7 +20,7 @@ MODULES = (
     "lightning_nrl.entrypoints.command_line",
     "lightning_nrl.errors",
     "lightning_nrl.evaluation.metrics",
-    "lightning_nrl.report.stats",
+    "lightning_nrl.records.stats",
 )
 """Public modules that are no packages."""
 
@@ -36,20 +36,28 @@ def public_modules() -> list[ModuleType]:
 
 
 def summary(module: ModuleType, name: str) -> str:
-    """The first line of the docstring, of a constant that of the text below it; empty if there is none."""
+    """The first line of the docstring, of a constant that of the text below it; empty if there is
+    none.
+    """
     value = getattr(module, name)
     # Python 3.10 takes an alias such as `Callable[[Any], str]` for a class.
     is_class = inspect.isclass(value) and not isinstance(value, types.GenericAlias)
     if is_class or inspect.isroutine(value) or inspect.ismodule(value):
         inherited = is_class and "__doc__" not in vars(value)
-        return "" if inherited or not value.__doc__ else " ".join(value.__doc__.strip().split("\n\n")[0].split())
+        return (
+            ""
+            if inherited or not value.__doc__
+            else " ".join(value.__doc__.strip().split("\n\n")[0].split())
+        )
     for path in Path(lightning_nrl.__file__).parent.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         if f"{name} = " not in source and f"{name}: " not in source:
             continue
         body = ast.parse(source).body
         for node, after in itertools.pairwise(body):
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            )
             named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
             if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 return " ".join(str(after.value.value).strip().split("\n\n")[0].split())
@@ -57,7 +65,9 @@ def summary(module: ModuleType, name: str) -> str:
 
 
 def homes() -> dict[str, list[str]]:
-    """By public module, the names that are explained there: each object once, at the top what has no other home."""
+    """By public module, the names that are explained there: each object once, at the top what has
+    no other home.
+    """
     modules = public_modules()
     elsewhere = {id(getattr(module, name)) for module in modules[1:] for name in module.__all__}
     seen: set[int] = set()
@@ -74,7 +84,9 @@ def homes() -> dict[str, list[str]]:
 
 
 def reference() -> dict[str, str]:
-    """The text of each page of docs/reference, by its name: what is there, and a directive for each docstring."""
+    """The text of each page of docs/reference, by its name: what is there, and a directive for each
+    docstring.
+    """
     explained = homes()
     full = {
         id(getattr(importlib.import_module(module), name)): f"{module}.{name}"
@@ -84,7 +96,11 @@ def reference() -> dict[str, str]:
     pages = {}
     for module in public_modules():
         text = [f"# {module.__name__}\n", (module.__doc__ or "").strip().splitlines()[0] + "\n"]
-        others = [name for name in sorted(module.__all__, key=str.lower) if name not in explained[module.__name__]]
+        others = [
+            name
+            for name in sorted(module.__all__, key=str.lower)
+            if name not in explained[module.__name__]
+        ]
         if others:
             links = [f"[`{name}`][{full[id(getattr(module, name))]}]" for name in others]
             text.append(f"Explained where they are at home: {', '.join(links)}.\n")
@@ -109,8 +125,15 @@ def test_every_public_name_has_a_docstring() -> None:
 
 
 def test_type_checkers_see_the_names_that_there_are() -> None:
-    stub = ast.parse(Path(lightning_nrl.__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
-    homes = {alias.name: node.module for node in stub if isinstance(node, ast.ImportFrom) for alias in node.names}
+    stub = ast.parse(
+        Path(lightning_nrl.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    ).body
+    homes = {
+        alias.name: node.module
+        for node in stub
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert homes == {name: f"lightning_nrl.{home}" for name, home in lightning_nrl._HOMES.items()}  # type: ignore[attr-defined]
     assert sorted(homes) == sorted(lightning_nrl.__all__)
 

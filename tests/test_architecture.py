@@ -1,4 +1,6 @@
-"""The order of imports, one name for each thing, one place for Lightning: what docs/architecture.md promises."""
+"""The order of imports, one name for each thing, one place for Lightning: what docs/architecture.md
+promises.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from repository import ROOT
 
 PACKAGE = ROOT / "lightning_nrl"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._trainer.lightning")
+LIGHTNING = (
+    "pytorch_lightning",
+    "lightning_fabric",
+    "lightning.",
+    "lightning_nrl._trainer.lightning",
+)
 OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_get_file_writer", "_version"}
 """Private parts of torch, which other modules may touch."""
 
@@ -28,9 +35,15 @@ def definitions(kind: str) -> Iterator[tuple[str, str]]:
         for node in ast.parse(path.read_text()).body:
             if kind == "class" and isinstance(node, ast.ClassDef):
                 yield node.name, where
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            )
             for target in targets:
-                if kind == "constant" and isinstance(target, ast.Name) and target.id.strip("_").isupper():
+                if (
+                    kind == "constant"
+                    and isinstance(target, ast.Name)
+                    and target.id.strip("_").isupper()
+                ):
                     yield target.id, where
 
 
@@ -74,8 +87,14 @@ def private_uses(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(LIGHTNING):
             found += [alias.name for alias in node.names if alias.name.startswith("_")]
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
-            found += [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in (
+            "self",
+            "cls",
+            "super()",
+        ):
+            found += (
+                [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
+            )
     return [name for name in found if name not in OF_TORCH]
 
 
@@ -84,21 +103,32 @@ def test_the_search_for_private_uses_finds_them() -> None:
     assert sorted(private_uses(source)) == ["_data_source", "_trainer", "_x"]
 
 
-def test_one_package_alone_touches_private_parts_of_lightning_and_one_module_alone_imports_it() -> None:
+def test_one_package_alone_touches_private_parts_of_lightning_and_one_module_alone_imports_it() -> (
+    None
+):
     home = PACKAGE / "_trainer" / "lightning"
     for path in MODULES:
         source = path.read_text(encoding="utf-8")
         uses = private_uses(source) if any(name in source for name in LIGHTNING) else []
         if path == home / "private_parts.py":
-            assert {"_trainer", "_data_source", "_combined_loader", "_on_before_batch_transfer"} < set(uses)
+            assert {
+                "_trainer",
+                "_data_source",
+                "_combined_loader",
+                "_on_before_batch_transfer",
+            } < set(uses)
         else:
-            assert uses == (["_load", "_WrappingCheckpointIO"] if path == home / "packages.py" else []), path
+            assert uses == (
+                ["_load", "_WrappingCheckpointIO"] if path == home / "packages.py" else []
+            ), path
         imported = [
             name
             for node in ast.walk(ast.parse(source))
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
             )
             if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning")
         ]
@@ -118,7 +148,9 @@ def _known_names() -> set[str]:
 
 
 def test_every_name_on_the_map_exists() -> None:
-    page = re.sub(r"```.*?```", "", (ROOT / "docs" / "architecture.md").read_text(), flags=re.DOTALL)
+    page = re.sub(
+        r"```.*?```", "", (ROOT / "docs" / "architecture.md").read_text(), flags=re.DOTALL
+    )
     known = _known_names()
     for quoted in re.findall(r"`([^`]+)`", page):
         if re.fullmatch(r"[\w./]+\.(py|toml|md)|[\w/]+/", quoted):

@@ -1,4 +1,6 @@
-"""`lightning.pytorch` and `pytorch_lightning`: each works, without the other too, and they are not mixed."""
+"""`lightning.pytorch` and `pytorch_lightning`: each works, without the other too, and they are not
+mixed.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ TELLING = (
     "test_regression_metrics.py::test_two_processes_count_as_one",
     "test_cli.py::test_words_in_a_file_make_a_repair",
 )
-"""Integration tests that run under the other package too: in a fit, on a checkpoint, counted, by two ranks, by CLI."""
+"""Integration tests that run under the other package too: in a fit, on a checkpoint, counted, by
+two ranks, by CLI.
+"""
 
 
 @cache
@@ -82,21 +86,30 @@ DATA = {"train_dataloaders": loader(120, shuffle=True), "val_dataloaders": loade
 
 
 def trainer_of(package: str, folder: Path, *callbacks: Any, **arguments: Any) -> Any:
-    settings = {"max_epochs": 4, "accelerator": "cpu", "logger": False, "default_root_dir": folder} | arguments
+    settings = {
+        "max_epochs": 4,
+        "accelerator": "cpu",
+        "logger": False,
+        "default_root_dir": folder,
+    } | arguments
     return import_module(package).Trainer(
         callbacks=list(callbacks), enable_progress_bar=False, enable_model_summary=False, **settings
     )
 
 
 def fitted(package: str, folder: Path) -> tuple[Any, RegressionFreeRepair]:
-    """A module and the callback that repaired it in a fit, by default: training goes on in an inner trainer."""
+    """A module and the callback that repaired it in a fit, by default: training goes on in an inner
+    trainer.
+    """
     model, callback = net(package)(), RegressionFreeRepair(verbose=False)
     trainer_of(package, folder, callback).fit(model, **DATA)
     return model, callback
 
 
 @pytest.fixture(scope="module", params=PACKAGES)
-def repaired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
+def repaired(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Any, Any]:
     return request.param, *fitted(request.param, tmp_path_factory.mktemp("fit"))
 
 
@@ -120,21 +133,38 @@ def test_a_fit_is_repaired_and_goes_on_in_a_trainer_of_the_same_package(
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_checkpoint_is_read_whichever_package_saved_it(package: str, old: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_whichever_package_saved_it(
+    package: str, old: str, tmp_path: Path
+) -> None:
     model = net(package).load_from_checkpoint(old)
     trainer, quick = trainer_of(package, tmp_path), {**DATA, "ckpt_path": old}
     assert diagnose(trainer, model, **quick).known["failed"] > 0
-    assert compare(trainer, model, **quick, methods=["swarm"], unseen=None, search=QUICK["search"]).entries
+    assert compare(
+        trainer, model, **quick, methods=["swarm"], unseen=None, search=QUICK["search"]
+    ).entries
     report = repair(trainer, model, **quick, **QUICK, verbose=False)
     assert report.status == "repaired"
-    assert torch.load(report.files["checkpoint"], weights_only=True)["state_dict"].keys() == model.state_dict().keys()
+    assert (
+        torch.load(report.files["checkpoint"], weights_only=True)["state_dict"].keys()
+        == model.state_dict().keys()
+    )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_an_update_is_trained_counted_interpolated_and_released(package: str, old: str, tmp_path: Path) -> None:
-    metrics, gate = RegressionMetrics(old), ReleaseGate(reference=old, rules=["nfr:50%"], verbose=False)
+def test_an_update_is_trained_counted_interpolated_and_released(
+    package: str, old: str, tmp_path: Path
+) -> None:
+    metrics, gate = (
+        RegressionMetrics(old),
+        ReleaseGate(reference=old, rules=["nfr:50%"], verbose=False),
+    )
     trainer = trainer_of(
-        package, tmp_path, PositiveCongruentTraining(old), metrics, WeightInterpolation(old, verbose=False), gate
+        package,
+        tmp_path,
+        PositiveCongruentTraining(old),
+        metrics,
+        WeightInterpolation(old, verbose=False),
+        gate,
     )
     model = net(package)()
     trainer.fit(model, **DATA)
@@ -144,7 +174,9 @@ def test_an_update_is_trained_counted_interpolated_and_released(package: str, ol
 
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)
-def test_what_is_of_the_other_package_is_refused_before_anything_runs(own: str, other: str, tmp_path: Path) -> None:
+def test_what_is_of_the_other_package_is_refused_before_anything_runs(
+    own: str, other: str, tmp_path: Path
+) -> None:
     theirs, model = import_module(other), net(own)()
     foreign = {
         "callbacks": ("Timer", {"callbacks": [theirs.callbacks.Timer()]}),
@@ -152,16 +184,23 @@ def test_what_is_of_the_other_package_is_refused_before_anything_runs(own: str, 
     }
     for argument, (name, arguments) in foreign.items():
         callbacks = [RegressionFreeRepair(), *arguments.pop("callbacks", [])]
-        kind, refusal = ConfigurationError, f"`{argument}`: {name} is of `{other}`, the Trainer of `{own}`"
+        kind, refusal = (
+            ConfigurationError,
+            f"`{argument}`: {name} is of `{other}`, the Trainer of `{own}`",
+        )
         if argument == "callbacks" and Version(import_module(own).__version__) < Version("2.6"):
             kind, refusal = TypeError, "single import style"  # Lightning's own
         with pytest.raises(kind, match=refusal):
             trainer_of(own, tmp_path, *callbacks, **arguments).fit(model, **DATA)
     trainer = trainer_of(own, tmp_path)
     for work in (repair, diagnose, compare, partial(sweep, settings=[{}])):
-        with pytest.raises(ConfigurationError, match=f"`model`: Net is of `{other}`, the Trainer of `{own}`"):
+        with pytest.raises(
+            ConfigurationError, match=f"`model`: Net is of `{other}`, the Trainer of `{own}`"
+        ):
             work(trainer, net(other)(), **DATA)
-        with pytest.raises(ConfigurationError, match=f"`datamodule`: LightningDataModule is of `{other}`"):
+        with pytest.raises(
+            ConfigurationError, match=f"`datamodule`: LightningDataModule is of `{other}`"
+        ):
             work(trainer, model, datamodule=theirs.LightningDataModule())
 
 
@@ -179,14 +218,18 @@ assert sys.modules[{other!r}] is None
 
 
 def test_messages_stay_with_the_package_that_was_imported_first() -> None:
-    script = f"import {OTHER}, lightning_nrl, lightning_utilities.core.rank_zero as r; print(r.log.name)"
+    script = (
+        f"import {OTHER}, lightning_nrl, lightning_utilities.core.rank_zero as r; print(r.log.name)"
+    )
     assert run(["-c", script], OTHER).startswith(OTHER)
 
 
 @pytest.mark.slow
 def test_telling_integration_tests_pass_under_the_other_package() -> None:
     tests = [str(ROOT / "tests" / "integration" / name) for name in TELLING]
-    assert "passed" in run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], OTHER)
+    assert "passed" in run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], OTHER
+    )
 
 
 def run(arguments: list[str], package: str) -> str:
@@ -194,6 +237,8 @@ def run(arguments: list[str], package: str) -> str:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**kept, "NRL_LIGHTNING": package, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

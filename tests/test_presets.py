@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, Settings
-from lightning_nrl.pipeline import TABLE_II, paper_arguments, paper_row
+from lightning_nrl.study import TABLE_II, paper_arguments, paper_row
 
 PRINTED = """
 EXP-A1 (1) 6 False 309 500 100
@@ -49,11 +49,15 @@ def test_what_the_paper_says_outside_the_table() -> None:
 
 def test_the_callback_takes_a_row_and_what_the_user_adds() -> None:
     repair = RegressionFreeRepair.from_paper("EXP-B4", gate="instance", seed=3)
-    assert repair.settings == Settings(**{**paper_arguments("EXP-B4"), "gate": repair.settings.gate, "seed": 3})
+    assert repair.settings == Settings(
+        **{**paper_arguments("EXP-B4"), "gate": repair.settings.gate, "seed": 3}
+    )
     assert str(repair.settings.gate) == "instance"
 
 
 @pytest.mark.parametrize("row", ["EXP-B5", "b1", "", None])
 def test_a_row_that_is_not_there_is_refused_with_the_nearest(row: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"is not in Table II[\s\S]*HINT: the nearest rows are \['EXP-"):
+    with pytest.raises(
+        ConfigurationError, match=r"is not in Table II[\s\S]*HINT: the nearest rows are \['EXP-"
+    ):
         paper_row(row)

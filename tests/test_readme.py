@@ -14,7 +14,9 @@ from repository import ROOT
 from lightning_nrl import RegressionFreeRepair
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main__" in path.read_text()]
+SCRIPTS = [
+    path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main__" in path.read_text()
+]
 
 
 def block_behind(mark: str) -> str:
@@ -45,7 +47,12 @@ def test_each_command_is_one_line(mark):
 
 def test_every_argument_of_the_callback_is_in_the_table_of_options():
     arguments = list(inspect.signature(RegressionFreeRepair).parameters)
-    options = (ROOT / "docs/options.md").read_text().partition("## All arguments")[2].partition("\n## ")[0]
+    options = (
+        (ROOT / "docs/options.md")
+        .read_text()
+        .partition("## All arguments")[2]
+        .partition("\n## ")[0]
+    )
     assert re.findall(r"^\| `(\w+)` \|", options, re.MULTILINE) == arguments
 
 

@@ -29,7 +29,9 @@ def timeless(report: RepairReport) -> str:
     return replace(report, seconds={}, steps=steps).to_json()
 
 
-def test_the_same_seed_gives_the_same_report_to_the_bit_whatever_the_global_random_state_is() -> None:
+def test_the_same_seed_gives_the_same_report_to_the_bit_whatever_the_global_random_state_is() -> (
+    None
+):
     reports = []
     for _ in range(2):
         reports.append(repair_module(trained(), known(), quick(seed=3), unseen=unseen()))
@@ -40,16 +42,23 @@ def test_the_same_seed_gives_the_same_report_to_the_bit_whatever_the_global_rand
     assert not torch.equal(other.change, reports[0].change)
 
 
-def test_reports_of_another_day_are_equal_and_say_when_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_of_another_day_are_equal_and_say_when_they_were_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reports = []
     for seconds in ("0", "86400"):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)
         report = repair_module(trained(), known(), quick(seed=3)).report
         reports.append(replace(report, seconds={}, steps=()))
-    assert [report.provenance.made for report in reports] == ["1970-01-01 00:00:00+00:00", "1970-01-02 00:00:00+00:00"]
+    assert [report.provenance.made for report in reports] == [
+        "1970-01-01 00:00:00+00:00",
+        "1970-01-02 00:00:00+00:00",
+    ]
     assert reports[0] == reports[1]
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
-    made = datetime.fromisoformat(repair_module(trained(), known(), quick(seed=3)).report.provenance.made)
+    made = datetime.fromisoformat(
+        repair_module(trained(), known(), quick(seed=3)).report.provenance.made
+    )
     assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 600
 
 
@@ -68,7 +77,11 @@ def test_the_batch_size_of_the_data_does_not_matter(batch_size: int) -> None:
     expected = repair_module(trained(), known(), quick())
     found = repair_module(trained(), known(batch_size=batch_size), quick())
     for one, other in zip(found.report.splits, expected.report.splits, strict=True):
-        assert (one.counts, one.targeted_ids, one.confusion) == (other.counts, other.targeted_ids, other.confusion)
+        assert (one.counts, one.targeted_ids, one.confusion) == (
+            other.counts,
+            other.targeted_ids,
+            other.confusion,
+        )
         assert (one.repaired_ids, one.broken_ids) == (other.repaired_ids, other.broken_ids)
     torch.testing.assert_close(found.change, expected.change, rtol=1e-4, atol=1e-6)
 
@@ -79,7 +92,9 @@ def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
 
     def run(collective: Any) -> Outcome:
         sources = shares(known(), collective.rank, 2, batch_size=8)
-        return repair_module(Evaluator(models[collective.rank], collective=collective), sources, quick(n_passed=50))
+        return repair_module(
+            Evaluator(models[collective.rank], collective=collective), sources, quick(n_passed=50)
+        )
 
     deterministic = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     with warnings.catch_warnings():
@@ -98,7 +113,9 @@ def test_all_ranks_go_on_with_the_values_of_the_first() -> None:
     assert [values.tolist() for values in on_ranks(3, run)] == [[1.0, -2.0]] * 3
 
 
-def test_each_weight_is_searched_in_the_range_of_its_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_weight_is_searched_in_the_range_of_its_own_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given: list[WeightStats] = []
 
     def listen(*args: Any, stats: WeightStats, **kwargs: Any) -> Any:
@@ -113,7 +130,9 @@ def test_each_weight_is_searched_in_the_range_of_its_own_layer(monkeypatch: pyte
     assert torch.equal(torch.as_tensor(given[0].highest), expected)
 
 
-def test_passed_samples_are_drawn_by_seed_from_passed_sources_and_the_gate_counts_the_others_too() -> None:
+def test_passed_samples_are_drawn_by_seed_from_passed_sources_and_the_gate_counts_the_others_too() -> (
+    None
+):
     def drawn(**arguments: Any) -> Tensor:
         """The known samples that a method is to keep."""
         found: list[Tensor] = []
@@ -132,14 +151,20 @@ def test_passed_samples_are_drawn_by_seed_from_passed_sources_and_the_gate_count
     assert not rows[len(passing) :].any()
     assert torch.equal(rows, drawn(n_passed=40, seed=1))
     assert not torch.equal(rows, drawn(n_passed=40, seed=2))
-    with pytest.warns(DataWarning, match=f"`n_passed=9999`: only {int(passing.sum())} samples of train pass"):
+    with pytest.warns(
+        DataWarning, match=f"`n_passed=9999`: only {int(passing.sum())} samples of train pass"
+    ):
         assert torch.equal(drawn(n_passed=9999)[: len(passing)], passing)
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
         assert torch.equal(drawn(n_passed=int(passing.sum()))[: len(passing)], passing)
     every = torch.cat([right(trained(), source) for source in known()])
     assert torch.equal(drawn(), every)
-    chosen: dict[str, Any] = {"n_passed": 1, "fitness": Fitness("eq1", alpha=0.0), "gate": Gate.instance()}
+    chosen: dict[str, Any] = {
+        "n_passed": 1,
+        "fitness": Fitness("eq1", alpha=0.0),
+        "gate": Gate.instance(),
+    }
     report = repair_module(trained(), known(), quick(**chosen)).report
     assert (report.search.n_passed, report.status) == (1, "refused")
     assert sum(split.broken for split in report.candidate) > 0

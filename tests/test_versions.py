@@ -24,12 +24,17 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 MATRIX = WORKFLOW["jobs"]["tests"]["strategy"]["matrix"]
-WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text())
+    for path in (ROOT / ".github/workflows").glob("*.yml")
+}
 lowest = runpy.run_path(str(ROOT / ".ci/versions"))["lowest"]
 
 
 def test_it_runs_on_every_python_that_the_package_names() -> None:
-    classified = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if ":: Python :: 3." in line]
+    classified = [
+        line.rpartition(" ")[2] for line in PROJECT["classifiers"] if ":: Python :: 3." in line
+    ]
     assert MATRIX["python"] == classified
     assert PROJECT["requires-python"] == f">={classified[0]}"
     assert f"Python {classified[0]} to {classified[-1]}" in (ROOT / "README.md").read_text()
@@ -44,7 +49,10 @@ def test_the_oldest_python_gets_the_floors_and_the_newest_the_newest() -> None:
 
 def test_both_packages_of_lightning_are_tested() -> None:
     assert set(MATRIX["lightning"]) == {NAME, OTHER}
-    assert WORKFLOW["jobs"]["tests"]["env"] == {"NRL_LIGHTNING": "${{ matrix.lightning }}", "NRL_EXAMPLES": "1"}
+    assert WORKFLOW["jobs"]["tests"]["env"] == {
+        "NRL_LIGHTNING": "${{ matrix.lightning }}",
+        "NRL_EXAMPLES": "1",
+    }
 
 
 def test_the_scripts_that_it_calls_are_there() -> None:
@@ -61,10 +69,17 @@ def test_they_may_only_read_save_where_something_is_published() -> None:
 
 
 def test_actions_are_taken_by_their_major_version() -> None:
-    steps = [step for workflow in WORKFLOWS.values() for job in workflow["jobs"].values() for step in job["steps"]]
+    steps = [
+        step
+        for workflow in WORKFLOWS.values()
+        for job in workflow["jobs"].values()
+        for step in job["steps"]
+    ]
     actions = {step["uses"] for step in steps if "uses" in step}
     assert "pypa/gh-action-pypi-publish@release/v1" in actions
-    assert [name for name in actions if not re.fullmatch(r"(actions|pypa)/[\w-]+@(release/)?v\d+", name)] == []
+    assert [
+        name for name in actions if not re.fullmatch(r"(actions|pypa)/[\w-]+@(release/)?v\d+", name)
+    ] == []
 
 
 def test_the_version_stands_in_one_place() -> None:
@@ -113,7 +128,12 @@ def test_a_patch_can_be_written_without_extras() -> None:
 
 
 def test_every_requirement_has_one_lower_bound() -> None:
-    parts: list[list[Any]] = [*PROJECT["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values()]
+    parts: list[list[Any]] = [
+        *PROJECT["optional-dependencies"].values(),
+        *PYPROJECT["dependency-groups"].values(),
+    ]
     lines = [line for part in parts for line in part if isinstance(line, str)]
     floors = lowest([*PROJECT["dependencies"], *lines])
-    assert {"torch", "safetensors", "hypothesis", "plotnine"} <= {floor.partition("==")[0] for floor in floors}
+    assert {"torch", "safetensors", "hypothesis", "plotnine"} <= {
+        floor.partition("==")[0] for floor in floors
+    }

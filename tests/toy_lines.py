@@ -1,4 +1,6 @@
-"""Strength by hand: samples on a line, each of which changes its class where the strength crosses it."""
+"""Strength by hand: samples on a line, each of which changes its class where the strength crosses
+it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ PATCH: dict[str, Tensor] = {"weight": torch.tensor([[0.0], [1.0]])}
 def line(*crossings: float, split: str = "line", label: int = 1) -> TensorSource:
     """Samples that the model gives class 0 at strength 0, and class 1 from these strengths on."""
     inputs = torch.tensor([[1.0, -x] for x in crossings])
-    return TensorSource(inputs, torch.full((len(crossings),), label), split=split, passed=True, failed=True)
+    return TensorSource(
+        inputs, torch.full((len(crossings),), label), split=split, passed=True, failed=True
+    )
 
 
 class Line(nn.Module):
@@ -41,7 +45,15 @@ def problem(*sources: TensorSource, **changes: Any) -> Problem:
     before = evaluator.run(sources, AllFailures())
     space, _ = find_scope(nn.Linear(1, 2))
     return Problem(
-        evaluator, sources, before, space, ("weight",), NeuRecoverLite(), Fitness(), before.passed, **changes
+        evaluator,
+        sources,
+        before,
+        space,
+        ("weight",),
+        NeuRecoverLite(),
+        Fitness(),
+        before.passed,
+        **changes,
     )
 
 

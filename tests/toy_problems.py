@@ -42,7 +42,9 @@ class Share(TensorSource):
         return self.index[self.rank :: self.world_size]
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self.draw([places for places in self.positions.split(self.batch_size) if len(places)])
+        yield from self.draw(
+            [places for places in self.positions.split(self.batch_size) if len(places)]
+        )
 
 
 class Marginless(Multiclass):
@@ -64,7 +66,9 @@ def make_problem(
     bias: bool = False,
     **rest: Any,
 ) -> Problem:
-    """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
+    """The model in evaluation mode on known data, all failures of the marked sources to be
+    repaired.
+    """
     space, scope = find_scope(model.eval(), layer, include_bias=bias)
     evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
     before = evaluator.run(sources, Target.all() if target is None else target)
@@ -75,7 +79,9 @@ def make_problem(
 
 @dataclass
 class FakeTraining:
-    """A training that gives the same weights whatever it is asked for, or what `gives` says; it writes calls down.
+    """A training that gives the same weights whatever it is asked for, or what `gives` says; it
+    writes
+    calls down.
 
     Halfway it is at `halfway`, or where it ends; `renewed` are the answers to that.
     """
@@ -99,7 +105,14 @@ class FakeTraining:
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        call = {"seconds": seconds, "seed": seed, "start": start, "weight": weight, "epochs": epochs, "rate": rate}
+        call = {
+            "seconds": seconds,
+            "seed": seed,
+            "start": start,
+            "weight": weight,
+            "epochs": epochs,
+            "rate": rate,
+        }
         self.calls.append(call)
         state = self.state if self.gives is None else self.gives(**call)
         if state is None:
@@ -113,18 +126,29 @@ class FakeTraining:
 
 
 def cast(sources: Sequence[TensorSource], dtype: torch.dtype) -> list[TensorSource]:
-    return [TensorSource(s.inputs.to(dtype), s.targets, s.split, s.passed, s.failed, batch_size=32) for s in sources]
+    return [
+        TensorSource(s.inputs.to(dtype), s.targets, s.split, s.passed, s.failed, batch_size=32)
+        for s in sources
+    ]
 
 
-def shares(sources: Sequence[TensorSource], rank: int, world_size: int, batch_size: int = 16) -> list[Share]:
+def shares(
+    sources: Sequence[TensorSource], rank: int, world_size: int, batch_size: int = 16
+) -> list[Share]:
     given: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
     return [Share(s.inputs, s.targets, s.split, s.passed, s.failed, **given) for s in sources]
 
 
 def together(
-    model: nn.Module, sources: Sequence[TensorSource], work: Callable[[Problem], Any], world_size: int = 2, **rest: Any
+    model: nn.Module,
+    sources: Sequence[TensorSource],
+    work: Callable[[Problem], Any],
+    world_size: int = 2,
+    **rest: Any,
 ) -> list[Any]:
-    """What work gives on each of several ranks, each with a copy of the model and its share of the data."""
+    """What work gives on each of several ranks, each with a copy of the model and its share of the
+    data.
+    """
     models = [copy.deepcopy(model) for _ in range(world_size)]
 
     def run(collective: Any) -> Any:
@@ -145,7 +169,9 @@ def threshold(at: float) -> State:
 
 
 def on_a_line(**rest: Any) -> Problem:
-    """With the threshold at 0.75, 0.6 passes, 0.7 and 0.5 of class 1 are to be repaired. Who repairs 0.5 breaks 0.6."""
+    """With the threshold at 0.75, 0.6 passes, 0.7 and 0.5 of class 1 are to be repaired. Who
+    repairs 0.5 breaks 0.6.
+    """
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     x = torch.tensor([[value, 1.0] for value in (-2, -1, 1, 2, 0.6, 0.7, 0.5)])
@@ -155,12 +181,19 @@ def on_a_line(**rest: Any) -> Problem:
 
 def normed() -> nn.Sequential:
     """A network with running statistics and dropout."""
-    return nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3))
+    return nn.Sequential(
+        nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3)
+    )
 
 
 def retrained(model: nn.Module, seed: int = 0, steps: int = 60) -> State:
-    """Weights and statistics after training on what is known and on more of the new, as somebody else would do it."""
-    x, y = (torch.cat(column) for column in zip(blobs(60, seed=seed), blobs(60, 1.5, seed + 1), strict=True))
+    """Weights and statistics after training on what is known and on more of the new, as somebody
+    else would do it.
+    """
+    x, y = (
+        torch.cat(column)
+        for column in zip(blobs(60, seed=seed), blobs(60, 1.5, seed + 1), strict=True)
+    )
     new = copy.deepcopy(model).train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -176,7 +209,9 @@ def jittered(model: nn.Module, seed: int, scale: float) -> State:
     """Every weight moved at random."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (value.detach().float() + scale * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        name: (value.detach().float() + scale * torch.randn(value.shape, generator=generator)).to(
+            value.dtype
+        )
         for name, value in model.named_parameters()
     }
 
@@ -187,13 +222,17 @@ def barely(problem: Problem, state: State) -> State:
     assert broken(problem, state)
     for _ in range(10):
         middle = (low + high) / 2
-        low, high = (low, middle) if broken(problem, between(old, state, middle)) else (middle, high)
+        low, high = (
+            (low, middle) if broken(problem, between(old, state, middle)) else (middle, high)
+        )
     return between(old, state, high)
 
 
 @torch.no_grad()
 def right(problem: Problem, state: State) -> Tensor:
-    """Which known samples the model gets right with other weights, its loss finite, by a forward pass of its own."""
+    """Which known samples the model gets right with other weights, its loss finite, by a forward
+    pass of its own.
+    """
     found = []
     with temporary_weights(problem.model, state):
         for source in problem.known:
@@ -208,7 +247,9 @@ def broken(problem: Problem, state: State) -> int:
 
 
 def checked(problem: Problem, solution: Solution) -> Solution:
-    """What must be true of every solution with a proposal, counted again by a forward pass of its own."""
+    """What must be true of every solution with a proposal, counted again by a forward pass of its
+    own.
+    """
     assert solution.proposal is not None
     now = right(problem, solution.proposal.state)
     assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
@@ -220,23 +261,33 @@ def checked(problem: Problem, solution: Solution) -> Solution:
 def same(one: State, other: State) -> bool:
     """Bit for bit, dtypes included."""
     return one.keys() == other.keys() and all(
-        value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items()
+        value.dtype == other[name].dtype and torch.equal(value, other[name])
+        for name, value in one.items()
     )
 
 
 def same_evidence(one: SampleResults, other: SampleResults) -> bool:
-    return torch.equal(one.passed, other.passed) and torch.allclose(one.margin, other.margin, atol=1e-5)
+    return torch.equal(one.passed, other.passed) and torch.allclose(
+        one.margin, other.margin, atol=1e-5
+    )
 
 
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[None]:
-    """Fails if the model inside is not given back as it was: tensors and objects, modes, gradients, random numbers."""
+    """Fails if the model inside is not given back as it was: tensors and objects, modes, gradients,
+    random numbers.
+    """
     before, objects = snapshot(model), [id(x) for x in (*model.parameters(), *model.buffers())]
-    modes = [(module.training, [p.requires_grad for p in module.parameters()]) for module in model.modules()]
+    modes = [
+        (module.training, [p.requires_grad for p in module.parameters()])
+        for module in model.modules()
+    ]
     random = torch.get_rng_state()
     yield
     assert same(snapshot(model), before)
     assert [id(x) for x in (*model.parameters(), *model.buffers())] == objects
-    assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == modes
+    assert [
+        (m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()
+    ] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)

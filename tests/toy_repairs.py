@@ -1,4 +1,6 @@
-"""Small problems that a repair solves in a blink: blobs in the plane, some of them where the network has not looked."""
+"""Small problems that a repair solves in a blink: blobs in the plane, some of them where the
+network has not looked.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def trained(make: Callable[[], nn.Module] = mlp, seed: int = 0) -> nn.Module:
 def known(seed: int = 0, batch_size: int = 32, n: int = 120) -> list[TensorSource]:
     return [
         TensorSource(*blobs(n, seed=seed), split="train", passed=True, batch_size=batch_size),
-        TensorSource(*blobs(n // 2, 1.5, seed + 1), split="new", failed=True, batch_size=batch_size),
+        TensorSource(
+            *blobs(n // 2, 1.5, seed + 1), split="new", failed=True, batch_size=batch_size
+        ),
     ]
 
 

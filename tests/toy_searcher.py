@@ -35,7 +35,11 @@ class RandomLocalSearch:
 
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Walk:
         original, first = origin.original[:, None], origin.first_candidates
-        searched = torch.ones_like(original, dtype=torch.bool) if origin.searched is None else origin.searched
+        searched = (
+            torch.ones_like(original, dtype=torch.bool)
+            if origin.searched is None
+            else origin.searched
+        )
         worst = torch.full(original.shape[:2], -torch.inf, dtype=torch.float64)
         drawn = self._around(original, searched, streams)[:, first.shape[1] :]
         return Walk(torch.cat([first, drawn], 1), original, worst, searched)
@@ -46,8 +50,13 @@ class RandomLocalSearch:
     def tell(self, state: Walk, fitness: Tensor) -> Walk:
         top, which = fitness.max(1, keepdim=True)
         better = top > state.best_fitness
-        best = torch.where(better[..., None], state.candidates.take_along_dim(which[..., None], 1), state.best)
+        best = torch.where(
+            better[..., None], state.candidates.take_along_dim(which[..., None], 1), state.best
+        )
         return state._replace(best=best, best_fitness=torch.where(better, top, state.best_fitness))
 
     def _around(self, centre: Tensor, searched: Tensor, streams: RandomStreams) -> Tensor:
-        return centre + self.step * streams.normal(centre, self.n_candidates, centre.shape[-1]) * searched
+        return (
+            centre
+            + self.step * streams.normal(centre, self.n_candidates, centre.shape[-1]) * searched
+        )

@@ -21,7 +21,9 @@ PRELOADED = ("torch._dynamo", "torchmetrics", NAME, "lightning_nrl.callbacks.rep
 
 
 def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
-    """What a function of a module returns on each of two ranks; a `Trainer(devices=2, strategy="ddp")` starts no more.
+    """What a function of a module returns on each of two ranks; a `Trainer(devices=2,
+    strategy="ddp")`
+    starts no more.
 
     Raises:
         RuntimeError: a rank failed, or took too long; its own message is on stderr.
@@ -30,7 +32,10 @@ def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / str(rank) for rank in (0, 1)]
-        ranks = [context.Process(target=_on_rank, args=(i, port, file, function, args)) for i, file in enumerate(files)]
+        ranks = [
+            context.Process(target=_on_rank, args=(i, port, file, function, args))
+            for i, file in enumerate(files)
+        ]
         for rank in ranks:
             rank.start()
         try:
@@ -46,19 +51,25 @@ def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 
 
 
 def spawning() -> Any:
-    """`ddp_spawn`, but that the processes it starts come from the server: nothing is imported again."""
+    """`ddp_spawn`, but that the processes it starts come from the server: nothing is imported
+    again.
+    """
     server()
     return pl.strategies.DDPStrategy(start_method="forkserver")
 
 
 def server() -> Any:
-    """Starts processes as `multiprocessing` does, from a process that has imported torch and Lightning."""
+    """Starts processes as `multiprocessing` does, from a process that has imported torch and
+    Lightning.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context
 
 
-def _on_rank(rank: int, port: str, file: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _on_rank(
+    rank: int, port: str, file: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
     os.environ.update(found, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)

@@ -1,4 +1,6 @@
-"""What a type checker sees of the names at the top; mypy reads it beside the package, and nothing runs it."""
+"""What a type checker sees of the names at the top; mypy reads it beside the package, and nothing
+runs it.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from lightning_nrl import (
 )
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.diagnosis import Diagnosis
-from lightning_nrl.analysis.sweep import SweepResult
+from lightning_nrl.study import SweepResult
 
 
-def calls(trainer: Trainer, model: LightningModule) -> tuple[RepairReport, Diagnosis, Comparison, SweepResult]:
+def calls(
+    trainer: Trainer, model: LightningModule
+) -> tuple[RepairReport, Diagnosis, Comparison, SweepResult]:
     assert RegressionFreeRepair(Target.label(3)).report is None
     return (
         repair(trainer, model),

@@ -1,4 +1,5 @@
-"""Draws the figures of the docs that show an idea: SVG, so that they are sharp in print and need no plotting library.
+"""Draws the figures of the docs that show an idea: SVG, so that they are sharp in print and need no
+plotting library.
 
 python docs/figures/draw.py
 """
@@ -9,14 +10,27 @@ import re
 from html import escape
 from pathlib import Path
 
-from lightning_nrl.report.stats import Bound
+from lightning_nrl.records.stats import Bound
 
 HERE = Path(__file__).parent
-INK, FAINT, RIGHT, WRONG, REPAIRED, BROKEN = "#222", "#8a8a8a", "#b9c4bd", "#c62828", "#00796b", "#e65100"
+INK, FAINT, RIGHT, WRONG, REPAIRED, BROKEN = (
+    "#222",
+    "#8a8a8a",
+    "#b9c4bd",
+    "#c62828",
+    "#00796b",
+    "#e65100",
+)
 
 
 def text(
-    x: float, y: float, words: str, size: float = 14, anchor: str = "middle", color: str = INK, **more: str
+    x: float,
+    y: float,
+    words: str,
+    size: float = 14,
+    anchor: str = "middle",
+    color: str = INK,
+    **more: str,
 ) -> str:
     """One line of text."""
     extra = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
@@ -26,7 +40,9 @@ def text(
 
 def cross(x: float, y: float, color: str, arm: float = 5) -> str:
     """A wrong sample."""
-    path = f"M{x - arm:g} {y - arm:g}l{2 * arm:g} {2 * arm:g}m0 {-2 * arm:g}l{-2 * arm:g} {2 * arm:g}"
+    path = (
+        f"M{x - arm:g} {y - arm:g}l{2 * arm:g} {2 * arm:g}m0 {-2 * arm:g}l{-2 * arm:g} {2 * arm:g}"
+    )
     return f'<path d="{path}" stroke="{color}" stroke-width="3" fill="none"/>'
 
 
@@ -35,7 +51,9 @@ def dot(x: float, y: float, color: str) -> str:
     return f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="{color}"/>'
 
 
-def box(x: float, y: float, width: float, height: float, fill: str = "#fff", edge: str = FAINT) -> str:
+def box(
+    x: float, y: float, width: float, height: float, fill: str = "#fff", edge: str = FAINT
+) -> str:
     """A rounded box."""
     return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}" stroke="{edge}"/>'
 
@@ -86,9 +104,17 @@ def problem() -> str:
             parts.append(arrow(left - 54, 119, left - 8, 119))
         elif place:
             parts.append(text(left - 30, 124, "or", 17, color=FAINT))
-    legend = ((dot, RIGHT, "right"), (cross, WRONG, "wrong"), (dot, REPAIRED, "repaired"), (cross, BROKEN, "broken"))
+    legend = (
+        (dot, RIGHT, "right"),
+        (cross, WRONG, "wrong"),
+        (dot, REPAIRED, "repaired"),
+        (cross, BROKEN, "broken"),
+    )
     for place, (mark, color, word) in enumerate(legend):
-        parts += [mark(262 + 118 * place, 244, color), text(275 + 118 * place, 249, word, 14, "start", FAINT)]
+        parts += [
+            mark(262 + 118 * place, 244, color),
+            text(275 + 118 * place, 249, word, 14, "start", FAINT),
+        ]
     title = "Retraining repairs failures and breaks other samples; a repair breaks no known sample"
     return picture(900, 266, title, *parts)
 
@@ -105,7 +131,10 @@ def flow() -> str:
     for place, (title, *lines) in enumerate(steps):
         left = 20 + 222 * place
         parts += [box(left, 24, 174, 96), text(left + 87, 52, title, 17, font_weight="600")]
-        parts += [text(left + 87, 78 + 20 * row, line, 13.5, color="#555") for row, line in enumerate(lines)]
+        parts += [
+            text(left + 87, 78 + 20 * row, line, 13.5, color="#555")
+            for row, line in enumerate(lines)
+        ]
         if place:
             parts.append(arrow(left - 44, 72, left - 6, 72))
     left = 20 + 222 * 3 + 87
@@ -114,19 +143,51 @@ def flow() -> str:
         box(left - 560, 150, 306, 54, "#e0f2f1", REPAIRED),
         text(left - 407, 182, "accepted: weights change, once", 15),
     ]
-    parts += [box(left - 166, 164, 250, 54, "#fbe9e7", BROKEN), text(left - 41, 196, "refused: nothing changes", 15)]
-    return picture(900, 236, "Evaluate, localise, search, judge; then the weights change once, or not at all", *parts)
+    parts += [
+        box(left - 166, 164, 250, 54, "#fbe9e7", BROKEN),
+        text(left - 41, 196, "refused: nothing changes", 15),
+    ]
+    return picture(
+        900,
+        236,
+        "Evaluate, localise, search, judge; then the weights change once, or not at all",
+        *parts,
+    )
 
 
 def choose() -> str:
     """Which method for what."""
     rows = (
-        ("you have retrained, and something broke", 'reference="old.ckpt"', "the regressions of the update come back"),
-        ("you know nothing special", "nothing: the default", "a ladder from the least change to the most"),
-        ("it must take seconds, and change little", 'method="convex"', "the last Linear layer, solved exactly"),
-        ("only one inner layer may change", 'layer="encoder.4"', "that layer, searched and then linearised"),
-        ("as many repairs as possible", 'method="finetune-polish"', "the whole network: training, then polish"),
-        ("right has no gradient (a rule of yours)", 'method="swarm"', "the paper's search; needs no gradient"),
+        (
+            "you have retrained, and something broke",
+            'reference="old.ckpt"',
+            "the regressions of the update come back",
+        ),
+        (
+            "you know nothing special",
+            "nothing: the default",
+            "a ladder from the least change to the most",
+        ),
+        (
+            "it must take seconds, and change little",
+            'method="convex"',
+            "the last Linear layer, solved exactly",
+        ),
+        (
+            "only one inner layer may change",
+            'layer="encoder.4"',
+            "that layer, searched and then linearised",
+        ),
+        (
+            "as many repairs as possible",
+            'method="finetune-polish"',
+            "the whole network: training, then polish",
+        ),
+        (
+            "right has no gradient (a rule of yours)",
+            'method="swarm"',
+            "the paper's search; needs no gradient",
+        ),
     )
     parts = []
     for place, (situation, say, what) in enumerate(rows):
@@ -137,7 +198,9 @@ def choose() -> str:
             arrow(336, y + 20, 368, y + 20),
         ]
         parts += [box(372, y, 222, 40, "#e0f2f1", REPAIRED)]
-        parts += [text(483, y + 25, say, 13.5, font_family="ui-monospace, Menlo, Consolas, monospace")]
+        parts += [
+            text(483, y + 25, say, 13.5, font_family="ui-monospace, Menlo, Consolas, monospace")
+        ]
         parts += [text(608, y + 25, what, 13.5, "start", "#555")]
     return picture(910, 320, "Which method suits which situation", *parts)
 
@@ -150,7 +213,16 @@ def limits() -> str:
     def place(order: int, rate: float) -> tuple[float, float]:
         return left + width * order / (len(sizes) - 1), bottom - height * min(rate, top) / top
 
-    parts = [text(left, 28, "with 95 % confidence at most this share of such samples breaks", 14, "start", "#555")]
+    parts = [
+        text(
+            left,
+            28,
+            "with 95 % confidence at most this share of such samples breaks",
+            14,
+            "start",
+            "#555",
+        )
+    ]
     for rate in (0, 0.02, 0.04, 0.06, 0.08):
         y = place(0, rate)[1]
         parts.append(f'<path d="M{left} {y:g}h{width}" stroke="#e0e0e0"/>')
@@ -158,11 +230,21 @@ def limits() -> str:
     for order, size in enumerate(sizes):
         parts.append(text(place(order, 0)[0], bottom + 22, f"{size:,}", 13, color=FAINT))
     parts.append(
-        text(left + width / 2, bottom + 46, "samples that were right, and that nothing has looked at", 14, color="#555")
+        text(
+            left + width / 2,
+            bottom + 46,
+            "samples that were right, and that nothing has looked at",
+            14,
+            color="#555",
+        )
     )
     for broken, color in ((0, REPAIRED), (1, "#5c6bc0"), (3, BROKEN)):
         points = [place(order, Bound.of(broken, size).upper) for order, size in enumerate(sizes)]
-        points = [point for point, size in zip(points, sizes, strict=True) if Bound.of(broken, size).upper <= top]
+        points = [
+            point
+            for point, size in zip(points, sizes, strict=True)
+            if Bound.of(broken, size).upper <= top
+        ]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         parts.append(f'<path d="{path}" stroke="{color}" stroke-width="3" fill="none"/>')
         y = 70 + 24 * (0, 1, 3).index(broken)
@@ -170,28 +252,49 @@ def limits() -> str:
             f'<path d="M420 {y}h30" stroke="{color}" stroke-width="3"/>',
             text(460, y + 5, f"{broken} broke", 14, "start"),
         ]
-    return picture(670, 336, "The limit on the rate of regressions falls as more samples are counted", *parts)
+    return picture(
+        670, 336, "The limit on the rate of regressions falls as more samples are counted", *parts
+    )
 
 
 def defaults() -> str:
-    """Unseen samples that fine-tuning and the default repair and break, from the table that the study printed."""
-    table = (HERE.parents[1] / "examples" / "studies" / "results" / "defaults.md").read_text(encoding="utf-8")
+    """Unseen samples that fine-tuning and the default repair and break, from the table that the
+    study printed.
+    """
+    table = (HERE.parents[1] / "examples" / "studies" / "results" / "defaults.md").read_text(
+        encoding="utf-8"
+    )
     found = re.findall(
-        r"^\| (\w.*), (fine-tuning|default) \|(?:[^|]*\|){2} ([\d,]+) : ([\d,]+) \|", table, re.MULTILINE
+        r"^\| (\w.*), (fine-tuning|default) \|(?:[^|]*\|){2} ([\d,]+) : ([\d,]+) \|",
+        table,
+        re.MULTILINE,
     )
     middle, step, per = 360, 58, 0.12
-    parts = [text(middle - 8, 24, "broken", 14, "end", BROKEN), text(middle + 8, 24, "repaired", 14, "start", REPAIRED)]
+    parts = [
+        text(middle - 8, 24, "broken", 14, "end", BROKEN),
+        text(middle + 8, 24, "repaired", 14, "start", REPAIRED),
+    ]
     for place, (name, method, *counts) in enumerate(found):
         y = 36 + step * (place // 2) + 22 * (place % 2)
         gained, lost = (int(count.replace(",", "")) for count in counts)
         faint = 0.45 if method == "fine-tuning" else 1
         for x, n, color in ((middle, gained, REPAIRED), (middle - per * lost, lost, BROKEN)):
-            parts.append(f'<rect x="{x:g}" y="{y}" width="{per * n:g}" height="19" fill="{color}" opacity="{faint}"/>')
-        parts.append(text(middle + per * gained + 6, y + 14, f"{counts[0]} : {counts[1]}", 12, "start", "#555"))
+            parts.append(
+                f'<rect x="{x:g}" y="{y}" width="{per * n:g}" height="19" fill="{color}" opacity="{faint}"/>'
+            )
+        parts.append(
+            text(
+                middle + per * gained + 6, y + 14, f"{counts[0]} : {counts[1]}", 12, "start", "#555"
+            )
+        )
         parts += [] if place % 2 else [text(196, y + 27, name, 14, "end")]
     y = 36 + step * (len(found) // 2) + 12
-    parts.append(text(middle, y, "upper bars, pale: fine-tuning; lower bars: the default", 13, color="#555"))
-    return picture(830, y + 14, "Unseen samples that fine-tuning and the default repair and break", *parts)
+    parts.append(
+        text(middle, y, "upper bars, pale: fine-tuning; lower bars: the default", 13, color="#555")
+    )
+    return picture(
+        830, y + 14, "Unseen samples that fine-tuning and the default repair and break", *parts
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Shows `Example:` in docstrings as code: griffe knows that section of Google's style as `Examples:` alone."""
+"""Shows `Example:` in docstrings as code: griffe knows that section of Google's style as
+`Examples:` alone.
+"""
 
 from __future__ import annotations
 
@@ -14,4 +16,6 @@ class OneExample(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Of a module, a class, a function or an attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(
+                r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
+            )

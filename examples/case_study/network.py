@@ -1,4 +1,6 @@
-"""Network of the paper's kind, with 27 convolutions and one Linear layer, and its data: vehicles or digits."""
+"""Network of the paper's kind, with 27 convolutions and one Linear layer, and its data: vehicles or
+digits.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ TARGETS = {
 
 
 class Scenes(Splits):
-    """Batches of `(image, class, view, occluded)` of an experiment; images are drawn once and kept in `folder`."""
+    """Batches of `(image, class, view, occluded)` of an experiment; images are drawn once and kept
+    in `folder`.
+    """
 
     batch_size, drop_last = 128, True
     name: str
@@ -49,7 +53,11 @@ class Scenes(Splits):
     draw: Callable[[str, int, int], dict[str, np.ndarray]]
 
     def __init__(
-        self, experiment: str = "C", seed: int = 0, total: int | None = None, folder: str | Path = "runs"
+        self,
+        experiment: str = "C",
+        seed: int = 0,
+        total: int | None = None,
+        folder: str | Path = "runs",
     ) -> None:
         super().__init__()
         total = total or self.total
@@ -89,7 +97,9 @@ class Digits(Scenes):
 class VehicleNet(LightningModule):
     """Residual network: one convolution, three stages of four blocks of two, and two in shortcuts."""
 
-    def __init__(self, width: int = 16, blocks: int = 4, classes: int = len(CLASSES), mirrored: bool = True) -> None:
+    def __init__(
+        self, width: int = 16, blocks: int = 4, classes: int = len(CLASSES), mirrored: bool = True
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.mirrored = mirrored
@@ -112,7 +122,9 @@ class VehicleNet(LightningModule):
         return F.cross_entropy(self(augmented(images, mirror=self.mirrored)), vehicles)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -123,9 +135,13 @@ class Block(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_convolution(n_in, n_out, stride), nn.ReLU(), *_convolution(n_out, n_out))
+        self.body = nn.Sequential(
+            *_convolution(n_in, n_out, stride), nn.ReLU(), *_convolution(n_out, n_out)
+        )
         same = stride == 1 and n_in == n_out
-        self.shortcut = nn.Identity() if same else nn.Sequential(*_convolution(n_in, n_out, stride, size=1))
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(*_convolution(n_in, n_out, stride, size=1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.shortcut(x))

@@ -1,8 +1,8 @@
 """Compares the paper's answers to its research questions with the tables of a study.
 
-A table has the runs of one experiment, as `sweep` returns them. All counts are of unseen data, as in the paper's
-figures, unless *known* is written. Two settings are compared by the differences within each seed; the interval is that
-of the mean difference over seeds.
+A table has the runs of one experiment, as `sweep` returns them. All counts are of unseen data, as
+in the paper's figures, unless *known* is written. Two settings are compared by the differences
+within each seed; the interval is that of the mean difference over seeds.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 from grid import LINES, Line
 from scipy.stats import t
 
-from lightning_nrl.analysis.sweep import Run
-from lightning_nrl.pipeline import TABLE_II, PaperRow
+from lightning_nrl.study import TABLE_II, PaperRow, Run
 
 Tables = Mapping[str, Sequence[Run]]
 """Runs by experiment."""
@@ -35,7 +34,9 @@ class Interval:
     high: float
 
     def __format__(self, how: str) -> str:
-        return "{:+{how}} [{:+{how}}, {:+{how}}]".format(self.mean, self.low, self.high, how=how or ".1f")
+        return "{:+{how}} [{:+{how}}, {:+{how}}]".format(
+            self.mean, self.low, self.high, how=how or ".1f"
+        )
 
     @property
     def sign(self) -> int:
@@ -69,30 +70,44 @@ def answers(tables: Tables) -> tuple[Answer, ...]:
 
 def page(found: Sequence[Answer]) -> str:
     """Formats answers as a Markdown table."""
-    return "\n".join(["| | the paper | here | agrees |", "|---|---|---|---|", *map(str, found)]) + "\n"
+    return (
+        "\n".join(["| | the paper | here | agrees |", "|---|---|---|---|", *map(str, found)]) + "\n"
+    )
 
 
 def like(runs: Sequence[Run], row: PaperRow) -> list[Run]:
     """Selects the runs of one setting, in order of their seeds."""
-    wanted = (row.equation, row.alpha, row.perfect_intact, row.n_weights, row.n_passed, row.particles)
+    wanted = (
+        row.equation,
+        row.alpha,
+        row.perfect_intact,
+        row.n_weights,
+        row.n_passed,
+        row.particles,
+    )
     return sorted((run for run in runs if _setting(run) == wanted), key=lambda run: run.seed)
 
 
 def fewest_broken(runs: Sequence[Run]) -> list[Run]:
     """Selects the runs of the paper's *minimum regression case* on known data.
 
-    This is the setting with the fewest broken known samples on average, among those that repair any on average. On a
-    tie, the setting with more repairs wins.
+    This is the setting with the fewest broken known samples on average, among those that repair any
+    on average. On a tie, the setting with more repairs wins.
     """
     settings = list(_by_setting(runs).values())
     able = [own for own in settings if any(run.known.repaired for run in own)] or settings
-    return min(able, key=lambda own: (fmean(r.known.broken for r in own), -fmean(r.known.repaired for r in own)))
+    return min(
+        able,
+        key=lambda own: (fmean(r.known.broken for r in own), -fmean(r.known.repaired for r in own)),
+    )
 
 
 def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str) -> Interval | None:
-    """Returns the mean difference of a count, such as `known.broken`, between `high` and `low`, all else equal.
+    """Returns the mean difference of a count, such as `known.broken`, between `high` and `low`, all
+    else equal.
 
-    Differences are averaged within a seed, so each seed is one observation. Returns None without a pair.
+    Differences are averaged within a seed, so each seed is one observation. Returns None without a
+    pair.
     """
     values: dict[tuple, dict[float, float]] = {}
     for run in runs:
@@ -106,14 +121,18 @@ def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Returns the mean and its 95 % interval by Student's t. The interval of a single number is NaN."""
+    """Returns the mean and its 95 % interval by Student's t. The interval of a single number is
+    NaN.
+    """
     mean, n = fmean(values), len(values)
     half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return Interval(mean, mean - half, mean + half)
 
 
 def count(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
-    """Says how many runs; without an interval, since the runs share a network and are not independent."""
+    """Says how many runs; without an interval, since the runs share a network and are not
+    independent.
+    """
     return f"{sum(map(holds, runs))} of {len(runs)} runs"
 
 
@@ -125,7 +144,9 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
     parts = [stdev(own) ** 2 / len(own) for own in (first, second)]
     if not sum(parts):
         return Interval(mean, mean, mean)
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(own) - 1) for p, own in zip(parts, (first, second), strict=True))
+    freedom = sum(parts) ** 2 / sum(
+        p**2 / (len(own) - 1) for p, own in zip(parts, (first, second), strict=True)
+    )
     half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
     return Interval(mean, mean - half, mean + half)
 
@@ -133,9 +154,10 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
 def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     """Answers RQ1 and RQ2: the level at which regression is suppressed.
 
-    The accuracy level is judged by the setting that breaks the fewest known samples. It is reached if the interval of
-    the mean gain lies above 0, and not reached if the interval lies below 0. The instance level is reached if one
-    setting repairs an unseen sample of the target and breaks none in any run.
+    The accuracy level is judged by the setting that breaks the fewest known samples. It is reached
+    if the interval of the mean gain lies above 0, and not reached if the interval lies below 0. The
+    instance level is reached if one setting repairs an unseen sample of the target and breaks none
+    in any run.
     """
     question = "RQ2" if experiment == "C" else "RQ1"
     best = fewest_broken(runs)
@@ -168,19 +190,34 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
 
 
 def occlusion(tables: Tables) -> list[Answer]:
-    """Answers RQ3: at equal alpha, A breaks more unseen samples than B. Uses the rows that differ in alpha."""
+    """Answers RQ3: at equal alpha, A breaks more unseen samples than B. Uses the rows that differ
+    in alpha.
+    """
     rows = {"A": ("EXP-A2", "EXP-A3", "EXP-A4"), "B": ("EXP-B1", "EXP-B2", "EXP-B3")}
-    own = {e: [run for row in names for run in like(tables.get(e, ()), TABLE_II[row])] for e, names in rows.items()}
+    own = {
+        e: [run for row in names for run in like(tables.get(e, ()), TABLE_II[row])]
+        for e, names in rows.items()
+    }
     if not all(own.values()):
         return []
     claim = "A breaks more than B at equal alpha"
-    return [_compared("RQ3", claim, "rows A2 to A4 and B1 to B3: unseen broken", own, lambda r: r.unseen.broken, "A")]
+    return [
+        _compared(
+            "RQ3",
+            claim,
+            "rows A2 to A4 and B1 to B3: unseen broken",
+            own,
+            lambda r: r.unseen.broken,
+            "A",
+        )
+    ]
 
 
 def drift(tables: Tables) -> list[Answer]:
     """Answers RQ2: drift lowers the share of repaired known targets and the gain in accuracy.
 
-    Compares once the setting that breaks the fewest samples of B, once each experiment's own rows of Table II.
+    Compares once the setting that breaks the fewest samples of B, once each experiment's own rows
+    of Table II.
     """
     if not {"B", "C"} <= set(tables):
         return []
@@ -188,12 +225,21 @@ def drift(tables: Tables) -> list[Answer]:
     best = fewest_broken([run for run in tables["B"] if run.setting in names])
     same = {"B": best, "C": [run for run in tables["C"] if run.setting == best[0].setting]}
     rows = {
-        name: [run for row, setting in TABLE_II.items() if row[4] == name for run in like(tables[name], setting)]
+        name: [
+            run
+            for row, setting in TABLE_II.items()
+            if row[4] == name
+            for run in like(tables[name], setting)
+        ]
         for name in "BC"
     }
     found = []
     for claim, number, words in (
-        ("fewer repairs in C than in B", lambda r: 100 * r.known.repaired_in_target / r.known.targeted, "% of targets"),
+        (
+            "fewer repairs in C than in B",
+            lambda r: 100 * r.known.repaired_in_target / r.known.targeted,
+            "% of targets",
+        ),
         ("accuracy grows less in C than in B", _gain, "points of accuracy"),
     ):
         found.append(_compared("RQ2", claim, f"{best[0].setting}: {words}", same, number, "B"))
@@ -219,7 +265,12 @@ def _compared(
     (smaller,) = set(values) - {larger}
     between = difference(values[larger], values[smaller])
     found = ", ".join(f"{name} {fmean(own):.1f}" for name, own in values.items())
-    return Answer(question, claim, f"{words}: {found}; {larger} less {smaller} {between}", _agrees(between.sign))
+    return Answer(
+        question,
+        claim,
+        f"{words}: {found}; {larger} less {smaller} {between}",
+        _agrees(between.sign),
+    )
 
 
 def _gain(run: Run) -> float:
@@ -246,13 +297,18 @@ def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> list[A
     few, many = line.ends
     weighed = [run for run in runs if not run.perfect_intact]
     broken, repaired, known = (
-        effect(weighed, line.axis, few, many, name) for name in ("unseen.broken", "unseen.repaired", "known.broken")
+        effect(weighed, line.axis, few, many, name)
+        for name in ("unseen.broken", "unseen.repaired", "known.broken")
     )
     if broken is None:
         return []
     words = f"#pos {few} to {many}: {broken} broken, {repaired} repaired; known {known} broken"
     words += f"; of the sampled ones {fmean(r.n_passed - r.intact for r in weighed):.1f} broken"
-    return [Answer("RQ3", f"{experiment}: more passed samples, more broken", words, _agrees(broken.sign))]
+    return [
+        Answer(
+            "RQ3", f"{experiment}: more passed samples, more broken", words, _agrees(broken.sign)
+        )
+    ]
 
 
 def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> list[Answer]:
@@ -261,7 +317,12 @@ def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> list[
     (few, most), some = line.ends, line.values[1]
     found = {other: effect(own, line.axis, some, other, "unseen.broken") for other in (few, most)}
     return [
-        Answer("RQ3", f"{experiment}: {n} weights break more than {some}", f"{more} broken", _agrees(more.sign))
+        Answer(
+            "RQ3",
+            f"{experiment}: {n} weights break more than {some}",
+            f"{more} broken",
+            _agrees(more.sign),
+        )
         for n, more in found.items()
         if more is not None
     ]

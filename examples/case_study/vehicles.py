@@ -1,11 +1,12 @@
-"""Draws 10,186 scenes of seven kinds of vehicle with known view and occlusion, as many as in the paper.
+"""Draws 10,186 scenes of seven kinds of vehicle with known view and occlusion, as many as in the
+paper.
 
-The sprites of vehicles, trees and ground are from Debian's package simutrans-pak64 (`apt install simutrans-pak64`;
-Artistic-1.0: do not commit the sprites or images made of them). A sprite stands on a ground texture. An occluded
-vehicle has a tree in front that covers 20 to 60 % of it.
+The sprites of vehicles, trees and ground are from Debian's package simutrans-pak64 (`apt install
+simutrans-pak64`; Artistic-1.0: do not commit the sprites or images made of them). A sprite stands
+on a ground texture. An occluded vehicle has a tree in front that covers 20 to 60 % of it.
 
-The paper's three experiments: A repairs occluded scenes; B repairs front and back views; C is B with drift: front and
-back views are rare in train and val, common in repair and test.
+The paper's three experiments: A repairs occluded scenes; B repairs front and back views; C is B
+with drift: front and back views are rare in train and val, common in repair and test.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from PIL import Image
 
 PAK = Path("/usr/share/games/simutrans/pak")
 SIZE = 32
-CLASSES = ["aircraft", "ship", "road_motor", "road_trailer", "steam_loco", "diesel_electric_loco", "rail_wagon"]
+CLASSES = [
+    "aircraft",
+    "ship",
+    "road_motor",
+    "road_trailer",
+    "steam_loco",
+    "diesel_electric_loco",
+    "rail_wagon",
+]
 VIEWS = ["front", "back", "side"]
 SPLITS = {"train": 0.40, "val": 0.10, "repair": 0.20, "test": 0.30}
 HEADING_VIEW = [0, 1, 2, 0, 1, 0, 2, 1]  # s w sw se n e ne nw
@@ -76,7 +85,11 @@ def sprite(data: bytes) -> Sprite | None:
     elif version <= 2:
         w, h, offset = data[4], data[5], 10
     else:
-        (w,), (h,), offset = struct.unpack_from("<h", data, 4), struct.unpack_from("<h", data, 7), 10
+        (w,), (h,), offset = (
+            struct.unpack_from("<h", data, 4),
+            struct.unpack_from("<h", data, 7),
+            10,
+        )
     if w <= 0 or h <= 0:
         return None
     words = np.frombuffer(data, "<u2", offset=offset, count=(len(data) - offset) // 2)
@@ -105,7 +118,9 @@ def rgb(s: Sprite, company=((0.3, 0.4, 1.0), (1.0, 0.6, 0.2))) -> np.ndarray:
     for first, colour in zip((0, 8), company, strict=True):
         m = s.mask & (shade >= first) & (shade < first + 8)
         if m.any():
-            out[m] = np.clip(np.outer((shade[m] - first) * 22 + 70, colour), 0, 255).astype(np.uint8)
+            out[m] = np.clip(np.outer((shade[m] - first) * 22 + 70, colour), 0, 255).astype(
+                np.uint8
+            )
     out[s.mask & (shade >= 16)] = (225, 220, 140)
     return out
 
@@ -152,8 +167,15 @@ def load_sprites(pak: Path, pattern: str, smallest: int = 1, largest: int = 999)
 
 
 def paste(canvas: np.ndarray, image: np.ndarray, mask: np.ndarray, y: int, x: int) -> np.ndarray:
-    """Draws an image on the canvas where `mask` is True, and returns the covered pixels, `SIZE x SIZE` bool."""
-    y0, x0, y1, x1 = max(0, y), max(0, x), min(SIZE, y + mask.shape[0]), min(SIZE, x + mask.shape[1])
+    """Draws an image on the canvas where `mask` is True, and returns the covered pixels, `SIZE x
+    SIZE` bool.
+    """
+    y0, x0, y1, x1 = (
+        max(0, y),
+        max(0, x),
+        min(SIZE, y + mask.shape[0]),
+        min(SIZE, x + mask.shape[1]),
+    )
     covered = np.zeros((SIZE, SIZE), bool)
     if y1 > y0 and x1 > x0:
         covered[y0:y1, x0:x1] = mask[y0 - y : y1 - y, x0 - x : x1 - x]
@@ -168,12 +190,17 @@ def compose(rng, design: Design, s: Sprite, grounds: list, trees: list, occlude:
     canvas = ground[y : y + SIZE, x : x + SIZE].copy()
     picture = np.dstack([rgb(s, company=rng.uniform(0.15, 1.05, (2, 3))), s.mask * np.uint8(255)])
     largest = max(s.mask.shape)
-    scale = min(1.0, 30 / largest) * rng.uniform(0.85, 1.0) if largest > 26 else rng.uniform(0.9, 1.15)
+    scale = (
+        min(1.0, 30 / largest) * rng.uniform(0.85, 1.0) if largest > 26 else rng.uniform(0.9, 1.15)
+    )
     picture = Image.fromarray(picture, "RGBA")
     picture = picture.resize([max(3, round(v * scale)) for v in picture.size], Image.BILINEAR)
     picture = np.asarray(picture)
     h, w = picture.shape[:2]
-    at = [int(np.clip((SIZE - v) // 2 + rng.integers(-4, 5), min(0, SIZE - v), max(0, SIZE - v))) for v in (h, w)]
+    at = [
+        int(np.clip((SIZE - v) // 2 + rng.integers(-4, 5), min(0, SIZE - v), max(0, SIZE - v)))
+        for v in (h, w)
+    ]
     vehicle = paste(canvas, picture[..., :3], picture[..., 3] > 127, *at)
     covered = 0.0
     if occlude and vehicle.any():
@@ -199,12 +226,18 @@ def make_split(rng, n: int, pak, p_occluded: float, p_front_back: float | None) 
         pool = by_label[rng.integers(len(CLASSES))]
         design = pool[rng.integers(len(pool))]
         heading = int(rng.integers(len(design.headings)))
-        view = HEADING_VIEW[heading] if len(design.headings) == 8 else (2 if HEADING_VIEW[heading] == 2 else 0)
+        view = (
+            HEADING_VIEW[heading]
+            if len(design.headings) == 8
+            else (2 if HEADING_VIEW[heading] == 2 else 0)
+        )
         if design.headings[heading] is None:
             continue
         if p_front_back is not None and (view == 2) != (rng.random() >= p_front_back):
             continue
-        image, covered = compose(rng, design, design.headings[heading], grounds, trees, rng.random() < p_occluded)
+        image, covered = compose(
+            rng, design, design.headings[heading], grounds, trees, rng.random() < p_occluded
+        )
         rows.append((image, design.label, view, covered > 0))
     x, y, view, occluded = zip(*rows, strict=True)
     return {
@@ -216,7 +249,9 @@ def make_split(rng, n: int, pak, p_occluded: float, p_front_back: float | None) 
 
 
 def rates(experiment: str, split: str) -> tuple[float, float | None]:
-    """Returns the shares of occluded scenes and of front and back views. None: uniform over headings."""
+    """Returns the shares of occluded scenes and of front and back views. None: uniform over
+    headings.
+    """
     later = split in ("repair", "test")
     p_occluded = {"A": 0.30 if later else 0.15, "B": 0.0, "C": 0.0}[experiment]
     p_front_back = {"A": None, "B": 0.4, "C": 0.5 if later else 0.05}[experiment]
@@ -227,8 +262,8 @@ def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> d
     """Draws the scenes of an experiment.
 
     Returns:
-        For each split `s`: `s_x` uint8 `N x 32 x 32 x 3`, `s_y` the kind of vehicle, `s_view` (0 front, 1 back, 2
-        side), and `s_occluded`.
+        For each split `s`: `s_x` uint8 `N x 32 x 32 x 3`, `s_y` the kind of vehicle, `s_view` (0
+        front, 1 back, 2 side), and `s_occluded`.
     """
     pak = (
         load_designs(pak_dir),
@@ -236,9 +271,13 @@ def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> d
         load_sprites(pak_dir, "tree.*.pak", 10, 40),
     )
     if not pak[0] or not pak[1] or not pak[2]:
-        raise SystemExit(f"{pak_dir} has no sprites of vehicles, ground and trees.\nHINT: apt install simutrans-pak64")
+        raise SystemExit(
+            f"{pak_dir} has no sprites of vehicles, ground and trees.\nHINT: apt install simutrans-pak64"
+        )
     rng, out = np.random.default_rng(seed), {}
     for split, share in SPLITS.items():
-        for key, value in make_split(rng, round(total * share), pak, *rates(experiment, split)).items():
+        for key, value in make_split(
+            rng, round(total * share), pak, *rates(experiment, split)
+        ).items():
             out[f"{split}_{key}"] = value
     return out

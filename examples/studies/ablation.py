@@ -3,11 +3,12 @@
     python examples/studies/ablation.py --problems weak-digit fashion --seeds 10
     python examples/studies/ablation.py --problems vehicles-A vehicles-B vehicles-C --seeds 5
 
-All localisers get the same network, layer, number of weights, searcher, fitness and number of candidates. Random
-weights are drawn ten times, in deeper layers five times. A seed sets data, training and search. NeuRecover gets nine
-checkpoints of the training. In deeper layers, the search scores 300 passed samples; broken samples are counted on all
-known data. There is no gate. A localiser is compared with the mean over random draws in the same network and layer,
-with a 95 % t interval and an exact sign-flip test over seeds. Earlier runs are read from `runs/ablation`.
+All localisers get the same network, layer, number of weights, searcher, fitness and number of
+candidates. Random weights are drawn ten times, in deeper layers five times. A seed sets data,
+training and search. NeuRecover gets nine checkpoints of the training. In deeper layers, the search
+scores 300 passed samples; broken samples are counted on all known data. There is no gate. A
+localiser is compared with the mean over random draws in the same network and layer, with a 95 % t
+interval and an exact sign-flip test over seeds. Earlier runs are read from `runs/ablation`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,15 @@ import torch
 from problems import PROBLEMS, RUNS, State, half_interval, markdown, start, trained
 
 from lightning_nrl import ParticleSwarm, Settings, TensorSource
-from lightning_nrl.analysis.sweep import Run, SweepResult, sweep_module
 from lightning_nrl.localization import (
     AllWeights,
-    Arachne,
-    ArachneV2,
     ByGradient,
     Localizer,
-    NeuRecover,
     NeuRecoverLite,
     RandomWeights,
 )
+from lightning_nrl.published import Arachne, ArachneV2, NeuRecover
+from lightning_nrl.study import Run, SweepResult, sweep_module
 
 FITNESSES = {"eq1": "the paper's equation (1), alpha 6", "lexicographic": "fewer broken first"}
 N_WEIGHTS = 64
@@ -64,22 +63,33 @@ def searched(name: str, layer: str, seed: int) -> tuple[Run, ...]:
     path = RUNS / "ablation" / f"{name}_{layer}_{seed}.csv"
     if not path.exists():
         problem = PROBLEMS[name]
-        checkpoint, states = trained(name, seed, VEHICLE_EPOCHS if name.startswith("vehicles") else None)
+        checkpoint, states = trained(
+            name, seed, VEHICLE_EPOCHS if name.startswith("vehicles") else None
+        )
         model = problem.network.load_from_checkpoint(checkpoint)
         swarm, n_passed, draws = LAST_LAYER if layer == problem.layers[0] else DEEPER
         settings = [
-            {"name": f"{fitness}/{of}", "fitness": fitness, "localizer": localizer, "n_passed": n_passed}
+            {
+                "name": f"{fitness}/{of}",
+                "fitness": fitness,
+                "localizer": localizer,
+                "n_passed": n_passed,
+            }
             for fitness, (of, localizer) in itertools.product(FITNESSES, localizers(states, draws))
         ]
         data = problem.data(seed).data
 
         def source(split: str, **roles: bool) -> TensorSource:
             inputs, labels, *extras = data[split].tensors
-            return TensorSource(inputs, labels, split=split, extras=tuple(extras), batch_size=500, **roles)
+            return TensorSource(
+                inputs, labels, split=split, extras=tuple(extras), batch_size=500, **roles
+            )
 
         known = [source("train", passed=True), source("repair", passed=True, failed=True)]
         base = Settings(target=problem.target, layer=layer, method=swarm)
-        result = sweep_module(model, known, settings, seeds=[seed], base=base, unseen=[source("test")])
+        result = sweep_module(
+            model, known, settings, seeds=[seed], base=base, unseen=[source("test")]
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         result.to_csv(path)
     return SweepResult.from_csv(path).runs
@@ -92,7 +102,9 @@ def group_of(run: Run) -> str:
 
 
 def difference(pairs: Sequence[float]) -> str:
-    """Formats the mean difference with its 95 % t interval and the p-value of an exact sign-flip test."""
+    """Formats the mean difference with its 95 % t interval and the p-value of an exact sign-flip
+    test.
+    """
     if len(pairs) < 2:
         return "-"
     mean, half = fmean(pairs), half_interval(pairs)
@@ -110,8 +122,12 @@ def paired(runs: Sequence[Run], number: Callable[[Run], float]) -> Mapping[str, 
     found: dict[str, dict[int, list[float]]] = {}
     for (seed, layer, group), values in cells.items():
         if group != "random":
-            found.setdefault(group, {}).setdefault(seed, []).append(fmean(values) - fmean(cells[seed, layer, "random"]))
-    return {group: [fmean(values) for values in of_seeds.values()] for group, of_seeds in found.items()}
+            found.setdefault(group, {}).setdefault(seed, []).append(
+                fmean(values) - fmean(cells[seed, layer, "random"])
+            )
+    return {
+        group: [fmean(values) for values in of_seeds.values()] for group, of_seeds in found.items()
+    }
 
 
 NUMBERS: dict[str, Callable[[Run], float]] = {
@@ -130,10 +146,17 @@ def table(runs: Sequence[Run]) -> str:
     for group in dict.fromkeys(map(group_of, runs)):
         own = [run for run in runs if group_of(run) == group]
         weights = fmean(run.n_localized for run in own)
-        repaired, broken = fmean(run.known.repaired_in_target for run in own), fmean(run.known.broken for run in own)
-        gained, lost = (fmean(getattr(run.unseen, name) for run in own) for name in ("repaired", "broken"))
+        repaired, broken = (
+            fmean(run.known.repaired_in_target for run in own),
+            fmean(run.known.broken for run in own),
+        )
+        gained, lost = (
+            fmean(getattr(run.unseen, name) for run in own) for name in ("repaired", "broken")
+        )
         cells = (f"{weights:.0f}", f"{repaired:.1f}", f"{broken:.1f}", f"{gained:.1f} : {lost:.1f}")
-        rows.append([group, str(len(own)), *cells, *(difference(of.get(group, ())) for of in differences)])
+        rows.append(
+            [group, str(len(own)), *cells, *(difference(of.get(group, ())) for of in differences)]
+        )
     return markdown((*HEADS, *(f"{name}, to random" for name in NUMBERS)), rows)
 
 
@@ -141,9 +164,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     choices = [name for name, problem in PROBLEMS.items() if problem.layers]
     parser.add_argument("--problems", nargs="+", choices=choices, default=["weak-digit"])
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
+    parser.add_argument(
+        "--seeds", type=int, default=10, help="number of seeds, starting at --first"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--layers", type=int, default=3, help="number of layers, from the last one back")
+    parser.add_argument(
+        "--layers", type=int, default=3, help="number of layers, from the last one back"
+    )
     chosen = parser.parse_args()
     start()
     torch.set_num_threads(1)
@@ -154,6 +181,10 @@ if __name__ == "__main__":
         targets = fmean(one.known.targeted for one in runs)
         for fitness, words in FITNESSES.items():
             for layer in (*layers, *([None] if len(layers) > 1 else [])):
-                own = [one for one in runs if one.setting.startswith(f"{fitness}/") and layer in (None, one.layer)]
+                own = [
+                    one
+                    for one in runs
+                    if one.setting.startswith(f"{fitness}/") and layer in (None, one.layer)
+                ]
                 where = "all layers" if layer is None else f"layer {layer}"
                 print(f"\n{name}, {targets:.0f} targets, {where}, fitness: {words}\n\n{table(own)}")

@@ -1,13 +1,14 @@
 """Compares loss terms that keep a retrained model right where the old one was.
 
-    python examples/studies/congruent.py                  # ten seeds from scratch, all terms
-    python examples/studies/congruent.py --start old      # the same, starting from the old weights
-    python examples/studies/congruent.py --start old --interpolate  # also interpolates between old and new weights
-    python examples/studies/congruent.py --terms plain "focal distillation" --seeds 3
+    python examples/studies/congruent.py # ten seeds from scratch, all terms python
+    examples/studies/congruent.py --start old # the same, starting from the old weights python
+    examples/studies/congruent.py --start old --interpolate # also interpolates between old and new
+    weights python examples/studies/congruent.py --terms plain "focal distillation" --seeds 3
 
-The old network was trained on 300 of scikit-learn's handwritten digits, the new one on these and 300 more. Samples that
-the old model gets right and the new one wrong are counted on 997 unseen images, after the training and after a repair.
-The repair also uses 200 validation images. Earlier runs are read from `runs/congruent/`.
+The old network was trained on 300 of scikit-learn's handwritten digits, the new one on these and
+300 more. Samples that the old model gets right and the new one wrong are counted on 997 unseen
+images, after the training and after a repair. The repair also uses 200 validation images. Earlier
+runs are read from `runs/congruent/`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from problems import RUNS, DigitNet, markdown, quiet_trainer, start
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_nrl import PositiveCongruentTraining, RegressionFreeRepair, RepairReport, WeightInterpolation
+from lightning_nrl import (
+    PositiveCongruentTraining,
+    RegressionFreeRepair,
+    RepairReport,
+    WeightInterpolation,
+)
 from lightning_nrl.updates import FocalDistillation, MarginHinge, Oversampler
 
 SPLITS = {"first": 300, "more": 300, "val": 200, "test": 997}
@@ -91,23 +97,40 @@ def updated(seed: int, term: str, begin: str, interpolate: bool) -> RepairReport
         if begin == "old":
             new.load_state_dict(old.state_dict())
         terms = TERMS[term]
-        congruent = [] if terms is None else [PositiveCongruentTraining(checkpoint, terms, index=position)]
+        congruent = (
+            [] if terms is None else [PositiveCongruentTraining(checkpoint, terms, index=position)]
+        )
         between = [WeightInterpolation(checkpoint, seed=seed, verbose=False)] if interpolate else []
-        repair = RegressionFreeRepair(reference=checkpoint, unseen="test", seed=seed, dirpath=folder, verbose=False)
+        repair = RegressionFreeRepair(
+            reference=checkpoint, unseen="test", seed=seed, dirpath=folder, verbose=False
+        )
         data = MoreDigits(seed, more=True, hard_for=old if term == "oversampling" else None)
-        trainer = quiet_trainer(EPOCHS, *congruent, *between, repair, accelerator="cpu", limit_val_batches=0)
+        trainer = quiet_trainer(
+            EPOCHS, *congruent, *between, repair, accelerator="cpu", limit_val_batches=0
+        )
         trainer.fit(new, datamodule=data)
     return RepairReport.from_json((folder / "report.json").read_text())
 
 
-HEADS = ("trained: accuracy", "NFR, %", "(fewer : more)", "repaired: accuracy", "NFR, %", "(fewer : more)")
+HEADS = (
+    "trained: accuracy",
+    "NFR, %",
+    "(fewer : more)",
+    "repaired: accuracy",
+    "NFR, %",
+    "(fewer : more)",
+)
 
 
 def row(name: str, reports: Sequence[RepairReport], first: Sequence[RepairReport]) -> list[str]:
-    """Returns means over seeds on unseen data, and the seeds with fewer and more broken than in the first row."""
+    """Returns means over seeds on unseen data, and the seeds with fewer and more broken than in the
+    first row.
+    """
     cells = []
     for which in ("trained", "now"):
-        splits, plain = ([getattr(one.pooled_update("unseen"), which) for one in of] for of in (reports, first))
+        splits, plain = (
+            [getattr(one.pooled_update("unseen"), which) for one in of] for of in (reports, first)
+        )
         pairs = [(mine.broken, other.broken) for mine, other in zip(splits, plain, strict=True)]
         rate = fmean(split.broken / split.n for split in splits)
         cells += [f"{fmean(split.accuracy_after for split in splits):.4f}", f"{100 * rate:.2f}"]
@@ -117,10 +140,16 @@ def row(name: str, reports: Sequence[RepairReport], first: Sequence[RepairReport
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
+    parser.add_argument(
+        "--seeds", type=int, default=10, help="number of seeds, starting at --first"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--start", choices=("scratch", "old"), default="scratch", help="start of the new training")
-    parser.add_argument("--interpolate", action="store_true", help="add rows with weights between old and new")
+    parser.add_argument(
+        "--start", choices=("scratch", "old"), default="scratch", help="start of the new training"
+    )
+    parser.add_argument(
+        "--interpolate", action="store_true", help="add rows with weights between old and new"
+    )
     parser.add_argument("--terms", nargs="+", choices=list(TERMS), default=list(TERMS))
     given = parser.parse_args()
     start()
@@ -131,7 +160,9 @@ def main() -> None:
         name = f"{term}, interpolated" if between else term
         found[name] = [updated(seed, term, given.start, between) for seed in seeds]
     first = next(iter(found.values()))
-    print(f"Trained from {given.start}, {len(seeds)} seeds; NFR: unseen samples that the old model alone gets right\n")
+    print(
+        f"Trained from {given.start}, {len(seeds)} seeds; NFR: unseen samples that the old model alone gets right\n"
+    )
     print(markdown(HEADS, [row(name, reports, first) for name, reports in found.items()]))
 
 

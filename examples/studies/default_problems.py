@@ -1,7 +1,7 @@
 """Six small problems for `defaults.py`: tables, series, images; drift, rare classes, noisy labels.
 
-The data are generated from a seed or come with scikit-learn. Each problem has a typical network, optimizer and, in some
-cases, a learning-rate schedule. A training takes 2 to 8 s on one core.
+The data are generated from a seed or come with scikit-learn. Each problem has a typical network,
+optimizer and, in some cases, a learning-rate schedule. A training takes 2 to 8 s on one core.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ Schedule = Callable[[Optimizer, Trainer], object]
 class Small(Splits):
     """Batches of `(inputs, label)`."""
 
-    def __init__(self, inputs: Tensor, labels: Tensor, sizes: tuple[int, int, int], batch_size: int = 64) -> None:
+    def __init__(
+        self, inputs: Tensor, labels: Tensor, sizes: tuple[int, int, int], batch_size: int = 64
+    ) -> None:
         super().__init__()
         parts = zip(inputs.split(sizes), labels.split(sizes), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
@@ -44,7 +46,10 @@ class Classifier(LightningModule):
     """Classifier trained with cross-entropy; `schedule` makes the learning-rate schedule."""
 
     def __init__(
-        self, network: nn.Module, optimizer: Callable[..., Optimizer], schedule: Schedule | None = None
+        self,
+        network: nn.Module,
+        optimizer: Callable[..., Optimizer],
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         self.network, self.optimizer, self.schedule = network, optimizer, schedule
@@ -74,9 +79,17 @@ class Recurrent(nn.Module):
         return self.classifier(self.read(self.recurrent(series)[0]))
 
 
-def table(seed: int, n: int, features: int, classes: int, **arguments: object) -> tuple[Tensor, Tensor]:
+def table(
+    seed: int, n: int, features: int, classes: int, **arguments: object
+) -> tuple[Tensor, Tensor]:
     inputs, labels = make_classification(
-        n, features, n_informative=features // 2, n_redundant=2, n_classes=classes, random_state=seed, **arguments
+        n,
+        features,
+        n_informative=features // 2,
+        n_redundant=2,
+        n_classes=classes,
+        random_state=seed,
+        **arguments,
     )
     return torch.from_numpy(inputs).float(), torch.from_numpy(labels).long()
 
@@ -84,7 +97,9 @@ def table(seed: int, n: int, features: int, classes: int, **arguments: object) -
 def rare_classes(seed: int) -> Small:
     """Makes a table of 20 features and 6 classes; three classes have 4 % of the samples each."""
     weights = [0.4, 0.3, 0.18, 0.04, 0.04, 0.04]
-    inputs, labels = table(seed, 7_000, 20, 6, n_clusters_per_class=3, class_sep=1.6, weights=weights, flip_y=0)
+    inputs, labels = table(
+        seed, 7_000, 20, 6, n_clusters_per_class=3, class_sep=1.6, weights=weights, flip_y=0
+    )
     return Small(inputs, labels, (2_500, 900, 3_600))
 
 
@@ -101,11 +116,16 @@ def table_net() -> Classifier:
 
 def one_cycle(optimizer: Optimizer, trainer: Trainer) -> object:
     steps = int(trainer.estimated_stepping_batches)
-    return {"scheduler": lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps), "interval": "step"}
+    return {
+        "scheduler": lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps),
+        "interval": "step",
+    }
 
 
 def drifting_sensors(seed: int) -> Small:
-    """Makes a table of 16 features and 5 classes; later, four features of a third of the samples are offset."""
+    """Makes a table of 16 features and 5 classes; later, four features of a third of the samples
+    are offset.
+    """
     inputs, labels = table(seed, 6_500, 16, 5, n_clusters_per_class=2, class_sep=2.0, flip_y=0)
     drifted = torch.rand(len(inputs), generator=torch.Generator().manual_seed(seed)) < 0.33
     drifted[:2_500] = False
@@ -134,7 +154,9 @@ def waves(seed: int) -> Small:
     sines, ramps = (2 * math.pi * phases).sin(), 2 * (phases % 1) - 1
     shapes = torch.stack([sines, sines.sign(), ramps, -ramps, 2 * ramps.abs() - 1])
     labels = torch.randint(5, (n,), generator=generator)
-    series = uniform(0.6, 1.4) * shapes[labels, torch.arange(n)] + 0.3 * torch.randn(n, length, generator=generator)
+    series = uniform(0.6, 1.4) * shapes[labels, torch.arange(n)] + 0.3 * torch.randn(
+        n, length, generator=generator
+    )
     return Small(series[..., None], labels, (1_400, 600, 2_400))
 
 
@@ -142,18 +164,35 @@ def wave_net() -> Classifier:
     """A GRU; Adam with a cosine schedule."""
     network = Recurrent(nn.GRU(1, 32, batch_first=True), lambda outputs: outputs.mean(1), 5)
     optimizer = partial(torch.optim.Adam, lr=1e-2)
-    return Classifier(network, optimizer, lambda own, trainer: lr_scheduler.CosineAnnealingLR(own, trainer.max_epochs))
+    return Classifier(
+        network,
+        optimizer,
+        lambda own, trainer: lr_scheduler.CosineAnnealingLR(own, trainer.max_epochs),
+    )
 
 
 def gestures(seed: int) -> Small:
-    """Makes few, long, noisy series of three channels; the class is the order of three pulses (6 classes)."""
-    n, length, orders = 4_000, 60, torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    """Makes few, long, noisy series of three channels; the class is the order of three pulses (6
+    classes).
+    """
+    n, length, orders = (
+        4_000,
+        60,
+        torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]),
+    )
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(6, (n,), generator=generator)
     centres = (orders[labels] + 0.5) * length / 3 + 3.0 * torch.randn(n, 3, generator=generator)
     distances = torch.arange(length)[None, :, None] - centres[:, None]
-    pulses = (-(distances**2) / 18).exp() * torch.empty(n, 1, 3).uniform_(0.6, 1.4, generator=generator)
-    return Small(pulses + 0.9 * torch.randn(n, length, 3, generator=generator), labels, (1_200, 300, 2_500), 32)
+    pulses = (-(distances**2) / 18).exp() * torch.empty(n, 1, 3).uniform_(
+        0.6, 1.4, generator=generator
+    )
+    return Small(
+        pulses + 0.9 * torch.randn(n, length, 3, generator=generator),
+        labels,
+        (1_200, 300, 2_500),
+        32,
+    )
 
 
 def gesture_net() -> Classifier:
@@ -178,7 +217,9 @@ def noisy_labels(seed: int) -> Small:
     images = images + 0.3 * torch.randn(images.shape, generator=generator)
     wrong = torch.rand(n, generator=generator) < 0.05
     wrong[known:] = False
-    given = torch.where(wrong, (labels + torch.randint(1, 6, (n,), generator=generator)) % 6, labels)
+    given = torch.where(
+        wrong, (labels + torch.randint(1, 6, (n,), generator=generator)) % 6, labels
+    )
     return Small(images, given, (1_800, 800, 2_400))
 
 
@@ -190,7 +231,11 @@ def shape_net() -> Classifier:
         *(nn.Flatten(), nn.Dropout(0.2), nn.Linear(24 * 9, 48), nn.ReLU(), nn.Linear(48, 6)),
     )
     optimizer = partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-2)
-    return Classifier(nn.Sequential(*layers), optimizer, lambda own, _: lr_scheduler.MultiStepLR(own, [12, 16], 0.2))
+    return Classifier(
+        nn.Sequential(*layers),
+        optimizer,
+        lambda own, _: lr_scheduler.MultiStepLR(own, [12, 16], 0.2),
+    )
 
 
 def rotated_digits(seed: int) -> Small:
@@ -203,9 +248,14 @@ def rotated_digits(seed: int) -> Small:
     rotated[:600] = False
     angles = torch.empty(len(images)).uniform_(25, 50, generator=generator).deg2rad() * rotated
     angles[::2] *= -1
-    rows = [torch.stack([angles.cos(), -angles.sin()], 1), torch.stack([angles.sin(), angles.cos()], 1)]
+    rows = [
+        torch.stack([angles.cos(), -angles.sin()], 1),
+        torch.stack([angles.sin(), angles.cos()], 1),
+    ]
     turns = F.pad(torch.stack(rows, 1), (0, 1))
-    images = F.grid_sample(images, F.affine_grid(turns, list(images.shape), False), align_corners=False)
+    images = F.grid_sample(
+        images, F.affine_grid(turns, list(images.shape), False), align_corners=False
+    )
     return Small(images, torch.tensor(digits.target)[order], (600, 300, 897), 32)
 
 
@@ -217,7 +267,9 @@ def rotated_digit_net() -> Classifier:
         *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(32 * 16, 10)),
     )
-    return Classifier(nn.Sequential(*layers), partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-4))
+    return Classifier(
+        nn.Sequential(*layers), partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-4)
+    )
 
 
 SMALL = {

@@ -1,12 +1,13 @@
 """Compares the default repair with fine-tuning, under time limits, and after other fits.
 
-    python examples/studies/defaults.py --seeds 10            # six small problems, 10 minutes on one core
-    python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.25 0.5 1 2 --problems "digits, drift"
-    python examples/studies/defaults.py --seeds 3 --fits      # the quickstart and the weak digit
+    python examples/studies/defaults.py --seeds 10 # six small problems, 10 minutes on one core
+    python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.25 0.5 1 2 --problems "digits,
+    drift" python examples/studies/defaults.py --seeds 3 --fits # the quickstart and the weak digit
 
-The repair is a callback of the training; the targets are all failures of the repair data. Fine-tuning starts from the
-trained weights and trains on all known data for as many epochs as the fit. `--fits` replaces the fit before the repair
-by shorter or other ones (`FITS`). A plain loop makes all counts. Earlier runs are read from `--out`.
+The repair is a callback of the training; the targets are all failures of the repair data.
+Fine-tuning starts from the trained weights and trains on all known data for as many epochs as the
+fit. `--fits` replaces the fit before the repair by shorter or other ones (`FITS`). A plain loop
+makes all counts. Earlier runs are read from `--out`.
 """
 
 from __future__ import annotations
@@ -28,23 +29,28 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, Settings, TensorSource, repair_module
-from lightning_nrl.report.stats import interval
+from lightning_nrl.records.stats import interval
 
 OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
 """Networks of `--fits`."""
 FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
-"""Fits that start from the trained weights: a constant rate and the epochs; None: as in the training."""
+"""Fits that start from the trained weights: a constant rate and the epochs; None: as in the
+training.
+"""
 PLAIN = "plain PyTorch"
 SHIFTED = "images, noisy labels"
-"""In this problem, known labels are noisy and unseen ones are not, so held-out samples differ from unseen."""
+"""In this problem, known labels are noisy and unseen ones are not, so held-out samples differ from
+unseen.
+"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Counts of one method on repair data (targets), known and unseen data, and its processor seconds.
+    """Counts of one method on repair data (targets), known and unseen data, and its processor
+    seconds.
 
-    `held_out`: repaired, failures, broken and passed among the held-out samples of the chosen rung, and the number of
-    rungs to choose from.
+    `held_out`: repaired, failures, broken and passed among the held-out samples of the chosen rung,
+    and the number of rungs to choose from.
     """
 
     targeted: int
@@ -89,7 +95,9 @@ class Study:
         return model
 
     def run(self, method: str) -> Run:
-        """Runs fine-tuning, the default (`0.5 x`: in half of the fit's time), or the default after a fit."""
+        """Runs fine-tuning, the default (`0.5 x`: in half of the fit's time), or the default after
+        a fit.
+        """
         if method == "fine-tuning":
             model = self.new(self.state)
             loader = self.data.train_dataloader()
@@ -100,13 +108,19 @@ class Study:
             return self.counted(self.state, model, time.process_time() - began)
         if method == PLAIN:
             return self.repaired_plain()
-        limit = None if method == "default" or method in FITS else self.wall * float(method.rstrip(" x"))
+        limit = (
+            None
+            if method == "default" or method in FITS
+            else self.wall * float(method.rstrip(" x"))
+        )
         rate, epochs = FITS.get(method, (None, None))
         model = self.new(self.state if method in FITS else None)
         if rate is not None:
             fix_rate(model, rate)
         end, files = TrainingEnd(), self.folder / method.replace(" ", "_")
-        repair = RegressionFreeRepair(unseen="test", max_time=limit, seed=self.seed, dirpath=files, verbose=False)
+        repair = RegressionFreeRepair(
+            unseen="test", max_time=limit, seed=self.seed, dirpath=files, verbose=False
+        )
         trainer = quiet_trainer(epochs or self.problem.epochs, end, repair, accelerator="cpu")
         trainer.fit(model, datamodule=self.data)
         return self.counted(end.state, model, time.process_time() - end.ended, repair.report)
@@ -114,16 +128,29 @@ class Study:
     def repaired_plain(self) -> Run:
         """Repairs with tensors as data, without a Trainer."""
         train, repair, test = (self.data.data[split].tensors[:2] for split in SPLITS)
-        known = [TensorSource(*train, split="train", passed=True), TensorSource(*repair, split="repair", failed=True)]
+        known = [
+            TensorSource(*train, split="train", passed=True),
+            TensorSource(*repair, split="repair", failed=True),
+        ]
         model, began = self.new(self.state).eval(), time.process_time()
-        outcome = repair_module(model, known, Settings(seed=self.seed), unseen=[TensorSource(*test, split="test")])
+        outcome = repair_module(
+            model, known, Settings(seed=self.seed), unseen=[TensorSource(*test, split="test")]
+        )
         outcome.write(model)
         return self.counted(self.state, model, time.process_time() - began, outcome.report)
 
-    def counted(self, before: State, model: LightningModule, seconds: float, report: RepairReport | None = None) -> Run:
+    def counted(
+        self,
+        before: State,
+        model: LightningModule,
+        seconds: float,
+        report: RepairReport | None = None,
+    ) -> Run:
         """Counts the changes from earlier weights to the present ones."""
         models = self.new(before), model
-        was, now = ({split: right(one, self.data.data[split]) for split in SPLITS} for one in models)
+        was, now = (
+            {split: right(one, self.data.data[split]) for split in SPLITS} for one in models
+        )
         broken = {split: int((was[split] & ~now[split]).sum()) for split in SPLITS}
         return Run(
             targeted=int((~was["repair"]).sum()),
@@ -155,17 +182,27 @@ def fix_rate(model: LightningModule, rate: float) -> None:
 
 def held_out_of(report: RepairReport) -> tuple[int, int, int, int, int] | None:
     counts, choices = report.held_out, report.n_estimates
-    return counts and (counts.repaired, counts.repaired + counts.failing, counts.broken, counts.passed, choices)
+    return counts and (
+        counts.repaired,
+        counts.repaired + counts.failing,
+        counts.broken,
+        counts.passed,
+        choices,
+    )
 
 
 @torch.no_grad()
 def right(model: LightningModule, data: Dataset) -> Tensor:
     """Returns True for samples that a model gets right, in the order of the data."""
     model.eval()
-    return torch.cat([model(inputs).argmax(1) == labels for inputs, labels, *_ in DataLoader(data, 500)])
+    return torch.cat(
+        [model(inputs).argmax(1) == labels for inputs, labels, *_ in DataLoader(data, 500)]
+    )
 
 
-def runs_of(name: str, problem: Problem, seed: int, methods: Sequence[str], out: Path) -> dict[str, Run]:
+def runs_of(
+    name: str, problem: Problem, seed: int, methods: Sequence[str], out: Path
+) -> dict[str, Run]:
     """Runs each method, or reads earlier runs."""
     folder = out / name.replace(",", "").replace(" ", "_") / f"seed_{seed}"
     path = folder / f"{'_'.join(methods).replace(' ', '')}.json"
@@ -177,7 +214,13 @@ def runs_of(name: str, problem: Problem, seed: int, methods: Sequence[str], out:
     return {method: Run(**values) for method, values in json.loads(path.read_text()).items()}
 
 
-HEADS = ("targets repaired", "known broken, worst", "unseen repaired : broken", "points (worst)", "x the fit's time")
+HEADS = (
+    "targets repaired",
+    "known broken, worst",
+    "unseen repaired : broken",
+    "points (worst)",
+    "x the fit's time",
+)
 
 
 def row(name: str, runs: Sequence[Run]) -> list[str]:
@@ -196,7 +239,10 @@ def estimates(runs: Sequence[Run]) -> str:
     """Counts the runs whose unseen rates are within the 90 % intervals of their held-out estimates."""
     covered, tried = [0, 0], [run for run in runs if run.held_out is not None]
     for run in tried:
-        happened = (run.unseen_repaired, run.unseen - run.unseen_right), (run.unseen_broken, run.unseen_right)
+        happened = (
+            (run.unseen_repaired, run.unseen - run.unseen_right),
+            (run.unseen_broken, run.unseen_right),
+        )
         for i, (k, n) in enumerate(happened):
             low, high = interval(*run.held_out[2 * i : 2 * i + 2], run.held_out[-1])
             covered[i] += low <= k / max(n, 1) <= high
@@ -210,8 +256,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, starting at --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--problems", nargs="+", choices=[*SMALL, *OWNERS], help="default: all of the study")
-    parser.add_argument("--max-times", nargs="+", type=float, help="time limits, as shares of the fit's time")
+    parser.add_argument(
+        "--problems", nargs="+", choices=[*SMALL, *OWNERS], help="default: all of the study"
+    )
+    parser.add_argument(
+        "--max-times", nargs="+", type=float, help="time limits, as shares of the fit's time"
+    )
     parser.add_argument("--fits", action="store_true", help="other fits before the repair")
     parser.add_argument("--out", type=Path, default=RUNS / "defaults", help="folder of the runs")
     chosen = parser.parse_args()
@@ -226,7 +276,9 @@ def main() -> None:
     rows, alike = [], []
     for name in chosen.problems or (OWNERS if chosen.fits else SMALL):
         seeds = range(chosen.first, chosen.first + chosen.seeds)
-        runs = [runs_of(name, {**SMALL, **OWNERS}[name], seed, methods, chosen.out) for seed in seeds]
+        runs = [
+            runs_of(name, {**SMALL, **OWNERS}[name], seed, methods, chosen.out) for seed in seeds
+        ]
         for method in methods:
             own = [one[method] for one in runs]
             found[method] += own

@@ -1,4 +1,6 @@
-"""Fashion-MNIST with drift, as in the paper's EXP-C: a view that was rare in training becomes common in operation.
+"""Fashion-MNIST with drift, as in the paper's EXP-C: a view that was rare in training becomes
+common
+in operation.
 
 2 % of the training images are upside down, and 40 % of the later images.
 """
@@ -16,8 +18,18 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
-SPLITS = {"train": 10_000, "val": 2_500, "repair": 5_000, "test": 7_500}  # images; splits do not overlap
-UPSIDE_DOWN = {"train": 0.02, "val": 0.02, "repair": 0.4, "test": 0.4}  # share of upside-down images
+SPLITS = {
+    "train": 10_000,
+    "val": 2_500,
+    "repair": 5_000,
+    "test": 7_500,
+}  # images; splits do not overlap
+UPSIDE_DOWN = {
+    "train": 0.02,
+    "val": 0.02,
+    "repair": 0.4,
+    "test": 0.4,
+}  # share of upside-down images
 
 
 def load_images() -> tuple[Tensor, Tensor]:
@@ -31,7 +43,9 @@ def load_images() -> tuple[Tensor, Tensor]:
 
 
 class DriftingFashion(Splits):
-    """Batches of `(image, garment, upside_down)`. `repair_dataloader` has data collected after the training."""
+    """Batches of `(image, garment, upside_down)`. `repair_dataloader` has data collected after the
+    training.
+    """
 
     batch_size, drop_last = 128, True
 
@@ -44,12 +58,17 @@ class DriftingFashion(Splits):
         share = torch.cat([torch.full((n,), UPSIDE_DOWN[split]) for split, n in SPLITS.items()])
         upside_down = torch.rand(len(images), generator=generator) < share
         images[upside_down] = images[upside_down].flip(2, 3)
-        parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, upside_down)), strict=True)
+        parts = zip(
+            *(tensor.split(list(SPLITS.values())) for tensor in (images, labels, upside_down)),
+            strict=True,
+        )
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
 
 
 class FashionNet(LightningModule):
-    """Four convolutions with batch norm and two Linear layers, trained with flips, shifts and a one-cycle schedule."""
+    """Four convolutions with batch norm and two Linear layers, trained with flips, shifts and a
+    one-cycle schedule.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,4 +116,6 @@ def _convolution(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
 
 
 def _read_idx(path: Path, header: int) -> Tensor:
-    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8
+    )

@@ -1,9 +1,11 @@
 """Problems of the studies: networks whose training data lack something, made from a seed.
 
-- `slashed-zeros` is the quickstart. `weak-digit` is MNIST with too few eights. `toolkit` has the same digits, split for
-  about as many targets and known samples as in the public toolkit's figures.
-- `fashion` has upside-down garments, rare in training and common later (Debian's dataset-fashion-mnist).
-- `vehicles-A` has partly occluded vehicles, `vehicles-B` front and back views, `vehicles-C` the same, rare in training.
+- `slashed-zeros` is the quickstart. `weak-digit` is MNIST with too few eights. `toolkit` has the
+  same digits, split for about as many targets and known samples as in the public toolkit's figures.
+- `fashion` has upside-down garments, rare in training and common later (Debian's
+  dataset-fashion-mnist).
+- `vehicles-A` has partly occluded vehicles, `vehicles-B` front and back views, `vehicles-C` the
+  same, rare in training.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from scipy import stats
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "case_study"))
@@ -40,7 +48,8 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """A network to train and repair, for any seed, with data in the splits `train`, `repair` and `test`.
+    """A network to train and repair, for any seed, with data in the splits `train`, `repair` and
+    `test`.
 
     `layers`: the last layer, the one before it that has weights, and a deeper one.
     """
@@ -54,8 +63,12 @@ class Problem:
 
 def quiet_trainer(epochs: int = 1, *callbacks: Callback, **arguments: Any) -> Trainer:
     """Returns a trainer without progress bar, logger and checkpoints."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    return Trainer(**{"max_epochs": epochs, "devices": 1, "callbacks": list(callbacks), **quiet, **arguments})
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
+    )
+    return Trainer(
+        **{"max_epochs": epochs, "devices": 1, "callbacks": list(callbacks), **quiet, **arguments}
+    )
 
 
 def start() -> None:
@@ -90,11 +103,15 @@ class CheckpointsOfTraining(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch + 1 in self.kept:
-            self.states.append({name: value.detach().clone() for name, value in pl_module.state_dict().items()})
+            self.states.append(
+                {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            )
 
 
 def trained(name: str, seed: int, epochs: int | None = None) -> tuple[Path, list[State]]:
-    """Returns the checkpoints of a problem's training, the last one first; trains if `runs/` has none."""
+    """Returns the checkpoints of a problem's training, the last one first; trains if `runs/` has
+    none.
+    """
     problem = PROBLEMS[name]
     short = "" if epochs in (None, problem.epochs) else f"_{epochs}_epochs"
     checkpoint = RUNS / f"{name.replace('-', '_')}_{seed}{short}.ckpt"
@@ -125,7 +142,9 @@ _WEAK = {
 PROBLEMS = {
     "slashed-zeros": Problem(SlashedZeros, DigitNet, 30, Target.where(slashed_zero)),
     "weak-digit": Problem(partial(WeakDigit, splits=SPLITS), **_WEAK),
-    "toolkit": Problem(partial(WeakDigit, splits={"train": 0.35, "repair": 0.5, "test": 0.15}), **_WEAK),
+    "toolkit": Problem(
+        partial(WeakDigit, splits={"train": 0.35, "repair": 0.5, "test": 0.15}), **_WEAK
+    ),
     "fashion": Problem(
         DriftingFashion,
         FashionNet,

@@ -1,16 +1,17 @@
 """Repairs one problem over seeds; prints a row per seed, or means per method for several methods.
 
-    python examples/studies/repairs.py slashed-zeros --seeds 10
-    python examples/studies/repairs.py weak-digit --seeds 10 --methods convex      # only the last layer
-    python examples/studies/repairs.py vehicles-C --max-time 80                    # seconds per repair
-    python examples/studies/repairs.py toolkit --seeds 10 --methods default swarm arachne merged
-    python examples/studies/repairs.py weak-digit --seeds 10 --methods all         # with the published methods
-    python examples/studies/repairs.py vehicles-C --seeds 1 --max-time 80 --compare fine-tuning retraining
+    python examples/studies/repairs.py slashed-zeros --seeds 10 python examples/studies/repairs.py
+    weak-digit --seeds 10 --methods convex # only the last layer python examples/studies/repairs.py
+    vehicles-C --max-time 80 # seconds per repair python examples/studies/repairs.py toolkit --seeds
+    10 --methods default swarm arachne merged python examples/studies/repairs.py weak-digit --seeds
+    10 --methods all # with the published methods python examples/studies/repairs.py vehicles-C
+    --seeds 1 --max-time 80 --compare fine-tuning retraining
 
-A seed sets data, training and repair. The problems are in `problems.py`. Published methods run without a gate; all
-others may break no known sample. Arachne and `merged` score 200 passed samples. NeuRecover may change all Linear
-layers, Arachne's second version also all convolutions, the others the last layer. `from_paper` is EXP-B1. `--compare`
-compares methods and baselines, with a table and a figure per seed. Earlier runs are read from `runs/`.
+A seed sets data, training and repair. The problems are in `problems.py`. Published methods run
+without a gate; all others may break no known sample. Arachne and `merged` score 200 passed samples.
+NeuRecover may change all Linear layers, Arachne's second version also all convolutions, the others
+the last layer. `from_paper` is EXP-B1. `--compare` compares methods and baselines, with a table and
+a figure per seed. Earlier runs are read from `runs/`.
 """
 
 from __future__ import annotations
@@ -27,20 +28,28 @@ from torch import nn
 
 from lightning_nrl import BoundOptions, RepairReport, SearchOptions, compare, repair
 from lightning_nrl.analysis.comparison import Comparison
-from lightning_nrl.localization import NeuRecover
-from lightning_nrl.methods import Apricot, bundle
-from lightning_nrl.pipeline.settings import paper_arguments
+from lightning_nrl.published import Apricot, NeuRecover, bundle
+from lightning_nrl.study import paper_arguments
 
-AS_FOUND: dict[str, Any] = {"layer": "classifier", "gate": "tolerance:100%", "bounds": BoundOptions(strength=1.0)}
+AS_FOUND: dict[str, Any] = {
+    "layer": "classifier",
+    "gate": "tolerance:100%",
+    "bounds": BoundOptions(strength=1.0),
+}
 ARACHNE = {**AS_FOUND, "search": SearchOptions(n_passed=200)}  # passed samples, as published
 
 
 def in_all(network: LightningModule, *kinds: type[nn.Module]) -> dict[str, Any]:
     """Returns arguments of a repair of all layers of these kinds without a gate."""
-    return {**AS_FOUND, "layer": [name for name, part in network.named_modules() if isinstance(part, kinds)]}
+    return {
+        **AS_FOUND,
+        "layer": [name for name, part in network.named_modules() if isinstance(part, kinds)],
+    }
 
 
-def neurecover(history: list[State], network: LightningModule, n: int | None = None, last: int | None = None) -> dict:
+def neurecover(
+    history: list[State], network: LightningModule, n: int | None = None, last: int | None = None
+) -> dict:
     method = bundle("neurecover", localizer=NeuRecover(history, n, last=last))
     return {**in_all(network, nn.Linear), "method": method}
 
@@ -55,9 +64,15 @@ METHODS: dict[str, Callable[[list[State], LightningModule], dict[str, Any]]] = {
     "neurecover, last two": partial(neurecover, last=1),
     "neurecover, last two, 4 weights": partial(neurecover, n=4, last=1),
     "arachne": lambda history, network: {**ARACHNE, "method": "arachne"},
-    "arachne-de": lambda history, network: {**in_all(network, nn.Linear, nn.Conv2d), "method": "arachne-de"},
+    "arachne-de": lambda history, network: {
+        **in_all(network, nn.Linear, nn.Conv2d),
+        "method": "arachne-de",
+    },
     "merged": lambda history, network: {**ARACHNE, "method": "merged"},
-    "apricot, no polish": lambda history, network: {"method": Apricot(history[-5:], polish=False), "gate": "accuracy"},
+    "apricot, no polish": lambda history, network: {
+        "method": Apricot(history[-5:], polish=False),
+        "gate": "accuracy",
+    },
     "apricot": lambda history, network: {"method": Apricot(history[-5:])},
 }
 """Arguments of each repair, by the checkpoints of the training."""
@@ -66,7 +81,11 @@ METHODS: dict[str, Callable[[list[State], LightningModule], dict[str, Any]]] = {
 def repaired(name: str, seed: int, method: str, max_time: float | None = None) -> RepairReport:
     """Repairs a trained network and returns the report, or reads an earlier one."""
     limit = "" if max_time is None else f"_{max_time:g}s"
-    folder = RUNS / f"{name}_{method}{limit}".replace(",", "").replace(" ", "-").replace("-", "_") / f"seed_{seed}"
+    folder = (
+        RUNS
+        / f"{name}_{method}{limit}".replace(",", "").replace(" ", "-").replace("-", "_")
+        / f"seed_{seed}"
+    )
     if not (folder / "report.json").exists():
         problem, (checkpoint, history) = PROBLEMS[name], trained(name, seed)
         repair(
@@ -92,8 +111,15 @@ def compared(name: str, seed: int, methods: Sequence[str], max_time: float | Non
     if path.exists():
         return Comparison.from_json(path.read_text())
     problem, (checkpoint, _) = PROBLEMS[name], trained(name, seed)
-    given = {"datamodule": problem.data(seed), "ckpt_path": checkpoint, "target": problem.target, "seed": seed}
-    comparison = compare(quiet_trainer(), problem.network(), **given, methods=methods or None, max_time=max_time)
+    given = {
+        "datamodule": problem.data(seed),
+        "ckpt_path": checkpoint,
+        "target": problem.target,
+        "seed": seed,
+    }
+    comparison = compare(
+        quiet_trainer(), problem.network(), **given, methods=methods or None, max_time=max_time
+    )
     comparison.save(folder)
     comparison.plot(folder / "comparison.png")
     return comparison
@@ -106,7 +132,10 @@ NUMBERS: dict[str, tuple[Callable[[RepairReport], float], str]] = {
     "unseen: repaired": (lambda report: report.pooled("unseen").repaired, ".1f"),
     "broken, unseen": (lambda report: report.pooled("unseen").broken, ".1f"),
     "accuracy: untouched, %": (lambda report: 100 * report.pooled("unseen").accuracy_before, ".1f"),
-    "points": (lambda report: 100 * (after(report) - report.pooled("unseen").accuracy_before), "+.2f"),
+    "points": (
+        lambda report: 100 * (after(report) - report.pooled("unseen").accuracy_before),
+        "+.2f",
+    ),
     "seconds": (lambda report: sum(report.seconds.values()), ".0f"),
 }
 """Columns of the table. The repair uses known data; unseen data are only counted."""
@@ -117,17 +146,24 @@ def after(report: RepairReport) -> float:
 
 
 def row(name: str, reports: Sequence[RepairReport]) -> list[str]:
-    return [name, *(interval([number(one) for one in reports], form) for number, form in NUMBERS.values())]
+    return [
+        name,
+        *(interval([number(one) for one in reports], form) for number, form in NUMBERS.values()),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
+    parser.add_argument(
+        "--seeds", type=int, default=10, help="number of seeds, starting at --first"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["default"])
     parser.add_argument("--compare", nargs="*", help="methods and baselines; default: all")
-    parser.add_argument("--max-time", type=float, help="seconds per repair and per baseline except retraining")
+    parser.add_argument(
+        "--max-time", type=float, help="seconds per repair and per baseline except retraining"
+    )
     chosen = parser.parse_args()
     start()
     if not chosen.problem.startswith(("vehicles", "fashion")):
@@ -143,7 +179,9 @@ def main() -> None:
             reports.append(repaired(chosen.problem, seed, method, chosen.max_time))
             rows += [row(f"{method}, seed {seed}", reports[-1:])] * (len(chosen.methods) == 1)
         rows.append(row(method, reports))
-    print(f"{chosen.problem}, {chosen.seeds} seeds: means with 95 % t intervals\n\n{markdown(list(NUMBERS), rows)}")
+    print(
+        f"{chosen.problem}, {chosen.seeds} seeds: means with 95 % t intervals\n\n{markdown(list(NUMBERS), rows)}"
+    )
 
 
 if __name__ == "__main__":

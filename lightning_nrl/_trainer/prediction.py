@@ -29,15 +29,23 @@ from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import force_eager, layers_of
 from lightning_nrl.tasks import Task, class_logits
 
-SAME_OUTPUT_TOLERANCE = 1e-3  # largest difference of outputs that count as equal, relative to the largest output
+SAME_OUTPUT_TOLERANCE = (
+    1e-3  # largest difference of outputs that count as equal, relative to the largest output
+)
 FEWEST_PROBABILITIES = 8  # number of samples; fewer logits may all lie between 0 and 1 by chance
-LAYER_TOLERANCE = 1e-3  # largest relative distance at which two inputs or outputs of a layer count as equal
+LAYER_TOLERANCE = (
+    1e-3  # largest relative distance at which two inputs or outputs of a layer count as equal
+)
 SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
 SPREAD_FACTOR = 3.0  # augmentation explains a distance to our inputs up to this multiple of that between two runs
-LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5  # our loss is suspicious above factor * loss of the step + offset
+LOSS_FACTOR, LOSS_OFFSET = (
+    2.0,
+    0.5,
+)  # our loss is suspicious above factor * loss of the step + offset
 OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
-"""Changes of a layer's output that show whether logits depend on it. Both keep typical values, since a NaN that becomes
-an index would crash a GPU."""
+"""Changes of a layer's output that show whether logits depend on it. Both keep typical values,
+since a
+NaN that becomes an index would crash a GPU."""
 
 Calls = list[tuple[Tensor, Tensor]]
 """Input and output of a layer in each of its calls."""
@@ -46,10 +54,12 @@ Calls = list[tuple[Tensor, Tensor]]
 def open_sources(
     trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Returns an evaluator, and the sources in `splits` with adapters that predict as the deployed module does.
+    """Returns an evaluator, and the sources in `splits` with adapters that predict as the deployed
+    module does.
 
-    The first batch of the first source decides if `predict_step` or `forward` predicts, and which layers are called
-    (`Evaluator.called`). On the sources in `splits[0]`, the module's own steps are compared with the prediction.
+    The first batch of the first source decides if `predict_step` or `forward` predicts, and which
+    layers are called (`Evaluator.called`). On the sources in `splits[0]`, the module's own steps
+    are compared with the prediction.
     """
     evaluator = make_evaluator(trainer, model, task)
     ranks = evaluator.collective
@@ -62,19 +72,24 @@ def open_sources(
     def by_first_rank(choice: Any) -> Any:
         return json.loads(ranks.first_bytes(json.dumps(choice).encode()))
 
-    # The prediction may fail or differ on a single rank, so the first rank chooses adapter and layers for all.
+    # The prediction may fail or differ on a single rank, so the first rank chooses adapter and
+    # layers for all.
     choose = partial(choose_prediction, model, evaluator, first.adapter, raw)
     adapter, chosen = first.adapter, by_first_rank(ranks.all_or_none(choose, failed))
     if chosen is not None:
         adapter = partial(_adapt_raw, PredictStep(adapter, evaluator.task, *chosen), adapter)
     found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
-    evaluator = replace(evaluator, called=by_first_rank(called_layers(model, evaluator, adapter, raw)))
+    evaluator = replace(
+        evaluator, called=by_first_rank(called_layers(model, evaluator, adapter, raw))
+    )
 
     def check() -> None:
         if not _is_random(model, evaluator, adapter, raw):
             return _check_step(trainer, model, evaluator, found[0])
         problem = "`model`: its predictions are random in evaluation mode, for instance by dropout that stays on."
-        hint = "all counts hold for one fixed draw; draw only `if self.training`, or " + ADAPTER_HINT
+        hint = (
+            "all counts hold for one fixed draw; draw only `if self.training`, or " + ADAPTER_HINT
+        )
         return rank_zero_warn(DataWarning(problem, hint))
 
     ranks.all_or_none(check, failed)
@@ -101,7 +116,9 @@ class PredictStep(ModelCall):
     adapter: Adapter  # separates inputs from targets
     task: Task
     on_inputs: bool = False  # True: `predict_step` takes the inputs without targets
-    gives_probabilities: bool = False  # True: `predict_step` returns probabilities, to be converted to logits
+    gives_probabilities: bool = (
+        False  # True: `predict_step` returns probabilities, to be converted to logits
+    )
 
     def __call__(self, model: nn.Module, raw: Any) -> Any:
         if not isinstance(model, LightningModule) or not overrides(model, "predict_step"):
@@ -127,10 +144,12 @@ def _adapt_raw(call: ModelCall, adapter: Adapter, raw: Any) -> Unpacked:
 def choose_prediction(
     model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: Any
 ) -> tuple[bool, bool] | None:
-    """Returns the fields `on_inputs` and `gives_probabilities` for a `PredictStep`, or None to predict by `forward`.
+    """Returns the fields `on_inputs` and `gives_probabilities` for a `PredictStep`, or None to
+    predict
+    by `forward`.
 
-    `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing or fails. If the
-    adapter runs the module itself, the result is None, and the adapter predicts.
+    `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing
+    or fails. If the adapter runs the module itself, the result is None, and the adapter predicts.
     """
     if isinstance(adapter, ModelAdapter):
         return None
@@ -152,7 +171,9 @@ def choose_prediction(
         return None  # the evaluation reports any other problem
     calls = [PredictStep(adapter, task, on_inputs) for on_inputs in (False, True)[: 1 + bool(args)]]
     results = ((call, result_or_error(partial(call, model, raw))) for call in calls)
-    call, output = next(((c, found) for c, found in results if not isinstance(found, Exception)), (None, None))
+    call, output = next(
+        ((c, found) for c, found in results if not isinstance(found, Exception)), (None, None)
+    )
     logits = None if isinstance(forward, Exception) else _logits(task, forward, target)
     if call is None:
         if isinstance(forward, Exception):
@@ -163,7 +184,11 @@ def choose_prediction(
         return None
     own = _logits(task, output, target)
     if own is None:
-        kind = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        kind = (
+            f"{output.dtype} {list(output.shape)}"
+            if isinstance(output, Tensor)
+            else type(output).__name__
+        )
         if logits is None or not _predicts_same(output, task.prediction(logits)):
             problem = f"`predict_step` of {name} returns {kind}, no logits, and `forward` does not predict the same."
             raise ConfigurationError(f"`model`: {problem}", ADAPTER_HINT)
@@ -171,7 +196,11 @@ def choose_prediction(
         return None
     probable = _are_probabilities(own, task)
     if logits is not None and logits.shape == own.shape:
-        same = (logits, class_logits(logits).softmax(1)[:, -logits.shape[1] :]) if probable else (logits,)
+        same = (
+            (logits, class_logits(logits).softmax(1)[:, -logits.shape[1] :])
+            if probable
+            else (logits,)
+        )
         if any(_is_close(x, own) for x in same):
             return None
     _check_gradients(model, evaluator, replace(call, gives_probabilities=probable), raw)
@@ -185,7 +214,11 @@ def _logits(task: Task, output: Any, target: Any) -> Tensor | None:
         passed, loss = task.passed(logits, target), task.loss(logits, target)
     except Exception:
         return None
-    return logits if logits.is_floating_point() and passed.shape == loss.shape == (len(logits),) else None
+    return (
+        logits
+        if logits.is_floating_point() and passed.shape == loss.shape == (len(logits),)
+        else None
+    )
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
@@ -201,7 +234,9 @@ def _are_probabilities(x: Tensor, task: Task) -> bool:
 
 
 def _predicts_same(output: Any, prediction: Tensor | None) -> bool:
-    found = [x for x in tensors_in(output) if prediction is not None and x.shape == prediction.shape]
+    found = [
+        x for x in tensors_in(output) if prediction is not None and x.shape == prediction.shape
+    ]
     return any(torch.equal(x.to(prediction), prediction) for x in found if prediction is not None)
 
 
@@ -233,8 +268,11 @@ def _evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None
 
 
 @torch.no_grad()
-def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
-    """Returns the names of the layers that the prediction calls, sorted by last call. On an error, returns None.
+def called_layers(
+    model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any
+) -> list[str] | None:
+    """Returns the names of the layers that the prediction calls, sorted by last call. On an error,
+    returns None.
 
     Omits Linear layers at the end that do not affect the logits, such as a second head.
     """
@@ -245,7 +283,11 @@ def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw:
             called = _call_order(model, run)
     except Exception:
         return None
-    linear = {name: x for name, x in layers_of(model).items() if isinstance(x, nn.Linear) and name in called}
+    linear = {
+        name: x
+        for name, x in layers_of(model).items()
+        if isinstance(x, nn.Linear) and name in called
+    }
     if len(linear) > 1:
         with _evaluation_context(model, evaluator):
             idle = _unused_last_layers(
@@ -262,15 +304,21 @@ def _call_order(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     return list(dict.fromkeys(reversed(calls)))[::-1]
 
 
-def _unused_last_layers(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]) -> set[str]:
+def _unused_last_layers(
+    linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]
+) -> set[str]:
     logits = run()
     needed, idle = set[str](), set[str]()
-    # `layer="auto"` takes the last layer that is not frozen, other choices take the last layer: try both orders.
+    # `layer="auto"` takes the last layer that is not frozen, other choices take the last layer: try
+    # both orders.
     for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
         left = [name for name in order if name not in idle]
         while logits is not None and len(left) > 1 and left[-1] not in needed:
             found = [run(linear[left[-1]], change) for change in OUTPUT_CHANGES]
-            if all(x is not None and x.shape == logits.shape and torch.allclose(x, logits) for x in found):
+            if all(
+                x is not None and x.shape == logits.shape and torch.allclose(x, logits)
+                for x in found
+            ):
                 idle.add(left.pop())
             else:
                 needed.add(left[-1])
@@ -284,7 +332,10 @@ def _logits_after_change(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | None:
     layers = {} if layer is None else {"": layer}
-    with preserve_attributes(model), forward_hooks(layers, lambda name, args, output: change and change(output)):
+    with (
+        preserve_attributes(model),
+        forward_hooks(layers, lambda name, args, output: change and change(output)),
+    ):
         seed_all(0)
         try:
             return run().clone()  # a model may reuse the memory of its outputs
@@ -292,18 +343,24 @@ def _logits_after_change(
             return None
 
 
-def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]) -> None:
-    """Refuses a module whose own step, on a known batch, gives the last layer other inputs than the prediction does.
+def _check_step(
+    trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
+) -> None:
+    """Refuses a module whose own step, on a known batch, gives the last layer other inputs than the
+    prediction does.
 
-    The step is `validation_step`, or `training_step` if `validation_step` is missing or does not call the last layer.
-    If the adapter runs the module itself, the module is not refused, but a warning is shown.
+    The step is `validation_step`, or `training_step` if `validation_step` is missing or does not
+    call the last layer. If the adapter runs the module itself, the module is not refused, but a
+    warning is shown.
     """
     if not known or evaluator.called is None:
         return
     name = evaluator.called[-1] if evaluator.called else None
     layers = {} if name is None else {name: model.get_submodule(name)}
     for step, source in (("validation_step", known[-1]), ("training_step", known[0])):
-        if not overrides(model, step) or (step == "training_step" and not model.automatic_optimization):
+        if not overrides(model, step) or (
+            step == "training_step" and not model.automatic_optimization
+        ):
             continue
         is_model_adapter = isinstance(source.adapter, ModelAdapter)
         args, kwargs, target = source.adapter(source.first_batch())
@@ -338,12 +395,17 @@ def _check_step(trainer: Trainer, model: LightningModule, evaluator: Evaluator, 
         if not is_model_adapter:
             hint = "move what the step does to a batch into `forward`, or " + ADAPTER_HINT
             raise ConfigurationError(f"{found}.", hint)
-        rank_zero_warn(DataWarning(f"{found}.", "make sure that the adapter predicts as the deployed model does."))
+        rank_zero_warn(
+            DataWarning(
+                f"{found}.", "make sure that the adapter predicts as the deployed model does."
+            )
+        )
         return
 
 
 def _is_augmented(own: Calls, ours: Calls, run: Callable[..., tuple[Calls, float] | None]) -> bool:
-    # If the step augments, its inputs differ from the prediction's about as much as from its own with another seed.
+    # If the step augments, its inputs differ from the prediction's about as much as from its own
+    # with another seed.
     runs = [own]
     for seed in range(1, SEEDS_OF_AUGMENTATION):
         again = run(seed=seed)
@@ -366,7 +428,11 @@ def _run_step(
     seed: int,
 ) -> tuple[Calls, float] | None:
     raw = source.first_batch()
-    with untracked(trainer), preserve_attributes(model), _recording(model, evaluator, layers) as calls:
+    with (
+        untracked(trainer),
+        preserve_attributes(model),
+        _recording(model, evaluator, layers) as calls,
+    ):
         seed_all(seed)
         try:
             found = getattr(model, step)(raw, 0)
@@ -377,7 +443,9 @@ def _run_step(
 
 
 @contextmanager
-def _recording(model: nn.Module, evaluator: Evaluator, layers: Mapping[str, nn.Module]) -> Iterator[Calls]:
+def _recording(
+    model: nn.Module, evaluator: Evaluator, layers: Mapping[str, nn.Module]
+) -> Iterator[Calls]:
     calls: Calls = []
 
     def note(name: str, args: tuple[Any, ...], output: Tensor) -> None:
@@ -388,13 +456,18 @@ def _recording(model: nn.Module, evaluator: Evaluator, layers: Mapping[str, nn.M
 
 
 def _distances(calls: Calls, others: Calls) -> Iterator[float]:
-    # Relative to the smaller norm, so that a distance is large whichever of the two tensors is scaled.
+    # Relative to the smaller norm, so that a distance is large whichever of the two tensors is
+    # scaled.
     for a in calls:
         for b in others:
             # A step may concatenate several views of a batch.
-            parts = zip(*(x.split(len(y)) for x, y in zip(a, b, strict=True) if len(y)), strict=False)
+            parts = zip(
+                *(x.split(len(y)) for x, y in zip(a, b, strict=True) if len(y)), strict=False
+            )
             for part in parts:
                 pairs = list(zip(part, b, strict=True))
                 if all(x.shape == y.shape for x, y in pairs):
                     size = [torch.minimum(x.norm(), y.norm()).clamp_min(1e-12) for x, y in pairs]
-                    yield max(float((x - y).norm() / n) for (x, y), n in zip(pairs, size, strict=True))
+                    yield max(
+                        float((x - y).norm() / n) for (x, y), n in zip(pairs, size, strict=True)
+                    )

@@ -1,4 +1,6 @@
-"""Finds data sets that draw random numbers, and replaces their transforms by those of the validation data."""
+"""Finds data sets that draw random numbers, and replaces their transforms by those of the
+validation data.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,17 @@ from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
 
 MAX_SAMPLES_CHECKED = 32
-"""Number of samples of a split that are read twice. If 10 % of the split change, 95 % of such checks notice it."""
+"""Number of samples of a split that are read twice. If 10 % of the split change, 95 % of such
+checks notice it.
+"""
 
 
-def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]) -> int:
-    """Counts samples that differ between two reads. Sets `samples.draws` if the data set draws random numbers."""
+def check_stability(
+    samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], Any]
+) -> int:
+    """Counts samples that differ between two reads. Sets `samples.draws` if the data set draws
+    random numbers.
+    """
 
     def read(i: int) -> list[Any]:
         found = []
@@ -45,7 +53,9 @@ def check_stability(samples: SeededDataset, positions: Sequence[int], collate: C
 
 
 def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
-    """Counts samples of a batch whose tensors differ when the batch is read and collated in reverse order."""
+    """Counts samples of a batch whose tensors differ when the batch is read and collated in reverse
+    order.
+    """
     # They differ if the collate function reorders samples or draws random numbers.
     n = len(positions)
 
@@ -54,12 +64,17 @@ def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
         raw = source.transfer(source.loader.collate_fn(source.samples.__getitems__(order)))
         args, kwargs, target = source.adapter(raw)
         known = (args, kwargs, target) if is_sliceable((args, kwargs), n) else target
-        return [x for x in tensors_in(known) if x.ndim and len(x) == n and x.layout is torch.strided]
+        return [
+            x for x in tensors_in(known) if x.ndim and len(x) == n and x.layout is torch.strided
+        ]
 
     changed = torch.zeros(n, dtype=torch.bool)
     with random_state():
         for x, y in zip(rows(positions), (y.flip(0) for y in rows(positions[::-1])), strict=True):
-            same = x.shape == y.shape and ((x == y) | ((x != x) & (y != y)))[:, None].flatten(1).all(1).cpu()
+            same = (
+                x.shape == y.shape
+                and ((x == y) | ((x != x) & (y != y)))[:, None].flatten(1).all(1).cpu()
+            )
             changed |= ~torch.as_tensor(same)
     return int(changed.sum())
 
@@ -75,7 +90,9 @@ def draws_at_random(source: LoaderSource) -> bool:
 
 
 def report_stability(sources: Sequence[LoaderSource]) -> str:
-    """Describes, for the report, splits that draw random numbers. Warns of splits whose samples are not repeatable."""
+    """Describes, for the report, splits that draw random numbers. Warns of splits whose samples are
+    not repeatable.
+    """
     sentences = []
     for source in sources:
         positions = _checked_positions(source)
@@ -89,7 +106,9 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
                 "Python; or pass a DataLoader that draws nothing."
             )
         elif moved := check_order(source, batch):
-            problem = changed = f"{moved} of {len(batch)} samples of a batch in reverse order changed or swapped places"
+            problem = changed = (
+                f"{moved} of {len(batch)} samples of a batch in reverse order changed or swapped places"
+            )
             hint = "Their ids in reports are wrong. Let the collate function keep the order, and draw nothing in it."
         if changed:
             hint = f"no guarantee holds for them. {hint}"
@@ -99,7 +118,11 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
         if source.has_validation_view:
             sentence = f"`{source.split}` was read with the `transform` of the validation data."
         elif source.samples.draws:
-            fixed = "one fixed draw" if source.draws == 1 else f"{source.draws} fixed draws, as {source.draws} samples"
+            fixed = (
+                "one fixed draw"
+                if source.draws == 1
+                else f"{source.draws} fixed draws, as {source.draws} samples"
+            )
             sentence = f"`{source.split}` draws at random: each sample was counted in {fixed}."
         else:
             continue
@@ -109,11 +132,17 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """True if two samples or batches hold equal tensors, arrays, numbers and texts; ignores anything else."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == torch.bfloat16:  # numpy has no such dtype
+    """True if two samples or batches hold equal tensors, arrays, numbers and texts; ignores
+    anything else.
+    """
+    if (
+        isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == torch.bfloat16
+    ):  # numpy has no such dtype
         a, b = a.float(), b.float()
     if isinstance(a, (Tensor, np.ndarray)):
-        return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
+        return bool(
+            np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc")
+        )
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -129,11 +158,13 @@ Transforms = Mapping[type, Mapping[str, Any]]
 
 
 def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
-    """Returns a source with the `transform` of the validation data if its own transform draws random numbers.
+    """Returns a source with the `transform` of the validation data if its own transform draws
+    random
+    numbers.
 
-    The source stays unchanged if the validation transform does not fit. A transform fits if it is of a data set of the
-    same class and draws no random numbers, and if it changes neither the targets of the checked samples nor the dtypes
-    and numbers of dimensions of their inputs.
+    The source stays unchanged if the validation transform does not fit. A transform fits if it is
+    of a data set of the same class and draws no random numbers, and if it changes neither the
+    targets of the checked samples nor the dtypes and numbers of dimensions of their inputs.
     """
     dataset = source.loader.dataset
     if any(map(_own_transforms, innermost_datasets(dataset))):
@@ -145,16 +176,21 @@ def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) ->
     try:
         stable = not check_stability(view, positions, collate) and not view.draws
         fits = stable and all(
-            _is_same_sample(source, collate([source.samples[i]]), collate([view[i]])) for i in positions
+            _is_same_sample(source, collate([source.samples[i]]), collate([view[i]]))
+            for i in positions
         )
-    except Exception:  # raised by the user's data set with a transform that was made for another one
+    except (
+        Exception
+    ):  # raised by the user's data set with a transform that was made for another one
         fits = False
     return replace(source, samples=view) if fits else source
 
 
 def _is_same_sample(source: LoaderSource, own: Any, other: Any) -> bool:
     (*inputs, target), (*other_inputs, other_target) = source.adapter(own), source.adapter(other)
-    kinds, other_kinds = ([(x.dtype, x.ndim) for x in tensors_in(part)] for part in (inputs, other_inputs))
+    kinds, other_kinds = (
+        [(x.dtype, x.ndim) for x in tensors_in(part)] for part in (inputs, other_inputs)
+    )
     return kinds == other_kinds and is_same(target, other_target)
 
 
@@ -191,7 +227,9 @@ def _with_transforms(dataset: Dataset[Any], transforms: Transforms) -> Dataset[A
         inner = _with_transforms(dataset.dataset, transforms)
         return dataset if inner is dataset.dataset else _copy_with(dataset, {"dataset": inner})
     if isinstance(dataset, ConcatDataset):
-        parts: Sequence[Dataset[Any]] = [_with_transforms(part, transforms) for part in dataset.datasets]
+        parts: Sequence[Dataset[Any]] = [
+            _with_transforms(part, transforms) for part in dataset.datasets
+        ]
         unchanged = all(new is old for new, old in zip(parts, dataset.datasets, strict=True))
         return dataset if unchanged else _copy_with(dataset, {"datasets": parts})
     own, new = _own_transforms(dataset), transforms.get(type(dataset), {})

@@ -21,17 +21,25 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
-    """Returns the replaced model, or its predictions if `reference` is a CSV file. Refuses any other reference."""
+    """Returns the replaced model, or its predictions if `reference` is a CSV file. Refuses any
+    other reference.
+    """
     found = parse_reference(reference)
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
-        what = "there is no model to compare with" if found is None else "it cannot be asked for outputs"
+        what = (
+            "there is no model to compare with"
+            if found is None
+            else "it cannot be asked for outputs"
+        )
         raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
     return found
 
 
 def parse_with_weights(reference: object) -> OldModel:
-    """Returns the replaced model. Refuses a model whose weights cannot be mixed with the weights of the new model."""
+    """Returns the replaced model. Refuses a model whose weights cannot be mixed with the weights of
+    the new model.
+    """
     found = parse_reference(reference)
     if not isinstance(found, OldModel):
         what = "there are no weights to interpolate with" if found is None else "it has no weights"
@@ -40,12 +48,17 @@ def parse_with_weights(reference: object) -> OldModel:
     for name in ("adapter", "classes"):
         if getattr(found, name) is not None:
             problem = f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model."
-            raise ConfigurationError(problem, "only weights with the same inputs and outputs can be interpolated.")
+            raise ConfigurationError(
+                problem, "only weights with the same inputs and outputs can be interpolated."
+            )
     return found
 
 
 def reference_module(
-    trainer: Trainer, module: LightningModule, given: nn.Module | State | str | Path, held: ExitStack
+    trainer: Trainer,
+    module: LightningModule,
+    given: nn.Module | State | str | Path,
+    held: ExitStack,
 ) -> nn.Module:
     """Returns `given` if it is a module, or else a copy of `module` with the weights `given`.
 
@@ -65,10 +78,14 @@ def _copy(trainer: Trainer, module: LightningModule, given: State | str | Path) 
     shared = [trainer, data_module_of(trainer), *trainer.loggers, data, dataset]
     modes = [False for _ in module.modules()]
     try:
-        new = copied_module(module, state, modes, shared=[thing for thing in shared if thing is not None])
+        new = copied_module(
+            module, state, modes, shared=[thing for thing in shared if thing is not None]
+        )
     except Exception as error:
         what = f"{type(module).__name__} cannot be copied to hold the old weights ({type(error).__name__}: {error})."
-        raise ConfigurationError(f"`reference`: {what}", "load the old model yourself and give the module.") from error
+        raise ConfigurationError(
+            f"`reference`: {what}", "load the old model yourself and give the module."
+        ) from error
     write(new, state)
     new.trainer = trainer
     return new

@@ -1,4 +1,6 @@
-"""Records logits in a module's own steps, adds a term to the loss of a step, and runs code after a Lightning hook."""
+"""Records logits in a module's own steps, adds a term to the loss of a step, and runs code after a
+Lightning hook.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,17 @@ ONE_LINE = (
 
 
 @contextmanager
-def forward_hooks(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """Runs `hook(name, args, output)` after each call of a layer. A result other than None replaces the output."""
+def forward_hooks(
+    layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]
+) -> Iterator[None]:
+    """Runs `hook(name, args, output)` after each call of a layer. A result other than None replaces
+    the output.
+    """
     with ExitStack() as stack:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(lambda module, args, output, name=name: hook(name, args, output))
+            handle = layer.register_forward_hook(
+                lambda module, args, output, name=name: hook(name, args, output)
+            )
             stack.callback(handle.remove)
         yield
 
@@ -44,7 +52,9 @@ class _RecordedCalls:
     calls: dict[str, list[Call]] = field(default_factory=dict)
 
 
-def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _record_call(
+    recorded: _RecordedCalls, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
     if recorded.active:
         recorded.calls[name].append((args, kwargs, output))
 
@@ -52,7 +62,8 @@ def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: A
 class OutputCapture:
     """Recorder for the calls of a module and of some submodules between `begin` and `end`.
 
-    The hooks stay registered all the time, since code compiled by `torch.compile` ignores hooks registered later.
+    The hooks stay registered all the time, since code compiled by `torch.compile` ignores hooks
+    registered later.
     """
 
     def __init__(self) -> None:
@@ -60,12 +71,16 @@ class OutputCapture:
         self._handles: dict[str, RemovableHandle] = {}
 
     def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
-        """Registers hooks on submodules by dotted name (empty: the module itself). `calls` prefers earlier names."""
+        """Registers hooks on submodules by dotted name (empty: the module itself). `calls` prefers
+        earlier names.
+        """
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
                 hook = partial(_record_call, self._recorded, name)
-                self._handles[name] = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+                self._handles[name] = model.get_submodule(name).register_forward_hook(
+                    hook, with_kwargs=True
+                )
 
     def detach(self) -> None:
         for handle in self._handles.values():
@@ -78,19 +93,27 @@ class OutputCapture:
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """Ends recording. Returns the output of the call with these arguments, or else the output of the first call.
+        """Ends recording. Returns the output of the call with these arguments, or else the output
+        of
+        the first call.
 
         Returns None if there was no call. `redirected` has the same meaning as in `calls`.
         """
         _, made = self.calls(redirected=redirected)
-        same = (output for given, named, output in made if same_objects(given, args) and same_objects(named, kwargs))
+        same = (
+            output
+            for given, named, output in made
+            if same_objects(given, args) and same_objects(named, kwargs)
+        )
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """Ends recording. Returns the first name in the order of `attach` whose submodule was called, and its calls.
+        """Ends recording. Returns the first name in the order of `attach` whose submodule was
+        called,
+        and its calls.
 
-        If nothing was called, the list of calls is empty. If a strategy such as DDP runs the step itself as a call of
-        the module (`redirected`), that call is left out.
+        If nothing was called, the list of calls is empty. If a strategy such as DDP runs the step
+        itself as a call of the module (`redirected`), that call is left out.
         """
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
@@ -103,9 +126,12 @@ class OutputCapture:
 
 
 class Probe:
-    """Calls a model. The first call sets `parts`, a tuple with the name of the submodule that returned the output.
+    """Calls a model. The first call sets `parts`, a tuple with the name of the submodule that
+    returned
+    the output.
 
-    If several submodules returned the output, `parts` has only the outermost. If no submodule did, `parts` is empty.
+    If several submodules returned the output, `parts` has only the outermost. If no submodule did,
+    `parts` is empty.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,7 +142,9 @@ class Probe:
         if self.parts is not None:
             return run_model(self.model, args, kwargs)
         last: dict[str, Any] = {}
-        with forward_hooks(dict(_parts(self.model)), lambda name, args, output: last.update({name: output})):
+        with forward_hooks(
+            dict(_parts(self.model)), lambda name, args, output: last.update({name: output})
+        ):
             output = run_model(self.model, args, kwargs)
         self.parts = tuple(name for name, _ in _parts(self.model) if last.get(name) is output)[:1]
         return output
@@ -141,7 +169,9 @@ def same_objects(a: Any, b: Any) -> bool:
 
 
 def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
-    """Returns the logits in a model's output, or None if the output has no logits for exactly `n` samples."""
+    """Returns the logits in a model's output, or None if the output has no logits for exactly `n`
+    samples.
+    """
     with suppress(ConfigurationError):
         logits = task.logits(output)
         if logits.ndim and len(logits) == n:
@@ -156,12 +186,20 @@ class ForwardPass(NamedTuple):
 
 
 def find_forward_pass(
-    name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
+    name: str,
+    calls: Sequence[Call],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    n: int,
+    task: Task,
 ) -> ForwardPass:
-    """Finds the only call that takes the whole batch of a step: `n` samples with the inputs `args` and `kwargs`.
+    """Finds the only call that takes the whole batch of a step: `n` samples with the inputs `args`
+    and
+    `kwargs`.
 
-    `calls` are the calls of the submodule `name`, or of the module itself if `name` is empty. If the module itself was
-    called only once, the call may have other inputs. Raises `ConfigurationError` if no call or several calls fit.
+    `calls` are the calls of the submodule `name`, or of the module itself if `name` is empty. If
+    the module itself was called only once, the call may have other inputs. Raises
+    `ConfigurationError` if no call or several calls fit.
     """
     found = []
     for given, named, output in calls:
@@ -172,7 +210,8 @@ def find_forward_pass(
     plain = [call for call, same in found if same]
     if len(plain) == 1:
         return plain[0]
-    # Other inputs are accepted for the module itself only, since a submodule may get something else than the batch.
+    # Other inputs are accepted for the module itself only, since a submodule may get something else
+    # than the batch.
     if len(found) == 1 and not name:
         return found[0][0]
     if not found:
@@ -185,7 +224,9 @@ def find_forward_pass(
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """Adds a scalar to the loss in the result of a training step. The result of a skipped step, None, stays None."""
+    """Adds a scalar to the loss in the result of a training step. The result of a skipped step,
+    None, stays None.
+    """
     if result is None:
         return None
     if isinstance(result, Tensor):
@@ -237,7 +278,9 @@ class _FollowedHook:
 
 
 def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
-    """Calls `follower` once, after the next run of the module's hook `name` and after earlier followers."""
+    """Calls `follower` once, after the next run of the module's hook `name` and after earlier
+    followers.
+    """
     found = vars(module).get(name)
     if not isinstance(found, _FollowedHook):
         found = _FollowedHook(module, name)

@@ -29,17 +29,16 @@ from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
+from lightning_nrl._utils.formatting import rough_time
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.timing import Clock
 from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.report._formatting import rough_time
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import Reference
 
@@ -83,7 +82,9 @@ class _ActiveStage:
 
 
 class RepairProgress:
-    """Progress bar of a repair, below the trainer's own bar. Shows the current stage, and the time left if known."""
+    """Progress bar of a repair, below the trainer's own bar. Shows the current stage, and the time
+    left if known.
+    """
 
     now: Clock = staticmethod(time.perf_counter)
 
@@ -99,7 +100,9 @@ class RepairProgress:
             self._line.close()
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Stores the expected seconds of the coming stages. Announces their sum, or `most` if `most` is less."""
+        """Stores the expected seconds of the coming stages. Announces their sum, or `most` if
+        `most` is less.
+        """
         self._expected, self._end = dict(seconds), self.now() + most
         total = min(sum(seconds.values()), most)
         if total >= MIN_ANNOUNCED_SECONDS:
@@ -121,8 +124,12 @@ class RepairProgress:
                 self._expected.pop(name, None)
             self._draw()
 
-    def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows the progress of the current stage, and how many samples its best weights so far repair and break."""
+    def search(
+        self, done: int, total: int, repaired: int | None = None, broken: int | None = None
+    ) -> None:
+        """Shows the progress of the current stage, and how many samples its best weights so far
+        repair and break.
+        """
         if self._open:
             stage, counts = self._open[-1], ((repaired, "repaired"), (broken, "broken"))
             note = ", ".join(f"{n} {what}" for n, what in counts if n is not None)
@@ -149,7 +156,11 @@ class RepairProgress:
         self._line.show(f"Repair: {STAGES.get(stage.name, stage.name)}{stage.note}{rest}", share)
 
     def _seconds_left(self) -> float | None:
-        left = sum(seconds for name, seconds in self._expected.items() if name not in {one.name for one in self._open})
+        left = sum(
+            seconds
+            for name, seconds in self._expected.items()
+            if name not in {one.name for one in self._open}
+        )
         for stage in self._open:
             spent = self.now() - stage.began
             if stage.done:
@@ -163,7 +174,11 @@ class RepairProgress:
 
 def _progress_line(trainer: Trainer) -> _RichLine | _TqdmLine | None:
     bar = trainer.progress_bar_callback
-    if not trainer.is_global_zero or not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
+    if (
+        not trainer.is_global_zero
+        or not isinstance(bar, (RichProgressBar, TQDMProgressBar))
+        or bar.is_disabled
+    ):
         return None
     rich = bar.progress if isinstance(bar, RichProgressBar) else None
     # Lightning starts its rich display only with its first loop.
@@ -203,7 +218,9 @@ class _RichLine:
         total = math.inf if share is None else 100
         if self._task is None:
             self._task = self._lightning.add_task(text, total=total)
-        self._lightning.update(self._task, completed=round(100 * (share or 0)), total=total, description=text)
+        self._lightning.update(
+            self._task, completed=round(100 * (share or 0)), total=total, description=text
+        )
         self._lightning.refresh()
 
     def close(self) -> None:
@@ -213,7 +230,8 @@ class _RichLine:
 
 
 MAX_EXCLUSION_RUNS = 6
-"""How often a repair may fail because of unusable samples and then run again without these samples."""
+"""How often a repair may fail because of unusable samples and then run again without these samples.
+"""
 
 
 @dataclass(frozen=True)
@@ -232,23 +250,33 @@ class TrainedModel:
         return [*self.known, *self.unseen, *self.calibration]
 
     def without(self, error: UnusableSamplesError) -> TrainedModel:
-        """Leaves out the samples that an error names, and warns; raises the error if it names over half of a split."""
+        """Leaves out the samples that an error names, and warns; raises the error if it names over
+        half of a split.
+        """
         data = {role: getattr(self, role) for role in ("known", "unseen", "calibration")}
         for role, sources in data.items():
             data[role] = [
-                one.without(error.samples[one.split]) if error.samples.get(one.split) else one for one in sources
+                one.without(error.samples[one.split]) if error.samples.get(one.split) else one
+                for one in sources
             ]
-            if any(2 * len(new.index) < len(old.index) for new, old in zip(data[role], sources, strict=True)):
+            if any(
+                2 * len(new.index) < len(old.index)
+                for new, old in zip(data[role], sources, strict=True)
+            ):
                 raise error
         problem, _, hint = str(error).partition("\nHINT: ")
         rank_zero_warn(DataWarning(f"left out: {problem}", hint))
         notes = f"Left out: {problem} {self.notes}".rstrip()
-        return replace(self, **data, training=replace(self.training, known=data["known"]), notes=notes)
+        return replace(
+            self, **data, training=replace(self.training, known=data["known"]), notes=notes
+        )
 
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """A repair of a trainer's model. If it continues training, callbacks of the classes `left_out` do not run."""
+    """A repair of a trainer's model. If it continues training, callbacks of the classes `left_out`
+    do not run.
+    """
 
     settings: Settings
     task: Task
@@ -257,23 +285,38 @@ class TrainerRepair:
     left_out: tuple[type, ...]
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
-        """Checks a repair before training, on one batch of each split. Warns if training could not continue."""
+        """Checks a repair before training, on one batch of each split. Warns if training could not
+        continue.
+        """
         settings, method = self.settings, self.settings.method
         if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
-            raise ConfigurationError(f"`{type(method).__name__}.checkpoints`: the fit saves none.", NO_CHECKPOINTS_HINT)
+            name = type(method).__name__
+            raise ConfigurationError(
+                f"`{name}.checkpoints`: the fit saves none.",
+                f"name them, `{name}(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
+                "`ModelCheckpoint(monitor=..., save_top_k=5)`.",
+            )
         with random_state(), validating(trainer):
-            few = self._open_data(SplitLoaders(trainer, model), ASSUMED_EPOCHS, limit=1, whole=False)
+            few = self._open_data(
+                SplitLoaders(trainer, model), ASSUMED_EPOCHS, limit=1, whole=False
+            )
             history = _history_callback(settings, trainer)
             if history is not None:
                 # The training has not made its record yet.
                 _check_recorded(settings, history, few.known)
-                settings = replace(settings, search=replace(settings.search, localizer=NeuRecoverLite()))
+                settings = replace(
+                    settings, search=replace(settings.search, localizer=NeuRecoverLite())
+                )
             run_sanity_check(few.evaluator, few.sources, settings, reference=self.reference)
             if self.reference is None and settings.layer == "auto" and settings.trains:
                 few.training.warn()
 
-    def run(self, trainer: Trainer, model: LightningModule, epochs: int, work: ResumeStore | None = None) -> Outcome:
-        """Searches for a repair of a model that was trained for `epochs` epochs. Leaves model and trainer unchanged."""
+    def run(
+        self, trainer: Trainer, model: LightningModule, epochs: int, work: ResumeStore | None = None
+    ) -> Outcome:
+        """Searches for a repair of a model that was trained for `epochs` epochs. Leaves model and
+        trainer unchanged.
+        """
         settings, work = _with_trainer_files(self.settings, trainer), work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             for tries_left in range(MAX_EXCLUSION_RUNS, -1, -1):
@@ -297,14 +340,20 @@ class TrainerRepair:
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             report = replace(outcome.report, reason=reason, class_names=class_names(trained.known))
             render: Any = self.data.known.render
-            views = sample_views(report, trained.sources, render, model=trained.model) if trainer.is_global_zero else ()
+            views = (
+                sample_views(report, trained.sources, render, model=trained.model)
+                if trainer.is_global_zero
+                else ()
+            )
             return replace(outcome, report=report, views=views)
 
     @contextmanager
     def opened(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
-        """Opens data, in the trainer's validation stage, and a progress bar. With `whole`, ranks read all samples."""
+        """Opens data, in the trainer's validation stage, and a progress bar. With `whole`, ranks
+        read all samples.
+        """
         with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
             loaders = SplitLoaders(trainer, model)
             found = self._open_data(loaders, epochs, limit=batch_limit(trainer), whole=whole)
@@ -315,19 +364,30 @@ class TrainerRepair:
             )
             yield replace(found, observer=progress, notes=" ".join(filter(None, sentences)))
 
-    def _open_data(self, loaders: SplitLoaders, epochs: int, *, limit: int | None, whole: bool) -> TrainedModel:
+    def _open_data(
+        self, loaders: SplitLoaders, epochs: int, *, limit: int | None, whole: bool
+    ) -> TrainedModel:
         trainer, model = loaders.trainer, loaders.model
         data = self.data.sources(loaders, seed=self.settings.seed, limit=limit, whole=whole)
         evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, *data)
         trained_on, augment = loaders.get("train"), cast(Any, self.data.known.augment)
-        training = ContinuedTraining(trainer, model, known, epochs, self.left_out, trained_on, augment=augment)
+        training = ContinuedTraining(
+            trainer, model, known, epochs, self.left_out, trained_on, augment=augment
+        )
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
 
 
 def _history_callback(settings: Settings, trainer: Trainer) -> Any:
     if not getattr(settings.localizer, "wants_history", False):
         return None
-    return next((one for one in callbacks_of(trainer) if hasattr(one, "recorded") and hasattr(one, "folder")), None)
+    return next(
+        (
+            one
+            for one in callbacks_of(trainer)
+            if hasattr(one, "recorded") and hasattr(one, "folder")
+        ),
+        None,
+    )
 
 
 def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
@@ -338,7 +398,11 @@ def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
         localizer = localizer.with_history(str(history.folder))
         settings = replace(settings, search=replace(settings.search, localizer=localizer))
     if getattr(method, "wants_checkpoints", False):
-        paths = [path for callback in _best_checkpoint_callbacks(trainer) for path in sorted(callback.best_k_models)]
+        paths = [
+            path
+            for callback in _best_checkpoint_callbacks(trainer)
+            for path in sorted(callback.best_k_models)
+        ]
         settings = replace(settings, method=method.with_checkpoints(paths)) if paths else settings
     return settings
 

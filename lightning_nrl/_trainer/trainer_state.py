@@ -53,7 +53,9 @@ class StartingWeights:
 
 
 @contextmanager
-def prepared_for_dry_fit(trainer: Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
+def prepared_for_dry_fit(
+    trainer: Trainer, callback: Callback, *, weights_only: bool = True
+) -> Iterator[None]:
     """Prepares a trainer for one fit without steps: adds a callback and drops `TUNING_CALLBACKS`.
 
     Restores callbacks, limits, metrics and global random states on exit.
@@ -62,7 +64,9 @@ def prepared_for_dry_fit(trainer: Trainer, callback: Callback, *, weights_only: 
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
     metrics = {name: dict(getattr(trainer, name)) for name in METRICS}
     trainer.num_sanity_val_steps = 0
-    set_callbacks(trainer, [*(c for c in callbacks if not isinstance(c, TUNING_CALLBACKS)), callback])
+    set_callbacks(
+        trainer, [*(c for c in callbacks if not isinstance(c, TUNING_CALLBACKS)), callback]
+    )
     try:
         with random_state(), reading_checkpoints(trainer, "ckpt_path", weights_only=weights_only):
             yield
@@ -76,10 +80,16 @@ def prepared_for_dry_fit(trainer: Trainer, callback: Callback, *, weights_only: 
 
 
 @contextmanager
-def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
-    """Disables, for a block, a trainer's loggers and its `DROPPED_CALLBACKS`, except those of the classes `kept`."""
+def untracked(
+    trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)
+) -> Iterator[None]:
+    """Disables, for a block, a trainer's loggers and its `DROPPED_CALLBACKS`, except those of the
+    classes `kept`.
+    """
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
-    remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]  # such as the best path
+    remembered = [
+        (vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)
+    ]  # such as the best path
     stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, DROPPED_CALLBACKS)]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -95,13 +105,17 @@ def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBa
 
 
 @contextmanager
-def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) -> Iterator[StartingWeights]:
-    """Loads the weights to repair on all ranks: the current weights (`last`), or those of the best checkpoint (`best`).
+def starting_weights(
+    start_from: str, trainer: Trainer, model: LightningModule
+) -> Iterator[StartingWeights]:
+    """Loads the weights to repair on all ranks: the current weights (`last`), or those of the best
+    checkpoint (`best`).
 
-    Buffers that differ by rank, such as batch norm statistics, get the values of the first rank, as in a checkpoint.
-    Modules in training mode run their own `train()` again, since Lightning sets only the flag `training` after a
-    validation, and LoRA weights that `eval()` has merged would stay merged. On exit, everything is restored exactly,
-    unless the block has set `keep` of the yielded object.
+    Buffers that differ by rank, such as batch norm statistics, get the values of the first rank, as
+    in a checkpoint. Modules in training mode run their own `train()` again, since Lightning sets
+    only the flag `training` after a validation, and LoRA weights that `eval()` has merged would
+    stay merged. On exit, everything is restored exactly, unless the block has set `keep` of the
+    yielded object.
     """
     path = _best_path(trainer) if start_from == "best" else ""
     start = StartingWeights(path=path)
@@ -110,7 +124,9 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
         yield start
         return
     collective = Collective.current(model.device)
-    written = (*model.parameters(), *model.buffers()) if path or own_modes else tuple(model.buffers())
+    written = (
+        (*model.parameters(), *model.buffers()) if path or own_modes else tuple(model.buffers())
+    )
     modules = list(model.modules())
     flags = module_flags(modules)
     tensors = [(tensor, tensor.detach().clone()) for tensor in written]
@@ -123,7 +139,8 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
             set_modes(modules, modes)
         if path:
             collective.all_or_none(
-                partial(_load_best, path, trainer, model), "the best checkpoint could not be read on another rank."
+                partial(_load_best, path, trainer, model),
+                "the best checkpoint could not be read on another rank.",
             )
         with torch.no_grad():
             for buffer in model.buffers():
@@ -155,7 +172,9 @@ def _best_path(trainer: Trainer) -> str:
 
 
 def epochs_of(trainer: Trainer) -> int:
-    """Returns the number of epochs of a training, at least 1. An epoch that batch limits cut short counts in part."""
+    """Returns the number of epochs of a training, at least 1. An epoch that batch limits cut short
+    counts in part.
+    """
     loop, loader = trainer.fit_loop, trainer.train_dataloader
     epochs = loop.epoch_progress.current.ready
     if isinstance(loader, DataLoader):
@@ -169,19 +188,27 @@ def _batches_of(trainer: Trainer) -> int:
 
 
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
-    """Returns the number of epochs in a checkpoint, at least 1, or `ASSUMED_EPOCHS` if no number is in it."""
+    """Returns the number of epochs in a checkpoint, at least 1, or `ASSUMED_EPOCHS` if no number is
+    in it.
+    """
     try:
         return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
     except KeyError:
         return ASSUMED_EPOCHS
 
 
-def forward_context(trainer: Trainer, model: LightningModule) -> Callable[[], AbstractContextManager[None]]:
-    """Returns a context for forward passes in the trainer's precision. Inside, `self.log` does nothing.
+def forward_context(
+    trainer: Trainer, model: LightningModule
+) -> Callable[[], AbstractContextManager[None]]:
+    """Returns a context for forward passes in the trainer's precision. Inside, `self.log` does
+    nothing.
 
-    Lightning refuses `self.log` outside the steps that it runs. An attribute `log` that is not a method stays.
+    Lightning refuses `self.log` outside the steps that it runs. An attribute `log` that is not a
+    method stays.
     """
-    parts = [part for part in model.modules() if isinstance(part, LightningModule) and callable(part.log)]
+    parts = [
+        part for part in model.modules() if isinstance(part, LightningModule) and callable(part.log)
+    ]
 
     @contextmanager
     def context() -> Iterator[None]:
@@ -201,11 +228,15 @@ def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Eval
 
 @contextmanager
 def handle_signals(
-    trainer: Trainer, is_decided: Callable[[], bool], saved_in: Callable[[], Path | None] = lambda: None
+    trainer: Trainer,
+    is_decided: Callable[[], bool],
+    saved_in: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
-    """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints what has become of the repair.
+    """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints what has become of
+    the repair.
 
-    `is_decided` returns True once the repair has finished. `saved_in` returns the folder of saved steps, or None.
+    `is_decided` returns True once the repair has finished. `saved_in` returns the folder of saved
+    steps, or None.
     """
 
     def terminated() -> BaseException:
@@ -225,7 +256,11 @@ def handle_signals(
         else:
             place = saved_in()
             text = "The repair was stopped: the weights are unchanged, and no files were written."
-            _say(text if place is None else f"{text} The same call resumes after the finished steps ({place}).")
+            _say(
+                text
+                if place is None
+                else f"{text} The same call resumes after the finished steps ({place})."
+            )
         raise
 
 

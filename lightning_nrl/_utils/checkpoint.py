@@ -19,7 +19,9 @@ REFUSED_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
-    """Returns the state dict of a module, a loaded checkpoint, or a file (read with `weights_only=True`)."""
+    """Returns the state dict of a module, a loaded checkpoint, or a file (read with
+    `weights_only=True`).
+    """
     if isinstance(given, nn.Module):
         return given.state_dict()
     if isinstance(given, Mapping):
@@ -28,16 +30,24 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
     return _state_in(load_mapping(argument, given, hint))
 
 
-def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bool = True) -> Mapping[str, Any]:
-    """Loads a checkpoint or state dict from a file, onto the CPU. If the file is unreadable, the error shows `hint`."""
+def load_mapping(
+    argument: str, path: str | Path, hint: str, *, weights_only: bool = True
+) -> Mapping[str, Any]:
+    """Loads a checkpoint or state dict from a file, onto the CPU. If the file is unreadable, the
+    error shows `hint`.
+    """
     try:
         found = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
-        raise ConfigurationError(f"`{argument}`: {str(path)!r} cannot be read ({reason(error)}).", hint) from error
+        raise ConfigurationError(
+            f"`{argument}`: {str(path)!r} cannot be read ({reason(error)}).", hint
+        ) from error
     _check_sums(argument, path)
     if not isinstance(found, Mapping):
         hint = "give a Lightning checkpoint or a file with a state dict."
-        raise ConfigurationError(f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.", hint)
+        raise ConfigurationError(
+            f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.", hint
+        )
     return found
 
 
@@ -58,7 +68,9 @@ def _check_sums(argument: str, path: str | Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Returns why a checkpoint cannot be read: class and first line of the error, without torch's advice."""
+    """Returns why a checkpoint cannot be read: class and first line of the error, without torch's
+    advice.
+    """
     text = first_line(error).partition(". In PyTorch")[0]
     if refused := REFUSED_OBJECT.search(str(error)):
         text = f"it holds objects, such as a `{refused[1]}`"
@@ -66,12 +78,16 @@ def reason(error: Exception) -> str:
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns a state dict with the names in `live_tensors`, and with the dtypes and devices of the model's tensors.
+    """Returns a state dict with the names in `live_tensors`, and with the dtypes and devices of the
+    model's tensors.
 
-    Refuses a state dict in which a tensor is missing, is not in the model, or has another shape than in the model.
+    Refuses a state dict in which a tensor is missing, is not in the model, or has another shape
+    than in the model.
     """
     live, names = live_tensors(model), saved_names(model)
-    own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
+    own = {
+        key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live
+    }
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
     wrong = [name for name in own if name not in given or given[name].shape != own[name].shape]
     more = [name for name in given if name not in own]
@@ -80,11 +96,19 @@ def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str
         if name in given and name in own:
             found = f"`{argument}` has {name!r} in the shape {list(given[name].shape)}, not {list(own[name].shape)}"
         else:
-            found = f"`{argument}` lacks {name!r}" if wrong else f"`{argument}` has {name!r}, which is not in the model"
+            found = (
+                f"`{argument}` lacks {name!r}"
+                if wrong
+                else f"`{argument}` has {name!r}, which is not in the model"
+            )
         others = len(wrong) + len(more) - 1
         hint = "give weights of the same architecture, or the module itself if the architecture may differ."
-        raise ConfigurationError(f"{found}; {others} more tensors do not fit." if others else f"{found}.", hint)
-    return {names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()}
+        raise ConfigurationError(
+            f"{found}; {others} more tensors do not fit." if others else f"{found}.", hint
+        )
+    return {
+        names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()
+    }
 
 
 def _state_in(found: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,7 +22,11 @@ def as_tensor(value: Any) -> Any:
         return value
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError):  # ragged lists, or tensors on a GPU or with gradients
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ):  # ragged lists, or tensors on a GPU or with gradients
         return value
     if array.shape == (0,) and isinstance(value, (list, tuple)):
         return torch.zeros(0, dtype=torch.bool)
@@ -38,10 +42,11 @@ def check_per_sample(
     *,
     tensors_only: bool = False,
 ) -> Tensor:
-    """Returns `value` as a tensor of shape `n`, one entry per sample; refuses other shapes and kinds.
+    """Returns `value` as a tensor of shape `n`, one entry per sample; refuses other shapes and
+    kinds.
 
-    A shape such as `n x 1` would be broadcast silently. Bools count as numbers. `what` names, in the message, the
-    function that returned the value.
+    A shape such as `n x 1` would be broadcast silently. Bools count as numbers. `what` names, in
+    the message, the function that returned the value.
     """
     found = value if tensors_only else as_tensor(value)
     if isinstance(found, Tensor) and found.shape == (n,) and _is_kind(found, kind):
@@ -63,7 +68,9 @@ def described(value: Any) -> str:
     """Returns dtype and shape of a tensor or an array, or type and length of another value."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{value.dtype} {list(value.shape)}"
-    return f"{type(value).__name__}{f' of length {len(value)}' if hasattr(value, '__len__') else ''}"
+    return (
+        f"{type(value).__name__}{f' of length {len(value)}' if hasattr(value, '__len__') else ''}"
+    )
 
 
 def is_class(value: Any) -> bool:
@@ -76,19 +83,25 @@ def is_class(value: Any) -> bool:
 
 def check_class(argument: str, value: Any) -> int:
     if not is_class(value):
-        raise ConfigurationError(f"`{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
+        raise ConfigurationError(
+            f"`{argument}={value!r}` is no class.", "give a class as a whole number from 0."
+        )
     return operator.index(value)
 
 
 def count_or_share(value: Any) -> int | float | None:
-    """Returns a whole number from 0 as int, a fraction in [0, 1] as float, and None for any other value."""
+    """Returns a whole number from 0 as int, a fraction in [0, 1] as float, and None for any other
+    value.
+    """
     if isinstance(value, Integral):
         return int(value) if not isinstance(value, bool) and int(value) >= 0 else None
     return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5). Refuses other words."""
+    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5). Refuses
+    other words.
+    """
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)

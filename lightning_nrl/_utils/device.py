@@ -21,7 +21,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def none_if_out_of_memory(work: Callable[[], T], *, last_try: bool = False) -> T | None:
-    """Returns `work()`. If memory runs out, empties torch's cache and returns None, or raises on the last try."""
+    """Returns `work()`. If memory runs out, empties torch's cache and returns None, or raises on
+    the last try.
+    """
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
@@ -37,7 +39,8 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
     """Returns `work()`. If memory runs out and this is the only rank (`alone`), tries once more.
 
     Raises:
-        DeviceMemoryError: memory ran out in the last try. `doing` completes the message, as in "the search ran".
+        DeviceMemoryError: memory ran out in the last try. `doing` completes the message, as in "the
+            search ran".
     """
     found = none_if_out_of_memory(work) if alone else None
     if found is not None:
@@ -52,7 +55,9 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
     raise DeviceMemoryError(f"memory ran out while {doing}: {text}", hint)
 
 
-Context = Callable[[], AbstractContextManager[Any]]  # makes the context of a forward pass, such as autocast
+Context = Callable[
+    [], AbstractContextManager[Any]
+]  # makes the context of a forward pass, such as autocast
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -70,7 +75,9 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def may_use_tf32(by_cudnn: bool = True) -> bool:
-    """True if float32 matrix products, or with `by_cudnn` convolutions, may use TensorFloat-32 on a GPU."""
+    """True if float32 matrix products, or with `by_cudnn` convolutions, may use TensorFloat-32 on a
+    GPU.
+    """
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     try:
@@ -81,14 +88,22 @@ def may_use_tf32(by_cudnn: bool = True) -> bool:
 
 @contextmanager
 def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
-    """For a block, disables cuDNN kernels with a random order of summation, so that gradients are equal in every run.
+    """For a block, disables cuDNN kernels with a random order of summation, so that gradients are
+    equal in every run.
 
-    If `model` has recurrent layers, disables all of cuDNN, which cannot compute their gradients in evaluation mode.
+    If `model` has recurrent layers, disables all of cuDNN, which cannot compute their gradients in
+    evaluation mode.
     """
     cudnn: Any = torch.backends.cudnn
-    recurrent = model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules())
+    recurrent = model is not None and any(
+        isinstance(module, nn.RNNBase) for module in model.modules()
+    )
     before = cudnn.enabled, cudnn.deterministic, cudnn.benchmark
-    cudnn.enabled, cudnn.deterministic, cudnn.benchmark = cudnn.enabled and not recurrent, True, False
+    cudnn.enabled, cudnn.deterministic, cudnn.benchmark = (
+        cudnn.enabled and not recurrent,
+        True,
+        False,
+    )
     try:
         yield
     finally:

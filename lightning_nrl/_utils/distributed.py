@@ -17,7 +17,9 @@ from lightning_nrl.errors import OtherRankError, RepairError, first_line
 
 Result = TypeVar("Result")
 PACKAGE_ERRORS: dict[str, type[RepairError]] = {
-    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RepairError)
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, RepairError)
 }
 
 
@@ -25,8 +27,8 @@ PACKAGE_ERRORS: dict[str, type[RepairError]] = {
 class Collective:
     """The ranks that work on one repair. All ranks must call the methods in the same order.
 
-    With a `world_size` of 1 nothing is exchanged. `device` is the device on which the process group exchanges tensors;
-    a method returns tensors on the device of its argument.
+    With a `world_size` of 1 nothing is exchanged. `device` is the device on which the process group
+    exchanges tensors; a method returns tensors on the device of its argument.
     """
 
     rank: int = 0
@@ -35,7 +37,9 @@ class Collective:
 
     @classmethod
     def current(cls, device: torch.device) -> Collective:
-        """Returns the ranks of torch's default process group, or a single rank if there is no group."""
+        """Returns the ranks of torch's default process group, or a single rank if there is no
+        group.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
         if device.type == "mps" or dist.get_backend() in ("gloo", "mpi"):
@@ -56,7 +60,9 @@ class Collective:
         return total.to(x.device, x.dtype)
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Returns the tensors of all ranks, in rank order. The ranks may give other sizes and dtypes."""
+        """Returns the tensors of all ranks, in rank order. The ranks may give other sizes and
+        dtypes.
+        """
         if self.world_size == 1:
             return [x]
         rows = [x] * self.world_size
@@ -82,10 +88,13 @@ class Collective:
         return self.agreed(mine).byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
-        """Returns `work()` of this rank. If `work` fails on one rank, all ranks raise, so that no rank waits forever.
+        """Returns `work()` of this rank. If `work` fails on one rank, all ranks raise, so that no
+        rank
+        waits forever.
 
-        `work` must not exchange anything between ranks. An error of this package is raised on every rank. Any other
-        error is raised on its own rank, while the other ranks raise an `OtherRankError` with the message `failed`.
+        `work` must not exchange anything between ranks. An error of this package is raised on every
+        rank. Any other error is raised on its own rank, while the other ranks raise an
+        `OtherRankError` with the message `failed`.
         """
         error: Exception | None = None
         try:
@@ -95,17 +104,23 @@ class Collective:
         if not self.any(error is not None):
             return result
         # The first class of this package among the error's class and its bases, or None.
-        kind = next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)
+        kind = next(
+            (kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None
+        )
         elsewhere = OtherRankError(failed, "look at the error of that rank.")
         if self.any(error is not None and kind is None):
             raise elsewhere if error is None or kind is not None else error
-        name, _, message = self.first_text("" if kind is None else f"{kind.__name__}\n{error}").partition("\n")
+        name, _, message = self.first_text(
+            "" if kind is None else f"{kind.__name__}\n{error}"
+        ).partition("\n")
         if error is not None and type(error).__name__ == name:
             raise error
         raise PACKAGE_ERRORS[name](message) from (error or elsewhere)
 
     def agreed(self, values: Tensor) -> Tensor:
-        """Returns, on every rank, the values of the first rank. Use it where ranks may differ by rounding."""
+        """Returns, on every rank, the values of the first rank. Use it where ranks may differ by
+        rounding.
+        """
         return self.sum(values if self.rank == 0 else torch.zeros_like(values))
 
 
@@ -117,4 +132,6 @@ def _peer_errors() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         hint = "look at the error of that rank; the weights on this rank are unchanged."
-        raise OtherRankError(f"another rank has ended or does not answer: {first_line(error)}", hint) from error
+        raise OtherRankError(
+            f"another rank has ended or does not answer: {first_line(error)}", hint
+        ) from error

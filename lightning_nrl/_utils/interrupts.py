@@ -1,7 +1,8 @@
 """Handling of Ctrl-C and SIGTERM during work on a live model.
 
-A signal is only noted, and the next call of `poll` raises an exception, so that no write of weights is cut short. If
-`poll` is not called within `OVERDUE_SECONDS`, the exception is raised anywhere except inside of `defer_signals`.
+A signal is only noted, and the next call of `poll` raises an exception, so that no write of weights
+is cut short. If `poll` is not called within `OVERDUE_SECONDS`, the exception is raised anywhere
+except inside of `defer_signals`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ OVERDUE_SECONDS = 5.0
 
 
 class Interrupted(BaseException):
-    """Raised by `poll` to end the work. `interruptible` replaces it by the exception for Ctrl-C or for SIGTERM."""
+    """Raised by `poll` to end the work. `interruptible` replaces it by the exception for Ctrl-C or
+    for SIGTERM.
+    """
 
 
 @dataclass
@@ -44,7 +47,9 @@ class _SignalWatch:
                 self._raise()
             return
         self.noted = signum
-        self.say(f"{'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}: the repair stops.")
+        self.say(
+            f"{'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}: the repair stops."
+        )
         self.overdue = time.monotonic() + OVERDUE_SECONDS
         self.timer = threading.Timer(OVERDUE_SECONDS, _signal_main_thread, (signum,))
         self.timer.daemon = True
@@ -60,7 +65,9 @@ class _SignalWatch:
 
 
 def poll() -> None:
-    """Raises `Interrupted` if a signal has been noted. Call it often, where an exception does no harm."""
+    """Raises `Interrupted` if a signal has been noted. Call it often, where an exception does no
+    harm.
+    """
     if _SignalWatch.current is not None:
         _SignalWatch.current.poll()
 
@@ -80,13 +87,20 @@ def defer_signals() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(*, terminated: Callable[[], BaseException], say: Callable[[str], None]) -> Iterator[None]:
-    """Handles signals for a block: raises KeyboardInterrupt after Ctrl-C, and `terminated()` after SIGTERM.
+def interruptible(
+    *, terminated: Callable[[], BaseException], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Handles signals for a block: raises KeyboardInterrupt after Ctrl-C, and `terminated()` after
+    SIGTERM.
 
-    The exception comes from the next call of `poll`; `say` prints a message at once. The earlier handlers are restored
-    on exit. Ignored signals stay ignored. Outside of the main thread, which alone handles signals, nothing changes.
+    The exception comes from the next call of `poll`; `say` prints a message at once. The earlier
+    handlers are restored on exit. Ignored signals stay ignored. Outside of the main thread, which
+    alone handles signals, nothing changes.
     """
-    if _SignalWatch.current is not None or threading.current_thread() is not threading.main_thread():
+    if (
+        _SignalWatch.current is not None
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
     watch = _SignalWatch(say)

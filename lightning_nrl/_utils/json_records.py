@@ -1,4 +1,6 @@
-"""Encodes dataclasses as strict JSON, and decodes JSON to dataclasses by the type hints of their fields."""
+"""Encodes dataclasses as strict JSON, and decodes JSON to dataclasses by the type hints of their
+fields.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from typing_extensions import Self
 
 from lightning_nrl.errors import ConfigurationError
 
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # json.dumps would make one per call
+_encode = json.JSONEncoder(
+    allow_nan=False, ensure_ascii=False
+).encode  # json.dumps would make one per call
 
 T = TypeVar("T")
 WHOLE_NUMBER_LIMIT = 2**63
@@ -27,7 +31,9 @@ UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that i
 
 
 def flat(prefix: str = "") -> Mapping[str, Any]:
-    """Returns metadata for a field that is a dataclass. The fields inside get a prefix and join the outer object."""
+    """Returns metadata for a field that is a dataclass. The fields inside get a prefix and join the
+    outer object.
+    """
     return {"flat": prefix}
 
 
@@ -49,7 +55,9 @@ class Record(Derives):
     """Base of dataclasses that are written as JSON and read from JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain dicts, lists, text and numbers, including the derived values. Infinities become NaN."""
+        """Returns plain dicts, lists, text and numbers, including the derived values. Infinities
+        become NaN.
+        """
         return cast(dict[str, Any], to_plain(self))
 
     def to_json(self) -> str:
@@ -61,7 +69,8 @@ class Record(Derives):
         """Reads the result of `to_dict`.
 
         Raises:
-            ConfigurationError: a value, at a path in the message, is missing, unknown, infinite or of a wrong type.
+            ConfigurationError: a value, at a path in the message, is missing, unknown, infinite or
+                of a wrong type.
         """
         return from_plain(cls, data)
 
@@ -72,8 +81,11 @@ class Record(Derives):
 
 
 def to_plain(value: Any) -> Any:
-    """Converts dataclasses, arrays and so on to dicts, lists, text, numbers, bools and None. Infinities become NaN."""
-    # Exact types: np.float64 is a subclass of float, and a checkpoint with one does not load with weights_only=True.
+    """Converts dataclasses, arrays and so on to dicts, lists, text, numbers, bools and None.
+    Infinities become NaN.
+    """
+    # Exact types: np.float64 is a subclass of float, and a checkpoint with one does not load with
+    # weights_only=True.
     if type(value) is float:
         return math.nan if math.isinf(value) else value
     if value is None or type(value) in (bool, int, str):
@@ -86,11 +98,15 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if hasattr(value, "tolist"):
         return to_plain(value.tolist())
-    return to_plain(next((kind(value) for kind in (int, float, str) if isinstance(value, kind)), str(value)))
+    return to_plain(
+        next((kind(value) for kind in (int, float, str) if isinstance(value, kind)), str(value))
+    )
 
 
 def dumps(value: Any, indent: str = "") -> str:
-    """Returns strict JSON. A list of scalars takes one line, and so does an object of scalars inside a list."""
+    """Returns strict JSON. A list of scalars takes one line, and so does an object of scalars
+    inside a list.
+    """
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{deeper}{json.dumps(key)}: {dumps(item, deeper)}" for key, item in value.items()]
@@ -105,7 +121,9 @@ def dumps(value: Any, indent: str = "") -> str:
 
 
 def _one_line(value: Any) -> str:
-    if not isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in value.values()):
+    if not isinstance(value, dict) or any(
+        isinstance(item, (dict, list)) for item in value.values()
+    ):
         return ""
     return "{" + ", ".join(f"{json.dumps(key)}: {dumps(item)}" for key, item in value.items()) + "}"
 
@@ -124,7 +142,9 @@ def _plain_record(record: Any) -> dict[str, Any]:
 
 
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads the result of `to_plain` as a dataclass; null becomes NaN. Raises the same errors as `Record.from_dict`."""
+    """Reads the result of `to_plain` as a dataclass; null becomes NaN. Raises the same errors as
+    `Record.from_dict`.
+    """
     return cast(T, _read(kind, data, ""))
 
 
@@ -144,7 +164,9 @@ def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
         others = [one for one in arguments if one is not NoneType]
         if value is None and NoneType in arguments:
             return None
-        return _read(next((one for one in others if type(value) is one), others[0]), value, path, null)
+        return _read(
+            next((one for one in others if type(value) is one), others[0]), value, path, null
+        )
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             raise _wrong(path, f"one of {list(arguments)}", value)
@@ -155,10 +177,16 @@ def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         items = _list(value, path, len(arguments) if fixed else None)
         kinds = arguments if fixed else [arguments[0]] * len(items)
-        read = [_read(one, item, f"{path}[{i}]") for i, (one, item) in enumerate(zip(kinds, items, strict=True))]
+        read = [
+            _read(one, item, f"{path}[{i}]")
+            for i, (one, item) in enumerate(zip(kinds, items, strict=True))
+        ]
         return tuple(read) if origin is tuple else read
     if origin is Mapping:
-        return {key: _read(arguments[1], item, f"{path}.{key}") for key, item in _object(value, path).items()}
+        return {
+            key: _read(arguments[1], item, f"{path}.{key}")
+            for key, item in _object(value, path).items()
+        }
     if kind is float:
         return _read_float(value, path, null)
     if kind not in TYPE_NAMES:
@@ -198,7 +226,9 @@ def _read_record(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
             missing = NoneType in get_args(hint) and all(value is None for value in own.values())
             read[f.name] = None if missing else _read_record(part, own, prefix + start)
         else:
-            read[f.name] = _read(hint, item(f.name), prefix + f.name, f.metadata.get("null", math.nan))
+            read[f.name] = _read(
+                hint, item(f.name), prefix + f.name, f.metadata.get("null", math.nan)
+            )
     record = kind(**read)
     derived = record.derived if isinstance(record, Derives) else {}
     for name in sorted(data.keys() - names - derived.keys()):

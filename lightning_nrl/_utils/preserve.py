@@ -14,14 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes, to compare bits
+SAME_SIZE = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # by size in bytes, to compare bits
 PRESERVED: set[int] = set()  # `id` of each parameter that an outer `eval_mode` has copied
 MAX_ITEMS_KEPT = 10_000  # longer lists and dicts are taken for data and not restored
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Does what `eval_mode` does, and restores random states, since models may draw random numbers in evaluation."""
+    """Does what `eval_mode` does, and restores random states, since models may draw random numbers
+    in evaluation.
+    """
     # Localisation needs gradients, which inference mode excludes.
     with random_state(), torch.inference_mode(False), eval_mode(model) as rewritten:
         yield rewritten
@@ -31,17 +38,24 @@ def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     """Sets evaluation mode for a block, then restores parameters, buffers and flags exactly.
 
-    Yields a mapping from the `id` of each tensor that `eval()` has overwritten to the tensor's earlier value.
+    Yields a mapping from the `id` of each tensor that `eval()` has overwritten to the tensor's
+    earlier value.
 
-    Models may write to their own weights: by `Embedding(max_norm=)`, by clamps in `forward`, or by merging LoRA weights
-    in `eval()`. So on exit, `eval_mode` calls `train()` of the modules, compares each tensor with a copy and restores
-    flags such as `merged`. (A tensor's `_version` would miss `weight.data.clamp_()`.) Parameters keep their
-    identity and memory, since optimizers refer to them. Nested calls of `eval_mode` copy each parameter only once.
+    Models may write to their own weights: by `Embedding(max_norm=)`, by clamps in `forward`, or by
+    merging LoRA weights in `eval()`. So on exit, `eval_mode` calls `train()` of the modules,
+    compares each tensor with a copy and restores flags such as `merged`. (A tensor's `_version`
+    would miss `weight.data.clamp_()`.) Parameters keep their identity and memory, since optimizers
+    refer to them. Nested calls of `eval_mode` copy each parameter only once.
     """
-    modules = [module for module in model.modules() if hasattr(module, "training")]  # a frozen scripted module has none
+    modules = [
+        module for module in model.modules() if hasattr(module, "training")
+    ]  # a frozen scripted module has none
     flags = [module.training for module in modules]
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
-    snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
+    snapshots = [
+        *parameters,
+        *(_TensorSnapshot(module._buffers, _has_values) for module in modules),
+    ]
     held = {id(value) for snapshot in parameters for value, *_ in snapshot.copied}
     own = module_flags(modules)
     PRESERVED.update(held)
@@ -49,8 +63,16 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
         copied = []
         if any(flags):
             model.eval()
-            copied = [one for snapshot in snapshots for one in snapshot.copied] if has_own_modes(model) else []
-        yield {id(value): copy for value, at, copy in copied if not (_is_at(value, at) and _is_same(at, copy))}
+            copied = (
+                [one for snapshot in snapshots for one in snapshot.copied]
+                if has_own_modes(model)
+                else []
+            )
+        yield {
+            id(value): copy
+            for value, at, copy in copied
+            if not (_is_at(value, at) and _is_same(at, copy))
+        }
     finally:
         PRESERVED.difference_update(held)
         try:
@@ -64,10 +86,12 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
 
 @contextmanager
 def loading_mode(model: nn.Module) -> Iterator[None]:
-    """Sets training mode for a block if a module overrides `train()` or `eval()`, then restores the modes.
+    """Sets training mode for a block if a module overrides `train()` or `eval()`, then restores the
+    modes.
 
-    A checkpoint has the weights of training mode; `eval()` may merge LoRA weights into them. A trainer may restore the
-    flag `training` without a call of `train()`, so that LoRA weights stay merged in training mode.
+    A checkpoint has the weights of training mode; `eval()` may merge LoRA weights into them. A
+    trainer may restore the flag `training` without a call of `train()`, so that LoRA weights stay
+    merged in training mode.
     """
     modules = [module for module in model.modules() if hasattr(module, "training")]
     flags = [module.training for module in modules]
@@ -81,12 +105,18 @@ def loading_mode(model: nn.Module) -> Iterator[None]:
 
 def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
     """Returns the bool attributes of each module, such as `training` and `merged`."""
-    return [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]
+    return [
+        {name: value for name, value in vars(module).items() if isinstance(value, bool)}
+        for module in modules
+    ]
 
 
 def has_own_modes(model: nn.Module) -> bool:
     """True if a module overrides `train()` or `eval()`, for instance to merge LoRA weights."""
-    return any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in model.modules())
+    return any(
+        type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval
+        for m in model.modules()
+    )
 
 
 def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
@@ -108,7 +138,8 @@ def random_state() -> Iterator[None]:
     if cuda.is_initialized():
         states.append((cuda.set_rng_state_all, cuda.get_rng_state_all()))
     elif cuda.is_available():
-        # Reading the state would initialise CUDA. If CUDA is initialised later, it takes torch's last seed.
+        # Reading the state would initialise CUDA. If CUDA is initialised later, it takes torch's
+        # last seed.
         states.append((cuda.manual_seed_all, torch.initial_seed()))
     if torch.backends.mps.is_available():
         states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
@@ -136,7 +167,10 @@ class CpuRandomState:
             torch.equal(self.torch, torch.get_rng_state())
             and self.python == random.getstate()
             and self.numpy["has_gauss"] == now["has_gauss"]
-            and all(np.array_equal(self.numpy["state"][name], now["state"][name]) for name in ("pos", "key"))
+            and all(
+                np.array_equal(self.numpy["state"][name], now["state"][name])
+                for name in ("pos", "key")
+            )
         )
 
     def restore(self) -> None:
@@ -148,7 +182,8 @@ class CpuRandomState:
 def seed_all(seed: int) -> None:
     """Seeds torch on all devices, numpy and Python."""
     seed_cpu(seed)
-    # Without such a device, torch would store the seed for later with a stack trace, which takes milliseconds.
+    # Without such a device, torch would store the seed for later with a stack trace, which takes
+    # milliseconds.
     if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
         torch.manual_seed(seed)
 
@@ -161,7 +196,9 @@ def seed_cpu(seed: int) -> None:
 
 
 def mixed_seed(seed: int, i: int) -> int:
-    """Returns the `i`-th of the 64-bit seeds that follow from one seed (splitmix64, Steele et al. 2014)."""
+    """Returns the `i`-th of the 64-bit seeds that follow from one seed (splitmix64, Steele et al.
+    2014).
+    """
     z = (seed * 0xD1342543DE82EF95 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -181,7 +218,9 @@ class _TensorSnapshot:
     @torch.no_grad()
     def restore(self) -> None:
         tensors, values = self._tensors, self._values
-        now = [name for name, _ in tensors.items()]  # the mapping of a scripted module has no other iterator
+        now = [
+            name for name, _ in tensors.items()
+        ]  # the mapping of a scripted module has no other iterator
         if [name for name in now if name in values] != list(values):
             # Optimizers rely on the order of parameters.
             later = {name: value for name, value in tensors.items() if name not in values}
@@ -218,7 +257,11 @@ def _is_at(value: Tensor, memory: Tensor) -> bool:
         return False
     if value.layout != torch.strided:
         return True
-    return (value.shape, value.stride(), value.data_ptr()) == (memory.shape, memory.stride(), memory.data_ptr())
+    return (value.shape, value.stride(), value.data_ptr()) == (
+        memory.shape,
+        memory.stride(),
+        memory.data_ptr(),
+    )
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:
@@ -231,7 +274,9 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
 
 @contextmanager
 def preserve_attributes(model: nn.Module) -> Iterator[None]:
-    """Restores on exit all modules' attributes, and the tensors, lists and dicts in them, such as metric states."""
+    """Restores on exit all modules' attributes, and the tensors, lists and dicts in them, such as
+    metric states.
+    """
     restores: list[Callable[[], None]] = []
     for module in model.modules():
         attributes = vars(module)
@@ -256,7 +301,11 @@ def _restores(value: Any, depth: int = 3) -> list[Callable[[], None]]:
     if isinstance(value, Tensor):
         copy = value.detach().clone()
         return [partial(_write, value, copy)]
-    if type(value) not in (list, dict, set, deque, OrderedDict) or len(value) > MAX_ITEMS_KEPT or not depth:
+    if (
+        type(value) not in (list, dict, set, deque, OrderedDict)
+        or len(value) > MAX_ITEMS_KEPT
+        or not depth
+    ):
         return []
     inside = value.values() if isinstance(value, dict) else value
     return [_restore(value), *(undo for item in inside for undo in _restores(item, depth - 1))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -25,6 +25,8 @@ class Registry(Generic[T]):
         example: example of a valid value for messages.
         fits: returns True for a valid object.
         include: other registries, whose names are accepted too.
+        on_demand: further factories by name, as addresses `package.module:name`, which are imported
+            on first use.
         group: if not empty, other distributions can add factories, by entry points in the group
             `lightning_nrl.<group>`. A factory must be callable without arguments.
 
@@ -41,12 +43,15 @@ class Registry(Generic[T]):
     example: str
     fits: Callable[[Any], bool]
     include: tuple[Registry[Any], ...] = ()
+    on_demand: Mapping[str, str] = field(default_factory=dict)
     group: str = ""
     _factories: dict[str, Callable[..., T]] = field(default_factory=dict, init=False)
     _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
-        """Returns a decorator that adds a factory. `forms` are example texts with arguments, such as `tolerance:1%`."""
+        """Returns a decorator that adds a factory. `forms` are example texts with arguments, such
+        as `tolerance:1%`.
+        """
 
         def add(factory: Factory) -> Factory:
             if any(name in registry._factories for registry in (self, *self.include)):
@@ -59,29 +64,41 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         yield from self._factories
+        yield from self.on_demand
         yield from self._added
         for other in self.include:
             yield from other
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
-        # A name of this package wins over an entry point, and the first entry point wins over a later one.
+        # A name of this package wins over an entry point, and the first entry point wins over a
+        # later one.
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
-            if point.name not in self._factories:
+            if point.name not in self._factories and point.name not in self.on_demand:
                 found.setdefault(point.name, point)
         return found
 
     @property
     def forms(self) -> tuple[str, ...]:
         """Example texts of all names, as messages show them."""
-        return (*self._forms, *self._added, *(form for other in self.include for form in other.forms))
+        return (
+            *self._forms,
+            *self.on_demand,
+            *self._added,
+            *(form for other in self.include for form in other.forms),
+        )
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
-        """Returns the factory with this name; refuses an unknown name, with the most similar name as a hint."""
+        """Returns the factory with this name; refuses an unknown name, with the most similar name
+        as a hint.
+        """
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
+        if name in self.on_demand:
+            factory: Callable[..., T] = load_on_demand(self.on_demand[name])
+            return factory
         if name in self._added:
             return self._loaded(argument, self._added[name])
         return next(other for other in self.include if name in other).factory(argument, name)
@@ -93,19 +110,25 @@ class Registry(Generic[T]):
             make = point.load()
         except Exception as error:
             hint = "update or uninstall that distribution."
-            raise ConfigurationError(f"{origin} cannot be loaded ({type(error).__name__}: {error}).", hint) from error
+            raise ConfigurationError(
+                f"{origin} cannot be loaded ({type(error).__name__}: {error}).", hint
+            ) from error
 
         def made(*args: Any, **kwargs: Any) -> Any:
             value = make(*args, **kwargs) if callable(make) else None
             if not self.fits(value):
                 hint = "give a class, or a function that makes one without arguments."
-                raise ConfigurationError(f"{origin} gave a {type(value).__name__}, which is no {self.kind}.", hint)
+                raise ConfigurationError(
+                    f"{origin} gave a {type(value).__name__}, which is no {self.kind}.", hint
+                )
             return value
 
         return made
 
     def parse(self, argument: str, value: Any) -> T:
-        """Returns what the factory named `value` makes without arguments. A valid object is returned unchanged."""
+        """Returns what the factory named `value` makes without arguments. A valid object is
+        returned unchanged.
+        """
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)
@@ -113,25 +136,43 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """Returns the error for a text such as `tolerence:1%`. `found` quotes the text; `name` is only `tolerence`."""
+        """Returns the error for a text such as `tolerence:1%`. `found` quotes the text; `name` is
+        only `tolerence`.
+        """
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(
-            f"{found} is no {self.kind}{meant}", f"write one of {list(self.forms)}, or {self.example}."
+            f"{found} is no {self.kind}{meant}",
+            f"write one of {list(self.forms)}, or {self.example}.",
         )
 
 
+def load_on_demand(address: str) -> Any:
+    """Imports `package.module:name` of this package on first use, so that users who do not need it
+    never load it.
+    """
+    return pkgutil.resolve_name(address)
+
+
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function, given directly or by its address `package.module:function` or `package.module.function`."""
+    """Returns a function, given directly or by its address `package.module:function` or
+    `package.module.function`.
+    """
     found: Any = value
     if isinstance(value, str):
         try:
             found = pkgutil.resolve_name(value)
         except (ValueError, ImportError, AttributeError) as error:
-            hint = "write `package.module:function`, with a module that Python can import from here."
-            raise ConfigurationError(f"`{argument}={value!r}` was not found: {error}.", hint) from error
+            hint = (
+                "write `package.module:function`, with a module that Python can import from here."
+            )
+            raise ConfigurationError(
+                f"`{argument}={value!r}` was not found: {error}.", hint
+            ) from error
     if not callable(found):
         hint = "give a function, or its address as text, `package.module:function`."
-        raise ConfigurationError(f"`{argument}`: a value of type {type(found).__name__} cannot be called.", hint)
+        raise ConfigurationError(
+            f"`{argument}`: a value of type {type(found).__name__} cannot be called.", hint
+        )
     function: Callable[..., Any] = found
     return function

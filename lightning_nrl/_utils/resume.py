@@ -1,7 +1,9 @@
-"""Saved results of the finished steps of a repair. If the process is killed, the same call reuses them.
+"""Saved results of the finished steps of a repair. If the process is killed, the same call reuses
+them.
 
-A repair takes the same steps in the same order each time. So the file of a step is named by the number of the step,
-after the numbers of the steps that contain it. The folder is named by a hash of everything that affects the results.
+A repair takes the same steps in the same order each time. So the file of a step is named by the
+number of the step, after the numbers of the steps that contain it. The folder is named by a hash of
+everything that affects the results.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ def to_bytes(value: Any) -> bytes:
 def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None) -> Any:
     """Deserialises the result of `to_bytes`.
 
-    `hint` is the type of the value. A dataclass or named tuple in the value is refused unless its class is in `hint` or
-    in the type of a field of such a class. Tensors that were on another device than the CPU are put on `device`.
+    `hint` is the type of the value. A dataclass or named tuple in the value is refused unless its
+    class is in `hint` or in the type of a field of such a class. Tensors that were on another
+    device than the CPU are put on `device`.
 
     Raises:
         ValueError: the data are damaged or hold an unexpected object, or memory runs out.
@@ -82,24 +85,44 @@ PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
 
 
 class ResumeStore:
-    """Store for the results of steps that take at least `every` seconds, in a subfolder of `parent`.
+    """Store for the results of steps that take at least `every` seconds, in a subfolder of
+    `parent`.
 
-    With `parent=None`, nothing is saved. Results of earlier runs are also sought in the folders `elsewhere`, in order.
+    With `parent=None`, nothing is saved. Results of earlier runs are also sought in the folders
+    `elsewhere`, in order.
     """
 
-    def __init__(self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY) -> None:
+    def __init__(
+        self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY
+    ) -> None:
         self._parent, self._elsewhere, self._every = parent, elsewhere, every
-        self._clock, self._collective, self._device = StageTimer(), Collective(), torch.device("cpu")
+        self._clock, self._collective, self._device = (
+            StageTimer(),
+            Collective(),
+            torch.device("cpu"),
+        )
         self._origin = ""
         self._folder: Path | None = None  # set on the first rank, and None after a write has failed
         self._made: list[Path] = []
         self._is_active = self._resumes = False
-        self._path, self._number = "", 0  # path of the current step, and number of steps begun inside it
+        self._path, self._number = (
+            "",
+            0,
+        )  # path of the current step, and number of steps begun inside it
 
-    def begin(self, origin: Mapping[str, str], clock: StageTimer, collective: Collective, device: torch.device) -> None:
-        """Looks for results saved with the same `origin`. All ranks must call it; only the first rank uses files.
+    def begin(
+        self,
+        origin: Mapping[str, str],
+        clock: StageTimer,
+        collective: Collective,
+        device: torch.device,
+    ) -> None:
+        """Looks for results saved with the same `origin`. All ranks must call it; only the first
+        rank
+        uses files.
 
-        `origin` has hashes of everything that affects the results. Its keys name these things in messages.
+        `origin` has hashes of everything that affects the results. Its keys name these things in
+        messages.
         """
         if self._parent is None:
             return
@@ -108,7 +131,9 @@ class ResumeStore:
         found = False
         if collective.rank == 0:
             self._origin = json.dumps(dict(origin), indent=2)
-            self._folder = self._parent / f"{PREFIX}{hashlib.sha256(self._origin.encode()).hexdigest()[:16]}"
+            self._folder = (
+                self._parent / f"{PREFIX}{hashlib.sha256(self._origin.encode()).hexdigest()[:16]}"
+            )
             self._made.append(self._folder)
             found = self._find(self._folder, origin)
         self._resumes = collective.any(found)
@@ -116,7 +141,9 @@ class ResumeStore:
             clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns a step's saved result, or runs `work` and saves its result if it was slow. All ranks must call it."""
+        """Returns a step's saved result, or runs `work` and saves its result if it was slow. All
+        ranks must call it.
+        """
         if not self._is_active:
             return work()
         outer, number, began = self._path, self._number + 1, self._clock.elapsed
@@ -156,8 +183,13 @@ class ResumeStore:
             for file in folder.glob(f"{self._path}*{FINISHED}"):
                 file.unlink(missing_ok=True)
         except Exception as error:
-            problem = f"finished steps cannot be saved in {folder} ({type(error).__name__}: {error})."
-            warnings.warn(FilesWarning(problem, "make room; otherwise a stopped repair starts over."), stacklevel=3)
+            problem = (
+                f"finished steps cannot be saved in {folder} ({type(error).__name__}: {error})."
+            )
+            warnings.warn(
+                FilesWarning(problem, "make room; otherwise a stopped repair starts over."),
+                stacklevel=3,
+            )
             self._folder = None
 
     def _read(self, hint: Any) -> tuple[Any, float, dict[str, float]] | None:
@@ -178,7 +210,9 @@ class ResumeStore:
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
             message = f"{self._folder}: {name!r} is not used: {problem}."
-            warnings.warn(FilesWarning(message, "that part of the repair runs again."), stacklevel=3)
+            warnings.warn(
+                FilesWarning(message, "that part of the repair runs again."), stacklevel=3
+            )
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:

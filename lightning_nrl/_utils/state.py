@@ -1,4 +1,6 @@
-"""Weights of a model as tensors by name: copies, interpolation, hashes, temporary and permanent writing."""
+"""Weights of a model as tensors by name: copies, interpolation, hashes, temporary and permanent
+writing.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
-    """Returns the tensors of `state` that differ from the model's. A shared tensor is returned under each of its names.
+    """Returns the tensors of `state` that differ from the model's. A shared tensor is returned
+    under
+    each of its names.
 
-    `state` may be on another device, since Lightning moves the model to the CPU after a fit on a GPU.
+    `state` may be on another device, since Lightning moves the model to the CPU after a fit on a
+    GPU.
 
     Raises:
         ConfigurationError: a name is not in the model, or its tensor has another shape there.
@@ -45,9 +50,11 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 
 @contextmanager
 def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
-    """Replaces tensors of the model for a block, then puts the original tensor objects back. Raises like `changed`.
+    """Replaces tensors of the model for a block, then puts the original tensor objects back. Raises
+    like `changed`.
 
-    A shared tensor is replaced in all its modules (`torch.func.functional_call` would leave some modules changed).
+    A shared tensor is replaced in all its modules (`torch.func.functional_call` would leave some
+    modules changed).
     """
     live = _checked(model, state)
     new = {id(live[name]): value for name, value in state.items()}
@@ -68,7 +75,9 @@ def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
 
 @torch.no_grad()
 def write(model: nn.Module, state: State) -> None:
-    """Copies the tensors of `state` into the model. Raises like `changed`, before anything is copied."""
+    """Copies the tensors of `state` into the model. Raises like `changed`, before anything is
+    copied.
+    """
     live = _checked(model, state)
     for name, value in state.items():
         live[name].copy_(value)
@@ -76,10 +85,11 @@ def write(model: nn.Module, state: State) -> None:
 
 @torch.no_grad()
 def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
-    """Returns old + strength * (new - old) for each name in `new`. The result is exact for the strengths 0 and 1.
+    """Returns old + strength * (new - old) for each name in `new`. The result is exact for the
+    strengths 0 and 1.
 
-    Integer tensors, such as batch counts, are taken from `new` if the strength is at least 1/2, and otherwise from
-    `old`. Variances of batch norm are clamped to 0 or more.
+    Integer tensors, such as batch counts, are taken from `new` if the strength is at least 1/2, and
+    otherwise from `old`. Variances of batch norm are clamped to 0 or more.
     """
     if strength in (0.0, 1.0):
         return {name: (new if strength else old)[name] for name in new}
@@ -98,9 +108,11 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
-    """Returns base + sum_i factors[i] * (states[i] - base) for each floating-point tensor in any of the states.
+    """Returns base + sum_i factors[i] * (states[i] - base) for each floating-point tensor in any of
+    the states.
 
-    A state that lacks a tensor adds nothing to it. Variances of batch norm are clamped to 0 or more.
+    A state that lacks a tensor adds nothing to it. Variances of batch norm are clamped to 0 or
+    more.
     """
     new: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for state in states for name in state):
@@ -119,10 +131,16 @@ def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str,
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the model's parameters and persistent buffers, even if a custom `state_dict` omits or renames them."""
+    """Returns the model's parameters and persistent buffers, even if a custom `state_dict` omits or
+    renames them.
+    """
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        kept = {name: x for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        kept = {
+            name: x
+            for name, x in module._buffers.items()
+            if name not in module._non_persistent_buffers_set
+        }
         for name, value in (*module._parameters.items(), *kept.items()):
             if value is not None:
                 found[f"{prefix}.{name}" if prefix else name] = value
@@ -138,30 +156,44 @@ def current_state(model: nn.Module) -> dict[str, Tensor]:
 def saved_names(model: nn.Module) -> dict[str, str]:
     """Maps each name in `model.state_dict()` to the name of the same tensor in `live_tensors`.
 
-    A custom `state_dict` may rename tensors. Names of values that are not in `live_tensors`, such as moving averages,
-    are left out.
+    A custom `state_dict` may rename tensors. Names of values that are not in `live_tensors`, such
+    as moving averages, are left out.
     """
     live, state = live_tensors(model), model.state_dict()
     places = {_place(value): name for name, value in live.items()}
     names: dict[str, str] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.numel():
-            found = key if key in live and _place(live[key]) == _place(value) else places.get(_place(value))
+            found = (
+                key
+                if key in live and _place(live[key]) == _place(value)
+                else places.get(_place(value))
+            )
             names |= {} if found is None else {key: found}
         elif key in live:
             names[key] = key
     left = set(live) - set(names.values())
-    other = {name: live[name].detach() + 1 for name in left if name in state and live[name].is_floating_point()}
+    other = {
+        name: live[name].detach() + 1
+        for name in left
+        if name in state and live[name].is_floating_point()
+    }
     if other:
         with temporary_weights(model, other):
             state = model.state_dict()
-        copied = (n for n, x in other.items() if x.shape == state[n].shape and torch.allclose(state[n].to(x), x, 1e-2))
+        copied = (
+            n
+            for n, x in other.items()
+            if x.shape == state[n].shape and torch.allclose(state[n].to(x), x, 1e-2)
+        )
         names |= {name: name for name in copied}
     return names
 
 
 def check_saved(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuses a model whose state dict omits one of the live tensors `names`, or has other values for one of them."""
+    """Refuses a model whose state dict omits one of the live tensors `names`, or has other values
+    for one of them.
+    """
     saved = set(saved_names(model).values())
     missing = [name for name in names if name not in saved]
     if missing:
@@ -182,7 +214,9 @@ def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
     for name, value in state.items():
         if name not in live or live[name].shape != value.shape:
             found = f"has the shape {list(live[name].shape)}" if name in live else "is missing"
-            raise ConfigurationError(f"`model`: its tensor {name!r} {found}.", "give the model that was repaired.")
+            raise ConfigurationError(
+                f"`model`: its tensor {name!r} {found}.", "give the model that was repaired."
+            )
     return live
 
 
@@ -195,7 +229,8 @@ def hash_file(path: Path) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of the names, dtypes, shapes and bytes of a state dict's tensors, in hexadecimal digits.
+    """Returns the SHA-256 of the names, dtypes, shapes and bytes of a state dict's tensors, in
+    hexadecimal digits.
 
     The hash does not depend on devices, strides or the order of names.
     """

@@ -21,13 +21,21 @@ class Observer(Protocol):
     """Receiver of a repair's progress."""
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
-        """Returns a context manager in which a stage runs, such as `collect`, `fit`, `polish`, `search` or `judge`."""
+        """Returns a context manager in which a stage runs, such as `collect`, `fit`, `polish`,
+        `search` or `judge`.
+        """
 
-    def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Receives the counts of finished and of all steps, and how many samples the best weights repair and break."""
+    def search(
+        self, done: int, total: int, repaired: int | None = None, broken: int | None = None
+    ) -> None:
+        """Receives the counts of finished and of all steps, and how many samples the best weights
+        repair and break.
+        """
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Receives the expected seconds of the coming stages by name, and the seconds `most` until the time limit."""
+        """Receives the expected seconds of the coming stages by name, and the seconds `most` until
+        the time limit.
+        """
 
     def announce(self, text: str) -> None:
         """Shows a sentence to the user, before work that takes more than a few seconds."""
@@ -35,10 +43,11 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Deadline:
-    """Moment `end` at which work must end, in seconds of the clock `now`. Without a limit, `end` is infinite.
+    """Moment `end` at which work must end, in seconds of the clock `now`. Without a limit, `end` is
+    infinite.
 
-    All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together; each returns the same on all ranks.
-    Without a limit, the ranks exchange nothing.
+    All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together; each returns the
+    same on all ranks. Without a limit, the ranks exchange nothing.
     """
 
     end: float = math.inf
@@ -80,10 +89,15 @@ class Deadline:
 
 
 class StageTimer:
-    """Times the stages of a repair, and passes progress on to an observer. `max_time` is the time limit in seconds."""
+    """Times the stages of a repair, and passes progress on to an observer. `max_time` is the time
+    limit in seconds.
+    """
 
     def __init__(
-        self, observer: Observer | None = None, max_time: float | None = None, now: Clock | None = None
+        self,
+        observer: Observer | None = None,
+        max_time: float | None = None,
+        now: Clock | None = None,
     ) -> None:
         self.observer = observer
         self.seconds: dict[str, float] = {}
@@ -107,7 +121,9 @@ class StageTimer:
         return self.deadline().seconds_left
 
     def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
-        """Continues from the `elapsed` and `seconds` of an earlier process. `max_time` limits both times together."""
+        """Continues from the `elapsed` and `seconds` of an earlier process. `max_time` limits both
+        times together.
+        """
         self._ahead += elapsed - self.elapsed
         self.seconds.clear()
         self.seconds.update(seconds)
@@ -119,7 +135,9 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time of the `with` block to a stage, without the time of other stages inside the block."""
+        """Adds the time of the `with` block to a stage, without the time of other stages inside the
+        block.
+        """
         poll()
         self.seconds.setdefault(name, 0.0)
         start, inside = self.now(), sum(self.seconds.values())
@@ -130,7 +148,9 @@ class StageTimer:
             inner = sum(self.seconds.values()) - inside
             self.seconds[name] = max(0.0, self.seconds.get(name, 0.0) + self.now() - start - inner)
 
-    def tell(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
+    def tell(
+        self, done: int, total: int, repaired: int | None = None, broken: int | None = None
+    ) -> None:
         poll()
         if self.observer:
             self.observer.search(done, total, repaired, broken)

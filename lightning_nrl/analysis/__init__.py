@@ -1,4 +1,5 @@
 """Studies around a repair: diagnosis, comparison with baselines, and sweeps.
 
-In: a trained model and its data. Out: a `Diagnosis`, `Comparison` or `SweepResult`; the model stays unchanged.
+In: a trained model and its data. Out: a `Diagnosis`, `Comparison` or `SweepResult`; the model stays
+unchanged.
 """

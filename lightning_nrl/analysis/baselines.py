@@ -1,4 +1,6 @@
-"""Baselines without a constraint against regressions: fine-tuning, distillation, interpolation, retraining."""
+"""Baselines without a constraint against regressions: fine-tuning, distillation, interpolation,
+retraining.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from lightning_nrl._utils.state import State, between, snapshot, temporary_weigh
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.methods import Method, Problem, Solution
-from lightning_nrl.methods._solvers.descent import Descent, Loss
-from lightning_nrl.methods._solvers.mini_batches import load_batches, shuffled_batches
-from lightning_nrl.methods._solvers.teacher import Teacher
+from lightning_nrl.methods.solvers.descent import Descent, Loss
+from lightning_nrl.methods.solvers.mini_batches import load_batches, shuffled_batches
+from lightning_nrl.methods.solvers.teacher import Teacher
 
 __all__ = [
     "BASELINES",
@@ -39,14 +41,19 @@ TIMED = 4  # the time per step is first estimated after this many steps
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Fine-tunes on all known data with more weight on the targeted failures and no constraint against regressions.
+    """Fine-tunes on all known data with more weight on the targeted failures and no constraint
+    against
+    regressions.
 
-    AdamW minimises the task's loss, starting from the model's weights. The model stays in evaluation mode: batch norm
-    uses its stored statistics, and dropout is off. Samples are read without augmentation.
+    AdamW minimises the task's loss, starting from the model's weights. The model stays in
+    evaluation mode: batch norm uses its stored statistics, and dropout is off. Samples are read
+    without augmentation.
 
     Attributes:
-        epochs: passes over all known data. Small data get more passes, so that there are at least 400 steps.
-        learning_rate: initial learning rate of AdamW, which falls to 0 by a cosine over the steps that the time allows.
+        epochs: passes over all known data. Small data get more passes, so that there are at least
+            400 steps.
+        learning_rate: initial learning rate of AdamW, which falls to 0 by a cosine over the steps
+            that the time allows.
         emphasis: weight of the loss of a targeted sample; other samples have weight 1.
     """
 
@@ -65,9 +72,13 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class LayerFineTuning(FineTuning):
-    """Fine-tunes only the layers that a swarm would search. The default learning rate suits a single layer."""
+    """Fine-tunes only the layers that a swarm would search. The default learning rate suits a
+    single layer.
+    """
 
-    learning_rate: float = 1e-2  # of 3e-4 to 1e-2, best ratio of repaired to broken samples on digits and vehicles
+    learning_rate: float = (
+        1e-2  # of 3e-4 to 1e-2, best ratio of repaired to broken samples on digits and vehicles
+    )
 
     def __call__(self, problem: Problem) -> Solution:
         return super().__call__(replace(problem, scope=tuple(problem.space.parameters)))
@@ -75,12 +86,14 @@ class LayerFineTuning(FineTuning):
 
 @dataclass(frozen=True)
 class DistilledFineTuning(FineTuning):
-    """Fine-tunes with distillation from the model before the tuning, strongest where that model is right.
+    """Fine-tunes with distillation from the model before the tuning, strongest where that model is
+    right.
 
-    Each sample's loss gets an added term: a weight times the divergence from the output before the tuning, with both
-    outputs divided by `temperature`. The weight is `base + scale` if the sample was right before, else `base` (Yan et
-    al. 2021, Positive-congruent training; the defaults are from this paper). The divergence is multiplied by the
-    squared temperature, which keeps the size of its gradient (Hinton et al. 2015).
+    Each sample's loss gets an added term: a weight times the divergence from the output before the
+    tuning, with both outputs divided by `temperature`. The weight is `base + scale` if the sample
+    was right before, else `base` (Yan et al. 2021, Positive-congruent training; the defaults are
+    from this paper). The divergence is multiplied by the squared temperature, which keeps the size
+    of its gradient (Hinton et al. 2015).
     """
 
     base: float = 1.0
@@ -88,13 +101,19 @@ class DistilledFineTuning(FineTuning):
     temperature: float = 100.0
 
     def __call__(self, problem: Problem) -> Solution:
-        task, heat, plain = problem.evaluator.task, self.temperature, _weighted_loss(problem, self.emphasis)
+        task, heat, plain = (
+            problem.evaluator.task,
+            self.temperature,
+            _weighted_loss(problem, self.emphasis),
+        )
         teacher = Teacher(problem, ({},), torch.zeros(len(problem.before), dtype=torch.int64))
         weight = self.base + self.scale * problem.before.passed.float()
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
             old = at_least_float32(teacher(batch, rows, output.shape))
-            apart = heat**2 * task.divergence(at_least_float32(output) / heat, old / heat, batch.target)
+            apart = heat**2 * task.divergence(
+                at_least_float32(output) / heat, old / heat, batch.target
+            )
             return plain(batch, rows, output) + (weight[rows].to(output.device) * apart).sum()
 
         return _fine_tune(problem, self, loss)
@@ -104,7 +123,9 @@ def _weighted_loss(problem: Problem, emphasis: float) -> Loss:
     weight = 1 + (emphasis - 1) * problem.before.targeted.float()
 
     def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-        return (weight[rows].to(output.device) * problem.evaluator.task.loss(output, batch.target)).sum()
+        return (
+            weight[rows].to(output.device) * problem.evaluator.task.loss(output, batch.target)
+        ).sum()
 
     return loss
 
@@ -133,19 +154,27 @@ def _train_epochs(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[S
     total, step, began = max(settings.epochs, -(-STEPS // a_pass)) * a_pass, 0, 0.0
     while step < total and not problem.collective.any(problem.clock.left <= 0):
         for parts in load_batches(problem, shuffled_batches(rows, generator)):
-            descent.step(parts, loss, rate=settings.learning_rate * (1 + math.cos(math.pi * step / total)) / 2)
+            descent.step(
+                parts,
+                loss,
+                rate=settings.learning_rate * (1 + math.cos(math.pi * step / total)) / 2,
+            )
             step += 1
             if step == 1:
                 began = problem.clock.elapsed  # the first step also warms up
             elif step == 1 + TIMED or step % a_pass == 0:
-                total = min(total, step + _steps_left(problem, (problem.clock.elapsed - began) / (step - 1)))
+                total = min(
+                    total, step + _steps_left(problem, (problem.clock.elapsed - began) / (step - 1))
+                )
             if step >= total:
                 break
     return descent.state(), step / a_pass
 
 
 def _steps_left(problem: Problem, pace: float) -> int:
-    """Estimates how many steps the time allows before a final pass over the data. All ranks get the same number."""
+    """Estimates how many steps the time allows before a final pass over the data. All ranks get the
+    same number.
+    """
     left = problem.clock.left - problem.clock.one_pass
     steps = int(min(max(0.0, left) / max(pace, 1e-9), 1e9))
     return steps if math.isinf(left) else int(problem.collective.agreed(torch.tensor(steps)))
@@ -153,31 +182,45 @@ def _steps_left(problem: Problem, pace: float) -> int:
 
 @dataclass(frozen=True)
 class Retraining:
-    """Repeats the model's own training from random weights, with the known failures added to the training data.
+    """Repeats the model's own training from random weights, with the known failures added to the
+    training data.
 
-    Needs `problem.training`, which runs this training. `fresh` returns an untrained network. If it is None, each module
-    of the model initialises itself anew by `reset_parameters`.
+    Needs `problem.training`, which runs this training. `fresh` returns an untrained network. If it
+    is None, each module of the model initialises itself anew by `reset_parameters`.
     """
 
     fresh: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
-        fits = self.fresh is None or (callable(self.fresh) and not isinstance(self.fresh, nn.Module))
-        check_kind("fresh", self.fresh, fits, "function that makes a network", "fresh=lambda: Net()")
+        fits = self.fresh is None or (
+            callable(self.fresh) and not isinstance(self.fresh, nn.Module)
+        )
+        check_kind(
+            "fresh", self.fresh, fits, "function that makes a network", "fresh=lambda: Net()"
+        )
 
     def __call__(self, problem: Problem) -> Solution:
-        return _train(problem, "retrain", math.inf, lambda: fresh_weights(problem.model, problem.seed, self.fresh))
+        return _train(
+            problem,
+            "retrain",
+            math.inf,
+            lambda: fresh_weights(problem.model, problem.seed, self.fresh),
+        )
 
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Continues the model's own training, `problem.training`, with the known failures added to the training data."""
+    """Continues the model's own training, `problem.training`, with the known failures added to the
+    training data.
+    """
 
     def __call__(self, problem: Problem) -> Solution:
         return _train(problem, "train", problem.clock.left - problem.clock.one_pass)
 
 
-def _train(problem: Problem, name: str, seconds: float, start: Callable[[], State | None] = lambda: None) -> Solution:
+def _train(
+    problem: Problem, name: str, seconds: float, start: Callable[[], State | None] = lambda: None
+) -> Solution:
     if problem.training is None:
         return Solution(None, "it is not known how the model was trained.")
     if not problem.whole:
@@ -191,12 +234,16 @@ def _train(problem: Problem, name: str, seconds: float, start: Callable[[], Stat
 
 
 @torch.no_grad()
-def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | None = None) -> State:
-    """Returns weights and buffers of an untrained network of the model's architecture, on the model's device.
+def fresh_weights(
+    model: nn.Module, seed: int, make: Callable[[], nn.Module] | None = None
+) -> State:
+    """Returns weights and buffers of an untrained network of the model's architecture, on the
+    model's
+    device.
 
-    `make` returns such a network. With None, each module initialises itself by `reset_parameters`; the model's own
-    weights are restored afterwards. Raises `ConfigurationError` if a module with parameters has no such method, or if
-    `make` returns a network of another architecture.
+    `make` returns such a network. With None, each module initialises itself by `reset_parameters`;
+    the model's own weights are restored afterwards. Raises `ConfigurationError` if a module with
+    parameters has no such method, or if `make` returns a network of another architecture.
     """
     state = snapshot(model)
     with random_state():
@@ -205,7 +252,9 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
             return fitting("fresh", make().state_dict(), model)
         with temporary_weights(model, state):
             for name, module in model.named_modules():
-                reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+                reset = getattr(module, "reset_parameters", None) or getattr(
+                    module, "_reset_parameters", None
+                )
                 if callable(reset):
                     reset()
                 elif any(True for _ in module.parameters(recurse=False)):
@@ -218,11 +267,14 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Interpolates between the model's weights w0 and the weights w of the method `new`: (1 - a) w0 + a w.
+    """Interpolates between the model's weights w0 and the weights w of the method `new`: (1 - a) w0
+    +
+    a w.
 
-    Compared with w, the mixed weights break fewer samples and repair fewer, too. Schumann et al. 2024 (Backward
-    compatibility during data updates by weight interpolation) choose `a` on data that w was not trained on, since `a=1`
-    is always best on its training data. Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) recommend 0.5.
+    Compared with w, the mixed weights break fewer samples and repair fewer, too. Schumann et al.
+    2024 (Backward compatibility during data updates by weight interpolation) choose `a` on data
+    that w was not trained on, since `a=1` is always best on its training data. Wortsman et al. 2022
+    (Robust fine-tuning of zero-shot models) recommend 0.5.
     """
 
     new: Method = field(default_factory=FineTuning)
@@ -245,7 +297,9 @@ class Interpolation:
         return replace(solution, steps=(*end.steps, *solution.steps), others=(end.proposal,))
 
 
-BASELINES: Registry[Method] = Registry("baseline", "the name of one, or an object such as FineTuning()", callable)
+BASELINES: Registry[Method] = Registry(
+    "baseline", "the name of one, or an object such as FineTuning()", callable
+)
 """Baselines by name, with default settings."""
 
 BASELINES.register("layer fine-tuning")(LayerFineTuning)

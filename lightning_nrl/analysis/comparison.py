@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_nrl._utils.atomic_files import write_text
+from lightning_nrl._utils.formatting import count, plural
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.timing import Observer, StageTimer
@@ -37,9 +38,16 @@ from lightning_nrl.pipeline.input_checks import check_sources, check_targets, gi
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PatchPath
-from lightning_nrl.report import Provenance, Report, StrengthPoint
-from lightning_nrl.report._figures import INK, PALETTE, Plotted, escape_dollars, label_axes, new_figure
-from lightning_nrl.report._formatting import count, plural
+from lightning_nrl.records import Provenance, StrengthPoint
+from lightning_nrl.report import Report
+from lightning_nrl.report.figures import (
+    INK,
+    PALETTE,
+    Plotted,
+    escape_dollars,
+    label_axes,
+    new_figure,
+)
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
 
 __all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
@@ -48,12 +56,16 @@ COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SCALING_STEP = 1 / 64  # the bisection for a strength stops at this distance
 NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
-ALL_METHODS: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
+ALL_METHODS: Registry[AnyMethod] = Registry(
+    METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES)
+)
 COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm", *BASELINES)
 """Methods that a comparison runs by default."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
-"""Methods and baselines, each by name or as an object. The keys of a mapping are their names in the results."""
+"""Methods and baselines, each by name or as an object. The keys of a mapping are their names in the
+results.
+"""
 
 
 def compare_module(
@@ -68,15 +80,18 @@ def compare_module(
 ) -> Comparison:
     """Runs methods one by one on the same problem, from the same weights and with the same seed.
 
-    The model stays unchanged, and no gate judges the results. Samples are counted under the weights w0 + t (w - w0),
-    with w0 before the method and w after it, at several t and at the largest t found that breaks no known sample.
+    The model stays unchanged, and no gate judges the results. Samples are counted under the weights
+    w0 + t (w - w0), with w0 before the method and w after it, at several t and at the largest t
+    found that breaks no known sample.
 
-    Model, data and `settings` are as in `repair_module`. Each method has the full `max_time`, and unseen data are only
-    counted. `methods` are names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`. `training`
-    continues or repeats the model's own training; the baselines further training and retraining need it.
+    Model, data and `settings` are as in `repair_module`. Each method has the full `max_time`, and
+    unseen data are only counted. `methods` are names of `METHODS` and `BASELINES`, or objects;
+    None: `COMPARED_BY_DEFAULT`. `training` continues or repeats the model's own training; the
+    baselines further training and retraining need it.
 
     Raises:
-        ConfigurationError: an argument is invalid, no failed sample is in the target, or no known sample passes.
+        ConfigurationError: an argument is invalid, no failed sample is in the target, or no known
+            sample passes.
         EvaluationError: the original model gives losses that are not finite.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
@@ -90,7 +105,9 @@ def compare_module(
         bare = replace(settings, samples=SampleOptions(importance=settings.samples.importance))
         baseline = evaluate_baseline(evaluator, known, bare, unseen=unseen, clock=collecting)
         check_targets(baseline.before, settings)
-        problem = build_problem(evaluator, known, baseline.before, layers, settings, training=training)
+        problem = build_problem(
+            evaluator, known, baseline.before, layers, settings, training=training
+        )
         later = baseline.held_out.get("unseen")
         entries: list[Entry] = []
         found: list[tuple[AnyMethod, Solution, float]] = []
@@ -98,34 +115,61 @@ def compare_module(
             with preserve_state(model):
                 torch.manual_seed(settings.seed)
                 clock = StageTimer(observer, settings.max_time)
-                clock.seconds.update(collecting.seconds)  # tells methods the time for a pass over the data
+                clock.seconds.update(
+                    collecting.seconds
+                )  # tells methods the time for a pass over the data
                 solution, seconds = _run_method(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
-    targets, target, layer = int(problem.before.targeted.sum()), str(settings.target), layer_names(settings.layer)
-    origin = Provenance.of(model, baseline.known, *(data.before for data in baseline.held_out.values()))
-    return Comparison(tuple(entries), targets, target, ", ".join(layer), settings.seed, provenance=origin)
+    targets, target, layer = (
+        int(problem.before.targeted.sum()),
+        str(settings.target),
+        layer_names(settings.layer),
+    )
+    origin = Provenance.of(
+        model, baseline.known, *(data.before for data in baseline.held_out.values())
+    )
+    return Comparison(
+        tuple(entries), targets, target, ", ".join(layer), settings.seed, provenance=origin
+    )
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     """Returns methods by name. Raises `ConfigurationError` if a method is unknown or given twice."""
-    methods = COMPARED_BY_DEFAULT if methods is None else (methods,) if isinstance(methods, str) else methods
+    methods = (
+        COMPARED_BY_DEFAULT
+        if methods is None
+        else (methods,)
+        if isinstance(methods, str)
+        else methods
+    )
     if not isinstance(methods, (Mapping, Sequence)):
-        raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
+        raise ConfigurationError(
+            f"`methods={methods!r}` is no list.", "give a list of names or of objects."
+        )
     named = isinstance(methods, Mapping)
-    names = [str(method) if named or isinstance(method, str) else type(method).__name__ for method in methods]
+    names = [
+        str(method) if named or isinstance(method, str) else type(method).__name__
+        for method in methods
+    ]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
-            f"`methods` are {names}.", "name each method once; the keys of a mapping are names of methods."
+            f"`methods` are {names}.",
+            "name each method once; the keys of a mapping are names of methods.",
         )
     given = methods.values() if isinstance(methods, Mapping) else methods
-    return {name: ALL_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}
+    return {
+        name: ALL_METHODS.parse("methods", method)
+        for name, method in zip(names, given, strict=True)
+    }
 
 
 def _run_method(
     method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
 ) -> tuple[Solution, float]:
-    """Runs and times a method. An `Interpolation` reuses the solution of `method.new` if that has been run before."""
+    """Runs and times a method. An `Interpolation` reuses the solution of `method.new` if that has
+    been run before.
+    """
     began, earlier = time.perf_counter(), 0.0
     try:
         if isinstance(method, Interpolation):
@@ -141,11 +185,17 @@ def _run_method(
     return solution, earlier + time.perf_counter() - began
 
 
-def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Solution, seconds: float) -> Entry:
+def _entry(
+    problem: Problem, unseen: HeldOut | None, name: str, solution: Solution, seconds: float
+) -> Entry:
     if solution.proposal is None:
         return Entry(name, seconds, note=solution.reason)
     path = PatchPath(problem, solution.proposal.state)
-    later = NOTHING_UNSEEN if unseen is None else FlipCounts.of(unseen.before.right, unseen.before.right)
+    later = (
+        NOTHING_UNSEEN
+        if unseen is None
+        else FlipCounts.of(unseen.before.right, unseen.before.right)
+    )
     start = CurvePoint(0.0, 0, FlipCounts.of(problem.before.right, problem.before.right), later)
     curve = (start, *(_point(path, unseen, point) for point in path.count(COMPARED_STRENGTHS)))
     began = time.perf_counter()
@@ -155,7 +205,9 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
 
 
 def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Bisects for the largest strength that breaks no known sample, as if larger strengths always broke more."""
+    """Bisects for the largest strength that breaks no known sample, as if larger strengths always
+    broke more.
+    """
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
     bottom, top = low.strength, above[0] if above else low.strength
@@ -174,7 +226,9 @@ def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> C
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Counts under the weights w0 + strength (w - w0), with the weights w0 before a method and w after it."""
+    """Counts under the weights w0 + strength (w - w0), with the weights w0 before a method and w
+    after it.
+    """
 
     strength: float
     targeted: int  # number of repaired targets
@@ -184,7 +238,11 @@ class CurvePoint:
     @property
     def gain(self) -> float:
         """Change of accuracy on unseen data, in percentage points. NaN without unseen data."""
-        return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n if self.unseen.n else math.nan
+        return (
+            100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n
+            if self.unseen.n
+            else math.nan
+        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +252,8 @@ class Entry:
     Attributes:
         seconds: wall time of the method.
         curve: counts at rising strengths from 0 to 1; empty if the method failed.
-        scaled: counts at the largest strength found that breaks no known sample; None if the method failed.
+        scaled: counts at the largest strength found that breaks no known sample; None if the method
+            failed.
         scaling: seconds that the search for `scaled` took.
         note: the method's remark on its result, or the reason why it failed.
     """
@@ -249,11 +308,18 @@ class Comparison(Report, Plotted):
         for axes, role in zip(panels, roles, strict=True):
             _panel(axes, role, shown)
         if shown:
-            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+            figure.legend(
+                *panels[0].get_legend_handles_labels(),
+                loc="outside lower center",
+                ncols=5,
+                frameon=False,
+            )
         return figure
 
     def __getitem__(self, method: str) -> Entry:
-        """Returns the entry of a method. For an unknown name, a `ConfigurationError` suggests the nearest name."""
+        """Returns the entry of a method. For an unknown name, a `ConfigurationError` suggests the
+        nearest name.
+        """
         found = {entry.method: entry for entry in self.entries}
         check_choice("method", method, tuple(found))
         return found[method]
@@ -264,14 +330,31 @@ class Comparison(Report, Plotted):
         names = ("repaired", "broken", "n")
         columns = ("method", "weights", "strength", "seconds", "targeted")
         table = csv.writer(out, lineterminator="\n")
-        table.writerow((*columns, *(f"{role}_{name}" for role in ("known", "unseen") for name in names), "gain"))
+        table.writerow(
+            (
+                *columns,
+                *(f"{role}_{name}" for role in ("known", "unseen") for name in names),
+                "gain",
+            )
+        )
         for entry in self.entries:
-            lines = [("given" if point is entry.given else "curve", entry.seconds, point) for point in entry.curve]
+            lines = [
+                ("given" if point is entry.given else "curve", entry.seconds, point)
+                for point in entry.curve
+            ]
             if entry.scaled is not None:
                 lines.append(("scaled", entry.seconds + entry.scaling, entry.scaled))
             for kind, seconds, point in lines:
-                counts = (getattr(flips, name) for flips in (point.known, point.unseen) for name in names)
-                start = (entry.method, kind, f"{point.strength:g}", f"{seconds:.2f}", point.targeted)
+                counts = (
+                    getattr(flips, name) for flips in (point.known, point.unseen) for name in names
+                )
+                start = (
+                    entry.method,
+                    kind,
+                    f"{point.strength:g}",
+                    f"{seconds:.2f}",
+                    point.targeted,
+                )
                 table.writerow((*start, *counts, f"{point.gain:.3f}"))
         return out.getvalue()
 
@@ -279,11 +362,17 @@ class Comparison(Report, Plotted):
         """Writes `comparison.json`, `comparison.csv` and `comparison.md` to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, text in (("json", self.to_json()), ("csv", self.to_csv()), ("md", self.to_markdown())):
+        for kind, text in (
+            ("json", self.to_json()),
+            ("csv", self.to_csv()),
+            ("md", self.to_markdown()),
+        ):
             write_text(folder / f"comparison.{kind}", text)
 
 
-SCALED_NOTE = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
+SCALED_NOTE = (
+    "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
+)
 
 
 def _summary(comparison: Comparison, shown: Sequence[Entry]) -> str:
@@ -299,14 +388,22 @@ def _summary(comparison: Comparison, shown: Sequence[Entry]) -> str:
 
 def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
     with_unseen = _has_unseen(shown)
-    columns = [("repaired", f"of {comparison.targets:,}"), ("repaired", "known"), ("broken", "known")]
+    columns = [
+        ("repaired", f"of {comparison.targets:,}"),
+        ("repaired", "known"),
+        ("broken", "known"),
+    ]
     if with_unseen:
         columns += [("repaired", "unseen"), ("broken", "unseen"), ("accuracy", "points")]
 
     def row(label: str, seconds: float, point: CurvePoint) -> Row:
         texts = list(map(count, (point.targeted, point.known.repaired, point.known.broken)))
         if with_unseen:
-            texts += [count(point.unseen.repaired), count(point.unseen.broken), f"{point.gain:+.1f}"]
+            texts += [
+                count(point.unseen.repaired),
+                count(point.unseen.broken),
+                f"{point.gain:+.1f}",
+            ]
         return Row(label, (*texts, f"{seconds:,.1f}"))
 
     rows = []
@@ -345,7 +442,11 @@ def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:
         label = escape_dollars(entry.method)
         axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3, label=label)
         if entry.scaled is not None and 0 < entry.scaled.strength < 1:
-            ring = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 9}  # visible around a dot
+            ring = {
+                "markerfacecolor": "white",
+                "markeredgecolor": colour,
+                "markersize": 9,
+            }  # visible around a dot
             axes.plot(*place(entry.scaled), "o", **ring, clip_on=False, zorder=2.5)
     axes.set_xlim(-0.02 * right, right)  # keeps dots at 0 off the axis
     axes.set_ylim(0, top)

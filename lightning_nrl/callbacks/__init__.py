@@ -1,7 +1,8 @@
-"""Callbacks for a Trainer: repairs at the end of `fit` or at chosen epochs, and tools for model updates.
+"""Callbacks for a Trainer: repairs at the end of `fit` or at chosen epochs, and tools for model
+updates.
 
-In: a Trainer, and for a model update also the replaced model. Out: a repair and its report, metrics, a loss term,
-interpolated weights, a release decision, or a training record.
+In: a Trainer, and for a model update also the replaced model. Out: a repair and its report,
+metrics, a loss term, interpolated weights, or a release decision.
 """
 
 from lightning_nrl.callbacks.congruent_training import PositiveCongruentTraining, regression_loss
@@ -9,7 +10,6 @@ from lightning_nrl.callbacks.regression_metrics import RegressionMetrics
 from lightning_nrl.callbacks.release_gate import ReleaseGate
 from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.callbacks.repair_in_training import RepairInTraining
-from lightning_nrl.callbacks.training_history import TrainingHistory
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "RegressionMetrics",
     "ReleaseGate",
     "RepairInTraining",
-    "TrainingHistory",
     "WeightInterpolation",
     "regression_loss",
 ]

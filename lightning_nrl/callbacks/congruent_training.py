@@ -1,4 +1,6 @@
-"""`PositiveCongruentTraining` and `regression_loss`, which add a term against regressions to the training loss."""
+"""`PositiveCongruentTraining` and `regression_loss`, which add a term against regressions to the
+training loss.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task, parse_task
-from lightning_nrl.updates.loss_terms import ModelTeacher, PredictedTeacher, ReferenceTeacher, Term, parse_terms
+from lightning_nrl.updates.loss_terms import (
+    ModelTeacher,
+    PredictedTeacher,
+    ReferenceTeacher,
+    Term,
+    parse_terms,
+)
 from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
 
@@ -36,20 +44,23 @@ from lightning_nrl.updates.predictions import Predictions
 class PositiveCongruentTraining(CallbackBase):
     """Adds a loss term that keeps the new model right where the replaced model is right.
 
-    The idea and the default term come from Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free Model
-    Updates. The callback computes the term from the output of `self(x)` in `training_step`, and adds it to the loss
-    that the step returns. A step that does not call the model exactly once on its batch must call `regression_loss`;
-    otherwise an error is raised. Each term is logged as `regression/<name of the term>`. The replaced model does not
-    become part of the module, its checkpoints or its optimizer.
+    The idea and the default term come from Yan et al. 2021, Positive-Congruent Training: Towards
+    Regression-Free Model Updates. The callback computes the term from the output of `self(x)` in
+    `training_step`, and adds it to the loss that the step returns. A step that does not call the
+    model exactly once on its batch must call `regression_loss`; otherwise an error is raised. Each
+    term is logged as `regression/<name of the term>`. The replaced model does not become part of
+    the module, its checkpoints or its optimizer.
 
     Args:
-        reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`. If the term is a
-            `MarginHinge` with a finite `most`, the path of a CSV file with the model's predictions is enough.
-        term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a custom term
-            (`lightning_nrl.updates.loss_terms.Term`), or a list of terms, whose sum is added.
-        index: function of a batch that returns the data-set position of each sample, or the function's address. If
-            given, outputs of the replaced model are cached by position, so samples must not be augmented. If
-            `reference` is a CSV file, `index` is required. If None, the replaced model runs on every batch.
+        reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`. If
+            the term is a `MarginHinge` with a finite `most`, the path of a CSV file with the
+            model's predictions is enough.
+        term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a custom
+            term (`lightning_nrl.updates.loss_terms.Term`), or a list of terms, whose sum is added.
+        index: function of a batch that returns the data-set position of each sample, or the
+            function's address. If given, outputs of the replaced model are cached by position, so
+            samples must not be augmented. If `reference` is a CSV file, `index` is required. If
+            None, the replaced model runs on every batch.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`, but it must not run the module itself.
@@ -76,11 +87,17 @@ class PositiveCongruentTraining(CallbackBase):
         self.index = None if index is None else import_function("index", index)
         if isinstance(self.reference, Predictions) and self.index is None:
             hint = "give `index=f`, where f(batch) returns data-set positions, or give the model as `reference`."
-            raise ConfigurationError("`reference`: predictions are found by data-set position; `index` is None.", hint)
+            raise ConfigurationError(
+                "`reference`: predictions are found by data-set position; `index` is None.", hint
+            )
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self._step, self._outputs, self._held = ExitStack(), step_outputs.OutputCapture(), ExitStack()
+        self._step, self._outputs, self._held = (
+            ExitStack(),
+            step_outputs.OutputCapture(),
+            ExitStack(),
+        )
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
@@ -93,21 +110,26 @@ class PositiveCongruentTraining(CallbackBase):
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if sum(isinstance(c, PositiveCongruentTraining) for c in callbacks_of(trainer)) > 1:
             hint = "keep one, and give it all terms as `term=[...]`."
-            raise ConfigurationError("`callbacks`: there are several PositiveCongruentTraining.", hint)
+            raise ConfigurationError(
+                "`callbacks`: there are several PositiveCongruentTraining.", hint
+            )
         if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
             raise ConfigurationError("`reference` is the model in training.", hint)
         self._outputs.attach(pl_module)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._teacher is None:
             try:
                 self._check_first_batch(trainer, pl_module, batch)
             except BaseException:
                 self._release()
                 raise
-        # The step is replaced only during a batch: a copy of a module with a replaced step would call the original's.
+        # The step is replaced only during a batch: a copy of a module with a replaced step would
+        # call the original's.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
@@ -128,7 +150,9 @@ class PositiveCongruentTraining(CallbackBase):
         self._release()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._release()
 
     @override
@@ -136,13 +160,25 @@ class PositiveCongruentTraining(CallbackBase):
         self._release()
 
     def loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Tensor:
-        """Logs the mean of each term over a batch and returns the sum of the means (see `regression_loss`)."""
+        """Logs the mean of each term over a batch and returns the sum of the means (see
+        `regression_loss`).
+        """
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._called = True
-        return self._loss(pl_module, step_outputs.ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
+        return self._loss(
+            pl_module,
+            step_outputs.ForwardPass(args, kwargs, self.task.logits(output)),
+            target,
+            batch,
+        )
 
     def _step_with_terms(
-        self, pl_module: LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
+        self,
+        pl_module: LightningModule,
+        batch: Any,
+        step: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         self._called = False
         self._outputs.begin()
@@ -153,13 +189,19 @@ class PositiveCongruentTraining(CallbackBase):
         if self._called or (result is None and pl_module.automatic_optimization):
             return result
         if not pl_module.automatic_optimization:
-            problem = "`training_step` uses manual optimisation, so the callback cannot add to its loss."
+            problem = (
+                "`training_step` uses manual optimisation, so the callback cannot add to its loss."
+            )
             raise ConfigurationError(problem, step_outputs.ONE_LINE)
         plain, named, target = bind_adapter(self.adapter, pl_module)(batch)
-        call = step_outputs.find_forward_pass(name, calls, plain, named, length_of(target), self.task)
+        call = step_outputs.find_forward_pass(
+            name, calls, plain, named, length_of(target), self.task
+        )
         return step_outputs.add_to_loss(result, self._loss(pl_module, call, target, batch))
 
-    def _loss(self, pl_module: LightningModule, call: step_outputs.ForwardPass, target: Any, raw: Any) -> Tensor:
+    def _loss(
+        self, pl_module: LightningModule, call: step_outputs.ForwardPass, target: Any, raw: Any
+    ) -> Tensor:
         assert self._teacher is not None
         logits = call.logits
         with validating(pl_module.trainer):
@@ -191,7 +233,9 @@ class PositiveCongruentTraining(CallbackBase):
             self.task.check(logits, target)
             answer = teacher(args, kwargs, target, batch, logits)
             for term in self.terms:
-                check_per_sample(f"`term`: {term.name}", term(self.task, logits, target, answer), len(logits))
+                check_per_sample(
+                    f"`term`: {term.name}", term(self.task, logits, target, answer), len(logits)
+                )
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
 
@@ -203,14 +247,17 @@ class PositiveCongruentTraining(CallbackBase):
 
 
 def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
-    """Returns the loss term of `PositiveCongruentTraining`, for a `training_step` that adds it itself.
+    """Returns the loss term of `PositiveCongruentTraining`, for a `training_step` that adds it
+    itself.
 
-    This is needed if the step uses manual optimisation, calls the model several times, or mixes samples (mixup).
-    The function returns 0 outside of training, and if the trainer has no `PositiveCongruentTraining`.
+    This is needed if the step uses manual optimisation, calls the model several times, or mixes
+    samples (mixup). The function returns 0 outside of training, and if the trainer has no
+    `PositiveCongruentTraining`.
 
     Args:
         module: the module whose `training_step` runs.
-        batch: the batch as the data loader returns it, or `(augmented inputs, labels)` if the step augments the inputs.
+        batch: the batch as the data loader returns it, or `(augmented inputs, labels)` if the step
+            augments the inputs.
         output: output of the model for this batch, with gradients.
 
     Example::

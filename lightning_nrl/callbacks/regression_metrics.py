@@ -11,11 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from typing_extensions import override
 
-from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._trainer.lightning.private_parts import sampler_of, validating, validation_loaders
+from lightning_nrl._trainer.lightning.packages import (
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    rank_zero_warn,
+)
+from lightning_nrl._trainer.lightning.private_parts import (
+    sampler_of,
+    validating,
+    validation_loaders,
+)
 from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.repair_files import parse_prefix
@@ -41,7 +56,9 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @dataclass(frozen=True, eq=False)
 class ReferenceResults:
-    """Results of the replaced model on this rank's `n` validation samples, in validation order, on the CPU."""
+    """Results of the replaced model on this rank's `n` validation samples, in validation order, on
+    the CPU.
+    """
 
     loader: DataLoader[Any]
     order: list[list[int]]  # data-set positions of the samples of each batch
@@ -49,9 +66,13 @@ class ReferenceResults:
     passed: Tensor  # `n` bool, True where the replaced model is right
     label: Tensor  # `n` int64, true classes; -1 if the task has no classes
     once: Tensor  # `n` bool, False for samples that a distributed sampler repeats to give each rank equally many
-    group: Tensor  # `n` int64, index of the sample's slice in `names`; -1 if the sample is in no slice
+    group: (
+        Tensor  # `n` int64, index of the sample's slice in `names`; -1 if the sample is in no slice
+    )
     names: tuple[str, ...]  # names of the slices, the same on every rank
-    parts: tuple[str, ...]  # name of the submodule that returns the new model's output; may be empty (`Probe.parts`)
+    parts: tuple[
+        str, ...
+    ]  # name of the submodule that returns the new model's output; may be empty (`Probe.parts`)
     adapter: Adapter  # the user's adapter, bound to the new model
 
 
@@ -66,7 +87,9 @@ def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[An
         raise ConfigurationError(problem, "count them from 0.")
     if len(loaders) > 1 and mode != "sequential":
         problem = f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} loaders in one batch."
-        hint = "give the validation data loaders as a list, so that they are read one after the other."
+        hint = (
+            "give the validation data loaders as a list, so that they are read one after the other."
+        )
         raise ConfigurationError(problem, hint)
     hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
     loader = check_loader(loaders[dataloader], "val", hint)
@@ -122,14 +145,21 @@ def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: in
     if loader is known.loader:
         return True
     with random_state():
-        return loader.dataset is known.loader.dataset and _batches_in_order(loader, most) == known.order
+        return (
+            loader.dataset is known.loader.dataset
+            and _batches_in_order(loader, most) == known.order
+        )
 
 
 def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
     sampler, inside = sampler_of(loader)
-    shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
+    shuffles = isinstance(inside, RANDOM) or (
+        isinstance(sampler, DistributedSampler) and sampler.shuffle
+    )
     if not shuffles:
-        found, again = ([list(map(int, b)) for b in islice(loader.batch_sampler or (), most)] for _ in range(2))
+        found, again = (
+            [list(map(int, b)) for b in islice(loader.batch_sampler or (), most)] for _ in range(2)
+        )
         if found == again:
             return found
     problem = f"`val` data: {type(inside).__name__} gives the samples in another order each time."
@@ -139,7 +169,9 @@ def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[in
 
 def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
     # A repeated sample counts where it is validated first; ranks validate in parallel.
-    when = torch.cat([torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)])
+    when = torch.cat(
+        [torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)]
+    )
     order = when.argsort()
     _, first = np.unique(torch.cat(list(everyone))[order].numpy(), return_index=True)
     once = torch.zeros(len(when), dtype=torch.bool)
@@ -148,7 +180,9 @@ def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FlipCounter:
-    """Counter of samples that the new model breaks and repairs in one validation. Only `counts` synchronises ranks."""
+    """Counter of samples that the new model breaks and repairs in one validation. Only `counts`
+    synchronises ranks.
+    """
 
     def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
         self.reference = reference
@@ -159,12 +193,16 @@ class FlipCounter:
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """Returns the number of samples that a batch has in `self.reference`, or 0 for a batch beyond the last one."""
+        """Returns the number of samples that a batch has in `self.reference`, or 0 for a batch
+        beyond the last one.
+        """
         starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
-        """Adds a batch. `right` marks the samples that the new model gets right. `label` has the true classes."""
+        """Adds a batch. `right` marks the samples that the new model gets right. `label` has the
+        true classes.
+        """
         expected = self.size(batch_idx)
         if right.shape != (expected,):
             problem = f"`val` data: a batch of {expected} samples has results of the shape {list(right.shape)}."
@@ -177,7 +215,9 @@ class FlipCounter:
             self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns slice names and counts (kept, broken, repaired, failing): a row for all data, then one per slice."""
+        """Returns slice names and counts (kept, broken, repaired, failing): a row for all data,
+        then one per slice.
+        """
         known, new = self.reference, self.new.cpu()
         old, counted = known.passed, known.once & self.counted.cpu()
         masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
@@ -187,24 +227,31 @@ class FlipCounter:
         flips[0] = masks.sum(0)
         total = collective.sum(torch.cat([flips.flatten(), self.label_mismatches.cpu()[None]]))
         if total[-1]:
-            problem = f"`val` data: {int(total[-1])} samples have another label than when training began."
-            raise ConfigurationError(problem, "validate the same samples in the same order each time.")
+            problem = (
+                f"`val` data: {int(total[-1])} samples have another label than when training began."
+            )
+            raise ConfigurationError(
+                problem, "validate the same samples in the same order each time."
+            )
         return known.names, total[:-1].view(-1, 4)
 
 
 class RegressionMetrics(CallbackBase):
-    """Logs in every validation how many samples the new model breaks and repairs, compared with the replaced model.
+    """Logs in every validation how many samples the new model breaks and repairs, compared with the
+    replaced model.
 
     Logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
-    `reference_accuracy`, for `ModelCheckpoint` and `EarlyStopping` (formulas: `lightning_nrl.evaluation.metrics`). The
-    callback reuses the model's outputs in `validation_step`. Its only cost is a pass of each model before training.
+    `reference_accuracy`, for `ModelCheckpoint` and `EarlyStopping` (formulas:
+    `lightning_nrl.evaluation.metrics`). The callback reuses the model's outputs in
+    `validation_step`. Its only cost is a pass of each model before training.
 
     Args:
-        reference: the replaced model: a module, an `OldModel`, the path of its checkpoint, or the path of a CSV file
-            with its predictions for the split `val`.
-        slices: where the slice of each sample is found: the key or position of a column in the raw batch, a function of
-            the raw batch (or its address), or a `Target`. Samples with the same text or whole number form a slice. In a
-            column of bools, True samples form a slice with the column's name. Tags are `regression/<slice>/nfr` etc.
+        reference: the replaced model: a module, an `OldModel`, the path of its checkpoint, or the
+            path of a CSV file with its predictions for the split `val`.
+        slices: where the slice of each sample is found: the key or position of a column in the raw
+            batch, a function of the raw batch (or its address), or a `Target`. Samples with the
+            same text or whole number form a slice. In a column of bools, True samples form a slice
+            with the column's name. Tags are `regression/<slice>/nfr` etc.
         prefix: prefix of logged tags.
         dataloader: index of the validation data loader whose samples are counted, from 0.
         task: as in `RegressionFreeRepair`.
@@ -252,7 +299,9 @@ class RegressionMetrics(CallbackBase):
         self._reset()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._reset()
 
     @override
@@ -272,7 +321,12 @@ class RegressionMetrics(CallbackBase):
 
     @override
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._counter is not None and dataloader_idx == self.dataloader:
             self._outputs.begin()
@@ -297,9 +351,7 @@ class RegressionMetrics(CallbackBase):
         if logits is None:
             if is_forward and not self._warned:
                 self._warned = True
-                problem = (
-                    "`validation_step` does not call the model on the whole batch, so each batch costs one more pass."
-                )
+                problem = "`validation_step` does not call the model on the whole batch, so each batch costs one more pass."
                 rank_zero_warn(PerformanceWarning(problem, "call `self(x)` in `validation_step`."))
             with random_state(), forward_context(trainer, pl_module)():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
@@ -319,8 +371,15 @@ class RegressionMetrics(CallbackBase):
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
     def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:
-        how = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
-        known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **how)
+        how = {
+            "dataloader": self.dataloader,
+            "slices": self.slices,
+            "task": self.task,
+            "adapter": self.adapter,
+        }
+        known = self._reference_results = evaluate_reference(
+            self.reference, trainer, pl_module, **how
+        )
         self._outputs.attach(pl_module, known.parts)
         return known
 

@@ -15,7 +15,13 @@ from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningMod
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.repair_files import REPORT_FILES, check_folder, report_files, show, write_report
+from lightning_nrl._trainer.repair_files import (
+    REPORT_FILES,
+    check_folder,
+    report_files,
+    show,
+    write_report,
+)
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
@@ -35,20 +41,27 @@ from lightning_nrl.updates.rule_parsing import Require
 
 
 class ReleaseGate(CallbackBase):
-    """Decides in `trainer.test` or `trainer.validate` whether the tested model may replace the model in use.
+    """Decides in `trainer.test` or `trainer.validate` whether the tested model may replace the
+    model
+    in use.
 
-    After the test, each model makes one pass over the data in the precision of the trainer. The decision is printed,
-    logged and written to `<log_dir>/release/` as `report.json`, `report.md` and `report.html`. The same folder gets the
-    predictions of the tested model, `predictions.csv`, for use as `reference` at the next release.
+    After the test, each model makes one pass over the data in the precision of the trainer. The
+    decision is printed, logged and written to `<log_dir>/release/` as `report.json`, `report.md`
+    and `report.html`. The same folder gets the predictions of the tested model, `predictions.csv`,
+    for use as `reference` at the next release.
 
     Args:
-        reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.
-        rules: the rules to satisfy, as texts such as `nfr:1%` or as objects; see `lightning_nrl.updates.release`.
-        require: a further condition for each split: `not-worse` (no more samples broken than repaired), `better` (a
-            gain that is significant at 5 % in the sign test), or `any` (no condition).
+        reference: the model in use: a module, the path of its checkpoint or of its predictions
+            (CSV), or an `OldModel`.
+        rules: the rules to satisfy, as texts such as `nfr:1%` or as objects; see
+            `lightning_nrl.updates.release`.
+        require: a further condition for each split: `not-worse` (no more samples broken than
+            repaired), `better` (a gain that is significant at 5 % in the sign test), or `any` (no
+            condition).
         slices: as in `RegressionMetrics`.
-        splits: names of the data loaders in the report. The default for a mapping of loaders is its keys. For a
-            list it is `test-0`, `test-1` and so on, and for one loader `test`. In `validate`, `val` replaces `test`.
+        splits: names of the data loaders in the report. The default for a mapping of loaders is its
+            keys. For a list it is `test-0`, `test-1` and so on, and for one loader `test`. In
+            `validate`, `val` replaces `test`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
         seed: seed for random transforms of the data.
@@ -82,7 +95,9 @@ class ReleaseGate(CallbackBase):
         self.reference = check_reference("reference", reference)
         self.rules = parse_rules(rules, require)
         self.slices = None if slices is None else find_column("slices", slices)
-        named = splits is None or (isinstance(splits, (list, tuple)) and all(isinstance(name, str) for name in splits))
+        named = splits is None or (
+            isinstance(splits, (list, tuple)) and all(isinstance(name, str) for name in splits)
+        )
         check_kind("splits", splits, named, "list of names", "splits=['suite', 'test']")
         self.splits = splits
         self.task = parse_task(task)
@@ -95,7 +110,9 @@ class ReleaseGate(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         if stage in ("test", "validate"):
-            check_strategy(trainer, "which are needed whole", "test with a single device or with ddp.")
+            check_strategy(
+                trainer, "which are needed whole", "test with a single device or with ddp."
+            )
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,7 +133,9 @@ class ReleaseGate(CallbackBase):
         if trainer.state.fn == "validate":
             self._run(trainer, pl_module, "val")
 
-    def _check(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> None:
+    def _check(
+        self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]
+    ) -> None:
         self.report = None
         check_folder(self.dirpath, trainer, "release")
         sources = self._sources(trainer, model, stage)
@@ -148,11 +167,21 @@ class ReleaseGate(CallbackBase):
         numbers = release_numbers(self.report, name)
         model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _sources(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> list[LoaderSource]:
+    def _sources(
+        self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]
+    ) -> list[LoaderSource]:
         given = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-        how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": self.adapter, "seed": self.seed}
+        how: dict[str, Any] = {
+            "trainer": trainer,
+            "model": model,
+            "adapter": self.adapter,
+            "seed": self.seed,
+        }
         loaders = _loaders_by_name(given, stage, self.splits)
-        sources = [make_source(one, name, limit=batch_limit(trainer), **how) for name, one in loaders.items()]
+        sources = [
+            make_source(one, name, limit=batch_limit(trainer), **how)
+            for name, one in loaders.items()
+        ]
         with random_state():
             _, (sources,) = open_sources(trainer, model, self.task, sources)
         return sources
@@ -167,7 +196,9 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
     names = own if splits is None else list(splits)
     if len(names) != len(loaders) or len(set(names)) < len(names):
         hint = "give each data loader a name of its own, in order, or leave `splits` out."
-        raise ConfigurationError(f"`splits={names}`: there are {len(loaders)} {stage} data loaders.", hint)
+        raise ConfigurationError(
+            f"`splits={names}`: there are {len(loaders)} {stage} data loaders.", hint
+        )
     hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
     for name, loader in zip(names, loaders, strict=True):
         check_loader(loader, name, hint)

@@ -13,12 +13,23 @@ from typing_extensions import override
 
 from lightning_nrl._trainer import repair_files, trainer_checks
 from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
-from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.packages import (
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    rank_zero_warn,
+)
 from lightning_nrl._trainer.lightning.private_parts import logged_hparams, state_key_of
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
-from lightning_nrl._trainer.trainer_state import StartingWeights, epochs_of, handle_signals, starting_weights
+from lightning_nrl._trainer.trainer_state import (
+    StartingWeights,
+    epochs_of,
+    handle_signals,
+    starting_weights,
+)
 from lightning_nrl._utils.interrupts import defer_signals
+from lightning_nrl._utils.registry import load_on_demand
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
@@ -29,7 +40,7 @@ from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.methods import METHODS, AnyMethod
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
-from lightning_nrl.pipeline.settings import AnyGate, parse_gate, with_paper_row
+from lightning_nrl.pipeline.settings import AnyGate, parse_gate
 from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference, parse_reference
@@ -58,47 +69,60 @@ class RepairCallback(CallbackBase):
 
 
 class RegressionFreeRepair(RepairCallback):
-    """Repairs the failures of a model after `fit` without breaking known samples that the model gets right.
+    """Repairs the failures of a model after `fit` without breaking known samples that the model
+    gets
+    right.
 
-    After training, the callback evaluates the known data. The default method then searches new values for some weights
-    of one layer, solves a convex problem for the layer, and, if the whole network may change, continues the training
-    and takes small steps until no known sample is broken. It proposes the result that repairs most without harm to
-    held-out samples. If the gate accepts this result on all known data, the callback writes `repaired.ckpt` and the
-    weight change (`repair.patch.safetensors`), and leaves the repaired weights in the model. Otherwise the weights stay
-    unchanged. In any case it writes the report (JSON, Markdown, HTML) to `<log_dir>/repair/` and to every logger.
+    After training, the callback evaluates the known data. The default method then searches new
+    values for some weights of one layer, solves a convex problem for the layer, and, if the whole
+    network may change, continues the training and takes small steps until no known sample is
+    broken. It proposes the result that repairs most without harm to held-out samples. If the gate
+    accepts this result on all known data, the callback writes `repaired.ckpt` and the weight change
+    (`repair.patch.safetensors`), and leaves the repaired weights in the model. Otherwise the
+    weights stay unchanged. In any case it writes the report (JSON, Markdown, HTML) to
+    `<log_dir>/repair/` and to every logger.
 
     Args:
-        target: the failures to repair, such as `Target.label(3)` or `"label 3"`. None means all failures.
-        layer: dotted name of the layer or block to repair, or several names. With `auto`, training changes the whole
-            network; the other steps change the last Linear, or the last convolution if there is no Linear.
-        gate: condition for acceptance: `instance` (no known passed sample is broken), `instance-in-target` (no sample
-            in the target is broken), `accuracy` (at least as many samples are repaired as broken), `tolerance:3` or
-            `tolerance:1%` (at most 3, or 1 % of the passed samples, are broken), or a `Gate`.
-        method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
-            `lightning_nrl.methods`.
-        task: definition of correctness and loss: `multiclass`, `binary`, `multilabel`, `segmentation`, `sequence`, or
-            an object of `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`. None means `multiclass`.
-        reference: in a model update, the model that is replaced: a module, the path of its checkpoint, a CSV file of
-            its predictions, or an `OldModel`. Only known samples that the replaced model gets right are then repaired.
-        unseen: data that the repair never uses: `test`, `val`, a DataLoader or None. The report counts how many of
-            these samples break and how many are repaired.
-        calibration: data that no search uses, for choosing how much of the weight change to make: `val`, `test`, a
-            DataLoader or None.
-        data: `DataOptions` with the sources of known data, the adapter for batches, and the weights to repair.
+        target: the failures to repair, such as `Target.label(3)` or `"label 3"`. None means all
+            failures.
+        layer: dotted name of the layer or block to repair, or several names. With `auto`, training
+            changes the whole network; the other steps change the last Linear, or the last
+            convolution if there is no Linear.
+        gate: condition for acceptance: `instance` (no known passed sample is broken),
+            `instance-in-target` (no sample in the target is broken), `accuracy` (at least as many
+            samples are repaired as broken), `tolerance:3` or `tolerance:1%` (at most 3, or 1 % of
+            the passed samples, are broken), or a `Gate`.
+        method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an
+            object of `lightning_nrl.methods`.
+        task: definition of correctness and loss: `multiclass`, `binary`, `multilabel`,
+            `segmentation`, `sequence`, or an object of `lightning_nrl.tasks`, such as
+            `Regression(tolerance=0.1)`. None means `multiclass`.
+        reference: in a model update, the model that is replaced: a module, the path of its
+            checkpoint, a CSV file of its predictions, or an `OldModel`. Only known samples that the
+            replaced model gets right are then repaired.
+        unseen: data that the repair never uses: `test`, `val`, a DataLoader or None. The report
+            counts how many of these samples break and how many are repaired.
+        calibration: data that no search uses, for choosing how much of the weight change to make:
+            `val`, `test`, a DataLoader or None.
+        data: `DataOptions` with the sources of known data, the adapter for batches, and the weights
+            to repair.
         samples: `SampleOptions` with sample weights, slices, and protected samples.
         search: `SearchOptions` with the ranking, localisation and size of the search.
-        bounds: `BoundOptions` with how much of the weight change to make, and which bounds for future data to report.
-        max_time: time limit in seconds. With None, the time grows with the number of epochs that the fit had.
+        bounds: `BoundOptions` with how much of the weight change to make, and which bounds for
+            future data to report.
+        max_time: time limit in seconds. With None, the time grows with the number of epochs that
+            the fit had.
         seed: seed of the repair. The same seed gives the same repair.
-        dirpath: folder for the files. None takes `repair` in the logger's folder or, if there is no logger, in
-            `default_root_dir`.
+        dirpath: folder for the files. None takes `repair` in the logger's folder or, if there is no
+            logger, in `default_root_dir`.
         verbose: if True, prints the report at the end.
 
     Attributes:
         report: the report. None before the repair.
 
     Raises:
-        ConfigurationError: an argument is invalid. Raised on construction, or in `fit` if the check needs the model.
+        ConfigurationError: an argument is invalid. Raised on construction, or in `fit` if the check
+            needs the model.
 
     Example::
 
@@ -160,12 +184,17 @@ class RegressionFreeRepair(RepairCallback):
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
-        """Returns a callback set up as a row of the paper's Table II, such as `EXP-B1`. `arguments` override it."""
+        """Returns a callback set up as a row of the paper's Table II, such as `EXP-B1`. `arguments`
+        override it.
+        """
+        with_paper_row = load_on_demand("lightning_nrl.study.table_ii:with_paper_row")
         return cls(**with_paper_row(row, arguments))
 
     @property
     def report(self) -> RepairReport | None:
-        """The report of the last repair, even if the strategy ran it in another process. None before a repair."""
+        """The report of the last repair, even if the strategy ran it in another process. None
+        before a repair.
+        """
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
         return self._report
@@ -176,7 +205,9 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def repaired_model_path(self) -> str | None:
-        """Path of the repaired checkpoint, or None if none was accepted. Both are valid as `ckpt_path` of `test`."""
+        """Path of the repaired checkpoint, or None if none was accepted. Both are valid as
+        `ckpt_path` of `test`.
+        """
         return None if self.report is None else self.report.files.get("checkpoint")
 
     @property
@@ -188,7 +219,9 @@ class RegressionFreeRepair(RepairCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer_checks.check_whole(pl_module)
         if self.settings.layer != "auto":
-            find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
+            find_scope(
+                pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias
+            )
         self._ran = False
 
     @override
@@ -200,12 +233,15 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # `trainer.test()` without a model loads the best checkpoint of the fit, from before the repair.
+        # `trainer.test()` without a model loads the best checkpoint of the fit, from before the
+        # repair.
         if self._is_changed(pl_module):
             problem = f"the test uses other weights than the repaired ones (loaded: {trainer.ckpt_path or 'nothing'})."
             hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
             if not self.repaired_model_path:
-                hint = "test the repair by `trainer.test(model)`, with the model as the fit left it."
+                hint = (
+                    "test the repair by `trainer.test(model)`, with the model as the fit left it."
+                )
             rank_zero_warn(TrainingWarning(problem, hint))
 
     @override
@@ -218,19 +254,29 @@ class RegressionFreeRepair(RepairCallback):
             trainer_checks.warn_without_step()
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self.add_to_checkpoint(checkpoint, pl_module, self.state_key)
 
-    def add_to_checkpoint(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
-        """Writes the report, under the callback's `state_key`, and the repaired weights into a checkpoint.
+    def add_to_checkpoint(
+        self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str
+    ) -> None:
+        """Writes the report, under the callback's `state_key`, and the repaired weights into a
+        checkpoint.
 
-        The weights are written to `repaired.ckpt`, which is saved before the model changes, and later to any checkpoint
-        of a model that has them. They replace the average of a weight-averaging callback.
+        The weights are written to `repaired.ckpt`, which is saved before the model changes, and
+        later to any checkpoint of a model that has them. They replace the average of a
+        weight-averaging callback.
         """
         if self.report is not None:
-            checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
+            checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = (
+                self.report.to_json()
+            )
         if self._parameters and (self._pending or not self._is_changed(pl_module)):
-            state = checkpoint["state_dict"] = checkpoint.get("current_model_state", checkpoint["state_dict"])
+            state = checkpoint["state_dict"] = checkpoint.get(
+                "current_model_state", checkpoint["state_dict"]
+            )
             saved = saved_names(pl_module)
             for key in (*saved, *(self._parameters.keys() - saved.values())):
                 if (value := self._parameters.get(saved.get(key, key))) is not None:
@@ -238,7 +284,8 @@ class RegressionFreeRepair(RepairCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before `setup` can say why.
+        # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before
+        # `setup` can say why.
         if isinstance(state_dict, dict) and "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
@@ -248,12 +295,21 @@ class RegressionFreeRepair(RepairCallback):
                 rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def repair_now(
-        self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        start_from: str = "last",
+        name: str = "repair",
     ) -> Outcome:
-        """Repairs the model within a fit. `start_from` is as in `DataOptions`. `name` is used in files and logs."""
+        """Repairs the model within a fit. `start_from` is as in `DataOptions`. `name` is used in
+        files and logs.
+        """
         self._name = name
         self.report = self._parameters = None
-        with self.handle_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
+        with (
+            self.handle_signals(trainer),
+            starting_weights(start_from, trainer, pl_module) as start,
+        ):
             outcome = self.attempt(trainer, pl_module)
             logged = self.save_outcome(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
@@ -264,25 +320,43 @@ class RegressionFreeRepair(RepairCallback):
         if self._is_changed(pl_module):
             self._parameters = None
 
-    def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches for a repair without changing the model. `epochs` (None: as in the fit) limits further training."""
-        self._work = repair_files.resume_store(self._folder, trainer, self.settings.search.save_every, self._name)
-        return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work)
+    def attempt(
+        self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None
+    ) -> Outcome:
+        """Searches for a repair without changing the model. `epochs` (None: as in the fit) limits
+        further training.
+        """
+        self._work = repair_files.resume_store(
+            self._folder, trainer, self.settings.search.save_every, self._name
+        )
+        return self.repair.run(
+            trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work
+        )
 
     def save_outcome(
-        self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outcome: Outcome,
+        start: StartingWeights | None = None,
     ) -> str:
-        """Writes the files (or warns), then accepted weights to the model. Returns the repair's name in loggers."""
+        """Writes the files (or warns), then accepted weights to the model. Returns the repair's
+        name in loggers.
+        """
         accepted = outcome.parameters is not None
         kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
         files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)
-        origin = outcome.report.provenance.loaded_from(trainer.ckpt_path if start is None else start.path)
+        origin = outcome.report.provenance.loaded_from(
+            trainer.ckpt_path if start is None else start.path
+        )
         report = self.report = replace(outcome.report, files=files, provenance=origin)
         parameters = self._parameters = outcome.parameters
         self._evaluated = outcome.evaluated or {}
         self._pending = True
         try:
-            with repair_files.SavedFiles(files, trainer, tuple(repair_files.REPAIRED_FILES.values())) as saved:
+            with repair_files.SavedFiles(
+                files, trainer, tuple(repair_files.REPAIRED_FILES.values())
+            ) as saved:
                 if parameters is not None:
                     saved.patch(report, pl_module, parameters)
                     saved.checkpoint(report, pl_module, parameters)
@@ -308,15 +382,25 @@ class RegressionFreeRepair(RepairCallback):
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
         """Logs and prints the report of a saved repair."""
         assert self.report is not None
-        how: dict[str, Any] = {"changes": outcome.changes, "views": outcome.views, "verbose": self.verbose}
+        how: dict[str, Any] = {
+            "changes": outcome.changes,
+            "views": outcome.views,
+            "verbose": self.verbose,
+        }
         repair_files.announce(self.report, trainer, name, **how)
 
     def handle_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Returns a context in which Ctrl-C and SIGTERM stop the repair within seconds and print what became of it."""
+        """Returns a context in which Ctrl-C and SIGTERM stop the repair within seconds and print
+        what became of it.
+        """
         return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:
-        return bool(self._parameters and changed(pl_module, self._parameters) and changed(pl_module, self._evaluated))
+        return bool(
+            self._parameters
+            and changed(pl_module, self._parameters)
+            and changed(pl_module, self._evaluated)
+        )
 
     @property
     def _folder(self) -> str | Path | None:

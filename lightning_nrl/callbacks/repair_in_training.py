@@ -29,34 +29,40 @@ HOOK = "on_train_epoch_end"  # hook of the module after which repairs run
 
 
 class RepairInTraining(RepairCallback):
-    """Repairs the model after chosen epochs and at the end of training. Training continues with repaired weights.
+    """Repairs the model after chosen epochs and at the end of training. Training continues with
+    repaired weights.
 
-    Each repair works as in `RegressionFreeRepair`. It runs right after the module's own `on_train_epoch_end` and before
-    callbacks that save or stop by a metric. Training that follows may break samples again. Repairs leave the states of
-    optimizers and schedules as they are. A repair writes its files to `<log_dir>/repair-step-<step>/` and logs under
-    the name `repair-step-<step>`; for the repair at the end of training the name is `repair`.
+    Each repair works as in `RegressionFreeRepair`. It runs right after the module's own
+    `on_train_epoch_end` and before callbacks that save or stop by a metric. Training that follows
+    may break samples again. Repairs leave the states of optimizers and schedules as they are. A
+    repair writes its files to `<log_dir>/repair-step-<step>/` and logs under the name
+    `repair-step-<step>`; for the repair at the end of training the name is `repair`.
 
-    A repair by the default method may train for as many epochs as the model has been trained so far. Set a `max_time`,
-    or choose a method that takes seconds (`convex`, `swarm`).
+    A repair by the default method may train for as many epochs as the model has been trained so
+    far. Set a `max_time`, or choose a method that takes seconds (`convex`, `swarm`).
 
     Args:
         every_n_epochs: epochs between two repairs. If None, only `monitor` starts repairs.
-        monitor: name of a validation metric, such as `regression/nfr`. An epoch ends with a repair if the metric is
-            worse than its best value since the last repair. After an accepted repair, an unlogged validation measures
-            the metric anew.
+        monitor: name of a validation metric, such as `regression/nfr`. An epoch ends with a repair
+            if the metric is worse than its best value since the last repair. After an accepted
+            repair, an unlogged validation measures the metric anew.
         mode: `min` if a lower metric is better, `max` if a higher one is.
-        min_delta: by how much the metric may be worse than its best value without starting a repair. At least 0.
-        at_end: if True, also repairs when training ends, unless a repair has already run after the last step.
+        min_delta: by how much the metric may be worse than its best value without starting a
+            repair. At least 0.
+        at_end: if True, also repairs when training ends, unless a repair has already run after the
+            last step.
         **arguments: arguments of `RegressionFreeRepair`.
 
     Attributes:
-        repair: the `RegressionFreeRepair` that makes the repairs. Its `report` is the report of the last repair.
+        repair: the `RegressionFreeRepair` that makes the repairs. Its `report` is the report of the
+            last repair.
         reports: reports of all repairs of this training, the oldest first.
 
     Example::
 
         repair = RepairInTraining(every_n_epochs=5, monitor="regression/night/nfr", method="convex")
-        Trainer(callbacks=[RegressionMetrics("old.ckpt", slices="camera"), repair]).fit(model, datamodule=dm)
+        Trainer(callbacks=[RegressionMetrics("old.ckpt", slices="camera"), repair]).fit(model,
+        datamodule=dm)
     """
 
     def __init__(
@@ -112,16 +118,21 @@ class RepairInTraining(RepairCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_train_start(trainer, pl_module)
-        release_hook(pl_module, HOOK)  # may be left from a training that ended without calling a hook
+        release_hook(
+            pl_module, HOOK
+        )  # may be left from a training that ended without calling a hook
         self.reports, self._last_step, self._warned = [], None, False
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning calls this hook before the module's hook of the same name, which may still change weights.
+        # Lightning calls this hook before the module's hook of the same name, which may still
+        # change weights.
         follow_hook(pl_module, HOOK, partial(self._repair_if_due, trainer, pl_module))
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         release_hook(pl_module, HOOK)
 
     @override
@@ -141,11 +152,16 @@ class RepairInTraining(RepairCallback):
         self.repair.on_test_start(trainer, pl_module)
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self.repair.add_to_checkpoint(checkpoint, pl_module, self.state_key)
-        # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before `setup` can say why.
+        # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before
+        # `setup` can say why.
         if self._best is not None:
-            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = self._best
+            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = (
+                self._best
+            )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,8 +185,13 @@ class RepairInTraining(RepairCallback):
             self._repair(trainer, pl_module)
 
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured, self._best = self._best, None  # `repaired.ckpt` must not store a metric of other weights
-        outcome = self.repair.repair_now(trainer, pl_module, name=f"repair-step-{trainer.global_step}")
+        measured, self._best = (
+            self._best,
+            None,
+        )  # `repaired.ckpt` must not store a metric of other weights
+        outcome = self.repair.repair_now(
+            trainer, pl_module, name=f"repair-step-{trainer.global_step}"
+        )
         self._record_report(trainer)
         self._best = measured if outcome.parameters is None else self._validated_again(trainer)
 
@@ -196,7 +217,10 @@ class RepairInTraining(RepairCallback):
         if self.monitor is None:
             return due
         if self.monitor not in trainer.callback_metrics:
-            if not self._warned and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            if (
+                not self._warned
+                and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+            ):
                 self._warned = True
                 problem = f"`monitor={self.monitor!r}`: no metric of that name was logged, so it triggers no repair."
                 hint = f"the logged metrics are {sorted(trainer.callback_metrics)}; log it in `validation_step`."

@@ -12,8 +12,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._trainer.data_splits import SplitLoaders, choice_numbers, find_calibration, find_one
-from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.data_splits import (
+    SplitLoaders,
+    choice_numbers,
+    find_calibration,
+    find_one,
+)
+from lightning_nrl._trainer.lightning.packages import (
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    rank_zero_warn,
+)
 from lightning_nrl._trainer.lightning.private_parts import batch_limit, validating
 from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
@@ -41,29 +51,40 @@ from lightning_nrl.updates.interpolation import (
 from lightning_nrl.updates.old_model import Reference
 
 MIN_COSINE = 0.5
-"""A smaller cosine between initial and replaced weights causes a warning. It is about 0 for unrelated weights."""
+"""A smaller cosine between initial and replaced weights causes a warning. It is about 0 for
+unrelated weights.
+"""
 
 
 class WeightInterpolation(CallbackBase):
-    """Interpolates the weights after `fit` with those of the replaced model: `(1 - share) new + share old`.
+    """Interpolates the weights after `fit` with those of the replaced model: `(1 - share) new +
+    share
+    old`.
 
-    This breaks fewer samples at little or no loss of accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024,
-    BCWI). Training must start from the weights of the replaced model: `new.load_state_dict(...)` before `fit`. Put this
-    callback before `RegressionFreeRepair`, which then repairs the remaining failures.
+    This breaks fewer samples at little or no loss of accuracy (Wortsman et al. 2022, WiSE-FT;
+    Schumann et al. 2024, BCWI). Training must start from the weights of the replaced model:
+    `new.load_state_dict(...)` before `fit`. Put this callback before `RegressionFreeRepair`, which
+    then repairs the remaining failures.
 
-    Logs `interpolation/share`. On calibration data it also logs `interpolation/accuracy` and `interpolation/nfr` (the
-    negative flip rate), and with the suffix `_before` the values without interpolation. Checkpoints of training,
-    weight averages and optimizer states do not change. Save the new weights with `trainer.save_checkpoint`.
+    Logs `interpolation/share`. On calibration data it also logs `interpolation/accuracy` and
+    `interpolation/nfr` (the negative flip rate), and with the suffix `_before` the values without
+    interpolation. Checkpoints of training, weight averages and optimizer states do not change. Save
+    the new weights with `trainer.save_checkpoint`.
 
     Args:
-        reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel`.
-        share: share of the replaced model, in [0, 1]. `auto` takes the largest share of 0, 0.05, ..., 0.5 that breaks
-            no more calibration samples than share 0, and whose accuracy is within `tolerance` of the best accuracy.
-        tolerance: accuracy that `auto` may give up for fewer regressions. 0.005 is half a percentage point.
-        calibration: data that were not trained on, for choosing the share and for counting: `val`, `test`, `repair` or
-            a DataLoader. If None, nothing is counted, and `share` must be a number.
-        statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, preferably
-            without augmentation. Each share that is tried takes one pass over these data.
+        reference: the replaced model: a module, the path of its checkpoint, a state dict, or an
+            `OldModel`.
+        share: share of the replaced model, in [0, 1]. `auto` takes the largest share of 0, 0.05,
+            ..., 0.5 that breaks no more calibration samples than share 0, and whose accuracy is
+            within `tolerance` of the best accuracy.
+        tolerance: accuracy that `auto` may give up for fewer regressions. 0.005 is half a
+            percentage point.
+        calibration: data that were not trained on, for choosing the share and for counting: `val`,
+            `test`, `repair` or a DataLoader. If None, nothing is counted, and `share` must be a
+            number.
+        statistics: data for the statistics of batch norm layers: `train`, another split, or a
+            DataLoader, preferably without augmentation. Each share that is tried takes one pass
+            over these data.
         batches: number of batches for the statistics, drawn at random. None takes all batches.
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
@@ -105,7 +126,9 @@ class WeightInterpolation(CallbackBase):
         self.calibration: Any = check_data("calibration", calibration, optional=True)
         if calibration is None and share == "auto":
             hint = "give `calibration` data that were not trained on, or a number as `share=`."
-            raise ConfigurationError("`share='auto'` needs calibration data, and there are none.", hint)
+            raise ConfigurationError(
+                "`share='auto'` needs calibration data, and there are none.", hint
+            )
         self.statistics: Any = check_data("statistics", statistics)
         if batches is not None:
             check_whole("batches", batches, 1)
@@ -139,7 +162,8 @@ class WeightInterpolation(CallbackBase):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with random_state(), validating(trainer):
-            # A few batches show whether the data fit the model; batch norm needs several samples on each rank.
+            # A few batches show whether the data fit the model; batch norm needs several samples on
+            # each rank.
             counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
             evaluator = make_evaluator(trainer, pl_module, self.task)
             if counted is not None:
@@ -159,17 +183,27 @@ class WeightInterpolation(CallbackBase):
         evaluator = make_evaluator(trainer, pl_module, self.task)
         how: dict[str, Any] = {"batches": self.batches, "seed": self.seed}
         limit = (batch_limit(trainer) or 0) * trainer.world_size or None
-        with starting_weights("last", trainer, pl_module) as start, random_state(), validating(trainer):
+        with (
+            starting_weights("last", trainer, pl_module) as start,
+            random_state(),
+            validating(trainer),
+        ):
             counted, training = self._sources(trainer, pl_module, limit)
             if counted is None:
                 assert self.share != "auto"
                 share = float(self.share)
-                state: State = interpolate(self._reference_state, evaluator, share, training, **how) if share else {}
+                state: State = (
+                    interpolate(self._reference_state, evaluator, share, training, **how)
+                    if share
+                    else {}
+                )
                 numbers = {"share": share}
             else:
                 given = {"tolerance": None, "shares": [self.share]}
                 how |= {"tolerance": self.tolerance} if self.share == "auto" else given
-                self.choice = choose_share(self._reference_state, evaluator, counted, training, **how)
+                self.choice = choose_share(
+                    self._reference_state, evaluator, counted, training, **how
+                )
                 state, numbers = self.choice.state, choice_numbers(self.choice)
             self._log(trainer, numbers)
             write(pl_module, state)
@@ -186,19 +220,30 @@ class WeightInterpolation(CallbackBase):
         self._reference_state = {}
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self._changed:  # otherwise weight averaging would save its average
             checkpoint["state_dict"].update(pl_module.state_dict())
 
     def _sources(
         self, trainer: Trainer, pl_module: LightningModule, limit: int | None
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
-        make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
+        make = partial(
+            make_source,
+            trainer=trainer,
+            model=pl_module,
+            adapter=self.adapter,
+            seed=self.seed,
+            limit=limit,
+        )
         loaders, chosen = SplitLoaders(trainer, pl_module), self.share == "auto"
         counted = find_calibration(self.calibration, loaders, needed=chosen)
         fixed = self.share in (0, 1) or not batch_norms(pl_module)
         training = None if fixed else find_one("statistics", self.statistics, loaders)
-        estimating, counting = ([] if found is None else [make(*found)] for found in (training, counted))
+        estimating, counting = (
+            [] if found is None else [make(*found)] for found in (training, counted)
+        )
         _, (opened,) = open_sources(trainer, pl_module, self.task, [*estimating, *counting])
         return (opened[-1] if counting else None), (opened[0] if estimating else None)
 

@@ -1,4 +1,6 @@
-"""Adapters, which split a batch into model inputs and target: `unpack` by default; a `ModelAdapter` runs the model."""
+"""Adapters, which split a batch into model inputs and target: `unpack` by default; a `ModelAdapter`
+runs the model.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Graphs(Protocol):
 
 
 def fields_of(value: Any) -> Mapping[str, Any] | None:
-    """Returns the fields of a mapping, data class, named tuple or batch of graphs. Returns None for anything else."""
+    """Returns the fields of a mapping, data class, named tuple or batch of graphs. Returns None for
+    anything else.
+    """
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (type, Tensor)):
@@ -70,26 +74,44 @@ class _Part(NamedTuple):
 
 
 def describe(raw: Any, name: str = "batch") -> str:
-    """Lists the names, types, shapes and dtypes in a batch or an output, in at most `MAX_STRUCTURE_LINES` lines."""
-    lines = [f"{'  ' * part.depth}{part.name}: {_kind(part.value)}" for part in _parts(raw, name, name)]
+    """Lists the names, types, shapes and dtypes in a batch or an output, in at most
+    `MAX_STRUCTURE_LINES` lines.
+    """
+    lines = [
+        f"{'  ' * part.depth}{part.name}: {_kind(part.value)}" for part in _parts(raw, name, name)
+    ]
     if len(lines) > MAX_STRUCTURE_LINES:
-        lines[MAX_STRUCTURE_LINES - 1 :] = [f"  ... and {len(lines) - MAX_STRUCTURE_LINES + 1} more"]
+        lines[MAX_STRUCTURE_LINES - 1 :] = [
+            f"  ... and {len(lines) - MAX_STRUCTURE_LINES + 1} more"
+        ]
     return "\n".join(f"    {line}" for line in lines)
 
 
-def adapter_hint(raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)") -> str:
-    """Returns a hint: code of an adapter for the batch, with guessed fields. `where` tells how to pass the adapter."""
+def adapter_hint(
+    raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)"
+) -> str:
+    """Returns a hint: code of an adapter for the batch, with guessed fields. `where` tells how to
+    pass the adapter.
+    """
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
     future = [x for x in tensors if x.name.lower() in FUTURE_KEYS]
-    classes = [x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)]
+    classes = [
+        x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)
+    ]
     truth = next(iter([*future, *classes[-1:], *tensors[-1:]]), None)
     rest = [part for part in tensors if part is not truth]
-    given = next((part for part in rest if part.value.is_floating_point()), rest[0] if rest else None)
+    given = next(
+        (part for part in rest if part.value.is_floating_point()), rest[0] if rest else None
+    )
     return (
         f"pass {where}, with the right fields for these:\n"
         "    def f(batch):\n"
-        "        args, kwargs = (" + (given.path if given else "INPUT") + ",), {}  # what the model is called with\n"
-        "        return args, kwargs, " + (truth.path if truth else "TARGET") + "  # and the truth of each sample"
+        "        args, kwargs = ("
+        + (given.path if given else "INPUT")
+        + ",), {}  # what the model is called with\n"
+        "        return args, kwargs, "
+        + (truth.path if truth else "TARGET")
+        + "  # and the truth of each sample"
     )
 
 
@@ -104,7 +126,10 @@ def _items(value: Any, path: str) -> list[tuple[str, str, Any]]:
     named = fields_of(value)
     if named is not None:
         by_key = isinstance(value, Mapping)
-        return [(f"{path}[{key!r}]" if by_key else f"{path}.{key}", str(key), x) for key, x in named.items()]
+        return [
+            (f"{path}[{key!r}]" if by_key else f"{path}.{key}", str(key), x)
+            for key, x in named.items()
+        ]
     if isinstance(value, (list, tuple)):
         # Of long lists, such as lists with one item per sample, the first items are enough.
         most = len(value) if len(value) <= 2 * MAX_SHOWN_ITEMS else MAX_SHOWN_ITEMS
@@ -127,12 +152,16 @@ class ForwardSignature:
 
     names: tuple[str, ...] = ()
     required: tuple[str, ...] = ()  # names of the parameters without a default
-    takes_mapping: bool = False  # True if the only required parameter is annotated as a mapping or named `batch`
+    takes_mapping: bool = (
+        False  # True if the only required parameter is annotated as a mapping or named `batch`
+    )
     takes_keywords: bool = False  # True if forward has `**kwargs`
 
     @classmethod
     def of(cls, module: nn.Module) -> ForwardSignature | None:
-        """Inspects a module's forward. Returns None if it takes `*args`, as in wrappers, or has no signature."""
+        """Inspects a module's forward. Returns None if it takes `*args`, as in wrappers, or has no
+        signature.
+        """
         try:
             parameters = inspect.signature(module.forward).parameters.values()
         except (TypeError, ValueError):
@@ -151,7 +180,9 @@ class ForwardSignature:
 
 
 def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
-    """Binds `unpack` to the signature of a module's forward, and a `ModelAdapter` to the module. Keeps others."""
+    """Binds `unpack` to the signature of a module's forward, and a `ModelAdapter` to the module.
+    Keeps others.
+    """
     if adapter is unpack:
         return partial(unpack, signature=ForwardSignature.of(module))
     adapter = as_adapter(adapter)
@@ -161,17 +192,22 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     """Splits a batch into model inputs and target. This is the default adapter.
 
-    A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of forward's arguments. If forward
-    needs several inputs, x may also be a tuple of them, or the batch may begin with them, followed by the target.
+    A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of forward's
+    arguments. If forward needs several inputs, x may also be a tuple of them, or the batch may
+    begin with them, followed by the target.
 
-    In a mapping, named tuple, data class or batch of graphs, the target is the first of `TARGET_KEYS`. The inputs
-    or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`, `{"batch": ...}`. Inputs depend on forward:
+    In a mapping, named tuple, data class or batch of graphs, the target is the first of
+    `TARGET_KEYS`. The inputs or the whole batch may be nested: `{"inputs": {...}, "targets": ...}`,
+    `{"batch": ...}`. Inputs depend on forward:
 
-    - If forward has one required parameter, it gets a batch of graphs as a whole. Of any other batch, it gets the field
-      with the parameter's name. Without such a field, a parameter named `batch` or annotated as a mapping gets the
-      whole batch; any other parameter gets the only tensor, else the first of `INPUT_KEYS`, else the whole batch.
-    - If forward has several parameters, it gets fields of these names. `**kwargs` gets all tensors but the target.
-    - If `signature` is None, forward gets the first of `INPUT_KEYS`, else every tensor except the target, by name.
+    - If forward has one required parameter, it gets a batch of graphs as a whole. Of any other
+      batch, it gets the field with the parameter's name. Without such a field, a parameter named
+      `batch` or annotated as a mapping gets the whole batch; any other parameter gets the only
+      tensor, else the first of `INPUT_KEYS`, else the whole batch.
+    - If forward has several parameters, it gets fields of these names. `**kwargs` gets all tensors
+      but the target.
+    - If `signature` is None, forward gets the first of `INPUT_KEYS`, else every tensor except the
+      target, by name.
 
     Returns:
         `(args, kwargs, target)`.
@@ -186,23 +222,37 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
         return _unpack_named(raw, named, signature)
     if isinstance(raw, Sequence) and not isinstance(raw, (str, bytes)) and len(raw) >= 2:
         return _unpack_sequence(raw, signature)
-    raise _unknown_structure(raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping")
+    raise _unknown_structure(
+        raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping"
+    )
 
 
 def _named(raw: Any) -> Mapping[str, Any] | None:
-    """Returns the fields of a batch. Returns None for sequences, also for a named tuple without a target key."""
+    """Returns the fields of a batch. Returns None for sequences, also for a named tuple without a
+    target key.
+    """
     named = fields_of(raw)
-    return None if named is None or (isinstance(raw, tuple) and _target_key(named) is None) else named
+    return (
+        None if named is None or (isinstance(raw, tuple) and _target_key(named) is None) else named
+    )
 
 
-def _unpack_named(raw: Any, named: Mapping[str, Any], signature: ForwardSignature | None) -> Unpacked:
+def _unpack_named(
+    raw: Any, named: Mapping[str, Any], signature: ForwardSignature | None
+) -> Unpacked:
     names, key = sorted(map(str, named)), _target_key(named)
     if key is None:
-        raise _unknown_structure(raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}")
+        raise _unknown_structure(
+            raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}"
+        )
     target = _only_value(named[key])
     rest = {name: value for name, value in named.items() if name != key}
     inner = _only_value(rest)
-    nested = isinstance(inner, Mapping) and inner is not rest and not (signature and set(rest) <= set(signature.names))
+    nested = (
+        isinstance(inner, Mapping)
+        and inner is not rest
+        and not (signature and set(rest) <= set(signature.names))
+    )
     if nested:
         raw, rest = inner, dict(inner)
     tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
@@ -228,7 +278,9 @@ def _unpack_named(raw: Any, named: Mapping[str, Any], signature: ForwardSignatur
     if nested or (signature is not None and len(signature.required) == 1):
         return (raw,), {}, target
     if not tensors:
-        raise _unknown_structure(raw, f"a batch with the keys {names} has no tensor besides the target")
+        raise _unknown_structure(
+            raw, f"a batch with the keys {names} has no tensor besides the target"
+        )
     return (), tensors, target
 
 
@@ -238,7 +290,11 @@ def _unpack_sequence(raw: Sequence[Any], signature: ForwardSignature | None) -> 
         return (x,), {}, y
     least, most = len(signature.required), len(signature.names)
     if isinstance(x, Mapping) and not signature.takes_mapping:
-        named = {name: x[name] for name in (x if signature.takes_keywords else signature.names) if name in x}
+        named = {
+            name: x[name]
+            for name in (x if signature.takes_keywords else signature.names)
+            if name in x
+        }
         if named and set(signature.required) <= set(named):
             return (), named, y
     if least > 1 and isinstance(x, (list, tuple)) and least <= len(x) <= most:
@@ -249,7 +305,9 @@ def _unpack_sequence(raw: Sequence[Any], signature: ForwardSignature | None) -> 
 
 
 def _only_value(target: Any) -> Any:
-    return next(iter(target.values())) if isinstance(target, Mapping) and len(target) == 1 else target
+    return (
+        next(iter(target.values())) if isinstance(target, Mapping) and len(target) == 1 else target
+    )
 
 
 def _target_key(named: Mapping[str, Any]) -> str | None:
@@ -266,7 +324,13 @@ def _is_whole_batch(parameter: inspect.Parameter) -> bool:
     annotation = parameter.annotation
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     kind = text.partition("[")[0].rpartition(".")[2]
-    return parameter.name == "batch" or kind in ("dict", "Dict", "Mapping", "MutableMapping", "BatchEncoding")
+    return parameter.name == "batch" or kind in (
+        "dict",
+        "Dict",
+        "Mapping",
+        "MutableMapping",
+        "BatchEncoding",
+    )
 
 
 def _unknown_structure(raw: Any, problem: str) -> ConfigurationError:
@@ -303,9 +367,13 @@ class ModelAdapter:
 
 
 def as_adapter(function: Callable[..., Any]) -> Adapter:
-    """Returns an adapter for a function: a `ModelAdapter` for f(module, batch), the function itself for f(batch)."""
+    """Returns an adapter for a function: a `ModelAdapter` for f(module, batch), the function itself
+    for f(batch).
+    """
     if isinstance(function, nn.Module):
-        hint = "pass a function f(batch) -> (args, kwargs, target); pass an old model as `reference=`."
+        hint = (
+            "pass a function f(batch) -> (args, kwargs, target); pass an old model as `reference=`."
+        )
         raise ConfigurationError(f"`adapter`: {type(function).__name__} is a model.", hint)
     return ModelAdapter(function) if required_parameters(function) == 2 else function
 
@@ -323,6 +391,7 @@ def required_parameters(function: Callable[..., Any]) -> int:
 def _pair(found: Any) -> tuple[Any, Any]:
     if not isinstance(found, tuple) or len(found) != 2:
         raise ConfigurationError(
-            f"`adapter`: f(module, batch) returned {type(found).__name__}, not (logits, target).", ADAPTER_HINT
+            f"`adapter`: f(module, batch) returned {type(found).__name__}, not (logits, target).",
+            ADAPTER_HINT,
         )
     return found

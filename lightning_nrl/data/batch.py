@@ -16,7 +16,9 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, check_whole
 
 Unpacked = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""`(args, kwargs, target)`: positional and keyword arguments of the model's forward, and the target."""
+"""`(args, kwargs, target)`: positional and keyword arguments of the model's forward, and the
+target.
+"""
 Adapter = Callable[[Any], Unpacked]
 """Converts a raw batch into `(args, kwargs, target)`."""
 
@@ -49,10 +51,11 @@ class Source(Protocol):
 
     Attributes:
         split: name in reports, such as `train` or `repair`.
-        passed: True if the search draws passed samples to score (#pos in the paper) from this split. Known passed
-            samples of all splits must stay right in any case.
+        passed: True if the search draws passed samples to score (#pos in the paper) from this
+            split. Known passed samples of all splits must stay right in any case.
         failed: True if failed samples of this split may be repaired.
-        index: `n` int64, position of each sample in the data set, including the samples of other ranks.
+        index: `n` int64, position of each sample in the data set, including the samples of other
+            ranks.
         positions: int64, positions in the split, from 0, of this rank's samples.
     """
 
@@ -75,20 +78,25 @@ class Source(Protocol):
         """Yields this rank's samples in batches, in the order of `positions`."""
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yields one batch for each tensor of positions in the split, which must be among this rank's `positions`."""
+        """Yields one batch for each tensor of positions in the split, which must be among this
+        rank's `positions`.
+        """
 
 
 class RecordingSource:
     """Source that wraps another source and records values of each sample when it is iterated.
 
-    `note` returns the values of a batch, a tensor with one row per sample; `empty` is such a tensor without rows.
+    `note` returns the values of a batch, a tensor with one row per sample; `empty` is such a tensor
+    without rows.
     """
 
     def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
         self.source, self.note, self.empty = source, note, empty
         self.split, self.passed, self.failed = source.split, source.passed, source.failed
         self.index, self.positions = source.index, source.positions
-        self.noted: list[tuple[Tensor, Tensor]] = []  # of each batch in the last pass: positions and values
+        self.noted: list[
+            tuple[Tensor, Tensor]
+        ] = []  # of each batch in the last pass: positions and values
 
     def __iter__(self) -> Iterator[Batch]:
         self.noted = []
@@ -100,14 +108,22 @@ class RecordingSource:
         return self.source.draw(batches)
 
     def gathered(self, collective: Collective) -> Tensor:
-        """Returns the values of the last pass from all ranks, sorted by position in the split, on the CPU."""
-        positions, noted = zip(*self.noted, strict=True) if self.noted else ((self.index[:0],), (self.empty,))
-        values, order = (torch.cat(collective.gather(torch.cat(x).cpu())) for x in (noted, positions))
+        """Returns the values of the last pass from all ranks, sorted by position in the split, on
+        the CPU.
+        """
+        positions, noted = (
+            zip(*self.noted, strict=True) if self.noted else ((self.index[:0],), (self.empty,))
+        )
+        values, order = (
+            torch.cat(collective.gather(torch.cat(x).cpu())) for x in (noted, positions)
+        )
         return values[order.argsort()]
 
 
 class ModelCall(ABC):
-    """Callable that runs a model on a raw batch. A `Batch` holds it as `args = (call, raw)`; `run_model` calls it."""
+    """Callable that runs a model on a raw batch. A `Batch` holds it as `args = (call, raw)`;
+    `run_model` calls it.
+    """
 
     @abstractmethod
     def __call__(self, model: nn.Module, raw: Any) -> Any:
@@ -121,8 +137,12 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return model(*args, **kwargs)
 
 
-def unpacked(batches: Source | Iterable[Any], adapter: Adapter, device: torch.device) -> Iterator[Unpacked]:
-    """Yields `(args, kwargs, target)` for each batch. Raw batches are moved to the device and split by the adapter."""
+def unpacked(
+    batches: Source | Iterable[Any], adapter: Adapter, device: torch.device
+) -> Iterator[Unpacked]:
+    """Yields `(args, kwargs, target)` for each batch. Raw batches are moved to the device and split
+    by the adapter.
+    """
     for batch in batches:
         if isinstance(batch, Batch):
             yield batch.args, batch.kwargs, batch.target
@@ -135,12 +155,16 @@ def _move(x: Any, device: torch.device) -> Any:
         return callable(getattr(part, "to", None))
 
     tree = dict(x) if isinstance(x, Mapping) and not can_move(x) else x
-    moved = pytree.tree_map(lambda part: part.to(device) if can_move(part) else part, tree, is_leaf=can_move)
+    moved = pytree.tree_map(
+        lambda part: part.to(device) if can_move(part) else part, tree, is_leaf=can_move
+    )
     return with_plain_tensors(moved)
 
 
 def with_plain_tensors(tree: Any) -> Any:
-    """Replaces tensor subclasses that only add metadata, such as MONAI's `MetaTensor`, by plain tensors."""
+    """Replaces tensor subclasses that only add metadata, such as MONAI's `MetaTensor`, by plain
+    tensors.
+    """
 
     def plain(x: Tensor) -> Tensor:
         values_inside = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -150,9 +174,12 @@ def with_plain_tensors(tree: Any) -> Any:
 
 
 def is_sliceable(inputs: Any, n: int) -> bool:
-    """True if indexing can select samples from the inputs, because the first dimension of each tensor is `n`.
+    """True if indexing can select samples from the inputs, because the first dimension of each
+    tensor
+    is `n`.
 
-    Samples of graphs, packed sequences and lists of numbers or texts cannot be selected; `Source.draw` reads them anew.
+    Samples of graphs, packed sequences and lists of numbers or texts cannot be selected;
+    `Source.draw` reads them anew.
     """
 
     def is_whole(x: Any) -> bool:
@@ -162,12 +189,16 @@ def is_sliceable(inputs: Any, n: int) -> bool:
 
     leaves = pytree.tree_leaves(inputs, is_leaf=is_whole)
     tensors = [x for x in leaves if isinstance(x, Tensor) and x.ndim]
-    known = all(isinstance(x, (bool, int, float, str, Tensor, ModelCall, type(None))) for x in leaves)
+    known = all(
+        isinstance(x, (bool, int, float, str, Tensor, ModelCall, type(None))) for x in leaves
+    )
     return known and bool(tensors) and all(not x.is_nested and len(x) == n for x in tensors)
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested sequences and mappings. Mappings are read in the order of their sorted keys."""
+    """Yields the tensors in nested sequences and mappings. Mappings are read in the order of their
+    sorted keys.
+    """
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -186,16 +217,18 @@ class TensorSource:
     """Split of `n` samples in memory (a `lightning_nrl.data.Source`).
 
     Attributes:
-        inputs: model inputs, first dimension `n`: a tensor, a tuple of positional or a mapping of keyword arguments.
+        inputs: model inputs, first dimension `n`: a tensor, a tuple of positional or a mapping of
+            keyword arguments.
         targets: targets, first dimension `n`; for `Multiclass`, `n` whole numbers.
         split: name in reports.
-        passed: True if the search draws passed samples to score (`n_passed` of them) from this split. Known passed
-            samples of all splits must stay right in any case.
+        passed: True if the search draws passed samples to score (`n_passed` of them) from this
+            split. Known passed samples of all splits must stay right in any case.
         failed: True if failed samples of this split may be repaired.
         extras: further tensors, first dimension `n`. A predicate of `Target.where` gets batches of
             `(inputs, targets, *extras)`.
         batch_size: samples per batch.
-        device: the model's device, to which batches are moved; None: batches stay on the device of the tensors.
+        device: the model's device, to which batches are moved; None: batches stay on the device of
+            the tensors.
 
     Example:
         >>> x, y = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1])
@@ -214,7 +247,9 @@ class TensorSource:
 
     def __post_init__(self) -> None:
         if isinstance(self.inputs, (Mapping, tuple)):
-            items = self.inputs.items() if isinstance(self.inputs, Mapping) else enumerate(self.inputs)
+            items = (
+                self.inputs.items() if isinstance(self.inputs, Mapping) else enumerate(self.inputs)
+            )
             named = {f"inputs[{name!r}]": x for name, x in items}
         else:
             named = {"inputs": self.inputs}
@@ -252,7 +287,9 @@ class TensorSource:
         inputs: Any = _map(take, self.inputs)
         target, extras = take(self.targets), [take(extra) for extra in self.extras]
         kwargs = inputs if isinstance(inputs, dict) else {}
-        args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+        args = (
+            () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+        )
         return Batch(args, target, position, kwargs, raw=(inputs, target, *extras))
 
 

@@ -15,7 +15,9 @@ from lightning_nrl.data.targets import Target, target_in
 from lightning_nrl.errors import ConfigurationError
 
 Column = Callable[[Any], Any] | Target
-"""A function from a raw batch to one value per sample, or a target, which gives one bool per sample."""
+"""A function from a raw batch to one value per sample, or a target, which gives one bool per
+sample.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,17 @@ class Field:
                 return raw[self.name]
         else:
             known = "no columns"
-        raise LookupError(f"a batch has no column {self.name!r}; it is a {type(raw).__name__} with {known}")
+        raise LookupError(
+            f"a batch has no column {self.name!r}; it is a {type(raw).__name__} with {known}"
+        )
 
 
 def find_column(argument: str, value: Any) -> Column:
     """Parses a column. `argument` is the name of the argument in errors.
 
-    Accepts a key (`"camera"`) or position (`2`) in the batch, a function of the batch or its address
-    (`package.module:function`), and a target, also as text (`"label 3"`). Other text with a colon or dot is an address.
+    Accepts a key (`"camera"`) or position (`2`) in the batch, a function of the batch or its
+    address (`package.module:function`), and a target, also as text (`"label 3"`). Other text with a
+    colon or dot is an address.
     """
     target = target_in(value) if isinstance(value, str) else value
     if isinstance(target, Target):
@@ -70,9 +75,13 @@ def find_column(argument: str, value: Any) -> Column:
 
 
 def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
-    """Returns a column's values for a batch, unchecked. Columns that are targets need the true classes, `label`."""
+    """Returns a column's values for a batch, unchecked. Columns that are targets need the true
+    classes, `label`.
+    """
     try:
-        return column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
+        return (
+            column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
+        )
     except Exception as error:
         raise ConfigurationError(
             f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
@@ -81,6 +90,8 @@ def column_values(argument: str, column: Column, batch: Batch, label: Tensor | N
 
 
 def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
-    """Evaluates a column on a batch of `n` samples. Returns `n` float64 on the CPU. Bools become 1 and 0."""
+    """Evaluates a column on a batch of `n` samples. Returns `n` float64 on the CPU. Bools become 1
+    and 0.
+    """
     found = column_values(argument, column, batch, label)
     return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()

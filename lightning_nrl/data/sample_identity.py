@@ -1,4 +1,6 @@
-"""Keys of two 64-bit integers that identify samples across splits: data set and position, or a hash of the content."""
+"""Keys of two 64-bit integers that identify samples across splits: data set and position, or a hash
+of the content.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceabl
 
 COLUMNS_AT_ONCE = 2**14  # numbers per sample converted to int64 at once, to limit memory
 MAX_SAMPLES_TRIED = 8
-"""Number of samples that are read from a wrapper to find out which data set it wraps, and which positions it reads."""
+"""Number of samples that are read from a wrapper to find out which data set it wraps, and which
+positions it reads.
+"""
 
 
 @runtime_checkable
@@ -33,20 +37,26 @@ class Identified(Protocol):
 
 
 def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False) -> Tensor:
-    """Finds each sample's innermost data set, inside subsets, unions and wrappers, and its position in that data set.
+    """Finds each sample's innermost data set, inside subsets, unions and wrappers, and its position
+    in
+    that data set.
 
     Args:
         dataset: the outermost data set.
         index: `n` int64, positions in `dataset`.
-        as_read: True if a wrapper counts as innermost, since it may change samples, such as by augmentation.
+        as_read: True if a wrapper counts as innermost, since it may change samples, such as by
+            augmentation.
 
     Returns:
-        `n x 2` int64: the `id` of the innermost data set, valid in this process only, and the position in it.
+        `n x 2` int64: the `id` of the innermost data set, valid in this process only, and the
+        position in it.
     """
     if isinstance(dataset, Subset):
         inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
         length = len(dataset.dataset)  # type: ignore[arg-type]
-        return base_samples(dataset.dataset, torch.where(inner < 0, inner + length, inner), as_read=as_read)
+        return base_samples(
+            dataset.dataset, torch.where(inner < 0, inner + length, inner), as_read=as_read
+        )
     if isinstance(dataset, ConcatDataset):
         ends = torch.tensor(dataset.cumulative_sizes)
         part = torch.searchsorted(ends, index, right=True)
@@ -61,10 +71,12 @@ def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False)
 
 
 def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor] | None:
-    """Reads some samples of a wrapper to find the data set that it wraps, and the position of each sample in it.
+    """Reads some samples of a wrapper to find the data set that it wraps, and the position of each
+    sample in it.
 
-    Sample `i` of the wrapper must be read from position `i` of the wrapped data set, or from position `places[i]`,
-    where `places` is an attribute of the wrapper. Returns None if neither is the case.
+    Sample `i` of the wrapper must be read from position `i` of the wrapped data set, or from
+    position `places[i]`, where `places` is an attribute of the wrapper. Returns None if neither is
+    the case.
     """
     own = getattr(dataset, "__dict__", {})
     tried = index[torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()].unique()
@@ -82,7 +94,9 @@ def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor
 
 
 def _requested_positions(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
-    """Returns the first position that each sample requests from the data set in attribute `name`. Stops at an error."""
+    """Returns the first position that each sample requests from the data set in attribute `name`.
+    Stops at an error.
+    """
     view, inner, asked, found = copy.copy(dataset), vars(dataset)[name], list[int](), list[int]()
 
     def noted(self: Any, i: Any) -> Any:
@@ -106,16 +120,19 @@ def is_among(samples: Tensor, others: Tensor) -> Tensor:
 
 
 def content_recorder(source: Source) -> RecordingSource:
-    """Wraps a source so that it records the key of each sample's content (`content_keys`) when it is iterated."""
+    """Wraps a source so that it records the key of each sample's content (`content_keys`) when it
+    is iterated.
+    """
     return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
 def content_keys(batch: Batch) -> Tensor:
     """Hashes the inputs and the target of each sample to two 64-bit integers, `n x 2`.
 
-    Bit-identical samples have equal keys. Each integer is a sum with random weights modulo 2^64, so two different
-    samples have equal keys with a probability below 2^-64. Zeros add nothing to a key, because sequences may be padded
-    to different lengths. If it is unknown which inputs belong to which sample, the keys are random.
+    Bit-identical samples have equal keys. Each integer is a sum with random weights modulo 2^64, so
+    two different samples have equal keys with a probability below 2^-64. Zeros add nothing to a
+    key, because sequences may be padded to different lengths. If it is unknown which inputs belong
+    to which sample, the keys are random.
     """
     n = len(batch)
     if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
@@ -129,7 +146,9 @@ def content_keys(batch: Batch) -> Tensor:
         columns = x.reshape(n, -1)
         weights = _hash_weights(place, columns.shape[1]).to(x.device)
         own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
-        for some, weight in zip(*(x.split(COLUMNS_AT_ONCE, 1) for x in (columns, weights)), strict=True):
+        for some, weight in zip(
+            *(x.split(COLUMNS_AT_ONCE, 1) for x in (columns, weights)), strict=True
+        ):
             numbers = _as_integers(some)
             own += torch.stack([(numbers * row).sum(1) for row in weight], 1)
         total = own if total is None else total + own.to(total.device)
@@ -137,9 +156,17 @@ def content_keys(batch: Batch) -> Tensor:
 
 
 def _has_samples(batch: Batch) -> bool:
-    """True if all inputs but numbers and texts are tensors, and one of at least two dimensions has a row per sample."""
-    leaves = [x for x in pytree.tree_leaves((batch.args, batch.kwargs)) if not isinstance(x, (int, float, str))]
-    return all(isinstance(x, Tensor) for x in leaves) and any(x.ndim > 1 and len(x) == len(batch) for x in leaves)
+    """True if all inputs but numbers and texts are tensors, and one of at least two dimensions has
+    a row per sample.
+    """
+    leaves = [
+        x
+        for x in pytree.tree_leaves((batch.args, batch.kwargs))
+        if not isinstance(x, (int, float, str))
+    ]
+    return all(isinstance(x, Tensor) for x in leaves) and any(
+        x.ndim > 1 and len(x) == len(batch) for x in leaves
+    )
 
 
 @lru_cache(maxsize=16)

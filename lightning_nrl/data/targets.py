@@ -1,7 +1,8 @@
 """Targets: conditions that select the failures to repair.
 
-Targets are built by `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` and `Target.all()`, and
-combined by `&`, `|` and `~`. They are immutable and comparable; `str` describes them.
+Targets are built by `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` and
+`Target.all()`, and combined by `&`, `|` and `~`. They are immutable and comparable; `str` describes
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, TargetError, check_kind, explain
 
 Predicate = Callable[[Any], Any]
-"""Maps a batch as returned by the data loader to one bool per sample: a tensor, an array or a list."""
+"""Maps a batch as returned by the data loader to one bool per sample: a tensor, an array or a list.
+"""
 
 TARGET_WORD = re.compile(r"->|[()]|(?:(?!->)[^\s()])+")
 TARGET_HINT = (
@@ -43,7 +45,8 @@ class Target(ABC):
 
     @abstractmethod
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """Marks the samples of a batch that meet the condition. Of these, the caller repairs only failures.
+        """Marks the samples of a batch that meet the condition. Of these, the caller repairs only
+        failures.
 
         Args:
             batch: `n` samples.
@@ -55,7 +58,9 @@ class Target(ABC):
         """
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """Marks right and wrong samples of the kind to repair (in the paper, the samples of the class to be repaired).
+        """Marks right and wrong samples of the kind to repair (in the paper, the samples of the
+        class
+        to be repaired).
 
         Ignores conditions on the predicted class: a confusion covers all samples of its true class.
         """
@@ -63,7 +68,9 @@ class Target(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Returns the condition as text, which `parse_target` reads if every predicate is given by its address."""
+        """Returns the condition as text, which `parse_target` reads if every predicate is given by
+        its address.
+        """
 
     @staticmethod
     def all() -> Target:
@@ -82,7 +89,9 @@ class Target(ABC):
 
     @staticmethod
     def where(predicate: Predicate | str, name: str | None = None) -> Target:
-        """Selects failures by a predicate on the batch, such as "partly occluded". See `Where` for the arguments."""
+        """Selects failures by a predicate on the batch, such as "partly occluded". See `Where` for
+        the arguments.
+        """
         return Where(predicate, name)
 
     def __and__(self, other: Target) -> Target:
@@ -145,7 +154,9 @@ class Confusion(Target):
             )
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return (_required(self, label).eq(self.true) & _required(self, prediction).eq(self.predicted)).cpu()
+        return (
+            _required(self, label).eq(self.true) & _required(self, prediction).eq(self.predicted)
+        ).cpu()
 
     def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return _required(self, label).eq(self.true).cpu()
@@ -159,7 +170,8 @@ class Where(Target):
     """Target that selects the samples for which a predicate is true.
 
     Attributes:
-        predicate: function of the raw batch that returns one bool per sample, or its address, `package.mod:function`.
+        predicate: function of the raw batch that returns one bool per sample, or its address,
+            `package.mod:function`.
         name: name in reports; None: the function's name or address.
     """
 
@@ -186,7 +198,11 @@ class Where(Target):
             return f"where {self.predicate if self.name is None else self.name}"
         name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
         code = getattr(self.predicate, "__code__", None)
-        return f"where lambda of line {code.co_firstlineno}" if name == "<lambda>" and code else f"where {name}"
+        return (
+            f"where lambda of line {code.co_firstlineno}"
+            if name == "<lambda>" and code
+            else f"where {name}"
+        )
 
 
 @dataclass(frozen=True)
@@ -212,7 +228,9 @@ class TargetPair(Target):
 
     def __str__(self) -> str:
         other = Or if isinstance(self, And) else And
-        return f"{_parenthesized(self.left, other)} {self.word} {_parenthesized(self.right, And, Or)}"
+        return (
+            f"{_parenthesized(self.left, other)} {self.word} {_parenthesized(self.right, And, Or)}"
+        )
 
 
 class And(TargetPair):
@@ -246,7 +264,8 @@ class Not(Target):
         if isinstance(inner, (And, Or)):
             either = Or if isinstance(inner, And) else And
             return either(Not(inner.left), Not(inner.right)).covers(batch, label, prediction)
-        # With the label as prediction, no sample is a confusion: `not confusion` covers every sample.
+        # With the label as prediction, no sample is a confusion: `not confusion` covers every
+        # sample.
         return ~inner.select(batch, label, label)
 
     def __str__(self) -> str:
@@ -278,13 +297,16 @@ def _required(target: Target, classes: Tensor | None) -> Tensor:
 def classes_in(target: Target) -> set[int]:
     """Returns the numbers of all classes that occur in a target."""
     found = {value for value in vars(target).values() if isinstance(target, (Label, Confusion))}
-    return found.union(*(classes_in(part) for part in vars(target).values() if isinstance(part, Target)))
+    return found.union(
+        *(classes_in(part) for part in vars(target).values() if isinstance(part, Target))
+    )
 
 
 def parse_target(target: str | Target) -> Target:
     """Parses the text of a target, as returned by `str(target)`. Returns a `Target` unchanged.
 
-    `not` binds tighter than `and`, and `and` tighter than `or`. Predicates are written as addresses.
+    `not` binds tighter than `and`, and `and` tighter than `or`. Predicates are written as
+    addresses.
 
     Example:
         >>> parse_target("label 3 and not confusion 3 -> 5") == Target.label(3) & ~Target.confusion(3, 5)
@@ -295,7 +317,9 @@ def parse_target(target: str | Target) -> Target:
             return _TargetParser(target).parse()
         except RecursionError as error:
             raise TargetError("`target`: the text is nested too deeply.", TARGET_HINT) from error
-    check_kind("target", target, isinstance(target, Target), "Target", "Target.label(3) or 'label 3'")
+    check_kind(
+        "target", target, isinstance(target, Target), "Target", "Target.label(3) or 'label 3'"
+    )
     return target
 
 
@@ -346,7 +370,11 @@ class _TargetParser:
             self.take("->", "`->`")
             return Confusion(true, self.parse_class())
         if word == "where":
-            return Where(self.take(r".*[.:].*", "the address of a function, such as `package.module:function`"))
+            return Where(
+                self.take(
+                    r".*[.:].*", "the address of a function, such as `package.module:function`"
+                )
+            )
         self.at += self.words[self.at] == "failures"
         return AllFailures()
 
@@ -358,7 +386,11 @@ class _TargetParser:
         if re.fullmatch(pattern, word):
             self.at += 1
             return word
-        text, word, before = (shorten(part, 60) for part in (self.text, word, self.words[self.at - 1]))
+        text, word, before = (
+            shorten(part, 60) for part in (self.text, word, self.words[self.at - 1])
+        )
         place = f" after `{before}`" if self.at else ""
         found = f"`{word}`" if word else "the end"
-        raise TargetError(f"`target='{text}'`: expected {expected}{place}, found {found}.", TARGET_HINT)
+        raise TargetError(
+            f"`target='{text}'`: expected {expected}{place}, found {found}.", TARGET_HINT
+        )

@@ -1,8 +1,8 @@
-"""Functions for a Trainer and a trained model: repair, diagnose, compare, sweep.
+"""Functions for a Trainer and a trained model: repair, diagnose, compare.
 
-In: a Trainer, a LightningModule and its data. Out: a `RepairReport`, `Diagnosis`, `Comparison` or `SweepResult`.
+In: a Trainer, a LightningModule and its data. Out: a `RepairReport`, `Diagnosis` or `Comparison`.
 """
 
-from lightning_nrl.entrypoints.functions import compare, diagnose, repair, sweep
+from lightning_nrl.entrypoints.functions import compare, diagnose, repair
 
-__all__ = ["compare", "diagnose", "repair", "sweep"]
+__all__ = ["compare", "diagnose", "repair"]

@@ -1,7 +1,9 @@
-"""The script `lightning-nrl`: repairs, diagnoses or compares models of a project, decides on releases, applies patches.
+"""The script `lightning-nrl`: repairs, diagnoses or compares models of a project, decides on
+releases,
+applies patches.
 
-A project is given by arguments and YAML as for LightningCLI. The exit status is 0 for success, 1 if the result is not
-accepted, 2 for an error, and 3 if files cannot be written.
+A project is given by arguments and YAML as for LightningCLI. The exit status is 0 for success, 1 if
+the result is not accepted, 2 for an error, and 3 if files cannot be written.
 """
 
 from __future__ import annotations
@@ -25,11 +27,18 @@ from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.callbacks import ReleaseGate
 from lightning_nrl.entrypoints.arguments import is_used
-from lightning_nrl.entrypoints.command_project import OWN_ARGUMENTS, REQUIRE, TRUST, Project, read_project
+from lightning_nrl.entrypoints.command_project import (
+    OWN_ARGUMENTS,
+    REQUIRE,
+    TRUST,
+    Project,
+    read_project,
+)
 from lightning_nrl.entrypoints.functions import compare, diagnose, repair
 from lightning_nrl.errors import ConfigurationError, RepairError, UnwritableFolderError, explain
 from lightning_nrl.pipeline import Patch, patch_checkpoint
-from lightning_nrl.report import RepairReport, Report, installed_versions
+from lightning_nrl.records import installed_versions
+from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
@@ -42,7 +51,9 @@ PAGE_WIDTH = 120  # characters
 
 
 def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool = False) -> int:
-    """Writes a copy of a checkpoint to `out`. In the copy, the patch is applied, or it is reverted if `undo`."""
+    """Writes a copy of a checkpoint to `out`. In the copy, the patch is applied, or it is reverted
+    if `undo`.
+    """
     change = Patch.load(patch)
     patch_checkpoint(change, ckpt, out, undo=undo, weights_only=weights_only == "true")
     done = "reverted" if undo else "applied"
@@ -70,7 +81,9 @@ def show_report(file: str, out: str | None) -> int:
         print(report.to_markdown(), end="")
     else:
         as_html = Path(out).suffix in (".html", ".htm")
-        Path(out).write_text(report.to_html() if as_html else report.to_markdown(), encoding="utf-8")
+        Path(out).write_text(
+            report.to_html() if as_html else report.to_markdown(), encoding="utf-8"
+        )
     return 0
 
 
@@ -80,12 +93,16 @@ def read_report(path: str | Path) -> Report:
     if path.suffix == ".safetensors":
         found = Patch.load(path).report
         if found is None:
-            raise ConfigurationError(f"`{path}` holds no report.", "give report.json of the repair.")
+            raise ConfigurationError(
+                f"`{path}` holds no report.", "give report.json of the repair."
+            )
         return found
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"`{path}` cannot be read ({error}).", "give report.json of a repair.") from error
+        raise ConfigurationError(
+            f"`{path}` cannot be read ({error}).", "give report.json of a repair."
+        ) from error
     plain = parse_json(text)
     kind = ReleaseReport if isinstance(plain, Mapping) and "findings" in plain else RepairReport
     return kind.from_dict(plain)
@@ -98,7 +115,11 @@ def _page_of_patch(patch: Patch) -> Page:
         kept = "all values" if change.index is None else "positions"
         rows.append(Row(name, (str(list(change.shape)), dtype, f"{change.n_changed:,}", kept)))
     columns = (("shape", ""), ("dtype", ""), ("values", ""), ("kept as", ""))
-    facts = (("weights before", patch.base), ("weights after", patch.result), *patch.versions.items())
+    facts = (
+        ("weights before", patch.base),
+        ("weights after", patch.result),
+        *patch.versions.items(),
+    )
     blocks: list[Block] = [Heading("Patch", 1), Table(columns, tuple(rows)), FactList(facts)]
     return Page((*blocks, *(patch.report.to_table().blocks if patch.report else ())))
 
@@ -106,12 +127,20 @@ def _page_of_patch(patch: Patch) -> Page:
 def _page_of_checkpoint(path: Path) -> Page:
     hint = "give a patch (.safetensors), a report (.json), or a checkpoint that loads with `weights_only=True`."
     found = load_mapping("file", path, hint)
-    tensors = {name: value for name, value in read_state("file", found).items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value
+        for name, value in read_state("file", found).items()
+        if isinstance(value, torch.Tensor)
+    }
     facts = [
         ("tensors", f"{len(tensors):,}"),
         ("values", f"{sum(value.numel() for value in tensors.values()):,}"),
         ("weights", hash_tensors(tensors)),
-        *((name.replace("_", " "), str(found[name])) for name in ("epoch", "global_step") if name in found),
+        *(
+            (name.replace("_", " "), str(found[name]))
+            for name in ("epoch", "global_step")
+            if name in found
+        ),
     ]
     blocks: list[Block] = [Heading("Checkpoint", 1), FactList(tuple(facts))]
     states = found.get("callbacks")
@@ -131,8 +160,13 @@ def decide_release(
     allow_missing: list[str],
     out: str | None,
 ) -> int:
-    """Decides on a release from two files of predictions; returns 0 if the new model is accepted, else 1."""
-    rules, sliced = parse_rules(rule or ["instance"], require), None if slices is None else read_slices(slices)
+    """Decides on a release from two files of predictions; returns 0 if the new model is accepted,
+    else 1.
+    """
+    rules, sliced = (
+        parse_rules(rule or ["instance"], require),
+        None if slices is None else read_slices(slices),
+    )
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     for one in rules:
         one.check_data(tuple(after.splits), sliced is not None)
@@ -157,27 +191,47 @@ def decide_release(
 
 
 def repair_project(project: Project) -> int:
-    """Repairs the model of a project; returns 1 if the repair fails or does not meet `require`, else 0."""
+    """Repairs the model of a project; returns 1 if the repair fails or does not meet `require`,
+    else 0.
+    """
     require = project.own["require"] or "any"
     if require != "any" and "unseen" not in project.options:
         problem = f"`require={require}` judges data that the repair does not use, but `unseen` is not given."
         raise ConfigurationError(problem, "add --repair.unseen test.")
     report = repair(**project.source, **{**project.options, "verbose": False})
     trainer = project.source["trainer"]
-    if report.status == "repaired" and "checkpoint" not in report.files and not trainer.fast_dev_run:
+    if (
+        report.status == "repaired"
+        and "checkpoint" not in report.files
+        and not trainer.fast_dev_run
+    ):
         problem = "`dirpath`: repaired.ckpt could not be written, so the repair is lost."
-        raise UnwritableFolderError(problem, "make room, or name another folder: --repair.dirpath FOLDER.")
+        raise UnwritableFolderError(
+            problem, "make room, or name another folder: --repair.dirpath FOLDER."
+        )
     if project.options.get("verbose", True) and trainer.is_global_zero:
         show(report)
     if report.status not in ("repaired", "nothing to repair"):
         return 1
     verdict = report.verdict
-    met = verdict.evidence == "better" if require == "better" else verdict.repaired >= verdict.broken
-    if require == "any" or met or (report.status == "nothing to repair" and verdict.source == "none"):
+    met = (
+        verdict.evidence == "better" if require == "better" else verdict.repaired >= verdict.broken
+    )
+    if (
+        require == "any"
+        or met
+        or (report.status == "nothing to repair" and verdict.source == "none")
+    ):
         return 0
-    counts = f"{verdict.repaired:,} repaired, {verdict.broken:,} broken of {verdict.n:,} unseen samples"
+    counts = (
+        f"{verdict.repaired:,} repaired, {verdict.broken:,} broken of {verdict.n:,} unseen samples"
+    )
     problem = f"not accepted: `--require {require}` is not met: {counts} (sign test, p = {verdict.p_value:.2g})."
-    old = "the model that it replaces" if report.update else project.source["ckpt_path"] or "the old weights"
+    old = (
+        "the model that it replaces"
+        if report.update
+        else project.source["ckpt_path"] or "the old weights"
+    )
     hint = f"do not ship {report.files.get('checkpoint', 'the new model')}; keep {old}."
     print(explain(problem, hint), file=sys.stderr)
     return 1
@@ -189,17 +243,23 @@ def diagnose_project(project: Project) -> int:
 
 
 def compare_project(project: Project) -> int:
-    """Prints a comparison of methods, or the decision of a `ReleaseGate`; returns 1 if it refuses the new model."""
+    """Prints a comparison of methods, or the decision of a `ReleaseGate`; returns 1 if it refuses
+    the new model.
+    """
     methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
     if old is None and new is None and not rules and not require:
-        options = {name: value for name, value in project.options.items() if is_used("compare", name)}
+        options = {
+            name: value for name, value in project.options.items() if is_used("compare", name)
+        }
         show(compare(**project.source, methods=methods, **options))
         return 0
     if old is None or new is None or methods:
         problem = "`old`, `new`, `rules` and `require` test a new model; they need `old` and `new`, and no `methods`."
         raise ConfigurationError(problem, "give --old best.ckpt --new new.ckpt, or only --methods.")
     trainer, module, data = (project.source[name] for name in ("trainer", "model", "datamodule"))
-    options = {name: value for name, value in project.options.items() if name in ("task", "dirpath")}
+    options = {
+        name: value for name, value in project.options.items() if name in ("task", "dirpath")
+    }
     gate = ReleaseGate(old, rules or ["instance"], require or "not-worse", **options)
     set_callbacks(trainer, [*callbacks_of(trainer), gate])
     with reading_checkpoints(trainer, "new", weights_only=project.source["weights_only"]):
@@ -211,7 +271,9 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command: its function, its purpose in words, and its arguments. They are None if it reads a project."""
+    """A command: its function, its purpose in words, and its arguments. They are None if it reads a
+    project.
+    """
 
     run: Callable[..., int]
     purpose: str
@@ -219,34 +281,70 @@ class Command(NamedTuple):
 
 
 PATCH: Arguments = {
-    "--patch": {"required": True, "help": "patch to apply or revert, such as repair.patch.safetensors"},
+    "--patch": {
+        "required": True,
+        "help": "patch to apply or revert, such as repair.patch.safetensors",
+    },
     "--ckpt": {"required": True, "help": "checkpoint to read"},
     "--out": {"required": True, "help": "checkpoint to write; may be the file of --ckpt"},
     "--weights_only": {"choices": ("true", "false"), "default": "true", "help": TRUST},
 }
 RELEASE: Arguments = {
-    "old": {"help": "predictions of the model in use: CSV file with the columns split,id,prediction,passed"},
-    "new": {"help": "predictions of the new model: a file like `old`, such as predictions.csv of a ReleaseGate"},
-    "--rule": {"action": "append", "help": "rule to meet, repeatable: " + ", ".join(RULES.forms).replace("%", "%%")},
+    "old": {
+        "help": "predictions of the model in use: CSV file with the columns split,id,prediction,passed"
+    },
+    "new": {
+        "help": "predictions of the new model: a file like `old`, such as predictions.csv of a ReleaseGate"
+    },
+    "--rule": {
+        "action": "append",
+        "help": "rule to meet, repeatable: " + ", ".join(RULES.forms).replace("%", "%%"),
+    },
     "--require": {"choices": list(REQUIRED), "default": "not-worse", "help": REQUIRE},
     "--slices": {"help": "CSV file with the columns split,id,slice"},
-    "--allow-missing": {"action": "append", "default": [], "metavar": "SPLIT", "help": "split that may lack samples"},
+    "--allow-missing": {
+        "action": "append",
+        "default": [],
+        "metavar": "SPLIT",
+        "help": "split that may lack samples",
+    },
     "--out": {"help": "folder to write report.json, report.md and report.html"},
 }
 INSPECT: Arguments = {"file": {"help": "a patch, a checkpoint, or report.json"}}
 REPORT: Arguments = {
     "file": {"help": "report.json of a repair or of a release, or a patch with a report"},
-    "--out": {"help": "file to write: HTML if it ends in .html, else Markdown; without --out, Markdown is printed"},
+    "--out": {
+        "help": "file to write: HTML if it ends in .html, else Markdown; without --out, Markdown is printed"
+    },
 }
 COMMANDS: Mapping[str, Command] = {
-    "repair": Command(repair_project, "repair the model of a project; exit status 1 if the repair fails or is refused"),
-    "diagnose": Command(diagnose_project, "predict what can be repaired, what limits this, and how long it takes"),
-    "compare": Command(compare_project, "count the samples that methods, or a new checkpoint, repair and break"),
-    "release": Command(decide_release, "accept a new model by predictions, or refuse it with exit status 1", RELEASE),
+    "repair": Command(
+        repair_project,
+        "repair the model of a project; exit status 1 if the repair fails or is refused",
+    ),
+    "diagnose": Command(
+        diagnose_project, "predict what can be repaired, what limits this, and how long it takes"
+    ),
+    "compare": Command(
+        compare_project, "count the samples that methods, or a new checkpoint, repair and break"
+    ),
+    "release": Command(
+        decide_release,
+        "accept a new model by predictions, or refuse it with exit status 1",
+        RELEASE,
+    ),
     "apply": Command(apply_patch, "write a checkpoint with a patch applied", PATCH),
-    "revert": Command(partial(apply_patch, undo=True), "write a checkpoint with a patch reverted, bit for bit", PATCH),
-    "inspect": Command(inspect_file, "show the contents of a patch, a checkpoint or a report", INSPECT),
-    "report": Command(show_report, "print the report of a repair or of a release, or write it to a file", REPORT),
+    "revert": Command(
+        partial(apply_patch, undo=True),
+        "write a checkpoint with a patch reverted, bit for bit",
+        PATCH,
+    ),
+    "inspect": Command(
+        inspect_file, "show the contents of a patch, a checkpoint or a report", INSPECT
+    ),
+    "report": Command(
+        show_report, "print the report of a repair or of a release, or write it to a file", REPORT
+    ),
 }
 """All commands by name."""
 
@@ -254,7 +352,9 @@ FAILURE_STATUS, UNWRITABLE_STATUS = 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0 (success), 1 (result not accepted), 2 (error) or 3 (files cannot be written)."""
+    """Runs a command; returns 0 (success), 1 (result not accepted), 2 (error) or 3 (files cannot be
+    written).
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
         sys.path.insert(0, "")  # for the user's modules in the current folder
@@ -282,7 +382,9 @@ def _run(given: list[str]) -> int:
     )
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     parser.add_argument("--version", action="version", version=versions)
-    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS
+    )
     name = parser.parse_args(given[:1]).command
     command = COMMANDS[name]
     if command.arguments is None:

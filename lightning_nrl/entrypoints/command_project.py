@@ -1,4 +1,6 @@
-"""Reads a project (trainer, model, data, and options of the repair) from YAML and arguments by LightningCLI."""
+"""Reads a project (trainer, model, data, and options of the repair) from YAML and arguments by
+LightningCLI.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, is_used
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.updates.rule_parsing import Require
 
-HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}  # keys in a checkpoint
+HYPER_PARAMETERS = {
+    "model": "hyper_parameters",
+    "data": "datamodule_hyper_parameters",
+}  # keys in a checkpoint
 
 NEEDED = "jsonargparse[signatures]>=4.51"  # as in pyproject.toml
 FULL_HELP = "--help_lightning"
@@ -32,18 +37,33 @@ TRUST = "false: trust the checkpoint, which may hold objects that run code; true
 REQUIRE = "further condition on each split: not-worse (accuracy has not fallen; the default), better (sign test), any"
 
 PROJECT_ARGUMENTS: Mapping[str, tuple[Any, str]] = {
-    "ckpt_path": (str, f"checkpoint of the trained model, or `{OWN_WEIGHTS}` if the model's code loads its weights"),
+    "ckpt_path": (
+        str,
+        f"checkpoint of the trained model, or `{OWN_WEIGHTS}` if the model's code loads its weights",
+    ),
     "weights_only": (bool, TRUST),
 }
 OWN_ARGUMENTS: Mapping[str, Mapping[str, tuple[Any, str]]] = {
     "repair": {
-        "require": (Require, "condition on unseen samples: better (sign test), not-worse (no net loss), any (default)")
+        "require": (
+            Require,
+            "condition on unseen samples: better (sign test), not-worse (no net loss), any (default)",
+        )
     },
     "compare": {
-        "methods": (list[str], "methods and baselines by name, such as [convex, fine-tuning]; by default, a selection"),
-        "old": (str, "checkpoint, or predictions (CSV), of the model in use, against which `new` is tested"),
+        "methods": (
+            list[str],
+            "methods and baselines by name, such as [convex, fine-tuning]; by default, a selection",
+        ),
+        "old": (
+            str,
+            "checkpoint, or predictions (CSV), of the model in use, against which `new` is tested",
+        ),
         "new": (str, "checkpoint of the model that is to replace the model in use"),
-        "rules": (list[str], "rules that `new` must meet, as in the command `release`; [instance] by default"),
+        "rules": (
+            list[str],
+            "rules that `new` must meet, as in the command `release`; [instance] by default",
+        ),
         "require": (Require, REQUIRE),
     },
 }
@@ -60,11 +80,16 @@ class Project:
 
 
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
-    """Reads a project from arguments of the command and of LightningCLI. They include no subcommand such as `fit`.
+    """Reads a project from arguments of the command and of LightningCLI. They include no subcommand
+    such as `fit`.
 
-    Options under `repair` override the options of a `RegressionFreeRepair` among the trainer's callbacks.
+    Options under `repair` override the options of a `RegressionFreeRepair` among the trainer's
+    callbacks.
     """
-    program, own = f"lightning-nrl {command}", {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})}
+    program, own = (
+        f"lightning-nrl {command}",
+        {**PROJECT_ARGUMENTS, **OWN_ARGUMENTS.get(command, {})},
+    )
     if not {"-h", "--help"}.isdisjoint(arguments):
         _print_help(command, program, purpose, own)
         raise SystemExit(0)
@@ -77,12 +102,17 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
         cli = kind(
             save_config_callback=None,
             run=False,
-            args=[*_from_checkpoint(sketch), *("--help" if word == FULL_HELP else word for word in arguments)],
+            args=[
+                *_from_checkpoint(sketch),
+                *("--help" if word == FULL_HELP else word for word in arguments),
+            ],
             seed_everything_default=False,
             parser_kwargs={"prog": program, "description": purpose, "exit_on_error": False},
         )
     except (ValueError, argparse.ArgumentError) as error:
-        listed = re.search(r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE)  # our error, quoted by jsonargparse
+        listed = re.search(
+            r"^ *- (.+)\n +HINT: (.+)", str(error), re.MULTILINE
+        )  # our error, quoted by jsonargparse
         if listed is not None and not isinstance(error, RepairError):
             raise ConfigurationError(listed[1], listed[2]) from None
         if isinstance(error, argparse.ArgumentError):
@@ -100,7 +130,9 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
     return Project(source, cli.options(), {name: config[name] for name in own})
 
 
-def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]) -> None:
+def _print_help(
+    command: str, program: str, purpose: str, own: Mapping[str, tuple[Any, str]]
+) -> None:
     project = "(--config config.yaml | --model CLASS --data CLASS) --ckpt_path best.ckpt"
     usage = f"{program} {project} [--repair.ARGUMENT VALUE ...]"
     lightning = (
@@ -111,18 +143,28 @@ def _print_help(command: str, program: str, purpose: str, own: Mapping[str, tupl
     for name, (_, text) in own.items():
         parser.add_argument(f"--{name}", metavar="VALUE", help=text)
     group = parser.add_argument_group("arguments of `RegressionFreeRepair`")
-    section = (inspect.getdoc(RegressionFreeRepair) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    section = (
+        (inspect.getdoc(RegressionFreeRepair) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    )
     for name, text in re.findall(r"^    (\w+): ((?:.|\n {5})*)", section, re.MULTILINE):
         if command == "compare" and not is_used(command, name):
             continue
-        inside = ", ".join(field.name for field in fields(OPTION_CLASSES[name])) if name in OPTION_CLASSES else ""
+        inside = (
+            ", ".join(field.name for field in fields(OPTION_CLASSES[name]))
+            if name in OPTION_CLASSES
+            else ""
+        )
         option, more = (f"{name}.FIELD", f" FIELD: {inside}.") if inside else (name, "")
-        group.add_argument(f"--repair.{option}", metavar="VALUE", help=text.replace("%", "%%") + more)
+        group.add_argument(
+            f"--repair.{option}", metavar="VALUE", help=text.replace("%", "%%") + more
+        )
     parser.print_help()
 
 
 class _ProjectArguments:
-    """Mixin for LightningCLI. Adds the arguments in `own`, and those of `RegressionFreeRepair` as `repair.NAME`."""
+    """Mixin for LightningCLI. Adds the arguments in `own`, and those of `RegressionFreeRepair` as
+    `repair.NAME`.
+    """
 
     own: Mapping[str, tuple[Any, str]]
     config: Any
@@ -142,7 +184,9 @@ class _ProjectArguments:
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
-        """Moves the options of a `RegressionFreeRepair` in the callbacks to `repair`. Options set in `repair` stay."""
+        """Moves the options of a `RegressionFreeRepair` in the callbacks to `repair`. Options set
+        in `repair` stay.
+        """
         callbacks = self.config.trainer.get("callbacks")
         listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         for entry in listed:
@@ -150,7 +194,9 @@ class _ProjectArguments:
                 for name, value in vars(entry.get("init_args", argparse.Namespace())).items():
                     if name in self.defaults and self.config.repair[name] == self.defaults[name]:
                         self.config.repair[name] = value
-        self.config.trainer.callbacks = [entry for entry in listed if not _is_repair(entry.class_path)] or None
+        self.config.trainer.callbacks = [
+            entry for entry in listed if not _is_repair(entry.class_path)
+        ] or None
 
     def options(self) -> dict[str, Any]:
         given, made = self.config.repair, self.config_init.repair
@@ -158,7 +204,8 @@ class _ProjectArguments:
 
 
 def _early_arguments(program: str, arguments: Sequence[str]) -> dict[str, str | None]:
-    # The parser of LightningCLI is made with `model`, `data` and `ckpt_path`, so these are read first.
+    # The parser of LightningCLI is made with `model`, `data` and `ckpt_path`, so these are read
+    # first.
     parser = argparse.ArgumentParser(program, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for name in ("model", "data"):
@@ -168,7 +215,9 @@ def _early_arguments(program: str, arguments: Sequence[str]) -> dict[str, str | 
     found: dict[str, Any] = {}
     for config in _configurations(given.config):
         found |= config
-    named = {name: getattr(given, name) or _class_path(found.get(name)) for name in ("model", "data")}
+    named = {
+        name: getattr(given, name) or _class_path(found.get(name)) for name in ("model", "data")
+    }
     return {**named, "ckpt_path": given.ckpt_path or found.get("ckpt_path")}
 
 
@@ -210,7 +259,9 @@ def _class_path(entry: object) -> str | None:
 
 def _cli_class(model: str | None) -> Any:
     # The LightningCLI of the model's package, or else of the first installed package.
-    pairs = list(zip(classes("pytorch.LightningModule"), classes("pytorch.cli.LightningCLI"), strict=True))
+    pairs = list(
+        zip(classes("pytorch.LightningModule"), classes("pytorch.cli.LightningCLI"), strict=True)
+    )
     try:
         kind: Any = None if model is None else import_function("model", model)
     except ConfigurationError:

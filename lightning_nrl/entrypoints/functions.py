@@ -1,4 +1,4 @@
-"""`repair`, `diagnose`, `compare` and `sweep` for a trained model and its Trainer."""
+"""`repair`, `diagnose` and `compare` for a trained model and its Trainer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningDataModule, LightningModule, Trainer
+from lightning_nrl._trainer.lightning.packages import (
+    CallbackBase,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+)
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, starts_own_processes
-from lightning_nrl._trainer.tracking.loggers import track_sweep
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import (
@@ -22,28 +26,20 @@ from lightning_nrl._trainer.trainer_state import (
     epochs_of,
     epochs_saved,
     prepared_for_dry_fit,
-    starting_weights,
     untracked,
 )
 from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
-from lightning_nrl.analysis.sweep import (
-    Seeds,
-    Sweepable,
-    SweepResult,
-    parse_seeds,
-    parse_settings,
-    swarming,
-    sweep_module,
-)
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.entrypoints.arguments import callback_with, check_model, check_used
-from lightning_nrl.errors import ConfigurationError, RepairError, check_choice, check_kind
+from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
 from lightning_nrl.pipeline.repair_module import Outcome
 from lightning_nrl.report import RepairReport, Report
 
 Result = TypeVar("Result", bound=Report)
-Work = Callable[[Trainer, LightningModule, int], Outcome | None]  # gets the number of epochs that the model has trained
+Work = Callable[
+    [Trainer, LightningModule, int], Outcome | None
+]  # gets the number of epochs that the model has trained
 
 
 def dry_fit(
@@ -57,10 +53,11 @@ def dry_fit(
     whole: bool = False,
     **data: Any,
 ) -> Result:
-    """Returns the result of `work`, run in a `fit` without steps. Leaves model, trainer and random state unchanged.
+    """Returns the result of `work`, run in a `fit` without steps. Leaves model, trainer and random
+    state unchanged.
 
-    `callback` has the data options, the task and the seed. `data` are further arguments of `fit`. With `whole`, each
-    rank reads all samples instead of its share.
+    `callback` has the data options, the task and the seed. `data` are further arguments of `fit`.
+    With `whole`, each rank reads all samples instead of its share.
     """
     check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
@@ -71,7 +68,9 @@ def dry_fit(
     def inside(trainer: Trainer, module: LightningModule, epochs: int) -> None:
         with callback.repair.opened(trainer, module, epochs, whole=whole) as trained:
             result = work(trained)
-            results.append(replace(result, provenance=result.provenance.loaded_from(trainer.ckpt_path)))
+            results.append(
+                replace(result, provenance=result.provenance.loaded_from(trainer.ckpt_path))
+            )
 
     with untracked(trainer), without_training(trainer, callback, inside, weights_only):
         trainer.fit(model, ckpt_path=ckpt_path, **data)
@@ -82,7 +81,9 @@ def dry_fit(
 def without_training(
     trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
-    """Makes the next `fit` run `work` instead of training. If `work` returns an outcome, saves, logs and applies it."""
+    """Makes the next `fit` run `work` instead of training. If `work` returns an outcome, saves,
+    logs and applies it.
+    """
     own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
     if own is not None:
         hint = "use a trainer without it, or call `fit`."
@@ -92,10 +93,11 @@ def without_training(
         raise ConfigurationError(problem, "use a trainer without a minimum of training.")
     check_strategy(trainer)
     inside = _WithoutTraining(callback, work, trainer)
-    with warnings.catch_warnings(), prepared_for_dry_fit(trainer, inside, weights_only=weights_only):
-        ignored = (
-            "The number of training batches|`max_epochs` was not set|Be aware that when using `ckpt_path`, callbacks"
-        )
+    with (
+        warnings.catch_warnings(),
+        prepared_for_dry_fit(trainer, inside, weights_only=weights_only),
+    ):
+        ignored = "The number of training batches|`max_epochs` was not set|Be aware that when using `ckpt_path`, callbacks"
         warnings.filterwarnings("ignore", ignored)
         yield
 
@@ -116,19 +118,23 @@ class _WithoutTraining(CallbackBase):
         return self.callback.state_key
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._saved = epochs_saved(checkpoint)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # No limit, since a checkpoint may have reached it. Not set earlier, since schedules read the limit when
-        # optimizers are configured.
+        # No limit, since a checkpoint may have reached it. Not set earlier, since schedules read
+        # the limit when optimizers are configured.
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
         fitted = self._epochs if pl_module is self._fitted else ASSUMED_EPOCHS
         with self.callback.handle_signals(trainer):
-            self.outcome = self.work(trainer, pl_module, fitted if self._saved is None else self._saved)
+            self.outcome = self.work(
+                trainer, pl_module, fitted if self._saved is None else self._saved
+            )
         trainer.should_stop = True
 
     @override
@@ -140,7 +146,9 @@ class _WithoutTraining(CallbackBase):
             self.callback.announce(trainer, self.outcome, name)
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self.callback.on_save_checkpoint(trainer, pl_module, checkpoint)
 
 
@@ -156,28 +164,38 @@ def repair(
     callback: RegressionFreeRepair | None = None,
     **arguments: Any,
 ) -> RepairReport:
-    """Repairs a trained model, and writes the same report, files and logs as `RegressionFreeRepair` after a `fit`.
+    """Repairs a trained model, and writes the same report, files and logs as `RegressionFreeRepair`
+    after a `fit`.
 
     Args:
         trainer: a trainer for the model, used for one `fit` without steps.
         model: the trained module, or a module into which `ckpt_path` is loaded.
-        train_dataloaders: data for the passed samples; None: the train data of `datamodule`, or of the module itself.
-        val_dataloaders: data for the failed samples; None: the validation data of `datamodule`, or of the module.
-        datamodule: data module. A method `repair_dataloader()`, if it exists, returns the data for the failed samples.
+        train_dataloaders: data for the passed samples; None: the train data of `datamodule`, or of
+            the module itself.
+        val_dataloaders: data for the failed samples; None: the validation data of `datamodule`, or
+            of the module.
+        datamodule: data module. A method `repair_dataloader()`, if it exists, returns the data for
+            the failed samples.
         ckpt_path: checkpoint of the model; None: the model keeps its current weights.
-        weights_only: True: refuse a checkpoint with other objects than tensors and plain values; False: trust it.
-        callback: a `RegressionFreeRepair` with all settings, such as `RegressionFreeRepair.from_paper("EXP-B1")`.
-        **arguments: arguments of `RegressionFreeRepair`, such as `target=Target.label(3)`, if `callback` is None.
+        weights_only: True: refuse a checkpoint with other objects than tensors and plain values;
+            False: trust it.
+        callback: a `RegressionFreeRepair` with all settings, such as
+            `RegressionFreeRepair.from_paper("EXP-B1")`.
+        **arguments: arguments of `RegressionFreeRepair`, such as `target=Target.label(3)`, if
+            `callback` is None.
 
     Returns:
-        The report. If its `status` is `repaired`, the new weights are in the model and in its `files["checkpoint"]`.
+        The report. If its `status` is `repaired`, the new weights are in the model and in its
+        `files["checkpoint"]`.
 
     Raises:
-        ConfigurationError: an argument is invalid, or the trainer has a repair callback, `min_epochs` or `min_steps`.
+        ConfigurationError: an argument is invalid, or the trainer has a repair callback,
+            `min_epochs` or `min_steps`.
 
     Example::
 
-        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt",
+        target=Target.label(3))
     """
     if callback is None:
         callback = callback_with("repair", **arguments)
@@ -191,10 +209,14 @@ def repair(
     check_model(model, "repair_module")
     check_packages(trainer, model=model, datamodule=datamodule)
     with without_training(trainer, callback, callback.attempt, weights_only):
-        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
+        trainer.fit(
+            model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path
+        )
     if callback.report is None:
         hint = "read `report.json` in the log folder, or use a strategy that starts no processes of its own."
-        raise RepairError("the repair ran in another process, and its report is only in the files.", hint)
+        raise RepairError(
+            "the repair ran in another process, and its report is only in the files.", hint
+        )
     return callback.report
 
 
@@ -207,38 +229,45 @@ def diagnose(
     datamodule: LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
     weights_only: bool = True,
-    history: str | Path | None = None,
     **arguments: Any,
 ) -> Diagnosis:
-    """Predicts which failures a repair can fix, which passed samples limit the repair, and how long the repair takes.
+    """Predicts which failures a repair can fix, which passed samples limit the repair, and how long
+    the repair takes.
 
-    This takes about as long as two evaluations of the known data, plus some seconds. It changes neither model nor
-    trainer, and writes no file. All arguments except `history` are those of `repair`. Of the arguments of
-    `RegressionFreeRepair`, only `target`, `task`, `data` and `seed` have an effect.
-
-    `history` is a folder written by `TrainingHistory`. With it, the notes say how many targets were never right during
-    training, and how many were forgotten. They also name targets that were never right and have a doubtful label.
+    This takes about as long as two evaluations of the known data, plus some seconds. It changes
+    neither model nor trainer, and writes no file. All arguments are those of `repair`. Of the
+    arguments of `RegressionFreeRepair`, only `target`, `task`, `data` and `seed` have an effect.
 
     Returns:
-        The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` recommends a next step.
+        The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` recommends a next
+        step.
 
     Raises:
         EvaluationError: the losses of some samples are not finite. The message names these samples.
 
     Example::
 
-        diagnosis = diagnose(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
-        print(diagnosis.advice)
+        diagnosis = diagnose(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt",
+        target=Target.label(3)) print(diagnosis.advice)
     """
     callback = callback_with("diagnose", **arguments)
     check_model(model, "diagnose_module")
 
     def work(trained: TrainedModel) -> Diagnosis:
         epochs = None if trained.training.obstacle else trained.training.epochs
-        how: dict[str, Any] = {"epochs": epochs, "history": history, "observer": trained.observer}
-        return diagnose_module(trained.evaluator, trained.known, callback.settings, **how)
+        return diagnose_module(
+            trained.evaluator,
+            trained.known,
+            callback.settings,
+            epochs=epochs,
+            observer=trained.observer,
+        )
 
-    data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
+    data = {
+        "train_dataloaders": train_dataloaders,
+        "val_dataloaders": val_dataloaders,
+        "datamodule": datamodule,
+    }
     return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)
 
 
@@ -255,90 +284,44 @@ def compare(
     unseen: str | DataLoader[Any] | None = "test",
     **arguments: Any,
 ) -> Comparison:
-    """Runs repair methods and baselines on one trained model, and counts the samples that each repairs and breaks.
+    """Runs repair methods and baselines on one trained model, and counts the samples that each
+    repairs
+    and breaks.
 
-    Each method starts from the same weights with the same seed and may take `max_time` seconds; only retraining may
-    take longer. Model, trainer and random state are not changed, and no file is written. All arguments except `methods`
-    are those of `repair`; an argument without an effect is refused (see docs/options.md).
+    Each method starts from the same weights with the same seed and may take `max_time` seconds;
+    only retraining may take longer. Model, trainer and random state are not changed, and no file is
+    written. All arguments except `methods` are those of `repair`; an argument without an effect is
+    refused (see docs/options.md).
 
-    `methods` is a list of names, such as `finetune-polish` and `fine-tuning`, or of method objects, or a mapping from
-    your own names to such methods. None: the methods and baselines that a comparison runs by default.
+    `methods` is a list of names, such as `finetune-polish` and `fine-tuning`, or of method objects,
+    or a mapping from your own names to such methods. None: the methods and baselines that a
+    comparison runs by default.
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
 
     Example::
 
-        comparison = compare(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
-        comparison.plot("comparison.png")
+        comparison = compare(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt",
+        target=Target.label(3)) comparison.plot("comparison.png")
     """
     chosen = parse_methods(methods)
     callback = callback_with("compare", unseen=unseen, **arguments)
     check_model(model, "compare_module")
 
     def work(trained: TrainedModel) -> Comparison:
-        how: dict[str, Any] = {"methods": chosen, "training": trained.training, "observer": trained.observer}
-        return compare_module(trained.evaluator, trained.known, callback.settings, unseen=trained.unseen, **how)
-
-    data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
-    return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)
-
-
-def sweep(
-    trainer: Trainer,
-    model: LightningModule,
-    train_dataloaders: Any = None,
-    val_dataloaders: Any = None,
-    *,
-    settings: Sweepable,
-    seeds: Seeds = 10,
-    datamodule: LightningDataModule | None = None,
-    ckpt_path: str | Path | None = None,
-    weights_only: bool = True,
-    unseen: str | DataLoader[Any] | None = "test",
-    dirpath: str | Path | None = None,
-    log: Literal["setting", "run", "none"] = "none",
-    **arguments: Any,
-) -> SweepResult:
-    """Runs the paper's search on one model with many settings and seeds; counts what each run repairs and breaks.
-
-    Each run finds the same weights as `repair` with the same arguments, bit for bit. It takes a fraction of the time,
-    since the sweep reads the data once and searches many swarms together. Ranks share the runs. Model, trainer and
-    random state are not changed. Trainer, model, data, checkpoint and further arguments, such as
-    `method=ParticleSwarm(...)` and `search=SearchOptions(...)`, are those of `repair`; an argument without an effect is
-    refused (see docs/options.md).
-
-    `settings` is a `Grid`, or one or several mappings from argument to value. `seeds` is a list of seeds, or a number
-    `n` for the seeds 0 to n - 1. `dirpath` is a folder for a table of the runs and for their weights, or None. A second
-    call with the same folder makes only the missing runs. `log` chooses the rows of TensorBoard's HParams tab: a row
-    for each run (`run`), a row for each setting with the means over its seeds (`setting`), or no rows (`none`).
-
-    Returns:
-        The result: `rich.print` shows mean and spread of each setting, `best()` returns a run, `pareto()` several runs.
-
-    Example::
-
-        result = sweep(
-            Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", settings=Grid(alpha=[4, 6, 8], n_weights=[16, 32])
+        how: dict[str, Any] = {
+            "methods": chosen,
+            "training": trained.training,
+            "observer": trained.observer,
+        }
+        return compare_module(
+            trained.evaluator, trained.known, callback.settings, unseen=trained.unseen, **how
         )
-        run = result.best()
-        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", **result.arguments(run))
-    """
-    check_choice("log", log, ("setting", "run", "none"))
-    callback = callback_with("sweep", unseen=unseen, dirpath=dirpath, **arguments)
-    base = swarming(callback.settings)
-    parse_settings(settings, base)
-    numbers = parse_seeds(seeds)
-    check_model(model, "sweep_module")
 
-    def work(trained: TrainedModel) -> SweepResult:
-        how: dict[str, Any] = {"seeds": numbers, "base": base, "dirpath": dirpath, "observer": trained.observer}
-        how |= {"unseen": trained.unseen, "calibration": trained.calibration}
-        with starting_weights("last", trainer, trained.model):
-            return sweep_module(trained.evaluator, trained.known, settings, **how)
-
-    data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders, "datamodule": datamodule}
-    result = dry_fit(work, callback, trainer, model, ckpt_path, weights_only, whole=True, **data)
-    if log != "none":
-        track_sweep(result.hparams_rows(log), trainer.loggers)
-    return result
+    data = {
+        "train_dataloaders": train_dataloaders,
+        "val_dataloaders": val_dataloaders,
+        "datamodule": datamodule,
+    }
+    return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)

@@ -1,4 +1,6 @@
-"""Records the inputs of the last Linear layer on known data, and finds doubtful labels by comparing these inputs."""
+"""Records the inputs of the last Linear layer on known data, and finds doubtful labels by comparing
+these inputs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import class_logits
 
 MAX_SAMPLES = 20_000
-"""Largest number of recorded samples: first targets, then other failures, then passed samples by rising margin."""
+"""Largest number of recorded samples: first targets, then other failures, then passed samples by
+rising margin.
+"""
 
 
 class Features(NamedTuple):
@@ -43,9 +47,11 @@ class HeadFeatures(NamedTuple):
 def collect_features(
     evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, target: Target
 ) -> HeadFeatures:
-    """Runs the model over the known data and records the inputs and outputs of its last Linear, `head`.
+    """Runs the model over the known data and records the inputs and outputs of its last Linear,
+    `head`.
 
-    If there are more than `MAX_SAMPLES` samples, a second pass records a selection. All ranks get the same features.
+    If there are more than `MAX_SAMPLES` samples, a second pass records a selection. All ranks get
+    the same features.
     """
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
@@ -59,13 +65,17 @@ def collect_features(
         for batch, rows in row_batches(known, results, _select_rows(results)):
             evaluator.output(batch, recorder)
             mine.append(rows)
-    return HeadFeatures(results, _gather_features(recorder, torch.cat(mine), evaluator.collective), seconds)
+    return HeadFeatures(
+        results, _gather_features(recorder, torch.cat(mine), evaluator.collective), seconds
+    )
 
 
 def row_batches(
     known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yields this rank's samples in `rows` of the results, as pairs of a `Batch` and the rows of its samples."""
+    """Yields this rank's samples in `rows` of the results, as pairs of a `Batch` and the rows of
+    its samples.
+    """
     for source in known:
         start = results.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]
@@ -74,7 +84,9 @@ def row_batches(
 
 
 class _HeadRecorder:
-    """Calls the model and records inputs and outputs of its head; stops recording if the outputs are not the logits."""
+    """Calls the model and records inputs and outputs of its head; stops recording if the outputs
+    are not the logits.
+    """
 
     def __init__(self, evaluator: Evaluator, head: nn.Linear | None) -> None:
         self.evaluator, self.head = evaluator, head
@@ -88,7 +100,9 @@ class _HeadRecorder:
         calls: list[tuple[Tensor, Tensor]] = []
         # Copies, since the model may change its tensors in place.
         handle = self.head.register_forward_hook(
-            lambda module, given, output: calls.append((given[0].detach().clone(), output.detach().clone()))
+            lambda module, given, output: calls.append(
+                (given[0].detach().clone(), output.detach().clone())
+            )
         )
         try:
             with force_eager():
@@ -104,14 +118,20 @@ class _HeadRecorder:
         return output
 
 
-def _gather_features(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> Features | None:
-    """Gathers the features of all ranks in row order; returns None unless the head returns the logits on every rank."""
+def _gather_features(
+    recorder: _HeadRecorder, mine: Tensor, collective: Collective
+) -> Features | None:
+    """Gathers the features of all ranks in row order; returns None unless the head returns the
+    logits on every rank.
+    """
     usable = recorder.head is not None and bool(recorder.inputs)
     if collective.any(len(mine) > 0 and not usable) or not collective.any(usable):
         return None
     empty = torch.zeros(0, 0)
     parts = [mine, *(torch.cat(x) if x else empty for x in (recorder.inputs, recorder.logits))]
-    rows, inputs, logits = (torch.cat([x for x in collective.gather(part) if x.numel()]) for part in parts)
+    rows, inputs, logits = (
+        torch.cat([x for x in collective.gather(part) if x.numel()]) for part in parts
+    )
     order = rows.argsort()
     return Features(rows[order], *(x[order.to(x.device)] for x in (inputs, logits)))
 
@@ -124,7 +144,9 @@ def _select_rows(results: SampleResults) -> Tensor:
 
 NEIGHBOURS = 10  # number of nearest passed samples
 MAX_SIMILARITIES = 2**24  # largest number of cosine similarities in memory
-AGREEMENT_SHARE = 0.9  # smallest share of neighbours in the predicted class for a label to be doubtful
+AGREEMENT_SHARE = (
+    0.9  # smallest share of neighbours in the predicted class for a label to be doubtful
+)
 
 
 class Neighbours(NamedTuple):
@@ -137,13 +159,19 @@ class Neighbours(NamedTuple):
 
 @torch.no_grad()
 def neighbours(
-    inputs: Tensor, label: Tensor, passed: Tensor, passed_label: Tensor, *, itself: Tensor | None = None
+    inputs: Tensor,
+    label: Tensor,
+    passed: Tensor,
+    passed_label: Tensor,
+    *,
+    itself: Tensor | None = None,
 ) -> Neighbours:
     """Compares the labels of `n` samples with the labels of the nearest passed samples.
 
-    The samples have the features `inputs`, `n x D`, and the labels `label`; the `P` passed samples have the features
-    `passed`, `P x D`, and the labels `passed_label`. Distances are cosine distances after subtraction of the mean of
-    `passed`. If the samples are in `passed` too, `itself`, `n` int64, has their rows: no sample is its own neighbour.
+    The samples have the features `inputs`, `n x D`, and the labels `label`; the `P` passed samples
+    have the features `passed`, `P x D`, and the labels `passed_label`. Distances are cosine
+    distances after subtraction of the mean of `passed`. If the samples are in `passed` too,
+    `itself`, `n` int64, has their rows: no sample is its own neighbour.
     """
     middle = passed.mean(0)
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))
@@ -153,7 +181,9 @@ def neighbours(
         return Neighbours(agreement, torch.full_like(label, -1), torch.zeros_like(agreement))
     classes = int(torch.cat([label, passed_label]).max()) + 1
     counts = []
-    for at in torch.arange(len(left), device=left.device).split(max(1, MAX_SIMILARITIES // len(right))):
+    for at in torch.arange(len(left), device=left.device).split(
+        max(1, MAX_SIMILARITIES // len(right))
+    ):
         likeness = left[at] @ right.T
         if itself is not None:
             likeness.scatter_(1, itself[at, None], -torch.inf)
@@ -165,13 +195,17 @@ def neighbours(
     return Neighbours(shares.gather(1, label[:, None])[:, 0], most, share)
 
 
-def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Tensor, passed_label: Tensor) -> Tensor:
-    """Marks doubtful labels: the model and the neighbours agree on another class, and the model is sure of it.
+def doubtful(
+    near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Tensor, passed_label: Tensor
+) -> Tensor:
+    """Marks doubtful labels: the model and the neighbours agree on another class, and the model is
+    sure of it.
 
-    The neighbours agree if at least `AGREEMENT_SHARE` of them have the predicted class. The model is sure if the logit
-    of the predicted class exceeds the logit of `label` by at least a typical lead: the median difference of the two
-    largest logits over the passed samples of the predicted class. `near` comes from `neighbours`. Shapes are `n` for
-    `label` and the result, `n x C` for `logits`, `P x C` for `passed_logits`, and `P` for `passed_label`.
+    The neighbours agree if at least `AGREEMENT_SHARE` of them have the predicted class. The model
+    is sure if the logit of the predicted class exceeds the logit of `label` by at least a typical
+    lead: the median difference of the two largest logits over the passed samples of the predicted
+    class. `near` comes from `neighbours`. Shapes are `n` for `label` and the result, `n x C` for
+    `logits`, `P x C` for `passed_logits`, and `P` for `passed_label`.
     """
     prediction = logits.argmax(1)
     lead = (logits.gather(1, prediction[:, None]) - logits.gather(1, label[:, None]))[:, 0]
@@ -183,18 +217,23 @@ def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Ten
     return agreed & (lead >= usual[prediction])
 
 
-def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: SampleResults) -> Tensor:
+def find_label_issues(
+    evaluator: Evaluator, known: Sequence[Source], results: SampleResults
+) -> Tensor:
     """Marks the targets with a doubtful label (see `doubtful`), `N` bool by row of `results`.
 
-    Runs the model over the known data once, and if there are more than `MAX_SAMPLES`, again over a selection. Marks
-    nothing unless the last Linear returns the logits. `results` are the model's results on the known data.
+    Runs the model over the known data once, and if there are more than `MAX_SAMPLES`, again over a
+    selection. Marks nothing unless the last Linear returns the logits. `results` are the model's
+    results on the known data.
     """
     found = torch.zeros_like(results.passed)
     _, head = last_linear(evaluator.model, evaluator.called)
     features = collect_features(evaluator, known, head, AllFailures()).features
     if features is None:
         return found
-    label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
+    label, passed, targeted = (
+        x[features.rows] for x in (results.label, results.passed, results.targeted)
+    )
     right = features.logits.argmax(1).cpu() == label
     targets, kept = (targeted & ~right).nonzero().flatten(), (passed & right).nonzero().flatten()
     if not len(targets) or not len(kept):
@@ -202,6 +241,8 @@ def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: Sa
     device = features.inputs.device
     label, mine, theirs = label.to(device), targets.to(device), kept.to(device)
     near = neighbours(features.inputs[mine], label[mine], features.inputs[theirs], label[theirs])
-    doubted = doubtful(near, label[mine], features.logits[mine], features.logits[theirs], label[theirs])
+    doubted = doubtful(
+        near, label[mine], features.logits[mine], features.logits[theirs], label[theirs]
+    )
     found[features.rows[targets[doubted.cpu()]]] = True
     return found

@@ -1,4 +1,6 @@
-"""Finds the layers to repair, puts their weights into one flat vector, and refuses batch norms that use the batch."""
+"""Finds the layers to repair, puts their weights into one flat vector, and refuses batch norms that
+use the batch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from lightning_nrl.evaluation.recurrent import Gates, Recurrent, gates_of
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
-"""Kinds of layer that can be repaired directly. Recurrent layers are first unrolled into Linears."""
+"""Kinds of layer that can be repaired directly. Recurrent layers are first unrolled into Linears.
+"""
 KINDS = "Linear, Conv1d/2d/3d, LSTM, GRU or RNN"
 
 
@@ -33,7 +36,9 @@ class LayerRef:
     module: Layer  # the layer itself, not a copy
     offset: int  # position of its first weight in the flat vector
     include_bias: bool = False  # True if the bias follows the weight in the flat vector
-    gates: Gates | None = None  # the recurrent layer that `module` was made from; None for other layers
+    gates: Gates | None = (
+        None  # the recurrent layer that `module` was made from; None for other layers
+    )
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -52,7 +57,9 @@ class LayerRef:
 
     @property
     def weight_shape(self) -> torch.Size:
-        """Shape of the weight: `out x in` of a Linear, `out x in/groups x kernel...` of a convolution."""
+        """Shape of the weight: `out x in` of a Linear, `out x in/groups x kernel...` of a
+        convolution.
+        """
         return self.module.weight.shape
 
 
@@ -60,8 +67,9 @@ class LayerRef:
 class ParameterSpace:
     """The weights to search: all weights of the layers in `sites`, as one flat vector.
 
-    The vector has for each layer its weight, row by row, and then its bias if biases are included. If `sites` is empty,
-    no weights can be searched, and `obstacle` says why; training may still change the model's parameters.
+    The vector has for each layer its weight, row by row, and then its bias if biases are included.
+    If `sites` is empty, no weights can be searched, and `obstacle` says why; training may still
+    change the model's parameters.
     """
 
     sites: tuple[LayerRef, ...]
@@ -70,7 +78,9 @@ class ParameterSpace:
     @property
     def gates(self) -> tuple[Gates, ...]:
         """The recurrent layers among the sites, each once, as arguments for `unroll`."""
-        return tuple({id(site.gates): site.gates for site in self.sites if site.gates is not None}.values())
+        return tuple(
+            {id(site.gates): site.gates for site in self.sites if site.gates is not None}.values()
+        )
 
     @property
     def size(self) -> int:
@@ -87,29 +97,40 @@ class ParameterSpace:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """All repairable parameters by dotted name, in the order of the flat vector."""
-        return {name: parameter for site in self.sites for name, parameter in site.parameters.items()}
+        return {
+            name: parameter for site in self.sites for name, parameter in site.parameters.items()
+        }
 
     def flat(self) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Returns copies of all parameters by name, with `values` at the positions `where` of the flat vector."""
+        """Returns copies of all parameters by name, with `values` at the positions `where` of the
+        flat vector.
+        """
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
         parameters = self.parameters
         parts = flat.split([parameter.numel() for parameter in parameters.values()])
-        return {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
+        return {
+            name: part.view_as(parameters[name])
+            for name, part in zip(parameters, parts, strict=True)
+        }
 
 
-def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> ParameterSpace:
+def find_layers(
+    model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False
+) -> ParameterSpace:
     """Finds the layers to repair by a dotted name, several names, or `auto`.
 
-    `auto` chooses the last registered Linear that is not frozen, or the last Linear if all are frozen. In a model
-    without a Linear it chooses a convolution by the same rule. `include_bias` adds the biases to the weights.
+    `auto` chooses the last registered Linear that is not frozen, or the last Linear if all are
+    frozen. In a model without a Linear it chooses a convolution by the same rule. `include_bias`
+    adds the biases to the weights.
 
     Raises:
-        ConfigurationError: a name is unknown or given twice; a layer is of an unsupported kind, lazy, quantised or
-            parametrised, or shares weights with another module; or the layers differ in dtype or device.
+        ConfigurationError: a name is unknown or given twice; a layer is of an unsupported kind,
+            lazy, quantised or parametrised, or shares weights with another module; or the layers
+            differ in dtype or device.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: list[LayerRef] = []
@@ -124,7 +145,8 @@ def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, includ
     kinds = {f"{parameter.dtype} on {parameter.device}" for parameter in space.parameters.values()}
     if len(kinds) > 1:
         raise ConfigurationError(
-            f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair these layers one by one."
+            f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.",
+            "repair these layers one by one.",
         )
     return space
 
@@ -137,12 +159,14 @@ def find_scope(
     called: Collection[str] | None = None,
     trains: bool = False,
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
-    """Finds the layers whose weights can be searched, and the names of all parameters that training may change.
+    """Finds the layers whose weights can be searched, and the names of all parameters that training
+    may change.
 
-    `layer` is as for `find_layers`, or names a module of several layers: then the module's last layer is searched, and
-    training may change all its parameters. With `auto`, training may change all parameters that are not frozen, and the
-    searched layer is, if possible, one in `called`, the layers that a prediction calls. If `auto` finds no layer, a
-    `ConfigurationError` is raised; with `trains=True`, for methods that train, the space is empty instead.
+    `layer` is as for `find_layers`, or names a module of several layers: then the module's last
+    layer is searched, and training may change all its parameters. With `auto`, training may change
+    all parameters that are not frozen, and the searched layer is, if possible, one in `called`, the
+    layers that a prediction calls. If `auto` finds no layer, a `ConfigurationError` is raised; with
+    `trains=True`, for methods that train, the space is empty instead.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     is_auto = layer == "auto" and "auto" not in modules
@@ -152,41 +176,65 @@ def find_scope(
         space = find_layers(model, names, include_bias=include_bias)
     except ConfigurationError as error:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # Layers outside the module tree are an error even for methods that train: checkpoints do not contain them.
+        # Layers outside the module tree are an error even for methods that train: checkpoints do
+        # not contain them.
         if not (is_auto and trains and scope) or _outside_tree(modules):
             raise
         return ParameterSpace((), str(error).partition("\n")[0]), tuple(scope)
     if is_auto:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # If all called layers are frozen, as in a moving average, training other layers would not change predictions.
-        scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
+        # If all called layers are frozen, as in a moving average, training other layers would not
+        # change predictions.
+        scope = (
+            scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
+        )
     else:
-        scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
+        scope = [
+            name
+            for name in parameters
+            if any(_is_inside(name, block) for block in layer_names(layer))
+        ]
     return space, tuple(scope or space.parameters)
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
-    """Returns one name or several names as a list. Raises a `ConfigurationError` if there is no name."""
-    names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
+    """Returns one name or several names as a list. Raises a `ConfigurationError` if there is no
+    name.
+    """
+    names = (
+        [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
+    )
     if not names or not all(isinstance(name, str) for name in names):
-        raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or write `layer='auto'`.")
+        raise ConfigurationError(
+            f"`layer={layer!r}` names no layer.", "name one, or write `layer='auto'`."
+        )
     return names
 
 
 def _names(
-    layer: str | Sequence[str], modules: Mapping[str, nn.Module], called: Collection[str] | None = None
+    layer: str | Sequence[str],
+    modules: Mapping[str, nn.Module],
+    called: Collection[str] | None = None,
 ) -> list[str]:
     names = layer_names(layer)
     if names != ["auto"] or "auto" in modules:
         return names
-    pools = [modules] if called is None else [{name: modules[name] for name in modules if name in called}, modules]
+    pools = (
+        [modules]
+        if called is None
+        else [{name: modules[name] for name in modules if name in called}, modules]
+    )
     # A network without a Linear, such as one for segmentation, ends in a convolution.
     for pool in pools:
         for kind in (nn.Linear, Layer):
             found = [name for name, module in pool.items() if isinstance(module, kind)]
             if found:
                 # Frozen layers are not chosen, unless all are frozen.
-                free = [name for name in found if (w := _own_weight(modules[name])) is None or w.requires_grad]
+                free = [
+                    name
+                    for name in found
+                    if (w := _own_weight(modules[name])) is None or w.requires_grad
+                ]
                 return (free or found)[-1:]
     found_outside = _outside_tree(modules)
     if found_outside:
@@ -202,19 +250,29 @@ def _is_inside(parameter: str, block: str) -> bool:
 def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
     if name not in modules or isinstance(modules[name], Layer | Recurrent):
         return name
-    inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
+    inside = [
+        other
+        for other, module in modules.items()
+        if isinstance(module, Layer) and _is_inside(other, name)
+    ]
     return inside[-1] if inside else name
 
 
 def _parts(name: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, Layer, Gates | None]]:
-    """Returns (name, module, None) for a layer, or (name, Linear, gates) for each weight of a recurrent layer."""
+    """Returns (name, module, None) for a layer, or (name, Linear, gates) for each weight of a
+    recurrent layer.
+    """
     module = modules.get(name)
     if not isinstance(module, Recurrent):
         return [(name, _repairable(name, modules), None)]
-    if not all(isinstance(x, nn.Parameter) and x.is_floating_point() for x in module._parameters.values()):
+    if not all(
+        isinstance(x, nn.Parameter) and x.is_floating_point() for x in module._parameters.values()
+    ):
         raise _not_own(name)
     gates = gates_of(name, module)
-    return [(f"{name}.{end}" if name else end, linear, gates) for end, linear in gates.linears.items()]
+    return [
+        (f"{name}.{end}" if name else end, linear, gates) for end, linear in gates.linears.items()
+    ]
 
 
 def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
@@ -223,7 +281,8 @@ def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
             if name == attribute or name.startswith(f"{attribute}."):
                 raise _outside_error(name, attribute)
         raise ConfigurationError(
-            f"`layer={name!r}` is not in the model.", f"the nearest names are {_suggest(name, modules)}."
+            f"`layer={name!r}` is not in the model.",
+            f"the nearest names are {_suggest(name, modules)}.",
         )
     module = modules[name]
     if not isinstance(module, Layer):
@@ -235,7 +294,8 @@ def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
     weight = _own_weight(module)
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ConfigurationError(
-            f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first."
+            f"`layer={name!r}` is lazy: it has no weights yet.",
+            "run one batch through the model first.",
         )
     if weight is None or not weight.is_floating_point():
         raise _not_own(name)
@@ -243,7 +303,8 @@ def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
-    # Not `module.weight`: under spectral norm in training mode, reading it takes a step of the power iteration.
+    # Not `module.weight`: under spectral norm in training mode, reading it takes a step of the
+    # power iteration.
     return module._parameters.get("weight")
 
 
@@ -256,14 +317,24 @@ def _not_own(name: str) -> ConfigurationError:
 
 
 def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Lists attributes that hold layers in plain lists, tuples or dicts, which torch does not search for modules."""
+    """Lists attributes that hold layers in plain lists, tuples or dicts, which torch does not
+    search for modules.
+    """
     known = {id(module) for module in modules.values()}
     found = []
     for name, module in modules.items():
         for attribute, value in vars(module).items():
-            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            inside = (
+                value.values()
+                if isinstance(value, dict)
+                else value
+                if isinstance(value, (list, tuple))
+                else ()
+            )
             layers = (layer for x in inside if isinstance(x, nn.Module) for layer in x.modules())
-            if not attribute.startswith("_") and any(isinstance(x, Layer) and id(x) not in known for x in layers):
+            if not attribute.startswith("_") and any(
+                isinstance(x, Layer) and id(x) not in known for x in layers
+            ):
                 found.append(f"{name}.{attribute}" if name else attribute)
     return found
 
@@ -292,16 +363,24 @@ def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """Returns the Linears and convolutions whose weight is a floating-point parameter, by dotted name."""
+    """Returns the Linears and convolutions whose weight is a floating-point parameter, by dotted
+    name.
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Layer) and (weight := _own_weight(module)) is not None and weight.is_floating_point()
+        if isinstance(module, Layer)
+        and (weight := _own_weight(module)) is not None
+        and weight.is_floating_point()
     }
 
 
-def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tuple[str | None, nn.Linear | None]:
-    """Returns the last Linear's name and module, or `(None, None)`. If `called` is given, only these layers count."""
+def last_linear(
+    model: nn.Module, called: Collection[str] | None = None
+) -> tuple[str | None, nn.Linear | None]:
+    """Returns the last Linear's name and module, or `(None, None)`. If `called` is given, only
+    these layers count.
+    """
     linear = [
         (name, layer)
         for name, layer in layers_of(model).items()
@@ -311,16 +390,28 @@ def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tupl
 
 
 def force_eager() -> AbstractContextManager[Any]:
-    """Returns a context in which compiled parts of a model run as plain Python, since compiled code ignores hooks."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    """Returns a context in which compiled parts of a model run as plain Python, since compiled code
+    ignores hooks.
+    """
+    return (
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else nullcontext()
+    )
 
 
 @contextmanager
 def forbid_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Raises a `ConfigurationError` inside the context if a batch norm without running statistics is called."""
+    """Raises a `ConfigurationError` inside the context if a batch norm without running statistics
+    is called.
+    """
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None:
+            if (
+                isinstance(module, _BatchNorm)
+                and module.running_mean is None
+                and module.running_var is None
+            ):
                 stack.callback(module.register_forward_pre_hook(partial(_refuse, name)).remove)
                 stack.enter_context(force_eager())
         yield
@@ -335,5 +426,11 @@ def _refuse(name: str, *_: Any) -> None:
 
 
 def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes the output of a Linear or a convolution with `weight` and `bias` instead of its parameters."""
-    return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)
+    """Computes the output of a Linear or a convolution with `weight` and `bias` instead of its
+    parameters.
+    """
+    return (
+        F.linear(x, weight, bias)
+        if isinstance(module, nn.Linear)
+        else module._conv_forward(x, weight, bias)
+    )

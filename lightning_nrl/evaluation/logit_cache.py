@@ -7,16 +7,20 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory
 
-EASY_MARGIN = 3 / 8  # times the median margin of passed samples; samples with a larger margin are easy
-MAX_CACHED_BYTES = 2**28  # largest size of the cached logits; logits that do not fit are computed each time
+EASY_MARGIN = (
+    3 / 8
+)  # times the median margin of passed samples; samples with a larger margin are easy
+MAX_CACHED_BYTES = (
+    2**28
+)  # largest size of the cached logits; logits that do not fit are computed each time
 
 
 class LogitCache:
     """Caches logits by sample number, on the device of the logits, up to `MAX_CACHED_BYTES`.
 
-    The set of cached samples is kept on the CPU, so a lookup never waits for the device. If `n_samples` is None, the
-    table grows with the largest sample number. Logits that differ in shape from the first cached logits, as in padded
-    batches, are not cached; `has_varied` is then True.
+    The set of cached samples is kept on the CPU, so a lookup never waits for the device. If
+    `n_samples` is None, the table grows with the largest sample number. Logits that differ in shape
+    from the first cached logits, as in padded batches, are not cached; `has_varied` is then True.
     """
 
     def __init__(self, n_samples: int | None = None) -> None:
@@ -34,9 +38,11 @@ class LogitCache:
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """Returns the logits of the samples `index`. Returns None if one of these samples is not cached.
+        """Returns the logits of the samples `index`. Returns None if one of these samples is not
+        cached.
 
-        If `shape` is given, None is also returned if the cached logits of a sample do not have the shape `shape[1:]`.
+        If `shape` is given, None is also returned if the cached logits of a sample do not have the
+        shape `shape[1:]`.
         """
         index = index.cpu()
         if self._table is None or (shape is not None and shape[1:] != self._table.shape[1:]):
@@ -46,7 +52,9 @@ class LogitCache:
         return self._table[index.to(self._table.device, non_blocking=True)]
 
     def put(self, index: Tensor, logits: Tensor) -> None:
-        """Caches the logits of the samples `index` if memory allows it and their shape is that of the cached logits."""
+        """Caches the logits of the samples `index` if memory allows it and their shape is that of
+        the cached logits.
+        """
         index = index.cpu()
         if self._table is not None and logits.shape[1:] != self._table.shape[1:]:
             self.has_varied = True
@@ -54,7 +62,9 @@ class LogitCache:
         least, known = int(index.max()) + 1, len(self._known)
         # If the number of samples is unknown, the table at least doubles when it grows.
         rows = self._n_samples or (known if least <= known else max(least, 2 * known))
-        if rows * logits[0].numel() * logits.element_size() > min(self._max_bytes, MAX_CACHED_BYTES):
+        if rows * logits[0].numel() * logits.element_size() > min(
+            self._max_bytes, MAX_CACHED_BYTES
+        ):
             return
         table = self._table
         if table is None or rows > len(table):

@@ -1,7 +1,8 @@
 """Metrics of a model update, as `torchmetrics` metrics and as functions.
 
-The metrics compare the predictions of an old and a new model with the true classes. They compute rates from the
-literature, which `rates.RATES` defines. `flip_rates` computes the same rates from counts of samples.
+The metrics compare the predictions of an old and a new model with the true classes. They compute
+rates from the literature, which `rates.RATES` defines. `flip_rates` computes the same rates from
+counts of samples.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ __all__ = [
 
 
 def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
-    if preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
+    if (
+        preds.is_floating_point()
+        and preds.ndim == target.ndim + 1
+        and preds[:, 0].shape == target.shape
+    ):
         return (class_logits(preds).argmax(1) == target) & ~preds.isnan().any(1)
     if preds.shape == target.shape and not preds.is_floating_point():
         return preds == target
@@ -51,15 +56,20 @@ def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
 
 
 def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    masks = flip_masks(_is_right("old_preds", old_preds, target), _is_right("new_preds", new_preds, target))
+    masks = flip_masks(
+        _is_right("old_preds", old_preds, target), _is_right("new_preds", new_preds, target)
+    )
     return torch.stack([mask.sum() for mask in masks])
 
 
 class FlipMetric(Metric):
-    """Base class: counts kept, broken, repaired and failing samples, and computes a rate, which is NaN if undefined.
+    """Base class: counts kept, broken, repaired and failing samples, and computes a rate, which is
+    NaN
+    if undefined.
 
-    All subclasses have the same state, so they form one compute group in a `MetricCollection`, which updates them once.
-    Keyword arguments are those of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
+    All subclasses have the same state, so they form one compute group in a `MetricCollection`,
+    which updates them once. Keyword arguments are those of :class:`torchmetrics.Metric`, such as
+    `sync_on_compute`.
     """
 
     rate: ClassVar[Rate]
@@ -80,9 +90,11 @@ class FlipMetric(Metric):
         self.add_state("flips", default=torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> None:
-        """Counts the flips of one batch from the old to the new model's predictions, given the true classes `target`.
+        """Counts the flips of one batch from the old to the new model's predictions, given the true
+        classes `target`.
 
-        Predictions are integer classes in the shape of `target`, or float logits, `samples x classes x ...`.
+        Predictions are integer classes in the shape of `target`, or float logits, `samples x
+        classes x ...`.
         """
         self.flips += _flips_update(old_preds, new_preds, target)
 
@@ -90,7 +102,9 @@ class FlipMetric(Metric):
         return self.rate(self.flips)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plots values that `compute` or `forward` returned, by default the current value. Returns figure and axes."""
+        """Plots values that `compute` or `forward` returned, by default the current value. Returns
+        figure and axes.
+        """
         return self._plot(val, ax)
 
 
@@ -106,41 +120,52 @@ class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
 
 
 class PositiveFlipRate(FlipMetric, rate="positive_flip_rate"):
-    """Share of all samples that the update repairs: `repaired / N`, the counterpart of `NegativeFlipRate`."""
+    """Share of all samples that the update repairs: `repaired / N`, the counterpart of
+    `NegativeFlipRate`.
+    """
 
 
 class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
     """Share of the new model's errors that are regressions: `broken / (broken + failing)`.
 
-    Of two equally accurate models, the one with the lower impact surprises its users less. It is NaN without errors.
+    Of two equally accurate models, the one with the lower impact surprises its users less. It is
+    NaN without errors.
     """
 
 
 class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
-    """Negative flip rate (NFR) divided by the NFR that independent errors would give (Yan et al., CVPR 2021).
+    """Negative flip rate (NFR) divided by the NFR that independent errors would give (Yan et al.,
+    CVPR
+    2021).
 
-    It is `NFR / ((1 - ER_old) * ER_new)`, where ER are the error rates of the models. It allows comparing updates of
-    different accuracy. It is NaN if the old model gets nothing right or the new model gets everything right.
+    It is `NFR / ((1 - ER_old) * ER_new)`, where ER are the error rates of the models. It allows
+    comparing updates of different accuracy. It is NaN if the old model gets nothing right or the
+    new model gets everything right.
     """
 
     plot_upper_bound = None
 
 
 class BackwardTrustCompatibility(FlipMetric, rate="backward_trust_compatibility"):
-    """Share of right samples that stay right: `kept / (kept + broken)` (Srivastava et al., KDD 2020).
+    """Share of right samples that stay right: `kept / (kept + broken)` (Srivastava et al., KDD
+    2020).
 
     It is 1 if the old model got nothing right, since nothing could break.
     """
 
 
 class BackwardErrorCompatibility(FlipMetric, rate="backward_error_compatibility"):
-    """Share of the new model's errors that the old model made too: `failing / (broken + failing)` (Srivastava 2020)."""
+    """Share of the new model's errors that the old model made too: `failing / (broken + failing)`
+    (Srivastava 2020).
+    """
 
 
 class RepairRate(FlipMetric, rate="repair_rate"):
-    """Share of wrong samples that are now right: `repaired / (repaired + failing)` (Sohn et al., Arachne).
+    """Share of wrong samples that are now right: `repaired / (repaired + failing)` (Sohn et al.,
+    Arachne).
 
-    To get the rate over the targets (I_neg in the paper), update the metric with these samples only.
+    To get the rate over the targets (I_neg in the paper), update the metric with these samples
+    only.
     """
 
 
@@ -149,7 +174,9 @@ class BreakRate(FlipMetric, rate="break_rate"):
 
 
 RateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function that computes a rate from `old_preds`, `new_preds` and `target`, see :meth:`FlipMetric.update`."""
+"""Function that computes a rate from `old_preds`, `new_preds` and `target`, see
+:meth:`FlipMetric.update`.
+"""
 
 
 def _function(metric: type[FlipMetric]) -> RateFunction:

@@ -1,4 +1,6 @@
-"""The rates of a model update: formulas of the counts of kept, broken, repaired and failing samples."""
+"""The rates of a model update: formulas of the counts of kept, broken, repaired and failing
+samples.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Rate:
         name: name in reports, and of the function in `evaluation.metrics`.
         short: short name, the tag in logs.
         meaning: the formula in words.
-        compute: the formula, a function of four tensors of counts: kept, broken, repaired, failing. 0/0 is NaN.
+        compute: the formula, a function of four tensors of counts: kept, broken, repaired, failing.
+            0/0 is NaN.
     """
 
     name: str
@@ -59,13 +62,37 @@ def _btc(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
 
 # k, b, r and f are kept, broken, repaired and failing.
 _ALL = (
-    Rate("negative_flip_rate", "nfr", "broken of all", False, lambda k, b, r, f: b / (k + b + r + f)),
-    Rate("positive_flip_rate", "pfr", "repaired of all", True, lambda k, b, r, f: r / (k + b + r + f)),
-    Rate("negative_flip_impact", "nfi", "broken of those wrong now", False, lambda k, b, r, f: b / (b + f)),
-    Rate("relative_negative_flip_rate", "relative_nfr", "1 if old and new errors were independent", False, _relative),
+    Rate(
+        "negative_flip_rate", "nfr", "broken of all", False, lambda k, b, r, f: b / (k + b + r + f)
+    ),
+    Rate(
+        "positive_flip_rate", "pfr", "repaired of all", True, lambda k, b, r, f: r / (k + b + r + f)
+    ),
+    Rate(
+        "negative_flip_impact",
+        "nfi",
+        "broken of those wrong now",
+        False,
+        lambda k, b, r, f: b / (b + f),
+    ),
+    Rate(
+        "relative_negative_flip_rate",
+        "relative_nfr",
+        "1 if old and new errors were independent",
+        False,
+        _relative,
+    ),
     Rate("backward_trust_compatibility", "btc", "kept of those right before", True, _btc),
-    Rate("backward_error_compatibility", "bec", "failing of those wrong now", True, lambda k, b, r, f: f / (b + f)),
-    Rate("repair_rate", "rr", "repaired of those wrong before", True, lambda k, b, r, f: r / (r + f)),
+    Rate(
+        "backward_error_compatibility",
+        "bec",
+        "failing of those wrong now",
+        True,
+        lambda k, b, r, f: f / (b + f),
+    ),
+    Rate(
+        "repair_rate", "rr", "repaired of those wrong before", True, lambda k, b, r, f: r / (r + f)
+    ),
     Rate("break_rate", "br", "broken of those right before", False, lambda k, b, r, f: b / (k + b)),
 )
 RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
@@ -78,7 +105,8 @@ UPDATE_RATES: tuple[Rate, ...] = tuple(
 
 
 def flip_rates(flips: Tensor) -> dict[str, Tensor]:
-    """Computes all rates, by rate name, from counts `... x 4` in the order kept, broken, repaired, failing.
+    """Computes all rates, by rate name, from counts `... x 4` in the order kept, broken, repaired,
+    failing.
 
     Each rate is a tensor of shape `...`, NaN where it is undefined. Integer counts give float32.
     """
@@ -86,5 +114,7 @@ def flip_rates(flips: Tensor) -> dict[str, Tensor]:
 
 
 def rates_of(counts: FlipCounts) -> dict[str, float]:
-    """Computes all rates of one set of counts in double precision, by rate name. An undefined rate is NaN."""
+    """Computes all rates of one set of counts in double precision, by rate name. An undefined rate
+    is NaN.
+    """
     return {name: rate.of(counts) for name, rate in RATES.items()}

@@ -1,7 +1,8 @@
 """Unrolls LSTM, GRU and RNN layers into time steps, with a Linear for each of their weights.
 
-The unrolled layers can be repaired by code that handles Linears only. In each layer and direction, the Linear of the
-input weights is called once, on the whole sequence, and the Linear of the hidden weights at every time step.
+The unrolled layers can be repaired by code that handles Linears only. In each layer and direction,
+the Linear of the input weights is called once, on the whole sequence, and the Linear of the hidden
+weights at every time step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Recurrent = nn.LSTM | nn.GRU | nn.RNN
 
 
 class GateLinear(nn.Linear):
-    """A Linear that uses parameters of a recurrent layer: `weight_ih_l0` and `bias_ih_l0` if `end` is `ih_l0`."""
+    """A Linear that uses parameters of a recurrent layer: `weight_ih_l0` and `bias_ih_l0` if `end`
+    is `ih_l0`.
+    """
 
     def __init__(self, owner: Recurrent, end: str) -> None:
         nn.Module.__init__(self)
@@ -47,24 +50,33 @@ class Gates:
     """A recurrent layer and a Linear for each of its weights."""
 
     module: Recurrent  # the layer itself, not a copy
-    linears: Mapping[str, GateLinear]  # by suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`
+    linears: Mapping[
+        str, GateLinear
+    ]  # by suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:
-    """Creates the Linears of a recurrent layer. Raises a `ConfigurationError` for an LSTM with projections."""
+    """Creates the Linears of a recurrent layer. Raises a `ConfigurationError` for an LSTM with
+    projections.
+    """
     if getattr(module, "proj_size", 0):
         raise ConfigurationError(
-            f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.", "name another layer."
+            f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.",
+            "name another layer.",
         )
     directions = ("", "_reverse") if module.bidirectional else ("",)
     layers = range(module.num_layers)
-    ends = [f"{kind}_l{layer}{side}" for layer in layers for side in directions for kind in ("ih", "hh")]
+    ends = [
+        f"{kind}_l{layer}{side}" for layer in layers for side in directions for kind in ("ih", "hh")
+    ]
     return Gates(module, {end: GateLinear(module, end) for end in ends})
 
 
 @contextmanager
 def unroll(gates: Sequence[Gates]) -> Iterator[None]:
-    """Replaces the forward of recurrent layers inside the context: they call their Linears step by step."""
+    """Replaces the forward of recurrent layers inside the context: they call their Linears step by
+    step.
+    """
     with ExitStack() as stack:
         for one in gates:
             stack.enter_context(patched_forward(one.module, _Unrolled(one)))
@@ -72,11 +84,15 @@ def unroll(gates: Sequence[Gates]) -> Iterator[None]:
 
 
 @contextmanager
-def patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
-    """Replaces a module's `forward` inside the context. `hooks=False` also disables the module's hooks.
+def patched_forward(
+    module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True
+) -> Iterator[None]:
+    """Replaces a module's `forward` inside the context. `hooks=False` also disables the module's
+    hooks.
 
-    With `hooks=True` an empty hook is added. Modules such as `TransformerEncoderLayer` have a fused path that would not
-    call the new `forward` of their parts; they do not take this path if one of their parts has a hook.
+    With `hooks=True` an empty hook is added. Modules such as `TransformerEncoderLayer` have a fused
+    path that would not call the new `forward` of their parts; they do not take this path if one of
+    their parts has a hook.
     """
     held = module.__dict__
     new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
@@ -107,7 +123,13 @@ class _Unrolled:
                 "give the layer padded sequences, or name another layer.",
             )
         unbatched, is_lstm = input.dim() == 2, isinstance(module, nn.LSTM)
-        x = input.unsqueeze(0) if unbatched else input if module.batch_first else input.transpose(0, 1)
+        x = (
+            input.unsqueeze(0)
+            if unbatched
+            else input
+            if module.batch_first
+            else input.transpose(0, 1)
+        )
         states = None if hx is None else hx if is_lstm else (hx,)
         if states is not None and unbatched:
             states = tuple(state.unsqueeze(1) for state in states)
@@ -117,7 +139,9 @@ class _Unrolled:
             for side in range(directions):
                 number = layer * directions + side
                 start = None if states is None else tuple(state[number] for state in states)
-                outputs, ended = self._run(f"l{layer}{'_reverse' * side}", x, start, reverse=bool(side))
+                outputs, ended = self._run(
+                    f"l{layer}{'_reverse' * side}", x, start, reverse=bool(side)
+                )
                 sides.append(outputs)
                 last.append(ended)
             x = sides[0] if directions == 1 else torch.cat(sides, -1)
@@ -131,7 +155,9 @@ class _Unrolled:
     def _run(
         self, end: str, x: Tensor, start: tuple[Tensor, ...] | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs a layer in one direction; returns outputs, `n x steps x units`, and final states, `n x units`."""
+        """Runs a layer in one direction; returns outputs, `n x steps x units`, and final states, `n
+        x units`.
+        """
         module = self.gates.module
         inner, hidden = self.gates.linears[f"ih_{end}"], self.gates.linears[f"hh_{end}"]
         steps = inner(x).unbind(1)
@@ -145,7 +171,9 @@ class _Unrolled:
         return torch.stack(outputs[::-1] if reverse else outputs, 1), state
 
 
-def _step(module: Recurrent, of_input: Tensor, of_hidden: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _step(
+    module: Recurrent, of_input: Tensor, of_hidden: Tensor, state: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     if isinstance(module, nn.LSTM):
         i, f, g, o = (of_input + of_hidden).chunk(4, 1)
         cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)

@@ -13,12 +13,22 @@ from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
 """Default of optional columns of `SampleResults`, which `__post_init__` replaces."""
-COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")  # columns without a default
+COLUMNS = (
+    "index",
+    "label",
+    "prediction",
+    "loss",
+    "passed",
+    "targeted",
+    "margin",
+)  # columns without a default
 
 
 @dataclass(frozen=True)
 class SampleResults:
-    """Results of a model: one row for each of `N` samples, by split and in data set order. Tensors are on the CPU.
+    """Results of a model: one row for each of `N` samples, by split and in data set order. Tensors
+    are
+    on the CPU.
 
     Attributes:
         splits: names of the splits.
@@ -28,13 +38,17 @@ class SampleResults:
         prediction: `N` int64, predicted class, -1 if the task has no classes.
         loss: `N` float, the task's loss.
         passed: `N` bool, True if the sample is right.
-        targeted: `N` bool, True if the sample failed and the target selects it (on known data: I_neg in the paper).
-        in_target: `N` bool, True for samples, right or wrong, in the target (`Target.covers`); default: `targeted`.
+        targeted: `N` bool, True if the sample failed and the target selects it (on known data:
+            I_neg in the paper).
+        in_target: `N` bool, True for samples, right or wrong, in the target (`Target.covers`);
+            default: `targeted`.
         margin: `N` float, the task's margin, NaN if the task has no margins.
-        weight: `N` float64, 1 by default. For a targeted sample, the value of its repair, 1 on average. For a passed
-            sample, the cost of breaking it: a whole number from 1, or infinity if the sample is protected.
+        weight: `N` float64, 1 by default. For a targeted sample, the value of its repair, 1 on
+            average. For a passed sample, the cost of breaking it: a whole number from 1, or
+            infinity if the sample is protected.
         names: names of the slices.
-        group: `N` int64, index of the sample's slice in `names`; -1, the default, if the sample is in no slice.
+        group: `N` int64, index of the sample's slice in `names`; -1, the default, if the sample is
+            in no slice.
     """
 
     splits: tuple[str, ...]
@@ -53,7 +67,9 @@ class SampleResults:
 
     def __post_init__(self) -> None:
         if self.weight is NO_COLUMN:
-            object.__setattr__(self, "weight", torch.ones(1, dtype=torch.float64).expand(len(self.passed)))
+            object.__setattr__(
+                self, "weight", torch.ones(1, dtype=torch.float64).expand(len(self.passed))
+            )
         if self.group is NO_COLUMN:
             object.__setattr__(self, "group", torch.full((1,), -1).expand(len(self.passed)))
         if self.in_target is NO_COLUMN:
@@ -65,19 +81,33 @@ class SampleResults:
     @classmethod
     def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
         """Joins tables of different splits. Weights, slices and `in_target` get their defaults."""
-        columns: dict[str, Any] = {name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS}
-        splits, sizes = (sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes"))
+        columns: dict[str, Any] = {
+            name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS
+        }
+        splits, sizes = (
+            sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes")
+        )
         return cls(splits, sizes, **columns)
 
     def only(self, splits: Sequence[str]) -> SampleResults:
         """Selects the rows of some splits. Weights, slices and `in_target` get their defaults."""
         rows = [self.of(split) for split in splits]
-        columns: dict[str, Any] = {name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS}
-        return SampleResults(tuple(splits), tuple(part.stop - part.start for part in rows), **columns)
+        columns: dict[str, Any] = {
+            name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS
+        }
+        return SampleResults(
+            tuple(splits), tuple(part.stop - part.start for part in rows), **columns
+        )
 
     def sharing(self, other: SampleResults) -> SampleResults:
-        """Returns a copy that saves memory: it has the `index` and `label` tensors of `other` where they are equal."""
-        names = [name for name in ("index", "label") if torch.equal(getattr(self, name), getattr(other, name))]
+        """Returns a copy that saves memory: it has the `index` and `label` tensors of `other` where
+        they are equal.
+        """
+        names = [
+            name
+            for name in ("index", "label")
+            if torch.equal(getattr(self, name), getattr(other, name))
+        ]
         return replace(self, **{name: getattr(other, name) for name in names})
 
     def rows(self, split: str, position: Tensor) -> Tensor:
@@ -112,7 +142,9 @@ class SampleResults:
 
     @property
     def finite_weight(self) -> Tensor:
-        """Weights, `N`. Infinity is replaced by 1 plus the sum of the finite weights of passed samples."""
+        """Weights, `N`. Infinity is replaced by 1 plus the sum of the finite weights of passed
+        samples.
+        """
         infinite = self.weight.isinf()
         return torch.where(infinite, 1 + self.weight[self.passed & ~infinite].sum(), self.weight)
 
@@ -126,15 +158,22 @@ class SampleResults:
 
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
         """Returns, for each split, the ids of the samples in a mask, `N` bool."""
-        return {split: self.index[self.of(split)][mask[self.of(split)]].tolist() for split in self.splits}
+        return {
+            split: self.index[self.of(split)][mask[self.of(split)]].tolist()
+            for split in self.splits
+        }
 
     def non_finite(self) -> dict[str, list[int]]:
-        """Returns the ids of the samples with a NaN or infinite loss, for each split that has such samples."""
+        """Returns the ids of the samples with a NaN or infinite loss, for each split that has such
+        samples.
+        """
         return {split: ids for split, ids in self.ids(~self.loss.isfinite()).items() if ids}
 
 
 def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Converts masks of right samples before and after a change to masks of kept, broken, repaired and failing ones."""
+    """Converts masks of right samples before and after a change to masks of kept, broken, repaired
+    and failing ones.
+    """
     return before & after, before & ~after, ~before & after, ~before & ~after
 
 
@@ -142,8 +181,8 @@ def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 class FlipCounts:
     """Counts of kept, broken, repaired and failing samples.
 
-    Kept samples are right before and after a change, broken samples are right only before it, repaired samples are
-    right only after it, and failing samples are never right.
+    Kept samples are right before and after a change, broken samples are right only before it,
+    repaired samples are right only after it, and failing samples are never right.
     """
 
     kept: int
@@ -175,7 +214,9 @@ class FlipCounts:
 
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
-        """Counts flips from two masks, `N` bool each, of the samples that are right before and after a change."""
+        """Counts flips from two masks, `N` bool each, of the samples that are right before and
+        after a change.
+        """
         return FlipCounts(*(int(mask.sum()) for mask in flip_masks(before, after)))
 
 
@@ -187,7 +228,8 @@ class TargetCounts(FlipCounts):
         targeted: failed samples to repair (I_neg in the paper).
         repaired_in_target: targeted samples that are right after the change.
         passed_in_target: samples in the target (`Target.covers`) that were right before.
-        broken_in_target: broken samples in the target; 0 is the paper's instance-level suppression (section III).
+        broken_in_target: broken samples in the target; 0 is the paper's instance-level suppression
+            (section III).
     """
 
     targeted: int = 0
@@ -207,8 +249,14 @@ class Flips:
 
     @classmethod
     def between(cls, before: SampleResults, after: SampleResults) -> Flips:
-        """Compares two tables of the same samples. A sample with a NaN or infinite loss counts as wrong."""
-        if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
+        """Compares two tables of the same samples. A sample with a NaN or infinite loss counts as
+        wrong.
+        """
+        if (
+            before.splits != after.splits
+            or before.sizes != after.sizes
+            or not torch.equal(before.index, after.index)
+        ):
             raise EvaluationError(
                 f"results before ({_shape(before)}) and after ({_shape(after)}) are of different samples.",
                 "collect both from the same data, without shuffling.",
@@ -216,10 +264,19 @@ class Flips:
         return cls(*flip_masks(before.right, after.right))
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
-        return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
+        return FlipCounts(
+            *(
+                int(mask[rows].sum())
+                for mask in (self.kept, self.broken, self.repaired, self.failing)
+            )
+        )
 
-    def target_counts(self, before: SampleResults, rows: Tensor | slice = slice(None)) -> TargetCounts:
-        """Counts flips in the given rows, also within the target. `before` tells which samples are in the target."""
+    def target_counts(
+        self, before: SampleResults, rows: Tensor | slice = slice(None)
+    ) -> TargetCounts:
+        """Counts flips in the given rows, also within the target. `before` tells which samples are
+        in the target.
+        """
         targeted, broken = before.targeted, self.broken & before.in_target
         own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
         masks = (self.kept, self.broken, self.repaired, self.failing, *own)
@@ -227,4 +284,6 @@ class Flips:
 
 
 def _shape(results: SampleResults) -> str:
-    return ", ".join(f"{split}: {size:,}" for split, size in zip(results.splits, results.sizes, strict=True))
+    return ", ".join(
+        f"{split}: {size:,}" for split, size in zip(results.splits, results.sizes, strict=True)
+    )

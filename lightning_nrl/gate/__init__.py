@@ -1,6 +1,7 @@
 """The gate: accepts or refuses a repair by its effect on all known samples.
 
-In: results before and after the repair, and a `Gate`, a limit on broken samples. Out: a `GateDecision` with the reason.
+In: results before and after the repair, and a `Gate`, a limit on broken samples. Out: a
+`GateDecision` with the reason.
 """
 
 from lightning_nrl.gate.gates import (

@@ -23,12 +23,13 @@ from lightning_nrl.evaluation.slices import missed_quotas
 class Gate(ABC):
     """A limit on the number of known samples that a repair may break.
 
-    `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` return the usual gates; `Gate.parse(text)` reads a
-    gate from text. A custom gate is a frozen dataclass that derives from `Gate` and has `allowed`, `rule` and
-    `__str__`.
+    `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` return the usual gates;
+    `Gate.parse(text)` reads a gate from text. A custom gate is a frozen dataclass that derives from
+    `Gate` and has `allowed`, `rule` and `__str__`.
 
     Attributes:
-        needs_target: True if a broken sample counts only if it is in the target (`Target.covers`) or protected.
+        needs_target: True if a broken sample counts only if it is in the target (`Target.covers`)
+            or protected.
 
     Example:
         >>> Gate.parse("tolerance:1%")
@@ -41,14 +42,19 @@ class Gate(ABC):
 
     @abstractmethod
     def allowed(self, counts: FlipCounts) -> int:
-        """Returns the largest number of broken samples that the gate accepts, given counts of all known samples."""
+        """Returns the largest number of broken samples that the gate accepts, given counts of all
+        known samples.
+        """
 
     @final
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
-        """Returns by how much `cost` exceeds the limit, `allowed(counts)`, or 0 if it does not exceed the limit.
+        """Returns by how much `cost` exceeds the limit, `allowed(counts)`, or 0 if it does not
+        exceed
+        the limit.
 
-        `cost` defaults to the number of broken samples in `counts`. If `needs_target` is True, this default only counts
-        samples in the target and raises a `ConfigurationError` unless `counts` are `TargetCounts`.
+        `cost` defaults to the number of broken samples in `counts`. If `needs_target` is True, this
+        default only counts samples in the target and raises a `ConfigurationError` unless `counts`
+        are `TargetCounts`.
         """
         if cost is None and self.needs_target:
             if not isinstance(counts, TargetCounts):
@@ -61,8 +67,12 @@ class Gate(ABC):
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
-        """Sums the sample weights of the `broken` samples, `N` bool, that the gate counts: inf if one is protected."""
-        return before.cost(broken & (before.in_target | before.protected) if self.needs_target else broken)
+        """Sums the sample weights of the `broken` samples, `N` bool, that the gate counts: inf if
+        one is protected.
+        """
+        return before.cost(
+            broken & (before.in_target | before.protected) if self.needs_target else broken
+        )
 
     @property
     @abstractmethod
@@ -75,17 +85,23 @@ class Gate(ABC):
 
     @staticmethod
     def instance() -> Gate:
-        """Allows no broken known sample. Instance-level suppression in the paper only concerns the target."""
+        """Allows no broken known sample. Instance-level suppression in the paper only concerns the
+        target.
+        """
         return Instance()
 
     @staticmethod
     def instance_in_target() -> Gate:
-        """Allows no broken known sample in the target (instance-level suppression; paper, section III)."""
+        """Allows no broken known sample in the target (instance-level suppression; paper, section
+        III).
+        """
         return InstanceInTarget()
 
     @staticmethod
     def accuracy() -> Gate:
-        """Allows as many broken as repaired known samples (accuracy-level suppression; paper, section III)."""
+        """Allows as many broken as repaired known samples (accuracy-level suppression; paper,
+        section III).
+        """
         return Accuracy()
 
     @staticmethod
@@ -95,10 +111,11 @@ class Gate(ABC):
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text; returns a `Gate` unchanged. A `ConfigurationError` says that `argument` is wrong.
+        """Reads a gate from text; returns a `Gate` unchanged. A `ConfigurationError` says that
+        `argument` is wrong.
 
-        The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples), or `tolerance:1%` or
-        `tolerance:0.01` (1 % of the samples that passed).
+        The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples), or
+        `tolerance:1%` or `tolerance:0.01` (1 % of the samples that passed).
         """
         if isinstance(gate, Gate):
             return gate
@@ -131,9 +148,11 @@ class Instance(Gate):
 @GATES.register("instance-in-target")
 @dataclass(frozen=True)
 class InstanceInTarget(Gate):
-    """Allows no broken known sample in the target (`Target.covers`). Other samples may break unless they are protected.
+    """Allows no broken known sample in the target (`Target.covers`). Other samples may break unless
+    they are protected.
 
-    So the gate accepts a model that repairs one class at the expense of another: check how many samples break, too.
+    So the gate accepts a model that repairs one class at the expense of another: check how many
+    samples break, too.
     """
 
     needs_target: ClassVar[bool] = True
@@ -163,7 +182,9 @@ class Accuracy(Gate):
 @GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
-    """Allows `limit` known samples to break: an int is their number, a float their share of the passed samples."""
+    """Allows `limit` known samples to break: an int is their number, a float their share of the
+    passed samples.
+    """
 
     limit: int | float
 
@@ -206,8 +227,8 @@ Status = Literal["repaired", "refused", "not repaired"]
 class GateDecision:
     """The decision whether new weights replace the weights before the repair, and why.
 
-    `status` is `repaired`, `refused` (the gate does not accept the new weights), or `not repaired` (no targeted sample
-    is right with the new weights). `counts` count all known samples.
+    `status` is `repaired`, `refused` (the gate does not accept the new weights), or `not repaired`
+    (no targeted sample is right with the new weights). `counts` count all known samples.
     """
 
     status: Status
@@ -220,18 +241,25 @@ class GateDecision:
 
 
 def judge(
-    before: SampleResults, after: SampleResults, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})
+    before: SampleResults,
+    after: SampleResults,
+    gate: Gate,
+    needed: Mapping[str, int] = MappingProxyType({}),
 ) -> GateDecision:
-    """Decides whether new weights are accepted. All known samples count, even if the search did not score them.
+    """Decides whether new weights are accepted. All known samples count, even if the search did not
+    score them.
 
-    New weights that repair no targeted sample are not accepted, since any change of weights is a risk on unseen data.
-    Ranks with equal results decide alike.
+    New weights that repair no targeted sample are not accepted, since any change of weights is a
+    risk on unseen data. Ranks with equal results decide alike.
 
     Args:
-        before: results of the model before the repair on all known data; the mask `targeted` marks samples to repair.
-        after: results of the new weights on the same data, from a forward pass of the deployed module.
+        before: results of the model before the repair on all known data; the mask `targeted` marks
+            samples to repair.
+        after: results of the new weights on the same data, from a forward pass of the deployed
+            module.
         gate: limit on the cost of broken known samples. Protected samples may never break.
-        needed: quotas, which map the name of a slice to the minimum number of its targets to repair.
+        needed: quotas, which map the name of a slice to the minimum number of its targets to
+            repair.
     """
     flips = Flips.between(before, after)
     counts = flips.target_counts(before)
@@ -241,39 +269,65 @@ def judge(
         status = "not repaired"
     elif lacking or gate.excess_of(counts, gate.cost(before, flips.broken)):
         status = "refused"
-    reason = _reason(status, gate, counts, before.ids(flips.broken)) + _unequal_counts(before, flips)
+    reason = _reason(status, gate, counts, before.ids(flips.broken)) + _unequal_counts(
+        before, flips
+    )
     for name, (got, need) in lacking.items():
         verb = "is" if got == 1 else "are"
         reason += f" Of the slice {name!r} {_count(got)} {verb} repaired; its quota is {need:,}."
     infinite = int((~after.loss.isfinite()).sum())
     if infinite:
         plural = "s" if infinite != 1 else ""
-        reason += f" The loss is not finite on {infinite:,} known sample{plural}; they count as wrong."
+        reason += (
+            f" The loss is not finite on {infinite:,} known sample{plural}; they count as wrong."
+        )
     return GateDecision(status, reason, counts)
 
 
-def check_protected(decision: GateDecision, before: SampleResults, after: SampleResults) -> GateDecision:
-    """Returns `decision`, or a refusal if the results on calibration data show that a protected sample breaks."""
-    words = _unequal_counts(before, Flips.between(before, after), "calibration ", only_protected=True)
-    return replace(decision, status="refused", reason=f"{decision.reason}{words}") if words else decision
+def check_protected(
+    decision: GateDecision, before: SampleResults, after: SampleResults
+) -> GateDecision:
+    """Returns `decision`, or a refusal if the results on calibration data show that a protected
+    sample breaks.
+    """
+    words = _unequal_counts(
+        before, Flips.between(before, after), "calibration ", only_protected=True
+    )
+    return (
+        replace(decision, status="refused", reason=f"{decision.reason}{words}")
+        if words
+        else decision
+    )
 
 
-def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
-    """Returns a sentence on protected samples that broke, or on a cost that is not the number of broken samples."""
+def _unequal_counts(
+    before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False
+) -> str:
+    """Returns a sentence on protected samples that broke, or on a cost that is not the number of
+    broken samples.
+    """
     protected = before.ids(flips.broken & before.protected)
     if any(protected.values()):
         return f" Protected {kind}samples would break: {_by_split(protected)}."
     cost, n = before.cost(flips.broken), int(flips.broken.sum())
-    return "" if cost == n or only_protected else f" The weights of the broken samples add up to {cost:,.0f}."
+    return (
+        ""
+        if cost == n or only_protected
+        else f" The weights of the broken samples add up to {cost:,.0f}."
+    )
 
 
-def _reason(status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]) -> str:
+def _reason(
+    status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]
+) -> str:
     n = counts.targeted
     if n == 0:
         return "No failed sample is targeted, so the weights stay as they are."
     now, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
     gain = f"{_count(counts.repaired_in_target)} of {n:,} targeted failure{'s' if n != 1 else ''} {now}"
-    loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
+    loss = (
+        f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
+    )
     loss += f" ({_by_split(broken)})" if counts.broken else ""
     limit = allowance(gate, counts)
     if gate.needs_target:

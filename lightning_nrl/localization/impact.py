@@ -1,4 +1,6 @@
-"""Backward and forward impacts of weights (paper, section II.1, step i), and the localizer `ByGradient`."""
+"""Backward and forward impacts of weights (paper, section II.1, step i), and the localizer
+`ByGradient`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ from lightning_nrl.localization.localizer import (
 )
 
 Aggregation = Literal["mean_gradient", "per_sample"]
-"""Backward impact as the absolute value of the samples' mean gradient, or as the mean of their absolute gradients."""
+"""Backward impact as the absolute value of the samples' mean gradient, or as the mean of their
+absolute gradients.
+"""
 
 SAMPLES_PER_PASS = 64
 """Number of samples in a forward and backward pass; it is halved if memory runs out."""
@@ -65,28 +69,35 @@ def measure(
     aggregation: Aggregation = "mean_gradient",
     weight: Tensor | None = None,
 ) -> Impact:
-    """Measures the backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
+    """Measures the backward and forward impact of every weight on the marked samples (paper,
+    section
+    II.1, step i).
 
-    The weight w_ij leads from a layer's input o_i to its output o_j. L is the loss of a sample. The backward impact is
-    |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined over samples as `aggregation` says. The forward impact is the mean of
-    |o_i * w_ij| over samples. A convolution uses a weight at many positions: the gradient is summed over them, and
-    |o_i * w_ij| is averaged over them, padding included. The forward impact of a bias is its absolute value.
+    The weight w_ij leads from a layer's input o_i to its output o_j. L is the loss of a sample. The
+    backward impact is |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined over samples as `aggregation`
+    says. The forward impact is the mean of |o_i * w_ij| over samples. A convolution uses a weight
+    at many positions: the gradient is summed over them, and |o_i * w_ij| is averaged over them,
+    padding included. The forward impact of a bias is its absolute value.
 
     Args:
         recording: recording of the model on the known data of this rank.
         evaluator: supplies the task's losses and combines the impacts of all ranks.
         rows_mask: mask of the samples to measure, `N` bool, with one entry per row of the results.
-        aggregation: `mean_gradient` for the absolute mean gradient, `per_sample` for the mean absolute gradient.
-        weight: `N`, weights of the samples in the means, above 0 for measured samples; None: equal weights.
+        aggregation: `mean_gradient` for the absolute mean gradient, `per_sample` for the mean
+            absolute gradient.
+        weight: `N`, weights of the samples in the means, above 0 for measured samples; None: equal
+            weights.
 
     Returns:
-        Impacts in the order of `ParameterSpace.flat`, on the device of the weights, in float64, or float32 on MPS.
+        Impacts in the order of `ParameterSpace.flat`, on the device of the weights, in float64, or
+        float32 on MPS.
 
     Raises:
         ConfigurationError: the aggregation is unknown.
         EvaluationError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called, or its output is detached. With `per_sample` or `weight`, also if the size
-            of the first dimension of a layer's input is not the number of samples.
+        ReplayError: a layer is never called, or its output is detached. With `per_sample` or
+            `weight`, also if the size of the first dimension of a layer's input is not the number
+            of samples.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
     space, sites = recording.space, len(recording.space.sites)
@@ -101,7 +112,9 @@ def measure(
             each = _differentiable(evaluator, logits, chunk.target)
             return each if own is None else each * own.to(each)
 
-        calls, is_mixed = _calls(recording, chunk, losses, check=first and (by_sample or own is not None))
+        calls, is_mixed = _calls(
+            recording, chunk, losses, check=first and (by_sample or own is not None)
+        )
         samples.add_(n if own is None else own.sum())
         mixed.add_(is_mixed)
         with no_autocast(gradient.device):
@@ -114,13 +127,17 @@ def measure(
                     count: float = uses_per_weight(layer, g)
                     if own is not None:
                         x, count = _scaled(x, own), count * float(own.mean())
-                    inputs[here] += flat_part(site, absolute_input(layer, x), x.new_full((g.shape[1],), count))
+                    inputs[here] += flat_part(
+                        site, absolute_input(layer, x), x.new_full((g.shape[1],), count)
+                    )
                     positions[i] += count
                 if by_sample:
                     gradient[here] += _absolute_gradients(site, calls[i], n)
                     continue
                 for x, g in calls[i]:
-                    gradient[here] += flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
+                    gradient[here] += flat_part(
+                        site, weight_gradient(layer, x, g), bias_gradient(g)
+                    )
 
     sizes = [space.size, space.size, sites, sites, 1]
     return _mean(space, *accumulate(recording, evaluator, rows_mask, sizes, add))
@@ -133,11 +150,14 @@ def accumulate(
     sizes: Sequence[int],
     add: Callable[[Sequence[Tensor], Any, bool], None],
 ) -> tuple[Tensor, ...]:
-    """Sums vectors, whose lengths are `sizes`, over the marked samples of all ranks, and returns the sums.
+    """Sums vectors, whose lengths are `sizes`, over the marked samples of all ranks, and returns
+    the
+    sums.
 
-    `add(sums, chunk, first)` is called for each chunk of at most `SAMPLES_PER_PASS` samples. It must add the values of
-    the chunk to the vectors `sums` in place. The last vector must count the samples; an `EvaluationError` is raised if
-    it stays 0. `first` is True only for the first chunk of more than one sample.
+    `add(sums, chunk, first)` is called for each chunk of at most `SAMPLES_PER_PASS` samples. It
+    must add the values of the chunk to the vectors `sums` in place. The last vector must count the
+    samples; an `EvaluationError` is raised if it stays 0. `first` is True only for the first chunk
+    of more than one sample.
     """
     space = recording.space
 
@@ -157,7 +177,9 @@ def accumulate(
         size //= 2
     sums: tuple[Tensor, ...] = evaluator.collective.sum(found).split(sizes)
     if not sums[-1].item():
-        raise EvaluationError("`rows_mask` marks no sample.", "mark at least one sample on one rank.")
+        raise EvaluationError(
+            "`rows_mask` marks no sample.", "mark at least one sample on one rank."
+        )
     return sums
 
 
@@ -168,9 +190,11 @@ def _scaled(x: Tensor, weight: Tensor) -> Tensor:
 def _calls(
     recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], *, check: bool
 ) -> tuple[list[list[LayerCall]], Tensor]:
-    """Returns the calls of each site, with gradients of `values(logits).sum()`, and a mask of sites that mix samples.
+    """Returns the calls of each site, with gradients of `values(logits).sum()`, and a mask of sites
+    that mix samples.
 
-    A site mixes samples if the value of one sample has a gradient at the rows of another. With `check` this is tested.
+    A site mixes samples if the value of one sample has a gradient at the rows of another. With
+    `check` this is tested.
     """
     sites = recording.space.sites
     probe, made = replay_with_probe(recording, chunk, values)
@@ -178,18 +202,26 @@ def _calls(
     if check:
         half, order = len(made) // 2, {site.name: i for i, site in enumerate(sites)}
         first = (torch.arange(len(made), device=made.device) < half).to(made.dtype)
-        for name, gradient in zip(probe.called, probe.gradients(made, first, retain_graph=True), strict=True):
+        for name, gradient in zip(
+            probe.called, probe.gradients(made, first, retain_graph=True), strict=True
+        ):
             g = as_rows(sites[order[name]].module, gradient)
             mixed[order[name]] |= (g[len(g) * half // len(made) :].abs() > 0).any()
     calls = probe.calls(made)
     return [calls[site.name] for site in sites], mixed
 
 
-def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]) -> tuple[OutputProbe, Tensor]:
-    """Computes the logits of a chunk. Returns a probe for the gradients at all sites, and `values(logits)`."""
+def replay_with_probe(
+    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]
+) -> tuple[OutputProbe, Tensor]:
+    """Computes the logits of a chunk. Returns a probe for the gradients at all sites, and
+    `values(logits)`.
+    """
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
-        logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
+        logits = recording.replay(
+            chunk, lambda site, x, output: probe.add_zero(site.name, x, output)
+        )
         with no_autocast(logits.device):
             made = values(logits)
     if probe.called and not made.requires_grad:
@@ -201,7 +233,9 @@ def replay_with_probe(recording: Replay, chunk: Any, values: Callable[[Tensor], 
 
 
 def _differentiable(evaluator: Evaluator, logits: Tensor, target: Any) -> Tensor:
-    """Returns the losses, `n`. If they have no gradient, returns the negative margins or the mean squared logits."""
+    """Returns the losses, `n`. If they have no gradient, returns the negative margins or the mean
+    squared logits.
+    """
     task = evaluator.task
     loss = task.loss(logits, target)
     if loss.requires_grad or not logits.requires_grad:
@@ -211,15 +245,20 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: Any) -> Tensor
         other, name = -margin, "margin"
     else:
         other, name = at_least_float32(logits.flatten(1)).square().mean(1), "mean squared output"
-    problem = f"`task`: its loss has no gradient, so weights are localised by the gradient of the {name}."
-    warnings.warn(DataWarning(problem, "give a differentiable loss to localise by it."), stacklevel=2)
+    problem = (
+        f"`task`: its loss has no gradient, so weights are localised by the gradient of the {name}."
+    )
+    warnings.warn(
+        DataWarning(problem, "give a differentiable loss to localise by it."), stacklevel=2
+    )
     return other
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
-        # With one row per sample |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are needed.
+        # With one row per sample |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are
+        # needed.
         x, g = calls[0].input.abs(), calls[0].gradient.abs()
         return flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
@@ -229,7 +268,9 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
 
 
 def check_called(site: LayerRef, count: float) -> None:
-    """Raises a `ReplayError` if a layer was never called: `count`, how often each weight was used, is then 0."""
+    """Raises a `ReplayError` if a layer was never called: `count`, how often each weight was used,
+    is then 0.
+    """
     if not count:
         raise ReplayError(
             f"`layer={site.name!r}` is never called when the model runs.",
@@ -238,12 +279,19 @@ def check_called(site: LayerRef, count: float) -> None:
 
 
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
-    """Returns a site's part of a flat weight vector: the values for its weight and, if it is searched, for its bias."""
+    """Returns a site's part of a flat weight vector: the values for its weight and, if it is
+    searched, for its bias.
+    """
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
 def _mean(
-    space: ParameterSpace, gradient: Tensor, inputs: Tensor, positions: Tensor, mixed: Tensor, samples: Tensor
+    space: ParameterSpace,
+    gradient: Tensor,
+    inputs: Tensor,
+    positions: Tensor,
+    mixed: Tensor,
+    samples: Tensor,
 ) -> Impact:
     for site, count, is_mixed in zip(space.sites, positions.tolist(), mixed.tolist(), strict=True):
         if is_mixed:
@@ -266,7 +314,8 @@ def _mean(
 @LOCALIZERS.register("gradient")
 @dataclass(frozen=True)
 class ByGradient:
-    """Localises the weights with the largest absolute gradient of the mean loss on the failed samples.
+    """Localises the weights with the largest absolute gradient of the mean loss on the failed
+    samples.
 
     Attributes:
         n_weights: number of weights to localise; None: `default_n_weights`.
@@ -279,8 +328,12 @@ class ByGradient:
     def __post_init__(self) -> None:
         check_numbers(n_weights=self.n_weights)
 
-    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Returns the weights with the largest nonzero gradients. Weights with equal gradients keep their order."""
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
+        """Returns the weights with the largest nonzero gradients. Weights with equal gradients keep
+        their order.
+        """
         gradient = measure(recording, evaluator, failed).backward
         wanted = self.n_weights or default_n_weights(len(gradient))
         top = gradient.argsort(descending=True, stable=True)[:wanted]

@@ -1,8 +1,10 @@
-"""The interface of a localizer, its result, the registry, and two baselines: all weights and random weights."""
+"""The interface of a localizer, its result, the registry, and two baselines: all weights and random
+weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,15 +15,17 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 
 @dataclass(frozen=True)
 class Localization:
     """Weights to search (paper, section II.1, step ii).
 
-    `sizes` maps names to numbers of weights: `localized` weights, and all weights of the layers (`total`). Localizers
-    such as `NeuRecoverLite` remove the weights that matter for passed samples (`passed`) from the weights that matter
-    for failed samples (`failed`). These localizers also give the sizes of both sets and of the intersection (`both`).
+    `sizes` maps names to numbers of weights: `localized` weights, and all weights of the layers
+    (`total`). Localizers such as `NeuRecoverLite` remove the weights that matter for passed samples
+    (`passed`) from the weights that matter for failed samples (`failed`). These localizers also
+    give the sizes of both sets and of the intersection (`both`).
     """
 
     weights: Tensor  # K int64: ascending positions of the localised weights in the flat vector (`ParameterSpace`)
@@ -31,62 +35,123 @@ class Localization:
 
 
 class Replay(Protocol):
-    """Recording of the model on known data, from which logits are computed again with edited layer outputs."""
+    """Recording of the model on known data, from which logits are computed again with edited layer
+    outputs.
+    """
 
     @property
     def space(self) -> ParameterSpace:
         """The layers to repair."""
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """Yields chunks of at most `size` samples. `keep`, `N` bool, marks samples (rows of the results) to include.
+        """Yields chunks of at most `size` samples. `keep`, `N` bool, marks samples (rows of the
+        results) to include.
 
         If `keep` is None, all samples are included. If `size` is None, chunks have no maximum size.
         """
 
-    def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """Computes the logits of a chunk of n samples. `edit(site, input, output)` replaces the output of each layer.
+    def replay(
+        self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1
+    ) -> Tensor:
+        """Computes the logits of a chunk of n samples. `edit(site, input, output)` replaces the
+        output
+        of each layer.
 
-        At the first layer `edit` gets tensors of n samples and must return an output for `copies * n` samples, copy by
-        copy. At later layers it gets and returns tensors of `copies * n` samples. The logits have `copies * n` rows.
+        At the first layer `edit` gets tensors of n samples and must return an output for `copies *
+        n` samples, copy by copy. At later layers it gets and returns tensors of `copies * n`
+        samples. The logits have `copies * n` rows.
         """
 
 
 @runtime_checkable
 class Localizer(Protocol):
-    """Interface of localizers, which choose the weights to search. Write a new localizer as a frozen dataclass."""
+    """Interface of localizers, which choose the weights to search. Write a new localizer as a
+    frozen dataclass.
+    """
 
     @property
     def include_bias(self) -> bool:
         """True if biases may be chosen too. `recording.space` then contains the biases."""
 
-    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
         """Chooses the weights to search, the same on every rank.
 
         Args:
             recording: recording of the model on the known data of this rank.
             evaluator: supplies the task and the communication between ranks.
-            failed: mask of the samples to repair (I_neg), `N` bool, with one entry per row of the results.
-            passed: mask of the samples to keep (I_pos), `N` bool, with one entry per row of the results.
+            failed: mask of the samples to repair (I_neg), `N` bool, with one entry per row of the
+                results.
+            passed: mask of the samples to keep (I_pos), `N` bool, with one entry per row of the
+                results.
 
         Raises:
             EmptyLocalizationError: no weight qualifies.
         """
 
 
+@dataclass(frozen=True)
+class KnownData:
+    """The known data, and the model's results on them, for a `DataLocalizer`."""
+
+    evaluator: Evaluator
+    sources: Sequence[Any]  # this rank's share of the known data, `Source` objects
+    before: SampleResults  # results of the model before the repair
+    space: ParameterSpace  # the layers whose weights are localised
+
+
+@runtime_checkable
+class DataLocalizer(Protocol):
+    """Creates a localizer that needs more than a recording of the current model: the known data or
+    earlier models.
+
+    If its optional attribute `wants_history` is True, `with_history(folder)` is called with the
+    folder of the `TrainingHistory` in the same Trainer, and must return the `DataLocalizer` whose
+    `on` is then called.
+    """
+
+    @property
+    def include_bias(self) -> bool:
+        """True if biases may be chosen too."""
+
+    def on(self, known: KnownData) -> Localizer:
+        """Returns the localizer for the known data."""
+
+
+def on_data(localizer: Localizer, known: KnownData) -> Localizer:
+    """Returns `localizer.on(known)` if `localizer` is a `DataLocalizer`, and otherwise `localizer`
+    itself.
+    """
+    return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
+
+
 LOCALIZERS: Registry[Localizer] = Registry(
-    "Localizer", "NeuRecoverLite()", lambda value: isinstance(value, Localizer), group="localizers"
+    "Localizer",
+    "NeuRecoverLite()",
+    lambda value: isinstance(value, Localizer),
+    on_demand={
+        "arachne": "lightning_nrl.published:Arachne",
+        "arachne-v2": "lightning_nrl.published:ArachneV2",
+        "neurecover": "lightning_nrl.published:NeuRecover",
+    },
+    group="localizers",
 )
 """Registry of localizers by name."""
 
 
 def make_localization(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
-    """Builds a `Localization` of `weights`. Raises an `EmptyLocalizationError` if `weights` is empty."""
+    """Builds a `Localization` of `weights`. Raises an `EmptyLocalizationError` if `weights` is
+    empty.
+    """
     if not len(weights):
         raise EmptyLocalizationError(
             "`localizer` leaves no weight: none has an impact on the failed data.",
             "choose another layer: this one does not affect the predictions of these samples.",
         )
-    return Localization(weights.to(torch.int64), n_g, requested, {"localized": len(weights), "total": total})
+    return Localization(
+        weights.to(torch.int64), n_g, requested, {"localized": len(weights), "total": total}
+    )
 
 
 def check_numbers(**numbers: int | None) -> None:
@@ -97,9 +162,11 @@ def check_numbers(**numbers: int | None) -> None:
 
 
 def default_n_weights(total: int) -> int:
-    """Returns the default number of weights to localise: a tenth of `total`, but at least 32 and at most 309.
+    """Returns the default number of weights to localise: a tenth of `total`, but at least 32 and at
+    most 309.
 
-    The limits are from Table II of the paper (32 in EXP-C1, 309 in EXP-A1). The result may exceed a small `total`.
+    The limits are from Table II of the paper (32 in EXP-C1, 309 in EXP-A1). The result may exceed a
+    small `total`.
 
     Example:
         >>> [default_n_weights(total) for total in (224, 640, 589_824)]
@@ -115,7 +182,9 @@ class AllWeights:
 
     include_bias: bool = False
 
-    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
         total = recording.space.size
         weights = torch.arange(total, device=recording.space.device)
         sizes = {"failed": total, "passed": 0, "both": 0, "localized": total, "total": total}
@@ -128,7 +197,8 @@ class RandomWeights:
     """Draws weights uniformly at random, independently of the data.
 
     Attributes:
-        n_weights: number of weights to draw; None: `default_n_weights`. If the layers have fewer, all are drawn.
+        n_weights: number of weights to draw; None: `default_n_weights`. If the layers have fewer,
+            all are drawn.
         seed: seed of the draw, from 0 to 2^32 - 1. The repair's seed has no effect.
         include_bias: True to draw biases too.
     """
@@ -141,9 +211,13 @@ class RandomWeights:
         check_numbers(n_weights=self.n_weights)
         check_whole("seed", self.seed, 0, 2**32 - 1)
 
-    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
         # On the CPU, so that every device and every rank draws the same weights.
         total = recording.space.size
         wanted = self.n_weights or default_n_weights(total)
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:wanted]
-        return make_localization(drawn.sort().values.to(recording.space.device), len(drawn), wanted, total)
+        return make_localization(
+            drawn.sort().values.to(recording.space.device), len(drawn), wanted, total
+        )

@@ -1,8 +1,11 @@
-"""NeuRecoverLite's localisation: weights with a high impact on failed but not on passed data (paper, section II.1).
+"""NeuRecoverLite's localisation: weights with a high impact on failed but not on passed data
+(paper,
+section II.1).
 
-With increasing N_g (see `localize`) a weight enters `B_failed & F_failed` once N_g reaches the worse of its ranks by
-backward and by forward impact. From then on the weight is localised, until it enters `B_passed & F_passed` likewise.
-So the number of localised weights may rise and fall with N_g, and is computed for all N_g at once.
+With increasing N_g (see `localize`) a weight enters `B_failed & F_failed` once N_g reaches the
+worse of its ranks by backward and by forward impact. From then on the weight is localised, until it
+enters `B_passed & F_passed` likewise. So the number of localised weights may rise and fall with
+N_g, and is computed for all N_g at once.
 """
 
 from __future__ import annotations
@@ -16,19 +19,28 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Aggregation, Impact, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers, default_n_weights
+from lightning_nrl.localization.localizer import (
+    LOCALIZERS,
+    Localization,
+    Replay,
+    check_numbers,
+    default_n_weights,
+)
 
 
 @LOCALIZERS.register("neurecover-lite")
 @dataclass(frozen=True)
 class NeuRecoverLite:
-    """Localises weights with a high impact on the failed samples but not on the passed samples (see `localize`).
+    """Localises weights with a high impact on the failed samples but not on the passed samples (see
+    `localize`).
 
     Attributes:
-        n_weights: number of weights to localise (#lw), or the nearest reachable number; by default `default_n_weights`.
+        n_weights: number of weights to localise (#lw), or the nearest reachable number; by default
+            `default_n_weights`.
         n_g: number of weights (N_g) in each of the four sets of `localize`; replaces `n_weights`.
-        aggregation: definition of the backward impact. `mean_gradient` is the absolute value of the samples' mean
-            gradient, `per_sample` is the mean of the absolute values of their gradients.
+        aggregation: definition of the backward impact. `mean_gradient` is the absolute value of the
+            samples' mean gradient, `per_sample` is the mean of the absolute values of their
+            gradients.
         include_bias: True to localise biases too.
     """
 
@@ -41,20 +53,26 @@ class NeuRecoverLite:
         _check(self.n_weights, self.n_g)
         check_choice("aggregation", self.aggregation, get_args(Aggregation))
 
-    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
         of_failed, of_passed = (
-            measure(recording, evaluator, rows, aggregation=self.aggregation) for rows in (failed, passed)
+            measure(recording, evaluator, rows, aggregation=self.aggregation)
+            for rows in (failed, passed)
         )
         return localize(of_failed, of_passed, n_weights=self.n_weights, n_g=self.n_g)
 
 
-def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None) -> Localization:
+def localize(
+    failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None
+) -> Localization:
     """Computes `(B_failed & F_failed) - (B_passed & F_passed)` (paper, section II.1, step ii).
 
-    B_failed has the N_g weights with the largest backward impact on the failed samples, F_failed has the N_g weights
-    with the largest forward impact. B_passed and F_passed are the same sets for the passed samples. Of weights with
-    equal impacts, the first are taken. If `n_g` is None, the N_g is used for which the number of localised weights is
-    nearest to `n_weights`. On a tie the smallest N_g is used.
+    B_failed has the N_g weights with the largest backward impact on the failed samples, F_failed
+    has the N_g weights with the largest forward impact. B_passed and F_passed are the same sets for
+    the passed samples. Of weights with equal impacts, the first are taken. If `n_g` is None, the
+    N_g is used for which the number of localised weights is nearest to `n_weights`. On a tie the
+    smallest N_g is used.
 
     Args:
         failed: impacts on the samples to repair (I_neg).
@@ -63,14 +81,16 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
         n_g: as in `NeuRecoverLite`.
 
     Raises:
-        ConfigurationError: a number is below 1, both numbers are given, or N_g exceeds the number of weights.
+        ConfigurationError: a number is below 1, both numbers are given, or N_g exceeds the number
+            of weights.
         EmptyLocalizationError: no weight is left.
     """
     _check(n_weights, n_g)
     total = len(failed.backward)
     if n_g is not None and n_g > total:
         raise ConfigurationError(
-            f"`n_g={n_g}` is more than the {total} weights of the layer.", f"choose 1 to {total}, or give `n_weights`."
+            f"`n_g={n_g}` is more than the {total} weights of the layer.",
+            f"choose 1 to {total}, or give `n_weights`.",
         )
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     sizes = sizes_at(enter, leave, torch.arange(total + 1, device=enter.device))
@@ -88,15 +108,20 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Returns `Localization.sizes`, without `total`, as int64 tensors. Entry i of each tensor is for N_g = i."""
+    """Returns `Localization.sizes`, without `total`, as int64 tensors. Entry i of each tensor is
+    for N_g = i.
+    """
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     return sizes_at(enter, leave, torch.arange(len(enter) + 1, device=enter.device))
 
 
 def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
-    """Returns `Localization.sizes` for each t in `at`. `failed` counts `enter <= t`, `passed` counts `leave <= t`."""
+    """Returns `Localization.sizes` for each t in `at`. `failed` counts `enter <= t`, `passed`
+    counts `leave <= t`.
+    """
     failed, passed, both = (
-        torch.searchsorted(x.sort().values, at, right=True) for x in (enter, leave, torch.maximum(enter, leave))
+        torch.searchsorted(x.sort().values, at, right=True)
+        for x in (enter, leave, torch.maximum(enter, leave))
     )
     return {"failed": failed, "passed": passed, "both": both, "localized": failed - both}
 
@@ -106,13 +131,19 @@ def _first_n_g(impact: Impact) -> Tensor:
 
 
 def rank_impacts(impact: Tensor) -> Tensor:
-    """Returns the rank of each impact, 1 for the largest. Of equal impacts, an earlier one has a smaller rank."""
+    """Returns the rank of each impact, 1 for the largest. Of equal impacts, an earlier one has a
+    smaller rank.
+    """
     order = impact.argsort(descending=True, stable=True)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
+    return torch.empty_like(order).scatter_(
+        0, order, torch.arange(1, len(order) + 1, device=order.device)
+    )
 
 
 def nearest(sizes: Tensor, size: int) -> int:
-    """Returns the index of the nonzero entry of `sizes` that is nearest to `size`. On a tie it is the first index."""
+    """Returns the index of the nonzero entry of `sizes` that is nearest to `size`. On a tie it is
+    the first index.
+    """
     return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 
@@ -134,5 +165,6 @@ def _check(n_weights: int | None, n_g: int | None) -> None:
     check_numbers(n_weights=n_weights, n_g=n_g)
     if n_weights is not None and n_g is not None:
         raise ConfigurationError(
-            f"`n_weights={n_weights}` and `n_g={n_g}` are both given, and each decides the other.", "give one of them."
+            f"`n_weights={n_weights}` and `n_g={n_g}` are both given, and each decides the other.",
+            "give one of them.",
         )

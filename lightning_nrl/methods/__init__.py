@@ -1,23 +1,21 @@
 """Repair methods, one per file.
 
-In: a `Problem`. Out: a `Solution`. `solve` runs a method; it wraps a searcher in a `LocalSearch`. To add a method,
-write a frozen dataclass whose `__call__` takes a problem and returns a solution, and register it below.
+In: a `Problem`. Out: a `Solution`. `solve` runs a method; it wraps a searcher in a `LocalSearch`.
+To add a method, write a frozen dataclass whose `__call__` takes a problem and returns a solution,
+and register it below.
 """
 
 from typing import Any
 
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.methods.apricot import Apricot
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
-from lightning_nrl.methods.merged_repairs import MergedRepairs
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Method, Problem, Trained, Training
-from lightning_nrl.methods.published_methods import BUNDLES, bundle
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.search import SEARCHERS, Searcher
@@ -30,6 +28,14 @@ METHODS: Registry[AnyMethod] = Registry(
     "the name of one, or an object such as ParticleSwarm()",
     lambda value: isinstance(value, Searcher) or callable(value),
     include=(SEARCHERS,),
+    on_demand={
+        "apricot": "lightning_nrl.published:Apricot",
+        "merged": "lightning_nrl.published:MergedRepairs",
+        "neurecover-lite": "lightning_nrl.published.bundles:neurecover_lite",
+        "neurecover": "lightning_nrl.published.bundles:neurecover",
+        "arachne": "lightning_nrl.published.bundles:arachne",
+        "arachne-de": "lightning_nrl.published.bundles:arachne_de",
+    },
     group="methods",
 )
 """The methods by name. A name stands for a method with its default settings."""
@@ -38,15 +44,15 @@ METHODS.register("auto")(Auto)
 METHODS.register("finetune-polish")(FineTunePolish)
 METHODS.register("convex")(Convex)
 METHODS.register("linearized")(Linearized)
-METHODS.register("apricot")(Apricot)
-METHODS.register("merged")(MergedRepairs)
-for _name, _make in BUNDLES.items():
-    METHODS.register(_name)(_make)
 
 
 def solve(method: AnyMethod, problem: Problem) -> Solution:
-    """Runs a method on a problem; raises a `ConfigurationError` if the method does not return a `Solution`."""
-    solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
+    """Runs a method on a problem; raises a `ConfigurationError` if the method does not return a
+    `Solution`.
+    """
+    solution: object = (
+        LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
+    )
     if not isinstance(solution, Solution):
         raise ConfigurationError(
             f"`method`: {type(method).__name__} returned a {type(solution).__name__} instead of a `Solution`.",
@@ -56,16 +62,13 @@ def solve(method: AnyMethod, problem: Problem) -> Solution:
 
 
 __all__ = [
-    "BUNDLES",
     "METHODS",
     "AnyMethod",
-    "Apricot",
     "Auto",
     "Convex",
     "FineTunePolish",
     "Linearized",
     "LocalSearch",
-    "MergedRepairs",
     "Method",
     "Polish",
     "Problem",
@@ -74,7 +77,6 @@ __all__ = [
     "Trained",
     "Training",
     "better",
-    "bundle",
     "solve",
     "warm_started_search",
 ]

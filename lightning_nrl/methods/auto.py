@@ -1,4 +1,6 @@
-"""`Auto`, the default method: tries repairs from the smallest change to the largest and takes one of them."""
+"""`Auto`, the default method: tries repairs from the smallest change to the largest and takes one
+of them.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,18 @@ from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Method, Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.report.run_records import CUT, PricePoint, Rung, Step
+from lightning_nrl.records.steps import CUT, PricePoint, Rung, Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 
 PATIENCE_OF_STRENGTHS = 3  # `Convex.patience` in the rung `exact`
-PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)  # for `Solution.price`, shares of passed samples that may break
+PRICE_LEVELS = (
+    0.0,
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    1.0,
+)  # for `Solution.price`, shares of passed samples that may break
 
 
 @dataclass(frozen=True)
@@ -35,24 +44,30 @@ class Auto:
 
     Each repair is called a rung. All rungs aim to break no known passed sample.
 
-    - `search` always runs. It localises the weights of the chosen layer that matter for the failures. A swarm then
-      searches new values for these weights, starting from the original values.
-    - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer with `Convex`, then
-      searches from the result. If only one layer may change and `Convex` does not suit it, `Linearized` is used.
-    - `training` runs if more than one layer may change. It continues the training, then polishes (`FineTunePolish`).
-    - `polish` replaces `exact` and `training` in an update, where a new model replaces an old one. Small steps from the
-      new model restore all samples that the old model got right (`Polish`). A search then starts from the result.
+    - `search` always runs. It localises the weights of the chosen layer that matter for the
+      failures. A swarm then searches new values for these weights, starting from the original
+      values.
+    - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer
+      with `Convex`, then searches from the result. If only one layer may change and `Convex` does
+      not suit it, `Linearized` is used.
+    - `training` runs if more than one layer may change. It continues the training, then polishes
+      (`FineTunePolish`).
+    - `polish` replaces `exact` and `training` in an update, where a new model replaces an old one.
+      Small steps from the new model restore all samples that the old model got right (`Polish`). A
+      search then starts from the result.
 
-    If the task has no margins, only a `LocalSearch` runs. A rung can be taken if it repairs a target and the gate
-    allows what it breaks. Its net rate is (repaired - broken) / passed on held-out samples, or 0 if none are held out.
+    If the task has no margins, only a `LocalSearch` runs. A rung can be taken if it repairs a
+    target and the gate allows what it breaks. Its net rate is (repaired - broken) / passed on
+    held-out samples, or 0 if none are held out.
 
     1. With quotas of slices, only the rungs stay that lack the fewest repairs to meet them.
     2. Rungs with a net rate below 0 are dropped, unless all net rates are below 0.
-    3. Of rungs that repair equally much (by sample weight), only the rung with the highest net rate stays. On a tie in
-       the net rate, only the rung with the smallest change stays.
-    4. The smallest rung left is compared with each larger rung in turn, and the better of the two is kept. A larger
-       rung that repairs more is better unless its net rate is significantly lower (by over two standard errors). A
-       larger rung that repairs less, but at least half as much, is better if its net rate is significantly higher.
+    3. Of rungs that repair equally much (by sample weight), only the rung with the highest net rate
+       stays. On a tie in the net rate, only the rung with the smallest change stays.
+    4. The smallest rung left is compared with each larger rung in turn, and the better of the two
+       is kept. A larger rung that repairs more is better unless its net rate is significantly lower
+       (by over two standard errors). A larger rung that repairs less, but at least half as much, is
+       better if its net rate is significantly higher.
 
     Attributes:
         swarm: the searcher of the rungs that search. It may be a swarm or any other searcher.
@@ -62,14 +77,18 @@ class Auto:
     """
 
     trains: ClassVar[bool] = True
-    swarm: ParticleSwarm | Searcher[Any] = field(default_factory=partial(ParticleSwarm, iterations=60))
+    swarm: ParticleSwarm | Searcher[Any] = field(
+        default_factory=partial(ParticleSwarm, iterations=60)
+    )
 
     def __post_init__(self) -> None:
         fits = isinstance(self.swarm, Searcher)
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Runs the rungs; raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds no weights."""
+        """Runs the rungs; raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds
+        no weights.
+        """
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
         results = _Ladder(problem, self.swarm).run()
@@ -77,7 +96,11 @@ class Auto:
         solutions = [result.solution for result in results]
         taken = Solution(None, why) if number is None else solutions[number]
         # The report shows the search of the rung taken, or the last search if no rung is taken.
-        shown = taken if number is not None else next((one for one in solutions[::-1] if one.result is not None), taken)
+        shown = (
+            taken
+            if number is not None
+            else next((one for one in solutions[::-1] if one.result is not None), taken)
+        )
         return Solution(
             taken.proposal,
             why if number is None else "",
@@ -88,13 +111,17 @@ class Auto:
             held_out=taken.held_out,
             rungs=tuple(result.record(problem, number == i) for i, result in enumerate(results)),
             choice="" if number is None else why,
-            price=price_points(both for solution in solutions for both in _counted(problem, solution)),
+            price=price_points(
+                both for solution in solutions for both in _counted(problem, solution)
+            ),
         )
 
 
 @dataclass(frozen=True)
 class RungResult:
-    """The result of one rung. `seconds` includes a second run of the rung, which gives the held-out counts."""
+    """The result of one rung. `seconds` includes a second run of the rung, which gives the held-out
+    counts.
+    """
 
     name: str
     solution: Solution
@@ -105,7 +132,9 @@ class RungResult:
     def usable(self) -> Proposal | None:
         """The proposal if it repairs a target and the gate allows what it breaks, else None."""
         proposal = self.solution.proposal
-        return proposal if proposal is not None and proposal.repaired and not proposal.excess else None
+        return (
+            proposal if proposal is not None and proposal.repaired and not proposal.excess else None
+        )
 
     @property
     def was_cut(self) -> bool:
@@ -116,15 +145,28 @@ class RungResult:
     def record(self, problem: Problem, taken: bool) -> Rung:
         proposal, counts = self.solution.proposal, (0, 0, 0, 0)
         if proposal is not None:
-            found, live = problem.target_counts(proposal.after), dict(problem.model.named_parameters())
-            new = {name: value for name, value in changed(problem.model, proposal.state).items() if name in live}
-            n_changed = sum(int((live[k].detach() != v.to(live[k].device)).sum()) for k, v in new.items())
+            found, live = (
+                problem.target_counts(proposal.after),
+                dict(problem.model.named_parameters()),
+            )
+            new = {
+                name: value
+                for name, value in changed(problem.model, proposal.state).items()
+                if name in live
+            }
+            n_changed = sum(
+                int((live[k].detach() != v.to(live[k].device)).sum()) for k, v in new.items()
+            )
             counts = proposal.repaired, found.repaired, found.broken, n_changed
-        return Rung(self.name, *counts, round(self.seconds, 3), self.solution.held_out, taken, self.note)
+        return Rung(
+            self.name, *counts, round(self.seconds, 3), self.solution.held_out, taken, self.note
+        )
 
 
 class _Ladder:
-    """Runs the rungs of `Auto`. Under `max_time` all rungs before `training` together get a part of the time."""
+    """Runs the rungs of `Auto`. Under `max_time` all rungs before `training` together get a part of
+    the time.
+    """
 
     def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
         self.problem, self.searcher = problem, searcher
@@ -140,7 +182,9 @@ class _Ladder:
         self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
 
     def run(self) -> list[RungResult]:
-        """Runs all rungs. If time is left, rungs that `max_time` cut run again, and the better result counts."""
+        """Runs all rungs. If time is left, rungs that `max_time` cut run again, and the better
+        result counts.
+        """
         problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if problem.update:
@@ -153,11 +197,15 @@ class _Ladder:
         results = {name: result for name, result in found.items() if result is not None}
         if self.shares_time:
             self.end = problem.deadline_of_method()
-            for name in [name for name, result in results.items() if name != "training" and result.was_cut]:
+            for name in [
+                name for name, result in results.items() if name != "training" and result.was_cut
+            ]:
                 again, best = self._run_rung(name, rungs[name]), results[name].usable
                 if again is None:
                     continue
-                is_better = again.usable is not None and (best is None or again.usable.rank > best.rank)
+                is_better = again.usable is not None and (
+                    best is None or again.usable.rank > best.rank
+                )
                 if is_better or (best is None and not again.was_cut):
                     results[name] = again
         return list(results.values())
@@ -175,13 +223,22 @@ class _Ladder:
 
     def _search(self) -> Solution:
         def search(problem: Problem) -> Solution:
-            return _safely(problem, lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)))
+            return _safely(
+                problem,
+                lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)),
+            )
 
         solution = search(self.problem)
-        return self._add_held_out(solution, search) if solution.proposal and solution.proposal.repaired else solution
+        return (
+            self._add_held_out(solution, search)
+            if solution.proposal and solution.proposal.repaired
+            else solution
+        )
 
     def _exact(self) -> Solution | None:
-        """Repairs the chosen layer by a solver, then searches. Returns None if no solver suits the layer or task."""
+        """Repairs the chosen layer by a solver, then searches. Returns None if no solver suits the
+        layer or task.
+        """
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
         convex = Convex(PATIENCE_OF_STRENGTHS, seconds, budget.MAX_PAIRS)
         for method in (convex, Linearized()) if self.is_one_layer else (convex,):
@@ -193,7 +250,9 @@ class _Ladder:
             if solution.proposal is not None:
                 last = self._searched_from(solution.proposal, self.end)
                 # The held-out samples are not counted again after the search.
-                solution = replace(last, steps=(*solution.steps, *last.steps), held_out=solution.held_out)
+                solution = replace(
+                    last, steps=(*solution.steps, *last.steps), held_out=solution.held_out
+                )
             return solution
         return None
 
@@ -209,26 +268,37 @@ class _Ladder:
         return replace(last, steps=(*solution.steps, *last.steps))
 
     def _searched_from(self, base: Proposal, end: Deadline) -> Solution:
-        search = partial(warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end)
+        search = partial(
+            warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end
+        )
         solution = _safely(self.problem, search, base)
         return replace(solution, proposal=solution.proposal or base)
 
     def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
-        """If a solution has no held-out counts, solves again without the held-out samples and counts their flips."""
+        """If a solution has no held-out counts, solves again without the held-out samples and
+        counts their flips.
+        """
         if self.held_out is None or solution.held_out is not None or solution.proposal is None:
             return solution
         trial = solve(self.problem.without(self.held_out))
-        # A trial that has no time returns the original weights and a reason. Counts of these would be no estimate.
+        # A trial that has no time returns the original weights and a reason. Counts of these would
+        # be no estimate.
         if trial.proposal is None or trial.reason:
             return solution
-        return replace(solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out))
+        return replace(
+            solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out)
+        )
 
     def _within(self, share: float) -> Deadline:
-        return self.end.within(share * self.end.agreed_seconds_left()) if self.end.is_set else self.end
+        return (
+            self.end.within(share * self.end.agreed_seconds_left()) if self.end.is_set else self.end
+        )
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """Chooses a rung by the rules of `Auto`. Returns its index, or None if no rung can be taken, and the reason."""
+    """Chooses a rung by the rules of `Auto`. Returns its index, or None if no rung can be taken,
+    and the reason.
+    """
     usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
     if not usable:
         given = (result.solution.reason for result in results if result.solution.reason)
@@ -237,7 +307,9 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     fewest = min(one.missing for one in usable.values())
     counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
     harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best_of_value: dict[float, int] = {}  # from the value of repairs to the rung with the highest net rate
+    best_of_value: dict[
+        float, int
+    ] = {}  # from the value of repairs to the rung with the highest net rate
     for i in harmless:
         other = best_of_value.get(usable[i].value)
         if other is None or net_rate(counts[i]) > net_rate(counts[other]):
@@ -264,11 +336,16 @@ def _repairs(result: RungResult) -> str:
     text = f"repairs {n:,} target{'s' * (n != 1)}"
     if counts is None:
         return text
-    repaired, broken = f"{counts.repaired:,} of {counts.n - counts.passed:,}", f"{counts.broken:,} of {counts.passed:,}"
+    repaired, broken = (
+        f"{counts.repaired:,} of {counts.n - counts.passed:,}",
+        f"{counts.broken:,} of {counts.passed:,}",
+    )
     return f"{text}; of the held-out samples it repairs {repaired} failed and breaks {broken} passed ones"
 
 
-Counted = tuple[TargetCounts, TargetCounts | None]  # counts of all known samples, and of the held-out samples or None
+Counted = tuple[
+    TargetCounts, TargetCounts | None
+]  # counts of all known samples, and of the held-out samples or None
 
 
 def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
@@ -280,15 +357,20 @@ def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """Returns, for each share in `PRICE_LEVELS`, the counts with most repairs in which at most this share breaks."""
+    """Returns, for each share in `PRICE_LEVELS`, the counts with most repairs in which at most this
+    share breaks.
+    """
     counted, points = list(counted), []
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]
         if within:
             known, held_out = max(
-                within, key=lambda both: (both[0].repaired_in_target, -both[0].broken, both[0].repaired)
+                within,
+                key=lambda both: (both[0].repaired_in_target, -both[0].broken, both[0].repaired),
             )
-            points.append(PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out))
+            points.append(
+                PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out)
+            )
     return tuple(points)
 
 
@@ -297,18 +379,27 @@ def _is_one_layer(problem: Problem) -> bool:
         return False
     site = problem.space.sites[0]
     prefix = f"{site.name}." if site.name else ""
-    return set(problem.scope) <= {f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)}
+    return set(problem.scope) <= {
+        f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)
+    }
 
 
 def _solved(problem: Problem, method: Method) -> Solution:
     name = type(method).__name__.lower()
-    return problem.work.once(name, partial(_safely, problem, partial(method, problem), name=name), Solution)
+    return problem.work.once(
+        name, partial(_safely, problem, partial(method, problem), name=name), Solution
+    )
 
 
 def _safely(
-    problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
+    problem: Problem,
+    search: Callable[[], Solution],
+    base: Proposal | None = None,
+    name: str = "swarm",
 ) -> Solution:
-    """Runs a search or method; if it finds no weights or lacks memory, returns a solution with only a reason."""
+    """Runs a search or method; if it finds no weights or lacks memory, returns a solution with only
+    a reason.
+    """
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:

@@ -1,7 +1,8 @@
 """The budget of a repair: all time shares, visits, passes and rounds.
 
-Without `max_time` the limits count visits and rounds, so a busy machine changes nothing. A visit is one forward pass of
-one sample; a training step on a sample counts as `FORWARD_BACKWARD` visits. A pass visits all known samples once.
+Without `max_time` the limits count visits and rounds, so a busy machine changes nothing. A visit is
+one forward pass of one sample; a training step on a sample counts as `FORWARD_BACKWARD` visits. A
+pass visits all known samples once.
 
 | stage of the default | limit | share of `max_time` |
 |---|---|---|
@@ -11,9 +12,10 @@ one sample; a training step on a sample counts as `FORWARD_BACKWARD` visits. A p
 | curve over strength | `CURVE_SHARE` of the visits of the training | what is left |
 | verdict | `JUDGING_PASSES` | |
 
-If there is time for fewer than `FEW_EPOCHS` of training, the searches get `HURRIED_SEARCH_TIME_SHARE`. A search that
-was cut runs again if the training leaves time. The reserve for the polish is `POLISH_PASSES`, but at most
-`POLISH_TIME_SHARE` of the time left. An update polishes for `UPDATE_TIME_SHARE` of the time left, then searches.
+If there is time for fewer than `FEW_EPOCHS` of training, the searches get
+`HURRIED_SEARCH_TIME_SHARE`. A search that was cut runs again if the training leaves time. The
+reserve for the polish is `POLISH_PASSES`, but at most `POLISH_TIME_SHARE` of the time left. An
+update polishes for `UPDATE_TIME_SHARE` of the time left, then searches.
 """
 
 from __future__ import annotations
@@ -53,12 +55,16 @@ PACE_STEPS = 4  # steps of `distill` that are timed, after a first step that is 
 
 # Polish
 POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits
-STALLED_POLISH_SHARE = 1 / 3  # of the training's visits; a polish stops after so many without fewer violated samples
+STALLED_POLISH_SHARE = (
+    1 / 3
+)  # of the training's visits; a polish stops after so many without fewer violated samples
 RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back
 MAX_STALLED_ROUNDS = 20  # without a result or a new low of violated samples
 MAX_ROUNDS = 100  # in total, even while fewer and fewer samples are violated
 MAX_RETREATS = 4
-FIRST_ENFORCING_ROUNDS = 4  # with `max_time`, wrong targets are then not pushed; next time after twice as many
+FIRST_ENFORCING_ROUNDS = (
+    4  # with `max_time`, wrong targets are then not pushed; next time after twice as many
+)
 ENFORCING_TIME_FRACTION = 0.4  # the same limit as a share of the time left
 
 # Convex and linearized

@@ -1,4 +1,6 @@
-"""Repairs the last Linear layer by convex optimisation at several strengths; cross-validation chooses one of them."""
+"""Repairs the last Linear layer by convex optimisation at several strengths; cross-validation
+chooses one of them.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,27 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.methods._solvers.convex_head import ROWS_PER_BLOCK, ConvexHead, regularization_path
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import CUT, Step
-from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
-from lightning_nrl.search._scoring.replay_plan import same_values
+from lightning_nrl.methods.solvers.convex_head import (
+    ROWS_PER_BLOCK,
+    ConvexHead,
+    regularization_path,
+)
+from lightning_nrl.records.steps import CUT, Step
+from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl.search.scoring.replay_plan import same_values
 
-# The strengths: prices of a target's missing margin. At 1 the median target would just be repaired on its own.
+# The strengths: prices of a target's missing margin. At 1 the median target would just be repaired
+# on its own.
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
 N_FOLDS = 4  # each sample from data sets with failures to repair is held out once
 REGRESSION_PRICE = 1  # of a held-out regression, in held-out repairs
-# Parts of the change, tried in turn, since the deployed model may round differently from the recording.
+# Parts of the change, tried in turn, since the deployed model may round differently from the
+# recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
 NO_TIME_TO_SOLVE = "no time was left to solve anything."
@@ -39,20 +47,24 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 @dataclass(frozen=True)
 class Convex:
-    """Repairs the last Linear layer by the smallest change of the logits that breaks no known passed sample.
+    """Repairs the last Linear layer by the smallest change of the logits that breaks no known
+    passed
+    sample.
 
-    Here the strength is the price of the margin that a target lacks: a higher price repairs more and changes more. Ten
-    strengths are tried, from low to high. The strength with most repairs minus regressions in cross-validation wins.
+    Here the strength is the price of the margin that a target lacks: a higher price repairs more
+    and changes more. Ten strengths are tried, from low to high. The strength with most repairs
+    minus regressions in cross-validation wins.
 
     Attributes:
-        patience: stops after this many strengths in a row without a better held-out result. None means no limit.
+        patience: stops after this many strengths in a row without a better held-out result. None
+            means no limit.
         seconds: time limit in seconds.
-        max_pairs: stops after a strength that needs more than this number of constraints. A constraint is about one
-            sample and one wrong class. None means no limit.
+        max_pairs: stops after a strength that needs more than this number of constraints. A
+            constraint is about one sample and one wrong class. None means no limit.
 
     Raises:
-        ConfigurationError: on construction, for a `patience` or `max_pairs` below 1; when called, for several layers, a
-            layer whose output is not the logits, or a task without classes.
+        ConfigurationError: on construction, for a `patience` or `max_pairs` below 1; when called,
+            for several layers, a layer whose output is not the logits, or a task without classes.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
@@ -66,7 +78,9 @@ class Convex:
                 check_whole(f"Convex.{name}", getattr(self, name), 1)
 
     def check_recording(self, recording: ActivationCache) -> None:
-        """Raises a `ConfigurationError` if the layer is not a Linear layer whose output is the logits."""
+        """Raises a `ConfigurationError` if the layer is not a Linear layer whose output is the
+        logits.
+        """
         _check_layers(recording.space)
         if any(_read_chunk(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
             raise _not_last(recording.space)
@@ -96,20 +110,32 @@ class Convex:
         seconds, folded = (time.perf_counter() - began) / len(points), _folds(problem) >= 0
         estimates = [estimate(before, replace(before, passed=right), folded) for right in held_out]
         steps = [
-            point.step(seconds, f"strength {cost:g}; held-out: {one.repaired_in_target} repaired, {one.broken} broken")
+            point.step(
+                seconds,
+                f"strength {cost:g}; held-out: {one.repaired_in_target} repaired, {one.broken} broken",
+            )
             for point, cost, one in zip(points, SLACK_COSTS, estimates, strict=False)
         ]
         worth = [_worth(problem, right) for right in held_out]
-        best = max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
+        best = max(
+            range(len(worth)),
+            key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i),
+        )
         others = (point for i, point in enumerate(points) if i != best and point.repaired)
         tried = tuple(problem.target_counts(point.after) for point in others)
         with problem.clock.stage("judge"):
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
             seconds = time.perf_counter() - began
-            note = f"strength {SLACK_COSTS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
+            note = f"strength {SLACK_COSTS[best]:g} is chosen" + (
+                f", {share:.0%} of it" if share < 1 else ""
+            )
             note += f"; higher strengths were {CUT}" if is_cut else ""
-            steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
+            steps.append(
+                proposal.step(seconds, note)
+                if proposal
+                else Step("convex", 0, 0, round(seconds, 3), note)
+            )
         none = "the change of the layer that is best on held-out samples repairs no target without a regression."
         reason = "" if proposal else none
         return Solution(proposal, reason, tuple(steps), tried=tried, held_out=estimates[best])
@@ -134,10 +160,17 @@ def _not_last(space: ParameterSpace) -> ConfigurationError:
 
 
 @torch.no_grad()
-def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> tuple[list[Tensor], list[Tensor]]:
+def _path(
+    problem: Problem, known: _KnownHead, method: Convex, end: Deadline
+) -> tuple[list[Tensor], list[Tensor]]:
     collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
-    changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
-    right, made = torch.zeros(n, len(known.rows), dtype=torch.uint8), torch.zeros((), dtype=torch.int64)
+    changes = torch.zeros(
+        n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype
+    )
+    right, made = (
+        torch.zeros(n, len(known.rows), dtype=torch.uint8),
+        torch.zeros((), dtype=torch.int64),
+    )
     if collective.rank == 0:
         for i, (change, held_out) in enumerate(_solved(problem, known, method, end)):
             changes[i], right[i] = change, held_out
@@ -146,11 +179,15 @@ def _path(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) ->
     return list(changes[: int(made)]), list(right[: int(made)].bool())
 
 
-def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields for each strength the change, `C x d`, and which samples are right in the cross-validation, `N` bool.
+def _solved(
+    problem: Problem, known: _KnownHead, method: Convex, end: Deadline
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields for each strength the change, `C x d`, and which samples are right in the
+    cross-validation, `N` bool.
 
-    The samples of a fold are predicted with the change that was fitted without them. If time runs out at the first
-    strength, folds without a change are predicted with the original layer. A later strength is left out instead.
+    The samples of a fold are predicted with the change that was fitted without them. If time runs
+    out at the first strength, folds without a change are predicted with the original layer. A later
+    strength is left out instead.
     """
 
     def is_over() -> bool:
@@ -159,7 +196,10 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
     fold = _folds(problem)
     kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
     used = [None, *(rows.to(known.head.label.device) for rows in kept)]
-    paths = [regularization_path(known.head, SLACK_COSTS, rows, is_over, method.max_pairs) for rows in used]
+    paths = [
+        regularization_path(known.head, SLACK_COSTS, rows, is_over, method.max_pairs)
+        for rows in used
+    ]
     worth: list[float] = []
     for _ in SLACK_COSTS:
         made: list[Tensor | None] = []
@@ -178,7 +218,10 @@ def _solved(problem: Problem, known: _KnownHead, method: Convex, end: Deadline) 
         yield made[0], right
         worth.append(_worth(problem, right))
         problem.clock.tell(len(worth), len(SLACK_COSTS))
-        is_past = method.patience is not None and len(worth) - 1 - worth.index(max(worth)) >= method.patience
+        is_past = (
+            method.patience is not None
+            and len(worth) - 1 - worth.index(max(worth)) >= method.patience
+        )
         if is_over() or is_past:
             return
 
@@ -190,7 +233,9 @@ def _worth(problem: Problem, right: Tensor) -> float:
 
 
 def _folds(problem: Problem) -> Tensor:
-    """Draws a fold, `N` int64, for each sample from data sets with failures to repair. Other samples get -1."""
+    """Draws a fold, `N` int64, for each sample from data sets with failures to repair. Other
+    samples get -1.
+    """
     before = problem.before
     fold, here = torch.full_like(before.label, -1), problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
@@ -201,7 +246,9 @@ def _folds(problem: Problem) -> Tensor:
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
-    """Finds the largest part of a change with which the deployed model breaks nothing. None if it repairs nothing."""
+    """Finds the largest part of a change with which the deployed model breaks nothing. None if it
+    repairs nothing.
+    """
     for number, share in enumerate(DEPLOYED_FRACTIONS):
         if number and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
             break
@@ -226,12 +273,18 @@ def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
 def _bias_name(problem: Problem) -> str | None:
     site = problem.space.sites[0]
     name = next(iter(site.parameters)).removesuffix("weight") + "bias"
-    return name if site.module.bias is not None and (name in problem.scope or site.include_bias) else None
+    return (
+        name
+        if site.module.bias is not None and (name in problem.scope or site.include_bias)
+        else None
+    )
 
 
 @dataclass(frozen=True)
 class _KnownHead:
-    """The layer's values: `head` has passed and targeted samples (`rows`, `N` bool), `rest` all other known samples."""
+    """The layer's values: `head` has passed and targeted samples (`rows`, `N` bool), `rest` all
+    other known samples.
+    """
 
     rows: Tensor
     head: ConvexHead
@@ -239,7 +292,9 @@ class _KnownHead:
 
     @classmethod
     def recorded(cls, problem: Problem) -> _KnownHead:
-        """Runs the model once; raises a `ConfigurationError` on all ranks if the layer's output is not the logits."""
+        """Runs the model once; raises a `ConfigurationError` on all ranks if the layer's output is
+        not the logits.
+        """
         before = problem.before
         features, logits = _recorded(problem)
         device, ones = features.device, _bias_name(problem) is not None
@@ -254,7 +309,9 @@ class _KnownHead:
                 return ConvexHead(features, logits, label, targeted, weight, None, ones)
             if len(rows) <= ROWS_PER_BLOCK:
                 return ConvexHead(features[own], logits[own], label, targeted, weight, None, ones)
-            return ConvexHead(features, logits, label, targeted, weight, own.nonzero().flatten(), ones)
+            return ConvexHead(
+                features, logits, label, targeted, weight, own.nonzero().flatten(), ones
+            )
 
         rows = before.passed | before.targeted
         return cls(rows, head(rows), head(~rows))
@@ -270,7 +327,9 @@ class _KnownHead:
 
 @torch.no_grad()
 def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns the layer's inputs, `N x d`, and logits, `N x C`, of the known samples in order, at least float32."""
+    """Returns the layer's inputs, `N x d`, and logits, `N x C`, of the known samples in order, at
+    least float32.
+    """
     collective = problem.collective
     try:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
@@ -282,7 +341,9 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     assert found is not None
     rows = torch.cat(collective.gather(recording.rows))
     del recording
-    features, logits = found if collective.world_size == 1 else (torch.cat(collective.gather(x)) for x in found)
+    features, logits = (
+        found if collective.world_size == 1 else (torch.cat(collective.gather(x)) for x in found)
+    )
     if not torch.equal(rows, torch.arange(len(rows))):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
@@ -315,12 +376,17 @@ def _recorded_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | Non
     if whole is None or not recording.is_replayable(whole):
         return None
     x, y = recording.activations(whole)
-    fits = all(t.ndim == 2 and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in (x, y))
+    fits = all(
+        t.ndim == 2 and t.is_contiguous() and t.dtype in (torch.float32, torch.float64)
+        for t in (x, y)
+    )
     return (x, y) if fits and x.dtype == y.dtype else None
 
 
 def _read_chunk(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """Returns the layer's inputs and outputs for a chunk, or None if the outputs are not the logits."""
+    """Returns the layer's inputs and outputs for a chunk, or None if the outputs are not the
+    logits.
+    """
     if recording.is_replayable(chunk):
         x, y = recording.activations(chunk)
         logits = recording.replay(chunk, lambda site, x, y: y)

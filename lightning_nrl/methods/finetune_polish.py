@@ -16,25 +16,29 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
-from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT
-from lightning_nrl.methods._solvers.distill import distill
-from lightning_nrl.methods._solvers.polish import polished
 from lightning_nrl.methods.held_out import MAX_STANDARD_ERRORS, estimate
 from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT
+from lightning_nrl.methods.solvers.distill import distill
+from lightning_nrl.methods.solvers.polish import polished
+from lightning_nrl.records.steps import Step
 
 OWN_RATE = 1e-3  # of AdamW with the user's `training_step`, tried if the user's optimizers repair too little
 HEALTHY_REPAIRS = 1 / 5  # of the targets; a training that repairs fewer halfway may be stopped
-# In the second half of a training, the passed samples with the lowest losses are visited half as often.
+# In the second half of a training, the passed samples with the lowest losses are visited half as
+# often.
 EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
-# Failures outside the target may have wrong labels. This half visits these less, unless held-out samples gain clearly.
+# Failures outside the target may have wrong labels. This half visits these less, unless held-out
+# samples gain clearly.
 DOUBTED_VISITS = 1 / 5
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """A way to make training steps: `distill` if `distilled`, AdamW if `rate` is given, else the user's optimizers."""
+    """A way to make training steps: `distill` if `distilled`, AdamW if `rate` is given, else the
+    user's optimizers.
+    """
 
     name: str
     rate: float | None = None
@@ -49,7 +53,8 @@ OWN_STEPS = StepKind(f"AdamW through training_step, rate {OWN_RATE:g}", OWN_RATE
 class FineTuned:
     """Weights after a training. `is_done` is False if poor results stopped the training halfway.
 
-    `held_out` counts the flips of held-out samples, under the last weights that were trained without these samples.
+    `held_out` counts the flips of held-out samples, under the last weights that were trained
+    without these samples.
     """
 
     proposal: Proposal
@@ -59,7 +64,9 @@ class FineTuned:
 
     @property
     def is_harmful(self) -> bool:
-        """True if held-out regressions exceed held-out repairs by more than `MAX_STANDARD_ERRORS` standard errors."""
+        """True if held-out regressions exceed held-out repairs by more than `MAX_STANDARD_ERRORS`
+        standard errors.
+        """
         return self.held_out is not None and _standard_errors(self.held_out) < -MAX_STANDARD_ERRORS
 
 
@@ -67,11 +74,13 @@ class FineTuned:
 class FineTunePolish:
     """Continues training on the failures, then polishes until no known passed sample is broken.
 
-    If the whole network may change and its training is known, this training continues from the original weights, with
-    the known failures added to its data. If it repairs too little by halfway, AdamW replaces the module's optimizers.
-    If that repairs too little, or only some layers may change, AdamW trains what may change on the task's loss and
-    holds passed samples to the original model's outputs (`_solvers/distill.py`). In the second half of a training,
-    passed samples with low losses are visited less. A polish (`_solvers/polish.py`) restores known samples that broke.
+    If the whole network may change and its training is known, this training continues from the
+    original weights, with the known failures added to its data. If it repairs too little by
+    halfway, AdamW replaces the module's optimizers. If that repairs too little, or only some layers
+    may change, AdamW trains what may change on the task's loss and holds passed samples to the
+    original model's outputs (`_solvers/distill.py`). In the second half of a training, passed
+    samples with low losses are visited less. A polish (`_solvers/polish.py`) restores known samples
+    that broke.
 
     Attributes:
         share: share of the time left that the training and the polish may use together.
@@ -94,20 +103,32 @@ class FineTunePolish:
         return fine_tune_and_polish(problem, share=self.share)
 
 
-def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share: float = 1.0) -> Solution:
+def fine_tune_and_polish(
+    problem: Problem, held_out: Tensor | None = None, share: float = 1.0
+) -> Solution:
     """Trains and polishes in at most `share` of the time left.
 
-    The first half of the training does not use the samples in `held_out`, `N` bool. If it breaks more of these samples
-    than it repairs, the second half does not use them either. `Solution.held_out` counts the flips of these samples
-    under the last weights that were trained without them.
+    The first half of the training does not use the samples in `held_out`, `N` bool. If it breaks
+    more of these samples than it repairs, the second half does not use them either.
+    `Solution.held_out` counts the flips of these samples under the last weights that were trained
+    without them.
     """
     clock, deadline = problem.clock, problem.deadline_of_method(share)
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
     reserve = min(polish, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
-    found, steps = _fine_tuned(problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0))
+    found, steps = _fine_tuned(
+        problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0)
+    )
     if found is None:
-        needed = clock.elapsed + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
-        return Solution(None, f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.", steps)
+        needed = (
+            clock.elapsed
+            + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
+        )
+        return Solution(
+            None,
+            f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.",
+            steps,
+        )
     if found.is_harmful:
         reason = "continued training breaks more held-out samples than it repairs."
         return Solution(None, reason, steps, held_out=found.held_out)
@@ -119,7 +140,9 @@ def fine_tune_and_polish(problem: Problem, held_out: Tensor | None = None, share
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
-    """Estimates the seconds to start a training, run its `epochs`, evaluate it halfway and end a polish."""
+    """Estimates the seconds to start a training, run its `epochs`, evaluate it halfway and end a
+    polish.
+    """
     passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
@@ -127,12 +150,17 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 def _fine_tuned(
     problem: Problem, held_out: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Tries each kind of steps until one kind does well halfway; the last kind always trains to the end.
+    """Tries each kind of steps until one kind does well halfway; the last kind always trains to the
+    end.
 
-    Returns the weights, and a step of the report per training. If time runs out before a training ends, the weights are
-    those with the most repairs halfway, or None if no training came that far.
+    Returns the weights, and a step of the report per training. If time runs out before a training
+    ends, the weights are those with the most repairs halfway, or None if no training came that far.
     """
-    kinds = (CONTINUED, OWN_STEPS, DISTILLED) if problem.whole and problem.training is not None else (DISTILLED,)
+    kinds = (
+        (CONTINUED, OWN_STEPS, DISTILLED)
+        if problem.whole and problem.training is not None
+        else (DISTILLED,)
+    )
     found: list[FineTuned] = []
     for kind in kinds:
         with problem.clock.stage("fit"):
@@ -155,8 +183,12 @@ def _fine_tuned_by(
     if trained is not None:
         proposal, counts = problem.propose("fit", trained.state), halfway.held_out
         if halfway.stays_held_out:
-            counts = None if held_out is None else estimate(problem.before, proposal.after, held_out)
-        step = proposal.step(problem.clock.elapsed - began, f"{kind.name}, {trained.note}{halfway.note}")
+            counts = (
+                None if held_out is None else estimate(problem.before, proposal.after, held_out)
+            )
+        step = proposal.step(
+            problem.clock.elapsed - began, f"{kind.name}, {trained.note}{halfway.note}"
+        )
         return FineTuned(proposal, step, counts, is_done=True)
     if halfway.proposal is None:
         return None
@@ -164,7 +196,9 @@ def _fine_tuned_by(
     return FineTuned(halfway.proposal, replace(step, name="trial"), halfway.held_out, is_done=False)
 
 
-def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadline) -> Trained | None:
+def _trained(
+    problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadline
+) -> Trained | None:
     if not deadline.leaves(problem.clock.one_pass):
         return None
     if kind.distilled:
@@ -184,7 +218,8 @@ def _trained(problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadl
 class Halfway:
     """Checks the weights halfway through a training, which calls it as `renew` (see `Training`).
 
-    A call returns new sampling weights, `N`. It returns None, to stop, if results are poor and `is_last` is False.
+    A call returns new sampling weights, `N`. It returns None, to stop, if results are poor and
+    `is_last` is False.
     """
 
     def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
@@ -207,19 +242,21 @@ class Halfway:
         gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
         self.stays_held_out = gain < 0
         if self.held_out is not None:
-            self.note = (
-                f"; held-out samples halfway: {self.held_out.repaired:,} repaired, {self.held_out.broken:,} broken"
-            )
+            self.note = f"; held-out samples halfway: {self.held_out.repaired:,} repaired, {self.held_out.broken:,} broken"
         loss = after.loss.double().where(before.passed & after.passed, torch.inf)
         easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
         weight = sample_weight(before)
         weight[easy[loss[easy].isfinite()]] *= EASY_VISITS
         if self.held_out is not None and gain <= 1:
-            weight[~before.passed & ~before.targeted] *= 0.0 if self.stays_held_out else DOUBTED_VISITS
+            weight[~before.passed & ~before.targeted] *= (
+                0.0 if self.stays_held_out else DOUBTED_VISITS
+            )
         return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
 
     def _does_well(self) -> bool:
-        """True if many targets are repaired, or held-out repairs minus regressions exceed a standard error."""
+        """True if many targets are repaired, or held-out repairs minus regressions exceed a
+        standard error.
+        """
         assert self.proposal is not None
         n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
         gains = self.held_out is not None and _standard_errors(self.held_out) > 1
@@ -227,7 +264,9 @@ class Halfway:
 
 
 def sample_weight(before: SampleResults) -> Tensor:
-    """Returns sampling weights, `N` float64. A target gets its sample weight, at most 10; other samples get 1."""
+    """Returns sampling weights, `N` float64. A target gets its sample weight, at most 10; other
+    samples get 1.
+    """
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 

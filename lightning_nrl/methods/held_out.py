@@ -1,6 +1,7 @@
 """Estimates of what a method does to unseen samples; `Auto` chooses its rung by them.
 
-Of splits with failures to repair, at most half of the samples are held out. Usually these are not training splits.
+Of splits with failures to repair, at most half of the samples are held out. Usually these are not
+training splits.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from lightning_nrl.evaluation.sample_results import Flips, SampleResults, Target
 from lightning_nrl.methods.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed samples
-# Maximum share of all known passed samples. Where it applies, fewer samples of the other kinds are held out too;
-# otherwise repairs would count more than regressions.
+# Maximum share of all known passed samples. Where it applies, fewer samples of the other kinds are
+# held out too; otherwise repairs would count more than regressions.
 MAX_HELD_OUT_PASSED = 1 / 5
 MIN_HELD_OUT_FAILURES = 2  # targets; with fewer held-out targets there is no estimate
 MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; training uses the others from the start
@@ -24,7 +25,9 @@ FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a sma
 
 
 def held_out_rows(problem: Problem) -> Tensor | None:
-    """Draws the samples to hold out, `N` bool. Returns None if there are too few targets or passed samples."""
+    """Draws the samples to hold out, `N` bool. Returns None if there are too few targets or passed
+    samples.
+    """
     before = problem.before
     came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
@@ -43,7 +46,9 @@ def held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
-    """Counts the flips of the held-out samples `rows`, `N` bool. In `before`, no sample may be held out."""
+    """Counts the flips of the held-out samples `rows`, `N` bool. In `before`, no sample may be held
+    out.
+    """
     return Flips.between(before, after).target_counts(before, rows)
 
 
@@ -52,12 +57,15 @@ def net_rate(counts: TargetCounts | None) -> float:
     return 0.0 if counts is None else (counts.repaired - counts.broken) / max(1, counts.passed)
 
 
-def is_ahead(value: float, counts: TargetCounts | None, other_value: float, other: TargetCounts | None) -> bool:
+def is_ahead(
+    value: float, counts: TargetCounts | None, other_value: float, other: TargetCounts | None
+) -> bool:
     """True if a rung (`value`, `counts`) is better than a smaller rung (`other_value`, `other`).
 
-    A rung that repairs more (by `value`) is better unless its net rate is significantly lower. A rung that repairs
-    less, but at least `FEWEST_REPAIRS_SHARE` times as much, is better if its net rate is significantly higher. A
-    difference is significant if it exceeds `MAX_STANDARD_ERRORS` standard errors.
+    A rung that repairs more (by `value`) is better unless its net rate is significantly lower. A
+    rung that repairs less, but at least `FEWEST_REPAIRS_SHARE` times as much, is better if its net
+    rate is significantly higher. A difference is significant if it exceeds `MAX_STANDARD_ERRORS`
+    standard errors.
     """
     ahead = net_rate(counts) - net_rate(other)
     error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))

@@ -26,13 +26,15 @@ from lightning_nrl.methods.search_samples import (
     scorer_for,
 )
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import CUT, Step
+from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 from lightning_nrl.search.loop import TIME_WAS_OVER
 
 Elites = Callable[[Tensor, int], Tensor]
-"""Takes positions of K weights, int64, and a number; returns at most that many known good values for them, `M x K`."""
+"""Takes positions of K weights, int64, and a number; returns at most that many known good values
+for them, `M x K`.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class SearchGoal:
     fitness: FitnessFunction
     reserve: Tensor | None  # N, margins that samples need to count as passing; None: no minimum
     deadline: Deadline
-    scored: Tensor | None = None  # N bool, samples that new weights should get right (I_neg); None means the targets
+    scored: Tensor | None = (
+        None  # N bool, samples that new weights should get right (I_neg); None means the targets
+    )
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,32 @@ class LocalSearchResult:
         cut = CUT if self.search.stopped == TIME_WAS_OVER else ""
         return "; ".join(part for part in (made, cut, *self.notes) if part)
 
-    def solution(self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()) -> Solution:
+    def solution(
+        self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()
+    ) -> Solution:
         found, result = self.localization, self.search
-        return Solution(proposal, reason, tuple(steps), localization=found, result=result, n_passed=self.n_passed)
+        return Solution(
+            proposal,
+            reason,
+            tuple(steps),
+            localization=found,
+            result=result,
+            n_passed=self.n_passed,
+        )
 
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """Localises weights, then searches new values by scores on targets and passed samples (paper, section II).
+    """Localises weights, then searches new values by scores on targets and passed samples (paper,
+    section II).
 
     Attributes:
         searcher: the search algorithm, by name or as an object.
         seconds: time limit of the search in seconds.
-        localizer: chooses the weights to search, by name or as an object. None means `SearchOptions.localizer`.
-        fitness: compares the new values, by name or as an object. None means `SearchOptions.fitness`.
+        localizer: chooses the weights to search, by name or as an object. None means
+            `SearchOptions.localizer`.
+        fitness: compares the new values, by name or as an object. None means
+            `SearchOptions.fitness`.
 
     Raises:
         ConfigurationError: on construction, for an unknown name or an unsuitable object.
@@ -100,23 +116,34 @@ class LocalSearch:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
 
     def with_parts(self, **parts: Any) -> LocalSearch:
-        """Returns a copy with another `searcher`, `localizer` or `fitness`. A part that is None stays as it is."""
+        """Returns a copy with another `searcher`, `localizer` or `fitness`. A part that is None
+        stays as it is.
+        """
         return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
-        """Localises and searches; raises an `EmptyLocalizationError` if the localiser finds no weights."""
+        """Localises and searches; raises an `EmptyLocalizationError` if the localiser finds no
+        weights.
+        """
         searcher: Any = self.searcher
         own: dict[str, Any] = {"localizer": self.localizer, "fitness": self.fitness}
         problem = replace(problem, **{name: part for name, part in own.items() if part is not None})
         before, clock, end = problem.before, problem.clock, problem.deadline_of_method()
         if not end.leaves(preparation_seconds(problem)):
-            return Solution(None, f"no time was left for a search after {clock.elapsed:.1f} s; raise `max_time`.")
+            return Solution(
+                None,
+                f"no time was left for a search after {clock.elapsed:.1f} s; raise `max_time`.",
+            )
         reserve = rounding_reserve(problem.evaluator.precision, before)
         end = end.within(self.seconds)
-        goal = SearchGoal(before.targeted, problem.passed, problem.passed, problem.fitness, reserve, end)
+        goal = SearchGoal(
+            before.targeted, problem.passed, problem.passed, problem.fitness, reserve, end
+        )
         found = localize_and_search(problem, searcher, goal)
         if found.state is None:
-            return found.solution(None, "the search found nothing better than the original weights.")
+            return found.solution(
+                None, "the search found nothing better than the original weights."
+            )
         with clock.stage("judge"):
             proposal = problem.propose(getattr(searcher, "label", "swarm"), found.state)
         return found.solution(proposal, steps=(proposal.step(found.search.seconds, found.note),))
@@ -125,7 +152,9 @@ class LocalSearch:
 def localize_and_search(
     problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
-    """Localises weights, then searches new values; raises an `EmptyLocalizationError` if no weights are found."""
+    """Localises weights, then searches new values; raises an `EmptyLocalizationError` if no weights
+    are found.
+    """
     work = partial(_localized_and_searched, problem, searcher, goal, elites)
     return problem.work.once("search", work, LocalSearchResult)
 
@@ -136,12 +165,16 @@ def _localized_and_searched(
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored
     most = n_to_score(problem, goal.deadline)
-    choice = choose_samples(before, scored | goal.failed, goal.passed | goal.constrained, most, problem.seed)
+    choice = choose_samples(
+        before, scored | goal.failed, goal.passed | goal.constrained, most, problem.seed
+    )
     scored, kept = scored & choice.recorded, goal.constrained & choice.recorded
     failed, passed = goal.failed & choice.recorded, goal.passed & choice.representative
     with clock.stage("localize"):
         recording = record_known(problem, choice.recorded)
-        localizer = on_data(problem.localizer, KnownData(problem.evaluator, problem.known, before, space))
+        localizer = on_data(
+            problem.localizer, KnownData(problem.evaluator, problem.known, before, space)
+        )
         localization = localizer(recording, problem.evaluator, failed=failed, passed=passed)
     where, n_constrained = localization.weights.to(space.device), int(kept.sum())
     with clock.stage("search"), torch.no_grad():
@@ -163,4 +196,6 @@ def _localized_and_searched(
         result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)
     state = None if torch.equal(values, space.flat()[where]) else space.changed(where, values)
-    return LocalSearchResult(localization, result, state, n_constrained, (recording.storage, choice.note))
+    return LocalSearchResult(
+        localization, result, state, n_constrained, (recording.storage, choice.note)
+    )

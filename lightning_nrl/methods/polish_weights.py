@@ -1,4 +1,6 @@
-"""`Polish`: small steps from the model's weights, or from given weights, until no known sample is broken."""
+"""`Polish`: small steps from the model's weights, or from given weights, until no known sample is
+broken.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,23 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Need, check_needs
-from lightning_nrl.methods._solvers.polish import polished
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.methods.solvers.polish import polished
+from lightning_nrl.records.steps import Step
 
 
 @dataclass(frozen=True, eq=False)
 class Polish:
     """Takes small steps until no known sample that the model under repair gets right is broken.
 
-    By default the steps start at the model under repair and repair its targets. With `new` they start at a fine-tuned
-    or retrained model of the same architecture and restore samples that it breaks.
+    By default the steps start at the model under repair and repair its targets. With `new` they
+    start at a fine-tuned or retrained model of the same architecture and restore samples that it
+    breaks.
 
     Attributes:
-        new: the model to start at, its state dict, or the path of a Lightning checkpoint or saved state dict. None
-            means the model under repair.
+        new: the model to start at, its state dict, or the path of a Lightning checkpoint or saved
+            state dict. None means the model under repair.
         share: share of the time left that the steps may use.
 
     Raises:
@@ -37,7 +40,8 @@ class Polish:
 
     Example::
 
-        report = repair(Trainer(), model, datamodule=dm, ckpt_path="old.ckpt", method=Polish("new.ckpt"))
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="old.ckpt",
+        method=Polish("new.ckpt"))
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
@@ -46,15 +50,25 @@ class Polish:
 
     def __post_init__(self) -> None:
         fits = self.new is None or isinstance(self.new, (nn.Module, Mapping, str, Path))
-        check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
+        check_kind(
+            "Polish.new",
+            self.new,
+            fits,
+            "model",
+            "Polish(model), Polish('new.ckpt') or Polish(state_dict)",
+        )
 
     def check(self, model: nn.Module) -> None:
-        """Raises a `ConfigurationError` if the weights in `new` cannot be read or do not fit the model."""
+        """Raises a `ConfigurationError` if the weights in `new` cannot be read or do not fit the
+        model.
+        """
         if self.new is not None:
             fitting("Polish.new", read_state("Polish.new", self.new), model)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Polishes; raises a `ConfigurationError` if `new` does not fit the model or the task has no margins."""
+        """Polishes; raises a `ConfigurationError` if `new` does not fit the model or the task has
+        no margins.
+        """
         check_needs(self.needs, problem.before, problem.evaluator.task)
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
@@ -67,7 +81,10 @@ class Polish:
             with problem.clock.stage("judge"):
                 began = time.perf_counter()
                 start = problem.propose("given", state)
-                steps, others = (start.step(time.perf_counter() - began, "before the polish"),), (start,)
+                steps, others = (
+                    (start.step(time.perf_counter() - began, "before the polish"),),
+                    (start,),
+                )
         proposal, step, _ = polished(problem, start, deadline=deadline, enforce=self.new is None)
         reason = "" if proposal.repaired else f"{whose} no target without breaking what is right."
         return Solution(proposal if proposal.repaired else None, reason, (*steps, step), others)
@@ -77,7 +94,9 @@ def _check_scope(problem: Problem, state: State) -> None:
     if problem.whole:
         return
     parameters = {name for name, _ in problem.model.named_parameters()}
-    beyond = [name for name in changed(problem.model, state) if name in parameters - set(problem.scope)]
+    beyond = [
+        name for name in changed(problem.model, state) if name in parameters - set(problem.scope)
+    ]
     if beyond:
         raise ConfigurationError(
             f"`layer` lets only {len(problem.scope)} parameters change, but `Polish.new` differs in {beyond[0]!r} too.",

@@ -1,4 +1,6 @@
-"""`Method`, and the `Problem` that a method solves: a model, its results on known data, and what may change."""
+"""`Method`, and the `Problem` that a method solves: a model, its results on known data, and what
+may change.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,27 @@ from lightning_nrl.evaluation.sample_results import Flips, SampleResults, Target
 from lightning_nrl.evaluation.slices import missed_quotas, upweight_slices
 from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
-from lightning_nrl.methods.budget import FORWARD_BACKWARD, JUDGING_PASSES, LEAST_EPOCHS, SMALL_BUDGET
+from lightning_nrl.methods.budget import (
+    FORWARD_BACKWARD,
+    JUDGING_PASSES,
+    LEAST_EPOCHS,
+    SMALL_BUDGET,
+)
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.report.run_records import CUT
+from lightning_nrl.records.steps import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
 N_SCORED = 100_000  # default maximum number of known samples that a search uses
-LACKING_SLICE_FACTOR = 4.0  # on the sample weights of a slice's targets while the slice misses its quota
+LACKING_SLICE_FACTOR = (
+    4.0  # on the sample weights of a slice's targets while the slice misses its quota
+)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """All parameters and persistent buffers after a training, and the numbers of epochs made and planned."""
+    """All parameters and persistent buffers after a training, and the numbers of epochs made and
+    planned.
+    """
 
     state: State
     epochs: float
@@ -45,14 +56,17 @@ class Trained:
 
 
 Renew = Callable[[State], Tensor | None]
-"""Takes the present weights; returns new sampling weights of the known samples, `N`, or None to stop the training."""
+"""Takes the present weights; returns new sampling weights of the known samples, `N`, or None to
+stop the training.
+"""
 
 
 class Training(Protocol):
     """Continues training a model with the known failures added to its data.
 
-    A training that treats targets differently from other samples has a method `for_targets(targeted)`, which returns a
-    copy of the training. The mask `targeted`, `N` bool in the order of `Problem.before`, marks the targets.
+    A training that treats targets differently from other samples has a method
+    `for_targets(targeted)`, which returns a copy of the training. The mask `targeted`, `N` bool in
+    the order of `Problem.before`, marks the targets.
     """
 
     @property
@@ -71,17 +85,20 @@ class Training(Protocol):
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        """Trains a copy of the model. Returns None if there is no time or `renew` stops the training.
+        """Trains a copy of the model. Returns None if there is no time or `renew` stops the
+        training.
 
         Args:
             seconds: time limit, which may be infinite.
             seed: seed of the sample order and all other randomness.
             clock: timer that is told the progress.
             start: initial weights; None means the weights of the model.
-            weight: sampling weight of each known sample, `N` in the order of `Problem.before`; None means equal
-                weights. An epoch makes one draw per known sample, whatever the weights.
-            epochs: number of epochs over the known data; None means as many as in the original training.
-            rate: learning rate of an AdamW that replaces the module's optimizers and schedules; None keeps these.
+            weight: sampling weight of each known sample, `N` in the order of `Problem.before`; None
+                means equal weights. An epoch makes one draw per known sample, whatever the weights.
+            epochs: number of epochs over the known data; None means as many as in the original
+                training.
+            rate: learning rate of an AdamW that replaces the module's optimizers and schedules;
+                None keeps these.
             renew: is called halfway with the present weights.
         """
 
@@ -91,27 +108,34 @@ class Problem:
     """A model, its results on known data, and what may change to repair it.
 
     Attributes:
-        evaluator: evaluates the original model, which is in evaluation mode on its device. The evaluator also has
-            the task and the group of ranks. Methods must not write to the model. All ranks run the method in step.
+        evaluator: evaluates the original model, which is in evaluation mode on its device. The
+            evaluator also has the task and the group of ranks. Methods must not write to the model.
+            All ranks run the method in step.
         known: the known data, one source per split. Each rank holds its share of the samples.
-        before: the model's results on all `N` known samples. `before.targeted` marks the samples to repair (I_neg),
-            `before.passed` the samples to keep.
+        before: the model's results on all `N` known samples. `before.targeted` marks the samples to
+            repair (I_neg), `before.passed` the samples to keep.
         space: the layers whose weights are localised and searched.
         scope: names of the parameters that may change. The parameters of `space` are among them.
         localizer: chooses the weights to search.
         fitness: compares new weights in a search.
-        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or as many as `SearchOptions.n_passed`.
+        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or as many as
+            `SearchOptions.n_passed`.
         clock: times the stages and knows the time left.
         seed: seed of all randomness.
         budget: bytes of device memory that a search may use; None means a share of the free memory.
-        n_scored: maximum number of known samples that a search uses. The result is evaluated on all known samples.
+        n_scored: maximum number of known samples that a search uses. The result is evaluated on all
+            known samples.
         training: continues the training; None if the original training is unknown.
         whole: True if the whole network may change.
-        update: True if this model is to replace an older model, and the older model gets the targets right.
-        needed: quotas, which map the name of a slice to the minimum number of its targets to repair.
+        update: True if this model is to replace an older model, and the older model gets the
+            targets right.
+        needed: quotas, which map the name of a slice to the minimum number of its targets to
+            repair.
         gate: decides how many known passed samples may break; by default none may.
-        held_out: `N` bool, known samples that a method may not use. In `before` they are neither passed nor targeted.
-        unmasked: `before` with held-out samples still marked as passed or targeted; None if no samples are held out.
+        held_out: `N` bool, known samples that a method may not use. In `before` they are neither
+            passed nor targeted.
+        unmasked: `before` with held-out samples still marked as passed or targeted; None if no
+            samples are held out.
         work: saves the results of finished steps, so that an interrupted repair can resume.
     """
 
@@ -155,13 +179,17 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Maximum epochs of continued training: as many as in the original training, but at least 16 on small data."""
+        """Maximum epochs of continued training: as many as in the original training, but at least
+        16 on small data.
+        """
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
     @property
     def visits(self) -> float:
-        """Cost of continued training in visits, passes of one sample. A training step makes three visits per sample."""
+        """Cost of continued training in visits, passes of one sample. A training step makes three
+        visits per sample.
+        """
         return FORWARD_BACKWARD * self.epochs * len(self.before)
 
     @property
@@ -170,11 +198,17 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """Returns the deadline of a method that may use `share` of the time left. It leaves time to judge a result."""
-        return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
+        """Returns the deadline of a method that may use `share` of the time left. It leaves time to
+        judge a result.
+        """
+        return self.deadline.within(share * self.clock.left).earlier(
+            JUDGING_PASSES * self.clock.one_pass
+        )
 
     def evaluate(self, state: State) -> SampleResults:
-        """Returns the results of the deployed model on all known data, with the tensors of `state` in place."""
+        """Returns the results of the deployed model on all known data, with the tensors of `state`
+        in place.
+        """
         return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
@@ -185,7 +219,9 @@ class Problem:
         """Returns a state as a proposal, given its results on known data (`after`)."""
         before, flips = self.before, Flips.between(self.before, after)
         repaired, broken = flips.repaired & before.targeted, flips.broken
-        missing = sum(need - got for got, need in missed_quotas(before, repaired, self.needed).values())
+        missing = sum(
+            need - got for got, need in missed_quotas(before, repaired, self.needed).values()
+        )
         worth = before.value(repaired), before.cost(broken), missing, self.excess(after, broken)
         return Proposal(name, state, after, int(repaired.sum()), int(broken.sum()), *worth)
 
@@ -198,16 +234,26 @@ class Problem:
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """Returns a problem without quotas that holds out `held_out`, `N` bool, and its samples' unprotected copies."""
+        """Returns a problem without quotas that holds out `held_out`, `N` bool, and its samples'
+        unprotected copies.
+        """
         held_out = held_out | (self.copies(held_out) & ~self.before.protected)
-        before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
+        before = replace(
+            self.before,
+            passed=self.before.passed & ~held_out,
+            targeted=self.before.targeted & ~held_out,
+        )
         unmasked = self.before if self.unmasked is None else self.unmasked
         passed = self.passed & ~held_out
-        return replace(self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked)
+        return replace(
+            self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked
+        )
 
     @property
     def came_with_failures(self) -> Tensor:
-        """`N` bool, all samples of splits whose failures may be repaired. Usually these are not training splits."""
+        """`N` bool, all samples of splits whose failures may be repaired. Usually these are not
+        training splits.
+        """
         came = torch.zeros_like(self.before.passed)
         for source in self.known:
             if source.failed:
@@ -215,7 +261,9 @@ class Problem:
         return came
 
     def copies(self, rows: Tensor) -> Tensor:
-        """Marks the samples in `rows`, `N` bool, and their copies if there are several sources, all `Identified`."""
+        """Marks the samples in `rows`, `N` bool, and their copies if there are several sources, all
+        `Identified`.
+        """
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows
@@ -223,17 +271,24 @@ class Problem:
         return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
-        """Returns how far the cost of the samples `broken`, `N` bool, exceeds the gate's limit, or 0 if it does not."""
+        """Returns how far the cost of the samples `broken`, `N` bool, exceeds the gate's limit, or
+        0 if it does not.
+        """
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.cost(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
-        """Returns a problem in which targets of slices that miss their quota weigh more (`LACKING_SLICE_FACTOR`).
+        """Returns a problem in which targets of slices that miss their quota weigh more
+        (`LACKING_SLICE_FACTOR`).
 
         `after` holds the results of the current weights. They show which slices miss their quota.
         """
         names = missed_quotas(self.before, self.before.targeted & after.passed, self.needed)
-        return replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR)) if names else self
+        return (
+            replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR))
+            if names
+            else self
+        )
 
 
 @runtime_checkable
@@ -242,12 +297,17 @@ class Method(Protocol):
 
     These members are optional. They are read before the training or the repair starts:
 
-    - `trains = True` declares that the method continues the training. The repair first checks that this is possible.
-    - `needs` is a tuple of requirements on task and data (`Need` in `lightning_nrl.evaluation.evaluator`).
-    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` for an unsuitable argument.
+    - `trains = True` declares that the method continues the training. The repair first checks that
+      this is possible.
+    - `needs` is a tuple of requirements on task and data (`Need` in
+      `lightning_nrl.evaluation.evaluator`).
+    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` for an unsuitable
+      argument.
     - `fitness` and `localizer` are defaults that the user may override.
-    - `with_parts(localizer=..., fitness=...)` returns the method with the parts that the user chose; others are None.
-    - If `wants_checkpoints` is True, `with_checkpoints(paths)` returns the method with the Trainer's checkpoints.
+    - `with_parts(localizer=..., fitness=...)` returns the method with the parts that the user
+      chose; others are None.
+    - If `wants_checkpoints` is True, `with_checkpoints(paths)` returns the method with the
+      Trainer's checkpoints.
     """
 
     def __call__(self, problem: Problem) -> Solution:

@@ -1,6 +1,7 @@
 """Chooses the known samples of a search, records their activations and builds the scorer.
 
-The number of samples is limited, and so are time and memory. The result of the search is counted on all known samples.
+The number of samples is limited, and so are time and memory. The result of the search is counted on
+all known samples.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.head_features import row_batches
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
+from lightning_nrl.methods.budget import (
+    FEWEST_SAMPLES,
+    PREPARATION_PASSES,
+    PREPARATION_SECONDS,
+    PREPARATION_TIME_SHARE,
+)
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.search import Searcher, SearchHistory
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.recording import record
-from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_passed_loss
 from lightning_nrl.search.scores import Scorer
+from lightning_nrl.search.scoring.activation_cache import ActivationCache
+from lightning_nrl.search.scoring.recording import record
+from lightning_nrl.search.scoring.scorer import make_scorer
 
 MOST_REPRESENTATIVE = 20_000  # randomly drawn samples; enough for a mean over passed data
-FAILED_SHARE = 0.5  # maximum share of failed samples in a search; more only if passed samples leave room
-FEW_SHARE = 0.25  # if less than this share of large data is recorded, only the chosen samples are read
+FAILED_SHARE = (
+    0.5  # maximum share of failed samples in a search; more only if passed samples leave room
+)
+FEW_SHARE = (
+    0.25  # if less than this share of large data is recorded, only the chosen samples are read
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,9 @@ class SampleChoice:
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:
-    """Returns how many samples a search may use: `Problem.n_scored`, or fewer if time is short. All ranks agree."""
+    """Returns how many samples a search may use: `Problem.n_scored`, or fewer if time is short. All
+    ranks agree.
+    """
     most = problem.n_scored
     if not math.isfinite(deadline.end) or min(most, len(problem.before)) <= FEWEST_SAMPLES:
         return most
@@ -54,16 +66,23 @@ def n_to_score(problem: Problem, deadline: Deadline) -> int:
 def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
     """Estimates the seconds to prepare a search on `n` known samples, or on all if there are fewer."""
     size = len(problem.before)
-    return min(n, size) * (PREPARATION_PASSES * problem.clock.one_pass / max(1, size) + PREPARATION_SECONDS)
+    return min(n, size) * (
+        PREPARATION_PASSES * problem.clock.one_pass / max(1, size) + PREPARATION_SECONDS
+    )
 
 
-def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int) -> SampleChoice:
-    """Chooses at most `most` samples for a search from those to repair (`failed`) and to keep (`passed`), `N` bool.
+def choose_samples(
+    before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int
+) -> SampleChoice:
+    """Chooses at most `most` samples for a search from those to repair (`failed`) and to keep
+    (`passed`), `N` bool.
 
-    If there are more than `most`, at most half of the chosen samples (more if passed samples are few) are failed ones,
-    nearest to the boundary. The rest are passed samples: half nearest to the boundary, half drawn at random.
+    If there are more than `most`, at most half of the chosen samples (more if passed samples are
+    few) are failed ones, nearest to the boundary. The rest are passed samples: half nearest to the
+    boundary, half drawn at random.
     """
-    # If there is room, all passed samples are recorded: sums over a batch then equal those of `sweep` bit for bit.
+    # If there is room, all passed samples are recorded: sums over a batch then equal those of
+    # `sweep` bit for bit.
     whole, wanted = failed | passed | before.passed, failed | passed
     if int(whole.sum()) <= most:
         return SampleChoice(whole, before.passed | passed)
@@ -83,11 +102,15 @@ def choose_samples(before: SampleResults, failed: Tensor, passed: Tensor, most: 
     if bool((passed & ~recorded).any()):
         representative = torch.zeros_like(passed)
         representative[others[order[: min(room // 2, MOST_REPRESENTATIVE)]]] = True
-    return SampleChoice(recorded, representative, f"searched on {int(recorded.sum()):,} of {n_wanted:,} samples")
+    return SampleChoice(
+        recorded, representative, f"searched on {int(recorded.sum()):,} of {n_wanted:,} samples"
+    )
 
 
 def _distance(before: SampleResults) -> Tensor:
-    """Returns distances from the boundary, `N`, by margin or loss. Samples with a large weight count as nearer."""
+    """Returns distances from the boundary, `N`, by margin or loss. Samples with a large weight
+    count as nearer.
+    """
     if bool(before.margin.isfinite().all()):
         return before.margin.abs() / before.weight.to(before.margin)
     weight = before.weight.to(before.loss)
@@ -100,7 +123,8 @@ def _nearest(distance: Tensor, rows: Tensor, n: int) -> Tensor:
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
-    """Records the activations of the known samples in `keep`, `N` bool, under the model's present weights.
+    """Records the activations of the known samples in `keep`, `N` bool, under the model's present
+    weights.
 
     Raises:
         ReplayError: on all ranks, if one rank cannot record a layer.
@@ -112,7 +136,15 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
     draw = partial(row_batches, problem.known, problem.before)
     if len(keep) > problem.n_scored and int(keep.sum()) < FEW_SHARE * len(keep):
         batches = draw(keep.nonzero().flatten())
-    work = partial(record, problem.evaluator, batches, problem.space, keep, budget=half_budget(problem), draw=draw)
+    work = partial(
+        record,
+        problem.evaluator,
+        batches,
+        problem.space,
+        keep,
+        budget=half_budget(problem),
+        draw=draw,
+    )
     return problem.collective.all_or_none(work, "known data could not be recorded on another rank.")
 
 
@@ -127,10 +159,11 @@ def scorer_for(
     reserve: Tensor | None,
     weighted: bool = True,
 ) -> Scorer:
-    """Builds a scorer for new values of the weights at `where`, on the recorded samples in `failed` and `passed`.
+    """Builds a scorer for new values of the weights at `where`, on the recorded samples in `failed`
+    and `passed`.
 
-    If `reserve`, `N`, is given, a sample only passes if its margin is at least its entry in `reserve`. If `weighted` is
-    False, all samples weigh the same.
+    If `reserve`, `N`, is given, a sample only passes if its margin is at least its entry in
+    `reserve`. If `weighted` is False, all samples weigh the same.
     """
     before = problem.before
     return make_scorer(
@@ -148,8 +181,12 @@ def scorer_for(
     )
 
 
-def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callable[[int, SearchHistory], None]:
-    """Returns a callback that tells the clock the number of repaired samples, and of broken ones among `n_passed`."""
+def progress(
+    problem: Problem, searcher: Searcher[Any], n_passed: int
+) -> Callable[[int, SearchHistory], None]:
+    """Returns a callback that tells the clock the number of repaired samples, and of broken ones
+    among `n_passed`.
+    """
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_passed - int(history.intact[-1])
@@ -159,5 +196,7 @@ def progress(problem: Problem, searcher: Searcher[Any], n_passed: int) -> Callab
 
 
 def half_budget(problem: Problem) -> int | None:
-    """Returns half of `Problem.budget`, or None if it is None. The recording and the scorer may each use half."""
+    """Returns half of `Problem.budget`, or None if it is None. The recording and the scorer may
+    each use half.
+    """
     return None if problem.budget is None else max(1, problem.budget // 2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.localization import Localization
-from lightning_nrl.report.run_records import PricePoint, Rung, Step
+from lightning_nrl.records.steps import PricePoint, Rung, Step
 from lightning_nrl.search.search_log import SearchResult
 
 
@@ -23,8 +23,10 @@ class Proposal:
         after: results of the deployed model with the new weights on known data.
         repaired: number of targets that pass.
         broken: number of known passed samples that no longer pass.
-        value: total sample weight of the repaired targets (`SampleResults.weight`); by default `repaired`.
-        cost: total sample weight of the broken samples, infinite if a protected sample breaks; by default `broken`.
+        value: total sample weight of the repaired targets (`SampleResults.weight`); by default
+            `repaired`.
+        cost: total sample weight of the broken samples, infinite if a protected sample breaks; by
+            default `broken`.
         missing: number of repairs that slices still need to meet their quotas.
         excess: how far the cost of the broken samples exceeds the gate's limit; by default `cost`.
     """
@@ -48,7 +50,9 @@ class Proposal:
 
     @property
     def rank(self) -> tuple[float, int, float, float]:
-        """Sort key, larger is better: least excess, then fewest missing repairs, most value, least cost."""
+        """Sort key, larger is better: least excess, then fewest missing repairs, most value, least
+        cost.
+        """
         return -self.excess, -self.missing, self.value, -self.cost
 
     def step(self, seconds: float, note: str = "") -> Step:
@@ -64,14 +68,19 @@ class Solution:
         reason: why the method found no better weights; empty if it found some.
         steps: the steps taken, in order.
         others: further proposals, which `Auto` counts in `price`.
-        tried: counts of the known samples under weights that are not kept. `Auto` uses them in `price` too.
+        tried: counts of the known samples under weights that are not kept. `Auto` uses them in
+            `price` too.
         localization: the weights that a search could change; None if there was no search.
         result: the log of the search.
-        n_passed: number of passed samples that the search scored; None means all in `Problem.passed`.
-        held_out: flip counts of known samples that the method could not use; None if they were not counted.
-        rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for other methods.
+        n_passed: number of passed samples that the search scored; None means all in
+            `Problem.passed`.
+        held_out: flip counts of known samples that the method could not use; None if they were not
+            counted.
+        rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for
+            other methods.
         choice: why `Auto` took one of the rungs.
-        price: for several shares of known passed samples, the best counts of `Auto` in which at most this share breaks.
+        price: for several shares of known passed samples, the best counts of `Auto` in which at
+            most this share breaks.
     """
 
     proposal: Proposal | None
@@ -89,5 +98,11 @@ class Solution:
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
-    """Returns the proposal with the best `rank`. On a tie the first wins. Returns None if there is no proposal."""
-    return max((proposal for proposal in proposals if proposal is not None), key=lambda one: one.rank, default=None)
+    """Returns the proposal with the best `rank`. On a tie the first wins. Returns None if there is
+    no proposal.
+    """
+    return max(
+        (proposal for proposal in proposals if proposal is not None),
+        key=lambda one: one.rank,
+        default=None,
+    )

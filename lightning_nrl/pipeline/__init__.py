@@ -1,34 +1,23 @@
 """Repairs a model from end to end, without Lightning.
 
-In: a model, its known data and `Settings`. Out: an `Outcome` with the report and the repaired weights. `repair_module`
-evaluates the model, searches for new weights and judges them. It leaves the model unchanged.
+In: a model, its known data and `Settings`. Out: an `Outcome` with the report and the repaired
+weights. `repair_module` evaluates the model, searches for new weights and judges them. It leaves
+the model unchanged.
 """
 
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint
 from lightning_nrl.pipeline.patch_file import TensorChange
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
-from lightning_nrl.pipeline.settings import (
-    TABLE_II,
-    BoundOptions,
-    PaperRow,
-    SearchOptions,
-    Settings,
-    paper_arguments,
-    paper_row,
-)
+from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
 
 __all__ = [
     "PATCH_NAME",
-    "TABLE_II",
     "BoundOptions",
     "Outcome",
-    "PaperRow",
     "Patch",
     "SearchOptions",
     "Settings",
     "TensorChange",
-    "paper_arguments",
-    "paper_row",
     "patch_checkpoint",
     "repair_module",
 ]

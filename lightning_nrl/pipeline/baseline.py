@@ -1,6 +1,8 @@
-"""Evaluates the original model on all data, marks the failures to repair, and finds samples that leaked between splits.
+"""Evaluates the original model on all data, marks the failures to repair, and finds samples that
+leaked between splits.
 
-Held-out data here are calibration data, which choose the strength, and unseen data, which are only counted.
+Held-out data here are calibration data, which choose the strength, and unseen data, which are only
+counted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from lightning_nrl.evaluation.layers import forbid_batch_statistics
 from lightning_nrl.evaluation.slices import normalise_weights
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.report import Role
+from lightning_nrl.records import Role
 from lightning_nrl.updates.old_model import Reference, Update, evaluate_old
 
 
@@ -34,13 +36,18 @@ class Baseline:
     """Results of the model before the repair, on all data.
 
     Attributes:
-        known: results on known data. `targeted` marks the failures to repair, but no failures that are set aside.
-        before: the results from which the search starts. They equal `known`, unless a model is replaced and
-            `SampleOptions.keep` is `reference`. Then samples that the replaced model gets wrong do not count as passed.
-        held_out: calibration and unseen data with their results, by role. A role without data is missing.
-        set_aside: mask over the `N` known samples. It marks the failures in the target that are not to be repaired.
+        known: results on known data. `targeted` marks the failures to repair, but no failures that
+            are set aside.
+        before: the results from which the search starts. They equal `known`, unless a model is
+            replaced and `SampleOptions.keep` is `reference`. Then samples that the replaced model
+            gets wrong do not count as passed.
+        held_out: calibration and unseen data with their results, by role. A role without data is
+            missing.
+        set_aside: mask over the `N` known samples. It marks the failures in the target that are not
+            to be repaired.
         update: results of the replaced model. None if no model is replaced.
-        leaked: for each unseen split with leaks, the number of its samples that are also known or calibration data.
+        leaked: for each unseen split with leaks, the number of its samples that are also known or
+            calibration data.
     """
 
     known: SampleResults
@@ -61,7 +68,9 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Evaluates the model on all data. `clock` measures the time. Other arguments are as in `repair_module`."""
+    """Evaluates the model on all data. `clock` measures the time. Other arguments are as in
+    `repair_module`.
+    """
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
@@ -79,7 +88,9 @@ def evaluate_baseline(
     update, own = None, before
     if reference is not None:
         with clock.stage("reference"):
-            update = evaluate_old(reference, evaluator, {"known": known, **held_out}, {"known": before, **others})
+            update = evaluate_old(
+                reference, evaluator, {"known": known, **held_out}, {"known": before, **others}
+            )
         own = update.regressions("known", before)
         others = {role: update.regressions(role, results) for role, results in others.items()}
         before = update.kept(own, settings.samples.keep)
@@ -103,26 +114,37 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Calibration or unseen data: this rank's `sources`, and the results of all ranks `before` the repair."""
+    """Calibration or unseen data: this rank's `sources`, and the results of all ranks `before` the
+    repair.
+    """
 
     sources: Sequence[Source]
     before: SampleResults
 
     def flips(self, evaluator: Evaluator, state: State) -> Flips:
-        """Evaluates the model with the tensors of `state` on these data, and compares the results with `before`."""
+        """Evaluates the model with the tensors of `state` on these data, and compares the results
+        with `before`.
+        """
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
-def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """Evaluates held-out data and marks the failures in the target. These failures are only reported.
+def evaluate_held_out(
+    evaluator: Evaluator, sources: Sequence[Source], settings: Settings
+) -> SampleResults:
+    """Evaluates held-out data and marks the failures in the target. These failures are only
+    reported.
 
-    If the target cannot be applied, for instance because these data lack a column, a warning says so and no failure is
-    marked. Any other error is raised. If it occurs on one rank only, the other ranks raise an error, too.
+    If the target cannot be applied, for instance because these data lack a column, a warning says
+    so and no failure is marked. Any other error is raised. If it occurs on one rank only, the other
+    ranks raise an error, too.
     """
     try:
-        return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
+        return settings.samples.evaluate(
+            evaluator, sources, settings.target, everywhere=True, known=False
+        )[0]
     except Exception as error:
-        # If one rank fails, all ranks get here. They evaluate again unless a rank has an error of another kind.
+        # If one rank fails, all ranks get here. They evaluate again unless a rank has an error of
+        # another kind.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
         problem = f"the failures in the target are not counted on held-out data: {error}"
@@ -134,29 +156,41 @@ MAX_LISTED_IDS = 10  # ids of samples in a message
 
 
 class LeakCheck:
-    """Finds calibration samples that are also known, and unseen samples that are also known or calibration data.
+    """Finds calibration samples that are also known, and unseen samples that are also known or
+    calibration data.
 
-    First run the model over the attributes `known` and `held_out`, then call `leaked`. The attributes wrap the given
-    sources to record a hash of each sample. Two samples are the same if their inputs and labels are bitwise equal, or
-    if they have the same position in the same data set, even if subsets or unions wrap the data set.
+    First run the model over the attributes `known` and `held_out`, then call `leaked`. The
+    attributes wrap the given sources to record a hash of each sample. Two samples are the same if
+    their inputs and labels are bitwise equal, or if they have the same position in the same data
+    set, even if subsets or unions wrap the data set.
     """
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
         watched = any(held_out.values())
-        self.known: Sequence[Source] = [content_recorder(source) for source in known] if watched else known
+        self.known: Sequence[Source] = (
+            [content_recorder(source) for source in known] if watched else known
+        )
         self.held_out: dict[Role, Sequence[Source]] = {
-            role: [content_recorder(source) for source in sources] for role, sources in held_out.items()
+            role: [content_recorder(source) for source in sources]
+            for role, sources in held_out.items()
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """Returns the number of leaked samples for each unseen split with leaks, and warns about these samples.
+        """Returns the number of leaked samples for each unseen split with leaks, and warns about
+        these
+        samples.
 
-        Call this after a pass over all sources. Raises a `ConfigurationError` if a calibration sample is also known.
+        Call this after a pass over all sources. Raises a `ConfigurationError` if a calibration
+        sample is also known.
         """
         found: dict[str, int] = {}
         others = [source for source in self.known if isinstance(source, RecordingSource)]
         for role in ("calibration", "unseen"):
-            own = [source for source in self.held_out.get(role, ()) if isinstance(source, RecordingSource)]
+            own = [
+                source
+                for source in self.held_out.get(role, ())
+                if isinstance(source, RecordingSource)
+            ]
             for source in own:
                 again = _leaked_rows(source, others, collective)
                 if not again.any():
@@ -177,8 +211,12 @@ class LeakCheck:
         return found
 
 
-def _leaked_rows(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
-    """Returns a mask of the source's samples on all ranks. It is True for samples that are also in `others`."""
+def _leaked_rows(
+    source: RecordingSource, others: Sequence[RecordingSource], collective: Collective
+) -> Tensor:
+    """Returns a mask of the source's samples on all ranks. It is True for samples that are also in
+    `others`.
+    """
     keys = source.gathered(collective)
     again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
     identified = [other.source.identity for other in others if isinstance(other.source, Identified)]

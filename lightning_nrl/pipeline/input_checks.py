@@ -1,4 +1,6 @@
-"""Checks of settings and known data before a method runs and, in a trainer, on a few samples before training."""
+"""Checks of settings and known data before a method runs and, in a trainer, on a few samples before
+training.
+"""
 
 from __future__ import annotations
 
@@ -33,35 +35,59 @@ from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, forbid_b
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import KnownData, on_data
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import OldModel, Reference
 
 CLASSES: tuple[Need, ...] = ("classes",)
-ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)  # torch cannot concatenate them with other dtypes
+ODD_DTYPES = (
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)  # torch cannot concatenate them with other dtypes
 
 
 def given_or_default(settings: Settings | None) -> Settings:
-    """Returns the settings, or default settings if they are None. Raises a `ConfigurationError` for other types."""
+    """Returns the settings, or default settings if they are None. Raises a `ConfigurationError` for
+    other types.
+    """
     settings = Settings() if settings is None else settings
-    check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
+    check_kind(
+        "settings",
+        settings,
+        isinstance(settings, Settings),
+        "Settings",
+        "Settings(target=..., layer=...)",
+    )
     return settings
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Raises a `ConfigurationError` if the arguments are no lists of `Source`, or if split names or marks are wrong.
+    """Raises a `ConfigurationError` if the arguments are no lists of `Source`, or if split names or
+    marks are wrong.
 
-    Split names must differ. A known source must be marked `failed`. If `n_passed` is set, one must be marked `passed`.
+    Split names must differ. A known source must be marked `failed`. If `n_passed` is set, one must
+    be marked `passed`.
     """
     for argument, sources in (("known", known), ("unseen", unseen)):
-        if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
-            problem = f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
-            raise ConfigurationError(problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.")
+        if not isinstance(sources, Sequence) or not all(
+            isinstance(source, Source) for source in sources
+        ):
+            problem = (
+                f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
+            )
+            raise ConfigurationError(
+                problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`."
+            )
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
-        raise ConfigurationError(f"the data have the splits {names}.", "give each split its own name.")
+        raise ConfigurationError(
+            f"the data have the splits {names}.", "give each split its own name."
+        )
     if not any(source.failed for source in known):
-        raise ConfigurationError("`known`: no source is marked `failed`.", "mark the source that has the failures.")
+        raise ConfigurationError(
+            "`known`: no source is marked `failed`.", "mark the source that has the failures."
+        )
     if settings.search.n_passed is not None and not any(source.passed for source in known):
         raise ConfigurationError(
             f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
@@ -70,10 +96,14 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Raises a `ConfigurationError` if `limit` is set without calibration data or only counts samples in the target."""
+    """Raises a `ConfigurationError` if `limit` is set without calibration data or only counts
+    samples in the target.
+    """
     limit = settings.limit
     if limit is not None and limit.needs_target:
-        raise ConfigurationError(f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`.")
+        raise ConfigurationError(
+            f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`."
+        )
     if limit is not None and not calibrated:
         raise ConfigurationError(
             f"`limit='{limit}'` needs calibration data, and there are none.",
@@ -82,7 +112,9 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
 
 
 def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
-    """Raises a `ConfigurationError` if the method or `set_aside` needs margins or classes that the task lacks."""
+    """Raises a `ConfigurationError` if the method or `set_aside` needs margins or classes that the
+    task lacks.
+    """
     check_needs(getattr(settings.method, "needs", ()), before, task)
     if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
@@ -90,10 +122,14 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
 
 
 def check_losses(before: SampleResults) -> None:
-    """Raises an `UnusableSamplesError` if a known sample has a NaN or infinite loss. The error names these samples."""
+    """Raises an `UnusableSamplesError` if a known sample has a NaN or infinite loss. The error
+    names these samples.
+    """
     wrong = before.non_finite()
     if wrong:
-        samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
+        samples = "; ".join(
+            f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items()
+        )
         raise UnusableSamplesError(
             f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
             "check these inputs, or the training; a model that gives NaN cannot be repaired.",
@@ -102,26 +138,37 @@ def check_losses(before: SampleResults) -> None:
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Raises a `ConfigurationError` if no known sample fails in the target, or no known sample passes."""
+    """Raises a `ConfigurationError` if no known sample fails in the target, or no known sample
+    passes.
+    """
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(
-            f"`known`: no sample {what} ({settings.target}).", "give data with failures to repair and passed samples."
+            f"`known`: no sample {what} ({settings.target}).",
+            "give data with failures to repair and passed samples.",
         )
 
 
 @torch.no_grad()
 def run_sanity_check(
-    evaluator: Evaluator, sources: Sequence[Source], settings: Settings, *, reference: Reference | None = None
+    evaluator: Evaluator,
+    sources: Sequence[Source],
+    settings: Settings,
+    *,
+    reference: Reference | None = None,
 ) -> None:
-    """Runs the first stages of a repair on a few samples, so that unsuitable settings fail before training starts.
+    """Runs the first stages of a repair on a few samples, so that unsuitable settings fail before
+    training starts.
 
-    Evaluates all `sources`, and chooses weights to search with the first source. Leaves the model unchanged. Raises the
-    errors that a repair would raise for an unsuitable layer, batch, target, task, method or reference.
+    Evaluates all `sources`, and chooses weights to search with the first source. Leaves the model
+    unchanged. Raises the errors that a repair would raise for an unsuitable layer, batch, target,
+    task, method or reference.
     """
     model, method = evaluator.model, settings.method
     include_bias, trains = settings.localizer.include_bias, settings.trains
-    space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called, trains=trains)
+    space, _ = find_scope(
+        model, settings.layer, include_bias=include_bias, called=evaluator.called, trains=trains
+    )
     check_saved(model, space.parameters)
     with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
@@ -138,7 +185,8 @@ def run_sanity_check(
         except OtherRankError:
             raise
         except InseparableBatchError:
-            # Only methods that need `recording` and tasks without margins need batches whose samples can be separated.
+            # Only methods that need `recording` and tasks without margins need batches whose
+            # samples can be separated.
             if "recording" in getattr(method, "needs", ()) or not has_margins:
                 raise
         except ReplayError:
@@ -150,7 +198,11 @@ def run_sanity_check(
 
 
 def _check_recording(
-    evaluator: Evaluator, sources: Sequence[Source], settings: Settings, few: SampleResults, space: ParameterSpace
+    evaluator: Evaluator,
+    sources: Sequence[Source],
+    settings: Settings,
+    few: SampleResults,
+    space: ParameterSpace,
 ) -> None:
     first, ranks, method = sources[0], evaluator.collective, settings.method
     known = torch.arange(len(few)) < len(first.index)
@@ -161,7 +213,10 @@ def _check_recording(
         warnings.simplefilter("ignore")
         recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
         if hasattr(method, "check_recording"):
-            ranks.all_or_none(partial(method.check_recording, recording), "the method cannot be used on another rank.")
+            ranks.all_or_none(
+                partial(method.check_recording, recording),
+                "the method cannot be used on another rank.",
+            )
         localizer = on_data(settings.localizer, KnownData(evaluator, sources, few, space))
         localizer(recording, evaluator, failed=failed, passed=known & ~failed)
 
@@ -177,8 +232,12 @@ class _LastBatch(RecordingSource):
         return batch.position
 
 
-def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """Evaluates the samples. If the model raises, a `ConfigurationError` shows the batch and suggests an adapter."""
+def _evaluated(
+    evaluator: Evaluator, sources: Sequence[Source], settings: Settings
+) -> SampleResults:
+    """Evaluates the samples. If the model raises, a `ConfigurationError` shows the batch and
+    suggests an adapter.
+    """
     watched = [_LastBatch(source) for source in sources]
     try:
         with forbid_batch_statistics(evaluator.model):
@@ -198,15 +257,23 @@ def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settin
 
 
 def _check_one_form(watched: Sequence[_LastBatch]) -> None:
-    """Raises if the labels of two splits cannot be in one batch, such as class numbers and one-hot vectors."""
+    """Raises if the labels of two splits cannot be in one batch, such as class numbers and one-hot
+    vectors.
+    """
     forms: dict[str, tuple[Any, str]] = {}
     for source in watched:
         target = None if source.batch is None else source.batch.target
         if isinstance(target, Tensor) and (source.passed or source.failed):
             kind = target.dtype if target.dtype in ODD_DTYPES else target.is_floating_point()
-            forms[source.split] = (kind, target.ndim), f"{str(target.dtype)[6:]} {['n', *target.shape[1:]]}"
+            forms[source.split] = (
+                (kind, target.ndim),
+                f"{str(target.dtype)[6:]} {['n', *target.shape[1:]]}",
+            )
     if len({form for form, _ in forms.values()}) > 1:
-        found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace("'", "")
+        found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace(
+            "'", ""
+        )
         raise ConfigurationError(
-            f"the targets of the data have several forms: {found}.", "give all targets the form that training uses."
+            f"the targets of the data have several forms: {found}.",
+            "give all targets the form that training uses.",
         )

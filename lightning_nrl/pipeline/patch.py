@@ -17,7 +17,8 @@ from lightning_nrl._utils.preserve import loading_mode
 from lightning_nrl._utils.state import hash_tensors, saved_names, write
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.patch_file import TensorChange, hash_tensor, read_patch, write_patch
-from lightning_nrl.report import RepairReport, installed_versions
+from lightning_nrl.records import installed_versions
+from lightning_nrl.report import RepairReport
 
 PATCH_NAME = "repair.patch.safetensors"
 """Name of the patch file that a repair writes next to its checkpoint."""
@@ -27,12 +28,15 @@ Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """The change from one state of a model to another. It is applied to the first state and reverted on the second.
+    """The change from one state of a model to another. It is applied to the first state and
+    reverted
+    on the second.
 
     A patch may start from the result of an earlier patch. Then revert the later patch first.
 
     Attributes:
-        changes: a `TensorChange` for each changed tensor, by name in the state dict. Tied tensors share one object.
+        changes: a `TensorChange` for each changed tensor, by name in the state dict. Tied tensors
+            share one object.
         base: SHA-256 (`hash_tensors`) of the whole state before the change.
         result: SHA-256 of the whole state after the change.
         versions: versions of the software that made the patch, by name.
@@ -71,12 +75,15 @@ class Patch:
             report: report of the repair, to be stored in the patch.
 
         Raises:
-            ConfigurationError: the states are equal or of different models, or a checkpoint cannot be read.
+            ConfigurationError: the states are equal or of different models, or a checkpoint cannot
+                be read.
         """
         before, after = _tensors(read_state("old", old)), _tensors(read_state("new", new))
         if before.keys() != after.keys():
             name = min(before.keys() ^ after.keys())
-            raise ConfigurationError(f"`{name}` is in only one of the states.", "give two states of the same model.")
+            raise ConfigurationError(
+                f"`{name}` is in only one of the states.", "give two states of the same model."
+            )
         changes: dict[str, TensorChange] = {}
         shared: dict[tuple[str, str], TensorChange] = {}
         for name, value in before.items():
@@ -84,7 +91,9 @@ class Patch:
             if change is not None:
                 changes[name] = shared.setdefault((change.sha256_old, change.sha256_new), change)
         if not changes:
-            raise ConfigurationError("`new` is the same as `old`, bit for bit.", "give the state after a change.")
+            raise ConfigurationError(
+                "`new` is the same as `old`, bit for bit.", "give the state after a change."
+            )
         json = "" if report is None else report.to_json()
         return cls(changes, hash_tensors(before), hash_tensors(after), report_json=json)
 
@@ -99,11 +108,14 @@ class Patch:
 
     @property
     def report(self) -> RepairReport | None:
-        """The stored report, or None. Raises a `ConfigurationError` if an incompatible version wrote it."""
+        """The stored report, or None. Raises a `ConfigurationError` if an incompatible version
+        wrote it.
+        """
         return RepairReport.from_json(self.report_json) if self.report_json else None
 
     def apply(self, to: Weights) -> Weights:
-        """Writes the new values to a module and returns the module, or returns a changed copy of a state dict.
+        """Writes the new values to a module and returns the module, or returns a changed copy of a
+        state dict.
 
         Raises a `ConfigurationError`, before any change, if the patch was made for other weights.
         """
@@ -121,13 +133,17 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Reads a file that `save` wrote. Raises a `ConfigurationError` if it is missing, damaged or no patch."""
+        """Reads a file that `save` wrote. Raises a `ConfigurationError` if it is missing, damaged
+        or no patch.
+        """
         return cls(**read_patch(path))
 
     def _changed(self, to: Any, undo: bool) -> Any:
         if not isinstance(to, (nn.Module, Mapping)):
             found = type(to).__name__
-            raise ConfigurationError(f"`to`: found a {found}, not a module or state dict.", "load the model first.")
+            raise ConfigurationError(
+                f"`to`: found a {found}, not a module or state dict.", "load the model first."
+            )
         state = _tensors(to.state_dict() if isinstance(to, nn.Module) else to)
         self._check_state(state, undo)
         made: dict[tuple[int, ...], Tensor] = {}
@@ -142,7 +158,9 @@ class Patch:
             problem = "`patch` yields other weights than its hash says."
             raise ConfigurationError(problem, "create the patch again; nothing was changed.")
         if not isinstance(to, nn.Module):
-            copied = copy(to) if isinstance(to, dict) else dict(to)  # keeps attributes such as `_metadata`
+            copied = (
+                copy(to) if isinstance(to, dict) else dict(to)
+            )  # keeps attributes such as `_metadata`
             copied.update(new)
             return copied
         live = saved_names(to)
@@ -167,25 +185,32 @@ class Patch:
         if found == other:
             problem = f"the weights {'do not' if undo else 'already'} contain this change"
             hint = "there is nothing to do."
-        problem = problem or "the tensors that it changes fit, but other tensors of the model differ"
-        raise ConfigurationError(f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint)
+        problem = (
+            problem or "the tensors that it changes fit, but other tensors of the model differ"
+        )
+        raise ConfigurationError(
+            f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint
+        )
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
-        """Describes why the tensors to change do not fit the patch. Returns an empty string if they all fit."""
+        """Describes why the tensors to change do not fit the patch. Returns an empty string if they
+        all fit.
+        """
         wrong = []
         for name, change in self.changes.items():
             if name not in state:
                 return f"the model has no tensor `{name}`"
-            own, fits = (state[name].dtype, list(state[name].shape)), (change.old.dtype, list(change.shape))
+            own, fits = (
+                (state[name].dtype, list(state[name].shape)),
+                (change.old.dtype, list(change.shape)),
+            )
             if own != fits:
                 return f"`{name}` is {own[0]} {own[1]} in the model and {fits[0]} {fits[1]} in the patch"
             if hash_tensor(state[name]) != (change.sha256_new if undo else change.sha256_old):
                 wrong.append(name)
         if not wrong:
             return ""
-        return (
-            f"{len(wrong)} of the {len(self.changes)} tensors that it changes have other values, such as `{wrong[0]}`"
-        )
+        return f"{len(wrong)} of the {len(self.changes)} tensors that it changes have other values, such as `{wrong[0]}`"
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -193,16 +218,24 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def patch_checkpoint(
-    patch: Patch, checkpoint: str | Path, out: str | Path, *, undo: bool = False, weights_only: bool = True
+    patch: Patch,
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    undo: bool = False,
+    weights_only: bool = True,
 ) -> None:
-    """Applies a patch to a checkpoint and writes the result. Everything else in the checkpoint stays unchanged.
+    """Applies a patch to a checkpoint and writes the result. Everything else in the checkpoint
+    stays
+    unchanged.
 
     Args:
         patch: the patch to apply.
         checkpoint: path of a Lightning checkpoint, or of a file with a state dict.
         out: path of the file to write, atomically. It may be `checkpoint`.
         undo: if True, reverts the patch instead.
-        weights_only: if True, refuses a checkpoint with objects that could run code: all but tensors and plain values.
+        weights_only: if True, refuses a checkpoint with objects that could run code: all but
+            tensors and plain values.
 
     Raises:
         ConfigurationError: the checkpoint cannot be read, or the patch was made for other weights.

@@ -1,8 +1,9 @@
 """Changes of tensors, bit for bit, and the file format of patches.
 
-A patch is a safetensors file. For a changed tensor `w` it holds `old/w` and `new/w`, and `index/w` if only some values
-of `w` are stored. A complex number is stored as two numbers. The metadata are `format`, `patch` (a `PatchHeader`),
-`report` and `sha256`, which is a hash of the header, the report and the tensors.
+A patch is a safetensors file. For a changed tensor `w` it holds `old/w` and `new/w`, and `index/w`
+if only some values of `w` are stored. A complex number is stored as two numbers. The metadata are
+`format`, `patch` (a `PatchHeader`), `report` and `sha256`, which is a hash of the header, the
+report and the tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import ConfigurationError
 
 WHOLE_TENSOR_SHARE = 1 / 3  # if a larger share of a tensor changed, all its values are stored
-# Integer dtypes by size in bytes. Values are compared and copied as integers, so that NaN and -0.0 are preserved.
+# Integer dtypes by size in bytes. Values are compared and copied as integers, so that NaN and -0.0
+# are preserved.
 WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PATCH_FORMAT = "lightning_nrl.patch.1"
 PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it again."
@@ -33,11 +35,13 @@ PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it 
 
 @dataclass(frozen=True, eq=False)
 class TensorChange:
-    """The change of one tensor of the given `shape`. All attributes that are tensors are on the CPU.
+    """The change of one tensor of the given `shape`. All attributes that are tensors are on the
+    CPU.
 
-    If `index` is None, `old` and `new` are the whole tensor before and after the change. Otherwise they are vectors of
-    the values at the flat positions `index`, which ascend and are int32, or int64 for large tensors. The two hashes
-    (`hash_tensor`) are of the whole tensor before and after the change.
+    If `index` is None, `old` and `new` are the whole tensor before and after the change. Otherwise
+    they are vectors of the values at the flat positions `index`, which ascend and are int32, or
+    int64 for large tensors. The two hashes (`hash_tensor`) are of the whole tensor before and after
+    the change.
     """
 
     shape: tuple[int, ...]
@@ -49,16 +53,21 @@ class TensorChange:
 
     @classmethod
     def between(cls, name: str, old: Tensor, new: Tensor) -> TensorChange | None:
-        """Compares two tensors and returns the change from `old` to `new`, or None if they are bitwise equal.
+        """Compares two tensors and returns the change from `old` to `new`, or None if they are
+        bitwise
+        equal.
 
-        Raises a `ConfigurationError` if the tensors differ in shape or dtype, or are not plain dense tensors.
+        Raises a `ConfigurationError` if the tensors differ in shape or dtype, or are not plain
+        dense tensors.
         """
         if old is new:
             return None
         for value in (old, new):
             if value.layout != torch.strided or value.is_quantized or value.is_meta:
                 found = f"{value.layout}, {value.dtype} on {value.device.type}"
-                raise ConfigurationError(f"`{name}` is no plain tensor ({found}).", "give dense tensors with values.")
+                raise ConfigurationError(
+                    f"`{name}` is no plain tensor ({found}).", "give dense tensors with values."
+                )
         if old.shape != new.shape or old.dtype != new.dtype:
             pair = " and ".join(f"{value.dtype} {list(value.shape)}" for value in (old, new))
             raise ConfigurationError(f"`{name}` is {pair}.", "give two states of the same model.")
@@ -75,11 +84,15 @@ class TensorChange:
 
     @property
     def n_changed(self) -> int:
-        """Number of stored values: all values if more than a third of them changed, otherwise the changed values."""
+        """Number of stored values: all values if more than a third of them changed, otherwise the
+        changed values.
+        """
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
-        """Returns a copy of the tensor on its device, with the new values or, if `undo` is True, the old values."""
+        """Returns a copy of the tensor on its device, with the new values or, if `undo` is True,
+        the old values.
+        """
         values = self.old if undo else self.new
         if self.index is None:
             return values.clone().to(tensor.device)
@@ -94,12 +107,22 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def _values(tensor: Tensor, index: Tensor) -> Tensor:
-    """Returns the values at flat positions of a contiguous tensor. Indexes bytes, since torch may not index float8."""
-    return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())[index].view(tensor.dtype).flatten()
+    """Returns the values at flat positions of a contiguous tensor. Indexes bytes, since torch may
+    not index float8.
+    """
+    return (
+        tensor.reshape(-1)
+        .view(torch.uint8)
+        .view(-1, tensor.element_size())[index]
+        .view(tensor.dtype)
+        .flatten()
+    )
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """Returns a flat view of a contiguous tensor's bits as integers: one per real number, two per complex number."""
+    """Returns a flat view of a contiguous tensor's bits as integers: one per real number, two per
+    complex number.
+    """
     flat = tensor.reshape(-1)
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
     return flat.view(WORD_DTYPES[flat.element_size()])
@@ -109,7 +132,8 @@ def _words(tensor: Tensor) -> Tensor:
 class ChangeRecord:
     """Metadata of a `TensorChange`. `sparse` is True if the change has an `index`.
 
-    Tied tensors share their values in the file. `values_of` is the name under which the file has the values.
+    Tied tensors share their values in the file. `values_of` is the name under which the file has
+    the values.
     """
 
     shape: tuple[int, ...]
@@ -146,7 +170,9 @@ def write_patch(
         own = first.setdefault(id(change), name)
         dtype = str(change.old.dtype).removeprefix("torch.")
         sparse = change.index is not None
-        records[name] = ChangeRecord(change.shape, dtype, sparse, change.sha256_old, change.sha256_new, own)
+        records[name] = ChangeRecord(
+            change.shape, dtype, sparse, change.sha256_old, change.sha256_new, own
+        )
         tensors |= {f"old/{own}": _stored(change.old), f"new/{own}": _stored(change.new)}
         if change.index is not None:
             tensors[f"index/{own}"] = change.index
@@ -157,23 +183,31 @@ def write_patch(
 
 
 def read_patch(path: str | Path) -> dict[str, Any]:
-    """Reads the attributes of a `Patch` by name. Raises a `ConfigurationError` if the file is damaged or no patch."""
+    """Reads the attributes of a `Patch` by name. Raises a `ConfigurationError` if the file is
+    damaged or no patch.
+    """
     tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
         problem = f"`patch={str(path)!r}` has the format {texts.get('format', 'none')!r}, not {PATCH_FORMAT!r}."
-        raise ConfigurationError(problem, "give a patch, and read it with the version of the package that wrote it.")
+        raise ConfigurationError(
+            problem, "give a patch, and read it with the version of the package that wrote it."
+        )
     try:
         return _parse(tensors, texts)
     except (ConfigurationError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigurationError(f"`patch={str(path)!r}` is damaged: {reason}", PATCH_FILE_HINT) from error
+        raise ConfigurationError(
+            f"`patch={str(path)!r}` is damaged: {reason}", PATCH_FILE_HINT
+        ) from error
 
 
 def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), "pt") as file:
             names = file.keys()
-            return {name: file.get_tensor(name).clone() for name in names}, dict(file.metadata() or {})
+            return {name: file.get_tensor(name).clone() for name in names}, dict(
+                file.metadata() or {}
+            )
     except Exception as error:  # foreign bytes can raise anything
         raise ConfigurationError(
             f"`patch={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
@@ -188,9 +222,18 @@ def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> dict[str, Any]:
     read = PatchHeader.from_json(header)
     if report:
         parse_json(report)
-    own = {name: _change(name, record, tensors) for name, record in read.tensors.items() if record.values_of == name}
+    own = {
+        name: _change(name, record, tensors)
+        for name, record in read.tensors.items()
+        if record.values_of == name
+    }
     changes = {name: own[record.values_of] for name, record in read.tensors.items()}
-    rest = {"base": read.base, "result": read.result, "versions": read.versions, "report_json": report}
+    rest = {
+        "base": read.base,
+        "result": read.result,
+        "versions": read.versions,
+        "report_json": report,
+    }
     return {"changes": changes, **rest}
 
 
@@ -200,7 +243,9 @@ def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> T
     shape = record.shape if index is None else (len(index),)
     if not tuple(old.shape) == tuple(new.shape) == tuple(shape) or old.dtype != new.dtype:
         raise ValueError(f"the values of `{name}` do not have its shape.")
-    if index is not None and not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
+    if index is not None and not 0 <= int(index.min()) <= int(index.max()) < math.prod(
+        record.shape
+    ):
         raise ValueError(f"`{name}` has positions out of range.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 

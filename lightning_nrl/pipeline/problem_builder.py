@@ -1,4 +1,6 @@
-"""Builds the `Problem` of a repair. Hashes the inputs of the repair, to tell whether saved steps can be reused."""
+"""Builds the `Problem` of a repair. Hashes the inputs of the repair, to tell whether saved steps
+can be reused.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.methods import Problem, Training
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
-from lightning_nrl.report import installed_versions
+from lightning_nrl.records import installed_versions
 
 
 def build_problem(
@@ -37,7 +39,9 @@ def build_problem(
     training: Training | None = None,
     **rest: Any,
 ) -> Problem:
-    """Builds the problem for a method. `layers` is the result of `find_scope`. `rest` are other fields of `Problem`."""
+    """Builds the problem for a method. `layers` is the result of `find_scope`. `rest` are other
+    fields of `Problem`.
+    """
     space, scope = layers
     for_targets = getattr(training, "for_targets", None)
     if for_targets is not None:
@@ -63,7 +67,9 @@ def build_problem(
 
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
-    """Returns a mask of known samples. It marks the passed samples to score (I_pos): all or `n_passed` random ones."""
+    """Returns a mask of known samples. It marks the passed samples to score (I_pos): all or
+    `n_passed` random ones.
+    """
     if settings.search.n_passed is None:
         return before.passed
     pool = torch.zeros_like(before.passed)
@@ -86,13 +92,18 @@ NEUTRAL_SETTINGS = ("save_every",)  # settings that do not affect the result
 
 
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
-    """Returns hashes of everything that a repair depends on, by name. Steps saved with the same hashes can be reused.
+    """Returns hashes of everything that a repair depends on, by name. Steps saved with the same
+    hashes
+    can be reused.
 
-    Instead of samples, the model's results on them are hashed: if the input of a sample changes, its loss changes, too.
+    Instead of samples, the model's results on them are hashed: if the input of a sample changes,
+    its loss changes, too.
     """
     model, training = problem.model, problem.training
     versions = installed_versions()
-    plain = {name: value for name, value in settings.plain().items() if name not in NEUTRAL_SETTINGS}
+    plain = {
+        name: value for name, value in settings.plain().items() if name not in NEUTRAL_SETTINGS
+    }
     calibration = baseline.held_out.get("calibration")
     surroundings = {
         "task": plain_value(problem.evaluator.task),
@@ -105,7 +116,9 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
     }
     return {
         "weights": hash_tensors(current_state(model)),
-        "data": _text_hash([_table(problem.before), None if calibration is None else _table(calibration.before)]),
+        "data": _text_hash(
+            [_table(problem.before), None if calibration is None else _table(calibration.before)]
+        ),
         "settings": _text_hash([type(model).__qualname__, plain, surroundings]),
         "training": _text_hash(getattr(training, "origin", None)),
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("lightning_nrl", "torch")),
@@ -123,12 +136,17 @@ def _table(results: SampleResults) -> list[Any]:
 
 
 def _tensors_of(value: Any) -> Any:
-    """Returns hashes of the models, states, files and folders in a method, since `plain_value` omits their contents."""
+    """Returns hashes of the models, states, files and folders in a method, since `plain_value`
+    omits their contents.
+    """
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Mapping):
         own = {str(key): item for key, item in value.items()}
-        return [hash_tensors(own), {key: _tensors_of(item) for key, item in own.items() if isinstance(item, Mapping)}]
+        return [
+            hash_tensors(own),
+            {key: _tensors_of(item) for key, item in own.items() if isinstance(item, Mapping)},
+        ]
     if isinstance(value, (list, tuple)):
         return [_tensors_of(item) for item in value]
     if isinstance(value, (str, Path)):
@@ -137,7 +155,9 @@ def _tensors_of(value: Any) -> Any:
             if path.is_file():
                 return hash_file(path)
             if str(value) and path.is_dir():
-                return sorted((file.name, hash_file(file)) for file in path.iterdir() if file.is_file())
+                return sorted(
+                    (file.name, hash_file(file)) for file in path.iterdir() if file.is_file()
+                )
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _tensors_of(getattr(value, f.name)) for f in fields(value)}
     return None

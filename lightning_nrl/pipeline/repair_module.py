@@ -1,4 +1,6 @@
-"""Runs the stages of a repair: baseline, method, sparse patch, line search, gate, report. The model stays unchanged."""
+"""Runs the stages of a repair: baseline, method, sparse patch, line search, gate, report. The model
+stays unchanged.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from torch import Tensor, nn
 from lightning_nrl._utils.device import twice_if_out_of_memory
 from lightning_nrl._utils.preserve import has_own_modes, loading_mode, preserve_state
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State, changed, current_state, live_tensors, snapshot, temporary_weights, write
+from lightning_nrl._utils.state import (
+    State,
+    changed,
+    current_state,
+    live_tensors,
+    snapshot,
+    temporary_weights,
+    write,
+)
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
@@ -30,10 +40,11 @@ from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import line_search, sparsify
-from lightning_nrl.report import CalibrationBounds, RepairReport
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.records import CalibrationBounds
+from lightning_nrl.records.stats import limit_after
+from lightning_nrl.records.steps import Step
+from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.stats import limit_after
 from lightning_nrl.updates.old_model import Reference
 
 
@@ -43,9 +54,12 @@ class Outcome:
 
     Attributes:
         report: the report, whose `status` says how the repair ended.
-        parameters: the changed parameters and buffers, whole tensors by state-dict name. None if not accepted.
-        evaluated: `parameters` as they are in evaluation mode, in which `eval()` may have merged LoRA weights.
-        changes: new minus old values of changed tensors by name, on the CPU, even if refused. None if nothing changed.
+        parameters: the changed parameters and buffers, whole tensors by state-dict name. None if
+            not accepted.
+        evaluated: `parameters` as they are in evaluation mode, in which `eval()` may have merged
+            LoRA weights.
+        changes: new minus old values of changed tensors by name, on the CPU, even if refused. None
+            if nothing changed.
         views: inputs of flipped samples, as pictures or text, to show with the report.
     """
 
@@ -64,9 +78,12 @@ class Outcome:
         return flat[flat != 0]
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the repaired weights into a model of the same kind, on any device. Returns False if there are none.
+        """Copies the repaired weights into a model of the same kind, on any device. Returns False
+        if
+        there are none.
 
-        Raises a `ConfigurationError`, before any change, if a tensor is missing in the model or has another shape.
+        Raises a `ConfigurationError`, before any change, if a tensor is missing in the model or has
+        another shape.
         """
         if self.parameters:
             with loading_mode(model):
@@ -86,29 +103,37 @@ def repair_module(
     observer: Observer | None = None,
     work: ResumeStore | None = None,
 ) -> Outcome:
-    """Evaluates the model, finds new weights and judges them. Leaves the model unchanged; `Outcome.write` changes it.
+    """Evaluates the model, finds new weights and judges them. Leaves the model unchanged;
+    `Outcome.write` changes it.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` also sets the task, mixed
-            precision, and the ranks that share the data. Each rank gets the same outcome.
-        known: data that the repair may use. The marks `failed` and `passed` are explained in `Source`. The gate judges
-            new weights on all known samples.
+        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` also sets
+            the task, mixed precision, and the ranks that share the data. Each rank gets the same
+            outcome.
+        known: data that the repair may use. The marks `failed` and `passed` are explained in
+            `Source`. The gate judges new weights on all known samples.
         settings: what to repair and how. None takes the default settings.
-        unseen: data that are only counted, before and after an accepted repair. Their marks are ignored.
-        calibration: data that only choose the strength (how much of the weight change to make). Marks are ignored.
-        training: continues the training of the model. If None, methods that train take gradient steps of their own.
-        reference: knows which samples the replaced model gets right. Then only failures among these are repaired.
+        unseen: data that are only counted, before and after an accepted repair. Their marks are
+            ignored.
+        calibration: data that only choose the strength (how much of the weight change to make).
+            Marks are ignored.
+        training: continues the training of the model. If None, methods that train take gradient
+            steps of their own.
+        reference: knows which samples the replaced model gets right. Then only failures among these
+            are repaired.
         observer: is notified of progress.
-        work: saves finished steps and restores the steps that an earlier process saved. If None, nothing is saved.
+        work: saves finished steps and restores the steps that an earlier process saved. If None,
+            nothing is saved.
 
     Returns:
         The outcome. If nothing can be repaired, its report says why.
 
     Raises:
-        ConfigurationError: the layer, data, target or task cannot be used, or a calibration sample is also known.
+        ConfigurationError: the layer, data, target or task cannot be used, or a calibration sample
+            is also known.
         EvaluationError: the original model has NaN or infinite losses. The error names the samples.
-        DeviceMemoryError: memory ran out while the original model was evaluated or, with several ranks, later. With one
-            rank, the status is `not repaired` if memory runs out later.
+        DeviceMemoryError: memory ran out while the original model was evaluated or, with several
+            ranks, later. With one rank, the status is `not repaired` if memory runs out later.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time)
@@ -123,14 +148,26 @@ def repair_module(
     )
     with preserve_state(evaluator.model) as rewritten:
         evaluate = partial(
-            evaluate_baseline, evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock
+            evaluate_baseline,
+            evaluator,
+            known,
+            settings,
+            unseen=unseen,
+            calibration=calibration,
+            clock=clock,
         )
         baseline = twice_if_out_of_memory(
-            partial(evaluate, reference=reference), "the data were counted", alone=evaluator.collective.world_size == 1
+            partial(evaluate, reference=reference),
+            "the data were counted",
+            alone=evaluator.collective.world_size == 1,
         )
         builder = ReportBuilder(evaluator, layers[0], settings, baseline, clock.seconds)
         if not baseline.before.targeted.any():
-            return Outcome(builder.without_candidate("nothing to repair", _nothing_targeted(baseline, known, settings)))
+            return Outcome(
+                builder.without_candidate(
+                    "nothing to repair", _nothing_targeted(baseline, known, settings)
+                )
+            )
         quotas, impossible = required_repairs(baseline.before, settings.samples.quotas or {})
         problem = build_problem(
             evaluator,
@@ -148,12 +185,16 @@ def repair_module(
         if obstacle:
             return _give_up(builder, obstacle)
         if work is not None:
-            work.begin(origin_of(problem, baseline, settings), clock, evaluator.collective, problem.device)
+            work.begin(
+                origin_of(problem, baseline, settings), clock, evaluator.collective, problem.device
+            )
         return _repair(problem, builder, rewritten)
 
 
 def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
-    """Solves the problem and judges the result. If memory runs out on the only rank, the outcome is `not repaired`."""
+    """Solves the problem and judges the result. If memory runs out on the only rank, the outcome is
+    `not repaired`.
+    """
     alone = problem.collective.world_size == 1
     problem.clock.expect(_expected_seconds(problem, builder.settings))
     try:
@@ -172,13 +213,19 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
 
 def _expected_seconds(problem: Problem, settings: Settings) -> dict[str, float]:
     one_pass = problem.clock.one_pass
-    trains = settings.trains and not problem.update and (problem.whole or not isinstance(settings.method, Auto))
+    trains = (
+        settings.trains
+        and not problem.update
+        and (problem.whole or not isinstance(settings.method, Auto))
+    )
     training = problem.visits / max(1, len(problem.before)) * one_pass if trains else 0.0
     after = {"strength": CURVE_SHARE * training + one_pass, "judge": JUDGING_PASSES * one_pass}
     return {"fit": training, "polish": POLISH_PASSES * one_pass, **after} if trains else after
 
 
-def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
+def _finished(
+    problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]
+) -> Outcome:
     settings = builder.settings
     if settings.bounds.sparse is not None and solution.proposal is not None:
         with problem.clock.stage("sparse"):
@@ -218,7 +265,9 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
 
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
-    """Runs the method. While slices miss quotas and time is left, repeats it with larger weights on their targets."""
+    """Runs the method. While slices miss quotas and time is left, repeats it with larger weights on
+    their targets.
+    """
     solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
@@ -226,21 +275,29 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
         if again is problem or not problem.deadline.leaves(began):
             break
         problem = again
-        found = problem.work.once("method for quotas", partial(solve, settings.method, problem), Solution)
-        steps = (*solution.steps, *(replace(step, name=f"{step.name}, for quotas") for step in found.steps))
+        found = problem.work.once(
+            "method for quotas", partial(solve, settings.method, problem), Solution
+        )
+        steps = (
+            *solution.steps,
+            *(replace(step, name=f"{step.name}, for quotas") for step in found.steps),
+        )
         chosen = found if better([best, found.proposal]) is not best else solution
         solution = replace(chosen, steps=steps)
     return solution
 
 
 def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
-    """Evaluates the model with the patch on all data, decides whether to accept the patch, and returns the report."""
+    """Evaluates the model with the patch on all data, decides whether to accept the patch, and
+    returns the report.
+    """
     settings, baseline = builder.settings, builder.baseline
     with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
         if decision.accepted and baseline.known is not problem.before:
-            # Samples that the replaced model gets wrong may break, but the accuracy on known data must not fall.
+            # Samples that the replaced model gets wrong may break, but the accuracy on known data
+            # must not fall.
             rest = judge(baseline.known, after, Gate.accuracy())
             decision = decision if rest.accepted else rest
         held_out = baseline.held_out.items() if decision.accepted else ()
@@ -274,13 +331,18 @@ def _nothing_passes(problem: Problem) -> str:
 def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Settings) -> str:
     target = settings.target
     if baseline.update is not None:
-        return (
-            f"no known sample in the target ({target}) is right under the replaced model and wrong under the new one."
-        )
+        return f"no known sample in the target ({target}) is right under the replaced model and wrong under the new one."
     failed = ~baseline.known.passed
-    counts = ", ".join(f"{int(failed[baseline.known.of(source.split)].sum())} in {source.split}" for source in known)
+    counts = ", ".join(
+        f"{int(failed[baseline.known.of(source.split)].sum())} in {source.split}"
+        for source in known
+    )
     where = " and ".join(source.split for source in known if source.failed)
-    if not any(baseline.known.in_target[baseline.known.of(source.split)].any() for source in known if source.failed):
+    if not any(
+        baseline.known.in_target[baseline.known.of(source.split)].any()
+        for source in known
+        if source.failed
+    ):
         return f"no sample of {where}, right or wrong, is in the target ({target})."
     return f"no failed sample of {where} is in the target ({target}); failures in all: {counts}."
 
@@ -293,25 +355,32 @@ def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcom
 def to_be_loaded(
     model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
 ) -> tuple[State, dict[str, Tensor]]:
-    """Returns two states: the tensors to load in training mode, and their values after the next `eval()`.
+    """Returns two states: the tensors to load in training mode, and their values after the next
+    `eval()`.
 
-    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge LoRA weights. Then
-    `eval()` rewrites loaded tensors, so the state to load is chosen that `eval()` brings closest to the patch. Tensors
-    that do not change are left out. Call this in evaluation mode inside `preserve_state`, which yields `rewritten`.
+    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge LoRA
+    weights. Then `eval()` rewrites loaded tensors, so the state to load is chosen that `eval()`
+    brings closest to the patch. Tensors that do not change are left out. Call this in evaluation
+    mode inside `preserve_state`, which yields `rewritten`.
     """
     if not patch or not has_own_modes(model):
         return patch, patch
     evaluated, live = snapshot(model), live_tensors(model)
     model.train()
-    # A tensor that `eval()` left alone may have been merged earlier; `train()` has then restored it.
-    trained = {name: rewritten.get(id(live[name]), x).to(x.device) for name, x in snapshot(model).items()}
+    # A tensor that `eval()` left alone may have been merged earlier; `train()` has then restored
+    # it.
+    trained = {
+        name: rewritten.get(id(live[name]), x).to(x.device) for name, x in snapshot(model).items()
+    }
     _reload(model, trained)
     wanted = {**evaluated, **patch}
     best: tuple[float, State, State] | None = None
     for saved in _candidates(model, snapshot(model), trained, wanted):
         _reload(model, saved)
         found = snapshot(model)
-        gap = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted)
+        gap = sum(
+            float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted
+        )
         if best is None or gap < best[0]:
             best = gap, saved, found
         if not gap:
@@ -320,16 +389,24 @@ def to_be_loaded(
     _reload(model, trained)
     write(model, evaluated)
     held = {name: rewritten.get(id(x), evaluated[name]).to(x.device) for name, x in live.items()}
-    return {name: x for name, x in best[1].items() if not torch.equal(x, held[name])}, changed(model, best[2])
+    return {name: x for name, x in best[1].items() if not torch.equal(x, held[name])}, changed(
+        model, best[2]
+    )
 
 
-def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:
-    """Yields states to load: `wanted` as `train()` rewrites it, `trained` plus the wanted change, `wanted` itself."""
+def _candidates(
+    model: nn.Module, evaluated: State, trained: State, wanted: State
+) -> Iterator[State]:
+    """Yields states to load: `wanted` as `train()` rewrites it, `trained` plus the wanted change,
+    `wanted` itself.
+    """
     write(model, wanted)
     model.train()
     yield snapshot(model)
     yield {
-        name: wanted[name] if torch.equal(x, trained[name]) else (trained[name] + (wanted[name] - x)).to(x.dtype)
+        name: wanted[name]
+        if torch.equal(x, trained[name])
+        else (trained[name] + (wanted[name] - x)).to(x.dtype)
         for name, x in evaluated.items()
     }
     yield wanted

@@ -23,9 +23,9 @@ from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import LineSearchResult
-from lightning_nrl.report import CalibrationBounds, Hashes, LocalizationReport, Provenance, RepairReport, Status
-from lightning_nrl.report.run_records import Judge, SearchReport, WeightChange
-from lightning_nrl.report.splits import (
+from lightning_nrl.records import CalibrationBounds, Hashes, LocalizationReport, Provenance, Status
+from lightning_nrl.records.repair_record import Judge, SearchReport, WeightChange
+from lightning_nrl.records.splits import (
     ClassCounts,
     ConfusionCell,
     FlippedSample,
@@ -38,13 +38,20 @@ from lightning_nrl.report.splits import (
     by_role,
     pool_updates,
 )
+from lightning_nrl.report import RepairReport
 from lightning_nrl.search.search_log import SearchResult
 
 
 def split_report(
-    split: str, role: Role, before: SampleResults, now: SampleResults, margin_edges: tuple[float, ...] = ()
+    split: str,
+    role: Role,
+    before: SampleResults,
+    now: SampleResults,
+    margin_edges: tuple[float, ...] = (),
 ) -> SplitReport:
-    """Builds the report of one split from the results `before` the repair and `now`. `margin_edges` bound the bins."""
+    """Builds the report of one split from the results `before` the repair and `now`. `margin_edges`
+    bound the bins.
+    """
     flips, rows = Flips.between(before, now), before.of(split)
     return SplitReport(
         split=split,
@@ -70,16 +77,28 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
 
 
 def set_aside_samples(before: SampleResults, rows: Tensor, why: str) -> tuple[SetAside, ...]:
-    """Returns a record for each known sample that the mask `rows` marks. Each record has the reason `why`."""
-    splits = [split for split, size in zip(before.splits, before.sizes, strict=True) for _ in range(size)]
+    """Returns a record for each known sample that the mask `rows` marks. Each record has the reason
+    `why`.
+    """
+    splits = [
+        split for split, size in zip(before.splits, before.sizes, strict=True) for _ in range(size)
+    ]
     return tuple(
-        SetAside(splits[row], int(before.index[row]), int(before.label[row]), int(before.prediction[row]), why)
+        SetAside(
+            splits[row],
+            int(before.index[row]),
+            int(before.label[row]),
+            int(before.prediction[row]),
+            why,
+        )
         for row in rows.nonzero().flatten().tolist()
     )
 
 
 def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> WeightChange:
-    """Measures the change from old to new tensors of the same names and shapes, in float64 on the CPU."""
+    """Measures the change from old to new tensors of the same names and shapes, in float64 on the
+    CPU.
+    """
     before = torch.cat([tensor.detach().flatten().cpu().double() for tensor in old.values()])
     after = torch.cat([new[name].detach().flatten().cpu().double() for name in old])
     change = after - before
@@ -92,21 +111,28 @@ def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weigh
     )
 
 
-def search_report(result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
+def search_report(
+    result: SearchResult, n_failed: int | None = None, n_passed: int | None = None
+) -> SearchReport:
     """Returns the report of a search. `n_failed` failed and `n_passed` passed samples were scored."""
     return SearchReport(
         iterations=result.iterations,
         stopped=result.stopped,
         fitness=float(result.fitness),
         original_fitness=float(result.original_fitness),
-        history={curve.name: getattr(result.history, curve.name).tolist() for curve in fields(result.history)},
+        history={
+            curve.name: getattr(result.history, curve.name).tolist()
+            for curve in fields(result.history)
+        },
         n_failed=n_failed,
         n_passed=n_passed,
     )
 
 
 REPORTED_MARGIN_BINS = 40
-OUTER_MARGIN_SHARE = 0.01  # the histogram ignores this share of all margins at either end when it sets its range
+OUTER_MARGIN_SHARE = (
+    0.01  # the histogram ignores this share of all margins at either end when it sets its range
+)
 MARGIN_GROWTH = 1.5  # factor on the range, since margins grow in a repair
 
 
@@ -125,21 +151,38 @@ def flipped_samples(
         "margin_before": before.margin.double(),
         "margin_after": after.margin.double(),
     }
-    found: dict[str, list[Any]] = {name: column[chosen].tolist() for name, column in columns.items()}
-    found["flip"] = ["repaired" if repaired else "broken" for repaired in flips.repaired[chosen].tolist()]
-    found["slice"] = [before.names[group] if group >= 0 else "" for group in before.group[chosen].tolist()]
-    return tuple(FlippedSample(**dict(zip(found, row, strict=True))) for row in zip(*found.values(), strict=True))
+    found: dict[str, list[Any]] = {
+        name: column[chosen].tolist() for name, column in columns.items()
+    }
+    found["flip"] = [
+        "repaired" if repaired else "broken" for repaired in flips.repaired[chosen].tolist()
+    ]
+    found["slice"] = [
+        before.names[group] if group >= 0 else "" for group in before.group[chosen].tolist()
+    ]
+    return tuple(
+        FlippedSample(**dict(zip(found, row, strict=True)))
+        for row in zip(*found.values(), strict=True)
+    )
 
 
-def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) -> tuple[ConfusionCell, ...]:
-    """Counts the samples in `rows` by label and prediction, before and after. Returns () if the task has no classes."""
-    labels, predictions = before.label[rows], [results.prediction[rows] for results in (before, after)]
+def confusion_cells(
+    before: SampleResults, after: SampleResults, rows: slice
+) -> tuple[ConfusionCell, ...]:
+    """Counts the samples in `rows` by label and prediction, before and after. Returns () if the
+    task has no classes.
+    """
+    labels, predictions = (
+        before.label[rows],
+        [results.prediction[rows] for results in (before, after)],
+    )
     if not _has_classes(labels, predictions[0]):
         return ()
     n_classes = 1 + max(int(column.max()) for column in predictions)
     counts = []
     for prediction in predictions:
-        # A pair of label and prediction is one number here, since sorting rows of two numbers takes ten times as long.
+        # A pair of label and prediction is one number here, since sorting rows of two numbers takes
+        # ten times as long.
         pairs, n_pairs = (labels * n_classes + prediction).unique(return_counts=True)
         counts.append(dict(zip(pairs.tolist(), n_pairs.tolist(), strict=True)))
     return tuple(
@@ -149,24 +192,33 @@ def confusion_cells(before: SampleResults, after: SampleResults, rows: slice) ->
 
 
 def class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[ClassCounts, ...]:
-    """Counts kept, broken, repaired and failing samples in `rows` by class. Returns () if the task has no classes."""
+    """Counts kept, broken, repaired and failing samples in `rows` by class. Returns () if the task
+    has no classes.
+    """
     labels = before.label[rows]
     if not _has_classes(labels, before.prediction[rows]):
         return ()
     masks = (flips.kept, flips.broken, flips.repaired, flips.failing)
-    counts = torch.stack([labels[mask[rows]].bincount(minlength=int(labels.max()) + 1) for mask in masks], 1)
+    counts = torch.stack(
+        [labels[mask[rows]].bincount(minlength=int(labels.max()) + 1) for mask in masks], 1
+    )
     present = counts.sum(1).nonzero().flatten().tolist()
     return tuple(ClassCounts(label, FlipCounts(*counts[label].tolist())) for label in present)
 
 
 def margin_edges(margin: Tensor) -> tuple[float, ...]:
-    """Returns edges of equally wide bins for a vector of margins. One edge is 0. Returns () if no margin is finite."""
+    """Returns edges of equally wide bins for a vector of margins. One edge is 0. Returns () if no
+    margin is finite.
+    """
     finite = margin[margin.isfinite()].double()
     if not len(finite):
         return ()
     ordered = finite.sort().values
     outer = int(OUTER_MARGIN_SHARE * (len(ordered) - 1))
-    low, high = MARGIN_GROWTH * min(float(ordered[outer]), 0.0), MARGIN_GROWTH * max(float(ordered[-1 - outer]), 0.0)
+    low, high = (
+        MARGIN_GROWTH * min(float(ordered[outer]), 0.0),
+        MARGIN_GROWTH * max(float(ordered[-1 - outer]), 0.0),
+    )
     width = (high - low) / (REPORTED_MARGIN_BINS - 1) or 1.0
     first = math.floor(low / width)
     return tuple(width * (first + i) for i in range(REPORTED_MARGIN_BINS + 1))
@@ -175,7 +227,9 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
 def margin_histogram(
     before: SampleResults, after: SampleResults, rows: slice, edges: tuple[float, ...]
 ) -> MarginHistogram | None:
-    """Counts the finite margins in `rows` by bin, before and after. Returns None if `edges` is empty."""
+    """Counts the finite margins in `rows` by bin, before and after. Returns None if `edges` is
+    empty.
+    """
     if not edges:
         return None
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)
@@ -214,7 +268,9 @@ class ReportBuilder:
     line_search: LineSearchResult = UNDECIDED
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
-        """Returns the report of a repair without new weights, because none were needed or none were found."""
+        """Returns the report of a repair without new weights, because none were needed or none were
+        found.
+        """
         old = self.space.parameters
         layers, model = hash_tensors(old), self._hash_model({})
         hashes = Hashes(layers, layers, model, model)
@@ -228,12 +284,25 @@ class ReportBuilder:
         held_out: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
-        """Returns the report on the weights `new` with the results `after` on known and `held_out` on other data."""
-        old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
+        """Returns the report on the weights `new` with the results `after` on known and `held_out`
+        on other data.
+        """
+        old = {
+            name: value
+            for name, value in current_state(self.evaluator.model).items()
+            if name in new
+        }
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if decision.accepted else before
-        results: Mapping[Role, SampleResults] = {"known": after, **(held_out if decision.accepted else NOTHING)}
-        refused = [] if decision.accepted else [split for split in self._splits(results) if split.role == "known"]
+        results: Mapping[Role, SampleResults] = {
+            "known": after,
+            **(held_out if decision.accepted else NOTHING),
+        }
+        refused = (
+            []
+            if decision.accepted
+            else [split for split in self._splits(results) if split.role == "known"]
+        )
         return self._report(
             decision.status,
             decision.reason,
@@ -254,26 +323,37 @@ class ReportBuilder:
         layers: tuple[str, ...] = (),
         **rest: Any,
     ) -> RepairReport:
-        """Returns the report. `after` has the results after the repair by role. It is empty if no weights changed."""
+        """Returns the report. `after` has the results after the repair by role. It is empty if no
+        weights changed.
+        """
         found, update = self.solution or Solution(None), self._updates(after)
         known, localization = self.baseline.known, found.localization
         n_failed, where = int(known.targeted.sum()), None
         now, rounding = after.get("known", known), rounding_margin(self.evaluator.precision, known)
         within = 0 if rounding is None else int((now.passed & (now.margin < rounding)).sum())
         if localization is not None:
-            where = LocalizationReport(localization.requested, localization.n_g, dict(localization.sizes))
-        why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
+            where = LocalizationReport(
+                localization.requested, localization.n_g, dict(localization.sizes)
+            )
+        why = (
+            "its label looks wrong"
+            if self.settings.samples.set_aside == DOUBTFUL
+            else "chosen by `set_aside`"
+        )
         return RepairReport(
             status=status,
             reason=f"{reason} {update_text(update)}".rstrip(),
-            layers=layers or tuple(site.name or type(site.module).__name__ for site in self.space.sites),
+            layers=layers
+            or tuple(site.name or type(site.module).__name__ for site in self.space.sites),
             target=str(self.settings.target),
             gate=str(self.settings.gate),
             task=str(self.evaluator.task),
             splits=self._splits(after),
             update=update,
             localization=where,
-            search=None if found.result is None else search_report(found.result, n_failed, self.n_passed),
+            search=None
+            if found.result is None
+            else search_report(found.result, n_failed, self.n_passed),
             steps=found.steps,
             rungs=found.rungs,
             choice=found.choice,
@@ -292,7 +372,10 @@ class ReportBuilder:
 
     @property
     def _before(self) -> dict[Role, SampleResults]:
-        return {"known": self.baseline.known, **{role: data.before for role, data in self.baseline.held_out.items()}}
+        return {
+            "known": self.baseline.known,
+            **{role: data.before for role, data in self.baseline.held_out.items()},
+        }
 
     @cached_property
     def _margin_edges(self) -> tuple[float, ...]:
@@ -306,12 +389,19 @@ class ReportBuilder:
         )
 
     def _slices(self, after: Mapping[Role, SampleResults]) -> tuple[SliceReport, ...]:
-        quotas, found = required_repairs(self.baseline.known, self.settings.samples.quotas or {})[0], []
+        quotas, found = (
+            required_repairs(self.baseline.known, self.settings.samples.quotas or {})[0],
+            [],
+        )
         for role, before in self._before.items():
             flips = Flips.between(before, after.get(role, before))
             for number, name in enumerate(before.names):
                 quota = quotas.get(name) if role == "known" else None
-                found.append(SliceReport(name, role, flips.target_counts(before, before.group == number), quota))
+                found.append(
+                    SliceReport(
+                        name, role, flips.target_counts(before, before.group == number), quota
+                    )
+                )
         return tuple(found)
 
     def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
@@ -321,7 +411,8 @@ class ReportBuilder:
             trained = self._before[role]
             for split in old.splits:
                 both = [
-                    split_report(split, role, old, x, self._margin_edges) for x in (trained, after.get(role, trained))
+                    split_report(split, role, old, x, self._margin_edges)
+                    for x in (trained, after.get(role, trained))
                 ]
                 found.append(UpdateSplit(*both))
         return tuple(found)

@@ -1,48 +1,53 @@
-"""Settings of a repair, and the twelve settings of the paper's Table II."""
+"""Settings of a repair."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lightning_nrl._utils.resume import SAVE_EVERY
 from lightning_nrl.data.targets import AllFailures, Target, parse_target
-from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole, explain
+from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.layers import layer_names
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer, NeuRecoverLite
 from lightning_nrl.methods import METHODS, AnyMethod, Auto
 from lightning_nrl.methods.problem import N_SCORED
-from lightning_nrl.report.stats import check_confidence
-from lightning_nrl.search import FITNESSES, ParticleSwarm
+from lightning_nrl.records.stats import check_confidence
+from lightning_nrl.search import FITNESSES
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Options of the search: how candidates (new values for some weights) are ranked, and what is searched.
+    """Options of the search: how candidates (new values for some weights) are ranked, and what is
+    searched.
 
     Attributes:
-        fitness: ranks the candidates: `lexicographic` (fewer broken samples, then more repaired samples, then a lower
-            loss), `eq1` and `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None
-            takes the fitness of the method, or `lexicographic` if the method has no fitness.
-        localizer: chooses the weights to search: `neurecover-lite`, `neurecover`, `arachne`, `arachne-v2`, `gradient`,
-            `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None takes the localizer of the
-            method, or `neurecover-lite` if the method has no localizer.
-        n_passed: number of passed samples to score (#pos in the paper), drawn at random from sources marked `passed`.
-            None scores all known passed samples.
-        n_scored: maximum number of known samples that the search uses: failed samples, samples near the decision
-            boundary, and random other samples. If time is short, fewer are used. The gate counts all known samples.
-        budget: device memory for the search, in bytes. None takes a share of the free memory. Half of the budget holds
-            recorded activations. With a GPU, main memory holds further activations. All others are recomputed.
-        save_every: in a trainer, the result of each step of the repair is saved if the step took at least this many
-            seconds. If the run is stopped or killed, the same call skips the saved steps. None saves nothing.
+        fitness: ranks the candidates: `lexicographic` (fewer broken samples, then more repaired
+            samples, then a lower loss), `eq1` and `eq2` (the paper's equations), `arachne`,
+            `arachne-de`, `neurecover`, or a `Fitness`. None takes the fitness of the method, or
+            `lexicographic` if the method has no fitness.
+        localizer: chooses the weights to search: `neurecover-lite`, `neurecover`, `arachne`,
+            `arachne-v2`, `gradient`, `random`, `all`, or an object such as
+            `NeuRecoverLite(n_weights=32)`. None takes the localizer of the method, or
+            `neurecover-lite` if the method has no localizer.
+        n_passed: number of passed samples to score (#pos in the paper), drawn at random from
+            sources marked `passed`. None scores all known passed samples.
+        n_scored: maximum number of known samples that the search uses: failed samples, samples near
+            the decision boundary, and random other samples. If time is short, fewer are used. The
+            gate counts all known samples.
+        budget: device memory for the search, in bytes. None takes a share of the free memory. Half
+            of the budget holds recorded activations. With a GPU, main memory holds further
+            activations. All others are recomputed.
+        save_every: in a trainer, the result of each step of the repair is saved if the step took at
+            least this many seconds. If the run is stopped or killed, the same call skips the saved
+            steps. None saves nothing.
 
     Raises:
         ConfigurationError: on construction, for a wrong type or a value out of range.
@@ -69,7 +74,13 @@ class SearchOptions:
                 check_whole(name, value, 1)
         check_whole("n_scored", self.n_scored, 2)
         if self.save_every is not None:
-            check_real("save_every", self.save_every, "time", "give seconds from 0, or None to save nothing.", least=0)
+            check_real(
+                "save_every",
+                self.save_every,
+                "time",
+                "give seconds from 0, or None to save nothing.",
+                least=0,
+            )
 
 
 @dataclass(frozen=True)
@@ -77,16 +88,18 @@ class BoundOptions:
     """How much of the weight change to make, and which bounds to report for future data.
 
     Attributes:
-        strength: the share of the weight change to make, above 0 and at most 2. None takes 1 or, with calibration data,
-            a greater strength that repairs more targets than 1, breaks no known sample, and breaks no more calibration
-            samples than 1.
-        limit: how many calibration samples may break, as a gate such as `tolerance:1%`. The greatest strength within
-            this limit is taken. None sets no limit.
-        sparse: share of the repaired targets (0 to below 1) to give up for fewer changes. None keeps all changes.
+        strength: the share of the weight change to make, above 0 and at most 2. None takes 1 or,
+            with calibration data, a greater strength that repairs more targets than 1, breaks no
+            known sample, and breaks no more calibration samples than 1.
+        limit: how many calibration samples may break, as a gate such as `tolerance:1%`. The
+            greatest strength within this limit is taken. None sets no limit.
+        sparse: share of the repaired targets (0 to below 1) to give up for fewer changes. None
+            keeps all changes.
         confidence: confidence of the bound from calibration data, in (0, 1).
 
     Raises:
-        ConfigurationError: on construction, for a wrong type, a value out of range, or both a strength and a limit.
+        ConfigurationError: on construction, for a wrong type, a value out of range, or both a
+            strength and a limit.
 
     Example:
         >>> str(BoundOptions(limit="tolerance:1%").limit)
@@ -122,7 +135,11 @@ def changed_options(options: Any) -> dict[str, Any]:
     def same(value: Any, default: Any) -> bool:
         return value is default or (type(value) is type(default) and bool(value == default))
 
-    return {name: value for name, value in _fields(options).items() if not same(value, getattr(plain, name))}
+    return {
+        name: value
+        for name, value in _fields(options).items()
+        if not same(value, getattr(plain, name))
+    }
 
 
 AnyGate = str | Gate
@@ -133,24 +150,27 @@ OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOpt
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a repair. The defaults repair as many samples as possible while no known sample breaks.
+    """Settings of a repair. The defaults repair as many samples as possible while no known sample
+    breaks.
 
     Attributes:
         target: the failures to repair, also as text such as `label 3`.
-        layer: dotted name of a layer to search, or several names. `auto` takes the last Linear, or the last convolution
-            if there is no Linear. With `auto`, methods that train may change the whole network. They also accept the
-            name of a block, such as `encoder.2`. Then all layers in the block may change.
+        layer: dotted name of a layer to search, or several names. `auto` takes the last Linear, or
+            the last convolution if there is no Linear. With `auto`, methods that train may change
+            the whole network. They also accept the name of a block, such as `encoder.2`. Then all
+            layers in the block may change.
         gate: the condition for accepting a repair.
         method: finds new weights, by name or as an object (see `lightning_nrl.methods`).
-        max_time: time limit in seconds. None limits the work by the number of epochs of the original fit.
+        max_time: time limit in seconds. None limits the work by the number of epochs of the
+            original fit.
         seed: seed of sampling and search, from 0 to 2^32 - 1.
         search: options of the search.
         bounds: how much of the weight change to make, and the bounds to report.
         samples: which samples matter most, which must not break, and which are left out.
 
     Raises:
-        ConfigurationError: on construction, for a wrong type or a value out of range. Settings that depend on the
-            model, such as the layer, are checked when the repair begins.
+        ConfigurationError: on construction, for a wrong type or a value out of range. Settings that
+            depend on the model, such as the layer, are checked when the repair begins.
 
     Example:
         >>> Settings(target=Target.label(3)).plain()["target"]
@@ -179,20 +199,38 @@ class Settings:
         layer_names(self.layer)
         check_whole("seed", self.seed, 0, 2**32 - 1)
         if self.max_time is not None:
-            check_real("max_time", self.max_time, "time", "give seconds above 0, or None for no limit.", above=0)
+            check_real(
+                "max_time",
+                self.max_time,
+                "time",
+                "give seconds above 0, or None for no limit.",
+                above=0,
+            )
         for name, kind in OPTIONS.items():
             value = getattr(self, name)
-            check_kind(name, value, isinstance(value, kind), kind.__name__, f"{name}={kind.__name__}(...)")
+            check_kind(
+                name, value, isinstance(value, kind), kind.__name__, f"{name}={kind.__name__}(...)"
+            )
 
     @property
     def fitness(self) -> FitnessFunction:
-        """The fitness in `search`. If it is None, the fitness of the method or, without one, `lexicographic`."""
-        return cast(FitnessFunction, self.search.fitness or getattr(self.method, "fitness", None) or Fitness())
+        """The fitness in `search`. If it is None, the fitness of the method or, without one,
+        `lexicographic`.
+        """
+        return cast(
+            FitnessFunction,
+            self.search.fitness or getattr(self.method, "fitness", None) or Fitness(),
+        )
 
     @property
     def localizer(self) -> Localizer:
-        """The localizer in `search`. If it is None, the localizer of the method or, without one, `neurecover-lite`."""
-        return cast(Localizer, self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite())
+        """The localizer in `search`. If it is None, the localizer of the method or, without one,
+        `neurecover-lite`.
+        """
+        return cast(
+            Localizer,
+            self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite(),
+        )
 
     @property
     def trains(self) -> bool:
@@ -204,7 +242,9 @@ class Settings:
         return cast("Gate | None", self.bounds.limit)
 
     def plain(self) -> dict[str, Any]:
-        """Returns settings and options by name, in one dict of JSON-like values. Equal settings give equal dicts."""
+        """Returns settings and options by name, in one dict of JSON-like values. Equal settings
+        give equal dicts.
+        """
         flat = {name: value for name, value in _fields(self).items() if name not in OPTIONS}
         for name in OPTIONS:
             flat |= _fields(getattr(self, name))
@@ -213,7 +253,9 @@ class Settings:
 
 
 def plain_value(value: Any) -> Any:
-    """Converts a value to plain JSON values, without memory addresses, so that equal runs give equal values."""
+    """Converts a value to plain JSON values, without memory addresses, so that equal runs give
+    equal values.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (Target, Gate)):
@@ -231,90 +273,21 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     if is_dataclass(value):
-        return {"class": type(value).__name__, **{name: plain_value(item) for name, item in _fields(value).items()}}
+        return {
+            "class": type(value).__name__,
+            **{name: plain_value(item) for name, item in _fields(value).items()},
+        }
     shown: Any = type(value).__repr__
     if shown is object.__repr__:
         own = getattr(value, "__dict__", {}).items()
-        simple = {name: item for name, item in own if item is None or isinstance(item, (bool, int, float, str))}
+        simple = {
+            name: item
+            for name, item in own
+            if item is None or isinstance(item, (bool, int, float, str))
+        }
         return {"class": type(value).__name__, **simple}
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _fields(value: Any) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in fields(value)}
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """One row of Table II of the paper.
-
-    `equation` is the fitness, in which `alpha` is the weight of kept samples. If `perfect_intact` (pi) is True, one
-    regression makes the fitness 0. `n_weights` is #lw in the paper, `n_passed` is #pos, and `particles` is #p.
-    """
-
-    equation: Literal["eq1", "eq2"]
-    alpha: float
-    perfect_intact: bool
-    n_weights: int
-    n_passed: int
-    particles: int
-
-
-TABLE_II: dict[str, PaperRow] = {
-    "EXP-A1": PaperRow("eq1", 6, False, 309, 500, 100),
-    "EXP-B1": PaperRow("eq1", 6, False, 282, 500, 200),
-    "EXP-C1": PaperRow("eq2", 8, True, 32, 500, 200),
-    "EXP-A2": PaperRow("eq1", 6, False, 309, 500, 200),
-    "EXP-A3": PaperRow("eq1", 5, False, 309, 500, 200),
-    "EXP-A4": PaperRow("eq1", 4, False, 309, 500, 200),
-    "EXP-B2": PaperRow("eq1", 5, False, 282, 500, 200),
-    "EXP-B3": PaperRow("eq1", 4, False, 282, 500, 200),
-    "EXP-B4": PaperRow("eq1", 6, False, 282, 1000, 200),
-    "EXP-C2": PaperRow("eq2", 8, True, 76, 500, 200),
-    "EXP-C3": PaperRow("eq2", 8, True, 53, 500, 200),
-    "EXP-C4": PaperRow("eq2", 8, True, 16, 500, 200),
-}
-"""The rows of Table II by their ID in the paper."""
-
-
-def paper_row(row: str) -> PaperRow:
-    """Returns the row of Table II with an ID such as `EXP-A1`. Raises a `ConfigurationError` for an unknown ID."""
-    if row not in TABLE_II:
-        near = difflib.get_close_matches(str(row).upper(), TABLE_II, n=3, cutoff=0.3) or list(TABLE_II)
-        raise ConfigurationError(explain(f"`row={row!r}` is not in Table II.", f"the nearest rows are {near}."))
-    return TABLE_II[row]
-
-
-def paper_arguments(row: str) -> dict[str, Any]:
-    """Returns the arguments of `RegressionFreeRepair`, or of `Settings`, for one row of Table II.
-
-    Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
-    and with pi one regression makes the fitness 0 (section IV.B). The strength is 1: the weights become exactly what
-    the swarm finds. The gate is `accuracy`, the weaker of the paper's two levels (section III).
-
-    The paper does not say how the swarm moves nor when it stops. Here it moves as in `ParticleSwarm`. It stops after
-    100 iterations, or after 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
-    """
-    found = paper_row(row)
-    fitness = Fitness(found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero")
-    return {
-        "method": ParticleSwarm(particles=found.particles, iterations=100, patience=10, start="paper"),
-        "gate": Gate.accuracy(),
-        "search": SearchOptions(fitness, NeuRecoverLite(n_weights=found.n_weights), found.n_passed),
-        "bounds": BoundOptions(strength=1.0),
-    }
-
-
-def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a row of Table II, overridden by `arguments`.
-
-    In `search` and `bounds`, only options that differ from their defaults override the options of the row.
-    """
-    made = {**paper_arguments(row), **arguments}
-    search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
-    if "search" in arguments:
-        made["search"] = replace(search, **changed_options(arguments["search"]))
-    if "bounds" in arguments:
-        own = changed_options(arguments["bounds"])
-        made["bounds"] = replace(bounds, **({"strength": None} if "limit" in own else {}), **own)
-    return made

@@ -1,6 +1,7 @@
 """Chooses the strength of a patch, and searches for a patch that changes fewer weights.
 
-The weights at strength t are w0 + t (w - w0), with the original weights w0 and the patch's weights w. t may exceed 1.
+The weights at strength t are w0 + t (w - w0), with the original weights w0 and the patch's weights
+w. t may exceed 1.
 """
 
 from __future__ import annotations
@@ -18,26 +19,46 @@ from lightning_nrl._utils.state import State, between, changed, current_state, l
 from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import Problem, Proposal
-from lightning_nrl.methods._solvers.polish import polish
-from lightning_nrl.methods.budget import CURVE_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHED_SIZES, MAX_POLISHES
+from lightning_nrl.methods.budget import (
+    CURVE_SHARE,
+    FULL_CURVE_SAMPLES,
+    MAX_POLISHED_SIZES,
+    MAX_POLISHES,
+)
+from lightning_nrl.methods.solvers.polish import polish
 from lightning_nrl.pipeline.baseline import HeldOut
-from lightning_nrl.report import StrengthPoint
-from lightning_nrl.report.run_records import Step
-from lightning_nrl.report.stats import Selection
+from lightning_nrl.records import StrengthPoint
+from lightning_nrl.records.stats import Selection
+from lightning_nrl.records.steps import Step
 
-PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)  # the most informative first
+PATH_STRENGTHS: tuple[float, ...] = (
+    1.0,
+    1.15,
+    0.6,
+    0.8,
+    0.4,
+    0.2,
+    1.3,
+)  # the most informative first
 
 
 class PatchPath:
-    """Evaluates a patch at several strengths on known and calibration data, and counts what it repairs and breaks.
+    """Evaluates a patch at several strengths on known and calibration data, and counts what it
+    repairs
+    and breaks.
 
-    A patch that breaks nothing at strength 1 may break samples at a lower strength. Then `take` polishes the weights:
-    it takes small steps until these samples are right again. `counted` has the counts by strength; for polished
-    weights, those after the polish. `broken_unpolished` counts broken calibration samples before any polish.
+    A patch that breaks nothing at strength 1 may break samples at a lower strength. Then `take`
+    polishes the weights: it takes small steps until these samples are right again. `counted` has
+    the counts by strength; for polished weights, those after the polish. `broken_unpolished` counts
+    broken calibration samples before any polish.
     """
 
     def __init__(
-        self, problem: Problem, patch: State, gate: Gate | None = None, calibration: HeldOut | None = None
+        self,
+        problem: Problem,
+        patch: State,
+        gate: Gate | None = None,
+        calibration: HeldOut | None = None,
     ) -> None:
         self.problem, self.patch, self.calibration = problem, patch, calibration
         self.gate = gate or Gate.instance()
@@ -58,10 +79,13 @@ class PatchPath:
     def count(
         self, strengths: Iterable[float] = PATH_STRENGTHS, *, after: SampleResults | None = None
     ) -> tuple[StrengthPoint, ...]:
-        """Evaluates the patch at several strengths, in the given order, and returns all points counted so far.
+        """Evaluates the patch at several strengths, in the given order, and returns all points
+        counted
+        so far.
 
-        If a strength above 1 violates the gate, greater strengths are skipped. If time is short, only the first
-        strength is certain to be evaluated. `after` has the results on known data at strength 1, if they are available.
+        If a strength above 1 violates the gate, greater strengths are skipped. If time is short,
+        only the first strength is certain to be evaluated. `after` has the results on known data at
+        strength 1, if they are available.
         """
         clock, took, strongest = self.problem.clock, 0.0, float("inf")
         for number, strength in enumerate(strengths):
@@ -85,7 +109,9 @@ class PatchPath:
         return self.counted[strength]
 
     def take(self, strength: float) -> State:
-        """Returns the weights at a strength. Below 1, it polishes weights that violate the gate, if margins exist."""
+        """Returns the weights at a strength. Below 1, it polishes weights that violate the gate, if
+        margins exist.
+        """
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
             state = polish(self.problem, state, deadline=self.problem.deadline).state
@@ -103,9 +129,11 @@ class PatchPath:
         return not self.gate.excess_of(point.known, point.cost)
 
     def within_limit(self, strength: float, limit: Gate) -> bool:
-        """True if the patch at a strength keeps the limit on calibration data and the gate on known data.
+        """True if the patch at a strength keeps the limit on calibration data and the gate on known
+        data.
 
-        Below strength 1 the gate is ignored if the task has margins, because the polish in `take` may still satisfy it.
+        Below strength 1 the gate is ignored if the task has margins, because the polish in `take`
+        may still satisfy it.
         """
         point = self.point(strength)
         assert point.calibration is not None
@@ -114,13 +142,19 @@ class PatchPath:
 
     def takes_time(self, strength: float) -> bool:
         """True if `take` must evaluate the model or polish for this strength."""
-        return strength not in self.counted or (strength < 1 and not self.within_gate(self.counted[strength]))
+        return strength not in self.counted or (
+            strength < 1 and not self.within_gate(self.counted[strength])
+        )
 
     def leaves_time_for(self, seconds: float) -> bool:
-        """True if every rank has time for work of this duration and for a pass over the data after it."""
+        """True if every rank has time for work of this duration and for a pass over the data after
+        it.
+        """
         return self.problem.deadline.leaves(seconds + self.problem.clock.one_pass)
 
-    def _count(self, state: State, strength: float, after: SampleResults | None = None) -> StrengthPoint:
+    def _count(
+        self, state: State, strength: float, after: SampleResults | None = None
+    ) -> StrengthPoint:
         problem, before = self.problem, self.problem.before
         flips = Flips.between(before, problem.evaluate(state) if after is None else after)
         repaired = flips.repaired & before.targeted
@@ -132,21 +166,27 @@ class PatchPath:
             point = replace(point, harm=cost)
         if self.calibration is None:
             return point
-        held_out, results = self.calibration.flips(problem.evaluator, state), self.calibration.before
+        held_out, results = (
+            self.calibration.flips(problem.evaluator, state),
+            self.calibration.before,
+        )
         harm = results.cost(held_out.broken) if results.weighted else None
         return replace(point, calibration=held_out.counts(), calibration_harm=harm)
 
 
 LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))  # strengths to try under a limit
-# Sets of weights that calibration data may choose under a limit: one per strength and, below 1, a polished one, too.
+# Sets of weights that calibration data may choose under a limit: one per strength and, below 1, a
+# polished one, too.
 LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
 
 
 @dataclass(frozen=True)
 class LineSearchResult:
-    """The `chosen` strength, or None if no strength keeps the limit. `path` has the counts at each tried strength.
+    """The `chosen` strength, or None if no strength keeps the limit. `path` has the counts at each
+    tried strength.
 
-    `state` has each changed tensor at the chosen strength. `selection` says how calibration data chose this strength.
+    `state` has each changed tensor at the chosen strength. `selection` says how calibration data
+    chose this strength.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -167,9 +207,10 @@ def line_search(
 ) -> LineSearchResult:
     """Evaluates a patch at several strengths and chooses one, by default with `choose_strength`.
 
-    If `fixed` is given, this strength is chosen. `limit` is a limit on broken calibration samples. If it is given, the
-    greatest strength in `LIMIT_STRENGTHS` is chosen whose weights keep the limit and the gate, if necessary after a
-    polish. `after` has the results on known data with the patch, if they are available.
+    If `fixed` is given, this strength is chosen. `limit` is a limit on broken calibration samples.
+    If it is given, the greatest strength in `LIMIT_STRENGTHS` is chosen whose weights keep the
+    limit and the gate, if necessary after a polish. `after` has the results on known data with the
+    patch, if they are available.
     """
     path = PatchPath(problem, patch, gate, calibration)
     strengths = PATH_STRENGTHS
@@ -181,14 +222,20 @@ def line_search(
         if len(problem.before) > FULL_CURVE_SAMPLES:
             strengths = strengths[: max(2, int(CURVE_SHARE * problem.visits / len(problem.before)))]
     points = path.count(strengths, after=after)
-    if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
-        # The patch breaks protected calibration samples. This limit allows any broken samples but these.
+    if (
+        limit is None
+        and fixed is None
+        and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points)
+    ):
+        # The patch breaks protected calibration samples. This limit allows any broken samples but
+        # these.
         limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return _strongest_within(path, limit)
     strength, selection = fixed, Selection()
     if strength is None:
-        # With protected samples the data decide which weights are tried, so all that could be tried count.
+        # With protected samples the data decide which weights are tried, so all that could be tried
+        # count.
         weighted = calibration is not None and calibration.before.weighted
         strength = choose_strength(points)
         selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
@@ -197,26 +244,37 @@ def line_search(
 
 
 def choose_strength(path: Sequence[StrengthPoint]) -> float:
-    """Returns the strength to take by default: 1, or a greater strength that repairs more targets at no cost.
+    """Returns the strength to take by default: 1, or a greater strength that repairs more targets
+    at
+    no cost.
 
-    At no cost means that no known sample breaks, and no more calibration samples break than at strength 1.
+    At no cost means that no known sample breaks, and no more calibration samples break than at
+    strength 1.
     """
     chosen = _whole_patch(path)
     if chosen is None:
         return 1.0
     for point in _free(path):
-        no_worse = point.calibration is not None and point.calibration_cost <= chosen.calibration_cost
+        no_worse = (
+            point.calibration is not None and point.calibration_cost <= chosen.calibration_cost
+        )
         if no_worse and point.worth > chosen.worth:
             chosen = point
     return chosen.strength
 
 
 def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
-    """Returns the points above strength 1 that repair more targets than 1 does and break no known sample."""
+    """Returns the points above strength 1 that repair more targets than 1 does and break no known
+    sample.
+    """
     patch = _whole_patch(path)
     if patch is None or patch.calibration is None:
         return []
-    return [point for point in path if point.strength > 1 and not point.known.broken and point.worth > patch.worth]
+    return [
+        point
+        for point in path
+        if point.strength > 1 and not point.known.broken and point.worth > patch.worth
+    ]
 
 
 def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint | None:
@@ -230,33 +288,46 @@ def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
     weaker = [t for t in reversed(LIMIT_STRENGTHS) if t <= low]
     clock, took, polished = path.problem.clock, 0.0, 0
     for strength in (*finer, *([low] if low and low not in weaker else []), *weaker):
-        if path.takes_time(strength) and (polished == MAX_POLISHES or not path.leaves_time_for(took)):
+        if path.takes_time(strength) and (
+            polished == MAX_POLISHES or not path.leaves_time_for(took)
+        ):
             continue
         began = clock.now()
         if path.within_limit(strength, limit):
             state = path.take(strength)
             polished += path.counted[strength].polished
             if path.within_limit(strength, limit) and path.within_gate(path.counted[strength]):
-                return LineSearchResult(path.points, strength, state, _selection(path, strength, limit))
+                return LineSearchResult(
+                    path.points, strength, state, _selection(path, strength, limit)
+                )
         took = clock.now() - began
     return LineSearchResult(path.points, None)
 
 
 def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
-    """Returns how calibration data chose a strength under a limit. The bound on future errors depends on this choice.
+    """Returns how calibration data chose a strength under a limit. The bound on future errors
+    depends
+    on this choice.
 
-    The search goes from strong to weak, to save time. If all weaker strengths keep the limit too, a walk from weak
-    to strong would also have accepted this strength. Then the tighter bound of such a walk holds: its order
-    (`LIMIT_STRENGTHS`) and the number of samples that may break were fixed in advance.
+    The search goes from strong to weak, to save time. If all weaker strengths keep the limit too, a
+    walk from weak to strong would also have accepted this strength. Then the tighter bound of such
+    a walk holds: its order (`LIMIT_STRENGTHS`) and the number of samples that may break were fixed
+    in advance.
     """
     allowed = _fixed_allowance(path, limit)
-    if allowed is not None and not path.counted[strength].polished and _walk_accepts(path, strength, allowed):
+    if (
+        allowed is not None
+        and not path.counted[strength].polished
+        and _walk_accepts(path, strength, allowed)
+    ):
         return Selection(LIMIT_STATES, True, allowed)
     return Selection(LIMIT_STATES, allowed is not None)
 
 
 def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
-    """True if no strength up to `strength` breaks more than `allowed` calibration samples. False if time is short."""
+    """True if no strength up to `strength` breaks more than `allowed` calibration samples. False if
+    time is short.
+    """
     clock, took = path.problem.clock, 0.0
     for weaker in (t for t in LIMIT_STRENGTHS if t <= strength):
         if weaker not in path.broken_unpolished and not path.leaves_time_for(took):
@@ -269,7 +340,9 @@ def _walk_accepts(path: PatchPath, strength: float, allowed: int) -> bool:
 
 
 def _fixed_allowance(path: PatchPath, limit: Gate) -> int | None:
-    """Returns how many calibration samples may break. None if the number depends on the repair, or if all may break."""
+    """Returns how many calibration samples may break. None if the number depends on the repair, or
+    if all may break.
+    """
     assert path.calibration is not None
     now = Flips.between(path.calibration.before, path.calibration.before).counts()
     best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
@@ -282,12 +355,14 @@ VALUE_ROUNDING = 1e-9  # allowance for rounding in sums of sample weights
 
 
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
-    """Searches for a patch that changes as few weights as possible and breaks no more known samples than the proposal.
+    """Searches for a patch that changes as few weights as possible and breaks no more known samples
+    than the proposal.
 
-    The patch keeps the largest weight changes of the proposal, and may lose a share `loss` of the repaired targets.
-    Bisection finds how many changes to keep; each trial takes a pass over known data. Small steps of the kept weights
-    then restore broken samples. Buffers, such as batch norm statistics, are those of the proposal. Returns the patch
-    (or the proposal if fewer changes do not suffice) and the step for the report.
+    The patch keeps the largest weight changes of the proposal, and may lose a share `loss` of the
+    repaired targets. Bisection finds how many changes to keep; each trial takes a pass over known
+    data. Small steps of the kept weights then restore broken samples. Buffers, such as batch norm
+    statistics, are those of the proposal. Returns the patch (or the proposal if fewer changes do
+    not suffice) and the step for the report.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
@@ -304,7 +379,11 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
             break
         if polishes:
             found = patch.polished(tried)
-        good = found.value >= least and found.cost <= proposal.cost and found.missing <= proposal.missing
+        good = (
+            found.value >= least
+            and found.cost <= proposal.cost
+            and found.missing <= proposal.missing
+        )
         if good:
             best, size = found, tried
         factor = 0.5 if good else 2.0
@@ -316,8 +395,12 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
     return best, best.step(problem.clock.now() - began, note)
 
 
-def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
-    """Bisects the least number of changes that repair targets worth `least`, at a cost of at most `most_broken`."""
+def _smallest(
+    patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None
+) -> tuple[int, Proposal]:
+    """Bisects the least number of changes that repair targets worth `least`, at a cost of at most
+    `most_broken`.
+    """
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
@@ -331,16 +414,24 @@ def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: f
 
 
 class _SortedPatch:
-    """The parameters that a patch changes, with old and new values (tied ones once), and the buffers it changes."""
+    """The parameters that a patch changes, with old and new values (tied ones once), and the
+    buffers it changes.
+    """
 
     def __init__(self, problem: Problem, state: State) -> None:
         self.problem = problem
         live = live_tensors(problem.model)
         names = {id(parameter): name for name, parameter in problem.model.named_parameters()}
         different = changed(problem.model, state)
-        self.new = {names[id(live[name])]: value for name, value in different.items() if id(live[name]) in names}
+        self.new = {
+            names[id(live[name])]: value
+            for name, value in different.items()
+            if id(live[name]) in names
+        }
         self.old = {name: live[name].detach() for name in self.new}
-        self.buffers = {name: value for name, value in different.items() if id(live[name]) not in names}
+        self.buffers = {
+            name: value for name, value in different.items() if id(live[name]) not in names
+        }
 
     @property
     def total(self) -> int:
@@ -352,18 +443,24 @@ class _SortedPatch:
 
     @cached_property
     def order(self) -> Tensor:
-        changes = [(self.new[name].float() - self.old[name].float()).abs().flatten() for name in self.new]
+        changes = [
+            (self.new[name].float() - self.old[name].float()).abs().flatten() for name in self.new
+        ]
         return torch.cat(changes).argsort(descending=True, stable=True)
 
     def masks(self, size: int) -> dict[str, Tensor]:
         chosen = torch.zeros(self.total, dtype=torch.bool, device=self.order.device)
         chosen[self.order[:size]] = True
         parts = chosen.split([value.numel() for value in self.new.values()])
-        return {name: part.view_as(self.new[name]) for name, part in zip(self.new, parts, strict=True)}
+        return {
+            name: part.view_as(self.new[name]) for name, part in zip(self.new, parts, strict=True)
+        }
 
     def state(self, size: int) -> State:
         masks = self.masks(size)
-        return self.buffers | {name: torch.where(masks[name], self.new[name], self.old[name]) for name in self.new}
+        return self.buffers | {
+            name: torch.where(masks[name], self.new[name], self.old[name]) for name in self.new
+        }
 
     def polished(self, size: int) -> Proposal:
         masks = {name: mask for name, mask in self.masks(size).items() if mask.any()}

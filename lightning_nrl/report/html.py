@@ -15,13 +15,17 @@ from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import PLAIN_HINT, Record
 from lightning_nrl.errors import ConfigurationError, first_line
+from lightning_nrl.records.provenance import Provenance, installed_versions
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Renderable
-from lightning_nrl.report.provenance import Provenance, installed_versions
 from lightning_nrl.report.sample_views import SampleView
 
 PAGE_FILES = Path(__file__).parent
-TEMPLATES = Environment(loader=FileSystemLoader(PAGE_FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-STYLE, SCRIPT = ((PAGE_FILES / name).read_text(encoding="utf-8") for name in ("report.css", "table.js"))
+TEMPLATES = Environment(
+    loader=FileSystemLoader(PAGE_FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+STYLE, SCRIPT = (
+    (PAGE_FILES / name).read_text(encoding="utf-8") for name in ("report.css", "table.js")
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,15 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """Renders a page as HTML. `figures` (SVG) and `galleries`, by title, follow its first table. `tables` come last."""
-    body = {"blocks": page.blocks, "figures": figures or {}, "tables": tables, "galleries": galleries or {}}
+    """Renders a page as HTML. `figures` (SVG) and `galleries`, by title, follow its first table.
+    `tables` come last.
+    """
+    body = {
+        "blocks": page.blocks,
+        "figures": figures or {},
+        "tables": tables,
+        "galleries": galleries or {},
+    }
     return _macro("document", title, body, STYLE, SCRIPT)
 
 
@@ -70,14 +81,18 @@ def _macro(name: str, *arguments: Any) -> str:
 
 @dataclass(frozen=True)
 class Report(Record, Renderable):
-    """Base class of reports, with the `versions` of the software and the `provenance` of the results."""
+    """Base class of reports, with the `versions` of the software and the `provenance` of the
+    results.
+    """
 
     versions: Mapping[str, str] = field(default_factory=installed_versions, kw_only=True)
     provenance: Provenance = field(default_factory=Provenance, kw_only=True)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the result of `to_dict`. Raises a `ConfigurationError` if a value is wrong or cannot be shown."""
+        """Reads the result of `to_dict`. Raises a `ConfigurationError` if a value is wrong or
+        cannot be shown.
+        """
         found = super().from_dict(data)
         try:
             found.page(full=True)
@@ -88,7 +103,9 @@ class Report(Record, Renderable):
 
     @abstractmethod
     def page(self, full: bool = False) -> Page:
-        """Builds the page: a summary for the console or, if `full`, all samples and full paths for a reviewer."""
+        """Builds the page: a summary for the console or, if `full`, all samples and full paths for
+        a reviewer.
+        """
 
     def full_page(self) -> Page:
         """Builds the page for a reviewer. It ends with the provenance."""
@@ -102,12 +119,16 @@ class Report(Record, Renderable):
         """Renders the full page as Markdown."""
         return self.full_page().markdown()
 
-    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        """Renders the full page as a self-contained HTML document. Only a `RepairReport` uses the arguments.
+    def to_html(
+        self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None
+    ) -> str:
+        """Renders the full page as a self-contained HTML document. Only a `RepairReport` uses the
+        arguments.
 
         Args:
             views: pictures or texts of flipped samples to show, such as `Outcome.views`.
-            changes: changes of weights to draw, such as `Outcome.changes`. Drawing needs matplotlib.
+            changes: changes of weights to draw, such as `Outcome.changes`. Drawing needs
+                matplotlib.
         """
         page = self.full_page()
         return html_page(page.title, page)

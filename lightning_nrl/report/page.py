@@ -18,12 +18,24 @@ from rich.text import Text as RichText
 from lightning_nrl.errors import visible
 
 Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
-TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red", "gain": "bold green", "harm": "bold red"}
+TONE_STYLES = {
+    "": "",
+    "good": "green",
+    "warn": "yellow",
+    "bad": "red",
+    "gain": "bold green",
+    "harm": "bold red",
+}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-# Code in backticks stays as written, unless it has a `|`, which ends a table cell, or a `<`, which may begin a tag.
+# Code in backticks stays as written, unless it has a `|`, which ends a table cell, or a `<`, which
+# may begin a tag.
 SPECIAL = re.compile(r"((?<!`)`[^`|<]+`(?!`))|[\\|*`\[\]!<]|://|www\.")
-ESCAPES = {"<": "&lt;", "://": ":\u200b//", "www.": "www\u200b."}  # TensorBoard ignores a backslash before `<`
+ESCAPES = {
+    "<": "&lt;",
+    "://": ":\u200b//",
+    "www.": "www\u200b.",
+}  # TensorBoard ignores a backslash before `<`
 WIDEST = 100_000  # console width for tables, so that rich does not shrink them: `Table.within` has split them
 
 
@@ -45,7 +57,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table. Tone `gain` highlights all of its cells, tone `harm` only the cells that are not 0."""
+    """One row of a table. Tone `gain` highlights all of its cells, tone `harm` only the cells that
+    are not 0.
+    """
 
     label: str
     cells: tuple[str, ...]
@@ -57,8 +71,9 @@ class Row:
 class Table:
     """A table of labelled rows. If it is too wide for the page, its last columns continue below.
 
-    Each of `columns` is a pair: a name, and a kind, such as a role, which stands below the name. Both may be empty.
-    Columns are aligned to the right. If `notes` is True, the last column holds words and is aligned to the left.
+    Each of `columns` is a pair: a name, and a kind, such as a role, which stands below the name.
+    Both may be empty. Columns are aligned to the right. If `notes` is True, the last column holds
+    words and is aligned to the left.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -70,16 +85,23 @@ class Table:
         return any(name or kind for name, kind in self.columns)
 
     def within(self, width: int) -> Iterator[Table]:
-        """Splits the table between columns into tables at most `width` characters wide. A wide column stays whole."""
+        """Splits the table between columns into tables at most `width` characters wide. A wide
+        column stays whole.
+        """
         label = max((len(row.label) for row in self.rows), default=0)
-        widths = [max(map(len, (*head, *(row.cells[i] for row in self.rows)))) for i, head in enumerate(self.columns)]
+        widths = [
+            max(map(len, (*head, *(row.cells[i] for row in self.rows))))
+            for i, head in enumerate(self.columns)
+        ]
         start = 0
         while start < len(widths):
             stop, used = start + 1, label + COLUMN_GAP + widths[start]
             while stop < len(widths) and used + COLUMN_GAP + widths[stop] <= width:
                 used += COLUMN_GAP + widths[stop]
                 stop += 1
-            rows = tuple(Row(row.label, row.cells[start:stop], row.tone, row.ends_group) for row in self.rows)
+            rows = tuple(
+                Row(row.label, row.cells[start:stop], row.tone, row.ends_group) for row in self.rows
+            )
             yield Table(self.columns[start:stop], rows, self.notes and stop == len(widths))
             start = stop
 
@@ -109,8 +131,12 @@ class Page:
         return "\n\n".join(_markdown(block) for block in self.blocks) + "\n"
 
     def plain(self, width: int = 80) -> str:
-        """Renders the page as text in lines of at most `width` characters. Never breaks longer words, such as paths."""
-        console = Console(width=WIDEST, color_system=None, force_jupyter=False, legacy_windows=False)
+        """Renders the page as text in lines of at most `width` characters. Never breaks longer
+        words, such as paths.
+        """
+        console = Console(
+            width=WIDEST, color_system=None, force_jupyter=False, legacy_windows=False
+        )
         with console.capture() as capture:
             for i, block in enumerate(self.blocks):
                 if i:
@@ -118,7 +144,9 @@ class Page:
                 for shown in _rich(block, width, plain=True):
                     # Never break words, so paths can be copied.
                     least = Measurement.get(console, console.options, shown).minimum
-                    console.print(shown, width=WIDEST if isinstance(block, Table) else max(width, least))
+                    console.print(
+                        shown, width=WIDEST if isinstance(block, Table) else max(width, least)
+                    )
         return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
@@ -151,7 +179,9 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Text):
         return _escaped(block.text)
     if isinstance(block, FactList):
-        return "\n".join(f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items)
+        return "\n".join(
+            f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items
+        )
     heads = [_escaped(f"{name} ({kind})" if kind else name) for name, kind in block.columns]
     rules = ["---:"] * len(heads)
     if block.notes:
@@ -164,8 +194,11 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
-    # Names and ids come from data: they must not become pictures, links or tags. Bare addresses would become links.
-    text = SPECIAL.sub(lambda found: ESCAPES.get(found[0], found[0] if found[1] else f"\\{found[0]}"), text)
+    # Names and ids come from data: they must not become pictures, links or tags. Bare addresses
+    # would become links.
+    text = SPECIAL.sub(
+        lambda found: ESCAPES.get(found[0], found[0] if found[1] else f"\\{found[0]}"), text
+    )
     return visible(" ".join(text.split()))
 
 
@@ -191,21 +224,34 @@ def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
             yield grid
     else:
         for i, piece in enumerate(block.within(width)):
-            yield Padding(_rich_table(piece, PLAIN_HEAD if plain else SIMPLE_HEAD), (1 if i else 0, 0, 0, 0))
+            yield Padding(
+                _rich_table(piece, PLAIN_HEAD if plain else SIMPLE_HEAD), (1 if i else 0, 0, 0, 0)
+            )
 
 
 def _rich_table(table: Table, box: Box) -> Grid:
     # The box adds one space between columns.
-    grid = Grid(box=box, show_edge=False, show_header=table.headed, padding=(0, COLUMN_GAP - 1, 0, 0), pad_edge=False)
+    grid = Grid(
+        box=box,
+        show_edge=False,
+        show_header=table.headed,
+        padding=(0, COLUMN_GAP - 1, 0, 0),
+        pad_edge=False,
+    )
     grid.add_column("", no_wrap=True)
     kinds = any(kind for _, kind in table.columns)
     for i, (name, kind) in enumerate(table.columns):
-        head = RichText.assemble((visible(name), "bold"), *(("\n", (visible(kind), "not bold dim")) if kinds else ()))
+        head = RichText.assemble(
+            (visible(name), "bold"), *(("\n", (visible(kind), "not bold dim")) if kinds else ())
+        )
         words = table.notes and i == len(table.columns) - 1
         grid.add_column(head, justify="left" if words else "right", no_wrap=not words)
     for row in table.rows:
         harmless = TONE_STYLES["good"] if row.tone == "harm" else TONE_STYLES[row.tone]
-        cells = [_line(cell, style=harmless if cell == "0" else TONE_STYLES[row.tone]) for cell in row.cells]
+        cells = [
+            _line(cell, style=harmless if cell == "0" else TONE_STYLES[row.tone])
+            for cell in row.cells
+        ]
         grid.add_row(_line(row.label, style="bold" if row.tone else ""), *cells)
         if row.ends_group and row is not table.rows[-1]:
             grid.add_row()

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_nrl._utils.formatting import count, number, percent, plural, rough_percent
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.report._formatting import count, number, percent, plural, rough_percent
-from lightning_nrl.report.run_records import CUT, Hashes, LocalizationReport, RepairRecord, SearchReport, WeightChange
-from lightning_nrl.report.splits import SetAside
-from lightning_nrl.report.stats import interval, percent_up, show_confidence, upper_limit
+from lightning_nrl.records.repair_record import (
+    Hashes,
+    LocalizationReport,
+    RepairRecord,
+    SearchReport,
+    WeightChange,
+)
+from lightning_nrl.records.splits import SetAside
+from lightning_nrl.records.stats import interval, percent_up, show_confidence, upper_limit
+from lightning_nrl.records.steps import CUT
 from lightning_nrl.report.tables import Fact, points_of
 
 USUAL_TASK = "Multiclass"
@@ -19,12 +26,19 @@ UNSEEN_CONFIDENCE = 0.95
 
 
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Lists what the repair was asked for, what it searched and found, and the limit from calibration data."""
+    """Lists what the repair was asked for, what it searched and found, and the limit from
+    calibration data.
+    """
     facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
     if report.set_aside:
-        facts.append(("set aside", f"{len(report.set_aside):,} failed samples, {report.set_aside[0].why}"))
-    facts += [(f"leak into {split}", f"{n:,} of its samples are known too") for split, n in report.leaked.items()]
+        facts.append(
+            ("set aside", f"{len(report.set_aside):,} failed samples, {report.set_aside[0].why}")
+        )
+    facts += [
+        (f"leak into {split}", f"{n:,} of its samples are known too")
+        for split, n in report.leaked.items()
+    ]
     if report.localization is not None:
         facts.append(("weights searched", _localization(report.localization)))
     if report.search is not None:
@@ -38,16 +52,25 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.judge is not None and report.judge.n_borderline:
         n, rounding = report.judge.n_borderline, report.judge.rounding or 0.0
         right = f"{plural(n, 'known sample')} {'is' if n == 1 else 'are'} right by less than {rounding:.2g}"
-        facts.append(("within rounding", f"{right}; another device or batch size may get them wrong"))
+        facts.append(
+            ("within rounding", f"{right}; another device or batch size may get them wrong")
+        )
     if report.bounds is not None:
         facts.append(("calibration", str(report.bounds)))
     if report.change is not None:
-        facts.append(("weights changed" if report.status == "repaired" else "would change", _change(report.change)))
+        facts.append(
+            (
+                "weights changed" if report.status == "repaired" else "would change",
+                _change(report.change),
+            )
+        )
     return tuple(facts)
 
 
 def layer_text(report: RepairRecord) -> str:
-    """Lists the names of the layers. Cuts a long list, and says "the whole network" if all layers change."""
+    """Lists the names of the layers. Cuts a long list, and says "the whole network" if all layers
+    change.
+    """
     n, names = len(report.layers), ", ".join(report.layers[:LISTED_LAYERS])
     if n > 1 and n == report.provenance.n_layers:
         return f"the whole network ({n} layers)"
@@ -60,18 +83,20 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if limit is None:
         return ()
     confidence = show_confidence(UNSEEN_CONFIDENCE)
-    text = (
-        f"with {confidence} confidence at most {percent_up(limit)} of new samples like these that were right will break"
-    )
+    text = f"with {confidence} confidence at most {percent_up(limit)} of new samples like these that were right will break"
     known = sum(report.leaked.values())
-    return (("unseen data", f"{text} (too optimistic: {known:,} of them are known)" if known else text),)
+    return (
+        ("unseen data", f"{text} (too optimistic: {known:,} of them are known)" if known else text),
+    )
 
 
 def unseen_limit(report: RepairRecord) -> float | None:
-    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break (`upper_limit`).
+    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break
+    (`upper_limit`).
 
-    The rate is among samples that the model got right before the repair or, in an update, that the replaced model gets
-    right. The confidence is `UNSEEN_CONFIDENCE`. Returns None if `RepairRecord.unseen` counts no such sample.
+    The rate is among samples that the model got right before the repair or, in an update, that the
+    replaced model gets right. The confidence is `UNSEEN_CONFIDENCE`. Returns None if
+    `RepairRecord.unseen` counts no such sample.
     """
     counted = report.unseen
     if counted is None or not counted.passed:
@@ -80,13 +105,17 @@ def unseen_limit(report: RepairRecord) -> float | None:
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
-    """Lists the first failures that were set aside, each with the reason, and the number of further failures."""
+    """Lists the first failures that were set aside, each with the reason, and the number of further
+    failures.
+    """
     facts = [
         (f"{one.split} {one.id}", f"label {one.label}, the model says {one.prediction}: {one.why}")
         for one in samples[:LISTED_SAMPLES]
     ]
     further = len(samples) - LISTED_SAMPLES
-    return (*facts, ("further", f"{further:,}, all in report.json")) if further > 0 else tuple(facts)
+    return (
+        (*facts, ("further", f"{further:,}, all in report.json")) if further > 0 else tuple(facts)
+    )
 
 
 def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
@@ -99,14 +128,19 @@ def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
         if before is not None and before == after:
             facts.append((f"sha256 of the {name}, unchanged", before))
         elif before is not None and after is not None:
-            facts += [(f"sha256 of the {name} before", before), (f"sha256 of the {name} after", after)]
+            facts += [
+                (f"sha256 of the {name} before", before),
+                (f"sha256 of the {name} after", after),
+            ]
     return tuple(facts)
 
 
 def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
     """Lists the seed and the precision of the run, and the seconds of each stage."""
     task = [("task", report.task)] if report.task == USUAL_TASK else []
-    seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
+    seconds = [
+        (f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()
+    ]
     judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
     return (*task, ("seed", str(report.seed)), *judge, *seconds)
 
@@ -127,7 +161,9 @@ def _localization(localization: LocalizationReport) -> str:
 
 
 def _search(search: SearchReport, seconds: float | None) -> str:
-    text = plural(search.iterations, "iteration") + (f" in {seconds:,.1f} s" if seconds is not None else "")
+    text = plural(search.iterations, "iteration") + (
+        f" in {seconds:,.1f} s" if seconds is not None else ""
+    )
     if search.n_failed is not None and search.n_passed is not None:
         text += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
     fitness = f"{number(search.original_fitness)} -> {number(search.fitness)}"
@@ -148,7 +184,11 @@ def _estimate(counts: TargetCounts, choices: int) -> str:
 
 
 def _change(change: WeightChange) -> str:
-    share = f" ({percent(change.relative)} of the layers' norm)" if math.isfinite(change.relative) else ""
+    share = (
+        f" ({percent(change.relative)} of the layers' norm)"
+        if math.isfinite(change.relative)
+        else ""
+    )
     return (
         f"{change.changed:,} of {change.total:,}, by at most {number(change.largest)}; "
         f"norm of the change {number(change.l2)}{share}"

@@ -1,4 +1,6 @@
-"""Figures of a repair: margins, confusions, strengths, search, weight changes, samples and a summary."""
+"""Figures of a repair: margins, confusions, strengths, search, weight changes, samples and a
+summary.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from lightning_nrl.report._figures import (
+from lightning_nrl._utils.formatting import count, percent
+from lightning_nrl.records.repair_record import (
+    LocalizationReport,
+    RepairRecord,
+    SearchReport,
+    StrengthPoint,
+)
+from lightning_nrl.records.splits import (
+    ConfusionCell,
+    MarginHistogram,
+    Role,
+    SplitReport,
+    by_role,
+    pool,
+)
+from lightning_nrl.report.figures import (
     BLUE,
     GREEN,
     GREY,
@@ -28,10 +45,7 @@ from lightning_nrl.report._figures import (
     shorten_name,
     style_axes,
 )
-from lightning_nrl.report._formatting import count, percent
-from lightning_nrl.report.run_records import LocalizationReport, RepairRecord, SearchReport, StrengthPoint
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ConfusionCell, MarginHistogram, Role, SplitReport, by_role, pool
 from lightning_nrl.report.tables import confusion_changes
 from lightning_nrl.report.verdicts import verdict_on
 
@@ -55,7 +69,9 @@ SEARCH_PANELS = {
 """Panels of the search by title: curves of `SearchHistory` with their labels."""
 PLOTTED_TENSORS, LABEL_CHARACTERS = 12, 34
 GRID_ROWS, GRID_COLUMNS = 128, 256
-"""Largest picture of a tensor, in cells. In a larger tensor, a cell shows the largest change of several weights."""
+"""Largest picture of a tensor, in cells. In a larger tensor, a cell shows the largest change of
+several weights.
+"""
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS, TARGET_CHARACTERS = 3.2, 46
 HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["bad"], "#CCCCCC", "#666666"
@@ -74,8 +90,12 @@ def repair_figures(report: RepairRecord) -> dict[str, Any]:
     return figures
 
 
-def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """Draws all figures for a reviewer: panels, the whole search, and `changes` of weights. Returns them by title."""
+def reviewer_figures(
+    report: RepairRecord, changes: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Draws all figures for a reviewer: panels, the whole search, and `changes` of weights. Returns
+    them by title.
+    """
     figures = repair_figures(report)
     in_full = None if report.search is None else search_figure(report.search)
     if in_full is not None:
@@ -84,7 +104,9 @@ def reviewer_figures(report: RepairRecord, changes: Mapping[str, Tensor] | None 
 
 
 def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
-    """Draws pictures of flipped samples: a figure per split and kind of flip, by title. Skips samples shown as text."""
+    """Draws pictures of flipped samples: a figure per split and kind of flip, by title. Skips
+    samples shown as text.
+    """
     galleries: dict[str, list[SampleView]] = {}
     for view in views:
         if view.pixels is not None:
@@ -98,15 +120,20 @@ def _gallery(views: Sequence[SampleView]) -> Any:
     n_columns, cell_height = min(len(views), GALLERY_COLUMNS), GALLERY_CELL + caption_height
     width, height = GALLERY_CELL * n_columns, cell_height * -(-len(views) // n_columns)
     figure = new_figure(width, height, layout=None)
-    # All pictures share one pair of axes, in inches from the top left. A pair per picture takes many times longer.
+    # All pictures share one pair of axes, in inches from the top left. A pair per picture takes
+    # many times longer.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for i, (view, caption) in enumerate(zip(views, captions, strict=True)):
         row, column = divmod(i, n_columns)
         x, y = GALLERY_CELL * (column + 0.5), cell_height * (row + 1) - GALLERY_CELL / 2
         pixels = np.asarray(view.pixels)
-        up, across = PICTURE_SHARE * GALLERY_CELL / 2 * np.array(pixels.shape[:2]) / max(pixels.shape[:2])
-        axes.imshow(pixels, interpolation="nearest", extent=(x - across, x + across, y + up, y - up))
+        up, across = (
+            PICTURE_SHARE * GALLERY_CELL / 2 * np.array(pixels.shape[:2]) / max(pixels.shape[:2])
+        )
+        axes.imshow(
+            pixels, interpolation="nearest", extent=(x - across, x + across, y + up, y - up)
+        )
         text = escape_dollars("\n".join(caption))
         axes.text(x, y - up - CAPTION_GAP, text, color=INK, fontsize=8, ha="center", va="bottom")
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
@@ -116,12 +143,16 @@ def _gallery(views: Sequence[SampleView]) -> Any:
 def draw_repair(report: RepairRecord) -> Any:
     """Draws the panels of `repair_figures` in one figure, two per row."""
     figure = _drawn(_panels(report), 2 * PANEL_WIDTH, PANEL_HEIGHT)
-    figure.suptitle(escape_dollars(f"{verdict_on(report).headline}\n{report.target}"), color=INK, fontsize=12)
+    figure.suptitle(
+        escape_dollars(f"{verdict_on(report).headline}\n{report.target}"), color=INK, fontsize=12
+    )
     return figure
 
 
 def search_figure(search: SearchReport) -> Any:
-    """Draws all curves of a search in one figure with several panels. Returns None if the search has no curves."""
+    """Draws all curves of a search in one figure with several panels. Returns None if the search
+    has no curves.
+    """
     panels = _search_panels(search)
     return _drawn(panels, SEARCH_WIDTH, SEARCH_ROW) if panels else None
 
@@ -140,7 +171,9 @@ def _panels(report: RepairRecord) -> Mapping[str, Draw]:
     for own in by_role(splits).values():
         panels |= _role_panels(pool(own), report.class_name)
     if len(report.strength) > 1:
-        panels["How far to go, samples by strength"] = partial(_strength, report.path, report.chosen_strength)
+        panels["How far to go, samples by strength"] = partial(
+            _strength, report.path, report.chosen_strength
+        )
     course = {} if report.search is None else _search_panels(report.search)
     if COUNTS_PANEL in course:
         panels[SEARCH_TITLE] = course[COUNTS_PANEL]
@@ -152,14 +185,20 @@ def _role_panels(split: SplitReport, name: Callable[[int], str]) -> dict[str, Dr
     if split.margins is not None and split.n:
         panels[f"Margins of {split.role} data"] = partial(_margins, split.margins)
     if len(_changed_classes(split.confusion)) > MATRIX_CLASSES:
-        panels[f"Confusions that changed, {split.role} data"] = partial(_confusions, split.confusion, name)
+        panels[f"Confusions that changed, {split.role} data"] = partial(
+            _confusions, split.confusion, name
+        )
     elif confusion_changes(split.confusion):
-        panels[f"Change of the confusion matrix, {split.role} data"] = partial(_matrix, split.confusion, name)
+        panels[f"Change of the confusion matrix, {split.role} data"] = partial(
+            _matrix, split.confusion, name
+        )
     return panels
 
 
 def _margins(histogram: MarginHistogram, axes: Any) -> None:
-    axes.stairs(histogram.before, histogram.edges, fill=True, color=GREY, alpha=0.45, label="before")
+    axes.stairs(
+        histogram.before, histogram.edges, fill=True, color=GREY, alpha=0.45, label="before"
+    )
     axes.stairs(histogram.after, histogram.edges, color=BLUE, linewidth=1.6, label="after")
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
@@ -169,9 +208,15 @@ def _margins(histogram: MarginHistogram, axes: Any) -> None:
 def _confusions(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
     shown = confusion_changes(cells)[:PLOTTED_CONFUSIONS][::-1]
     changes = [cell.after - cell.before for cell in shown]
-    labels = [escape_dollars(f"{name(cell.label)} taken for {name(cell.prediction)}") for cell in shown]
-    bars = axes.barh(range(len(shown)), changes, color=[RED if change > 0 else GREEN for change in changes])
-    axes.bar_label(bars, [f"{cell.before} -> {cell.after}" for cell in shown], padding=3, fontsize=8)
+    labels = [
+        escape_dollars(f"{name(cell.label)} taken for {name(cell.prediction)}") for cell in shown
+    ]
+    bars = axes.barh(
+        range(len(shown)), changes, color=[RED if change > 0 else GREEN for change in changes]
+    )
+    axes.bar_label(
+        bars, [f"{cell.before} -> {cell.after}" for cell in shown], padding=3, fontsize=8
+    )
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.axvline(0, color=INK, linewidth=1)
     axes.margins(x=0.25)
@@ -180,18 +225,31 @@ def _confusions(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes
 
 
 def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
-    return sorted({one for cell in cells if cell.before != cell.after for one in (cell.label, cell.prediction)})
+    return sorted(
+        {
+            one
+            for cell in cells
+            if cell.before != cell.after
+            for one in (cell.label, cell.prediction)
+        }
+    )
 
 
 def _matrix(cells: Sequence[ConfusionCell], name: Callable[[int], str], axes: Any) -> None:
-    """Draws the change of the confusion matrix for changed classes. An increase is good only on the diagonal."""
+    """Draws the change of the confusion matrix for changed classes. An increase is good only on the
+    diagonal.
+    """
     classes = _changed_classes(cells)
     change = np.zeros((len(classes), len(classes)), dtype=int)
     for cell in cells:
         if cell.before != cell.after:
-            change[classes.index(cell.label), classes.index(cell.prediction)] = cell.after - cell.before
+            change[classes.index(cell.label), classes.index(cell.prediction)] = (
+                cell.after - cell.before
+            )
     improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
-    shade = np.sign(improvement) * np.sqrt(np.abs(improvement))  # so that a change of 1 is visible beside 50
+    shade = np.sign(improvement) * np.sqrt(
+        np.abs(improvement)
+    )  # so that a change of 1 is visible beside 50
     most = float(np.abs(shade).max())
     axes.imshow(shade, cmap=CHANGE_COLOURS, vmin=-most, vmax=most)
     size = 9 if len(classes) <= MATRIX_CLASSES // 2 else 7
@@ -211,7 +269,9 @@ def _strength(path: Sequence[StrengthPoint], chosen: float | None, axes: Any) ->
     held = [(point.strength, point.calibration) for point in path if point.calibration is not None]
     if held:
         at, flips = [strength for strength, _ in held], [flips for _, flips in held]
-        axes.plot(at, [one.repaired for one in flips], "x:", color=GREEN, label="repaired, calibration")
+        axes.plot(
+            at, [one.repaired for one in flips], "x:", color=GREEN, label="repaired, calibration"
+        )
         axes.plot(at, [one.broken for one in flips], "x:", color=RED, label="broken, calibration")
     if chosen is not None:
         axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
@@ -223,15 +283,24 @@ def _search_panels(search: SearchReport) -> dict[str, Draw]:
     history = search.curves
     panels: dict[str, Draw] = {}
     for title, names in SEARCH_PANELS.items():
-        curves = {label: history[name] for name, label in names.items() if len(history.get(name, ())) > 1}
+        curves = {
+            label: history[name] for name, label in names.items() if len(history.get(name, ())) > 1
+        }
         if curves:
-            best, up = history.get("best") if "best" in names else None, "scored samples" * ("patched" in names)
+            best, up = (
+                history.get("best") if "best" in names else None,
+                "scored samples" * ("patched" in names),
+            )
             panels[title] = partial(_draw_curves, curves, best, up)
     return panels
 
 
-def _draw_curves(curves: Mapping[str, Sequence[float]], best: Sequence[float] | None, up: str, axes: Any) -> None:
-    for (label, curve), colour, line in zip(curves.items(), (GREEN, RED), ("-", "--"), strict=False):
+def _draw_curves(
+    curves: Mapping[str, Sequence[float]], best: Sequence[float] | None, up: str, axes: Any
+) -> None:
+    for (label, curve), colour, line in zip(
+        curves.items(), (GREEN, RED), ("-", "--"), strict=False
+    ):
         axes.plot(curve, line, color=colour, label=label)
     _finish_curves(axes, "iteration", up)
     if best is not None:  # hides the start, where the mean is far below the best
@@ -245,34 +314,50 @@ def _finish_curves(axes: Any, across: str, up: str) -> None:
     style_axes(axes, across, up)
 
 
-def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationReport | None = None) -> dict[str, Any]:
-    """Draws the change of each tensor, and of each weight in the tensor that changes most. Returns figures by title.
+def weight_figures(
+    changes: Mapping[str, Tensor], localization: LocalizationReport | None = None
+) -> dict[str, Any]:
+    """Draws the change of each tensor, and of each weight in the tensor that changes most. Returns
+    figures by title.
 
-    `changes` has new minus old values, whole tensors by state-dict name. If all values are 0, there is no figure.
+    `changes` has new minus old values, whole tensors by state-dict name. If all values are 0, there
+    is no figure.
     """
-    changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
+    changed = {
+        name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())
+    }
     if not changed:
         return {}
-    norms = {name: float(torch.linalg.vector_norm(change, dtype=torch.float64)) for name, change in changed.items()}
+    norms = {
+        name: float(torch.linalg.vector_norm(change, dtype=torch.float64))
+        for name, change in changed.items()
+    }
     by_norm = sorted(changed, key=lambda name: -norms[name])
     figures = {
         title: new_figure(PANEL_WIDTH, PANEL_HEIGHT)
         for title in ("Weights, change by tensor", f"Weights, change of {by_norm[0]}")
     }
     bars, picture = figures.values()
-    _bars(bars.subplots(), {name: (changed[name], norms[name]) for name in by_norm[:PLOTTED_TENSORS][::-1]})
+    _bars(
+        bars.subplots(),
+        {name: (changed[name], norms[name]) for name in by_norm[:PLOTTED_TENSORS][::-1]},
+    )
     _map(picture, changed[by_norm[0]])
     if localization is not None and "localized" in localization.sizes:
         sizes = localization.sizes
         of = f" of {sizes['total']:,}" if "total" in sizes else ""
-        bars.axes[0].set_title(f"searched: {sizes['localized']:,}{of} weights", color=INK, fontsize=9, loc="left")
+        bars.axes[0].set_title(
+            f"searched: {sizes['localized']:,}{of} weights", color=INK, fontsize=9, loc="left"
+        )
     return figures
 
 
 def _bars(axes: Any, tensors: Mapping[str, tuple[Tensor, float]]) -> None:
     places = range(len(tensors))
     bars = axes.barh(places, [norm for _, norm in tensors.values()], color=BLUE)
-    counts = [f"{int((change != 0).sum()):,} of {change.numel():,}" for change, _ in tensors.values()]
+    counts = [
+        f"{int((change != 0).sum()):,} of {change.numel():,}" for change, _ in tensors.values()
+    ]
     axes.bar_label(bars, counts, padding=3, fontsize=8)
     axes.set_yticks(places, [shorten_name(name, LABEL_CHARACTERS) for name in tensors], fontsize=8)
     axes.margins(x=0.3)
@@ -284,16 +369,23 @@ def _map(figure: Any, change: Tensor) -> None:
     grid = grid_of(change)
     axes = figure.subplots()
     most = float(np.abs(grid).max())
-    image = axes.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest"
+    )
     figure.colorbar(image, ax=axes, label="added to the weight")
     shape = " x ".join(map(str, change.shape))
-    label_axes(axes, f"inputs ({shape}; blank: as before)" if change.ndim > 1 else "", "outputs" * (change.ndim > 1))
+    label_axes(
+        axes,
+        f"inputs ({shape}; blank: as before)" if change.ndim > 1 else "",
+        "outputs" * (change.ndim > 1),
+    )
 
 
 def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
     """Reshapes a tensor to an outputs x inputs matrix of at most `GRID_ROWS x GRID_COLUMNS` cells.
 
-    In a larger tensor, each cell stands for several weights and has the largest change among them, with its sign.
+    In a larger tensor, each cell stands for several weights and has the largest change among them,
+    with its sign.
     """
     rows = change.reshape(1, change.shape[0] if change.ndim > 1 else 1, -1).double()
     size = min(rows.shape[1], GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
@@ -301,19 +393,35 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
     return torch.where(highest >= -lowest, highest, lowest).numpy()
 
 
-def summary_rows(report: RepairRecord) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
-    """Returns the roles that have data, and the rows of the summary. A row has a label and one cell per role."""
+def summary_rows(
+    report: RepairRecord,
+) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
+    """Returns the roles that have data, and the rows of the summary. A row has a label and one cell
+    per role.
+    """
     splits = report.candidate or report.splits
     pooled = {role: pool(own) for role, own in by_role(splits).items()}
     updates = {role: report.pooled_update(role) for role in pooled}
-    judged = [split if (update := updates[role]) is None else update.now for role, split in pooled.items()]
+    judged = [
+        split if (update := updates[role]) is None else update.now for role, split in pooled.items()
+    ]
     rows = [("samples", [count(split.n) for split in pooled.values()])]
-    rows.append(("repaired in target (RR)", [_share(s.repaired_in_target, s.targeted) for s in pooled.values()]))
+    rows.append(
+        (
+            "repaired in target (RR)",
+            [_share(s.repaired_in_target, s.targeted) for s in pooled.values()],
+        )
+    )
     rows.append(("repaired, all", [count(split.repaired) for split in pooled.values()]))
     rows.append(("broken (BR)", [_share(split.broken, split.passed) for split in pooled.values()]))
     if any(updates.values()):
         pairs = [(u.trained.broken, u.now.broken) if u else None for u in updates.values()]
-        rows.append(("regressions", ["-" if pair is None else f"{pair[0]:,} -> {pair[1]:,}" for pair in pairs]))
+        rows.append(
+            (
+                "regressions",
+                ["-" if pair is None else f"{pair[0]:,} -> {pair[1]:,}" for pair in pairs],
+            )
+        )
     nfr = [split.rates["negative_flip_rate"] for split in judged]
     rows.append(("negative flip rate (NFR)", [percent(rate) for rate in nfr]))
     rows.append(("accuracy before", [percent(split.accuracy_before) for split in pooled.values()]))
@@ -341,7 +449,9 @@ def summary_figure(report: RepairRecord) -> Any:
         axes.text(0.03, y, shown, color=own, fontsize=9, va="center")
     ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
     for role, x in zip(roles, ends, strict=True):
-        axes.text(x, HEAD_ROWS + 0.45, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center")
+        axes.text(
+            x, HEAD_ROWS + 0.45, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center"
+        )
     for i, (label, cells) in enumerate(rows):
         y = HEAD_ROWS + 1.45 + i
         axes.axhline(y - 0.5, 0.03, 0.97, color=RULE_COLOUR, linewidth=0.6)

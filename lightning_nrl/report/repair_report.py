@@ -8,15 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report._formatting import format_setting, number, relative_to_cwd, sentence
+from lightning_nrl._utils.formatting import format_setting, number, relative_to_cwd, sentence
+from lightning_nrl.records.repair_record import RepairRecord
+from lightning_nrl.records.splits import by_role, pool
+from lightning_nrl.report.figures import Plotted
 from lightning_nrl.report.html import HtmlTable, Report, html_page, svg_of
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Text, Tone
-from lightning_nrl.report.repair_facts import hash_facts, repair_facts, run_facts, set_aside_facts, unseen_facts
+from lightning_nrl.report.repair_facts import (
+    hash_facts,
+    repair_facts,
+    run_facts,
+    set_aside_facts,
+    unseen_facts,
+)
 from lightning_nrl.report.repair_plot import draw_repair, reviewer_figures
-from lightning_nrl.report.run_records import RepairRecord
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import by_role, pool
 from lightning_nrl.report.tables import (
     FLIPPED_COLUMNS,
     Fact,
@@ -38,11 +44,16 @@ FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": 
 
 
 class RepairReport(RepairRecord, Report, Plotted):
-    """The report of a repair, with the data of :class:`RepairRecord`. `rich.print` and notebooks show it as tables."""
+    """The report of a repair, with the data of :class:`RepairRecord`. `rich.print` and notebooks
+    show it as tables.
+    """
 
     def __repr__(self) -> str:
         pooled = [(role, pool(splits)) for role, splits in by_role(self.splits).items()]
-        counts = [f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}" for role, split in pooled]
+        counts = [
+            f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}"
+            for role, split in pooled
+        ]
         return f"<RepairReport: {'; '.join((self.verdict.headline, *counts))}>"
 
     @property
@@ -67,19 +78,31 @@ class RepairReport(RepairRecord, Report, Plotted):
     def figure(self) -> Any:
         return draw_repair(self)
 
-    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
+    def to_html(
+        self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None
+    ) -> str:
         page, figures = self.full_page(), {}
         if find_spec("matplotlib") is None:
-            hint = "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
+            hint = (
+                "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
+            )
             page = Page((*page.blocks, Text(hint)))
         else:
-            figures = {title: svg_of(figure) for title, figure in reviewer_figures(self, changes).items()}
+            figures = {
+                title: svg_of(figure) for title, figure in reviewer_figures(self, changes).items()
+            }
         galleries: dict[str, list[SampleView]] = {}
         for view in views:
             galleries.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append(view)
         rows = [[_cell(value) for value in row] for row in flipped_rows(self)]
-        tables = [HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows)] if rows else []
-        return html_page(f"{self.status.capitalize()}: {self.target}", page, figures, tables, galleries)
+        tables = (
+            [HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows)]
+            if rows
+            else []
+        )
+        return html_page(
+            f"{self.status.capitalize()}: {self.target}", page, figures, tables, galleries
+        )
 
 
 def _cell(value: Any) -> str:
@@ -93,7 +116,12 @@ def _tables(report: RepairRecord) -> tuple[Block, ...]:
     if not report.update:
         return (*_outcome(report), *slices)
     against = Heading("Against the model that it replaces"), update_table(report.update)
-    return (*against, Heading("Against the new model as it was trained"), *_outcome(report), *slices)
+    return (
+        *against,
+        Heading("Against the new model as it was trained"),
+        *_outcome(report),
+        *slices,
+    )
 
 
 def _outcome(report: RepairRecord) -> tuple[Block, ...]:
@@ -122,7 +150,10 @@ def _files(report: RepairRecord, shown: Callable[[str], str] = str) -> tuple[Fac
 
 
 def _details(report: RepairRecord) -> tuple[Block, ...]:
-    blocks: list[Block] = [Heading("What was done"), FactList((*repair_facts(report), *_files(report)))]
+    blocks: list[Block] = [
+        Heading("What was done"),
+        FactList((*repair_facts(report), *_files(report))),
+    ]
     blocks += _ladder(report)
     if report.price:
         blocks += [Heading("The price of no broken known sample"), price_table(report.price)]

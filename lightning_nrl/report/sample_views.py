@@ -13,8 +13,8 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from lightning_nrl.report._formatting import number
-from lightning_nrl.report.splits import Flip, FlippedSample
+from lightning_nrl._utils.formatting import number
+from lightning_nrl.records.splits import Flip, FlippedSample
 
 SAMPLES_FOLDER = "flipped_samples"  # in the folder of the report
 SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}
@@ -22,7 +22,9 @@ SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}
 
 @dataclass(frozen=True, eq=False)
 class SampleView:
-    """The input of the flipped sample at position `id`: `pixels` (uint8, `height x width x 3`), or `text`."""
+    """The input of the flipped sample at position `id`: `pixels` (uint8, `height x width x 3`), or
+    `text`.
+    """
 
     split: str
     id: int
@@ -46,14 +48,18 @@ class SampleView:
 
 
 def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:
-    """Returns the sample's position, class, predictions and margins as text. `name` maps a class to its name."""
+    """Returns the sample's position, class, predictions and margins as text. `name` maps a class to
+    its name.
+    """
     taken = f"{name(sample.predicted_before)} -> {name(sample.predicted_after)}"
     margins = f"{number(sample.margin_before)} -> {number(sample.margin_after)}"
     return f"{sample.id}: true {name(sample.label)}, {taken}, margin {margins}"
 
 
 def sample_name(split: str, position: int, kind: str = "picture") -> str:
-    """Returns the file name of a sample's picture or text, such as `test-17.png`. `kind` is a key of `SAMPLE_KINDS`."""
+    """Returns the file name of a sample's picture or text, such as `test-17.png`. `kind` is a key
+    of `SAMPLE_KINDS`.
+    """
     return f"{quote(split, safe='')}-{position}{SAMPLE_KINDS[kind]}"
 
 
@@ -66,4 +72,6 @@ def write_sample_files(folder: Path, views: Sequence[SampleView]) -> None:
         if view.pixels is not None:
             (samples / sample_name(view.split, view.id)).write_bytes(view.png)
         else:
-            (samples / sample_name(view.split, view.id, "text")).write_text(view.text, encoding="utf-8")
+            (samples / sample_name(view.split, view.id, "text")).write_text(
+                view.text, encoding="utf-8"
+            )

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning_nrl._utils.formatting import count, number, percent
 from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report._formatting import count, number, percent
-from lightning_nrl.report.page import Block, Heading, Row, Table
-from lightning_nrl.report.run_records import PricePoint, RepairRecord, Rung, Step, StrengthPoint
-from lightning_nrl.report.splits import (
+from lightning_nrl.records.repair_record import RepairRecord, StrengthPoint
+from lightning_nrl.records.splits import (
     ROLES,
     AnySplit,
     ClassCounts,
@@ -25,6 +24,8 @@ from lightning_nrl.report.splits import (
     pool,
     pool_updates,
 )
+from lightning_nrl.records.steps import PricePoint, Rung, Step
+from lightning_nrl.report.page import Block, Heading, Row, Table
 
 Fact = tuple[str, str]
 SHOWN_RATES = (
@@ -40,7 +41,17 @@ ClassName = Callable[[int], str]
 LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
 LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
 MARGINS = ("margin before", "margin after")
-FLIPPED_COLUMNS = ("split", "position", "flip", "true", "before", "after", *MARGINS, "in target", "slice")
+FLIPPED_COLUMNS = (
+    "split",
+    "position",
+    "flip",
+    "true",
+    "before",
+    "after",
+    *MARGINS,
+    "in target",
+    "slice",
+)
 """Columns of the table of all flipped samples on pages and in loggers."""
 
 
@@ -107,7 +118,9 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
 
 
 def slice_table(slices: Sequence[SliceReport]) -> Table:
-    """Tabulates targeted, repaired and broken samples. Each slice has a row, and each role has columns."""
+    """Tabulates targeted, repaired and broken samples. Each slice has a row, and each role has
+    columns.
+    """
     roles = [role for role in ROLES if any(s.role == role for s in slices)]
     quotas = any(s.quota is not None for s in slices)
     columns: list[tuple[str, str]] = []
@@ -120,7 +133,11 @@ def slice_table(slices: Sequence[SliceReport]) -> Table:
         cells: list[str] = []
         for role in roles:
             one = by_role.get(role)
-            cells += ["-"] * 3 if one is None else map(count, (one.targeted, one.repaired_in_target, one.broken))
+            cells += (
+                ["-"] * 3
+                if one is None
+                else map(count, (one.targeted, one.repaired_in_target, one.broken))
+            )
             if quotas and role == "known":
                 cells.append("-" if one is None or one.quota is None else count(one.quota))
         rows.append(Row(name, tuple(cells)))
@@ -130,7 +147,10 @@ def slice_table(slices: Sequence[SliceReport]) -> Table:
 def steps_table(steps: Sequence[Step]) -> Table:
     """Tabulates the steps of a method."""
     columns = (("repaired", "of the target"), ("broken", "known"), ("seconds", ""), ("", ""))
-    rows = [Row(s.name, (count(s.repaired), count(s.broken), f"{s.seconds:,.1f}", s.note)) for s in steps]
+    rows = [
+        Row(s.name, (count(s.repaired), count(s.broken), f"{s.seconds:,.1f}", s.note))
+        for s in steps
+    ]
     return Table(columns, tuple(rows), notes=True)
 
 
@@ -156,7 +176,12 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
     rows = (
         Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),
         Row("known samples repaired", tuple(count(rung.repaired) for rung in rungs)),
-        Row("known samples broken", tuple(count(rung.broken) for rung in rungs), "harm", ends_group=True),
+        Row(
+            "known samples broken",
+            tuple(count(rung.broken) for rung in rungs),
+            "harm",
+            ends_group=True,
+        ),
         Row("held-out failures repaired", repaired),
         Row("held-out passed samples broken", broken),
         Row("held-out accuracy, points", points, ends_group=True),
@@ -167,14 +192,18 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
-    """Tabulates the best results by the share of known samples that may break. Skips repeated results."""
+    """Tabulates the best results by the share of known samples that may break. Skips repeated
+    results.
+    """
     known = ("targets", "repaired"), ("known", "repaired"), ("known", "broken")
     columns = (*known, ("held out", "repaired"), ("held out", "broken"), ("held out", "points"))
     rows, last = [], None
     for point in price:
         counts = point.repaired_in_target, point.repaired, point.broken
         if counts != last:
-            allowed = f"{percent(point.allowed)} may break" if point.allowed < 1 else "any may break"
+            allowed = (
+                f"{percent(point.allowed)} may break" if point.allowed < 1 else "any may break"
+            )
             label = allowed if point.allowed else "none may break"
             rows.append(Row(label, (*map(count, counts), *_held_out(point.held_out))))
         last = counts
@@ -185,7 +214,10 @@ def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
     if counts is None:
         return "-", "-", "-"
     failed = counts.repaired + counts.failing
-    shares = f"{count(counts.repaired)} of {count(failed)}", f"{count(counts.broken)} of {count(counts.passed)}"
+    shares = (
+        f"{count(counts.repaired)} of {count(failed)}",
+        f"{count(counts.broken)} of {count(counts.passed)}",
+    )
     return *shares, f"{points_of(counts):+.1f}"
 
 
@@ -195,7 +227,9 @@ def points_of(counts: FlipCounts) -> float:
 
 
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
-    """Yields tables of the classes and confusions that changed, by role, and of the flipped samples, by split."""
+    """Yields tables of the classes and confusions that changed, by role, and of the flipped
+    samples, by split.
+    """
     splits = flipped_splits(report)
     for role, own in by_role(splits).items():
         together = pool(own)
@@ -211,28 +245,38 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
             samples = [one for one in most_telling(split.flipped) if one.flip == flip]
             if samples:
                 listed = f", {most} of {len(samples):,}" if len(samples) > most else ""
-                yield Heading(f"{flip.capitalize()} in {split.split}, by position in the data set{listed}")
+                yield Heading(
+                    f"{flip.capitalize()} in {split.split}, by position in the data set{listed}"
+                )
                 yield _sample_table(samples[:most], report.class_name)
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
-    """Returns the splits whose flips are shown: the first of `update`, `candidate` and `splits` that is not empty."""
+    """Returns the splits whose flips are shown: the first of `update`, `candidate` and `splits`
+    that is not empty.
+    """
     return tuple(both.now for both in report.update) or report.candidate or report.splits
 
 
 def flipped_rows(report: RepairRecord) -> list[list[Any]]:
-    """Returns a row of values for each flipped sample, in the order of `FLIPPED_COLUMNS`. Numbers stay numbers."""
+    """Returns a row of values for each flipped sample, in the order of `FLIPPED_COLUMNS`. Numbers
+    stay numbers.
+    """
     rows: list[list[Any]] = []
     for split in flipped_splits(report):
         for one in split.flipped:
             classes = map(report.class_name, (one.label, one.predicted_before, one.predicted_after))
             margins = one.margin_before, one.margin_after
-            rows.append([split.split, one.id, one.flip, *classes, *margins, one.in_target, one.slice])
+            rows.append(
+                [split.split, one.id, one.flip, *classes, *margins, one.in_target, one.slice]
+            )
     return rows
 
 
 def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
-    """Sorts broken samples by rising margin after the repair, then repaired samples by falling gain in margin."""
+    """Sorts broken samples by rising margin after the repair, then repaired samples by falling gain
+    in margin.
+    """
 
     def key(one: FlippedSample) -> tuple[bool, float]:
         margin = one.margin_after if one.flip == "broken" else one.margin_before - one.margin_after
@@ -247,7 +291,11 @@ def _sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
     rows = []
     for one in samples:
         cells = [name(one.label), name(one.predicted_before), name(one.predicted_after)]
-        cells += [number(one.margin_before), number(one.margin_after), "yes" if one.in_target else ""]
+        cells += [
+            number(one.margin_before),
+            number(one.margin_after),
+            "yes" if one.in_target else "",
+        ]
         rows.append(Row(str(one.id), tuple(cells + [one.slice] * with_slices)))
     return Table(columns + _named("slice") * with_slices, tuple(rows))
 
@@ -259,14 +307,20 @@ def _class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
     for one in changed[:LISTED_CLASSES]:
         c = one.counts
         accuracies = percent(c.accuracy_before), percent(c.accuracy_after)
-        rows.append(Row(name(one.label), (count(c.n), *accuracies, count(c.repaired), count(c.broken))))
+        rows.append(
+            Row(name(one.label), (count(c.n), *accuracies, count(c.repaired), count(c.broken)))
+        )
     return Table(_named("samples", "accuracy before", "after", "repaired", "broken"), tuple(rows))
 
 
 def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
     """Returns the cells of wrong predictions whose number changed, the largest change first."""
-    changed = [cell for cell in cells if cell.label != cell.prediction and cell.before != cell.after]
-    return sorted(changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction))
+    changed = [
+        cell for cell in cells if cell.label != cell.prediction and cell.before != cell.after
+    ]
+    return sorted(
+        changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction)
+    )
 
 
 def _confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
@@ -277,7 +331,9 @@ def _confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
     return Table(_named("before", "after", "change"), tuple(rows))
 
 
-def _with_totals(splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]], AnySplit]) -> list[AnySplit]:
+def _with_totals(
+    splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]], AnySplit]
+) -> list[AnySplit]:
     """Sorts splits by role, known first, and adds a total for each role that has several splits."""
     columns: list[AnySplit] = []
     for chosen in by_role(splits).values():
@@ -287,12 +343,18 @@ def _with_totals(splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]
 
 
 def _table(columns: Sequence[AnySplit], rows: Iterable[tuple[Any, ...]]) -> Table:
-    """Builds a table with a column per split. Each of `rows` has a label, a key of `numbers`, and options of `Row`.
+    """Builds a table with a column per split. Each of `rows` has a label, a key of `numbers`, and
+    options of `Row`.
 
     In an update, `trained.` or `now.` precedes the key.
     """
     heads = tuple((split.split, split.role) for split in columns)
-    return Table(heads, tuple(Row(label, tuple(_cell(s, name) for s in columns), *rest) for label, name, *rest in rows))
+    return Table(
+        heads,
+        tuple(
+            Row(label, tuple(_cell(s, name) for s in columns), *rest) for label, name, *rest in rows
+        ),
+    )
 
 
 def _cell(split: SplitReport | UpdateSplit, name: str) -> str:

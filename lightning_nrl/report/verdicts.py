@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_nrl._utils.formatting import count, plural
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.report._formatting import count, plural
+from lightning_nrl.records.repair_record import RepairRecord
+from lightning_nrl.records.splits import SplitReport, pool
+from lightning_nrl.records.stats import Evidence, evidence_of, sign_test
 from lightning_nrl.report.page import Tone
-from lightning_nrl.report.run_records import RepairRecord
-from lightning_nrl.report.splits import SplitReport, pool
-from lightning_nrl.report.stats import Evidence, evidence_of, sign_test
 from lightning_nrl.report.tables import Fact, points_of
 
 EvidenceSource = Literal["unseen", "held-out", "none"]
-EVIDENCE_TONES: dict[Evidence, Tone] = {"better": "good", "no difference shown": "warn", "worse": "bad"}
+EVIDENCE_TONES: dict[Evidence, Tone] = {
+    "better": "good",
+    "no difference shown": "warn",
+    "worse": "bad",
+}
 NOT_COUNTED = TargetCounts(0, 0, 0, 0)
 MOST_TIMES_MORE = 10  # advice asks for at most this many times as many unseen data
 LARGE_GAIN = 2.0  # gain on held-out samples, in percentage points, that justifies a looser gate
@@ -31,16 +35,20 @@ class Verdict:
         headline: promise and evidence in one line.
         kept: True if weights changed and the gate's promise is kept.
         promise: the promise in words, with figures.
-        evidence: `better`, `no difference shown` or `worse`, by an exact two-sided sign test of repaired against broken
-            samples at 5 %. It is also `worse` if one unseen split is worse. Updates compare with the replaced model.
-        source: data of the evidence: `unseen` data or, without these, `held-out` samples (known samples that the taken
-            rung did not use). `none` if there are neither.
-        repaired: number of repaired samples in these data. `broken` and `n` count broken and all samples. If one unseen
-            split alone makes the evidence `worse`, the three numbers are of this split.
-        p_value: p-value of the sign test, with a Bonferroni correction if the data chose among several results. The
-            test subtracts the number of leaked samples from `repaired`, but does not go below `broken`.
+        evidence: `better`, `no difference shown` or `worse`, by an exact two-sided sign test of
+            repaired against broken samples at 5 %. It is also `worse` if one unseen split is worse.
+            Updates compare with the replaced model.
+        source: data of the evidence: `unseen` data or, without these, `held-out` samples (known
+            samples that the taken rung did not use). `none` if there are neither.
+        repaired: number of repaired samples in these data. `broken` and `n` count broken and all
+            samples. If one unseen split alone makes the evidence `worse`, the three numbers are of
+            this split.
+        p_value: p-value of the sign test, with a Bonferroni correction if the data chose among
+            several results. The test subtracts the number of leaked samples from `repaired`, but
+            does not go below `broken`.
         advice: what to do next.
-        tone: `bad` if the evidence is `worse`, `good` if a repair is `better` or not needed, otherwise `warn`.
+        tone: `bad` if the evidence is `worse`, `good` if a repair is `better` or not needed,
+            otherwise `warn`.
     """
 
     headline: str
@@ -57,7 +65,11 @@ class Verdict:
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        evidence = f"{self.evidence}: no unseen data were given" if self.kept else "none: the weights are unchanged"
+        evidence = (
+            f"{self.evidence}: no unseen data were given"
+            if self.kept
+            else "none: the weights are unchanged"
+        )
         if self.source != "none":
             p = f"p = {self.p_value:.2g}" if self.p_value >= 0.0001 else "p < 0.0001"
             flips = f"{count(self.repaired)} repaired, {count(self.broken)} broken"
@@ -67,7 +79,11 @@ class Verdict:
 
 def verdict_on(report: RepairRecord) -> Verdict:
     """Derives the verdict on a repair from the counts of its report."""
-    kept, unseen, held_out = report.status == "repaired", report.unseen, None if report.update else report.held_out
+    kept, unseen, held_out = (
+        report.status == "repaired",
+        report.unseen,
+        None if report.update else report.held_out,
+    )
     found = held_out if unseen is None else unseen.counts
     source: EvidenceSource = "none" if found is None else "held-out" if unseen is None else "unseen"
     counts = found or NOT_COUNTED
@@ -76,15 +92,25 @@ def verdict_on(report: RepairRecord) -> Verdict:
     choices = report.n_estimates if source == "held-out" else 1
     evidence: Evidence = evidence_of(*flips, choices)
     worst, n_splits = _worst_split(report.unseen_splits), len(report.unseen_splits)
-    if worst is not None and evidence != "worse" and evidence_of(*_flips(worst), n_splits) == "worse":
+    if (
+        worst is not None
+        and evidence != "worse"
+        and evidence_of(*_flips(worst), n_splits) == "worse"
+    ):
         # The sum over all unseen splits would hide that one of them is worse.
         evidence, counts, flips, choices = "worse", worst.counts, _flips(worst), n_splits
     answers = "promise kept" if kept else "the weights are unchanged"
     if source != "none":
-        where = f"unseen data ({worst.split})" if worst is not None and counts is worst.counts else "unseen data"
+        where = (
+            f"unseen data ({worst.split})"
+            if worst is not None and counts is worst.counts
+            else "unseen data"
+        )
         answers += f", {evidence} on {where if source == 'unseen' else 'held-out samples'}"
         if report.update:
-            answers += f" {'from' if evidence == 'no difference shown' else 'than'} the replaced model"
+            answers += (
+                f" {'from' if evidence == 'no difference shown' else 'than'} the replaced model"
+            )
     elif kept:
         answers += ", not counted on unseen data"
     tone = EVIDENCE_TONES[evidence]
@@ -112,9 +138,15 @@ def _flips(split: SplitReport) -> tuple[int, int]:
 
 
 def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """Compares several splits. Returns the one with the lowest p-value that breaks more than it repairs, or None."""
+    """Compares several splits. Returns the one with the lowest p-value that breaks more than it
+    repairs, or None.
+    """
     losing = [split for split in splits if split.counts.broken > split.counts.repaired]
-    return min(losing, key=lambda split: sign_test(*_flips(split)), default=None) if len(splits) > 1 else None
+    return (
+        min(losing, key=lambda split: sign_test(*_flips(split)), default=None)
+        if len(splits) > 1
+        else None
+    )
 
 
 def _known(report: RepairRecord) -> TargetCounts:
@@ -129,12 +161,16 @@ def _promise(report: RepairRecord) -> str:
     n_broken = count(counts.broken) if counts.broken else "none"
     broken = f"{n_broken} of {count(counts.passed)} known samples that were right"
     if report.status == "repaired":
-        return f"kept: {broken} broke" + (f", within the gate `{report.gate}`" if counts.broken else "")
+        return f"kept: {broken} broke" + (
+            f", within the gate `{report.gate}`" if counts.broken else ""
+        )
     found = f"the change found would break {broken}" if report.candidate else "no repair was found"
     return f"not kept: {found}; the weights are unchanged, so nothing broke"
 
 
-def _advice(report: RepairRecord, evidence: Evidence, source: EvidenceSource, flips: tuple[int, int]) -> str:
+def _advice(
+    report: RepairRecord, evidence: Evidence, source: EvidenceSource, flips: tuple[int, int]
+) -> str:
     if evidence == "worse":
         if report.update:
             return "do not ship the new model; keep the one that it would replace"
@@ -165,7 +201,9 @@ def _revert_hint(report: RepairRecord) -> str:
 
 
 def _looser_gate_hint(report: RepairRecord) -> str:
-    """Suggests a gate that would have repaired twice as many targets or gained more on held-out data, or returns ""."""
+    """Suggests a gate that would have repaired twice as many targets or gained more on held-out
+    data, or returns "".
+    """
     known = _known(report)
     gained = None if report.held_out is None else points_of(report.held_out)
     for point in report.price:

@@ -1,33 +1,31 @@
 """Search for new values of the localised weights: fitnesses, searchers and the loop that runs them.
 
-A candidate is one set of values for the localised weights. In: the original weights, a scorer, and statistics of the
-layer's weights. Out: a `SearchResult`. To add an algorithm, write a `Searcher` and register it in `SEARCHERS`.
+A candidate is one set of values for the localised weights. In: the original weights, a scorer, and
+statistics of the layer's weights. Out: a `SearchResult`. To add an algorithm, write a `Searcher`
+and register it in `SEARCHERS`.
 """
 
-from lightning_nrl.search.cma_es import CmaEs
-from lightning_nrl.search.differential_evolution import DifferentialEvolution
 from lightning_nrl.search.fitness import (
     FITNESSES,
-    ArachneDEFitness,
-    ArachneFitness,
     Fitness,
-    NeuRecoverFitness,
     exchange_rate,
 )
 from lightning_nrl.search.loop import search, search_many
 from lightning_nrl.search.pso import ParticleSwarm, Swarm
 from lightning_nrl.search.search_log import SearchHistory, SearchResult
-from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, Searcher, SearchOrigin, SearchState, WeightStats
+from lightning_nrl.search.searcher import (
+    SEARCHERS,
+    RandomStreams,
+    Searcher,
+    SearchOrigin,
+    SearchState,
+    WeightStats,
+)
 
 __all__ = [
     "FITNESSES",
     "SEARCHERS",
-    "ArachneDEFitness",
-    "ArachneFitness",
-    "CmaEs",
-    "DifferentialEvolution",
     "Fitness",
-    "NeuRecoverFitness",
     "ParticleSwarm",
     "RandomStreams",
     "SearchHistory",

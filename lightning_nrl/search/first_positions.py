@@ -1,4 +1,6 @@
-"""Initial candidates of a population, near the original weights or drawn from the distribution of layer weights."""
+"""Initial candidates of a population, near the original weights or drawn from the distribution of
+layer weights.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,31 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, check_numbers
 
-Start = Literal["local", "half", "paper", "normal"]  # initial distributions, which `ParticleSwarm` explains
+Start = Literal[
+    "local", "half", "paper", "normal"
+]  # initial distributions, which `ParticleSwarm` explains
 
 ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
-"""Positions of extra candidates on the line through the original weights (position 0) and an elite (position 1)."""
+"""Positions of extra candidates on the line through the original weights (position 0) and an elite
+(position 1).
+"""
 
 
 def first_positions(
-    origin: SearchOrigin, streams: RandomStreams, n: int, start: Start, scale_min: float, scale_max: float
+    origin: SearchOrigin,
+    streams: RandomStreams,
+    n: int,
+    start: Start,
+    scale_min: float,
+    scale_max: float,
 ) -> Tensor:
-    """Returns `n` candidates per search, `S x n x K`. `ParticleSwarm` explains `start`, `scale_min` and `scale_max`.
+    """Returns `n` candidates per search, `S x n x K`. `ParticleSwarm` explains `start`, `scale_min`
+    and `scale_max`.
 
-    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites. Elites also move the other
-    candidates that `start` would place near the original weights: up to half of these candidates lie on lines from the
-    original weights through an elite, the rest lie around the original weights and around each elite in turn.
+    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites. Elites
+    also move the other candidates that `start` would place near the original weights: up to half of
+    these candidates lie on lines from the original weights through an elite, the rest lie around
+    the original weights and around each elite in turn.
     """
     original = origin.original[:, None]
     dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
@@ -57,20 +70,27 @@ def broadcast_stat(x: float | Tensor, origin: SearchOrigin) -> Tensor:
 
 
 def check_start(how: Any, **least: int) -> None:
-    """Checks a searcher's `start`, `scale_min` and `scale_max`, and calls `check_numbers(how, **least)`."""
+    """Checks a searcher's `start`, `scale_min` and `scale_max`, and calls `check_numbers(how,
+    **least)`.
+    """
     check_numbers(how, **least)
     name, low, high = type(how).__name__, how.scale_min, how.scale_max
     check_choice(f"{name}.start", how.start, get_args(Start))
     if not isinstance(low, Real) or not isinstance(high, Real) or not 0 < low <= high < math.inf:  # type: ignore[operator]
         raise ConfigurationError(
-            f"`{name}.scale_min={low!r}` and `scale_max={high!r}` are not a range.", "give 0 < scale_min <= scale_max."
+            f"`{name}.scale_min={low!r}` and `scale_max={high!r}` are not a range.",
+            "give 0 < scale_min <= scale_max.",
         )
 
 
-def _with_elites(position: Tensor, original: Tensor, elites: Tensor, offset: Tensor, half: int) -> Tensor:
+def _with_elites(
+    position: Tensor, original: Tensor, elites: Tensor, offset: Tensor, half: int
+) -> Tensor:
     m = elites.shape[1]
     change = elites - original
-    lines = torch.cat([original + step * change for step in ELITE_STEPS], 1)[:, : max(0, half - 1 - m) // 2]
+    lines = torch.cat([original + step * change for step in ELITE_STEPS], 1)[
+        :, : max(0, half - 1 - m) // 2
+    ]
     begin = 1 + m + lines.shape[1]
     centres = torch.cat([original, elites], 1)
     turns = torch.arange(max(0, half - begin), device=position.device) % (m + 1)

@@ -1,8 +1,8 @@
-"""Fitness functions: the paper's equations, a lexicographic ranking, and fitnesses of Arachne and NeuRecover.
+"""Fitness functions: the paper's equations and a lexicographic ranking.
 
-A fitness maps the scores of S searches with P candidates each to numbers, `S x P`; a larger number is better. I_neg is
-the set of failed samples to repair, and I_pos is the set of passed samples that a search scores. L(I_neg) and L(I_pos)
-are their mean losses under a candidate.
+A fitness maps the scores of S searches with P candidates each to numbers, `S x P`; a larger number
+is better. I_neg is the set of failed samples to repair, and I_pos is the set of passed samples that
+a search scores. L(I_neg) and L(I_pos) are their mean losses under a candidate.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from lightning_nrl.errors import check_choice, check_real
 from lightning_nrl.search.scores import Scores
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
-"""Maps the scores of the candidates, `S x P`, and of the original weights, `S x 1`, to fitnesses, `S x P`.
+"""Maps the scores of the candidates, `S x P`, and of the original weights, `S x 1`, to fitnesses,
+`S x
+P`.
 
-A fitness may declare `uses_passed_loss = False` (it does not read `Scores.loss_passed`) and `uses_credit = True` (it
-reads the credits in `Scores`), and it may have the methods `most_broken` and `as_constraint` of `Fitness`.
+A fitness may declare `uses_passed_loss = False` (it does not read `Scores.loss_passed`) and
+`uses_credit = True` (it reads the credits in `Scores`), and it may have the methods `most_broken`
+and `as_constraint` of `Fitness`.
 """
 
 FITNESS_KINDS = ("lexicographic", "eq1", "eq2")
@@ -34,43 +37,55 @@ LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
 INFEASIBLE_RANKINGS = ("ranked", "zero")
 
 FEASIBLE_FLOOR = -(2.0**20)
-"""Lower limit of feasible and upper limit of infeasible fitnesses in `eq1` and `eq2` with `infeasible="ranked"`."""
+"""Lower limit of feasible and upper limit of infeasible fitnesses in `eq1` and `eq2` with
+`infeasible="ranked"`.
+"""
 
 SMALLEST_UNCHANGED = 2.0**-10
-"""With `infeasible="zero"`, the fitness of a feasible candidate that is below this number is raised to above 0."""
+"""With `infeasible="zero"`, the fitness of a feasible candidate that is below this number is raised
+to above 0.
+"""
 
 
 @dataclass(frozen=True)
 class Fitness:
     r"""Fitness from the paper's equations or the lexicographic ranking.
 
-    :math:`N_{patched}` of the failed samples :math:`I_{neg}` are repaired, and :math:`N_{intact}` of the passed samples
-    :math:`I_{pos}` are kept. `loss_term` explains the loss terms :math:`l`. The kinds are
+    :math:`N_{patched}` of the failed samples :math:`I_{neg}` are repaired, and :math:`N_{intact}`
+    of the passed samples :math:`I_{pos}` are kept. `loss_term` explains the loss terms :math:`l`.
+    The kinds are
 
-    - `lexicographic`: ranks by fewest broken samples, then most repaired samples, then lowest mean loss over I_neg and
-      I_pos. If no sample of I_pos is broken, the fitness is N_patched plus a number from 0 to 1/2, which is larger for
-      a lower loss and 1/4 for an unchanged loss. If a sample is broken, the fitness is negative.
-    - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's eq. (1).
-    - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's eq. (2).
+    - `lexicographic`: ranks by fewest broken samples, then most repaired samples, then lowest mean
+      loss over I_neg and I_pos. If no sample of I_pos is broken, the fitness is N_patched plus a
+      number from 0 to 1/2, which is larger for a lower loss and 1/4 for an unchanged loss. If a
+      sample is broken, the fitness is negative.
+    - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`,
+      the paper's eq. (1).
+    - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the
+      paper's eq. (2).
 
-    With sample weights (`Scores.value`, `Scores.cost`), the counts and the loss on I_neg are weighted. The number from
-    0 to 1/2 in `lexicographic` is then multiplied by the smallest sample weight in I_neg, so that no loss outweighs a
-    repaired sample. The fitness is minus infinity if a loss is NaN or infinite.
+    With sample weights (`Scores.value`, `Scores.cost`), the counts and the loss on I_neg are
+    weighted. The number from 0 to 1/2 in `lexicographic` is then multiplied by the smallest sample
+    weight in I_neg, so that no loss outweighs a repaired sample. The fitness is minus infinity if a
+    loss is NaN or infinite.
 
     Attributes:
         kind: `lexicographic`, `eq1` or `eq2`.
         alpha: factor of N_intact / |I_pos| in `eq1` and `eq2`, at least 0; see `exchange_rate`.
         beta: factor of the loss term in `eq2`, at least 0.
         delta: small constant in the loss terms, above 0.
-        loss_term: reading of the paper's loss ratio in `eq1` and `eq2`, with the loss L under the original weights, the
-            loss L' under the candidate, and d = `delta`. `bounded` is 1 - (L'+d)/(L+d), at most 1. `inverse_ratio` is
-            (L+d)/(L'+d); it has no upper limit, so that one loss near 0 outweighs every count. `as_printed` is
-            (L'+d)/(L+d), which grows with the loss.
-        perfect_intact: the paper's pi: if True, a candidate that breaks a sample of I_pos is infeasible.
-        infeasible: fitness of infeasible candidates. `ranked` ranks them in lexicographic order below all feasible
-            candidates. `zero` gives them the paper's 0 and raises the fitness of feasible candidates above 0.
-        tolerated: the gate's tolerance, at least 0: samples of I_pos up to this total weight may break without any
-            effect on the lexicographic order and on feasibility.
+        loss_term: reading of the paper's loss ratio in `eq1` and `eq2`, with the loss L under the
+            original weights, the loss L' under the candidate, and d = `delta`. `bounded` is 1 -
+            (L'+d)/(L+d), at most 1. `inverse_ratio` is (L+d)/(L'+d); it has no upper limit, so that
+            one loss near 0 outweighs every count. `as_printed` is (L'+d)/(L+d), which grows with
+            the loss.
+        perfect_intact: the paper's pi: if True, a candidate that breaks a sample of I_pos is
+            infeasible.
+        infeasible: fitness of infeasible candidates. `ranked` ranks them in lexicographic order
+            below all feasible candidates. `zero` gives them the paper's 0 and raises the fitness of
+            feasible candidates above 0.
+        tolerated: the gate's tolerance, at least 0: samples of I_pos up to this total weight may
+            break without any effect on the lexicographic order and on feasibility.
 
     Example:
         >>> from lightning_nrl.search.scores import Scores
@@ -99,23 +114,43 @@ class Fitness:
         check_choice("fitness.loss_term", self.loss_term, LOSS_TERMS)
         check_choice("fitness.infeasible", self.infeasible, INFEASIBLE_RANKINGS)
         for name in ("alpha", "beta"):
-            check_real(f"fitness.{name}", getattr(self, name), "weight", "give a finite number of at least 0.", least=0)
-        check_real("fitness.tolerated", self.tolerated, "number", "give a number of samples, at least 0.", least=0)
-        check_real("fitness.delta", self.delta, "constant", "give a finite number above 0.", above=0)
+            check_real(
+                f"fitness.{name}",
+                getattr(self, name),
+                "weight",
+                "give a finite number of at least 0.",
+                least=0,
+            )
+        check_real(
+            "fitness.tolerated",
+            self.tolerated,
+            "number",
+            "give a number of samples, at least 0.",
+            least=0,
+        )
+        check_real(
+            "fitness.delta", self.delta, "constant", "give a finite number above 0.", above=0
+        )
 
     @property
     def uses_passed_loss(self) -> bool:
-        """True if the fitness reads the loss on I_pos. If not, samples that no candidate breaks may be skipped."""
+        """True if the fitness reads the loss on I_pos. If not, samples that no candidate breaks may
+        be skipped.
+        """
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def as_constraint(self, tolerated: float) -> Fitness:
-        """Returns a copy in which candidates are infeasible if broken samples have a total weight above `tolerated`."""
+        """Returns a copy in which candidates are infeasible if broken samples have a total weight
+        above `tolerated`.
+        """
         return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """Returns the total sample weight of I_pos, `S x P`, that a candidate above fitness `value` can break at most.
+        """Returns the total sample weight of I_pos, `S x P`, that a candidate above fitness `value`
+        can break at most.
 
-        `n_failed` is |I_neg|. Returns None if other terms of the fitness can outweigh any number of broken samples.
+        `n_failed` is |I_neg|. Returns None if other terms of the fitness can outweigh any number of
+        broken samples.
         """
         any_number = torch.full_like(value, math.inf)
         if self.perfect_intact and self.infeasible == "zero":
@@ -131,8 +166,9 @@ class Fitness:
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         """Returns the fitness of each candidate, `S x P` in float64, or float32 on MPS.
 
-        The lexicographic order of the counts is exact in float64 for up to a million samples in I_neg and in I_pos. In
-        float32 it is exact while the number of broken samples times |I_neg| + 1 is below 2^22.
+        The lexicographic order of the counts is exact in float64 for up to a million samples in
+        I_neg and in I_pos. In float32 it is exact while the number of broken samples times |I_neg|
+        + 1 is below 2^22.
         """
         repaired, intact, loss_failed, loss_passed = scores.columns()
         _, _, before_failed, before_passed = original.columns()
@@ -143,7 +179,11 @@ class Fitness:
             loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
             before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
             fall = (before - loss) / (before.abs() + self.delta)
-            return repaired + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
+            return (
+                repaired
+                + scores.least * 0.25 * (1 + F.softsign(fall))
+                - excess * (scores.n_failed + 1)
+            )
 
         if self.kind == "lexicographic":
             value = lexicographic()
@@ -157,7 +197,9 @@ class Fitness:
         if self.perfect_intact and self.infeasible == "zero":
             value = _positive(value).masked_fill(excess > 0, 0.0)
         elif self.perfect_intact and self.kind != "lexicographic":
-            value = torch.where(excess > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
+            value = torch.where(
+                excess > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR)
+            )
         return scores.finite(value)
 
     def _loss_term(self, after: Tensor, before: Tensor) -> Tensor:
@@ -167,80 +209,32 @@ class Fitness:
         return ratio if self.loss_term == "as_printed" else 1 - ratio
 
 
-FITNESSES: Registry[FitnessFunction] = Registry("Fitness", "Fitness('eq1')", callable, group="fitnesses")
+FITNESSES: Registry[FitnessFunction] = Registry(
+    "Fitness",
+    "Fitness('eq1')",
+    callable,
+    on_demand={
+        "arachne": "lightning_nrl.published:ArachneFitness",
+        "neurecover": "lightning_nrl.published:NeuRecoverFitness",
+        "arachne-de": "lightning_nrl.published:ArachneDEFitness",
+    },
+    group="fitnesses",
+)
 """Fitnesses by name. Wherever a name is accepted, any `FitnessFunction` is accepted too."""
 
 for _kind in FITNESS_KINDS:
     FITNESSES.register(_kind)(partial(Fitness, _kind))  # type: ignore[arg-type]
 
 
-@FITNESSES.register("arachne")
-@dataclass(frozen=True)
-class ArachneFitness:
-    r"""Arachne's fitness (L: mean loss): :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
-
-    def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        patched, intact, failed, passed = scores.columns()
-        return scores.finite((patched + 1) / (failed + 1) + (intact + 1) / (passed + 1))
-
-
-@FITNESSES.register("neurecover")
-@dataclass(frozen=True)
-class NeuRecoverFitness:
-    r"""NeuRecover's fitness: like `ArachneFitness`, but with rates instead of counts.
-
-    .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
-
-    Attributes:
-        alpha: factor of the second term, at least 0.
-    """
-
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_real("fitness.alpha", self.alpha, "weight", "give a finite number of at least 0.", least=0)
-
-    def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        patched, intact, failed, passed = scores.columns()
-        repaired = (patched / scores.n_failed + 1) / (failed + 1)
-        kept = (intact / scores.n_passed + 1) / (passed + 1)
-        return scores.finite(repaired + self.alpha * kept)
-
-
-@FITNESSES.register("arachne-de")
-@dataclass(frozen=True)
-class ArachneDEFitness:
-    r"""Fitness of Arachne's second version: a weighted sum of the credits c of all samples.
-
-    .. math:: \sum_{I_{pos}} c + a \sum_{I_{neg}} c
-
-    The credit of a sample is 1 if it is right under the candidate, else 1/(loss + 1). Sample weights are ignored.
-
-    Attributes:
-        aggressiveness: a, the weight of a failed sample relative to a passed sample, at least 0.
-    """
-
-    uses_credit = True
-    aggressiveness: float = 10.0
-
-    def __post_init__(self) -> None:
-        hint = "give a finite number of at least 0."
-        check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
-
-    def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """Returns the fitness of each candidate, `S x P`. Raises a `ValueError` if the scores have no credits."""
-        if scores.credit_failed is None or scores.credit_passed is None:
-            raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
-        return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)
-
-
 def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
-    """Returns how many broken samples `eq1` and `eq2` accept for one repaired sample, apart from their loss terms.
+    """Returns how many broken samples `eq1` and `eq2` accept for one repaired sample, apart from
+    their
+    loss terms.
 
-    With `n_failed` failed samples to repair, a repaired sample adds 1/n_failed to the fitness. With `n_passed` passed
-    samples that the search scores, a broken sample subtracts alpha/n_passed. The result is n_passed / (alpha *
-    n_failed), or infinity if alpha * n_failed is 0. No alpha in the paper's range (4 to 8) prevents broken samples, but
-    `perfect_intact` and `lexicographic` do.
+    With `n_failed` failed samples to repair, a repaired sample adds 1/n_failed to the fitness. With
+    `n_passed` passed samples that the search scores, a broken sample subtracts alpha/n_passed. The
+    result is n_passed / (alpha * n_failed), or infinity if alpha * n_failed is 0. No alpha in the
+    paper's range (4 to 8) prevents broken samples, but `perfect_intact` and `lexicographic` do.
 
     Example:
         >>> exchange_rate(n_failed=20, n_passed=500, alpha=5)
@@ -255,7 +249,9 @@ def needs_passed_loss(fitness: FitnessFunction) -> bool:
 
 
 def needs_credit(fitness: FitnessFunction) -> bool:
-    """True if a fitness has the attribute `uses_credit = True`, since it reads the credits of `Scores`."""
+    """True if a fitness has the attribute `uses_credit = True`, since it reads the credits of
+    `Scores`.
+    """
     return bool(getattr(fitness, "uses_credit", False))
 
 
@@ -278,7 +274,9 @@ def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> Fitn
 
 
 def _positive(value: Tensor) -> Tensor:
-    """Maps x below e = `SMALLEST_UNCHANGED` to e^2 / (2 e - x), which is positive, increasing, and smooth at e."""
+    """Maps x below e = `SMALLEST_UNCHANGED` to e^2 / (2 e - x), which is positive, increasing, and
+    smooth at e.
+    """
     e = SMALLEST_UNCHANGED
     return torch.where(value < e, e**2 / (2 * e - value), value)
 

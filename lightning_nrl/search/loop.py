@@ -1,8 +1,9 @@
-"""The search loop asks a searcher for candidates, scores them, and tells the searcher their fitness.
+"""The search loop asks a searcher for candidates, scores them, and tells the searcher their
+fitness.
 
-A search ends when its fitness stops improving. On a GPU the loop checks only once in ten iterations whether all
-searches have ended, because a check waits for the device. The best candidate of a search that has ended no longer
-changes, so the result does not depend on when the loop checks.
+A search ends when its fitness stops improving. On a GPU the loop checks only once in ten iterations
+whether all searches have ended, because a check waits for the device. The best candidate of a
+search that has ended no longer changes, so the result does not depend on when the loop checks.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ def search(
 ) -> SearchResult:
     """Searches for better values of the localised weights. `search_many` explains the arguments.
 
-    `original` has the shape `K` and `elites` has `M x K`, without the dimension of the searches. The original weights
-    are returned bit for bit if no candidate is better.
+    `original` has the shape `K` and `elites` has `M x K`, without the dimension of the searches.
+    The original weights are returned bit for bit if no candidate is better.
     """
-    report = None if on_progress is None else lambda done, histories: on_progress(done, histories[0])
+    report = (
+        None if on_progress is None else lambda done, histories: on_progress(done, histories[0])
+    )
     return search_many(
         scorer,
         original[None],
@@ -86,27 +89,33 @@ def search_many(
 ) -> list[SearchResult]:
     """Runs S searches in one batch. Each search gives bit for bit the same result as `search`.
 
-    One exception: a GPU library may sum in another order for another number of searches. This can change the choice
-    between candidates that are equal up to rounding.
+    One exception: a GPU library may sum in another order for another number of searches. This can
+    change the choice between candidates that are equal up to rounding.
 
     Args:
-        scorer: scores P candidates per search, `S x P x K` in the dtype of `original`, on that search's samples.
-        original: `S x K`, the weights before the repair, on the device of the search. Padding may be any finite number.
+        scorer: scores P candidates per search, `S x P x K` in the dtype of `original`, on that
+            search's samples.
+        original: `S x K`, the weights before the repair, on the device of the search. Padding may
+            be any finite number.
         stats: statistics of the layers' weights: floats, or tensors that broadcast to `S x K`.
         seeds: one seed per search, the only source of randomness.
-        fitness: one function to maximise, or one `Fitness` per search; None: `Fitness()`, the lexicographic ranking.
+        fitness: one function to maximise, or one `Fitness` per search; None: `Fitness()`, the
+            lexicographic ranking.
         searcher: search algorithm, by name or as an object.
-        sizes: number of weights of each search. Further columns are padding, which never changes. None: K for each.
-        elites: `S x M x K`, candidates that are known to be good, with M below P. They are among the first candidates,
-            so the result is never worse than any elite.
-        deadline: time limit, checked every `check_every` iterations. With a limit, results may differ between runs.
-        on_progress: called with the number of iterations and all histories, at the end and at each check (see
-            `check_every`) after a multiple of ten iterations.
-        check_every: iterations between checks whether all searches have ended; a check waits for the device. None: 1 on
-            a CPU, 10 elsewhere. Results do not depend on this number.
+        sizes: number of weights of each search. Further columns are padding, which never changes.
+            None: K for each.
+        elites: `S x M x K`, candidates that are known to be good, with M below P. They are among
+            the first candidates, so the result is never worse than any elite.
+        deadline: time limit, checked every `check_every` iterations. With a limit, results may
+            differ between runs.
+        on_progress: called with the number of iterations and all histories, at the end and at each
+            check (see `check_every`) after a multiple of ten iterations.
+        check_every: iterations between checks whether all searches have ended; a check waits for
+            the device. None: 1 on a CPU, 10 elsewhere. Results do not depend on this number.
 
     Returns:
-        One result per search, without padding. `SearchResult.seconds` is the time of all searches together.
+        One result per search, without padding. `SearchResult.seconds` is the time of all searches
+        together.
 
     Raises:
         ConfigurationError: `seeds`, `fitness` or `sizes` does not have one entry per search.
@@ -118,7 +127,11 @@ def search_many(
         if isinstance(given, Sequence) and len(given) != len(original):
             problem = f"`{name}` has {len(given)} entries for {len(original)} searches."
             raise ConfigurationError(problem, "give one entry per search.")
-    value = fitness_per_search(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
+    value = (
+        fitness_per_search(fitness, original.device)
+        if isinstance(fitness, Sequence)
+        else fitness or Fitness()
+    )
     streams = RandomStreams.seeded(seeds, sizes)
     origin = _origin(original, stats, sizes, elites)
 
@@ -126,7 +139,9 @@ def search_many(
     _check_first(method, state, origin)
     log = SearchLog(origin.original, method.iterations, method.patience, sizes)
     scores = scorer(state.candidates.to(original.dtype))
-    first = [x[:, :1] for x in (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)]
+    first = [
+        x[:, :1] for x in (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
+    ]
     before = Scores(first[0], first[1], first[2], first[3], scores.n_failed, scores.n_passed)
     _check_original(before)
     counted = log.record(state.candidates, scores, value(scores, before))
@@ -139,7 +154,9 @@ def search_many(
             on_progress(max(len(history) for history in so_far) - 1, so_far)
 
     rows, over = log.read(), deadline is not None and deadline.is_over()
-    while log.done < method.iterations and bool((rows[-1, -1] < method.patience).any()) and not over:
+    while (
+        log.done < method.iterations and bool((rows[-1, -1] < method.patience).any()) and not over
+    ):
         for _ in range(min(interval - log.done % interval, method.iterations - log.done)):
             state = method.ask(state, streams)
             scores = _score(scorer, state, original.dtype, value, before, log.frozen)
@@ -149,11 +166,18 @@ def search_many(
             report()
     if log.done % PROGRESS_EVERY or log.done == 0:
         report()
-    return _results(log, rows, method, original.dtype, original_fitness, time.perf_counter() - began)
+    return _results(
+        log, rows, method, original.dtype, original_fitness, time.perf_counter() - began
+    )
 
 
 def _results(
-    log: SearchLog, rows: Tensor, method: Searcher[Any], dtype: torch.dtype, original_fitness: Tensor, seconds: float
+    log: SearchLog,
+    rows: Tensor,
+    method: Searcher[Any],
+    dtype: torch.dtype,
+    original_fitness: Tensor,
+    seconds: float,
 ) -> list[SearchResult]:
     ended, found = histories(rows, method.patience), log.best.to(dtype)
     return [
@@ -170,19 +194,30 @@ def _results(
     ]
 
 
-def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, elites: Tensor | None) -> SearchOrigin:
+def _origin(
+    original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, elites: Tensor | None
+) -> SearchOrigin:
     dtype, device = search_dtype(original.dtype), original.device
     searched = None
     if sizes is not None:
         ends = torch.tensor(list(sizes), device=device)[:, None, None]
         searched = torch.arange(original.shape[1], device=device) < ends
-    return SearchOrigin(original.to(dtype), stats, None if elites is None else elites.to(dtype), searched)
+    return SearchOrigin(
+        original.to(dtype), stats, None if elites is None else elites.to(dtype), searched
+    )
 
 
 def _score(
-    scorer: Scorer, state: SearchState, dtype: torch.dtype, value: FitnessFunction, before: Scores, frozen: Tensor
+    scorer: Scorer,
+    state: SearchState,
+    dtype: torch.dtype,
+    value: FitnessFunction,
+    before: Scores,
+    frozen: Tensor,
 ) -> Scores:
-    """Scores candidates. A scorer that can stop early skips the candidates of searches that have ended (`frozen`)."""
+    """Scores candidates. A scorer that can stop early skips the candidates of searches that have
+    ended (`frozen`).
+    """
     candidates = state.candidates.to(dtype)
     if not getattr(scorer, "gives_up", False):
         return scorer(candidates)
@@ -201,7 +236,11 @@ def _score(
 def _stop_reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
     if iterations == method.iterations:
         return f"all {iterations} iterations were made"
-    return TIME_WAS_OVER if stale < method.patience else f"no better fitness in {method.patience} iterations"
+    return (
+        TIME_WAS_OVER
+        if stale < method.patience
+        else f"no better fitness in {method.patience} iterations"
+    )
 
 
 def _check_original(before: Scores) -> None:

@@ -1,6 +1,7 @@
 """Particle swarm optimisation (paper, section II.2).
 
-S independent swarms run in one batch. A swarm gives bit for bit the same result in a batch and alone.
+S independent swarms run in one batch. A swarm gives bit for bit the same result in a batch and
+alone.
 """
 
 from __future__ import annotations
@@ -20,10 +21,24 @@ from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 CHI = 0.7298  # 2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)
 
 COEFFICIENTS = {
-    "clerc": {"inertia": CHI, "cognitive": CHI * 2.05, "social": CHI * 2.05, "min_speed": 0.0, "max_speed": 0.2},
-    "arachne": {"inertia": CHI, "cognitive": CHI * 4.1, "social": CHI * 4.1, "min_speed": 0.2, "max_speed": 5.0},
+    "clerc": {
+        "inertia": CHI,
+        "cognitive": CHI * 2.05,
+        "social": CHI * 2.05,
+        "min_speed": 0.0,
+        "max_speed": 0.2,
+    },
+    "arachne": {
+        "inertia": CHI,
+        "cognitive": CHI * 4.1,
+        "social": CHI * 4.1,
+        "min_speed": 0.2,
+        "max_speed": 5.0,
+    },
 }
-"""Coefficients by the value of `ParticleSwarm.constants`; speeds are multiples of the range of the layer's weights."""
+"""Coefficients by the value of `ParticleSwarm.constants`; speeds are multiples of the range of the
+layer's weights.
+"""
 
 
 class Swarm(NamedTuple):
@@ -44,7 +59,9 @@ class Swarm(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """Best fitness of each particle so far, `S x P`. A particle must exceed this to change any best position."""
+        """Best fitness of each particle so far, `S x P`. A particle must exceed this to change any
+        best position.
+        """
         return self.best_fitness
 
 
@@ -57,24 +74,29 @@ class ParticleSwarm:
         particles: number of particles, at least 2.
         iterations: maximum number of steps; with 0 only the initial positions are scored.
         patience: steps without improvement before the search stops, at least 1.
-        start: initial positions. Initial velocities are 0. Some particles are drawn from N, the normal distribution
-            with mean and standard deviation of the layer's weights. `local`: one particle stays at the original weights
-            and the others start around it. `half`: half of the swarm starts as in `local`, the rest is drawn from N.
-            `paper`: half of the swarm starts exactly at the original weights and may move, the rest is drawn from N.
-            `normal`: one particle stays at the original weights, the rest is drawn from N.
-        constants: default coefficients. `clerc`: `inertia` is chi = 0.7298, `cognitive` and `social` are 2.05 chi, each
-            weight has its own random factor per pull, and the speed is at most 0.2 of the range (max - min) of the
-            layer's weights. `arachne`: `inertia` is chi, `cognitive` and `social` are 4.1 chi, each particle has one
-            random factor per pull, and the speed is from 0.2 to 5 ranges. This minimum speed drives particles away from
-            the original weights.
-        inertia: coefficient of the velocity, at least 0. If this or one of the next four is None, see `constants`.
+        start: initial positions. Initial velocities are 0. Some particles are drawn from N, the
+            normal distribution with mean and standard deviation of the layer's weights. `local`:
+            one particle stays at the original weights and the others start around it. `half`: half
+            of the swarm starts as in `local`, the rest is drawn from N. `paper`: half of the swarm
+            starts exactly at the original weights and may move, the rest is drawn from N. `normal`:
+            one particle stays at the original weights, the rest is drawn from N.
+        constants: default coefficients. `clerc`: `inertia` is chi = 0.7298, `cognitive` and
+            `social` are 2.05 chi, each weight has its own random factor per pull, and the speed is
+            at most 0.2 of the range (max - min) of the layer's weights. `arachne`: `inertia` is
+            chi, `cognitive` and `social` are 4.1 chi, each particle has one random factor per pull,
+            and the speed is from 0.2 to 5 ranges. This minimum speed drives particles away from the
+            original weights.
+        inertia: coefficient of the velocity, at least 0. If this or one of the next four is None,
+            see `constants`.
         cognitive: coefficient of the pull to the particle's best position, at least 0.
         social: coefficient of the pull to the swarm's best position, at least 0.
-        min_speed: minimum speed of each weight, as a multiple of the range of the layer's weights, at least 0.
+        min_speed: minimum speed of each weight, as a multiple of the range of the layer's weights,
+            at least 0.
         max_speed: maximum speed of each weight in the same unit, above 0 and at least `min_speed`.
-        scale_min: in `local` and `half`, initial distance of the nearest particle from the original weights, in
-            standard deviations of the layer's weights, above 0.
-        scale_max: the same distance, but of the farthest particle. The other distances are spaced logarithmically.
+        scale_min: in `local` and `half`, initial distance of the nearest particle from the original
+            weights, in standard deviations of the layer's weights, above 0.
+        scale_max: the same distance, but of the farthest particle. The other distances are spaced
+            logarithmically.
     """
 
     particles: int = 100
@@ -95,7 +117,11 @@ class ParticleSwarm:
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
         for name in COEFFICIENTS[self.constants]:
             check_real(
-                f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite number >= 0.", least=0
+                f"ParticleSwarm.{name}",
+                self._coefficient(name),
+                "number",
+                "give a finite number >= 0.",
+                least=0,
             )
         slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
         if not slow <= fast or not fast:
@@ -115,11 +141,15 @@ class ParticleSwarm:
     def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:
         original, n = origin.original, self.particles
         position = first_positions(origin, streams, n, self.start, self.scale_min, self.scale_max)
-        free = torch.arange(n, device=position.device)[:, None] >= (0 if self.start == "paper" else 1)
+        free = torch.arange(n, device=position.device)[:, None] >= (
+            0 if self.start == "paper" else 1
+        )
         if origin.searched is not None:
             free = free & origin.searched
         device = position.device
-        lowest, highest = (broadcast_stat(x, origin) for x in (origin.stats.lowest, origin.stats.highest))
+        lowest, highest = (
+            broadcast_stat(x, origin) for x in (origin.stats.lowest, origin.stats.highest)
+        )
         worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
         return Swarm(
             position=position,
@@ -135,15 +165,20 @@ class ParticleSwarm:
     def ask(self, state: Swarm, streams: RandomStreams) -> Swarm:
         """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1).
 
-        v = inertia v + cognitive r_1 (particle's best - x) + social r_2 (swarm's best - x), with random numbers r_1 and
-        r_2 from [0, 1). The speed is limited (`min_speed`, `max_speed`). Then x = x + v.
+        v = inertia v + cognitive r_1 (particle's best - x) + social r_2 (swarm's best - x), with
+        random numbers r_1 and r_2 from [0, 1). The speed is limited (`min_speed`, `max_speed`).
+        Then x = x + v.
         """
         x = state.position
         _, n, n_weights = x.shape
-        inertia, cognitive, social, slow, fast = map(self._coefficient, COEFFICIENTS[self.constants])
+        inertia, cognitive, social, slow, fast = map(
+            self._coefficient, COEFFICIENTS[self.constants]
+        )
         r_own, r_leader = streams.uniform(x, 2, n, n_weights if self.constants == "clerc" else 1)
         to_own, to_leader = state.best_position - x, state.leader[:, None] - x
-        velocity = inertia * state.velocity + cognitive * r_own * to_own + social * r_leader * to_leader
+        velocity = (
+            inertia * state.velocity + cognitive * r_own * to_own + social * r_leader * to_leader
+        )
         limit = fast * state.range
         if slow:
             velocity = velocity.abs().clamp(slow * state.range, limit).copysign(velocity)
@@ -153,7 +188,9 @@ class ParticleSwarm:
         return state._replace(position=x + velocity, velocity=velocity)
 
     def tell(self, state: Swarm, fitness: Tensor) -> Swarm:
-        """Updates the best positions by `fitness`, `S x P`. NaN ranks last. On a tie the earlier position stays."""
+        """Updates the best positions by `fitness`, `S x P`. NaN ranks last. On a tie the earlier
+        position stays.
+        """
         fitness = fitness.to(state.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         better = fitness > state.best_fitness

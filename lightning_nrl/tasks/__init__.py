@@ -1,6 +1,7 @@
 """Tasks, which define when a sample is right.
 
-In: the model's outputs and the targets. Out: for each sample whether it passed, its loss and its margin.
+In: the model's outputs and the targets. Out: for each sample whether it passed, its loss and its
+margin.
 """
 
 from lightning_nrl.tasks.classification import Binary, Multiclass, Multilabel

@@ -1,4 +1,6 @@
-"""`Multiclass` and `Binary`, with one class per sample, and `Multilabel`, with any number of labels per sample."""
+"""`Multiclass` and `Binary`, with one class per sample, and `Multilabel`, with any number of labels
+per sample.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ PROBABILITY_ROUNDING = 1e-2
 class Multiclass(Task):
     """Multiclass classification: a sample is right if the arg max of its logits is its class.
 
-    Logits are `n x C`, samples x classes; one logit per sample, `n` or `n x 1`, is treated as in `Binary`. The loss is
-    cross entropy, in at least float32. Targets are class indices, `n` or `n x 1`, of any real dtype, or `n x C` class
-    probabilities. In the second case, the most probable class is the true class, and the loss uses all probabilities.
+    Logits are `n x C`, samples x classes; one logit per sample, `n` or `n x 1`, is treated as in
+    `Binary`. The loss is cross entropy, in at least float32. Targets are class indices, `n` or `n x
+    1`, of any real dtype, or `n x C` class probabilities. In the second case, the most probable
+    class is the true class, and the loss uses all probabilities.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
@@ -37,7 +40,9 @@ class Multiclass(Task):
                 "return one row for each sample, or pass an `adapter` that sets the model's inputs and the targets.",
             )
         self._check_values(target, classes)
-        if len(label) and int(label.max()) >= classes:  # on a GPU, such a label would abort the process
+        if (
+            len(label) and int(label.max()) >= classes
+        ):  # on a GPU, such a label would abort the process
             raise ConfigurationError(
                 f"`task`: there is a label {int(label.max())}, and the model returned {list(output.shape)} logits.",
                 f"give labels from 0 to {classes - 1}; for numeric targets use `Regression(tolerance=...)`.",
@@ -47,13 +52,17 @@ class Multiclass(Task):
         return self.prediction(output) == self.label(target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        # Negative labels raise no error here: the `Evaluator` names their samples after a whole pass.
+        # Negative labels raise no error here: the `Evaluator` names their samples after a whole
+        # pass.
         output = at_least_float32(class_logits(output))
         truth = target.to(output) if _is_soft(target) else self.label(target).clamp_min(0)
         return F.cross_entropy(output, truth, reduction="none")
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
-        output, label = at_least_float32(class_logits(output)), self.label(target).clamp_min(0)[:, None]
+        output, label = (
+            at_least_float32(class_logits(output)),
+            self.label(target).clamp_min(0)[:, None],
+        )
         return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
@@ -102,10 +111,13 @@ def _is_soft(target: Tensor) -> bool:
 
 @TASKS.register("binary")
 class Binary(Multiclass):
-    """Binary classification from one logit per sample, `n` or `n x 1`. A logit above 0 predicts class 1.
+    """Binary classification from one logit per sample, `n` or `n x 1`. A logit above 0 predicts
+    class
+    1.
 
-    The loss is binary cross entropy. Targets are 0 or 1, `n` or `n x 1`, of any dtype. `Multiclass`, the default, gives
-    the same results for such logits. `Binary` rejects logits of any other shape.
+    The loss is binary cross entropy. Targets are 0 or 1, `n` or `n x 1`, of any dtype.
+    `Multiclass`, the default, gives the same results for such logits. `Binary` rejects logits of
+    any other shape.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
@@ -122,10 +134,11 @@ class Binary(Multiclass):
 class Multilabel(Task):
     """Multi-label classification: a sample is right if all its labels are right.
 
-    A label is right if its probability, the sigmoid of the logit, is above the threshold for target 1 and below it for
-    target 0. Logits and targets are `n x L`, samples x labels; targets have any dtype. The loss is binary cross
-    entropy, averaged over labels. The margin of a label is the distance of its logit from the threshold, negative if
-    the label is wrong. A sample's margin is the smallest margin of its labels, without the `wrong` smallest ones.
+    A label is right if its probability, the sigmoid of the logit, is above the threshold for target
+    1 and below it for target 0. Logits and targets are `n x L`, samples x labels; targets have any
+    dtype. The loss is binary cross entropy, averaged over labels. The margin of a label is the
+    distance of its logit from the threshold, negative if the label is wrong. A sample's margin is
+    the smallest margin of its labels, without the `wrong` smallest ones.
 
     Attributes:
         threshold: probability threshold, between 0 and 1.
@@ -183,7 +196,9 @@ class Multilabel(Task):
 
     def loss(self, output: Tensor, target: Any) -> Tensor:
         output, known = at_least_float32(output), self._known(target)
-        each = F.binary_cross_entropy_with_logits(output, (target == 1).to(output), reduction="none")
+        each = F.binary_cross_entropy_with_logits(
+            output, (target == 1).to(output), reduction="none"
+        )
         return masked_mean(each, known)
 
     def margin(self, output: Tensor, target: Any) -> Tensor:
@@ -198,7 +213,9 @@ class Multilabel(Task):
         there = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
         absent = (-old).sigmoid() * (F.logsigmoid(-old) - F.logsigmoid(-new))
         divergence = (there + absent).clamp_min(0)
-        return divergence.mean(1) if target is None else masked_mean(divergence, self._known(target))
+        return (
+            divergence.mean(1) if target is None else masked_mean(divergence, self._known(target))
+        )
 
     def _known(self, target: Tensor) -> Tensor:
         # As floats, since uint8 cannot hold -100.

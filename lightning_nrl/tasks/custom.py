@@ -20,20 +20,25 @@ from lightning_nrl.tasks.task import Task, parse_task
 Judge = Callable[[Tensor, Any], Tensor]
 """Maps the output and the target of a batch of `n` samples to one value per sample, `n`."""
 
-MARGIN_ROUNDING = 1e-4  # margins smaller than this share of the batch's largest margin may have the wrong sign
+MARGIN_ROUNDING = (
+    1e-4  # margins smaller than this share of the batch's largest margin may have the wrong sign
+)
 
 
 class Custom(Task):
-    """Task defined by your functions of output and target, or by addresses of functions, `package.module:function`.
+    """Task defined by your functions of output and target, or by addresses of functions,
+    `package.module:function`.
 
-    To define `logits`, `prediction`, `label` or `divergence` too, derive a class from `Task` instead.
+    To define `logits`, `prediction`, `label` or `divergence` too, derive a class from `Task`
+    instead.
 
     Args:
         passed: returns `n` bool, True for each right sample.
-        loss: returns each sample's loss, `n`, differentiable. With PyTorch's losses use `reduction="none"` and average
-            over all dimensions but the first.
-        margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if the sample passed, and
-            below 0 if not. With None there are no margins, and only gradient-free methods like `swarm` can repair.
+        loss: returns each sample's loss, `n`, differentiable. With PyTorch's losses use
+            `reduction="none"` and average over all dimensions but the first.
+        margin: returns each sample's distance from being wrong, `n`, differentiable: above 0 if the
+            sample passed, and below 0 if not. With None there are no margins, and only
+            gradient-free methods like `swarm` can repair.
 
     Example:
         >>> def far(output, target):
@@ -47,13 +52,19 @@ class Custom(Task):
         Custom: passed by torch:eq
     """
 
-    def __init__(self, passed: str | Judge, loss: str | Judge, margin: str | Judge | None = None) -> None:
+    def __init__(
+        self, passed: str | Judge, loss: str | Judge, margin: str | Judge | None = None
+    ) -> None:
         given = {"passed": passed, "loss": loss, **({} if margin is None else {"margin": margin})}
-        self._functions = {name: import_function(f"Custom.{name}", function) for name, function in given.items()}
+        self._functions = {
+            name: import_function(f"Custom.{name}", function) for name, function in given.items()
+        }
         self._names = {name: f if isinstance(f, str) else _address(f) for name, f in given.items()}
 
     def __repr__(self) -> str:
-        return f"Custom({', '.join(f'{name}={address!r}' for name, address in self._names.items())})"
+        return (
+            f"Custom({', '.join(f'{name}={address!r}' for name, address in self._names.items())})"
+        )
 
     def __str__(self) -> str:
         return f"Custom: passed by {self._names['passed']}"
@@ -80,7 +91,11 @@ class Custom(Task):
         return at_least_float32(self._functions["loss"](output, target))
 
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        return at_least_float32(self._functions["margin"](output, target)) if "margin" in self._functions else None
+        return (
+            at_least_float32(self._functions["margin"](output, target))
+            if "margin" in self._functions
+            else None
+        )
 
     def _check_signs(self, passed: Tensor, margin: Tensor) -> None:
         scale = margin[margin.isfinite()].abs().max() if margin.isfinite().any() else 0.0
@@ -103,8 +118,8 @@ def _address(function: Judge) -> str:
 class NamedHead(Task):
     """Task for one head of a model with several outputs.
 
-    If the target has several parts too, its part with this `name` is used. Give a repair a `layer` that belongs to this
-    head only: the repair does not protect the outputs of other heads.
+    If the target has several parts too, its part with this `name` is used. Give a repair a `layer`
+    that belongs to this head only: the repair does not protect the outputs of other heads.
 
     Attributes:
         name: key, field or position of the head's output.
@@ -151,7 +166,9 @@ class NamedHead(Task):
         return self._judge.margin(output, self._truth(target))
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        return self._judge.divergence(output, teacher, None if target is None else self._truth(target))
+        return self._judge.divergence(
+            output, teacher, None if target is None else self._truth(target)
+        )
 
     def prediction(self, output: Tensor) -> Tensor | None:
         return self._judge.prediction(output)
@@ -167,7 +184,11 @@ class NamedHead(Task):
         named = fields_of(value)
         if named is not None and self.name in named:
             return named[str(self.name)] if not isinstance(value, Mapping) else value[self.name]
-        if isinstance(value, (tuple, list)) and isinstance(self.name, int) and -len(value) <= self.name < len(value):
+        if (
+            isinstance(value, (tuple, list))
+            and isinstance(self.name, int)
+            and -len(value) <= self.name < len(value)
+        ):
             return value[self.name]
         raise ConfigurationError(
             f"`NamedHead.name={self.name!r}` is not in the {what}.\n{describe(value, what)}",

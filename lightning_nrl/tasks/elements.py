@@ -19,25 +19,34 @@ from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits
 
 
 class Elements(NamedTuple):
-    """Logits and labels of `n` samples with `E` elements (such as tokens or pixels) and `C` classes."""
+    """Logits and labels of `n` samples with `E` elements (such as tokens or pixels) and `C`
+    classes.
+    """
 
     logits: Tensor  # n x C x E, at least float32
     label: Tensor  # n x E int64, 0 where the element is ignored
     counts: Tensor  # n x E bool, False where the element is ignored
 
     def lead(self) -> Tensor:
-        """Returns the true class's logit minus the largest other logit, `n x E`. NaN logits give minus infinity."""
+        """Returns the true class's logit minus the largest other logit, `n x E`. NaN logits give
+        minus infinity.
+        """
         others = self._others()
-        # On ties, `max` passes the gradient to one class, `amax` to all. Without gradients, `amax` is much faster.
+        # On ties, `max` passes the gradient to one class, `amax` to all. Without gradients, `amax`
+        # is much faster.
         return self._above(others.max(1).values if others.requires_grad else others.amax(1))
 
     def lead_and_rival(self) -> tuple[Tensor, Tensor]:
-        """Returns `lead()` and the rivals, `n x E` int64. The rival is the class with the largest other logit."""
+        """Returns `lead()` and the rivals, `n x E` int64. The rival is the class with the largest
+        other logit.
+        """
         best, rival = self._others().max(1)
         return self._above(best), rival
 
     def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
-        """Marks right elements, `n x E` bool. If `reserve`, `n`, is given, a lead must reach its sample's entry."""
+        """Marks right elements, `n x E` bool. If `reserve`, `n`, is given, a lead must reach its
+        sample's entry.
+        """
         right, tied = lead > 0, lead == 0
         if lead.device.type != "cpu" or bool(tied.any()):
             right |= tied & (self.logits.argmax(1) == self.label)
@@ -55,29 +64,37 @@ class Elements(NamedTuple):
 
 
 class ElementsTask(Task):
-    """Base class of tasks with a class per element. The loss is cross entropy, averaged over a sample's elements.
+    """Base class of tasks with a class per element. The loss is cross entropy, averaged over a
+    sample's elements.
 
-    Subclasses are frozen dataclasses with a field `ignore_index`, the label of elements that do not count.
+    Subclasses are frozen dataclasses with a field `ignore_index`, the label of elements that do not
+    count.
     """
 
     ignore_index: int
 
     @abstractmethod
     def classes_first(self, output: Tensor) -> Tensor:
-        """Returns the logits as `n x C x ...`, `C` at least 2. Raises a `ConfigurationError` if the shape is wrong."""
+        """Returns the logits as `n x C x ...`, `C` at least 2. Raises a `ConfigurationError` if the
+        shape is wrong.
+        """
 
     @abstractmethod
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        """Marks the right samples, `n` bool. If `reserve`, `n`, is given, a sample's margin must reach its entry."""
+        """Marks the right samples, `n` bool. If `reserve`, `n`, is given, a sample's margin must
+        reach its entry.
+        """
 
     @abstractmethod
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
-        """Returns the true classes, `n x ...` int64. `ndim` is the expected number of dimensions, including samples.
+        """Returns the true classes, `n x ...` int64. `ndim` is the expected number of dimensions,
+        including samples.
 
-        Raises a `ConfigurationError` if the target is not a tensor of real numbers with at least two dimensions.
+        Raises a `ConfigurationError` if the target is not a tensor of real numbers with at least
+        two dimensions.
         """
         if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
@@ -95,7 +112,11 @@ class ElementsTask(Task):
                 f"`task`: {name} got logits {list(output.shape)} for labels {list(label.shape)}.",
                 self._shapes_hint(output, label),
             )
-        given, n_classes, counts = target.reshape(label.shape), logits.shape[1], label != self.ignore_index
+        given, n_classes, counts = (
+            target.reshape(label.shape),
+            logits.shape[1],
+            label != self.ignore_index,
+        )
         wrong = counts & ((label < 0) | (label >= n_classes) | (label != given))
         if wrong.any():
             raise ConfigurationError(
@@ -125,10 +146,14 @@ class ElementsTask(Task):
         if (own.passed, own.margin, own.loss) != (plain.passed, plain.margin, plain.loss):
             return super().passed_and_loss(output, target, reserve, with_loss)
         elements = self.elements(output, target)
-        return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
+        return self.elements_passed(elements, reserve), _cross_entropy(
+            elements
+        ) if with_loss else None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the Kullback-Leibler divergence from `teacher`, `n`, a mean over elements that are not ignored."""
+        """Returns the Kullback-Leibler divergence from `teacher`, `n`, a mean over elements that
+        are not ignored.
+        """
         each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
         return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
@@ -143,20 +168,25 @@ class ElementsTask(Task):
 
 
 def _cross_entropy(elements: Elements) -> Tensor:
-    return elements.mean(F.cross_entropy(elements.logits.contiguous(), elements.label, reduction="none"))
+    return elements.mean(
+        F.cross_entropy(elements.logits.contiguous(), elements.label, reduction="none")
+    )
 
 
 @TASKS.register("sequence")
 @dataclass(frozen=True)
 class Sequence(ElementsTask):
-    """Token classification: a sequence is right if all its tokens, or a given share of them, are right.
+    """Token classification: a sequence is right if all its tokens, or a given share of them, are
+    right.
 
-    A token is right if the arg max of its logits is its class. The margin of a sequence is the smallest margin of its
-    tokens, once as many of the smallest margins are left out as tokens may be wrong.
+    A token is right if the arg max of its logits is its class. The margin of a sequence is the
+    smallest margin of its tokens, once as many of the smallest margins are left out as tokens may
+    be wrong.
 
     Attributes:
         share: share of the counted tokens that must be right, above 0 and at most 1.
-        class_dim: class dimension of the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are `n x T`.
+        class_dim: class dimension of the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are
+            `n x T`.
         ignore_index: label of tokens that do not count, such as padding.
 
     Example:
@@ -175,7 +205,14 @@ class Sequence(ElementsTask):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        check_real("Sequence.share", self.share, "share", "give a number above 0 and at most 1.", above=0, most=1)
+        check_real(
+            "Sequence.share",
+            self.share,
+            "share",
+            "give a number above 0 and at most 1.",
+            above=0,
+            most=1,
+        )
         if self.class_dim not in (-1, 1):
             raise ConfigurationError(
                 f"`Sequence.class_dim={self.class_dim!r}` is neither -1 nor 1.",
@@ -187,7 +224,8 @@ class Sequence(ElementsTask):
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
         right = elements.right(elements.lead(), reserve)
-        # Sorted by lead, token number `allowed_wrong` (from 0) has the margin, so at most that many have less.
+        # Sorted by lead, token number `allowed_wrong` (from 0) has the margin, so at most that many
+        # have less.
         return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
     def elements_margin(self, elements: Elements) -> Tensor:
@@ -201,7 +239,11 @@ class Sequence(ElementsTask):
 
     def classes_first(self, output: Tensor) -> Tensor:
         if output.ndim < 3 or output.shape[self.class_dim] < 2:
-            shape = "[samples, tokens, classes]" if self.class_dim == -1 else "[samples, classes, tokens]"
+            shape = (
+                "[samples, tokens, classes]"
+                if self.class_dim == -1
+                else "[samples, classes, tokens]"
+            )
             raise ConfigurationError(
                 f"`task`: Sequence needs logits {shape}, the model returned {list(output.shape)}.",
                 "return one logit for each token and each of two or more classes, or set `class_dim`.",
@@ -223,21 +265,24 @@ WINDOW = 0.02  # share of the pixels, nearest in lead to the deciding one, over 
 @TASKS.register("segmentation")
 @dataclass(frozen=True)
 class Segmentation(ElementsTask):
-    """Semantic segmentation: an image is right if its mean intersection over union (IoU) reaches a threshold.
+    """Semantic segmentation: an image is right if its mean intersection over union (IoU) reaches a
+    threshold.
 
-    The mean is over the classes present in the image's target. Outputs are `n x C x ...`, such as `n x C x H x W`, or
-    `n x 1 x ...` for two classes: a logit above 0 then predicts class 1. Targets are `n x ...` or `n x 1 x ...`, whole
-    numbers of any dtype or bools.
+    The mean is over the classes present in the image's target. Outputs are `n x C x ...`, such as
+    `n x C x H x W`, or `n x 1 x ...` for two classes: a logit above 0 then predicts class 1.
+    Targets are `n x ...` or `n x 1 x ...`, whole numbers of any dtype or bools.
 
-    The lead of a pixel is its true logit minus the largest other logit. The margin of a right image is the amount by
-    which the leads of all pixels can shrink before the IoU falls below the threshold. The margin of a wrong image is
-    minus the amount by which all leads must grow for the IoU to reach the threshold. A margin equals the lead of one
-    pixel, but its gradient is the mean gradient of this lead and of leads of similar size.
+    The lead of a pixel is its true logit minus the largest other logit. The margin of a right image
+    is the amount by which the leads of all pixels can shrink before the IoU falls below the
+    threshold. The margin of a wrong image is minus the amount by which all leads must grow for the
+    IoU to reach the threshold. A margin equals the lead of one pixel, but its gradient is the mean
+    gradient of this lead and of leads of similar size.
 
     Attributes:
         iou: threshold, above 0 and at most 1.
-        classes: classes that count, such as `(1,)` for the foreground alone; None means all classes. If no class that
-            counts occurs in the target of an image, all classes count for this image.
+        classes: classes that count, such as `(1,)` for the foreground alone; None means all
+            classes. If no class that counts occurs in the target of an image, all classes count for
+            this image.
         ignore_index: label of pixels that do not count; 255 in many data sets.
 
     Example:
@@ -260,9 +305,14 @@ class Segmentation(ElementsTask):
         check_real("Segmentation.iou", self.iou, "threshold", hint, above=0, most=1)
         if self.classes is None:
             return
-        if not isinstance(self.classes, (list, tuple)) or not self.classes or not all(map(is_class, self.classes)):
+        if (
+            not isinstance(self.classes, (list, tuple))
+            or not self.classes
+            or not all(map(is_class, self.classes))
+        ):
             raise ConfigurationError(
-                f"`Segmentation.classes={self.classes!r}` are not class numbers.", "give class numbers, such as (1,)."
+                f"`Segmentation.classes={self.classes!r}` are not class numbers.",
+                "give class numbers, such as (1,).",
             )
         object.__setattr__(self, "classes", tuple(self.classes))
 
@@ -281,20 +331,30 @@ class Segmentation(ElementsTask):
 
     def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
         lead, rival = elements.lead_and_rival()
-        return self._reaches(elements, elements.label, rival, elements.counts, elements.right(lead, reserve))
+        return self._reaches(
+            elements, elements.label, rival, elements.counts, elements.right(lead, reserve)
+        )
 
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the lead of the deciding pixel of each image, `n`.
 
-        If pixels turn right one by one, the largest lead first, the IoU reaches the threshold at the deciding pixel.
+        If pixels turn right one by one, the largest lead first, the IoU reaches the threshold at
+        the deciding pixel.
         """
         lead, rival = elements.lead_and_rival()
-        order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(
+            dim=1, descending=True, stable=True
+        )
         # Ignored pixels come last, even after pixels that count and have a lead of minus infinity.
-        order = order.gather(1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True))
-        lead, label, rival, counts = (x.gather(1, order) for x in (lead, elements.label, rival, elements.counts))
+        order = order.gather(
+            1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True)
+        )
+        lead, label, rival, counts = (
+            x.gather(1, order) for x in (lead, elements.label, rival, elements.counts)
+        )
         rank, n = torch.arange(lead.shape[1], device=lead.device), counts.sum(1)
-        # Bisection for the number of pixels that must be right: with none of them the IoU is 0, with all of them 1.
+        # Bisection for the number of pixels that must be right: with none of them the IoU is 0,
+        # with all of them 1.
         none, enough = torch.zeros_like(n), n.clamp_min(1)
         for _ in range(lead.shape[1].bit_length()):
             middle = (none + enough) // 2
@@ -321,9 +381,15 @@ class Segmentation(ElementsTask):
             target = target[:, 0]
         return super().labels(target, ndim)
 
-    def _reaches(self, elements: Elements, label: Tensor, rival: Tensor, counts: Tensor, right: Tensor) -> Tensor:
-        """Marks the images, `n` bool, whose IoU is enough if all pixels outside of `right` get their rival class."""
-        zeros = torch.zeros(elements.logits.shape[:2], dtype=widest(label.device), device=label.device)
+    def _reaches(
+        self, elements: Elements, label: Tensor, rival: Tensor, counts: Tensor, right: Tensor
+    ) -> Tensor:
+        """Marks the images, `n` bool, whose IoU is enough if all pixels outside of `right` get
+        their rival class.
+        """
+        zeros = torch.zeros(
+            elements.logits.shape[:2], dtype=widest(label.device), device=label.device
+        )
 
         def of_class(where: Tensor, chosen: Tensor) -> Tensor:
             return zeros.scatter_add(1, where, (chosen & counts).to(zeros))

@@ -19,13 +19,15 @@ from lightning_nrl.tasks.task import Task
 class Regression(Task):
     """Regression: a sample is right if every output is within a tolerance of its target.
 
-    Outputs and targets have equal sizes, `n` or `n x ...`. An error is measured in units of the tolerance. The margin
-    of a sample is 1 minus its largest absolute error: 1 for a perfect output, below 0 outside the tolerance. The loss
-    is the Huber loss of the errors, averaged over outputs, so that single outliers do not dominate.
+    Outputs and targets have equal sizes, `n` or `n x ...`. An error is measured in units of the
+    tolerance. The margin of a sample is 1 minus its largest absolute error: 1 for a perfect output,
+    below 0 outside the tolerance. The loss is the Huber loss of the errors, averaged over outputs,
+    so that single outliers do not dominate.
 
     Attributes:
         tolerance: absolute tolerance, above 0, in the units of the target.
-        relative: share of the target's absolute value that is added to `tolerance`, such as 0.05 for 5 %.
+        relative: share of the target's absolute value that is added to `tolerance`, such as 0.05
+            for 5 %.
 
     Example:
         >>> output, target = torch.tensor([1.25, 3.0]), torch.tensor([1.0, 2.0])
@@ -41,7 +43,13 @@ class Regression(Task):
     def __post_init__(self) -> None:
         hint = "give a number above 0, in the units of the target."
         check_real("Regression.tolerance", self.tolerance, "tolerance", hint, above=0)
-        check_real("Regression.relative", self.relative, "share of the target", "give a number from 0.", least=0)
+        check_real(
+            "Regression.relative",
+            self.relative,
+            "share of the target",
+            "give a number from 0.",
+            least=0,
+        )
 
     def __str__(self) -> str:
         more = f" + {self.relative:.4g} of the target" if self.relative else ""
@@ -53,7 +61,11 @@ class Regression(Task):
                 f"`task`: regression needs a tensor of numbers as target, found {described(target)}.",
                 "pass an `adapter` that returns one.",
             )
-        if output.shape[:1] != target.shape[:1] or output.numel() != target.numel() or not output.ndim:
+        if (
+            output.shape[:1] != target.shape[:1]
+            or output.numel() != target.numel()
+            or not output.ndim
+        ):
             raise ConfigurationError(
                 f"`task`: regression got outputs {list(output.shape)} for targets {list(target.shape)}.",
                 "the model must return one number for each number of the target.",
@@ -84,7 +96,9 @@ class Regression(Task):
         output, other = (_rows(at_least_float32(x)) for x in (output, other))
         if not self.relative or target is None:
             return (output - other) / self.tolerance
-        return (output - other) / (self.tolerance + self.relative * _rows(at_least_float32(target)).abs())
+        return (output - other) / (
+            self.tolerance + self.relative * _rows(at_least_float32(target)).abs()
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

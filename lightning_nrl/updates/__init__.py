@@ -1,8 +1,10 @@
-"""Model updates: a new model replaces an old one, and should get right what the old model gets right.
+"""Model updates: a new model replaces an old one, and should get right what the old model gets
+right.
 
-The old model is the model in use. A negative flip is a sample that the old model gets right and the new one wrong.
-In: modules, checkpoints or prediction files. Out: `OldModel` and `Predictions`; loss terms that make negative flips
-rare; interpolated weights; and a `ReleaseReport` that says for each release rule if the new model satisfies it.
+The old model is the model in use. A negative flip is a sample that the old model gets right and the
+new one wrong. In: modules, checkpoints or prediction files. Out: `OldModel` and `Predictions`; loss
+terms that make negative flips rare; interpolated weights; and a `ReleaseReport` that says for each
+release rule if the new model satisfies it.
 """
 
 from lightning_nrl.updates.interpolation import choose_share, interpolate

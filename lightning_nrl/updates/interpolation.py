@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.formatting import percent
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import State, between, device_of, snapshot, temporary_weights, write
 from lightning_nrl.data.adapters import bind_adapter, unpack
@@ -23,7 +24,6 @@ from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Heading, Page, Renderable, Row, Table, Text
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
@@ -35,7 +35,9 @@ Data = Source | Iterable[Any]
 
 @dataclass(frozen=True)
 class SharePoint:
-    """Flips from the old model to the interpolated model for one share of the old weights, in [0, 1]."""
+    """Flips from the old model to the interpolated model for one share of the old weights, in [0,
+    1].
+    """
 
     share: float
     counts: FlipCounts
@@ -51,13 +53,18 @@ class SharePoint:
 
 @dataclass(frozen=True)
 class ShareChoice(Renderable):
-    """The chosen share of the old weights, and the results for all shares. `rich.print(choice)` shows a table.
+    """The chosen share of the old weights, and the results for all shares. `rich.print(choice)`
+    shows
+    a table.
 
     Attributes:
-        chosen: result for the chosen share. Of the shares whose accuracy is at most `tolerance` below the best in
-            `curve`, it is the largest that breaks no more samples than share 0, or the largest if all break more.
-        curve: the results for all shares in ascending order, beginning with 0, the unchanged new model.
-        tolerance: largest accepted loss of accuracy, in [0, 1]. If it is None, `chosen` is the largest share of all.
+        chosen: result for the chosen share. Of the shares whose accuracy is at most `tolerance`
+            below the best in `curve`, it is the largest that breaks no more samples than share 0,
+            or the largest if all break more.
+        curve: the results for all shares in ascending order, beginning with 0, the unchanged new
+            model.
+        tolerance: largest accepted loss of accuracy, in [0, 1]. If it is None, `chosen` is the
+            largest share of all.
         state: weights and buffers for the chosen share; empty for share 0.
     """
 
@@ -79,11 +86,24 @@ class ShareChoice(Renderable):
         rows = []
         for point in self.curve:
             c, taken = point.counts, point == self.chosen
-            cells = percent(point.accuracy), f"{c.repaired:,}", f"{c.broken:,}", percent(point.negative_flip_rate)
-            rows.append(Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
+            cells = (
+                percent(point.accuracy),
+                f"{c.repaired:,}",
+                f"{c.broken:,}",
+                percent(point.negative_flip_rate),
+            )
+            rows.append(
+                Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else "")
+            )
         near = f"within {100 * (self.tolerance or 0):g} points of the best accuracy"
-        rule = "As given" if self.tolerance is None else f"The largest that breaks no more than share 0, {near}"
-        columns = tuple((name, "") for name in ("accuracy", "repaired", "broken", "negative flip rate"))
+        rule = (
+            "As given"
+            if self.tolerance is None
+            else f"The largest that breaks no more than share 0, {near}"
+        )
+        columns = tuple(
+            (name, "") for name in ("accuracy", "repaired", "broken", "negative flip rate")
+        )
         text = Text(f"{rule}: {self.share:.2f}.")
         return Page((Heading("Share of the old weights", 1), text, Table(columns, tuple(rows))))
 
@@ -96,17 +116,21 @@ def interpolate(
     training: Data | None = None,
     **estimating: Any,
 ) -> dict[str, Tensor]:
-    """Returns the weights `(1 - share) new + share old` for `load_state_dict`, with matching batch norm statistics.
+    """Returns the weights `(1 - share) new + share old` for `load_state_dict`, with matching batch
+    norm statistics.
 
-    The method is WiSE-FT (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). Schumann et al. 2024 (Backward
-    compatibility during data updates by weight interpolation) use it against negative flips. The training of the new
-    model must have started from the old weights; otherwise the accuracy of interpolated weights is very low.
+    The method is WiSE-FT (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). Schumann
+    et al. 2024 (Backward compatibility during data updates by weight interpolation) use it against
+    negative flips. The training of the new model must have started from the old weights; otherwise
+    the accuracy of interpolated weights is very low.
 
     Args:
         old: the old model, its state dict, or the path of a checkpoint.
         new: the new model, on its device; it does not change. An `Evaluator` sets the precision.
-        share: share of the old weights, in [0, 1]. 0 gives bit for bit the new model, 1 gives the old model.
-        training: data for the batch norm statistics, read once. Needed if the model has batch norm and 0 < share < 1.
+        share: share of the old weights, in [0, 1]. 0 gives bit for bit the new model, 1 gives the
+            old model.
+        training: data for the batch norm statistics, read once. Needed if the model has batch norm
+            and 0 < share < 1.
         **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
 
     Example:
@@ -138,17 +162,21 @@ def choose_share(
 ) -> ShareChoice:
     """Finds the largest share of the old weights that costs almost no accuracy on validation data.
 
-    A larger share usually breaks fewer samples. Shares that break more samples than share 0, the new model itself, are
-    passed over, unless all shares within the tolerance break more. Each share needs a pass over `data`, which must
-    return the same samples in the same order each time. With batch norm, each share also needs a pass over `training`.
+    A larger share usually breaks fewer samples. Shares that break more samples than share 0, the
+    new model itself, are passed over, unless all shares within the tolerance break more. Each share
+    needs a pass over `data`, which must return the same samples in the same order each time. With
+    batch norm, each share also needs a pass over `training`.
 
     Args:
         old: the same as for `interpolate`.
-        new: the same as for `interpolate`. An `Evaluator` also sets the task and the ranks that share the data.
-        data: data that the new model was not trained on. On its training data, share 0 is always the most accurate.
+        new: the same as for `interpolate`. An `Evaluator` also sets the task and the ranks that
+            share the data.
+        data: data that the new model was not trained on. On its training data, share 0 is always
+            the most accurate.
         training: the same as for `interpolate`.
-        tolerance: how far the accuracy may be below the best accuracy of all shares, in [0, 1]. With None the largest
-            share is chosen, whatever its accuracy and however many samples it breaks.
+        tolerance: how far the accuracy may be below the best accuracy of all shares, in [0, 1].
+            With None the largest share is chosen, whatever its accuracy and however many samples it
+            breaks.
         shares: shares to try besides 0, in [0, 1].
         batches: number of batches of `training` for the batch norm statistics; None: all batches.
         seed: seed of the order of these batches.
@@ -160,14 +188,19 @@ def choose_share(
         check_share(share, "shares")
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
-    before, after = fitting("old", read_state("old", old), evaluator.model), snapshot(evaluator.model)
+    before, after = (
+        fitting("old", read_state("old", old), evaluator.model),
+        snapshot(evaluator.model),
+    )
     known = _right_and_class(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
         mixed = between(before, after, 1 - share)
         if 0 < share < 1:
             # Kept in memory, so that the chosen share needs no second pass over the training data.
-            statistics[share] = _statistics(evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter)
+            statistics[share] = _statistics(
+                evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter
+            )
             mixed |= statistics[share]
         found = _right_and_class(evaluator, mixed, data, adapter)
         if collective.any(not torch.equal(known[:, 1], found[:, 1])):
@@ -176,19 +209,27 @@ def choose_share(
                 "give a source, a list of batches or a DataLoader that does not shuffle.",
             )
         counts = FlipCounts.of(known[:, 0] > 0, found[:, 0] > 0)
-        total = collective.sum(torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing]))
+        total = collective.sum(
+            torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing])
+        )
         if not int(total.sum()):
             raise ConfigurationError("`data` is empty.", "give data to choose the share on.")
         curve.append(SharePoint(share, FlipCounts(*total.tolist())))
-    # Counts are compared, since the difference of two rounded accuracies could be slightly above the tolerance.
+    # Counts are compared, since the difference of two rounded accuracies could be slightly above
+    # the tolerance.
     most, alone = max(point.counts.right for point in curve), curve[0].counts
     lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
     within = [point for point in curve if most - point.counts.right <= lost]
     if tolerance is not None:
-        # A larger share can break more samples if the new model was not trained from the old weights.
+        # A larger share can break more samples if the new model was not trained from the old
+        # weights.
         within = [point for point in within if point.counts.broken <= alone.broken] or within
     chosen = max(within, key=lambda point: point.share)
-    state = between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {}) if chosen.share else {}
+    state = (
+        between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {})
+        if chosen.share
+        else {}
+    )
     return ShareChoice(chosen, tuple(curve), tolerance, state)
 
 
@@ -198,9 +239,12 @@ def check_share(share: object, argument: str = "share") -> None:
 
 
 def alignment(old: State, new: nn.Module) -> float:
-    """Returns the cosine between the weights of two models: 1 for a copy, about 0 if they were trained independently.
+    """Returns the cosine between the weights of two models: 1 for a copy, about 0 if they were
+    trained
+    independently.
 
-    Parameters with one dimension are left out, because some of them, such as norm scales, are alike in all models.
+    Parameters with one dimension are left out, because some of them, such as norm scales, are alike
+    in all models.
     """
     sums = []
     for name, weight in new.named_parameters():
@@ -214,7 +258,9 @@ def alignment(old: State, new: nn.Module) -> float:
     return product / size if size else 1.0
 
 
-def _statistics(evaluator: Evaluator, state: State, training: Data | None, **estimating: Any) -> dict[str, Tensor]:
+def _statistics(
+    evaluator: Evaluator, state: State, training: Data | None, **estimating: Any
+) -> dict[str, Tensor]:
     layers = batch_norms(evaluator.model)
     if layers and training is None:
         raise ConfigurationError(
@@ -226,13 +272,19 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
 
 
 def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
-    """Returns two columns for this rank's samples: 1 if right under `state`, else 0; the class, or -1 if unknown."""
+    """Returns two columns for this rank's samples: 1 if right under `state`, else 0; the class, or
+    -1 if unknown.
+    """
 
     def run() -> Tensor:
         rows = [torch.zeros(0, 2, dtype=torch.int64)]
         for output, target in evaluator.outputs(data, adapter):
             right, label = evaluator.task.right(output, target), evaluator.task.label(target)
-            classes = torch.full_like(right, -1, dtype=torch.int64) if label is None else label.to(right.device)
+            classes = (
+                torch.full_like(right, -1, dtype=torch.int64)
+                if label is None
+                else label.to(right.device)
+            )
             rows.append(torch.stack([right.long(), classes], 1).cpu())
         return torch.cat(rows)
 
@@ -241,14 +293,16 @@ def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Ad
 
 
 DEFAULT_BATCH_SIZE = 256  # for a source without `batch_size`
-MIN_BATCH_SIZE = 4  # with less, a rank could get a batch of one sample, for which batch norm raises an error
+MIN_BATCH_SIZE = (
+    4  # with less, a rank could get a batch of one sample, for which batch norm raises an error
+)
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Returns by name the batch norm layers whose running statistics the training updates.
 
-    Frozen layers are left out: layers that do not track statistics (this is how Lightning freezes them), and layers in
-    evaluation mode inside a model in training mode.
+    Frozen layers are left out: layers that do not track statistics (this is how Lightning freezes
+    them), and layers in evaluation mode inside a model in training mode.
     """
     return {
         name: layer
@@ -269,28 +323,38 @@ def estimate_statistics(
     seed: int = 0,
     adapter: Adapter = unpack,
 ) -> dict[str, Tensor]:
-    """Averages the mean and variance of each batch norm layer's inputs over batches, in one pass over the data.
+    """Averages the mean and variance of each batch norm layer's inputs over batches, in one pass
+    over
+    the data.
 
-    Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do the same after they
-    average weights. Only batch norm layers are in training mode, so dropout is off. The model does not change.
+    Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do the
+    same after they average weights. Only batch norm layers are in training mode, so dropout is off.
+    The model does not change.
 
     Args:
-        model: the model, on its device, with the weights that the statistics must match. An `Evaluator` sets the
-            precision and the ranks that share the data. In the average, each batch of each rank counts the same.
-        data: a source, read in random order because batches of sorted data have unlike means; or batches from a data
-            loader, read in their order, where no batch should be much smaller than the others.
+        model: the model, on its device, with the weights that the statistics must match. An
+            `Evaluator` sets the precision and the ranks that share the data. In the average, each
+            batch of each rank counts the same.
+        data: a source, read in random order because batches of sorted data have unlike means; or
+            batches from a data loader, read in their order, where no batch should be much smaller
+            than the others.
         batches: number of batches to read; None: all batches.
         seed: seed of the random order.
         adapter: converts a raw batch into `(args, kwargs, target)`.
 
     Returns:
-        `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, by state dict key.
+        `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, by
+        state dict key.
     """
     evaluator = Evaluator.of(model)
     layers, collective = batch_norms(evaluator.model), evaluator.collective
     if not layers:
         return {}
-    chosen = _random_batches(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
+    chosen = (
+        _random_batches(data, batches, seed, collective)
+        if isinstance(data, Source)
+        else islice(data, batches)
+    )
 
     def run() -> int:
         n, bound = 0, bind_adapter(adapter, evaluator.model)
@@ -301,14 +365,22 @@ def estimate_statistics(
         return n
 
     with preserve_state(evaluator.model), _reset_to_average(layers):
-        n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
+        n = collective.all_or_none(
+            run, "the data for batch norm statistics could not be read on another rank."
+        )
         if not int(collective.sum(torch.tensor(n))):
-            raise ConfigurationError("`data` has no batch for batch norm statistics.", "give data with samples.")
+            raise ConfigurationError(
+                "`data` has no batch for batch norm statistics.", "give data with samples."
+            )
         return _mean_statistics(layers, collective)
 
 
-def _random_batches(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
-    """Reads this rank's samples as shuffled batches of similar size. All ranks get the same number of batches."""
+def _random_batches(
+    source: Source, batches: int | None, seed: int, collective: Collective
+) -> Iterator[Any]:
+    """Reads this rank's samples as shuffled batches of similar size. All ranks get the same number
+    of batches.
+    """
     mine = source.positions
     size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), MIN_BATCH_SIZE)
     most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
@@ -319,7 +391,9 @@ def _random_batches(source: Source, batches: int | None, seed: int, collective: 
 
 @contextmanager
 def _reset_to_average(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """Resets the statistics, which `preserve_state` must restore, and makes the layers average all batches equally."""
+    """Resets the statistics, which `preserve_state` must restore, and makes the layers average all
+    batches equally.
+    """
     momenta = [layer.momentum for layer in layers.values()]
     try:
         for layer in layers.values():
@@ -339,9 +413,14 @@ def _mean_statistics(layers: dict[str, _BatchNorm], collective: Collective) -> d
         assert mean is not None and var is not None and count is not None  # noqa: PT018
         both, total = torch.stack([mean, var]), collective.sum(count)
         if collective.world_size > 1:
-            both = (collective.sum(at_least_float32(both) * count) / total.clamp_min(1)).to(both.dtype)
+            both = (collective.sum(at_least_float32(both) * count) / total.clamp_min(1)).to(
+                both.dtype
+            )
         if int(total):
             prefix = f"{name}." if name else ""
-            found |= {f"{prefix}running_mean": both[0].clone(), f"{prefix}running_var": both[1].clone()}
+            found |= {
+                f"{prefix}running_mean": both[0].clone(),
+                f"{prefix}running_var": both[1].clone(),
+            }
             found[f"{prefix}num_batches_tracked"] = total.clone()
     return found

@@ -1,4 +1,6 @@
-"""`ModelPair`: the results of the old and the new model on the same samples, which the rules of a release read."""
+"""`ModelPair`: the results of the old and the new model on the same samples, which the rules of a
+release read.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ class ModelPair:
         before: results of the old model.
         after: results of the new model.
         slices: names of the slices.
-        group: `N` int64, index of each sample's slice in `slices`, or -1 if the sample is in no slice.
-        marked: for each target in a rule, a mask, `N` bool, of the samples that the target selects, right or wrong.
+        group: `N` int64, index of each sample's slice in `slices`, or -1 if the sample is in no
+            slice.
+        marked: for each target in a rule, a mask, `N` bool, of the samples that the target selects,
+            right or wrong.
         flips: how each sample changed from the old to the new model.
     """
 
@@ -53,7 +57,9 @@ class ModelPair:
         return mask
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
-        """Returns, for each slice that has samples in the split, a mask of these samples, `N` bool, by slice name."""
+        """Returns, for each slice that has samples in the split, a mask of these samples, `N` bool,
+        by slice name.
+        """
         own = self.rows(split)
         masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
         return {name: mask for name, mask in masks.items() if mask.any()}
@@ -67,10 +73,12 @@ def evaluate_pair(
     slices: Slices | None = None,
     targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """Runs each model over the data once, batch by batch. Leaves models and random states unchanged.
+    """Runs each model over the data once, batch by batch. Leaves models and random states
+    unchanged.
 
-    `new` holds the new model, its task and precision. `data` is this rank's share of the splits; every rank gets the
-    results for all samples. `ModelPair.marked` gets a mask for each of the `targets`.
+    `new` holds the new model, its task and precision. `data` is this rank's share of the splits;
+    every rank gets the results for all samples. `ModelPair.marked` gets a mask for each of the
+    `targets`.
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
@@ -78,12 +86,17 @@ def evaluate_pair(
     marking: dict[Target, list[SliceRecorder]] = {}
     for target in targets:
         # Each recorder reads from the one before, so that a single pass records all targets.
-        recording = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in recording]
+        recording = marking[target] = [
+            SliceRecorder(source, target, new.task, "where") for source in recording
+        ]
     with preserve_state(new.model):
         after = new.run(recording)
         before = old.answers(new, data, after)
     names, group = common_names([source.named(ranks) for source in slicing])
-    marked = {target: torch.cat([mark.named(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
+    marked = {
+        target: torch.cat([mark.named(ranks)[1] >= 0 for mark in marks])
+        for target, marks in marking.items()
+    }
     return ModelPair(before, after, names, group, marked)
 
 
@@ -95,8 +108,9 @@ def pair_from_files(
 ) -> ModelPair:
     """Pairs the predictions of two models on the samples in `new`. `old` may have more samples.
 
-    `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice. Raises a
-    `ConfigurationError` if `old` lacks a sample, or if a split in `slices` has other samples there than in `old`.
+    `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice. Raises
+    a `ConfigurationError` if `old` lacks a sample, or if a split in `slices` has other samples
+    there than in `old`.
     """
     given = slices or {}
     for split in sorted({split for split, _ in given}):
@@ -109,7 +123,9 @@ def pair_from_files(
             )
     after = new.alone()
     before = old.results(after)
-    samples = [(split, at) for split in after.splits for at in after.index[after.of(split)].tolist()]
+    samples = [
+        (split, at) for split in after.splits for at in after.index[after.of(split)].tolist()
+    ]
     names = tuple(sorted({name for name in given.values() if name.strip()}))
     number = {name: i for i, name in enumerate(names)}
     group = torch.tensor([number.get(given.get(sample, ""), -1) for sample in samples])
@@ -118,8 +134,12 @@ def pair_from_files(
 
 
 def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tensor:
-    """Selects the samples of a target. A label is known only where the prediction of a model is right."""
-    label = torch.where(before.passed, before.prediction, torch.where(after.passed, after.prediction, -1))
+    """Selects the samples of a target. A label is known only where the prediction of a model is
+    right.
+    """
+    label = torch.where(
+        before.passed, before.prediction, torch.where(after.passed, after.prediction, -1)
+    )
     told = None if bool((before.passed & (label < 0)).any()) else label
     try:
         return target.select(Batch((), None, torch.arange(len(after))), told, None)
@@ -131,21 +151,30 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """Returns `asked`, or `there` if `asked` is empty. Raises a `ConfigurationError` if an asked split is unknown."""
+    """Returns `asked`, or `there` if `asked` is empty. Raises a `ConfigurationError` if an asked
+    split is unknown.
+    """
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(
-            f"`{argument}` names the split {unknown[0]!r}, but the data have {list(there)}.", "name one of these."
+            f"`{argument}` names the split {unknown[0]!r}, but the data have {list(there)}.",
+            "name one of these.",
         )
     return tuple(asked) or tuple(there)
 
 
-def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
+def check_missing(
+    old: Predictions, new: Predictions, allowed: Collection[str] = ()
+) -> dict[str, int]:
     """Counts the samples that only `old` predicts, for each split that has such samples.
 
-    Raises a `ConfigurationError` if `allowed` lacks such a split, or names a split that `old` lacks.
+    Raises a `ConfigurationError` if `allowed` lacks such a split, or names a split that `old`
+    lacks.
     """
-    missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
+    missing = {
+        split: sorted(rows.keys() - new.splits.get(split, {}).keys())
+        for split, rows in old.splits.items()
+    }
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
     for split, ids in missing.items():
         if ids and split not in allowed:

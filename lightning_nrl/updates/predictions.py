@@ -1,4 +1,6 @@
-"""`Predictions`: the predictions of a model from a CSV file, for when the model itself is not at hand."""
+"""`Predictions`: the predictions of a model from a CSV file, for when the model itself is not at
+hand.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,21 @@ class Line(NamedTuple):
         return ConfigurationError(f"{self.where}: {found}.", self.hint)
 
 
-def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Line]:
-    """Yields the lines of a UTF-8 CSV file after its header. A `ConfigurationError` names a line that cannot be read.
+def read_csv(
+    argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[Line]:
+    """Yields the lines of a UTF-8 CSV file after its header. A `ConfigurationError` names a line
+    that
+    cannot be read.
 
-    The header must have all names in `columns`. If it lacks an `optional` column, the values of that column are empty.
-    Empty lines and a first line that begins with "# weights " are skipped. Quoted values cannot contain line breaks.
+    The header must have all names in `columns`. If it lacks an `optional` column, the values of
+    that column are empty. Empty lines and a first line that begins with "# weights " are skipped.
+    Quoted values cannot contain line breaks.
     """
-    name, hint = f"`{argument}={str(path)!r}`", f"give a CSV file with the columns {','.join((*columns, *optional))}."
+    name, hint = (
+        f"`{argument}={str(path)!r}`",
+        f"give a CSV file with the columns {','.join((*columns, *optional))}.",
+    )
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -69,7 +79,11 @@ def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: 
         except (csv.Error, ValueError) as error:
             raise ConfigurationError(f"{where} cannot be read ({error}).", hint) from error
         if header:
-            line = Line(where, hint, {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))})
+            line = Line(
+                where,
+                hint,
+                {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))},
+            )
             if len(values) != len(header):
                 raise line.refused(f"{len(values)} values for {len(header)} columns")
             yield line
@@ -77,27 +91,35 @@ def read_csv(argument: str, path: str | Path, columns: Sequence[str], optional: 
         header = [name.strip() for name in values]
         missing = [column for column in columns if column not in header]
         if missing or len(set(header)) < len(header):
-            problem = f"the column {missing[0]!r} is missing" if missing else "a column occurs twice"
+            problem = (
+                f"the column {missing[0]!r} is missing" if missing else "a column occurs twice"
+            )
             raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
     if not header:
         raise ConfigurationError(f"{name} is empty.", hint)
 
 
 Rows = Mapping[int, tuple[int, bool | None]]
-"""Maps a data-set position to the predicted class (-1: none) and to True if the sample passed (None: unknown)."""
+"""Maps a data-set position to the predicted class (-1: none) and to True if the sample passed
+(None: unknown).
+"""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a model for samples of one or more splits. The id of a sample is its position in the data set.
+    """Predictions of a model for samples of one or more splits. The id of a sample is its position
+    in
+    the data set.
 
-    The CSV file has the columns `split`, `id` and `prediction`. A prediction is a class, numbered as in the new
-    model. For tasks without classes the column `passed` (1 or 0) replaces `prediction`.
+    The CSV file has the columns `split`, `id` and `prediction`. A prediction is a class, numbered
+    as in the new model. For tasks without classes the column `passed` (1 or 0) replaces
+    `prediction`.
 
     Attributes:
         splits: for each split, the prediction of each sample by its id (`Rows`).
         weights: hash of the model's weights; None: unknown.
-        seal: SHA-256 by which `OldModel` finds out if its cache file is still valid; empty in other files.
+        seal: SHA-256 by which `OldModel` finds out if its cache file is still valid; empty in other
+            files.
 
     Example::
 
@@ -110,7 +132,9 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
-        """Reads a file. A `ConfigurationError` names a line that cannot be read or that repeats a sample."""
+        """Reads a file. A `ConfigurationError` names a line that cannot be read or that repeats a
+        sample.
+        """
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
         for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
             named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
@@ -119,7 +143,10 @@ class Predictions:
             rows, at = splits.setdefault(line.values["split"], {}), line.whole_number("id")
             if at in rows:
                 raise line.refused(f"sample {at} of {line.values['split']!r} occurs twice")
-            rows[at] = line.whole_number("prediction") if named else -1, line.flag("passed") if judged else None
+            rows[at] = (
+                line.whole_number("prediction") if named else -1,
+                line.flag("passed") if judged else None,
+            )
         with Path(path).open(encoding="utf-8-sig") as file:
             first = file.readline()
         if not first.startswith(WEIGHTS):
@@ -129,7 +156,9 @@ class Predictions:
 
     def save(self, path: str | Path) -> None:
         """Writes atomically a file that `read` can read."""
-        first = "" if self.weights is None else f"{WEIGHTS}{self.weights} {self.seal}".strip() + "\n"
+        first = (
+            "" if self.weights is None else f"{WEIGHTS}{self.weights} {self.seal}".strip() + "\n"
+        )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         replacing(path, lambda part: part.write_bytes((first + self._table()).encode()))
 
@@ -139,29 +168,48 @@ class Predictions:
         writer.writerow(["split", "id", "prediction", "passed"])
         for split, rows in self.splits.items():
             for at, (predicted, passed) in rows.items():
-                writer.writerow([split, at, predicted if predicted >= 0 else "", "" if passed is None else int(passed)])
+                writer.writerow(
+                    [
+                        split,
+                        at,
+                        predicted if predicted >= 0 else "",
+                        "" if passed is None else int(passed),
+                    ]
+                )
         return file.getvalue()
 
     def sealed(self, key: str) -> Predictions:
-        """Returns a copy whose seal is the SHA-256 of the rows and of `key`, which names what the rows depend on."""
+        """Returns a copy whose seal is the SHA-256 of the rows and of `key`, which names what the
+        rows depend on.
+        """
         return replace(self, seal=hashlib.sha256(f"{key}\n{self._table()}".encode()).hexdigest())
 
     @classmethod
     def of(cls, results: SampleResults, weights: State) -> Predictions:
         """Builds predictions from the results of a model."""
-        rows = list(zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True))
+        rows = list(
+            zip(
+                results.index.tolist(),
+                results.prediction.tolist(),
+                results.passed.tolist(),
+                strict=True,
+            )
+        )
         splits = {
             split: {at: (predicted, passed) for at, predicted, passed in rows[results.of(split)]}
             for split in results.splits
         }
         return cls(splits, hash_tensors(weights))
 
-    def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
+    def answers(
+        self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults
+    ) -> SampleResults:
         """Returns `results(like)`: predictions need neither the evaluator nor the sources."""
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
-        """Converts the predictions for the samples of `like` to results. The loss is 0 for a right sample, else 1.
+        """Converts the predictions for the samples of `like` to results. The loss is 0 for a right
+        sample, else 1.
 
         Raises a `ConfigurationError` if a sample of `like` has no prediction.
         """
@@ -185,7 +233,8 @@ class Predictions:
                     passed[i] = right
                 else:
                     raise ConfigurationError(
-                        "`reference`: the task has no classes to compare.", "add a column `passed`, 1 or 0."
+                        "`reference`: the task has no classes to compare.",
+                        "add a column `passed`, 1 or 0.",
                     )
         return replace(
             like,
@@ -198,16 +247,34 @@ class Predictions:
         )
 
     def alone(self) -> SampleResults:
-        """Converts all predictions to results without labels. Raises a `ConfigurationError` if `passed` is missing."""
-        rows = [(split, at, passed) for split, own in self.splits.items() for at, (_, passed) in sorted(own.items())]
+        """Converts all predictions to results without labels. Raises a `ConfigurationError` if
+        `passed` is missing.
+        """
+        rows = [
+            (split, at, passed)
+            for split, own in self.splits.items()
+            for at, (_, passed) in sorted(own.items())
+        ]
         unknown = [(split, at) for split, at, passed in rows if passed is None]
         if unknown or not rows:
-            lacks = f"no value of `passed` for {len(unknown):,} samples, such as {unknown[0]}" if rows else "no samples"
-            raise ConfigurationError(f"`new` has {lacks}.", "give the column `passed`, 1 or 0, for each sample.")
+            lacks = (
+                f"no value of `passed` for {len(unknown):,} samples, such as {unknown[0]}"
+                if rows
+                else "no samples"
+            )
+            raise ConfigurationError(
+                f"`new` has {lacks}.", "give the column `passed`, 1 or 0, for each sample."
+            )
         index = torch.tensor([at for _, at, _ in rows])
-        classless, nothing, none = torch.full_like(index, -1), torch.zeros(len(rows)), torch.zeros(len(rows)).bool()
+        classless, nothing, none = (
+            torch.full_like(index, -1),
+            torch.zeros(len(rows)),
+            torch.zeros(len(rows)).bool(),
+        )
         sizes = tuple(map(len, self.splits.values()))
-        table = SampleResults(tuple(self.splits), sizes, index, classless, classless, nothing, none, none, nothing)
+        table = SampleResults(
+            tuple(self.splits), sizes, index, classless, classless, nothing, none, none, nothing
+        )
         return self.results(table)
 
 
@@ -216,21 +283,30 @@ Ids = Mapping[str, Sequence[int]]
 
 
 def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
-    """Parses data-set positions by split, or the path of a CSV file. A list becomes `{"": list}`; None becomes `{}`."""
+    """Parses data-set positions by split, or the path of a CSV file. A list becomes `{"": list}`;
+    None becomes `{}`.
+    """
     found = read_ids(ids) if isinstance(ids, (str, Path)) else ids or {}
     found = found if isinstance(found, Mapping) else {"": found}
-    lists = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in found.values())
+    lists = all(
+        isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows)
+        for rows in found.values()
+    )
     check_kind("ids", found, lists, "list of samples", "ids={'test': [3, 17]}")
     return found
 
 
 def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Reads data-set positions by split from a CSV file with the columns `split` and `id` and at least one sample."""
+    """Reads data-set positions by split from a CSV file with the columns `split` and `id` and at
+    least one sample.
+    """
     found: dict[str, list[int]] = {}
     for line in read_csv("ids", path, ("split", "id")):
         found.setdefault(line.values["split"], []).append(line.whole_number("id"))
     if not found:
-        raise ConfigurationError(f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id.")
+        raise ConfigurationError(
+            f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id."
+        )
     return found
 
 

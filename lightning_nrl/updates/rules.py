@@ -13,12 +13,19 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.formatting import percent
 from lightning_nrl.data.targets import Predicate, Target, target_in
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
-from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.stats import Bound, check_confidence, evidence_of, p_worse, percent_up, show_confidence
+from lightning_nrl.records.stats import (
+    Bound,
+    check_confidence,
+    evidence_of,
+    p_worse,
+    percent_up,
+    show_confidence,
+)
 from lightning_nrl.updates.model_pair import ModelPair, check_splits
 from lightning_nrl.updates.predictions import Ids, parse_ids
 
@@ -30,7 +37,9 @@ class RuleResult:
     rule: str  # the rule as text
     passed: bool  # True if the new model satisfies the rule
     reason: str
-    ids: Ids = field(default_factory=dict)  # data-set positions of the broken samples that violate the rule, by split
+    ids: Ids = field(
+        default_factory=dict
+    )  # data-set positions of the broken samples that violate the rule, by split
 
 
 class Rule(ABC):
@@ -38,16 +47,20 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self, pair: ModelPair) -> RuleResult:
-        """Judges the new model. Raises a `ConfigurationError` if the rule cannot be applied to the samples."""
+        """Judges the new model. Raises a `ConfigurationError` if the rule cannot be applied to the
+        samples.
+        """
 
     @abstractmethod
     def __str__(self) -> str:
         """Returns the rule as text, as in a report."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Called before any model runs. `splits` are the splits of the data; `sliced` is True if slices are given.
+        """Called before any model runs. `splits` are the splits of the data; `sliced` is True if
+        slices are given.
 
-        Raises a `ConfigurationError` if the rule names another split, or needs slices that are not given.
+        Raises a `ConfigurationError` if the rule names another split, or needs slices that are not
+        given.
         """
         return None
 
@@ -94,7 +107,9 @@ class SplitRule(Rule):
 
     @abstractmethod
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
-        """True if a part (split or slice) with these counts violates the rule, which checks `n_parts` parts in all."""
+        """True if a part (split or slice) with these counts violates the rule, which checks
+        `n_parts` parts in all.
+        """
 
     @abstractmethod
     def sentences(self, parts: Sequence[Part]) -> list[str]:
@@ -107,7 +122,9 @@ class SplitRule(Rule):
         for part in worse:
             bad |= part.rows
         sentences, splits = self.sentences(parts), {part.split for part in parts}
-        outside = sum(pair.after.sizes[pair.splits.index(s)] for s in splits) - sum(part.counts.n for part in parts)
+        outside = sum(pair.after.sizes[pair.splits.index(s)] for s in splits) - sum(
+            part.counts.n for part in parts
+        )
         if outside > 0:
             sentences.append(f"{outside:,} samples are in no slice and were not checked")
         return RuleResult(str(self), not worse, f"{'. '.join(sentences)}.", _broken(pair, bad))
@@ -125,7 +142,9 @@ class SplitRule(Rule):
             named = {split: pair.rows(split)} if self.whole_splits else {}
             if self.each_slice:
                 named |= {f"{split}, slice {name!r}": rows for name, rows in slices.items()}
-            found += [Part(split, name, rows, pair.flips.counts(rows)) for name, rows in named.items()]
+            found += [
+                Part(split, name, rows, pair.flips.counts(rows)) for name, rows in named.items()
+            ]
         return found
 
     def __str__(self) -> str:
@@ -137,8 +156,9 @@ class AtMostBroken(SplitRule):
     """Allows in each split at most as many broken samples as a gate allows.
 
     Attributes:
-        gate: a `Gate`, or its text. `instance` allows no broken sample; `accuracy` allows as many as are repaired, so
-            that the accuracy does not fall; `tolerance:3` allows 3; `tolerance:1%` allows 1 % of the passed samples.
+        gate: a `Gate`, or its text. `instance` allows no broken sample; `accuracy` allows as many
+            as are repaired, so that the accuracy does not fall; `tolerance:3` allows 3;
+            `tolerance:1%` allows 1 % of the passed samples.
         splits: names of the splits; empty: all splits.
 
     Example:
@@ -172,7 +192,9 @@ class AtMostBroken(SplitRule):
 
 @dataclass(frozen=True)
 class IsBetter(SplitRule):
-    """Requires that in each split significantly more samples are repaired than broken, by the sign test at 5 %."""
+    """Requires that in each split significantly more samples are repaired than broken, by the sign
+    test at 5 %.
+    """
 
     splits: tuple[str, ...] = ()
     text = "better"
@@ -190,11 +212,13 @@ class IsBetter(SplitRule):
 
 @dataclass(frozen=True)
 class MaxNegativeFlipRate(SplitRule):
-    """Requires in each split a negative flip rate (broken / all samples) of at most `limit`, with a confidence.
+    """Requires in each split a negative flip rate (broken / all samples) of at most `limit`, with a
+    confidence.
 
-    The upper confidence bound of Clopper and Pearson (`report.stats`) must not exceed `limit`. The bound is valid for
-    future data only if neither training nor the choice of a model used the split. With several splits or slices, the
-    confidence holds: a model above `limit` in one must pass there too, with a probability of 1 - confidence at most.
+    The upper confidence bound of Clopper and Pearson (`records.stats`) must not exceed `limit`. The
+    bound is valid for future data only if neither training nor the choice of a model used the
+    split. With several splits or slices, the confidence holds: a model above `limit` in one must
+    pass there too, with a probability of 1 - confidence at most.
 
     Attributes:
         limit: largest allowed rate, in (0, 1).
@@ -256,11 +280,13 @@ class NoSliceWorse(SplitRule):
     """Requires that no slice gets worse.
 
     Attributes:
-        by: `count`, for a test suite: a slice is worse if fewer of its samples are right than with the old model.
-            `test`, for future data: a slice is worse if the p-value of its one-sided exact sign test is below `level`
-            divided by the number of slices. The result names slices that are too small for this test;
-            `MaxNegativeFlipRate(each_slice=True)` limits what breaks in such slices.
-        level: for `test`, largest probability that the rule refuses a model although no slice is worse, in (0, 1).
+        by: `count`, for a test suite: a slice is worse if fewer of its samples are right than with
+            the old model. `test`, for future data: a slice is worse if the p-value of its one-sided
+            exact sign test is below `level` divided by the number of slices. The result names
+            slices that are too small for this test; `MaxNegativeFlipRate(each_slice=True)` limits
+            what breaks in such slices.
+        level: for `test`, largest probability that the rule refuses a model although no slice is
+            worse, in (0, 1).
         splits: names of the splits; empty: all splits.
 
     Example:
@@ -287,12 +313,16 @@ class NoSliceWorse(SplitRule):
 
     def sentences(self, parts: Sequence[Part]) -> list[str]:
         n = len(parts)
-        sentences = [self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)]
+        sentences = [
+            self._line(part.name, part.counts, n) for part in parts if self.is_worse(part.counts, n)
+        ]
         sentences = sentences or [f"none of {n:,} slices is worse by {self.by}"]
         mute = [part.name for part in parts if p_worse(part.counts.passed, 0) >= self.level / n]
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
-            sentences.append(f"the test can say nothing about {len(mute):,} slices with too few samples ({named})")
+            sentences.append(
+                f"the test can say nothing about {len(mute):,} slices with too few samples ({named})"
+            )
         return sentences
 
     def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
@@ -311,9 +341,10 @@ class ProtectedIntact(Rule):
     """Requires that no protected sample breaks.
 
     Attributes:
-        ids: protected samples: lists of data-set positions by split, a single list if there is one split, or a CSV file
-            with the columns `split` and `id`.
-        where: more protected samples: a `Target`, its text (`label 3`), a predicate on raw batches, or its address.
+        ids: protected samples: lists of data-set positions by split, a single list if there is one
+            split, or a CSV file with the columns `split` and `id`.
+        where: more protected samples: a `Target`, its text (`label 3`), a predicate on raw batches,
+            or its address.
 
     Example:
         >>> print(ProtectedIntact({"test": [3, 17]}))
@@ -332,7 +363,8 @@ class ProtectedIntact(Rule):
         ids = parse_ids(self.ids)
         if where is None and not any(ids.values()):
             raise ConfigurationError(
-                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a CSV file of ids, or `where`."
+                "`ProtectedIntact` protects nothing.",
+                "give `ids={'test': [3, 17]}`, a CSV file of ids, or `where`.",
             )
         object.__setattr__(self, "_ids", ids)
 
@@ -348,7 +380,11 @@ class ProtectedIntact(Rule):
         counts = pair.flips.counts(chosen)
         text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
         wrong = counts.failing + counts.repaired
-        rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
+        rest = (
+            f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now"
+            if wrong
+            else ""
+        )
         return RuleResult(str(self), not counts.broken, f"{text}{rest}.", _broken(pair, chosen))
 
     def _by_split(self, splits: Sequence[str]) -> Ids:
@@ -356,7 +392,8 @@ class ProtectedIntact(Rule):
             return self._ids
         if len(splits) != 1:
             raise ConfigurationError(
-                f"`ids` names no split, but the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
+                f"`ids` names no split, but the data have {list(splits)}.",
+                f"write ids={{{splits[0]!r}: [...]}}.",
             )
         return {splits[0]: self._ids[""]}
 

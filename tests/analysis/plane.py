@@ -21,7 +21,9 @@ def threshold(at: float) -> nn.Linear:
 
 
 def points(x: Sequence[float], labels: Sequence[int], split: str, **marks: Any) -> TensorSource:
-    return TensorSource(torch.tensor([[value, 1.0] for value in x]), torch.tensor(labels), split, **marks)
+    return TensorSource(
+        torch.tensor([[value, 1.0] for value in x]), torch.tensor(labels), split, **marks
+    )
 
 
 TRAIN = points([-2, -1, 1, 2], [0, 0, 1, 1], "train", passed=True)

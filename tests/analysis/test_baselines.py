@@ -30,7 +30,7 @@ from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.methods.problem import Trained
-from lightning_nrl.report import hash_tensors
+from lightning_nrl.records import hash_tensors
 from lightning_nrl.search import Fitness
 
 
@@ -43,20 +43,34 @@ KNOWN = [TRAIN, points([0.6, 0.7, 0.5], [0, 1, 1], "new", failed=True)]
 """With the threshold at 0.75 the sample 0.6 passes, and 0.7 and 0.5 are to be repaired."""
 
 
-def make_problem(model: nn.Module, sources: Sequence[Any] = KNOWN, layer: Any = "auto", **rest: Any) -> Problem:
-    """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
+def make_problem(
+    model: nn.Module, sources: Sequence[Any] = KNOWN, layer: Any = "auto", **rest: Any
+) -> Problem:
+    """The model in evaluation mode on known data, all failures of the marked sources to be
+    repaired.
+    """
     evaluator = Evaluator(model.eval())
     space, scope = find_scope(model, layer)
     before = evaluator.run(sources, Target.all())
     given: dict[str, Any] = {"whole": layer == "auto", **rest}
     return Problem(
-        evaluator, sources, before, space, scope, NeuRecoverLite(), Fitness("lexicographic"), before.passed, **given
+        evaluator,
+        sources,
+        before,
+        space,
+        scope,
+        NeuRecoverLite(),
+        Fitness("lexicographic"),
+        before.passed,
+        **given,
     )
 
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3)
+    )
     model[1].running_mean.fill_(0.25)
     model[1].running_var.fill_(2.0)
     return model
@@ -83,7 +97,9 @@ def tuned_by_hand(model: nn.Module, names: list[str], rate: float = 3e-4) -> dic
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
     for _ in range(30):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(torch.cat([x, x_new])), torch.cat([y, y_new]), reduction="none")
+        loss = F.cross_entropy(
+            model(torch.cat([x, x_new])), torch.cat([y, y_new]), reduction="none"
+        )
         (weight * loss).sum().backward()
         optimizer.step()
         schedule.step()
@@ -105,21 +121,31 @@ def assert_same(state: Any, expected: dict[str, Tensor]) -> None:
         (DistilledFineTuning(base=0, scale=0), "4", ["4.weight", "4.bias"], 3e-4),
     ],
 )
-def test_fine_tuning_is_adamw_on_the_deployed_network(method: Any, layer: str, names: list[str], rate: float) -> None:
+def test_fine_tuning_is_adamw_on_the_deployed_network(
+    method: Any, layer: str, names: list[str], rate: float
+) -> None:
     model = network()
-    assert_same(method(make_problem(model, SOURCES, layer)).proposal.state, tuned_by_hand(model, names, rate))
+    assert_same(
+        method(make_problem(model, SOURCES, layer)).proposal.state,
+        tuned_by_hand(model, names, rate),
+    )
 
 
 def test_what_it_breaks_is_counted_and_does_not_stop_it() -> None:
     # 0.6 is of class 0 and 0.5 of class 1: whoever repairs 0.5 breaks 0.6.
     solution = FineTuning(epochs=60, learning_rate=0.1, emphasis=9.0)(make_problem(threshold(0.75)))
     assert (solution.proposal.repaired, solution.proposal.broken) == (2, 1)
-    assert (solution.steps[0].repaired, solution.steps[0].broken, solution.steps[0].note) == (2, 1, "60 epochs")
+    assert (solution.steps[0].repaired, solution.steps[0].broken, solution.steps[0].note) == (
+        2,
+        1,
+        "60 epochs",
+    )
 
 
 @pytest.mark.parametrize(("label", "held"), [(1, True), (0, False)])
 def test_distillation_holds_outputs_where_the_old_model_is_right(label: int, held: bool) -> None:
-    # The old logits of (1, 1) are 0.75 and 1: class 1 is right with a margin of 0.25, and class 0 is wrong.
+    # The old logits of (1, 1) are 0.75 and 1: class 1 is right with a margin of 0.25, and class 0
+    # is wrong.
     source = TensorSource(torch.tensor([[1.0, 1.0]]), torch.tensor([label]), "new", failed=True)
     margins = []
     for scale in (0.0, 1000.0):
@@ -145,7 +171,9 @@ def test_the_model_is_left_as_found(method: Any) -> None:
     assert_same(again.proposal.state, dict(first.proposal.state))
 
 
-def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_time_is_short_the_learning_rate_falls_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rates: list[float] = []
     step = module.Descent.step
 
@@ -158,7 +186,8 @@ def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: p
     clock = StageTimer(max_time=100.0, now=lambda: float(len(rates)))  # a second a step
     clock.seconds["collect"] = 20.0
     solution = FineTuning(learning_rate=1.0)(make_problem(network(), SOURCES, clock=clock))
-    # All samples are in one step. After two it is known that there are 80, since a last pass takes 20 seconds.
+    # All samples are in one step. After two it is known that there are 80, since a last pass takes
+    # 20 seconds.
     assert len(rates) == 80
     assert rates[40] == pytest.approx(0.5)
     assert rates[-1] == pytest.approx((1 + math.cos(math.pi * 79 / 80)) / 2)
@@ -167,7 +196,8 @@ def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: p
 
 @pytest.mark.parametrize(
     ("share", "at", "repaired", "broken"),
-    # A threshold below 0.7 repairs that sample, one below 0.6 breaks it, one below 0.5 repairs the other.
+    # A threshold below 0.7 repairs that sample, one below 0.6 breaks it, one below 0.5 repairs the
+    # other.
     [(0.125, 0.65625, 1, 0), (0.25, 0.5625, 1, 1), (0.5, 0.375, 2, 1), (1.0, 0.0, 2, 1)],
 )
 def test_interpolation_lies_between_the_old_weights_and_the_new(
@@ -180,7 +210,9 @@ def test_interpolation_lies_between_the_old_weights_and_the_new(
     assert solution.steps[-1].note == f"a = {share:g}"
 
 
-def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time_for_a_pass() -> None:
+def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time_for_a_pass() -> (
+    None
+):
     def training(**arguments: Any) -> Any:
         given.update(arguments)
         return Trained({"weight": threshold(0.65).weight.detach()}, 1.0, 1.0)
@@ -205,7 +237,11 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
         (Interpolation(lambda problem: Solution(None, "nothing.")), {}, "nothing."),
         (FurtherTraining(), {}, "it is not known how the model was trained."),
         (Retraining(), {"training": lambda **_: None}, "training did not finish."),
-        (Retraining(), {"training": lambda **_: None, "whole": False}, "only some layers may change, but training"),
+        (
+            Retraining(),
+            {"training": lambda **_: None, "whole": False},
+            "only some layers may change, but training",
+        ),
     ],
 )
 def test_why_there_may_be_no_proposal(method: Any, arguments: dict[str, Any], reason: str) -> None:
@@ -216,12 +252,19 @@ def test_why_there_may_be_no_proposal(method: Any, arguments: dict[str, Any], re
 
 def made_anew() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(6, 4), nn.PReLU(), nn.Linear(4, 2)
+        nn.Conv1d(1, 3, 3),
+        nn.BatchNorm1d(3),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+        nn.PReLU(),
+        nn.Linear(4, 2),
     )
 
 
 @pytest.mark.parametrize(("make", "dtype"), [(None, torch.float32), (made_anew, torch.float64)])
-def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(make: Any, dtype: torch.dtype) -> None:
+def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(
+    make: Any, dtype: torch.dtype
+) -> None:
     used = made_anew()
     used(torch.randn(8, 1, 4))
     for parameter in used.to(dtype).parameters():
@@ -237,17 +280,22 @@ def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(make: Any,
 
 def test_what_cannot_be_used_is_refused() -> None:
     refused: dict[str, Any] = {
-        r"`model`: 1 \(ParameterList\) has weights, but no `reset_parameters`": lambda: fresh_weights(
-            nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(2)])), seed=0
+        r"`model`: 1 \(ParameterList\) has weights, but no `reset_parameters`": lambda: (
+            fresh_weights(
+                nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(2)])), seed=0
+            )
         ),
         "`fresh` lacks '0.weight'": lambda: fresh_weights(network(), 0, lambda: nn.Linear(2, 2)),
         r"`fresh` has '0.weight' in the shape \[1, 1\]": lambda: fresh_weights(
             network(), 0, lambda: nn.Sequential(nn.Linear(1, 1))
         ),
-        r"`fresh=Sequential[\s\S]*is no function that makes a network": lambda: Retraining(fresh=network()),  # type: ignore[arg-type]
+        r"`fresh=Sequential[\s\S]*is no function that makes a network": lambda: Retraining(
+            fresh=network()
+        ),  # type: ignore[arg-type]
         "`new='fine-tuning'` is no method": lambda: Interpolation("fine-tuning"),  # type: ignore[arg-type]
         **{
-            f"`a={share!r}` is no share": lambda share=share: Interpolation(a=share) for share in (0, 1.5, "half", True)
+            f"`a={share!r}` is no share": lambda share=share: Interpolation(a=share)
+            for share in (0, 1.5, "half", True)
         },
         "`epochs=0`": lambda: FineTuning(epochs=0),
         "`learning_rate='a'`": lambda: FineTuning(learning_rate="a"),  # type: ignore[arg-type]

@@ -20,13 +20,19 @@ from toy_repairs import QUICK, known, right, trained, unseen
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource
 from lightning_nrl.analysis import baselines
 from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
-from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, compare_module, parse_methods
+from lightning_nrl.analysis.comparison import (
+    Comparison,
+    CurvePoint,
+    Entry,
+    compare_module,
+    parse_methods,
+)
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.methods import Problem, Solution
-from lightning_nrl.report import hash_tensors
+from lightning_nrl.records import hash_tensors
 
 NEW = points([0.6, 0.7, 0.5, 0.3], [0, 1, 1, 1], "new", failed=True)
 LATER = points([0.65, 0.3], [1, 0], "later")
@@ -43,12 +49,22 @@ def unsuitable(problem: Problem) -> Solution:
 def counts(point: CurvePoint) -> tuple[Any, ...]:
     """Strength, targets that pass, known repaired and broken, unseen repaired and broken."""
     known, later = point.known, point.unseen
-    return point.strength, point.targeted, known.repaired, known.broken, later.repaired, later.broken
+    return (
+        point.strength,
+        point.targeted,
+        known.repaired,
+        known.broken,
+        later.repaired,
+        later.broken,
+    )
 
 
 def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -> None:
-    # At strength t the threshold is 0.75 (1 - t). The one sample that breaks, 0.6, does so beyond t = 0.2.
-    comparison = compare_module(threshold(0.75), [TRAIN, NEW], unseen=[LATER], methods={"move": Moved(0.0)})
+    # At strength t the threshold is 0.75 (1 - t). The one sample that breaks, 0.6, does so beyond t
+    # = 0.2.
+    comparison = compare_module(
+        threshold(0.75), [TRAIN, NEW], unseen=[LATER], methods={"move": Moved(0.0)}
+    )
     (entry,) = comparison.entries
     assert comparison.targets == 3
     assert [counts(point) for point in entry.curve] == [
@@ -61,7 +77,9 @@ def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -
     assert [point.gain for point in entry.curve] == [0, 50, 50, 0, 0]
     assert counts(entry.scaled) == (0.1875, 1, 1, 0, 1, 0)
     assert (entry.method, entry.given, entry.note) == ("move", entry.curve[-1], "by hand")
-    with pytest.raises(ConfigurationError, match=r"`method='moved'` is unknown\.\nHINT: did you mean 'move'"):
+    with pytest.raises(
+        ConfigurationError, match=r"`method='moved'` is unknown\.\nHINT: did you mean 'move'"
+    ):
         comparison["moved"]
     bare = compare_module(threshold(0.75), [TRAIN, NEW], methods={"move": Moved(0.0)})
     assert "unseen" not in bare.render()
@@ -69,18 +87,30 @@ def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.floats(-3, 3), st.lists(st.sampled_from([0.55, 0.6, 0.7, 0.74, 0.76, 0.8, 1.5]), min_size=1, unique=True))
+@given(
+    st.floats(-3, 3),
+    st.lists(st.sampled_from([0.55, 0.6, 0.7, 0.74, 0.76, 0.8, 1.5]), min_size=1, unique=True),
+)
 def test_weights_that_are_scaled_back_break_nothing_and_no_counted_strength_above_does_not(
     at: float, edges: list[float]
 ) -> None:
     edge = points(edges, [int(x > 0.75) for x in edges], "edge")
-    (entry,) = compare_module(threshold(0.75), [TRAIN, NEW, edge], methods={"move": Moved(at)}).entries
+    (entry,) = compare_module(
+        threshold(0.75), [TRAIN, NEW, edge], methods={"move": Moved(at)}
+    ).entries
     assert entry.scaled.known.broken == 0
-    assert all(point.known.broken for point in entry.curve if point.strength > entry.scaled.strength)
+    assert all(
+        point.known.broken for point in entry.curve if point.strength > entry.scaled.strength
+    )
 
 
 def test_what_cannot_be_done_is_left_out_and_says_why() -> None:
-    methods = {"nothing": nothing, "retraining": "retraining", "wrong layer": unsuitable, "move": Moved(0.65)}
+    methods = {
+        "nothing": nothing,
+        "retraining": "retraining",
+        "wrong layer": unsuitable,
+        "move": Moved(0.65),
+    }
     comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods=methods)
     assert [(entry.method, entry.note) for entry in comparison.entries if entry.given is None] == [
         ("nothing", "nothing was found."),
@@ -88,14 +118,22 @@ def test_what_cannot_be_done_is_left_out_and_says_why() -> None:
         ("wrong layer", "`layer='0'` is a Conv2d."),
     ]
     page = comparison.render()
-    assert re.search(r"^retraining +it is not known how the model was trained\.$", page, re.MULTILINE)
+    assert re.search(
+        r"^retraining +it is not known how the model was trained\.$", page, re.MULTILINE
+    )
 
 
 def test_the_far_end_of_an_interpolation_is_made_once() -> None:
     end = Moved(0.0)
-    comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods={"end": end, "between": Interpolation(end)})
+    comparison = compare_module(
+        threshold(0.75), [TRAIN, NEW], methods={"end": end, "between": Interpolation(end)}
+    )
     assert end.calls == 1
-    assert counts(comparison["between"].given)[1:4] == counts(comparison["end"].curve[2])[1:4] == (2, 2, 1)
+    assert (
+        counts(comparison["between"].given)[1:4]
+        == counts(comparison["end"].curve[2])[1:4]
+        == (2, 2, 1)
+    )
 
 
 def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
@@ -107,7 +145,9 @@ def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
         found.append(FineTuning()(problem))
         return found[0]
 
-    comparison = compare_module(model, sources, unseen=later, methods={"spied": spied, "swarm": QUICK["method"]})
+    comparison = compare_module(
+        model, sources, unseen=later, methods={"spied": spied, "swarm": QUICK["method"]}
+    )
     assert hash_tensors(model.state_dict()) == before
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
@@ -116,7 +156,9 @@ def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
     new = [right(model, source) for source in (*sources, *later)]
     flips = [(int((~a & b).sum()), int((a & ~b).sum())) for a, b in zip(old, new, strict=True)]
     given = comparison["spied"].given
-    assert (given.known.repaired, given.known.broken) == tuple(map(sum, zip(*flips[:2], strict=True)))
+    assert (given.known.repaired, given.known.broken) == tuple(
+        map(sum, zip(*flips[:2], strict=True))
+    )
     assert (given.unseen.repaired, given.unseen.broken) == flips[2]
     assert comparison["swarm"].given.targeted > 0
 
@@ -144,8 +186,13 @@ def test_ranks_that_share_the_data_find_what_one_finds(monkeypatch: pytest.Monke
         if collective is not None:
             data = [Share(**vars(source), rank=collective.rank) for source in data]
             model = Evaluator(trained(), collective=collective)
-        found = compare_module(model, data[:2], unseen=data[2:], methods=("fine-tuning", "distillation"))
-        return replace(found, entries=tuple(replace(entry, seconds=0.0, scaling=0.0) for entry in found.entries))
+        found = compare_module(
+            model, data[:2], unseen=data[2:], methods=("fine-tuning", "distillation")
+        )
+        return replace(
+            found,
+            entries=tuple(replace(entry, seconds=0.0, scaling=0.0) for entry in found.entries),
+        )
 
     first, second = on_ranks(2, run)
     assert first == second == run(None)
@@ -175,7 +222,10 @@ def test_methods_are_named_or_given() -> None:
         ({"settings": Target.label(0)}, "is no Settings"),
         ({"model": torch.relu}, "`model=.*` is no torch module"),
         ({"methods": {}}, r"`methods` are \[\]"),
-        ({"settings": Settings(target=Target.label(0))}, r"`known`: no sample fails in the target \(label 0\)"),
+        (
+            {"settings": Settings(target=Target.label(0))},
+            r"`known`: no sample fails in the target \(label 0\)",
+        ),
         ({"methods": 3}, "`methods=3` is no list"),
     ],
 )
@@ -195,7 +245,10 @@ def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_
         return nothing(problem)
 
     compare_module(
-        threshold(0.75), [TRAIN, NEW], settings=Settings(max_time=60), methods={"first": timed, "second": timed}
+        threshold(0.75),
+        [TRAIN, NEW],
+        settings=Settings(max_time=60),
+        methods={"first": timed, "second": timed},
     )
     first, second = clocks
     assert first is not second
@@ -207,7 +260,10 @@ def made(method: str, *counted: tuple[float, int, int, int, int], scaled: int = 
     """An entry whose points are strength, known repaired and broken, unseen repaired and broken."""
     curve = tuple(
         CurvePoint(
-            t, repaired, FlipCounts(5000 - broken, broken, repaired, 400 - repaired), FlipCounts(700, lost, won, 50)
+            t,
+            repaired,
+            FlipCounts(5000 - broken, broken, repaired, 400 - repaired),
+            FlipCounts(700, lost, won, 50),
         )
         for t, repaired, broken, won, lost in ((0.0, 0, 0, 0, 0), *counted)
     )

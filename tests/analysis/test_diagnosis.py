@@ -31,7 +31,7 @@ from lightning_nrl.analysis.diagnosis.diagnose import advise, costs
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation import head_features as features
-from lightning_nrl.report import hash_tensors
+from lightning_nrl.records import hash_tensors
 
 
 def by_score(*weights: float) -> nn.Linear:
@@ -46,8 +46,12 @@ def points(x: list[list[float]], labels: list[int], split: str, **marks: Any) ->
 
 
 KEPT = points([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]], [0, 0, 1], "train", passed=True)
-FAILED = points([[1.0, 1, 1], [2.0, 0, 0], [0, 0, 3.0], [1.0, 1, 0.5]], [1, 1, 1, 1], "new", failed=True)
-"""Without anything in the way; not to be told from a passed sample; passed; fixable, but a passed sample binds."""
+FAILED = points(
+    [[1.0, 1, 1], [2.0, 0, 0], [0, 0, 3.0], [1.0, 1, 0.5]], [1, 1, 1, 1], "new", failed=True
+)
+"""Without anything in the way; not to be told from a passed sample; passed; fixable, but a passed
+sample binds.
+"""
 
 
 def toy() -> Diagnosis:
@@ -70,12 +74,17 @@ def test_what_can_be_fixed_alone_and_which_passed_sample_stands_in_the_way() -> 
 
 
 class Squashed(nn.Module):
-    """The first layer sees two inputs and passes on one of them; the last Linear can only see that one."""
+    """The first layer sees two inputs and passes on one of them; the last Linear can only see that
+    one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.head = nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)
-        self.first.weight.data, self.head.weight.data = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [-1.0]])
+        self.first.weight.data, self.head.weight.data = (
+            torch.tensor([[1.0, 0.0]]),
+            torch.tensor([[1.0], [-1.0]]),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.first(x))
@@ -87,23 +96,39 @@ def test_the_layer_that_can_tell_samples_apart_is_advised() -> None:
     found = diagnose_module(Squashed(), [kept, failed])
     assert [t.fixable for t in found.targets] == ["no"]
     first, head = found.layers
-    # Of weights (1, 0) and margins 2 x'w the target needs -2 (1 + v_1 + v_2) = 0.001: v = -1.0005 / 2 on each axis.
+    # Of weights (1, 0) and margins 2 x'w the target needs -2 (1 + v_1 + v_2) = 0.001: v = -1.0005 /
+    # 2 on each axis.
     assert (first.layer, first.change) == ("first", pytest.approx(1.0005 / 2**0.5, rel=1e-4))
-    assert (head.layer, head.change, head.room) == ("head", float("inf"), pytest.approx(0, abs=1e-3))
+    assert (head.layer, head.change, head.room) == (
+        "head",
+        float("inf"),
+        pytest.approx(0, abs=1e-3),
+    )
     assert found.easiest_layer == first
 
 
 def test_a_wrong_label_is_found() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.cat(
-        [centre + 0.3 * torch.randn(20, 2, generator=generator) for centre in torch.tensor([[-2.0, 0], [2.0, 0]])]
+        [
+            centre + 0.3 * torch.randn(20, 2, generator=generator)
+            for centre in torch.tensor([[-2.0, 0], [2.0, 0]])
+        ]
     )
     labels = (torch.arange(40) // 20).tolist()
     labels[5] = 1  # a sample from the middle of class 0
     x[5] = torch.tensor([-3.0, 0.0])
-    found = diagnose_module(by_score(1.0, 0.0), [points(x.tolist(), labels, "all", passed=True, failed=True)])
+    found = diagnose_module(
+        by_score(1.0, 0.0), [points(x.tolist(), labels, "all", passed=True, failed=True)]
+    )
     (doubt,) = found.doubts
-    assert (doubt.split, doubt.id, doubt.label, doubt.prediction, doubt.agreed) == ("all", 5, 1, 0, 1.0)
+    assert (doubt.split, doubt.id, doubt.label, doubt.prediction, doubt.agreed) == (
+        "all",
+        5,
+        1,
+        0,
+        1.0,
+    )
     assert doubt.lead == pytest.approx(3.0)
     assert found.advice.startswith("Look at labels first: those of 1 of 1 targets")
     assert found.mixing.targets == (1, *10 * [0])
@@ -144,7 +169,9 @@ def test_pages_fit_their_width_and_name_what_was_found() -> None:
     assert re.search(r"^train 0 +0 +0.1 +2$", page, re.MULTILINE)
     assert "| train 0 | 0 | 0.1 | 2 |" in toy().to_markdown()
     # Many classes are put together.
-    many = replace(found, targets=tuple(replace(found.targets[0], id=i, label=i // 2) for i in range(24)))
+    many = replace(
+        found, targets=tuple(replace(found.targets[0], id=i, label=i // 2) for i in range(24))
+    )
     header, counts = re.search(r"\n( +all .*)\n.*\n-+\n(targets .*)\n", many.render(120)).groups()
     assert header.split() == ["all", *map(str, range(8)), "4", "other"]
     assert counts.split() == ["targets", "24", *8 * ["2"], "8"]
@@ -155,8 +182,13 @@ def test_the_picture_shows_every_target_and_its_titles_do_not_touch(tmp_path: An
     figure = found.plot(tmp_path / "diagnosis.png")
     assert (tmp_path / "diagnosis.png").stat().st_size > 10_000
     margins, _, room = figure.axes
-    assert sum(bar.get_height() for stack in margins.containers for bar in stack) >= len(found.targets)
-    assert [text.get_text() for text in margins.get_legend().get_texts()] == ["can be fixed (2)", "cannot be fixed (1)"]
+    assert sum(bar.get_height() for stack in margins.containers for bar in stack) >= len(
+        found.targets
+    )
+    assert [text.get_text() for text in margins.get_legend().get_texts()] == [
+        "can be fixed (2)",
+        "cannot be fixed (1)",
+    ]
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
     for texts in ([axes.title for axes in figure.axes], [axes.xaxis.label for axes in figure.axes]):
@@ -166,7 +198,9 @@ def test_the_picture_shows_every_target_and_its_titles_do_not_touch(tmp_path: An
 
 
 def test_nothing_to_repair_is_an_answer() -> None:
-    found = diagnose_module(by_score(-0.1, -1.0, 1.0), [KEPT, FAILED], Settings(target=Target.label(0)))
+    found = diagnose_module(
+        by_score(-0.1, -1.0, 1.0), [KEPT, FAILED], Settings(target=Target.label(0))
+    )
     assert found.advice == "Nothing to repair: no failed sample is in the target."
     assert (found.targets, found.layers, found.check) == ((), (), None)
     assert "Nothing to repair" in found.render()
@@ -176,7 +210,9 @@ def test_nothing_to_repair_is_an_answer() -> None:
 
 def test_a_task_without_margins_leaves_the_swarm() -> None:
     found = diagnose_module(Evaluator(by_score(-0.1, -1.0, 1.0), Within()), [KEPT, FAILED])
-    assert found.advice.startswith("Use method='auto', which is the swarm here: the task has no margins")
+    assert found.advice.startswith(
+        "Use method='auto', which is the swarm here: the task has no margins"
+    )
     assert {cost.method for cost in found.costs} == {"swarm", "auto"}
     notes = [note.partition(":")[0] for note in found.notes]
     assert notes == ["What the last layer can fix, and neighbourhoods", "Room by layer"]
@@ -194,13 +230,17 @@ def test_losses_that_are_not_finite_are_refused() -> None:
         diagnose_module(by_score(float("nan"), 0.0, 0.0), [KEPT, FAILED])
 
 
-def test_of_very_many_samples_those_nearest_to_failing_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_very_many_samples_those_nearest_to_failing_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(features, "MAX_SAMPLES", 5)
     found = toy()
     # The passed samples with margins of 0.1 and 1.0; those of 1.0 and 3.0 are left out.
     assert [t.fixable for t in found.targets] == ["yes", "no", "yes"]
     assert [(b.split, b.id) for b in found.binding] == [("train", 0)]
-    assert found.notes[0].endswith("only 5 of 7 known samples, those nearest to failing, were looked at.")
+    assert found.notes[0].endswith(
+        "only 5 of 7 known samples, those nearest to failing, were looked at."
+    )
 
 
 def priced(*measured: Any) -> dict[str, float]:
@@ -231,7 +271,10 @@ WHOLE = "Use the default, method='auto', on the whole network, about 10 s:"
 LAST = "the last layer (head)"
 KNOWN = {"samples": 100, "passed": 90, "failed": 10, "targeted": 4}
 COSTS = tuple(Cost(method, 10.0, "") for method in ("convex", "linearized", "auto"))
-DEEP, HEAD = LayerCapacity("conv", "Conv2d", 9, 0.7, 0.01), LayerCapacity("head", "Linear", 9, 0.5, 0.03)
+DEEP, HEAD = (
+    LayerCapacity("conv", "Conv2d", 9, 0.7, 0.01),
+    LayerCapacity("head", "Linear", 9, 0.5, 0.03),
+)
 FAR_HEAD = LayerCapacity("head", "Linear", 9, 0.1, 0.09)
 HARMLESS, HARMFUL = HeldOutCheck(4, 9, 0.1, 3, 1.0, 0.9), HeldOutCheck(4, 9, 2.0, 3, 1.0, 0.1)
 DOUBT = DoubtfulLabel("new", 7, 0, 1, 1.0, 3.0)
@@ -247,21 +290,42 @@ def advice_on(
     margin: float = -1.0,
     doubts: tuple[DoubtfulLabel, ...] = (),
 ) -> str:
-    found = tuple(TargetFinding("new", i, 0, 1, margin, verdict) for i, verdict in enumerate(fixable))  # type: ignore[arg-type]
+    found = tuple(
+        TargetFinding("new", i, 0, 1, margin, verdict) for i, verdict in enumerate(fixable)
+    )  # type: ignore[arg-type]
     mixing = NeighbourMixing(2, (4, 0, 0), (0, 0, 9))
-    return advise(Diagnosis("", "", "", known, "head", found, (), check, mixing, doubts, layers=layers, costs=COSTS))
+    return advise(
+        Diagnosis(
+            "", "", "", known, "head", found, (), check, mixing, doubts, layers=layers, costs=COSTS
+        )
+    )
 
 
 @pytest.mark.parametrize(
     ("advice", "words"),
     [
         (advice_on(SOME, HARMLESS, (DEEP, HEAD)), "Use method='convex', about 10 s"),
-        (advice_on(("yes", "yes", "no", "no"), HARMLESS, (DEEP, HEAD)), f"{WHOLE} {LAST} is not enough"),
-        (advice_on(SURE, HARMFUL, (DEEP, HEAD)), f"{WHOLE} {LAST} would break too much on other data"),
-        (advice_on(SURE, None, (DEEP, HEAD)), f"{WHOLE} what {LAST} would break on other data is not known"),
-        (advice_on(SURE, HARMLESS, (DEEP, FAR_HEAD)), f"{WHOLE} {LAST} would have to change much more"),
+        (
+            advice_on(("yes", "yes", "no", "no"), HARMLESS, (DEEP, HEAD)),
+            f"{WHOLE} {LAST} is not enough",
+        ),
+        (
+            advice_on(SURE, HARMFUL, (DEEP, HEAD)),
+            f"{WHOLE} {LAST} would break too much on other data",
+        ),
+        (
+            advice_on(SURE, None, (DEEP, HEAD)),
+            f"{WHOLE} what {LAST} would break on other data is not known",
+        ),
+        (
+            advice_on(SURE, HARMLESS, (DEEP, FAR_HEAD)),
+            f"{WHOLE} {LAST} would have to change much more",
+        ),
         (advice_on(("not tried",) * 4), "Use the default, method='auto', about 10 s."),
-        (advice_on(SURE, HARMLESS, (DEEP, HEAD), doubts=(DOUBT,)), "Look at labels first: those of 1 of 4 targets"),
+        (
+            advice_on(SURE, HARMLESS, (DEEP, HEAD), doubts=(DOUBT,)),
+            "Look at labels first: those of 1 of 4 targets",
+        ),
         (advice_on(("no",) * 4, None, (NEITHER,)), "Get more data like the targets"),
         (advice_on(("not tried",), margin=math.nan), "Use method='auto', which is the swarm here"),
         (advice_on((), known={**KNOWN, "targeted": 0}), "Nothing to repair"),

@@ -16,7 +16,7 @@ from lightning_nrl.analysis.diagnosis._last_layer import (
     LayerSamples,
     find_fixability,
 )
-from lightning_nrl.methods._solvers.qp import solve_dual
+from lightning_nrl.methods.solvers.qp import solve_dual
 
 
 @st.composite
@@ -33,7 +33,9 @@ def problems(draw: st.DrawFn) -> tuple[LayerSamples, LayerSamples]:
 
 
 def smallest(passed: LayerSamples, target: LayerSamples, root: Tensor, share: float = 1.0) -> float:
-    """The smallest change under all rows at once, each of which is to give this share of what is asked of it."""
+    """The smallest change under all rows at once, each of which is to give this share of what is
+    asked of it.
+    """
     rows, asked = [], []
     for features, logits, label in (passed, target):
         for h, z, y in zip(features @ root, logits, label.tolist(), strict=True):
@@ -43,7 +45,13 @@ def smallest(passed: LayerSamples, target: LayerSamples, root: Tensor, share: fl
                 rows.append(row.flatten())
                 margin = float(z[y] - z[rival])
                 asked.append(
-                    share * (min(REQUIRED_MARGIN, 0.5 * margin) if features is passed[0] else REQUIRED_MARGIN) - margin
+                    share
+                    * (
+                        min(REQUIRED_MARGIN, 0.5 * margin)
+                        if features is passed[0]
+                        else REQUIRED_MARGIN
+                    )
+                    - margin
                 )
     a, b = torch.stack(rows), torch.tensor(asked, dtype=torch.float64)
     other = solve_dual(a @ a.T, b, torch.full_like(b, torch.inf))
@@ -55,7 +63,10 @@ def smallest(passed: LayerSamples, target: LayerSamples, root: Tensor, share: fl
 def test_another_solver_with_all_rows_at_once_agrees(
     problem: tuple[LayerSamples, LayerSamples],
 ) -> None:
-    passed, targets = (LayerSamples(*(x.double() if x.is_floating_point() else x for x in part)) for part in problem)
+    passed, targets = (
+        LayerSamples(*(x.double() if x.is_floating_point() else x for x in part))
+        for part in problem
+    )
     x, logits, _ = passed
     best = logits.topk(2).values
     # A tenth of what is asked of a smaller margin is less than the other solver resolves.
@@ -65,7 +76,8 @@ def test_another_solver_with_all_rows_at_once_agrees(
     # With fewer passed samples than features there are directions that never occur.
     moment.diagonal().add_(FEATURE_RIDGE * moment.diagonal().mean())
     root = torch.linalg.inv(torch.linalg.cholesky(moment)).T
-    # Its tolerance is 1e-7 of the most that a row asks; rows along such a feature are up to 1,000 times as long.
+    # Its tolerance is 1e-7 of the most that a row asks; rows along such a feature are up to 1,000
+    # times as long.
     resolved = 1e-6 * found.limit
     for at in range(4):
         target = targets.at(torch.tensor([at]))

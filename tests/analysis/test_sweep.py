@@ -1,4 +1,6 @@
-"""Many runs at once: each is what a single repair is, and its counts are those of the deployed model."""
+"""Many runs at once: each is what a single repair is, and its counts are those of the deployed
+model.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,22 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import blobs, known, quick, right, trained, unseen
 
-from lightning_nrl import ConfigurationError, Gate, Grid, Settings, Target, TensorSource, repair_module
-from lightning_nrl.analysis.sweep import Run, SweepResult, sweep_module
-from lightning_nrl.analysis.sweep import batch_search as recount
-from lightning_nrl.analysis.sweep import run_sweep as study
+from lightning_nrl import (
+    ConfigurationError,
+    Gate,
+    Grid,
+    Settings,
+    Target,
+    TensorSource,
+    repair_module,
+)
 from lightning_nrl.errors import DataWarning, RepairError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.report import hash_tensors
+from lightning_nrl.records import hash_tensors
+from lightning_nrl.study import Run, SweepResult, sweep_module
+from lightning_nrl.study import batch_search as recount
+from lightning_nrl.study import run_sweep as study
 
 GRID = Grid(
     fitness=["lexicographic", "eq1", "eq2"],
@@ -34,7 +44,15 @@ GRID = Grid(
     n_passed=[30, None],
     patience=1,
 )
-COUNTED = ("n", "targeted", "repaired_in_target", "passed_in_target", "broken_in_target", "repaired", "broken")
+COUNTED = (
+    "n",
+    "targeted",
+    "repaired_in_target",
+    "passed_in_target",
+    "broken_in_target",
+    "repaired",
+    "broken",
+)
 
 
 def calibration() -> list[TensorSource]:
@@ -43,13 +61,22 @@ def calibration() -> list[TensorSource]:
 
 def run(model: nn.Module | Evaluator, settings: Any = GRID, **arguments: Any) -> SweepResult:
     """A sweep of the blobs; unseen data are read in batches of another size than known."""
-    given: dict[str, Any] = {"base": quick(), "seeds": 2, "unseen": unseen(), "calibration": calibration()}
+    given: dict[str, Any] = {
+        "base": quick(),
+        "seeds": 2,
+        "unseen": unseen(),
+        "calibration": calibration(),
+    }
     return sweep_module(model, known(batch_size=48), settings, **{**given, **arguments})
 
 
 def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments: Any) -> None:
     """A run is, bit for bit and count by count, the repair with the same arguments."""
-    how = {**result.arguments(chosen), **arguments, "gate": Gate.tolerance(10**6)}  # whatever it breaks
+    how = {
+        **result.arguments(chosen),
+        **arguments,
+        "gate": Gate.tolerance(10**6),
+    }  # whatever it breaks
     others: dict[str, Any] = {"unseen": unseen(), "calibration": calibration()}
     outcome = repair_module(model, known(batch_size=48), Settings(**with_options(how)), **others)
     report, state = outcome.report, result.state(chosen)
@@ -74,7 +101,9 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
             "repaired",
             "broken",
         ):
-            assert sum(getattr(split, name) for split in splits) == getattr(chosen.counts(role), name)
+            assert sum(getattr(split, name) for split in splits) == getattr(
+                chosen.counts(role), name
+            )
 
 
 def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
@@ -89,7 +118,12 @@ def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
 
 def deep() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)
+        nn.Linear(4, 12),
+        nn.BatchNorm1d(12),
+        nn.ReLU(),
+        nn.Linear(12, 10),
+        nn.ReLU(),
+        nn.Linear(10, 3),
     )
 
 
@@ -108,7 +142,14 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("make", "shared"),
     [
-        (deep, {"layer": "3", "localizer": NeuRecoverLite(n_weights=9, include_bias=True), "target": Target.label(0)}),
+        (
+            deep,
+            {
+                "layer": "3",
+                "localizer": NeuRecoverLite(n_weights=9, include_bias=True),
+                "target": Target.label(0),
+            },
+        ),
         (deep, {"layer": ["0", "5"], "localizer": AllWeights(), "target": Target.label(0)}),
         (deep, {"layer": "0", "localizer": NeuRecoverLite(), "target": Target.label(0)}),
         (Twice, {"layer": "layer"}),
@@ -119,10 +160,14 @@ class Twice(nn.Module):
 )
 def test_any_layers_and_any_failures_are_swept(make: Any, shared: dict[str, Any]) -> None:
     model = trained() if make is None else trained(make)
-    result = run(model, Grid(fitness=["eq1", "lexicographic"], n_passed=[None, 50]), base=quick(**shared))
+    result = run(
+        model, Grid(fitness=["eq1", "lexicographic"], n_passed=[None, 50]), base=quick(**shared)
+    )
     assert any(chosen.known.repaired_in_target for chosen in result.runs)
     for chosen in result.runs[::3]:
-        check_alone(model, result, chosen, **{name: shared[name] for name in shared if name != "localizer"})
+        check_alone(
+            model, result, chosen, **{name: shared[name] for name in shared if name != "localizer"}
+        )
 
 
 def test_counts_are_those_of_the_model_with_the_weights_written_into_it() -> None:
@@ -132,7 +177,9 @@ def test_counts_are_those_of_the_model_with_the_weights_written_into_it() -> Non
     result = run(model, Grid(fitness=["eq1", "eq2"], alpha=[1, 8], n_weights=12), seeds=4)
     assert hash_tensors(model.state_dict()) == original
     assert torch.equal(torch.get_rng_state(), random)
-    before = {role: torch.cat([right(model, source) for source in data]) for role, data in sources.items()}
+    before = {
+        role: torch.cat([right(model, source) for source in data]) for role, data in sources.items()
+    }
     for chosen in result.runs:
         written = copy.deepcopy(model)
         result.write(written, chosen)
@@ -147,7 +194,11 @@ def test_a_setting_that_leaves_no_weight_has_rows_of_its_own() -> None:
     (one, *_) = run(trained(), {"n_g": 36}).runs
     found = (one.n_localized, one.iterations, one.value, one.changed, one.patched, one.intact)
     assert found == (0, 0, None, False, 0, 164)
-    assert (one.known.repaired, one.known.broken, one.known.accuracy_after) == (0, 0, one.known.accuracy_before)
+    assert (one.known.repaired, one.known.broken, one.known.accuracy_after) == (
+        0,
+        0,
+        one.known.accuracy_before,
+    )
 
 
 def timeless(result: SweepResult) -> SweepResult:
@@ -184,7 +235,9 @@ def before_each_batch(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any], Non
     monkeypatch.setattr(study.BatchSearch, "run", noted)
 
 
-def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_makes_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, folder = trained(), tmp_path / "sweep"
     made: list[int] = []
 
@@ -216,9 +269,20 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: p
     for old, new in zip(result.runs[4:], again.runs, strict=False):
         assert torch.equal(result.state(old)["2.weight"], again.state(new)["2.weight"])
     # Another model, other data and another target are other runs.
-    for others in ({"model": trained(seed=1)}, {"unseen": []}, {"base": quick(target=Target.label(0))}):
+    for others in (
+        {"model": trained(seed=1)},
+        {"unseen": []},
+        {"base": quick(target=Target.label(0))},
+    ):
         made.clear()
-        run(**{"model": model, "settings": {"alpha": 6, "fitness": "eq1"}, "dirpath": folder, **others})
+        run(
+            **{
+                "model": model,
+                "settings": {"alpha": 6, "fitness": "eq1"},
+                "dirpath": folder,
+                **others,
+            }
+        )
         assert made == [0, 1]
 
 
@@ -229,7 +293,9 @@ def test_an_observer_is_told_how_much_of_the_work_is_done() -> None:
         told.append(done / total)
 
     observer = SimpleNamespace(
-        stage=lambda name: nullcontext(stages.append(name)), search=search, expect=lambda seconds, most: None
+        stage=lambda name: nullcontext(stages.append(name)),
+        search=search,
+        expect=lambda seconds, most: None,
     )
     run(trained(), Grid(fitness="eq1", alpha=[4, 5, 6]), observer=observer)
     assert stages == ["collect", "unseen", "unseen", "sweep", "localize", "localize"]
@@ -250,16 +316,25 @@ def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch
             run(Evaluator(trained(), collective=collective), {"alpha": 4})
         return str(caught.value).partition("\n")[0]
 
-    assert sorted(on_ranks(2, work)) == ["another rank could not make its runs of the sweep.", "broken"]
+    assert sorted(on_ranks(2, work)) == [
+        "another rank could not make its runs of the sweep.",
+        "broken",
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"base": quick(target=Target.label(0) & ~Target.label(0))}, "no sample fails in the target"),
+        (
+            {"base": quick(target=Target.label(0) & ~Target.label(0))},
+            "no sample fails in the target",
+        ),
         ({"base": 3}, "`settings=3` is no Settings"),
         ({"base": Settings(layer="3")}, "`layer='3'` is not in the model"),
-        ({"base": quick(protected={"train": [1]})}, "`protected`: the table of a sweep has no column for it"),
+        (
+            {"base": quick(protected={"train": [1]})},
+            "`protected`: the table of a sweep has no column for it",
+        ),
         ({"seeds": 0}, "`seeds=0` names no seed"),
         ({"unseen": known()}, "give each split its own name"),
     ],

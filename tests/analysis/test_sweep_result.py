@@ -11,10 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_nrl import ConfigurationError, Gate
-from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run, SweepResult
 from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.study import RUN_COLUMNS, Run, SweepResult
 
-ASKED = ["setting", "fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles", "seed", "layer"]
+ASKED = [
+    "setting",
+    "fitness",
+    "alpha",
+    "perfect_intact",
+    "n_weights",
+    "n_passed",
+    "particles",
+    "seed",
+    "layer",
+]
 FOUND = ["n_localized", "iterations", "value", "patched", "intact", "changed"]
 COUNTED = [
     "n", "kept", "broken", "repaired", "failing", "targeted", "repaired_in_target", "passed_in_target",
@@ -23,11 +33,15 @@ COUNTED = [
 
 
 def made(setting: str, seed: int, known: tuple[int, int], **later: tuple[int, int]) -> Run:
-    """A run on 100 known samples, of which 90 are right, and 50 of each other role, of which 40 are."""
+    """A run on 100 known samples, of which 90 are right, and 50 of each other role, of which 40
+    are.
+    """
     counts: dict[str, Any] = {}
     for role, (repaired, broken) in {"known": known, **later}.items():
         n, passed = (100, 90) if role == "known" else (50, 40)
-        counts[role] = TargetCounts(passed - broken, broken, repaired, n - passed - repaired, 8, min(8, repaired))
+        counts[role] = TargetCounts(
+            passed - broken, broken, repaired, n - passed - repaired, 8, min(8, repaired)
+        )
     alpha = float(setting[-1]) if setting.startswith("eq1") else None
     return Run(
         setting, "eq1" if alpha else "lexicographic", alpha, False, None, 30, 20, seed, "head", 12, 9, 1.5, 3, 30,
@@ -51,7 +65,12 @@ def test_the_table_has_the_columns_that_figures_are_drawn_from(tmp_path: Path) -
     text = RESULT.to_csv(tmp_path / "sweep.csv")
     assert (tmp_path / "sweep.csv").read_text() == text
     first, *_, last = csv.DictReader(io.StringIO(text))
-    assert (first["alpha"], first["n_weights"], first["changed"], first["unseen_broken"]) == ("4.0", "", "True", "3")
+    assert (first["alpha"], first["n_weights"], first["changed"], first["unseen_broken"]) == (
+        "4.0",
+        "",
+        "True",
+        "3",
+    )
     assert (last["alpha"], last["value"], last["known_accuracy_after"]) == ("", "1.5", "0.9")
 
 
@@ -63,11 +82,17 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
         assert again.best() == RESULT.best()
     assert SweepResult.from_json(RESULT.to_json()) == RESULT
     for what in (RESULT.state, RESULT.arguments):
-        with pytest.raises(ConfigurationError, match=r"this result has no weights of 'eq1 alpha=4' with seed 0"):
+        with pytest.raises(
+            ConfigurationError, match=r"this result has no weights of 'eq1 alpha=4' with seed 0"
+        ):
             what(ROWS[0])
     without = SweepResult((made("plain", 0, (1, 0)),))
     assert SweepResult.from_csv(without.to_csv()).runs == without.runs
-    for wrong in ("a,b\n1,2\n", RESULT.to_csv().replace("True", "yes"), RESULT.to_csv().replace(",head,", ",head,x")):
+    for wrong in (
+        "a,b\n1,2\n",
+        RESULT.to_csv().replace("True", "yes"),
+        RESULT.to_csv().replace(",head,", ",head,x"),
+    ):
         with pytest.raises(ConfigurationError, match="`source` is no table of a sweep"):
             SweepResult.from_csv(wrong)
 
@@ -86,8 +111,12 @@ def test_the_front_goes_from_few_broken_to_many() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=12))
-def test_nothing_is_better_than_what_is_on_the_front_and_what_is_not_is_worse(counts: list[tuple[int, int]]) -> None:
-    front = seen(SweepResult(tuple(made("plain", i, pair) for i, pair in enumerate(counts))).pareto())
+def test_nothing_is_better_than_what_is_on_the_front_and_what_is_not_is_worse(
+    counts: list[tuple[int, int]],
+) -> None:
+    front = seen(
+        SweepResult(tuple(made("plain", i, pair) for i, pair in enumerate(counts))).pareto()
+    )
     assert len(set(front)) == len(front)
     for repaired, broken in counts:
         better = [(b, r) for b, r in front if b <= broken and r >= repaired]
@@ -110,7 +139,10 @@ def test_the_best_is_chosen_on_known_and_calibration_data() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=5, max_size=5))
 def test_unseen_data_have_no_part_in_the_choice(counts: list[tuple[int, int]]) -> None:
-    runs = tuple(replace(run, unseen=made("", 0, (0, 0), unseen=u).unseen) for run, u in zip(ROWS, counts, strict=True))
+    runs = tuple(
+        replace(run, unseen=made("", 0, (0, 0), unseen=u).unseen)
+        for run, u in zip(ROWS, counts, strict=True)
+    )
     assert SweepResult(runs).best() == runs[3]
 
 
@@ -120,9 +152,15 @@ def test_a_line_for_each_setting() -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'eq1 alpha=6'"):
         RESULT.of("eq1 alpha=5")
     page = RESULT.render(120)
-    assert "5 runs of 3 settings in 1 s. 8 failures to repair, 90 of 100 known samples right before, 40 of 50" in page
+    assert (
+        "5 runs of 3 settings in 1 s. 8 failures to repair, 90 of 100 known samples right before, 40 of 50"
+        in page
+    )
     lines = [" ".join(line.split()) for line in page.splitlines()]
-    first, later = "2 7.5 (0.7) 1.0 (1.4) 50% 5.5 (0.7) 3.0 (1.4) +5.0 (1.4)", "5.0 (1.4) 2.5 (0.7) +5.0 (1.4)"
+    first, later = (
+        "2 7.5 (0.7) 1.0 (1.4) 50% 5.5 (0.7) 3.0 (1.4) +5.0 (1.4)",
+        "5.0 (1.4) 2.5 (0.7) +5.0 (1.4)",
+    )
     assert f"eq1 alpha=4 {first} {later}" in lines
     assert "plain 1 0.0 0.0 0% 0.0 0.0 +0.0 0.0 0.0 +0.0" in lines
     assert "No run." in SweepResult(()).render()

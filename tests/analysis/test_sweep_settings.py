@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from lightning_nrl import ConfigurationError, Grid, ParticleSwarm, Settings
-from lightning_nrl.analysis.sweep import parse_seeds, parse_settings
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.search import Fitness
+from lightning_nrl.study import parse_seeds, parse_settings
 
 BASE = Settings(method=ParticleSwarm(iterations=20))
 
@@ -28,7 +28,9 @@ def test_a_grid_is_the_product_of_its_axes_and_the_last_runs_fastest() -> None:
     assert setting.fitness == Fitness("eq1", alpha=4)
     assert setting.method == ParticleSwarm(iterations=20, patience=10)
     assert setting.localizer == NeuRecoverLite(n_weights=16)
-    assert repr(grid) == "Grid(fitness=['eq1'], alpha=[4, 5], n_weights=[16, 32], patience=[10, 50])"
+    assert (
+        repr(grid) == "Grid(fitness=['eq1'], alpha=[4, 5], n_weights=[16, 32], patience=[10, 50])"
+    )
 
 
 def test_what_makes_no_difference_is_tried_once() -> None:
@@ -39,11 +41,19 @@ def test_what_makes_no_difference_is_tried_once() -> None:
     ]
     assert names([{"alpha": 4, "name": "a"}, {"alpha": 4, "name": "a"}]) == ["a"]
     # As the paper's 0 it does make one.
-    assert len(names(Grid(fitness="lexicographic", infeasible="zero", perfect_intact=[False, True]))) == 2
+    assert (
+        len(names(Grid(fitness="lexicographic", infeasible="zero", perfect_intact=[False, True])))
+        == 2
+    )
 
 
 def test_whole_objects_are_taken_as_they_are() -> None:
-    given = {"fitness": Fitness("eq2", alpha=8), "localizer": AllWeights(), "method": ParticleSwarm(7), "n_passed": 9}
+    given = {
+        "fitness": Fitness("eq2", alpha=8),
+        "localizer": AllWeights(),
+        "method": ParticleSwarm(7),
+        "n_passed": 9,
+    }
     (setting,) = parse_settings(given, BASE)
     assert {name: getattr(setting, name) for name in given} == given
     assert setting.name == "eq2 alpha=8 lw=all pos=9 p=7 iterations=300 AllWeights"
@@ -64,7 +74,10 @@ def test_whole_objects_are_taken_as_they_are() -> None:
         ([], "`settings` is empty"),
         (3, "`settings=3` is no list of settings"),
         ([3], "`settings=3` is no setting"),
-        ([{"alpha": 4, "name": "a"}, {"fitness": "eq1", "name": "a"}], "two settings have the name 'a'"),
+        (
+            [{"alpha": 4, "name": "a"}, {"fitness": "eq1", "name": "a"}],
+            "two settings have the name 'a'",
+        ),
     ],
 )
 def test_what_cannot_be_tried_is_refused(settings: Any, message: str) -> None:
@@ -77,7 +90,9 @@ def test_a_grid_without_values_and_another_method_are_refused() -> None:
         Grid()
     with pytest.raises(ConfigurationError, match="`patience` has no value"):
         Grid(alpha=[4], patience=[])
-    with pytest.raises(ConfigurationError, match=r"`method` is a Convex: a sweep runs the paper's search"):
+    with pytest.raises(
+        ConfigurationError, match=r"`method` is a Convex: a sweep runs the paper's search"
+    ):
         parse_settings({"alpha": 4}, Settings(method="convex"))
 
 

@@ -11,7 +11,10 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "devi
 CASES = {
     "head": ("scoring", "last layer against the leanest torch code"),
     "sequences": ("scoring", "tokens in front of a last layer, the same"),
-    "layers": ("scoring", "convolutions against a plain forward pass, and against `functional_call`"),
+    "layers": (
+        "scoring",
+        "convolutions against a plain forward pass, and against `functional_call`",
+    ),
     "search": ("scoring", "a whole search with and without giving up"),
     "memory": ("scoring", "peak memory of scoring"),
     "samples": ("whole_repairs", "repairs of very many samples [method samples seconds]"),
@@ -29,7 +32,9 @@ CASES = {
 def main() -> None:
     name, *given = sys.argv[1:] or ["--help"]
     if name not in CASES:
-        raise SystemExit("\n".join([__doc__ or "", "", *(f"{n:12} {words}" for n, (_, words) in CASES.items())]))
+        raise SystemExit(
+            "\n".join([__doc__ or "", "", *(f"{n:12} {words}" for n, (_, words) in CASES.items())])
+        )
     if CASES[name][0] == "strict":
         import_module("strict_cuda")  # before torch
     import_module("torch").set_num_threads(1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl.callbacks import TrainingHistory
+from lightning_nrl.published import TrainingHistory
 
 
 class Classifier(pl.LightningModule):
@@ -47,7 +47,13 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    layers = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU())
+    layers = (
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+    )
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
 
 
@@ -74,7 +80,9 @@ NETWORKS = {
 
 
 def history() -> None:
-    """An epoch of training and validation in batches of 64, and what a record adds to it; both in one epoch."""
+    """An epoch of training and validation in batches of 64, and what a record adds to it; both in
+    one epoch.
+    """
     warnings.simplefilter("ignore")
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
@@ -92,11 +100,17 @@ def added(name: str, splits: list[str]) -> list[str]:
         timed = Timed(splits=splits, dirpath=Path(folder) / "history")
         timed.spent = []
         logger = CSVLogger(folder, flush_logs_every_n_steps=10**6)
-        quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-        trainer = pl.Trainer(accelerator="cpu", max_epochs=6, logger=logger, callbacks=[timed], **quiet)
+        quiet = dict.fromkeys(
+            ("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+        )
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=6, logger=logger, callbacks=[timed], **quiet
+        )
         trainer.fit(Classifier(make()), DataLoader(data, 64, shuffle=True), DataLoader(few, 64))
         sizes = [file.stat().st_size for file in (Path(folder) / "history").glob("point-*.pt")]
-    own, rest = zip(*((own, epoch - own) for own, epoch in timed.spent[1:]), strict=True)  # one warm-up
+    own, rest = zip(
+        *((own, epoch - own) for own, epoch in timed.spent[1:]), strict=True
+    )  # one warm-up
     more = statistics.median(a / b for a, b in zip(own, rest, strict=True))
     times = milliseconds(rest), milliseconds(own), f"{100 * more:.1f} %"
     return [name, " and ".join(splits), *times, f"{sum(sizes) / len(sizes) / 1024:.0f} KiB"]

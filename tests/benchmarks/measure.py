@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search.scoring.activation_cache import ActivationCache
+from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.tasks import Task
 
 EVALUATOR = Evaluator(nn.Identity())  # for scorers, to which the task and the ranks alone matter
@@ -27,11 +27,16 @@ class Block(nn.Module):
 
     def __init__(self, inside: int, out: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv1, self.norm1 = (
+            nn.Conv2d(inside, out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out),
+        )
         self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
         self.shortcut = nn.Identity()
         if inside != out or stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -48,7 +53,9 @@ class ResNet27(nn.Module):
         self.stages = nn.ModuleList()
         inside = width
         for i, out in enumerate(widths):
-            blocks = [Block(inside if j == 0 else out, out, 2 if i and j == 0 else 1) for j in range(4)]
+            blocks = [
+                Block(inside if j == 0 else out, out, 2 if i and j == 0 else 1) for j in range(4)
+            ]
             self.stages.append(nn.Sequential(*blocks))
             inside = out
         self.head = nn.Linear(inside, 7)
@@ -69,7 +76,9 @@ def recorded(
 
 
 def compare(runs: Sequence[Callable[[], object]], times: int = 7) -> list[list[float]]:
-    """Processor seconds of each function, run in turn so that a busy machine slows all alike; one warm-up each."""
+    """Processor seconds of each function, run in turn so that a busy machine slows all alike; one
+    warm-up each.
+    """
     seconds: list[list[float]] = [[] for _ in runs]
     for i in range(times + 1):
         for function, found in zip(runs, seconds, strict=True):
@@ -93,7 +102,9 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     """Prints a table in markdown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"\n{title}")
-    print(f"{cores} {platform.machine()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
+    print(
+        f"{cores} {platform.machine()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n"
+    )
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for row in rows:

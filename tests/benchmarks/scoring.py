@@ -19,10 +19,10 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search import ParticleSwarm, SearchResult, WeightStats
 from lightning_nrl.search import search as search_weights
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.memory import measure_allocations
-from lightning_nrl.search._scoring.scorer import make_scorer
-from lightning_nrl.search._scoring.traced_model import with_cached_outputs
+from lightning_nrl.search.scoring.activation_cache import ActivationCache
+from lightning_nrl.search.scoring.memory import measure_allocations
+from lightning_nrl.search.scoring.scorer import make_scorer
+from lightning_nrl.search.scoring.traced_model import with_cached_outputs
 from lightning_nrl.tasks import Sequence
 
 
@@ -39,7 +39,14 @@ def head() -> None:
         logits = (x @ weights.view(-1, weight.shape[1]).t()).view(len(x), len(values), -1) + bias
         loss = -logits.log_softmax(2)[torch.arange(len(x)), :, y]
         right = logits.argmax(2) == y.unsqueeze(1)
-        return torch.stack([right[failed].sum(0), right[~failed].sum(0), loss[failed].mean(0), loss[~failed].mean(0)])
+        return torch.stack(
+            [
+                right[failed].sum(0),
+                right[~failed].sum(0),
+                loss[failed].mean(0),
+                loss[~failed].mean(0),
+            ]
+        )
 
     rows = []
     for n in (257, 4289):
@@ -55,15 +62,34 @@ def head() -> None:
         where = torch.randperm(space.size)[:50]
         weight, bias = model.weight.detach(), model.bias.detach()
         full, counts = (
-            make_scorer(recording, where, failed, ~failed, EVALUATOR, passed_loss=flag) for flag in (True, False)
+            make_scorer(recording, where, failed, ~failed, EVALUATOR, passed_loss=flag)
+            for flag in (True, False)
         )
         for name, scale in (("spread widely", 1.0), ("near the original", 0.02)):
             values = space.flat()[where] + scale * torch.randn(100, 50)
             ways = (lean, lambda v, s=full: s(v[None]), lambda v, s=counts: s(v[None]))
-            lean_s, full_s, counts_s = compare([lambda w=way, v=values: w(v) for way in ways], times=21)
+            lean_s, full_s, counts_s = compare(
+                [lambda w=way, v=values: w(v) for way in ways], times=21
+            )
             times = [milliseconds(s) for s in (lean_s, full_s, counts_s)]
-            rows.append([str(n), name, *times, f"{ratio(full_s, lean_s):.2f}", f"{ratio(counts_s, lean_s):.2f}"])
-    header = ["samples", "particles", "lean", "all", "no passed loss", "ratio, all", "ratio, no passed loss"]
+            rows.append(
+                [
+                    str(n),
+                    name,
+                    *times,
+                    f"{ratio(full_s, lean_s):.2f}",
+                    f"{ratio(counts_s, lean_s):.2f}",
+                ]
+            )
+    header = [
+        "samples",
+        "particles",
+        "lean",
+        "all",
+        "no passed loss",
+        "ratio, all",
+        "ratio, no passed loss",
+    ]
     show("Last Linear 64 -> 10, 50 weights, 100 particles", header, rows)
 
 
@@ -71,7 +97,8 @@ def head() -> None:
 def sequences() -> None:
     """3,700 sequences of 60 tokens, half of them padding, 96 -> 7, 100 weights, 20 particles.
 
-    What is counted is who keeps a margin. The lean code makes one batched product, then asks `Sequence`.
+    What is counted is who keeps a margin. The lean code makes one batched product, then asks
+    `Sequence`.
     """
     n, tokens, classes = 3_700, 60, 7
     torch.manual_seed(0)
@@ -84,7 +111,9 @@ def sequences() -> None:
     recording = recorded(model, space, x, y, task)
     where = torch.randperm(space.size)[:100]
     evaluator = Evaluator(model, task)
-    scorer = make_scorer(recording, where, ~everyone, everyone, evaluator, passed_loss=False, reserve=reserve)
+    scorer = make_scorer(
+        recording, where, ~everyone, everyone, evaluator, passed_loss=False, reserve=reserve
+    )
 
     def lean(values: Tensor) -> Tensor:
         kept = []
@@ -98,13 +127,22 @@ def sequences() -> None:
     rows = []
     for name, scale in (("spread widely", 0.02), ("near the original", 0.002)):
         values = space.flat()[where] + scale * torch.randn(20, 100)
-        lean_s, ours_s = compare([lambda v=values: lean(v), lambda v=values: scorer(v[None])], times=5)
-        rows.append([name, milliseconds(lean_s), milliseconds(ours_s), f"{ratio(ours_s, lean_s):.2f}"])
-    show("3,700 sequences of 60 tokens, 20 particles", ["particles", "lean", "scoring", "ratio"], rows)
+        lean_s, ours_s = compare(
+            [lambda v=values: lean(v), lambda v=values: scorer(v[None])], times=5
+        )
+        rows.append(
+            [name, milliseconds(lean_s), milliseconds(ours_s), f"{ratio(ours_s, lean_s):.2f}"]
+        )
+    show(
+        "3,700 sequences of 60 tokens, 20 particles",
+        ["particles", "lean", "scoring", "ratio"],
+        rows,
+    )
 
 
 def layers() -> None:
-    """Convolutions of a 27-convolution residual network, 300 weights, 100 particles, 32 x 32 pixels.
+    """Convolutions of a 27-convolution residual network, 300 weights, 100 particles, 32 x 32
+    pixels.
 
     Fewer samples where a run takes long, which changes no ratio: blocks stay the same.
     """
@@ -122,7 +160,10 @@ def layers() -> None:
         recording = recorded(model, space, x, y)
         kernel = space.sites[0].weight_shape[1:].numel()
         sizes = (50, 100, 200, 400, 800)
-        best = min(sizes, key=lambda r: statistics.median(floor(recording, r, n_particles)() for _ in range(5)))
+        best = min(
+            sizes,
+            key=lambda r: statistics.median(floor(recording, r, n_particles)() for _ in range(5)),
+        )
         run_floor = floor(recording, best, n_particles)
         for kind, where in (
             ("all channels", torch.randperm(space.size)[:n_weights]),
@@ -145,15 +186,24 @@ def layers() -> None:
             times = [milliseconds(s) for s in (floors, ours, wholes)]
             ratios = f"{ratio(ours, floors):.2f}", f"{ratio(wholes, ours):.0f} x"
             rows.append([f"{name}, {kind} ({units})", str(n), *times, *ratios])
-    columns = ["convolution", "samples", "floor", "scoring", "functional_call, whole", "scoring / floor"]
+    columns = [
+        "convolution",
+        "samples",
+        "floor",
+        "scoring",
+        "functional_call, whole",
+        "scoring / floor",
+    ]
     show("27 convolutions, 300 weights, 100 particles", [*columns, "faster than whole"], rows)
 
 
 def floor(recording: ActivationCache, rows: int, particles: int) -> Callable[[], float]:
-    """Seconds for all particles on one sample, from one block of `rows`: the least that exact scoring needs.
+    """Seconds for all particles on one sample, from one block of `rows`: the least that exact
+    scoring
+    needs.
 
-    One copy of the layer's output per candidate and sample, then a plain forward of what comes after it; what else that
-    needs is copied outside the clock.
+    One copy of the layer's output per candidate and sample, then a plain forward of what comes
+    after it; what else that needs is copied outside the clock.
     """
     group = recording.groups[0]
     plan = group.plan
@@ -187,15 +237,24 @@ def floor(recording: ActivationCache, rows: int, particles: int) -> Callable[[],
 
 
 def search() -> None:
-    """A whole search with and without giving up candidates that break too many: both find the same repair.
+    """A whole search with and without giving up candidates that break too many: both find the same
+    repair.
 
     A small convolutional network learns scikit-learn's digits, then meets noise.
     """
     torch.manual_seed(0)
-    convolutions = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
+    convolutions = (
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+    )
     model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 10))
     data = load_digits()
-    x, y = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target)
+    x, y = (
+        torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16,
+        torch.tensor(data.target),
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(20):
         for part in torch.randperm(300).split(50):
@@ -213,26 +272,48 @@ def search() -> None:
     for layer in ("5", "2"):
         space = find_layers(model, layer)
         where = torch.randperm(space.size)[:64].sort().values
-        scorer = make_scorer(recorded(model, space, x, y), where, failed, right, EVALUATOR, fragility=loss)
+        scorer = make_scorer(
+            recorded(model, space, x, y), where, failed, right, EVALUATOR, fragility=loss
+        )
 
         def run(gives_up: bool, scorer=scorer, space=space, where=where) -> SearchResult:  # type: ignore[no-untyped-def]
             stats = WeightStats.around(space, where)
             candidates = replace(scorer, gives_up=gives_up)
-            return search_weights(candidates, space.flat()[where], stats, searcher=ParticleSwarm(iterations=100))
+            return search_weights(
+                candidates, space.flat()[where], stats, searcher=ParticleSwarm(iterations=100)
+            )
 
         quitting, finishing = run(True), run(False)
         finish_s, quit_s = compare([lambda r=run: r(False), lambda r=run: r(True)], times=5)
-        found = [f"{int(r.history.patched[-1])} of {int(failed.sum())}" for r in (finishing, quitting)]
+        found = [
+            f"{int(r.history.patched[-1])} of {int(failed.sum())}" for r in (finishing, quitting)
+        ]
         name = f"{layer}: {type(space.sites[0].module).__name__}"
-        rows.append([name, milliseconds(finish_s), milliseconds(quit_s), f"{ratio(quit_s, finish_s):.2f}", *found])
-    header = ["layer", "all finished", "giving up", "ratio", "repaired, all finished", "repaired, giving up"]
+        rows.append(
+            [
+                name,
+                milliseconds(finish_s),
+                milliseconds(quit_s),
+                f"{ratio(quit_s, finish_s):.2f}",
+                *found,
+            ]
+        )
+    header = [
+        "layer",
+        "all finished",
+        "giving up",
+        "ratio",
+        "repaired, all finished",
+        "repaired, giving up",
+    ]
     show(f"100 iterations of 100 particles, {int(right.sum())} passed samples", header, rows)
 
 
 def memory() -> None:
     """Peak memory of scoring for more and more particles under one budget.
 
-    The peak is that of all tensors made during one call; what a scorer keeps from call to call is added.
+    The peak is that of all tensors made during one call; what a scorer keeps from call to call is
+    added.
     """
     torch.manual_seed(0)
     model = ResNet27().eval()
@@ -248,8 +329,12 @@ def memory() -> None:
             for p in (100, 400, 1600):
                 values = (space.flat()[where] + 0.1 * torch.randn(p, len(where))).unsqueeze(0)
                 scorer = make_scorer(recording, where, failed, ~failed, EVALUATOR, budget=budget)
-                kept = sum(part.nbytes for part in (*scorer.groups[0].failed, *scorer.groups[0].passed))
+                kept = sum(
+                    part.nbytes for part in (*scorer.groups[0].failed, *scorer.groups[0].passed)
+                )
                 peaks.append(kept + measure_allocations(lambda s=scorer, v=values: s(v))[0])
             row = [f"{peak / 2**20:.1f} MiB" for peak in peaks]
             rows.append([layer, f"{budget >> 20} MiB", *row, f"{max(peaks) / budget:.2f}"])
-    show("Peak memory", ["layer", "budget", "P = 100", "P = 400", "P = 1,600", "peak / budget"], rows)
+    show(
+        "Peak memory", ["layer", "budget", "P = 100", "P = 400", "P = 1,600", "peak / budget"], rows
+    )

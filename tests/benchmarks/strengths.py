@@ -1,7 +1,8 @@
-"""How often the limit printed after a choice of strength is wrong: the true rate lies above it, in 1,000 draws.
+"""How often the limit printed after a choice of strength is wrong: the true rate lies above it, in
+1,000 draws.
 
-The strength is chosen by `line_search`, and the limit is that of the report. What breaks at each strength is drawn
-from a world where the true rates are known.
+The strength is chosen by `line_search`, and the limit is that of the report. What breaks at each
+strength is drawn from a world where the true rates are known.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Problem
 from lightning_nrl.pipeline.baseline import HeldOut
 from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, PatchPath, line_search
-from lightning_nrl.report import StrengthPoint
-from lightning_nrl.report.stats import ORDERED_LEVEL_SHARE, binomial_cdf, limit_after, limit_at_level, upper_limit
+from lightning_nrl.records import StrengthPoint
+from lightning_nrl.records.stats import (
+    ORDERED_LEVEL_SHARE,
+    binomial_cdf,
+    limit_after,
+    limit_at_level,
+    upper_limit,
+)
 from lightning_nrl.search import Fitness
 
 DRAWS, CONFIDENCE = 1000, 0.95
@@ -38,7 +45,9 @@ Rates = Callable[[float], float]  # the true rate of broken samples by strength;
 
 @dataclass(frozen=True)
 class Trial:
-    """In how many draws the printed limit (`missed`) or that of the chosen strength alone (`naive`) is too low.
+    """In how many draws the printed limit (`missed`) or that of the chosen strength alone (`naive`)
+    is
+    too low.
 
     `taken`: draws in which any strength was taken; `strength`: its mean.
     """
@@ -67,10 +76,14 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
         ("under a limit", "a little above what is said, everywhere", brink, limit),
         ("under a limit", "safe up to 0.6, then a little above what is said", stair, limit),
     ]
-    return [_trial(chosen, world, rates, how, draws, generator) for chosen, world, rates, how in cases]
+    return [
+        _trial(chosen, world, rates, how, draws, generator) for chosen, world, rates, how in cases
+    ]
 
 
-def _trial(chosen: str, world: str, rates: Rates, how: dict, draws: int, generator: np.random.Generator) -> Trial:
+def _trial(
+    chosen: str, world: str, rates: Rates, how: dict, draws: int, generator: np.random.Generator
+) -> Trial:
     missed = naive = 0
     strengths = []
     for _ in range(draws):
@@ -84,19 +97,30 @@ def _trial(chosen: str, world: str, rates: Rates, how: dict, draws: int, generat
         k, rate = broken[found.chosen], rates(found.chosen)
         missed += limit_after(k, N, found.selection, CONFIDENCE) < rate
         naive += upper_limit(k, N, CONFIDENCE) < rate
-    return Trial(chosen, world, missed, naive, len(strengths), float(np.mean(strengths)) if strengths else 0.0)
+    return Trial(
+        chosen,
+        world,
+        missed,
+        naive,
+        len(strengths),
+        float(np.mean(strengths)) if strengths else 0.0,
+    )
 
 
 @contextmanager
 def _counting(broken: dict[float, int]) -> Iterator[None]:
-    """What a forward pass would count is what was drawn. Nothing known breaks, so that no strength is polished."""
+    """What a forward pass would count is what was drawn. Nothing known breaks, so that no strength
+    is polished.
+    """
 
     def flips(held_out: HeldOut, evaluator: Evaluator, state: State) -> Flips:
         k = broken[min(LIMIT_STRENGTHS, key=lambda t: abs(t - float(state["weight"])))]
         bad, none = torch.arange(N) < k, torch.zeros(N, dtype=torch.bool)
         return Flips(~bad, bad, none, none)
 
-    def count(path: PatchPath, state: State, strength: float, after: SampleResults | None = None) -> StrengthPoint:
+    def count(
+        path: PatchPath, state: State, strength: float, after: SampleResults | None = None
+    ) -> StrengthPoint:
         repaired, drawn = round(100 * strength), flips(CALIBRATION, path.problem.evaluator, state)
         return StrengthPoint(strength, repaired, FlipCounts(100, 0, repaired, 200), drawn.counts())
 
@@ -117,7 +141,15 @@ class Scale(nn.Module):
 
 def _problem() -> tuple[Problem, HeldOut]:
     evaluator = Evaluator(Scale())
-    known = [TensorSource(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]), split="known", passed=True, failed=True)]
+    known = [
+        TensorSource(
+            torch.tensor([[1.0], [-1.0]]),
+            torch.tensor([0, 0]),
+            split="known",
+            passed=True,
+            failed=True,
+        )
+    ]
     aside = [TensorSource(torch.ones(N, 1), torch.zeros(N, dtype=torch.int64), split="calibration")]
     before = evaluator.run(known)
     space, _ = find_scope(nn.Linear(1, 2))
@@ -131,9 +163,15 @@ PROBLEM, CALIBRATION = _problem()
 
 def strengths() -> None:
     may = round((1 - CONFIDENCE) * DRAWS)
-    print(f"| the strength is | what breaks | taken | mean strength | missed of {DRAWS:,} | its own limit missed |")
+    print(
+        f"| the strength is | what breaks | taken | mean strength | missed of {DRAWS:,} | its own limit missed |"
+    )
     print("|---|---|---|---|---|---|")
     for t in trials():
-        print(f"| {t.chosen} | {t.world} | {t.taken:,} | {t.strength:.2f} | {t.missed} | {t.naive} |")
+        print(
+            f"| {t.chosen} | {t.world} | {t.taken:,} | {t.strength:.2f} | {t.missed} | {t.naive} |"
+        )
     most = next(k for k in range(DRAWS) if binomial_cdf(k, DRAWS, 1 - CONFIDENCE) >= 0.999)
-    print(f"\nMay be missed: {may}. What fails as often as it may stays within {most} in 999 of 1,000 studies.")
+    print(
+        f"\nMay be missed: {may}. What fails as often as it may stays within {most} in 999 of 1,000 studies."
+    )

@@ -13,10 +13,12 @@ from swarms import study
 from toy_repairs import trained
 
 from lightning_nrl import repair_module
-from lightning_nrl.search._scoring import chunk_scorer, scorer
+from lightning_nrl.search.scoring import chunk_scorer, scorer
 
 FEWER = 20
-"""A share of the particles in blocks of that share of the bytes: as many launches as with all, in minutes on a CPU."""
+"""A share of the particles in blocks of that share of the bytes: as many launches as with all, in
+minutes on a CPU.
+"""
 
 
 def launches(*swarms: str) -> None:
@@ -51,9 +53,21 @@ def device(*names: str) -> None:
         with strict_cuda.watch() as seen:
             repair_module(model, sources(GPU), settings)
         moving = sum(n for place, n in seen.waits.items() if "data/batch" in place)
-        judging = sum(n for place, n in seen.waits.items() if "evaluation/evaluator" in place or " at tasks/" in place)
+        judging = sum(
+            n
+            for place, n in seen.waits.items()
+            if "evaluation/evaluator" in place or " at tasks/" in place
+        )
         counts = (seen.n_launches, seen.n_waits, moving, judging, seen.n_waits - moving - judging)
         rows.append([name, *(f"{n:,}" for n in counts)])
         places += seen.waits
-    show("Repairs", ["repair", "launches", "waits", "of them moving batches", "evaluating", "elsewhere"], rows)
-    show("Waits by place, of all", ["waits", "place"], [[f"{n:,}", place] for place, n in places.most_common(20)])
+    show(
+        "Repairs",
+        ["repair", "launches", "waits", "of them moving batches", "evaluating", "elsewhere"],
+        rows,
+    )
+    show(
+        "Waits by place, of all",
+        ["waits", "place"],
+        [[f"{n:,}", place] for place, n in places.most_common(20)],
+    )

@@ -37,23 +37,30 @@ class Generated:
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         for position in batches:
-            inputs = torch.stack([torch.sin(position * (k + 1) * 0.7311) for k in range(10)], 1).float() * 2
+            inputs = (
+                torch.stack([torch.sin(position * (k + 1) * 0.7311) for k in range(10)], 1).float()
+                * 2
+            )
             yield Batch((inputs,), self.label[position], position)
 
 
 def samples(method: str = "auto", n_samples: str = "200000", seconds: str = "10") -> None:
-    """A network of 10, 64 and 10 units, so that all there is to see are the samples. `seconds`: 0 is no limit.
+    """A network of 10, 64 and 10 units, so that all there is to see are the samples. `seconds`: 0
+    is
+    no limit.
 
-    The 16 samples nearest to another class have that one as their label. The repair's clock is the processor time of
-    its one thread, as on a quiet machine. Memory is the most that the process held (`ru_maxrss`) less what it held with
-    model and labels.
+    The 16 samples nearest to another class have that one as their label. The repair's clock is the
+    processor time of its one thread, as on a quiet machine. Memory is the most that the process
+    held (`ru_maxrss`) less what it held with model and labels.
     """
     time.perf_counter = time.process_time
     n, limit = int(n_samples), float(seconds) or None
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
     with torch.no_grad():
-        best = [model(*batch.args).topk(2) for batch in Generated(torch.zeros(n, dtype=torch.int64))]
+        best = [
+            model(*batch.args).topk(2) for batch in Generated(torch.zeros(n, dtype=torch.int64))
+        ]
     margin = torch.cat([-b.values.diff(dim=1)[:, 0] for b in best])
     first, second = torch.cat([b.indices for b in best]).T
     near = margin.argsort()[:16]

@@ -18,9 +18,13 @@ from tensorboard import default, program
 
 from lightning_nrl.report.tensorboard_plugin import RepairPlugin, repair_plugin
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
-SCREENSHOTS = os.path.abspath(os.environ["NRL_SCREENSHOTS"]) if "NRL_SCREENSHOTS" in os.environ else None
+SCREENSHOTS = (
+    os.path.abspath(os.environ["NRL_SCREENSHOTS"]) if "NRL_SCREENSHOTS" in os.environ else None
+)
 """The folder that pictures of the pages go to; none are made without it."""
 COLOURS = 256
 """Of a screenshot: enough for pages, and small files."""
@@ -51,12 +55,16 @@ T = TypeVar("T")
 
 @contextmanager
 def tensorboard_of(log_dir: Path) -> Iterator[str]:
-    """The address of a TensorBoard in this process, with the Repair tab whether or not the package is installed."""
+    """The address of a TensorBoard in this process, with the Repair tab whether or not the package
+    is installed.
+    """
     if SCREENSHOTS is not None:
         os.chdir(log_dir.parent)
         log_dir = Path(log_dir.name)  # as the pages print it
     board = program.TensorBoard(plugins=[*default.get_static_plugins(), RepairPlugin])
-    board.configure(argv=["tensorboard", "--logdir", str(log_dir), "--port", "0", "--load_fast", "false"])
+    board.configure(
+        argv=["tensorboard", "--logdir", str(log_dir), "--port", "0", "--load_fast", "false"]
+    )
     server = board._make_server()
     Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -131,12 +139,22 @@ class Browser:
     def image_sizes(self, selector: str) -> list[tuple[int, int]]:
         """Width and height of each image that has loaded."""
         script = "return arguments[0].filter(one => one.complete).map(one => [one.naturalWidth, one.naturalHeight])"
-        return [tuple(size) for size in self.driver.execute_script(script, self.elements(selector)) if all(size)]
+        return [
+            tuple(size)
+            for size in self.driver.execute_script(script, self.elements(selector))
+            if all(size)
+        ]
 
     def errors(self, source: str = "") -> list[str]:
-        """What the console has complained of since the page was opened, of places that have this in their name."""
+        """What the console has complained of since the page was opened, of places that have this in
+        their name.
+        """
         entries = self.driver.get_log("browser")
-        return [entry["message"] for entry in entries if entry["level"] == "SEVERE" and source in entry["message"]]
+        return [
+            entry["message"]
+            for entry in entries
+            if entry["level"] == "SEVERE" and source in entry["message"]
+        ]
 
     def picture(self, name: str) -> None:
         """Saves what is seen as a small PNG file, if pictures are wanted."""

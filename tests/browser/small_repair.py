@@ -1,4 +1,6 @@
-"""Trains a small network on handwritten digits, with a record, and repairs it on slashed zeros, in seconds."""
+"""Trains a small network on handwritten digits, with a record, and repairs it on slashed zeros, in
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    repair = RegressionFreeRepair(target=Target.where(slashed_zero), method="swarm", unseen="test", verbose=False)
+    repair = RegressionFreeRepair(
+        target=Target.where(slashed_zero), method="swarm", unseen="test", verbose=False
+    )
     trainer = Trainer(
         max_epochs=15,
         accelerator="cpu",

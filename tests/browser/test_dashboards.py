@@ -20,10 +20,20 @@ RUN = "version_0/repair"
     ("place", "texts", "waits_for", "picture"),
     [
         (HEADLINE, ["/Summary", RUN], "img", "time-series"),
-        ("#scalars", ["repair/accepted", "repair/known_broken", "repair/unseen_broken"], "", "scalars"),
+        (
+            "#scalars",
+            ["repair/accepted", "repair/known_broken", "repair/unseen_broken"],
+            "",
+            "scalars",
+        ),
         ("#histograms", ["repair_weights/change"], ".histogram path", "histograms"),
         ("#images", ["repair/Summary", "repair_figures", "repair_samples"], "img", "images"),
-        ("#images&tagFilter=repair_samples", ["repair_samples/broken in test"], "img", "images-samples"),
+        (
+            "#images&tagFilter=repair_samples",
+            ["repair_samples/broken in test"],
+            "img",
+            "images-samples",
+        ),
         ("#text", ["Repaired", "broken (was right, now wrong)"], "", "text"),
         ("#hparams", ["repair/known_broken", "repair/unseen_broken"], "", "hparams"),
     ],
@@ -40,7 +50,9 @@ def test_a_dashboard_shows_the_repair(
     browser.picture(picture)
 
 
-def test_the_page_alone_shows_sorts_and_filters(browser: Browser, report: RepairReport, log_dir: Path) -> None:
+def test_the_page_alone_shows_sorts_and_filters(
+    browser: Browser, report: RepairReport, log_dir: Path
+) -> None:
     browser.open((log_dir / RUN / "report.html").as_uri(), 1360, 1000)
     driver = browser.driver
     assert browser.elements("h1")[0].text == report.verdict.headline
@@ -57,7 +69,9 @@ def test_the_page_alone_shows_sorts_and_filters(browser: Browser, report: Repair
     assert status.text == f"{n_broken} of {len(flipped)}"
     field.clear()
     field.send_keys(" ")
-    (head,) = [one for one in browser.elements("table.sortable th button") if one.text == "margin after"]
+    (head,) = [
+        one for one in browser.elements("table.sortable th button") if one.text == "margin after"
+    ]
     head.click()
     assert head.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
     script = """return [...document.querySelectorAll("table.sortable tbody tr")]

@@ -68,18 +68,26 @@ def test_pictures_for_the_docs(browser: Browser) -> None:
 
 
 @pytest.mark.usefixtures("other_repairs")
-def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, report: RepairReport) -> None:
+def test_a_repair_is_judged_used_and_kept_apart_from_others(
+    browser: Browser, report: RepairReport
+) -> None:
     open_tab(browser, "version_0/repair")
     known, unseen = report.pooled("known"), report.pooled("unseen")
     assert known is not None
     assert unseen is not None
     # The verdict and the bound stand at the top.
     assert browser.elements("h1")[0].text == report.verdict.headline
-    assert f"{unseen.repaired} repaired, {unseen.broken} broken" in browser.elements(".answers")[0].text
+    assert (
+        f"{unseen.repaired} repaired, {unseen.broken} broken"
+        in browser.elements(".answers")[0].text
+    )
     tiles = [" ".join(tile.text.split()) for tile in browser.elements(".tiles li")]
     assert tiles[0] == f"known samples broken 0 of {known.passed:,} that were right"
     assert tiles[1] == f"targets repaired {known.repaired_in_target} of {known.targeted}"
-    assert tiles[2] == f"unseen failures repaired {unseen.repaired} of {unseen.repaired + unseen.failing}"
+    assert (
+        tiles[2]
+        == f"unseen failures repaired {unseen.repaired} of {unseen.repaired + unseen.failing}"
+    )
     assert tiles[3] == f"unseen samples broken {unseen.broken} of {unseen.passed} that were right"
     assert "with 95 % confidence at most" in browser.elements(".answers")[0].text
     names = [button.text for button in browser.elements("#repairs tbody button")]
@@ -93,13 +101,16 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     assert [row[3] for row in shown[: n_broken + 1]] == ["broken"] * n_broken + ["repaired"]
     assert browser.until(lambda: browser.image_sizes("table.flips img"))[0] == (8, 8)
 
-    # A pair of the confusions leaves its samples: here of the one that has changed most in unseen data.
+    # A pair of the confusions leaves its samples: here of the one that has changed most in unseen
+    # data.
     pair = confusion_changes(unseen.confusion)[0]
     name = f"{pair.label} taken for {pair.prediction}: {pair.before} before, {pair.after} after"
     (number,) = browser.elements(f'.matrix button[aria-label="{name}"]')
     click(number)
     of_pair = [one for split, one in flipped if split == "test" and one.label == pair.label]
-    expected = [one for one in of_pair if pair.prediction in (one.predicted_before, one.predicted_after)]
+    expected = [
+        one for one in of_pair if pair.prediction in (one.predicted_before, one.predicted_after)
+    ]
     assert 0 < len(expected) < len(flipped)
     assert count(browser).startswith(f"{len(expected)} of {len(flipped)}")
     assert {(row[1], row[4]) for row in rows(browser)} == {("test", str(pair.label))}
@@ -122,7 +133,11 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     assert count(browser) == f"{n_broken} of {len(flipped)}"
     field.clear()
     field.send_keys("repair", "ed")
-    (head,) = [one for one in browser.elements("table.flips th button") if one.text.startswith("margin after")]
+    (head,) = [
+        one
+        for one in browser.elements("table.flips th button")
+        if one.text.startswith("margin after")
+    ]
     head.send_keys("\n")
     margins = [float(row[8]) for row in rows(browser)]
     assert len(margins) == 25
@@ -142,7 +157,10 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     strength.send_keys("\ue011")  # Home: the model as it was
     facts = browser.elements('[aria-labelledby="strength-title"] .facts')[0].text.split("\n")
     assert dict(zip(facts[::2], facts[1::2], strict=False))["known broken"] == "0"
-    assert dict(zip(facts[::2], facts[1::2], strict=False))["targets repaired"] == f"0 of {known.targeted}"
+    assert (
+        dict(zip(facts[::2], facts[1::2], strict=False))["targets repaired"]
+        == f"0 of {known.targeted}"
+    )
     if report.search is not None:  # the quickstart's repair, of which pictures are taken, has none
         (search,) = browser.elements("#search-slider")
         search.send_keys("\ue011", "\ue014")  # Home, then right
@@ -152,13 +170,17 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
         (play,) = browser.elements(".replay .slider button")
         click(play)
         last = f"iteration {len(report.search.history['best']) - 1}"
-        browser.until(lambda: search.get_attribute("aria-valuetext") == last and play.text == "Play")
+        browser.until(
+            lambda: search.get_attribute("aria-valuetext") == last and play.text == "Play"
+        )
     assert browser.errors("lightning_nrl") == []
 
 
 @pytest.mark.usefixtures("other_repairs")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_is_cut_off_on_a_laptop_or_a_phone(browser: Browser, log_dir: Path, width: int) -> None:
+def test_nothing_is_cut_off_on_a_laptop_or_a_phone(
+    browser: Browser, log_dir: Path, width: int
+) -> None:
     driver = browser.driver
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     too_wide = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
@@ -166,7 +188,9 @@ def test_nothing_is_cut_off_on_a_laptop_or_a_phone(browser: Browser, log_dir: Pa
     try:
         open_tab(browser, "copy")
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+        driver.execute_script(
+            "for (const one of document.querySelectorAll('details')) one.open = true"
+        )
         pages = [driver.execute_script(too_wide)]
         if width > 1000:
             pages += driver.execute_script(tables)
@@ -188,7 +212,9 @@ def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Brows
     field.send_keys("night")
     assert count(browser).startswith("100 of 10,000")
     field.clear()
-    browser.driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    browser.driver.execute_script(
+        "for (const one of document.querySelectorAll('details')) one.open = true"
+    )
     shown = "\n".join(browser.texts())
     assert shown.count(HOSTILE) > 20
     made = browser.driver.execute_script("""

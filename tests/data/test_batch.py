@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.data.adapters import INPUT_KEYS, TARGET_KEYS, adapter_hint, bind_adapter, describe, unpack
+from lightning_nrl.data.adapters import (
+    INPUT_KEYS,
+    TARGET_KEYS,
+    adapter_hint,
+    bind_adapter,
+    describe,
+    unpack,
+)
 from lightning_nrl.data.batch import is_sliceable, run_model, unpacked
 from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -36,7 +43,8 @@ MAPPED = {"x": X, "y": Y}
 
 
 @pytest.mark.parametrize(
-    "raw", [(X, Y), [X, Y, "name"], Pair(X, Y), MAPPED, UserDict(MAPPED), Encoding(MAPPED), ({"x": X}, Y)]
+    "raw",
+    [(X, Y), [X, Y, "name"], Pair(X, Y), MAPPED, UserDict(MAPPED), Encoding(MAPPED), ({"x": X}, Y)],
 )
 def test_raw_batches_are_moved_to_the_device(raw: Any) -> None:
     [(args, kwargs, target)] = unpacked([raw], unpack, torch.device("meta"))
@@ -72,7 +80,9 @@ def test_tensors_lose_their_metadata_but_not_their_layout() -> None:
         ("a", False),
     ],
 )
-def test_samples_can_be_taken_from_inputs_that_count_them_everywhere(inputs: Any, sliceable: bool) -> None:
+def test_samples_can_be_taken_from_inputs_that_count_them_everywhere(
+    inputs: Any, sliceable: bool
+) -> None:
     assert is_sliceable(inputs, 2) is sliceable
 
 
@@ -103,13 +113,18 @@ def test_a_predicate_sees_inputs_targets_and_extras() -> None:
     assert torch.equal(targets, FIVE_LABELS)
     assert torch.equal(dark, DARK)
     source = TensorSource(FIVE, FIVE_LABELS, split="new", failed=True, extras=(DARK,), batch_size=2)
-    evidence = Evaluator(nn.Identity()).run([source], Target.where(lambda batch: batch[2]), forward=lambda x: -x)
+    evidence = Evaluator(nn.Identity()).run(
+        [source], Target.where(lambda batch: batch[2]), forward=lambda x: -x
+    )
     assert evidence.ids(evidence.targeted) == {"new": [1]}
 
 
 def test_a_tuple_of_inputs_is_given_by_position_and_a_mapping_by_name() -> None:
     (by_position,) = TensorSource((FIVE, DARK), FIVE_LABELS, split="train")
-    assert [torch.equal(a, b) for a, b in zip(by_position.args, (FIVE, DARK), strict=True)] == [True, True]
+    assert [torch.equal(a, b) for a, b in zip(by_position.args, (FIVE, DARK), strict=True)] == [
+        True,
+        True,
+    ]
     assert by_position.kwargs == {}
     (by_name,) = TensorSource({"x": FIVE, "mask": DARK}, FIVE_LABELS, split="train")
     assert by_name.args == ()
@@ -176,7 +191,12 @@ TABLE = {"continuous": A, "categorical": B, "target": Y}
 @pytest.mark.parametrize(
     ("raw", "forward", "args", "kwargs"),
     [
-        ({"image": X, "depth": A, "label": Y}, lambda self, image, depth=None: 0, (), {"image": X, "depth": A}),
+        (
+            {"image": X, "depth": A, "label": Y},
+            lambda self, image, depth=None: 0,
+            (),
+            {"image": X, "depth": A},
+        ),
         ({"image": X, "depth": A, "label": Y}, lambda self, x, features=False: 0, (X,), {}),
         ({"signal": X, "label": Y}, lambda self, x: 0, (X,), {}),
         ({"pixel_values": X, "labels": Y}, lambda self, **inputs: 0, (), {"pixel_values": X}),
@@ -186,7 +206,12 @@ TABLE = {"continuous": A, "categorical": B, "target": Y}
         (TEXT, lambda self, batch: 0, (TEXT,), {}),
         (TABLE, lambda self, x: 0, (TABLE,), {}),
         ({"inputs": {"a": A, "b": B}, "targets": Y}, lambda self, a, b: 0, (), {"a": A, "b": B}),
-        ({"inputs": {"a": A, "b": B}, "targets": {"y": Y}}, lambda self, x: 0, ({"a": A, "b": B},), {}),
+        (
+            {"inputs": {"a": A, "b": B}, "targets": {"y": Y}},
+            lambda self, x: 0,
+            ({"a": A, "b": B},),
+            {},
+        ),
         ({"batch": {"x": X, "y": Y}}, lambda self, x: 0, (X,), {}),
         ({"batch": (X, Y)}, lambda self, x: 0, (X,), {}),
         (Record(X, Y), lambda self, x: 0, (X,), {}),
@@ -200,10 +225,14 @@ TABLE = {"continuous": A, "categorical": B, "target": Y}
         (GRAPHS, lambda self, x, batch: 0, (), {"x": GRAPHS.x, "batch": GRAPHS.batch}),
     ],
 )
-def test_forward_gets_what_it_takes(raw: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def test_forward_gets_what_it_takes(
+    raw: Any, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> None:
     found = taken(raw, forward)
     assert len(found[0]) == len(args)
-    assert all(a is b or (type(a) is type(b) and a == b) for a, b in zip(found[0], args, strict=True))
+    assert all(
+        a is b or (type(a) is type(b) and a == b) for a, b in zip(found[0], args, strict=True)
+    )
     assert found[1].keys() == kwargs.keys()
     assert all(found[1][name] is kwargs[name] for name in kwargs)
     assert found[2] is Y
@@ -228,7 +257,9 @@ def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch() -> No
     ],
 )
 def test_what_is_no_batch_is_refused_with_the_way_out(raw: Any, found: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"`adapter`: .*{found}[\s\S]*HINT: pass `adapter=f`"):
+    with pytest.raises(
+        ConfigurationError, match=rf"`adapter`: .*{found}[\s\S]*HINT: pass `adapter=f`"
+    ):
         unpack(raw)
 
 
@@ -279,7 +310,9 @@ def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
 
 
 def test_a_model_is_no_adapter() -> None:
-    with pytest.raises(ConfigurationError, match=r"`adapter`: Linear is a model.\nHINT: .*`reference=`"):
+    with pytest.raises(
+        ConfigurationError, match=r"`adapter`: Linear is a model.\nHINT: .*`reference=`"
+    ):
         bind_adapter(nn.Linear(2, 2), nn.Linear(2, 2))
 
 

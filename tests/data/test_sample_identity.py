@@ -53,21 +53,27 @@ def places(dataset: Dataset[Any], n: int) -> list[tuple[str, int]]:
         (Noisy(FIRST, [5, 3, 4]), [("first", 5), ("first", 3), ("first", 4)]),
     ],
 )
-def test_subsets_and_unions_are_seen_through(dataset: Dataset[Any], expected: list[tuple[str, int]]) -> None:
+def test_subsets_and_unions_are_seen_through(
+    dataset: Dataset[Any], expected: list[tuple[str, int]]
+) -> None:
     assert places(dataset, len(expected)) == expected
 
 
 def test_samples_that_come_from_places_that_no_list_names_are_their_own() -> None:
     backwards = Noisy(FIRST, backwards=True)
     state = torch.get_rng_state()
-    assert base_samples(backwards, torch.arange(10)).tolist() == [[id(backwards), i] for i in range(10)]
+    assert base_samples(backwards, torch.arange(10)).tolist() == [
+        [id(backwards), i] for i in range(10)
+    ]
     assert backwards.data is FIRST
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def keys(*args: Tensor, target: Tensor | None = None, **kwargs: Tensor) -> list[list[int]]:
     n = len(next(iter((*args, *kwargs.values()))))
-    return content_keys(Batch(args, torch.zeros(n) if target is None else target, torch.arange(n), kwargs)).tolist()
+    return content_keys(
+        Batch(args, torch.zeros(n) if target is None else target, torch.arange(n), kwargs)
+    ).tolist()
 
 
 def test_alike_to_the_bit_is_the_same_whatever_the_batch() -> None:

@@ -16,7 +16,17 @@ from lightning_nrl import RegressionFreeRepair, Settings
 from lightning_nrl.data import parse_target
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.columns import Field, find_column
-from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where, target_in
+from lightning_nrl.data.targets import (
+    AllFailures,
+    And,
+    Confusion,
+    Label,
+    Not,
+    Or,
+    Target,
+    Where,
+    target_in,
+)
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.updates import ProtectedIntact, parse_rules
 
@@ -57,7 +67,9 @@ def occluded(raw: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:
     ],
     ids=str,
 )
-def test_covers_are_the_samples_that_would_be_chosen_if_they_failed(target: Target, expected: list[int]) -> None:
+def test_covers_are_the_samples_that_would_be_chosen_if_they_failed(
+    target: Target, expected: list[int]
+) -> None:
     assert target.covers(batch(), LABEL, PREDICTION).nonzero().flatten().tolist() == expected
 
 
@@ -65,7 +77,9 @@ def test_targets_are_values() -> None:
     assert Target.label(3) | Target.confusion(3, 5) == Or(Label(3), Confusion(3, 5))
     assert ~Target.all() & Target.where(occluded) == And(Not(AllFailures()), Where(occluded))
     assert len({Target.label(3), Label(3), Label(4)}) == 2
-    assert pickle.loads(pickle.dumps(Target.where(occluded) | Target.label(1))) == Where(occluded) | Label(1)
+    assert pickle.loads(pickle.dumps(Target.where(occluded) | Target.label(1))) == Where(
+        occluded
+    ) | Label(1)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +97,16 @@ def test_targets_are_values() -> None:
     ],
 )
 def test_a_predicate_that_returns_something_else_is_refused(give: Callable, found: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"(?s)where hidden.*returned ({found}) for a batch of 5.*HINT"):
+    with pytest.raises(
+        ConfigurationError, match=f"(?s)where hidden.*returned ({found}) for a batch of 5.*HINT"
+    ):
         chosen(Target.where(give, name="hidden"))
 
 
 def test_an_exception_in_a_predicate_is_named_and_kept() -> None:
-    with pytest.raises(ConfigurationError, match=r"(?s)where hidden.*KeyError: 'hidden'.*HINT") as caught:
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)where hidden.*KeyError: 'hidden'.*HINT"
+    ) as caught:
         chosen(Target.where(lambda raw: raw[2]["hidden"], name="hidden"))
     assert isinstance(caught.value.__cause__, KeyError)
 
@@ -98,9 +116,18 @@ def test_an_exception_in_a_predicate_is_named_and_kept() -> None:
     [
         (lambda: Target.where("no.such.module:f"), "`predicate='no.such.module:f'` was not found"),
         (lambda: Target.where(OCCLUDED), "of type Tensor cannot be called"),  # type: ignore[arg-type]
-        *((lambda x=x: Target.label(x), "`label=.*is no class") for x in (-1, 2.0, "3", None, True, np.True_)),
-        *((lambda x=x: Target.confusion(*x), "is no class") for x in ((-1, 2), (2, -1), (1.5, 2), (0, "1"))),
-        (lambda: Target.confusion(3, 3), r"(?s)confusion 3 -> 3 is not a failure.*Target.label\(3\)"),
+        *(
+            (lambda x=x: Target.label(x), "`label=.*is no class")
+            for x in (-1, 2.0, "3", None, True, np.True_)
+        ),
+        *(
+            (lambda x=x: Target.confusion(*x), "is no class")
+            for x in ((-1, 2), (2, -1), (1.5, 2), (0, "1"))
+        ),
+        (
+            lambda: Target.confusion(3, 3),
+            r"(?s)confusion 3 -> 3 is not a failure.*Target.label\(3\)",
+        ),
         (lambda: Or(Target.label(3), 5), "Or was given 5"),  # type: ignore[arg-type]
     ],
 )
@@ -117,7 +144,9 @@ def test_whole_numbers_of_any_library_become_int(label: object) -> None:
     assert type(target.label) is int
 
 
-@pytest.mark.parametrize("target", [Target.label(3), Target.confusion(3, 5), Target.all() & Target.label(3)])
+@pytest.mark.parametrize(
+    "target", [Target.label(3), Target.confusion(3, 5), Target.all() & Target.label(3)]
+)
 def test_classes_in_a_task_without_classes_are_refused(target: Target) -> None:
     with pytest.raises(ConfigurationError, match=r"(?s)asks for classes.*Target.where"):
         target.select(batch(), None, None)

@@ -11,9 +11,9 @@ from toy_repairs import known, mlp, quick
 
 from lightning_nrl import BoundOptions, ParticleSwarm, Settings, TensorSource
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.methods import BUNDLES, Auto, Convex, FineTunePolish, Linearized, LocalSearch, Polish, bundle
+from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, LocalSearch, Polish
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.search import CmaEs
+from lightning_nrl.published import BUNDLES, CmaEs, bundle
 from lightning_nrl.tasks import Multilabel, NamedHead, Regression, Segmentation, Sequence
 
 GPU = torch.device("cuda")
@@ -88,7 +88,9 @@ def sources(device: torch.device | str | None = None, n: int = 90) -> list[Tenso
 def counted(outcome: Outcome) -> tuple[Any, ...]:
     """What a repair decided, without times."""
     report = outcome.report
-    return report.status, [(s.split, s.kept, s.broken, s.repaired, s.failing) for s in report.splits]
+    return report.status, [
+        (s.split, s.kept, s.broken, s.repaired, s.failing) for s in report.splits
+    ]
 
 
 class Named(nn.Module):
@@ -111,7 +113,12 @@ def _pixels() -> nn.Module:
 
 TASKS: dict[str, tuple[Any, Any, Any, Any]] = {
     "multilabel": (lambda: _net(3), Multilabel(), (6,), lambda o: (o > 0).float()),
-    "regression": (lambda: nn.Sequential(_net(1), nn.Flatten(0)), Regression(0.2), (6,), lambda o: o),
+    "regression": (
+        lambda: nn.Sequential(_net(1), nn.Flatten(0)),
+        Regression(0.2),
+        (6,),
+        lambda o: o,
+    ),
     "segmentation": (_pixels, Segmentation(0.8), (1, 5, 5), lambda o: o.argmax(1)),
     "sequence": (lambda: _net(3), Sequence(), (4, 6), lambda o: o.argmax(-1)),
     "named head": (Named, NamedHead("classes"), (6,), lambda o: o["classes"].argmax(1)),

@@ -1,4 +1,6 @@
-"""Builds the strict device once for each torch; `python tests/device/strict_build.py` does it by hand."""
+"""Builds the strict device once for each torch; `python tests/device/strict_build.py` does it by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,9 @@ def built() -> Path:
     """
     torch = Path(str(importlib.util.find_spec("torch").origin)).parent  # type: ignore[union-attr]
     version = (torch / "version.py").read_bytes()
-    key = hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes() + version + str(torch).encode()).hexdigest()[
-        :16
-    ]
+    key = hashlib.sha256(
+        SOURCE.read_bytes() + Path(__file__).read_bytes() + version + str(torch).encode()
+    ).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_nrl_tests"
     library = home / f"strict_cuda-{key}.so"
     if library.exists():
@@ -42,7 +44,14 @@ def built() -> Path:
     home.mkdir(parents=True, exist_ok=True)
     part = home / f"{library.stem}-{os.getpid()}.part"
     folders = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include", f"-L{torch}/lib"]
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wl,--no-as-needed", f"-Wl,-rpath,{torch}/lib"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-Wl,--no-as-needed",
+        f"-Wl,-rpath,{torch}/lib",
+    ]
     command = ["g++", *flags, *folders, str(SOURCE), "-ltorch_cpu", "-lc10", "-o", str(part)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     part.replace(library)

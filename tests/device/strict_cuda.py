@@ -2,8 +2,9 @@
 
     python -m pytest -p strict_cuda -m gpu      # with this folder in PYTHONPATH
 
-It has to be there before torch is, so it needs a process of its own. Inside: `watch` counts launches and waits by
-place, `memory_of` and `failing` let memory run out, `torch.cuda.set_sync_debug_mode("error")` makes waits errors.
+It has to be there before torch is, so it needs a process of its own. Inside: `watch` counts
+launches and waits by place, `memory_of` and `failing` let memory run out,
+`torch.cuda.set_sync_debug_mode("error")` makes waits errors.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def _number(device: Any = None) -> int:
     return torch._C._accelerator_getDeviceIndex() if index is None else index
 
 
-# ------------------------------------------------------------------------------------------ torch.cuda for Python
+# ------------------------------------------------------------------------------------------
+# torch.cuda for Python
 class _Stream:
     device, cuda_stream, stream_id = torch.device("cuda", 0), 0, 0
 
@@ -96,7 +98,9 @@ def _limit() -> int:
 
 
 def _get_state(device: Any = "cuda") -> torch.Tensor:
-    state = torch.empty(_library.strict_get_state(_number(device), None, 0), dtype=torch.uint8, device="cpu")
+    state = torch.empty(
+        _library.strict_get_state(_number(device), None, 0), dtype=torch.uint8, device="cpu"
+    )
     _library.strict_get_state(_number(device), state.data_ptr(), state.numel())
     return state
 
@@ -187,7 +191,11 @@ _new_storage = torch._C.StorageBase.__new__
 
 
 def _storage(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
-    if device is not None and torch.device(device).type == "cuda" and (not args or isinstance(args[0], int)):
+    if (
+        device is not None
+        and torch.device(device).type == "cuda"
+        and (not args or isinstance(args[0], int))
+    ):
         return torch.empty(*args or [0], dtype=torch.uint8, device=device).untyped_storage()
     return _new_storage(cls, *args, **kwargs, **({} if device is None else {"device": device}))
 
@@ -195,7 +203,8 @@ def _storage(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
 torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[assignment, method-assign]
 
 
-# ---------------------------------------------------------------------------------------------------- for tests
+# ----------------------------------------------------------------------------------------------------
+# for tests
 class Watch:
     """Launches and waits, by operator and by the innermost line of `package` that asked for them."""
 

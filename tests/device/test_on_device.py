@@ -1,4 +1,6 @@
-"""Every method, task, gate and report on a device: a card, or the stand-in that `test_strict_device.py` starts."""
+"""Every method, task, gate and report on a device: a card, or the stand-in that
+`test_strict_device.py` starts.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +17,38 @@ from toy_repairs import blobs, quick, trained
 from lightning_nrl import Gate, Grid, OldModel, Target, TensorSource, repair_module
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
-from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.evaluation.metrics import NegativeFlipRate
-from lightning_nrl.search._scoring import scorer
+from lightning_nrl.search.scoring import scorer
+from lightning_nrl.study import sweep_module
 from lightning_nrl.updates import release
 
 STRICT = "strict_cuda" in sys.modules
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("name", CASES if STRICT else {**CASES, **LONG_CASES})
-def test_a_repair_there_is_what_it_is_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repair_there_is_what_it_is_on_the_cpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The same sums: what is as good but for rounding would else come out otherwise.
     monkeypatch.setattr(scorer, "is_stacked_on", lambda device: True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # for which searches keep a reserve
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # for which searches keep a reserve
     make, settings = {**CASES, **LONG_CASES}[name]
     model = trained(make).to(GPU)
     before = copy.deepcopy(model).eval()
     outcome = repair_module(model, sources(GPU), settings)
     alone = repair_module(trained(make), sources(), settings)
     # A real card sums in another order.
-    assert counted(outcome) == counted(alone) if STRICT else outcome.report.status == alone.report.status
+    assert (
+        counted(outcome) == counted(alone)
+        if STRICT
+        else outcome.report.status == alone.report.status
+    )
     if outcome.write(model):
         assert {p.device.type for p in model.parameters()} == {"cuda"}
         for source in sources(GPU):
@@ -46,7 +59,9 @@ def test_a_repair_there_is_what_it_is_on_the_cpu(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_is_counted_as_on_the_cpu(name: str) -> None:
-    there, here = (repair_module(*untrained(name, device), quick()) for device in (GPU, torch.device("cpu")))
+    there, here = (
+        repair_module(*untrained(name, device), quick()) for device in (GPU, torch.device("cpu"))
+    )
     assert counted(there) == counted(here) if STRICT else there.report.status == here.report.status
     assert sum(split.broken for split in there.report.splits) == 0
 
@@ -55,7 +70,8 @@ def test_each_task_is_counted_as_on_the_cpu(name: str) -> None:
 def test_each_gate(gate: str) -> None:
     settings = quick(gate=Gate.parse(gate), target=Target.label(0), slices=lambda batch: batch[1])
     settings = replace(
-        settings, samples=replace(settings.samples, importance="focal", protected=near, set_aside="doubtful")
+        settings,
+        samples=replace(settings.samples, importance="focal", protected=near, set_aside="doubtful"),
     )
     there, here = (repair_module(trained().to(d), sources(d), settings) for d in (GPU, "cpu"))
     assert counted(there) == counted(here) if STRICT else there.report.status == here.report.status
@@ -86,7 +102,9 @@ def test_an_update_is_repaired_and_released() -> None:
         report = repair_module(new, sources(GPU), quick(), reference=reference).report
         assert sum(split.broken for split in report.splits) == 0
     data = TensorSource(*blobs(200, 0.5, seed=7), split="test", batch_size=64, device=GPU)
-    released = release(new, old, data, ["accuracy", "nfr:20%", "slices"], slices=lambda batch: batch[1])
+    released = release(
+        new, old, data, ["accuracy", "nfr:20%", "slices"], slices=lambda batch: batch[1]
+    )
     assert released.rows[0].counts.n == 200
 
 
@@ -103,5 +121,7 @@ def test_diagnosis_comparison_and_sweep() -> None:
     assert diagnosis.to_markdown()
     compared = compare_module(trained().to(GPU), sources(GPU), methods={"swarm": QUICK_SWARM})
     assert compared.to_markdown()
-    sweep = sweep_module(trained().to(GPU), sources(GPU), Grid(n_weights=[6, 12]), seeds=2, base=quick())
+    sweep = sweep_module(
+        trained().to(GPU), sources(GPU), Grid(n_weights=[6, 12]), seeds=2, base=quick()
+    )
     assert len(sweep.runs) == 4

@@ -1,4 +1,6 @@
-"""What is promised of a device: few waits, few launches, blocks that do not shrink, memory that may run out."""
+"""What is promised of a device: few waits, few launches, blocks that do not shrink, memory that may
+run out.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,25 @@ from toy_problems import make_problem
 from toy_repairs import mlp, quick, trained
 
 from lightning_nrl import Grid, ParticleSwarm, repair_module
-from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.methods import local_search
-from lightning_nrl.methods._solvers.descent import Descent
-from lightning_nrl.methods._solvers.mini_batches import load_batches
+from lightning_nrl.methods.solvers.descent import Descent
+from lightning_nrl.methods.solvers.mini_batches import load_batches
 from lightning_nrl.search.search_log import SearchLog
+from lightning_nrl.study import sweep_module
 
 STRICT = sys.modules.get("strict_cuda")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 counting = pytest.mark.skipif(STRICT is None, reason="counts on the strict device")
 
-SEARCHES = ["swarm with weights", "swarm with protected samples", "swarm, convolution", "swarm, attention"]
+SEARCHES = [
+    "swarm with weights",
+    "swarm with protected samples",
+    "swarm, convolution",
+    "swarm, attention",
+]
 
 
 def waits_raise(yes: bool) -> None:
@@ -34,7 +44,9 @@ def waits_raise(yes: bool) -> None:
 
 @contextmanager
 def watched_looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Between two looks of a search at its log, nothing may wait; gives the iterations at which it looked."""
+    """Between two looks of a search at its log, nothing may wait; gives the iterations at which it
+    looked.
+    """
     looks: list[int] = []
     read = SearchLog.read
 
@@ -91,12 +103,17 @@ def test_a_step_that_moves_some_weights_never_waits() -> None:
     rows = torch.arange(40)
     for number, parts in enumerate(load_batches(problem, [rows] * 3)):
         waits_raise(number > 0)
-        descent.step(parts, lambda batch, rows, output: problem.evaluator.task.loss(output, batch.target).sum())
+        descent.step(
+            parts,
+            lambda batch, rows, output: problem.evaluator.task.loss(output, batch.target).sum(),
+        )
         waits_raise(False)
 
 
 @contextmanager
-def grabbed(monkeypatch: pytest.MonkeyPatch, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[list[Any]]:
+def grabbed(
+    monkeypatch: pytest.MonkeyPatch, around: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[list[Any]]:
     """The scorers of searches, and what `around` gave while each of them ran."""
     real, found = local_search.search, []
 
@@ -111,7 +128,9 @@ def grabbed(monkeypatch: pytest.MonkeyPatch, around: Callable[[], AbstractContex
 
 
 @pytest.mark.parametrize(("name", "n"), [("convolution", 600), ("head", 1500)])
-def test_blocks_do_not_shrink_with_the_data(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_shrink_with_the_data(
+    name: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, layer = (Conv, "first") if name == "convolution" else (mlp, "auto")
     settings = quick(layer=layer, method=ParticleSwarm(particles=100, iterations=1))
     rows = []
@@ -137,13 +156,17 @@ def test_launches_of_an_iteration(name: str, monkeypatch: pytest.MonkeyPatch) ->
     with grabbed(monkeypatch, STRICT.watch) as found:  # type: ignore[union-attr]
         for iterations in (2, 6):
             method = ParticleSwarm(particles=10, iterations=iterations, patience=100)
-            repair_module(trained(make).to(GPU), sources(GPU, 120), quick(layer=layer, method=method, **more))
+            repair_module(
+                trained(make).to(GPU), sources(GPU, 120), quick(layer=layer, method=method, **more)
+            )
             counts.append(found[-1][1].n_launches)
     assert (counts[1] - counts[0]) / 4 <= LAUNCHES[name]
 
 
 @counting
-@pytest.mark.parametrize(("name", "allocations"), [("swarm", (0, 640, 1500)), ("linearized", (640,))])
+@pytest.mark.parametrize(
+    ("name", "allocations"), [("swarm", (0, 640, 1500)), ("linearized", (640,))]
+)
 def test_memory_that_runs_out_once_changes_nothing(name: str, allocations: tuple[int, ...]) -> None:
     make, settings = CASES[name]
     model = trained(make).to(GPU)

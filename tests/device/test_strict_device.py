@@ -21,5 +21,7 @@ def test_what_needs_a_device_holds_on_a_strict_one() -> None:
         pytest.skip(f"the strict device does not fit this torch: {error.stderr[:500]}")
     command = [sys.executable, str(ROOT / "tests" / "gpu_check.py"), "--device", "strict"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

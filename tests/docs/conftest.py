@@ -1,4 +1,6 @@
-"""What the pages take for granted: a project with a trained model, data, checkpoints and a package of functions."""
+"""What the pages take for granted: a project with a trained model, data, checkpoints and a package
+of functions.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,17 @@ def classes(package: Any) -> tuple[type, type]:
     """A module and a data module, of one of Lightning's packages."""
 
     class Data(package.LightningDataModule):
-        """Digits; the third column of a batch counts the samples, so that it is a column of any kind."""
+        """Digits; the third column of a batch counts the samples, so that it is a column of any
+        kind.
+        """
 
         def setup(self, stage: str) -> None:
             images, labels = load_digits(return_X_y=True)
-            data = torch.tensor(images[:700], dtype=torch.float32) / 16, torch.tensor(labels[:700]), torch.arange(700)
+            data = (
+                torch.tensor(images[:700], dtype=torch.float32) / 16,
+                torch.tensor(labels[:700]),
+                torch.arange(700),
+            )
             self.parts = [
                 TensorDataset(*(part[first : first + n] for part in data))
                 for first, n in ((0, 300), (300, 150), (450, 100), (550, 150))
@@ -112,7 +120,11 @@ def quick(kind: type) -> type:
 
 def quickest(named: dict[str, Any]) -> dict[str, Any]:
     """The method that takes least, where a page asks for nothing that only others can do."""
-    return {} if {"reference", "task", "layer", "callback", "search", "settings", "methods"} & set(named) else QUICKEST
+    return (
+        {}
+        if {"reference", "task", "layer", "callback", "search", "settings", "methods"} & set(named)
+        else QUICKEST
+    )
 
 
 def with_defaults(function: Any, **defaults: Any) -> Any:
@@ -144,14 +156,21 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "__init__.py").write_text("def is_dark(batch): return batch[0].mean(1) > 0.3\n")
     for name, text in MODULES.items():
         (package / f"{name}.py").write_text(text)
-    for seed, epochs, names in ((0, 4, ("old.ckpt", "best.ckpt")), (1, 8, ("new.ckpt", "retrained.ckpt"))):
+    for seed, epochs, names in (
+        (0, 4, ("old.ckpt", "best.ckpt")),
+        (1, 8, ("new.ckpt", "retrained.ckpt")),
+    ):
         lightning.seed_everything(seed, verbose=False)
         trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **QUIET)
         trainer.fit(Net(), datamodule=Data())
         for name in names:
             trainer.save_checkpoint(folder / name)
     source: dict[str, Any] = {"datamodule": Data(), "ckpt_path": folder / "best.ckpt"}
-    how: dict[str, Any] = {"method": "convex", "dirpath": folder / "lightning_logs/version_0/repair", "verbose": False}
+    how: dict[str, Any] = {
+        "method": "convex",
+        "dirpath": folder / "lightning_logs/version_0/repair",
+        "verbose": False,
+    }
     lightning_nrl.repair(lightning.Trainer(**QUIET), Net(), **source, **how)
     return folder
 
@@ -180,7 +199,9 @@ def project(folder: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> dict[s
         monkeypatch.setattr(one, "Trainer", quick(one.Trainer))
     monkeypatch.setattr(lightning_nrl, "RegressionFreeRepair", QuickRepair)
     for name, defaults in SMALL.items():
-        monkeypatch.setattr(lightning_nrl, name, with_defaults(getattr(lightning_nrl, name), **defaults))
+        monkeypatch.setattr(
+            lightning_nrl, name, with_defaults(getattr(lightning_nrl, name), **defaults)
+        )
     models = [Net(), Net()]
     for model in models:
         model.load_state_dict(torch.load("best.ckpt", weights_only=True)["state_dict"])
@@ -190,9 +211,20 @@ def project(folder: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> dict[s
     return {
         "__name__": "page",
         **{name: getattr(lightning_nrl, name) for name in lightning_nrl.__all__},
-        **{"L": package, "torch": torch, "nn": nn, "DataLoader": DataLoader, "ConcatDataset": ConcatDataset},
+        **{
+            "L": package,
+            "torch": torch,
+            "nn": nn,
+            "DataLoader": DataLoader,
+            "ConcatDataset": ConcatDataset,
+        },
         **dict.fromkeys(("model", "module", "old"), models[0]),
         **dict.fromkeys(("new_model", "new"), models[1]),
-        **{"Model": Net, "dm": Data(), "train": data.train_dataloader(), "val": data.val_dataloader()},
+        **{
+            "Model": Net,
+            "dm": Data(),
+            "train": data.train_dataloader(),
+            "val": data.val_dataloader(),
+        },
         **{"x": x, "y": y, "is_rare": is_rare},
     }

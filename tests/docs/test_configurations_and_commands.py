@@ -1,4 +1,6 @@
-"""YAML of the docs makes the objects that it names; commands name scripts, options and extras that exist."""
+"""YAML of the docs makes the objects that it names; commands name scripts, options and extras that
+exist.
+"""
 
 from __future__ import annotations
 
@@ -57,16 +59,24 @@ def help_of(command: str) -> str:
 
 
 def commands(page: Path) -> list[tuple[str, str]]:
-    """Each line of a shell block or of an indented or unmarked one that starts a script, with where it stands."""
+    """Each line of a shell block or of an indented or unmarked one that starts a script, with where
+    it stands.
+    """
     found = []
     for block in fences(page):
         lines = re.sub(r"\\\n\s*", " ", block.code).splitlines()
         if block.language in ("bash", "sh", "console"):
-            found += [(block.name, line) for line in lines if block.runs and line.strip() and not line.startswith("#")]
+            found += [
+                (block.name, line)
+                for line in lines
+                if block.runs and line.strip() and not line.startswith("#")
+            ]
         elif not block.language:
             found += [(block.name, line) for line in lines if SCRIPTS.match(line)]
     text = page.read_text(encoding="utf-8")
-    found += [(page.name, line.strip()) for line in re.findall(r"^    (python .*)$", text, re.MULTILINE)]
+    found += [
+        (page.name, line.strip()) for line in re.findall(r"^    (python .*)$", text, re.MULTILINE)
+    ]
     return found
 
 
@@ -85,10 +95,14 @@ def check_command(line: str) -> None:
             assert command in COMMANDS
             shown = help_of(command)
             for option in (word.partition("=")[0] for word in arguments if word.startswith("--")):
-                assert option in shown or option.startswith(("--repair", "--trainer", "--model.")), option
+                assert option in shown or option.startswith(
+                    ("--repair", "--trainer", "--model.")
+                ), option
     elif "pip install" in line:
         for extras in re.findall(r"(?:lightning_nrl|\.)\[([\w,]+)\]", line):
-            assert set(extras.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"]), extras
+            assert set(extras.split(",")) <= set(PYPROJECT["project"]["optional-dependencies"]), (
+                extras
+            )
         for group in re.findall(r"--group (\w+)", line):
             assert group in PYPROJECT["dependency-groups"], group
     elif line.startswith(("python -m venv", "python3 -m venv", "python -m pytest")):

@@ -1,4 +1,6 @@
-"""Links of README and docs lead somewhere: to a file, and to a heading in it, on GitHub and on the site alike."""
+"""Links of README and docs lead somewhere: to a file, and to a heading in it, on GitHub and on the
+site alike.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,19 @@ from repository import ROOT
 
 HOME = "https://github.com/lightning-nrl/lightning_nrl/"
 SITE = "https://lightning-nrl.github.io/lightning_nrl/"
-LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"|<a[^>]* href=\"([^\"]+)\"")
+LINK = re.compile(
+    r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"|<a[^>]* href=\"([^\"]+)\""
+)
 
 
 def prose(page: Path) -> str:
     """A page without its code."""
-    text = re.sub(r"^([ ]*)```.*?^\1```[ ]*$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r"^([ ]*)```.*?^\1```[ ]*$",
+        "",
+        page.read_text(encoding="utf-8"),
+        flags=re.DOTALL | re.MULTILINE,
+    )
     return re.sub(r"`[^`\n]*`", "", text)
 
 
@@ -29,7 +38,12 @@ def links(page: Path) -> list[str]:
 @cache
 def anchors(page: Path) -> set[str]:
     """Those that GitHub and the site make of a page's headings, where both agree."""
-    text = re.sub(r"^([ ]*)```.*?^\1```[ ]*$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r"^([ ]*)```.*?^\1```[ ]*$",
+        "",
+        page.read_text(encoding="utf-8"),
+        flags=re.DOTALL | re.MULTILINE,
+    )
     found = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
     for heading in re.findall(r"^#{1,6} (.+?)\s*$", text, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
@@ -58,7 +72,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         leads_to = (page.parent / path).resolve() if path else page
         assert leads_to.exists(), where
         if page.is_relative_to(ROOT / "docs"):
-            assert leads_to.is_relative_to(ROOT / "docs"), f"{where} leads out of the site; give its address on GitHub"
+            assert leads_to.is_relative_to(ROOT / "docs"), (
+                f"{where} leads out of the site; give its address on GitHub"
+            )
         if anchor:
             assert anchor in anchors(leads_to), where
 

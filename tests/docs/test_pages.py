@@ -25,7 +25,9 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, project: dict[
             if not block.runs:
                 continue
             if block.code.lstrip().startswith(">>>"):
-                test = doctest.DocTestParser().get_doctest(block.code, project, block.name, str(page), block.line)
+                test = doctest.DocTestParser().get_doctest(
+                    block.code, project, block.name, str(page), block.line
+                )
                 assert doctest.DocTestRunner().run(test).failed == 0, block.name
                 continue
             out = io.StringIO()

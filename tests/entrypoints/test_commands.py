@@ -46,7 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         module = import_module("my_project")
         torch.manual_seed(0)
         trainer = lightning.Trainer(
-            max_epochs=5, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+            max_epochs=5,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
         )
         trainer.fit(module.Classifier(24), datamodule=module.Digits())
         trainer.save_checkpoint("best.ckpt", weights_only=False)
@@ -55,7 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_the_page_work_as_they_stand(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(lines) == 13
     shown = {}
@@ -93,7 +99,11 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     project = command in ("repair", "diagnose", "compare")
     assert ("--repair.target" in shown) == ("--help_lightning" in shown) == project
     if project:
-        assert shown.index("--ckpt_path VALUE") < shown.index("--repair.target") < shown.index("--trainer")
+        assert (
+            shown.index("--ckpt_path VALUE")
+            < shown.index("--repair.target")
+            < shown.index("--trainer")
+        )
 
 
 def test_the_whole_help_is_that_of_lightning_cli(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +116,9 @@ def test_versions_are_printed_without_torch() -> None:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r"lightning_nrl \S+, torch \S+, pytorch-lightning ", found.stdout)
     assert re.findall(r"\| +(torch|lightning|pytorch_lightning)$", found.stderr, re.MULTILINE) == []
-    assert '\nlightning-nrl = "lightning_nrl.__main__:main"\n' in (ROOT / "pyproject.toml").read_text()
+    assert (
+        '\nlightning-nrl = "lightning_nrl.__main__:main"\n' in (ROOT / "pyproject.toml").read_text()
+    )
 
 
 def test_the_program_has_help_and_a_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +143,12 @@ def failing(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
     assert "found `three`" in failing(folder, capsys, *project, "--repair.target", "label three")
-    assert "HINT: write `label 3`" in failing(folder, capsys, *project, "--repair.target", "label three")
-    assert "nowhere.ckpt" in failing(folder, capsys, "--config", "config.yaml", "--ckpt_path", "nowhere.ckpt")
+    assert "HINT: write `label 3`" in failing(
+        folder, capsys, *project, "--repair.target", "label three"
+    )
+    assert "nowhere.ckpt" in failing(
+        folder, capsys, "--config", "config.yaml", "--ckpt_path", "nowhere.ckpt"
+    )
     assert "nowhere.yaml" in failing(folder, capsys, "--config", "nowhere.yaml")
     assert "no_such" in failing(folder, capsys, *project, "--model", "no_such.Model")
     assert "HINT" in failing(folder, capsys, "--ckpt_path", "nowhere.ckpt")
@@ -141,7 +157,10 @@ def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--repair.search.n_scored -1", "`n_scored=-1` is out of range.\nHINT: give a whole number from 2."),
+        (
+            "--repair.search.n_scored -1",
+            "`n_scored=-1` is out of range.\nHINT: give a whole number from 2.",
+        ),
         ("--repair.bounds.strength 7", "`strength=7.0` is no strength.\nHINT: "),
         ("--repair.data.draws 0", "`draws=0` is out of range.\nHINT: "),
         ('--repair.samples.quotas {"night":-5}', "`quotas`: -5 for 'night' is no quota.\nHINT: "),
@@ -150,7 +169,10 @@ def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture
             "`Regression.tolerance=0.0` is no ",
         ),
         ("--config nested.yaml", "`n_scored=-1` is out of range.\nHINT: "),
-        ("--model.hidden 12", "`ckpt_path='best.ckpt'` does not fit Classifier: size mismatch for network.1.weight"),
+        (
+            "--model.hidden 12",
+            "`ckpt_path='best.ckpt'` does not fit Classifier: size mismatch for network.1.weight",
+        ),
         ("--config best.ckpt", "`config='best.ckpt'` is no text.\nHINT: "),
         ("--ckpt_path state.pt", "`ckpt_path='state.pt'` is no Lightning checkpoint: it has no `"),
     ],
@@ -158,7 +180,9 @@ def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture
 def test_values_that_cannot_be_used_have_no_traceback(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
-    (folder / "nested.yaml").write_text(blocks("yaml")[0].replace("unseen: test", "search: {n_scored: -1}"))
+    (folder / "nested.yaml").write_text(
+        blocks("yaml")[0].replace("unseen: test", "search: {n_scored: -1}")
+    )
     torch.save(torch.load(folder / "best.ckpt")["state_dict"], folder / "state.pt")
     project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
     assert f"error: {message}" in failing(folder, capsys, *project, *arguments.split())
@@ -167,7 +191,9 @@ def test_values_that_cannot_be_used_have_no_traceback(
 def test_options_of_the_callback_of_the_trainer_are_heeded(folder: Path) -> None:
     nested = "data: {failed: train}\n        method: {class_path: lightning_nrl.ParticleSwarm}"
     (folder / "options.yaml").write_text(blocks("yaml")[0].replace("unseen: test", nested))
-    options = read_project("repair", "", ["--config", "options.yaml", "--ckpt_path", "best.ckpt"]).options
+    options = read_project(
+        "repair", "", ["--config", "options.yaml", "--ckpt_path", "best.ckpt"]
+    ).options
     assert (options["data"].failed, type(options["method"]).__name__) == ("train", "ParticleSwarm")
 
 
@@ -180,10 +206,23 @@ def test_weights_that_nobody_has_trained_are_refused(
     assert "--ckpt_path model if its own code loads them" in said
     assert main([command, "--ckpt_path", "model"]) == 2
     assert "required: model.\nHINT: name a project by --config" in capsys.readouterr().err
-    assert read_project(command, "", ["--config", "config.yaml", "--ckpt_path", "model"]).source["ckpt_path"] is None
+    assert (
+        read_project(command, "", ["--config", "config.yaml", "--ckpt_path", "model"]).source[
+            "ckpt_path"
+        ]
+        is None
+    )
 
 
-CONVEX = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--repair.method", "convex", "--repair.dirpath"]
+CONVEX = [
+    "--config",
+    "config.yaml",
+    "--ckpt_path",
+    "best.ckpt",
+    "--repair.method",
+    "convex",
+    "--repair.dirpath",
+]
 
 
 def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(
@@ -210,7 +249,9 @@ def test_a_repair_that_cannot_be_saved_ends_with_3_and_claims_nothing(
     assert "REPAIRED" not in out
 
 
-def test_a_fault_of_the_project_ends_with_2_and_its_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_of_the_project_ends_with_2_and_its_traceback(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "faulty.py").write_text(
         "from my_project import *\nclass Faulty(Digits):\n  def setup(self, stage): 1 / 0\n"
     )
@@ -220,11 +261,28 @@ def test_a_fault_of_the_project_ends_with_2_and_its_traceback(folder: Path, caps
 
 
 def test_a_refusal_ends_with_1(folder: Path) -> None:
-    arguments = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--repair.dirpath", "refused"]
+    arguments = [
+        "--config",
+        "config.yaml",
+        "--ckpt_path",
+        "best.ckpt",
+        "--repair.dirpath",
+        "refused",
+    ]
     quick = ["--repair.method", "lightning_nrl.ParticleSwarm", "--repair.method.iterations", "1"]
-    tiny = ["--repair.method.particles", "2", "--repair.verbose", "false", "--repair.bounds.strength", "0.000001"]
+    tiny = [
+        "--repair.method.particles",
+        "2",
+        "--repair.verbose",
+        "false",
+        "--repair.bounds.strength",
+        "0.000001",
+    ]
     assert main(["repair", *arguments, *quick, *tiny]) == 1
-    assert RepairReport.from_json((folder / "refused" / "report.json").read_text()).status != "repaired"
+    assert (
+        RepairReport.from_json((folder / "refused" / "report.json").read_text()).status
+        != "repaired"
+    )
 
 
 LOADED = """
@@ -242,16 +300,29 @@ class Loaded:
 """
 
 
-def test_a_repair_that_is_not_what_is_required_ends_with_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repair_that_is_not_what_is_required_ends_with_1(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "loaded.py").write_text(LOADED)
     last = torch.load("best.ckpt", weights_only=True)["state_dict"]
     last = {name: last[f"network.3.{name}"] for name in ("weight", "bias")}
-    torch.save(last | {"bias": last["bias"] + 3 * torch.eye(10)[3]}, "harm.pt")  # all that is doubtful is a 3
+    torch.save(
+        last | {"bias": last["bias"] + 3 * torch.eye(10)[3]}, "harm.pt"
+    )  # all that is doubtful is a 3
     project = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--repair.target", "label 3"]
-    loaded = ["--repair.method", "loaded.Loaded", "--repair.method.path", "harm.pt", "--repair.gate", "tolerance:100%"]
+    loaded = [
+        "--repair.method",
+        "loaded.Loaded",
+        "--repair.method.path",
+        "harm.pt",
+        "--repair.gate",
+        "tolerance:100%",
+    ]
     said = {}
     for require in ("any", "not-worse", "better"):
-        status = main(["repair", *project, *loaded, "--repair.dirpath", require, "--require", require])
+        status = main(
+            ["repair", *project, *loaded, "--repair.dirpath", require, "--require", require]
+        )
         assert status == (require != "any"), require
         said[require] = capsys.readouterr().err
     assert "not accepted" not in said["any"]
@@ -263,9 +334,19 @@ def test_a_repair_that_is_not_what_is_required_ends_with_1(folder: Path, capsys:
     assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt." in said["better"]
 
 
-def test_what_is_required_needs_unseen_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_required_needs_unseen_data(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "seen.yaml").write_text(blocks("yaml")[0].replace("        unseen: test\n", ""))
-    arguments = ["repair", "--config", "seen.yaml", "--ckpt_path", "best.ckpt", "--require", "better"]
+    arguments = [
+        "repair",
+        "--config",
+        "seen.yaml",
+        "--ckpt_path",
+        "best.ckpt",
+        "--require",
+        "better",
+    ]
     assert main(arguments) == 2
     assert "`require=better`" in capsys.readouterr().err
 
@@ -276,7 +357,10 @@ def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(
     state = torch.load("best.ckpt", weights_only=True)
     state["state_dict"]["network.3.bias"][3] = -9.0
     torch.save(state, "worse.ckpt")
-    assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt", "--new", "worse.ckpt"]) == 1
+    assert (
+        main(["compare", "--config", "config.yaml", "--old", "best.ckpt", "--new", "worse.ckpt"])
+        == 1
+    )
     assert "REFUSED" in capsys.readouterr().out
     assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt"]) == 2
     assert "HINT: give --old" in capsys.readouterr().err
@@ -286,7 +370,11 @@ def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = torch.load("best.ckpt", weights_only=True)
-    checkpoint["hyper_parameters"] = {"_class_path": "my_project.Classifier", "hidden": 24, "_instantiator": "x"}
+    checkpoint["hyper_parameters"] = {
+        "_class_path": "my_project.Classifier",
+        "hidden": 24,
+        "_instantiator": "x",
+    }
     checkpoint["datamodule_hyper_parameters"] = {"_class_path": "my_project.Digits"}
     torch.save(checkpoint, "named.ckpt")
     quiet = ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
@@ -297,7 +385,9 @@ def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
 def test_without_jsonargparse_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(project_module, "RequirementCache", lambda requirement: False)  # part of it may be there
+    monkeypatch.setattr(
+        project_module, "RequirementCache", lambda requirement: False
+    )  # part of it may be there
     assert main(["repair", "--help"]) == 0
     assert main(["repair"]) == 2
     said = capsys.readouterr().err

@@ -19,7 +19,12 @@ from lightning_nrl import (
     SearchOptions,
     Settings,
 )
-from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, USED_OPTIONS, callback_with, check_used
+from lightning_nrl.entrypoints.arguments import (
+    OPTION_CLASSES,
+    USED_OPTIONS,
+    callback_with,
+    check_used,
+)
 
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 
@@ -39,14 +44,21 @@ def test_the_docs_say_which_call_uses_which_option() -> None:
     found = used_by()
     for entry_point, names in USED_OPTIONS.items():
         assert sorted(names) == sorted(found[entry_point])
-    own = {field.name for field in fields(Settings)} | {"task", "reference", "unseen", "calibration"}
+    own = {field.name for field in fields(Settings)} | {
+        "task",
+        "reference",
+        "unseen",
+        "calibration",
+    }
     assert set(found["repair_module"]) == own
 
 
 def test_the_docs_have_every_field() -> None:
     for name, kind in OPTION_CLASSES.items():
         section = OPTIONS.partition(f"## `{name}`: `{kind.__name__}`")[2].partition("\n## ")[0]
-        assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [field.name for field in fields(kind)]
+        assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [
+            field.name for field in fields(kind)
+        ]
 
 
 @pytest.mark.parametrize(
@@ -54,10 +66,22 @@ def test_the_docs_have_every_field() -> None:
     [
         ("compare", {"gate": "accuracy"}, "`gate='accuracy'`: a comparison counts"),
         ("compare", {"reference": "old.ckpt"}, "`reference='old.ckpt'`: a comparison counts"),
-        ("compare", {"samples": SampleOptions(slices="camera")}, "`slices='camera'`: a comparison counts"),
+        (
+            "compare",
+            {"samples": SampleOptions(slices="camera")},
+            "`slices='camera'`: a comparison counts",
+        ),
         ("compare", {"bounds": BoundOptions(sparse=0.1)}, r"`sparse=0\.1`: a comparison counts"),
-        ("compare", {"method": "convex"}, r"`method='convex'`: a comparison runs several[\s\S]*methods=\['convex'"),
-        ("sweep", {"bounds": BoundOptions(strength=1)}, "`strength=1`: a sweep runs searches to their end"),
+        (
+            "compare",
+            {"method": "convex"},
+            r"`method='convex'`: a comparison runs several[\s\S]*methods=\['convex'",
+        ),
+        (
+            "sweep",
+            {"bounds": BoundOptions(strength=1)},
+            "`strength=1`: a sweep runs searches to their end",
+        ),
         ("sweep", {"samples": SampleOptions(protected=[1])}, r"`protected=\[1\]`: a sweep runs"),
         ("sweep", {"seed": 3}, r"`seed=3`: a sweep has `seeds`[\s\S]*seeds=\[3\]"),
         (
@@ -65,7 +89,11 @@ def test_the_docs_have_every_field() -> None:
             {"data": DataOptions(start_from="best")},
             "`start_from='best'`: it has no meaning",
         ),
-        ("diagnose", {"data": DataOptions(start_from="best")}, "`start_from='best'`: it has no meaning"),
+        (
+            "diagnose",
+            {"data": DataOptions(start_from="best")},
+            "`start_from='best'`: it has no meaning",
+        ),
     ],
 )
 def test_what_has_no_effect_is_refused_with_what_to_do(
@@ -77,9 +105,15 @@ def test_what_has_no_effect_is_refused_with_what_to_do(
 
 def test_what_has_an_effect_or_says_nothing_is_taken() -> None:
     samples, search = SampleOptions(importance="focal"), SearchOptions("eq1", n_passed=3)
-    check_used("compare", {"samples": samples, "search": search, "max_time": 3.0, "bounds": BoundOptions()})
-    check_used("sweep", {"samples": SampleOptions(set_aside=[3]), "calibration": "val", "dirpath": "runs"})
-    check_used("diagnose", {"gate": "accuracy", "bounds": BoundOptions(strength=0.5), "layer": "head"})
+    check_used(
+        "compare", {"samples": samples, "search": search, "max_time": 3.0, "bounds": BoundOptions()}
+    )
+    check_used(
+        "sweep", {"samples": SampleOptions(set_aside=[3]), "calibration": "val", "dirpath": "runs"}
+    )
+    check_used(
+        "diagnose", {"gate": "accuracy", "bounds": BoundOptions(strength=0.5), "layer": "head"}
+    )
     check_used("repair", {"data": DataOptions(failed="val"), "bounds": BoundOptions(strength=0.5)})
 
 
@@ -93,5 +127,7 @@ def test_what_has_an_effect_or_says_nothing_is_taken() -> None:
     ],
 )
 def test_an_argument_that_is_not_there_is_answered_with_where_it_is(name: str, hint: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"`{name}` is no argument of a repair\.\nHINT: {hint}"):
+    with pytest.raises(
+        ConfigurationError, match=rf"`{name}` is no argument of a repair\.\nHINT: {hint}"
+    ):
         callback_with("repair", **{name: 1})

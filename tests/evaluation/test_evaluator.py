@@ -15,7 +15,14 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import known, mlp, quick, trained
 
-from lightning_nrl import ConfigurationError, RepairReport, Settings, Target, TensorSource, repair_module
+from lightning_nrl import (
+    ConfigurationError,
+    RepairReport,
+    Settings,
+    Target,
+    TensorSource,
+    repair_module,
+)
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DataWarning, EvaluationError, TargetError
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -55,7 +62,9 @@ def test_each_sample_has_a_row_with_what_the_model_did() -> None:
     assert evidence.prediction.tolist() == [0, 1, 0, 1, 0]
     assert evidence.label.tolist() == [0, 0, 1, 1, 0]
     assert evidence.passed.tolist() == [True, False, False, True, True]
-    torch.testing.assert_close(evidence.loss, torch.tensor([0.12693, 2.12693, 3.04859, 0.31326, 0.31326]))
+    torch.testing.assert_close(
+        evidence.loss, torch.tensor([0.12693, 2.12693, 3.04859, 0.31326, 0.31326])
+    )
     assert not evidence.targeted.any()
     assert len(evidence) == 5
 
@@ -75,7 +84,9 @@ def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
         return batch[2]
 
     lacking, target = source("train"), Target.where(second)
-    with pytest.warns(DataWarning, match="`train` data, whose samples all count as in it.*raised") as told:
+    with pytest.warns(
+        DataWarning, match="`train` data, whose samples all count as in it.*raised"
+    ) as told:
         evidence = Evaluator(nn.Identity()).run([lacking], target)
     assert len(told) == 1
     assert (evidence.in_target.all(), evidence.targeted.any()) == (True, False)
@@ -94,7 +105,10 @@ def test_every_sample_is_there_exactly_once_in_order(
     sizes: list[int], batch_size: int, world_size: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    data = [(torch.randn(n, 3, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
+    data = [
+        (torch.randn(n, 3, generator=generator), torch.randint(0, 3, (n,), generator=generator))
+        for n in sizes
+    ]
     ids = [torch.randperm(100, generator=generator)[:n].sort().values for n in sizes]
 
     def run(collective: Any) -> SampleResults:
@@ -118,11 +132,15 @@ def test_every_sample_is_there_exactly_once_in_order(
         torch.testing.assert_close(evidence.loss, expected_loss)
 
 
-@pytest.mark.parametrize("position", [[0, 1, 2, 3], [0, 1, 2, 3, 3], [0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize(
+    "position", [[0, 1, 2, 3], [0, 1, 2, 3, 3], [0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5]]
+)
 def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> None:
     six = [0, 1, 2, 3, 4, 4]
     share = Share("train", LOGITS[six], LABELS[six], torch.arange(5), torch.tensor(position), 2)
-    with pytest.raises(EvaluationError, match=f"`train` data: read {len(position)} samples instead of each of 5"):
+    with pytest.raises(
+        EvaluationError, match=f"`train` data: read {len(position)} samples instead of each of 5"
+    ):
         Evaluator(nn.Identity()).run([share])
 
 
@@ -133,7 +151,9 @@ def test_one_rank_that_fails_stops_all() -> None:
                 raise OSError("no such image")
             return x
 
-        share = Share("train", LOGITS, LABELS, torch.arange(5), torch.arange(5)[collective.rank :: 2], 2)
+        share = Share(
+            "train", LOGITS, LABELS, torch.arange(5), torch.arange(5)[collective.rank :: 2], 2
+        )
         with pytest.raises((OSError, EvaluationError)) as error:
             Evaluator(nn.Identity(), collective=collective).run([share], forward=forward)
         return str(error.value)
@@ -180,7 +200,10 @@ def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong: str, 
 @pytest.mark.parametrize("no_class", [-100, -1])
 def test_samples_without_a_class_are_named(no_class: int) -> None:
     labels = TensorSource(LOGITS, torch.tensor([0, no_class, 1, 1, no_class]), split="train")
-    with pytest.raises(EvaluationError, match=r"`train` data: 2 samples have labels below 0 or above .* \(\[1, 4\]\)"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"`train` data: 2 samples have labels below 0 or above .* \(\[1, 4\]\)",
+    ):
         Evaluator(nn.Identity()).run([labels])
 
 
@@ -212,14 +235,18 @@ BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
         (torch.float64, False, 2.0**-52, "float64 on cpu"),
     ],
 )
-def test_the_coarsest_numbers_count(dtype: torch.dtype, autocast: bool, eps: float, text: str) -> None:
+def test_the_coarsest_numbers_count(
+    dtype: torch.dtype, autocast: bool, eps: float, text: str
+) -> None:
     model = nn.Linear(2, 2).to(dtype)
     found = (Evaluator(model, context=BFLOAT16) if autocast else Evaluator(model)).precision
     assert (found.eps, str(found)) == (eps, text)
 
 
 @pytest.mark.parametrize("method", ["finetune-polish", "swarm"])
-def test_a_repair_in_bfloat16_keeps_samples_further_from_the_border_than_rounding(method: str) -> None:
+def test_a_repair_in_bfloat16_keeps_samples_further_from_the_border_than_rounding(
+    method: str,
+) -> None:
     settings = Settings(method=FineTunePolish()) if method == "finetune-polish" else quick()
     evaluator = Evaluator(trained(mlp).eval(), context=BFLOAT16)
     before = evaluator.run(known())

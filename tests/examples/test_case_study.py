@@ -11,7 +11,7 @@ import pytest
 from repository import ROOT
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.pipeline import TABLE_II, PaperRow
+from lightning_nrl.study import TABLE_II, PaperRow
 
 STUDY = ROOT / "examples" / "case_study"
 sys.path[:0] = [str(STUDY), str(STUDY.parent / "studies")]
@@ -35,7 +35,9 @@ def run(
     in_target: int = 0,
     **more,
 ):
-    """A line of the table: 100 samples in each role, 80 of them right before, 40 of these in the target."""
+    """A line of the table: 100 samples in each role, 80 of them right before, 40 of these in the
+    target.
+    """
     known_broken = broken if known is None else known
     found = {
         "setting": f"{row.equation} alpha={row.alpha} lw={row.n_weights} pos={row.n_passed} p={row.particles}",
@@ -51,7 +53,9 @@ def run(
         "n_localized": min(row.n_weights, 63),
     }
     for role, gone in (("known", known_broken), ("unseen", broken)):
-        found[role] = TargetCounts(80 - gone, gone, repaired, 20 - repaired, 10, repaired, 40, in_target)
+        found[role] = TargetCounts(
+            80 - gone, gone, repaired, 20 - repaired, 10, repaired, 40, in_target
+        )
     made = SimpleNamespace(**found | more)
     made.counts = lambda role: getattr(made, role)
     return made
@@ -69,7 +73,9 @@ def test_all_settings_of_a_line_are_studied_and_differ_in_one_number(line):
         rows = line.settings(experiment)
         assert set(rows) <= set(studied())
         assert [getattr(row, line.axis) for row in rows] == list(line.values)
-        assert {replace(row, **{line.axis: 0}) for row in rows} == {replace(rows[0], **{line.axis: 0})}
+        assert {replace(row, **{line.axis: 0}) for row in rows} == {
+            replace(rows[0], **{line.axis: 0})
+        }
     rows = {row: name for name, row in TABLE_II.items()}
     assert any(row in rows for row in line.settings(line.shown[0]))
 
@@ -77,10 +83,17 @@ def test_all_settings_of_a_line_are_studied_and_differ_in_one_number(line):
 def test_an_effect_is_the_mean_of_differences_within_seeds():
     low, high = replace(ROW, alpha=4), replace(ROW, alpha=6)
     other = replace(low, n_weights=16)
-    runs = [run(low, 0, broken=9), run(high, 0, broken=5), run(low, 1, broken=4), run(high, 1, broken=4)]
+    runs = [
+        run(low, 0, broken=9),
+        run(high, 0, broken=5),
+        run(low, 1, broken=4),
+        run(high, 1, broken=4),
+    ]
     runs += [run(other, 0, broken=100)]  # of no pair
     found = effect(runs, "alpha", 4, 6, "unseen.broken")
-    assert found.mean == -2  # of -4 and 0: a deviation of 2.8284, 2 of the mean, and 12.706 for one degree of freedom
+    assert (
+        found.mean == -2
+    )  # of -4 and 0: a deviation of 2.8284, 2 of the mean, and 12.706 for one degree of freedom
     assert (found.low, found.high) == pytest.approx((-27.412, 23.412), abs=1e-3)
     assert found.sign == 0
     assert effect(runs, "alpha", 4, 5, "unseen.broken") is None
@@ -90,16 +103,24 @@ def test_pairs_of_one_seed_count_as_one():
     runs = []
     for n_weights, extra in ((16, 1), (32, 3)):
         for n_passed, more in ((500, 0), (1000, extra)):
-            runs += [run(replace(ROW, n_weights=n_weights, n_passed=n_passed), s, broken=5 + more) for s in range(3)]
+            runs += [
+                run(replace(ROW, n_weights=n_weights, n_passed=n_passed), s, broken=5 + more)
+                for s in range(3)
+            ]
     assert effect(runs, "n_passed", 500, 1000, "unseen.broken") == Interval(2, 2, 2)
 
 
 def test_an_interval_is_students():
     assert interval([3, 3, 3]) == Interval(3, 3, 3)
     found = interval([1, 2, 3])
-    assert (found.mean, found.low, found.high) == pytest.approx((2, -0.4841, 4.4841), abs=1e-4)  # 4.3027 / sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (2, -0.4841, 4.4841), abs=1e-4
+    )  # 4.3027 / sqrt(3)
     assert interval([1]).sign == 0
-    assert f"{Interval(-2, -4, 0.26)}, {Interval(-2, -4, 0.26):.2f}" == "-2.0 [-4.0, +0.3], -2.00 [-4.00, +0.26]"
+    assert (
+        f"{Interval(-2, -4, 0.26)}, {Interval(-2, -4, 0.26):.2f}"
+        == "-2.0 [-4.0, +0.3], -2.00 [-4.00, +0.26]"
+    )
 
 
 def test_the_fewest_broken_are_sought_on_known_data_among_those_that_repair():
@@ -113,7 +134,11 @@ def test_the_fewest_broken_are_sought_on_known_data_among_those_that_repair():
 
 def runs_of(broken: dict[tuple, int], seeds: int = 4) -> list:
     """Every setting of the lines; what breaks unseen is looked up by (axis, value), else 10."""
-    rows = {row: (line.axis, v) for line in LINES for row, v in zip(line.settings("B"), line.values, strict=True)}
+    rows = {
+        row: (line.axis, v)
+        for line in LINES
+        for row, v in zip(line.settings("B"), line.values, strict=True)
+    }
     return [
         run(row, s, broken=broken.get(key, 10), repaired=broken.get(key, 10))
         for row, key in rows.items()
@@ -123,11 +148,16 @@ def runs_of(broken: dict[tuple, int], seeds: int = 4) -> list:
 
 def verdicts(tables: dict) -> dict[str, bool | None]:
     return {
-        answer.paper.partition(":")[2].strip(): answer.agrees for answer in answers(tables) if answer.question == "RQ3"
+        answer.paper.partition(":")[2].strip(): answer.agrees
+        for answer in answers(tables)
+        if answer.question == "RQ3"
     }
 
 
-ALPHA, PASSED = ("a larger alpha breaks fewer", "a larger alpha repairs fewer"), ("more passed samples, more broken",)
+ALPHA, PASSED = (
+    ("a larger alpha breaks fewer", "a larger alpha repairs fewer"),
+    ("more passed samples, more broken",),
+)
 WEIGHTS = ("16 weights break more than 32", "76 weights break more than 32")
 
 
@@ -135,10 +165,19 @@ WEIGHTS = ("16 weights break more than 32", "76 weights break more than 32")
     ("broken", "agrees"),
     [
         (
-            {("alpha", 4): 20, ("alpha", 5): 15, ("n_passed", 1000): 14, ("n_weights", 16): 12, ("n_weights", 76): 11},
+            {
+                ("alpha", 4): 20,
+                ("alpha", 5): 15,
+                ("n_passed", 1000): 14,
+                ("n_weights", 16): 12,
+                ("n_weights", 76): 11,
+            },
             True,
         ),
-        ({("alpha", 4): 5, ("n_passed", 1000): 6, ("n_weights", 16): 8, ("n_weights", 76): 8}, False),
+        (
+            {("alpha", 4): 5, ("n_passed", 1000): 6, ("n_weights", 16): 8, ("n_weights", 76): 8},
+            False,
+        ),
         ({}, None),
     ],
 )
@@ -156,19 +195,24 @@ def test_each_interval_without_0_settles_its_own_claim():
 
 def test_more_broken_in_a_is_read_off_the_rows_that_differ_in_alpha():
     def of(experiment, broken):
-        return [run(TABLE_II[f"EXP-{row}"], s, broken=broken) for row in experiment for s in range(3)]
+        return [
+            run(TABLE_II[f"EXP-{row}"], s, broken=broken) for row in experiment for s in range(3)
+        ]
 
     a, b = ("A2", "A3", "A4"), ("B1", "B2", "B3")
     for lost, agrees in (((9, 4), True), ((4, 9), False), ((4, 4), None)):
         found = answers({"A": of(a, lost[0]), "B": of(b, lost[1])})
         (answer,) = (one for one in found if one.paper == "A breaks more than B at equal alpha")
         assert answer.agrees is agrees
-    assert answer.found == ("rows A2 to A4 and B1 to B3: unseen broken: A 4.0, B 4.0; A less B +0.0 [+0.0, +0.0]")
+    assert answer.found == (
+        "rows A2 to A4 and B1 to B3: unseen broken: A 4.0, B 4.0; A less B +0.0 [+0.0, +0.0]"
+    )
 
 
 def test_a_difference_of_means_is_welchs():
     found = difference([3, 5], [0, 0, 3])
-    # 4 - 1; variances 2 / 2 and 3 / 3, so sqrt(2) and 4 / (1 / 1 + 1 / 2) = 2.667 degrees of freedom: t = 3.420
+    # 4 - 1; variances 2 / 2 and 3 / 3, so sqrt(2) and 4 / (1 / 1 + 1 / 2) = 2.667 degrees of
+    # freedom: t = 3.420
     assert (found.mean, found.low, found.high) == pytest.approx((3, -1.8363, 7.8363), abs=1e-4)
     assert difference([2, 2], [1, 1]) == Interval(1, 1, 1)
     assert difference([2], [1]).sign == 0
@@ -197,7 +241,10 @@ def test_levels_and_drift_are_answered():
         f"0 of 1 settings; the fewest by {name}: 1.0 broken, 5.0 repaired. Of all known samples nothing is broken and "
         "something repaired in 0 of 10 runs"
     )
-    assert "and in all runs of 1 of 1 settings" in found["B: suppressed at the level of instances"].found
+    assert (
+        "and in all runs of 1 of 1 settings"
+        in found["B: suppressed at the level of instances"].found
+    )
     lines = page(tuple(found.values())).splitlines()
     assert len(lines) == 2 + len(found)
     assert {line.count("|") for line in lines} == {5}
@@ -221,7 +268,9 @@ def test_figures_2_to_6_and_the_trade_are_drawn(tmp_path):
         for name in "A"
     }
     method = FlipCounts(kept=80, broken=0, repaired=9, failing=11)
-    files = draw_all(tables, tmp_path, {"A": [Other("default method", method, method, repair=True)]})
+    files = draw_all(
+        tables, tmp_path, {"A": [Other("default method", method, method, repair=True)]}
+    )
     assert {path.name for path in files} == {
         f"{name}.png" for name in (*(f"figure_{i}" for i in range(2, 7)), "trade_A")
     }
@@ -261,7 +310,9 @@ def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert table[0].unseen.n == 180
     assert 0 < table[0].unseen.passed_in_target < 120
     assert table[0].unseen.broken_in_target <= table[0].unseen.broken
-    study.study("digits", "C", settings[:1], tmp_path / "convolution", **tiny, layer="features.15.body.3")
+    study.study(
+        "digits", "C", settings[:1], tmp_path / "convolution", **tiny, layer="features.15.body.3"
+    )
     (run,) = tables_of(tmp_path / "convolution")["C"]
     assert (run.layer, run.n_localized) == ("features.15.body.3", 32)
     study.study("digits", "C", settings, folder, **tiny)
@@ -282,7 +333,11 @@ def test_without_sprites_it_says_how_to_get_them_and_takes_digits(tmp_path, monk
             (name, experiments, len(settings), more["seeds"], folder.name)
         ),
     )
-    for line in ("--quick", "--data vehicles --table-ii --loss-term as_printed", "--data vehicles --layer features.15"):
+    for line in (
+        "--quick",
+        "--data vehicles --table-ii --loss-term as_printed",
+        "--data vehicles --layer features.15",
+    ):
         monkeypatch.setattr(sys, "argv", ["study.py", *line.split()])
         study.main()
     assert asked == [

@@ -1,4 +1,6 @@
-"""Every example runs, in a small size, and breaks no known sample. What it takes is said in `examples/README.md`."""
+"""Every example runs, in a small size, and breaks no known sample. What it takes is said in
+`examples/README.md`.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ EXAMPLES = ROOT / "examples"
 SHARED = {"digits", "output"}
 ALONE = {"quickstart", "release", "ddp"}  # run as a process: the first two by tests of their own
 NO_REPAIRS = {"strangers"}  # needs an environment for each package
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED | ALONE | NO_REPAIRS)
+SCRIPTS = sorted(
+    path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED | ALONE | NO_REPAIRS
+)
 NEEDS = {"tabular": "plotnine"}
 REPAIRS_NOTHING = {"diagnose", "compare", "update"}  # their tables are others
 MAY_BREAK = {"custom"}  # its fitness
 LONG = {"attribute_slice", "lightning_cli", "ddp"}
 """More than ten seconds each: `NRL_EXAMPLES=1` runs them too."""
 LINE = re.compile(
-    r"^ *(.*?known) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)% +([\d.]+)%", re.MULTILINE
+    r"^ *(.*?known) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)% +([\d.]+)%",
+    re.MULTILINE,
 )
 
 
@@ -47,7 +52,13 @@ def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def arguments_of(name: str) -> list[str]:
     if name == "lightning_cli":
-        return ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml"), "--trainer.max_epochs", "5"]
+        return [
+            "fit",
+            "--config",
+            str(EXAMPLES / "lightning_cli.yaml"),
+            "--trainer.max_epochs",
+            "5",
+        ]
     return ["--fast", *(["--methods", "fine-tuning"] if name == "compare" else [])]
 
 
@@ -97,7 +108,9 @@ def test_two_processes_repair_alike(tmp_path: Path) -> None:
     skip_if_long("ddp")
     environment = {**os.environ, "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(EXAMPLES / "ddp.py"), "--fast"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     check_lines(done.stdout)
     assert "2 processes hold the same weights" in done.stdout

@@ -29,15 +29,23 @@ def test_each_opens_in_colab_installs_what_it_needs_and_has_run(path):
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert outputs
-    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output["output_type"] == "error" or output.get("name") == "stderr"
+    ]
     assert path.stat().st_size < 400_000
     assert not re.search(r"[\"' ]/(?!/)\w+/\w+", path.read_text()), "a path of some machine"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("NRL_NOTEBOOKS" not in os.environ, reason="set NRL_NOTEBOOKS=1 to run the notebooks")
+@pytest.mark.skipif(
+    "NRL_NOTEBOOKS" not in os.environ, reason="set NRL_NOTEBOOKS=1 to run the notebooks"
+)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_each_runs(path, tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()

@@ -1,4 +1,6 @@
-"""The studies over seeds: their commands run on small data, and their statistics are those counted by hand."""
+"""The studies over seeds: their commands run on small data, and their statistics are those counted
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from repository import ROOT
 from torch.utils.data import TensorDataset
 
 from lightning_nrl import Target
-from lightning_nrl.analysis.sweep import Run
 from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.study import Run
 
 STUDIES = ROOT / "examples" / "studies"
 sys.path.insert(0, str(STUDIES))
@@ -33,7 +35,10 @@ class Tiny(problems.SlashedZeros):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        self.data = {split: TensorDataset(*(x[:120] for x in data.tensors)) for split, data in self.data.items()}
+        self.data = {
+            split: TensorDataset(*(x[:120] for x in data.tensors))
+            for split, data in self.data.items()
+        }
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +52,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(defaults.SMALL, name, tiny)
         monkeypatch.setitem(defaults.OWNERS, name, tiny)
     monkeypatch.setattr(congruent, "EPOCHS", 2)
-    monkeypatch.setattr(ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2))
+    monkeypatch.setattr(
+        ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2)
+    )
 
 
-def printed(script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[list]:
+def printed(
+    script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[list]:
     """The rows of the table that a command prints."""
     monkeypatch.setattr(sys, "argv", [script, *line.split(" ")])
     module = sys.modules.get(script.removesuffix(".py"))
@@ -63,14 +72,23 @@ def printed(script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 COMMANDS = {
-    "repairs.py": ("slashed-zeros --seeds 2 --max-time 2", ["default, seed 0", "default, seed 1", "default"]),
+    "repairs.py": (
+        "slashed-zeros --seeds 2 --max-time 2",
+        ["default, seed 0", "default, seed 1", "default"],
+    ),
     "updates.py": (
         "--problem fashion --seeds 1 --updates from_the_old_weights",
         ["", ", repaired", ", interpolated 0.1", ", interpolated 0.2", ", interpolated 0.3"],
     ),
-    "congruent.py": ("--start old --terms plain --interpolate --seeds 1", ["plain", "plain, interpolated"]),
+    "congruent.py": (
+        "--start old --terms plain --interpolate --seeds 1",
+        ["plain", "plain, interpolated"],
+    ),
     "defaults.py": ("--problems fashion --seeds 1", ["fine-tuning", "default"]),
-    "ablation.py": ("--problems fashion --seeds 1", ["neurecover-lite", "neurecover", "neurecover, last two"]),
+    "ablation.py": (
+        "--problems fashion --seeds 1",
+        ["neurecover-lite", "neurecover", "neurecover, last two"],
+    ),
 }
 
 
@@ -94,19 +112,33 @@ def test_a_problem_has_the_same_data_for_the_same_seed_and_a_network_for_them(na
         inputs, labels = first[split].tensors
         assert torch.equal(inputs, again[split].tensors[0])
         assert not torch.equal(inputs, other[split].tensors[0])
-        assert labels.unique().tolist() == list(range(problem.network().eval()(inputs[:2]).shape[1]))
+        assert labels.unique().tolist() == list(
+            range(problem.network().eval()(inputs[:2]).shape[1])
+        )
 
 
 def test_held_out_estimates_are_beside_what_happened():
     close = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (12, 20, 2, 20, 1))
     far = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (2, 20, 4, 20, 2))
-    assert "repaired samples in 1, for broken ones in 2 of 2 runs" in defaults.estimates([close, far])
+    assert "repaired samples in 1, for broken ones in 2 of 2 runs" in defaults.estimates(
+        [close, far]
+    )
     assert close.points == 25
 
 
 def run(localizer: str = "gradient", seed: int = 0, layer: str = "last", repaired: int = 5) -> Run:
-    known, unseen = TargetCounts(80, 1, 9, 10, 10, repaired, 40, 0), TargetCounts(80, 2, 4, 14, 10, 4, 40, 0)
-    more = {"known": known, "unseen": unseen, "patched": 0, "intact": 0, "changed": True, "iterations": 1}
+    known, unseen = (
+        TargetCounts(80, 1, 9, 10, 10, repaired, 40, 0),
+        TargetCounts(80, 2, 4, 14, 10, 4, 40, 0),
+    )
+    more = {
+        "known": known,
+        "unseen": unseen,
+        "patched": 0,
+        "intact": 0,
+        "changed": True,
+        "iterations": 1,
+    }
     return Run(f"eq1/{localizer}", "eq1", 6, False, 64, None, 5, seed, layer, 64, value=1.0, **more)
 
 
@@ -116,11 +148,15 @@ def test_a_difference_is_that_of_a_seed_and_layer_to_the_mean_of_its_draws():
     runs += [run(seed=1, repaired=7), run("random 0", seed=1, repaired=8)]
     # Seed 0: 5 - 2 in one layer and 9 - 1 in the other; seed 1: 7 - 8.
     assert ablation.paired(runs, ablation.NUMBERS["repaired"]) == {"gradient": [5.5, -1.0]}
-    assert (ablation.NUMBERS["known net"](runs[0]), ablation.NUMBERS["unseen net"](runs[0])) == (4, 2)
+    assert (ablation.NUMBERS["known net"](runs[0]), ablation.NUMBERS["unseen net"](runs[0])) == (
+        4,
+        2,
+    )
 
 
 def test_statistics_by_hand():
-    # Of the 8 choices of signs of 1, 2, 3 only +++ and --- reach a sum of 6; 4.3027 / sqrt(3) is half of the interval.
+    # Of the 8 choices of signs of 1, 2, 3 only +++ and --- reach a sum of 6; 4.3027 / sqrt(3) is
+    # half of the interval.
     assert ablation.difference([1.0, 2.0, 3.0]) == "+2.0 [-0.5, +4.5] p=0.250"
     assert ablation.difference([1.0]) == "-"
     assert problems.interval([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
@@ -135,4 +171,9 @@ def test_without_garments_it_says_how_to_get_them(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_study_starts(script: str) -> None:
-    subprocess.run([sys.executable, str(STUDIES / script), "--help"], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, str(STUDIES / script), "--help"],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )

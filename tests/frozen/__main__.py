@@ -1,16 +1,15 @@
 """Freezes what the package gives, so that a change of its form can be shown to change nothing else.
 
-    python -m tests.frozen before.json                  # before the change, from the root of the repository
-    python -m tests.frozen after.json                   # after it
-    python -m tests.frozen --compare before.json after.json
+    python -m tests.frozen before.json # before the change, from the root of the repository python
+    -m tests.frozen after.json # after it python -m tests.frozen --compare before.json after.json
 
-Each case of `cases.py` makes repairs or other calls with fixed seeds and keeps what comes of them: reports, which
-samples broke or were repaired, and a hash of the weights, to the bit. Times, versions and paths are left out. Both runs
-have to be on the same machine, with `OMP_NUM_THREADS=1`.
+Each case of `cases.py` makes repairs or other calls with fixed seeds and keeps what comes of them:
+reports, which samples broke or were repaired, and a hash of the weights, to the bit. Times,
+versions and paths are left out. Both runs have to be on the same machine, with `OMP_NUM_THREADS=1`.
 
-What differs on purpose goes into `renames.json`: words, such as the name of a class in the settings of a report, old to
-new, and keys that were added, with the value that says nothing. A comparison prints every other difference and exits
-with 1 if there is any.
+What differs on purpose goes into `renames.json`: words, such as the name of a class in the settings
+of a report, old to new, and keys that were added, with the value that says nothing. A comparison
+prints every other difference and exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -38,10 +37,14 @@ RENAMES = Path(__file__).parent / "renames.json"
 
 
 def run(only: list[str], show: bool) -> tuple[dict[str, Any], list[str]]:
-    """What each case gives, and the names of those that failed. A name chooses the cases that begin with it."""
+    """What each case gives, and the names of those that failed. A name chooses the cases that begin
+    with it.
+    """
     from . import cases
 
-    names = [name for name in cases.CASES if not only or any(name.startswith(begin) for begin in only)]
+    names = [
+        name for name in cases.CASES if not only or any(name.startswith(begin) for begin in only)
+    ]
     results: dict[str, Any] = {}
     failed: list[str] = []
     start = Path.cwd()
@@ -59,7 +62,10 @@ def run(only: list[str], show: bool) -> tuple[dict[str, Any], list[str]]:
                     results[name] = clean(cases.CASES[name](folder), str(folder))
             except Exception as error:
                 failed.append(name)
-                results[name] = {"exception": type(error).__name__, "message": clean(str(error), str(folder))}
+                results[name] = {
+                    "exception": type(error).__name__,
+                    "message": clean(str(error), str(folder)),
+                }
                 traceback.print_exc()
             finally:
                 os.chdir(start)
@@ -83,11 +89,23 @@ def compare(a: Path, b: Path, renames: Path) -> int:
 
 def main() -> int:
     """Runs or compares; gives the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.frozen", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.frozen", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("out", nargs="?", type=Path, help="the JSON file to write")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="cases that begin with this name")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two files: before and after")
-    parser.add_argument("--renames", type=Path, default=RENAMES, help="words that differ on purpose")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="cases that begin with this name",
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="two files: before and after"
+    )
+    parser.add_argument(
+        "--renames", type=Path, default=RENAMES, help="words that differ on purpose"
+    )
     parser.add_argument("--quiet", action="store_true", help="do not say how long each case takes")
     given = parser.parse_args()
     if given.compare:

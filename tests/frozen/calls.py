@@ -1,4 +1,6 @@
-"""How the package is called: arguments of a repair flat, results without what differs from run to run."""
+"""How the package is called: arguments of a repair flat, results without what differs from run to
+run.
+"""
 
 from __future__ import annotations
 
@@ -65,20 +67,26 @@ def callback(**flat: Any) -> Any:
     return RegressionFreeRepair(**grouped(flat))
 
 
-def repair_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any = None, made: Any = None, **flat: Any) -> Any:
+def repair_checkpoint(
+    trainer: Any, model: Any, *, data: Any, path: Any = None, made: Any = None, **flat: Any
+) -> Any:
     return repair(trainer, model, datamodule=data, ckpt_path=path, callback=made, **grouped(flat))
 
 
 def report_dict(report: Any) -> dict[str, Any]:
     """Everything that a report says; settings and files are kept apart."""
-    return {key: value for key, value in report.to_dict().items() if key not in ("settings", "files")}
+    return {
+        key: value for key, value in report.to_dict().items() if key not in ("settings", "files")
+    }
 
 
 # Pages as lines, without times, versions, files and settings.
 
 
 def page(report: Any) -> list[str]:
-    steps, rungs = (tuple(replace(one, seconds=0.0) for one in part) for part in (report.steps, report.rungs))
+    steps, rungs = (
+        tuple(replace(one, seconds=0.0) for one in part) for part in (report.steps, report.rungs)
+    )
     bare = replace(report, seconds={}, versions={}, files={}, settings={}, steps=steps, rungs=rungs)
     return bare.to_markdown().splitlines() + bare.render(120).splitlines()
 

@@ -1,7 +1,7 @@
 """What is frozen: each case makes calls with fixed seeds and returns what came of them.
 
-A case is called in an empty folder of its own, with the random states seeded. What it returns is written by
-`plain.clean`. `calls.py` calls the package.
+A case is called in an empty folder of its own, with the random states seeded. What it returns is
+written by `plain.clean`. `calls.py` calls the package.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ from lightning_nrl import RegressionFreeRepair, Settings, compare, diagnose
 from lightning_nrl.analysis.baselines import FineTuning, Interpolation
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
-from lightning_nrl.analysis.sweep import Grid, sweep_module
 from lightning_nrl.callbacks import PositiveCongruentTraining, ReleaseGate, WeightInterpolation
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.evaluation import Evaluator, Focal
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Polish
-from lightning_nrl.pipeline import TABLE_II
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Fitness, ParticleSwarm
+from lightning_nrl.study import TABLE_II, Grid, sweep_module
 from lightning_nrl.tasks import Regression, Sequence
 from lightning_nrl.updates import FocalDistillation, MarginHinge, OldModel, ProtectedIntact, release
 
@@ -94,7 +93,9 @@ def account(report: Any, pages: bool = False) -> dict[str, Any]:
 
 
 def outcome(found: Any, model: nn.Module, pages: bool = False) -> dict[str, Any]:
-    """What came of a repair of a module: report, weights, and that the model was left alone until they were written."""
+    """What came of a repair of a module: report, weights, and that the model was left alone until
+    they were written.
+    """
     before = hash_of(model.state_dict())
     copied = copy.deepcopy(model)
     return {
@@ -131,12 +132,18 @@ def calibration(seed: int = 0, n: int = 150) -> list[Any]:
 
 
 def repaired(
-    model: nn.Module | None = None, *, pages: bool = False, sources: list[Any] | None = None, **more: Any
+    model: nn.Module | None = None,
+    *,
+    pages: bool = False,
+    sources: list[Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """A repair of a small network on points, with unseen data."""
     model = trained() if model is None else model
     given = {"unseen": unseen(), **more}
-    return outcome(calls.repair_tensors(model, known() if sources is None else sources, **given), model, pages)
+    return outcome(
+        calls.repair_tensors(model, known() if sources is None else sources, **given), model, pages
+    )
 
 
 # The README.
@@ -146,7 +153,9 @@ def repaired(
 def _quickstart(folder: Path) -> Any:
     before = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
-    done = subprocess.run(command, cwd=folder, env=before, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=folder, env=before, capture_output=True, text=True, timeout=600
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     written = folder / "lightning_logs" / "version_0" / "repair"
@@ -156,7 +165,9 @@ def _quickstart(folder: Path) -> Any:
         **account(report, pages=True),
         "weights": hash_of(saved["state_dict"]),
         "keys": sorted(json.loads((written / "report.json").read_text(encoding="utf-8"))),
-        "said": [line for line in done.stdout.splitlines() if line.startswith(("known:", "repaired:"))],
+        "said": [
+            line for line in done.stdout.splitlines() if line.startswith(("known:", "repaired:"))
+        ],
     }
 
 
@@ -172,9 +183,13 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     "linearized": lambda: {"method": "linearized", "layer": "0"},
     "linearized-last": lambda: {"method": "linearized", "layer": "2"},
     "swarm": lambda: {"method": "swarm"},
-    "swarm-paper": lambda: quick(method=ParticleSwarm(particles=20, iterations=20, start="paper", patience=10)),
+    "swarm-paper": lambda: quick(
+        method=ParticleSwarm(particles=20, iterations=20, start="paper", patience=10)
+    ),
     "swarm-half": lambda: quick(method=ParticleSwarm(particles=20, iterations=20, start="half")),
-    "swarm-arachne": lambda: quick(method=ParticleSwarm(particles=20, iterations=20, constants="arachne")),
+    "swarm-arachne": lambda: quick(
+        method=ParticleSwarm(particles=20, iterations=20, constants="arachne")
+    ),
     "polish": lambda: {"method": Polish(data.retrained().state_dict())},
     "polish-module": lambda: {"method": Polish(data.retrained())},
     "own": lambda: {"method": calls.Halfway(data.retrained().state_dict())},
@@ -182,7 +197,9 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def _method(name: str) -> Case:
-    return lambda folder: repaired(pages=name in ("auto", "convex", "swarm", "own"), **METHODS[name]())
+    return lambda folder: repaired(
+        pages=name in ("auto", "convex", "swarm", "own"), **METHODS[name]()
+    )
 
 
 for _name in METHODS:
@@ -224,7 +241,9 @@ def _convolution(folder: Path) -> Any:
     swarm = ParticleSwarm(particles=12, iterations=10)
     given = {"sources": sources, "unseen": later}
     return {
-        "swarm": repaired(model, **given, layer="3", method=swarm, localizer=NeuRecoverLite(n_weights=20)),
+        "swarm": repaired(
+            model, **given, layer="3", method=swarm, localizer=NeuRecoverLite(n_weights=20)
+        ),
         "linearized": repaired(model, **given, layer="3", method="linearized"),
         "convex": repaired(model, **given, layer="7", method="convex"),
     }
@@ -245,7 +264,9 @@ FITNESS: dict[str, Callable[[], Any]] = {
 
 @case("fitness")
 def _fitness(folder: Path) -> Any:
-    return {name: repaired(**quick(fitness=make(), gate="accuracy")) for name, make in FITNESS.items()}
+    return {
+        name: repaired(**quick(fitness=make(), gate="accuracy")) for name, make in FITNESS.items()
+    }
 
 
 @case("gate")
@@ -269,12 +290,18 @@ def _strength(folder: Path) -> Any:
         "limit of none": {"calibration": calibration(), "limit": "instance"},
         "less, calibrated": {"calibration": calibration(), "strength": 0.7, "confidence": 0.9},
     }
-    found = {name: repaired(pages=True, method="finetune-polish", **own) for name, own in more.items()}
+    found = {
+        name: repaired(pages=True, method="finetune-polish", **own) for name, own in more.items()
+    }
     greedy = quick(fitness=FITNESS["eq1-alpha"](), gate="tolerance:100%", calibration=calibration())
     for limit in ("tolerance:2%", "tolerance:8%", "accuracy", "instance"):
         found[f"greedy, {limit}"] = repaired(pages=True, limit=limit, **greedy)
     found["greedy, free"] = repaired(**greedy)
-    return found | {"convex": repaired(method="convex", layer="2", calibration=calibration(), limit="tolerance:2%")}
+    return found | {
+        "convex": repaired(
+            method="convex", layer="2", calibration=calibration(), limit="tolerance:2%"
+        )
+    }
 
 
 @case("sparse")
@@ -304,9 +331,16 @@ def third(batch: Any) -> Tensor:
 @case("importance")
 def _importance(folder: Path) -> Any:
     focal = Focal(gamma=5)
-    ways: dict[str, Any] = {"function": worth, "focal": "focal", "focal, 5": focal, "ids": {"new": {1: 5.0, 4: 3.0}}}
+    ways: dict[str, Any] = {
+        "function": worth,
+        "focal": "focal",
+        "focal, 5": focal,
+        "ids": {"new": {1: 5.0, 4: 3.0}},
+    }
     column = [source(*blobs(60, 1.5, 1), "new", torch.arange(60) + 1.0, failed=True, passed=True)]
-    found = {name: repaired(method="convex", layer="2", importance=way) for name, way in ways.items()}
+    found = {
+        name: repaired(method="convex", layer="2", importance=way) for name, way in ways.items()
+    }
     found["column"] = repaired(method="convex", layer="2", importance=2, sources=column, unseen=[])
     found["swarm"] = repaired(**quick(importance=worth))
     found["finetune-polish"] = repaired(method="finetune-polish", importance=worth)
@@ -321,7 +355,9 @@ def _slices(folder: Path) -> Any:
         "function": repaired(slices=camera, pages=True, **own),
         "target": repaired(slices=Target.label(0), **own),
         "met": repaired(slices=camera, quotas={"night": 1, "day": "10%"}, pages=True, **own),
-        "not met": repaired(**quick(slices=camera, quotas={"night": "100%", "day": "100%"}), pages=True),
+        "not met": repaired(
+            **quick(slices=camera, quotas={"night": "100%", "day": "100%"}), pages=True
+        ),
         "not there": repaired(slices=camera, quotas={"dusk": 1}, **own),
     }
 
@@ -351,7 +387,9 @@ def _on_task(task: Any, made: Any, **ways: dict[str, Any]) -> dict[str, Any]:
     sources = [source(*parts[0], "train", passed=True), source(*parts[1], "new", failed=True)]
     later = [source(*parts[2], "later")]
     return {
-        name: repaired(model, sources=sources, unseen=later, task=task, pages=name == "swarm", **own)
+        name: repaired(
+            model, sources=sources, unseen=later, task=task, pages=name == "swarm", **own
+        )
         for name, own in ways.items()
     }
 
@@ -395,11 +433,17 @@ def _update(folder: Path) -> Any:
     new, old = trained(n=60, seed=3), _other()
     found = {
         "both": repaired(new, reference=OldModel(old), **short_auto(), pages=True),
-        "reference": repaired(new, reference=OldModel(old), keep="reference", **short_auto(), pages=True),
+        "reference": repaired(
+            new, reference=OldModel(old), keep="reference", **short_auto(), pages=True
+        ),
         "polish": repaired(new, reference=OldModel(old), method=Polish()),
         "swarm": repaired(new, reference=OldModel(old), **quick()),
-        "in a target": repaired(new, reference=OldModel(old), target=Target.label(0), **short_auto()),
-        "calibrated": repaired(new, reference=OldModel(old), calibration=calibration(), **short_auto()),
+        "in a target": repaired(
+            new, reference=OldModel(old), target=Target.label(0), **short_auto()
+        ),
+        "calibrated": repaired(
+            new, reference=OldModel(old), calibration=calibration(), **short_auto()
+        ),
     }
     for _ in range(2):  # written, then read
         cached = OldModel(old, cache=folder / "old.csv")
@@ -428,7 +472,9 @@ def loaded(network: str = "flat") -> Classifier:
 
 def listed(folder: Path) -> list[str]:
     """The files below a folder, those of TensorBoard without what differs from run to run."""
-    files = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (
+        path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()
+    )
     return sorted(path.partition(".tfevents.")[0] for path in files)
 
 
@@ -444,7 +490,9 @@ def _fit(folder: Path) -> Any:
     model = Classifier()
     trainer.fit(model, datamodule=Digits())
     path = repair.repaired_model_path
-    (tested,) = quiet_trainer(folder).test(model, ckpt_path=path, datamodule=Digits(), verbose=False)
+    (tested,) = quiet_trainer(folder).test(
+        model, ckpt_path=path, datamodule=Digits(), verbose=False
+    )
     saved = torch.load(path, map_location="cpu", weights_only=False)
     with open(Path(logger.log_dir) / "metrics.csv", encoding="utf-8") as rows:
         table = list(csv.DictReader(rows))
@@ -454,10 +502,14 @@ def _fit(folder: Path) -> Any:
         "saved": hash_of(saved["state_dict"]),
         "saved keys": sorted(saved),
         "epoch and step": [saved["epoch"], saved["global_step"]],
-        "optimizer": hash_of({str(i): v["exp_avg"] for i, v in saved["optimizer_states"][0]["state"].items()}),
+        "optimizer": hash_of(
+            {str(i): v["exp_avg"] for i, v in saved["optimizer_states"][0]["state"].items()}
+        ),
         "files": listed(folder),
         "logged": measured(trainer.callback_metrics),
-        "table": [{k: v for k, v in row.items() if v} for row in table if row.get("repair/accepted")],
+        "table": [
+            {k: v for k, v in row.items() if v} for row in table if row.get("repair/accepted")
+        ],
         "columns": sorted(table[0]),
         "tested": tested,
         "random": hash_of({"": torch.get_rng_state()}),
@@ -466,7 +518,13 @@ def _fit(folder: Path) -> Any:
 
 @case("fit-ways")
 def _fit_ways(folder: Path) -> Any:
-    def one(name: str, module: Any = None, loaders: Any = None, trainer: dict[str, Any] | None = None, **flat: Any):
+    def one(
+        name: str,
+        module: Any = None,
+        loaders: Any = None,
+        trainer: dict[str, Any] | None = None,
+        **flat: Any,
+    ):
         repair = calls.callback(dirpath=folder / name, verbose=False, **{**quick(), **flat})
         saves = ModelCheckpoint(folder / f"{name}-best", monitor="val_loss")
         more = {"max_epochs": 2, **(trainer or {})}
@@ -474,15 +532,25 @@ def _fit_ways(folder: Path) -> Any:
         model = Classifier()
         made.fit(model, *(loaders or ()), datamodule=None if loaders else (module or Digits()))
         report = repair.report
-        return {**account(report), "weights": hash_of(model.state_dict()), "files": listed(folder / name)}
+        return {
+            **account(report),
+            "weights": hash_of(model.state_dict()),
+            "files": listed(folder / name),
+        }
 
     own = Digits()
     return {
         "best": one("best", start_from="best"),
         "from validation data": one("validation", Repairless(), failed="val", passed="train"),
         "passed from val": one("passed", passed="val", failed="repair"),
-        "loaders": one("loaders", loaders=(own.train_dataloader(), own.val_dataloader()), unseen=own.test_dataloader()),
-        "adapter": one("adapter", adapter=adapted, n_passed=50, calibration="val", limit="tolerance:5%"),
+        "loaders": one(
+            "loaders",
+            loaders=(own.train_dataloader(), own.val_dataloader()),
+            unseen=own.test_dataloader(),
+        ),
+        "adapter": one(
+            "adapter", adapter=adapted, n_passed=50, calibration="val", limit="tolerance:5%"
+        ),
         "half precision": one("half", trainer={"precision": "bf16-mixed"}, unseen="test"),
         "convolution": one("convolution", layer="network.1", seed=3),
     }
@@ -500,17 +568,34 @@ def _checkpoint(folder: Path) -> Any:
     def one(name: str, network: str = "flat", **flat: Any) -> dict[str, Any]:
         model, trainer = Classifier(network), quiet_trainer(folder)
         given = {"unseen": "test", "verbose": False, "dirpath": folder / name, **flat}
-        report = calls.repair_checkpoint(trainer, model, data=Digits(), path=CHECKPOINTS[network], **given)
-        return {**account(report), "weights": hash_of(model.state_dict()), "files": listed(folder / name)}
+        report = calls.repair_checkpoint(
+            trainer, model, data=Digits(), path=CHECKPOINTS[network], **given
+        )
+        return {
+            **account(report),
+            "weights": hash_of(model.state_dict()),
+            "files": listed(folder / name),
+        }
 
     where, swarm = Target.where(noisy), ParticleSwarm(particles=16, iterations=15)
-    slices = {"slices": digit, "quotas": {"3": 1}, "protected": Target.label(1), "set_aside": [17, 40]}
+    slices = {
+        "slices": digit,
+        "quotas": {"3": 1},
+        "protected": Target.label(1),
+        "set_aside": [17, 40],
+    }
     return {
         "auto": one("auto", target=where),
-        "convex": one("convex", method="convex", layer="network.3", calibration="val", limit="tolerance:2%"),
+        "convex": one(
+            "convex", method="convex", layer="network.3", calibration="val", limit="tolerance:2%"
+        ),
         "linearized": one("linearized", method="linearized", layer="network.1", sparse=0.1),
         "finetune-polish": one(
-            "finetune-polish", method="finetune-polish", calibration="val", slices=digit, confidence=0.9
+            "finetune-polish",
+            method="finetune-polish",
+            calibration="val",
+            slices=digit,
+            confidence=0.9,
         ),
         "slices": one("slices", method="convex", layer="network.3", importance="focal", **slices),
         "convolution": one("convolution", "conv", method=swarm, layer="network.3", target=where),
@@ -523,13 +608,19 @@ def _from_memory(folder: Path) -> dict[str, Any]:
     model = loaded()
     made = calls.callback(**quick(verbose=False))
     report = calls.repair_checkpoint(quiet_trainer(folder), model, data=Digits(), made=made)
-    return {**account(report), "weights": hash_of(model.state_dict()), "files": listed(folder / "repair")}
+    return {
+        **account(report),
+        "weights": hash_of(model.state_dict()),
+        "files": listed(folder / "repair"),
+    }
 
 
 @case("update-fit")
 def _update_fit(folder: Path) -> Any:
     def one(name: str, **flat: Any) -> dict[str, Any]:
-        repair = calls.callback(unseen="test", verbose=False, dirpath=folder / name, **{**short_auto(), **flat})
+        repair = calls.callback(
+            unseen="test", verbose=False, dirpath=folder / name, **{**short_auto(), **flat}
+        )
         model = Classifier(seed=1)
         trainer = quiet_trainer(folder, repair)
         trainer.fit(model, datamodule=Digits())
@@ -542,7 +633,9 @@ def _update_fit(folder: Path) -> Any:
     return {
         "path": one("path", reference=CHECKPOINTS["flat"]),
         "module": one("module", reference=loaded("conv"), keep="reference"),
-        "polish": one("polish", reference=str(CHECKPOINTS["flat"]), method=Polish(), calibration="val"),
+        "polish": one(
+            "polish", reference=str(CHECKPOINTS["flat"]), method=Polish(), calibration="val"
+        ),
     }
 
 
@@ -552,7 +645,9 @@ def _paper(folder: Path) -> Any:
     model = loaded()
     report = calls.repair_checkpoint(quiet_trainer(folder), model, data=Digits(), made=made)
     other = loaded()
-    ways = calls.grouped({"gate": "tolerance:100%", "n_passed": 100, "verbose": False, "dirpath": folder / "second"})
+    ways = calls.grouped(
+        {"gate": "tolerance:100%", "n_passed": 100, "verbose": False, "dirpath": folder / "second"}
+    )
     made = RegressionFreeRepair.from_paper("EXP-A1", target=Target.where(noisy), **ways)
     second = calls.repair_checkpoint(quiet_trainer(folder), other, data=Digits(), made=made)
     return {
@@ -586,7 +681,10 @@ def _congruent(folder: Path) -> Any:
         congruent = PositiveCongruentTraining(**{"reference": CHECKPOINTS["flat"], **given})
         trainer = quiet_trainer(folder, congruent, max_epochs=2)
         trainer.fit(model, datamodule=data.Numbered())
-        found[name] = {"weights": hash_of(model.state_dict()), "logged": measured(trainer.callback_metrics)}
+        found[name] = {
+            "weights": hash_of(model.state_dict()),
+            "logged": measured(trainer.callback_metrics),
+        }
     return found
 
 
@@ -600,7 +698,9 @@ def _interpolation(folder: Path) -> Any:
     ):
         model = loaded(network)
         interpolation = WeightInterpolation(CHECKPOINTS[network], verbose=False, **given)
-        repair = calls.callback(reference=CHECKPOINTS[network], verbose=False, **quick(dirpath=folder / name))
+        repair = calls.callback(
+            reference=CHECKPOINTS[network], verbose=False, **quick(dirpath=folder / name)
+        )
         trainer = quiet_trainer(folder, interpolation, repair, max_epochs=2)
         trainer.fit(model, datamodule=Digits())
         choice = interpolation.choice
@@ -617,14 +717,40 @@ def _interpolation(folder: Path) -> Any:
 # Two models in service, and the release of a new one.
 
 
-RULES = ["accuracy", "nfr:10%", "slice-nfr:50%", "slices", "slices:count", "tolerance:3", "tolerance:1%"]
+RULES = [
+    "accuracy",
+    "nfr:10%",
+    "slice-nfr:50%",
+    "slices",
+    "slices:count",
+    "tolerance:3",
+    "tolerance:1%",
+]
 
 
 def _released(report: Any) -> dict[str, Any]:
-    own = {key: value for key, value in json.loads(report.to_json()).items() if key not in ("versions", "files")}
-    left = ("python", "lightning_nrl", "torch", "pytorch-lightning", "file:", "| python", "| torch", "| file")
+    own = {
+        key: value
+        for key, value in json.loads(report.to_json()).items()
+        if key not in ("versions", "files")
+    }
+    left = (
+        "python",
+        "lightning_nrl",
+        "torch",
+        "pytorch-lightning",
+        "file:",
+        "| python",
+        "| torch",
+        "| file",
+    )
     lines = [line for line in report.render(120).splitlines() if not line.strip().startswith(left)]
-    return {"report": own, "page": lines, "exit status": report.exit_status, "reasons": report.reasons}
+    return {
+        "report": own,
+        "page": lines,
+        "exit status": report.exit_status,
+        "reasons": report.reasons,
+    }
 
 
 @case("release")
@@ -635,7 +761,9 @@ def _release(folder: Path) -> Any:
     file = f"protected:{folder / 'ids.csv'}"
     return {
         "default": _released(release(new, old, sources)),
-        "text": _released(release(new, old, sources, [*RULES, "instance in suite", file], slices=digit)),
+        "text": _released(
+            release(new, old, sources, [*RULES, "instance in suite", file], slices=digit)
+        ),
         "itself": _released(release(new, new, sources[0], "instance")),
     }
 
@@ -647,7 +775,9 @@ def _release_gate(folder: Path) -> Any:
     gate = ReleaseGate(loaded(), rules=rules, slices=digit, dirpath=folder / "release")
     trainer = quiet_trainer(folder, gate, logger=logger)
     (tested,) = trainer.test(loaded("conv"), datamodule=Digits(), verbose=False)
-    second = ReleaseGate(folder / "release" / "predictions.csv", verbose=False, dirpath=folder / "second")
+    second = ReleaseGate(
+        folder / "release" / "predictions.csv", verbose=False, dirpath=folder / "second"
+    )
     quiet_trainer(folder, second).test(loaded("conv"), datamodule=Digits(), verbose=False)
     return {
         "first": _released(gate.report),
@@ -662,8 +792,13 @@ def _release_gate(folder: Path) -> Any:
 
 def _diagnosed(diagnosis: Any) -> dict[str, Any]:
     """A diagnosis without what it says of time."""
-    own = {key: value for key, value in diagnosis.to_dict().items() if key not in ("costs", "advice")}
-    told = {"advice": _timeless(diagnosis.advice), "page": [_timeless(x) for x in calls.diagnosis_page(diagnosis)]}
+    own = {
+        key: value for key, value in diagnosis.to_dict().items() if key not in ("costs", "advice")
+    }
+    told = {
+        "advice": _timeless(diagnosis.advice),
+        "page": [_timeless(x) for x in calls.diagnosis_page(diagnosis)],
+    }
     return {**own, **told, "methods": sorted(cost.method for cost in diagnosis.costs)}
 
 
@@ -681,8 +816,12 @@ def _diagnosis(folder: Path) -> Any:
     looked = diagnose(trainer, model, **checkpoint, target=Target.where(noisy))
     return {
         "points": _diagnosed(diagnose_module(trained(), known())),
-        "a target": _diagnosed(diagnose_module(trained(data.deep), known(), Settings(target=Target.label(0)))),
-        "numbers": _diagnosed(diagnose_module(Evaluator(numbers, Regression(tolerance=0.5)), sources)),
+        "a target": _diagnosed(
+            diagnose_module(trained(data.deep), known(), Settings(target=Target.label(0)))
+        ),
+        "numbers": _diagnosed(
+            diagnose_module(Evaluator(numbers, Regression(tolerance=0.5)), sources)
+        ),
         "digits": _diagnosed(looked),
     }
 
@@ -695,15 +834,30 @@ def _compared(comparison: Any) -> dict[str, Any]:
 def _comparison(folder: Path) -> Any:
     tuned = FineTuning(learning_rate=1e-2, epochs=4)
     own = {"gentle": tuned, "a quarter of it": Interpolation(tuned, a=0.25)}
-    methods = ["convex", "finetune-polish", "layer fine-tuning", "fine-tuning", "distillation", "interpolation"]
+    methods = [
+        "convex",
+        "finetune-polish",
+        "layer fine-tuning",
+        "fine-tuning",
+        "distillation",
+        "interpolation",
+    ]
     found = compare_module(trained(), known(), unseen=unseen(), methods=methods)
     model = Classifier()
     ways = ["convex", "further training", "retraining"]
-    checkpoint = {"datamodule": Digits(), "ckpt_path": CHECKPOINTS["flat"], "target": Target.where(noisy)}
+    checkpoint = {
+        "datamodule": Digits(),
+        "ckpt_path": CHECKPOINTS["flat"],
+        "target": Target.where(noisy),
+    }
     return {
         "named": _compared(found),
-        "objects": _compared(compare_module(trained(), known(), Settings(seed=3), unseen=unseen(), methods=own)),
-        "no last layer": _compared(compare_module(trained(), known(), Settings(layer="0"), methods=["convex"])),
+        "objects": _compared(
+            compare_module(trained(), known(), Settings(seed=3), unseen=unseen(), methods=own)
+        ),
+        "no last layer": _compared(
+            compare_module(trained(), known(), Settings(layer="0"), methods=["convex"])
+        ),
         "digits": _compared(compare(quiet_trainer(folder), model, methods=ways, **checkpoint)),
     }
 
@@ -713,7 +867,11 @@ def _swept(result: Any) -> dict[str, Any]:
     names_of = [[run.setting, run.seed] for run in result.pareto("known")]
     return {
         "runs": result.to_dict()["runs"],
-        "weights": {f"{run.setting}, {run.seed}": hash_of(result.state(run)) for run in result.runs if run.changed},
+        "weights": {
+            f"{run.setting}, {run.seed}": hash_of(result.state(run))
+            for run in result.runs
+            if run.changed
+        },
         "best": None if best is None else [best.setting, best.seed],
         "front": names_of,
         "page": calls.sweep_page(result),
@@ -723,12 +881,17 @@ def _swept(result: Any) -> dict[str, Any]:
 @case("sweep")
 def _sweep(folder: Path) -> Any:
     swarm = ParticleSwarm(particles=12, iterations=10)
-    grid = Grid(fitness=["eq1", "lexicographic"], alpha=[0.5, 8], n_weights=[8, 16], n_passed=[None, 40])
+    grid = Grid(
+        fitness=["eq1", "lexicographic"], alpha=[0.5, 8], n_weights=[8, 16], n_passed=[None, 40]
+    )
     given = {"unseen": unseen(), "calibration": calibration(), "base": Settings(method=swarm)}
     model = trained()
     result = sweep_module(model, known(), grid, seeds=2, dirpath=folder / "sweep", **given)
     again = sweep_module(model, known(), grid, seeds=[0, 1, 5], dirpath=folder / "sweep", **given)
-    listed_ways = [{"alpha": 5, "n_passed": 30, "fitness": "eq1"}, {"fitness": "eq2", "particles": 8, "name": "mine"}]
+    listed_ways = [
+        {"alpha": 5, "n_passed": 30, "fitness": "eq1"},
+        {"fitness": "eq2", "particles": 8, "name": "mine"},
+    ]
     single = sweep_module(model, known(), listed_ways, seeds=2, **given)
     best = again.best("accuracy")
     copied = copy.deepcopy(model)

@@ -1,4 +1,6 @@
-"""Small problems for the cases: points in the plane, handwritten digits, and networks that have learned them."""
+"""Small problems for the cases: points in the plane, handwritten digits, and networks that have
+learned them.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,18 @@ def deep() -> nn.Sequential:
 
 
 def normed() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, 3))
+    return nn.Sequential(
+        nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, 3)
+    )
 
 
 def fitted(
-    model: Callable[[], nn.Module], x: Tensor, y: Tensor, seed: int = 0, steps: int = 60, loss: Any = F.cross_entropy
+    model: Callable[[], nn.Module],
+    x: Tensor,
+    y: Tensor,
+    seed: int = 0,
+    steps: int = 60,
+    loss: Any = F.cross_entropy,
 ) -> nn.Module:
     """A network after some steps on all data at once; the random state is as before."""
     with torch.random.fork_rng():
@@ -62,7 +71,10 @@ def trained(model: Callable[[], nn.Module] = mlp, seed: int = 0, n: int = 120) -
 
 def retrained(model: Callable[[], nn.Module] = mlp, seed: int = 5) -> nn.Module:
     """The same network after a training on more data, the moved class among them."""
-    x, y = (torch.cat(parts) for parts in zip(blobs(60, seed=seed), blobs(60, 1.5, seed + 1), strict=True))
+    x, y = (
+        torch.cat(parts)
+        for parts in zip(blobs(60, seed=seed), blobs(60, 1.5, seed + 1), strict=True)
+    )
     return fitted(model, x, y, seed=seed)
 
 
@@ -70,7 +82,9 @@ def retrained(model: Callable[[], nn.Module] = mlp, seed: int = 5) -> nn.Module:
 def digits() -> Pair:
     data = load_digits()
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1) / 16, torch.tensor(data.target)[order]
+    return torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1) / 16, torch.tensor(
+        data.target
+    )[order]
 
 
 class Digits(LightningDataModule):
@@ -84,9 +98,13 @@ class Digits(LightningDataModule):
         self.shuffle = shuffle
         images, labels = (x[: sum(self.sizes)].clone() for x in digits())
         generator = torch.Generator().manual_seed(1)
-        share = torch.cat([torch.full((n,), p) for n, p in zip(self.sizes, self.noisy, strict=True)])
+        share = torch.cat(
+            [torch.full((n,), p) for n, p in zip(self.sizes, self.noisy, strict=True)]
+        )
         noisy = torch.rand(len(images), generator=generator) < share
-        images = images + noisy.view(-1, 1, 1, 1) * 0.5 * torch.randn(images.shape, generator=generator)
+        images = images + noisy.view(-1, 1, 1, 1) * 0.5 * torch.randn(
+            images.shape, generator=generator
+        )
         parts = zip(*(x.split(self.sizes) for x in (images, labels, noisy)), strict=True)
         self.train, self.val, self.repair, self.test = (TensorDataset(*part) for part in parts)
 
@@ -205,7 +223,9 @@ def rows_of_digits(length: int) -> Pair:
 
 
 def _parts(x: Tensor, y: Tensor, weak: Callable[[Tensor], Tensor]) -> list[Pair]:
-    """160 samples to train on, 90 and 80 later ones; `weak` changes more than half of the later ones."""
+    """160 samples to train on, 90 and 80 later ones; `weak` changes more than half of the later
+    ones.
+    """
     sizes = (160, 90, 80)
     share = torch.cat([torch.full((n,), p) for n, p in zip(sizes, (0.0, 0.6, 0.6), strict=True)])
     chosen = torch.rand(len(share), generator=torch.Generator().manual_seed(3)) < share

@@ -79,7 +79,11 @@ def renamed(value: Any, renames: Mapping[str, str]) -> Any:
             return value
         found = [walk(item) for item in value]
         # What was in the order of its names is so after renaming.
-        return sorted(found) if all(isinstance(item, str) for item in value) and value == sorted(value) else found
+        return (
+            sorted(found)
+            if all(isinstance(item, str) for item in value) and value == sorted(value)
+            else found
+        )
 
     return walk(value)
 
@@ -87,8 +91,16 @@ def renamed(value: Any, renames: Mapping[str, str]) -> Any:
 def without(value: Any, added: Mapping[str, Any]) -> Any:
     """A value without the keys that were added on purpose, where they hold what says nothing."""
     if isinstance(value, dict):
-        return {key: without(item, added) for key, item in value.items() if key not in added or item != added[key]}
-    return [without(item, added) for item in value if item not in list(added)] if isinstance(value, list) else value
+        return {
+            key: without(item, added)
+            for key, item in value.items()
+            if key not in added or item != added[key]
+        }
+    return (
+        [without(item, added) for item in value if item not in list(added)]
+        if isinstance(value, list)
+        else value
+    )
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, str, str]]:

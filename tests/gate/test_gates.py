@@ -75,7 +75,9 @@ PASSED = [True, True, True, False, True, False, False, True]
 TARGETED = [False, False, False, False, False, True, True, False]
 
 
-def evidence(passed: list[bool], targeted: list[bool] | None = None, loss: list[float] | None = None) -> SampleResults:
+def evidence(
+    passed: list[bool], targeted: list[bool] | None = None, loss: list[float] | None = None
+) -> SampleResults:
     n = len(passed)
     return sample_table(
         passed,
@@ -122,12 +124,16 @@ def test_of_the_target_none_may_break_and_of_the_others_any_that_is_not_protecte
     gate = Gate.instance_in_target()
     others = judge(before, after(0, 2, 5), gate)
     assert (others.status, others.counts.broken) == ("repaired", 2)
-    assert others.reason.endswith("2 broke (2 in train); the gate allows none in the target (none of 2 broke).")
+    assert others.reason.endswith(
+        "2 broke (2 in train); the gate allows none in the target (none of 2 broke)."
+    )
     refused = judge(before, after(0, 5, 7), gate)
     assert refused.status == "refused"
     assert "the gate allows none in the target (1 of 2 would break)." in refused.reason
     weight = torch.ones(8, dtype=torch.float64)
-    heavy, protected = (replace(before, weight=weight.index_fill(0, torch.tensor(0), w)) for w in (3.0, torch.inf))
+    heavy, protected = (
+        replace(before, weight=weight.index_fill(0, torch.tensor(0), w)) for w in (3.0, torch.inf)
+    )
     assert judge(heavy, after(0, 2, 5), gate).accepted
     assert judge(protected, after(0, 2, 5), gate).status == "refused"
 
@@ -145,12 +151,16 @@ def test_a_loss_that_is_not_finite_is_a_failure() -> None:
     decision = judge(BEFORE, after(5, 6, nan=(0, 6)), Gate.instance())
     counts = decision.counts
     assert (counts.kept, counts.broken, counts.repaired, counts.failing) == (4, 1, 1, 2)
-    assert decision.reason.endswith(" The loss is not finite on 2 known samples; they count as wrong.")
+    assert decision.reason.endswith(
+        " The loss is not finite on 2 known samples; they count as wrong."
+    )
 
 
 def test_tables_of_other_samples_are_not_compared() -> None:
     shuffled = replace(after(5), index=BEFORE.index.flip(0))
-    with pytest.raises(EvaluationError, match=r"before \(train: 4, repair: 4\).*of different samples"):
+    with pytest.raises(
+        EvaluationError, match=r"before \(train: 4, repair: 4\).*of different samples"
+    ):
         judge(BEFORE, shuffled, Gate.instance())
     with pytest.raises(EvaluationError, match=r"after \(train: 5, repair: 3\)"):
         judge(BEFORE, replace(after(5), sizes=(5, 3)), Gate.instance())
@@ -185,7 +195,11 @@ def test_a_gate_of_ones_own_on_the_target_is_judged_alike_with_samples_and_with_
         flips = Flips.between(before, after(*flipped))
         gate = OneInTarget(1)
         cost = gate.cost(before, flips.broken)
-        assert gate.excess_of(flips.counts(), cost) == gate.excess_of(flips.target_counts(before)) == excess
+        assert (
+            gate.excess_of(flips.counts(), cost)
+            == gate.excess_of(flips.target_counts(before))
+            == excess
+        )
         assert judge(before, after(*flipped), gate).accepted is (excess == 0)
 
 

@@ -15,12 +15,18 @@ from lightning_nrl._trainer.tracking import repair_log
 from lightning_nrl.report import repair_report
 
 # Scripts that tests start find the helpers of all tests, as pytest itself does.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+)
 
 
 @pytest.fixture(autouse=True)
-def figures_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere a repair leaves them out, as where matplotlib is not installed: they take a second each time."""
+def figures_are_drawn_where_they_are_looked_at(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere a repair leaves them out, as where matplotlib is not installed: they take a second
+    each time.
+    """
     if request.node.get_closest_marker("figures") is None:
         for module in (repair_report, repair_log):
             monkeypatch.setattr(module, "find_spec", lambda name: None)
@@ -28,7 +34,9 @@ def figures_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, m
 
 @pytest.fixture(autouse=True)
 def compiled_code_is_forgotten() -> None:
-    """Torch compiles a method a limited number of times in a process, whatever the test, then runs it as it is."""
+    """Torch compiles a method a limited number of times in a process, whatever the test, then runs
+    it as it is.
+    """
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 

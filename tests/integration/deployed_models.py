@@ -1,4 +1,6 @@
-"""Modules whose steps, predictions and state dicts differ from `forward` and from one another, on easy data."""
+"""Modules whose steps, predictions and state dicts differ from `forward` and from one another, on
+easy data.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +223,9 @@ class LeavesOut(Plain):
         return self.net(self.backbone(self.normalised(x)))
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        return {name: x for name, x in super().state_dict().items() if not name.startswith("backbone")}
+        return {
+            name: x for name, x in super().state_dict().items() if not name.startswith("backbone")
+        }
 
 
 class Renames(Plain):
@@ -229,7 +233,9 @@ class Renames(Plain):
         return {f"old.{name}": x for name, x in super().state_dict(*args, **kwargs).items()}
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().load_state_dict({name[4:]: x for name, x in state_dict.items()}, *args, **kwargs)
+        return super().load_state_dict(
+            {name[4:]: x for name, x in state_dict.items()}, *args, **kwargs
+        )
 
 
 class Averages(Plain):
@@ -253,7 +259,9 @@ class SavesAverage(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.average = {f"net.{name}": x.detach().clone() for name, x in self.net.named_parameters()}
+        self.average = {
+            f"net.{name}": x.detach().clone() for name, x in self.net.named_parameters()
+        }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().state_dict(*args, **kwargs), **self.average}
@@ -268,7 +276,9 @@ class Adversarial(Plain):
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.net.parameters(), 1e-2), torch.optim.Adam(self.discriminator.parameters(), 1e-3)
+        return torch.optim.Adam(self.net.parameters(), 1e-2), torch.optim.Adam(
+            self.discriminator.parameters(), 1e-3
+        )
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, y = self.normalised(batch[0]), batch[1]

@@ -28,7 +28,9 @@ OVERWRITING: dict[str, dict[str, Any]] = {
 if hasattr(callbacks, "WeightAveraging"):
     OVERWRITING["WeightAveraging"] = {}
 
-since_2_6 = pytest.mark.skipif(Version(pl.__version__) < Version("2.6"), reason="Lightning does that since 2.6")
+since_2_6 = pytest.mark.skipif(
+    Version(pl.__version__) < Version("2.6"), reason="Lightning does that since 2.6"
+)
 
 QUICK: dict[str, Any] = {
     "method": ParticleSwarm(particles=20, iterations=20),
@@ -41,7 +43,9 @@ QUICK: dict[str, Any] = {
 def digits() -> tuple[Tensor, Tensor]:
     data = load_digits()
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1) / 16, torch.tensor(data.target)[order]
+    return torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1) / 16, torch.tensor(
+        data.target
+    )[order]
 
 
 class Digits(LightningDataModule):
@@ -55,9 +59,13 @@ class Digits(LightningDataModule):
         self.batch_size = batch_size
         images, labels = (x[: sum(self.sizes)].clone() for x in digits())
         generator = torch.Generator().manual_seed(1)
-        share = torch.cat([torch.full((n,), p) for n, p in zip(self.sizes, self.noisy, strict=True)])
+        share = torch.cat(
+            [torch.full((n,), p) for n, p in zip(self.sizes, self.noisy, strict=True)]
+        )
         noisy = torch.rand(len(images), generator=generator) < share
-        images = images + noisy.view(-1, 1, 1, 1) * 0.5 * torch.randn(images.shape, generator=generator)
+        images = images + noisy.view(-1, 1, 1, 1) * 0.5 * torch.randn(
+            images.shape, generator=generator
+        )
         parts = zip(*(x.split(self.sizes) for x in (images.to(dtype), labels, noisy)), strict=True)
         self.train, self.val, self.repair, self.test = (TensorDataset(*part) for part in parts)
 
@@ -104,7 +112,12 @@ def cnn() -> nn.Module:
 
 def resnet() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), Residual(8), Residual(8), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)
+        nn.Conv2d(1, 8, 3, padding=1),
+        Residual(8),
+        Residual(8),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10),
     )
 
 
@@ -206,7 +219,9 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def same(one: Any, other: Any) -> bool:
     """True if two states, models or checkpoints by their paths have the same weights, bit for bit."""
     first, second = map(_state, (one, other))
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 def _state(of: Any) -> Any:

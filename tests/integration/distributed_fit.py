@@ -62,7 +62,9 @@ class Leave(Callback):
         torch.save(left, Path(self.repair.dirpath) / f"rank{trainer.global_rank}.pt")
 
 
-def trainer_on(folder: Path, strategy: Any, devices: int, *callbacks: Callback, train_batches: int = 1) -> Trainer:
+def trainer_on(
+    folder: Path, strategy: Any, devices: int, *callbacks: Callback, train_batches: int = 1
+) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=devices,
@@ -79,14 +81,18 @@ def trainer_on(folder: Path, strategy: Any, devices: int, *callbacks: Callback, 
     )
 
 
-def fit(folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int = 1) -> tuple[Trainer, Classifier]:
+def fit(
+    folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int = 1
+) -> tuple[Trainer, Classifier]:
     """One fit for each number of repair samples, which leaves its files in a folder of that name."""
     callback = quick_repair(unseen="test")
     trainer = trainer_on(folder, strategy, devices, callback, Leave(callback))
     for n in sizes:
         callback.dirpath = folder / str(n)
         model = Predicting()
-        model.load_state_dict(torch.load(folder.parent / "trained.ckpt", weights_only=True)["state_dict"])
+        model.load_state_dict(
+            torch.load(folder.parent / "trained.ckpt", weights_only=True)["state_dict"]
+        )
         trainer.fit_loop.epoch_progress.reset()
         trainer.fit(model, datamodule=FewRepairs(n))
     return trainer, model
@@ -94,7 +100,9 @@ def fit(folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int
 
 @dataclass(frozen=True)
 class Continued:
-    """Proposes what training gives when it goes on, and leaves the rest to the gate; every rank may write it down."""
+    """Proposes what training gives when it goes on, and leaves the rest to the gate; every rank may
+    write it down.
+    """
 
     folder: Path | None = None
     renews: bool = False
@@ -104,7 +112,9 @@ class Continued:
         assert problem.training is not None
         with problem.clock.stage("fit"):
             given = {"seconds": problem.clock.left, "seed": problem.seed, "clock": problem.clock}
-            trained = problem.training(**given, renew=partial(self.weights, problem) if self.renews else None)
+            trained = problem.training(
+                **given, renew=partial(self.weights, problem) if self.renews else None
+            )
         if trained is None:
             return Solution(None, "no time.")
         if self.folder is not None:
@@ -117,7 +127,9 @@ class Continued:
 
 
 class Later(Classifier):
-    """Takes no step under a trainer with a repair, so that one process and two go on from the same weights."""
+    """Takes no step under a trainer with a repair, so that one process and two go on from the same
+    weights.
+    """
 
     def configure_optimizers(self) -> Any:
         repairs = any(isinstance(c, RegressionFreeRepair) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -130,9 +142,15 @@ def fit_continued(folder: Path, strategy: Any = "auto", devices: int = 1) -> Non
     callback = RegressionFreeRepair(
         method=Continued(folder, renews=True), gate="accuracy", dirpath=folder, verbose=False
     )
-    trainer, data, model = trainer_on(folder, strategy, devices, callback, Leave(callback)), FewRepairs(203), Later()
+    trainer, data, model = (
+        trainer_on(folder, strategy, devices, callback, Leave(callback)),
+        FewRepairs(203),
+        Later(),
+    )
     trainer.fit_loop.max_epochs, data.batch_size = 3, 512
-    model.load_state_dict(torch.load(folder.parent / "trained.ckpt", weights_only=True)["state_dict"])
+    model.load_state_dict(
+        torch.load(folder.parent / "trained.ckpt", weights_only=True)["state_dict"]
+    )
     trainer.fit(model, datamodule=data)
 
 
@@ -162,7 +180,9 @@ class Failing(Frozen):
 def fit_failing(folder: Path) -> None:
     """A fit whose second rank fails where it is tried out what the prediction calls."""
     callback = quick_repair(dirpath=folder / "failing")
-    trainer_on(folder, "ddp", 2, callback, Leave(callback)).fit(Failing(), datamodule=FewRepairs(203))
+    trainer_on(folder, "ddp", 2, callback, Leave(callback)).fit(
+        Failing(), datamodule=FewRepairs(203)
+    )
 
 
 def fit_all(folder: Path) -> None:

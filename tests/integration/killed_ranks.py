@@ -78,6 +78,12 @@ def repaired(folder: Path, trained: Path, method: str, end: End) -> None:
     how = with_options({**QUICK, "method": METHODS[method], "gate": "accuracy", "save_every": 0})
     callback = RegressionFreeRepair(**how, dirpath=folder)
     trainer = quiet_trainer(folder, devices=2, strategy="ddp")
-    repair(trainer, model := Randomised("cnn"), datamodule=Digits(), ckpt_path=trained, callback=callback)
+    repair(
+        trainer,
+        model := Randomised("cnn"),
+        datamodule=Digits(),
+        ckpt_path=trained,
+        callback=callback,
+    )
     Leave(callback).on_train_end(trainer, model)
     (folder / f"moments{rank}").write_text(str(moments[0]))

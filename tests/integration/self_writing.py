@@ -37,7 +37,9 @@ class Clamped(nn.Module):
 
 
 class LowRank(nn.Linear):
-    """An adapter that is added to the weight in evaluation mode and beside it in training (Hu et al. 2021, LoRA)."""
+    """An adapter that is added to the weight in evaluation mode and beside it in training (Hu et
+    al. 2021, LoRA).
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -74,9 +76,16 @@ def classifier(kind: str) -> Classifier:
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
     """The bits, the objects and the modes of a model."""
     state = model.state_dict(keep_vars=True)
-    bits = {name: hashlib.sha256(x.detach().numpy().tobytes()).hexdigest() for name, x in state.items()}
+    bits = {
+        name: hashlib.sha256(x.detach().numpy().tobytes()).hexdigest() for name, x in state.items()
+    }
     merged = [module.merged for module in model.modules() if isinstance(module, LowRank)]
-    return bits, [id(x) for x in model.parameters()], [module.training for module in model.modules()], merged
+    return (
+        bits,
+        [id(x) for x in model.parameters()],
+        [module.training for module in model.modules()],
+        merged,
+    )
 
 
 class NothingAtAll(Gate):

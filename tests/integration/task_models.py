@@ -1,4 +1,6 @@
-"""Tasks other than one class a sample, on real data: each with a network that a Trainer can train in a second."""
+"""Tasks other than one class a sample, on real data: each with a network that a Trainer can train
+in a second.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,18 @@ SIZES = (160, 90, 80)
 
 
 class Data(LightningDataModule):
-    """Batches of `(x, y)`. `weak` changes inputs; it does so rarely in training and often afterwards."""
+    """Batches of `(x, y)`. `weak` changes inputs; it does so rarely in training and often
+    afterwards.
+    """
 
-    def __init__(self, x: Tensor, y: Tensor, weak: Callable[[Tensor], Tensor], collate: Any = None) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, weak: Callable[[Tensor], Tensor], collate: Any = None
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        share = torch.cat([torch.full((n,), p) for n, p in zip(SIZES, (0.0, 0.6, 0.6), strict=True)])
+        share = torch.cat(
+            [torch.full((n,), p) for n, p in zip(SIZES, (0.0, 0.6, 0.6), strict=True)]
+        )
         chosen = torch.rand(len(share), generator=generator) < share
         x, y = x[: len(share)].clone(), y[: len(share)]
         x[chosen] = weak(x[chosen])
@@ -51,7 +59,9 @@ class Data(LightningDataModule):
 class Net(LightningModule):
     """Any network with any loss of a mini-batch."""
 
-    def __init__(self, network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], lr: float = 0.01) -> None:
+    def __init__(
+        self, network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], lr: float = 0.01
+    ) -> None:
         super().__init__()
         self.network, self.mean_loss, self.lr = network, loss, lr
 
@@ -151,7 +161,9 @@ def iou_of_sets(output: Tensor, target: Tensor) -> list[bool]:
     found = []
     for image, truth in zip(output.argmax(1), target, strict=True):
         pairs = [((image == c) & (truth == c), (image == c) | (truth == c)) for c in truth.unique()]
-        found.append(sum(float(both.sum() / either.sum()) for both, either in pairs) / len(pairs) >= 0.8)
+        found.append(
+            sum(float(both.sum() / either.sum()) for both, either in pairs) / len(pairs) >= 0.8
+        )
     return found
 
 

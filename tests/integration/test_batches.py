@@ -45,7 +45,9 @@ def fitted(path: Path, model: LightningModule, train: Any, val: Any, **arguments
 
 
 @pytest.mark.parametrize("method", ["convex", "swarm", "finetune-polish"])
-def test_graphs_are_repaired_and_counted_as_the_module_counts_them(tmp_path: Path, method: str) -> None:
+def test_graphs_are_repaired_and_counted_as_the_module_counts_them(
+    tmp_path: Path, method: str
+) -> None:
     torch.manual_seed(0)
     model, val = GraphClassifier(), graph_loader(60, seed=2)
     report, trainer = fitted(tmp_path, model, graph_loader(120, seed=1), val, method=method)
@@ -53,10 +55,14 @@ def test_graphs_are_repaired_and_counted_as_the_module_counts_them(tmp_path: Pat
     assert found.broken == 0
     measured = trainer.validate(model, val, verbose=False)[0]["accuracy"]
     assert (found.kept + found.repaired) / 60 == pytest.approx(measured)
-    assert report.status == "repaired" or method == "swarm"  # which searches a few weights of the last layer
+    assert (
+        report.status == "repaired" or method == "swarm"
+    )  # which searches a few weights of the last layer
 
 
-def test_a_layer_of_nodes_cannot_be_searched_and_that_is_known_before_training(tmp_path: Path) -> None:
+def test_a_layer_of_nodes_cannot_be_searched_and_that_is_known_before_training(
+    tmp_path: Path,
+) -> None:
     graphs = graph_loader(40, seed=1)
     with pytest.raises(RepairError, match=r"`layer='net\.node'`: samples cannot be taken out"):
         fitted(tmp_path, GraphClassifier(), graphs, graphs, method="swarm", layer="net.node")
@@ -87,7 +93,9 @@ class Signals(LightningModule):
         (2, 3, "y", r"the model returned \[16, 2\] for 8 targets"),
     ],
 )
-def test_a_batch_that_does_not_fit_is_shown(tmp_path: Path, copies: int, size: int, truth: str, found: str) -> None:
+def test_a_batch_that_does_not_fit_is_shown(
+    tmp_path: Path, copies: int, size: int, truth: str, found: str
+) -> None:
     data = DataLoader([{"signal": torch.zeros(size), truth: 1}] * 20, 8)  # type: ignore[arg-type]
     shown = rf"{found}[\s\S]*signal: float32 \[8, {size}\][\s\S]*HINT: [\s\S]*\(batch\['signal'\],\), {{}}"
     with pytest.raises(ConfigurationError, match=shown):
@@ -111,7 +119,9 @@ def test_tensors_with_metadata_are_repaired_as_plain_ones(tmp_path: Path) -> Non
         data = Digits()
         train, val = (DataLoader(x, 64, collate_fn=collate) for x in (data.train, data.repair))
         torch.manual_seed(0)
-        made, _ = fitted(tmp_path, Classifier(), train, val, method="linearized", reference=Classifier())
+        made, _ = fitted(
+            tmp_path, Classifier(), train, val, method="linearized", reference=Classifier()
+        )
         return [(split.split, split.repaired_ids, split.kept) for split in made.splits]
 
     assert report(with_metadata) == report(default_collate)

@@ -1,4 +1,6 @@
-"""A network with one logit for two classes, as Lightning's own example of transfer learning has it, in a Trainer."""
+"""A network with one logit for two classes, as Lightning's own example of transfer learning has it,
+in a Trainer.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Transfer(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.feature_extractor = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten())
+        self.feature_extractor = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()
+        )
         self.fc = nn.Sequential(nn.Linear(216, 16), nn.ReLU(), nn.Linear(16, 1))
         self.train_acc, self.valid_acc = BinaryAccuracy(), BinaryAccuracy()
 
@@ -97,7 +101,12 @@ def test_it_is_repaired_without_a_word_about_the_task(tmp_path: Path, kind: type
     assert "swarm" in {cost.method for cost in found.costs}
     # The logits of the other one are made of its probabilities.
     assert (found.head == "fc.2") == (kind is Transfer)
-    given: dict[str, Any] = {"target": Target.label(1), "unseen": "test", "verbose": False, "method": "finetune-polish"}
+    given: dict[str, Any] = {
+        "target": Target.label(1),
+        "unseen": "test",
+        "verbose": False,
+        "method": "finetune-polish",
+    }
     report = repair(quiet_trainer(tmp_path), model, datamodule=own, **given)
     assert report.status == "repaired", report.reason
     check_counts(report, model, own)
@@ -109,7 +118,10 @@ def test_updates_are_counted_held_to_the_old_model_and_repaired(tmp_path: Path) 
     quiet_trainer(tmp_path).fit(old, datamodule=own)
     callback = RegressionFreeRepair(method="convex", reference=old, verbose=False)
     reference = OldModel(old, classes=(["no", "yes"], ["no", "yes"]))
-    callbacks = [RegressionMetrics(old), PositiveCongruentTraining(reference, ["focal_distillation", "margin_hinge"])]
+    callbacks = [
+        RegressionMetrics(old),
+        PositiveCongruentTraining(reference, ["focal_distillation", "margin_hinge"]),
+    ]
     trainer = quiet_trainer(tmp_path, *callbacks, callback)
     trainer.fit(new, datamodule=own)
     assert trainer.callback_metrics["regression/focal_distillation"].isfinite()

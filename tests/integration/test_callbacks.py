@@ -1,4 +1,6 @@
-"""What holds for each callback: an argument without a meaning is refused at once, a configuration file is enough."""
+"""What holds for each callback: an argument without a meaning is refused at once, a configuration
+file is enough.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,20 @@ from lightning_nrl.updates import FocalDistillation, MarginHinge
 UPDATES = (PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation)
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     *((kind, {"reference": None}, "`reference=None`") for kind in UPDATES),
-    *((kind, {"reference": "nowhere.ckpt"}, r"`reference='nowhere\.ckpt'` does not exist") for kind in UPDATES),
+    *(
+        (kind, {"reference": "nowhere.ckpt"}, r"`reference='nowhere\.ckpt'` does not exist")
+        for kind in UPDATES
+    ),
     *((kind, {"task": "multi-class"}, "`task='multi-class'` is unknown") for kind in UPDATES),
     *((kind, {"task": 3}, "`task=3` is no Task") for kind in UPDATES),
     (PositiveCongruentTraining, {"term": "distillation"}, "did you mean 'focal_distillation'"),
     (PositiveCongruentTraining, {"index": "nowhere:ids"}, "`index='nowhere:ids'` was not found"),
     (PositiveCongruentTraining, {"prefix": "/"}, "`prefix='/'` is no name"),
-    (RegressionMetrics, {"slices": 3.5}, "`slices`: a value of type float is not a column of a batch"),
+    (
+        RegressionMetrics,
+        {"slices": 3.5},
+        "`slices`: a value of type float is not a column of a batch",
+    ),
     (RegressionMetrics, {"prefix": ""}, "`prefix=''` is no name"),
     (RegressionMetrics, {"dataloader": -1}, "`dataloader=-1` is out of range"),
     (ReleaseGate, {"rules": "nothing"}, "is no rule"),
@@ -49,7 +58,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (WeightInterpolation, {"batches": 0}, "`batches=0` is out of range"),
     (WeightInterpolation, {"prefix": ""}, "`prefix=''` is no name"),
     (WeightInterpolation, {"seed": -1}, "`seed=-1` is out of range"),
-    (WeightInterpolation, {"reference": OldModel({}, classes={0: 1})}, "an OldModel with `classes` has other inputs"),
+    (
+        WeightInterpolation,
+        {"reference": OldModel({}, classes={0: 1})},
+        "an OldModel with `classes` has other inputs",
+    ),
     (TrainingHistory, {"splits": "validation"}, "is no split"),
     (TrainingHistory, {"splits": []}, "names no split"),
     (TrainingHistory, {"every_n_epochs": 0}, "every_n_epochs"),
@@ -63,7 +76,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "arguments", "message"), REFUSED)
-def test_an_argument_without_a_meaning_is_refused_at_once(kind: Any, arguments: dict[str, Any], message: str) -> None:
+def test_an_argument_without_a_meaning_is_refused_at_once(
+    kind: Any, arguments: dict[str, Any], message: str
+) -> None:
     given = {"reference": mlp()} if kind in UPDATES else {}
     with pytest.raises(ConfigurationError, match=message):
         kind(**{**given, **arguments})
@@ -105,11 +120,22 @@ CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
+@pytest.mark.filterwarnings(
+    "ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0"
+)
 @pytest.mark.parametrize(("kind", "written", "look", "expected"), CONFIGURED)
 def test_a_configuration_file_is_enough(
-    kind: Any, written: dict[str, Any], look: Callable[[Any], Any], expected: Any, trained_path: Path, tmp_path: Path
+    kind: Any,
+    written: dict[str, Any],
+    look: Callable[[Any], Any],
+    expected: Any,
+    trained_path: Path,
+    tmp_path: Path,
 ) -> None:
     words = yaml.safe_dump({"reference": str(trained_path), **written})
-    (made,) = (c for c in cli(tmp_path, words, run=False, kind=kind).trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+    (made,) = (
+        c
+        for c in cli(tmp_path, words, run=False, kind=kind).trainer.callbacks
+        if isinstance(c, kind)
+    )  # type: ignore[attr-defined]
     assert look(made) == expected

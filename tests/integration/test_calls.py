@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, Untrainable, is_noisy, quick_repair, quiet_trainer, right, same
+from digit_models import (
+    QUICK,
+    Classifier,
+    Digits,
+    Untrainable,
+    is_noisy,
+    quick_repair,
+    quiet_trainer,
+    right,
+    same,
+)
 from lightning_package import CSVLogger, ModelCheckpoint, TensorBoardLogger, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_processes import in_two_processes
@@ -18,7 +28,7 @@ from two_processes import in_two_processes
 from lightning_nrl import ConfigurationError, Grid, Target, compare, diagnose, repair, sweep
 from lightning_nrl.analysis.baselines import FineTuning
 from lightning_nrl.analysis.diagnosis import Diagnosis
-from lightning_nrl.analysis.sweep import SweepResult
+from lightning_nrl.study import SweepResult
 
 QUICKLY: dict[str, Any] = {"search": QUICK["search"], "methods": {"swarm": QUICK["method"]}}
 SWEEP: dict[str, Any] = {
@@ -31,7 +41,9 @@ SWEEP: dict[str, Any] = {
 
 @contextmanager
 def without_a_trace(folder: Path, trained_path: Path) -> Iterator[tuple[Trainer, Classifier]]:
-    """A trainer and a model that must hold the checkpoint afterwards; nothing may be written or drawn."""
+    """A trainer and a model that must hold the checkpoint afterwards; nothing may be written or
+    drawn.
+    """
     model, trainer = Classifier(), quiet_trainer(folder, logger=True)
     random = torch.get_rng_state()
     yield trainer, model
@@ -59,7 +71,11 @@ def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path:
 
 def test_retraining_and_repair_beside_each_other(tmp_path: Path, trained_path: Path) -> None:
     data, methods = Digits(), {**QUICKLY["methods"], "retraining": "retraining"}
-    arguments: dict[str, Any] = {"target": Target.where(is_noisy), "search": QUICK["search"], "methods": methods}
+    arguments: dict[str, Any] = {
+        "target": Target.where(is_noisy),
+        "search": QUICK["search"],
+        "methods": methods,
+    }
     with without_a_trace(tmp_path, trained_path) as (trainer, model):
         comparison = compare(trainer, model, datamodule=data, ckpt_path=trained_path, **arguments)
     wrong = ~right(model, data.repair) & data.repair.tensors[2]
@@ -67,22 +83,37 @@ def test_retraining_and_repair_beside_each_other(tmp_path: Path, trained_path: P
     original = comparison["swarm"].curve[0]
     assert original.unseen.passed == int(right(model, data.test).sum())
     assert comparison["swarm"].scaled.known.broken == 0 < comparison["swarm"].scaled.targeted
-    # Three epochs from fresh weights on 603 samples are at least as good on noise as on 400 without it.
+    # Three epochs from fresh weights on 603 samples are at least as good on noise as on 400 without
+    # it.
     given = comparison["retraining"].given
     assert given.known.n == 603
     assert given.targeted > 0
 
 
-def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(tmp_path: Path, trained_path: Path) -> None:
+def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(
+    tmp_path: Path, trained_path: Path
+) -> None:
     data = Digits()
     with without_a_trace(tmp_path, trained_path) as (trainer, model):
-        result = sweep(trainer, model, datamodule=data, ckpt_path=trained_path, calibration="val", **SWEEP)
+        result = sweep(
+            trainer, model, datamodule=data, ckpt_path=trained_path, calibration="val", **SWEEP
+        )
     best = result.best("accuracy")
-    assert (best.known.n, best.calibration.n, best.unseen.n, best.layer) == (603, 100, 300, "network.3")
+    assert (best.known.n, best.calibration.n, best.unseen.n, best.layer) == (
+        603,
+        100,
+        300,
+        "network.3",
+    )
     # The same by itself, on another trainer: the same weights, the same counts.
-    again, arguments = Untrainable(), {"unseen": "test", "calibration": "val", "gate": "accuracy", "verbose": False}
+    again, arguments = (
+        Untrainable(),
+        {"unseen": "test", "calibration": "val", "gate": "accuracy", "verbose": False},
+    )
     arguments |= result.arguments(best)
-    report = repair(quiet_trainer(tmp_path), again, datamodule=data, ckpt_path=trained_path, **arguments)
+    report = repair(
+        quiet_trainer(tmp_path), again, datamodule=data, ckpt_path=trained_path, **arguments
+    )
     assert report.status == "repaired"
     assert torch.equal(again.network[3].weight.cpu(), result.state(best)["network.3.weight"])
     test, val = ({split.split: split for split in report.splits}[name] for name in ("test", "val"))
@@ -92,7 +123,9 @@ def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(tmp_path
     assert same(model, again)
 
 
-def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(tmp_path: Path, trained: Classifier) -> None:
+def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(
+    tmp_path: Path, trained: Classifier
+) -> None:
     logger = TensorBoardLogger(tmp_path / "logs", name="", version="")
     trainer, folder = quiet_trainer(tmp_path, logger=logger), tmp_path / "sweep"
     how: dict[str, Any] = {**SWEEP, "dirpath": folder, "unseen": None}
@@ -101,11 +134,15 @@ def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(tmp_path: Path, tra
     assert len(list((tmp_path / "logs" / "sweep").iterdir())) == len(result.runs) == 6
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
     logger = TensorBoardLogger(tmp_path / "means", name="", version="")
-    again = sweep(quiet_trainer(tmp_path, logger=logger), trained, datamodule=Digits(), log="setting", **how)
+    again = sweep(
+        quiet_trainer(tmp_path, logger=logger), trained, datamodule=Digits(), log="setting", **how
+    )
     # Wall time included: nothing was run.
     assert again.runs == result.runs
     first = result.of(result.runs[0].setting)
-    row, *others = sorted((tmp_path / "means" / "sweep").iterdir(), key=lambda path: path.stat().st_ctime_ns)
+    row, *others = sorted(
+        (tmp_path / "means" / "sweep").iterdir(), key=lambda path: path.stat().st_ctime_ns
+    )
     assert len(others) == len({run.setting for run in result.runs}) - 1
     events = EventAccumulator(str(row)).Reload()
     assert "_hparams_/session_start_info" in events.summary_metadata
@@ -124,7 +161,9 @@ def test_the_best_checkpoint_of_the_trainer_can_be_diagnosed(tmp_path: Path) -> 
     assert (vars(best), trainer.loggers, sorted(tmp_path.rglob("*"))) == (before, loggers, files)
 
 
-def test_a_trainer_that_saves_by_its_logger_does_so_after_a_diagnosis(tmp_path: Path, trained: Classifier) -> None:
+def test_a_trainer_that_saves_by_its_logger_does_so_after_a_diagnosis(
+    tmp_path: Path, trained: Classifier
+) -> None:
     data, trainer = Digits(), quiet_trainer(tmp_path, logger=CSVLogger(tmp_path), max_epochs=1)
     found = diagnose(trainer, trained, datamodule=data)
     assert not list(tmp_path.iterdir())
@@ -145,9 +184,13 @@ def test_data_loaders_will_do_and_no_unseen_data(tmp_path: Path, trained_path: P
     found = diagnose(quiet_trainer(tmp_path), model, *loaders, target=Target.label(8))
     assert {t.label for t in found.targets} == {8}
     assert found.target == "label 8"
-    nothing = diagnose(quiet_trainer(tmp_path), model, *loaders, target=Target.where(lambda batch: batch[1] < 0))
+    nothing = diagnose(
+        quiet_trainer(tmp_path), model, *loaders, target=Target.where(lambda batch: batch[1] < 0)
+    )
     assert nothing.advice.startswith("Nothing to repair")
-    (entry,) = compare(quiet_trainer(tmp_path), model, *loaders, unseen=None, methods=[FineTuning(epochs=1)]).entries
+    (entry,) = compare(
+        quiet_trainer(tmp_path), model, *loaders, unseen=None, methods=[FineTuning(epochs=1)]
+    ).entries
     assert (entry.method, entry.given.unseen.n, entry.given.known.n) == ("FineTuning", 0, 603)
 
 
@@ -156,7 +199,11 @@ def test_data_loaders_will_do_and_no_unseen_data(tmp_path: Path, trained_path: P
     [
         (diagnose, {"target": 8}, "`target=8` is no Target"),
         (compare, {"methods": ["retrain"]}, r"`methods='retrain'` is unknown"),
-        (compare, {**QUICKLY, "gate": "accuracy"}, r"`gate='accuracy'`: a comparison counts[\s\S]*HINT: leave `gate`"),
+        (
+            compare,
+            {**QUICKLY, "gate": "accuracy"},
+            r"`gate='accuracy'`: a comparison counts[\s\S]*HINT: leave `gate`",
+        ),
         (compare, {"method": "swarm"}, r"`method='swarm'`: a comparison runs several"),
         (
             sweep,
@@ -172,32 +219,47 @@ def test_data_loaders_will_do_and_no_unseen_data(tmp_path: Path, trained_path: P
         (sweep, {"targets": None}, "did you mean `target`"),
     ],
 )
-def test_what_means_nothing_is_refused(tmp_path: Path, call: Any, arguments: dict[str, Any], message: str) -> None:
+def test_what_means_nothing_is_refused(
+    tmp_path: Path, call: Any, arguments: dict[str, Any], message: str
+) -> None:
     given = SWEEP if call is sweep else {}
     with pytest.raises(ConfigurationError, match=message):
         call(quiet_trainer(tmp_path), Untrainable(), datamodule=Digits(), **{**given, **arguments})
 
 
-@pytest.mark.parametrize(("call", "given"), [(diagnose, {}), (compare, QUICKLY), (sweep, SWEEP), (repair, {})])
-def test_a_trainer_with_a_repair_of_its_own_is_refused(tmp_path: Path, call: Any, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("call", "given"), [(diagnose, {}), (compare, QUICKLY), (sweep, SWEEP), (repair, {})]
+)
+def test_a_trainer_with_a_repair_of_its_own_is_refused(
+    tmp_path: Path, call: Any, given: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigurationError, match="`trainer` has a RegressionFreeRepair of its own"):
         call(quiet_trainer(tmp_path, quick_repair()), Untrainable(), datamodule=Digits(), **given)
 
 
 def test_processes_that_end_with_the_fit_are_refused(tmp_path: Path, trained: Classifier) -> None:
     trainer = quiet_trainer(tmp_path, strategy="ddp_spawn", devices=2)
-    with pytest.raises(ConfigurationError, match=r"DDPStrategy starts processes of its own[\s\S]*HINT: use one device"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"DDPStrategy starts processes of its own[\s\S]*HINT: use one device",
+    ):
         diagnose(trainer, trained, datamodule=Digits())
 
 
-def calls(folder: Path, checkpoint: Path, strategy: str, devices: int) -> tuple[Diagnosis, SweepResult, Any]:
+def calls(
+    folder: Path, checkpoint: Path, strategy: str, devices: int
+) -> tuple[Diagnosis, SweepResult, Any]:
     """What a rank finds, and the weights of a run of the sweep."""
     arguments: dict[str, Any] = {"datamodule": Digits(), "ckpt_path": checkpoint}
     trainers = [quiet_trainer(folder, devices=devices, strategy=strategy) for _ in range(2)]
     found = sweep(trainers[0], Classifier(), **arguments, **SWEEP)
     # Wall time is nobody's business here.
     timeless = replace(found, runs=tuple(replace(run, seconds=0.0) for run in found.runs))
-    return diagnose(trainers[1], Classifier(), **arguments), timeless, dict(found.state(found.runs[-1]))
+    return (
+        diagnose(trainers[1], Classifier(), **arguments),
+        timeless,
+        dict(found.state(found.runs[-1])),
+    )
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path, trained_path: Path) -> None:
@@ -207,11 +269,19 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, trained_path: Path) -
     assert first[0].targets[0].split == "repair"
     for other in (one, second):
         mine, theirs = first[0], other[0]
-        assert (mine.known, mine.doubts, mine.mixing) == (theirs.known, theirs.doubts, theirs.mixing)
-        assert [(t.id, t.fixable) for t in mine.targets] == [(t.id, t.fixable) for t in theirs.targets]
+        assert (mine.known, mine.doubts, mine.mixing) == (
+            theirs.known,
+            theirs.doubts,
+            theirs.mixing,
+        )
+        assert [(t.id, t.fixable) for t in mine.targets] == [
+            (t.id, t.fixable) for t in theirs.targets
+        ]
         assert [(b.split, b.id, b.targets) for b in mine.binding] == [
             (b.split, b.id, b.targets) for b in theirs.binding
         ]
-        assert [layer.change for layer in mine.layers] == pytest.approx([x.change for x in theirs.layers], rel=1e-3)
+        assert [layer.change for layer in mine.layers] == pytest.approx(
+            [x.change for x in theirs.layers], rel=1e-3
+        )
         assert first[1].runs == other[1].runs
         assert same(first[2], other[2])

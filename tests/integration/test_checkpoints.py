@@ -28,7 +28,9 @@ from lightning_nrl import ConfigurationError, RepairReport, Target
 from lightning_nrl.pipeline import PATCH_NAME
 
 
-def fit(path: Path, *callbacks: Any, network: str = "mlp", **arguments: Any) -> tuple[Trainer, Classifier]:
+def fit(
+    path: Path, *callbacks: Any, network: str = "mlp", **arguments: Any
+) -> tuple[Trainer, Classifier]:
     trainer, model = quiet_trainer(path, *callbacks, **arguments), Classifier(network)
     trainer.fit(model, datamodule=Digits())
     return trainer, model
@@ -55,16 +57,22 @@ def test_the_repaired_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
     assert checkpoint["optimizer_states"][0]["state"][0]["step"] == 36
     assert checkpoint["hyper_parameters"] == {"network": "mlp", "lr": 3e-3}
     loaded = Classifier.load_from_checkpoint(repair.repaired_model_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
     # A test of it gives the counts of the report, which comes back with it.
     (unseen,) = (split for split in repair.report.splits if split.role == "unseen")
     tester = quiet_trainer(tmp_path, other := quick_repair())
-    (result,) = tester.test(Classifier(), ckpt_path=repair.repaired_model_path, datamodule=Digits(), verbose=False)
+    (result,) = tester.test(
+        Classifier(), ckpt_path=repair.repaired_model_path, datamodule=Digits(), verbose=False
+    )
     assert result["test_right"] == unseen.kept + unseen.repaired
     assert unseen.n == 300
     if Version(pl.__version__) >= Version("2.6"):
         assert other.report == repair.report
-        assert other.report == RepairReport.from_json((tmp_path / "repair" / "report.json").read_text())
+        assert other.report == RepairReport.from_json(
+            (tmp_path / "repair" / "report.json").read_text()
+        )
 
 
 def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path: Path) -> None:
@@ -74,17 +82,23 @@ def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path: Path)
         quiet_trainer(tmp_path, again, max_epochs=1).fit(
             model, datamodule=Digits(), ckpt_path=repair.repaired_model_path
         )
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), repaired.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), repaired.parameters(), strict=True)
+    )
     assert again.report == repair.report
 
 
-def test_the_best_checkpoint_is_not_touched_and_the_last_one_holds_the_repair(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_not_touched_and_the_last_one_holds_the_repair(
+    tmp_path: Path,
+) -> None:
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     last = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=5)
     _, model = fit(tmp_path, best, last, repair := quick_repair())
     assert repair.report.status == "repaired"
     weight = f"{repair.report.layers[0]}.weight"
-    assert not torch.equal(saved(best.best_model_path)["state_dict"][weight], model.state_dict()[weight])
+    assert not torch.equal(
+        saved(best.best_model_path)["state_dict"][weight], model.state_dict()[weight]
+    )
     if Version(pl.__version__) >= Version("2.6"):
         assert_holds(tmp_path / "last.ckpt", model)
 
@@ -95,45 +109,67 @@ def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, bef
     trainer, model = fit(tmp_path, overwriting(before), repair, network="cnn", max_epochs=2)
     assert repair.report.status == "repaired"
     known = {split.split: split for split in repair.report.splits}
-    assert int(right(model, Digits().repair).sum()) == known["repair"].kept + known["repair"].repaired
+    assert (
+        int(right(model, Digits().repair).sum()) == known["repair"].kept + known["repair"].repaired
+    )
     # The state of torch 2.6's own schedule for averaged weights holds a function.
     plain = before != "StochasticWeightAveraging" or Version(torch.__version__) >= Version("2.7")
     assert_holds(repair.repaired_model_path, model, plain)
     trainer.save_checkpoint(tmp_path / "later.ckpt", weights_only=False)
     assert_holds(tmp_path / "later.ckpt", model, plain)
-    # The callback is there when the checkpoint is loaded, and must not put weights of before in their place.
+    # The callback is there when the checkpoint is loaded, and must not put weights of before in
+    # their place.
     how = {"weights_only": plain} if Version(pl.__version__) >= Version("2.6") else {}
-    (result,) = trainer.test(model, Digits(), ckpt_path=repair.repaired_model_path, verbose=False, **how)
+    (result,) = trainer.test(
+        model, Digits(), ckpt_path=repair.repaired_model_path, verbose=False, **how
+    )
     assert_holds(repair.repaired_model_path, model, plain)
     assert result["test_right"] == int(right(model, Digits().test).sum())
 
 
 @since_2_6
-def test_the_averaged_weights_of_a_checkpoint_are_repaired_not_the_live_ones(tmp_path: Path) -> None:
+def test_the_averaged_weights_of_a_checkpoint_are_repaired_not_the_live_ones(
+    tmp_path: Path,
+) -> None:
     keep = ModelCheckpoint(tmp_path, monitor="val_loss")
     trainer, _ = fit(tmp_path, keep, overwriting("WeightAveraging"))
     averaged, model = saved(keep.best_model_path), Classifier()
     how = {**QUICK, "layer": "network.3"}
-    report = lightning_nrl.repair(trainer, model, datamodule=Digits(), ckpt_path=keep.best_model_path, **how)
+    report = lightning_nrl.repair(
+        trainer, model, datamodule=Digits(), ckpt_path=keep.best_model_path, **how
+    )
     assert report.status == "repaired"
-    assert not torch.equal(averaged["current_model_state"]["network.1.bias"], averaged["state_dict"]["network.1.bias"])
+    assert not torch.equal(
+        averaged["current_model_state"]["network.1.bias"], averaged["state_dict"]["network.1.bias"]
+    )
     assert torch.equal(model.network[1].bias, averaged["state_dict"]["network.1.bias"])
     trainer.test(model, Digits(), ckpt_path=report.files["checkpoint"], verbose=False)
     assert_holds(report.files["checkpoint"], model)
 
 
 def test_repairs_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")  # the best is the worst: the first epoch
-    first, second = quick_repair(layer="network.3", start_from="best"), quick_repair(layer="network.1")
+    keep = ModelCheckpoint(
+        tmp_path, monitor="val_loss", mode="max"
+    )  # the best is the worst: the first epoch
+    first, second = (
+        quick_repair(layer="network.3", start_from="best"),
+        quick_repair(layer="network.1"),
+    )
     _, model = fit(tmp_path, keep, first, second)
     assert "epoch=0" in keep.best_model_path
     best = Classifier.load_from_checkpoint(keep.best_model_path)
     assert first.report.status == "repaired"
     assert second.report.hashes.model_before == first.report.hashes.model_after
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, best.state_dict()[name])}
+    changed = {
+        name
+        for name, value in model.state_dict().items()
+        if not torch.equal(value, best.state_dict()[name])
+    }
     assert {"network.3.weight"} <= changed <= {"network.1.weight", "network.3.weight"}
     data = Digits()
-    assert not any((right(best, part) & ~right(model, part)).any() for part in (data.train, data.repair))
+    assert not any(
+        (right(best, part) & ~right(model, part)).any() for part in (data.train, data.repair)
+    )
     assert_holds(second.repaired_model_path or first.repaired_model_path, model)
 
 
@@ -174,7 +210,9 @@ def test_two_targets_in_one_layer_are_repaired_one_after_the_other(tmp_path: Pat
     assert first.report.splits[1].repaired_in_target > 0
 
 
-def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpoints_alone(tmp_path: Path) -> None:
+def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpoints_alone(
+    tmp_path: Path,
+) -> None:
     repair = quick_repair()
     _, first = fit(tmp_path / "a", repair, max_epochs=1)
     report, path = repair.report, repair.repaired_model_path
@@ -183,7 +221,9 @@ def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpo
     assert repair.report.hashes.model_before != report.hashes.model_before
     assert_holds(path, first)
     assert_holds(repair.repaired_model_path, second)
-    steps = [saved(tmp_path / f"step={step}.ckpt")["state_dict"]["network.3.weight"] for step in (1, 2)]
+    steps = [
+        saved(tmp_path / f"step={step}.ckpt")["state_dict"]["network.3.weight"] for step in (1, 2)
+    ]
     assert not torch.equal(*steps)
 
 
@@ -205,7 +245,10 @@ def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> 
 
 
 def test_the_same_seed_gives_the_same_repair(tmp_path: Path) -> None:
-    a, b, c = (fit(tmp_path / name, quick_repair(seed=seed))[1] for name, seed in (("a", 7), ("b", 7), ("c", 8)))
+    a, b, c = (
+        fit(tmp_path / name, quick_repair(seed=seed))[1]
+        for name, seed in (("a", 7), ("b", 7), ("c", 8))
+    )
     weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (a, b, c)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

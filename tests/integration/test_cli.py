@@ -14,9 +14,10 @@ from toy_searcher import RandomLocalSearch
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairInTraining, Target
 from lightning_nrl.callbacks.repair import RepairCallback
 from lightning_nrl.gate import Instance, Tolerance
-from lightning_nrl.localization import NeuRecover, NeuRecoverLite
-from lightning_nrl.methods import Auto, LocalSearch, bundle
-from lightning_nrl.search import DifferentialEvolution, Fitness
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Auto, LocalSearch
+from lightning_nrl.published import DifferentialEvolution, NeuRecover, bundle
+from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Custom, Multilabel, Regression, Segmentation, Sequence
 
 pytestmark = [
@@ -74,13 +75,19 @@ def cli(
     folder: Path, repair: str, *arguments: str, run: bool = True, kind: type = RegressionFreeRepair
 ) -> LightningCLI:
     config = yaml.safe_load(TRAINER)
-    entry = {"class_path": f"lightning_nrl.{kind.__name__}", "init_args": yaml.safe_load(repair) or {}}
+    entry = {
+        "class_path": f"lightning_nrl.{kind.__name__}",
+        "init_args": yaml.safe_load(repair) or {},
+    }
     config["trainer"] |= {"callbacks": [entry], "default_root_dir": str(folder)}
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     args = ["fit"] if run else []
     return LightningCLI(
-        save_config_callback=None, run=run, args=[*args, "--config", str(file), *arguments], seed_everything_default=0
+        save_config_callback=None,
+        run=run,
+        args=[*args, "--config", str(file), *arguments],
+        seed_everything_default=0,
     )
 
 
@@ -117,7 +124,12 @@ def test_a_file_makes_repairs_within_the_training(tmp_path: Path) -> None:
     found = cli(tmp_path, WITHIN, "--trainer.max_epochs=3", kind=RepairInTraining)
     repair = repair_of(found)
     assert isinstance(repair, RepairInTraining)
-    assert (repair.every_n_epochs, repair.monitor, repair.min_delta, repair.at_end) == (2, "val_loss", 100, False)
+    assert (repair.every_n_epochs, repair.monitor, repair.min_delta, repair.at_end) == (
+        2,
+        "val_loss",
+        100,
+        False,
+    )
     assert repair.settings.target == Target.label(3) | Target.label(8)
     assert [report.settings["layer"] for report in repair.reports] == ["network.3"]
     assert sorted(path.parent.name for path in tmp_path.rglob("report.json")) == ["repair-step-24"]
@@ -135,14 +147,26 @@ def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
     assert set(repair_of(found).report.layers) <= {"network.1", "network.3"}
 
 
-def test_a_file_may_leave_everything_out_and_the_command_line_may_add_or_do_alone(tmp_path: Path) -> None:
+def test_a_file_may_leave_everything_out_and_the_command_line_may_add_or_do_alone(
+    tmp_path: Path,
+) -> None:
     added = ["seed=5", "method=lightning_nrl.ParticleSwarm", "method.particles=7"]
-    settings = repair_of(cli(tmp_path, "", *(f"--trainer.callbacks.{one}" for one in added), run=False)).settings
+    settings = repair_of(
+        cli(tmp_path, "", *(f"--trainer.callbacks.{one}" for one in added), run=False)
+    ).settings
     assert settings.seed == 5
     assert settings.gate == Instance()
     assert settings.method == ParticleSwarm(particles=7)
-    alone = ["layer=network.3", "target=lightning_nrl.data.Label", "target.label=3", "gate=accuracy"]
-    arguments = ["--trainer.logger=false", "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair"]
+    alone = [
+        "layer=network.3",
+        "target=lightning_nrl.data.Label",
+        "target.label=3",
+        "gate=accuracy",
+    ]
+    arguments = [
+        "--trainer.logger=false",
+        "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair",
+    ]
     arguments += [f"--trainer.callbacks.{one}" for one in alone]
     found = LightningCLI(Classifier, Digits, save_config_callback=None, run=False, args=arguments)
     assert repair_of(found).settings.target == Target.label(3)
@@ -150,12 +174,15 @@ def test_a_file_may_leave_everything_out_and_the_command_line_may_add_or_do_alon
 
 def test_a_bad_word_in_a_file_is_refused_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"`gate='instant'` is no gate, did you mean 'instance'\?\n +HINT: write one of"
+        ValueError,
+        match=r"`gate='instant'` is no gate, did you mean 'instance'\?\n +HINT: write one of",
     ):
         cli(tmp_path, "gate: instant", run=False)
 
 
-def test_a_printed_configuration_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_printed_configuration_can_be_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["fit", "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair", "--print_config"]
     with pytest.raises(SystemExit):
         LightningCLI(Classifier, Digits, args=arguments)
@@ -169,24 +196,36 @@ def test_a_printed_configuration_can_be_read_again(tmp_path: Path, capsys: pytes
 
 PARTS: dict[str, Any] = {
     "task: multilabel": Multilabel(),
-    "task: {class_path: lightning_nrl.tasks.Regression, init_args: {tolerance: 0.1}}": Regression(0.1),
+    "task: {class_path: lightning_nrl.tasks.Regression, init_args: {tolerance: 0.1}}": Regression(
+        0.1
+    ),
     "task: {class_path: lightning_nrl.tasks.Segmentation, init_args: {iou: 0.7, classes: [1]}}": Segmentation(
         0.7, (1,)
     ),
-    "task: {class_path: lightning_nrl.tasks.Sequence, init_args: {class_dim: 1}}": Sequence(class_dim=1),
+    "task: {class_path: lightning_nrl.tasks.Sequence, init_args: {class_dim: 1}}": Sequence(
+        class_dim=1
+    ),
     "task: {class_path: lightning_nrl.tasks.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}": Custom(
         "torch:eq", "torch:dist"
     ),
-    "method: {class_path: toy_searcher.RandomLocalSearch, init_args: {iterations: 3}}": RandomLocalSearch(iterations=3),
+    "method: {class_path: toy_searcher.RandomLocalSearch, init_args: {iterations: 3}}": RandomLocalSearch(
+        iterations=3
+    ),
     "method: {class_path: lightning_nrl.methods.Auto, init_args: {swarm: "
-    "{class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 9}}}}": Auto(ParticleSwarm(particles=9)),
+    "{class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 9}}}}": Auto(
+        ParticleSwarm(particles=9)
+    ),
     "method: {class_path: lightning_nrl.methods.Auto}": Auto(),
     "method: arachne": bundle("arachne"),
     "method: arachne-de\nsearch: {localizer: random}": bundle("arachne-de", localizer="random"),
     "method: {class_path: lightning_nrl.methods.LocalSearch, init_args: {searcher: {class_path: "
-    "lightning_nrl.search.DifferentialEvolution, init_args: {population: 9}}, localizer: {class_path: "
-    "lightning_nrl.localization.NeuRecover, init_args: {history: [a.ckpt, b.ckpt]}}, fitness: neurecover}}": (
-        LocalSearch(DifferentialEvolution(9), localizer=NeuRecover(["a.ckpt", "b.ckpt"]), fitness="neurecover")
+    "lightning_nrl.published.DifferentialEvolution, init_args: {population: 9}}, localizer: {class_path: "
+    "lightning_nrl.published.NeuRecover, init_args: {history: [a.ckpt, b.ckpt]}}, fitness: neurecover}}": (
+        LocalSearch(
+            DifferentialEvolution(9),
+            localizer=NeuRecover(["a.ckpt", "b.ckpt"]),
+            fitness="neurecover",
+        )
     ),
 }
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, overwriting, quick_repair, quiet_trainer, right, since_2_6
+from digit_models import (
+    Classifier,
+    Digits,
+    overwriting,
+    quick_repair,
+    quiet_trainer,
+    right,
+    since_2_6,
+)
 from lightning_package import EarlyStopping, LearningRateFinder, ModelCheckpoint, Trainer, callbacks
 from repository import ROOT
 from torch import Tensor
@@ -21,7 +29,9 @@ from lightning_nrl import DataOptions, ParticleSwarm, RegressionFreeRepair, Targ
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
 TABLES = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
-VERDICTS = dict(re.findall(r"^\| ([^|]+) \| (works|refused|not repaired) \| [^|]+\|$", TABLES, re.MULTILINE))
+VERDICTS = dict(
+    re.findall(r"^\| ([^|]+) \| (works|refused|not repaired) \| [^|]+\|$", TABLES, re.MULTILINE)
+)
 
 
 class Few(Digits):
@@ -38,7 +48,9 @@ class TwoValidationLoaders(Few):
 class Scheduled(Classifier):
     def configure_optimizers(self) -> Any:
         optimizer, steps = super().configure_optimizers(), self.trainer.estimated_stepping_batches
-        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=int(steps))]
+        return [optimizer], [
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=int(steps))
+        ]
 
 
 class Manual(Classifier):
@@ -52,7 +64,9 @@ class Manual(Classifier):
 
 
 class OfTwoLoaders(Classifier):
-    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         pass
 
 
@@ -82,7 +96,9 @@ class Row:
     resumed: bool = False
 
 
-SWA, PRUNING = (partial(overwriting, name) for name in ("StochasticWeightAveraging", "ModelPruning"))
+SWA, PRUNING = (
+    partial(overwriting, name) for name in ("StochasticWeightAveraging", "ModelPruning")
+)
 LIMITS = {"limit_train_batches": 2, "limit_val_batches": 1}
 ROWS = {
     "`EarlyStopping`": Row(lambda: EarlyStopping("val_loss")),
@@ -108,7 +124,9 @@ ROWS = {
     "`fit(ckpt_path=...)` of an unfinished training": Row(resumed=True),
     "`fit(ckpt_path=...)` of a complete training": Row(resumed=True, trainer={"max_epochs": 1}),
     '`precision="bf16-mixed"`': Row(trainer={"precision": "bf16-mixed"}),
-    '`precision="bf16-true"`': Row(trainer={"precision": "bf16-true"}, data=partial(Few, dtype=torch.bfloat16)),
+    '`precision="bf16-true"`': Row(
+        trainer={"precision": "bf16-true"}, data=partial(Few, dtype=torch.bfloat16)
+    ),
     "`limit_train_batches`, `limit_val_batches`": Row(trainer=LIMITS),
     "`overfit_batches`": Row(trainer={"overfit_batches": 2}),
     "`fast_dev_run`": Row(trainer={"fast_dev_run": 2}),
@@ -131,7 +149,9 @@ def trainer_of(row: Row, folder: Path, *given: Any) -> Trainer:
     if row.trainer.get("barebones"):
         quiet = {"accelerator": "cpu", "devices": 1, "max_epochs": 2}
         return Trainer(default_root_dir=folder, callbacks=list(given), **quiet, **row.trainer)
-    return quiet_trainer(folder, *given, **{"max_epochs": 2, "num_sanity_val_steps": 0, **row.trainer})
+    return quiet_trainer(
+        folder, *given, **{"max_epochs": 2, "num_sanity_val_steps": 0, **row.trainer}
+    )
 
 
 def test_the_rows_are_those_of_the_page() -> None:
@@ -141,7 +161,9 @@ def test_the_rows_are_those_of_the_page() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[since_2_6] if "EMA" in n else []) for n in ROWS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[since_2_6] if "EMA" in n else []) for n in ROWS]
+)
 def test_a_row_does_what_the_page_says(tmp_path: Path, name: str) -> None:
     row, repair, ckpt_path = ROWS[name], quickest(**ROWS[name].repair), None
     if row.resumed:

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Flat, cnn, flattened, quick_repair, quiet_trainer, right, same
+from digit_models import (
+    Classifier,
+    Digits,
+    Flat,
+    cnn,
+    flattened,
+    quick_repair,
+    quiet_trainer,
+    right,
+    same,
+)
 from lightning_package import Callback, CombinedLoader, LightningModule, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +37,9 @@ def third(batch: Any) -> Any:
 
 
 class Numbered(Digits):
-    """Batches of `(image, digit, position in the data set)`, not shuffled, so that fits can be compared."""
+    """Batches of `(image, digit, position in the data set)`, not shuffled, so that fits can be
+    compared.
+    """
 
     def train_dataloader(self) -> DataLoader:
         images, labels, _ = self.train.tensors
@@ -36,7 +48,9 @@ class Numbered(Digits):
 
 def fit(folder: Path, model: LightningModule, *callbacks: Callback, **arguments: Any) -> Any:
     data = arguments.pop("data", None) or Numbered()
-    trainer = quiet_trainer(folder, *callbacks, **{"enable_checkpointing": False, "max_epochs": 2, **arguments})
+    trainer = quiet_trainer(
+        folder, *callbacks, **{"enable_checkpointing": False, "max_epochs": 2, **arguments}
+    )
     trainer.fit(model, datamodule=data)
     return trainer
 
@@ -53,7 +67,9 @@ class ByHand(Classifier):
         with torch.no_grad():
             teacher = self.teacher[0](batch[0])
         was = teacher.argmax(1) == batch[1]
-        apart = F.kl_div(logits.float().log_softmax(1), teacher.float().softmax(1), reduction="none").sum(1)
+        apart = F.kl_div(
+            logits.float().log_softmax(1), teacher.float().softmax(1), reduction="none"
+        ).sum(1)
         return F.cross_entropy(logits, batch[1]) + (was.float() * apart).mean()
 
 
@@ -117,7 +133,9 @@ FORMS: dict[str, tuple[Any, Any]] = {
 
 
 @cache
-def by_hand(path: Path, folder: Path, precision: Any, accumulate: int) -> tuple[dict[str, Tensor], Tensor]:
+def by_hand(
+    path: Path, folder: Path, precision: Any, accumulate: int
+) -> tuple[dict[str, Tensor], Tensor]:
     """Weights of a training with the term in its step, and a weight of one without it."""
     expected, plain = ByHand(Classifier.load_from_checkpoint(path)), Classifier()
     for model in (expected, plain):
@@ -135,7 +153,9 @@ def test_the_term_is_added_as_if_written_by_hand(
     reference = trained_path if form == "path" else old
     congruent = PositiveCongruentTraining(reference, index=third if form == "remembered" else None)
     accumulate = 1 if form == "manual" else 3
-    trainer = fit(tmp_path, model, congruent, precision=precision, accumulate_grad_batches=accumulate)
+    trainer = fit(
+        tmp_path, model, congruent, precision=precision, accumulate_grad_batches=accumulate
+    )
     expected, plain = by_hand(trained_path, trained_path.parent, precision, accumulate)
     found = getattr(model, "_orig_mod", model).state_dict()
     for name, value in expected.items():
@@ -166,7 +186,9 @@ class Traces(Callback):
         self.own: set[bool] = set()
         self.copied: Any = None
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.own.add("training_step" in vars(pl_module))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -174,7 +196,9 @@ class Traces(Callback):
 
 
 def test_nothing_but_the_loss_is_touched(old: Classifier, tmp_path: Path) -> None:
-    tiny = PositiveCongruentTraining(old, [FocalDistillation(weight=1e-30), MarginHinge(weight=1e-30)])
+    tiny = PositiveCongruentTraining(
+        old, [FocalDistillation(weight=1e-30), MarginHinge(weight=1e-30)]
+    )
     found, traces, teacher = [], Traces(), copy.deepcopy(old)
     old.train()
     old.network[1].eval()  # type: ignore[index,operator]
@@ -191,8 +215,12 @@ def test_nothing_but_the_loss_is_touched(old: Classifier, tmp_path: Path) -> Non
     assert same(*found)
     saved = [torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("2", "0")]
     assert saved[0]["state_dict"].keys() == saved[1]["state_dict"].keys()
-    assert len(saved[0]["optimizer_states"][0]["state"]) == len(saved[1]["optimizer_states"][0]["state"])
-    assert saved[0]["callbacks"].keys() == {key for key in saved[0]["callbacks"] if "ModelCheckpoint" in key}
+    assert len(saved[0]["optimizer_states"][0]["state"]) == len(
+        saved[1]["optimizer_states"][0]["state"]
+    )
+    assert saved[0]["callbacks"].keys() == {
+        key for key in saved[0]["callbacks"] if "ModelCheckpoint" in key
+    }
     assert same(old, teacher)
     assert [part.training for part in old.modules()] == modes
 
@@ -233,13 +261,24 @@ class Listening(nn.Module):
         return self.inside(x)
 
 
-def test_the_old_model_gets_the_inputs_that_the_new_one_got(old: Classifier, tmp_path: Path) -> None:
+def test_the_old_model_gets_the_inputs_that_the_new_one_got(
+    old: Classifier, tmp_path: Path
+) -> None:
     teacher = Listening(cnn())
-    fit(tmp_path, Augmented(), PositiveCongruentTraining(teacher), max_epochs=1, limit_train_batches=2)
+    fit(
+        tmp_path,
+        Augmented(),
+        PositiveCongruentTraining(teacher),
+        max_epochs=1,
+        limit_train_batches=2,
+    )
     images = Numbered().train.tensors[0]
     first, *steps = teacher.heard
     assert torch.equal(first, images[:32])  # before the first step, to see whether all fits
-    assert [torch.equal(x, images[32 * i : 32 * i + 32].flip(3)) for i, x in enumerate(steps)] == [True, True]
+    assert [torch.equal(x, images[32 * i : 32 * i + 32].flip(3)) for i, x in enumerate(steps)] == [
+        True,
+        True,
+    ]
 
 
 def test_with_an_index_the_old_model_runs_once_a_sample(tmp_path: Path) -> None:
@@ -252,10 +291,16 @@ def test_with_an_index_the_old_model_runs_once_a_sample(tmp_path: Path) -> None:
 def test_predictions_and_margins(old: Classifier, trained_path: Path, tmp_path: Path) -> None:
     data = Numbered()
     was = right(old, data.train)
-    rows = {at: (int(data.train.tensors[1][at]) if ok else 10, None) for at, ok in enumerate(was.tolist())}
+    rows = {
+        at: (int(data.train.tensors[1][at]) if ok else 10, None)
+        for at, ok in enumerate(was.tolist())
+    }
     known = Predictions({"train": rows})  # type: ignore[arg-type]
     both = []
-    for reference, terms in ((known, MarginHinge(most=0.5)), (old, MarginHinge(share=1e9, most=0.5))):
+    for reference, terms in (
+        (known, MarginHinge(most=0.5)),
+        (old, MarginHinge(share=1e9, most=0.5)),
+    ):
         model = Classifier()
         fit(tmp_path, model, PositiveCongruentTraining(reference, terms, index=third), data=data)
         both.append(model)
@@ -273,25 +318,40 @@ class OneMore(Flat):
         return F.pad(super().forward(pixels), (0, 1), value=-50.0)
 
 
-def test_another_architecture_with_other_inputs_and_classes(old: Classifier, tmp_path: Path) -> None:
+def test_another_architecture_with_other_inputs_and_classes(
+    old: Classifier, tmp_path: Path
+) -> None:
     reference = OldModel(OneMore(old), adapter=flattened, classes={9 - i: i for i in range(10)})
     both = []
     for given in (reference, old):
         model = Classifier()
-        fit(tmp_path, model, PositiveCongruentTraining(given, ["focal_distillation", "margin_hinge"]))
+        fit(
+            tmp_path,
+            model,
+            PositiveCongruentTraining(given, ["focal_distillation", "margin_hinge"]),
+        )
         both.append(model)
     for a, b in zip(*(model.parameters() for model in both), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     with pytest.raises(
-        ConfigurationError, match=r"returned \[32, 11\], but the new one \[32, 10\]\.\nHINT: map the old"
+        ConfigurationError,
+        match=r"returned \[32, 11\], but the new one \[32, 10\]\.\nHINT: map the old",
     ):
-        fit(tmp_path, Classifier(), PositiveCongruentTraining(OldModel(OneMore(old), adapter=flattened)))
+        fit(
+            tmp_path,
+            Classifier(),
+            PositiveCongruentTraining(OldModel(OneMore(old), adapter=flattened)),
+        )
 
 
-def test_it_goes_with_counting_sampling_and_the_repair_after_it(trained_path: Path, tmp_path: Path) -> None:
+def test_it_goes_with_counting_sampling_and_the_repair_after_it(
+    trained_path: Path, tmp_path: Path
+) -> None:
     class Sampled(Digits):
         def train_dataloader(self) -> DataLoader:
-            hard = Oversampler.of(Classifier.load_from_checkpoint(trained_path), self.train, oversample=2)
+            hard = Oversampler.of(
+                Classifier.load_from_checkpoint(trained_path), self.train, oversample=2
+            )
             return DataLoader(self.train, self.batch_size, sampler=hard)
 
     repair = quick_repair(reference=trained_path, dirpath=tmp_path / "repair", unseen="test")
@@ -304,7 +364,9 @@ def test_it_goes_with_counting_sampling_and_the_repair_after_it(trained_path: Pa
     assert "training_step" not in vars(model)
 
 
-def test_a_repair_before_it_in_the_list_trains_its_own_copies(old: Classifier, tmp_path: Path) -> None:
+def test_a_repair_before_it_in_the_list_trains_its_own_copies(
+    old: Classifier, tmp_path: Path
+) -> None:
     repair = quick_repair(method="finetune-polish", dirpath=tmp_path / "repair", max_time=20)
     fit(tmp_path, Classifier(), repair, PositiveCongruentTraining(old), data=Digits())
     assert repair.report.status in ("repaired", "not repaired")
@@ -317,7 +379,10 @@ class Twice(Classifier):
 
 class Halves(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return sum(F.cross_entropy(self(x), y) for x, y in zip(batch[0].split(9), batch[1].split(9), strict=True))
+        return sum(
+            F.cross_entropy(self(x), y)
+            for x, y in zip(batch[0].split(9), batch[1].split(9), strict=True)
+        )
 
 
 class FlippedPart(Classifier):
@@ -347,21 +412,28 @@ class Skipping(Classifier):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_step_that_is_left_out_stays_left_out(old: Classifier, tmp_path: Path) -> None:
-    trainer = fit(tmp_path, Skipping(), PositiveCongruentTraining(old), max_epochs=1, limit_train_batches=4)
+    trainer = fit(
+        tmp_path, Skipping(), PositiveCongruentTraining(old), max_epochs=1, limit_train_batches=4
+    )
     assert trainer.callback_metrics["regression/focal_distillation"] > 0
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Twice, r"calls the model 2 times, .*\nHINT: add `loss = loss \+ regression_loss\(self, batch, logits\)`"),
+        (
+            Twice,
+            r"calls the model 2 times, .*\nHINT: add `loss = loss \+ regression_loss\(self, batch, logits\)`",
+        ),
         (Halves, r"does not call `self\(x\)` on the 32 samples of a batch"),
         (FlippedPart, r"calls `self.network` with other inputs than those of the batch"),
         (ByItself, r"uses manual optimisation, .*\nHINT: add `loss = loss \+"),
         (Lossless, r"returned a dict without a loss"),
     ],
 )
-def test_a_step_that_it_cannot_be_added_to_is_refused(kind: Any, message: str, old: Classifier, tmp_path: Path) -> None:
+def test_a_step_that_it_cannot_be_added_to_is_refused(
+    kind: Any, message: str, old: Classifier, tmp_path: Path
+) -> None:
     model = kind()
     with pytest.raises(ConfigurationError, match=message):
         fit(tmp_path, model, PositiveCongruentTraining(old))
@@ -373,7 +445,9 @@ class Pairs(Digits):
         return CombinedLoader([super().train_dataloader(), super().train_dataloader()])
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(old: Classifier, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    old: Classifier, tmp_path: Path
+) -> None:
     untouched, model = Classifier(), Classifier()
     with pytest.raises(ConfigurationError, match="`reference` is the model in training"):
         fit(tmp_path, old, PositiveCongruentTraining(old))
@@ -381,7 +455,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(old: Classifier, tmp
         fit(tmp_path, model, PositiveCongruentTraining(old), PositiveCongruentTraining(old))
     with pytest.raises(ConfigurationError, match=r"`reference` lacks 'network"):
         fit(tmp_path, model, PositiveCongruentTraining({"weight": torch.zeros(3)}))
-    with pytest.raises(ConfigurationError, match=r"`adapter`: the model raised AttributeError on the first batch"):
+    with pytest.raises(
+        ConfigurationError, match=r"`adapter`: the model raised AttributeError on the first batch"
+    ):
         fit(tmp_path, model, PositiveCongruentTraining(old), data=Pairs())
     with pytest.raises(ConfigurationError, match="`index` raised IndexError"):
         fit(tmp_path, model, PositiveCongruentTraining(old, index=lambda batch: batch[7]))
@@ -395,7 +471,9 @@ class Drawn(Callback):
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.rows += batch[2].tolist()
 
 
@@ -405,14 +483,18 @@ class Hard(Numbered):
     def train_dataloader(self) -> DataLoader:
         images, labels, _ = (x[:50] for x in self.train.tensors)
         data = TensorDataset(images, labels, torch.arange(50))
-        return DataLoader(data, self.batch_size, sampler=Oversampler(torch.arange(50) >= 10, oversample=2))
+        return DataLoader(
+            data, self.batch_size, sampler=Oversampler(torch.arange(50) >= 10, oversample=2)
+        )
 
 
 def distributed_fit(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
     """What a fit leaves: the weights, and which samples were seen."""
     model, drawn = Classifier(), Drawn()
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)  # type: ignore[method-assign]
-    congruent = PositiveCongruentTraining(folder / "trained.ckpt", ["focal_distillation", "margin_hinge"])
+    congruent = PositiveCongruentTraining(
+        folder / "trained.ckpt", ["focal_distillation", "margin_hinge"]
+    )
     data = Hard(batch_size=60 // devices)  # a step has all samples, on however many processes
     means: dict[str, Any] = {"strategy": strategy, "devices": devices, "limit_val_batches": 0}
     fit(folder, model, congruent, drawn, data=data, **means)

@@ -1,4 +1,6 @@
-"""Repairs that go on with the training: their weights, buffers and files, with a fit and without one."""
+"""Repairs that go on with the training: their weights, buffers and files, with a fit and without
+one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def test_the_whole_network_is_repaired_statistics_included(tmp_path: Path) -> No
     assert report.seconds["fit"] > 0
     saved = torch.load(report.files["checkpoint"], weights_only=True)
     assert same(model, saved["state_dict"])
-    # The statistics went on for 4 epochs of (400 + 203) samples in batches of 32, the last of them dropped.
+    # The statistics went on for 4 epochs of (400 + 203) samples in batches of 32, the last of them
+    # dropped.
     assert int(model.network[1].num_batches_tracked) == 4 * (400 // 32) + 4 * (603 // 32)
     assert saved["global_step"] == 4 * (400 // 32)
     for split, part in zip(report.splits, (data.train, data.repair, data.test), strict=True):
@@ -46,12 +49,16 @@ def test_a_refused_training_leaves_the_model_as_it_was(tmp_path: Path, trained: 
     assert report.status == "refused"
     assert sum(split.repaired for split in report.candidate) > 0
     assert same(trained, before)
-    report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=continued(max_time=0.01))
+    report = repair(
+        quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=continued(max_time=0.01)
+    )
     assert report.status == "not repaired"
     assert report.reason.startswith("no time.")
 
 
-def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(tmp_path: Path, trained_path: Path) -> None:
+def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(
+    tmp_path: Path, trained_path: Path
+) -> None:
     class Counted(Classifier):
         steps = 0
 
@@ -60,10 +67,14 @@ def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(tmp_path: Path, trai
             return super().training_step(batch, batch_idx)
 
     trainer, data = quiet_trainer(tmp_path), Digits()
-    report = repair(trainer, Counted(), datamodule=data, ckpt_path=trained_path, callback=continued())
+    report = repair(
+        trainer, Counted(), datamodule=data, ckpt_path=trained_path, callback=continued()
+    )
     assert Counted.steps == 3 * (603 // 32)
     assert report.status == "repaired"
-    saved, old = (torch.load(path, weights_only=True) for path in (report.files["checkpoint"], trained_path))
+    saved, old = (
+        torch.load(path, weights_only=True) for path in (report.files["checkpoint"], trained_path)
+    )
     assert saved["global_step"] == old["global_step"]
     torch.testing.assert_close(saved["optimizer_states"], old["optimizer_states"], rtol=0, atol=0)
 
@@ -81,7 +92,9 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path)
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
         assert not torch.allclose(old[name], value, rtol=1e-2)
-    ranks = [torch.load(tmp_path / f"two/rank{rank}.pt", weights_only=True)["state"] for rank in (0, 1)]
+    ranks = [
+        torch.load(tmp_path / f"two/rank{rank}.pt", weights_only=True)["state"] for rank in (0, 1)
+    ]
     assert same(ranks[0], ranks[1])
 
 
@@ -89,7 +102,9 @@ class Few(Digits):
     sizes = (128, 32, 96, 64)
 
 
-def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_trained(tmp_path: Path) -> None:
+def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_trained(
+    tmp_path: Path,
+) -> None:
     trainer, model, data = quiet_trainer(tmp_path, max_epochs=4), Classifier("cnn", lr=0.01), Few()
     trainer.fit(model, datamodule=data)
     report = repair(trainer, model, datamodule=data, callback=continued())
@@ -112,7 +127,10 @@ def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path: Path
             return super().training_step(batch, batch_idx)
 
     callback, model, data = continued(method="auto", gate="instance", max_time=60), Bank(), Few()
-    with pytest.warns(TrainingWarning, match=r"AttributeError: 'ConcatDataset' .* \(training_step, test_continued.py:"):
+    with pytest.warns(
+        TrainingWarning,
+        match=r"AttributeError: 'ConcatDataset' .* \(training_step, test_continued.py:",
+    ):
         quiet_trainer(tmp_path, callback).fit(model, datamodule=data)
     report = callback.report
     assert report.status == "repaired"

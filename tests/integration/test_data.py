@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, is_noisy, mlp, quick_repair, quiet_trainer, right
+from digit_models import (
+    Classifier,
+    Digits,
+    Untrainable,
+    is_noisy,
+    mlp,
+    quick_repair,
+    quiet_trainer,
+    right,
+)
 from lightning_package import Callback, CombinedLoader, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -38,10 +47,12 @@ from lightning_nrl import (
 )
 from lightning_nrl._trainer.loaders import SeededDataset
 from lightning_nrl.errors import DataWarning, TrainingWarning
-from lightning_nrl.report.stats import upper_limit
+from lightning_nrl.records.stats import upper_limit
 
 
-def repaired(path: Path, data: Any, model: Any = None, **arguments: Any) -> tuple[RepairReport, Any]:
+def repaired(
+    path: Path, data: Any, model: Any = None, **arguments: Any
+) -> tuple[RepairReport, Any]:
     repair, model = quick_repair(**arguments), model or Classifier()
     quiet_trainer(path, repair, max_epochs=1, num_sanity_val_steps=0).fit(model, datamodule=data)
     return repair.report, model
@@ -59,7 +70,9 @@ def assert_true(report: RepairReport, split: str, model: Classifier, data: Any) 
     assert set(found.repaired_ids) <= set(now.nonzero().flatten().tolist())
 
 
-def test_a_shuffled_loader_that_drops_its_last_batch_is_read_whole_and_in_order(tmp_path: Path) -> None:
+def test_a_shuffled_loader_that_drops_its_last_batch_is_read_whole_and_in_order(
+    tmp_path: Path,
+) -> None:
     data = Digits(batch_size=96)  # 400 is no multiple of it
     assert data.train_dataloader().drop_last
     report, model = repaired(tmp_path, data)
@@ -96,14 +109,22 @@ class RandomThird(OwnSampler):
 
 SAMPLERS: dict[str, tuple[Callable[[int], dict[str, Any]], int]] = {
     "subset in batches": (
-        lambda n: {"batch_sampler": BatchSampler(SubsetRandomSampler(range(0, n, 3)), 32, drop_last=True)},
+        lambda n: {
+            "batch_sampler": BatchSampler(SubsetRandomSampler(range(0, n, 3)), 32, drop_last=True)
+        },
         134,
     ),
-    "weighted": (lambda n: {"sampler": WeightedRandomSampler([1.0] * n, 50), "batch_size": 32}, 400),
+    "weighted": (
+        lambda n: {"sampler": WeightedRandomSampler([1.0] * n, 50), "batch_size": 32},
+        400,
+    ),
     "own in batches": (lambda n: {"batch_sampler": OwnBatches(n)}, 134),
     "own at random": (lambda n: {"sampler": RandomThird(n), "batch_size": 32}, 400),
     "zero weights": (
-        lambda n: {"sampler": WeightedRandomSampler([float(i % 3 == 0) for i in range(n)], 50), "batch_size": 32},
+        lambda n: {
+            "sampler": WeightedRandomSampler([float(i % 3 == 0) for i in range(n)], 50),
+            "batch_size": 32,
+        },
         134,
     ),
 }
@@ -134,21 +155,31 @@ def test_splits_are_chosen_by_argument(tmp_path: Path) -> None:
     loader = DataLoader(data.repair, 64)
     ways: list[tuple[Digits, dict[str, Any], dict[str, int]]] = [
         (WithoutRepair(), {}, {"train": 400, "val": 100}),
-        (data, {"passed": "val", "failed": "repair", "unseen": "test"}, {"val": 100, "repair": 203, "test": 300}),
+        (
+            data,
+            {"passed": "val", "failed": "repair", "unseen": "test"},
+            {"val": 100, "repair": 203, "test": 300},
+        ),
         (data, {"passed": loader, "failed": loader}, {"failed": 203}),
         (data, {"passed": "val", "failed": DataLoader(data.val, 7)}, {"val": 100}),
     ]
     for given, arguments, expected in ways:
         report, _ = repaired(tmp_path, given, **arguments)
         assert sizes(report) == expected
-        assert [split.role == "unseen" for split in report.splits] == [name == "test" for name in expected]
-    report, model = repaired(tmp_path, data, failed=data.test_dataloader(), unseen=data.repair_dataloader())
+        assert [split.role == "unseen" for split in report.splits] == [
+            name == "test" for name in expected
+        ]
+    report, model = repaired(
+        tmp_path, data, failed=data.test_dataloader(), unseen=data.repair_dataloader()
+    )
     assert sizes(report) == {"train": 400, "failed": 300, "unseen": 203}
     assert_true(report, "failed", model, data.test)
 
 
 @pytest.mark.parametrize(("ready", "stages"), [(True, ["fit"]), (False, ["fit", "test"])])
-def test_unseen_data_are_set_up_once_and_only_if_need_be(tmp_path: Path, ready: bool, stages: list[str]) -> None:
+def test_unseen_data_are_set_up_once_and_only_if_need_be(
+    tmp_path: Path, ready: bool, stages: list[str]
+) -> None:
     class SetUp(Digits):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +224,9 @@ class Named(Wrapped):
 class NamedDigits(Digits):
     def __init__(self, keys: tuple[str, str] = ("image", "label")) -> None:
         super().__init__()
-        self.train, self.val, self.repair = (Named(part, keys) for part in (self.train, self.val, self.repair))
+        self.train, self.val, self.repair = (
+            Named(part, keys) for part in (self.train, self.val, self.repair)
+        )
 
 
 class NamedClassifier(Classifier):
@@ -207,7 +240,9 @@ class NamedClassifier(Classifier):
 
 
 @pytest.mark.parametrize(("data", "model"), [(Digits, Classifier), (NamedDigits, NamedClassifier)])
-def test_a_target_sees_the_whole_batch_extras_included(tmp_path: Path, data: Any, model: Any) -> None:
+def test_a_target_sees_the_whole_batch_extras_included(
+    tmp_path: Path, data: Any, model: Any
+) -> None:
     report, found = repaired(tmp_path, data(), model(), target=Target.where(is_noisy))
     plain = Digits().repair
     noisy = set(plain.tensors[2].nonzero().flatten().tolist())
@@ -242,15 +277,21 @@ def take_apart(batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any
         (OddlyNamed, "test_data.take_apart"),
     ],
 )
-def test_a_mapping_without_usual_keys_becomes_keywords_or_is_adapted(tmp_path: Path, model: Any, adapter: Any) -> None:
+def test_a_mapping_without_usual_keys_becomes_keywords_or_is_adapted(
+    tmp_path: Path, model: Any, adapter: Any
+) -> None:
     report, found = repaired(tmp_path, NamedDigits(model.keys), model(), adapter=adapter)
     assert_true(report, "repair", found, Digits().repair)
 
 
-def test_unseen_data_without_the_target_s_attribute_are_counted_all_the_same(tmp_path: Path) -> None:
+def test_unseen_data_without_the_target_s_attribute_are_counted_all_the_same(
+    tmp_path: Path,
+) -> None:
     data = Digits()
     bare = DataLoader(TensorDataset(*data.test.tensors[:2]), 64)
-    with pytest.warns(UserWarning, match="the failures in the target are not counted on held-out data"):
+    with pytest.warns(
+        UserWarning, match="the failures in the target are not counted on held-out data"
+    ):
         report, model = repaired(tmp_path, data, target=Target.where(is_noisy), unseen=bare)
     assert_true(report, "unseen", model, data.test)
 
@@ -319,7 +360,9 @@ def test_augmentation_on_the_device_is_left_to_training(tmp_path: Path) -> None:
     assert_true(report, "train", model, data.train)
     assert_true(report, "repair", model, data.repair)
     repair, model = quick_repair(), AugmentingClassifier()
-    quiet_trainer(tmp_path, repair, max_epochs=1).fit(model, data.train_dataloader(), data.repair_dataloader())
+    quiet_trainer(tmp_path, repair, max_epochs=1).fit(
+        model, data.train_dataloader(), data.repair_dataloader()
+    )
     assert_true(repair.report, "train", model, data.train)
     assert_true(repair.report, "val", model, data.repair)
 
@@ -339,7 +382,9 @@ class Jittered(Digits):
         return DataLoader(Jitter(self.train), 32, shuffle=True, num_workers=self.workers)
 
     def repair_dataloader(self) -> DataLoader:
-        workers: dict[str, Any] = {"num_workers": 2, "persistent_workers": True} if self.workers else {}
+        workers: dict[str, Any] = (
+            {"num_workers": 2, "persistent_workers": True} if self.workers else {}
+        )
         return DataLoader(self.repair, 64, shuffle=bool(workers), **workers)
 
 
@@ -355,7 +400,9 @@ def test_nothing_breaks_in_the_draws_that_count(
     draws: int, method: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     data, model = Jittered(), Classifier()
-    callback = RegressionFreeRepair(method=method, verbose=False, unseen="test", data=DataOptions(draws=draws))
+    callback = RegressionFreeRepair(
+        method=method, verbose=False, unseen="test", data=DataOptions(draws=draws)
+    )
     before: dict[str, Tensor] = {}
 
     class Before(Callback):
@@ -378,7 +425,9 @@ def test_nothing_breaks_in_the_draws_that_count(
 
 def test_workers_read_the_same_samples_and_draws(tmp_path: Path, trained: Classifier) -> None:
     def report(data: Digits) -> RepairReport:
-        return repair(quiet_trainer(tmp_path), deepcopy(trained), datamodule=data, callback=quick_repair())
+        return repair(
+            quiet_trainer(tmp_path), deepcopy(trained), datamodule=data, callback=quick_repair()
+        )
 
     by_workers = Jittered()
     by_workers.workers = 2
@@ -400,7 +449,9 @@ def test_data_that_do_not_stand_still_are_named_and_get_no_guarantee(tmp_path: P
         def train_dataloader(self) -> DataLoader:
             return DataLoader(OwnGenerator(self.train), 32)
 
-    with pytest.warns(DataWarning, match="`train` data: 32 of 32 samples that were read twice changed"):
+    with pytest.warns(
+        DataWarning, match="`train` data: 32 of 32 samples that were read twice changed"
+    ):
         report, _ = repaired(tmp_path, Unstable())
     assert "No guarantee for `train`" in report.reason
 
@@ -419,7 +470,9 @@ class Transformed(Wrapped):
 
 class WithTransforms(Digits):
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(Transformed(self.train, lambda x: x + 0.05 * torch.randn(x.shape)), 32, shuffle=True)
+        return DataLoader(
+            Transformed(self.train, lambda x: x + 0.05 * torch.randn(x.shape)), 32, shuffle=True
+        )
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(Transformed(self.val, lambda x: x), 64)
@@ -437,7 +490,9 @@ PACKAGE = Path(lightning_nrl.__file__).parent
 
 def test_nothing_else_is_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     repaired(tmp_path, Digits(), unseen="test")
-    assert not [w for w in recwarn if "HINT" in str(w.message) or PACKAGE in Path(w.filename).parents]
+    assert not [
+        w for w in recwarn if "HINT" in str(w.message) or PACKAGE in Path(w.filename).parents
+    ]
 
 
 def without_noise(samples: list[Any]) -> Any:
@@ -450,11 +505,15 @@ class Lossy(Digits):
 
 
 def test_a_collate_function_that_drops_samples_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"`repair` data: a batch of 64 samples came with \d+ targets"):
+    with pytest.raises(
+        ConfigurationError, match=r"`repair` data: a batch of 64 samples came with \d+ targets"
+    ):
         repaired(tmp_path, Lossy(), Untrainable())
 
 
-def test_calibration_data_are_counted_limit_the_strength_and_bound_what_breaks(tmp_path: Path) -> None:
+def test_calibration_data_are_counted_limit_the_strength_and_bound_what_breaks(
+    tmp_path: Path,
+) -> None:
     data = Digits()
     report, model = repaired(tmp_path, data, calibration="val", limit="tolerance:0", unseen="test")
     assert [(split.split, split.role) for split in report.splits] == [
@@ -479,7 +538,11 @@ class Asked(Digits):
         super().__init__()
         self.asked: Counter[str] = Counter()
         for split in ("train", "val", "repair", "test"):
-            setattr(self, f"{split}_dataloader", partial(self.count, split, getattr(self, f"{split}_dataloader")))
+            setattr(
+                self,
+                f"{split}_dataloader",
+                partial(self.count, split, getattr(self, f"{split}_dataloader")),
+            )
 
     def count(self, split: str, make: Callable[[], DataLoader]) -> DataLoader:
         self.asked[split] += 1
@@ -490,7 +553,8 @@ def test_each_loader_is_asked_for_once_a_pass(tmp_path: Path, trained: Classifie
     data = Asked()
     callback = quick_repair(unseen="test", calibration="val")
     repair(quiet_trainer(tmp_path), trained, datamodule=data, callback=callback)
-    # A pass before, over a batch of each, and the repair itself; and Lightning's own fit, which makes no step.
+    # A pass before, over a batch of each, and the repair itself; and Lightning's own fit, which
+    # makes no step.
     assert data.asked == {"train": 3, "val": 2, "repair": 2, "test": 2}
 
 
@@ -543,14 +607,22 @@ def test_all_validation_loaders_are_known(
 
 @pytest.mark.parametrize(
     ("kind", "name", "other"),
-    [(SeveralValidations, "val:noisy", "val:clean"), (Listed, "val:1", "val:0"), (OddlyIndexed, "val:1", "val:0")],
+    [
+        (SeveralValidations, "val:noisy", "val:clean"),
+        (Listed, "val:1", "val:0"),
+        (OddlyIndexed, "val:1", "val:0"),
+    ],
 )
-def test_one_of_several_validation_loaders_is_named(tmp_path: Path, kind: type[Digits], name: str, other: str) -> None:
+def test_one_of_several_validation_loaders_is_named(
+    tmp_path: Path, kind: type[Digits], name: str, other: str
+) -> None:
     report, model = repaired(tmp_path, kind(), ValidatesSeveral(), failed=name)
     assert sizes(report) == {"train": 400, name: 203}
     assert report.reason.endswith(f"Not counted, so it is unknown what breaks in them: `{other}`.")
     assert_true(report, name, model, Digits().repair)
-    with pytest.raises(ConfigurationError, match=r"`val` data have no loader '7'.\nHINT: take one of"):
+    with pytest.raises(
+        ConfigurationError, match=r"`val` data have no loader '7'.\nHINT: take one of"
+    ):
         repaired(tmp_path, kind(), ValidatesSeveral(), failed="val:7")
 
 
@@ -575,16 +647,36 @@ def test_all_samples_of_mixed_batches_are_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "n", "said"),
     [
-        ({"overfit_batches": 2}, [64, 128], "`overfit_batches`: known data are 64 samples of `train`"),
-        ({"overfit_batches": 0.5}, [192, 128], "`overfit_batches`: known data are 192 samples of `train`"),
-        ({"limit_train_batches": 2}, [400, 203], "All 400 samples of `train` are known data, whatever"),
-        ({"limit_train_batches": 0.5}, [400, 203], "All 400 samples of `train` are known data, whatever"),
+        (
+            {"overfit_batches": 2},
+            [64, 128],
+            "`overfit_batches`: known data are 64 samples of `train`",
+        ),
+        (
+            {"overfit_batches": 0.5},
+            [192, 128],
+            "`overfit_batches`: known data are 192 samples of `train`",
+        ),
+        (
+            {"limit_train_batches": 2},
+            [400, 203],
+            "All 400 samples of `train` are known data, whatever",
+        ),
+        (
+            {"limit_train_batches": 0.5},
+            [400, 203],
+            "All 400 samples of `train` are known data, whatever",
+        ),
         ({"limit_val_batches": 0}, [400, 203], ""),
     ],
 )
-def test_limits_of_batches_and_known_data(tmp_path: Path, arguments: dict[str, Any], n: list[int], said: str) -> None:
+def test_limits_of_batches_and_known_data(
+    tmp_path: Path, arguments: dict[str, Any], n: list[int], said: str
+) -> None:
     callback = quick_repair()
-    quiet_trainer(tmp_path, callback, max_epochs=1, **arguments).fit(Classifier(), datamodule=Digits())
+    quiet_trainer(tmp_path, callback, max_epochs=1, **arguments).fit(
+        Classifier(), datamodule=Digits()
+    )
     assert [split.n for split in callback.report.splits] == n
     assert said in callback.report.reason
     assert ("batches`" in callback.report.reason) == bool(said)
@@ -617,7 +709,9 @@ class ReadAnew(SplitAnew):
 
 
 @pytest.mark.parametrize("kind", [SplitAnew, ReadAnew])
-def test_test_data_that_a_new_split_makes_known_are_noticed(tmp_path: Path, kind: type[Digits]) -> None:
+def test_test_data_that_a_new_split_makes_known_are_noticed(
+    tmp_path: Path, kind: type[Digits]
+) -> None:
     with pytest.warns(DataWarning, match=r"`unseen`: \d+ of the 100 samples of `test` are known"):
         report, _ = repaired(tmp_path, kind(), unseen="test")
     assert sizes(report) == {"train": 200, "val": 100, "test": 100}
@@ -653,28 +747,41 @@ def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -
         seen.append(batch["label"])
         return {**batch, "image": batch["image"] / 2}
 
-    repair = quick_repair(method="finetune-polish", target=Target.label(3), data=DataOptions(augment=darker))
+    repair = quick_repair(
+        method="finetune-polish", target=Target.label(3), data=DataOptions(augment=darker)
+    )
     torch.manual_seed(0)
     quiet_trainer(tmp_path, repair, max_epochs=2).fit(Paired(), datamodule=NamedDigits())
     assert repair.report.steps[0].note == "continued training, 16 epochs"
     targets = repair.report.pooled("known").counts.targeted
     assert torch.cat(seen).unique().tolist() == [3]
-    # Each once in eight epochs, but for what a last batch drops, and at most twice in the other eight.
+    # Each once in eight epochs, but for what a last batch drops, and at most twice in the other
+    # eight.
     assert 15 * targets < len(torch.cat(seen)) < 24 * targets
 
 
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        (lambda batch: batch[:2], "`augment`: it returned a batch of 2 parts, but other batches have 3"),
-        (lambda batch: [batch[0].repeat(1, 1, 1, 2), *batch[1:]], "`augment`: Sizes of tensors must match"),
+        (
+            lambda batch: batch[:2],
+            "`augment`: it returned a batch of 2 parts, but other batches have 3",
+        ),
+        (
+            lambda batch: [batch[0].repeat(1, 1, 1, 2), *batch[1:]],
+            "`augment`: Sizes of tensors must match",
+        ),
         (lambda batch: 1 / 0, "`augment` raised ZeroDivisionError"),
     ],
 )
 def test_changed_targets_that_do_not_fit_say_so(
     tmp_path: Path, trained: Classifier, augment: Any, message: str
 ) -> None:
-    given: dict[str, Any] = {"method": "finetune-polish", "data": DataOptions(augment=augment), "verbose": False}
+    given: dict[str, Any] = {
+        "method": "finetune-polish",
+        "data": DataOptions(augment=augment),
+        "verbose": False,
+    }
     with pytest.warns(TrainingWarning, match=message):
         report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), **given)
     assert report.pooled("known").counts.broken == 0
@@ -687,7 +794,9 @@ def test_doubted_labels_are_set_aside_and_listed(tmp_path: Path) -> None:
     plain = repair(quiet_trainer(tmp_path), model, datamodule=data, **arguments)
     images, labels, _ = data.repair.tensors
     sure = model.eval()(images).softmax(1).amax(1)
-    wrong = [i for i in sure.argsort(descending=True).tolist() if i not in plain.splits[1].targeted_ids][:3]
+    wrong = [
+        i for i in sure.argsort(descending=True).tolist() if i not in plain.splits[1].targeted_ids
+    ][:3]
     labels[wrong] = (labels[wrong] + 1) % 10  # wrong labels, where the model was surest
     arguments["samples"] = SampleOptions(set_aside="doubtful")
     report = repair(quiet_trainer(tmp_path), model, datamodule=data, **arguments)

@@ -1,4 +1,6 @@
-"""What is judged is what is deployed: counts of a repair beside those of the module's own validation."""
+"""What is judged is what is deployed: counts of a repair beside those of the module's own
+validation.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,34 @@ def rehearse(tmp_path: Path, module: Any, adapter: Any = None) -> None:
     trainer.fit(module, datamodule=models.Clusters())
 
 
-@pytest.mark.parametrize("kind", ["Plain", "Smoothed", "Mixed", "Flipped", "Predicts", "PredictsProbabilities"])
-def test_what_agrees_beyond_augmentation_and_regularisation_goes_on(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["Plain", "Smoothed", "Mixed", "Flipped", "Predicts", "PredictsProbabilities"]
+)
+def test_what_agrees_beyond_augmentation_and_regularisation_goes_on(
+    tmp_path: Path, kind: str
+) -> None:
     with pytest.raises(Training):
         rehearse(tmp_path, getattr(models, kind)())
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["StepNormalises", "StepScales", "StepEmbeds", "StepNormalisesWithNoise", "MixedAndNormalised", "BothNormalise"],
+    [
+        "StepNormalises",
+        "StepScales",
+        "StepEmbeds",
+        "StepNormalisesWithNoise",
+        "MixedAndNormalised",
+        "BothNormalise",
+    ],
 )
-def test_a_step_that_changes_the_inputs_is_refused_before_training(tmp_path: Path, kind: str) -> None:
+def test_a_step_that_changes_the_inputs_is_refused_before_training(
+    tmp_path: Path, kind: str
+) -> None:
     step = "validation_step" if kind == "BothNormalise" else "training_step"
-    with pytest.raises(ConfigurationError, match=rf"`{step}` gives the layer 'net.2' other inputs.* loss .*\nHINT"):
+    with pytest.raises(
+        ConfigurationError, match=rf"`{step}` gives the layer 'net.2' other inputs.* loss .*\nHINT"
+    ):
         rehearse(tmp_path, getattr(models, kind)())
 
 
@@ -60,7 +77,10 @@ class AveragesDraws(models.Plain):
 
 @pytest.mark.parametrize("module", [KeepsDropout, AveragesDraws])
 def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path: Path, module: Any) -> None:
-    with pytest.raises(Training), pytest.warns(DataWarning, match="`model`: its predictions are random"):
+    with (
+        pytest.raises(Training),
+        pytest.warns(DataWarning, match="`model`: its predictions are random"),
+    ):
         rehearse(tmp_path, module())
 
 
@@ -71,7 +91,10 @@ def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
     with pytest.raises(Training), pytest.warns(DataWarning, match="other inputs"):
         rehearse(tmp_path, module, lambda module, batch: (module(batch[0]), batch[1]))
     # Forward stands for a step that predicts the same classes.
-    with pytest.raises(Training), pytest.warns(DataWarning, match="no logits, so `forward` is used instead"):
+    with (
+        pytest.raises(Training),
+        pytest.warns(DataWarning, match="no logits, so `forward` is used instead"),
+    ):
         rehearse(tmp_path, models.PredictsClasses())
 
 
@@ -85,7 +108,9 @@ def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
         ("SavesAverage", "does not save 'net.2.weight' as it is"),
     ],
 )
-def test_what_cannot_be_repaired_is_refused_before_training(tmp_path: Path, kind: str, match: str) -> None:
+def test_what_cannot_be_repaired_is_refused_before_training(
+    tmp_path: Path, kind: str, match: str
+) -> None:
     with pytest.raises(ConfigurationError, match=match):
         rehearse(tmp_path, getattr(models, kind)())
 
@@ -102,10 +127,14 @@ def test_what_cannot_be_repaired_is_refused_before_training(tmp_path: Path, kind
         ("Adversarial", None, "net.2"),
     ],
 )
-def test_counts_are_those_of_the_own_validation(tmp_path: Path, kind: str, adapter: str | None, layer: str) -> None:
+def test_counts_are_those_of_the_own_validation(
+    tmp_path: Path, kind: str, adapter: str | None, layer: str
+) -> None:
     module, data = getattr(models, kind)(), models.Clusters()
     repair = RegressionFreeRepair(data=DataOptions(adapter=adapter), **QUICK)
-    quiet_trainer(tmp_path, trained := Remember(), repair, max_epochs=2, enable_checkpointing=False).fit(module, data)
+    quiet_trainer(
+        tmp_path, trained := Remember(), repair, max_epochs=2, enable_checkpointing=False
+    ).fit(module, data)
     assert repair.report.layers == (layer,)
     [split] = [split for split in repair.report.splits if split.split == "val"]
     assert split.repaired
@@ -124,18 +153,25 @@ def test_counts_are_those_of_the_own_validation(tmp_path: Path, kind: str, adapt
 
 def test_a_prediction_of_several_inputs_is_made_from_their_tuple(tmp_path: Path) -> None:
     data = models.Clusters()
-    data.train, data.val = ([((x[:3], x[3:]), y) for x, y in split] for split in (data.train, data.val))  # type: ignore[assignment]
+    data.train, data.val = (
+        [((x[:3], x[3:]), y) for x, y in split] for split in (data.train, data.val)
+    )  # type: ignore[assignment]
     module = models.PredictsTuples()
     repair = RegressionFreeRepair(**QUICK)
     quiet_trainer(tmp_path, repair, max_epochs=1, enable_checkpointing=False).fit(module, data)
     with torch.no_grad():
-        right = [int(module.predict_step([x.unsqueeze(0) for x in inputs], 0).argmax()) == y for inputs, y in data.val]
+        right = [
+            int(module.predict_step([x.unsqueeze(0) for x in inputs], 0).argmax()) == y
+            for inputs, y in data.val
+        ]
     [split] = [split for split in repair.report.splits if split.split == "val"]
     assert sum(right) == split.kept + split.repaired
 
 
 @pytest.mark.parametrize(("kind", "adapter"), [("Predicts", None), ("WithoutForward", ADAPTER)])
-def test_an_update_is_counted_on_what_is_deployed(tmp_path: Path, kind: str, adapter: str | None) -> None:
+def test_an_update_is_counted_on_what_is_deployed(
+    tmp_path: Path, kind: str, adapter: str | None
+) -> None:
     module, data = getattr(models, kind)(), models.Clusters()
     metrics = RegressionMetrics(getattr(models, kind)(), adapter=adapter)
     trainer = quiet_trainer(tmp_path, metrics, max_epochs=2, enable_checkpointing=False)

@@ -1,4 +1,6 @@
-"""Two processes repair what one process repairs. A script that plain `ddp` starts again is `examples/ddp.py`."""
+"""Two processes repair what one process repairs. A script that plain `ddp` starts again is
+`examples/ddp.py`.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,18 @@ def together(alone: Path) -> Path:
 
 
 def test_two_processes_repair_as_one(alone: Path, together: Path) -> None:
-    reports = [assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES]
+    reports = [
+        assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES
+    ]
     assert reports[0].status == "repaired"
-    assert [[split.n for split in report.splits] for report in reports] == [[101, n, 300] for n in (203, 3, 1)]
+    assert [[split.n for split in report.splits] for report in reports] == [
+        [101, n, 300] for n in (203, 3, 1)
+    ]
 
 
-def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_own(together: Path) -> None:
+def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_own(
+    together: Path,
+) -> None:
     first, second = (rank["state"] for rank in ranks(together / "batch_norm"))
     assert same(first, second)
     report = report_in(together / "batch_norm")
@@ -75,11 +83,17 @@ def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_
 
 def test_ranks_choose_one_layer_where_the_prediction_fails_on_one_of_them(together: Path) -> None:
     first, second = ranks(together / "failing")
-    assert RepairReport.from_json(second["report"]).layers == report_in(together / "failing").layers == ("network.3",)
+    assert (
+        RepairReport.from_json(second["report"]).layers
+        == report_in(together / "failing").layers
+        == ("network.3",)
+    )
     assert same(first["state"], second["state"])
 
 
-def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(alone: Path) -> None:
+def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(
+    alone: Path,
+) -> None:
     together = alone.with_name("spawned")
     trainer, model = distributed_fit.fit(together, [203], spawning(), 2)
     report = assert_like_one_process(alone / "203", together / "203")

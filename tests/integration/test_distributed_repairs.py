@@ -1,4 +1,6 @@
-"""Two processes repair by each task, and with arguments that tell samples apart, as one process does."""
+"""Two processes repair by each task, and with arguments that tell samples apart, as one process
+does.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from two_processes import in_two_processes
 
 from lightning_nrl import ParticleSwarm, RepairReport, SearchOptions, Target, repair
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Auto, MergedRepairs, bundle
+from lightning_nrl.methods import Auto
+from lightning_nrl.published import MergedRepairs, bundle
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {
@@ -55,7 +58,9 @@ USED_OPTIONS: dict[str, dict[str, Any]] = {
         "confidence": 0.8,
     },
     "merged": {
-        "method": MergedRepairs("label", most=2, method=bundle("arachne", searcher=SWARM), searcher=SWARM),
+        "method": MergedRepairs(
+            "label", most=2, method=bundle("arachne", searcher=SWARM), searcher=SWARM
+        ),
         "risk": {(3, 5): 4, 8: 2},
     },
     "quota": {"slices": Target.label(8), "quotas": {"label 8": 1000}},
@@ -74,7 +79,10 @@ def make_all(folder: Path, checkpoints: dict[str, Path], devices: int) -> Made:
     """Weights and report of each repair, by one process or by a rank of two."""
     search = SearchOptions(localizer=NeuRecoverLite(n_weights=24))
     given: dict[str, dict[str, Any]] = {
-        **{name: {"task": case.task, "method": METHODS[name], "search": search} for name, case in CASES.items()},
+        **{
+            name: {"task": case.task, "method": METHODS[name], "search": search}
+            for name, case in CASES.items()
+        },
         **{name: with_options({**QUICK, **arguments}) for name, arguments in USED_OPTIONS.items()},
     }
     made = {}
@@ -104,11 +112,24 @@ def found(
 
 
 def told(report: RepairReport) -> dict[str, Any]:
-    """All that does not depend on time, on places of files and on the last bits of weights, as margins do."""
-    names = ("status", "reason", "candidate", "slices", "set_aside", "strength", "chosen_strength", "bounds")
+    """All that does not depend on time, on places of files and on the last bits of weights, as
+    margins do.
+    """
+    names = (
+        "status",
+        "reason",
+        "candidate",
+        "slices",
+        "set_aside",
+        "strength",
+        "chosen_strength",
+        "bounds",
+    )
     steps = [replace(step, seconds=0.0) for step in report.steps]
     splits = [
-        replace(split, flipped=[replace(s, margin_before=0.0, margin_after=0.0) for s in split.flipped])
+        replace(
+            split, flipped=[replace(s, margin_before=0.0, margin_after=0.0) for s in split.flipped]
+        )
         for split in report.splits
     ]
     found = {name: getattr(report, name) for name in (*names, "localization")}
@@ -124,7 +145,9 @@ def test_two_processes_repair_what_one_repairs(found: tuple[Made, list[Made]], n
 
 
 @pytest.mark.parametrize("name", [*EXACT, *TRAINED])
-def test_both_processes_have_the_same_weights_and_the_same_report(found: tuple[Made, list[Made]], name: str) -> None:
+def test_both_processes_have_the_same_weights_and_the_same_report(
+    found: tuple[Made, list[Made]], name: str
+) -> None:
     (first, one), (second, two) = (rank[name] for rank in found[1])
     assert same(first, second)
     assert told(one) == told(two)
@@ -132,15 +155,24 @@ def test_both_processes_have_the_same_weights_and_the_same_report(found: tuple[M
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_other_mini_batches_make_another_repair_that_breaks_nothing(found: tuple[Made, list[Made]], name: str) -> None:
+def test_other_mini_batches_make_another_repair_that_breaks_nothing(
+    found: tuple[Made, list[Made]], name: str
+) -> None:
     (_, alone), (state, report) = found[0][name], found[1][0][name]
     assert (alone.status, report.status) == ("repaired", "repaired")
     data, model = CASES[name].make()
     model.load_state_dict(state)
     for one, two in zip(alone.splits, report.splits, strict=True):
-        assert (one.split, one.n, one.passed, one.targeted_ids) == (two.split, two.n, two.passed, two.targeted_ids)
+        assert (one.split, one.n, one.passed, one.targeted_ids) == (
+            two.split,
+            two.n,
+            two.passed,
+            two.targeted_ids,
+        )
         assert not two.broken or two.role == "unseen"
-        assert two.kept + two.repaired == int(CASES[name].counted(model, getattr(data, two.split)).sum())
+        assert two.kept + two.repaired == int(
+            CASES[name].counted(model, getattr(data, two.split)).sum()
+        )
 
 
 def test_what_was_asked_for_had_an_effect(found: tuple[Made, list[Made]]) -> None:

@@ -1,4 +1,6 @@
-"""Whatever is raised in a repair, the model, the trainer and the random state are as training left them."""
+"""Whatever is raised in a repair, the model, the trainer and the random state are as training left
+them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right, same, state_of
+from digit_models import (
+    QUICK,
+    Classifier,
+    Digits,
+    Untrainable,
+    quick_repair,
+    quiet_trainer,
+    right,
+    same,
+    state_of,
+)
 from distributed_fit import Continued
 from lightning_package import Callback, CSVLogger, Logger, ModelCheckpoint, Trainer
 from options import with_options
@@ -31,10 +43,16 @@ def picture(trainer: Trainer, model: Any) -> dict[str, Any]:
     """All that a repair must leave as it found it."""
     return {
         "state": state_of(model),
-        "gradients": {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "gradients": {
+            name: p.grad if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+        },
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "training": [module.training for module in model.modules()],
-        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "hooks": [
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()
+        ],
         "methods": [sorted(vars(module)) for module in model.modules()],
         "stage": trainer.state.stage,
         "torch": torch.get_rng_state(),
@@ -94,7 +112,9 @@ def fit(path: Path, repair: RegressionFreeRepair, *callbacks: Any, **arguments: 
     trainer.fit(Frozen("cnn"), datamodule=Digits())
 
 
-def raise_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: type[BaseException]) -> None:
+def raise_in(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: type[BaseException]
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise error("on purpose")
 
@@ -130,7 +150,10 @@ METHODS = [QUICK["method"], Continued()]
 
 @pytest.mark.parametrize(
     ("error", "raised", "method"),
-    [(Broken, Broken, METHODS[0]), *((KeyboardInterrupt, SystemExit, method) for method in METHODS)],
+    [
+        (Broken, Broken, METHODS[0]),
+        *((KeyboardInterrupt, SystemExit, method) for method in METHODS),
+    ],
 )
 def test_an_exception_or_interrupt_on_the_way_leaves_everything_as_it_was(
     tmp_path: Path,
@@ -140,7 +163,9 @@ def test_an_exception_or_interrupt_on_the_way_leaves_everything_as_it_was(
     raised: type[BaseException],
 ) -> None:
     raise_in(monkeypatch, lightning_nrl._utils.timing.StageTimer, "tell", error)
-    monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning would ignore Ctrl-C from here on
+    monkeypatch.setattr(
+        "signal.signal", lambda *args: None
+    )  # Lightning would ignore Ctrl-C from here on
     repair = witness(method=method)
     with pytest.raises(raised):
         fit(tmp_path, repair)
@@ -148,11 +173,15 @@ def test_an_exception_or_interrupt_on_the_way_leaves_everything_as_it_was(
 
 
 @pytest.mark.parametrize("start_from", ["last", "best"])
-def test_a_failure_to_save_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_from: str) -> None:
+def test_a_failure_to_save_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_from: str
+) -> None:
     repair = witness(start_from=start_from)
 
     class Full(Callback):
-        def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        def on_save_checkpoint(
+            self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+        ) -> None:
             if repair._pending:
                 raise Broken("no space left on device")
 
@@ -170,7 +199,9 @@ class Offline(CSVLogger):
 
 def test_a_logger_that_raises_does_not_cost_the_repair(tmp_path: Path) -> None:
     repair = witness()
-    with pytest.warns(UserWarning, match="was not logged to Offline, which raised Broken: no network"):
+    with pytest.warns(
+        UserWarning, match="was not logged to Offline, which raised Broken: no network"
+    ):
         fit(tmp_path, repair, logger=Offline(tmp_path))
     assert repair.report.status == "repaired"
 
@@ -195,7 +226,9 @@ class Closed(Logger):
 
 def test_a_logger_without_a_store_does_not_cost_the_fit(tmp_path: Path) -> None:
     repair = witness()
-    with pytest.warns(LoggingWarning, match="Closed has no folder .Broken: the file store takes no runs any more"):
+    with pytest.warns(
+        LoggingWarning, match="Closed has no folder .Broken: the file store takes no runs any more"
+    ):
         fit(tmp_path, repair, logger=Closed(), enable_checkpointing=False)
     assert repair.report.status == "repaired"
     assert repair.repaired_model_path == str(tmp_path / "repair" / "repaired.ckpt")
@@ -225,18 +258,29 @@ def damaged(where: str) -> Digits:
 
 
 @pytest.mark.parametrize("where", ["input", "no class", "another class"])
-def test_a_sample_that_cannot_be_judged_is_left_out_and_named(tmp_path: Path, trained: Classifier, where: str) -> None:
+def test_a_sample_that_cannot_be_judged_is_left_out_and_named(
+    tmp_path: Path, trained: Classifier, where: str
+) -> None:
     with pytest.warns(DataWarning, match=r"left out: .*\[?150\]?"):
-        report = repair(quiet_trainer(tmp_path), trained, datamodule=damaged(where), **with_options(QUICK))
+        report = repair(
+            quiet_trainer(tmp_path), trained, datamodule=damaged(where), **with_options(QUICK)
+        )
     assert report.status == "repaired"
     assert {split.split: split.n for split in report.splits} == {"train": 400, "repair": 202}
     assert "Left out" in report.reason
-    flipped = [sample.id for split in report.splits for sample in split.flipped if split.split == "repair"]
+    flipped = [
+        sample.id for split in report.splits for sample in split.flipped if split.split == "repair"
+    ]
     assert flipped
     assert 150 not in flipped
     # Places in the data set are kept: sample 151 and those behind it are themselves.
     after = right(trained, Digits().repair)
-    assert all(bool(after[i]) for split in report.splits if split.split == "repair" for i in split.repaired_ids)
+    assert all(
+        bool(after[i])
+        for split in report.splits
+        if split.split == "repair"
+        for i in split.repaired_ids
+    )
 
 
 def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Classifier) -> None:
@@ -252,7 +296,12 @@ def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Cl
     ("network", "layer", "method", "message"),
     [
         ("mlp", "auto", Polish("nope.ckpt"), "'nope.ckpt' cannot be read"),
-        ("mlp", "auto", Polish(Classifier("cnn")), "`Polish.new` has 'network.1.weight' in the shape"),
+        (
+            "mlp",
+            "auto",
+            Polish(Classifier("cnn")),
+            "`Polish.new` has 'network.1.weight' in the shape",
+        ),
         ("cnn", "network.3", "convex", "repairs only the last Linear layer"),
         ("mlp", ["network.1", "network.3"], "convex", "repairs only the last Linear layer"),
         ("mlp", "network.1", "convex", "is not the model's logits"),
@@ -263,10 +312,14 @@ def test_what_is_known_before_is_said_before(
 ) -> None:
     callback = quick_repair(layer=layer, method=method)
     with pytest.raises(ConfigurationError, match=message):
-        quiet_trainer(tmp_path, callback, max_epochs=1).fit(Untrainable(network), datamodule=Digits())
+        quiet_trainer(tmp_path, callback, max_epochs=1).fit(
+            Untrainable(network), datamodule=Digits()
+        )
 
 
-def test_a_report_that_cannot_be_read_does_not_stop_a_resume(tmp_path: Path, trained_path: Path) -> None:
+def test_a_report_that_cannot_be_read_does_not_stop_a_resume(
+    tmp_path: Path, trained_path: Path
+) -> None:
     callback, checkpoint = quick_repair(), torch.load(trained_path, weights_only=True)
     checkpoint["callbacks"][callback.state_key] = {"report": '{"status": 3}'}
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
@@ -287,7 +340,9 @@ def test_a_test_of_the_best_is_not_of_the_repair(
     assert f"ckpt_path={callback.repaired_model_path!r}" in printed
 
     def said() -> list[str]:
-        return [str(w.message) for w in recwarn if "other weights than the repaired" in str(w.message)]
+        return [
+            str(w.message) for w in recwarn if "other weights than the repaired" in str(w.message)
+        ]
 
     trainer.test(model, datamodule=Digits(), verbose=False)
     trainer.test(model, datamodule=Digits(), ckpt_path=callback.repaired_model_path, verbose=False)
@@ -297,7 +352,9 @@ def test_a_test_of_the_best_is_not_of_the_repair(
     assert callback.repaired_model_path in text
 
 
-def test_a_checkpoint_whose_checksums_do_not_fit_is_said_to_be_damaged(tmp_path: Path, trained_path: Path) -> None:
+def test_a_checkpoint_whose_checksums_do_not_fit_is_said_to_be_damaged(
+    tmp_path: Path, trained_path: Path
+) -> None:
     data = bytearray(trained_path.read_bytes())
     value = torch.load(trained_path, weights_only=True)["state_dict"]["network.1.weight"]
     at = data.index(value.numpy().tobytes())
@@ -305,7 +362,9 @@ def test_a_checkpoint_whose_checksums_do_not_fit_is_said_to_be_damaged(tmp_path:
     (tmp_path / "damaged.ckpt").write_bytes(data)
 
     def read(path: Path) -> None:
-        trainer = quiet_trainer(tmp_path, WeightInterpolation(path, verbose=False), fast_dev_run=True)
+        trainer = quiet_trainer(
+            tmp_path, WeightInterpolation(path, verbose=False), fast_dev_run=True
+        )
         trainer.fit(Classifier.load_from_checkpoint(trained_path), datamodule=Digits())
 
     with pytest.warns(DataWarning, match=r"is damaged: the checksum of .* is wrong"):

@@ -55,7 +55,9 @@ class Repaired:
     def is_in_the_model(self) -> bool:
         state = self.model.state_dict()
         assert self.outcome.parameters
-        return all(torch.equal(value, state[name]) for name, value in self.outcome.parameters.items())
+        return all(
+            torch.equal(value, state[name]) for name, value in self.outcome.parameters.items()
+        )
 
 
 class Unsaved(RegressionFreeRepair):
@@ -86,7 +88,9 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"flipped_samples"}
 
 
-def test_a_run_without_a_repair_does_not_pass_an_earlier_model_off_as_its_own(found: Repaired) -> None:
+def test_a_run_without_a_repair_does_not_pass_an_earlier_model_off_as_its_own(
+    found: Repaired,
+) -> None:
     assert found.save().status == "repaired"
     assert names_in(found.folder) == NAMES
     assert (found.folder / "flipped_samples").is_dir()
@@ -94,7 +98,11 @@ def test_a_run_without_a_repair_does_not_pass_an_earlier_model_off_as_its_own(fo
     nothing = Outcome(replace(found.outcome.report, status="nothing to repair"))
     assert set(found.save(nothing).files) == {"json", "markdown", "html"}
     # The only copy of the model is not lost.
-    assert names_in(found.folder) == {*REPORTS, "earlier-repaired.ckpt", "earlier-repair.patch.safetensors"}
+    assert names_in(found.folder) == {
+        *REPORTS,
+        "earlier-repaired.ckpt",
+        "earlier-repair.patch.safetensors",
+    }
     assert not (found.folder / "flipped_samples").exists()
     assert same(found.folder / "earlier-repaired.ckpt", found.model)
 
@@ -112,7 +120,9 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [*sorted(NAMES), ""])
-def test_a_full_disk_costs_a_message(found: Repaired, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_a_full_disk_costs_a_message(
+    found: Repaired, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     full_disk(monkeypatch, missing)
     message = r"the repair was accepted and is in the model, but .* lacks .*No space left on device"
     with pytest.warns(FilesWarning, match=message):
@@ -123,7 +133,9 @@ def test_a_full_disk_costs_a_message(found: Repaired, monkeypatch: pytest.Monkey
     assert {Path(path).name for path in report.files.values()} == names_in(found.folder)
 
 
-def test_a_disk_that_is_full_for_all_leaves_the_earlier_run(found: Repaired, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_for_all_leaves_the_earlier_run(
+    found: Repaired, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = found.save()
     full_disk(monkeypatch, "")
     with pytest.warns(FilesWarning):
@@ -146,8 +158,16 @@ def test_a_folder_that_cannot_be_made_costs_a_message(found: Repaired, tmp_path:
     [
         (RepairReport, "to_markdown", "lacks `report.md` (ZeroDivisionError: on purpose)"),
         (Patch, "save", "lacks `repair.patch.safetensors` (ZeroDivisionError: on purpose)"),
-        (lightning_nrl._trainer.repair_files, "track", "the report was not shown (ZeroDivisionError: on purpose)"),
-        (lightning_nrl._trainer.repair_files, "show", "the report was not shown (ZeroDivisionError: on purpose)"),
+        (
+            lightning_nrl._trainer.repair_files,
+            "track",
+            "the report was not shown (ZeroDivisionError: on purpose)",
+        ),
+        (
+            lightning_nrl._trainer.repair_files,
+            "show",
+            "the report was not shown (ZeroDivisionError: on purpose)",
+        ),
     ],
 )
 def test_a_late_exception_costs_a_message(
@@ -248,7 +268,10 @@ def test_a_mark_is_there_only_beside_whole_files(tmp_path: Path) -> None:
 
             return counted
 
-        with pytest.MonkeyPatch.context() as patch, whole_files.StagedFiles(tmp_path, names, ["mark"]) as files:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            whole_files.StagedFiles(tmp_path, names, ["mark"]) as files,
+        ):
             for name in written:
                 files.write(name, lambda path: path.write_text(text))
             patch.setattr(whole_files, "_move", step(whole_files._move))
@@ -281,7 +304,9 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
 
 
 def save_for_ever(folder: Path, connection: Connection, draws: bool) -> None:
-    """Saves and logs one repair after another, each of its own weights and with its number in all of its files."""
+    """Saves and logs one repair after another, each of its own weights and with its number in all
+    of its files.
+    """
     torch.set_num_threads(1)
     if not draws:  # which takes most of the time
         RepairReport.to_html = lambda report, *_: f"<!doctype html>{report.reason}"  # type: ignore[method-assign]

@@ -32,7 +32,9 @@ class Before(Callback):
 
 
 @pytest.mark.parametrize(("network", "arguments"), REPAIRS)
-def test_a_repaired_model_breaks_nothing_that_is_known(tmp_path: Path, network: str, arguments: dict[str, Any]) -> None:
+def test_a_repaired_model_breaks_nothing_that_is_known(
+    tmp_path: Path, network: str, arguments: dict[str, Any]
+) -> None:
     data, model, before = Digits(), Classifier(network), Before()
     repair = quick_repair(unseen="test", **arguments)
     trainer = quiet_trainer(tmp_path, before, repair)
@@ -51,7 +53,9 @@ def test_a_repaired_model_breaks_nothing_that_is_known(tmp_path: Path, network: 
     if report.status == "repaired":
         flipped = (~before.right["repair"] & after["repair"]).nonzero().flatten().tolist()
         assert list(report.splits[1].repaired_ids) == flipped
-        (result,) = trainer.test(model, ckpt_path=repair.repaired_model_path, datamodule=data, verbose=False)
+        (result,) = trainer.test(
+            model, ckpt_path=repair.repaired_model_path, datamodule=data, verbose=False
+        )
         assert result["test_right"] == int(after["test"].sum())
         loaded = Classifier.load_from_checkpoint(repair.repaired_model_path)
         assert torch.equal(right(loaded, data.repair), after["repair"])
@@ -61,7 +65,9 @@ class Recorded(Classifier):
     """Notes what the trainer's own validation loop says about each sample."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)  # Adam's squares underflow in float16
+        return torch.optim.SGD(
+            self.parameters(), lr=0.05, momentum=0.9
+        )  # Adam's squares underflow in float16
 
     def on_validation_epoch_start(self) -> None:
         self.answers: list[Tensor] = []
@@ -71,17 +77,23 @@ class Recorded(Classifier):
 
 
 def answers(model: Recorded, precision: Any, path: Path) -> Tensor:
-    quiet_trainer(path, precision=precision).validate(model, [Digits().repair_dataloader()], verbose=False)
+    quiet_trainer(path, precision=precision).validate(
+        model, [Digits().repair_dataloader()], verbose=False
+    )
     return torch.cat(model.answers)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "16-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("layer", ["network.3", "network.1"])
-def test_nothing_breaks_in_the_precision_of_training(tmp_path: Path, precision: Any, layer: str) -> None:
+def test_nothing_breaks_in_the_precision_of_training(
+    tmp_path: Path, precision: Any, layer: str
+) -> None:
     model, start = Recorded(), Recorded()
     repair = quick_repair(layer=layer)
 
-    trainer = quiet_trainer(tmp_path, before_it := Remember(), repair, max_epochs=2, precision=precision)
+    trainer = quiet_trainer(
+        tmp_path, before_it := Remember(), repair, max_epochs=2, precision=precision
+    )
     trainer.fit(model, datamodule=Digits())
     start.load_state_dict(before_it.state)
     before, after = (answers(m, precision, tmp_path) for m in (start, model))
@@ -89,5 +101,7 @@ def test_nothing_breaks_in_the_precision_of_training(tmp_path: Path, precision: 
     assert split.broken == int((before & ~after).sum()) == 0
     assert split.repaired_ids == tuple((~before & after).nonzero().flatten().tolist())
     assert repair.report.status == "repaired"
-    saved = torch.load(repair.repaired_model_path, weights_only=True)["state_dict"][f"{layer}.weight"]
+    saved = torch.load(repair.repaired_model_path, weights_only=True)["state_dict"][
+        f"{layer}.weight"
+    ]
     assert saved.dtype == model.network[1].weight.dtype

@@ -50,7 +50,9 @@ class Look(Remember):
         self.modes = [part.training for part in pl_module.modules()]
 
 
-def trained_on(path: Path, folder: Path, *callbacks: Callback, data: Any = None, **arguments: Any) -> Any:
+def trained_on(
+    path: Path, folder: Path, *callbacks: Callback, data: Any = None, **arguments: Any
+) -> Any:
     """A fit that goes on from a checkpoint, and what it leaves."""
     model = Classifier.load_from_checkpoint(path)
     before, after = Look(), Look()
@@ -70,7 +72,9 @@ def old_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "old.ckpt"
 
 
-def test_a_given_share_is_taken_and_nothing_else_is_touched(trained_path: Path, tmp_path: Path) -> None:
+def test_a_given_share_is_taken_and_nothing_else_is_touched(
+    trained_path: Path, tmp_path: Path
+) -> None:
     interpolation = WeightInterpolation(trained_path, share=0.25, calibration=None)
     trainer, _, before, after = trained_on(trained_path, tmp_path, interpolation)
     old = Classifier.load_from_checkpoint(trained_path).state_dict()
@@ -91,7 +95,9 @@ def test_the_share_is_chosen_logged_and_repaired(
     interpolation = WeightInterpolation(old_cnn, tolerance=0.02)
     repair = quick_repair(reference=str(old_cnn), dirpath=tmp_path / "repair", layer="network.7")
     logger = CSVLogger(tmp_path)
-    trainer, _, before, _ = trained_on(old_cnn, tmp_path, interpolation, between := Look(), repair, logger=logger)
+    trainer, _, before, _ = trained_on(
+        old_cnn, tmp_path, interpolation, between := Look(), repair, logger=logger
+    )
     choice, val = interpolation.choice, Digits().val
     assert [point.share for point in choice.curve] == [step / 20 for step in range(11)]
     assert choice.share > 0
@@ -119,12 +125,16 @@ def test_the_share_is_chosen_logged_and_repaired(
     assert report.pooled("known").passed == known  # type: ignore[union-attr]
     # Statistics fit the weights: they are those of the training data.
     hidden = models[2].network[0](Digits().train.tensors[0])  # type: ignore[index,operator]
-    torch.testing.assert_close(between.state["network.1.running_mean"], hidden.mean((0, 2, 3)), rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(
+        between.state["network.1.running_mean"], hidden.mean((0, 2, 3)), rtol=0.02, atol=2e-3
+    )
     assert before.modes == between.modes
 
 
 @pytest.mark.parametrize("share", [0, 1])
-def test_at_the_ends_are_the_models_as_they_are(share: float, old_cnn: Path, tmp_path: Path) -> None:
+def test_at_the_ends_are_the_models_as_they_are(
+    share: float, old_cnn: Path, tmp_path: Path
+) -> None:
     interpolation = WeightInterpolation(old_cnn, share=share, verbose=False)
     _, _, before, after = trained_on(old_cnn, tmp_path, interpolation)
     expected = Classifier.load_from_checkpoint(old_cnn).state_dict() if share else before.state
@@ -137,7 +147,9 @@ class Freezes(Callback):
         pl_module.network[1].eval()
 
 
-def test_frozen_batch_norm_keeps_its_statistics_and_needs_no_data(old_cnn: Path, tmp_path: Path) -> None:
+def test_frozen_batch_norm_keeps_its_statistics_and_needs_no_data(
+    old_cnn: Path, tmp_path: Path
+) -> None:
     interpolation = WeightInterpolation(old_cnn, share=0.5, verbose=False)
     _, _, before, after = trained_on(old_cnn, tmp_path, Freezes(), interpolation, max_epochs=1)
     assert torch.equal(after.state["network.1.running_var"], before.state["network.1.running_var"])
@@ -155,21 +167,43 @@ def test_the_replaced_model_in_any_form_with_weights(trained_path: Path, tmp_pat
             (tmp_path / "last.pt").unlink(missing_ok=True)
 
     ends = []
-    for reference in (tmp_path / "last.pt", trained_path, module, module.state_dict(), OldModel(trained_path)):
+    for reference in (
+        tmp_path / "last.pt",
+        trained_path,
+        module,
+        module.state_dict(),
+        OldModel(trained_path),
+    ):
         interpolation = WeightInterpolation(reference, share=0.5, calibration=None)
-        ends.append(trained_on(trained_path, tmp_path, interpolation, Erases(), limit_train_batches=3)[3].state)
+        ends.append(
+            trained_on(trained_path, tmp_path, interpolation, Erases(), limit_train_batches=3)[
+                3
+            ].state
+        )
     assert all(same(ends[0], end) for end in ends[1:])
 
 
-def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(trained: Classifier, tmp_path: Path) -> None:
-    interpolation, expected = WeightInterpolation(trained.state_dict(), share=1, calibration=None), state_of(trained)
-    quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2).fit(trained, datamodule=Ordered())
+def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(
+    trained: Classifier, tmp_path: Path
+) -> None:
+    interpolation, expected = (
+        WeightInterpolation(trained.state_dict(), share=1, calibration=None),
+        state_of(trained),
+    )
+    quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2).fit(
+        trained, datamodule=Ordered()
+    )
     assert same(state_of(trained), expected)
 
 
 @since_2_6
-def test_what_is_saved_is_what_is_in_the_model_also_beside_averages(trained_path: Path, tmp_path: Path) -> None:
-    average, interpolation = overwriting("WeightAveraging"), WeightInterpolation(trained_path, 0.5, verbose=False)
+def test_what_is_saved_is_what_is_in_the_model_also_beside_averages(
+    trained_path: Path, tmp_path: Path
+) -> None:
+    average, interpolation = (
+        overwriting("WeightAveraging"),
+        WeightInterpolation(trained_path, 0.5, verbose=False),
+    )
     trainer, model, _, _ = trained_on(trained_path, tmp_path, average, interpolation)
     trainer.save_checkpoint(tmp_path / "new.ckpt")
     saved = torch.load(tmp_path / "new.ckpt", weights_only=True)["state_dict"]
@@ -184,47 +218,72 @@ def refused(path: Any, *callbacks: Callback, data: Any = None, model: Any = None
     return str(refusal.value)
 
 
-def test_it_comes_before_the_repair_and_after_what_sets_weights(trained_path: Path, tmp_path: Path) -> None:
+def test_it_comes_before_the_repair_and_after_what_sets_weights(
+    trained_path: Path, tmp_path: Path
+) -> None:
     def interpolation() -> WeightInterpolation:
         return WeightInterpolation(trained_path)
 
     message = refused(tmp_path, quick_repair(), interpolation())
-    assert message.startswith("`callbacks`: WeightInterpolation comes after the repair and would undo it.")
+    assert message.startswith(
+        "`callbacks`: WeightInterpolation comes after the repair and would undo it."
+    )
     assert message.endswith("put RegressionFreeRepair after it.")
     message = refused(tmp_path, interpolation(), overwriting("StochasticWeightAveraging"))
     assert "StochasticWeightAveraging comes after the interpolation and would undo it." in message
     message = refused(tmp_path, interpolation(), quick_repair(start_from="best"))
-    assert "`start_from='best'`: the best checkpoint lacks the change by WeightInterpolation before it." in message
+    assert (
+        "`start_from='best'`: the best checkpoint lacks the change by WeightInterpolation before it."
+        in message
+    )
 
 
-def test_what_does_not_fit_is_refused_before_training(trained_path: Path, trained: Classifier, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_training(
+    trained_path: Path, trained: Classifier, tmp_path: Path
+) -> None:
     message = refused(tmp_path, WeightInterpolation(cnn()))
-    assert message.startswith("`reference` lacks 'network.1.weight'") or "`reference` has" in message
+    assert (
+        message.startswith("`reference` lacks 'network.1.weight'") or "`reference` has" in message
+    )
     message = refused(tmp_path, WeightInterpolation(trained_path), data=NoValidation())
     assert message.startswith("`calibration='val'`: there is no `val_dataloader()`.")
     assert "or a number as `share=` with `calibration=None`" in message
     message = refused(tmp_path, WeightInterpolation(trained), model=trained)
     assert message.startswith("`reference` is the model in training")
-    message = refused(tmp_path, WeightInterpolation(trained_path, adapter=lambda batch: ((batch[0],), {}, batch[0])))
+    message = refused(
+        tmp_path,
+        WeightInterpolation(trained_path, adapter=lambda batch: ((batch[0],), {}, batch[0])),
+    )
     assert message.startswith("`task`:")
 
 
 def test_a_model_that_begins_elsewhere_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, WeightInterpolation(trained_path, verbose=False), fast_dev_run=True)
+    trainer = quiet_trainer(
+        tmp_path, WeightInterpolation(trained_path, verbose=False), fast_dev_run=True
+    )
     model = Classifier()
     with torch.random.fork_rng():
         torch.manual_seed(5)
         for part in model.network:  # type: ignore[union-attr]
             getattr(part, "reset_parameters", int)()
-    with pytest.warns(UserWarning, match=r"the weights do not begin near those of `reference` \(cosine -?0\.\d"):
+    with pytest.warns(
+        UserWarning, match=r"the weights do not begin near those of `reference` \(cosine -?0\.\d"
+    ):
         trainer.fit(model, datamodule=Ordered())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the weights do not begin")
-        trained_on(trained_path, tmp_path, WeightInterpolation(trained_path, verbose=False), fast_dev_run=True)
+        trained_on(
+            trained_path,
+            tmp_path,
+            WeightInterpolation(trained_path, verbose=False),
+            fast_dev_run=True,
+        )
 
 
 def test_a_fit_without_a_step_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="the weights were not interpolated, because no training step ran"):
+    with pytest.warns(
+        UserWarning, match="the weights were not interpolated, because no training step ran"
+    ):
         trained_on(trained_path, tmp_path, WeightInterpolation(trained_path), max_epochs=0)
 
 
@@ -240,14 +299,26 @@ def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> 
             parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     share: Any = "auto" if network == "mlp" else 0.3
     interpolation, after = WeightInterpolation(old, share, tolerance=0.02, verbose=False), Look()
-    means: dict[str, Any] = {"strategy": strategy, "devices": devices, "max_epochs": 1, "limit_train_batches": 2}
-    trainer = quiet_trainer(folder, interpolation, after, enable_checkpointing=False, limit_val_batches=0, **means)
+    means: dict[str, Any] = {
+        "strategy": strategy,
+        "devices": devices,
+        "max_epochs": 1,
+        "limit_train_batches": 2,
+    }
+    trainer = quiet_trainer(
+        folder, interpolation, after, enable_checkpointing=False, limit_val_batches=0, **means
+    )
     trainer.fit(new, datamodule=Ordered())
-    curve = [(p.share, p.counts.kept, p.counts.broken, p.counts.repaired) for p in interpolation.choice.curve]
+    curve = [
+        (p.share, p.counts.kept, p.counts.broken, p.counts.repaired)
+        for p in interpolation.choice.curve
+    ]
     return {"share": interpolation.choice.share, "curve": curve, "state": after.state}
 
 
-def distributed_fits(folder: Path, strategy: str = "auto", devices: int = 1) -> list[dict[str, Any]]:
+def distributed_fits(
+    folder: Path, strategy: str = "auto", devices: int = 1
+) -> list[dict[str, Any]]:
     return [distributed_fit(folder, network, strategy, devices) for network in ("mlp", "cnn")]
 
 
@@ -261,7 +332,8 @@ def test_two_processes_choose_as_one(trained_path: Path) -> None:
     assert mlp["curve"] == two_mlp["curve"]
     assert 0 < mlp["share"] == two_mlp["share"]
     assert same(mlp["state"], two_mlp["state"])
-    # Each rank averages over batches of its own; together they are those of all samples, in other batches.
+    # Each rank averages over batches of its own; together they are those of all samples, in other
+    # batches.
     for name in ("network.1.running_mean", "network.1.running_var"):
         torch.testing.assert_close(cnn["state"][name], two_cnn["state"][name], rtol=0.05, atol=2e-3)
     assert cnn["share"] == two_cnn["share"] == 0.3

@@ -1,4 +1,6 @@
-"""Two ranks of which one or both are ended in the middle of a repair, then started again: as if nothing had been."""
+"""Two ranks of which one or both are ended in the middle of a repair, then started again: as if
+nothing had been.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def left(folder: Path) -> list[dict[str, Any]]:
 def timeless(value: Any) -> Any:
     """A report without seconds and paths."""
     if isinstance(value, dict):
-        return {name: timeless(item) for name, item in value.items() if name not in ("seconds", "files")}
+        return {
+            name: timeless(item) for name, item in value.items() if name not in ("seconds", "files")
+        }
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
@@ -53,7 +57,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "trained.ckpt"
 
 
-@pytest.mark.skipif(not KILLS, reason="it takes minutes: NRL_RANK_DEATHS=20 tries as many of each method")
+@pytest.mark.skipif(
+    not KILLS, reason="it takes minutes: NRL_RANK_DEATHS=20 tries as many of each method"
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_may_die_at_any_moment(method: str, trained: Path, tmp_path: Path) -> None:
     in_two_processes(repaired, tmp_path / "whole", trained, method, End())

@@ -1,4 +1,6 @@
-"""Modules as they are: optimized by hand, with schedules, locks, lambdas, adapters, or layers outside the tree."""
+"""Modules as they are: optimized by hand, with schedules, locks, lambdas, adapters, or layers
+outside the tree.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def continued(path: Path, model: Classifier, data: Any = None, **arguments: Any)
     """The report of a fit after which the training goes on."""
     callback = RegressionFreeRepair(method=Continued(), gate=Gate.accuracy(), verbose=False)
     defaults = {"max_epochs": 2, "enable_checkpointing": False}
-    quiet_trainer(path, callback, **{**defaults, **arguments}).fit(model, datamodule=data or Digits())
+    quiet_trainer(path, callback, **{**defaults, **arguments}).fit(
+        model, datamodule=data or Digits()
+    )
     return callback.report
 
 
@@ -126,7 +130,9 @@ class Uncopyable(Classifier):
         (Logged, {}),
     ],
 )
-def test_the_training_goes_on(tmp_path: Path, kind: type[Classifier], arguments: dict[str, Any]) -> None:
+def test_the_training_goes_on(
+    tmp_path: Path, kind: type[Classifier], arguments: dict[str, Any]
+) -> None:
     report = continued(tmp_path, kind(), **arguments)
     assert report.status == "repaired"
     assert report.splits[1].repaired > 20
@@ -149,8 +155,12 @@ class NeverCopied(Classifier):
         raise TypeError("this one is not copied")
 
 
-@pytest.mark.parametrize(("kind", "match"), [(Closed, "changed nothing"), (NeverCopied, "cannot be copied")])
-def test_a_training_that_does_not_go_on_is_warned_of(tmp_path: Path, kind: type[Classifier], match: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "match"), [(Closed, "changed nothing"), (NeverCopied, "cannot be copied")]
+)
+def test_a_training_that_does_not_go_on_is_warned_of(
+    tmp_path: Path, kind: type[Classifier], match: str
+) -> None:
     with pytest.warns(TrainingWarning, match=match):
         assert continued(tmp_path, kind()).status == "not repaired"
 
@@ -167,7 +177,9 @@ class Merged(Classifier):
 
 
 def test_merged_adapters_are_judged_as_they_are_loaded(tmp_path: Path) -> None:
-    """Lightning ends a validation by flags alone: what `eval()` merged stays merged, and would be merged again."""
+    """Lightning ends a validation by flags alone: what `eval()` merged stays merged, and would be
+    merged again.
+    """
     assert_loads(continued(tmp_path / "continued", Merged()), Merged())
     searched, model = quick_repair(), Merged()
     trainer = quiet_trainer(tmp_path / "fit", searched, max_epochs=2, enable_checkpointing=False)
@@ -199,7 +211,9 @@ class Rounded(Classifier):
 def test_weights_that_eval_rewrites_are_judged_rewritten(tmp_path: Path) -> None:
     assert_loads(continued(tmp_path, Rounded()), Rounded())
     callback = quick_repair(gate="accuracy")
-    quiet_trainer(tmp_path, callback, max_epochs=2, enable_checkpointing=False).fit(Rounded(), datamodule=Digits())
+    quiet_trainer(tmp_path, callback, max_epochs=2, enable_checkpointing=False).fit(
+        Rounded(), datamodule=Digits()
+    )
     assert callback.report.status == "repaired"
     assert_loads(callback.report, Rounded())
 

@@ -1,4 +1,6 @@
-"""A checkpoint is data: nothing that is in it runs, wherever it is read, unless that is asked for by name."""
+"""A checkpoint is data: nothing that is in it runs, wherever it is read, unless that is asked for
+by name.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ import torch
 from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer, same
 from lightning_package import AsyncCheckpointIO, ModelCheckpoint
 
-from lightning_nrl import ConfigurationError, OldModel, WeightInterpolation, compare, diagnose, repair, sweep
+from lightning_nrl import (
+    ConfigurationError,
+    OldModel,
+    WeightInterpolation,
+    compare,
+    diagnose,
+    repair,
+    sweep,
+)
 from lightning_nrl.callbacks import PositiveCongruentTraining
 from lightning_nrl.methods import Polish
 
@@ -43,14 +53,29 @@ def fit(callback: Any, tmp_path: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path, Path], Any]] = {
-    "repair": lambda path, tmp: repair(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, **QUICK),
-    "repair, asynchronous": lambda path, tmp: repair(
-        quiet_trainer(tmp, plugins=[AsyncCheckpointIO()]), Classifier(), datamodule=Digits(), ckpt_path=path, **QUICK
+    "repair": lambda path, tmp: repair(
+        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, **QUICK
     ),
-    "diagnose": lambda path, tmp: diagnose(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
-    "compare": lambda path, tmp: compare(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
+    "repair, asynchronous": lambda path, tmp: repair(
+        quiet_trainer(tmp, plugins=[AsyncCheckpointIO()]),
+        Classifier(),
+        datamodule=Digits(),
+        ckpt_path=path,
+        **QUICK,
+    ),
+    "diagnose": lambda path, tmp: diagnose(
+        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path
+    ),
+    "compare": lambda path, tmp: compare(
+        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path
+    ),
     "sweep": lambda path, tmp: sweep(
-        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, settings={"alpha": 6}, seeds=1
+        quiet_trainer(tmp),
+        Classifier(),
+        datamodule=Digits(),
+        ckpt_path=path,
+        settings={"alpha": 6},
+        seeds=1,
     ),
     "reference": lambda path, tmp: fit(quick_repair(reference=path), tmp),
     "OldModel": lambda path, tmp: fit(quick_repair(reference=OldModel(path)), tmp),
@@ -64,7 +89,9 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
 
 @pytest.mark.parametrize("where", ["hyper_parameters", "callbacks"])
 @pytest.mark.parametrize("reader", list(READERS))
-def test_what_a_checkpoint_holds_does_not_run(tmp_path: Path, trained_path: Path, reader: str, where: str) -> None:
+def test_what_a_checkpoint_holds_does_not_run(
+    tmp_path: Path, trained_path: Path, reader: str, where: str
+) -> None:
     path, mark = tmp_path / "evil.ckpt", tmp_path / "it-ran"
     with_object(trained_path, path, where, Payload(mark))
     with pytest.raises(ConfigurationError, match=r"cannot be read \(UnpicklingError: .*\nHINT: "):
@@ -79,7 +106,9 @@ def test_the_payload_does_run_where_it_is_let(tmp_path: Path) -> None:
     assert mark.exists()
 
 
-def test_a_trusted_checkpoint_is_read_if_that_is_asked_for_by_name(tmp_path: Path, trained_path: Path) -> None:
+def test_a_trusted_checkpoint_is_read_if_that_is_asked_for_by_name(
+    tmp_path: Path, trained_path: Path
+) -> None:
     path = with_object(trained_path, tmp_path / "objects.ckpt", "extra", Custom())
     model, trainer = Classifier(), quiet_trainer(tmp_path)
     with pytest.raises(ConfigurationError, match="`weights_only=False`"):
@@ -100,4 +129,6 @@ def test_the_best_checkpoint_is_data_too(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val_loss")
     callback = quick_repair(start_from="best")
     with pytest.raises(ConfigurationError, match=r"`start_from=.*cannot be read[\s\S]*HINT: "):
-        quiet_trainer(tmp_path, best, callback, max_epochs=1).fit(SavesObjects(), datamodule=Digits())
+        quiet_trainer(tmp_path, best, callback, max_epochs=1).fit(
+            SavesObjects(), datamodule=Digits()
+        )

@@ -1,4 +1,6 @@
-"""A retrained network of real digits, polished until it breaks nothing that the deployed one gets right."""
+"""A retrained network of real digits, polished until it breaks nothing that the deployed one gets
+right.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +25,36 @@ class All(Digits):
 
 def retrained(folder: Path, network: str = "mlp", epochs: int = 6) -> tuple[Classifier, Path]:
     model = Classifier(network, lr=0.01)
-    trainer = quiet_trainer(folder, enable_checkpointing=False, max_epochs=epochs, limit_val_batches=0)
+    trainer = quiet_trainer(
+        folder, enable_checkpointing=False, max_epochs=epochs, limit_val_batches=0
+    )
     trainer.fit(model, datamodule=All())
     trainer.save_checkpoint(folder / "new.ckpt")
     return model, folder / "new.ckpt"
 
 
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
-def test_a_retrained_checkpoint_is_polished(tmp_path: Path, trained_path: Path, network: str) -> None:
+def test_a_retrained_checkpoint_is_polished(
+    tmp_path: Path, trained_path: Path, network: str
+) -> None:
     """The report says what plain forward passes of the old and of the repaired model say."""
     new, path = retrained(tmp_path, network)
     old = Classifier.load_from_checkpoint(trained_path) if network == "mlp" else Classifier("cnn")
     if network == "cnn":
-        quiet_trainer(tmp_path, enable_checkpointing=False, max_epochs=2).fit(old, datamodule=Digits())
+        quiet_trainer(tmp_path, enable_checkpointing=False, max_epochs=2).fit(
+            old, datamodule=Digits()
+        )
     data, model, bounds = Digits(), copy.deepcopy(old), BoundOptions(strength=1.0)
     parts = (data.train, data.repair)
     breaks = sum(int((right(old, part) & ~right(new, part)).sum()) for part in parts)
-    report = repair(quiet_trainer(tmp_path), model, method=Polish(path), datamodule=data, bounds=bounds, verbose=False)
+    report = repair(
+        quiet_trainer(tmp_path),
+        model,
+        method=Polish(path),
+        datamodule=data,
+        bounds=bounds,
+        verbose=False,
+    )
     assert report.status == "repaired"
     assert [step.name for step in report.steps] == ["given", "polish"]
     assert [step.broken for step in report.steps] == [breaks, 0]

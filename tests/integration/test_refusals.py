@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import OVERWRITING, Classifier, Digits, Untrainable, overwriting, quick_repair, quiet_trainer
+from digit_models import (
+    OVERWRITING,
+    Classifier,
+    Digits,
+    Untrainable,
+    overwriting,
+    quick_repair,
+    quiet_trainer,
+)
 from lightning_package import LightningDataModule, SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
@@ -34,19 +42,31 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`fitness.alpha=-1` is no weight": lambda: RegressionFreeRepair(
         search=SearchOptions(fitness=Fitness("eq1", alpha=-1))
     ),
-    "`gate='instant'` is no gate, did you mean 'instance'": lambda: RegressionFreeRepair(gate="instant"),
-    "`start_from='first'` is unknown": lambda: RegressionFreeRepair(data=DataOptions(start_from="first")),  # type: ignore[arg-type]
-    "`n_weights=-3`": lambda: RegressionFreeRepair(search=SearchOptions(localizer=NeuRecoverLite(n_weights=-3))),
+    "`gate='instant'` is no gate, did you mean 'instance'": lambda: RegressionFreeRepair(
+        gate="instant"
+    ),
+    "`start_from='first'` is unknown": lambda: RegressionFreeRepair(
+        data=DataOptions(start_from="first")
+    ),  # type: ignore[arg-type]
+    "`n_weights=-3`": lambda: RegressionFreeRepair(
+        search=SearchOptions(localizer=NeuRecoverLite(n_weights=-3))
+    ),
     "`n_passed=-1`": lambda: RegressionFreeRepair(search=SearchOptions(n_passed=-1)),
     "`n_passed=True`": lambda: RegressionFreeRepair(search=SearchOptions(n_passed=True)),
     "`budget=0`": lambda: RegressionFreeRepair(search=SearchOptions(budget=0)),
     "`seed=-1`": lambda: RegressionFreeRepair(seed=-1),
     "`failed='valid'` is no split": lambda: RegressionFreeRepair(data=DataOptions(failed="valid")),
-    "`passed` data: found int, not a DataLoader": lambda: RegressionFreeRepair(data=DataOptions(passed=3)),  # type: ignore[arg-type]
+    "`passed` data: found int, not a DataLoader": lambda: RegressionFreeRepair(
+        data=DataOptions(passed=3)
+    ),  # type: ignore[arg-type]
     "`unseen='auto'` is no split": lambda: RegressionFreeRepair(unseen="auto"),
     "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(data=DataOptions(adapter="nowhere:f")),
-    "`adapter`: a value of type int cannot be called": lambda: RegressionFreeRepair(data=DataOptions(adapter=3)),  # type: ignore[arg-type]
-    "`localizer='lite'` is unknown": lambda: RegressionFreeRepair(search=SearchOptions(localizer="lite")),
+    "`adapter`: a value of type int cannot be called": lambda: RegressionFreeRepair(
+        data=DataOptions(adapter=3)
+    ),  # type: ignore[arg-type]
+    "`localizer='lite'` is unknown": lambda: RegressionFreeRepair(
+        search=SearchOptions(localizer="lite")
+    ),
     "`layer=[]` names no layer": lambda: RegressionFreeRepair(layer=[]),
     "`layer=3` names no layer": lambda: RegressionFreeRepair(layer=3),  # type: ignore[arg-type]
     "`target=3` is no Target": lambda: RegressionFreeRepair(target=3),  # type: ignore[arg-type]
@@ -81,11 +101,15 @@ def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, lat
 
 
 def test_repairs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(target="label 3"), quick_repair(target="label 3", seed=1))
+    message = refused(
+        tmp_path, Digits(), quick_repair(target="label 3"), quick_repair(target="label 3", seed=1)
+    )
     assert "`callbacks`: there are 2 RegressionFreeRepair of the same layer and target." in message
     second = quick_repair(layer="network.3", start_from="best")
     message = refused(tmp_path, Digits(), quick_repair(), second)
-    assert message.startswith("`start_from='best'`: the best checkpoint lacks the change by the repair before this one")
+    assert message.startswith(
+        "`start_from='best'`: the best checkpoint lacks the change by the repair before this one"
+    )
 
 
 class FSDPStrategy(SingleDeviceStrategy):
@@ -108,7 +132,9 @@ class SingleDeviceXLAStrategy(SingleDeviceStrategy):
         (SingleDeviceXLAStrategy, "runs on XLA"),
     ],
 )
-def test_a_strategy_without_whole_weights_on_torchs_device_is_refused(tmp_path: Path, kind: Any, words: str) -> None:
+def test_a_strategy_without_whole_weights_on_torchs_device_is_refused(
+    tmp_path: Path, kind: Any, words: str
+) -> None:
     message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=kind("cpu"))
     assert message.startswith(f"`strategy`: {kind.__name__} {words}")
 
@@ -174,16 +200,28 @@ BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
     (Digits, {"layer": "network.1"}, "`layer='network.1'` is a BatchNorm2d"),
     (Digits, {"target": Target.where(no_bools)}, ".*returned torch.int64"),
     (Digits, {"importance": 7}, "`importance` raised LookupError: a batch has no column 7"),
-    (Digits, {"dirpath": "s3://bucket/repair"}, "`dirpath`: the files of a repair cannot go to 's3://bucket/repair'"),
+    (
+        Digits,
+        {"dirpath": "s3://bucket/repair"},
+        "`dirpath`: the files of a repair cannot go to 's3://bucket/repair'",
+    ),
     (Digits, {"failed": "val", "unseen": "val"}, "`unseen='val'` is known data too"),
-    (OfTrain, {"unseen": "test"}, "`unseen.*`: 2 of its 2 samples are in `train` too, which is known data"),
+    (
+        OfTrain,
+        {"unseen": "test"},
+        "`unseen.*`: 2 of its 2 samples are in `train` too, which is known data",
+    ),
     (Digits, {"calibration": "train"}, "`calibration='train'` is known data too"),
     (Digits, {"calibration": "val", "unseen": "val"}, "`calibration='val'` is unseen data too"),
     (Streamed, {}, "`train` data: Stream is iterable"),
     (Several, {"unseen": "train"}, "`train` data: 2 data loaders at once.*such as 'train:a'"),
     (WholeBatches, {}, "`repair` data: its DataLoader asks the data set for whole batches"),
     (Empty, {}, "`repair` data: the data set is empty"),
-    (TrainAlone, {"failed": "train", "unseen": "test"}, r"`unseen='test'`: there is no `test_dataloader\(\)`"),
+    (
+        TrainAlone,
+        {"failed": "train", "unseen": "test"},
+        r"`unseen='test'`: there is no `test_dataloader\(\)`",
+    ),
 ]
 
 
@@ -200,7 +238,9 @@ def test_without_validation_data_the_train_data_are_repaired(
 ) -> None:
     repair = quick_repair(**arguments)
     quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=TrainAlone())
-    said = {w.category for w in recwarn if "failures of the train data are repaired" in str(w.message)}
+    said = {
+        w.category for w in recwarn if "failures of the train data are repaired" in str(w.message)
+    }
     assert said == (set() if arguments else {DataWarning})
     assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400)]
 
@@ -219,7 +259,9 @@ class Attentive(Untrainable):
 
 def test_a_layer_that_is_never_called_is_refused(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, quick_repair(layer="attention.out_proj"))
-    with pytest.raises(ReplayError, match=r"`layer='attention.out_proj'` is never called[\s\S]*HINT: "):
+    with pytest.raises(
+        ReplayError, match=r"`layer='attention.out_proj'` is never called[\s\S]*HINT: "
+    ):
         trainer.fit(Attentive(), datamodule=Digits())
 
 
@@ -239,14 +281,19 @@ def test_every_face_refuses_what_it_cannot_use(tmp_path: Path, call: Any) -> Non
     trainer, model = quiet_trainer(tmp_path), Untrainable()
     with pytest.raises(ConfigurationError, match="`trainer`: found a Trainer of `test_refusals`"):
         call(Trainer(), model)
-    with pytest.raises(ConfigurationError, match=r"`model`: found a Linear of .*[\s\S]*HINT: .*_module`"):
+    with pytest.raises(
+        ConfigurationError, match=r"`model`: found a Linear of .*[\s\S]*HINT: .*_module`"
+    ):
         call(trainer, torch.nn.Linear(1, 1))
     with pytest.raises(
-        ConfigurationError, match=r"`strenth` is no argument of a repair\.\nHINT: did you mean `bounds=BoundOptions"
+        ConfigurationError,
+        match=r"`strenth` is no argument of a repair\.\nHINT: did you mean `bounds=BoundOptions",
     ):
         call(trainer, model, datamodule=Digits(), strenth=0.5)
     with pytest.raises(ConfigurationError, match="`limit='5%'` is no gate"):
-        call(trainer, model, datamodule=Digits(), bounds=BoundOptions(limit="5%"), calibration="val")
+        call(
+            trainer, model, datamodule=Digits(), bounds=BoundOptions(limit="5%"), calibration="val"
+        )
     with pytest.raises(ConfigurationError, match="`failed=None` is no split"):
         call(trainer, model, datamodule=Digits(), data=DataOptions(failed=None))
 
@@ -254,5 +301,7 @@ def test_every_face_refuses_what_it_cannot_use(tmp_path: Path, call: Any) -> Non
 def test_data_aside_can_be_done_without(tmp_path: Path) -> None:
     data = Digits()
     loaders = data.train_dataloader(), data.repair_dataloader()
-    with pytest.raises(ConfigurationError, match=r"`unseen='test'`[\s\S]*or do without: `unseen=None`"):
+    with pytest.raises(
+        ConfigurationError, match=r"`unseen='test'`[\s\S]*or do without: `unseen=None`"
+    ):
         compare(quiet_trainer(tmp_path), Untrainable(), *loaders)

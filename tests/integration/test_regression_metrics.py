@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, digit, is_noisy, mlp, quiet_trainer, right, same
+from digit_models import (
+    Classifier,
+    Digits,
+    Untrainable,
+    digit,
+    is_noisy,
+    mlp,
+    quiet_trainer,
+    right,
+    same,
+)
 from distributed_fit import Frozen
 from lightning_package import (
     Callback,
@@ -30,7 +40,17 @@ from two_processes import in_two_processes
 from lightning_nrl import ConfigurationError, OldModel, RegressionMetrics, Target
 from lightning_nrl.updates import Predictions
 
-KEYS = {"nfr", "pfr", "relative_nfr", "btc", "bec", "broken", "repaired", "accuracy", "reference_accuracy"}
+KEYS = {
+    "nfr",
+    "pfr",
+    "relative_nfr",
+    "btc",
+    "bec",
+    "broken",
+    "repaired",
+    "accuracy",
+    "reference_accuracy",
+}
 
 
 class Noisy(Digits):
@@ -75,7 +95,9 @@ def close(found: dict[str, float], expected: dict[str, float]) -> bool:
 
 
 class Witness(Callback):
-    """Notes each validation what was logged, and which samples a plain forward pass of its own gets right."""
+    """Notes each validation what was logged, and which samples a plain forward pass of its own gets
+    right.
+    """
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data
@@ -85,14 +107,20 @@ class Witness(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self.right.append(right(pl_module, self.data))
-            self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+            self.logged.append(
+                {name: float(value) for name, value in trainer.callback_metrics.items()}
+            )
         else:
             assert not logged(trainer.callback_metrics)
 
 
-def fit(folder: Path, metrics: RegressionMetrics, *more: Callback, data: Any = None, **arguments: Any) -> Trainer:
+def fit(
+    folder: Path, metrics: RegressionMetrics, *more: Callback, data: Any = None, **arguments: Any
+) -> Trainer:
     model = arguments.pop("model") if "model" in arguments else Classifier(lr=0.02)
-    trainer = quiet_trainer(folder, metrics, *more, **{"enable_checkpointing": False, "max_epochs": 2, **arguments})
+    trainer = quiet_trainer(
+        folder, metrics, *more, **{"enable_checkpointing": False, "max_epochs": 2, **arguments}
+    )
     trainer.fit(model, datamodule=data or Noisy())
     return trainer
 
@@ -103,26 +131,48 @@ def test_every_validation_counts_as_two_plain_passes_do(
 ) -> None:
     data = Noisy()
     was = right(old, data.counted)
-    said = {at: (int(data.counted.tensors[1][at]) if ok else 10, None) for at, ok in enumerate(was.tolist())}
-    reference = {"path": trained_path, "module": old, "predictions": Predictions({"val": said})}[form]
+    said = {
+        at: (int(data.counted.tensors[1][at]) if ok else 10, None)
+        for at, ok in enumerate(was.tolist())
+    }
+    reference = {"path": trained_path, "module": old, "predictions": Predictions({"val": said})}[
+        form
+    ]
     witness = Witness(data.counted)
-    fit(tmp_path, RegressionMetrics(reference), witness, data=data, val_check_interval=6, max_epochs=1)
+    fit(
+        tmp_path,
+        RegressionMetrics(reference),
+        witness,
+        data=data,
+        val_check_interval=6,
+        max_epochs=1,
+    )
     assert len(witness.logged) == 2
     for found, now in zip(witness.logged, witness.right, strict=True):
         assert close(logged(found), by_hand(was, now))
         assert found["regression/broken"] > 0
-        assert {name for name in found if name.startswith("regression")} == {f"regression/{key}" for key in KEYS}
+        assert {name for name in found if name.startswith("regression")} == {
+            f"regression/{key}" for key in KEYS
+        }
 
 
 def small_or_large(batch: Any) -> list[str]:
     return ["<5" if label < 5 else ">=5" for label in batch[1].tolist()]
 
 
-@pytest.mark.parametrize("slices", ["digit_models:digit", Target.label(3), is_noisy, small_or_large])
+@pytest.mark.parametrize(
+    "slices", ["digit_models:digit", Target.label(3), is_noisy, small_or_large]
+)
 def test_slices_are_counted_apart(slices: Any, old: Classifier, tmp_path: Path) -> None:
     data = Noisy()
     witness = Witness(data.counted)
-    fit(tmp_path, RegressionMetrics(old, slices=slices, prefix="old"), witness, data=data, max_epochs=1)
+    fit(
+        tmp_path,
+        RegressionMetrics(old, slices=slices, prefix="old"),
+        witness,
+        data=data,
+        max_epochs=1,
+    )
     was, now = right(old, data.counted), witness.right[0]
     _, label, noisy = data.counted.tensors
     if slices is small_or_large:
@@ -164,8 +214,12 @@ class Counting(Classifier):
             self(batch[0])
 
 
-@pytest.mark.parametrize(("style", "passes"), [("self", 1), ("part", 1), ("twice", 2), ("inside", 2), ("halves", 3)])
-def test_no_pass_is_made_but_the_step_s_own(style: str, passes: int, old: Classifier, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("style", "passes"), [("self", 1), ("part", 1), ("twice", 2), ("inside", 2), ("halves", 3)]
+)
+def test_no_pass_is_made_but_the_step_s_own(
+    style: str, passes: int, old: Classifier, tmp_path: Path
+) -> None:
     data, model = Noisy(), Counting(style)
     counts = []
 
@@ -179,11 +233,14 @@ def test_no_pass_is_made_but_the_step_s_own(style: str, passes: int, old: Classi
     witness = Witness(data.counted)
     arguments: dict[str, Any] = {"data": data, "model": model, "max_epochs": 1}
     if style in ("inside", "halves"):
-        with pytest.warns(UserWarning, match=r"each batch costs one more pass\.\nHINT: call `self\(x\)`"):
+        with pytest.warns(
+            UserWarning, match=r"each batch costs one more pass\.\nHINT: call `self\(x\)`"
+        ):
             fit(tmp_path, RegressionMetrics(old), Passes(), witness, **arguments)
     else:
         fit(tmp_path, RegressionMetrics(old), Passes(), witness, **arguments)
-    # The callback does not look at the sanity check's two batches; the last batch has 11 samples, which are one call.
+    # The callback does not look at the sanity check's two batches; the last batch has 11 samples,
+    # which are one call.
     assert counts == {"inside": [2, 8], "halves": [4, 10]}.get(style, [2 * passes, 4 * passes])
     assert close(logged(witness.logged[0]), by_hand(right(old, data.counted), witness.right[0]))
 
@@ -194,7 +251,9 @@ def test_checkpoints_and_early_stopping_follow_it(old: Classifier, tmp_path: Pat
     data = Noisy()
     witness = Witness(data.counted)
     metrics = RegressionMetrics(old)
-    trainer = fit(tmp_path, witness, best, stop, metrics, data=data, enable_checkpointing=True, max_epochs=9)  # type: ignore[arg-type]
+    trainer = fit(
+        tmp_path, witness, best, stop, metrics, data=data, enable_checkpointing=True, max_epochs=9
+    )  # type: ignore[arg-type]
     assert trainer.current_epoch == 2
     rates = [found["regression/nfr"] for found in witness.logged]
     assert float(best.best_model_score) == pytest.approx(min(rates))  # type: ignore[arg-type]
@@ -203,20 +262,33 @@ def test_checkpoints_and_early_stopping_follow_it(old: Classifier, tmp_path: Pat
     assert by_hand(was, now)["nfr"] == pytest.approx(min(rates))
 
 
-def test_a_resumed_fit_and_validation_alone_count_the_same(trained_path: Path, old: Classifier, tmp_path: Path) -> None:
+def test_a_resumed_fit_and_validation_alone_count_the_same(
+    trained_path: Path, old: Classifier, tmp_path: Path
+) -> None:
     data, witness = Noisy(), Witness(Noisy().counted)
-    fit(tmp_path, RegressionMetrics(old), witness, data=data, enable_checkpointing=True, max_epochs=2)
+    fit(
+        tmp_path,
+        RegressionMetrics(old),
+        witness,
+        data=data,
+        enable_checkpointing=True,
+        max_epochs=2,
+    )
     (saved,) = tmp_path.rglob("epoch=1*.ckpt")
     metrics = RegressionMetrics(trained_path)
     resumed = quiet_trainer(tmp_path, metrics, again := Witness(data.counted), max_epochs=3)
     resumed.fit(model := Classifier(), datamodule=data, ckpt_path=saved)
-    assert close(logged(again.logged[0]), by_hand(right(old, data.counted), right(model, data.counted)))
+    assert close(
+        logged(again.logged[0]), by_hand(right(old, data.counted), right(model, data.counted))
+    )
     alone = quiet_trainer(tmp_path, RegressionMetrics(trained_path))
     (found,) = alone.validate(Classifier(), datamodule=data, ckpt_path=saved, verbose=False)
     assert close(logged(found), logged(witness.logged[-1]))
 
 
-def test_only_what_is_validated_counts_and_everything_is_left_as_found(old: Classifier, tmp_path: Path) -> None:
+def test_only_what_is_validated_counts_and_everything_is_left_as_found(
+    old: Classifier, tmp_path: Path
+) -> None:
     data = Noisy()
     few = TensorDataset(*(x[:128] for x in data.repair.tensors))
     trained = []
@@ -250,11 +322,20 @@ class Renewed(Noisy):
         return DataLoader(self.repair if self.asked == 1 else self.test, 64)
 
 
-def test_one_of_several_loaders_counts_and_renewed_data_count_anew(old: Classifier, tmp_path: Path) -> None:
+def test_one_of_several_loaders_counts_and_renewed_data_count_anew(
+    old: Classifier, tmp_path: Path
+) -> None:
     data: Any = Several()
     for at, counted in enumerate((data.counted, data.val)):
         witness, model = Witness(counted), Counting()
-        fit(tmp_path, RegressionMetrics(old, dataloader=at), witness, data=data, model=model, max_epochs=1)
+        fit(
+            tmp_path,
+            RegressionMetrics(old, dataloader=at),
+            witness,
+            data=data,
+            model=model,
+            max_epochs=1,
+        )
         assert close(logged(witness.logged[0]), by_hand(right(old, counted), witness.right[0]))
     data, renews = Renewed(), {"reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0}
     fit(tmp_path, RegressionMetrics(old), witness := Witness(data.test), data=data, **renews)
@@ -263,7 +344,9 @@ def test_one_of_several_loaders_counts_and_renewed_data_count_anew(old: Classifi
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "part"])
-def test_compiled_modules_need_no_more_passes(how: str, old: Classifier, tmp_path: Path, recwarn: Any) -> None:
+def test_compiled_modules_need_no_more_passes(
+    how: str, old: Classifier, tmp_path: Path, recwarn: Any
+) -> None:
     data, model = Noisy(), Classifier()
     if how == "whole":
         model = torch.compile(model, backend="eager")
@@ -272,7 +355,14 @@ def test_compiled_modules_need_no_more_passes(how: str, old: Classifier, tmp_pat
     else:
         model.network = torch.compile(model.network, backend="eager")
     witness = Witness(data.counted)
-    fit(tmp_path, RegressionMetrics(OldModel(old)), witness, data=data, model=model, limit_train_batches=2)
+    fit(
+        tmp_path,
+        RegressionMetrics(OldModel(old)),
+        witness,
+        data=data,
+        model=model,
+        limit_train_batches=2,
+    )
     assert close(logged(witness.logged[1]), by_hand(right(old, data.counted), witness.right[1]))
     assert not [w for w in recwarn if "one more pass" in str(w.message)]
 
@@ -303,7 +393,9 @@ def ids(batch: Any) -> Any:
     return (batch[0].flatten(1) @ torch.arange(64.0) * 1e4).long()
 
 
-@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler", "ignore:Total length of `list`")
+@pytest.mark.filterwarnings(
+    "ignore:Your `val_dataloader`'s sampler", "ignore:Total length of `list`"
+)
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
@@ -315,14 +407,26 @@ def ids(batch: Any) -> Any:
         (Empty(), {}, "`val` data: 0 data loaders at once"),
         (Noisy(), {"dataloader": 1}, r"`dataloader=1`: there are 1 .*\nHINT: count them from 0"),
         (Mixed(), {}, "`dataloader`: a CombinedLoader in the mode 'min_size' mixes 2"),
-        (Noisy(batch_size=None), {}, r"`val` data: .*\nHINT: give the validation data as a DataLoader"),
+        (
+            Noisy(batch_size=None),
+            {},
+            r"`val` data: .*\nHINT: give the validation data as a DataLoader",
+        ),
         (
             Noisy(),
             {"slices": lambda batch: batch[0]},
             r"`slices` returned Tensor .*64 samples\.\nHINT: return one name",
         ),
-        (Noisy(), {"slices": lambda batch: batch["kind"]}, r"`slices` raised TypeError.*\nHINT: a function gets the"),
-        (Noisy(), {"slices": Target.confusion(3, 5)}, r"`slices` raised TargetError.*asks for classes"),
+        (
+            Noisy(),
+            {"slices": lambda batch: batch["kind"]},
+            r"`slices` raised TypeError.*\nHINT: a function gets the",
+        ),
+        (
+            Noisy(),
+            {"slices": Target.confusion(3, 5)},
+            r"`slices` raised TargetError.*asks for classes",
+        ),
         (Noisy(), {"slices": ids}, r"`slices` gave 2\d\d slices"),
         (Noisy(), {"reference": nn.Linear(3, 2).state_dict()}, "`reference` lacks"),
         (
@@ -356,23 +460,33 @@ def test_labels_that_moved_are_noticed(old: Classifier, tmp_path: Path) -> None:
 
 
 def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dict[str, float]]:
-    """Metrics by slice of fits that take no step: an even split, and odd ones, where ranks see copies."""
+    """Metrics by slice of fits that take no step: an even split, and odd ones, where ranks see
+    copies.
+    """
 
     class Still(Frozen):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
-            return F.cross_entropy(self.network(batch[0]) if self.inside else self(batch[0]), batch[1])
+            return F.cross_entropy(
+                self.network(batch[0]) if self.inside else self(batch[0]), batch[1]
+            )
 
     found = {}
     for n, inside in ((200, False), (203, True), (3, False)):
         metrics = RegressionMetrics(OldModel(folder / "trained.ckpt"), slices=digit)
         model = Still()
         model.inside = inside
-        means: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 1, "enable_checkpointing": False}
+        means: dict[str, Any] = {
+            "max_epochs": 1,
+            "limit_train_batches": 1,
+            "enable_checkpointing": False,
+        }
         trainer = quiet_trainer(folder, metrics, strategy=strategy, devices=devices, **means)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="`validation_step` does not call")
             trainer.fit(model, datamodule=Noisy(n))
-        found[str(n)] = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+        found[str(n)] = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name
+        }
     return found
 
 

@@ -30,11 +30,17 @@ def new(trained: Classifier) -> Classifier:
 
 
 def gate_of(reference: Any, **arguments: Any) -> ReleaseGate:
-    return ReleaseGate(reference, **{"rules": RULES, "slices": digit, "verbose": False, **arguments})
+    return ReleaseGate(
+        reference, **{"rules": RULES, "slices": digit, "verbose": False, **arguments}
+    )
 
 
 def test_the_test_is_followed_by_a_verdict(
-    old: Classifier, new: Classifier, trained_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    old: Classifier,
+    new: Classifier,
+    trained_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = Digits()
     was, now = right(old, data.test), right(new, data.test)
@@ -51,14 +57,18 @@ def test_the_test_is_followed_by_a_verdict(
     assert metrics["release/accepted"] == 0.0
     assert metrics["release/test/broken"] == len(broken)
     assert metrics["release/test/accuracy"] == pytest.approx(int(now.sum()) / len(now))
-    assert metrics["release/test/3/nfr"] == pytest.approx(report.rows[4].numbers["negative_flip_rate"])
+    assert metrics["release/test/3/nfr"] == pytest.approx(
+        report.rows[4].numbers["negative_flip_rate"]
+    )
     assert "test_right" in metrics
     assert ReleaseReport.from_json((tmp_path / "release" / "report.json").read_text()) == report
     assert (tmp_path / "release" / "report.md").read_text() == report.to_markdown()
     assert "REFUSED" in capsys.readouterr().out
 
 
-def test_nothing_but_the_verdict_comes_of_it(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+def test_nothing_but_the_verdict_comes_of_it(
+    old: Classifier, new: Classifier, tmp_path: Path
+) -> None:
     found = []
     for gates in ([], [gate_of(old)]):
         torch.manual_seed(3)
@@ -70,7 +80,9 @@ def test_nothing_but_the_verdict_comes_of_it(old: Classifier, new: Classifier, t
     assert found[0] == found[1]
 
 
-def test_its_predictions_are_the_next_reference(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+def test_its_predictions_are_the_next_reference(
+    old: Classifier, new: Classifier, tmp_path: Path
+) -> None:
     first = gate_of(old, dirpath=tmp_path / "first")
     quiet_trainer(tmp_path, first).test(new, datamodule=Digits(), verbose=False)
     second = gate_of(first.report.files["predictions"])
@@ -119,7 +131,9 @@ class Plain(Classifier):
         (lambda loaders: dict(zip("ab", loaders, strict=True)), None, ["a", "b"]),
     ],
 )
-def test_each_data_loader_is_a_split(make: Any, splits: Any, names: list[str], old: Classifier, tmp_path: Path) -> None:
+def test_each_data_loader_is_a_split(
+    make: Any, splits: Any, names: list[str], old: Classifier, tmp_path: Path
+) -> None:
     model = Plain()
     model.load_state_dict(old.state_dict())
     gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"], splits=splits)
@@ -131,7 +145,9 @@ def test_each_data_loader_is_a_split(make: Any, splits: Any, names: list[str], o
     ]
 
 
-def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(old: Classifier, tmp_path: Path) -> None:
+def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(
+    old: Classifier, tmp_path: Path
+) -> None:
     gate = gate_of(old)
     quiet_trainer(tmp_path, gate, fast_dev_run=True).test(old, datamodule=Digits(), verbose=False)
     assert gate.report.rows[0].counts.n == 64
@@ -144,7 +160,9 @@ def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(old: Classi
     assert (tmp_path / "release" / "report.json").exists()
 
 
-def test_tensorboard_shows_the_page_and_the_numbers(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+def test_tensorboard_shows_the_page_and_the_numbers(
+    old: Classifier, new: Classifier, tmp_path: Path
+) -> None:
     gate, logger = gate_of(old), TensorBoardLogger(tmp_path)
     quiet_trainer(tmp_path, gate, logger=logger).test(new, datamodule=Digits(), verbose=False)
     events = EventAccumulator(logger.log_dir).Reload()
@@ -155,9 +173,13 @@ def test_tensorboard_shows_the_page_and_the_numbers(old: Classifier, new: Classi
     assert Path(gate.report.files["json"]).parent == Path(logger.log_dir) / "release"
 
 
-def test_it_is_the_deployed_precision_that_is_judged(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+def test_it_is_the_deployed_precision_that_is_judged(
+    old: Classifier, new: Classifier, tmp_path: Path
+) -> None:
     gate = gate_of(old)
-    quiet_trainer(tmp_path, gate, precision="bf16-mixed").test(new, datamodule=Digits(), verbose=False)
+    quiet_trainer(tmp_path, gate, precision="bf16-mixed").test(
+        new, datamodule=Digits(), verbose=False
+    )
     assert gate.report.precision == "float32 on cpu, autocast to bfloat16"
     data, found = Digits(), []
     for model in (old, new):
@@ -174,10 +196,18 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("arguments", "loader", "message"),
     [
-        ({"rules": "instance in suite"}, None, r"names the split 'suite', but the data have \['test'\]"),
+        (
+            {"rules": "instance in suite"},
+            None,
+            r"names the split 'suite', but the data have \['test'\]",
+        ),
         ({"rules": "slices", "slices": None}, None, "the rule `slices` needs slices"),
         ({"splits": ["a", "b"]}, None, r"`splits=\['a', 'b'\]`: there are 1 test data loaders"),
-        ({}, DataLoader(Stream(), 64), r"`test` data: Stream is iterable[\s\S]*HINT: give the data as a DataLoader"),
+        (
+            {},
+            DataLoader(Stream(), 64),
+            r"`test` data: Stream is iterable[\s\S]*HINT: give the data as a DataLoader",
+        ),
         ({"dirpath": "s3://bucket"}, None, "no local folder"),
     ],
 )
@@ -204,14 +234,18 @@ class Odd(Digits):
 
 
 def judged(folder: Path, name: str, strategy: str = "auto", devices: int = 1) -> ReleaseReport:
-    """A test of one model against another, which differ by their seed; the report without its files."""
+    """A test of one model against another, which differ by their seed; the report without its
+    files.
+    """
     model: LightningModule = Classifier()
     model.load_state_dict(torch.load(folder / "trained.ckpt", weights_only=True)["state_dict"])
     with torch.no_grad():
         model.network[3].weight.mul_(torch.linspace(0.5, 1.5, 10)[:, None])
     rules = [*RULES, ProtectedIntact(where=is_noisy)]
     gate = gate_of(folder / "trained.ckpt", rules=rules, dirpath=folder / name)
-    quiet_trainer(folder, gate, strategy=strategy, devices=devices).test(model, datamodule=Odd(), verbose=False)
+    quiet_trainer(folder, gate, strategy=strategy, devices=devices).test(
+        model, datamodule=Odd(), verbose=False
+    )
     return gate.report
 
 
@@ -223,7 +257,11 @@ def test_two_processes_judge_as_one(trained_path: Path) -> None:
     assert alone.rows[0].counts.broken > 0
     for together in reports:
         assert (together.findings, together.rows) == (alone.findings, alone.rows)
-        assert (together.provenance, together.new, together.old) == (alone.provenance, alone.new, alone.old)
+        assert (together.provenance, together.new, together.old) == (
+            alone.provenance,
+            alone.new,
+            alone.old,
+        )
     assert ReleaseReport.from_json((folder / "together" / "report.json").read_text()) == reports[0]
     saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
     assert saved[0] == saved[1]

@@ -11,16 +11,30 @@ from typing import Any
 import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, quiet_trainer, right, same, state_of
-from lightning_package import Callback, CSVLogger, LightningDataModule, ModelCheckpoint, TensorBoardLogger
+from lightning_package import (
+    Callback,
+    CSVLogger,
+    LightningDataModule,
+    ModelCheckpoint,
+    TensorBoardLogger,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_nrl import DataOptions, RegressionFreeRepair, RepairInTraining, RepairReport, TrainingHistory
+from lightning_nrl import (
+    DataOptions,
+    RegressionFreeRepair,
+    RepairInTraining,
+    RepairReport,
+    TrainingHistory,
+)
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
-from lightning_nrl.localization import TrainingRecord
+from lightning_nrl.published import TrainingRecord
 
 
 class Watch(Callback):
-    """Notes weights and what known samples are right at the start of each epoch, and at the end of the one before."""
+    """Notes weights and what known samples are right at the start of each epoch, and at the end of
+    the one before.
+    """
 
     def __init__(self) -> None:
         self.ended: list[Any] = []
@@ -69,7 +83,9 @@ def test_training_goes_on_from_what_each_repair_leaves(tmp_path: Path) -> None:
     run = Path(logger.log_dir)
     names = ["repair-step-24", "repair-step-48", "repair"]
     assert [report.status for report in repair.reports] == ["repaired"] * 3
-    assert [Path(report.files["json"]).parent for report in repair.reports] == [run / name for name in names]
+    assert [Path(report.files["json"]).parent for report in repair.reports] == [
+        run / name for name in names
+    ]
     assert repair.report is repair.reports[-1]
     for report, epoch in zip(repair.reports[:2], (1, 3), strict=True):
         (before, was_right), (after, is_right) = watch.ended[epoch], watch.began[epoch + 1]
@@ -78,9 +94,13 @@ def test_training_goes_on_from_what_each_repair_leaves(tmp_path: Path) -> None:
         assert any(not torch.equal(before[name], after[name]) for name in before)
         saved = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
         assert all(torch.equal(saved[name], after[name]) for name in after)
-        assert RepairReport.from_json(Path(report.files["json"]).read_text()).hashes == report.hashes
+        assert (
+            RepairReport.from_json(Path(report.files["json"]).read_text()).hashes == report.hashes
+        )
     # Without a repair an epoch begins with the weights that the one before ended with.
-    assert all(torch.equal(watch.ended[0][0][name], value) for name, value in watch.began[1][0].items())
+    assert all(
+        torch.equal(watch.ended[0][0][name], value) for name, value in watch.began[1][0].items()
+    )
     for name, step in zip(names, (24, 48, 60), strict=True):
         events = EventAccumulator(str(run / name)).Reload()
         assert [one.step for one in events.Scalars("repair/known_broken")] == [step]
@@ -97,20 +117,35 @@ def test_training_goes_on_from_what_each_repair_leaves(tmp_path: Path) -> None:
     ],
 )
 def test_a_metric_that_is_worse_than_its_best_calls_for_a_repair(
-    numbers: list[float], arguments: dict[str, Any], steps: list[int], tmp_path: Path, monkeypatch: Any
+    numbers: list[float],
+    arguments: dict[str, Any],
+    steps: list[int],
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> None:
-    repair, found = in_training(monitor="slice", at_end=False, dirpath=tmp_path / "files", **arguments), []
-    monkeypatch.setattr(
-        RegressionFreeRepair, "attempt", lambda *args, **named: pytest.fail("no repair is to be searched")
+    repair, found = (
+        in_training(monitor="slice", at_end=False, dirpath=tmp_path / "files", **arguments),
+        [],
     )
-    monkeypatch.setattr(RepairInTraining, "_repair", lambda self, trainer, module: found.append(trainer.global_step))
+    monkeypatch.setattr(
+        RegressionFreeRepair,
+        "attempt",
+        lambda *args, **named: pytest.fail("no repair is to be searched"),
+    )
+    monkeypatch.setattr(
+        RepairInTraining, "_repair", lambda self, trainer, module: found.append(trainer.global_step)
+    )
     fit(tmp_path, repair, model=Scripted(numbers), epochs=5)
     assert found == steps
 
 
-def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_validation(tmp_path: Path) -> None:
+def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_validation(
+    tmp_path: Path,
+) -> None:
     repair = in_training(monitor="slice", at_end=False)
-    with pytest.warns(TrainingWarning, match="no metric of that name was logged, so it triggers no repair"):
+    with pytest.warns(
+        TrainingWarning, match="no metric of that name was logged, so it triggers no repair"
+    ):
         fit(tmp_path, repair, epochs=1)
     assert repair.reports == []
     with warnings.catch_warnings():
@@ -122,18 +157,24 @@ def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_valida
 def test_the_last_step_is_not_repaired_twice(tmp_path: Path) -> None:
     repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files", **QUICK)
     fit(tmp_path, repair, epochs=1)
-    assert [Path(report.files["json"]).parent for report in repair.reports] == [tmp_path / "files" / "repair-step-12"]
+    assert [Path(report.files["json"]).parent for report in repair.reports] == [
+        tmp_path / "files" / "repair-step-12"
+    ]
 
 
 def test_a_best_of_an_earlier_training_does_not_count(tmp_path: Path, monkeypatch: Any) -> None:
     repair, found = in_training(monitor="slice", at_end=False), []
-    monkeypatch.setattr(RepairInTraining, "_repair", lambda self, trainer, module: found.append(trainer.global_step))
+    monkeypatch.setattr(
+        RepairInTraining, "_repair", lambda self, trainer, module: found.append(trainer.global_step)
+    )
     for numbers in ([0.1], [0.3, 0.2]):
         fit(tmp_path, repair, model=Scripted(numbers), epochs=len(numbers))
     assert found == []
 
 
-def test_a_stop_of_the_last_repair_is_not_said_to_come_after_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_stop_of_the_last_repair_is_not_said_to_come_after_it(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     repair, attempt = in_training(every_n_epochs=2, **QUICK), RegressionFreeRepair.attempt
 
     def stopped(*args: Any, **named: Any) -> Any:
@@ -178,9 +219,14 @@ class Counting(Classifier):
 
 
 def test_what_the_module_does_when_an_epoch_ends_is_in_the_file(tmp_path: Path) -> None:
-    model, saved = Counting(), ModelCheckpoint(tmp_path, monitor="counted", filename="{epoch}", save_top_k=-1)
+    model, saved = (
+        Counting(),
+        ModelCheckpoint(tmp_path, monitor="counted", filename="{epoch}", save_top_k=-1),
+    )
     # The metric is one that the module logs in the very hook.
-    first = in_training(monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "first")
+    first = in_training(
+        monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "first"
+    )
     twin = in_training(every_n_epochs=2, at_end=False, dirpath=tmp_path / "twin")
     fit(tmp_path, first, twin, saved, model=model, epochs=2)
     assert "on_train_epoch_end" not in vars(model)
@@ -194,7 +240,9 @@ def test_what_the_module_does_when_an_epoch_ends_is_in_the_file(tmp_path: Path) 
     assert same(model, last)
     # A training that goes on from the file begins with the next epoch.
     again, path = Counting(), str(tmp_path / "first" / "repair-step-24" / "repaired.ckpt")
-    resumed = in_training(monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "again")
+    resumed = in_training(
+        monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "again"
+    )
     quiet_trainer(tmp_path, resumed, max_epochs=3).fit(again, datamodule=Digits(), ckpt_path=path)
     assert resumed.reports == []
     assert (int(again.epochs), len(again.moved)) == (3, 1)
@@ -208,7 +256,10 @@ class Failing(Callback):
 
 def test_the_module_has_its_own_hook_after_an_error(tmp_path: Path) -> None:
     model = Classifier()
-    repairs = [in_training(every_n_epochs=1, target=target, dirpath=tmp_path) for target in ("label 3", "label 8")]
+    repairs = [
+        in_training(every_n_epochs=1, target=target, dirpath=tmp_path)
+        for target in ("label 3", "label 8")
+    ]
     with pytest.raises(ArithmeticError):
         fit(tmp_path, *repairs, Failing(), model=model, epochs=1)
     assert "on_train_epoch_end" not in vars(model)
@@ -226,7 +277,12 @@ def test_what_an_earlier_training_left_undone_is_not_done_in_the_next(tmp_path: 
     model, repair = Classifier(), in_training(every_n_epochs=1, at_end=False, dirpath=tmp_path)
     with pytest.raises(RuntimeError):
         fit(tmp_path, Deaf(), repair, Failing(), model=model, epochs=1)
-    fit(tmp_path, in_training(every_n_epochs=9, at_end=False, dirpath=tmp_path), model=model, epochs=1)
+    fit(
+        tmp_path,
+        in_training(every_n_epochs=9, at_end=False, dirpath=tmp_path),
+        model=model,
+        epochs=1,
+    )
     assert repair.reports == []
 
 
@@ -248,7 +304,11 @@ def test_the_best_is_that_of_the_repaired_model(tmp_path: Path) -> None:
     model, logger = Wrong(), CSVLogger(tmp_path)
     best = ModelCheckpoint(tmp_path, monitor="wrong", filename="{epoch}", save_top_k=-1)
     repair = in_training(
-        every_n_epochs=2, monitor="wrong", min_delta=1000, at_end=False, data=DataOptions(failed="val")
+        every_n_epochs=2,
+        monitor="wrong",
+        min_delta=1000,
+        at_end=False,
+        data=DataOptions(failed="val"),
     )
     fit(tmp_path, repair, best, model=model, epochs=3, logger=logger)
     (_, first), (at, before), (again, after), (_, last) = model.validated
@@ -256,11 +316,20 @@ def test_the_best_is_that_of_the_repaired_model(tmp_path: Path) -> None:
     assert (at, again) == (24, 24)
     assert after < before
     key = repair.state_key
-    files = {epoch: torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True) for epoch in (0, 1, 2)}
+    files = {
+        epoch: torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        for epoch in (0, 1, 2)
+    }
     bests = [files[epoch]["callbacks"][key]["best"] for epoch in (0, 1, 2)]
     assert bests == [first, after, min(after, last)]
-    assert "best" not in torch.load(repair.reports[0].files["checkpoint"], weights_only=True)["callbacks"][key]
-    # Whoever saves by the metric knows that of the weights that are saved; loggers have each step once.
+    assert (
+        "best"
+        not in torch.load(repair.reports[0].files["checkpoint"], weights_only=True)["callbacks"][
+            key
+        ]
+    )
+    # Whoever saves by the metric knows that of the weights that are saved; loggers have each step
+    # once.
     assert files[1]["callbacks"][best.state_key]["current_score"] == after
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
     assert [(int(row["step"]), float(row["wrong"])) for row in rows if row["wrong"]] == [
@@ -268,12 +337,16 @@ def test_the_best_is_that_of_the_repaired_model(tmp_path: Path) -> None:
         (23, before),
         (35, last),
     ]
-    assert files[1]["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]["ready"] == 2
+    assert (
+        files[1]["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]["ready"] == 2
+    )
 
 
 def test_a_repair_that_is_refused_is_not_validated(tmp_path: Path) -> None:
     model = Wrong()
-    repair = in_training(monitor="wrong", every_n_epochs=1, at_end=False, target="where digit_models:nobody")
+    repair = in_training(
+        monitor="wrong", every_n_epochs=1, at_end=False, target="where digit_models:nobody"
+    )
     fit(tmp_path, repair, model=model, epochs=1)
     assert repair.reports[0].status == "nothing to repair"
     assert model.validated == [(12, repair._best)]
@@ -283,8 +356,12 @@ class Unvalidated(Digits):
     val_dataloader = LightningDataModule.val_dataloader
 
 
-def test_without_validation_data_a_metric_of_the_training_is_not_known_of_the_repaired_model(tmp_path: Path) -> None:
-    repair = in_training(monitor="counted", every_n_epochs=1, at_end=False, dirpath=tmp_path / "files")
+def test_without_validation_data_a_metric_of_the_training_is_not_known_of_the_repaired_model(
+    tmp_path: Path,
+) -> None:
+    repair = in_training(
+        monitor="counted", every_n_epochs=1, at_end=False, dirpath=tmp_path / "files"
+    )
     quiet_trainer(tmp_path, repair, max_epochs=1).fit(Counting(), datamodule=Unvalidated())
     assert [report.status for report in repair.reports] == ["repaired"]
     assert repair._best is None
@@ -292,7 +369,9 @@ def test_without_validation_data_a_metric_of_the_training_is_not_known_of_the_re
 
 def test_two_of_the_same_layer_and_target_are_refused(tmp_path: Path) -> None:
     twins = [in_training(every_n_epochs=n, layer="network.3") for n in (1, 2)]
-    with pytest.raises(ConfigurationError, match="there are 2 RepairInTraining of the same layer and target"):
+    with pytest.raises(
+        ConfigurationError, match="there are 2 RepairInTraining of the same layer and target"
+    ):
         fit(tmp_path, *twins)
 
 
@@ -311,7 +390,9 @@ def test_two_of_the_same_layer_and_target_are_refused(tmp_path: Path) -> None:
         ({"report": 3}, None, "the report in the checkpoint cannot be read"),
     ],
 )
-def test_a_state_that_is_none_of_its_own_is_said_and_costs_nothing(state: Any, best: Any, said: str | None) -> None:
+def test_a_state_that_is_none_of_its_own_is_said_and_costs_nothing(
+    state: Any, best: Any, said: str | None
+) -> None:
     repair = in_training(monitor="slice")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

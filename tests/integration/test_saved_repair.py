@@ -1,4 +1,6 @@
-"""A repair in a Trainer that was killed after the continued training: the next run of the logger does not repeat it."""
+"""A repair in a Trainer that was killed after the continued training: the next run of the logger
+does not repeat it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,11 @@ def test_a_finished_training_is_not_repeated(
     whole, report = repaired(tmp_path / "whole", trained_path)
     assert report.status == "repaired"
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_polish, "polished", create_autospec(finetune_polish.polished, side_effect=Death))
+        patch.setattr(
+            finetune_polish,
+            "polished",
+            create_autospec(finetune_polish.polished, side_effect=Death),
+        )
         with pytest.raises(Death):
             repaired(tmp_path / "killed", trained_path)
     (left,) = tmp_path.glob("killed/lightning_logs/version_0/repair/.resume-*")

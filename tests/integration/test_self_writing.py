@@ -44,7 +44,9 @@ ENDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("status", list(ENDS))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_leaves_the_weights_as_training_left_them(tmp_path: Path, kind: str, status: str) -> None:
+def test_a_fit_leaves_the_weights_as_training_left_them(
+    tmp_path: Path, kind: str, status: str
+) -> None:
     model, before, after = classifier(kind), Watch(), Watch()
     callback = quick_repair(**ENDS[status])
     quiet_trainer(tmp_path, before, callback, after, max_epochs=1).fit(model, datamodule=Digits())
@@ -68,7 +70,9 @@ def test_a_call_that_repairs_nothing_leaves_the_model_as_it_was(tmp_path: Path, 
 
 
 def merged_in_training(model: Classifier) -> Classifier:
-    """Merges adapters and sets training mode without `train()`, as Lightning's trainer does after each validation."""
+    """Merges adapters and sets training mode without `train()`, as Lightning's trainer does after
+    each validation.
+    """
     model.eval()
     for module in model.modules():
         module.training = True
@@ -76,14 +80,23 @@ def merged_in_training(model: Classifier) -> Classifier:
 
 
 @pytest.mark.parametrize("start", [Classifier.train, Classifier.eval, merged_in_training])
-def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(tmp_path: Path, start: Any) -> None:
+def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(
+    tmp_path: Path, start: Any
+) -> None:
     model, data = classifier("merge"), Digits()
     quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(model, datamodule=data)
     start(model)
     before = right(model, data.repair)
     start(model)
     patched, loaded = copy.deepcopy(model), classifier("merge")
-    report = repair(quiet_trainer(tmp_path), model, datamodule=data, method=Polish(), verbose=False, dirpath=tmp_path)
+    report = repair(
+        quiet_trainer(tmp_path),
+        model,
+        datamodule=data,
+        method=Polish(),
+        verbose=False,
+        dirpath=tmp_path,
+    )
     (counts,) = [split.counts for split in report.splits if split.split == "repair"]
     assert (report.status, counts.broken) == ("repaired", 0)
     loaded.load_state_dict(torch.load(report.files["checkpoint"], weights_only=True)["state_dict"])

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM during a repair: heeded within seconds, the model as it was or repaired, and that is said."""
+"""Ctrl-C and SIGTERM during a repair: heeded within seconds, the model as it was or repaired, and
+that is said.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ from lightning_nrl import ParticleSwarm, RepairReport, repair
 from lightning_nrl._utils import interrupts
 from lightning_nrl.methods import Auto
 
-METHODS = {"swarm": QUICK["method"], "training": Continued(), "auto": Auto(ParticleSwarm(particles=20, iterations=20))}
+METHODS = {
+    "swarm": QUICK["method"],
+    "training": Continued(),
+    "auto": Auto(ParticleSwarm(particles=20, iterations=20)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +45,9 @@ def handlers() -> Iterator[None]:
     assert after[signal.SIGINT] in (before[signal.SIGINT], signal.SIG_IGN)
 
 
-def repaired(model: Classifier, folder: Path, method: str = "swarm", **arguments: Any) -> RepairReport:
+def repaired(
+    model: Classifier, folder: Path, method: str = "swarm", **arguments: Any
+) -> RepairReport:
     """A repair that draws no page."""
     given = {**QUICK, "method": METHODS[method], "save_every": None, **arguments}
     return repair(quiet_trainer(folder), model, datamodule=Digits(), **with_options(given))
@@ -96,9 +104,14 @@ def test_a_signal_at_any_moment_leaves_the_trained_weights_or_a_whole_repair(
         trained.load_state_dict(before)
         folder = tmp_path / str(number)
         delay = 1.5 * random.Random(f"{signum} {number}").random()
-        timer, began = threading.Timer(delay, signal.pthread_kill, (threading.main_thread().ident, signum)), []
+        timer, began = (
+            threading.Timer(delay, signal.pthread_kill, (threading.main_thread().ident, signum)),
+            [],
+        )
 
-        def telling(*args: Any, timer: threading.Timer = timer, began: list[float] = began, **kwargs: Any) -> None:
+        def telling(
+            *args: Any, timer: threading.Timer = timer, began: list[float] = began, **kwargs: Any
+        ) -> None:
             if not began:  # the work has begun: before and after it a SIGTERM would end the tests
                 began.append(time.monotonic())
                 timer.start()
@@ -114,7 +127,9 @@ def test_a_signal_at_any_moment_leaves_the_trained_weights_or_a_whole_repair(
             signal.signal(signal.SIGINT, signal.default_int_handler)
         files = {path.name for path in folder.rglob("repair/*")}
         if "report.json" in files:
-            checkpoint = torch.load(folder / "repair" / "repaired.ckpt", weights_only=True)["state_dict"]
+            checkpoint = torch.load(folder / "repair" / "repaired.ckpt", weights_only=True)[
+                "state_dict"
+            ]
             assert same(trained, checkpoint)
         else:
             assert files == set()

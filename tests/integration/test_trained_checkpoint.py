@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right, same, state_of
+from digit_models import (
+    QUICK,
+    Classifier,
+    Digits,
+    Untrainable,
+    quick_repair,
+    quiet_trainer,
+    right,
+    same,
+    state_of,
+)
 from lightning_package import CSVLogger, EarlyStopping, LearningRateFinder, ModelCheckpoint, Trainer
 from options import with_options
 
@@ -27,13 +37,19 @@ def repaired(path: Path, model: Classifier, *loaders: Any, **arguments: Any) -> 
 
 def without_times(report: RepairReport) -> RepairReport:
     steps = tuple(replace(step, seconds=0.0) for step in report.steps)
-    return replace(report, seconds={}, files={}, steps=steps, provenance=report.provenance.loaded_from(""))
+    return replace(
+        report, seconds={}, files={}, steps=steps, provenance=report.provenance.loaded_from("")
+    )
 
 
-def test_the_report_is_that_of_the_callback_after_training(tmp_path: Path, trained_path: Path) -> None:
+def test_the_report_is_that_of_the_callback_after_training(
+    tmp_path: Path, trained_path: Path
+) -> None:
     callback, model = quick_repair(unseen="test"), Classifier()
     quiet_trainer(tmp_path / "fit", callback).fit(model, datamodule=Digits())
-    report = repaired(tmp_path, other := Classifier(), datamodule=Digits(), ckpt_path=trained_path, unseen="test")
+    report = repaired(
+        tmp_path, other := Classifier(), datamodule=Digits(), ckpt_path=trained_path, unseen="test"
+    )
     assert report.status == "repaired"
     assert without_times(report) == without_times(callback.report)
     assert same(model, other)
@@ -42,19 +58,29 @@ def test_the_report_is_that_of_the_callback_after_training(tmp_path: Path, train
     assert loaded.checkpoint == str(trained_path)
     assert loaded.checkpoint_sha256 == sha256(trained_path.read_bytes()).hexdigest()
     assert loaded.module == "digit_models.Classifier"
-    assert {split: one.n for split, one in loaded.data.items()} == {one.split: one.n for one in report.splits}
+    assert {split: one.n for split, one in loaded.data.items()} == {
+        one.split: one.n for one in report.splits
+    }
     assert len({one.sha256 for one in loaded.data.values()}) == len(report.splits)
 
 
-def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(tmp_path: Path, trained_path: Path) -> None:
+def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(
+    tmp_path: Path, trained_path: Path
+) -> None:
     report = repaired(tmp_path, model := Classifier(), datamodule=Digits(), ckpt_path=trained_path)
-    old, new = (torch.load(path, weights_only=True) for path in (trained_path, report.files["checkpoint"]))
+    old, new = (
+        torch.load(path, weights_only=True) for path in (trained_path, report.files["checkpoint"])
+    )
     assert new["global_step"] == old["global_step"] == 36
     assert new["epoch"] == old["epoch"]
     assert new["loops"]["fit_loop"] == old["loops"]["fit_loop"]
     torch.testing.assert_close(new["optimizer_states"], old["optimizer_states"], rtol=0, atol=0)
     assert same(new["state_dict"], model)
-    changed = [name for name, value in old["state_dict"].items() if not torch.equal(new["state_dict"][name], value)]
+    changed = [
+        name
+        for name, value in old["state_dict"].items()
+        if not torch.equal(new["state_dict"][name], value)
+    ]
     assert changed == ["network.3.weight"]
     patch = Patch.load(report.files["patch"])
     assert patch.report == report
@@ -68,7 +94,9 @@ def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(tmp_p
     trainer.fit(Classifier(), datamodule=Digits(), ckpt_path=report.files["checkpoint"])
     assert trainer.global_step == 48
     assert again.report.hashes.model_before != report.hashes.model_after
-    second = repaired(tmp_path, Classifier(), datamodule=Digits(), ckpt_path=report.files["checkpoint"])
+    second = repaired(
+        tmp_path, Classifier(), datamodule=Digits(), ckpt_path=report.files["checkpoint"]
+    )
     assert second.hashes.model_before == report.hashes.model_after
     assert Path(second.files["json"]).parent == tmp_path / "repair-1"
 
@@ -81,14 +109,20 @@ class SelfContained(Classifier):
         return Digits().repair_dataloader()
 
 
-def test_data_loaders_arguments_and_the_model_may_give_the_data(tmp_path: Path, trained_path: Path) -> None:
+def test_data_loaders_arguments_and_the_model_may_give_the_data(
+    tmp_path: Path, trained_path: Path
+) -> None:
     data, model = Digits(), Classifier.load_from_checkpoint(trained_path)
     before = right(model, data.repair)
     report = repaired(tmp_path, model, data.train_dataloader(), data.repair_dataloader())
     assert [(split.split, split.n) for split in report.splits] == [("train", 400), ("val", 203)]
-    assert report.splits[1].repaired_ids == tuple((~before & right(model, data.repair)).nonzero().flatten().tolist())
+    assert report.splits[1].repaired_ids == tuple(
+        (~before & right(model, data.repair)).nonzero().flatten().tolist()
+    )
     given: dict[str, Any] = {"passed": data.val_dataloader(), "failed": data.repair_dataloader()}
-    report = repaired(tmp_path, Classifier.load_from_checkpoint(trained_path), data.train_dataloader(), **given)
+    report = repaired(
+        tmp_path, Classifier.load_from_checkpoint(trained_path), data.train_dataloader(), **given
+    )
     assert [(split.split, split.n) for split in report.splits] == [("passed", 100), ("failed", 203)]
     report = repaired(tmp_path, SelfContained.load_from_checkpoint(trained_path))
     assert [(split.split, split.n) for split in report.splits] == [("train", 400), ("val", 203)]
@@ -99,9 +133,14 @@ class Idle(Untrainable):
         raise AssertionError("validation has begun")
 
 
-def test_the_model_is_repaired_as_it_is_and_nothing_is_trained(tmp_path: Path, trained_path: Path) -> None:
+def test_the_model_is_repaired_as_it_is_and_nothing_is_trained(
+    tmp_path: Path, trained_path: Path
+) -> None:
     model = Idle.load_from_checkpoint(trained_path)
-    trainer, old = quiet_trainer(tmp_path, finder := LearningRateFinder()), model.network[3].weight.detach().clone()
+    trainer, old = (
+        quiet_trainer(tmp_path, finder := LearningRateFinder()),
+        model.network[3].weight.detach().clone(),
+    )
     report = repair(trainer, model, datamodule=Digits(), target=Target.label(3), **QUICK)
     assert (report.status, report.target) == ("repaired", "label 3")
     assert int((model.network[3].weight != old).sum()) == report.change.changed > 0
@@ -130,7 +169,9 @@ class Asking(Classifier):
         return loss
 
 
-@pytest.mark.parametrize("kind", [Classifier, Asking, lambda: torch.compile(Classifier(), backend="eager")])
+@pytest.mark.parametrize(
+    "kind", [Classifier, Asking, lambda: torch.compile(Classifier(), backend="eager")]
+)
 def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, kind: Any) -> None:
     trainer, model = quiet_trainer(tmp_path, ModelCheckpoint(tmp_path), max_epochs=1), kind()
     before = settings(trainer)
@@ -162,7 +203,9 @@ def test_a_module_compiled_as_a_whole_is_diagnosed_and_repaired_by_what_it_compu
         assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
 
 
-def test_the_random_state_and_what_the_trainer_knows_of_training_are_as_before(tmp_path: Path) -> None:
+def test_the_random_state_and_what_the_trainer_knows_of_training_are_as_before(
+    tmp_path: Path,
+) -> None:
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(model := Asking(), datamodule=Digits())
     loss, random = trainer.callback_metrics["loss"], torch.get_rng_state()
@@ -180,7 +223,9 @@ def test_an_exception_leaves_neither_callback_nor_trace(
         def allowed(self, counts: FlipCounts) -> int:
             raise error
 
-    monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning would ignore Ctrl-C from here on
+    monkeypatch.setattr(
+        "signal.signal", lambda *args: None
+    )  # Lightning would ignore Ctrl-C from here on
     trainer, old = quiet_trainer(tmp_path), state_of(trained)
     before = settings(trainer)
     with pytest.raises((error, SystemExit)):
@@ -197,11 +242,19 @@ def test_an_exception_leaves_neither_callback_nor_trace(
         ({}, {"callback": quick_repair(), "seed": 1}, r"`callback` was given, and \['seed'\] too"),
         ({}, {"callback": "auto"}, "`callback='auto'` is no RegressionFreeRepair"),
         ({}, {"layer": "network.9"}, r"`layer='network\.9'` is not in the model"),
-        ({}, {"data": DataOptions(start_from="best")}, r"`start_from='best'`[\s\S]*HINT: [\s\S]*`ckpt_path`"),
+        (
+            {},
+            {"data": DataOptions(start_from="best")},
+            r"`start_from='best'`[\s\S]*HINT: [\s\S]*`ckpt_path`",
+        ),
     ],
 )
 def test_bad_input_is_refused(
-    tmp_path: Path, trained: Classifier, of_trainer: dict[str, int], arguments: dict[str, Any], message: str
+    tmp_path: Path,
+    trained: Classifier,
+    of_trainer: dict[str, int],
+    arguments: dict[str, Any],
+    message: str,
 ) -> None:
     trainer = quiet_trainer(tmp_path, **of_trainer)
     before, old = settings(trainer), state_of(trained)
@@ -217,10 +270,14 @@ class Scheduled(Classifier):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters())
         steps = int(self.trainer.estimated_stepping_batches)
-        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)]
+        return [optimizer], [
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
+        ]
 
 
-def test_a_schedule_may_ask_for_the_length_of_training_in_silence(tmp_path: Path, trained: Classifier) -> None:
+def test_a_schedule_may_ask_for_the_length_of_training_in_silence(
+    tmp_path: Path, trained: Classifier
+) -> None:
     model = Scheduled()
     model.load_state_dict(trained.state_dict())
     trainer = quiet_trainer(tmp_path, max_epochs=None, logger=CSVLogger(tmp_path))
@@ -228,11 +285,19 @@ def test_a_schedule_may_ask_for_the_length_of_training_in_silence(tmp_path: Path
         warnings.simplefilter("always")
         assert repair(trainer, model, datamodule=Digits(), **QUICK).status == "repaired"
     texts = [str(w.message) for w in said]
-    assert not [text for text in texts if "max_epochs" in text or "training batches" in text or "HINT" in text]
+    assert not [
+        text
+        for text in texts
+        if "max_epochs" in text or "training batches" in text or "HINT" in text
+    ]
 
 
-@pytest.mark.parametrize("skip", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"limit_val_batches": 0}])
-def test_a_trainer_that_would_not_train_repairs(tmp_path: Path, trained_path: Path, skip: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "skip", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"limit_val_batches": 0}]
+)
+def test_a_trainer_that_would_not_train_repairs(
+    tmp_path: Path, trained_path: Path, skip: dict[str, int]
+) -> None:
     data, trainer = Digits(), quiet_trainer(tmp_path, **{"max_epochs": 1, **skip})
     loaders = data.train_dataloader(), data.val_dataloader()
     # The checkpoint has more epochs than the trainer.

@@ -1,4 +1,6 @@
-"""A training with its record: exact, without a trace in the training, through a resume, over two processes."""
+"""A training with its record: exact, without a trace in the training, through a resume, over two
+processes.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ from torch.utils.data import DataLoader, Subset
 from two_processes import in_two_processes
 
 from lightning_nrl import RegressionFreeRepair, RepairInTraining, SearchOptions
-from lightning_nrl.callbacks import TrainingHistory
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning
-from lightning_nrl.localization import NeuRecover, TrainingRecord, training_record
-from lightning_nrl.methods import bundle
+from lightning_nrl.published import (
+    NeuRecover,
+    TrainingHistory,
+    TrainingRecord,
+    bundle,
+    training_record,
+)
 
 
 def fit(folder: Path, *callbacks: Any, epochs: int = 3, **more: Any) -> Any:
@@ -40,10 +46,14 @@ def outputs(weights: dict[str, torch.Tensor], split: str) -> tuple[torch.Tensor,
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingHistory, TrainingRecord, Any]:
+def recorded(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, TrainingHistory, TrainingRecord, Any]:
     folder = tmp_path_factory.mktemp("recorded")
     history = TrainingHistory(["train", "val", "repair"], layers="all", dirpath=folder / "history")
-    repair = RegressionFreeRepair(method=bundle("neurecover", searcher="swarm"), verbose=False, gate="accuracy")
+    repair = RegressionFreeRepair(
+        method=bundle("neurecover", searcher="swarm"), verbose=False, gate="accuracy"
+    )
     trainer = fit(folder, history, repair, logger=CSVLogger(folder))
     return folder, history, TrainingRecord.read(folder / "history"), trainer
 
@@ -73,7 +83,11 @@ def test_curves_of_learning_and_forgetting_go_to_the_loggers(recorded: Any) -> N
     rows = (folder / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
     last = dict(
-        zip(names, [r for r in rows if r.split(",")[names.index("history/val/learned")]][-1].split(","), strict=True)
+        zip(
+            names,
+            [r for r in rows if r.split(",")[names.index("history/val/learned")]][-1].split(","),
+            strict=True,
+        )
     )
     passed = record.splits["val"].passed
     label = record.splits["val"].label
@@ -112,7 +126,9 @@ def test_a_resumed_training_goes_on_with_its_record(tmp_path: Path) -> None:
     assert [point.epoch for point in TrainingRecord.read(anew.folder).points] == [0]
 
 
-def test_a_full_disk_costs_a_point_and_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_a_point_and_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written: list[Path] = []
     real = training_record.replacing
 
@@ -130,7 +146,9 @@ def test_a_full_disk_costs_a_point_and_no_training(tmp_path: Path, monkeypatch: 
 
 
 def test_every_some_steps(tmp_path: Path) -> None:
-    history = TrainingHistory("val", every_n_steps=5, layers="network.1", dirpath=tmp_path / "history")
+    history = TrainingHistory(
+        "val", every_n_steps=5, layers="network.1", dirpath=tmp_path / "history"
+    )
     fit(tmp_path, history, epochs=1)
     record = TrainingRecord.read(tmp_path / "history")
     assert [point.step for point in record.points] == [5, 10]
@@ -161,7 +179,8 @@ def test_two_processes_record_each_sample_once(tmp_path: Path) -> None:
     states = in_two_processes(on_rank, tmp_path)
     record = TrainingRecord.read(tmp_path / "history")
     assert len(record.points) == 2
-    # The repair after the first epoch is what the second was trained with, that after the second is on both ranks.
+    # The repair after the first epoch is what the second was trained with, that after the second is
+    # on both ranks.
     first, second = (dict(point.weights) for point in record.points)
     repaired = [tmp_path / "files" / f"repair-step-{step}" / "repaired.ckpt" for step in (7, 14)]
     saved = [path for path in repaired if path.exists()]
@@ -174,10 +193,14 @@ def test_two_processes_record_each_sample_once(tmp_path: Path) -> None:
             right, loss = (x[:n] for x in outputs(dict(point.weights), split))
             assert record.splits[split].passed.shape == (2, n)
             assert torch.equal(record.splits[split].passed[i], right)
-            torch.testing.assert_close(record.splits[split].loss[i].float(), loss, rtol=2e-3, atol=1e-6)
+            torch.testing.assert_close(
+                record.splits[split].loss[i].float(), loss, rtol=2e-3, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("state", [["runs"], {"folder": 3}, None])
 def test_a_foreign_state_is_a_warning(state: Any) -> None:
-    with pytest.warns(DataWarning, match="`TrainingHistory`: the state in the checkpoint names no folder"):
+    with pytest.warns(
+        DataWarning, match="`TrainingHistory`: the state in the checkpoint names no folder"
+    ):
         TrainingHistory().load_state_dict(state)

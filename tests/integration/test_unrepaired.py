@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from digit_models import Classifier, Digits, Remember, nobody, quick_repair, quiet_trainer, right, same
+from digit_models import (
+    Classifier,
+    Digits,
+    Remember,
+    nobody,
+    quick_repair,
+    quiet_trainer,
+    right,
+    same,
+)
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
 
@@ -15,7 +24,9 @@ def fit(path: Path, repair: RegressionFreeRepair) -> None:
     model, remember = Classifier(), Remember()
     trainer = quiet_trainer(path, remember, repair, max_epochs=1)
     trainer.fit(model, datamodule=Digits())
-    (result,) = trainer.test(model, ckpt_path=repair.repaired_model_path, datamodule=Digits(), verbose=False)
+    (result,) = trainer.test(
+        model, ckpt_path=repair.repaired_model_path, datamodule=Digits(), verbose=False
+    )
     assert result["test_right"] == int(right(model, Digits().test).sum())
     assert same(model, remember.state)
     assert repair.repaired_model_path is None
@@ -30,7 +41,9 @@ def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_pat
     assert repair.report.reason.startswith(
         "no sample of repair, right or wrong, is in the target (where purple digits)"
     )
-    assert all(split.targeted == split.broken == split.repaired == 0 for split in repair.report.splits)
+    assert all(
+        split.targeted == split.broken == split.repaired == 0 for split in repair.report.splits
+    )
 
 
 def test_a_search_without_a_step_repairs_nothing(tmp_path: Path) -> None:
@@ -39,8 +52,13 @@ def test_a_search_without_a_step_repairs_nothing(tmp_path: Path) -> None:
     assert repair.report.status == "not repaired"
 
 
-def test_a_refused_repair_names_the_samples_that_it_would_break(tmp_path: Path, trained: Classifier) -> None:
-    data, settings = Digits(), {"fitness": "eq2", "n_passed": 1, "method": ParticleSwarm(20, 40, start="half")}
+def test_a_refused_repair_names_the_samples_that_it_would_break(
+    tmp_path: Path, trained: Classifier
+) -> None:
+    data, settings = (
+        Digits(),
+        {"fitness": "eq2", "n_passed": 1, "method": ParticleSwarm(20, 40, start="half")},
+    )
     before = {split: right(trained, getattr(data, split)) for split in ("train", "repair")}
     refused, accepted = quick_repair(**settings), quick_repair(**settings, gate="tolerance:100%")
     trained.hparams["lr"] = 0.0
@@ -56,7 +74,9 @@ def test_a_refused_repair_names_the_samples_that_it_would_break(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("arguments", [{"max_epochs": 0}, {"limit_train_batches": 0}])
-def test_where_training_is_skipped_a_warning_says_so(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_where_training_is_skipped_a_warning_says_so(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
     repair = quick_repair()
     with pytest.warns(UserWarning, match=r"no repair was made, because no training step ran"):
         quiet_trainer(tmp_path, repair, **arguments).fit(Classifier(), datamodule=Digits())

@@ -24,7 +24,9 @@ class OnNewData(Digits):
 
 def updating(reference: Any, folder: Path, **arguments: Any) -> RegressionFreeRepair:
     given = {"passed": Digits().val_dataloader(), "unseen": "test", "verbose": False, **arguments}
-    return RegressionFreeRepair(reference=reference, dirpath=folder / "repair", **with_options(given))
+    return RegressionFreeRepair(
+        reference=reference, dirpath=folder / "repair", **with_options(given)
+    )
 
 
 def test_what_fit_has_broken_is_brought_back(trained_path: Path, tmp_path: Path) -> None:
@@ -41,7 +43,10 @@ def test_what_fit_has_broken_is_brought_back(trained_path: Path, tmp_path: Path)
     assert report.pooled("known").broken == 0  # type: ignore[union-attr]
     again = Classifier.load_from_checkpoint(updated.repaired_model_path)
     assert torch.equal(right(again, data.test), right(model, data.test))
-    assert RepairReport.from_json((tmp_path / "repair" / "report.json").read_text()).update == report.update
+    assert (
+        RepairReport.from_json((tmp_path / "repair" / "report.json").read_text()).update
+        == report.update
+    )
 
 
 def test_a_reference_with_other_inputs_layers_and_classes(
@@ -55,7 +60,9 @@ def test_a_reference_with_other_inputs_layers_and_classes(
         model = Classifier.load_from_checkpoint(trained_path)
         forget(model)
         callback = updating(answer, tmp_path, method="convex")
-        reports.append(repair(quiet_trainer(tmp_path), model, datamodule=Digits(), callback=callback))
+        reports.append(
+            repair(quiet_trainer(tmp_path), model, datamodule=Digits(), callback=callback)
+        )
     broken = [[split.trained.broken for split in report.update] for report in reports]
     assert broken[0] == broken[1] == broken[2]
     assert sum(broken[0]) > 0
@@ -74,4 +81,6 @@ def test_a_reference_that_does_not_fit_is_refused_before_training(tmp_path: Path
     refused = {"old.ckpt": "`reference` lacks", "old.csv": r"samples of `\w+` have no prediction"}
     for name, message in refused.items():
         with pytest.raises(ConfigurationError, match=message):
-            quiet_trainer(tmp_path, updating(tmp_path / name, tmp_path)).fit(Untrainable(), datamodule=Digits())
+            quiet_trainer(tmp_path, updating(tmp_path / name, tmp_path)).fit(
+                Untrainable(), datamodule=Digits()
+            )

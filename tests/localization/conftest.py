@@ -21,9 +21,13 @@ class Piece:
 
 
 class WholeModel:
-    """A recording that remembers nothing: every replay runs the whole model, with hooks at the sites."""
+    """A recording that remembers nothing: every replay runs the whole model, with hooks at the
+    sites.
+    """
 
-    def __init__(self, model: nn.Module, x: Tensor, target: Tensor, layer: Any, include_bias: bool, size: int) -> None:
+    def __init__(
+        self, model: nn.Module, x: Tensor, target: Tensor, layer: Any, include_bias: bool, size: int
+    ) -> None:
         self.model, self.space = model, find_layers(model, layer, include_bias=include_bias)
         self.x, self.target, self.size = x, target, size
 
@@ -35,7 +39,9 @@ class WholeModel:
 
     def replay(self, chunk: Piece, edit: Any, copies: int = 1) -> Tensor:
         hooks = [
-            site.module.register_forward_hook(lambda _, args, output, site=site: edit(site, args[0], output))
+            site.module.register_forward_hook(
+                lambda _, args, output, site=site: edit(site, args[0], output)
+            )
             for site in self.space.sites
         ]
         try:

@@ -1,4 +1,6 @@
-"""The localisers beside NeuRecoverLite: numbers worked out by hand, and sets as the papers write them."""
+"""The localisers beside NeuRecoverLite: numbers worked out by hand, and sets as the papers write
+them.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,27 @@ from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import (
     LOCALIZERS,
     AllWeights,
-    Arachne,
-    ArachneV2,
     ByGradient,
-    HistoryPoint,
     Impact,
     KnownData,
     Localizer,
-    NeuRecover,
     NeuRecoverLite,
     RandomWeights,
+    measure,
+    on_data,
+)
+from lightning_nrl.methods.search_samples import record_known
+from lightning_nrl.published import (
+    Arachne,
+    ArachneV2,
+    HistoryPoint,
+    NeuRecover,
     TrainingFlips,
     contribution,
     first_fronts,
     localize_by_history,
-    measure,
-    on_data,
     pareto_front,
 )
-from lightning_nrl.methods.search_samples import record_known
 
 EVALUATOR = Evaluator(nn.Identity())
 EVERY = torch.ones(2, dtype=torch.bool)
@@ -43,12 +47,16 @@ FIRST, SECOND = torch.tensor([True, False]), torch.tensor([False, True])
 
 
 def test_weighted_impacts_by_hand(recorded, weighted):
-    impact = measure(recorded(*toy_linear(), include_bias=True), weighted, EVERY, weight=torch.tensor([3.0, 1.0]))
+    impact = measure(
+        recorded(*toy_linear(), include_bias=True), weighted, EVERY, weight=torch.tensor([3.0, 1.0])
+    )
     assert impact.backward.tolist() == [0.0, 1.75, 1.5, 0.5, 0.5, 0.5]
     assert impact.forward.tolist() == [1.5, 3.5, 0.75, 5.25, 0.25, 4.0]
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Linear(5, 3)], ids=str)
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Linear(5, 3)], ids=str
+)
 def test_whole_numbers_as_weights_are_samples_that_come_more_often(recorded, weighted, layer):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 2, 5, 5, generator=generator)
@@ -56,18 +64,24 @@ def test_whole_numbers_as_weights_are_samples_that_come_more_often(recorded, wei
     often = torch.tensor([0, 0, 1, 2, 2, 2])
     every = torch.ones(6, dtype=torch.bool)
     more = measure(recorded(layer, x[often], y[often], ""), weighted, every)
-    counted = measure(recorded(layer, x, y, ""), weighted, every[:3], weight=torch.tensor([2.0, 1.0, 3.0]))
+    counted = measure(
+        recorded(layer, x, y, ""), weighted, every[:3], weight=torch.tensor([2.0, 1.0, 3.0])
+    )
     torch.testing.assert_close(counted.backward.float(), more.backward.float())
     torch.testing.assert_close(counted.forward.float(), more.forward.float())
 
 
 def test_contribution_is_that_of_autograd(recorded):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3))
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)
+    )
     model = model.double()
     x = torch.randn(7, 2, 6, 6, dtype=torch.float64)
     found = contribution(
-        recorded(model, x, torch.zeros(7), layer="0", include_bias=True), EVALUATOR, EVERY.repeat(4)[:7]
+        recorded(model, x, torch.zeros(7), layer="0", include_bias=True),
+        EVALUATOR,
+        EVERY.repeat(4)[:7],
     )
     patches = nn.functional.unfold(x, 3, padding=1, stride=2).view(
         7, 2, 9, 9
@@ -89,7 +103,10 @@ def test_contribution_is_that_of_autograd(recorded):
 
 
 def test_fronts_by_hand():
-    one, other = torch.tensor([3.0, 1.0, 6.0, 2.0, 3.0, 0.0]), torch.tensor([3.0, 2.0, 1.5, 3.0, 3.0, 0.0])
+    one, other = (
+        torch.tensor([3.0, 1.0, 6.0, 2.0, 3.0, 0.0]),
+        torch.tensor([3.0, 2.0, 1.5, 3.0, 3.0, 0.0]),
+    )
     assert pareto_front(one, other).tolist() == [True, False, True, False, True, False]
     assert first_fronts(one, other, None).tolist() == [0, 2, 4]
     assert first_fronts(one, other, 4).tolist() == [0, 2, 3, 4]
@@ -101,12 +118,16 @@ def test_fronts_by_hand():
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_front_is_what_nothing_dominates(points):
     one, other = torch.tensor(points, dtype=torch.float32).T
-    undominated = [not any(c >= a and d >= b and (c, d) != (a, b) for c, d in points) for a, b in points]
+    undominated = [
+        not any(c >= a and d >= b and (c, d) != (a, b) for c, d in points) for a, b in points
+    ]
     assert pareto_front(one, other).tolist() == undominated
 
 
 def test_arachne_by_hand(recorded, weighted):
-    recording = recorded(*toy_linear())  # on the second sample: gradients 3 1 6 2, forward impacts 3 2 1.5 3
+    recording = recorded(
+        *toy_linear()
+    )  # on the second sample: gradients 3 1 6 2, forward impacts 3 2 1.5 3
 
     def found(**given: int) -> list[int]:
         return Arachne(**given)(recording, weighted, failed=SECOND, passed=FIRST).weights.tolist()
@@ -114,7 +135,9 @@ def test_arachne_by_hand(recorded, weighted):
     assert found() == [0, 2]
     assert found(n_weights=3) == [0, 2, 3]
     assert found(n_g=1) == [2]
-    assert ByGradient(n_weights=2)(recording, weighted, failed=SECOND, passed=FIRST).weights.tolist() == [0, 2]
+    assert ByGradient(n_weights=2)(
+        recording, weighted, failed=SECOND, passed=FIRST
+    ).weights.tolist() == [0, 2]
 
 
 def test_arachne_v2_by_hand(recorded, weighted):
@@ -128,7 +151,10 @@ def test_random_draws_follow_their_seed_alone(recorded):
     recording = recorded(nn.Linear(30, 10), torch.zeros(2, 30), torch.tensor([0, 1]), "")
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    draws = [RandomWeights(8, seed)(recording, EVALUATOR, failed=FIRST, passed=SECOND).weights for seed in (0, 0, 1)]
+    draws = [
+        RandomWeights(8, seed)(recording, EVALUATOR, failed=FIRST, passed=SECOND).weights
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert len(set(draws[2].tolist())) == 8
@@ -136,7 +162,9 @@ def test_random_draws_follow_their_seed_alone(recorded):
 
 
 def impact(forward: list[float], backward: list[float]) -> Impact:
-    return Impact(torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64), 1)
+    return Impact(
+        torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64), 1
+    )
 
 
 SPACE = find_layers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), ["0", "1"])
@@ -146,7 +174,8 @@ CHANGE = torch.tensor([0.4, 0.3, 0.2, 0.1, 1.0, 0.0])
 
 
 def test_neurecover_by_hand():
-    # Suspiciousness: (0.5, 2/3) / (2/3) * (0.25, 0.5) / 0.5 = 0.375, 1; top weights: round(1.5) = 2, round(2) = 2.
+    # Suspiciousness: (0.5, 2/3) / (2/3) * (0.25, 0.5) / 0.5 = 0.375, 1; top weights: round(1.5) =
+    # 2, round(2) = 2.
     found = localize_by_history(SPACE, DEG, IMP, CHANGE, rate=1.0)
     assert (found.weights.tolist(), found.n_g, found.requested) == ([1], 4, None)
     assert found.sizes == {"failed": 3, "passed": 4, "both": 2, "localized": 1, "total": 6}
@@ -184,7 +213,11 @@ def test_neurecover_takes_the_sets_of_the_paper(columns, rate):
 
         matter = top(deg_forward) & top(deg_backward) & top(change)
         expected += sorted(matter - (top(imp_forward) & top(imp_backward)))
-    given_ = impact(deg_forward, deg_backward), impact(imp_forward, imp_backward), torch.tensor(change)
+    given_ = (
+        impact(deg_forward, deg_backward),
+        impact(imp_forward, imp_backward),
+        torch.tensor(change),
+    )
     if expected:
         assert localize_by_history(SPACE, *given_, rate=rate).weights.tolist() == expected
     else:
@@ -195,7 +228,9 @@ def test_neurecover_takes_the_sets_of_the_paper(columns, rate):
 def test_later_flips_count_more():
     weights = torch.tensor([[0.0, 1.0], [2.0, 1.0], [2.0, 0.0]])
     passed = torch.tensor([[1, 1, 0, -1], [0, 1, 1, 1], [0, 0, 1, 0]], dtype=torch.int8)
-    flips = TrainingFlips.between([HistoryPoint(*point) for point in zip(passed, weights, strict=True)], decay=0.5)
+    flips = TrainingFlips.between(
+        [HistoryPoint(*point) for point in zip(passed, weights, strict=True)], decay=0.5
+    )
     assert flips.regressed.tolist() == [0.5, 1.0, 0.0, 1.0]
     assert flips.improved.tolist() == [0.0, 0.0, 0.5, 0.0]
     assert flips.change.tolist() == pytest.approx([1 / 1.5, 1 / 1.5])
@@ -214,9 +249,14 @@ def test_checkpoints_say_which_samples_were_lost(line, tmp_path):
     localizer = NeuRecover(history, n_weights=1).on(known)
     assert localizer.flips.regressed.tolist() == pytest.approx([0, 0, 0, 0, 0, 1, 0.8])
     assert localizer.flips.improved.tolist() == pytest.approx([0, 0, 0, 0, 0.8, 0, 0])
-    assert localizer.flips.change.tolist() == pytest.approx([0, (0.1 + 0.8 * 0.2) / 1.8, 0, 0], rel=1e-5)
+    assert localizer.flips.change.tolist() == pytest.approx(
+        [0, (0.1 + 0.8 * 0.2) / 1.8, 0, 0], rel=1e-5
+    )
     only_last = NeuRecover(history, last=1).on(known).flips
-    assert (only_last.regressed.tolist(), only_last.improved.any().item()) == ([0, 0, 0, 0, 0, 1, 0], False)
+    assert (only_last.regressed.tolist(), only_last.improved.any().item()) == (
+        [0, 0, 0, 0, 0, 1, 0],
+        False,
+    )
     assert torch.equal(known.evaluator.model.weight, threshold(0.75)["weight"])
     recording = record_known(problem, problem.before.targeted | problem.before.passed)
     found = on_data(NeuRecover(history, rate=1.0, last=1), known)(
@@ -265,10 +305,17 @@ def test_wrong_settings_are_refused(make, message):
 
 
 def test_a_name_stands_for_a_localizer_with_its_default_settings():
-    for name, localizer in (("neurecover-lite", NeuRecoverLite()), ("all", AllWeights()), ("arachne", Arachne())):
+    for name, localizer in (
+        ("neurecover-lite", NeuRecoverLite()),
+        ("all", AllWeights()),
+        ("arachne", Arachne()),
+    ):
         assert isinstance(localizer, Localizer)
         assert LOCALIZERS.parse("localizer", name) == localizer
-        assert RegressionFreeRepair(search=SearchOptions(localizer=name)).settings.localizer == localizer
+        assert (
+            RegressionFreeRepair(search=SearchOptions(localizer=name)).settings.localizer
+            == localizer
+        )
     with pytest.raises(ConfigurationError, match="did you mean 'neurecover-lite'"):
         LOCALIZERS.parse("localizer", "neurecover-light")
     for wrong in (AllWeights, len, None):

@@ -34,7 +34,10 @@ def toy_linear() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("aggregation", "backward"),
-    [("mean_gradient", [1.0, 1.5, 3.0, 1.0, 0.0, 1.0]), ("per_sample", [2.0, 1.5, 3.0, 1.0, 1.0, 1.0])],
+    [
+        ("mean_gradient", [1.0, 1.5, 3.0, 1.0, 0.0, 1.0]),
+        ("per_sample", [2.0, 1.5, 3.0, 1.0, 1.0, 1.0]),
+    ],
 )
 def test_linear_by_hand(recorded, weighted, aggregation, backward):
     recording = recorded(*toy_linear(), include_bias=True)
@@ -60,14 +63,18 @@ CONVOLUTIONS = [
 def convolution_data(layer: nn.Module, n: int = 7) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A network around the layer, with inputs and labels."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, 4, *(9, 7, 5)[: layer.weight.ndim - 2], generator=generator, dtype=torch.float64)
+    x = torch.randn(
+        n, 4, *(9, 7, 5)[: layer.weight.ndim - 2], generator=generator, dtype=torch.float64
+    )
     layer = layer.double()
     head = nn.Linear(layer(x).flatten(1).shape[1], 3).double()
     head.weight.data = torch.randn(head.weight.shape, generator=generator, dtype=torch.float64)
     return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), head), x, torch.arange(n) % 3
 
 
-def autograd_oracle(model: nn.Module, x: torch.Tensor, y: torch.Tensor, aggregation: str) -> torch.Tensor:
+def autograd_oracle(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, aggregation: str
+) -> torch.Tensor:
     """Backward impacts of all parameters from one gradient a sample."""
 
     def loss(parameters, x, y):
@@ -86,7 +93,9 @@ def test_backward_of_several_layers_is_that_of_autograd(recorded, layer, aggrega
     recording = recorded(model, x, y, ["0", "3"], include_bias=True, size=3)
     mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
     impact = measure(recording, EVALUATOR, mask, aggregation=aggregation)
-    torch.testing.assert_close(impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation))
+    torch.testing.assert_close(
+        impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation)
+    )
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
@@ -96,11 +105,17 @@ def test_forward_is_the_mean_of_what_each_weight_alone_passes_on(recorded, layer
     weight = layer.weight.detach()
     alone = []
     for i in range(weight.numel()):
-        only = torch.zeros_like(weight).flatten().index_copy(0, torch.tensor([i]), weight.flatten()[i : i + 1])
+        only = (
+            torch.zeros_like(weight)
+            .flatten()
+            .index_copy(0, torch.tensor([i]), weight.flatten()[i : i + 1])
+        )
         parameters = {"weight": only.view_as(weight)} | (
             {} if layer.bias is None else {"bias": 0 * layer.bias.detach()}
         )
-        alone.append(functional_call(layer, parameters, (x,))[:, i // weight[0].numel()].abs().mean())
+        alone.append(
+            functional_call(layer, parameters, (x,))[:, i // weight[0].numel()].abs().mean()
+        )
     torch.testing.assert_close(impact.forward, torch.stack(alone))
 
 
@@ -121,11 +136,17 @@ def test_positions_and_calls_of_a_layer_count_together(recorded, aggregation):
     torch.manual_seed(0)
     model, x, y = Tokens().double(), torch.randn(6, 3, 4, dtype=torch.float64), torch.arange(6) % 4
     mask = torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.bool)
-    impact = measure(recorded(model, x, y, include_bias=True), EVALUATOR, mask, aggregation=aggregation)
-    torch.testing.assert_close(impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation))
+    impact = measure(
+        recorded(model, x, y, include_bias=True), EVALUATOR, mask, aggregation=aggregation
+    )
+    torch.testing.assert_close(
+        impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation)
+    )
     second = torch.tanh(model.mix(x[mask])).detach()
     mean = (x[mask].abs().mean((0, 1)) + second.abs().mean((0, 1))) / 2
-    torch.testing.assert_close(impact.forward[:16].view(4, 4), mean * model.mix.weight.detach().abs())
+    torch.testing.assert_close(
+        impact.forward[:16].view(4, 4), mean * model.mix.weight.detach().abs()
+    )
 
 
 @pytest.mark.parametrize("layer", [CONVOLUTIONS[3], nn.Linear(4, 5)], ids=str)
@@ -134,9 +155,14 @@ def test_gradients_of_samples_may_be_taken_piece_by_piece(recorded, monkeypatch,
     x, y = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
     if not isinstance(layer, nn.Linear):
         model, x, y = convolution_data(layer)
-    recording, mask = recorded(model, x, y, "0" if layer is model[0] else "1", size=7), torch.ones(7, dtype=torch.bool)
+    recording, mask = (
+        recorded(model, x, y, "0" if layer is model[0] else "1", size=7),
+        torch.ones(7, dtype=torch.bool),
+    )
     whole = measure(recording, EVALUATOR, mask, aggregation="per_sample")
-    monkeypatch.setattr("lightning_nrl.evaluation.layer_gradients.MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel())
+    monkeypatch.setattr(
+        "lightning_nrl.evaluation.layer_gradients.MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel()
+    )
     pieces = measure(recording, EVALUATOR, mask, aggregation="per_sample")
     torch.testing.assert_close(pieces.backward, whole.backward)
 
@@ -161,7 +187,9 @@ def test_ranks_add_up_also_one_without_marked_samples(recorded, aggregation):
 
     for share in (slice(3, 8), slice(8, 12), slice(0, 3)):
         recording = recorded(model, x[share], y[share], size=3)
-        ranks = measure(recording, replace(EVALUATOR, collective=Ranks()), mask[share], aggregation=aggregation)
+        ranks = measure(
+            recording, replace(EVALUATOR, collective=Ranks()), mask[share], aggregation=aggregation
+        )
     alone = measure(recorded(model, x, y), EVALUATOR, mask, aggregation=aggregation)
     torch.testing.assert_close(ranks.backward, alone.backward, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(ranks.forward, alone.forward, rtol=1e-5, atol=1e-8)
@@ -190,7 +218,9 @@ def test_half_precision_is_summed_in_full_width(recorded, weighted, aggregation,
     nn.init.constant_(layer.weight, -0.5)
     nn.init.constant_(layer.bias, 0.25)
     recording = recorded(layer, ones, ones, include_bias=True, size=2049)
-    impact = measure(recording, weighted, torch.ones(2049, dtype=torch.bool), aggregation=aggregation)
+    impact = measure(
+        recording, weighted, torch.ones(2049, dtype=torch.bool), aggregation=aggregation
+    )
     assert impact.backward.dtype == impact.forward.dtype == torch.float64
     assert impact.backward.tolist() == [1.0, 1.0]
     assert impact.forward.tolist() == [0.5, 0.25]
@@ -229,7 +259,8 @@ def wrong(output, target):
     return ((output * target).sum(1) < 0).float()
 
 
-# The outputs are [-3.25, 10.5] and [4.75, 2.5], the gradient of half their squared size; the margin's is `target`.
+# The outputs are [-3.25, 10.5] and [4.75, 2.5], the gradient of half their squared size; the
+# margin's is `target`.
 @pytest.mark.parametrize(
     ("margin", "name", "backward"),
     [
@@ -275,11 +306,16 @@ class TimeFirst(nn.Module):
 @pytest.mark.parametrize("steps", [12, 7])
 def test_order_of_samples_and_positions_matters_to_single_samples_alone(recorded, steps):
     model, x, y = TimeFirst(steps).double(), *small_network()[1:]
-    recording, mask = recorded(model, x.double(), y, include_bias=True, size=12), torch.ones(12, dtype=torch.bool)
+    recording, mask = (
+        recorded(model, x.double(), y, include_bias=True, size=12),
+        torch.ones(12, dtype=torch.bool),
+    )
     impact = measure(recording, EVALUATOR, mask)
     expected = autograd_oracle(model, x.double(), y, "mean_gradient")
     torch.testing.assert_close(impact.backward, expected)
-    with pytest.raises(ReplayError, match=r"`aggregation='per_sample'`.*'layer'` do not belong to one sample"):
+    with pytest.raises(
+        ReplayError, match=r"`aggregation='per_sample'`.*'layer'` do not belong to one sample"
+    ):
         measure(recording, EVALUATOR, mask, aggregation="per_sample")
 
 

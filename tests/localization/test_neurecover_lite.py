@@ -25,7 +25,9 @@ EVALUATOR = Evaluator(nn.Identity())
 
 
 def impact(backward: list[float], forward: list[float]) -> Impact:
-    return Impact(torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64), 1)
+    return Impact(
+        torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64), 1
+    )
 
 
 # Ranks: B_failed 0 1 2 3, F_failed 1 0 2 3, B_passed 3 2 1 0, F_passed 3 2 0 1.
@@ -83,7 +85,10 @@ def test_every_n_g_gives_the_paper_s_sets(impacts):
 @settings(max_examples=60, deadline=None)
 @given(two_impacts(), st.integers(1, 16))
 def test_n_g_is_the_smallest_of_those_nearest_to_the_request(impacts, n_weights):
-    sizes = {n_g: len(naive(*impacts, n_g)[0] - naive(*impacts, n_g)[1]) for n_g in range(1, len(impacts[0].backward))}
+    sizes = {
+        n_g: len(naive(*impacts, n_g)[0] - naive(*impacts, n_g)[1])
+        for n_g in range(1, len(impacts[0].backward))
+    }
     some = {n_g: size for n_g, size in sizes.items() if size}
     if not some:
         with pytest.raises(EmptyLocalizationError, match="no N_g leaves a weight"):
@@ -139,13 +144,16 @@ def test_n_g_beyond_the_layer_is_refused():
 def test_localizer_measures_failed_and_passed(recorded):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
-    recording = recorded(model, torch.randn(40, 6), torch.arange(40) % 4, ["0", "2"], include_bias=True)
+    recording = recorded(
+        model, torch.randn(40, 6), torch.arange(40) % 4, ["0", "2"], include_bias=True
+    )
     failed = torch.arange(40) < 9
     for aggregation in ("mean_gradient", "per_sample"):
         localizer = NeuRecoverLite(n_weights=20, aggregation=aggregation, include_bias=True)
         found = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
         expected = localize(
-            *(measure(recording, EVALUATOR, m, aggregation=aggregation) for m in (failed, ~failed)), n_weights=20
+            *(measure(recording, EVALUATOR, m, aggregation=aggregation) for m in (failed, ~failed)),
+            n_weights=20,
         )
         assert torch.equal(found.weights, expected.weights)
         assert (found.n_g, found.requested, found.sizes) == (expected.n_g, 20, expected.sizes)

@@ -13,14 +13,18 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import measure
-from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search.scoring.recording import record
 
 
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(True))
-        self.block = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(True)
+        )
+        self.block = nn.Sequential(
+            nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(inplace=True)
+        )
         self.step, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x):
@@ -30,7 +34,9 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("aggregation", ["mean_gradient", "per_sample"])
-@pytest.mark.parametrize("layers", [["stem.0", "block.1", "head"], ["head"], ["block.1"], ["step"]], ids=str)
+@pytest.mark.parametrize(
+    "layers", [["stem.0", "block.1", "head"], ["head"], ["block.1"], ["step"]], ids=str
+)
 def test_backward_is_that_of_autograd_through_the_whole_model(layers, aggregation):
     generator = torch.Generator().manual_seed(0)
     model = Residual().double().eval()

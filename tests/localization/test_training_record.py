@@ -9,15 +9,16 @@ import pytest
 import torch
 from toy_problems import on_a_line, threshold
 
-from lightning_nrl.analysis.diagnosis import DoubtfulLabel, diagnose_module
-from lightning_nrl.analysis.diagnosis.diagnose import history_notes
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.localization import KnownData, NeuRecover, TrainingRecord
-from lightning_nrl.localization.training_record import forget_after, write_point
+from lightning_nrl.localization import KnownData
+from lightning_nrl.published import NeuRecover, TrainingRecord
+from lightning_nrl.published.training_record import forget_after, write_point
 
 
 def recorded(folder: Path, *thresholds: float) -> KnownData:
-    """A line with the threshold at 0.75, and a record of how it got there; 0.7 and 0.5 are targets, 0.6 passes."""
+    """A line with the threshold at 0.75, and a record of how it got there; 0.7 and 0.5 are targets,
+    0.6 passes.
+    """
     problem = on_a_line()
     for step, at in enumerate(thresholds, start=1):
         results = problem.evaluate(threshold(at))
@@ -29,7 +30,12 @@ def test_what_samples_went_through_by_hand(tmp_path: Path) -> None:
     recorded(tmp_path, 0.45, 0.65, 0.45, 0.8)
     record = TrainingRecord.read(tmp_path)
     found = record.splits["all"]
-    assert [(point.step, point.epoch) for point in record.points] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert [(point.step, point.epoch) for point in record.points] == [
+        (1, 0),
+        (2, 1),
+        (3, 2),
+        (4, 3),
+    ]
     assert found.passed[:, 4:].tolist() == [
         [False, True, True],
         [True, True, False],
@@ -50,21 +56,12 @@ def test_neurecover_finds_in_a_folder_what_it_finds_in_checkpoints(tmp_path: Pat
         assert torch.equal(getattr(folder, name), getattr(checkpoints, name))
 
 
-def test_points_of_a_training_that_went_on_from_an_earlier_step_are_forgotten(tmp_path: Path) -> None:
+def test_points_of_a_training_that_went_on_from_an_earlier_step_are_forgotten(
+    tmp_path: Path,
+) -> None:
     recorded(tmp_path, 0.45, 0.65, 0.75)
     forget_after(tmp_path, 2)
     assert [point.step for point in TrainingRecord.read(tmp_path).points] == [1, 2]
-
-
-def test_a_diagnosis_says_what_was_never_learnt(tmp_path: Path) -> None:
-    known = recorded(tmp_path, 0.65, 0.75)  # 0.5 was never right, 0.7 was
-    doubt = DoubtfulLabel("all", 6, 1, prediction=0, agreed=1.0, lead=1.0)
-    other = DoubtfulLabel("all", 5, 1, prediction=0, agreed=1.0, lead=1.0)
-    first, second = history_notes(TrainingRecord.read(tmp_path), known.before, [doubt, other])
-    assert "2 points, 1 of 2 targets were never right, and 1 were forgotten" in first
-    assert second.startswith("Look first at the labels of all 6: neighbours")
-    notes = diagnose_module(known.evaluator, known.sources, history=tmp_path).notes
-    assert any("1 of 2 targets were never right" in note for note in notes)
 
 
 def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None:
@@ -76,5 +73,7 @@ def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None
         NeuRecover(tmp_path / "other").on(known)
     forget_after(tmp_path / "other", -1)
     write_point(tmp_path / "other", 1, 0, replace(known.before, splits=("train",)), threshold(0.5))
-    with pytest.raises(ConfigurationError, match=r"records \['train'\], but the targets are in \['all'\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"records \['train'\], but the targets are in \['all'\]"
+    ):
         NeuRecover(tmp_path / "other").on(known)

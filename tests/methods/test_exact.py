@@ -14,12 +14,23 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_problems import StageTimer, broken, checked, left_alone, make_problem, on_a_line, right, same, shares, together
+from toy_problems import (
+    StageTimer,
+    broken,
+    checked,
+    left_alone,
+    make_problem,
+    on_a_line,
+    right,
+    same,
+    shares,
+    together,
+)
 from toy_repairs import blobs, known, trained
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.methods import Convex, Linearized, Problem
-from lightning_nrl.report.run_records import CUT
+from lightning_nrl.records.steps import CUT
 
 
 def test_what_can_be_repaired_without_a_regression_is() -> None:
@@ -45,7 +56,11 @@ def test_two_ranks_solve_what_one_does() -> None:
     alone = Convex()(make_problem(model, known(), "2")).proposal
     first, second = together(model, known(), lambda own: Convex()(own).proposal, layer="2")
     assert same(first.state, second.state)
-    assert (first.repaired, first.broken) == (second.repaired, second.broken) == (alone.repaired, alone.broken)
+    assert (
+        (first.repaired, first.broken)
+        == (second.repaired, second.broken)
+        == (alone.repaired, alone.broken)
+    )
 
 
 def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samples_too() -> None:
@@ -59,7 +74,9 @@ def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samp
         model[0].load_state_dict({"weight": torch.eye(2)})
         own = make_problem(model, shares(sources, collective.rank, 2), collective=collective)
         assert len(list(own.known[0])) == 1 - collective.rank
-        with pytest.raises(ConfigurationError, match="the output of `layer='0'` is not the model's logits"):
+        with pytest.raises(
+            ConfigurationError, match="the output of `layer='0'` is not the model's logits"
+        ):
             Convex()(own)
         return "refused"
 
@@ -72,7 +89,8 @@ def test_solving_ends_with_its_time() -> None:
     for seconds in (0.0, -1.0):
         assert Convex(seconds=seconds)(own).reason == "no time was left to solve anything."
     asked = itertools.count(1.0)
-    # Time is over within the weakest strength: folds without any change nothing, and the verdict on it is the rest.
+    # Time is over within the weakest strength: folds without any change nothing, and the verdict on
+    # it is the rest.
     counts = set()
     for seconds in range(1, 30):
         solution = Convex(seconds=seconds)(replace(own, clock=StageTimer(now=lambda: next(asked))))
@@ -91,23 +109,32 @@ def test_the_path_ends_after_a_strength_with_too_many_rows() -> None:
         Convex(max_pairs=0)
 
 
-def make(model: nn.Module, sources: Sequence[Any], layer: str | list[str] = "0", **rest: Any) -> Problem:
+def make(
+    model: nn.Module, sources: Sequence[Any], layer: str | list[str] = "0", **rest: Any
+) -> Problem:
     return make_problem(model, sources, layer, **rest)
 
 
 def plane() -> nn.Sequential:
     """Logits 0 and x, for points (x, y): class 1 right of the y axis."""
     model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False))
-    model[0].weight.data, model[1].weight.data = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [1.0]])
+    model[0].weight.data, model[1].weight.data = (
+        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([[0.0], [1.0]]),
+    )
     return model
 
 
-def source(points: Sequence[Sequence[float]], labels: Sequence[int], split: str, **marks: Any) -> TensorSource:
+def source(
+    points: Sequence[Sequence[float]], labels: Sequence[int], split: str, **marks: Any
+) -> TensorSource:
     return TensorSource(torch.tensor(points), torch.tensor(labels), split, **marks)
 
 
 def on_the_axis() -> list[TensorSource]:
-    """Passed points have margin 1; the target lies on the border, in a direction in which no passed point lies."""
+    """Passed points have margin 1; the target lies on the border, in a direction in which no passed
+    point lies.
+    """
     return [
         source([[1.0, 0.0], [-1.0, 0.0]], [1, 0], "train", passed=True),
         source([[0.0, 1.0]], [1], "new", failed=True),
@@ -122,7 +149,12 @@ def test_a_repair_in_the_first_of_two_layers_worked_out_by_hand() -> None:
     assert solution.proposal.state.keys() == {"0.weight"}
     torch.testing.assert_close(solution.proposal.state["0.weight"], torch.tensor([[1.0, 0.2]]))
     (step,) = solution.steps
-    assert (step.name, step.repaired, step.broken, step.note) == ("linearized", 1, 0, "3 gradients, the whole step")
+    assert (step.name, step.repaired, step.broken, step.note) == (
+        "linearized",
+        1,
+        0,
+        "3 gradients, the whole step",
+    )
 
 
 def test_a_target_that_a_passed_sample_contradicts_stays_and_nothing_breaks() -> None:
@@ -153,13 +185,19 @@ def test_a_bias_moves_only_if_it_is_included(bias: bool) -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 10_000), layer=st.sampled_from(["0", "2", ("0", "2")]), shift=st.floats(0.5, 2.5))
+@given(
+    seed=st.integers(0, 10_000),
+    layer=st.sampled_from(["0", "2", ("0", "2")]),
+    shift=st.floats(0.5, 2.5),
+)
 def test_it_never_breaks_a_known_sample(seed: int, layer: Any, shift: float) -> None:
     sources = [
         TensorSource(*blobs(80, seed=seed), split="train", passed=True),
         TensorSource(*blobs(40, shift, seed + 1), split="new", failed=True),
     ]
-    problem = make(trained(seed=seed % 7), sources, list(layer) if isinstance(layer, tuple) else layer)
+    problem = make(
+        trained(seed=seed % 7), sources, list(layer) if isinstance(layer, tuple) else layer
+    )
     with left_alone(problem.model):
         solution = Linearized()(problem)
     if solution.proposal is None:
@@ -184,14 +222,20 @@ def test_it_repairs_most_of_what_a_hidden_layer_can() -> None:
 def test_two_ranks_end_with_the_same_weights_and_repair_what_one_does(few: bool) -> None:
     sources = known()
     if few:
-        failed = (trained().eval()(sources[1].inputs).argmax(1) != sources[1].targets).nonzero()[:1, 0]
-        sources[1] = TensorSource(sources[1].inputs[failed], sources[1].targets[failed], "new", failed=True)
+        failed = (trained().eval()(sources[1].inputs).argmax(1) != sources[1].targets).nonzero()[
+            :1, 0
+        ]
+        sources[1] = TensorSource(
+            sources[1].inputs[failed], sources[1].targets[failed], "new", failed=True
+        )
     alone = Linearized()(make(trained(), sources)).proposal
     first, second = together(trained(), sources, lambda own: Linearized()(own).proposal, layer="0")
     assert alone is not None
     assert same(first.state, second.state)
     assert (first.repaired, first.broken) == (second.repaired, second.broken) == (alone.repaired, 0)
-    torch.testing.assert_close(first.state["0.weight"], alone.state["0.weight"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        first.state["0.weight"], alone.state["0.weight"], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_mixed_precision_is_repaired_as_deployed() -> None:
@@ -226,7 +270,10 @@ def test_a_layer_that_no_margin_depends_on_is_no_error() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2))
     model[0].weight.data, model[1].weight.data = torch.zeros(1, 2), torch.zeros(2, 1)
     model[1].bias.data = torch.tensor([0.0, 1.0])
-    sources = [source([[1.0, 0.0]], [1], "train", passed=True), source([[0.0, 1.0]], [0], "new", failed=True)]
+    sources = [
+        source([[1.0, 0.0]], [1], "train", passed=True),
+        source([[0.0, 1.0]], [0], "new", failed=True),
+    ]
     solution = Linearized()(make(model, sources))
     assert solution.proposal is None
     assert solution.reason == "the margins of the targets do not depend on the layer's weights."

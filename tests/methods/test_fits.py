@@ -29,12 +29,20 @@ from toy_problems import (
 )
 from toy_repairs import known, mlp, trained
 
-from lightning_nrl import BoundOptions, ConfigurationError, Settings, Target, TensorSource, repair_module
+from lightning_nrl import (
+    BoundOptions,
+    ConfigurationError,
+    Settings,
+    Target,
+    TensorSource,
+    repair_module,
+)
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.methods import METHODS, Apricot, FineTunePolish, Linearized, Polish, Problem, Solution
-from lightning_nrl.methods._solvers import polish as polish_module
+from lightning_nrl.methods import METHODS, FineTunePolish, Linearized, Polish, Problem, Solution
 from lightning_nrl.methods.finetune_polish import fine_tune_and_polish
+from lightning_nrl.methods.solvers import polish as polish_module
+from lightning_nrl.published import Apricot
 
 
 def test_training_goes_on_and_is_polished() -> None:
@@ -59,14 +67,20 @@ def test_training_goes_on_and_is_polished() -> None:
         fitted.broken,
         fitted.repaired,
     )
-    assert (second.name, second.broken, second.repaired) == ("polish", 0, solution.proposal.repaired)
+    assert (second.name, second.broken, second.repaired) == (
+        "polish",
+        0,
+        solution.proposal.repaired,
+    )
     assert second.note.partition(" ")[2] in ("round", "rounds")
     assert solution.proposal.name == "polish"
     assert torch.equal(solution.proposal.state["1.running_mean"], training.state["1.running_mean"])
     assert list(problem.clock.seconds) == ["fit", "polish"]
 
 
-@pytest.mark.parametrize(("share", "max_time", "expected"), [(1.0, 100, 84.0), (0.5, 100, 34.0), (1.0, 21, 11.0)])
+@pytest.mark.parametrize(
+    ("share", "max_time", "expected"), [(1.0, 100, 84.0), (0.5, 100, 34.0), (1.0, 21, 11.0)]
+)
 def test_it_takes_its_share_of_the_time(
     share: float, max_time: float, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,15 +101,24 @@ def test_it_takes_its_share_of_the_time(
     assert given["polish"] == pytest.approx(share * max_time - 3, abs=3)
 
 
-@pytest.mark.parametrize(("share", "max_time", "needed"), [(1.0, 3.0, 11), (0.1, 20.0, 110), (0.5, 1e-9, 22)])
-def test_without_time_the_reason_says_how_much_it_needs(share: float, max_time: float, needed: int) -> None:
+@pytest.mark.parametrize(
+    ("share", "max_time", "needed"), [(1.0, 3.0, 11), (0.1, 20.0, 110), (0.5, 1e-9, 22)]
+)
+def test_without_time_the_reason_says_how_much_it_needs(
+    share: float, max_time: float, needed: int
+) -> None:
     model = trained()
     training = FakeTraining(retrained(model))
-    own = make_problem(model, known(), training=training, clock=StageTimer(max_time=max_time, now=lambda: 0.0))
+    own = make_problem(
+        model, known(), training=training, clock=StageTimer(max_time=max_time, now=lambda: 0.0)
+    )
     own.clock.seconds["collect"] = 1.0
     solution = FineTunePolish(share)(own)
-    # A second to begin, and ten passes: three are an epoch, one is halfway, three each for the polish and for judging.
-    assert solution == Solution(None, f"no time was left for training: it needs about {needed} s of `max_time`.")
+    # A second to begin, and ten passes: three are an epoch, one is halfway, three each for the
+    # polish and for judging.
+    assert solution == Solution(
+        None, f"no time was left for training: it needs about {needed} s of `max_time`."
+    )
     assert training.calls == []
     enough = StageTimer(max_time=needed, now=lambda: 0.0)
     enough.seconds["collect"] = 1.0
@@ -114,11 +137,15 @@ def test_weights_that_are_no_numbers_are_no_proposal() -> None:
 
 
 def on_a_line_with_doubts() -> Problem:
-    """As `on_a_line`, with targets at 0.7, 0.71 and 0.72, and 0.8 of class 0, which fails outside the target."""
+    """As `on_a_line`, with targets at 0.7, 0.71 and 0.72, and 0.8 of class 0, which fails outside
+    the target.
+    """
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     x = torch.tensor([[value, 1.0] for value in (-2, -1, 1, 2, 0.6, 0.7, 0.71, 0.72, 0.8)])
-    source = TensorSource(x, torch.tensor([0, 0, 1, 1, 0, 1, 1, 1, 0]), "all", passed=True, failed=True)
+    source = TensorSource(
+        x, torch.tensor([0, 0, 1, 1, 0, 1, 1, 1, 0]), "all", passed=True, failed=True
+    )
     return make_problem(model, [source], target=Target.label(1))
 
 
@@ -126,7 +153,9 @@ REVERSED = {"weight": -threshold(0.65)["weight"]}
 """All passed samples of the line break, and no target is repaired."""
 
 
-def trained_on_a_line(halfway: State, final: State, rows: Sequence[int] | None) -> tuple[Solution, FakeTraining]:
+def trained_on_a_line(
+    halfway: State, final: State, rows: Sequence[int] | None
+) -> tuple[Solution, FakeTraining]:
     own, held_out = on_a_line_with_doubts(), None
     if rows is not None:
         held_out = torch.zeros(9, dtype=torch.bool)
@@ -141,16 +170,19 @@ def trained_on_a_line(halfway: State, final: State, rows: Sequence[int] | None) 
 @pytest.mark.parametrize(
     ("halfway", "rows", "weight", "counts"),
     [
-        # Four fifths of the passed samples are visited half as often: all but 0.6, which has the largest loss.
+        # Four fifths of the passed samples are visited half as often: all but 0.6, which has the
+        # largest loss.
         (threshold(0.65), None, [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1], None),
         # What is broken halfway is visited as often as before: -1 and 0.6.
         (threshold(-1.5), None, [0.5, 1, 0.5, 0.5, 1, 1, 1, 1, 1], None),
-        # Two repairs for none broken are more than chance: held-out samples join, and the counts are those halfway.
+        # Two repairs for none broken are more than chance: held-out samples join, and the counts
+        # are those halfway.
         (threshold(0.65), [0, 5, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1], (2, 0)),
         # None and one are not: 0.8, which fails outside the target, is visited a fifth as often.
         (threshold(0.715), [0, 5, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (0, 0)),
         (threshold(0.705), [0, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (1, 0)),
-        # Two that break and none repaired: they stay out and are counted at the end, and 0.8 is not visited at all.
+        # Two that break and none repaired: they stay out and are counted at the end, and 0.8 is not
+        # visited at all.
         (threshold(-3.0), [0, 1], [0, 0, 0.5, 0.5, 1, 1, 1, 1, 0], (0, 0)),
     ],
 )
@@ -269,12 +301,22 @@ def as_module(state: State, folder: Path) -> Any:
 
 def as_checkpoint(state: State, folder: Path) -> Any:
     path = folder / "new.ckpt"
-    torch.save({"epoch": 3, "state_dict": dict(state), "optimizer_states": [], "hyper_parameters": {"lr": 0.1}}, path)
+    torch.save(
+        {
+            "epoch": 3,
+            "state_dict": dict(state),
+            "optimizer_states": [],
+            "hyper_parameters": {"lr": 0.1},
+        },
+        path,
+    )
     return path
 
 
 @pytest.mark.parametrize("form", [as_state, as_module, as_checkpoint])
-def test_a_new_model_in_any_form_is_polished(form: Callable[[State, Path], Any], tmp_path: Path) -> None:
+def test_a_new_model_in_any_form_is_polished(
+    form: Callable[[State, Path], Any], tmp_path: Path
+) -> None:
     model = trained(normed).eval()
     problem = make_problem(model, known())
     new = barely(problem, retrained(model))
@@ -289,7 +331,11 @@ def test_a_new_model_in_any_form_is_polished(form: Callable[[State, Path], Any],
     first, second = solution.steps
     assert (first.name, first.note) == ("given", "before the polish")
     assert (first.repaired, first.broken) == (problem.propose("new", new).repaired, 1)
-    assert (second.name, second.repaired, second.broken) == ("polish", solution.proposal.repaired, 0)
+    assert (second.name, second.repaired, second.broken) == (
+        "polish",
+        solution.proposal.repaired,
+        0,
+    )
     assert second.note.endswith("round") or second.note.endswith("rounds")
     assert [other.name for other in solution.others] == ["given"]
     assert torch.equal(solution.proposal.state["1.running_var"], new["1.running_var"])
@@ -307,7 +353,15 @@ def test_the_model_itself_is_stepped_until_its_targets_are_right() -> None:
         solution = Polish()(problem)
     assert solution.proposal is not None
     now = right(problem, solution.proposal.state)
-    assert now.tolist() == [True, True, True, True, True, True, False]  # 0.7 is right, 0.5 would cost 0.6
+    assert now.tolist() == [
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]  # 0.7 is right, 0.5 would cost 0.6
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
     assert [step.name for step in solution.steps] == ["polish"]
 
@@ -327,29 +381,41 @@ def without(name: str) -> State:
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        (mlp(16), r"`Polish.new` has '0\.weight' in the shape \[16, 4\], not \[12, 4\]; 2 more tensors do not fit\."),
+        (
+            mlp(16),
+            r"`Polish.new` has '0\.weight' in the shape \[16, 4\], not \[12, 4\]; 2 more tensors do not fit\.",
+        ),
         (without("2.bias"), r"`Polish.new` lacks '2\.bias'\."),
         (normed(), r"`Polish.new` lacks '2\.weight'; 8 more"),
         ({}, r"`Polish.new` lacks '0\.weight'; 3 more"),
         ({"0.weight": 1.0}, r"`Polish.new` lacks '0\.weight'"),
-        ({**snapshot(mlp()), "3.weight": torch.zeros(2)}, r"`Polish.new` has '3\.weight', which is not in the model\."),
+        (
+            {**snapshot(mlp()), "3.weight": torch.zeros(2)},
+            r"`Polish.new` has '3\.weight', which is not in the model\.",
+        ),
     ],
 )
 def test_another_architecture_is_refused(new: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message + r"[\s\S]*\nHINT: give weights of the same architecture"):
+    with pytest.raises(
+        ConfigurationError, match=message + r"[\s\S]*\nHINT: give weights of the same architecture"
+    ):
         Polish(new)(make_problem(trained(), known()))
 
 
 @pytest.mark.parametrize("new", [3, [torch.zeros(2)], nn.Linear])
 def test_what_is_no_model_is_refused_at_once(new: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"`Polish.new=.*` is no model\.\nHINT: write Polish\(model\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"`Polish.new=.*` is no model\.\nHINT: write Polish\(model\)"
+    ):
         Polish(new)
 
 
 def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
     problem = make_problem(trained(), known(), layer="2")
     new = retrained(problem.model)
-    with pytest.raises(ConfigurationError, match=r"`Polish.new` differs in '0\.weight' too\.\nHINT: leave `layer`"):
+    with pytest.raises(
+        ConfigurationError, match=r"`Polish.new` differs in '0\.weight' too\.\nHINT: leave `layer`"
+    ):
         Polish(new)(problem)
     head = {**snapshot(problem.model), "2.weight": new["2.weight"], "2.bias": new["2.bias"]}
     solution = Polish(head)(problem)
@@ -360,7 +426,9 @@ def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
 def test_a_repair_that_is_late_still_breaks_nothing() -> None:
     problem = on_a_line(clock=StageTimer(max_time=1e-9))
     solution = Polish(threshold(-3.0))(problem)
-    assert solution.steps[1].note == "1 round, cut by `max_time`, then scaled back to 3% of the change"
+    assert (
+        solution.steps[1].note == "1 round, cut by `max_time`, then scaled back to 3% of the change"
+    )
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 0)
 
 
@@ -380,11 +448,15 @@ def test_tied_weights_are_polished_as_one() -> None:
     solution = Polish(new)(problem)
     assert solution.proposal is not None
     assert broken(problem, solution.proposal.state) == 0
-    outcome = repair_module(model, known(), Settings(method=Polish(new), bounds=BoundOptions(strength=1.0)))
+    outcome = repair_module(
+        model, known(), Settings(method=Polish(new), bounds=BoundOptions(strength=1.0))
+    )
     assert outcome.write(model)
     assert model.second.weight is model.first.weight
     assert broken(problem, {}) == 0
-    assert sum(split.kept + split.repaired for split in outcome.report.splits) == int(right(problem, {}).sum())
+    assert sum(split.kept + split.repaired for split in outcome.report.splits) == int(
+        right(problem, {}).sum()
+    )
 
 
 RIGHT, WRONG = threshold(0.65), threshold(0.9)
@@ -402,11 +474,15 @@ def test_rounds_move_the_threshold_until_a_target_is_right() -> None:
     # 0.75 + 0.05 (0.65 - 0.75) - 0.15 (0.9 - 0.75) = 0.7225, and the same from there
     assert at(solution) == pytest.approx(0.69225, abs=1e-6)
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
-    assert solution.steps[0].note == "2 checkpoints, right on 1 of the targets; 7 rounds"  # 5 of them without more
+    assert (
+        solution.steps[0].note == "2 checkpoints, right on 1 of the targets; 7 rounds"
+    )  # 5 of them without more
     alone = Apricot([RIGHT, WRONG], rate=0.1, strategy="right", rounds=50, patience=20)(problem)
     assert 0.65 < at(alone) < 0.7
     pushed = Apricot([WRONG], rate=0.1, strategy="wrong", rounds=2)(problem)
-    assert at(pushed) == pytest.approx(0.684, abs=1e-6)  # 0.75 - 0.2 (0.9 - 0.75) = 0.72, and the same from there
+    assert at(pushed) == pytest.approx(
+        0.684, abs=1e-6
+    )  # 0.75 - 0.2 (0.9 - 0.75) = 0.72, and the same from there
 
 
 def test_one_round_goes_no_further_than_a_fifth() -> None:
@@ -420,12 +496,16 @@ def test_the_training_goes_on_from_there_and_what_breaks_comes_back() -> None:
     solution = Apricot([RIGHT, WRONG], rate=0.1, rounds=1, epochs=3)(on_a_line(training=training))
     (call,) = training.calls
     assert call["epochs"] == 3
-    assert float(call["start"]["weight"][0, 1]) == pytest.approx(0.75)  # one round has repaired nothing yet
+    assert float(call["start"]["weight"][0, 1]) == pytest.approx(
+        0.75
+    )  # one round has repaired nothing yet
     assert [step.name for step in solution.steps] == ["apricot", "fit", "polish"]
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 1)
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
     layer = on_a_line(training=training, whole=False)
-    assert [step.name for step in Apricot([RIGHT], rounds=1, polish=False)(layer).steps] == ["apricot"]
+    assert [step.name for step in Apricot([RIGHT], rounds=1, polish=False)(layer).steps] == [
+        "apricot"
+    ]
 
 
 def test_a_network_with_its_checkpoints_in_a_folder(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from lightning_nrl.methods import auto as auto_module
 from lightning_nrl.methods import held_out as held_out_module
 from lightning_nrl.methods.auto import RungResult, chosen_rung
 from lightning_nrl.methods.held_out import estimate, held_out_rows
-from lightning_nrl.report.run_records import CUT, Rung
+from lightning_nrl.records.steps import CUT, Rung
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
 
@@ -98,7 +98,9 @@ def test_the_price_of_zero_is_what_more_could_be_repaired() -> None:
     solution = AUTO(replace(own, training=FakeTraining(retrained(own.model))))
     none, *_, any_number = solution.price
     assert (none.allowed, none.broken, any_number.allowed) == (0.0, 0, 1.0)
-    assert none.repaired_in_target >= max(rung.repaired_in_target for rung in solution.rungs if not rung.broken)
+    assert none.repaired_in_target >= max(
+        rung.repaired_in_target for rung in solution.rungs if not rung.broken
+    )
     assert any_number.repaired_in_target >= none.repaired_in_target
 
 
@@ -111,7 +113,9 @@ def test_a_layer_within_is_linearized() -> None:
     assert not {"fit", "convex"} & set(names(solution))
 
 
-def test_a_search_that_had_no_time_for_its_trial_has_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_had_no_time_for_its_trial_has_no_estimate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     search = auto_module.warm_started_search
 
     def short(problem: Problem, *args: Any, **rest: Any) -> Solution:
@@ -156,7 +160,9 @@ def test_a_block_changes_inside_alone() -> None:
 def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no searcher"):
         Auto(50)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="`method`: function returned a NoneType instead of a `Solution`"):
+    with pytest.raises(
+        ConfigurationError, match="`method`: function returned a NoneType instead of a `Solution`"
+    ):
         repair_module(trained(), known(), Settings(method=lambda problem: None))  # type: ignore[arg-type,return-value]
 
 
@@ -195,7 +201,10 @@ def test_where_the_layer_cannot_be_solved_for_want_of_memory_the_search_is_still
     monkeypatch.setattr(auto_module, "Convex", Full)
     own = problem("2")
     solution = checked(own, AUTO(own))
-    assert [(rung.name, rung.taken) for rung in solution.rungs] == [("search", True), ("exact", False)]
+    assert [(rung.name, rung.taken) for rung in solution.rungs] == [
+        ("search", True),
+        ("exact", False),
+    ]
     (step,) = (step for step in solution.steps if step.name == "full")
     assert step.note == "not run: out of memory"
 
@@ -243,7 +252,12 @@ def test_how_busy_the_machine_is_changes_nothing(gate: str) -> None:
         assert solution.proposal is not None
         rungs = [replace(rung, seconds=0.0) for rung in solution.rungs]
         steps = [replace(step, seconds=0.0) for step in solution.steps]
-        found.append((solution.proposal.state, (rungs, steps, solution.choice, solution.held_out, solution.price)))
+        found.append(
+            (
+                solution.proposal.state,
+                (rungs, steps, solution.choice, solution.held_out, solution.price),
+            )
+        )
     (weights, told), (weights_under_load, told_under_load) = found
     assert told == told_under_load
     assert same(weights, weights_under_load)
@@ -276,7 +290,12 @@ def seconds_of_searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize(
     ("max_time", "searching", "training"),
     # Half of it where a few epochs fit in, and all where none does.
-    [(100.0, 9.7, 97 - 12 - 1), (31.0, 14.0, 28 * 2 / 3 - 1), (11.0, 4.0, 8 * 2 / 3 - 1), (9.0, 6.0, 3.0)],
+    [
+        (100.0, 9.7, 97 - 12 - 1),
+        (31.0, 14.0, 28 * 2 / 3 - 1),
+        (11.0, 4.0, 8 * 2 / 3 - 1),
+        (9.0, 6.0, 3.0),
+    ],
 )
 def test_searches_have_a_tenth_of_the_time_or_more_where_that_is_short(
     max_time: float, searching: float, training: float, monkeypatch: pytest.MonkeyPatch
@@ -287,17 +306,21 @@ def test_searches_have_a_tenth_of_the_time_or_more_where_that_is_short(
     own = problem(clock=clock)
     given = FakeTraining(retrained(own.model))
     AUTO(replace(own, training=given))
-    # A quarter for the first search, which is too short, and all of it for the one from the exact solution.
+    # A quarter for the first search, which is too short, and all of it for the one from the exact
+    # solution.
     assert ends[:2] == pytest.approx([searching / 4, searching])
     assert given.calls[0]["seconds"] == pytest.approx(training)
 
 
-def test_what_was_cut_is_climbed_again_in_what_training_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_cut_is_climbed_again_in_what_training_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ends, clock = seconds_of_searches(monkeypatch), StageTimer(max_time=100.0, now=lambda: 0.0)
     clock.seconds["collect"] = 0.5
     own = problem(clock=clock)
     solution = AUTO(replace(own, training=FakeTraining(retrained(own.model))))
-    # A search takes ten passes to prepare: a quarter of a tenth of 98.5 s is too short, a quarter of all of it is not.
+    # A search takes ten passes to prepare: a quarter of a tenth of 98.5 s is too short, a quarter
+    # of all of it is not.
     assert ends[:3] == pytest.approx([9.85 / 4, 9.85, 98.5 / 4])
     assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
     assert solution.rungs[0].repaired_in_target > 0
@@ -342,7 +365,9 @@ def test_half_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind()
     assert torch.equal(rows, again)
 
 
-def test_no_more_failures_are_held_out_than_an_estimate_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_failures_are_held_out_than_an_estimate_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     own = make_problem(trained(), known())
     before, n_failures = own.before, int((~own.before.passed[own.before.of("new")]).sum())
     monkeypatch.setattr(held_out_module, "MAX_HELD_OUT_FAILURES", n_failures // 4)
@@ -377,7 +402,9 @@ def test_of_what_is_in_two_splits_both_copies_are_held_out_and_one_is_counted() 
 def test_no_fold_of_the_exact_programmes_keeps_copies_of_what_it_leaves_out() -> None:
     points, labels = blobs(240, 1.5)
     marks = [{"split": "train", "passed": True}, {"split": "hard", "failed": True}]
-    copied, known_twice = ([kind(points, labels, **mark) for mark in marks] for kind in (Placed, TensorSource))
+    copied, known_twice = (
+        [kind(points, labels, **mark) for mark in marks] for kind in (Placed, TensorSource)
+    )
     found = Convex()(make_problem(trained(), copied)).held_out
     assert found is not None
     assert found.broken > 0
@@ -411,9 +438,13 @@ def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out(
 EMPTY = problem().before
 
 
-def rung(repaired: int, held_out: TargetCounts | None = None, name: str = "search", **rest: Any) -> RungResult:
+def rung(
+    repaired: int, held_out: TargetCounts | None = None, name: str = "search", **rest: Any
+) -> RungResult:
     proposal = Proposal("polish", {}, EMPTY, repaired, 0, **rest)
-    return RungResult(name, Solution(proposal, "" if repaired else "nothing is repaired.", held_out=held_out), 1.0)
+    return RungResult(
+        name, Solution(proposal, "" if repaired else "nothing is repaired.", held_out=held_out), 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,7 +461,8 @@ def rung(repaired: int, held_out: TargetCounts | None = None, name: str = "searc
         ([rung(9, counts(8, 0)), rung(9, counts(9, 1))], 0),
         ([rung(9, counts(9, 1)), rung(9, counts(8, 1))], 0),
         ([rung(9, counts(8, 1)), rung(9, counts(9, 1))], 1),
-        # Less is repaired: only where held-out samples say so by more than chance, and at least half.
+        # Less is repaired: only where held-out samples say so by more than chance, and at least
+        # half.
         ([rung(20, counts(8, 1)), rung(19, counts(9, 1))], 0),
         ([rung(20, counts(2, 1)), rung(19, counts(19, 0))], 1),
         ([rung(20, counts(2, 1)), rung(9, counts(19, 0))], 0),

@@ -12,10 +12,18 @@ import torch
 from toy_problems import left_alone, on_a_line, threshold
 from toy_repairs import known, trained
 
-from lightning_nrl import ConfigurationError, ParticleSwarm, SampleOptions, Settings, Target, repair_module
-from lightning_nrl.methods import METHODS, MergedRepairs, Problem, Solution, bundle
-from lightning_nrl.methods.merged_repairs import WholeModelScorer, _scorer
-from lightning_nrl.search import ArachneDEFitness, Fitness
+from lightning_nrl import (
+    ConfigurationError,
+    ParticleSwarm,
+    SampleOptions,
+    Settings,
+    Target,
+    repair_module,
+)
+from lightning_nrl.methods import METHODS, Problem, Solution
+from lightning_nrl.published import ArachneDEFitness, MergedRepairs, bundle
+from lightning_nrl.published.merged_repairs import WholeModelScorer, _scorer
+from lightning_nrl.search import Fitness
 
 QUICK = ParticleSwarm(particles=12, iterations=12)
 PARTS = [
@@ -26,7 +34,9 @@ PARTS = [
 
 @dataclass(frozen=True)
 class Lowered:
-    """A method that lowers the threshold of `on_a_line`: to 0.65 for the target 0.7, to 0.45 for 0.5."""
+    """A method that lowers the threshold of `on_a_line`: to 0.65 for the target 0.7, to 0.45 for
+    0.5.
+    """
 
     def __call__(self, problem: Problem) -> Solution:
         (row,) = problem.before.targeted.nonzero().flatten().tolist()
@@ -65,7 +75,16 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
     fast = _scorer(problem, states, ArachneDEFitness())[0](values)
     assert whole.patched.tolist() == [[0, 1, 2, 1, 1]]
     assert whole.intact.tolist() == [[5, 5, 4, 5, 5]]
-    for name in ("patched", "intact", "loss_failed", "loss_passed", "value", "cost", "credit_failed", "credit_passed"):
+    for name in (
+        "patched",
+        "intact",
+        "loss_failed",
+        "loss_passed",
+        "value",
+        "cost",
+        "credit_failed",
+        "credit_passed",
+    ):
         one, other = getattr(fast, name), getattr(whole, name)
         assert (one is None) == (other is None)
         if one is not None:
@@ -86,7 +105,9 @@ def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
 def test_pairs_of_classes_are_parts_and_risks_are_their_weights() -> None:
     risk = {(0, 1): 4, 2: 3}
     part = bundle("arachne", searcher=QUICK)
-    settings = Settings(method=MergedRepairs(method=part, most=2), layer="2", samples=SampleOptions(risk=risk))
+    settings = Settings(
+        method=MergedRepairs(method=part, most=2), layer="2", samples=SampleOptions(risk=risk)
+    )
     report = repair_module(trained(), known(), settings).report
     *parts, merge = report.steps
     assert len(parts) == 2

@@ -1,4 +1,6 @@
-"""Searches of localised weights: the published methods, other parts, a warm start, and very many samples."""
+"""Searches of localised weights: the published methods, other parts, a warm start, and very many
+samples.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,13 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import (
     LOCALIZERS,
     AllWeights,
-    Arachne,
-    ArachneV2,
     ByGradient,
     Localization,
-    NeuRecover,
     NeuRecoverLite,
     RandomWeights,
 )
 from lightning_nrl.localization.localizer import Replay
 from lightning_nrl.methods import (
-    BUNDLES,
     METHODS,
     Auto,
     Convex,
@@ -47,23 +45,23 @@ from lightning_nrl.methods import (
     Problem,
     Proposal,
     Solution,
-    bundle,
     warm_started_search,
 )
 from lightning_nrl.methods.budget import FEWEST_SAMPLES
 from lightning_nrl.methods.search_samples import choose_samples, n_to_score, preparation_seconds
-from lightning_nrl.pipeline import paper_arguments
-from lightning_nrl.search import (
-    FITNESSES,
-    SEARCHERS,
+from lightning_nrl.published import (
+    BUNDLES,
+    Arachne,
     ArachneDEFitness,
     ArachneFitness,
+    ArachneV2,
     DifferentialEvolution,
-    Fitness,
+    NeuRecover,
     NeuRecoverFitness,
-    RandomStreams,
-    SearchOrigin,
+    bundle,
 )
+from lightning_nrl.search import FITNESSES, SEARCHERS, Fitness, RandomStreams, SearchOrigin
+from lightning_nrl.study import paper_arguments
 
 QUICK = ParticleSwarm(particles=12, iterations=12)
 
@@ -101,14 +99,16 @@ def test_what_the_options_say_goes_before_the_parts_of_the_method() -> None:
     assert settings.plain()["localizer"]["class"] == "ByGradient"
     assert Settings(method="neurecover").localizer == NeuRecover()  # type: ignore[arg-type]
     assert Settings().plain()["localizer"]["class"] == "NeuRecoverLite"
-    callback = RegressionFreeRepair(method="arachne-de", search=SearchOptions(fitness="lexicographic"))
+    callback = RegressionFreeRepair(
+        method="arachne-de", search=SearchOptions(fitness="lexicographic")
+    )
     assert callback.settings.fitness == Fitness()
 
 
 OWN = """
 from dataclasses import dataclass
 from lightning_nrl.localization import RandomWeights
-from lightning_nrl.methods import bundle
+from lightning_nrl.published import bundle
 from lightning_nrl.search import ParticleSwarm
 
 @dataclass(frozen=True)
@@ -159,7 +159,9 @@ def test_other_distributions_add_names_by_entry_points() -> None:
     assert isinstance(settings.method, LocalSearch)
     assert type(settings.localizer).__name__ == "Mine"
     assert type(METHODS.parse("method", "small")).__name__ == "Small"
-    assert type(METHODS.parse("method", "auto")).__name__ == "Auto"  # the package's own names stay its own
+    assert (
+        type(METHODS.parse("method", "auto")).__name__ == "Auto"
+    )  # the package's own names stay its own
     assert "mine" in LOCALIZERS.forms
 
 
@@ -167,7 +169,10 @@ def test_other_distributions_add_names_by_entry_points() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("broken", r"entry point 'nrl_plugin:missing' of nrl-plugin cannot be loaded \(AttributeError"),
+        (
+            "broken",
+            r"entry point 'nrl_plugin:missing' of nrl-plugin cannot be loaded \(AttributeError",
+        ),
         ("no-localizer", "gave a function, which is no Localizer"),
         ("min", "did you mean 'mine'"),
     ],
@@ -178,13 +183,18 @@ def test_an_entry_point_that_gives_nothing_of_use_says_whose_it_is(name: str, me
 
 
 def settings_of(method: object, **more: object) -> Settings:
-    arguments = {"layer": "2", "search": SearchOptions(localizer=NeuRecoverLite(n_weights=12)), "method": method}
+    arguments = {
+        "layer": "2",
+        "search": SearchOptions(localizer=NeuRecoverLite(n_weights=12)),
+        "method": method,
+    }
     return Settings(**(arguments | more))  # type: ignore[arg-type]
 
 
 def test_a_searcher_of_ones_own_is_a_method_of_a_repair() -> None:
     first, again, other = (
-        repair_module(trained(), known(), settings_of(RandomLocalSearch(), seed=s)) for s in (0, 0, 1)
+        repair_module(trained(), known(), settings_of(RandomLocalSearch(), seed=s))
+        for s in (0, 0, 1)
     )
     report = first.report
     assert report.status == "repaired"
@@ -201,13 +211,17 @@ def test_weights_are_localised_on_the_passed_samples_that_are_scored() -> None:
 
     @dataclass(frozen=True)
     class Recorder(AllWeights):
-        def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+        def __call__(
+            self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+        ) -> Localization:
             asked.append((failed, passed))
             return super().__call__(recording, evaluator, failed=failed, passed=passed)
 
     sources, arguments = known(), paper_arguments("EXP-C1")
     search = replace(arguments["search"], localizer=Recorder(), n_passed=30)
-    repair_module(trained(), sources, Settings(**{**arguments, "layer": "2", "search": search, "seed": 3}))
+    repair_module(
+        trained(), sources, Settings(**{**arguments, "layer": "2", "search": search, "seed": 3})
+    )
     (failed, passed), before = asked[0], Evaluator(trained().eval()).run(sources, Target.all())
     assert torch.equal(failed, before.targeted)
     # Thirty of those that pass of the training data, none of the repair data.
@@ -221,14 +235,18 @@ class Forgetful(RandomLocalSearch):
 
 
 def test_a_searcher_that_does_not_score_the_original_weights_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"Forgetful\.init does not begin with the original weights"):
+    with pytest.raises(
+        ConfigurationError, match=r"Forgetful\.init does not begin with the original weights"
+    ):
         repair_module(trained(), known(), settings_of(Forgetful()))
 
 
 def test_nothing_better_is_no_proposal_and_the_model_is_left_alone() -> None:
     own = make_problem(trained(), known(), "2")
     before = snapshot(own.model)
-    solution = LocalSearch(ParticleSwarm(particles=2, iterations=0, scale_min=1e-9, scale_max=1e-9))(own)
+    solution = LocalSearch(
+        ParticleSwarm(particles=2, iterations=0, scale_min=1e-9, scale_max=1e-9)
+    )(own)
     assert solution.proposal is None
     assert "nothing better than the original weights" in solution.reason
     assert solution.localization is not None
@@ -271,7 +289,9 @@ def test_it_goes_on_from_a_base_that_changes_another_layer(seed: int) -> None:
     (step,) = solution.steps
     gain = f"+{repaired - base.repaired} repaired" if repaired > base.repaired else "no change"
     assert step.note.endswith(f"iterations; compared with its start: {gain}")
-    assert solution.proposal is base or torch.equal(solution.proposal.state["0.weight"], base.state["0.weight"])
+    assert solution.proposal is base or torch.equal(
+        solution.proposal.state["0.weight"], base.state["0.weight"]
+    )
     assert all(torch.equal(value, before[name]) for name, value in snapshot(own.model).items())
 
 
@@ -325,7 +345,8 @@ def test_passed_samples_keep_half_of_their_margin_or_what_is_enough() -> None:
 
 def test_where_no_target_is_left_more_margin_is_searched_for_at_the_same_counts() -> None:
     own = warm_problem()
-    # Targets are right by a hair's breadth under the base, which is the original model with another bias.
+    # Targets are right by a hair's breadth under the base, which is the original model with another
+    # bias.
     after = replace(
         own.before,
         passed=own.before.passed | own.before.targeted,
@@ -350,7 +371,8 @@ def test_of_many_those_nearest_to_the_border_are_taken_and_a_draw_of_the_others(
     before = results([0.1, -5.0, 9.0, -0.5, 8.0, 0.2, 7.0, 6.0, -0.1, 5.0])
     choices = [choose_samples(before, before.targeted, before.passed, 6, seed) for seed in range(9)]
     for choice in choices:
-        # Half of them may be targets: all three. Of the passed ones the nearest two, and one drawn of the others.
+        # Half of them may be targets: all three. Of the passed ones the nearest two, and one drawn
+        # of the others.
         assert choice.recorded[[1, 3, 8, 0, 5]].all()
         assert int(choice.recorded.sum()) == 6
         assert int(choice.representative.sum()) == 1
@@ -374,7 +396,8 @@ def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short() -
     many = results([1.0] * 1_000_000)
     for own in (timed(None, 99.0, before=many), timed(1e6, 1.0, before=many), timed(30.0, 3.0)):
         assert n_to_score(own, own.deadline_of_method()) == 100_000
-    # Half of what is left of 100 s when three passes have been kept, at 10 passes of 1 us and 30 us each.
+    # Half of what is left of 100 s when three passes have been kept, at 10 passes of 1 us and 30 us
+    # each.
     own = timed(100.0, 1.0, before=many, n_scored=2_000_000)
     assert 0.9 * 48.5 / 40e-6 < n_to_score(own, own.deadline_of_method()) < 48.5 / 40e-6
     assert preparation_seconds(own, 2_000_000) == pytest.approx(40.0)
@@ -383,7 +406,8 @@ def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short() -
 
 
 @pytest.mark.parametrize(
-    ("n", "fitted", "epochs"), [(180, 10, 16), (180, 30, 30), (5_000, 3, 12), (100_000, 3, 3), (100_000, None, 1)]
+    ("n", "fitted", "epochs"),
+    [(180, 10, 16), (180, 30, 30), (5_000, 3, 12), (100_000, 3, 3), (100_000, None, 1)],
 )
 def test_the_budget_is_the_epochs_of_the_fit_or_more_where_known_samples_are_few(
     n: int, fitted: int | None, epochs: int
@@ -404,7 +428,9 @@ def test_what_no_time_is_left_for_is_not_begun(method: object) -> None:
 @pytest.mark.parametrize("method", [Auto(QUICK), QUICK])
 def test_a_search_on_some_samples_is_judged_on_all(method: object) -> None:
     search = replace(TOY["search"], n_scored=60)
-    report = repair_module(trained(), known(), Settings(layer="2", method=method, search=search)).report
+    report = repair_module(
+        trained(), known(), Settings(layer="2", method=method, search=search)
+    ).report
     assert report.status == "repaired"
     assert report.search is not None
     assert report.search.n_passed is not None

@@ -54,9 +54,19 @@ def test_every_rate_follows_its_formula(rate: Rate, expected: float) -> None:
     ("old", "new", "target", "counts"),
     [
         (OLD, NEW, TARGET, [5, 2, 3, 1]),
-        (logits(OLD), logits(NEW, 7), TARGET, [5, 2, 3, 1]),  # models that know different numbers of classes
+        (
+            logits(OLD),
+            logits(NEW, 7),
+            TARGET,
+            [5, 2, 3, 1],
+        ),  # models that know different numbers of classes
         # One logit is that of class 1 over a 0.
-        (torch.tensor([[2.0], [-1.0]]), torch.tensor([[2.0], [1.0]]), torch.tensor([1, 0]), [1, 1, 0, 0]),
+        (
+            torch.tensor([[2.0], [-1.0]]),
+            torch.tensor([[2.0], [1.0]]),
+            torch.tensor([1, 0]),
+            [1, 1, 0, 0],
+        ),
         (DENSE[0], DENSE[1], DENSE[2], [1, 1, 1, 1]),
         (logits(DENSE[0]), logits(DENSE[1]), DENSE[2], [1, 1, 1, 1]),
         # NaN logits are wrong even where argmax hits the target.
@@ -98,9 +108,15 @@ def test_what_is_undefined_is_nan(
     ("old", "message"),
     [
         (torch.zeros(3, dtype=torch.int64), r"`old_preds`: torch.int64 of shape \[3\]"),
-        (torch.rand(11), r"`old_preds`: torch.float32 of shape \[11\] does not fit a `target` \[11\]"),
+        (
+            torch.rand(11),
+            r"`old_preds`: torch.float32 of shape \[11\] does not fit a `target` \[11\]",
+        ),
         (torch.rand(10, 3), r"`old_preds`: torch.float32 of shape \[10, 3\]"),
-        (torch.zeros(11, 3, dtype=torch.int64), r"HINT: give classes as integers in the shape of the target, or "),
+        (
+            torch.zeros(11, 3, dtype=torch.int64),
+            r"HINT: give classes as integers in the shape of the target, or ",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(old: Tensor, message: str) -> None:
@@ -135,8 +151,12 @@ def test_batches_add_up_to_the_function_on_all_until_a_reset(kind: type[FlipMetr
     of_batch = [metric(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows]) for rows in UNEVEN]
     torch.testing.assert_close(metric.compute(), function(MANY_OLD, MANY_NEW, MANY_TARGET))
     for value, rows in zip(of_batch, UNEVEN, strict=True):
-        torch.testing.assert_close(value, function(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows]))
-    torch.testing.assert_close(pickle.loads(pickle.dumps(metric)).compute(), function(MANY_OLD, MANY_NEW, MANY_TARGET))
+        torch.testing.assert_close(
+            value, function(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows])
+        )
+    torch.testing.assert_close(
+        pickle.loads(pickle.dumps(metric)).compute(), function(MANY_OLD, MANY_NEW, MANY_TARGET)
+    )
     metric.reset()
     assert metric.flips.tolist() == [0, 0, 0, 0]
 
@@ -147,7 +167,9 @@ def test_a_collection_updates_one_state_for_all() -> None:
         together.update(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows])
     assert list(map(len, together.compute_groups.values())) == [len(CLASSES)]
     for kind, function in CLASSES.items():
-        torch.testing.assert_close(together.compute()[kind.__name__], function(MANY_OLD, MANY_NEW, MANY_TARGET))
+        torch.testing.assert_close(
+            together.compute()[kind.__name__], function(MANY_OLD, MANY_NEW, MANY_TARGET)
+        )
 
 
 def _on_rank(folder: str) -> None:
@@ -158,9 +180,13 @@ def _on_rank(folder: str) -> None:
     torch.save(together.compute(), f"{folder}/{rank}.pt")
 
 
-def test_two_ranks_with_uneven_shards_give_the_single_process_values(tmp_path: os.PathLike[str]) -> None:
+def test_two_ranks_with_uneven_shards_give_the_single_process_values(
+    tmp_path: os.PathLike[str],
+) -> None:
     in_two_processes(_on_rank, str(tmp_path))
     for rank in range(2):
         found = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
         for kind, function in CLASSES.items():
-            torch.testing.assert_close(found[kind.__name__], function(MANY_OLD, MANY_NEW, MANY_TARGET))
+            torch.testing.assert_close(
+                found[kind.__name__], function(MANY_OLD, MANY_NEW, MANY_TARGET)
+            )

@@ -67,8 +67,13 @@ def test_flat_vector_has_weights_row_by_row_then_bias(model):
 
 def test_bias_is_left_out_unless_asked_for(model):
     assert find_layers(model, "hidden").size == 24
-    assert list(find_layers(model, "hidden", include_bias=True).sites[0].parameters) == ["hidden.weight", "hidden.bias"]
-    assert list(find_layers(model, "features.0", include_bias=True).sites[0].parameters) == ["features.0.weight"]
+    assert list(find_layers(model, "hidden", include_bias=True).sites[0].parameters) == [
+        "hidden.weight",
+        "hidden.bias",
+    ]
+    assert list(find_layers(model, "features.0", include_bias=True).sites[0].parameters) == [
+        "features.0.weight"
+    ]
 
 
 def test_flat_is_a_copy_without_gradient(model):
@@ -81,7 +86,9 @@ def test_flat_is_a_copy_without_gradient(model):
 def test_changed_sets_weights_by_flat_position_and_leaves_the_model(model):
     space = find_layers(model, ["features.0", "classifier"], include_bias=True)
     before = space.flat()
-    changed = space.changed(torch.tensor([1, 8 + 5, 8 + 7]), torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64))
+    changed = space.changed(
+        torch.tensor([1, 8 + 5, 8 + 7]), torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64)
+    )
     assert list(changed) == ["features.0.weight", "classifier.weight", "classifier.bias"]
     assert changed["features.0.weight"].flatten()[:3].tolist() == [0.0, -1.0, 2.0]
     assert changed["classifier.weight"][1, 2] == -2
@@ -136,7 +143,11 @@ def test_a_layer_may_be_called_by_any_of_its_names(model):
         ("classifer", "`layer='classifer'` is not in the model", "'classifier'"),
         ("qqq", "`layer='qqq'` is not in the model", "'features.0', 'hidden', 'classifier'"),
         ("features", "`layer='features'` is a Sequential", "'features.0'"),
-        ("features.1", "`layer='features.1'` is a BatchNorm2d", "name a Linear, Conv1d/2d/3d, LSTM, GRU or RNN."),
+        (
+            "features.1",
+            "`layer='features.1'` is a BatchNorm2d",
+            "name a Linear, Conv1d/2d/3d, LSTM, GRU or RNN.",
+        ),
         (["hidden", "hidden"], "names a layer twice", "once"),
         ([], "names no layer", "auto"),
         (["hidden", "drop"], "`layer='drop'` is a Dropout", "Linear"),
@@ -153,12 +164,16 @@ def test_names_that_cannot_be_repaired_are_refused_with_a_hint(model, layer, fou
 
 
 def test_auto_without_a_linear_is_the_last_convolution(model):
-    convolutions = [name for name, module in model.features.named_modules() if isinstance(module, nn.Conv2d)]
+    convolutions = [
+        name for name, module in model.features.named_modules() if isinstance(module, nn.Conv2d)
+    ]
     assert [site.name for site in find_layers(model.features).sites] == convolutions[-1:]
 
 
 def test_auto_without_anything_to_repair_is_refused():
-    with pytest.raises(ConfigurationError, match=r"found no Linear layer and no conv.*\nHINT: name a Linear, Conv"):
+    with pytest.raises(
+        ConfigurationError, match=r"found no Linear layer and no conv.*\nHINT: name a Linear, Conv"
+    ):
         find_layers(nn.Sequential(nn.ReLU()))
 
 
@@ -168,7 +183,9 @@ def test_lazy_layer_is_refused():
 
 
 def test_parametrised_layer_is_refused():
-    with pytest.raises(ConfigurationError, match="`layer='0'` has no floating-point weight of its own"):
+    with pytest.raises(
+        ConfigurationError, match="`layer='0'` has no floating-point weight of its own"
+    ):
         find_layers(nn.Sequential(weight_norm(nn.Linear(3, 3))))
 
 
@@ -188,5 +205,7 @@ def test_tied_weights_are_refused():
 
 def test_several_dtypes_are_refused(model):
     model.hidden.half()
-    with pytest.raises(ConfigurationError, match=r"several dtypes.*torch.float16 on cpu.*torch.float32 on cpu"):
+    with pytest.raises(
+        ConfigurationError, match=r"several dtypes.*torch.float16 on cpu.*torch.float32 on cpu"
+    ):
         find_layers(model, ["hidden", "classifier"])

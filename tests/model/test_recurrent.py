@@ -1,4 +1,6 @@
-"""LSTM, GRU and RNN taken apart: the same outputs, impacts by hand, and candidates scored as the whole model does."""
+"""LSTM, GRU and RNN taken apart: the same outputs, impacts by hand, and candidates scored as the
+whole model does.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,9 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.evaluation.recurrent import gates_of, unroll
 from lightning_nrl.localization.impact import measure
-from lightning_nrl.methods import bundle
-from lightning_nrl.search import DifferentialEvolution
-from lightning_nrl.search._scoring.recording import record
-from lightning_nrl.search._scoring.scorer import make_scorer
+from lightning_nrl.published import DifferentialEvolution, bundle
+from lightning_nrl.search.scoring.recording import record
+from lightning_nrl.search.scoring.scorer import make_scorer
 
 
 class Last(nn.Module):
@@ -36,7 +37,12 @@ class Last(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize(
-    "how", [{}, {"bias": False}, {"batch_first": True, "bidirectional": True, "num_layers": 2, "dropout": 0.5}]
+    "how",
+    [
+        {},
+        {"bias": False},
+        {"batch_first": True, "bidirectional": True, "num_layers": 2, "dropout": 0.5},
+    ],
 )
 def test_it_gives_what_the_layer_gives(kind: Any, how: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -64,14 +70,24 @@ def test_impacts_of_two_steps_by_hand() -> None:
             "head.bias": torch.zeros(2),
         }
     )
-    # Inputs 1 and 3: h1 = 2, h2 = 6 + 1 = 7, logits (0, 7), of class 0: the loss's gradient in h2 is sigmoid(7).
+    # Inputs 1 and 3: h1 = 2, h2 = 6 + 1 = 7, logits (0, 7), of class 0: the loss's gradient in h2
+    # is sigmoid(7).
     source = TensorSource(torch.tensor([[[1.0], [3.0]]]), torch.tensor([0]), "one", failed=True)
     space, evaluator = find_layers(model, "rnn"), Evaluator(model)
-    cache = record(evaluator, [(batch, batch.position) for batch in source], space, torch.ones(1, dtype=torch.bool))
+    cache = record(
+        evaluator,
+        [(batch, batch.position) for batch in source],
+        space,
+        torch.ones(1, dtype=torch.bool),
+    )
     impact = measure(cache, evaluator, torch.ones(1, dtype=torch.bool))
     g = float(torch.sigmoid(torch.tensor(7.0)))
-    assert impact.backward.tolist() == pytest.approx([g * (3 + 0.5 * 1), g * (2 + 0.5 * 0)], rel=1e-5)
-    assert impact.forward.tolist() == pytest.approx([(2 + 6) / 2, (0 + 1) / 2])  # |o w| over both steps
+    assert impact.backward.tolist() == pytest.approx(
+        [g * (3 + 0.5 * 1), g * (2 + 0.5 * 0)], rel=1e-5
+    )
+    assert impact.forward.tolist() == pytest.approx(
+        [(2 + 6) / 2, (0 + 1) / 2]
+    )  # |o w| over both steps
     assert list(space.parameters) == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
 
 
@@ -102,7 +118,10 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="is an LSTM with projections"):
         find_layers(Last(nn.LSTM(3, 4, proj_size=2)), "rnn")
     layer = nn.GRU(3, 4)
-    with unroll([gates_of("rnn", layer)]), pytest.raises(ConfigurationError, match="packed sequences"):
+    with (
+        unroll([gates_of("rnn", layer)]),
+        pytest.raises(ConfigurationError, match="packed sequences"),
+    ):
         layer(pack_sequence([torch.randn(2, 3)]))
     with pytest.raises(ConfigurationError, match="names a layer twice"):
         find_layers(Last(nn.GRU(3, 4)), ["rnn", "rnn"])
@@ -112,7 +131,10 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
 def rows_of_digits() -> tuple[Last, list[TensorSource]]:
     """An LSTM that has read 300 digits row by row, and 300 that came in later."""
     digits = load_digits()
-    x, y = torch.tensor(digits.images[:600], dtype=torch.float32) / 16, torch.tensor(digits.target[:600])
+    x, y = (
+        torch.tensor(digits.images[:600], dtype=torch.float32) / 16,
+        torch.tensor(digits.target[:600]),
+    )
     torch.manual_seed(0)
     model = Last(nn.LSTM(8, 8, batch_first=True), classes=10)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
@@ -128,7 +150,9 @@ def rows_of_digits() -> tuple[Last, list[TensorSource]]:
 
 
 @pytest.mark.parametrize("name", ["arachne", "arachne-de"])
-def test_arachne_repairs_an_lstm_that_reads_digits_row_by_row(name: str, rows_of_digits: Any) -> None:
+def test_arachne_repairs_an_lstm_that_reads_digits_row_by_row(
+    name: str, rows_of_digits: Any
+) -> None:
     model, known = rows_of_digits
     small: Any = ParticleSwarm(particles=16, iterations=8)
     small = DifferentialEvolution(population=16, iterations=8) if name == "arachne-de" else small

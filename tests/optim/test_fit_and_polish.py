@@ -1,4 +1,6 @@
-"""Distilled steps by hand and within their time, and polishes: whatever the weights are, nothing known is broken."""
+"""Distilled steps by hand and within their time, and polishes: whatever the weights are, nothing
+known is broken.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,11 @@ from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods import problem as problem_module
-from lightning_nrl.methods._solvers import distill as module
-from lightning_nrl.methods._solvers import polish as polish_module
-from lightning_nrl.methods._solvers.descent import Descent
-from lightning_nrl.methods._solvers.distill import distill
-from lightning_nrl.methods._solvers.polish import PolishResult, polish
+from lightning_nrl.methods.solvers import distill as module
+from lightning_nrl.methods.solvers import polish as polish_module
+from lightning_nrl.methods.solvers.descent import Descent
+from lightning_nrl.methods.solvers.distill import distill
+from lightning_nrl.methods.solvers.polish import PolishResult, polish
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +53,12 @@ def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 6)
 
 
-def by_hand(model: nn.Module, names: list[str], target: Target, visits: int = 6, rate: float = 1e-3) -> State:
-    """All 60 samples are in one mini-batch, so each step is on the whole loss and an epoch is a step."""
+def by_hand(
+    model: nn.Module, names: list[str], target: Target, visits: int = 6, rate: float = 1e-3
+) -> State:
+    """All 60 samples are in one mini-batch, so each step is on the whole loss and an epoch is a
+    step.
+    """
     (x, y), (x_new, y_new) = ((source.inputs, source.targets) for source in known(n=40))
     x, y = torch.cat([x, x_new]), torch.cat([y, y_new])
     model = copy.deepcopy(model).eval()
@@ -93,7 +99,9 @@ def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precisions_are_fitted_in_their_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precisions_are_fitted_in_their_own(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 60)
     problem = make_problem(trained().to(dtype), cast(known(), dtype))
     with left_alone(problem.model):
@@ -124,7 +132,9 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
     assert rates[-1] < 1e-4 or seconds == 8
 
 
-def test_halfway_it_is_asked_which_samples_to_train_on_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halfway_it_is_asked_which_samples_to_train_on_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "EASY_FRACTION", 1.1)
     sizes, step = list[int](), Descent.step
 
@@ -153,7 +163,9 @@ def test_halfway_it_is_asked_which_samples_to_train_on_from_there(monkeypatch: p
 
 def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
     def work(problem: Problem) -> State:
-        return distill(problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05)).state
+        return distill(
+            problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05)
+        ).state
 
     first, second = together(trained(), known(), work)
     assert same(first, second)
@@ -213,24 +225,30 @@ def tied(rows: list[list[float]], labels: list[int]) -> Problem:
     """Logits that are the weights of a class: inputs are one-hot."""
     model = nn.Linear(len(rows), 3, bias=False)
     model.weight.data = torch.tensor(rows).T.contiguous()
-    source = TensorSource(torch.eye(len(rows)), torch.tensor(labels), "all", passed=True, failed=True)
+    source = TensorSource(
+        torch.eye(len(rows)), torch.tensor(labels), "all", passed=True, failed=True
+    )
     return make_problem(model, [source])
 
 
 @pytest.mark.parametrize("margin", [0.0, 1e-7])
 def test_a_tie_that_was_right_is_kept_too(margin: float) -> None:
-    # Of equal logits the first class is predicted: sample 0 is right before, and wrong with the new weights though its
-    # margin is still 0, as happens in half precision.
+    # Of equal logits the first class is predicted: sample 0 is right before, and wrong with the new
+    # weights though its margin is still 0, as happens in half precision.
     problem = tied([[0.0, 1.0, 1.0 - margin], [5.0, 0.0, 0.0], [2.0, 0.0, 1.0]], [1, 0, 2])
     assert problem.before.passed.tolist() == [True, True, False]
-    new = {"weight": torch.tensor([[1.0, 1.0, 0.0], [5.0, 0.0, 0.0], [1.0, 0.0, 2.0]]).T.contiguous()}
+    new = {
+        "weight": torch.tensor([[1.0, 1.0, 0.0], [5.0, 0.0, 0.0], [1.0, 0.0, 2.0]]).T.contiguous()
+    }
     assert problem.propose("new", new).broken == 1
     found = checked(problem, polish(problem, new))
     assert found.repaired == 1
 
 
 class Spiked(nn.Module):
-    """A linear network on points and a switch, whose weight may be so huge that a loss is not finite."""
+    """A linear network on points and a switch, whose weight may be so huge that a loss is not
+    finite.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +271,8 @@ def test_a_loss_that_is_not_finite_counts_as_broken() -> None:
     assert after.loss.isfinite().tolist() == [True, True, True, False]
     found = checked(problem, polish(problem, new))
     assert found.after.loss.isfinite().all()
-    # The way back leads along the weights that were given, at most a third of it, and to 0.7 by half.
+    # The way back leads along the weights that were given, at most a third of it, and to 0.7 by
+    # half.
     assert 0 < found.strength < 0.35
 
 
@@ -271,18 +290,24 @@ def test_whatever_the_new_weights_are_nothing_known_is_broken(
     nets: dict[str, Callable[[], nn.Module]] = {
         "linear": lambda: nn.Sequential(nn.Linear(4, 3)),
         "mlp": partial(mlp, 8),
-        "deep": lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 3)),
+        "deep": lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 3)
+        ),
         "normed": normed,
     }
     target = Target.all() if label is None else Target.label(label)
-    problem = make_problem(trained(nets[net], seed % 3).eval(), known(seed % 3, n=60), layer, target=target, seed=seed)
+    problem = make_problem(
+        trained(nets[net], seed % 3).eval(), known(seed % 3, n=60), layer, target=target, seed=seed
+    )
     new = jittered(problem.model, seed, scale)
     with left_alone(problem.model):
         found = checked(problem, polish(problem, new))
     assert set(found.state) == set(new)
     outside = [name for name in new if name not in problem.scope]
     if found.strength == 1:
-        assert same({name: found.state[name] for name in outside}, {name: new[name] for name in outside})
+        assert same(
+            {name: found.state[name] for name in outside}, {name: new[name] for name in outside}
+        )
 
 
 @pytest.mark.parametrize("seconds", [0, math.inf])
@@ -294,7 +319,10 @@ def test_masked_weights_stay_as_they_are(seconds: float) -> None:
     given = problem.propose("given", {"0.weight": new["0.weight"]})
     assert given.broken > 0
     found = checked(
-        problem, polish(problem, given.state, masks={"0.weight": mask}, deadline=in_seconds(problem, seconds))
+        problem,
+        polish(
+            problem, given.state, masks={"0.weight": mask}, deadline=in_seconds(problem, seconds)
+        ),
     )
     after = found.state["0.weight"]
     assert torch.equal(after[~mask], old["0.weight"][~mask])
@@ -325,7 +353,10 @@ def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     took = {}
     for seconds in (0, 30, 100, 1000):
         now[0] = 0.0
-        found = checked(problem, polish(problem, threshold(-3.0), deadline=Deadline(seconds, now=lambda: now[0])))
+        found = checked(
+            problem,
+            polish(problem, threshold(-3.0), deadline=Deadline(seconds, now=lambda: now[0])),
+        )
         took[seconds] = found.rounds
     assert took[0] == 1
     assert took[0] < took[30] < took[100] <= took[1000]
@@ -338,21 +369,30 @@ def test_it_stops_at_twice_the_visits_of_the_training(
     monkeypatch.setattr(problem_module, "LEAST_EPOCHS", epochs)
     problem = on_a_line()
     found = checked(problem, polish(problem, threshold(-3.0)))
-    # A round is 8 steps of 3 visits on 5 samples, and a look at 3 of them: 123; the share is 2 * 3 * 7 visits an epoch.
+    # A round is 8 steps of 3 visits on 5 samples, and a look at 3 of them: 123; the share is 2 * 3
+    # * 7 visits an epoch.
     assert (found.rounds, found.stopped) == (rounds, "stopped at its limit of forward passes")
     assert found.note.startswith(f"{rounds} round")
     assert found.repaired == 1
 
 
 def crowded(contradicting: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
-    """A network that has learned by heart, and some of it wrongly: of 400 points 60 are to be learned anew.
+    """A network that has learned by heart, and some of it wrongly: of 400 points 60 are to be
+    learned
+    anew.
 
     Some of these are where passed ones are, and cannot be right too.
     """
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(400, 16, generator=generator), torch.randint(0, 3, (400,), generator=generator)
+    x, y = (
+        torch.randn(400, 16, generator=generator),
+        torch.randint(0, 3, (400,), generator=generator),
+    )
     learned = torch.cat([(y[:60] + 1) % 3, y[60:]])
-    x[:contradicting], y[60 : 60 + contradicting] = x[60 : 60 + contradicting], learned[:contradicting]
+    x[:contradicting], y[60 : 60 + contradicting] = (
+        x[60 : 60 + contradicting],
+        learned[:contradicting],
+    )
     learned[60 : 60 + contradicting] = learned[:contradicting]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -362,16 +402,20 @@ def crowded(contradicting: int = 0, dtype: torch.dtype = torch.float32) -> Probl
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), learned).backward()
         optimizer.step()
-    return make_problem(model.to(dtype), [TensorSource(x.to(dtype), y, "all", passed=True, failed=True)])
+    return make_problem(
+        model.to(dtype), [TensorSource(x.to(dtype), y, "all", passed=True, failed=True)]
+    )
 
 
-def test_many_targets_that_are_out_of_reach_are_repaired_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_targets_that_are_out_of_reach_are_repaired_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     problem = crowded()
     counts = int(problem.before.targeted.sum()), int(problem.before.passed.sum())
     assert counts == (60, 340)
     found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
     assert found.repaired == 60
-    monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_RATE_FACTOR", 1.0)
+    monkeypatch.setattr("lightning_nrl.methods.solvers.active_set.MAX_RATE_FACTOR", 1.0)
     assert polish(problem, {}, after=problem.before, enforce=True).repaired < 30
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_problems import make_problem
 
-import lightning_nrl.methods._solvers.convex_head as convex_head
+import lightning_nrl.methods.solvers.convex_head as convex_head
 from lightning_nrl import TensorSource
 from lightning_nrl._utils.state import snapshot
-from lightning_nrl.methods._solvers.convex_head import ConvexHead, regularization_path
-from lightning_nrl.methods._solvers.qp import solve_dual
-from lightning_nrl.methods._solvers.whitening import fit_whitening, margin_gradients
+from lightning_nrl.methods.solvers.convex_head import ConvexHead, regularization_path
+from lightning_nrl.methods.solvers.qp import solve_dual
+from lightning_nrl.methods.solvers.whitening import fit_whitening, margin_gradients
 from lightning_nrl.tasks import Multiclass
 
 
@@ -46,11 +46,14 @@ def test_a_solution_fulfils_its_conditions(seed: int, m: int, hard: bool) -> Non
 
 def test_hard_rows_that_contradict_each_other_are_told() -> None:
     rows = torch.tensor([[1.0], [-1.0]])
-    assert not solve_dual(rows @ rows.T, torch.tensor([1.0, 1.0]), torch.tensor([torch.inf, torch.inf])).is_feasible
+    assert not solve_dual(
+        rows @ rows.T, torch.tensor([1.0, 1.0]), torch.tensor([torch.inf, torch.inf])
+    ).is_feasible
 
 
 def test_a_batch_by_hand() -> None:
-    # Rows x >= 1 and y >= 2: |v|^2 / 2 = 2.5. Rows x >= 1 and -x >= 0: none, so the value passes any limit.
+    # Rows x >= 1 and y >= 2: |v|^2 / 2 = 2.5. Rows x >= 1 and -x >= 0: none, so the value passes
+    # any limit.
     gram = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, -1.0], [-1.0, 1.0]]], dtype=torch.float64)
     bound = torch.tensor([[1.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
     found = solve_dual(gram, bound, max_value=100.0)
@@ -74,7 +77,9 @@ def test_both_solvers_agree(seed: int, m: int) -> None:
 
 
 def head(seed: int = 0, n: int = 60, n_classes: int = 3) -> ConvexHead:
-    """Random features; the last samples are wrong, and the last feature is theirs for the most part."""
+    """Random features; the last samples are wrong, and the last feature is theirs for the most
+    part.
+    """
     generator = torch.Generator().manual_seed(seed)
     targeted = torch.arange(n) >= n - 6
     features = torch.randn(n, 5, generator=generator)
@@ -158,7 +163,9 @@ class Images(nn.Sequential):
 
 def images(n: int = 60) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, 1, 6, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+    return torch.randn(n, 1, 6, 6, generator=generator), torch.randint(
+        0, 3, (n,), generator=generator
+    )
 
 
 @pytest.mark.parametrize(("layer", "groups"), [("3", 1), ("3", 2), (["0", "6"], 1)])
@@ -168,19 +175,27 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     layer: Any, groups: int, bias: bool, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The promise of a small change is what the margins do under the state that belongs to it."""
-    monkeypatch.setattr("lightning_nrl.methods._solvers.whitening.MAX_FULL_MOMENT", wide)
+    monkeypatch.setattr("lightning_nrl.methods.solvers.whitening.MAX_FULL_MOMENT", wide)
     model = Images(groups).double().eval()
     x, y = images()
-    problem = make_problem(model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias)
+    problem = make_problem(
+        model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias
+    )
     whitening = fit_whitening(problem, 10**6)
     assert whitening.size == problem.space.size
     assert whitening.roots[0].ndim == (3 if wide == 2048 else 2)
-    change = 1e-6 * torch.randn(whitening.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    change = 1e-6 * torch.randn(
+        whitening.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     _, gradients = margin_gradients(problem, torch.arange(60), whitening, {})
 
     def margins(state: Any) -> Tensor:
         weights = {**snapshot(model), **state}
-        return Multiclass().margin(torch.func.functional_call(model, weights, (x.double(),)), y).detach()
+        return (
+            Multiclass()
+            .margin(torch.func.functional_call(model, weights, (x.double(),)), y)
+            .detach()
+        )
 
     real = margins(whitening.state(change)) - margins({})
     torch.testing.assert_close(gradients @ change, real, rtol=1e-3, atol=1e-10)

@@ -1,4 +1,6 @@
-"""Steps on mini-batches over splits, ranks and processes: by hand, with teachers, where memory holds few samples."""
+"""Steps on mini-batches over splits, ranks and processes: by hand, with teachers, where memory
+holds few samples.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toy_problems import barely, broken, left_alone, make_problem, normed, retrained, same, shares, together
+from toy_problems import (
+    barely,
+    broken,
+    left_alone,
+    make_problem,
+    normed,
+    retrained,
+    same,
+    shares,
+    together,
+)
 from toy_repairs import known, trained
 from two_processes import in_two_processes
 
@@ -26,12 +38,13 @@ from lightning_nrl._utils.state import snapshot
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.evaluation.logit_cache import LogitCache
-from lightning_nrl.methods import Apricot, Problem
-from lightning_nrl.methods._solvers.descent import Descent
-from lightning_nrl.methods._solvers.distill import distill
-from lightning_nrl.methods._solvers.mini_batches import load_batches
-from lightning_nrl.methods._solvers.polish import polish
-from lightning_nrl.methods._solvers.teacher import Teacher
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods.solvers.descent import Descent
+from lightning_nrl.methods.solvers.distill import distill
+from lightning_nrl.methods.solvers.mini_batches import load_batches
+from lightning_nrl.methods.solvers.polish import polish
+from lightning_nrl.methods.solvers.teacher import Teacher
+from lightning_nrl.published import Apricot
 from lightning_nrl.tasks import Multiclass
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -44,10 +57,14 @@ def two_weights(dtype: torch.dtype = torch.float32) -> nn.Linear:
     return model
 
 
-def numbers(*x: float, split: str = "train", batch_size: int = 256, dtype: torch.dtype = torch.float32) -> TensorSource:
+def numbers(
+    *x: float, split: str = "train", batch_size: int = 256, dtype: torch.dtype = torch.float32
+) -> TensorSource:
     """Samples of class 0."""
     inputs = torch.tensor(x, dtype=dtype)[:, None]
-    return TensorSource(inputs, torch.zeros(len(x), dtype=torch.int64), split, True, True, batch_size=batch_size)
+    return TensorSource(
+        inputs, torch.zeros(len(x), dtype=torch.int64), split, True, True, batch_size=batch_size
+    )
 
 
 def parts_of(problem: Problem, *rows: int) -> list[tuple[Batch, Tensor]]:
@@ -91,7 +108,9 @@ def test_masks_keep_weights_bit_for_bit(optimizer: Callable[..., Any], slope: fl
     steps = Descent(problem, {}, optimizer, {"weight": mask})
     for _ in range(3):
         # An infinite slope is what half precisions give where a sum overflows.
-        steps.step(parts_of(problem, 0), lambda batch, rows, output: (slope * output.square()).sum())
+        steps.step(
+            parts_of(problem, 0), lambda batch, rows, output: (slope * output.square()).sum()
+        )
     new = steps.state()["weight"]
     assert torch.equal(new[~mask].view(torch.int32), model.weight.detach()[~mask].view(torch.int32))
     assert (new[mask] != model.weight.detach()[mask]).all()
@@ -126,7 +145,10 @@ def test_over_all_ranks_each_row_of_a_mini_batch_comes_once(
 
 def teacher_problem(**rest: Any) -> tuple[Problem, list[int]]:
     """With weights w, the logits are w x and 0; the runs of the model are counted."""
-    problem, runs = make_problem(two_weights(), [numbers(1, 2, 3), numbers(4, split="new")], **rest), []
+    problem, runs = (
+        make_problem(two_weights(), [numbers(1, 2, 3), numbers(4, split="new")], **rest),
+        [],
+    )
     problem.model.register_forward_hook(lambda module, args, output: runs.append(len(args[0])))
     return problem, runs
 
@@ -234,7 +256,9 @@ def test_a_sample_that_does_not_fit_ends_the_steps_and_changes_nothing() -> None
     (parts,) = load_batches(problem, [ROWS])
     with pytest.raises(DeviceMemoryError, match=r"single sample does not fit[\s\S]*HINT"):
         descent.step(parts, loss)
-    assert same(descent.state(), {name: value.detach() for name, value in problem.model.named_parameters()})
+    assert same(
+        descent.state(), {name: value.detach() for name, value in problem.model.named_parameters()}
+    )
 
 
 def test_where_one_rank_runs_out_all_stop() -> None:
@@ -253,7 +277,10 @@ def test_where_one_rank_runs_out_all_stop() -> None:
 
 def test_a_polish_scales_back() -> None:
     problem = make_problem(trained(), known(), task=Cramped(0))
-    new = {name: value + 0.3 * torch.randn(value.shape) for name, value in problem.model.state_dict().items()}
+    new = {
+        name: value + 0.3 * torch.randn(value.shape)
+        for name, value in problem.model.state_dict().items()
+    }
     assert problem.propose("new", new).broken > 0
     found = polish(problem, new)
     assert (found.broken, found.rounds) == (0, 0)
@@ -286,7 +313,9 @@ def test_both_ranks_have_the_weights_and_counts_of_one_process(tmp_path: Path) -
     in_two_processes(work, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two: Adam makes much of a difference in rounding where a weight has no effect
+    torch.set_num_threads(
+        1
+    )  # as the two: Adam makes much of a difference in rounding where a weight has no effect
     try:
         problem = make_problem(trained(normed), known())
         alone = results(problem)

@@ -62,7 +62,9 @@ def changed(state: dict[str, Tensor], name: str, at: int, value: float) -> dict[
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(DTYPES), st.data())
-def test_every_bit_of_every_dtype_goes_there_and_back(dtype: torch.dtype, data: st.DataObject) -> None:
+def test_every_bit_of_every_dtype_goes_there_and_back(
+    dtype: torch.dtype, data: st.DataObject
+) -> None:
     size = 24 * dtype.itemsize
     old = data.draw(st.binary(min_size=size, max_size=size))
     at, n = data.draw(st.integers(0, size - 1)), data.draw(st.integers(1, size))
@@ -77,10 +79,17 @@ def test_every_bit_of_every_dtype_goes_there_and_back(dtype: torch.dtype, data: 
 @pytest.mark.parametrize("n", [1, 20])
 def test_a_file_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, n: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    old = torch.randint(0, 256, (24 * dtype.itemsize,), generator=generator, dtype=torch.uint8).numpy().tobytes()
+    old = (
+        torch.randint(0, 256, (24 * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+        .numpy()
+        .tobytes()
+    )
     new = bytes(x ^ 1 for x in old[: n * dtype.itemsize]) + old[n * dtype.itemsize :]
     empty = torch.zeros(0, 3, dtype=dtype)  # such as an unused embedding
-    before, after = ({"a.b": of_bytes(content, dtype).view(2, 12), "none": empty.clone()} for content in (old, new))
+    before, after = (
+        {"a.b": of_bytes(content, dtype).view(2, 12), "none": empty.clone()}
+        for content in (old, new)
+    )
     Patch.between(before, after).save(tmp_path / "p.safetensors")
     patch = Patch.load(tmp_path / "p.safetensors")
     assert patch.n_changed == (1 if n == 1 else 24)
@@ -112,12 +121,23 @@ def test_another_model_is_refused_and_stays() -> None:
     before = copied(other)
     for state, problem in (
         (other, "but other tensors of the model differ"),
-        (changed(old, "3.weight", 3, 1.0), "1 of the 1 tensors that it changes have other values, such as `3.weight`"),
+        (
+            changed(old, "3.weight", 3, 1.0),
+            "1 of the 1 tensors that it changes have other values, such as `3.weight`",
+        ),
         ({"w": torch.zeros(3)}, "the model has no tensor `3.weight`"),
-        ({name: value.double() for name, value in old.items()}, "is torch.float64 .3, 8. in the model and torch.f"),
-        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 4)), r"32 \[4, 8\] .*32 \[3, 8\] in"),
+        (
+            {name: value.double() for name, value in old.items()},
+            "is torch.float64 .3, 8. in the model and torch.f",
+        ),
+        (
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 4)),
+            r"32 \[4, 8\] .*32 \[3, 8\] in",
+        ),
     ):
-        with pytest.raises(ConfigurationError, match=rf"(?s)`patch` cannot be applied: .*{problem}.*HINT"):
+        with pytest.raises(
+            ConfigurationError, match=rf"(?s)`patch` cannot be applied: .*{problem}.*HINT"
+        ):
             patch.apply(state)
     assert same(copied(other), before)
     with pytest.raises(ConfigurationError, match="found a str, not a module"):
@@ -131,10 +151,14 @@ def test_patches_stack_and_come_off_in_order() -> None:
     one, two = Patch.between(first, second), Patch.between(second, third)
     assert one.result == two.base
     model = network()
-    with pytest.raises(ConfigurationError, match=r"(?s)cannot be applied.*in the order they were made"):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)cannot be applied.*in the order they were made"
+    ):
         two.apply(model)
     two.apply(one.apply(model))
-    with pytest.raises(ConfigurationError, match=r"(?s)cannot be reverted.*revert the later patches first"):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)cannot be reverted.*revert the later patches first"
+    ):
         one.revert(model)
     with pytest.raises(ConfigurationError, match="the weights already contain this change"):
         two.apply(model)
@@ -179,7 +203,10 @@ def test_a_repair_is_a_patch_with_its_report(tmp_path: Path) -> None:
     patch = Patch.load(tmp_path / "p.safetensors")
     assert patch.report == outcome.report
     assert outcome.report.hashes is not None
-    assert (patch.base, patch.result) == (outcome.report.hashes.model_before, outcome.report.hashes.model_after)
+    assert (patch.base, patch.result) == (
+        outcome.report.hashes.model_before,
+        outcome.report.hashes.model_after,
+    )
     patch.apply(model)
     assert same(copied(model), {**state, **outcome.parameters})
 
@@ -189,7 +216,11 @@ def test_a_repair_is_a_patch_with_its_report(tmp_path: Path) -> None:
     [
         ({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, "the same as `old`"),
         ({"w": torch.zeros(2)}, {"v": torch.zeros(2)}, "`v` is in only one of the states"),
-        ({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, r"`w` is torch.float32 \[2\] and torch.float32 \[3\]"),
+        (
+            {"w": torch.zeros(2)},
+            {"w": torch.zeros(3)},
+            r"`w` is torch.float32 \[2\] and torch.float32 \[3\]",
+        ),
         ({"w": torch.zeros(2)}, {"w": torch.zeros(2).half()}, r"and torch.float16 \[2\]"),
         ({"w": torch.zeros(2)}, {"w": torch.zeros(2).to_sparse()}, "no plain tensor"),
         ({"w": torch.zeros(2)}, {"w": torch.zeros(2, device="meta")}, "no plain tensor"),
@@ -205,7 +236,9 @@ class Saving(nn.Linear):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         own = super().state_dict(*args, **kwargs)
-        return OrderedDict(saved=own["weight"], bias=own["bias"].clone(), mean=own["weight"].mean(0))
+        return OrderedDict(
+            saved=own["weight"], bias=own["bias"].clone(), mean=own["weight"].mean(0)
+        )
 
 
 def test_a_patch_has_the_names_of_the_state_dict() -> None:
@@ -215,7 +248,9 @@ def test_a_patch_has_the_names_of_the_state_dict() -> None:
     new["mean"] = old["mean"]
     Patch.between(old, new).apply(model)
     assert (model.weight[0, 0].item(), model.bias[1].item()) == (9, 8)
-    with pytest.raises(ConfigurationError, match="`mean` in the state dict of Saving is none of the module's own"):
+    with pytest.raises(
+        ConfigurationError, match="`mean` in the state dict of Saving is none of the module's own"
+    ):
         Patch.between(copied(model), changed(copied(model), "mean", 0, 0.5)).apply(model)
 
 
@@ -225,7 +260,11 @@ ONE_CHANGE = Patch.between(ZEROS, THREE)
 
 
 def test_all_else_in_a_checkpoint_stays(tmp_path: Path) -> None:
-    whole = {"state_dict": ZEROS, "epoch": 3, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(6)}}}]}
+    whole = {
+        "state_dict": ZEROS,
+        "epoch": 3,
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(6)}}}],
+    }
     torch.save(whole, tmp_path / "old.ckpt")
     patch_checkpoint(ONE_CHANGE, tmp_path / "old.ckpt", tmp_path / "new.ckpt")
     found = torch.load(tmp_path / "new.ckpt", weights_only=True)
@@ -255,5 +294,7 @@ def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=problem):
             patch_checkpoint(ONE_CHANGE, tmp_path / name, tmp_path / "out.ckpt")
     assert not (tmp_path / "out.ckpt").exists()
-    patch_checkpoint(ONE_CHANGE, tmp_path / "objects.ckpt", tmp_path / "out.ckpt", weights_only=False)
+    patch_checkpoint(
+        ONE_CHANGE, tmp_path / "objects.ckpt", tmp_path / "out.ckpt", weights_only=False
+    )
     assert torch.load(tmp_path / "out.ckpt", weights_only=False)["hyper_parameters"].a == 1

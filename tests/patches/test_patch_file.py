@@ -53,7 +53,9 @@ def test_every_flipped_byte_is_refused_or_means_the_same(path: Path) -> None:
             assert torch.equal(found.apply(OLD)["a"], NEW["a"])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None
+)
 @given(st.binary(max_size=200))
 def test_any_bytes_give_one_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
@@ -61,19 +63,30 @@ def test_any_bytes_give_one_error(tmp_path: Path, content: bytes) -> None:
         Patch.load(tmp_path / "x")
 
 
-def rewritten(path: Path, tensors: dict[str, Any], header: dict[str, Any] | None = None, report: str = "") -> None:
+def rewritten(
+    path: Path, tensors: dict[str, Any], header: dict[str, Any] | None = None, report: str = ""
+) -> None:
     """The file with other content, and the hash that fits it."""
     with safe_open(path, "pt") as file:
         texts = dict(file.metadata())
     texts["patch"] = json.dumps({**json.loads(texts["patch"]), **(header or {})})
     texts["report"] = report
-    kept = {name: value for name, value in {**load_file(path), **tensors}.items() if value is not None}
+    kept = {
+        name: value for name, value in {**load_file(path), **tensors}.items() if value is not None
+    }
     texts["sha256"] = _digest(texts["patch"], report, kept)
     save_file(kept, path, texts)
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    own = {"shape": [3, 4], "dtype": "float32", "sparse": True, "sha256_old": "", "sha256_new": "", "values_of": "a"}
+    own = {
+        "shape": [3, 4],
+        "dtype": "float32",
+        "sparse": True,
+        "sha256_old": "",
+        "sha256_new": "",
+        "values_of": "a",
+    }
     return {**own, **changes}
 
 
@@ -84,7 +97,15 @@ def record(**changes: Any) -> dict[str, Any]:
         ({"index/a": torch.tensor([-1, 5, 10])}, None, ""),
         ({"index/a": torch.tensor([0, 0, 10])}, None, ""),
         ({"index/a": torch.tensor([0, 5])}, None, ""),
-        ({"index/a": torch.zeros(0, dtype=torch.int64), "old/a": torch.zeros(0), "new/a": torch.zeros(0)}, None, ""),
+        (
+            {
+                "index/a": torch.zeros(0, dtype=torch.int64),
+                "old/a": torch.zeros(0),
+                "new/a": torch.zeros(0),
+            },
+            None,
+            "",
+        ),
         ({"new/a": torch.zeros(3, 1)}, None, ""),
         ({"new/a": torch.zeros(3).double()}, None, ""),
         ({"new/a": None}, None, ""),
@@ -101,9 +122,13 @@ def record(**changes: Any) -> dict[str, Any]:
         ({}, None, "[" * 100_000),
     ],
 )
-def test_what_contradicts_itself_is_refused(path: Path, tensors: Any, header: Any, report: str) -> None:
+def test_what_contradicts_itself_is_refused(
+    path: Path, tensors: Any, header: Any, report: str
+) -> None:
     rewritten(path, tensors, header, report)
-    with pytest.raises(ConfigurationError, match=r"(?s)(p.safetensors'` is damaged: |`patch` ).*HINT"):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)(p.safetensors'` is damaged: |`patch` ).*HINT"
+    ):
         Patch.load(path).apply(OLD)
 
 
@@ -114,7 +139,9 @@ def test_values_that_do_not_give_the_result_are_refused(path: Path) -> None:
 
 
 def test_a_large_shape_takes_no_memory(path: Path) -> None:
-    rewritten(path, {"old/b": None, "new/b": None}, {"tensors": {"a": record(shape=[10**9, 10**9])}})
+    rewritten(
+        path, {"old/b": None, "new/b": None}, {"tensors": {"a": record(shape=[10**9, 10**9])}}
+    )
     with pytest.raises(ConfigurationError, match=r"in the patch"):
         Patch.load(path).apply({**OLD})
 
@@ -123,7 +150,9 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigurationError, match="has the format 'none'"):
         Patch.load(tmp_path / "model.safetensors")
-    save_file({"w": torch.zeros(2)}, tmp_path / "later.safetensors", {"format": "lightning_nrl.patch.9"})
+    save_file(
+        {"w": torch.zeros(2)}, tmp_path / "later.safetensors", {"format": "lightning_nrl.patch.9"}
+    )
     with pytest.raises(ConfigurationError, match="the version of the package that wrote it"):
         Patch.load(tmp_path / "later.safetensors")
     torch.save(OLD, tmp_path / "model.ckpt")

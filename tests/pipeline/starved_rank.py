@@ -78,17 +78,25 @@ def one(stage: str, collective: Collective, model: nn.Module) -> dict[str, Any]:
         repair_module(
             Evaluator(model, Starved(watch, stage if is_starved else ""), collective=collective),
             shares(known(), collective.rank, 2),
-            quick(method=FineTunePolish() if stage in TRAINED else swarm(particles=6, iterations=4)),
+            quick(
+                method=FineTunePolish() if stage in TRAINED else swarm(particles=6, iterations=4)
+            ),
             unseen=shares(unseen(), collective.rank, 2),
             observer=watch,
         )
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-    return {"said": said, "seconds": time.monotonic() - began, "same": same(before, snapshot(model))}
+    return {
+        "said": said,
+        "seconds": time.monotonic() - began,
+        "same": same(before, snapshot(model)),
+    }
 
 
 def outcomes(folder: Path, stages: Sequence[str], ports: Sequence[int]) -> None:
-    """By a rank of two: one repair for each stage, in a process group of its own, which the rank leaves at its end."""
+    """By a rank of two: one repair for each stage, in a process group of its own, which the rank
+    leaves at its end.
+    """
     model, found = trained(), {}
     for stage, port in zip(stages, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)

@@ -49,5 +49,7 @@ def test_a_failure_at_any_call_leaves_the_model_as_it_was(method: str, how: str)
                 assert repair_module(model, known(n=60), settings).report.status != "repaired"
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(module.training for module in model.modules())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
         assert torch.is_grad_enabled()

@@ -1,4 +1,6 @@
-"""Held-out data: a target that cannot be asked there is a warning; samples that are known too are refused or named."""
+"""Held-out data: a target that cannot be asked there is a warning; samples that are known too are
+refused or named.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from toy_repairs import blobs, known, mlp, quick, trained, unseen
 from lightning_nrl import ConfigurationError, RepairReport, Target, TensorSource, repair_module
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.analysis.comparison import compare_module
-from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.data import Batch
 from lightning_nrl.errors import DataWarning, EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.baseline import LeakCheck, evaluate_held_out
+from lightning_nrl.study import sweep_module
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def missing(batch: Any) -> Any:
 @pytest.mark.parametrize("where", [missing, lambda batch: None])
 def test_a_target_that_cannot_be_asked_is_a_warning(where: Callable[[Any], Any]) -> None:
     later = TensorSource(*blobs(8), split="later")
-    with pytest.warns(DataWarning, match="in the target are not counted on held-out data: `target`: the pred"):
+    with pytest.warns(
+        DataWarning, match="in the target are not counted on held-out data: `target`: the pred"
+    ):
         results = evaluate_held_out(Evaluator(mlp()), [later], quick(target=Target.where(where)))
     assert len(results) == 8
     assert not results.targeted.any()
@@ -57,9 +61,15 @@ def test_a_target_that_cannot_be_asked_is_a_warning(where: Callable[[Any], Any])
 
 def test_a_target_that_one_rank_cannot_ask_is_left_out_on_all() -> None:
     def run(collective: Collective) -> int:
-        target = Target.where(missing if collective.rank else lambda batch: torch.ones(len(batch[0]), dtype=torch.bool))
+        target = Target.where(
+            missing
+            if collective.rank
+            else lambda batch: torch.ones(len(batch[0]), dtype=torch.bool)
+        )
         later = Half(*blobs(8), split="later", extras=(torch.full((8,), collective.rank),))
-        results = evaluate_held_out(Evaluator(mlp(), collective=collective), [later], quick(target=target))
+        results = evaluate_held_out(
+            Evaluator(mlp(), collective=collective), [later], quick(target=target)
+        )
         return int(results.targeted.sum())
 
     with pytest.warns(DataWarning):
@@ -89,7 +99,10 @@ def calibration() -> list[TensorSource]:
 
 def leaking(own: TensorSource, other: TensorSource, rows: list[int]) -> TensorSource:
     """A source with some samples of another one, in a new data set."""
-    inputs, targets = torch.cat([own.inputs, other.inputs[rows]]), torch.cat([own.targets, other.targets[rows]])
+    inputs, targets = (
+        torch.cat([own.inputs, other.inputs[rows]]),
+        torch.cat([own.targets, other.targets[rows]]),
+    )
     return replace(own, inputs=inputs, targets=targets)
 
 
@@ -103,8 +116,13 @@ def test_calibration_data_that_are_known_too_are_refused() -> None:
 
 def test_unseen_data_that_are_known_too_are_a_warning_and_are_named_in_the_report() -> None:
     (data,) = unseen()
-    with pytest.warns(DataWarning, match=rf"`unseen`: 3 of the {len(data) + 3} samples of `{data.split}` are known"):
-        outcome = repair_module(trained(), known(), quick(), unseen=[leaking(data, known()[1], [0, 1, 2])])
+    with pytest.warns(
+        DataWarning,
+        match=rf"`unseen`: 3 of the {len(data) + 3} samples of `{data.split}` are known",
+    ):
+        outcome = repair_module(
+            trained(), known(), quick(), unseen=[leaking(data, known()[1], [0, 1, 2])]
+        )
     report = outcome.report
     assert report.leaked == {data.split: 3}
     assert RepairReport.from_json(report.to_json()).leaked == {data.split: 3}
@@ -122,7 +140,9 @@ def test_unseen_data_that_calibrate_are_named_too() -> None:
 def test_where_nothing_leaks_nothing_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
-        outcome = repair_module(trained(), known(), quick(), unseen=unseen(), calibration=calibration())
+        outcome = repair_module(
+            trained(), known(), quick(), unseen=unseen(), calibration=calibration()
+        )
     assert outcome.report.leaked == {}
     assert "leak" not in outcome.report.to_markdown()
 
@@ -137,7 +157,9 @@ def test_comparisons_and_sweeps_look_too() -> None:
 
 
 class Placed(TensorSource):
-    """Samples of a data set that gives them another look each time; only the place tells which they are."""
+    """Samples of a data set that gives them another look each time; only the place tells which they
+    are.
+    """
 
     @property
     def identity(self) -> torch.Tensor:

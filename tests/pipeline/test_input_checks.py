@@ -63,19 +63,25 @@ class Detached(nn.Module):
 
 
 def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one() -> None:
-    with pytest.raises(ReplayError, match="the loss has no gradient with respect to the outputs of"):
+    with pytest.raises(
+        ReplayError, match="the loss has no gradient with respect to the outputs of"
+    ):
         run_sanity_check(Evaluator(Detached()), known(), quick())
     run_sanity_check(Evaluator(Detached()), known(), quick(localizer=AllWeights()))
 
 
-def test_an_empty_localisation_of_a_few_samples_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+def test_an_empty_localisation_of_a_few_samples_says_nothing(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     run_sanity_check(Evaluator(trained()), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)))
     assert not recwarn
 
 
 def test_a_target_that_does_not_fit_is_found() -> None:
     wrong = Target.where(lambda batch: batch[0], name="inputs")
-    with pytest.raises(ConfigurationError, match="`target`: the predicate of 'where inputs' returned"):
+    with pytest.raises(
+        ConfigurationError, match="`target`: the predicate of 'where inputs' returned"
+    ):
         run_sanity_check(Evaluator(trained()), known(), quick(target=wrong))
 
 

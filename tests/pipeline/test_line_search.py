@@ -1,4 +1,6 @@
-"""Strength by hand, on a line where each sample changes its class, and what is then said of calibration data."""
+"""Strength by hand, on a line where each sample changes its class, and what is then said of
+calibration data.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,15 @@ from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline.strength import LIMIT_STATES, PatchPath, line_search
-from lightning_nrl.report import RepairReport, StrengthPoint
-from lightning_nrl.report.stats import Selection, binomial_cdf, limit_after, limit_at_level, upper_limit
+from lightning_nrl.records import StrengthPoint
+from lightning_nrl.records.stats import (
+    Selection,
+    binomial_cdf,
+    limit_after,
+    limit_at_level,
+    upper_limit,
+)
+from lightning_nrl.report import RepairReport
 
 WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")
 RIGHT = line(0.9, 1.2, 1.25, 9, split="right", label=0)
@@ -35,7 +44,9 @@ SAFE = line(1.2, 9, split="right", label=0)
 def test_the_path_by_hand() -> None:
     own = problem(WRONG, RIGHT)
     before = snapshot(own.model)
-    path = PatchPath(own, PATCH, calibration=aside(own, line(0.55, 0.7, label=0))).count((1.0, 0.2, 0.6))
+    path = PatchPath(own, PATCH, calibration=aside(own, line(0.55, 0.7, label=0))).count(
+        (1.0, 0.2, 0.6)
+    )
     assert path == (
         StrengthPoint(0.2, 1, FlipCounts(4, 0, 1, 4), FlipCounts(2, 0, 0, 0)),
         StrengthPoint(0.6, 3, FlipCounts(4, 0, 3, 2), FlipCounts(1, 1, 0, 0)),
@@ -67,7 +78,13 @@ def test_a_step_beyond_is_taken_only_if_it_is_free(
 
 @pytest.mark.parametrize(
     ("limit", "chosen"),
-    [("tolerance:0", 0.55), ("tolerance:1", 0.7), ("tolerance:50%", 0.7), ("tolerance:3", 0.95), ("accuracy", 0.55)],
+    [
+        ("tolerance:0", 0.55),
+        ("tolerance:1", 0.7),
+        ("tolerance:50%", 0.7),
+        ("tolerance:3", 0.95),
+        ("accuracy", 0.55),
+    ],
 )
 def test_the_strongest_within_a_limit_is_found_on_a_finer_grid(limit: str, chosen: float) -> None:
     own = problem(WRONG, RIGHT)
@@ -79,11 +96,15 @@ def test_the_strongest_within_a_limit_is_found_on_a_finer_grid(limit: str, chose
 
 
 def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
-    # Half way to 2 the second sample breaks, which at the end is right again; the first one is repaired at 0.4.
+    # Half way to 2 the second sample breaks, which at the end is right again; the first one is
+    # repaired at 0.4.
     class Bent(Line):
         def forward(self, x: Tensor) -> Tensor:
             t = self.weight[1]
-            return torch.cat([torch.zeros(len(x), 1), torch.where(x[:, :1] > 0, t - 0.4, 0.75 - (t - 1).abs())], 1)
+            return torch.cat(
+                [torch.zeros(len(x), 1), torch.where(x[:, :1] > 0, t - 0.4, 0.75 - (t - 1).abs())],
+                1,
+            )
 
     inputs = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     source = TensorSource(inputs, torch.tensor([1, 0]), split="bent", passed=True, failed=True)
@@ -99,9 +120,9 @@ def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
     after = own.evaluate(found.state)
     assert int(after.passed.sum()) == point.known.repaired + point.known.kept
     assert strengths(found.path) == sorted({0.6, *strengths(found.path)})
-    assert line_search(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.accuracy(), fixed=0.6).state[
-        "weight"
-    ].tolist() == [[0.0], [pytest.approx(1.2)]]
+    assert line_search(
+        own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.accuracy(), fixed=0.6
+    ).state["weight"].tolist() == [[0.0], [pytest.approx(1.2)]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +135,9 @@ class Given:
         return Solution(problem.propose("given", self.state))
 
 
-def repaired(calibration: Sequence[TensorSource] = (), **settings: Any) -> tuple[nn.Module, Outcome]:
+def repaired(
+    calibration: Sequence[TensorSource] = (), **settings: Any
+) -> tuple[nn.Module, Outcome]:
     """The toy with a patch that is known: 1 is added to the bias of the first class."""
     model = trained()
     patch = {"2.bias": model[2].bias.detach() + torch.tensor([1.0, 0.0, 0.0])}
@@ -151,7 +174,9 @@ def test_calibration_data_are_counted_before_and_after(limit: str) -> None:
 def test_where_no_strength_keeps_within_the_limit_nothing_is_changed() -> None:
     everywhere = 3 * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
     answers = trained()(everywhere).argmax(1)
-    model, outcome = repaired([TensorSource(everywhere, answers, split="calibration")], limit="instance")
+    model, outcome = repaired(
+        [TensorSource(everywhere, answers, split="calibration")], limit="instance"
+    )
     assert outcome.report.status == "not repaired"
     assert outcome.report.reason == "no strength is within the limit (instance)."
     assert outcome.report.strength
@@ -166,16 +191,26 @@ def test_a_limit_needs_data() -> None:
 def test_the_limit_by_hand() -> None:
     assert LIMIT_STATES == 26 + 19
     assert limit_after(4, 908, Selection(), 0.95) == pytest.approx(upper_limit(4, 908), abs=1e-12)
-    assert limit_after(4, 908, Selection(3), 0.95) == pytest.approx(limit_at_level(4, 908, 0.05 / 3), abs=1e-12)
-    assert limit_after(4, 908, Selection(45, True, 9), 0.95) == pytest.approx(limit_at_level(9, 908, 0.04), abs=1e-12)
-    assert limit_after(4, 908, Selection(45, True), 0.95) == pytest.approx(limit_at_level(4, 908, 0.01 / 45), abs=1e-12)
-    assert limit_after(4, 908, Selection(45), 0.95) == pytest.approx(limit_at_level(4, 908, 0.05 / 45), abs=1e-12)
+    assert limit_after(4, 908, Selection(3), 0.95) == pytest.approx(
+        limit_at_level(4, 908, 0.05 / 3), abs=1e-12
+    )
+    assert limit_after(4, 908, Selection(45, True, 9), 0.95) == pytest.approx(
+        limit_at_level(9, 908, 0.04), abs=1e-12
+    )
+    assert limit_after(4, 908, Selection(45, True), 0.95) == pytest.approx(
+        limit_at_level(4, 908, 0.01 / 45), abs=1e-12
+    )
+    assert limit_after(4, 908, Selection(45), 0.95) == pytest.approx(
+        limit_at_level(4, 908, 0.05 / 45), abs=1e-12
+    )
     assert limit_after(0, 0, Selection(45, True, 3), 0.95) == 1.0
 
 
 @given(st.integers(50, 400), st.integers(0, 5), st.lists(st.integers(0, 9), min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
-def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(n: int, allowed: int, counts: list[int]) -> None:
+def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(
+    n: int, allowed: int, counts: list[int]
+) -> None:
     limit = limit_after(0, n, Selection(LIMIT_STATES, True, allowed), 0.95)
     end = next((i for i, k in enumerate(counts) if k > allowed), len(counts))
     accepted = [binomial_cdf(k, n, limit) <= 0.04 * (1 + 1e-9) for k in counts]
@@ -186,7 +221,8 @@ def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(n: int, allo
     ("how", "chosen", "selection"),
     [
         ({"fixed": 0.6}, 0.6, Selection()),
-        # 1.1 is repaired from 1.15 on, and at 1.3 something known breaks: the data had a say in one step.
+        # 1.1 is repaired from 1.15 on, and at 1.3 something known breaks: the data had a say in one
+        # step.
         ({}, 1.15, Selection(2)),
         ({"limit": Gate.parse("tolerance:1")}, 0.7, Selection(LIMIT_STATES, True, 1)),
         ({"limit": Gate.parse("tolerance:50%")}, 0.7, Selection(LIMIT_STATES, True, 1)),
@@ -197,7 +233,9 @@ def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(n: int, allo
 def test_what_say_calibration_data_had(how: Any, chosen: float, selection: Selection) -> None:
     own = problem(WRONG, SAFE if not how else line(0.9, 1.2, 1.25, 9, split="right", label=0))
     crossings = (0.7, 9) if not how else (0.57, 0.72, 9)
-    data = aside(own, *([line(*crossings, label=0)]), *([line(9.0, split="wrong too")] if how else []))
+    data = aside(
+        own, *([line(*crossings, label=0)]), *([line(9.0, split="wrong too")] if how else [])
+    )
     found = line_search(own, PATCH, Gate.instance(), calibration=data, **how)
     assert (found.chosen, found.selection) == (chosen, selection)
 
@@ -223,11 +261,15 @@ def windowed(**changes: Any) -> Problem:
     model, sources = Window().eval(), (WRONG, SAFE)
     evaluator = Evaluator(model)
     before = evaluator.run(sources, AllFailures())
-    return replace(problem(WRONG, SAFE, **changes), evaluator=evaluator, before=before, passed=before.passed)
+    return replace(
+        problem(WRONG, SAFE, **changes), evaluator=evaluator, before=before, passed=before.passed
+    )
 
 
 def test_a_strength_beyond_a_weaker_one_that_breaks_more_is_none_that_a_walk_accepts() -> None:
-    near = TensorSource(torch.tensor([[-1.0, -0.3], [1.0, -9.0]]), torch.tensor([0, 0]), split="near")
+    near = TensorSource(
+        torch.tensor([[-1.0, -0.3], [1.0, -9.0]]), torch.tensor([0, 0]), split="near"
+    )
     limit = {"limit": Gate.instance()}
     own = windowed()
     found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, near), **limit)
@@ -240,7 +282,13 @@ def test_a_strength_beyond_a_weaker_one_that_breaks_more_is_none_that_a_walk_acc
 
 def test_without_time_for_a_walk_nothing_is_said_of_one() -> None:
     own = problem(WRONG, SAFE, clock=StageTimer(max_time=0))
-    found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, line(2.0, label=0)), limit=Gate.instance())
+    found = line_search(
+        own,
+        PATCH,
+        Gate.instance(),
+        calibration=aside(own, line(2.0, label=0)),
+        limit=Gate.instance(),
+    )
     assert (found.chosen, found.selection) == (1.0, Selection(LIMIT_STATES, True))
 
 
@@ -278,12 +326,17 @@ def test_a_limit_that_chose_the_strength_is_what_is_said() -> None:
     assert bounds is not None
     assert bounds.allowed == int(0.05 * bounds.n)
     assert bounds.upper == pytest.approx(limit_at_level(bounds.allowed, bounds.n, 0.08), abs=1e-12)
-    assert f"the limit for {bounds.allowed} broken, since strengths that break more" in report.to_markdown()
+    assert (
+        f"the limit for {bounds.allowed} broken, since strengths that break more"
+        in report.to_markdown()
+    )
 
 
 def test_without_an_accepted_repair_or_calibration_data_nothing_is_said() -> None:
     assert repaired([], strength=1.0)[1].report.bounds is None
     much = {"2.bias": trained()[2].bias.detach() + torch.tensor([9.0, 0.0, 0.0])}
-    refused = repaired([calibration()], strength=1.0, gate=Gate.instance(), method=Given(much))[1].report
+    refused = repaired([calibration()], strength=1.0, gate=Gate.instance(), method=Given(much))[
+        1
+    ].report
     assert refused.status == "refused"
     assert refused.bounds is None

@@ -32,7 +32,11 @@ class ByFunctions(nn.Module):
         self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(x, self.first.weight, self.first.bias)), self.last.weight, self.last.bias)
+        return F.linear(
+            F.relu(F.linear(x, self.first.weight, self.first.bias)),
+            self.last.weight,
+            self.last.bias,
+        )
 
 
 class Bare(nn.Module):
@@ -40,7 +44,10 @@ class Bare(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Parameter(0.3 * torch.randn(4, 12)), nn.Parameter(0.3 * torch.randn(12, 3))
+        self.first, self.last = (
+            nn.Parameter(0.3 * torch.randn(4, 12)),
+            nn.Parameter(0.3 * torch.randn(12, 3)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x @ self.first) @ self.last
@@ -73,7 +80,10 @@ def frozen_body() -> nn.Module:
 
 ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "weight norm": (lambda: parametrised(weight_norm), "has no floating-point weight of its own"),
-    "spectral norm": (lambda: parametrised(spectral_norm), "has no floating-point weight of its own"),
+    "spectral norm": (
+        lambda: parametrised(spectral_norm),
+        "has no floating-point weight of its own",
+    ),
     "orthogonal": (lambda: parametrised(orthogonal), "has no floating-point weight of its own"),
     "functions": (ByFunctions, "is never called"),
     "parameters": (Bare, "found no Linear layer"),
@@ -95,7 +105,9 @@ def test_training_repairs_what_has_no_layer_to_be_searched(kind: str) -> None:
     make, reason = ODD[kind]
     model, data = trained(make), known()
     before = [right(model, source) for source in data]
-    outcome = repair_module(model, data, Settings(method=Auto(ParticleSwarm(particles=6, iterations=4))))
+    outcome = repair_module(
+        model, data, Settings(method=Auto(ParticleSwarm(particles=6, iterations=4)))
+    )
     report = outcome.report
     assert report.status == "repaired"
     assert [rung.name for rung in report.rungs if rung.taken] == ["training"]
@@ -121,13 +133,17 @@ def test_parts_by_torch_jit_come_back_as_they_were(make: Callable[[], nn.Module]
 
 def test_a_prediction_that_depends_on_the_batch_is_refused() -> None:
     model = trained(
-        lambda: nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12, track_running_stats=False), nn.Linear(12, 3))
+        lambda: nn.Sequential(
+            nn.Linear(4, 12), nn.BatchNorm1d(12, track_running_stats=False), nn.Linear(12, 3)
+        )
     )
     for call in (
         lambda: repair_module(model, known(), quick()),
         lambda: run_sanity_check(Evaluator(model), known(batch_size=1), quick()),
     ):
-        with pytest.raises(ConfigurationError, match=r"`1` is a batch norm without running statistics[\s\S]*HINT: "):
+        with pytest.raises(
+            ConfigurationError, match=r"`1` is a batch norm without running statistics[\s\S]*HINT: "
+        ):
             call()
     assert not model[1]._forward_pre_hooks  # type: ignore[index]
     unused = trained()
@@ -136,9 +152,13 @@ def test_a_prediction_that_depends_on_the_batch_is_refused() -> None:
     run_sanity_check(Evaluator(unused), known(), quick())
 
 
-@pytest.mark.parametrize("form", [lambda y: F.one_hot(y, 3), lambda y: y.double(), lambda y: y.to(torch.uint16)])
+@pytest.mark.parametrize(
+    "form", [lambda y: F.one_hot(y, 3), lambda y: y.double(), lambda y: y.to(torch.uint16)]
+)
 def test_targets_of_several_forms_are_refused(form: Callable[[Tensor], Tensor]) -> None:
     first, second = known()
     second = replace(second, targets=form(second.targets))
-    with pytest.raises(ConfigurationError, match=r"several forms: int64 \[n\] in `train`, .* in `new`"):
+    with pytest.raises(
+        ConfigurationError, match=r"several forms: int64 \[n\] in `train`, .* in `new`"
+    ):
         run_sanity_check(Evaluator(trained()), [first, second], quick())

@@ -1,4 +1,6 @@
-"""Two classes from one logit a sample, as binary cross entropy trains them, without a word about the task."""
+"""Two classes from one logit a sample, as binary cross entropy trains them, without a word about
+the task.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,11 @@ def right(model: nn.Module) -> Tensor:
 def test_every_method_repairs_what_a_plain_threshold_counts(method: str, end: Any) -> None:
     model = learned(*end)
     before, is_1 = right(model), torch.cat([source.targets.view(-1) == 1 for source in known()])
-    settings = quick(target=Target.label(1)) if method == "swarm" else Settings(method=method, target=Target.label(1))
+    settings = (
+        quick(target=Target.label(1))
+        if method == "swarm"
+        else Settings(method=method, target=Target.label(1))
+    )
     outcome = repair_module(model, known(), settings)
     assert outcome.report.status == "repaired", outcome.report.reason
     outcome.write(model)
@@ -76,15 +82,24 @@ def test_a_diagnosis_knows_the_last_layer(end: Any) -> None:
     assert {cost.method for cost in found.costs} >= {"convex", "swarm", "auto"}
 
 
-@pytest.mark.parametrize("form", [lambda y: y[:, 0], lambda y: y.long(), lambda y: y[:, 0].bool(), lambda y: y.byte()])
+@pytest.mark.parametrize(
+    "form", [lambda y: y[:, 0], lambda y: y.long(), lambda y: y[:, 0].bool(), lambda y: y.byte()]
+)
 def test_labels_have_any_dtype(form: Any) -> None:
-    sources = [TensorSource(s.inputs, form(s.targets), s.split, passed=s.passed, failed=s.failed) for s in known()]
-    results = [repair_module(learned(), s, Settings(method="convex")).report for s in (known(), sources)]
+    sources = [
+        TensorSource(s.inputs, form(s.targets), s.split, passed=s.passed, failed=s.failed)
+        for s in known()
+    ]
+    results = [
+        repair_module(learned(), s, Settings(method="convex")).report for s in (known(), sources)
+    ]
     assert results[0].splits == results[1].splits
 
 
 def test_probabilities_are_not_taken_for_logits_without_a_word() -> None:
-    with pytest.warns(DataWarning, match=r"all outputs on `new` data are from 0 to 1, but count as logits"):
+    with pytest.warns(
+        DataWarning, match=r"all outputs on `new` data are from 0 to 1, but count as logits"
+    ):
         repair_module(learned(nn.Sigmoid()), known(), quick())
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
@@ -100,5 +115,7 @@ def test_a_report_says_binary_where_it_was_asked_for() -> None:
 
 @pytest.mark.parametrize("end", [(), (nn.Flatten(0),)], ids=["n x 1", "n"])
 def test_a_class_beyond_the_two_is_refused_by_name(end: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"`target='label 12'`: there is no class 12[\s\S]*classes 0 to 1"):
+    with pytest.raises(
+        ConfigurationError, match=r"`target='label 12'`: there is no class 12[\s\S]*classes 0 to 1"
+    ):
         repair_module(learned(*end), known(), quick(target=Target.label(12)))

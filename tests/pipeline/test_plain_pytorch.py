@@ -84,7 +84,9 @@ def test_counts_and_a_loss_of_0_and_1_suffice_for_a_search(method: str) -> None:
         outcome = repair_module(evaluator, data, settings)
     assert outcome.write(model)
     after = torch.cat([right(model, source) for source in data])
-    assert 0 < int((after & ~before).sum()) == sum(split.repaired for split in outcome.report.splits)
+    assert (
+        0 < int((after & ~before).sum()) == sum(split.repaired for split in outcome.report.splits)
+    )
     assert bool(after[before].all())
 
 

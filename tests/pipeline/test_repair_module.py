@@ -47,7 +47,9 @@ class Nowhere:
     include_bias: bool = False
 
     def __call__(self, recording: Any, evaluator: Any, **rest: Any) -> Any:
-        raise EmptyLocalizationError("`localizer` leaves no weight at N_g = 5 of 36.\nHINT: another layer.")
+        raise EmptyLocalizationError(
+            "`localizer` leaves no weight at N_g = 5 of 36.\nHINT: another layer."
+        )
 
 
 class Aliased(nn.Module):
@@ -64,11 +66,16 @@ class Aliased(nn.Module):
 
 @pytest.mark.parametrize("layer", ["auto", "0", ["0", "2"]])
 @pytest.mark.parametrize("include_bias", [False, True])
-def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(layer: Any, include_bias: bool) -> None:
+def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(
+    layer: Any, include_bias: bool
+) -> None:
     model, sources, later = trained(), known(), unseen()
     before = [right(model, source) for source in (*sources, *later)]
     outcome = repair_module(
-        model, sources, quick(layer=layer, localizer=AllWeights(include_bias=include_bias)), unseen=later
+        model,
+        sources,
+        quick(layer=layer, localizer=AllWeights(include_bias=include_bias)),
+        unseen=later,
     )
     assert outcome.report.status == "repaired"
     assert outcome.write(model)
@@ -91,7 +98,9 @@ def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(layer: 
     layer=st.sampled_from(["0", "auto"]),
     kind=st.sampled_from(["lexicographic", "eq1", "eq2"]),
 )
-def test_an_accepted_repair_has_broken_nothing_that_is_known(seed: int, layer: str, kind: Any) -> None:
+def test_an_accepted_repair_has_broken_nothing_that_is_known(
+    seed: int, layer: str, kind: Any
+) -> None:
     model, sources = trained(seed=seed % 7), known(seed)
     before = [right(model, source) for source in sources]
     outcome = repair_module(model, sources, quick(layer=layer, seed=seed, fitness=Fitness(kind)))
@@ -111,9 +120,9 @@ def test_unseen_failures_of_the_target_are_counted_and_never_searched() -> None:
     assert split.targeted_ids == tuple(wrong.nonzero().flatten().tolist())
     assert torch.equal(outcome.change, without.change)
     marked = [replace(source, passed=True, failed=True) for source in later]
-    assert repair_module(model, known(), quick(target=Target.label(0)), unseen=marked).report.splits == (
-        outcome.report.splits
-    )
+    assert repair_module(
+        model, known(), quick(target=Target.label(0)), unseen=marked
+    ).report.splits == (outcome.report.splits)
 
 
 def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> None:
@@ -127,8 +136,14 @@ def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> No
     assert [split.split for split in report.candidate] == ["train", "new"]
     assert report.candidate[1].repaired_in_target > 0
     assert report.hashes is not None
-    assert report.hashes.layers_before == report.hashes.layers_after == hash_tensors({"2.weight": model[2].weight})
-    assert report.hashes.model_before == report.hashes.model_after == hash_tensors(model.state_dict())
+    assert (
+        report.hashes.layers_before
+        == report.hashes.layers_after
+        == hash_tensors({"2.weight": model[2].weight})
+    )
+    assert (
+        report.hashes.model_before == report.hashes.model_after == hash_tensors(model.state_dict())
+    )
     assert report.change is not None
     assert report.change.changed == int((outcome.change != 0).sum())
 
@@ -155,7 +170,10 @@ def test_without_failures_there_is_nothing_to_repair() -> None:
     outcome = repair_module(model, known(), quick(target=Target.where(is_passed)))
     assert outcome == Outcome(outcome.report)
     assert outcome.report.status == "nothing to repair"
-    assert "no failed sample of new is in the target (where is_passed); failures in all:" in outcome.report.reason
+    assert (
+        "no failed sample of new is in the target (where is_passed); failures in all:"
+        in outcome.report.reason
+    )
     assert list(outcome.report.seconds) == ["collect"]
     assert outcome.report.localization is outcome.report.search is None
 
@@ -166,12 +184,17 @@ def test_a_class_that_does_not_occur_or_that_the_model_does_not_have_is_named() 
     assert report.status == "nothing to repair"
     assert report.reason == "no sample of new, right or wrong, is in the target (label 2)."
     for target in (Target.label(7), Target.label(0) & ~Target.confusion(1, 7)):
-        with pytest.raises(ConfigurationError, match=r"there is no class 7.\nHINT: the model has the classes 0 to 2"):
+        with pytest.raises(
+            ConfigurationError,
+            match=r"there is no class 7.\nHINT: the model has the classes 0 to 2",
+        ):
             repair_module(trained(), known(), quick(target=target))
 
 
 def test_without_passed_samples_a_warning_says_why() -> None:
-    always_wrong = [replace(source, targets=torch.full_like(source.targets, 2)) for source in known()]
+    always_wrong = [
+        replace(source, targets=torch.full_like(source.targets, 2)) for source in known()
+    ]
     model = nn.Sequential(nn.Linear(4, 3))
     nn.init.zeros_(model[0].weight)
     model[0].bias.data = torch.tensor([1.0, 0, 0])
@@ -202,7 +225,9 @@ def test_a_search_that_finds_nothing_better_says_so() -> None:
 def test_a_loss_that_is_not_finite_names_the_samples() -> None:
     sources = known()
     sources[1].inputs[3:5] = float("nan")
-    with pytest.raises(EvaluationError, match=r"NaN or infinite on 2 known samples \(new: \[3, 4\]\)"):
+    with pytest.raises(
+        EvaluationError, match=r"NaN or infinite on 2 known samples \(new: \[3, 4\]\)"
+    ):
         repair_module(trained(), sources, quick())
 
 
@@ -216,7 +241,9 @@ def test_a_loss_that_is_not_finite_names_the_samples() -> None:
         (known(), {"layer": "4"}, "`layer='4'` is not in the model"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_model_runs(sources: Any, arguments: Any, found: str) -> None:
+def test_what_cannot_be_is_refused_before_the_model_runs(
+    sources: Any, arguments: Any, found: str
+) -> None:
     model = trained()
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ConfigurationError, match=found):
@@ -242,7 +269,9 @@ def test_stages_and_progress_are_told_in_order() -> None:
 
     outcome = repair_module(trained(), known(), quick(), observer=Listener())
     stages = ["collect", "localize", "search", "judge", "strength", "judge"]
-    assert [word for word in told if isinstance(word, str)] == [w for s in stages for w in (s, f"{s} done")]
+    assert [word for word in told if isinstance(word, str)] == [
+        w for s in stages for w in (s, f"{s} done")
+    ]
     assert [word for word in told if isinstance(word, tuple)] == [(10, 12), (12, 12)]
     assert told.index("search") < told.index((10, 12)) < told.index("search done")
     assert list(outcome.report.seconds) == stages[:-1]

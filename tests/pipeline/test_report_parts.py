@@ -10,8 +10,8 @@ import torch
 from lightning_nrl.evaluation import metrics as functional
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
 from lightning_nrl.pipeline.report_builder import split_report, weight_change
-from lightning_nrl.report import WeightChange, pool
-from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+from lightning_nrl.records import WeightChange, pool
+from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 
 LABEL = torch.tensor([0, 0, 1, 1, 2, 0, 1])
 EDGES = (-1.0, 0.0, 1.0, 2.0)
@@ -42,7 +42,9 @@ AFTER = results([0, 0, 2, 0, 2, 0, 1], [2.0, 0.5, -0.5, -0.25, 4.0, 0.25, float(
 
 def test_a_split_by_hand() -> None:
     train = split_report("train", "known", BEFORE, AFTER, EDGES)
-    assert train.counts == TargetCounts(2, 1, 1, 1, targeted=1, repaired_in_target=1, passed_in_target=1)
+    assert train.counts == TargetCounts(
+        2, 1, 1, 1, targeted=1, repaired_in_target=1, passed_in_target=1
+    )
     assert train.flipped == (
         FlippedSample(11, "repaired", True, 0, 1, 0, -1.0, 0.5, "night"),
         FlippedSample(12, "broken", False, 1, 1, 2, 0.5, -0.5),
@@ -73,7 +75,9 @@ def test_a_split_by_hand() -> None:
 
 def test_splits_are_pooled() -> None:
     both = pool([split_report(split, "known", BEFORE, AFTER, EDGES) for split in ("train", "val")])
-    assert both.counts == TargetCounts(3, 1, 2, 1, targeted=2, repaired_in_target=2, passed_in_target=1)
+    assert both.counts == TargetCounts(
+        3, 1, 2, 1, targeted=2, repaired_in_target=2, passed_in_target=1
+    )
     assert both.classes[0] == ClassCounts(0, FlipCounts(1, 0, 2, 0))
     assert both.confusion[1] == ConfusionCell(0, 1, 2, 0)
     assert both.margins == MarginHistogram(EDGES, (3, 1, 3), (2, 2, 2))
@@ -86,6 +90,8 @@ def test_splits_are_pooled() -> None:
 def test_change_between_two_layers() -> None:
     old = {"a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor([0.0])}
     new = {"b": torch.tensor([1.0]), "a": torch.tensor([[3.0, 2.0], [0.0, 2.0]])}
-    assert weight_change(old, new) == WeightChange(changed=3, total=5, l2=3.0, relative=0.6, largest=2.0)
+    assert weight_change(old, new) == WeightChange(
+        changed=3, total=5, l2=3.0, relative=0.6, largest=2.0
+    )
     half = {"a": torch.full((1000,), 100.0, dtype=torch.bfloat16)}
     assert weight_change(half, {"a": half["a"] + 0.5}).l2 == pytest.approx(0.5 * math.sqrt(1000))

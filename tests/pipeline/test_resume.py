@@ -63,7 +63,11 @@ class Mortal:
 
 
 def repaired(
-    folder: Path | None, life: int | None = None, method: str = "swarm", seed: int = 0, **settings: Any
+    folder: Path | None,
+    life: int | None = None,
+    method: str = "swarm",
+    seed: int = 0,
+    **settings: Any,
 ) -> tuple[Outcome, Mortal, ResumeStore]:
     model, observer = trained(seed=seed), Mortal(life)
     work = ResumeStore(folder, every=0)
@@ -96,11 +100,17 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     assert one.parameters is not None
     assert other.parameters is not None
     assert same(one.parameters, other.parameters)
-    assert timeless(json.loads(one.report.to_json())) == timeless(json.loads(other.report.to_json()))
+    assert timeless(json.loads(one.report.to_json())) == timeless(
+        json.loads(other.report.to_json())
+    )
 
 
-@pytest.mark.parametrize(("method", "lives"), [("swarm", (7,)), ("finetune-polish", (43,)), ("auto", (17, 8))])
-def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str, lives: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("method", "lives"), [("swarm", (7,)), ("finetune-polish", (43,)), ("auto", (17, 8))]
+)
+def test_a_repair_that_died_ends_as_one_that_did_not(
+    tmp_path: Path, method: str, lives: tuple[int, ...]
+) -> None:
     for life in lives:
         with pytest.raises(Death):
             repaired(tmp_path, life, method)
@@ -135,7 +145,9 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
     assert_same(whole("swarm"), repaired(tmp_path)[0])
 
 
-def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_training_is_another_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.1"], raising=False)
     with pytest.raises(Death):
         repaired(tmp_path, 17, "auto")

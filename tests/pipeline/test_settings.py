@@ -60,7 +60,9 @@ def my_fitness(scores: Any, original: Any) -> Any:
     return scores.patched
 
 
-@pytest.mark.parametrize(("text", "gate"), [("instance", Gate.instance()), ("tolerance:1%", Gate.tolerance(0.01))])
+@pytest.mark.parametrize(
+    ("text", "gate"), [("instance", Gate.instance()), ("tolerance:1%", Gate.tolerance(0.01))]
+)
 def test_a_gate_may_be_given_as_text(text: str, gate: Gate) -> None:
     assert Settings(gate=text).gate == gate  # type: ignore[arg-type]
 
@@ -70,7 +72,9 @@ def test_settings_are_told_as_plain_values() -> None:
         target=Target.label(3) | Target.confusion(1, 2),
         layer=["a", "b"],
         gate=Gate.tolerance(0.01),
-        search=SearchOptions(fitness=Fitness("eq2", alpha=8), localizer=NeuRecoverLite(n_weights=32)),
+        search=SearchOptions(
+            fitness=Fitness("eq2", alpha=8), localizer=NeuRecoverLite(n_weights=32)
+        ),
         seed=7,
     )
     plain = settings.plain()
@@ -92,8 +96,12 @@ def test_settings_are_told_as_plain_values() -> None:
 
 
 @pytest.mark.parametrize("localizer", [NeuRecoverLite(), AllWeights(), ByHand(), Learned()])
-@pytest.mark.parametrize("fitness", [Fitness("eq1"), my_fitness, partial(my_fitness, original=None)])
-def test_plain_values_are_json_and_the_same_for_equal_settings(localizer: Any, fitness: Any) -> None:
+@pytest.mark.parametrize(
+    "fitness", [Fitness("eq1"), my_fitness, partial(my_fitness, original=None)]
+)
+def test_plain_values_are_json_and_the_same_for_equal_settings(
+    localizer: Any, fitness: Any
+) -> None:
     plain = Settings(search=SearchOptions(localizer=localizer, fitness=fitness)).plain()
     again = Settings(search=SearchOptions(localizer=type(localizer)(), fitness=fitness)).plain()
     assert json.loads(json.dumps(plain)) == json.loads(json.dumps(again))
@@ -124,14 +132,19 @@ def test_plain_values_are_json_and_the_same_for_equal_settings(localizer: Any, f
         ({"max_time": "60"}, "`max_time='60'` is no time"),
     ],
 )
-def test_a_value_without_a_meaning_is_refused_at_once(arguments: dict[str, Any], found: str) -> None:
+def test_a_value_without_a_meaning_is_refused_at_once(
+    arguments: dict[str, Any], found: str
+) -> None:
     with pytest.raises(ConfigurationError, match=rf"{found}[\s\S]*HINT: "):
         Settings(**arguments)
 
 
 def test_what_is_not_as_by_default() -> None:
     assert changed_options(SearchOptions()) == {}
-    assert changed_options(SearchOptions("eq1", n_passed=3)) == {"fitness": Fitness("eq1"), "n_passed": 3}
+    assert changed_options(SearchOptions("eq1", n_passed=3)) == {
+        "fitness": Fitness("eq1"),
+        "n_passed": 3,
+    }
     assert changed_options(BoundOptions(confidence=0.95, sparse=0.0)) == {"sparse": 0.0}
     assert changed_options(SampleOptions(importance=0)) == {"importance": 0}
 
@@ -155,12 +168,17 @@ def test_what_is_not_as_by_default() -> None:
         (lambda: BoundOptions(strength=True), "`strength=True` is no strength"),
         (lambda: BoundOptions(sparse=1), "`sparse=1` is no share"),
         (lambda: BoundOptions(sparse=-0.1), r"`sparse=-0\.1` is no share"),
-        (lambda: BoundOptions(strength=0.5, limit="instance"), r"`strength=0\.5` and `limit='instance'` both"),
+        (
+            lambda: BoundOptions(strength=0.5, limit="instance"),
+            r"`strength=0\.5` and `limit='instance'` both",
+        ),
         (lambda: BoundOptions(limit="tollerance:1%"), "did you mean 'tolerance'"),
         (lambda: BoundOptions(confidence=1), "`confidence=1`"),
         (lambda: SampleOptions(keep="all"), r"`keep='all'` is unknown"),
     ],
 )
-def test_a_value_without_a_meaning_is_refused_where_it_is_given(make: Callable[[], Any], found: str) -> None:
+def test_a_value_without_a_meaning_is_refused_where_it_is_given(
+    make: Callable[[], Any], found: str
+) -> None:
     with pytest.raises(ConfigurationError, match=rf"{found}[\s\S]*HINT: "):
         make()

@@ -40,7 +40,9 @@ class Sums(nn.Module):
 
 
 def problem(passed_by: Tensor | None = None, **changes: Any) -> Problem:
-    """Four samples of class 1 that fail: two need weight 3, two weight 7; one of class 0 that passes."""
+    """Four samples of class 1 that fail: two need weight 3, two weight 7; one of class 0 that
+    passes.
+    """
     x = torch.zeros(5, 10)
     x[[0, 1], 3] = x[[2, 3], 7] = 1.0
     if passed_by is not None:
@@ -50,7 +52,15 @@ def problem(passed_by: Tensor | None = None, **changes: Any) -> Problem:
     before = Evaluator(model).run([source], AllFailures())
     space, scope = find_scope(model)
     return Problem(
-        Evaluator(model), [source], before, space, scope, NeuRecoverLite(), Fitness(), before.passed, **changes
+        Evaluator(model),
+        [source],
+        before,
+        space,
+        scope,
+        NeuRecoverLite(),
+        Fitness(),
+        before.passed,
+        **changes,
     )
 
 
@@ -101,7 +111,15 @@ def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None
     before = Evaluator(model.eval()).run(sources, AllFailures())
     space, scope = find_scope(model)
     own = Problem(
-        Evaluator(model), sources, before, space, scope, NeuRecoverLite(), Fitness(), before.passed, seed=seed
+        Evaluator(model),
+        sources,
+        before,
+        space,
+        scope,
+        NeuRecoverLite(),
+        Fitness(),
+        before.passed,
+        seed=seed,
     )
     whole = WeightStats(seed)(own).proposal
     assert whole is not None

@@ -1,4 +1,6 @@
-"""One of two ranks runs out of memory: both end soon, each with a message, and no weight has changed."""
+"""One of two ranks runs out of memory: both end soon, each with a message, and no weight has
+changed.
+"""
 
 from __future__ import annotations
 

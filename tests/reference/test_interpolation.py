@@ -29,15 +29,17 @@ def at(border: float) -> nn.Linear:
     return linear(threshold(border)["weight"])
 
 
-# A share s puts the border at 3 s. Class 1 begins at 0, so that the new model is right on all ten, and loses the small
-# ones one after the other; the old one gets the five of class 0 right.
+# A share s puts the border at 3 s. Class 1 begins at 0, so that the new model is right on all ten,
+# and loses the small ones one after the other; the old one gets the five of class 0 right.
 X = torch.tensor([[x, 1.0] for x in (0.1, 0.4, 0.7, 1.0, 1.3, -1.0, -1.0, -1.0, -1.0, -1.0)])
 Y = torch.tensor([1] * 5 + [0] * 5)
 DATA = TensorSource(X, Y, "val", batch_size=4)
 
 
 def chosen(data: Any = DATA, collective: Any = None, **arguments: Any) -> ShareChoice:
-    return choose_share(at(3.0), Evaluator(at(0.0), collective=collective or Collective()), data, **arguments)
+    return choose_share(
+        at(3.0), Evaluator(at(0.0), collective=collective or Collective()), data, **arguments
+    )
 
 
 def test_weights_lie_between() -> None:
@@ -47,15 +49,20 @@ def test_weights_lie_between() -> None:
     assert new.weight.tolist() == [[0.0, 2.0]]
 
 
-@pytest.mark.parametrize(("tolerance", "share"), [(0.0, 0.0), (0.1, 0.1), (0.15, 0.1), (0.2, 0.2), (None, 0.5)])
-def test_the_largest_share_within_the_tolerance_is_chosen(tolerance: float | None, share: float) -> None:
+@pytest.mark.parametrize(
+    ("tolerance", "share"), [(0.0, 0.0), (0.1, 0.1), (0.15, 0.1), (0.2, 0.2), (None, 0.5)]
+)
+def test_the_largest_share_within_the_tolerance_is_chosen(
+    tolerance: float | None, share: float
+) -> None:
     choice = chosen(tolerance=tolerance)
     assert choice.share == share
     assert [point.counts.right for point in choice.curve] == [10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5]
 
 
 def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
-    # Both tell the sign of x, with hidden units in another order; half way all weights cancel, and all is class 0.
+    # Both tell the sign of x, with hidden units in another order; half way all weights cancel, and
+    # all is class 0.
     def signs(order: list[int]) -> nn.Sequential:
         model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
         first, last = torch.tensor([[1.0], [-1.0]]), torch.eye(2)
@@ -82,7 +89,9 @@ def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told()
     assert new.weight.tolist() == [[0.0, 0.0], [1.0, 0.0]]
     assert choice.write(new)
     torch.testing.assert_close(new.weight.detach(), torch.tensor([[0.0, 0.3], [1.0, 0.0]]))
-    rule = "The largest that breaks no more than share 0, within 10 points of the best accuracy: 0.10."
+    rule = (
+        "The largest that breaks no more than share 0, within 10 points of the best accuracy: 0.10."
+    )
     assert rule in choice.render(100)
     assert "share 0.10, taken" in choice.render(100)
     assert "As given: 0.20." in chosen(tolerance=None, shares=[0.2]).render(100)
@@ -117,9 +126,14 @@ def test_batch_norm_statistics_fit_the_weights_and_are_those_of_the_models_at_th
     model.load_state_dict(state)
     hidden = model[0](data.inputs)
     torch.testing.assert_close(state["1.running_mean"], hidden.mean(0), rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(state["1.running_mean"], (old[1].running_mean + new[1].running_mean) / 2, atol=1e-3)
+    assert not torch.allclose(
+        state["1.running_mean"], (old[1].running_mean + new[1].running_mean) / 2, atol=1e-3
+    )
     for share, end in ((0, new), (1, old)):
-        assert all(torch.equal(x, end.state_dict()[name]) for name, x in interpolate(old, new, share, data).items())
+        assert all(
+            torch.equal(x, end.state_dict()[name])
+            for name, x in interpolate(old, new, share, data).items()
+        )
 
 
 def test_the_choice_has_the_statistics_that_it_was_counted_with() -> None:
@@ -142,7 +156,10 @@ def test_ranks_choose_as_one() -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half"])
 def test_what_is_no_share_is_refused(share: Any) -> None:
     for call in (lambda: interpolate(at(1.0), at(0.0), share), lambda: chosen(shares=[share])):
-        with pytest.raises(ConfigurationError, match=r"`shares?=.*` is no share\.\nHINT: write a number from 0 to 1"):
+        with pytest.raises(
+            ConfigurationError,
+            match=r"`shares?=.*` is no share\.\nHINT: write a number from 0 to 1",
+        ):
             call()
     with pytest.raises(ConfigurationError, match=r"`tolerance=.*` is no share"):
         chosen(tolerance=share)
@@ -150,7 +167,9 @@ def test_what_is_no_share_is_refused(share: Any) -> None:
 
 def test_batch_norm_needs_training_data() -> None:
     old, new, data = pair()
-    with pytest.raises(ConfigurationError, match="`training` is missing, but the batch norm layer '1' needs new"):
+    with pytest.raises(
+        ConfigurationError, match="`training` is missing, but the batch norm layer '1' needs new"
+    ):
         choose_share(old, new, data)
     assert choose_share(old, new, data, shares=[]).share == 0
 
@@ -182,7 +201,9 @@ def norm() -> nn.Sequential:
 
 
 def source(values: Tensor, batch_size: int) -> TensorSource:
-    return TensorSource(values[:, None], torch.zeros(len(values), dtype=torch.int64), "train", batch_size=batch_size)
+    return TensorSource(
+        values[:, None], torch.zeros(len(values), dtype=torch.int64), "train", batch_size=batch_size
+    )
 
 
 def test_every_batch_counts_alike_and_nothing_else_is_in_training_mode() -> None:
@@ -251,7 +272,9 @@ def test_no_batch_of_a_source_is_left_with_a_single_sample() -> None:
 
 def test_ranks_count_by_their_batches() -> None:
     shares = (BATCHES, [batch(8.0, 10.0)])
-    first, second = on_ranks(2, lambda own: estimate_statistics(Evaluator(norm(), collective=own), shares[own.rank]))
+    first, second = on_ranks(
+        2, lambda own: estimate_statistics(Evaluator(norm(), collective=own), shares[own.rank])
+    )
     assert (
         first
         == second

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from lightning_nrl import ConfigurationError
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.updates import FocalDistillation, MarginHinge, Predictions
-from lightning_nrl.updates.loss_terms import ModelTeacher, OldAnswers, PredictedTeacher, Term, parse_terms
+from lightning_nrl.updates.loss_terms import (
+    ModelTeacher,
+    OldAnswers,
+    PredictedTeacher,
+    Term,
+    parse_terms,
+)
 
 TASK = Multiclass()
 STUDENT = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()
@@ -31,7 +37,9 @@ def old_of(output: Tensor, target: Tensor) -> OldAnswers:
 def test_distillation_is_stronger_where_the_old_model_is_right() -> None:
     old = OldAnswers(RIGHT, torch.zeros(2, 2))
     # The divergence is 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4) = 0.143841.
-    torch.testing.assert_close(FocalDistillation()(TASK, STUDENT, LABELS, old), torch.tensor([0.143841, 0.0]))
+    torch.testing.assert_close(
+        FocalDistillation()(TASK, STUDENT, LABELS, old), torch.tensor([0.143841, 0.0])
+    )
     both = FocalDistillation(weight=2.0, base=1.0, focus=5.0)(TASK, STUDENT, LABELS, old)
     torch.testing.assert_close(both, torch.tensor([1.726092, 0.287682]))
     # Divided by the temperature the logits are those above, and 4 times as much comes of it.
@@ -57,16 +65,28 @@ def test_the_hinge_asks_for_a_part_of_the_old_margin() -> None:
     assert found.tolist() == [2.0, 5.0, 0.0]
     found.sum().backward()
     assert output.grad.tolist() == [[-1.0, 0.0, 1.0], [0.0, 1.0, -1.0], [0.0, 0.0, 0.0]]
-    assert MarginHinge(weight=2.0, share=1.0, most=4.5)(TASK, output, target, old).tolist() == [7.0, 14.0, 0.0]
+    assert MarginHinge(weight=2.0, share=1.0, most=4.5)(TASK, output, target, old).tolist() == [
+        7.0,
+        14.0,
+        0.0,
+    ]
     unknown = OldAnswers(old.passed)
     assert MarginHinge(most=1.5)(TASK, output, target, unknown).tolist() == [0.5, 4.5, 0.0]
 
 
-logits = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=1, max_size=6)
+logits = st.lists(
+    st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=1, max_size=6
+)
 
 
 @settings(max_examples=100, deadline=None)
-@given(logits, logits, st.integers(0, 2), st.floats(0.1, 10), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    logits,
+    logits,
+    st.integers(0, 2),
+    st.floats(0.1, 10),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_terms_are_never_below_zero_and_zero_for_the_old_model_itself(
     new: Any, old: Any, label: int, temperature: float, dtype: torch.dtype
 ) -> None:
@@ -74,7 +94,11 @@ def test_terms_are_never_below_zero_and_zero_for_the_old_model_itself(
     output, teacher = (torch.tensor(x[:n]).to(dtype) for x in (new, old))
     target = torch.full((n,), label)
     answers = old_of(teacher, target)
-    for term in (FocalDistillation(base=1.0, temperature=temperature), MarginHinge(), MarginHinge(share=1.0)):
+    for term in (
+        FocalDistillation(base=1.0, temperature=temperature),
+        MarginHinge(),
+        MarginHinge(share=1.0),
+    ):
         found = term(TASK, output, target, answers)
         assert found.shape == (n,)
         assert found.dtype == torch.float32
@@ -95,7 +119,9 @@ def test_what_a_term_needs_is_asked_for() -> None:
         FocalDistillation()(TASK, STUDENT, LABELS, known)
     with pytest.raises(ConfigurationError, match="have no margin to keep"):
         MarginHinge()(TASK, STUDENT, LABELS, known)
-    with pytest.raises(ConfigurationError, match=r"old model returned \[2, 3\], but the new one \[2, 2\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"old model returned \[2, 3\], but the new one \[2, 2\]"
+    ):
         FocalDistillation()(TASK, STUDENT, LABELS, OldAnswers(RIGHT, torch.zeros(2, 3)))
 
 
@@ -175,7 +201,8 @@ def test_with_an_index_each_sample_is_asked_about_once() -> None:
     teacher = ModelTeacher(model, TASK, index=ids)
     asked(teacher, where=[5, 2])
     assert model.calls == 1
-    # The first samples that come back are run again, to see whether they are the same; from then on none is.
+    # The first samples that come back are run again, to see whether they are the same; from then on
+    # none is.
     for _ in range(3):
         found = asked(teacher, X.flip(0), Y.flip(0), [2, 5])
         assert found.output.tolist() == X.flip(0).tolist()
@@ -198,11 +225,15 @@ def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
 
 
 def test_classes_in_another_order_and_classes_that_only_one_model_has() -> None:
-    # Old classes 0, 1, 2 are the new ones 2, none and 0; the new class 1 is unknown to the old model.
+    # Old classes 0, 1, 2 are the new ones 2, none and 0; the new class 1 is unknown to the old
+    # model.
     teacher = ModelTeacher(Counted(), TASK, classes={0: 2, 2: 0})
     y, new = torch.tensor([2, 1]), torch.zeros(2, 3)
     found = teacher((X,), {}, y, None, new)
-    assert dict(zip(found.columns.tolist(), found.output[0].tolist(), strict=True)) == {2: 2.0, 0: 1.0}
+    assert dict(zip(found.columns.tolist(), found.output[0].tolist(), strict=True)) == {
+        2: 2.0,
+        0: 1.0,
+    }
     assert found.passed.tolist() == [True, False]
     assert found.margin.tolist() == [1.0, -math.inf]
     # The class that only the old model has wins: wrong, whatever the label is.
@@ -213,12 +244,16 @@ def test_classes_in_another_order_and_classes_that_only_one_model_has() -> None:
 
 
 def test_predictions_say_what_was_right() -> None:
-    teacher = PredictedTeacher(Predictions({"train": {3: (0, None), 7: (2, None)}}), "train", TASK, ids)
+    teacher = PredictedTeacher(
+        Predictions({"train": {3: (0, None), 7: (2, None)}}), "train", TASK, ids
+    )
     found = asked(teacher, where=[3, 7])
     assert found.passed.tolist() == [True, False]
     assert found.output is None
     assert found.margin is None
-    with pytest.raises(ConfigurationError, match=r"no prediction for the samples \[4, 90\] of `train`"):
+    with pytest.raises(
+        ConfigurationError, match=r"no prediction for the samples \[4, 90\] of `train`"
+    ):
         asked(teacher, where=[4, 90])
     with pytest.raises(ConfigurationError, match=r"has predictions for `val`, not for `train`"):
         PredictedTeacher(Predictions({"val": {0: (0, None)}}), "train", TASK, ids)
@@ -228,7 +263,10 @@ def test_predictions_say_what_was_right() -> None:
     ("index", "message"),
     [
         (lambda batch: batch[3], "`index` raised IndexError"),
-        (lambda batch: batch[2].float(), r"`index` returned torch.float32 \[2\] for a batch of 2 samples"),
+        (
+            lambda batch: batch[2].float(),
+            r"`index` returned torch.float32 \[2\] for a batch of 2 samples",
+        ),
         (lambda batch: batch[2][:1], r"`index` returned torch.int64 \[1\]"),
         (lambda batch: -batch[2], "whole number from 0"),
     ],
@@ -239,7 +277,10 @@ def test_an_index_that_is_none_is_refused(index: Any, message: str) -> None:
 
 
 def test_another_number_of_samples_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"model raised TypeError on a batch .*\nHINT: give the old model its"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"model raised TypeError on a batch .*\nHINT: give the old model its",
+    ):
         ModelTeacher(Counted(), TASK)((), {}, Y, (X, Y), X)
     with pytest.raises(ConfigurationError, match=r"returned \[2, 3\] for a batch of 1 samples"):
         ModelTeacher(Counted(), TASK)((X,), {}, Y[:1], None, X[:1])

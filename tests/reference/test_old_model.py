@@ -47,14 +47,19 @@ def source() -> TensorSource:
     return TensorSource(X, Y, split="train", passed=True, failed=True)
 
 
-def asked(reference: Reference, model: nn.Module | None = None, task: Task | None = None) -> SampleResults:
+def asked(
+    reference: Reference, model: nn.Module | None = None, task: Task | None = None
+) -> SampleResults:
     evaluator = Evaluator(model or Scores().eval(), task or Multiclass())
     return reference.answers(evaluator, [source()], evaluator.run([source()]))
 
 
 def test_a_state_is_that_of_the_time_when_it_was_given() -> None:
     model = Scores(turn=1)
-    references = [OldModel(model.state_dict()), OldModel({"state_dict": model.state_dict(), "epoch": 3})]
+    references = [
+        OldModel(model.state_dict()),
+        OldModel({"state_dict": model.state_dict(), "epoch": 3}),
+    ]
     torch.nn.init.zeros_(model.weight)
     for reference in references:
         assert asked(reference).prediction.tolist() == [1, 2, 0]
@@ -83,14 +88,14 @@ def test_a_module_of_another_architecture_runs_as_deployed_and_is_left_as_found(
 @pytest.mark.parametrize("adapter", [None, lambda batch: (batch[0][:, :2], batch[1])])
 def test_an_old_model_with_other_inputs_is_told_how_to_get_them(adapter: Any) -> None:
     old = OldModel(nn.Linear(2, 3), adapter)
-    shown = (
-        r"`reference`: Linear raised (Runtime|Value)Error: [\s\S]*\[3, 3\][\s\S]*`reference=OldModel\(old, adapter=f\)`"
-    )
+    shown = r"`reference`: Linear raised (Runtime|Value)Error: [\s\S]*\[3, 3\][\s\S]*`reference=OldModel\(old, adapter=f\)`"
     with pytest.raises(ConfigurationError, match=shown):
         asked(old)
 
 
-@pytest.mark.parametrize("classes", [{0: 1, 1: 0}, (["a", "b"], ["b", "a", "c"]), (("a", "b"), ("b", "a", "c"))])
+@pytest.mark.parametrize(
+    "classes", [{0: 1, 1: 0}, (["a", "b"], ["b", "a", "c"]), (("a", "b"), ("b", "a", "c"))]
+)
 def test_classes_are_mapped_by_number_or_name(classes: Any) -> None:
     answer = asked(OldModel(Other(), classes=classes))
     assert answer.prediction.tolist() == [1, 0, 0]
@@ -136,13 +141,21 @@ def test_what_no_mapping_of_classes_is(classes: Any) -> None:
 
 def test_another_architecture_as_a_file_is_refused(tmp_path: Path) -> None:
     torch.save(Other().state_dict(), tmp_path / "old.pt")
-    with pytest.raises(ConfigurationError, match=r"`reference` lacks 'weight'.*\nHINT: .*the module itself"):
+    with pytest.raises(
+        ConfigurationError, match=r"`reference` lacks 'weight'.*\nHINT: .*the module itself"
+    ):
         asked(OldModel(tmp_path / "old.pt"))
 
 
-def table(label: list[int], prediction: list[int], sizes: tuple[int, ...] = (2, 1)) -> SampleResults:
+def table(
+    label: list[int], prediction: list[int], sizes: tuple[int, ...] = (2, 1)
+) -> SampleResults:
     """Two splits; positions in the data set are 10 and 12, then 0."""
-    columns = {"index": tensor([10, 12, 0]), "label": tensor(label), "prediction": tensor(prediction)}
+    columns = {
+        "index": tensor([10, 12, 0]),
+        "label": tensor(label),
+        "prediction": tensor(prediction),
+    }
     right = [said == true for said, true in zip(prediction, label, strict=True)]
     return sample_table(right, dict(zip(("train", "repair"), sizes, strict=True)), **columns)
 
@@ -159,12 +172,16 @@ def test_a_file_says_what_the_old_model_got_right(tmp_path: Path) -> None:
     assert found.margin.isnan().all()
 
 
-@pytest.mark.parametrize("change", ["row", "passed", "label", "split", "classes", "precision", "adapter"])
+@pytest.mark.parametrize(
+    "change", ["row", "passed", "label", "split", "classes", "precision", "adapter"]
+)
 def test_a_cache_is_used_only_for_what_it_was_made_of(change: str, tmp_path: Path) -> None:
     path, made = tmp_path / "old.csv", replace(source(), targets=tensor([0, 2, 1]))
     ask = partial(OldModel, Scores(turn=1), cache=path)
 
-    def say(old: OldModel, data: TensorSource = made, new: nn.Module | None = None) -> SampleResults:
+    def say(
+        old: OldModel, data: TensorSource = made, new: nn.Module | None = None
+    ) -> SampleResults:
         evaluator = Evaluator(new or Scores().eval(), Multiclass())
         return old.answers(evaluator, [data], evaluator.run([data]))
 
@@ -172,7 +189,9 @@ def test_a_cache_is_used_only_for_what_it_was_made_of(change: str, tmp_path: Pat
     assert say(ask()).prediction.tolist() == first.prediction.tolist() == [1, 2, 0]
     assert path.read_text() == text
     if change in ("row", "passed"):
-        path.write_text(text.replace("train,1,2,1", "train,1,1,0" if change == "row" else "train,1,,1"))
+        path.write_text(
+            text.replace("train,1,2,1", "train,1,1,0" if change == "row" else "train,1,,1")
+        )
         assert say(ask()).passed.tolist() == first.passed.tolist()
         assert path.read_text() == text
         return
@@ -189,7 +208,11 @@ def test_a_cache_is_used_only_for_what_it_was_made_of(change: str, tmp_path: Pat
 def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:
     like = table([-1, -1, -1], [-1, -1, -1])
     (tmp_path / "old.csv").write_text("split,id,passed\ntrain,10,1\ntrain,12,0\nrepair,0,1\n")
-    assert Predictions.read(tmp_path / "old.csv").results(like).passed.tolist() == [True, False, True]
+    assert Predictions.read(tmp_path / "old.csv").results(like).passed.tolist() == [
+        True,
+        False,
+        True,
+    ]
     (tmp_path / "old.csv").write_text(FILE)
     with pytest.raises(ConfigurationError, match=r"has no classes.*\nHINT: add a column `passed`"):
         Predictions.read(tmp_path / "old.csv").results(like)
@@ -197,5 +220,7 @@ def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:
 
 def test_samples_without_a_prediction_are_named(tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("split,id,prediction\ntrain,10,1\n")
-    with pytest.raises(ConfigurationError, match=r"1 of 2 samples of `train` have no prediction \(\[12\]\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"1 of 2 samples of `train` have no prediction \(\[12\]\)"
+    ):
         Predictions.read(tmp_path / "old.csv").results(table([1, 1, 2], [0, 1, 2]))

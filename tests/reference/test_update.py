@@ -41,7 +41,9 @@ def line() -> list[TensorSource]:
 
 def test_regressions_are_repaired_wherever_they_are_known() -> None:
     new = threshold(0.5)  # wrong on 0.3, a training sample; the replaced model was right there
-    later = [TensorSource(torch.tensor([[0.4, 1.0], [-0.5, 1.0]]), torch.tensor([1, 0]), split="later")]
+    later = [
+        TensorSource(torch.tensor([[0.4, 1.0], [-0.5, 1.0]]), torch.tensor([1, 0]), split="later")
+    ]
     outcome = repair_module(new, line(), unseen=later, reference=OldModel(threshold(0.1)))
     report = outcome.report
     assert report.status == "repaired"
@@ -54,8 +56,9 @@ def test_regressions_are_repaired_wherever_they_are_known() -> None:
     assert report.update[0].trained.broken_ids == (2,)
     assert aside.trained.broken == 1
     assert aside.now.broken <= 1  # measured, not promised
-    assert "Of 5 known samples that the replaced model gets right, the new one got 1 wrong and gets 0 wrong now." in (
-        report.reason
+    assert (
+        "Of 5 known samples that the replaced model gets right, the new one got 1 wrong and gets 0 wrong now."
+        in (report.reason)
     )
     assert outcome.write(new)
     assert new(LINE).argmax(1).tolist() == CLASS.tolist()
@@ -64,7 +67,9 @@ def test_regressions_are_repaired_wherever_they_are_known() -> None:
 def test_what_the_replaced_model_got_wrong_too_is_no_target() -> None:
     report = repair_module(threshold(0.5), line(), reference=OldModel(threshold(0.4))).report
     assert report.status == "nothing to repair"
-    assert report.reason.startswith("no known sample in the target (all failures) is right under the replaced model")
+    assert report.reason.startswith(
+        "no known sample in the target (all failures) is right under the replaced model"
+    )
     assert report.pooled_update("known").now.broken == 0  # type: ignore[union-attr]
 
 
@@ -111,7 +116,9 @@ def test_nothing_that_may_not_break_breaks(keep: Any, method: Any) -> None:
     assert update is not None
     assert update.trained.broken == int((was & ~trained_new).sum())
     assert update.now.broken == int((was & ~now).sum())
-    assert outcome.report.status == ("repaired" if update.now.broken < update.trained.broken else "not repaired")
+    assert outcome.report.status == (
+        "repaired" if update.now.broken < update.trained.broken else "not repaired"
+    )
 
 
 def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_alone() -> None:
@@ -126,7 +133,9 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
     x = torch.tensor([[value, 1.0] for value in (-1.0, 0.3, 0.2, 0.25, 1.0)])
     source = TensorSource(x, torch.tensor([0, 1, 0, 0, 1]), split="all", passed=True, failed=True)
     settings = Settings(samples=SampleOptions(keep="reference"), method=Worse())
-    report = repair_module(threshold(0.5), [source], settings, reference=OldModel(threshold(0.1))).report
+    report = repair_module(
+        threshold(0.5), [source], settings, reference=OldModel(threshold(0.1))
+    ).report
     assert report.status == "refused"
     assert "2 would break" in report.reason
 
@@ -153,7 +162,9 @@ def test_failed_and_near_border_samples_come_more_often() -> None:
     st.integers(1, 4),
     st.integers(0, 3),
 )
-def test_every_epoch_has_each_sample_as_often_as_it_says(rows: Any, oversample: int, seed: int) -> None:
+def test_every_epoch_has_each_sample_as_often_as_it_says(
+    rows: Any, oversample: int, seed: int
+) -> None:
     passed, margin = torch.tensor([p for p, _ in rows]), torch.tensor([m for _, m in rows])
     first, again = (Oversampler(passed, margin, oversample, seed) for _ in range(2))
     epochs = [list(first) for _ in range(3)]

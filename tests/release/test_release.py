@@ -20,7 +20,7 @@ from toy_repairs import blobs, mlp, right, trained
 from lightning_nrl import ConfigurationError, OldModel, Target, TensorSource
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.report import hash_tensors
+from lightning_nrl.records import hash_tensors
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport, parse_rules, release
 
 HOW_TO = ROOT / "docs" / "release.md"
@@ -48,9 +48,14 @@ def test_it_counts_what_plain_passes_count() -> None:
     assert [row.slice for row in slices] == ["0", "1", "2"]
     for row in slices:
         mine = source.targets == int(row.slice)
-        assert (row.counts.n, row.counts.broken) == (int(mine.sum()), int((was & ~now & mine).sum()))
+        assert (row.counts.n, row.counts.broken) == (
+            int(mine.sum()),
+            int((was & ~now & mine).sum()),
+        )
     assert report.status == "refused"
-    assert report.reasons[0].startswith(f"instance: test: {whole.counts.broken} of {int(was.sum())} that were right")
+    assert report.reasons[0].startswith(
+        f"instance: test: {whole.counts.broken} of {int(was.sum())} that were right"
+    )
 
 
 def test_a_model_may_replace_itself() -> None:
@@ -63,7 +68,9 @@ def test_a_model_may_replace_itself() -> None:
 def test_models_and_random_state_are_left_as_found() -> None:
     old, new = trained(seed=1), trained(seed=2)
     new[0].eval()
-    states = [{name: value.clone() for name, value in model.state_dict().items()} for model in (old, new)]
+    states = [
+        {name: value.clone() for name, value in model.state_dict().items()} for model in (old, new)
+    ]
     random = torch.get_rng_state()
     release(new, old, data(), RULES, slices=label)
     assert torch.equal(torch.get_rng_state(), random)
@@ -78,7 +85,11 @@ def test_every_form_of_the_old_model_gives_the_same_report(tmp_path: Path) -> No
     torch.save(old.state_dict(), tmp_path / "old.pt")
     first = release(new, old, data(), RULES, slices=label)
     assert first.old.sha256 == hash_tensors(old.state_dict())
-    for form in (tmp_path / "old.pt", OldModel(old, cache=tmp_path / "old.csv"), tmp_path / "old.csv"):
+    for form in (
+        tmp_path / "old.pt",
+        OldModel(old, cache=tmp_path / "old.csv"),
+        tmp_path / "old.csv",
+    ):
         report = release(new, form, data(), RULES, slices=label)
         assert replace(report, old=first.old) == first
         assert report.old.sha256 == first.old.sha256
@@ -96,7 +107,14 @@ def test_protected_samples_are_chosen_while_the_data_are_read() -> None:
 
 
 def test_the_page_and_the_json_say_all() -> None:
-    report = release(trained(seed=1), trained(seed=2), data(), [*RULES, "instance"], slices=label, seeds={"fit": 1})
+    report = release(
+        trained(seed=1),
+        trained(seed=2),
+        data(),
+        [*RULES, "instance"],
+        slices=label,
+        seeds={"fit": 1},
+    )
     again = ReleaseReport.from_json(report.to_json())
     assert again.to_json() == report.to_json()
     assert again.to_markdown() == report.to_markdown()
@@ -118,7 +136,9 @@ def test_the_page_and_the_json_say_all() -> None:
         assert str(at) in page
     assert report.render(100).startswith("REFUSED\n\nThe new model may not replace the old one: ")
     accepted = release(trained(), trained(), data(), "accuracy").render()
-    assert accepted.startswith("ACCEPTED\n\nThe new model may replace the old one: the rule is satisfied.")
+    assert accepted.startswith(
+        "ACCEPTED\n\nThe new model may replace the old one: the rule is satisfied."
+    )
 
 
 def test_ranks_come_to_the_same_report() -> None:
@@ -156,7 +176,10 @@ def test_ranks_come_to_the_same_report() -> None:
         ({"data": []}, "`data`: found a list, not a list of sources"),
         ({"rules": "all"}, "'all' is no rule"),
         ({"rules": "slices"}, "the rule `slices` needs slices"),
-        ({"rules": "slices:count", "slices": lambda batch: [None] * len(batch[1])}, "`slices:count` has nothing to c"),
+        (
+            {"rules": "slices:count", "slices": lambda batch: [None] * len(batch[1])},
+            "`slices:count` has nothing to c",
+        ),
         ({"rules": "instance in suite"}, "names the split 'suite', but the data have \\['test'\\]"),
         ({"slices": 3.5}, "`slices`"),
         ({"rules": ProtectedIntact(where=lambda batch: batch["kind"])}, "`where` raised"),
@@ -190,10 +213,20 @@ def test_files_are_judged_as_the_models_are(
 ) -> None:
     folder, expected = files
     rules = [part for rule in (*RULES, "instance") for part in ("--rule", rule)]
-    given = [str(folder / "old.csv"), str(folder / "new.csv"), *rules, "--slices", str(folder / "slices.csv")]
+    given = [
+        str(folder / "old.csv"),
+        str(folder / "new.csv"),
+        *rules,
+        "--slices",
+        str(folder / "slices.csv"),
+    ]
     assert decide([*given, "--out", str(tmp_path / "out")]) == 1
     found = ReleaseReport.from_json((tmp_path / "out" / "report.json").read_text())
-    assert (found.findings, found.rows, found.broken_ids) == (expected.findings, expected.rows, expected.broken_ids)
+    assert (found.findings, found.rows, found.broken_ids) == (
+        expected.findings,
+        expected.rows,
+        expected.broken_ids,
+    )
     assert (found.new.sha256, found.old.sha256) == (expected.new.sha256, expected.old.sha256)
     assert capsys.readouterr().out.startswith("REFUSED")
     assert (tmp_path / "out" / "report.md").read_text() == found.to_markdown()
@@ -213,13 +246,19 @@ def test_protected_classes_are_told_by_right_predictions(
     bare = write(tmp_path / "bare.csv", dict.fromkeys(range(4), ",1"))
     for what in ("label 1", "where math:prod"):
         assert decide([bare, bare, "--rule", f"protected:{what}"]) == 2
-        assert f"the rule `protected:{what}`: the files do not say which samples" in capsys.readouterr().err
+        assert (
+            f"the rule `protected:{what}`: the files do not say which samples"
+            in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize(
     ("slices", "message"),
     [
-        ({("val", i): "a" for i in range(100)}, "100 samples of `val` are in only one of the files"),
+        (
+            {("val", i): "a" for i in range(100)},
+            "100 samples of `val` are in only one of the files",
+        ),
         (
             {("test", i): "a" for i in range(30, 100)},
             "30 samples of `test` are in only one of the files `slices` and `old`",
@@ -228,13 +267,20 @@ def test_protected_classes_are_told_by_right_predictions(
             {("test", i): "a" for i in range(101)},
             "1 samples of `test` are in only one of the files `slices` and `old` (100)",
         ),
-        ({("test", i): " " for i in range(100)}, "has nothing to check: `test` has no sample in a slice"),
+        (
+            {("test", i): " " for i in range(100)},
+            "has nothing to check: `test` has no sample in a slice",
+        ),
         ({}, "has nothing to check: `test` has no sample in a slice"),
     ],
 )
 @pytest.mark.parametrize("rule", ["slices", "slices:count", "slice-nfr:40%:50%"])
 def test_slices_of_other_samples_let_no_loss_through(
-    rule: str, slices: dict[Any, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rule: str,
+    slices: dict[Any, str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
     new = write(tmp_path / "new.csv", {i: f"1,{int(i >= 30)}" for i in range(100)})
@@ -249,21 +295,40 @@ def test_names_that_differ_in_signs_alone_are_slices_of_their_own() -> None:
     old, new, source = trained(seed=1), trained(seed=2), data()
     broke = right(old, source) & ~right(new, source)
     source = replace(source, extras=(broke,))
-    report = release(new, old, source, "slices:count", slices=lambda x: ["C++" if b else "C" for b in x[2]])
-    assert [(row.slice, row.counts.broken) for row in report.rows[1:]] == [("C", 0), ("C++", int(broke.sum()))]
+    report = release(
+        new, old, source, "slices:count", slices=lambda x: ["C++" if b else "C" for b in x[2]]
+    )
+    assert [(row.slice, row.counts.broken) for row in report.rows[1:]] == [
+        ("C", 0),
+        ("C++", int(broke.sum())),
+    ]
     assert report.findings[0].ids == report.broken_ids
 
 
-def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_do_not_say_what_is_right_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bare.csv").write_text("split,id,prediction\ntest,0,1\n")
     assert decide([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")]) == 2
-    assert re.search(r"`new` has no value of `passed` for 1 .*HINT: give ", capsys.readouterr().err, re.DOTALL)
+    assert re.search(
+        r"`new` has no value of `passed` for 1 .*HINT: give ", capsys.readouterr().err, re.DOTALL
+    )
 
 
 def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
-    command = [sys.executable, "-m", "lightning_nrl", "release", files[0] / "old.csv", files[0] / "new.csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_nrl",
+        "release",
+        files[0] / "old.csv",
+        files[0] / "new.csv",
+    ]
     done = subprocess.run(
-        [*command, "--rule", "nfr:90%", "--require", "any"], capture_output=True, text=True, timeout=300
+        [*command, "--rule", "nfr:90%", "--require", "any"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "ACCEPTED"), done.stderr
 
@@ -273,10 +338,13 @@ def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,p
     return str(path)
 
 
-def test_a_net_loss_is_refused_whatever_the_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_net_loss_is_refused_whatever_the_rules(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loss = ["1,1"] * 200 + ["1,0"] * 14 + ["1,1"] * 16, ["1,1"] * 200 + ["1,1"] * 14 + ["1,0"] * 16
     old, new = (
-        write(tmp_path / f"{name}.csv", dict(enumerate(rows))) for name, rows in zip(("old", "new"), loss, strict=True)
+        write(tmp_path / f"{name}.csv", dict(enumerate(rows)))
+        for name, rows in zip(("old", "new"), loss, strict=True)
     )
     assert decide([old, new, "--rule", "nfr:50%"]) == 1
     assert (
@@ -287,12 +355,19 @@ def test_a_net_loss_is_refused_whatever_the_rules(tmp_path: Path, capsys: pytest
     assert decide([new, old, "--rule", "nfr:50%"]) == 0  # 16 repaired, 14 broken
     assert decide([new, old, "--rule", "nfr:50%", "--require", "better"]) == 1
     model = trained()
-    assert [one.rule for one in release(model, model, data(), "nfr:50%").findings] == ["nfr:50%", "accuracy"]
+    assert [one.rule for one in release(model, model, data(), "nfr:50%").findings] == [
+        "nfr:50%",
+        "accuracy",
+    ]
 
 
-def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_that_are_left_out_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
-    new = write(tmp_path / "new.csv", dict.fromkeys(range(30, 100), "1,1"))  # 0 to 29 are what broke
+    new = write(
+        tmp_path / "new.csv", dict.fromkeys(range(30, 100), "1,1")
+    )  # 0 to 29 are what broke
     assert decide([old, new]) == 2
     assert "30 of 100 samples of `test`" in capsys.readouterr().err
     assert decide([old, new, "--allow-missing", "train"]) == 2
@@ -362,7 +437,9 @@ def test_the_example_decides(tmp_path: Path) -> None:
     root = ROOT
     command = [sys.executable, root / "examples" / "release.py", "--fast"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     (found,) = tmp_path.rglob("release/report.json")
     report = ReleaseReport.from_json(found.read_text())
     assert done.returncode == report.exit_status, done.stderr
@@ -378,7 +455,9 @@ def test_the_documented_rule_of_ones_own_can_be_given() -> None:
     assert report.findings[0].ids == report.broken_ids
 
 
-def test_every_rule_in_the_how_to_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rule_in_the_how_to_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ids.csv").write_text("split,id\ntest,1\n")
     table = re.search(r"\| as text .*?\n\n", HOW_TO.read_text(), re.DOTALL)

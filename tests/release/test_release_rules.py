@@ -15,7 +15,7 @@ from sample_tables import sample_table
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.report.stats import p_worse, upper_limit
+from lightning_nrl.records.stats import p_worse, upper_limit
 from lightning_nrl.updates import (
     AtMostBroken,
     IsBetter,
@@ -63,14 +63,18 @@ def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit() -> 
     assert MaxNegativeFlipRate(upper + 1e-6).check(seen(test=word)).passed
     found = MaxNegativeFlipRate(upper - 1e-6).check(seen(test=word))
     assert (found.passed, found.ids) == (False, {"test": [197, 198]})
-    assert "negative flip rate 2.00 % (2 of 100), with 95 % confidence at most 6.17 %" in found.reason
+    assert (
+        "negative flip rate 2.00 % (2 of 100), with 95 % confidence at most 6.17 %" in found.reason
+    )
     assert not MaxNegativeFlipRate(upper + 1e-6, confidence=0.99).check(seen(test=word)).passed
 
 
 def test_it_says_how_many_samples_a_limit_takes_at_least() -> None:
     found = MaxNegativeFlipRate(0.01).check(seen(test="k" * 298))
     assert not found.passed
-    assert found.reason.endswith("above the limit of 1%; a pass needs 299 samples, even if none breaks.")
+    assert found.reason.endswith(
+        "above the limit of 1%; a pass needs 299 samples, even if none breaks."
+    )
     assert MaxNegativeFlipRate(0.01).check(seen(test="k" * 299)).passed
 
 
@@ -98,29 +102,46 @@ def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
     data = seen("xxxyyyy", test="kbr" + "kbbr")
     found = NoSliceWorse("count").check(data)
     assert found.ids == {"test": [104, 105]}
-    assert found.reason == "test, slice 'y' is worse: 2 broke, 1 repaired (accuracy 75.00 %, now 50.00 %)."
-    assert NoSliceWorse("count").check(seen("xxx", test="kbr")).reason == "none of 1 slices is worse by count."
+    assert (
+        found.reason
+        == "test, slice 'y' is worse: 2 broke, 1 repaired (accuracy 75.00 %, now 50.00 %)."
+    )
+    assert (
+        NoSliceWorse("count").check(seen("xxx", test="kbr")).reason
+        == "none of 1 slices is worse by count."
+    )
 
 
 @pytest.mark.parametrize("rule", ["slices", "slices:count", "slice-nfr:90%:50%"])
-def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_look_at(rule: str) -> None:
+def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_look_at(
+    rule: str,
+) -> None:
     half = replace(seen("xxxx", suite="kb", test="kk"), group=torch.tensor([0, -1, -1, -1]))
     with pytest.raises(
-        ConfigurationError, match=rf"^the rule `{rule}` .* `test` has no sample in a slice.\nHINT: .* in S"
+        ConfigurationError,
+        match=rf"^the rule `{rule}` .* `test` has no sample in a slice.\nHINT: .* in S",
     ):
         parse_rule(rule).check(half)
     found = parse_rule(f"{rule} in suite").check(half)
-    assert ("1 samples are in no slice and were not checked" in found.reason) == rule.startswith("slices")
+    assert ("1 samples are in no slice and were not checked" in found.reason) == rule.startswith(
+        "slices"
+    )
 
 
 def test_a_rule_refuses_an_empty_split_by_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"^the rule `accuracy` has nothing to check: `suite` has no sample"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"^the rule `accuracy` has nothing to check: `suite` has no sample",
+    ):
         AtMostBroken("accuracy").check(seen(suite="", test="k"))
 
 
 def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
-    # Of two slices each has half the level: 6 broken and none repaired have p = 1/64 < 0.025, and 5 have 1/32.
-    five, six = (seen("x" * 50 + "y" * 50, test="k" * 50 + "b" * n + "k" * (50 - n)) for n in (5, 6))
+    # Of two slices each has half the level: 6 broken and none repaired have p = 1/64 < 0.025, and 5
+    # have 1/32.
+    five, six = (
+        seen("x" * 50 + "y" * 50, test="k" * 50 + "b" * n + "k" * (50 - n)) for n in (5, 6)
+    )
     assert NoSliceWorse().check(five).passed
     found = NoSliceWorse().check(six)
     assert found.ids == {"test": list(range(150, 156))}
@@ -133,9 +154,13 @@ def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
     assert IsBetter().check(seen(test="r" * 6)).passed  # p = 2 / 2^6
     five = IsBetter().check(seen(test="r" * 5))  # p = 2 / 2^5
     assert five == RuleResult(
-        "better", False, "test: 5 repaired, 0 broken, no difference shown (accuracy 0.00 %, now 100.00 %)."
+        "better",
+        False,
+        "test: 5 repaired, 0 broken, no difference shown (accuracy 0.00 %, now 100.00 %).",
     )
-    assert IsBetter().check(seen(suite="k", test="b" * 6)).ids == {"test": [100, 101, 102, 103, 104, 105]}
+    assert IsBetter().check(seen(suite="k", test="b" * 6)).ids == {
+        "test": [100, 101, 102, 103, 104, 105]
+    }
     assert not IsBetter().check(seen(suite="k", test="r" * 6)).passed
     assert IsBetter(splits=("test",)).check(seen(suite="k", test="r" * 6)).passed
 
@@ -153,7 +178,10 @@ def test_protected_samples_must_stay_right() -> None:
         True,
         "0 of 1 protected samples that were right broke; 2 more were wrong before, 1 of these are right now.",
     )
-    assert ProtectedIntact({"suite": [101], "test": [101]}).check(data).ids == {"suite": [101], "test": [101]}
+    assert ProtectedIntact({"suite": [101], "test": [101]}).check(data).ids == {
+        "suite": [101],
+        "test": [101],
+    }
 
 
 def test_protected_samples_by_what_they_are() -> None:
@@ -191,7 +219,10 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
     [
         (lambda: parse_rules([]), r"`rules=\[\]` contains no rule"),
         (lambda: parse_rules(None), "`rules=None` contains no rule"),
-        (lambda: parse_rules("instance", "bettr"), r"`require='bettr'` is unknown.\nHINT: did you mean 'better'"),
+        (
+            lambda: parse_rules("instance", "bettr"),
+            r"`require='bettr'` is unknown.\nHINT: did you mean 'better'",
+        ),
         (lambda: parse_rule("better:1%"), "'better:1%' is no rule"),
         (lambda: parse_rule("nfrr:1%"), r"'nfrr:1%' is no rule, did you mean 'nfr'\?"),
         (lambda: parse_rule("nfr"), "'nfr' is no rule"),
@@ -218,30 +249,43 @@ def test_what_is_no_rule_is_refused_at_once(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (AtMostBroken("instance", splits=("suit",)), r"`instance in suit` names the split 'suit', but the data have"),
+        (
+            AtMostBroken("instance", splits=("suit",)),
+            r"`instance in suit` names the split 'suit', but the data have",
+        ),
         (NoSliceWorse(), "the rule `slices` needs slices"),
         (MaxNegativeFlipRate(0.1, each_slice=True), "the rule `slice-nfr:10%` needs slices"),
         (ProtectedIntact({"tst": [1]}), "`ids` names the split 'tst'"),
         (ProtectedIntact([1]), "`ids` names no split"),
     ],
 )
-def test_data_that_a_rule_cannot_judge_are_refused_before_anything_runs(rule: Rule, message: str) -> None:
+def test_data_that_a_rule_cannot_judge_are_refused_before_anything_runs(
+    rule: Rule, message: str
+) -> None:
     with pytest.raises(ConfigurationError, match=message):
         rule.check_data(("suite", "test"), sliced=False)
 
 
 def test_what_protects_no_sample_that_is_there_does_not_pass() -> None:
-    with pytest.raises(ConfigurationError, match=r"1 protected samples are not in `test` \[?\(\[7\]\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"1 protected samples are not in `test` \[?\(\[7\]\)"
+    ):
         ProtectedIntact({"test": [100, 7]}).check(seen(test="kk"))
     target = Target.label(3)
     with pytest.raises(ConfigurationError, match="'label 3' selects none of 2 samples"):
-        ProtectedIntact(where=target).check(seen(test="kk", marked={target: torch.tensor([False, False])}))
+        ProtectedIntact(where=target).check(
+            seen(test="kk", marked={target: torch.tensor([False, False])})
+        )
 
 
 @pytest.mark.parametrize("text", ["split\ntest\n", "split,id\ntest,x\n", "split,id\n"])
-def test_a_file_of_protected_samples_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_of_protected_samples_that_cannot_be_read_is_refused(
+    text: str, tmp_path: Path
+) -> None:
     (tmp_path / "ids.csv").write_text(text)
-    with pytest.raises(ConfigurationError, match=r"ids\.csv'.*\nHINT: give a CSV file with the columns split,id"):
+    with pytest.raises(
+        ConfigurationError, match=r"ids\.csv'.*\nHINT: give a CSV file with the columns split,id"
+    ):
         ProtectedIntact(tmp_path / "ids.csv")
 
 
@@ -270,4 +314,6 @@ def test_one_rule_that_is_not_satisfied_refuses() -> None:
         ("test", "y", 3),
     ]
     assert refused.rows[0].upper == upper_limit(0, 5, 0.9)
-    assert refused.rows[1].upper == pytest.approx(upper_limit(0, 2, 0.95))  # of two that hold together with 90 %
+    assert refused.rows[1].upper == pytest.approx(
+        upper_limit(0, 2, 0.95)
+    )  # of two that hold together with 90 %

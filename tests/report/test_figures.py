@@ -12,8 +12,10 @@ import torch
 from repository import ROOT
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, StrengthPoint
-from lightning_nrl.report._figures import GREEN, RED, image_of
+from lightning_nrl.records import LocalizationReport, SearchReport, SplitReport, StrengthPoint
+from lightning_nrl.records.splits import ConfusionCell, MarginHistogram
+from lightning_nrl.report import RepairReport
+from lightning_nrl.report.figures import GREEN, RED, image_of
 from lightning_nrl.report.repair_plot import (
     HARM_COLOUR,
     gallery_figures,
@@ -25,19 +27,23 @@ from lightning_nrl.report.repair_plot import (
     weight_figures,
 )
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ConfusionCell, MarginHistogram
 
 pytest.importorskip("matplotlib")
 
 CELLS = (ConfusionCell(0, 0, 5, 4), ConfusionCell(0, 1, 0, 1), ConfusionCell(1, 0, 1, 0))
-KNOWN = SplitReport("val", "known", TargetCounts(90, 0, 7, 3, targeted=10, repaired_in_target=7), confusion=CELLS)
+KNOWN = SplitReport(
+    "val", "known", TargetCounts(90, 0, 7, 3, targeted=10, repaired_in_target=7), confusion=CELLS
+)
 KNOWN = replace(KNOWN, margins=MarginHistogram((-1.0, 0.0, 1.0), (1, 6), (1, 6)))
 UNSEEN = SplitReport("test", "unseen", TargetCounts(15, 1, 3, 1, targeted=4, repaired_in_target=3))
 SEARCH = SearchReport(1, "patience", 1.0, 0.5, {"patched": [0, 1], "intact": [6, 5]}, 1, 6)
 REPORT = RepairReport(
     *("repaired", "", ("head",), "label 3", "instance", "Multiclass", (KNOWN, UNSEEN)),
     search=SEARCH,
-    strength=(StrengthPoint(0.5, 0, FlipCounts(6, 0, 0, 1)), StrengthPoint(1.0, 1, FlipCounts(5, 1, 1, 0))),
+    strength=(
+        StrengthPoint(0.5, 0, FlipCounts(6, 0, 0, 1)),
+        StrengthPoint(1.0, 1, FlipCounts(5, 1, 1, 0)),
+    ),
     chosen_strength=1.0,
 )
 
@@ -49,19 +55,27 @@ def _luminance(colour: str) -> float:
 
 
 def contrast(one: str, other: str) -> float:
-    """The contrast of two colours as the Web Content Accessibility Guidelines have it, from 1 to 21."""
+    """The contrast of two colours as the Web Content Accessibility Guidelines have it, from 1 to
+    21.
+    """
     low, high = sorted(_luminance(colour) + 0.05 for colour in (one, other))
     return high / low
 
 
 def test_repaired_and_broken_differ_without_colour_too() -> None:
     style = (ROOT / "lightning_nrl/report/tensorboard_plugin/static/tab.css").read_text()
-    named = [re.findall(rf"--{name}: (#\w+)", style) for name in ("repaired", "broken", "fewer", "further")]
+    named = [
+        re.findall(rf"--{name}: (#\w+)", style)
+        for name in ("repaired", "broken", "fewer", "further")
+    ]
     assert len(named[0]) == 4  # light and dark, by the browser and by TensorBoard
     pairs = [*zip(*named[:2], strict=True), *zip(*named[2:], strict=True), (GREEN, RED)]
     assert min(contrast(*pair) for pair in pairs) > 1.9
     papers = ("#ffffff", "#161616") * 2
-    assert min(contrast(*pair) for colours in named[:2] for pair in zip(colours, papers, strict=True)) > 3
+    assert (
+        min(contrast(*pair) for colours in named[:2] for pair in zip(colours, papers, strict=True))
+        > 3
+    )
 
 
 PANELS = [
@@ -81,16 +95,25 @@ def test_there_is_a_panel_for_all_that_has_data_together_and_by_itself() -> None
     assert [patch.get_data().values.tolist() for patch in margins.patches] == [[1, 6], [1, 6]]
     cells = [(text.get_position(), text.get_text()) for text in matrix.texts]
     assert cells == [((0, 0), "-1"), ((1, 0), "+1"), ((0, 1), "-1")]
-    assert matrix.images[0].get_array().tolist() == [[-1, -1], [1, 0]]  # for the worse, the worse, the better
+    assert matrix.images[0].get_array().tolist() == [
+        [-1, -1],
+        [1, 0],
+    ]  # for the worse, the worse, the better
     assert [list(line.get_ydata()) for line in strength.lines[:2]] == [[0, 0, 1], [0, 0, 1]]
     assert [list(line.get_ydata()) for line in search.lines] == [[0, 1], [0, 1]]
-    bare = replace(REPORT, splits=(replace(KNOWN, margins=None, confusion=()),), search=None, strength=())
+    bare = replace(
+        REPORT, splits=(replace(KNOWN, margins=None, confusion=()),), search=None, strength=()
+    )
     assert repair_figures(bare) == {}
     assert "<svg" not in bare.to_html()
 
 
 def test_where_many_classes_changed_the_largest_changes_are_bars() -> None:
-    cells = [cell for i in range(10) for cell in (ConfusionCell(i, i + 10, 0, i + 1), ConfusionCell(i, i, 20, 19 - i))]
+    cells = [
+        cell
+        for i in range(10)
+        for cell in (ConfusionCell(i, i + 10, 0, i + 1), ConfusionCell(i, i, 20, 19 - i))
+    ]
     figures = repair_figures(replace(REPORT, splits=(replace(KNOWN, confusion=tuple(cells)),)))
     (axes,) = figures["Confusions that changed, known data"].axes
     assert [bar.get_width() for bar in axes.patches] == list(range(1, 11))
@@ -99,15 +122,24 @@ def test_where_many_classes_changed_the_largest_changes_are_bars() -> None:
 
 
 def test_pictures_are_drawn_side_by_side_and_text_is_left_out() -> None:
-    views = [SampleView("val", i, "broken", str(i), np.full((4, 5, 3), i, dtype=np.uint8)) for i in range(7)]
+    views = [
+        SampleView("val", i, "broken", str(i), np.full((4, 5, 3), i, dtype=np.uint8))
+        for i in range(7)
+    ]
     figures = gallery_figures([*views, SampleView("val", 9, "repaired", "", text="words")])
     assert list(figures) == ["broken in val"]
     (axes,) = figures["broken in val"].axes
     assert [int(image.get_array()[0, 0, 0]) for image in axes.images] == list(range(7))
     assert [text.get_text() for text in axes.texts] == [str(i) for i in range(7)]
-    left, right, bottom, top = axes.images[3].get_extent()  # the first of the second row, 4 pixels high and 5 wide
+    left, right, bottom, top = axes.images[
+        3
+    ].get_extent()  # the first of the second row, 4 pixels high and 5 wide
     assert (right - left) / (bottom - top) == pytest.approx(5 / 4)
-    assert [np.allclose(axes.images[i].get_extent()[:2], (left, right)) for i in (0, 1, 6)] == [True, False, True]
+    assert [np.allclose(axes.images[i].get_extent()[:2], (left, right)) for i in (0, 1, 6)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_the_summary_has_what_a_reviewer_decides_on() -> None:
@@ -139,7 +171,12 @@ def test_names_with_dollars_are_no_mathematics() -> None:
     name = r"$\nonsense{$"
     report = replace(REPORT, target=name, class_names=(name, "b"), search=None, strength=())
     views = [SampleView("val", 1, "broken", name, np.zeros((4, 4, 3), dtype=np.uint8))]
-    figures = {**repair_figures(report), **gallery_figures(views), "": report.plot(), "s": summary_figure(report)}
+    figures = {
+        **repair_figures(report),
+        **gallery_figures(views),
+        "": report.plot(),
+        "s": summary_figure(report),
+    }
     assert all(image_of(figure).std() > 0 for figure in figures.values())
     assert len(figures) == 5
 
@@ -173,10 +210,18 @@ def test_the_tensors_that_moved_are_listed_by_how_far() -> None:
 
 
 def test_the_course_of_a_search_has_a_panel_for_each_kind_of_curve() -> None:
-    history: dict[str, Any] = {"patched": [0, 1, 2], "intact": [6, 6, 5], "best": [0.5, 1.5, 2.5], "mean": [-9, 0, 1]}
+    history: dict[str, Any] = {
+        "patched": [0, 1, 2],
+        "intact": [6, 6, 5],
+        "best": [0.5, 1.5, 2.5],
+        "mean": [-9, 0, 1],
+    }
     search = replace(SEARCH, history=history)
     samples, fitness = search_figure(search).axes[:2]
-    assert [one.get_title() for one in search_figure(search).axes] == ["best so far: samples", "fitness"]
+    assert [one.get_title() for one in search_figure(search).axes] == [
+        "best so far: samples",
+        "fitness",
+    ]
     assert [list(line.get_ydata()) for line in samples.lines] == [[0, 1, 2], [0, 0, 1]]
     assert fitness.get_ylim()[0] == pytest.approx(0.2)  # the mean of the beginning is far below
     assert search_figure(replace(search, history={"best": [0.5]})) is None

@@ -13,7 +13,8 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from test_report_codec import REPORTS, SPLIT
 
 from lightning_nrl.entrypoints.command_line import main
-from lightning_nrl.report import RepairReport, SliceReport, repair_report
+from lightning_nrl.records import SliceReport
+from lightning_nrl.report import RepairReport, repair_report
 
 HOSTILE = [
     "![i](http://evil.example/p.png)",
@@ -41,9 +42,16 @@ class Tags(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        leads = [f"{name}={value}" for name, value in attrs if name.startswith("on") or "evil" in str(value)]
+        leads = [
+            f"{name}={value}"
+            for name, value in attrs
+            if name.startswith("on") or "evil" in str(value)
+        ]
         inert = {"aria-label", "title", "alt"}
-        if [lead for lead in leads if lead.partition("=")[0] not in inert] or tag in ("a", "iframe"):
+        if [lead for lead in leads if lead.partition("=")[0] not in inert] or tag in (
+            "a",
+            "iframe",
+        ):
             self.found.append(f"{tag} {attrs}")
         if tag in ("img", "script") and any("evil" in str(value) for _, value in attrs):
             self.found.append(tag)
@@ -78,9 +86,15 @@ def test_a_name_stays_a_name_in_markdown(name: str) -> None:
     assert "(JSON)**: `a*b` \\* \\`c" in named("`a*b` * `c").to_markdown()
 
 
-def test_a_terminal_is_shown_what_it_must_not_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_is_shown_what_it_must_not_obey(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "report.json"
-    path.write_text(named("a\x1b[31m\x9b2J\r\x08\u202e\ud800z").to_json(), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        named("a\x1b[31m\x9b2J\r\x08\u202e\ud800z").to_json(),
+        encoding="utf-8",
+        errors="surrogatepass",
+    )
     text = json.dumps(json.loads(path.read_text(encoding="utf-8", errors="surrogatepass")))
     path.write_text(text)
     assert (main(["inspect", str(path)]), main(["report", str(path)])) == (0, 0)

@@ -1,4 +1,6 @@
-"""Whatever a damaged report says, it is read as it says it or refused by name; nothing else is raised."""
+"""Whatever a damaged report says, it is read as it says it or refused by name; nothing else is
+raised.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,12 @@ from lightning_nrl.analysis.diagnosis import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import (
+from lightning_nrl.records import (
     CalibrationBounds,
     Hashes,
     LocalizationReport,
-    RepairReport,
     SearchReport,
     SetAside,
     SliceReport,
@@ -41,8 +41,10 @@ from lightning_nrl.report import (
     UpdateSplit,
     WeightChange,
 )
-from lightning_nrl.report.provenance import DataIdentity, Provenance
-from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+from lightning_nrl.records.provenance import DataIdentity, Provenance
+from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+from lightning_nrl.report import RepairReport
+from lightning_nrl.study import Run, SweepResult
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
 from lightning_nrl.updates.rules import RuleResult
 
@@ -74,7 +76,10 @@ REPORTS: dict[str, Record] = {
         splits=(SPLIT,),
         update=(UpdateSplit(SPLIT, SPLIT),),
         candidate=(),
-        slices=(SliceReport("day", "known", COUNTS, quota=1), SliceReport("night", "unseen", COUNTS)),
+        slices=(
+            SliceReport("day", "known", COUNTS, quota=1),
+            SliceReport("night", "unseen", COUNTS),
+        ),
         set_aside=(SetAside("train", 3, 1, 0, "its label looks wrong"),),
         localization=LocalizationReport(8, 20, {"localized": 8}),
         search=SearchReport(3, "patience", 0.5, math.nan, {"best": [0.5, math.nan]}, 4),
@@ -94,7 +99,10 @@ REPORTS: dict[str, Record] = {
     "release": ReleaseReport(
         status="refused",
         findings=(RuleResult("instance", False, "test: 1 broke.", {"test": [9]}),),
-        rows=(ReleaseRow("test", "", FLIPS, 0.5, 0.75), ReleaseRow("test", "day", FlipCounts(0, 0, 0, 0), 1.0, 1.0)),
+        rows=(
+            ReleaseRow("test", "", FLIPS, 0.5, 0.75),
+            ReleaseRow("test", "day", FlipCounts(0, 0, 0, 0), 1.0, 1.0),
+        ),
         broken_ids={"test": [9]},
         repaired_ids={"test": [1, 2]},
         confidence=0.95,
@@ -107,7 +115,13 @@ REPORTS: dict[str, Record] = {
     ),
     "comparison": Comparison(
         (
-            Entry("convex", 0.5, (CurvePoint(1.0, 2, FLIPS, FLIPS),), CurvePoint(0.5, 1, FLIPS, FLIPS), 0.1),
+            Entry(
+                "convex",
+                0.5,
+                (CurvePoint(1.0, 2, FLIPS, FLIPS),),
+                CurvePoint(0.5, 1, FLIPS, FLIPS),
+                0.1,
+            ),
             Entry("none", 0.5, note="no proposal"),
         ),
         4,
@@ -122,19 +136,45 @@ REPORTS: dict[str, Record] = {
         task="Multiclass",
         known={"samples": 8, "passed": 4, "failed": 4, "targeted": 2},
         head="head",
-        targets=(TargetFinding("train", 1, 0, 1, -0.5, "yes", 0.25, 0.5), TargetFinding("train", 2, 0, 1, -1.5)),
+        targets=(
+            TargetFinding("train", 1, 0, 1, -0.5, "yes", 0.25, 0.5),
+            TargetFinding("train", 2, 0, 1, -1.5),
+        ),
         binding=(Binding("train", 3, 1, 0.5, 2),),
         check=HeldOutCheck(2, 4, 0.5, 1, 0.0, 0.5),
         mixing=NeighbourMixing(2, (0, 1, 1), (1, 1, 2)),
         doubts=(DoubtfulLabel("train", 2, 0, 1, 0.75, 1.5),),
-        layers=(LayerCapacity("head", "Linear", 8, 0.5, 0.25), LayerCapacity("body", "Linear", 8, 0.5, math.inf)),
+        layers=(
+            LayerCapacity("head", "Linear", 8, 0.5, 0.25),
+            LayerCapacity("body", "Linear", 8, 0.5, math.inf),
+        ),
         costs=(Cost("auto", 3.5, "a fit"),),
         notes=("note",),
         versions=VERSIONS,
     ),
     "sweep": SweepResult(
         (
-            Run("a", "eq1", 4.0, False, None, 30, 20, 0, "head", 12, 9, 1.5, 3, 30, True, COUNTS, COUNTS, None, 0.5),
+            Run(
+                "a",
+                "eq1",
+                4.0,
+                False,
+                None,
+                30,
+                20,
+                0,
+                "head",
+                12,
+                9,
+                1.5,
+                3,
+                30,
+                True,
+                COUNTS,
+                COUNTS,
+                None,
+                0.5,
+            ),
             Run("b", "own", None, True, 8, None, 20, 1, "head", 0, 0, None, 0, 30, False, COUNTS),
         ),
         "all",
@@ -145,14 +185,22 @@ REPORTS: dict[str, Record] = {
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 
 
 def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value in plain values."""
-    inside = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    inside = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else ()
+    )
     return [way for key, item in inside for way in ((*path, key), *places(item, (*path, key)))]
 
 
@@ -227,16 +275,30 @@ def test_a_damaged_report_is_refused_or_read_as_it_is(name: str, data: st.DataOb
     [
         ("diagnosis", {"known": {"samples": 8}}),
         ("diagnosis", {"mixing": {"k": 0, "targets": [1], "passed": [1]}}),
-        ("release", {"rows": [{**to_plain(ReleaseRow("test", "", FLIPS, 0.5, 0.75)), "upper": None}]}),
-        ("repair", {"splits": [to_plain(SPLIT) | {"margins": {"edges": [0, 1], "before": [1, 2], "after": [1]}}]}),
+        (
+            "release",
+            {"rows": [{**to_plain(ReleaseRow("test", "", FLIPS, 0.5, 0.75)), "upper": None}]},
+        ),
+        (
+            "repair",
+            {
+                "splits": [
+                    to_plain(SPLIT) | {"margins": {"edges": [0, 1], "before": [1, 2], "after": [1]}}
+                ]
+            },
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_not_read(name: str, damage: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match=r"(?s)^(the report cannot be shown \(|`margins`: ).*\nHINT: give "):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)^(the report cannot be shown \(|`margins`: ).*\nHINT: give "
+    ):
         type(REPORTS[name]).from_dict({**REPORTS[name].to_dict(), **damage})
 
 
 @pytest.mark.parametrize("schema", [2, 0, -1, "1", None, True, 1.0])
 def test_a_report_of_another_version_is_refused(schema: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"(?s)^schema: expected 1, .*HINT: .* version of lightning_nrl"):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)^schema: expected 1, .*HINT: .* version of lightning_nrl"
+    ):
         RepairReport.from_dict({**REPORTS["repair"].to_dict(), "schema": schema})

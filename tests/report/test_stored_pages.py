@@ -1,4 +1,6 @@
-"""Pages of three reports as a reader has them; `python tests/report/test_stored_pages.py` stores them anew."""
+"""Pages of three reports as a reader has them; `python tests/report/test_stored_pages.py` stores
+them anew.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,29 @@ from test_report_codec import REPORTS
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import Judge, repair_report
-from lightning_nrl.report.repair_facts import unseen_limit
-from lightning_nrl.report.repair_report import RepairReport
-from lightning_nrl.report.run_records import (
-    CUT,
+from lightning_nrl.records import Judge
+from lightning_nrl.records.repair_record import (
     Hashes,
     LocalizationReport,
-    PricePoint,
-    Rung,
     SearchReport,
-    Step,
     StrengthPoint,
     WeightChange,
 )
+from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
+from lightning_nrl.records.steps import CUT, PricePoint, Rung, Step
+from lightning_nrl.report import repair_report
+from lightning_nrl.report.repair_facts import unseen_limit
+from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
 
 PAGES = Path(__file__).parent / "pages"
-HELD_OUT = TargetCounts(kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10)
-SEARCH, TRAINING = Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT, taken=True), Rung("training", 20, 31, 2, 27_163, 30.0)
+HELD_OUT = TargetCounts(
+    kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10
+)
+SEARCH, TRAINING = (
+    Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT, taken=True),
+    Rung("training", 20, 31, 2, 27_163, 30.0),
+)
 GAINED = tuple(FlippedSample(i, "repaired", True, 3, 5, 3, -0.5, 0.25 + i) for i in range(14))
 TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), GAINED[:9])
 VAL = SplitReport("val", "known", TargetCounts(288, 0, 14, 16, 30, 14), tuple(range(30)), GAINED)
@@ -55,8 +60,12 @@ REPAIRED = RepairReport(
     task="Multiclass",
     splits=(TRAIN, VAL, TEST),
     leaked={"test": 12},
-    localization=LocalizationReport(32, 210, {"failed": 80, "passed": 90, "both": 49, "localized": 31, "total": 640}),
-    search=SearchReport(62, "no better fitness for 20 iterations", 0.25, 1.5, {"best": [0.25, 1.5]}, 30, 1460),
+    localization=LocalizationReport(
+        32, 210, {"failed": 80, "passed": 90, "both": 49, "localized": 31, "total": 640}
+    ),
+    search=SearchReport(
+        62, "no better fitness for 20 iterations", 0.25, 1.5, {"best": [0.25, 1.5]}, 30, 1460
+    ),
     steps=(
         Step("fit", 20, 9, 12.34, "8 epochs"),
         Step("polish", 19, 0, 3.0, f"4 rounds, {CUT}"),
@@ -64,7 +73,11 @@ REPAIRED = RepairReport(
     ),
     rungs=(SEARCH, TRAINING),
     choice="`search` is taken: repairs 5 targets.",
-    price=(PricePoint(0.0, 0, 5, 7), PricePoint(0.01, 9, 20, 28, HELD_OUT), PricePoint(1.0, 9, 20, 28, HELD_OUT)),
+    price=(
+        PricePoint(0.0, 0, 5, 7),
+        PricePoint(0.01, 9, 20, 28, HELD_OUT),
+        PricePoint(1.0, 9, 20, 28, HELD_OUT),
+    ),
     strength=(
         StrengthPoint(0.2, 4, FlipCounts(1460, 0, 6, 50), FlipCounts(270, 0, 3, 20)),
         StrengthPoint(1.15, 21, FlipCounts(1460, 0, 30, 26), FlipCounts(269, 1, 12, 11)),
@@ -76,7 +89,10 @@ REPAIRED = RepairReport(
     seed=7,
     seconds={"collect": 0.3, "search": 3.21},
     versions={"python": "3.12.0", "torch": "2.9.0"},
-    files={"checkpoint": "logs/version_0/repair/repaired.ckpt", "json": "logs/version_0/repair/report.json"},
+    files={
+        "checkpoint": "logs/version_0/repair/repaired.ckpt",
+        "json": "logs/version_0/repair/report.json",
+    },
     settings={"n_passed": None, "method": {"particles": 100}},
     class_names=("0", "1", "2", "three", "4", "five"),
 )
@@ -124,7 +140,9 @@ def test_a_page_is_the_stored_one(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("name", SHOWN)
-def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(name: str, width: int) -> None:
+def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(
+    name: str, width: int
+) -> None:
     report = replace(SHOWN[name], files={})
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
@@ -134,7 +152,9 @@ def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(name: st
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= width
     plain, shown = text.split(), capture.get().split()
-    assert [word for word in shown if word.strip("─")] == [word for word in plain if word == "-" or word.strip("-")]
+    assert [word for word in shown if word.strip("─")] == [
+        word for word in plain if word == "-" or word.strip("-")
+    ]
 
 
 def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
@@ -183,16 +203,22 @@ def test_a_document_closes_what_it_opens_and_fetches_nothing() -> None:
         assert not {"href", "srcset", "action"} & own.keys()
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", html)
     assert "<pre>a &lt;b&gt; c</pre><figcaption>2: true dog</figcaption>" in html
-    assert html.index("Inputs of samples broken in val") < html.index("Inputs of samples repaired in val")
+    assert html.index("Inputs of samples broken in val") < html.index(
+        "Inputs of samples repaired in val"
+    )
     assert "they need matplotlib" in html
     notebook = REPAIRED._repr_html_()
     assert "script" not in [tag for tag, _ in Elements(notebook).found]
 
 
-def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_where_weights_changed() -> None:
+def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_where_weights_changed() -> (
+    None
+):
     unseen = SplitReport("test", "unseen", TargetCounts(904, 4, 60, 32))
     report = replace(REPAIRED, splits=(VAL, unseen), leaked={})
-    assert unseen_limit(report) == pytest.approx(0.0100524, abs=1e-7)  # scipy.stats.beta.ppf(0.95, 5, 904)
+    assert unseen_limit(report) == pytest.approx(
+        0.0100524, abs=1e-7
+    )  # scipy.stats.beta.ppf(0.95, 5, 904)
     for other in (replace(report, splits=(VAL,)), replace(report, status="refused")):
         assert unseen_limit(other) is None
         assert "samples like these" not in other.to_markdown()

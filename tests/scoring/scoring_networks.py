@@ -1,4 +1,6 @@
-"""Small networks of every kind that scoring has to get right, and the oracle: the whole model, once a candidate."""
+"""Small networks of every kind that scoring has to get right, and the oracle: the whole model, once
+a candidate.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from torch.nn import functional as F
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace, find_layers
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.recording import record
-from lightning_nrl.search._scoring.scorer import SwarmScorer, make_scorer
+from lightning_nrl.search.scoring.activation_cache import ActivationCache
+from lightning_nrl.search.scoring.recording import record
+from lightning_nrl.search.scoring.scorer import SwarmScorer, make_scorer
 from lightning_nrl.tasks import Multiclass
 
 
@@ -156,7 +158,9 @@ class Between(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        return self.head((h + self.between(h)).flatten(1, -2).mean(1) if h.ndim > 2 else h + self.between(h))
+        return self.head(
+            (h + self.between(h)).flatten(1, -2).mean(1) if h.ndim > 2 else h + self.between(h)
+        )
 
 
 class Doubled(torch.autograd.Function):
@@ -222,7 +226,9 @@ def two_inputs(n: int, g: torch.Generator) -> dict[str, Tensor]:
 
 
 def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Dropout(0.5), nn.Tanh(), nn.Linear(7, 5))
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Dropout(0.5), nn.Tanh(), nn.Linear(7, 5)
+    )
 
 
 REPLAYED: dict[str, Case] = {
@@ -232,22 +238,36 @@ REPLAYED: dict[str, Case] = {
     "first linear": Case(_mlp, floats(6), "0"),
     "head and middle": Case(_mlp, floats(6), ["5", "2"]),
     "all layers": Case(_mlp, floats(6), ["0", "5", "2"]),
-    "conv1d": Case(lambda: Convolution(nn.Conv1d(3, 4, 3, stride=2, padding=1), 1), floats(3, 9), "conv"),
-    "conv2d": Case(lambda: Convolution(nn.Conv2d(2, 4, 3, dilation=2, padding="same"), 2), floats(2, 6, 5), "conv"),
-    "conv2d grouped": Case(lambda: Convolution(nn.Conv2d(4, 4, 2, groups=2, bias=False), 2), floats(4, 5, 4), "conv"),
+    "conv1d": Case(
+        lambda: Convolution(nn.Conv1d(3, 4, 3, stride=2, padding=1), 1), floats(3, 9), "conv"
+    ),
+    "conv2d": Case(
+        lambda: Convolution(nn.Conv2d(2, 4, 3, dilation=2, padding="same"), 2),
+        floats(2, 6, 5),
+        "conv",
+    ),
+    "conv2d grouped": Case(
+        lambda: Convolution(nn.Conv2d(4, 4, 2, groups=2, bias=False), 2), floats(4, 5, 4), "conv"
+    ),
     "conv2d depthwise": Case(
         lambda: Convolution(nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"), 2),
         floats(4, 5, 4),
         "conv",
     ),
-    "conv3d": Case(lambda: Convolution(nn.Conv3d(2, 4, (2, 1, 3), stride=(1, 2, 1)), 3), floats(2, 4, 3, 5), "conv"),
+    "conv3d": Case(
+        lambda: Convolution(nn.Conv3d(2, 4, (2, 1, 3), stride=(1, 2, 1)), 3),
+        floats(2, 4, 3, 5),
+        "conv",
+    ),
     "residual, first": Case(Residual, floats(2, 5, 5), "conv1"),
     "residual, second": Case(Residual, floats(2, 5, 5), "conv2"),
     "residual, both": Case(Residual, floats(2, 5, 5), ["conv1", "conv2"]),
     "branch run first": Case(Branches, floats(6), "b"),
     "branch run second": Case(Branches, floats(6), "a"),
     "attention, batch first": Case(Encoder, tokens(11, 6), "block.linear1"),
-    "attention, batch second": Case(lambda: Encoder(batch_first=False), tokens(11, 6), "block.linear2"),
+    "attention, batch second": Case(
+        lambda: Encoder(batch_first=False), tokens(11, 6), "block.linear2"
+    ),
     "two inputs": Case(TwoInputs, two_inputs, "left"),
     "folded": Case(Folded, floats(3, 4), "frame"),
     "folded, with shortcut": Case(Folded, floats(3, 4), "mix"),
@@ -291,27 +311,45 @@ class Problem:
         return tuple(v[rows] for v in self.data), {}
 
     def scorer(
-        self, where: Tensor, failed: Tensor, passed: Tensor, *, recording: ActivationCache | None = None, **options: Any
+        self,
+        where: Tensor,
+        failed: Tensor,
+        passed: Tensor,
+        *,
+        recording: ActivationCache | None = None,
+        **options: Any,
     ) -> SwarmScorer:
         recording = self.recording(len(self.target)) if recording is None else recording
         return make_scorer(recording, where, failed, passed, recording.model.evaluator, **options)
 
     def recording(
-        self, *sizes: int, keep: Tensor | None = None, evaluator: Evaluator | None = None, **options: Any
+        self,
+        *sizes: int,
+        keep: Tensor | None = None,
+        evaluator: Evaluator | None = None,
+        **options: Any,
     ) -> ActivationCache:
         keep = torch.ones(len(self.target), dtype=torch.bool) if keep is None else keep
-        return record(evaluator or Evaluator(self.model), self.batches(*sizes), self.space, keep, **options)
+        return record(
+            evaluator or Evaluator(self.model), self.batches(*sizes), self.space, keep, **options
+        )
 
     @torch.no_grad()
     def oracle(self, where: Tensor, values: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits `P x n x C` of the whole real model, a candidate at a time."""
         rows = torch.arange(len(self.target)) if rows is None else rows
         args, kwargs = self._inputs(rows)
-        out = [functional_call(self.model, self.space.changed(where, v), args, kwargs) for v in values]
+        out = [
+            functional_call(self.model, self.space.changed(where, v), args, kwargs) for v in values
+        ]
         return torch.stack([Multiclass().logits(o) for o in out])
 
-    def candidates(self, p: int, k: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`k` places and `p x k` values: the original first, then ones that are further and further off."""
+    def candidates(
+        self, p: int, k: int, seed: int = 0, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`k` places and `p x k` values: the original first, then ones that are further and further
+        off.
+        """
         g = torch.Generator().manual_seed(seed)
         where = torch.randperm(self.space.size, generator=g)[:k].sort().values
         original = self.space.flat().cpu()[where].double()
@@ -321,7 +359,11 @@ class Problem:
 
 
 def make_problem(
-    case: Case, n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0, include_bias: bool = False
+    case: Case,
+    n: int = 12,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    include_bias: bool = False,
 ) -> Problem:
     """A case made concrete; batch-norm statistics are as after some training."""
     with torch.random.fork_rng():
@@ -349,9 +391,15 @@ def _to(data: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def by_sample(scorer: SwarmScorer, values: Tensor, swarm: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a swarm's samples, and what each candidate, `P x K`, does on them: passes and losses, `P x n`."""
+    """Rows of a swarm's samples, and what each candidate, `P x K`, does on them: passes and losses,
+    `P x n`.
+    """
     group = next(group for group in scorer.groups if swarm in group.swarms)
     parts = [*group.failed, *group.passed]
     found = [part.evaluate(values[:, group.columns]) for part in parts]
     rows = torch.cat([part.chunk.rows for part in parts])
-    return rows, torch.cat([passed for passed, _ in found], 1), torch.cat([loss for _, loss in found], 1).double()
+    return (
+        rows,
+        torch.cat([passed for passed, _ in found], 1),
+        torch.cat([loss for _, loss in found], 1).double(),
+    )

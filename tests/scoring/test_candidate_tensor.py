@@ -15,8 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_nrl.evaluation.layers import find_layers
-from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
-from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
+from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search.scoring.sparse_delta import make_layer_deltas
 
 P, N, C = 3, 4, 6
 
@@ -79,7 +79,10 @@ CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 MIXING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "linear": ((), _module(nn.Linear(C, 5))),
     "convolution": ((5, 5), _module(nn.Conv2d(C, 3, 3, stride=2, padding=1))),
-    "convolution, same": ((5,), _module(nn.Conv1d(C, 3, 3, padding="same", dilation=2, bias=False))),
+    "convolution, same": (
+        (5,),
+        _module(nn.Conv1d(C, 3, 3, padding="same", dilation=2, bias=False)),
+    ),
     "grouped convolution": ((5, 5), _module(nn.Conv2d(C, 4, 3, groups=2))),
     "layer norm": ((), _module(nn.LayerNorm(C))),
     "group norm": ((5,), _module(nn.GroupNorm(2, C))),
@@ -91,8 +94,12 @@ MIXING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("units", [(), (2,), (4, 1), (5, 3, 0, 1, 2, 4)], ids=["none", "one", "some", "all"])
-@pytest.mark.parametrize(("rest", "function"), (CHANNELWISE | MIXING).values(), ids=(CHANNELWISE | MIXING))
+@pytest.mark.parametrize(
+    "units", [(), (2,), (4, 1), (5, 3, 0, 1, 2, 4)], ids=["none", "one", "some", "all"]
+)
+@pytest.mark.parametrize(
+    ("rest", "function"), (CHANNELWISE | MIXING).values(), ids=(CHANNELWISE | MIXING)
+)
 def test_gives_what_whole_tensors_give(
     rest: tuple[int, ...], function: Callable[[Tensor], Tensor], units: tuple[int, ...]
 ) -> None:
@@ -162,14 +169,18 @@ def test_the_whole_in_another_layout_has_the_same_values(units: tuple[int, ...],
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def changed(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
+def changed(
+    layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False
+) -> Tensor:
     space = find_layers(layer, "", include_bias=include_bias)
     with torch.no_grad():
         out = make_layer_deltas(space, where)[0].output(values, x, layer(x))
     return plain(out).unflatten(0, (len(values), -1))
 
 
-def oracle(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
+def oracle(
+    layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False
+) -> Tensor:
     space = find_layers(layer, "", include_bias=include_bias)
     with torch.no_grad():
         return torch.stack([functional_call(layer, space.changed(where, v), (x,)) for v in values])
@@ -210,7 +221,9 @@ def test_convolutions_of_every_kind(problem: tuple[nn.Module, Tensor], k: int, s
     where = torch.randperm(size, generator=g)[:k]
     values = torch.randn(3, len(where), generator=g, dtype=torch.float64)
     actual = changed(layer, where, values, x, include_bias=True)
-    torch.testing.assert_close(actual, oracle(layer, where, values, x, include_bias=True), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        actual, oracle(layer, where, values, x, include_bias=True), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_autocast_rounds_weights_and_inputs_first() -> None:

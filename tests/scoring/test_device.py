@@ -1,4 +1,6 @@
-"""On a GPU: nothing waits for the device, blocks stay large, and what does not fit is kept in pinned memory."""
+"""On a GPU: nothing waits for the device, blocks stay large, and what does not fit is kept in
+pinned memory.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
-from lightning_nrl.search._scoring.scorer import make_scorer
+from lightning_nrl.search.scoring.scorer import make_scorer
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""
@@ -42,7 +44,12 @@ def on_gpu(name: str, n: int = N) -> Problem:
     model = problem.model.to(GPU)
     assert isinstance(problem.data, tuple)
     layer = REPLAYED[name].layer
-    return replace(problem, model=model, space=find_layers(model, layer), data=tuple(x.to(GPU) for x in problem.data))
+    return replace(
+        problem,
+        model=model,
+        space=find_layers(model, layer),
+        data=tuple(x.to(GPU) for x in problem.data),
+    )
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "conv2d"])
@@ -66,7 +73,9 @@ def test_all_samples_in_front_of_a_last_layer_are_one_chunk() -> None:
     assert ([role for role, _ in scorer.stacks], scorer.groups) == ([0, 1], ())
 
 
-def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pins_the_rest() -> None:
+def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pins_the_rest() -> (
+    None
+):
     problem = on_gpu("middle linear", n=12)
     where, values = problem.candidates(3, 6)
     failed = torch.arange(12) % 3 == 0
@@ -74,10 +83,14 @@ def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pin
     size = whole.groups[0].nbytes
     parted = problem.recording(4, 4, 4, budget=size // 2)
     assert [group.device.type for group in parted.groups] == ["cuda", "cpu"]
-    assert [group.rows[0].tolist() for group in parted.groups] == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]
+    assert [group.rows[0].tolist() for group in parted.groups] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7, 8, 9, 10, 11],
+    ]
     assert all(x.is_pinned() for parts in parted.groups[1].parts.values() for x in parts)
     expected, actual = (
-        make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU).unsqueeze(0)) for cache in (whole, parted)
+        make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU).unsqueeze(0))
+        for cache in (whole, parted)
     )
     assert actual.patched.tolist() == expected.patched.tolist()
     assert actual.intact.tolist() == expected.intact.tolist()

@@ -13,8 +13,8 @@ from scoring_networks import REPLAYED, WHOLE, Case, Problem, by_sample, floats, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl.analysis.sweep.batch_search import exact_batches
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.study.batch_search import exact_batches
 from lightning_nrl.tasks import Multiclass
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -41,8 +41,12 @@ def check(problem: Problem, tolerance: float, reason: str | None = None) -> None
     scores = scorer(values.unsqueeze(0))
     assert scores.patched.tolist() == [passed[:, failed].sum(1).tolist()]
     assert scores.intact.tolist() == [passed[:, ~failed].sum(1).tolist()]
-    torch.testing.assert_close(scores.loss_failed[0].double(), loss[:, failed].mean(1), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(scores.loss_passed[0].double(), loss[:, ~failed].mean(1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        scores.loss_failed[0].double(), loss[:, failed].mean(1), rtol=tolerance, atol=tolerance
+    )
+    torch.testing.assert_close(
+        scores.loss_passed[0].double(), loss[:, ~failed].mean(1), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,19 +57,25 @@ def test_replayed_candidates_are_those_of_the_whole_model(case: Case, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "reason"), WHOLE.values(), ids=WHOLE)
-def test_what_cannot_be_replayed_is_run_as_a_whole(case: Case, reason: str, dtype: torch.dtype) -> None:
+def test_what_cannot_be_replayed_is_run_as_a_whole(
+    case: Case, reason: str, dtype: torch.dtype
+) -> None:
     with pytest.warns(UserWarning, match=reason):
         check(make_problem(case, dtype=dtype), DTYPES[dtype], reason)
 
 
-@pytest.mark.parametrize("name", ["head", "middle linear", "conv2d", "residual, first", "attention, batch first"])
+@pytest.mark.parametrize(
+    "name", ["head", "middle linear", "conv2d", "residual, first", "attention, batch first"]
+)
 def test_under_autocast_as_the_model_is_deployed(name: str) -> None:
     problem = make_problem(REPLAYED[name], n=40)
     recording = problem.recording(40, evaluator=Evaluator(problem.model, context=AUTOCAST))
     assert recording.fallback_reason is None
     where, values = problem.candidates(7, 9)
     everyone = torch.ones(40, dtype=torch.bool)
-    _, passed, losses = by_sample(problem.scorer(where, everyone, ~everyone, recording=recording), values)
+    _, passed, losses = by_sample(
+        problem.scorer(where, everyone, ~everyone, recording=recording), values
+    )
     with AUTOCAST():
         logits = problem.oracle(where, values).float()
     loss = F.cross_entropy(logits.flatten(0, 1), problem.target.repeat(7), reduction="none")
@@ -93,14 +103,18 @@ class Stack(nn.Module):
     def __init__(self, kinds: list[str], classes: int = 5) -> None:
         super().__init__()
         self.kinds = kinds
-        self.convs = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, **{"padding": 1} | BLOCKS[kind]) for kind in kinds)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(WIDTH, WIDTH, 3, **{"padding": 1} | BLOCKS[kind]) for kind in kinds
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(WIDTH) for _ in kinds)
         self.joins = nn.ModuleList(nn.Conv2d(2 * WIDTH, WIDTH, 1) for _ in kinds)
         self.act = nn.ReLU(inplace=True)
         self.middle, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        for kind, conv, norm, join in zip(self.kinds, self.convs, self.norms, self.joins, strict=True):
+        for kind, conv, norm, join in zip(
+            self.kinds, self.convs, self.norms, self.joins, strict=True
+        ):
             h = conv(x)
             if kind == "residual":
                 x = F.relu(norm(h) + x)
@@ -136,17 +150,25 @@ def test_random_networks_have_the_same_predictions_and_losses(
     names = [*(f"convs.{i}" for i in range(len(kinds))), "middle", "head"]
     layers = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
     n, p, classes = 9, 5, data.draw(st.sampled_from([1, 5]))
-    problem = make_problem(Case(lambda: Stack(kinds, classes), floats(WIDTH, 5, 5), layers), n, dtype, seed, bias)
+    problem = make_problem(
+        Case(lambda: Stack(kinds, classes), floats(WIDTH, 5, 5), layers), n, dtype, seed, bias
+    )
     problem = replace(problem, target=problem.target % max(2, classes))
     where, values = problem.candidates(p, k, seed)
     recording = problem.recording(4, 5)
     assert recording.fallback_reason is None
     mask = torch.arange(n) % 2 == 0
-    rows, passed, losses = by_sample(problem.scorer(where, mask, ~mask, recording=recording), values)
+    rows, passed, losses = by_sample(
+        problem.scorer(where, mask, ~mask, recording=recording), values
+    )
     logits = problem.oracle(where, values, rows)
     if classes == 1:  # the logit of class 1 over a 0
         logits = F.pad(logits, (1, 0))
-    loss = F.cross_entropy(logits.flatten(0, 1), problem.target[rows].repeat(p), reduction="none").view(p, n).double()
+    loss = (
+        F.cross_entropy(logits.flatten(0, 1), problem.target[rows].repeat(p), reduction="none")
+        .view(p, n)
+        .double()
+    )
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(losses, loss, rtol=tolerance, atol=tolerance)
     top = logits.topk(2).values
@@ -195,6 +217,8 @@ def test_batches_under_other_weights_are_those_of_the_deployed_model_bit_for_bit
         for v in values:
             parameters = problem.space.changed(where, v)
             with torch.no_grad(), context():
-                output = torch.func.functional_call(problem.model, parameters, batch.args, dict(batch.kwargs))
+                output = torch.func.functional_call(
+                    problem.model, parameters, batch.args, dict(batch.kwargs)
+                )
             with torch.no_grad():
                 assert torch.equal(exact.logits(parameters), Multiclass().logits(output))

@@ -1,4 +1,6 @@
-"""Recordings and replaying: what is kept, or computed again, what is left alone, and what is refused."""
+"""Recordings and replaying: what is kept, or computed again, what is left alone, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from lightning_nrl.localization import AllWeights
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.pipeline import Settings, repair_module
 from lightning_nrl.search import ParticleSwarm
-from lightning_nrl.search._scoring.activation_cache import ActivationCache
-from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search.scoring.activation_cache import ActivationCache
+from lightning_nrl.search.scoring.recording import record
 
 
 def unedited(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -93,11 +95,18 @@ def test_hooks_of_the_user_are_applied_once() -> None:
 
 
 def test_batches_of_other_shapes_get_a_group_of_their_own() -> None:
-    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 5)).eval()
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 5)
+    ).eval()
     xs = [torch.randn(4, 2, 9), torch.randn(3, 2, 7), torch.randn(2, 2, 9)]
     rows = list(torch.arange(9).split([4, 3, 2]))
-    batches = [(Batch((x,), torch.zeros(len(x), dtype=torch.int64), r), r) for x, r in zip(xs, rows, strict=True)]
-    recording = record(Evaluator(model), batches, find_layers(model, "0"), torch.ones(9, dtype=torch.bool))
+    batches = [
+        (Batch((x,), torch.zeros(len(x), dtype=torch.int64), r), r)
+        for x, r in zip(xs, rows, strict=True)
+    ]
+    recording = record(
+        Evaluator(model), batches, find_layers(model, "0"), torch.ones(9, dtype=torch.bool)
+    )
     assert [group.rows[0].tolist() for group in recording.groups] == [[0, 1, 2, 3, 7, 8], [4, 5, 6]]
     with torch.no_grad():
         torch.testing.assert_close(replayed(recording)[1], torch.cat([model(x) for x in xs]))
@@ -107,7 +116,10 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 5)
+            self.attention, self.head = (
+                nn.MultiheadAttention(4, 2, batch_first=True),
+                nn.Linear(4, 5),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.attention(x, x, x)[0].mean(1))
@@ -169,9 +181,13 @@ class ShortOfMemory(nn.Module):
     ],
     ids=str,
 )
-def test_memory_that_runs_out_is_no_reason_to_run_the_whole_model(when: str, error: Exception) -> None:
+def test_memory_that_runs_out_is_no_reason_to_run_the_whole_model(
+    when: str, error: Exception
+) -> None:
     model = ShortOfMemory(when, error).eval()
-    problem = Problem(model, find_layers(model, "first"), (torch.rand(8, 3),), torch.zeros(8, dtype=torch.int64))
+    problem = Problem(
+        model, find_layers(model, "first"), (torch.rand(8, 3),), torch.zeros(8, dtype=torch.int64)
+    )
     if "kernel" in str(error):
         assert (problem.recording(8).fallback_reason is not None) is (when == "copies")
         return
@@ -203,13 +219,17 @@ def test_of_batches_that_cannot_be_cut_the_last_layer_is_replayed_sample_by_samp
     with torch.no_grad():
         model.head.weight[0, 3] = 5.0
         changed = torch.cat([model(raw) for raw in graph_loader(40, seed=1)])
-        edited = recording.replay(chunk, lambda site, x, y: nn.functional.linear(x, *site.module.parameters()))
+        edited = recording.replay(
+            chunk, lambda site, x, y: nn.functional.linear(x, *site.module.parameters())
+        )
     torch.testing.assert_close(edited, changed[chunk.rows])
 
 
 @pytest.mark.parametrize("layer", ["node", "graph"])
 def test_other_layers_of_such_batches_are_refused(layer: str) -> None:
-    with pytest.raises(InseparableBatchError, match=rf"`layer='{layer}'`: samples cannot be taken out"):
+    with pytest.raises(
+        InseparableBatchError, match=rf"`layer='{layer}'`: samples cannot be taken out"
+    ):
         graph_recording(layer, torch.ones(40, dtype=torch.bool))
 
 
@@ -229,7 +249,9 @@ def test_a_module_that_returns_a_packed_sequence_stands_in_no_way_of_the_last_la
     torch.manual_seed(0)
     model, x, n = Lengths().eval(), torch.randn(10, 5, 3), 1 + torch.arange(10) % 5
     at = torch.arange(10)
-    recording = record(Evaluator(model), [(Batch((x, n), at % 2, at), at)], find_layers(model, "head"), at >= 0)
+    recording = record(
+        Evaluator(model), [(Batch((x, n), at % 2, at), at)], find_layers(model, "head"), at >= 0
+    )
     assert recording.fallback_reason is None
     with torch.no_grad():
         torch.testing.assert_close(replayed(recording, 3)[1], model(x, n))
@@ -247,7 +269,9 @@ def recomputed(problem: Problem, n: int, budget: int = 0) -> ActivationCache:
 
 @pytest.mark.filterwarnings("ignore::lightning_nrl.errors.PerformanceWarning")
 @pytest.mark.parametrize("share", [0, 0.5])
-@pytest.mark.parametrize("name", ["head", "residual, second", "attention, batch second", "folded", "not linear"])
+@pytest.mark.parametrize(
+    "name", ["head", "residual, second", "attention, batch second", "folded", "not linear"]
+)
 def test_what_is_computed_again_counts_the_same(name: str, share: float) -> None:
     problem = make_problem(WHOLE[name][0] if name in WHOLE else REPLAYED[name], n=24)
     where, values = problem.candidates(9, 6)
@@ -255,7 +279,9 @@ def test_what_is_computed_again_counts_the_same(name: str, share: float) -> None
     whole = problem.recording(24)
     full = sum(group.nbytes for group in whole.groups)
     cache = recomputed(problem, 24, int(share * full))
-    expected, scores = (problem.scorer(where, failed, ~failed, recording=x)(values[None]) for x in (whole, cache))
+    expected, scores = (
+        problem.scorer(where, failed, ~failed, recording=x)(values[None]) for x in (whole, cache)
+    )
     assert torch.equal(scores.patched, expected.patched)
     assert torch.equal(scores.intact, expected.intact)
     torch.testing.assert_close(scores.loss_failed, expected.loss_failed, rtol=2e-3, atol=2e-3)
@@ -298,7 +324,9 @@ def test_a_repair_gives_the_same_weights_and_says_what_was_computed_again() -> N
             ),
         )
         new = outcome.parameters or {}
-        return torch.cat([torch.zeros(0), *(value.flatten() for value in new.values())]), outcome.report.steps[0].note
+        return torch.cat(
+            [torch.zeros(0), *(value.flatten() for value in new.values())]
+        ), outcome.report.steps[0].note
 
     (expected, silent), (weights, note) = repaired(1 << 20), repaired(2_000)
     assert len(expected)

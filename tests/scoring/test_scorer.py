@@ -1,4 +1,6 @@
-"""Counts and losses: near ties, memory, swarms that differ, samples left out, ranks, tasks of the user."""
+"""Counts and losses: near ties, memory, swarms that differ, samples left out, ranks, tasks of the
+user.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
-from lightning_nrl.search._scoring.chunk_scorer import ChunkScorer
-from lightning_nrl.search._scoring.scorer import stacked
 from lightning_nrl.search.scores import Scores
+from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer
+from lightning_nrl.search.scoring.scorer import stacked
 from lightning_nrl.tasks import Multiclass, Task
 
 N = 24
@@ -36,11 +38,15 @@ def linear(weight: Tensor, x: Tensor, target: list[int] | Tensor) -> Problem:
     return Problem(model.eval(), find_layers(model, ""), (x,), torch.as_tensor(target))
 
 
-def same(found: Scores, expected: Scores, *, which: Any = slice(None), exactly: bool = False) -> None:
+def same(
+    found: Scores, expected: Scores, *, which: Any = slice(None), exactly: bool = False
+) -> None:
     """Counts are equal, losses up to rounding or to the bit."""
     for name, value in vars(expected).items():
         if isinstance(value, Tensor) and ("loss" in name or "credit" in name) and not exactly:
-            torch.testing.assert_close(getattr(found, name)[which], value[which], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                getattr(found, name)[which], value[which], rtol=1e-5, atol=1e-6
+            )
         elif isinstance(value, Tensor):
             assert torch.equal(getattr(found, name)[which], value[which]), name
 
@@ -48,20 +54,26 @@ def same(found: Scores, expected: Scores, *, which: Any = slice(None), exactly: 
 def test_by_hand() -> None:
     problem = linear(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 0.0]]), [1, 1, 0])
     failed = torch.tensor([True, False, False])
-    scores = problem.scorer(torch.tensor([2]), failed, ~failed)(torch.tensor([[[0.0], [0.75], [2.0]]]))
+    scores = problem.scorer(torch.tensor([2]), failed, ~failed)(
+        torch.tensor([[[0.0], [0.75], [2.0]]])
+    )
     # The second logit is x1 + value * x0.
     assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
     assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
     gaps = torch.tensor([-1.0, 0.5, 3.0])  # second minus first logit of the failed sample
     torch.testing.assert_close(scores.loss_failed[0], F.softplus(-gaps))
-    passed = (F.softplus(-torch.tensor([2.0, 2.75, 4.0])) + F.softplus(torch.tensor([-1.0, -0.25, 1.0]))) / 2
+    passed = (
+        F.softplus(-torch.tensor([2.0, 2.75, 4.0])) + F.softplus(torch.tensor([-1.0, -0.25, 1.0]))
+    ) / 2
     torch.testing.assert_close(scores.loss_passed[0], passed)
     assert (scores.n_failed, scores.n_passed) == (1, 2)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 6), st.booleans())
-def test_small_whole_numbers_are_exact_down_to_ties(seed: int, k: int, classes: int, passed_loss: bool) -> None:
+def test_small_whole_numbers_are_exact_down_to_ties(
+    seed: int, k: int, classes: int, passed_loss: bool
+) -> None:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randint(-2, 3, (classes, 4), generator=g).float()
     x = torch.randint(-2, 3, (30, 4), generator=g).float()
@@ -99,7 +111,8 @@ def test_any_budget_gives_the_same(name: str, budget: int) -> None:
         recording = problem.recording(7, 17)
     where, values = problem.candidates(9, 6)
     tight, roomy = (
-        problem.scorer(where, FAILED, ~FAILED, recording=recording, budget=b)(values[None]) for b in (budget, 1 << 30)
+        problem.scorer(where, FAILED, ~FAILED, recording=recording, budget=b)(values[None])
+        for b in (budget, 1 << 30)
     )
     same(tight, roomy)
 
@@ -160,7 +173,9 @@ def test_a_swarm_among_many_scores_as_alone(name: str) -> None:
         own = wheres[s] >= 0
         alone = problem.scorer(wheres[s][own], failed[s], passed[s])(values[s : s + 1, :, own])
         for field in ("patched", "intact", "loss_failed", "loss_passed"):
-            torch.testing.assert_close(getattr(scores, field)[s : s + 1], getattr(alone, field), rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                getattr(scores, field)[s : s + 1], getattr(alone, field), rtol=1e-6, atol=0
+            )
     with pytest.raises(ConfigurationError, match=r"for \[2, 3\] swarms"):
         problem.scorer(wheres[:2], failed, passed)
 
@@ -224,7 +239,10 @@ def test_tasks_of_the_user_see_outputs_and_targets(name: str) -> None:
 def test_without_losses_of_passed_samples_the_rest_is_the_same(name: str) -> None:
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 6, scale=0.2)
-    full, lean = (problem.scorer(where, FAILED, ~FAILED, passed_loss=flag)(values[None]) for flag in (True, False))
+    full, lean = (
+        problem.scorer(where, FAILED, ~FAILED, passed_loss=flag)(values[None])
+        for flag in (True, False)
+    )
     assert torch.equal(full.intact, lean.intact)
     assert torch.equal(full.loss_failed, lean.loss_failed)
     assert lean.loss_passed.tolist() == [[0.0] * 9]
@@ -247,7 +265,9 @@ class OneHot(Multiclass):
     ids=["uint8", "int32", "one-hot"],
 )
 def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
-    problem = linear(torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [1.0, 0.0, 0.5]]), target)
+    problem = linear(
+        torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [1.0, 0.0, 0.5]]), target
+    )
     failed = torch.tensor([True, False, False])
     recording = problem.recording(3, evaluator=Evaluator(problem.model, task))
     scorer = problem.scorer(torch.tensor([3]), failed, ~failed, recording=recording)
@@ -261,7 +281,7 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
 def test_only_who_breaks_more_than_told_is_given_up(
     name: str, passed_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl.search._scoring.scorer.N_MOST_FRAGILE", 4)
+    monkeypatch.setattr("lightning_nrl.search.scoring.scorer.N_MOST_FRAGILE", 4)
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))
@@ -282,7 +302,10 @@ def test_the_most_fragile_samples_come_first() -> None:
     where, _ = problem.candidates(9, 2)
     mask = torch.arange(200) % 20 == 0
     fragility = torch.arange(200) % 150 * 1.0
-    rows = [part.chunk.rows for part in problem.scorer(where, mask, ~mask, fragility=fragility).groups[0].passed]
+    rows = [
+        part.chunk.rows
+        for part in problem.scorer(where, mask, ~mask, fragility=fragility).groups[0].passed
+    ]
     assert len(torch.cat(rows).unique()) == 190
     assert fragility[rows[0]].min() >= fragility[torch.cat(rows[1:])].max()
     assert len(rows[0]) == 128
@@ -302,7 +325,9 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: boo
     where, values = problem.candidates(3, 6)
     reserve = torch.rand(N, generator=torch.Generator().manual_seed(0))
     recording = problem.recording(N, evaluator=Evaluator(problem.model, task))
-    make = partial(problem.scorer, where, FAILED, ~FAILED, recording=recording, passed_loss=passed_loss)
+    make = partial(
+        problem.scorer, where, FAILED, ~FAILED, recording=recording, passed_loss=passed_loss
+    )
     kept, plain = (make(reserve=x)(values[None]) for x in (reserve, None))
     logits = problem.oracle(where, values)
     hits = torch.stack([Multiclass().margin(x, problem.target) > reserve for x in logits])
@@ -328,7 +353,8 @@ def test_credits_of_wrong_samples_by_their_loss(budget: int | None) -> None:
     torch.testing.assert_close(scores.credit_passed[0].double(), credit[:, n_failed:].sum(1))
 
 
-# Swarms in front of a last layer as one stack, as a device scores them, against each swarm by itself.
+# Swarms in front of a last layer as one stack, as a device scores them, against each swarm by
+# itself.
 
 P, K = 7, 9
 SIZES = (9, 2, 5, 9, 1)
@@ -344,25 +370,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def swarms() -> tuple[Problem, Tensor, Tensor, Tensor]:
-    """A layer whose logits are often equal; weights, I_pos and candidates of swarms that differ in all of these."""
+    """A layer whose logits are often equal; weights, I_pos and candidates of swarms that differ in
+    all of these.
+    """
     g = torch.Generator().manual_seed(0)
     model = nn.Linear(6, 5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randint(-2, 3, parameter.shape, generator=g))
     x = torch.randint(-2, 3, (N, 6), generator=g).float()
-    own = Problem(model.eval(), find_layers(model, "", include_bias=True), (x,), torch.arange(N) % 5)
+    own = Problem(
+        model.eval(), find_layers(model, "", include_bias=True), (x,), torch.arange(N) % 5
+    )
     where = torch.stack([torch.randperm(own.space.size, generator=g)[:K] for _ in SIZES])
     where[torch.arange(K) >= torch.tensor(SIZES)[:, None]] = -1
-    passed = torch.stack([~FAILED & (torch.rand(N, generator=g) < 0.2 + 0.15 * s) for s in range(len(SIZES))])
-    values = own.space.flat()[where.clamp_min(0)][:, None] + torch.randint(-2, 3, (len(SIZES), P, K), generator=g)
+    passed = torch.stack(
+        [~FAILED & (torch.rand(N, generator=g) < 0.2 + 0.15 * s) for s in range(len(SIZES))]
+    )
+    values = own.space.flat()[where.clamp_min(0)][:, None] + torch.randint(
+        -2, 3, (len(SIZES), P, K), generator=g
+    )
     values[:, 0] = own.space.flat()[where.clamp_min(0)]
     return own, where, passed, values
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("block_bytes", [1, 700, LARGE])
-def test_a_stack_scores_each_swarm_as_it_is_scored_by_itself(options: dict[str, Any], block_bytes: int) -> None:
+def test_a_stack_scores_each_swarm_as_it_is_scored_by_itself(
+    options: dict[str, Any], block_bytes: int
+) -> None:
     own, where, passed, values = swarms()
     make = partial(own.scorer, where, FAILED, passed, **options)
     scorer = stacked(make(), K, block_bytes)
@@ -373,10 +409,14 @@ def test_a_stack_scores_each_swarm_as_it_is_scored_by_itself(options: dict[str, 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_swarm_among_many_in_a_stack_scores_as_alone_to_the_bit(options: dict[str, Any]) -> None:
     own, where, passed, values = swarms()
-    values = values + 0.1 * torch.randn(len(SIZES), P, K, generator=torch.Generator().manual_seed(2))
+    values = values + 0.1 * torch.randn(
+        len(SIZES), P, K, generator=torch.Generator().manual_seed(2)
+    )
 
     def scored(rows: slice) -> Scores:
-        return stacked(own.scorer(where[rows], FAILED, passed[rows], **options), K, LARGE)(values[rows])
+        return stacked(own.scorer(where[rows], FAILED, passed[rows], **options), K, LARGE)(
+            values[rows]
+        )
 
     together = scored(slice(None))
     for s in range(len(SIZES)):
@@ -392,8 +432,12 @@ def test_what_is_in_front_of_another_layer_or_has_no_room_is_left_to_its_group()
     assert (len(left.stacks), len(left.groups)) == (0, 1)
 
     g = torch.Generator().manual_seed(0)
-    problem = linear(torch.randn(20, 64, generator=g), torch.randn(N, 64, generator=g), torch.arange(N) % 20)
-    where = torch.cat([torch.arange(64), torch.arange(1, 20) * 64])  # all weights of class 0, one of each other
+    problem = linear(
+        torch.randn(20, 64, generator=g), torch.randn(N, 64, generator=g), torch.arange(N) % 20
+    )
+    where = torch.cat(
+        [torch.arange(64), torch.arange(1, 20) * 64]
+    )  # all weights of class 0, one of each other
     values = problem.space.flat()[where] + torch.randn(1, P, len(where), generator=g)
     make = partial(problem.scorer, where, FAILED, ~FAILED)
     few, many = (stacked(make(), len(where), LARGE, room) for room in (60_000, LARGE))

@@ -23,11 +23,15 @@ def sphere(values: Tensor) -> Scores:
 
 
 def wall(values: Tensor) -> Scores:
-    """Each weight below 0 breaks a passed sample, each weight within 1/4 of 1/2 repairs a failed one."""
+    """Each weight below 0 breaks a passed sample, each weight within 1/4 of 1/2 repairs a failed
+    one.
+    """
     values = values.double()
     loss = (values - 0.5).abs().mean(-1)
     patched = ((values - 0.5).abs() < 0.25).sum(-1)
-    return Scores(patched.double(), N - (values < 0).sum(-1).double(), loss, loss, values.shape[-1], N)
+    return Scores(
+        patched.double(), N - (values < 0).sum(-1).double(), loss, loss, values.shape[-1], N
+    )
 
 
 def first_weight(values: Tensor) -> Scores:
@@ -52,8 +56,12 @@ class Quitting:
         self.over.append((most_broken < 0).all(1).tolist())
         out = N - scores.intact > most_broken
         self.given_up += int(out.sum())
-        losses = (loss.masked_fill(out, math.nan) for loss in (scores.loss_failed, scores.loss_passed))
-        return Scores(scores.patched + 99 * out, scores.intact, *losses, scores.n_failed, scores.n_passed)
+        losses = (
+            loss.masked_fill(out, math.nan) for loss in (scores.loss_failed, scores.loss_passed)
+        )
+        return Scores(
+            scores.patched + 99 * out, scores.intact, *losses, scores.n_failed, scores.n_passed
+        )
 
 
 def original(n_searches: int = 1, n_weights: int = 4, seed: int = 0, least: float = 1.0) -> Tensor:
@@ -66,7 +74,8 @@ def same(a: SearchResult, b: SearchResult) -> bool:
         torch.equal(a.values, b.values)
         and (a.fitness, a.iterations, a.stopped) == (b.fitness, b.iterations, b.stopped)
         and all(
-            torch.equal(getattr(a.history, name), getattr(b.history, name)) for name in ("best", "patched", "intact")
+            torch.equal(getattr(a.history, name), getattr(b.history, name))
+            for name in ("best", "patched", "intact")
         )
         and torch.equal(a.history.loss_failed, b.history.loss_failed)
     )

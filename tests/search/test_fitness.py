@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.search import FITNESSES, ArachneDEFitness, ArachneFitness, NeuRecoverFitness
+from lightning_nrl.published import ArachneDEFitness, ArachneFitness, NeuRecoverFitness
+from lightning_nrl.search import FITNESSES
 from lightning_nrl.search.fitness import FEASIBLE_FLOOR, Fitness, exchange_rate, fitness_per_search
 from lightning_nrl.search.scores import Scores
 
@@ -15,12 +16,17 @@ BEFORE = Scores(*(torch.tensor([[x]]) for x in (0.0, 10.0, 2.0, 0.5)), n_failed=
 
 
 def scores(patched, intact, loss_failed, loss_passed, n_failed=4, n_passed=10):
-    columns = (torch.tensor([column], dtype=torch.float64) for column in (patched, intact, loss_failed, loss_passed))
+    columns = (
+        torch.tensor([column], dtype=torch.float64)
+        for column in (patched, intact, loss_failed, loss_passed)
+    )
     return Scores(*columns, n_failed=n_failed, n_passed=n_passed)
 
 
 AFTER = scores([1, 4], [10, 9], [1.0, 0.0], [0.75, 1.0])
-"""Two candidates: 1 of 4 repaired, none of 10 broken, losses 2 -> 1 and 1/2 -> 3/4; and 4, 1, 2 -> 0, 1/2 -> 1."""
+"""Two candidates: 1 of 4 repaired, none of 10 broken, losses 2 -> 1 and 1/2 -> 3/4; and 4, 1, 2 ->
+0, 1/2 -> 1.
+"""
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,10 @@ def test_equations_by_hand(loss_term, failed, passed):
     eq2 = Fitness("eq2", alpha=6, delta=0.5, beta=0.25, loss_term=loss_term)(AFTER, BEFORE)
     counts = [1 / 4 + 6 * 10 / 10, 4 / 4 + 6 * 9 / 10]
     torch.testing.assert_close(
-        eq1, torch.tensor([[c + f + p for c, f, p in zip(counts, failed, passed, strict=True)]]).double()
+        eq1,
+        torch.tensor(
+            [[c + f + p for c, f, p in zip(counts, failed, passed, strict=True)]]
+        ).double(),
     )
     torch.testing.assert_close(
         eq2, torch.tensor([[c + 0.25 * f for c, f in zip(counts, failed, strict=True)]]).double()
@@ -45,7 +54,8 @@ def test_equations_by_hand(loss_term, failed, passed):
 
 def test_lexicographic_by_hand():
     value = Fitness(delta=0.5)(AFTER, BEFORE)
-    # Losses of all 14 samples: 4 * 2 + 10 * 1/2 = 13 before, 4 * 1 + 10 * 3/4 = 11.5 and 4 * 0 + 10 * 1 = 10 after.
+    # Losses of all 14 samples: 4 * 2 + 10 * 1/2 = 13 before, 4 * 1 + 10 * 3/4 = 11.5 and 4 * 0 + 10
+    # * 1 = 10 after.
     gain = [(13 - 11.5) / (13 + 14 * 0.5), (13 - 10) / (13 + 14 * 0.5)]
     loss = [0.25 * (1 + g / (1 + g)) for g in gain]
     torch.testing.assert_close(value, torch.tensor([[1 + loss[0], 4 + loss[1] - 1 * 5]]).double())
@@ -59,14 +69,19 @@ def test_perfect_intact_zero_is_the_papers():
 
 
 def test_under_perfect_intact_a_candidate_that_breaks_is_worth_less_than_any_that_does_not():
-    # Loss of I_neg 2 -> 162.001 and 2 -> 322.002: the terms are -79.96 and -159.92 (d = 1e-3), a quarter of them
-    # against alpha = 8: -11.99 and -31.98. The third breaks one.
+    # Loss of I_neg 2 -> 162.001 and 2 -> 322.002: the terms are -79.96 and -159.92 (d = 1e-3), a
+    # quarter of them against alpha = 8: -11.99 and -31.98. The third breaks one.
     after = scores([0, 0, 4], [10, 10, 9], [162.00095, 322.00195, 0.0], [0.5, 0.5, 0.5])
     plain = Fitness("eq2", alpha=8)(after, BEFORE)[0]
-    torch.testing.assert_close(plain[:2], torch.tensor([8 - 19.99, 8 - 39.98]).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        plain[:2], torch.tensor([8 - 19.99, 8 - 39.98]).double(), rtol=1e-4, atol=0
+    )
     value = Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero")(after, BEFORE)[0]
     torch.testing.assert_close(
-        value[:2], torch.tensor([2**-20 / (2**-9 + 11.99), 2**-20 / (2**-9 + 31.98)]).double(), rtol=1e-4, atol=0
+        value[:2],
+        torch.tensor([2**-20 / (2**-9 + 11.99), 2**-20 / (2**-9 + 31.98)]).double(),
+        rtol=1e-4,
+        atol=0,
     )
     assert value.tolist() == sorted(value.tolist(), reverse=True)
     assert value[2] == 0
@@ -74,7 +89,8 @@ def test_under_perfect_intact_a_candidate_that_breaks_is_worth_less_than_any_tha
 
 def test_perfect_intact_ranked_orders_the_infeasible_below_the_feasible():
     candidates = scores(
-        # none broken with a terrible loss; 1 broken; 1 broken and fewer repaired; the same and a higher loss; 2 broken
+        # none broken with a terrible loss; 1 broken; 1 broken and fewer repaired; the same and a
+        # higher loss; 2 broken
         patched=[0, 2, 1, 1, 4],
         intact=[10, 9, 9, 9, 8],
         loss_failed=[1e12, 1.0, 1.0, 3.0, 0.0],
@@ -106,7 +122,11 @@ candidate = st.tuples(st.integers(0, N), st.integers(0, N), st.floats(0, 1e4))
 def test_lexicographic_numbers_compare_as_the_tuples_do(candidates, loss_before):
     broken, repaired, loss = zip(*candidates, strict=True)
     after = scores(repaired, [N - b for b in broken], loss, loss, n_failed=N, n_passed=N)
-    before = Scores(*(torch.tensor([[x]]).double() for x in (0.0, float(N), loss_before, 1.0)), n_failed=N, n_passed=N)
+    before = Scores(
+        *(torch.tensor([[x]]).double() for x in (0.0, float(N), loss_before, 1.0)),
+        n_failed=N,
+        n_passed=N,
+    )
     value = Fitness()(after, before)[0].tolist()
     for (b1, r1, l1), v1 in zip(candidates, value, strict=True):
         assert (v1 > 0) == (b1 == 0)
@@ -196,8 +216,12 @@ def test_says_when_the_loss_of_passed_samples_does_not_matter(kind, perfect_inta
     st.tuples(st.integers(0, 4), st.integers(0, 10), st.floats(0, 50), st.floats(0, 50)),
     st.tuples(st.integers(0, 4), st.integers(0, 10), st.floats(0, 50), st.floats(0, 50)),
 )
-def test_who_breaks_more_than_the_most_is_worth_no_more(kind, perfect_intact, infeasible, tolerated, best, other):
-    fitness = Fitness(kind, perfect_intact=perfect_intact, infeasible=infeasible, tolerated=tolerated)
+def test_who_breaks_more_than_the_most_is_worth_no_more(
+    kind, perfect_intact, infeasible, tolerated, best, other
+):
+    fitness = Fitness(
+        kind, perfect_intact=perfect_intact, infeasible=infeasible, tolerated=tolerated
+    )
     (value, challenger) = (fitness(scores(*([x] for x in row)), BEFORE) for row in (best, other))
     limit = fitness.most_broken(value, 4)
     if limit is not None and 10 - other[1] > limit.item():
@@ -233,7 +257,9 @@ def test_what_a_gate_allows_to_break_costs_nothing():
 
 
 def test_arachne() -> None:
-    assert ArachneFitness()(AFTER, BEFORE)[0].tolist() == pytest.approx([2 / 2 + 11 / 1.75, 5 / 1 + 10 / 2])
+    assert ArachneFitness()(AFTER, BEFORE)[0].tolist() == pytest.approx(
+        [2 / 2 + 11 / 1.75, 5 / 1 + 10 / 2]
+    )
 
 
 def test_neurecover() -> None:
@@ -242,7 +268,9 @@ def test_neurecover() -> None:
 
 
 def test_arachne_de() -> None:
-    scores = replace(AFTER, credit_failed=torch.tensor([[1.5, 4.0]]), credit_passed=torch.tensor([[10.0, 9.5]]))
+    scores = replace(
+        AFTER, credit_failed=torch.tensor([[1.5, 4.0]]), credit_passed=torch.tensor([[10.0, 9.5]])
+    )
     assert ArachneDEFitness()(scores, BEFORE).tolist() == [[25.0, 49.5]]
     assert ArachneDEFitness(aggressiveness=1)(scores, BEFORE).tolist() == [[11.5, 13.5]]
     with pytest.raises(ValueError, match="credit=True"):
@@ -251,14 +279,27 @@ def test_arachne_de() -> None:
 
 def test_weights_of_samples_count_and_losses_that_are_no_numbers_do_not() -> None:
     weighed = replace(AFTER, value=torch.tensor([[2.0, 4.0]]), cost=torch.tensor([[3.0, 1.0]]))
-    assert ArachneFitness()(weighed, BEFORE)[0].tolist() == pytest.approx([3 / 2 + 8 / 1.75, 5 / 1 + 10 / 2])
-    lost = replace(AFTER, loss_failed=torch.tensor([[math.nan, 0.0]]), loss_passed=torch.tensor([[1.0, math.inf]]))
+    assert ArachneFitness()(weighed, BEFORE)[0].tolist() == pytest.approx(
+        [3 / 2 + 8 / 1.75, 5 / 1 + 10 / 2]
+    )
+    lost = replace(
+        AFTER,
+        loss_failed=torch.tensor([[math.nan, 0.0]]),
+        loss_passed=torch.tensor([[1.0, math.inf]]),
+    )
     for fitness in (ArachneFitness(), NeuRecoverFitness()):
         assert fitness(lost, BEFORE).tolist() == [[-math.inf, -math.inf]]
 
 
 def test_names():
-    assert list(FITNESSES)[:6] == ["lexicographic", "eq1", "eq2", "arachne", "neurecover", "arachne-de"]
+    assert list(FITNESSES)[:6] == [
+        "lexicographic",
+        "eq1",
+        "eq2",
+        "arachne",
+        "neurecover",
+        "arachne-de",
+    ]
     assert FITNESSES.parse("fitness", "eq2") == Fitness("eq2")
     with pytest.raises(ConfigurationError, match="did you mean 'neurecover'"):
         FITNESSES.parse("fitness", "neurecovery")

@@ -40,7 +40,9 @@ def test_history_of_the_starting_swarm_by_hand():
         return sphere(values)
 
     how = ParticleSwarm(particles=3, iterations=0)
-    history = search(scorer, original()[0], WIDE, searcher=how, fitness=Fitness("eq2", alpha=0)).history
+    history = search(
+        scorer, original()[0], WIDE, searcher=how, fitness=Fitness("eq2", alpha=0)
+    ).history
     (values,) = rows
     loss = values[0].double().square().mean(-1)
     value = 0.25 * (1 - (loss + 1e-3) / (loss[0] + 1e-3))
@@ -54,14 +56,23 @@ def test_history_of_the_starting_swarm_by_hand():
 @given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4))
 @settings(max_examples=15, deadline=None)
 def test_a_swarm_among_many_finds_what_it_finds_alone(seed, sizes):
-    kinds = [Fitness(), Fitness("eq1"), Fitness("eq2", perfect_intact=True), Fitness("eq1", alpha=4)]
+    kinds = [
+        Fitness(),
+        Fitness("eq1"),
+        Fitness("eq2", perfect_intact=True),
+        Fitness("eq1", alpha=4),
+    ]
     begin = original(len(sizes), max(sizes), seed)
     fitness = [kinds[s % 4] for s in range(len(sizes))]
     how = ParticleSwarm(particles=6, iterations=12, patience=3)
     seeds = [seed + s // 2 for s in range(len(sizes))]
-    together = search_many(first_weight, begin, WIDE, seeds=seeds, fitness=fitness, searcher=how, sizes=sizes)
+    together = search_many(
+        first_weight, begin, WIDE, seeds=seeds, fitness=fitness, searcher=how, sizes=sizes
+    )
     for s, size in enumerate(sizes):
-        alone = search(first_weight, begin[s, :size], WIDE, fitness=fitness[s], searcher=how, seed=seeds[s])
+        alone = search(
+            first_weight, begin[s, :size], WIDE, fitness=fitness[s], searcher=how, seed=seeds[s]
+        )
         assert same(together[s], alone)
         for name in ("mean", "diversity"):
             curves = (getattr(result.history, name) for result in (together[s], alone))
@@ -124,7 +135,9 @@ def test_candidates_with_nan_losses_rank_last():
 def test_an_original_without_a_finite_loss_is_refused(value):
     def scorer(values):
         scores = sphere(values)
-        return Scores(scores.patched, scores.intact, scores.loss_failed, scores.loss_passed * value, N, N)
+        return Scores(
+            scores.patched, scores.intact, scores.loss_failed, scores.loss_passed * value, N, N
+        )
 
     with pytest.raises(EvaluationError, match="HINT"):
         search(scorer, original()[0], WIDE)
@@ -142,7 +155,9 @@ def test_an_original_without_a_finite_loss_is_refused(value):
 def test_progress_is_told_every_tenth_iteration_and_at_the_end(how, told, interval):
     heard = []
     arguments = {"searcher": how, "check_every": interval}
-    result = search(sphere, original()[0], WIDE, **arguments, on_progress=lambda *x: heard.append(x))
+    result = search(
+        sphere, original()[0], WIDE, **arguments, on_progress=lambda *x: heard.append(x)
+    )
     assert [done for done, _ in heard] == told
     assert [len(history) for _, history in heard] == [done + 1 for done in told]
     assert torch.equal(heard[-1][1].best, result.history.best)
@@ -216,13 +231,24 @@ def test_the_host_waits_for_the_device_once_in_ten_iterations():
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_giving_up_finds_what_finishing_finds(fitness, seed):
-    arguments = {"fitness": fitness, "searcher": ParticleSwarm(particles=12, iterations=40, start="half"), "seed": seed}
+    arguments = {
+        "fitness": fitness,
+        "searcher": ParticleSwarm(particles=12, iterations=40, start="half"),
+        "seed": seed,
+    }
     quitting = Quitting()
-    assert same(search(quitting, original()[0], WIDE, **arguments), search(wall, original()[0], WIDE, **arguments))
+    assert same(
+        search(quitting, original()[0], WIDE, **arguments),
+        search(wall, original()[0], WIDE, **arguments),
+    )
     assert (quitting.given_up > 0) == (fitness.most_broken(torch.zeros(1, 1), 4) is not None)
 
 
-@given(seed=st.integers(0, 2**32), n=st.integers(0, 4), kind=st.sampled_from(["lexicographic", "eq1", "eq2"]))
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.integers(0, 4),
+    kind=st.sampled_from(["lexicographic", "eq1", "eq2"]),
+)
 @settings(max_examples=25, deadline=None)
 def test_nothing_is_worth_less_than_an_elite(seed, n, kind):
     begin = original(seed=seed)[0]
@@ -247,7 +273,9 @@ def test_a_search_ends_when_its_time_is_over(asked):
     assert (result.iterations, result.stopped) == (asked, "time was over")
 
 
-@pytest.mark.parametrize("fitness", [Fitness(), Fitness("eq1"), [Fitness(), Fitness("eq1"), Fitness("eq2"), Fitness()]])
+@pytest.mark.parametrize(
+    "fitness", [Fitness(), Fitness("eq1"), [Fitness(), Fitness("eq1"), Fitness("eq2"), Fitness()]]
+)
 def test_a_swarm_that_is_over_is_scored_no_more(fitness):
     how, scorer = ParticleSwarm(particles=5, iterations=40, patience=2), Quitting()
     arguments = {"seeds": range(4), "searcher": how, "fitness": fitness}
@@ -261,7 +289,11 @@ def test_a_swarm_that_is_over_is_scored_no_more(fitness):
 
 
 def test_a_default_device_of_the_user_s_makes_no_difference():
-    arguments = {"seeds": [0, 1], "sizes": [4, 3], "searcher": ParticleSwarm(particles=6, iterations=12)}
+    arguments = {
+        "seeds": [0, 1],
+        "sizes": [4, 3],
+        "searcher": ParticleSwarm(particles=6, iterations=12),
+    }
     elites, fitness = torch.ones(2, 2, 4), [Fitness(), Fitness("eq1")]
     expected = search_many(wall, original(2), WIDE, **arguments, elites=elites, fitness=fitness)
     begin = original(2)

@@ -16,10 +16,10 @@ from toy_searcher import RandomLocalSearch, Walk
 
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.published import CmaEs, DifferentialEvolution
+from lightning_nrl.published.differential_evolution import three_others
 from lightning_nrl.search import (
     SEARCHERS,
-    CmaEs,
-    DifferentialEvolution,
     ParticleSwarm,
     RandomStreams,
     Searcher,
@@ -29,17 +29,24 @@ from lightning_nrl.search import (
     search,
     search_many,
 )
-from lightning_nrl.search.differential_evolution import three_others
 from lightning_nrl.search.scores import Scores
 
 SPREAD = WeightStats(mean=5.0, std=2.0, lowest=-1.0, highest=9.0)
 HOW = RandomLocalSearch(step=0.2)
 ALL = [
     pytest.param(HOW, id="a new one"),
-    pytest.param(DifferentialEvolution(population=12, iterations=40, patience=20), id="differential evolution"),
+    pytest.param(
+        DifferentialEvolution(population=12, iterations=40, patience=20),
+        id="differential evolution",
+    ),
     pytest.param(CmaEs(population=12, iterations=40, patience=20), id="CMA-ES"),
-    pytest.param(CmaEs(population=12, iterations=40, patience=20, covariance="diagonal"), id="diagonal CMA-ES"),
-    pytest.param(ParticleSwarm(particles=12, iterations=40, patience=20, start="normal"), id="swarm"),
+    pytest.param(
+        CmaEs(population=12, iterations=40, patience=20, covariance="diagonal"),
+        id="diagonal CMA-ES",
+    ),
+    pytest.param(
+        ParticleSwarm(particles=12, iterations=40, patience=20, start="normal"), id="swarm"
+    ),
 ]
 
 
@@ -56,18 +63,26 @@ def test_names_stand_for_searchers() -> None:
         assert isinstance(how, Searcher)
         assert SEARCHERS.parse("searcher", name) == how
     assert SEARCHERS.parse("searcher", HOW) is HOW
-    for wrong, message in (("swam", "did you mean 'swarm'"), (3, "is no searcher"), (ParticleSwarm, "is no searcher")):
+    for wrong, message in (
+        ("swam", "did you mean 'swarm'"),
+        (3, "is no searcher"),
+        (ParticleSwarm, "is no searcher"),
+    ):
         with pytest.raises(ConfigurationError, match=message):
             search(wall, begin()[0], WIDE, searcher=wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("how", [DifferentialEvolution(), CmaEs(sigma=0.3), CmaEs(sigma=0.3, covariance="diagonal")])
+@pytest.mark.parametrize(
+    "how", [DifferentialEvolution(), CmaEs(sigma=0.3), CmaEs(sigma=0.3, covariance="diagonal")]
+)
 def test_solves_a_sphere(how: Searcher[Any]) -> None:
     assert search(sphere, original()[0], WIDE, searcher=how).history.loss_failed[-1] < 1e-3
 
 
 @pytest.mark.parametrize("how", ALL)
-def test_a_search_among_many_finds_what_it_finds_alone_also_with_padding(how: Searcher[Any]) -> None:
+def test_a_search_among_many_finds_what_it_finds_alone_also_with_padding(
+    how: Searcher[Any],
+) -> None:
     first, sizes = begin(3), [3, 1, 2]
     together = search_many(first_weight, first, WIDE, seeds=[5, 6, 7], searcher=how, sizes=sizes)
     for s, size in enumerate(sizes):
@@ -77,7 +92,9 @@ def test_a_search_among_many_finds_what_it_finds_alone_also_with_padding(how: Se
 
 
 @pytest.mark.parametrize("how", ALL)
-def test_the_original_and_the_elites_are_scored_first_and_nothing_is_worth_less(how: Searcher[Any]) -> None:
+def test_the_original_and_the_elites_are_scored_first_and_nothing_is_worth_less(
+    how: Searcher[Any],
+) -> None:
     seen: list[Tensor] = []
 
     def scorer(values: Tensor) -> Scores:
@@ -139,7 +156,9 @@ class WithoutElites(RandomLocalSearch):
 
 
 @pytest.mark.parametrize("how", [Short(), WithoutElites()], ids=lambda how: type(how).__name__)
-def test_first_candidates_without_the_original_weights_and_the_elites_are_refused(how: RandomLocalSearch) -> None:
+def test_first_candidates_without_the_original_weights_and_the_elites_are_refused(
+    how: RandomLocalSearch,
+) -> None:
     with pytest.raises(ConfigurationError, match=f"{type(how).__name__}.init does not begin with"):
         search(wall, begin()[0], WIDE, searcher=how, elites=torch.zeros(1, 3))
 
@@ -164,13 +183,18 @@ def test_a_trial_by_hand() -> None:
     drawn: Any = Drawn(
         torch.zeros(3, 1, 4, 1),  # the others are 1 2 3, 0 2 3, 0 1 3, 0 1 2
         torch.full((1, 1, 1), 0.5),  # F = 0.75
-        torch.tensor([[[0.4, 0.6], [0.6, 0.6], [0.4, 0.4], [0.6, 0.4]]]),  # which weights are crossed
+        torch.tensor(
+            [[[0.4, 0.6], [0.6, 0.6], [0.4, 0.4], [0.6, 0.4]]]
+        ),  # which weights are crossed
         torch.tensor([[[0.0], [0.9], [0.0], [0.9]]]),  # which one always is
     )
     trials = how.ask(state._replace(members=members), drawn).candidates
     # Mutants: (-1.25, -2) and (-2.25, -3), (-3, -1.5) and (-0.75, 1.5), clipped to [-2, 4].
     assert trials[0].tolist() == [[-1.25, 0.0], [1.0, -2.0], [-2.0, -1.5], [5.0, 1.5]]
-    told = how.tell(state._replace(members=members, candidates=trials), torch.tensor([[1.0, torch.nan, -1.0, 0.0]]))
+    told = how.tell(
+        state._replace(members=members, candidates=trials),
+        torch.tensor([[1.0, torch.nan, -1.0, 0.0]]),
+    )
     assert told.fitness.tolist() == [[1.0, -torch.inf, -1.0, 0.0]]
     then = how.tell(told._replace(candidates=members), torch.tensor([[0.5, -2.0, -1.0, 0.0]]))
     assert then.members[0].tolist() == [[-1.25, 0.0], [1.0, 1.0], [2.0, -1.0], [5.0, 3.0]]
@@ -193,7 +217,9 @@ def test_cma_es_begins_at_the_best_of_the_first_and_leaves_random_numbers_alone(
     before = torch.get_rng_state()
     told = how.tell(state, torch.tensor([[0.0, 1.0, 3.0, 2.0]]))
     assert told.strategies is not None
-    assert told.strategies[0].mean.tolist() == pytest.approx((state.candidates[0, 2] - original()[0]).tolist())
+    assert told.strategies[0].mean.tolist() == pytest.approx(
+        (state.candidates[0, 2] - original()[0]).tolist()
+    )
     how.tell(how.ask(told, streams), torch.full((1, 4), -torch.inf))  # nothing to learn from
     assert told.strategies[0].generation == 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -224,7 +250,9 @@ def test_each_weight_has_the_numbers_of_its_own_layer() -> None:
         model[0].weight.copy_(torch.tensor([[1.0, 3.0]]))
         model[1].weight.fill_(10.0)
     with torch.device("meta"):  # a default device of the user's makes no difference
-        stats = WeightStats.around(find_layers(model, ["0", "1"]), torch.tensor([1, 2], device="cpu"))
+        stats = WeightStats.around(
+            find_layers(model, ["0", "1"]), torch.tensor([1, 2], device="cpu")
+        )
     found = [x.tolist() for x in (stats.mean, stats.std, stats.lowest, stats.highest)]
     assert found == [[2.0, 10.0], [1.0, 0.0], [1.0, 10.0], [3.0, 10.0]]
     one = WeightStats.of(torch.tensor([2.0]))  # has no deviation rather than NaN
@@ -264,7 +292,9 @@ def swarm(velocity, width=20.0, **changes):
 
 
 def first_swarm(kind="local", particles=9, seeds=(0,), original=None, sizes=None, **changes):
-    original = torch.tensor([[0.5, -1.5, 2.0]]).repeat(len(seeds), 1) if original is None else original
+    original = (
+        torch.tensor([[0.5, -1.5, 2.0]]).repeat(len(seeds), 1) if original is None else original
+    )
     how = ParticleSwarm(particles=particles, start=kind, **changes)
     return start(original, SPREAD, how, RandomStreams.seeded(seeds, sizes))
 
@@ -324,7 +354,9 @@ def test_tell_remembers_the_better_and_keeps_the_earlier_among_equals():
     assert (told.leader.tolist(), told.leader_fitness.tolist()) == ([[3.0]], [7.0])
 
 
-@pytest.mark.parametrize(("kind", "at_original", "near"), [("local", 1, 8), ("half", 1, 4), ("paper", 5, 0)])
+@pytest.mark.parametrize(
+    ("kind", "at_original", "near"), [("local", 1, 8), ("half", 1, 4), ("paper", 5, 0)]
+)
 def test_where_particles_start(kind, at_original, near):
     position = first_swarm(kind, scale_min=1e-6, scale_max=1e-6).position[0]
     distance = (position - torch.tensor([0.5, -1.5, 2.0])).abs().amax(1)
@@ -335,8 +367,12 @@ def test_where_particles_start(kind, at_original, near):
 
 
 def test_local_scales_are_spread_on_a_logarithmic_scale():
-    near = first_swarm(particles=5, original=torch.zeros(1, 20_000), scale_min=0.01, scale_max=10.0).position[0]
-    torch.testing.assert_close(near.std(1), 2.0 * torch.tensor([0.0, 0.01, 0.1, 1.0, 10.0]), rtol=0.05, atol=0)
+    near = first_swarm(
+        particles=5, original=torch.zeros(1, 20_000), scale_min=0.01, scale_max=10.0
+    ).position[0]
+    torch.testing.assert_close(
+        near.std(1), 2.0 * torch.tensor([0.0, 0.01, 0.1, 1.0, 10.0]), rtol=0.05, atol=0
+    )
 
 
 def test_elites_are_placed_then_the_lines_to_them_then_what_is_around():
@@ -344,7 +380,9 @@ def test_elites_are_placed_then_the_lines_to_them_then_what_is_around():
     elites = torch.tensor([[[3.0, 4.0], [1.0, -2.0]]])
     how = ParticleSwarm(particles=15, scale_min=1e-6, scale_max=1e-6)
     placed = start(original, SPREAD, how, RandomStreams.seeded([0]), elites).position[0]
-    lines = torch.tensor([[3.3, 4.6], [1.0, -2.3], [2.6, 3.2], [1.0, -1.6], [2.0, 2.0], [1.0, -1.0]])
+    lines = torch.tensor(
+        [[3.3, 4.6], [1.0, -2.3], [2.6, 3.2], [1.0, -1.6], [2.0, 2.0], [1.0, -1.0]]
+    )
     around = torch.cat([original, elites[0]]).repeat(2, 1)
     assert torch.equal(placed[:3], torch.cat([original, elites[0]]))
     torch.testing.assert_close(placed[3:9], lines)
@@ -357,7 +395,13 @@ def test_elites_take_the_places_of_particles_and_leave_padding_alone(kind):
     original = torch.tensor([[1.0, 2.0, 7.0]])
     elites = torch.full((1, 6, 3), 5.0)
     without, with_ = (
-        start(original, SPREAD, ParticleSwarm(particles=8, start=kind), RandomStreams.seeded([0], [2]), given)
+        start(
+            original,
+            SPREAD,
+            ParticleSwarm(particles=8, start=kind),
+            RandomStreams.seeded([0], [2]),
+            given,
+        )
         for given in (None, elites)
     )
     assert with_.position.shape == without.position.shape == (1, 8, 3)
@@ -371,7 +415,10 @@ def test_elites_take_the_places_of_particles_and_leave_padding_alone(kind):
         (lambda: ParticleSwarm(inertia=-0.1), "ParticleSwarm.inertia=-0.1"),
         (lambda: ParticleSwarm(cognitive=math.nan), "ParticleSwarm.cognitive=nan"),
         (lambda: ParticleSwarm(social="2"), "ParticleSwarm.social='2'"),
-        (lambda: ParticleSwarm(min_speed=0.3), "min_speed=0.3` and `max_speed=0.2` are not a range"),
+        (
+            lambda: ParticleSwarm(min_speed=0.3),
+            "min_speed=0.3` and `max_speed=0.2` are not a range",
+        ),
         (lambda: ParticleSwarm(max_speed=0), "min_speed=0.0` and `max_speed=0` are not a range"),
         (lambda: ParticleSwarm(start="locale"), "did you mean 'local'"),
         (lambda: ParticleSwarm(constants="clark"), "did you mean 'clerc'"),

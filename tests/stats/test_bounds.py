@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.report.stats import Bound, binomial_cdf, interval, lower_limit, upper_limit
+from lightning_nrl.records.stats import Bound, binomial_cdf, interval, lower_limit, upper_limit
 
 HOW_TO = ROOT / "docs" / "gates.md"
 CONFIDENCES = (0.001, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-9)
@@ -29,7 +29,9 @@ counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.j
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_limits_are_those_of_the_beta_distribution(broken: int, n: int, confidence: float) -> None:
     beta = pytest.importorskip("scipy.stats").beta
-    assert upper_limit(broken, n, confidence) == pytest.approx(beta.ppf(confidence, broken + 1, n - broken), abs=1e-9)
+    assert upper_limit(broken, n, confidence) == pytest.approx(
+        beta.ppf(confidence, broken + 1, n - broken), abs=1e-9
+    )
     lower = beta.ppf(1 - confidence, broken, n - broken + 1) if broken else 0.0
     assert lower_limit(broken, n, confidence) == pytest.approx(lower, abs=1e-9)
 
@@ -56,7 +58,9 @@ def test_p_values_are_those_of_the_binomial_distribution() -> None:
     for n in (1, 2, 17, 400, 100_000):
         for p in (1e-12, 0.003, 0.5, 0.97):
             for k in {0, 1, n // 100, n // 2, n - 1, n, min(n, int(n * p)), min(n, int(n * p) + 1)}:
-                assert binomial_cdf(k, n, p) == pytest.approx(binom.cdf(k, n, p), rel=1e-8, abs=1e-14)
+                assert binomial_cdf(k, n, p) == pytest.approx(
+                    binom.cdf(k, n, p), rel=1e-8, abs=1e-14
+                )
 
 
 @quick
@@ -89,7 +93,9 @@ def test_more_broken_fewer_samples_or_more_confidence_raise_the_limit(
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 60), st.floats(1e-4, 1 - 1e-4), st.sampled_from([0.5, 0.9, 0.95]))
-def test_the_limit_is_missed_no_more_often_than_it_says_whatever_the_rate(n: int, rate: float, level: float) -> None:
+def test_the_limit_is_missed_no_more_often_than_it_says_whatever_the_rate(
+    n: int, rate: float, level: float
+) -> None:
     misses = [k for k in range(n + 1) if upper_limit(k, n, level) < rate]
     assert misses == list(range(len(misses)))
     assert not misses or binomial_cdf(misses[-1], n, rate) <= (1 - level) * (1 + 1e-9)
@@ -97,16 +103,26 @@ def test_the_limit_is_missed_no_more_often_than_it_says_whatever_the_rate(n: int
 
 def test_a_bound_reads_as_a_sentence() -> None:
     bound = Bound.of(4, 908)
-    assert str(bound) == "broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples"
+    assert (
+        str(bound)
+        == "broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples"
+    )
     assert (bound.rate, bound.upper, bound.confidence) == (4 / 908, upper_limit(4, 908), 0.95)
     assert str(Bound.of(0, 0)) == "broken 0 of 0; nothing is known of such samples"
     assert math.isnan(Bound.of(0, 0).rate)
 
 
 def test_a_limit_is_rounded_up_and_a_confidence_is_not_rounded_to_certainty() -> None:
-    for count, n, end in ((0, 10**6, "0.00030 %"), (0, 4_000, "0.075 %"), (0, 2_500, "0.12 %"), (2, 2, "100.00 %")):
+    for count, n, end in (
+        (0, 10**6, "0.00030 %"),
+        (0, 4_000, "0.075 %"),
+        (0, 2_500, "0.12 %"),
+        (2, 2, "100.00 %"),
+    ):
         assert str(Bound.of(count, n)).endswith(f"at most {end} of such samples")
-    assert "broken 3 of 1,000 (0.30 %); with 99.995 % confidence" in str(Bound.of(3, 1_000, 0.99995))
+    assert "broken 3 of 1,000 (0.30 %); with 99.995 % confidence" in str(
+        Bound.of(3, 1_000, 0.99995)
+    )
 
 
 @quick
@@ -132,7 +148,9 @@ def test_what_is_printed_holds_too(found: tuple[int, int], confidence: float) ->
         ((1, 4, "95%"), "`confidence='95%'` is no share"),
     ],
 )
-def test_what_is_no_count_or_confidence_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+def test_what_is_no_count_or_confidence_is_refused(
+    arguments: tuple[Any, ...], message: str
+) -> None:
     for function in (upper_limit, lower_limit, Bound.of):
         with pytest.raises(ConfigurationError, match=rf"{message}.*\nHINT: "):
             function(*arguments)
@@ -147,7 +165,9 @@ def study() -> list[Trial]:
     return trials()
 
 
-def test_no_bound_is_missed_more_often_than_it_says_and_what_is_not_promised_does_not_hold(study: list[Trial]) -> None:
+def test_no_bound_is_missed_more_often_than_it_says_and_what_is_not_promised_does_not_hold(
+    study: list[Trial],
+) -> None:
     assert len(study) == 8
     for trial in study:
         assert (trial.missed <= trial.allowed) is trial.promised, trial

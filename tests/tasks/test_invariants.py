@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl.tasks import Binary, Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
+from lightning_nrl.tasks import (
+    Binary,
+    Multiclass,
+    Multilabel,
+    Regression,
+    Segmentation,
+    Sequence,
+    Task,
+)
 
 SHARES = st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0])
 Sample = tuple[Task, Tensor, Tensor]
@@ -41,7 +49,9 @@ def multilabel(draw: Any, g: torch.Generator) -> Sample:
 
 @st.composite
 def regression(draw: Any, g: torch.Generator) -> Sample:
-    task = Regression(draw(st.sampled_from([0.5, 0.7, 2.0])), relative=draw(st.sampled_from([0.0, 0.25])))
+    task = Regression(
+        draw(st.sampled_from([0.5, 0.7, 2.0])), relative=draw(st.sampled_from([0.0, 0.25]))
+    )
     return task, logits(g, 6, 3), logits(g, 6, 3)
 
 
@@ -66,7 +76,11 @@ def multiclass(draw: Any, g: torch.Generator) -> Sample:
 
 @st.composite
 def binary(draw: Any, g: torch.Generator) -> Sample:
-    return Binary(), logits(g, *draw(st.sampled_from([(6,), (6, 1)]))), whole(g, 2, 6, ignored=False)
+    return (
+        Binary(),
+        logits(g, *draw(st.sampled_from([(6,), (6, 1)]))),
+        whole(g, 2, 6, ignored=False),
+    )
 
 
 ALL = [multiclass, binary, multilabel, regression, sequence, segmentation]
@@ -111,7 +125,9 @@ def test_what_is_computed_in_one_call_is_what_each_gives(
     passed, loss = task.passed_and_loss(laid_out, target, reserve)
     assert torch.equal(passed, task.passed(output, target) & (margin >= reserve))
     assert torch.equal(loss, task.loss(output, target))
-    assert torch.equal(task.passed_and_loss(laid_out, target, with_loss=False)[0], task.passed(output, target))
+    assert torch.equal(
+        task.passed_and_loss(laid_out, target, with_loss=False)[0], task.passed(output, target)
+    )
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -119,7 +135,12 @@ def test_what_is_computed_in_one_call_is_what_each_gives(
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_samples_are_judged_one_by_one(make: Callable[..., Any], data: Any, seed: int) -> None:
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
-    for judge in (task.passed, task.loss, task.margin, lambda o, t: task.divergence(o, o.flip(0), t)):
+    for judge in (
+        task.passed,
+        task.loss,
+        task.margin,
+        lambda o, t: task.divergence(o, o.flip(0), t),
+    ):
         together = judge(output, target)
         assert together.shape == (6,)
         if judge in (task.passed, task.loss, task.margin):
@@ -130,7 +151,9 @@ def test_samples_are_judged_one_by_one(make: Callable[..., Any], data: Any, seed
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_steps_along_the_margin_make_it_grow(make: Callable[..., Any], data: Any, seed: int) -> None:
+def test_steps_along_the_margin_make_it_grow(
+    make: Callable[..., Any], data: Any, seed: int
+) -> None:
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
     at = output.clone().requires_grad_()
     (slope,) = torch.autograd.grad(task.margin(at, target).sum(), at)
@@ -147,7 +170,9 @@ def test_steps_along_the_margin_make_it_grow(make: Callable[..., Any], data: Any
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_the_divergence_is_0_from_oneself_and_never_below(make: Callable[..., Any], data: Any, seed: int) -> None:
+def test_the_divergence_is_0_from_oneself_and_never_below(
+    make: Callable[..., Any], data: Any, seed: int
+) -> None:
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
     other = output.roll(1, 0)
     for truth in (None, target):
@@ -171,5 +196,7 @@ def test_the_iou_is_that_of_sets_of_pixels(data: Any, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     output, target = logits(g, 4, 3, 3, 4), whole(g, 3, 4, 3, 4)
     threshold = data.draw(SHARES)
-    expected = [mean_iou(o.argmax(0), t) >= threshold - 1e-6 for o, t in zip(output, target, strict=True)]
+    expected = [
+        mean_iou(o.argmax(0), t) >= threshold - 1e-6 for o, t in zip(output, target, strict=True)
+    ]
     assert Segmentation(threshold).passed(output, target).tolist() == expected

@@ -1,4 +1,6 @@
-"""What each task says of samples that are counted by hand, and what it refuses; what holds for all: test_invariants."""
+"""What each task says of samples that are counted by hand, and what it refuses; what holds for all:
+test_invariants.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ TRUE_NUMBERS = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
 # Two sequences of three tokens, the last of the second is padding.
 TOKENS = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 0.5]], [[0.0, 0.25], [2.0, 1.0], [9.0, 0.0]]])
 TOKEN_LABELS = torch.tensor([[0, 1, 0], [1, 1, -100]])
-# One logit a pixel, for class 1. Leads are 1, 2, 3 and -0.5; of the most certain pixels two give an IoU of
-# (1/3 + 1/3) / 2, three (2/3 + 1/2) / 2.
+# One logit a pixel, for class 1. Leads are 1, 2, 3 and -0.5; of the most certain pixels two give an
+# IoU of (1/3 + 1/3) / 2, three (2/3 + 1/2) / 2.
 PIXELS = torch.tensor([[[[-1.0, 2.0], [-3.0, 0.5]]]])
 TRUTH = torch.tensor([[[0, 1], [0, 0]]])
 HALF_IGNORED = torch.tensor([[[0, 1], [0, 255]]])
@@ -51,19 +53,44 @@ SEVEN_OF_TEN = torch.stack([torch.tensor([1.0] * 7 + [-1.0] * 3), torch.zeros(10
         (Multilabel(), TAGS.half(), TAG_LABELS, [-0.5, 0.25, 0.0]),
         (Multilabel(wrong=1), TAGS, TAG_LABELS, [1.0, 1.0, 1.0]),
         # 0.2 is a logit of ln(1/4) = -1.386294
-        (Multilabel(threshold=0.2), torch.tensor([[-1.0, -2.0]]), torch.tensor([[1, 0]]), [0.386294]),
-        (Multilabel(), torch.tensor([[1.0, 5.0], [NAN, 1.0]]), torch.tensor([[1, -100], [1, 1]]), [1.0, -INF]),
+        (
+            Multilabel(threshold=0.2),
+            torch.tensor([[-1.0, -2.0]]),
+            torch.tensor([[1, 0]]),
+            [0.386294],
+        ),
+        (
+            Multilabel(),
+            torch.tensor([[1.0, 5.0], [NAN, 1.0]]),
+            torch.tensor([[1, -100], [1, 1]]),
+            [1.0, -INF],
+        ),
         (Regression(0.5), NUMBERS, TRUE_NUMBERS, [0.5, -3.0, 0.0]),
         # 0.5 + 0.25 * 6 = 2
-        (Regression(0.5, relative=0.25), torch.tensor([-7.0, -3.0]), torch.tensor([-6.0, -6.0]), [0.5, -0.5]),
-        (Regression(1.0), torch.tensor([1.5, 2.0, 5.0]).bfloat16(), torch.tensor([1, 2, 3]), [0.5, 1.0, -1.0]),
+        (
+            Regression(0.5, relative=0.25),
+            torch.tensor([-7.0, -3.0]),
+            torch.tensor([-6.0, -6.0]),
+            [0.5, -0.5],
+        ),
+        (
+            Regression(1.0),
+            torch.tensor([1.5, 2.0, 5.0]).bfloat16(),
+            torch.tensor([1, 2, 3]),
+            [0.5, 1.0, -1.0],
+        ),
         (Regression(1.0), torch.tensor([NAN, INF]), torch.zeros(2), [-INF, -INF]),
         (Sequence(), TOKENS, TOKEN_LABELS, [0.5, -1.0]),
         (Sequence(class_dim=1), TOKENS.transpose(1, 2), TOKEN_LABELS, [0.5, -1.0]),
         (Sequence(share=0.5), TOKENS, TOKEN_LABELS, [2.0, 0.25]),
         (Sequence(share=0.7), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [1.0]),
         (Sequence(share=0.71), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [-1.0]),
-        (Sequence(), torch.tensor([[[1.0, 0.5]], [[NAN, 0.0]]]), torch.zeros(2, 1, dtype=torch.int64), [0.5, -INF]),
+        (
+            Sequence(),
+            torch.tensor([[[1.0, 0.5]], [[NAN, 0.0]]]),
+            torch.zeros(2, 1, dtype=torch.int64),
+            [0.5, -INF],
+        ),
         (Segmentation(0.3), PIXELS, TRUTH, [2.0]),
         (Segmentation(0.58), PIXELS, TRUTH, [1.0]),
         (Segmentation(0.59), PIXELS, TRUTH, [-0.5]),
@@ -84,7 +111,12 @@ def test_margins_by_hand(task: Task, output: Tensor, target: Tensor, margin: lis
     ("task", "output", "target", "loss"),
     [
         # (ln 2 + ln(1 + e)) / 2 and ln 2
-        (Multilabel(), torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([[1, 0], [1, -100]]), [1.003204, 0.693147]),
+        (
+            Multilabel(),
+            torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+            torch.tensor([[1, 0], [1, -100]]),
+            [1.003204, 0.693147],
+        ),
         # errors of 1/2 and 0, 0 and 4, 1 and 0 tolerances: quadratic within one, linear beyond
         (Regression(0.5), NUMBERS, TRUE_NUMBERS, [0.0625, 1.75, 0.25]),
         # (ln(1 + e^-3) + ln(1 + e^-2) + ln(1 + e^-0.5)) / 3 and (ln(1 + e^-0.25) + ln(1 + e)) / 2
@@ -104,12 +136,15 @@ def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
         task.check(PIXELS, truth)
         assert torch.equal(task.margin(PIXELS, truth), task.margin(two, TRUTH))
         assert torch.equal(task.loss(PIXELS, truth), task.loss(two, TRUTH))
-    assert torch.equal(task.divergence(PIXELS, -PIXELS), task.divergence(two, torch.cat([PIXELS * 0, -PIXELS], 1)))
+    assert torch.equal(
+        task.divergence(PIXELS, -PIXELS), task.divergence(two, torch.cat([PIXELS * 0, -PIXELS], 1))
+    )
 
 
 def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> None:
     logits, truth = PIXELS.expand(2, -1, -1, -1), torch.cat([TRUTH, torch.zeros_like(TRUTH)])
-    # Class 1 has an IoU of 1/2; the second image has only class 0, of which two pixels of four are right.
+    # Class 1 has an IoU of 1/2; the second image has only class 0, of which two pixels of four are
+    # right.
     assert Segmentation(iou=0.5, classes=(1,)).passed(logits, truth).tolist() == [True, True]
     assert Segmentation(iou=0.51, classes=[1]).passed(logits, truth).tolist() == [False, False]
     assert Segmentation(iou=0.51).passed(logits, truth).tolist() == [True, False]
@@ -118,32 +153,84 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
 @pytest.mark.parametrize(
     ("task", "output", "target", "message"),
     [
-        (Multilabel(), TAGS, TAG_LABELS[:, :2], r"the shape of the logits, \[3, 3\], found torch.int64 \[3, 2\]"),
+        (
+            Multilabel(),
+            TAGS,
+            TAG_LABELS[:, :2],
+            r"the shape of the logits, \[3, 3\], found torch.int64 \[3, 2\]",
+        ),
         (Multilabel(), TAGS, [[1, 0, 0]] * 3, "found list"),
         (Multilabel(), TAGS, TAG_LABELS * 2, "found a label 2, neither 0 nor 1"),
         (Multilabel(), TAGS, TAG_LABELS * NAN, "found a label nan"),
-        (Multilabel(), TAGS, TAG_LABELS * 0 - 100, "a sample has 0 known labels, so none need be right"),
+        (
+            Multilabel(),
+            TAGS,
+            TAG_LABELS * 0 - 100,
+            "a sample has 0 known labels, so none need be right",
+        ),
         (Multilabel(), TAGS[0], TAG_LABELS, r"multilabel needs logits \[samples, labels\]"),
-        (Multilabel(), torch.zeros(3, 0), torch.zeros(3, 0), r"multilabel needs logits \[samples, labels\]"),
+        (
+            Multilabel(),
+            torch.zeros(3, 0),
+            torch.zeros(3, 0),
+            r"multilabel needs logits \[samples, labels\]",
+        ),
         (Regression(1.0), torch.zeros(3, 2), torch.zeros(3), r"outputs \[3, 2\] for targets \[3\]"),
-        (Regression(1.0), torch.zeros(2, 3), torch.zeros(3, 2), r"outputs \[2, 3\] for targets \[3, 2\]"),
-        (Regression(1.0), torch.zeros(3), [1.0, 2.0, 3.0], "tensor of numbers as target, found list"),
-        (Regression(1.0), torch.zeros(2), torch.tensor([1.0, NAN]), "1 numbers of a batch's target are NaN"),
-        (Sequence(), TOKENS[0], TOKEN_LABELS, r"logits \[samples, tokens, classes\], the model returned \[3, 2\]"),
+        (
+            Regression(1.0),
+            torch.zeros(2, 3),
+            torch.zeros(3, 2),
+            r"outputs \[2, 3\] for targets \[3, 2\]",
+        ),
+        (
+            Regression(1.0),
+            torch.zeros(3),
+            [1.0, 2.0, 3.0],
+            "tensor of numbers as target, found list",
+        ),
+        (
+            Regression(1.0),
+            torch.zeros(2),
+            torch.tensor([1.0, NAN]),
+            "1 numbers of a batch's target are NaN",
+        ),
+        (
+            Sequence(),
+            TOKENS[0],
+            TOKEN_LABELS,
+            r"logits \[samples, tokens, classes\], the model returned \[3, 2\]",
+        ),
         (Sequence(), TOKENS, TOKEN_LABELS[:, :2], r"logits \[2, 3, 2\] for labels \[2, 2\]"),
         (Sequence(), TOKENS.transpose(1, 2), TOKEN_LABELS, r"HINT: write `Sequence\(class_dim=1\)"),
-        (Sequence(), TOKENS, TOKEN_LABELS + 0.5, "there is a label 0.5, and the model returned 2 logits"),
+        (
+            Sequence(),
+            TOKENS,
+            TOKEN_LABELS + 0.5,
+            "there is a label 0.5, and the model returned 2 logits",
+        ),
         (Sequence(), TOKENS, [[0, 1, 0]] * 2, r"whole-number labels \[samples, ...\], found list"),
         (Sequence(), TOKENS, TOKEN_LABELS[0], r"found torch.int64 \[3\]"),
-        (Sequence(), TOKENS, TOKEN_LABELS + 1, "there is a label 2, and the model returned 2 logits"),
+        (
+            Sequence(),
+            TOKENS,
+            TOKEN_LABELS + 1,
+            "there is a label 2, and the model returned 2 logits",
+        ),
         (Sequence(), TOKENS, TOKEN_LABELS.clamp(-1), "there is a label -1"),
         (Sequence(), TOKENS, TOKEN_LABELS * 0 - 100, "2 samples of a batch have the label -100"),
-        (Segmentation(), PIXELS[0, 0], TRUTH, r"needs logits \[samples, classes, ...\], the model returned \[2, 2\]"),
+        (
+            Segmentation(),
+            PIXELS[0, 0],
+            TRUTH,
+            r"needs logits \[samples, classes, ...\], the model returned \[2, 2\]",
+        ),
         (Segmentation(), PIXELS, TRUTH[:, :1], r"logits \[1, 1, 2, 2\] for labels \[1, 1, 2\]"),
         (Segmentation(classes=(2,)), PIXELS, TRUTH, "the model returned 2 logits a pixel"),
     ],
 )
-def test_what_does_not_fit_is_refused(task: Task, output: Tensor, target: Any, message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    task: Task, output: Tensor, target: Any, message: str
+) -> None:
     with pytest.raises(ConfigurationError, match=message) as error:
         task.check(output, target)
     assert "HINT:" in str(error.value)
@@ -203,22 +290,43 @@ def test_one_logit_a_sample_is_that_of_class_1_over_a_0(task: Task, shape: tuple
         # A logit of 0 goes to class 0, as arg max and torchmetrics have it.
         assert task.passed(one, truth).tolist() == [True, True, False, True]
         assert task.margin(one, truth).tolist() == [2.0, 1.0, -0.5, 0.0]
-        bce = torch.nn.functional.binary_cross_entropy_with_logits(one.flatten(), labels.float(), reduction="none")
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(
+            one.flatten(), labels.float(), reduction="none"
+        )
         torch.testing.assert_close(task.loss(one, truth), bce)
         assert task.label(truth).tolist() == [1, 0, 0, 0]
     assert task.prediction(task.logits(one)).tolist() == [1, 0, 1, 0]
-    assert torch.equal(task.divergence(one, one + 1), Multiclass().divergence(two, two + torch.tensor([0.0, 1.0])))
+    assert torch.equal(
+        task.divergence(one, one + 1), Multiclass().divergence(two, two + torch.tensor([0.0, 1.0]))
+    )
 
 
 @pytest.mark.parametrize(
     ("task", "output", "target", "message"),
     [
-        (Multiclass(), torch.zeros(3, 1), torch.tensor([0.0, 0.5, 1.0]), r"use `task=Regression\(tolerance=...\)`"),
-        (Multiclass(), torch.zeros(3, 1), torch.tensor([0, 1, 2]), r"a label 2, .* \[3, 1\] logits[\s\S]*from 0 to 1"),
-        (Binary(), torch.zeros(3, 2), torch.tensor([0, 1, 1]), r"needs one logit a sample, .* \[3, 2\]"),
+        (
+            Multiclass(),
+            torch.zeros(3, 1),
+            torch.tensor([0.0, 0.5, 1.0]),
+            r"use `task=Regression\(tolerance=...\)`",
+        ),
+        (
+            Multiclass(),
+            torch.zeros(3, 1),
+            torch.tensor([0, 1, 2]),
+            r"a label 2, .* \[3, 1\] logits[\s\S]*from 0 to 1",
+        ),
+        (
+            Binary(),
+            torch.zeros(3, 2),
+            torch.tensor([0, 1, 1]),
+            r"needs one logit a sample, .* \[3, 2\]",
+        ),
     ],
 )
-def test_what_is_no_binary_problem_is_refused(task: Task, output: Tensor, target: Tensor, message: str) -> None:
+def test_what_is_no_binary_problem_is_refused(
+    task: Task, output: Tensor, target: Tensor, message: str
+) -> None:
     with pytest.raises(ConfigurationError, match=message):
         task.check(output, target)
 
@@ -243,11 +351,16 @@ def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
     assert task.prediction(LOGITS).tolist() == [0, 1, 0]
     assert task.passed(LOGITS, LABELS).tolist() == [True, False, False]
     # ln(1 + 1), ln(1 + e), ln(1 + e^2)
-    torch.testing.assert_close(task.loss(LOGITS, LABELS), torch.tensor([0.693147, 1.313262, 2.126928]))
+    torch.testing.assert_close(
+        task.loss(LOGITS, LABELS), torch.tensor([0.693147, 1.313262, 2.126928])
+    )
 
 
 def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teacher() -> None:
-    task, output = Multiclass(), torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True)
+    task, output = (
+        Multiclass(),
+        torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True),
+    )
     margin = task.margin(output, torch.tensor([0, 2]))
     assert margin.tolist() == [1.0, -3.0]
     margin.sum().backward()
@@ -284,7 +397,9 @@ def test_labels_are_also_columns_floats_one_hot_and_soft(target: Tensor) -> None
 def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None:
     soft = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.25, 0.75]])
     # ln 2; ln(1 + 1 / e); ln(1 + e^2) - 2 / 4
-    torch.testing.assert_close(Multiclass().loss(LOGITS, soft), torch.tensor([0.693147, 0.313262, 1.626928]))
+    torch.testing.assert_close(
+        Multiclass().loss(LOGITS, soft), torch.tensor([0.693147, 0.313262, 1.626928])
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,9 +416,13 @@ def test_labels_that_do_not_fit_the_logits_are_refused(target: Tensor, found: st
         Multiclass().check(LOGITS, target)
 
 
-@pytest.mark.parametrize("target", [LABELS[:, None, None], LABELS.cfloat(), torch.tensor(1), [0, 0, 1]])
+@pytest.mark.parametrize(
+    "target", [LABELS[:, None, None], LABELS.cfloat(), torch.tensor(1), [0, 0, 1]]
+)
 def test_targets_that_are_no_labels_are_refused(target: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"multiclass needs whole-number labels \[samples\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"multiclass needs whole-number labels \[samples\]"
+    ):
         Multiclass().label(target)
 
 
@@ -327,7 +446,15 @@ def test_logits_are_found_in_what_models_return(output: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "output", [None, {"a": LOGITS, "b": LOGITS}, (), ("a",), (torch.tensor(1.0),), SimpleNamespace(logits=None)]
+    "output",
+    [
+        None,
+        {"a": LOGITS, "b": LOGITS},
+        (),
+        ("a",),
+        (torch.tensor(1.0),),
+        SimpleNamespace(logits=None),
+    ],
 )
 def test_output_without_logits_is_refused(output: Any) -> None:
     with pytest.raises(ConfigurationError, match="has no tensor of logits"):
@@ -347,13 +474,19 @@ class Heads:
 @pytest.mark.parametrize(
     ("name", "output", "target"),
     [
-        ("digit", {"digit": HEAD, "colour": OTHER_HEAD}, {"digit": HEAD_LABELS, "colour": HEAD_LABELS - 1}),
+        (
+            "digit",
+            {"digit": HEAD, "colour": OTHER_HEAD},
+            {"digit": HEAD_LABELS, "colour": HEAD_LABELS - 1},
+        ),
         ("digit", Heads(HEAD, OTHER_HEAD), HEAD_LABELS),
         (1, (OTHER_HEAD, HEAD), (HEAD_LABELS - 1, HEAD_LABELS)),
         ("digit", {"digit": {"logits": HEAD}}, HEAD_LABELS),
     ],
 )
-def test_a_task_judges_the_head_as_it_would_judge_it_alone(name: Any, output: Any, target: Any) -> None:
+def test_a_task_judges_the_head_as_it_would_judge_it_alone(
+    name: Any, output: Any, target: Any
+) -> None:
     task, alone = NamedHead(name), Multiclass()
     logits = task.logits(output)
     assert logits is HEAD
@@ -362,13 +495,18 @@ def test_a_task_judges_the_head_as_it_would_judge_it_alone(name: Any, output: An
     assert task.margin(logits, target).tolist() == [1.0, -2.0]
     assert task.label(target).tolist() == [1, 1]
     assert torch.equal(task.loss(logits, target), alone.loss(HEAD, HEAD_LABELS))
-    assert torch.equal(task.passed_and_loss(logits, target, torch.tensor([2.0, 0.0]))[0], torch.tensor([False, False]))
+    assert torch.equal(
+        task.passed_and_loss(logits, target, torch.tensor([2.0, 0.0]))[0],
+        torch.tensor([False, False]),
+    )
     assert torch.equal(task.divergence(logits, HEAD + 1, target), alone.divergence(HEAD, HEAD + 1))
     assert task.prediction(logits).tolist() == [1, 0]
 
 
 def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
-    with pytest.raises(ConfigurationError, match=r"not in the output[\s\S]*colour: float32 \[2, 5\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"not in the output[\s\S]*colour: float32 \[2, 5\]"
+    ):
         NamedHead("digit").logits({"colour": OTHER_HEAD})
 
 
@@ -412,11 +550,16 @@ def test_addresses_will_do() -> None:
     task = Custom("test_tasks:near", "test_tasks.far", "test_tasks:spare")
     assert task.passed(OUTPUT, TARGET).tolist() == [True, False]
     assert str(task) == "Custom: passed by test_tasks:near"
-    assert repr(task) == "Custom(passed='test_tasks:near', loss='test_tasks.far', margin='test_tasks:spare')"
+    assert (
+        repr(task)
+        == "Custom(passed='test_tasks:near', loss='test_tasks.far', margin='test_tasks:spare')"
+    )
     assert repr(Custom(near, far)) == "Custom(passed='test_tasks:near', loss='test_tasks:far')"
 
 
-@pytest.mark.parametrize("wrong", [{"passed": "nowhere:f"}, {"loss": 3}, {"margin": "test_tasks:missing"}])
+@pytest.mark.parametrize(
+    "wrong", [{"passed": "nowhere:f"}, {"loss": 3}, {"margin": "test_tasks:missing"}]
+)
 def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=f"`Custom.{next(iter(wrong))}"):
         Custom(**{"passed": near, "loss": far, **wrong})
@@ -426,12 +569,21 @@ def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> No
     ("functions", "message"),
     [
         ({"passed": lambda o, t: o[:, :3] == t[:, :1, :1]}, "`Custom.passed` raised IndexError"),
-        ({"passed": lambda o, t: o == t}, r"`Custom.passed` returned torch.bool \[2, 2\] for a batch of 2 samples"),
+        (
+            {"passed": lambda o, t: o == t},
+            r"`Custom.passed` returned torch.bool \[2, 2\] for a batch of 2 samples",
+        ),
         ({"passed": lambda o, t: [True, False]}, "`Custom.passed` returned list"),
         ({"passed": lambda o, t: far(o, t)}, "`Custom.passed` returned torch.float32"),
-        ({"loss": lambda o, t: far(o, t).mean()}, r"`Custom.loss` returned torch.float32 \[\] for a batch"),
+        (
+            {"loss": lambda o, t: far(o, t).mean()},
+            r"`Custom.loss` returned torch.float32 \[\] for a batch",
+        ),
         ({"margin": far}, "`Custom.margin` returned 3 for a sample that did not pass"),
-        ({"margin": lambda o, t: -spare(o, t)}, r"`Custom.margin` returned -0.25 for a sample that passed \(2 such"),
+        (
+            {"margin": lambda o, t: -spare(o, t)},
+            r"`Custom.margin` returned -0.25 for a sample that passed \(2 such",
+        ),
     ],
 )
 def test_functions_that_do_not_fit_are_refused(functions: dict[str, Any], message: str) -> None:

@@ -18,9 +18,10 @@ from werkzeug import Response
 from werkzeug.test import Client
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint
+from lightning_nrl.records import SearchReport, SplitReport, StrengthPoint
+from lightning_nrl.records.splits import ConfusionCell, FlippedSample
+from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView, write_sample_files
-from lightning_nrl.report.splits import ConfusionCell, FlippedSample
 from lightning_nrl.report.tensorboard_plugin import RepairPlugin, repair_plugin
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -51,8 +52,13 @@ REPORT = RepairReport(
     gate="instance",
     task="Multiclass",
     splits=(KNOWN, UNSEEN),
-    search=SearchReport(1, "patience", 1.0, 0.5, {"best": [0.5, 1], "patched": [0, 1], "intact": [6, 5]}, 2, 6),
-    strength=(StrengthPoint(0.5, 0, FlipCounts(6, 0, 0, 2)), StrengthPoint(1.0, 1, FlipCounts(6, 0, 1, 1))),
+    search=SearchReport(
+        1, "patience", 1.0, 0.5, {"best": [0.5, 1], "patched": [0, 1], "intact": [6, 5]}, 2, 6
+    ),
+    strength=(
+        StrengthPoint(0.5, 0, FlipCounts(6, 0, 0, 2)),
+        StrengthPoint(1.0, 1, FlipCounts(6, 0, 1, 1)),
+    ),
     chosen_strength=1.0,
     class_names=("cat", HOSTILE),
     seconds={"search": 2.0},
@@ -106,11 +112,26 @@ def test_a_row_of_the_list_has_what_a_repair_is_judged_by(asked: Asked) -> None:
     listed = asked.json("/repairs")
     assert listed["found"] == 1
     (row,) = listed["repairs"]
-    assert (row["name"], row["status"], row["tone"], row["seconds"]) == ("version_0/repair", "repaired", "warn", 2.0)
+    assert (row["name"], row["status"], row["tone"], row["seconds"]) == (
+        "version_0/repair",
+        "repaired",
+        "warn",
+        2.0,
+    )
     assert row["evidence"] == "no difference shown"  # 3 to 2
     known, unseen = row["known"], row["unseen"]
-    assert (known["broken"], known["right"], known["repaired_in_target"], known["targeted"]) == (0, 6, 1, 2)
-    assert (unseen["broken"], unseen["right"], unseen["repaired"], unseen["wrong"]) == (2, 100, 3, 4)
+    assert (known["broken"], known["right"], known["repaired_in_target"], known["targeted"]) == (
+        0,
+        6,
+        1,
+        2,
+    )
+    assert (unseen["broken"], unseen["right"], unseen["repaired"], unseen["wrong"]) == (
+        2,
+        100,
+        3,
+        4,
+    )
     # Clopper and Pearson's limit of 2 in 100 with 95 %, rounded up.
     assert row["at_most"] == "6.17 %"
 
@@ -148,13 +169,20 @@ def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
     refused = replace(REPORT, status="refused", splits=(as_it_is,), candidate=(KNOWN,))
     write(tmp_path / "repair", refused)
     found = Asked(tmp_path).json("/repair", name="repair")
-    assert (found["accepted"], found["tone"], found["known"]["repaired"], found["at_most"]) == (False, "warn", 1, "")
+    assert (found["accepted"], found["tone"], found["known"]["repaired"], found["at_most"]) == (
+        False,
+        "warn",
+        1,
+        "",
+    )
     assert (len(found["flips"]["rows"]), found["changes"]) == (1, True)
     assert "Effect of the refused weights" in found["outcome"]
 
 
 def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:
-    picture = asked.get("/sample", name="version_0/repair", split="test", position=7, kind="picture")
+    picture = asked.get(
+        "/sample", name="version_0/repair", split="test", position=7, kind="picture"
+    )
     assert picture.content_type == "image/png"
     assert picture.data.startswith(b"\x89PNG")
     text = asked.get("/sample", name="version_0/repair", split="repair", position=2, kind="text")
@@ -169,11 +197,26 @@ def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:
         ("/repair", {}),
         ("/repair", {"name": "../log/version_0/repair"}),
         ("/repair", {"name": "/etc"}),
-        ("/sample", {"name": "version_0/repair", "split": "../../test", "position": 7, "kind": "picture"}),
-        ("/sample", {"name": "version_0/repair", "split": "test", "position": 9, "kind": "picture"}),
-        ("/sample", {"name": "version_0/repair", "split": "test", "position": "7/../8", "kind": "picture"}),
-        ("/sample", {"name": "version_0/repair", "split": "test", "position": 8, "kind": "picture"}),
-        ("/sample", {"name": "version_0/repair", "split": "test", "position": 7, "kind": "../report.json"}),
+        (
+            "/sample",
+            {"name": "version_0/repair", "split": "../../test", "position": 7, "kind": "picture"},
+        ),
+        (
+            "/sample",
+            {"name": "version_0/repair", "split": "test", "position": 9, "kind": "picture"},
+        ),
+        (
+            "/sample",
+            {"name": "version_0/repair", "split": "test", "position": "7/../8", "kind": "picture"},
+        ),
+        (
+            "/sample",
+            {"name": "version_0/repair", "split": "test", "position": 8, "kind": "picture"},
+        ),
+        (
+            "/sample",
+            {"name": "version_0/repair", "split": "test", "position": 7, "kind": "../report.json"},
+        ),
         ("/static/repair_plugin.py", {}),
         ("/static/../repair_plugin.py", {}),
     ],
@@ -190,19 +233,29 @@ def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: 
     picture = tmp_path / "log/version_0/repair/flipped_samples/test-7.png"
     picture.unlink()
     picture.symlink_to(secret)
-    assert asked.get("/sample", name="version_0/repair", split="test", position=7, kind="picture").status_code == 404
+    assert (
+        asked.get(
+            "/sample", name="version_0/repair", split="test", position=7, kind="picture"
+        ).status_code
+        == 404
+    )
     outside = write(tmp_path / "elsewhere")
     (tmp_path / "log" / "linked").symlink_to(outside)
     (tmp_path / "log" / "one").mkdir()
     (tmp_path / "log" / "one" / "report.json").symlink_to(outside / "report.json")
-    assert [row["name"] for row in Asked(tmp_path / "log").json("/repairs")["repairs"]] == ["version_0/repair"]
+    assert [row["name"] for row in Asked(tmp_path / "log").json("/repairs")["repairs"]] == [
+        "version_0/repair"
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ('{"status": "repaired", "reason": "', "Unterminated"),
-        ('{"status": "repaired", "reason": "", "class_names": [], "schema": 99}', "schema: expected 1"),
+        (
+            '{"status": "repaired", "reason": "", "class_names": [], "schema": 99}',
+            "schema: expected 1",
+        ),
         ('{"status": "repaired", "reason": ""' + " " * 3000 + "}", "the limit is"),
     ],
 )
@@ -219,7 +272,10 @@ def test_a_report_that_cannot_be_read_says_why(
 
 def test_one_report_that_cannot_be_shown_leaves_the_others(tmp_path: Path) -> None:
     write(tmp_path / "good")
-    for name, old, new in (("unknown", '"search": 2.0', '"search": null'), ("odd", '"test"', r'"\ud800"')):
+    for name, old, new in (
+        ("unknown", '"search": 2.0', '"search": null'),
+        ("odd", '"test"', r'"\ud800"'),
+    ):
         (write(tmp_path / name) / "report.json").write_text(REPORT.to_json().replace(old, new))
     asked = Asked(tmp_path)
     rows = {row["name"]: row for row in asked.json("/repairs")["repairs"]}
@@ -231,7 +287,9 @@ def test_one_report_that_cannot_be_shown_leaves_the_others(tmp_path: Path) -> No
         assert (answer.status_code, "problem" in answer.json) == (404, True)
 
 
-def test_other_reports_are_left_out_and_new_ones_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_reports_are_left_out_and_new_ones_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(repair_plugin, "LOOK_SECONDS", 0.0)
     asked = Asked(tmp_path)
     (tmp_path / "report.json").write_text('{"status": "accepted", "findings": []}')
@@ -254,7 +312,9 @@ def test_log_folders_by_name_are_looked_into(tmp_path: Path) -> None:
     assert sorted(row["name"] for row in found["repairs"]) == ["b", "first/repair"]
 
 
-def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsewhere(asked: Asked) -> None:
+def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsewhere(
+    asked: Asked,
+) -> None:
     seen, waiting = set(), ["index.js", "tab.css", "report.css"]
     while waiting:
         name = waiting.pop()
@@ -270,8 +330,12 @@ def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsew
 
 def test_tensorboard_need_not_load_torch_to_have_the_tab() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    (address,) = re.findall(r'\[project\.entry-points\.tensorboard_plugins\]\n\w+ = "([\w.:]+)"', text)
+    (address,) = re.findall(
+        r'\[project\.entry-points\.tensorboard_plugins\]\n\w+ = "([\w.:]+)"', text
+    )
     module, name = address.split(":")
     code = f"import sys; from {module} import {name}; print({name}.plugin_name, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.stdout.split() == ["lightning_nrl", "False"], done.stderr

@@ -1,4 +1,6 @@
-"""What loggers get of a repair: numbers, pictures, text, files; W&B and MLflow as stand-ins and as they are."""
+"""What loggers get of a repair: numbers, pictures, text, files; W&B and MLflow as stand-ins and as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,10 @@ from lightning_nrl._trainer.tracking.scalars import (
     strength_curves,
 )
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.report import RepairReport, SliceReport, SplitReport, StrengthPoint
+from lightning_nrl.records import SliceReport, SplitReport, StrengthPoint
+from lightning_nrl.records.splits import FlippedSample
+from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import FlippedSample
 
 CHANGES = {"classifier.weight": torch.tensor([[0.5, -0.25], [0.0, 0.75]])}
 
@@ -56,7 +59,9 @@ class Notes(Logger):
     def version(self) -> str:
         return "0"
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         raise AssertionError("a repair has no business with the hyperparameters of training")
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -73,7 +78,9 @@ def board(tmp_path: Path) -> TensorBoardLogger:
 
 
 def read(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0}).Reload()
+    return EventAccumulator(
+        str(folder), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0}
+    ).Reload()
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +106,10 @@ def expected_points(report: RepairReport, step: int) -> dict[str, list[tuple[int
 
 
 def scalars_in(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_curves_are_scalars_where_no_figure_can_be_drawn(
@@ -117,33 +127,54 @@ def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first
     monkeypatch.setattr(RepairLog, "drawn", True)
     track(RepairLog(accepted, 120, changes=CHANGES), [board(tmp_path)])
     events = read(tmp_path / "run" / "repair")
-    assert scalars_in(events) == {tag: [(120, pytest.approx(x))] for tag, x in final_numbers(accepted).items()}
+    assert scalars_in(events) == {
+        tag: [(120, pytest.approx(x))] for tag, x in final_numbers(accepted).items()
+    }
     tags = [tag for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind]]
     group = sorted(tag for tag in tags if tag.startswith("repair/"))
     assert (group[0], len(group)) == ("repair/Summary", 12)
-    assert {tag.split("/")[0] for tag in tags} == {"repair", "repair_numbers", "repair_figures", "repair_weights"}
+    assert {tag.split("/")[0] for tag in tags} == {
+        "repair",
+        "repair_numbers",
+        "repair_figures",
+        "repair_weights",
+    }
     (image,) = events.Images("repair_figures/Weights, change of classifier.weight")
     assert (image.step, image.encoded_image_string[:4]) == (120, b"\x89PNG")
     assert "repair_figures/Course of the search" in tags
 
 
-def test_without_figures_each_picture_is_an_image_of_its_own(tmp_path: Path, accepted: RepairReport) -> None:
+def test_without_figures_each_picture_is_an_image_of_its_own(
+    tmp_path: Path, accepted: RepairReport
+) -> None:
     views = [SampleView("val", 7, "broken", "7: true cat", np.zeros((5, 4, 3), dtype=np.uint8))]
     views.append(SampleView("val", 8, "repaired", "8: true cat", text="a *very* bad day"))
     track(RepairLog(accepted, 120, views=views), [board(tmp_path)])
     (image,) = read(tmp_path / "run" / "repair").Images("repair_samples/broken in val, 7: true cat")
     assert (image.height, image.width) == (5, 4)
-    (event,) = read(tmp_path / "run" / "repair").Tensors("repair_samples/repaired in val/text_summary")
-    assert event.tensor_proto.string_val[0].decode().endswith("- **8: true cat**: a \\*very\\* bad day\n")
+    (event,) = read(tmp_path / "run" / "repair").Tensors(
+        "repair_samples/repaired in val/text_summary"
+    )
+    assert (
+        event.tensor_proto.string_val[0]
+        .decode()
+        .endswith("- **8: true cat**: a \\*very\\* bad day\n")
+    )
 
 
-def test_tensorboard_reads_back_the_report_as_text(events: EventAccumulator, accepted: RepairReport) -> None:
+def test_tensorboard_reads_back_the_report_as_text(
+    events: EventAccumulator, accepted: RepairReport
+) -> None:
     (event,) = events.Tensors("repair/report/text_summary")
     assert event.step == 120
     assert event.tensor_proto.string_val[0].decode() == accepted.to_markdown()
     (event,) = events.Histograms("repair_weights/change")
     assert event.step == 120
-    assert (event.histogram_value.num, event.histogram_value.min, event.histogram_value.max) == (3, -0.25, 0.75)
+    assert (event.histogram_value.num, event.histogram_value.min, event.histogram_value.max) == (
+        3,
+        -0.25,
+        0.75,
+    )
 
 
 def hparams_in(events: EventAccumulator, part: str) -> Any:
@@ -153,7 +184,9 @@ def hparams_in(events: EventAccumulator, part: str) -> Any:
 
 def columns_in(events: EventAccumulator) -> tuple[list[str], list[str]]:
     found = hparams_in(events, "experiment")
-    return [info.name for info in found.hparam_infos], [info.name.tag for info in found.metric_infos]
+    return [info.name for info in found.hparam_infos], [
+        info.name.tag for info in found.metric_infos
+    ]
 
 
 def test_tensorboard_has_a_row_of_hyperparameters(events: EventAccumulator) -> None:
@@ -163,14 +196,18 @@ def test_tensorboard_has_a_row_of_hyperparameters(events: EventAccumulator) -> N
     assert asked["repair/with fitness"].string_value == "eq2"
     assert "repair/with n_passed" not in asked
     assert columns_in(events) == (list(ASKED), list(MEASURED))
-    assert set(MEASURED) & set(events.Tags()["scalars"]) == {tag for tag in MEASURED if "regressions" not in tag}
+    assert set(MEASURED) & set(events.Tags()["scalars"]) == {
+        tag for tag in MEASURED if "regressions" not in tag
+    }
 
 
 @pytest.mark.parametrize("default_hp_metric", [True, False])
 def test_the_row_shows_where_training_logs_hyperparameters_of_its_own(
     tmp_path: Path, accepted: RepairReport, default_hp_metric: bool
 ) -> None:
-    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=default_hp_metric)
+    logger = TensorBoardLogger(
+        tmp_path, name="", version="run", default_hp_metric=default_hp_metric
+    )
     own = {"lr": 0.5, "net": {"width": 8}, "path": "x" * 70, "none": None}
     declare([logger, Notes()], own)
     logger.log_hyperparams(own)  # as Lightning does when a fit begins
@@ -185,7 +222,12 @@ def test_the_row_shows_where_training_logs_hyperparameters_of_its_own(
     assert asked["path"].string_value == "x" * 57 + "..."
     assert asked["repair/gate"].string_value == "instance"
     if default_hp_metric:
-        assert set(hparams_in(training, "session_start_info").hparams) == {"lr", "net/width", "path", "none"}
+        assert set(hparams_in(training, "session_start_info").hparams) == {
+            "lr",
+            "net/width",
+            "path",
+            "none",
+        }
 
 
 def test_a_second_repair_in_one_log_is_a_run_of_its_own_with_the_same_tags(
@@ -194,14 +236,18 @@ def test_a_second_repair_in_one_log_is_a_run_of_its_own_with_the_same_tags(
     logger = board(tmp_path)
     track(RepairLog(accepted, 5, changes=CHANGES), [logger])
     track(RepairLog(replace(accepted, status="refused"), 6, "repair-1"), [logger])
-    track(RepairLog(replace(accepted, status="not repaired"), 7), [logger])  # the user's folder gave it no new name
+    track(
+        RepairLog(replace(accepted, status="not repaired"), 7), [logger]
+    )  # the user's folder gave it no new name
     for run, step, value in (("repair", 5, 1.0), ("repair-1", 6, 0.0), ("repair-2", 7, 0.0)):
         found = scalars_in(read(tmp_path / "run" / run))
         assert found["repair/accepted"] == [(step, value)]
 
 
 @pytest.mark.parametrize("changes", [None, {}, {"weight": torch.zeros(3)}])
-def test_without_a_change_there_is_no_histogram(tmp_path: Path, refused: RepairReport, changes: Any) -> None:
+def test_without_a_change_there_is_no_histogram(
+    tmp_path: Path, refused: RepairReport, changes: Any
+) -> None:
     track(RepairLog(refused, 5, changes=changes), [board(tmp_path)])
     events = read(tmp_path / "run" / "repair")
     assert events.Tags()["histograms"] == []
@@ -231,7 +277,9 @@ def test_no_logger_and_a_dummy_are_fine(accepted: RepairReport) -> None:
 
 def test_a_logger_that_raises_is_warned_of_and_the_others_go_on(accepted: RepairReport) -> None:
     notes = Notes()
-    with pytest.warns(UserWarning, match="not logged to Broken, which raised ConnectionError: no server"):
+    with pytest.warns(
+        UserWarning, match="not logged to Broken, which raised ConnectionError: no server"
+    ):
         track(RepairLog(accepted, 120), [Broken(), notes])
     assert [step for step, _ in notes.entries] == [0, 1, 2, 120]
 
@@ -297,7 +345,10 @@ def test_what_breaks_of_the_target_is_logged_and_shown(accepted: RepairReport) -
     counts = replace(test.counts, passed_in_target=6, broken_in_target=1)
     report = replace(accepted, splits=(*accepted.splits[:2], replace(test, counts=counts)))
     found = further_numbers(report)
-    assert (found["repair_numbers/test_data/broken_in_target"], found["repair_numbers/test_data/n"]) == (1.0, 20.0)
+    assert (
+        found["repair_numbers/test_data/broken_in_target"],
+        found["repair_numbers/test_data/n"],
+    ) == (1.0, 20.0)
     assert "repair_numbers/train_data/repair_rate" not in found  # which is not defined
     assert (
         "| right samples in the target | 0 | 0 | 0 | 6 |\n| **broken of these** | **0** | **0** | **0** | **1** |"
@@ -307,10 +358,17 @@ def test_what_breaks_of_the_target_is_logged_and_shown(accepted: RepairReport) -
 
 def test_slices_that_differ_in_signs_alone_have_tags_of_their_own(accepted: RepairReport) -> None:
     names = "C", "C#", "C++", "C_2", "<30", ">30", "//"
-    slices = tuple(SliceReport(name, "known", TargetCounts(n, 0, 0, 0, n)) for n, name in enumerate(names))
+    slices = tuple(
+        SliceReport(name, "known", TargetCounts(n, 0, 0, 0, n)) for n, name in enumerate(names)
+    )
     found = further_numbers(replace(accepted, slices=slices), "")
-    assert sorted(x for tag, x in found.items() if tag.endswith("known_targeted") and "slice_" in tag) == [*range(7)]
-    assert (found["_numbers/slice_C/known_targeted"], found["_numbers/slice_C_2/known_targeted"]) == (0, 3)
+    assert sorted(
+        x for tag, x in found.items() if tag.endswith("known_targeted") and "slice_" in tag
+    ) == [*range(7)]
+    assert (
+        found["_numbers/slice_C/known_targeted"],
+        found["_numbers/slice_C_2/known_targeted"],
+    ) == (0, 3)
 
 
 def test_outcome_of_refused_weights_tells_what_they_would_have_done(refused: RepairReport) -> None:
@@ -382,7 +440,10 @@ def log(accepted: RepairReport, tmp_path: Path) -> RepairLog:
     for name in (*FILES, "repaired.ckpt"):
         (folder / name).write_text(f"this is {name}")
     kinds = ("html", "markdown", "json", "patch", "checkpoint")
-    files = {kind: str(folder / name) for kind, name in zip(kinds, (*FILES, "repaired.ckpt"), strict=True)}
+    files = {
+        kind: str(folder / name)
+        for kind, name in zip(kinds, (*FILES, "repaired.ckpt"), strict=True)
+    }
     train, val, test = accepted.splits
     report = replace(
         accepted,
@@ -421,7 +482,10 @@ class FakeWandb(loggers.WandbLogger):
     def __init__(self) -> None:
         Logger.__init__(self)
         self._prefix, self._wandb_init = "", {}
-        self.run = Calls(log=lambda data: data, log_artifact=lambda artifact_or_path: {"artifact": artifact_or_path})
+        self.run = Calls(
+            log=lambda data: data,
+            log_artifact=lambda artifact_or_path: {"artifact": artifact_or_path},
+        )
         self.run.id = "x7k2"
 
     @property
@@ -440,7 +504,11 @@ class Artifact(SimpleNamespace):
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake = ModuleType("wandb")
-    fake.Image = lambda data_or_path, caption=None: ("image", np.asarray(data_or_path).shape, caption)
+    fake.Image = lambda data_or_path, caption=None: (
+        "image",
+        np.asarray(data_or_path).shape,
+        caption,
+    )
     fake.Table = lambda columns=None, data=None, dataframe=None: ("table", columns, data)
     fake.Html = lambda data, inject=True: ("html", data.read(), inject)
     fake.Artifact = Artifact
@@ -448,21 +516,41 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fake
 
 
-def test_wandb_gets_numbers_images_tables_text_the_page_and_an_artifact(wandb: Any, log: RepairLog) -> None:
+def test_wandb_gets_numbers_images_tables_text_the_page_and_an_artifact(
+    wandb: Any, log: RepairLog
+) -> None:
     logger = FakeWandb()
     track(log, [logger])
     logged = logger.run.of("log")
     curves = search_curves(log.report)
-    assert logged[: len(curves)] == [{**scalars, "trainer/global_step": i} for i, scalars in enumerate(curves)]
+    assert logged[: len(curves)] == [
+        {**scalars, "trainer/global_step": i} for i, scalars in enumerate(curves)
+    ]
     assert {**final_numbers(log.report), "trainer/global_step": 120} in logged
     by_key = {key: value for entry in logged for key, value in entry.items() if "/" in key}
     assert by_key["repair/report"] == ("html", "this is report.html", False)
     assert by_key["repair_samples/broken in val"] == [("image", (8, 8, 3), CAPTION)]
-    assert by_key["repair_samples/repaired in val"] == ("table", ["sample", "text"], [["2: true dog", "a bad day"]])
+    assert by_key["repair_samples/repaired in val"] == (
+        "table",
+        ["sample", "text"],
+        [["2: true dog", "a bad day"]],
+    )
     kind, columns, rows = by_key["repair/flipped_samples"]
     assert (kind, columns[0], columns[-1]) == ("table", "split", "input")
     assert rows == [
-        ["val", 7, "broken", "cat", "cat", "dog", 0.5, -0.25, False, "night", ("image", (8, 8, 3), None)],
+        [
+            "val",
+            7,
+            "broken",
+            "cat",
+            "cat",
+            "dog",
+            0.5,
+            -0.25,
+            False,
+            "night",
+            ("image", (8, 8, 3), None),
+        ],
         ["val", 2, "repaired", "dog", "cat", "dog", -1.0, 0.5, True, "", None],
     ]
     (artifact,) = (call["artifact"] for call in logger.run.of("log_artifact"))
@@ -483,7 +571,9 @@ class FakeMlflow(loggers.MLFlowLogger):
                 "file": Path(local_path).name,
                 "to": artifact_path,
             },
-            log_figure=lambda run_id, figure, artifact_file, *, save_kwargs=None: {"to": artifact_file},
+            log_figure=lambda run_id, figure, artifact_file, *, save_kwargs=None: {
+                "to": artifact_file
+            },
             log_text=lambda run_id, text, artifact_file: {"text": text, "to": artifact_file},
             log_table=lambda run_id, data, artifact_file: {"data": data, "to": artifact_file},
         )
@@ -505,7 +595,9 @@ def test_mlflow_gets_numbers_and_artifacts(log: RepairLog, monkeypatch: pytest.M
     logger = FakeMlflow()
     track(replace(log, name="repair-1"), [logger])
     metrics = {metric for batch in logger.client.of("log_batch") for metric in batch["metrics"]}
-    assert {(tag, value, 120) for tag, value in final_numbers(log.report, "repair-1").items()} <= metrics
+    assert {
+        (tag, value, 120) for tag, value in final_numbers(log.report, "repair-1").items()
+    } <= metrics
     assert ("repair-1_search/best_fitness", 6.5, 1) in metrics
     assert logger.client.of("log_artifact") == [{"file": name, "to": "repair-1"} for name in FILES]
     assert logger.client.of("log_text") == [
@@ -527,7 +619,9 @@ def test_a_release_report_reaches_them_too(wandb: Any, log: RepairLog) -> None:
     assert [call["to"] for call in loggers_[1].client.of("log_artifact")] == ["release"] * 4
 
 
-def test_the_real_wandb_keeps_it_offline(log: RepairLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_wandb_keeps_it_offline(
+    log: RepairLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     track(log, [loggers.WandbLogger(project="digits", save_dir=tmp_path, offline=True)])
@@ -544,11 +638,16 @@ def test_the_real_mlflow_keeps_it_in_a_store(log: RepairLog, tmp_path: Path) -> 
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     logger = loggers.MLFlowLogger(
-        "digits", tracking_uri=f"sqlite:///{tmp_path}/store.db", artifact_location=f"{tmp_path}/store"
+        "digits",
+        tracking_uri=f"sqlite:///{tmp_path}/store.db",
+        artifact_location=f"{tmp_path}/store",
     )
     track(log, [logger])
     run = logger.experiment.get_run(logger.run_id)
     assert run.data.metrics["repair/known_repaired_in_target"] == 7.0
-    assert [m.step for m in logger.experiment.get_metric_history(logger.run_id, "repair_search/repaired")] == [0, 1, 2]
+    assert [
+        m.step
+        for m in logger.experiment.get_metric_history(logger.run_id, "repair_search/repaired")
+    ] == [0, 1, 2]
     kept = tmp_path / "store" / logger.run_id / "artifacts" / "repair"
     assert [(kept / name).read_text() for name in FILES] == [f"this is {name}" for name in FILES]

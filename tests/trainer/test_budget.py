@@ -1,4 +1,6 @@
-"""Ranks that train together stay together, also where one of them fails: two gloo processes, one made to fail."""
+"""Ranks that train together stay together, also where one of them fails: two gloo processes, one
+made to fail.
+"""
 
 from __future__ import annotations
 
@@ -87,14 +89,18 @@ class Continue(Callback):
         outcomes = {}
         for failure in FAILURES:
             for seconds in (math.inf, 60.0):
-                outcomes[f"{failure}, {seconds}"] = self.outcome(trainer, pl_module, failure, seconds)
+                outcomes[f"{failure}, {seconds}"] = self.outcome(
+                    trainer, pl_module, failure, seconds
+                )
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(outcomes))
 
     def outcome(self, trainer: Trainer, model: Any, failure: str, seconds: float) -> str:
         data = DataLoader(TensorDataset(*blobs(32, 1.5)), 4, collate_fn=collate)
         Net.failure = failure
         with validating(trainer), preserve_state(model):
-            known = [make_source(data, "train", trainer=trainer, model=model, passed=True, failed=True)]
+            known = [
+                make_source(data, "train", trainer=trainer, model=model, passed=True, failed=True)
+            ]
             try:
                 training = ContinuedTraining(trainer, model, known, 3)
                 state = training(seconds=seconds, seed=0, clock=StageTimer(), renew=look)
@@ -109,8 +115,17 @@ class Continue(Callback):
 
 @pytest.mark.filterwarnings("ignore")
 def test_all_ranks_leave_a_training_in_one_way(tmp_path: Path) -> None:
-    shown = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    where = {"accelerator": "cpu", "devices": 2, "strategy": spawning(), "default_root_dir": tmp_path}
+    shown = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    where = {
+        "accelerator": "cpu",
+        "devices": 2,
+        "strategy": spawning(),
+        "default_root_dir": tmp_path,
+    }
     trainer = Trainer(max_epochs=1, logger=False, callbacks=[Continue(tmp_path)], **where, **shown)
     trainer.fit(Net(), DataLoader(TensorDataset(*blobs(32)), 4, collate_fn=collate))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

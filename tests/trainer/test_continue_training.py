@@ -27,7 +27,14 @@ from lightning_package import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SubsetRandomSampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    get_worker_info,
+)
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
@@ -59,14 +66,18 @@ class Points(Dataset):
 
 
 class Net(LightningModule):
-    """Writes down what it is trained on; the notes are the class's, so that those of a copy are there too."""
+    """Writes down what it is trained on; the notes are the class's, so that those of a copy are
+    there too.
+    """
 
     notes: ClassVar[list[Any]] = []
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(4, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2))
+        self.body = nn.Sequential(
+            nn.Linear(4, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2)
+        )
         self.head = nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +97,9 @@ class Net(LightningModule):
 class Continue(Callback):
     """Goes on with the training where a repair would."""
 
-    def __init__(self, failed: Any = None, passed: Any = None, seconds: float = math.inf, **given: Any) -> None:
+    def __init__(
+        self, failed: Any = None, passed: Any = None, seconds: float = math.inf, **given: Any
+    ) -> None:
         self.failed = failed if failed is not None else DataLoader(Points(FAILED, 100, 1.5), 64)
         self.passed, self.seconds, self.given = passed, seconds, given
         self.states: list[Any] = []
@@ -101,15 +114,24 @@ class Continue(Callback):
                 make_source(passed, "train", trainer=trainer, model=pl_module, passed=True),
                 make_source(self.failed, "repair", trainer=trainer, model=pl_module, failed=True),
             ]
-            seeds, more = self.given.get("seeds", (0,)), {k: v for k, v in self.given.items() if k in MORE}
+            seeds, more = (
+                self.given.get("seeds", (0,)),
+                {k: v for k, v in self.given.items() if k in MORE},
+            )
             how = {"left_out": (Continue,), "trained_on": self.given.get("trained_on")}
-            training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), **how)
+            training = ContinuedTraining(
+                trainer, pl_module, known, self.given.get("epochs", 3), **how
+            )
             before = picture(trainer, pl_module)
             with preserve_state(pl_module):
                 # As in a repair: told of the targets while the model is in evaluation mode.
-                training = training.for_targets(torch.zeros(sum(len(one.index) for one in known), dtype=torch.bool))
+                training = training.for_targets(
+                    torch.zeros(sum(len(one.index) for one in known), dtype=torch.bool)
+                )
                 for seed in seeds:
-                    found = training(seconds=self.seconds, seed=seed, clock=StageTimer(self), **more)
+                    found = training(
+                        seconds=self.seconds, seed=seed, clock=StageTimer(self), **more
+                    )
                     self.states.append(found and found.state)
                     self.found.append(found)
             assert_same(before, picture(trainer, pl_module))
@@ -128,11 +150,19 @@ def picture(trainer: Trainer, model: LightningModule) -> Any:
     """All that must be as it was, whatever is trained."""
     return [
         {name: value.clone() for name, value in model.state_dict().items()},
-        [parameter.grad if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()],
+        [
+            parameter.grad if parameter.grad is None else parameter.grad.clone()
+            for parameter in model.parameters()
+        ],
         [(module.training, sorted(vars(module))) for module in model.modules()],
         [optimizer.state_dict() for optimizer in trainer.optimizers],
         dict(trainer.callback_metrics),
-        [trainer.state.stage.value, trainer.global_step, trainer.current_epoch, trainer.should_stop],
+        [
+            trainer.state.stage.value,
+            trainer.global_step,
+            trainer.current_epoch,
+            trainer.should_stop,
+        ],
         [model.trainer is trainer, torch.is_grad_enabled(), torch.get_default_dtype()],
         [torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark],
         [torch.get_rng_state(), np.random.get_state()[1], random.getstate()],
@@ -147,23 +177,36 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def train_loader(data: Any = None, **arguments: Any) -> DataLoader:
-    return DataLoader(data if data is not None else Points(TRAIN), **{"batch_size": 16, "shuffle": True, **arguments})
+    return DataLoader(
+        data if data is not None else Points(TRAIN),
+        **{"batch_size": 16, "shuffle": True, **arguments},
+    )
 
 
 def fit(model: Any, callback: Continue, data: Any = None, **arguments: Any) -> Any:
     """Trains for an epoch, then goes on; the state after that."""
-    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     shown = {"enable_progress_bar": False, "enable_model_summary": False}
     torch.manual_seed(0)
     callbacks = [*arguments.pop("callbacks", ()), callback]
     trainer = Trainer(**{**defaults, **shown, **arguments}, callbacks=callbacks)
     data = data if data is not None else train_loader()
-    trainer.fit(model, datamodule=data) if isinstance(data, LightningDataModule) else trainer.fit(model, data)
+    trainer.fit(model, datamodule=data) if isinstance(data, LightningDataModule) else trainer.fit(
+        model, data
+    )
     return callback.states[0]
 
 
 def moved(state: Any, model: LightningModule) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(state[name], value)}
+    return {
+        name for name, value in model.state_dict().items() if not torch.equal(state[name], value)
+    }
 
 
 def noted(kind: str) -> list[Any]:
@@ -174,7 +217,9 @@ def test_every_known_sample_is_trained_on_once_an_epoch_in_a_new_order() -> None
     callback = Continue(epochs=2)
     model = Net()
     state = fit(model, callback)
-    epochs = [[i for batch in noted("batch") if batch[0] == epoch for i in batch[1:]] for epoch in (0, 1)]
+    epochs = [
+        [i for batch in noted("batch") if batch[0] == epoch for i in batch[1:]] for epoch in (0, 1)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(TRAIN), *range(100, 100 + FAILED)]
     assert epochs[0] != epochs[1]
     assert [len(batch) - 1 for batch in noted("batch")] == [16, 16, 16, 16, 7] * 2
@@ -201,7 +246,9 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(way: str) -> None:
     assert_same(first, again)
     assert not torch.equal(first["head.weight"], other["head.weight"])
     if way != "plain":
-        assert not torch.equal(first["head.weight"].float(), fit(Net(), Continue(seeds=(3,)))["head.weight"])
+        assert not torch.equal(
+            first["head.weight"].float(), fit(Net(), Continue(seeds=(3,)))["head.weight"]
+        )
 
 
 class Waiting(Net):
@@ -210,7 +257,10 @@ class Waiting(Net):
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"},
+        }
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.note("validation")
@@ -296,7 +346,9 @@ class Talkative(Net):
 
 def test_what_is_logged_on_the_way_goes_nowhere(tmp_path: Path, capsys: Any, recwarn: Any) -> None:
     logger = CSVLogger(tmp_path)
-    state = fit(Talkative(), Continue(), logger=logger, log_every_n_steps=1, enable_progress_bar=False)
+    state = fit(
+        Talkative(), Continue(), logger=logger, log_every_n_steps=1, enable_progress_bar=False
+    )
     assert state is not None
     (folder,) = {str(path) for (path,) in noted("log")}
     assert str(tmp_path) not in folder
@@ -353,10 +405,14 @@ def test_where_the_owners_rate_is_zero_own_steps_go_through_the_owners_training_
 
 
 @pytest.mark.parametrize("seconds", [math.inf, 60.0])
-def test_a_module_that_needs_its_own_optimizers_is_not_trained_by_another_one(seconds: float) -> None:
+def test_a_module_that_needs_its_own_optimizers_is_not_trained_by_another_one(
+    seconds: float,
+) -> None:
     class Grouped(Net):
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([{"params": part.parameters()} for part in (self.body, self.head)], 0.1)
+            return torch.optim.SGD(
+                [{"params": part.parameters()} for part in (self.body, self.head)], 0.1
+            )
 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             optimizer.param_groups[1]["lr"] *= 0.9
@@ -410,13 +466,17 @@ def test_pruned_weights_are_warned_of() -> None:
         assert fit(Net(), Continue(), callbacks=[pruning]) is None
 
 
-@pytest.mark.parametrize(("mode", "batches"), [("min_size", 2), ("max_size", 4), ("max_size_cycle", 4)])
+@pytest.mark.parametrize(
+    ("mode", "batches"), [("min_size", 2), ("max_size", 4), ("max_size_cycle", 4)]
+)
 @pytest.mark.parametrize("listed", [False, True])
 def test_several_loaders_go_on_as_they_are_mixed(mode: str, batches: int, listed: bool) -> None:
     class Two(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             mixed.append([None if one is None else len(one[0]) for one in batch.values()])
-            return super().training_step(next(one for one in batch.values() if one is not None), batch_idx)
+            return super().training_step(
+                next(one for one in batch.values() if one is not None), batch_idx
+            )
 
     mixed: list[Any] = []
     loaders = {"a": train_loader(Points(64)), "b": train_loader(Points(16), batch_size=8)}
@@ -446,18 +506,31 @@ class Single(Net):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Bank, r"AttributeError: 'ConcatDataset' object has no attribute 'first' \(training_step, test_continue_tr.*:"),
-        (Single, r"ValueError: Expected more than 1 value per channel when training, got .* \(forward, "),
+        (
+            Bank,
+            r"AttributeError: 'ConcatDataset' object has no attribute 'first' \(training_step, test_continue_tr.*:",
+        ),
+        (
+            Single,
+            r"ValueError: Expected more than 1 value per channel when training, got .* \(forward, ",
+        ),
     ],
 )
-def test_whatever_the_owners_code_raises_is_a_warning_that_says_where(model: Any, message: str, seconds: float) -> None:
+def test_whatever_the_owners_code_raises_is_a_warning_that_says_where(
+    model: Any, message: str, seconds: float
+) -> None:
     with pytest.warns(TrainingWarning, match=message):
         assert fit(model(), Continue(seconds=seconds)) is None
 
 
 def test_batches_are_as_large_as_those_of_a_sampler_that_makes_them() -> None:
-    loader = DataLoader(Points(TRAIN), batch_size=None, sampler=BatchSampler(RandomSampler(range(TRAIN)), 16, True))
-    assert fit(Net(), Continue(passed=train_loader(batch_size=1), trained_on=loader, epochs=1)) is not None
+    loader = DataLoader(
+        Points(TRAIN), batch_size=None, sampler=BatchSampler(RandomSampler(range(TRAIN)), 16, True)
+    )
+    assert (
+        fit(Net(), Continue(passed=train_loader(batch_size=1), trained_on=loader, epochs=1))
+        is not None
+    )
     assert [len(batch) - 1 for batch in noted("batch")] == [16, 16, 16, 16, 7]
 
 
@@ -477,21 +550,32 @@ def test_an_error_in_a_worker_is_named_as_it_was_raised() -> None:
                 raise OSError("no such file")
             return super().__getitem__(i)
 
-    with pytest.warns(TrainingWarning, match=r"repair: OSError: no such file \(in a DataLoader worker\)"):
-        assert fit(Net(), Continue(DataLoader(Unreadable(FAILED, 100))), train_loader(num_workers=1)) is None
+    with pytest.warns(
+        TrainingWarning, match=r"repair: OSError: no such file \(in a DataLoader worker\)"
+    ):
+        assert (
+            fit(Net(), Continue(DataLoader(Unreadable(FAILED, 100))), train_loader(num_workers=1))
+            is None
+        )
 
 
 def test_weights_that_are_not_finite_are_none() -> None:
     class Diverging(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) * (math.nan if self.trainer.max_epochs == 3 else 1)
+            return super().training_step(batch, batch_idx) * (
+                math.nan if self.trainer.max_epochs == 3 else 1
+            )
 
     assert fit(Diverging(), Continue()) is None
 
 
 def test_a_subset_is_kept_to_and_a_last_batch_of_one_is_left_out() -> None:
-    loader = train_loader(shuffle=False, sampler=SubsetRandomSampler(range(0, TRAIN, 2)), batch_size=9)
-    assert fit(Net(), Continue(epochs=1), loader) is not None  # 25 + 21 samples are 5 batches of 9 and a single one
+    loader = train_loader(
+        shuffle=False, sampler=SubsetRandomSampler(range(0, TRAIN, 2)), batch_size=9
+    )
+    assert (
+        fit(Net(), Continue(epochs=1), loader) is not None
+    )  # 25 + 21 samples are 5 batches of 9 and a single one
     numbers = [i for batch in noted("batch") for i in batch[1:]]
     assert len(numbers) == 45 == len(set(numbers))
     assert {i for i in numbers if i < 100} <= set(range(0, TRAIN, 2))
@@ -524,7 +608,9 @@ class Slow(Net):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("seconds", "least", "most"), [(1e-6, 0, 0), (0.1, 1, 1), (1.5, 3, 30), (30.0, 5, 5)])
+@pytest.mark.parametrize(
+    ("seconds", "least", "most"), [(1e-6, 0, 0), (0.1, 1, 1), (1.5, 3, 30), (30.0, 5, 5)]
+)
 def test_as_many_epochs_are_trained_as_there_is_time_for(
     seconds: float, least: int, most: int, clock: FakeTime
 ) -> None:
@@ -539,14 +625,18 @@ def test_as_many_epochs_are_trained_as_there_is_time_for(
 
 
 def look(seen: list[Any], weight: Tensor | None, state: Any) -> Tensor | None:
-    """Halfway: notes the weights, draws at random, and says how often samples are visited from then on."""
+    """Halfway: notes the weights, draws at random, and says how often samples are visited from then
+    on.
+    """
     seen.append(state)
     torch.rand(1), np.random.rand(), random.random()
     return weight
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_look_halfway_leaves_modes_statistics_and_random_numbers_as_they_were(frozen: bool) -> None:
+def test_a_look_halfway_leaves_modes_statistics_and_random_numbers_as_they_were(
+    frozen: bool,
+) -> None:
     def net() -> Net:
         model = Net()
         model.body[1].train(not frozen)
@@ -562,13 +652,17 @@ def test_a_look_halfway_leaves_modes_statistics_and_random_numbers_as_they_were(
 def test_from_halfway_on_samples_are_visited_by_their_new_weights(epochs: int) -> None:
     """One epoch becomes two of half the visits."""
     seen: list[Any] = []
-    callback = Continue(epochs=epochs, renew=partial(look, seen, (torch.arange(TRAIN + FAILED) < TRAIN).double()))
+    callback = Continue(
+        epochs=epochs, renew=partial(look, seen, (torch.arange(TRAIN + FAILED) < TRAIN).double())
+    )
     fit(Net(), callback)
     assert (len(seen), callback.found[0].epochs, callback.found[0].planned) == (1, epochs, epochs)
     visits = [(i, batch[0]) for batch in noted("batch") for i in batch[1:]]
     assert len(visits) == epochs * (TRAIN + FAILED) - (epochs == 1)
     half = max(1, epochs // 2)
-    first, second = ([i for i, epoch in visits if (epoch < half) == is_first] for is_first in (True, False))
+    first, second = (
+        [i for i, epoch in visits if (epoch < half) == is_first] for is_first in (True, False)
+    )
     assert max(first) >= 100 > TRAIN > max(second)
     assert max(map(second.count, second)) > 1
     assert fit(Net(), Continue(epochs=epochs, renew=partial(look, seen, None))) is None
@@ -579,10 +673,17 @@ def test_samples_are_drawn_in_proportion_to_their_weights_whatever_ranks_share_t
     weight = torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 3.0])
     drawn = ShuffledSampler(6, 0, weight=weight)
     visits = torch.tensor([[*drawn] for _ in range(500)])
-    torch.testing.assert_close(visits.flatten().bincount(minlength=6) / 500, weight, atol=0.1, rtol=0)
+    torch.testing.assert_close(
+        visits.flatten().bincount(minlength=6) / 500, weight, atol=0.1, rtol=0
+    )
     ranks = [ShuffledSampler(6, 0, rank, 2, weight=weight) for rank in (0, 1)]
-    assert torch.tensor([[[*rank] for rank in ranks] for _ in range(500)]).mT.flatten(1).equal(visits)
-    assert [len([*ShuffledSampler(7, 0, rank, ranks, parts=2)]) for rank, ranks in ((0, 1), (0, 2), (1, 2))] == [
+    assert (
+        torch.tensor([[[*rank] for rank in ranks] for _ in range(500)]).mT.flatten(1).equal(visits)
+    )
+    assert [
+        len([*ShuffledSampler(7, 0, rank, ranks, parts=2)])
+        for rank, ranks in ((0, 1), (0, 2), (1, 2))
+    ] == [
         3,
         1,
         1,

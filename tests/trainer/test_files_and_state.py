@@ -1,4 +1,6 @@
-"""The files of a repair and its state in a trainer: folders, reports, starting weights, and how long it trained."""
+"""The files of a repair and its state in a trainer: folders, reports, starting weights, and how
+long it trained.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
 from lightning_nrl.report.sample_views import SampleView
 
 
-def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True, logger: Any = None) -> Any:
+def trainer_in(
+    folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True, logger: Any = None
+) -> Any:
     logger = SimpleNamespace(log_dir=str(log_dir)) if log_dir else logger
     return SimpleNamespace(
         loggers=[logger] if logger else [],
@@ -43,11 +47,20 @@ def folder_of(dirpath: Any, trainer: Any, name: str = "repair") -> tuple[Path, s
 
 def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
     assert folder_of(None, trainer_in(tmp_path))[0] == tmp_path / "repair"
-    assert folder_of(None, trainer_in(tmp_path, tmp_path / "version_0"))[0] == tmp_path / "version_0" / "repair"
+    assert (
+        folder_of(None, trainer_in(tmp_path, tmp_path / "version_0"))[0]
+        == tmp_path / "version_0" / "repair"
+    )
     remote = SimpleNamespace(save_dir=None, name="digits", version="x7k2")
-    assert folder_of(None, trainer_in(tmp_path, logger=remote))[0] == tmp_path / "digits" / "x7k2" / "repair"
+    assert (
+        folder_of(None, trainer_in(tmp_path, logger=remote))[0]
+        == tmp_path / "digits" / "x7k2" / "repair"
+    )
     local = SimpleNamespace(save_dir=str(tmp_path / "runs"), name=None, version=3)
-    assert folder_of(None, trainer_in(tmp_path, logger=local))[0] == tmp_path / "runs" / "version_3" / "repair"
+    assert (
+        folder_of(None, trainer_in(tmp_path, logger=local))[0]
+        == tmp_path / "runs" / "version_3" / "repair"
+    )
 
 
 def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path: Path) -> None:
@@ -60,14 +73,18 @@ def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path:
 
 
 def test_a_fast_run_has_no_files_and_the_first_rank_makes_the_folder(tmp_path: Path) -> None:
-    assert report_files(tmp_path / "mine", trainer_in(tmp_path, fast=1), "repair", REPORT_FILES) == ({}, "repair")
+    assert report_files(
+        tmp_path / "mine", trainer_in(tmp_path, fast=1), "repair", REPORT_FILES
+    ) == ({}, "repair")
     report_files(None, trainer_in(tmp_path, first=False), "repair", REPORT_FILES)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("dirpath", "root"), [("s3://bucket/a", "."), (None, "gs://bucket/a")])
 def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"`dirpath`: [\s\S]*://bucket/a', which is no local folder"):
+    with pytest.raises(
+        ConfigurationError, match=r"`dirpath`: [\s\S]*://bucket/a', which is no local folder"
+    ):
         folder_of(dirpath, trainer_in(root))
 
 
@@ -76,8 +93,12 @@ def report() -> RepairReport:
     return repair_module(trained(), known(), quick()).report
 
 
-def test_a_report_is_written_where_it_says_with_views_of_samples_beside(tmp_path: Path, report: RepairReport) -> None:
-    report = replace(report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0])
+def test_a_report_is_written_where_it_says_with_views_of_samples_beside(
+    tmp_path: Path, report: RepairReport
+) -> None:
+    report = replace(
+        report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0]
+    )
     picture = SampleView("val/0", 7, "broken", "", np.full((4, 5, 3), 128, dtype=np.uint8))
     write_report(report, [picture, SampleView("test", 2, "repaired", "", text="a film")])
     assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
@@ -121,7 +142,11 @@ class Slim(LightningModule):
         pass
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if not name.startswith("frozen")}
+        return {
+            name: x
+            for name, x in super().state_dict(*args, **kwargs).items()
+            if not name.startswith("frozen")
+        }
 
 
 class Best:
@@ -140,7 +165,9 @@ class Best:
 
 
 @pytest.mark.parametrize(("keep", "value"), [(False, 1.0), (True, 2.0)])
-def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(keep: bool, value: float) -> None:
+def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(
+    keep: bool, value: float
+) -> None:
     model = Slim(1.0)
     trainer: Any = Best(model)
     weight, statistics = model.head.weight, model.frozen.running_mean
@@ -154,12 +181,20 @@ def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(keep: b
 
 @pytest.mark.parametrize(
     ("limits", "epochs"),
-    [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 7}, 2), ({"max_steps": 9}, 2)],
+    [
+        ({}, 3),
+        ({"limit_train_batches": 2}, 2),
+        ({"max_steps": 1}, 1),
+        ({"max_steps": 7}, 2),
+        ({"max_steps": 9}, 2),
+    ],
 )
 def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
     """An epoch has 4 batches."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits)
+    trainer = Trainer(
+        max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits
+    )
     four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
     trainer.fit(BoringModel(), four_batches)
     assert epochs_of(trainer) == epochs

@@ -1,4 +1,6 @@
-"""Data of a trainer read again: in order, each sample once, the same in every pass; known data kept from others."""
+"""Data of a trainer read again: in order, each sample once, the same in every pass; known data kept
+from others.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +65,16 @@ def test_a_loader_is_read_in_order_with_nothing_dropped() -> None:
     assert [batch.position.tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-@given(n=st.integers(1, 40), world_size=st.integers(1, 5), batch_size=st.integers(1, 9), step=st.integers(1, 4))
+@given(
+    n=st.integers(1, 40),
+    world_size=st.integers(1, 5),
+    batch_size=st.integers(1, 9),
+    step=st.integers(1, 4),
+)
 @settings(max_examples=50, deadline=None)
-def test_the_ranks_read_every_sample_of_a_subset_once(n: int, world_size: int, batch_size: int, step: int) -> None:
+def test_the_ranks_read_every_sample_of_a_subset_once(
+    n: int, world_size: int, batch_size: int, step: int
+) -> None:
     chosen = list(range(0, n, step))
     loader = DataLoader(numbers(n), batch_size, sampler=SubsetRandomSampler(chosen))
     found = []
@@ -91,7 +100,11 @@ class Noisy(Dataset):
 
 def rows(batches: list[Batch]) -> dict[int, list[float]]:
     """The inputs of each sample by its place."""
-    return {i: row.tolist() for b in batches for i, row in zip(b.position.tolist(), b.args[0], strict=True)}
+    return {
+        i: row.tolist()
+        for b in batches
+        for i, row in zip(b.position.tolist(), b.args[0], strict=True)
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -109,7 +122,9 @@ def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> Non
 
 
 class Wrapped(Dataset):
-    """Each sample says of which class its worker's data set is, and what the worker's start has left there."""
+    """Each sample says of which class its worker's data set is, and what the worker's start has
+    left there.
+    """
 
     mark = 0
 
@@ -195,7 +210,11 @@ class Jittered(Dataset):
 
 WAYS = {
     "overlapping subsets": (Subset(DATA, range(10)), Subset(DATA, range(8, 14)), 2),
-    "overlapping subsets that augment": (Jittered(Subset(DATA, range(10))), Jittered(Subset(DATA, range(8, 14))), 2),
+    "overlapping subsets that augment": (
+        Jittered(Subset(DATA, range(10))),
+        Jittered(Subset(DATA, range(8, 14))),
+        2,
+    ),
     "the whole and a part": (DATA, Subset(DATA, [3, 5]), 2),
     "a part and the whole": (Subset(DATA, [3, 5]), DATA, 2),
     "a union": (Subset(DATA, range(10)), ConcatDataset([OTHER, Subset(DATA, [2])]), 1),
@@ -212,11 +231,15 @@ def loaders() -> SplitLoaders:
 def test_held_out_data_that_are_known_too_are_found(way: str, loaders: SplitLoaders) -> None:
     known, held_out, common = WAYS[way]
     options = DataOptions(DataLoader(known, 4), FAILED)
-    with pytest.raises(ConfigurationError, match=f"`calibration`: {common} of its {len(held_out)} samples are in"):
+    with pytest.raises(
+        ConfigurationError, match=f"`calibration`: {common} of its {len(held_out)} samples are in"
+    ):
         DataRequest(options, calibration=DataLoader(held_out, 4)).find(loaders)
     request = DataRequest(options, unseen=DataLoader(held_out, 4))
     if common == len(held_out):
-        with pytest.raises(ConfigurationError, match="`unseen`: 2 of its 2 samples are in `passed` too"):
+        with pytest.raises(
+            ConfigurationError, match="`unseen`: 2 of its 2 samples are in `passed` too"
+        ):
             request.find(loaders)
     else:  # what is common is left out where unseen data are counted
         [passed], _, unseen, _ = request.find(loaders)
@@ -225,7 +248,9 @@ def test_held_out_data_that_are_known_too_are_found(way: str, loaders: SplitLoad
 
 
 def test_a_sampler_says_which_samples_are_meant(loaders: SplitLoaders) -> None:
-    first, second = (DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(*own))) for own in ((0, 10), (10, 20)))
+    first, second = (
+        DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(*own))) for own in ((0, 10), (10, 20))
+    )
     *_, calibration = DataRequest(DataOptions(first, FAILED), calibration=second).find(loaders)
     assert calibration == (second, "calibration")
 
@@ -233,8 +258,13 @@ def test_a_sampler_says_which_samples_are_meant(loaders: SplitLoaders) -> None:
 def test_two_loaders_of_the_same_samples_are_one_split(loaders: SplitLoaders) -> None:
     first, second = (DataLoader(Subset(DATA, [4, 6]), 4) for _ in range(2))
     known, *_ = DataRequest(DataOptions(first, second)).sources(loaders, seed=0, limit=None)
-    assert [(source.passed, source.failed, len(source.index)) for source in known] == [(True, True, 2)]
-    known, *_ = DataRequest(DataOptions(DataLoader(Jittered(DATA), 4), DataLoader(DATA, 4))).sources(
-        loaders, seed=0, limit=None
-    )
-    assert [(source.split, len(source.index)) for source in known] == [("passed", 20), ("failed", 20)]
+    assert [(source.passed, source.failed, len(source.index)) for source in known] == [
+        (True, True, 2)
+    ]
+    known, *_ = DataRequest(
+        DataOptions(DataLoader(Jittered(DATA), 4), DataLoader(DATA, 4))
+    ).sources(loaders, seed=0, limit=None)
+    assert [(source.split, len(source.index)) for source in known] == [
+        ("passed", 20),
+        ("failed", 20),
+    ]

@@ -15,7 +15,9 @@ from lightning_nrl.evaluation.layers import find_scope, last_linear
 
 
 class Heads(nn.Module):
-    """Classes, and an auxiliary head that is registered last; `stop` detaches the features of the classes."""
+    """Classes, and an auxiliary head that is registered last; `stop` detaches the features of the
+    classes.
+    """
 
     def __init__(self, stop: bool = False, joint: bool = False) -> None:
         super().__init__()
@@ -56,8 +58,15 @@ def test_a_second_head_is_no_part_of_the_prediction(stop: bool) -> None:
 
 
 def test_a_second_head_that_adds_to_the_logits_is_one() -> None:
-    model, raw = FirstOutput(Heads(joint=True)), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
-    assert called_layers(model, Evaluator(model), first, raw) == ["net.body", "net.box", "net.classes"]
+    model, raw = (
+        FirstOutput(Heads(joint=True)),
+        (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64)),
+    )
+    assert called_layers(model, Evaluator(model), first, raw) == [
+        "net.body",
+        "net.box",
+        "net.classes",
+    ]
 
 
 class Smoothed(nn.Module):
@@ -94,7 +103,9 @@ def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_ha
 
 
 class Looked(nn.Module):
-    """Its second layer gives a class by its number, or a direction, so that its size does not matter."""
+    """Its second layer gives a class by its number, or a direction, so that its size does not
+    matter.
+    """
 
     def __init__(self, by_place: bool) -> None:
         super().__init__()

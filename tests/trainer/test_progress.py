@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_package import Callback, LightningModule, ProgressBar, RichProgressBar, TQDMProgressBar, Trainer
+from lightning_package import (
+    Callback,
+    LightningModule,
+    ProgressBar,
+    RichProgressBar,
+    TQDMProgressBar,
+    Trainer,
+)
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
@@ -53,7 +60,9 @@ class Repairing(Callback):
             def look() -> None:
                 if rich is not None:
                     rich.refresh()
-                    self.tasks.append([(task.description, task.completed, task.total) for task in rich.tasks][-1])
+                    self.tasks.append(
+                        [(task.description, task.completed, task.total) for task in rich.tasks][-1]
+                    )
                     self.ids.append(rich.tasks[-1].id)
 
             self.steps(progress, look)
@@ -125,9 +134,18 @@ def failing_search(progress: Any, look: Callable[[], None]) -> None:
 
 
 def fit(tmp_path: Any, *callbacks: Callback, **arguments: Any) -> Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, callbacks=list(callbacks), **quiet, **arguments
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+        **quiet,
+        **arguments,
     )
     trainer.fit(Tiny())
     return trainer
@@ -167,7 +185,10 @@ def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
     nesting = Repairing(nested_stages)
     fit(tmp_path, bar(), nesting)
     if bar is RichProgressBar:
-        training, count = "Repair: training with the failures", "Repair: counting the result (3 repaired, 0 broken)"
+        training, count = (
+            "Repair: training with the failures",
+            "Repair: counting the result (3 repaired, 0 broken)",
+        )
         texts = [training, count, training]
         assert [text for text, *_ in nesting.tasks] == texts
     else:
@@ -181,8 +202,8 @@ def test_one_bar_never_goes_back_and_says_how_long_all_of_it_takes(tmp_path: Any
     texts, shares, _ = zip(*repairing.tasks, strict=True)
     assert list(shares) == sorted(shares)
     rests = [text.partition(", about ")[2] for text in texts]
-    # Half a search and all that comes; what comes; the same; half the training; then its polish, a quarter of that,
-    # a stage of which nothing is known, and the last count.
+    # Half a search and all that comes; what comes; the same; half the training; then its polish, a
+    # quarter of that, a stage of which nothing is known, and the last count.
     lefts = ["20", "16", "16", "11", "6", "2", "", "2"]
     assert rests == [f"{left} s left" if left else "" for left in lefts]
     assert [round(share) for share in shares] == [23, 38, 38, 58, 77, 90, 90, 92]
@@ -196,11 +217,17 @@ def test_no_line_is_left_whether_a_stage_ends_or_raises(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: type[ProgressBar], steps: Any
 ) -> None:
     repairing = Repairing(steps)
-    with nullcontext() if steps is all_stages else pytest.raises(ArithmeticError, match="in mid-search"):
+    with (
+        nullcontext()
+        if steps is all_stages
+        else pytest.raises(ArithmeticError, match="in mid-search")
+    ):
         fit(tmp_path, bar(), repairing)
     assert all("Repair" not in instance.desc for instance in getattr(tqdm, "_instances", ()))
     assert not any("Repair" in text for text in repairing.after)
-    assert "Repair" not in capsys.readouterr().out.split("\n")[-1].split("\r")[-1]  # what a terminal shows last
+    assert (
+        "Repair" not in capsys.readouterr().out.split("\n")[-1].split("\r")[-1]
+    )  # what a terminal shows last
 
 
 class Plain(ProgressBar):
@@ -210,7 +237,9 @@ class Plain(ProgressBar):
         pass
 
 
-@pytest.mark.parametrize("bar", [None, TQDMProgressBar(refresh_rate=0), RichProgressBar(refresh_rate=0), Plain()])
+@pytest.mark.parametrize(
+    "bar", [None, TQDMProgressBar(refresh_rate=0), RichProgressBar(refresh_rate=0), Plain()]
+)
 def test_nothing_is_shown_without_a_bar_or_beside_a_disabled_or_foreign_one(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: ProgressBar | None
 ) -> None:
@@ -222,4 +251,6 @@ def test_nothing_is_shown_without_a_bar_or_beside_a_disabled_or_foreign_one(
 
 def test_every_stage_has_words() -> None:
     sources = (path.read_text() for path in Path(lightning_nrl.__file__).parent.rglob("*.py"))
-    assert {name for source in sources for name in re.findall(r'\.stage\("([^"]+)"\)', source)} <= STAGES.keys()
+    assert {
+        name for source in sources for name in re.findall(r'\.stage\("([^"]+)"\)', source)
+    } <= STAGES.keys()

@@ -1,4 +1,6 @@
-"""Data that draw at random: noticed, read with numbers of their own, or with the transform of the validation data."""
+"""Data that draw at random: noticed, read with numbers of their own, or with the transform of the
+validation data.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
-from lightning_nrl._trainer.random_transforms import check_stability, report_stability, with_validation_view
+from lightning_nrl._trainer.random_transforms import (
+    check_stability,
+    report_stability,
+    with_validation_view,
+)
 from lightning_nrl.errors import DataWarning
 
 
@@ -34,7 +47,9 @@ class Numbers(Dataset):
 def source(data: Any, split: str = "train") -> LoaderSource:
     data = data if isinstance(data, Dataset) else Numbers(data)
     place, loader = torch.arange(len(data)), DataLoader(data, 8)  # type: ignore[arg-type,var-annotated]
-    return LoaderSource(split, True, True, place, place, loader, SeededDataset(data, 0), lambda raw: raw)
+    return LoaderSource(
+        split, True, True, place, place, loader, SeededDataset(data, 0), lambda raw: raw
+    )
 
 
 OWN_GENERATOR = np.random.default_rng(0)
@@ -57,9 +72,12 @@ def by_all(i: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("draw", "draws"), [(float, False), (by_torch_every_second, True), (by_seed, True), (by_all, True)]
+    ("draw", "draws"),
+    [(float, False), (by_torch_every_second, True), (by_seed, True), (by_all, True)],
 )
-def test_random_samples_stand_still_with_numbers_of_their_own(draw: Callable[[int], float], draws: bool) -> None:
+def test_random_samples_stand_still_with_numbers_of_their_own(
+    draw: Callable[[int], float], draws: bool
+) -> None:
     samples = SeededDataset(Numbers(draw), 0)
     torch.manual_seed(3)
     expected = torch.get_rng_state()
@@ -80,7 +98,9 @@ def test_other_generators_and_collate_functions_that_draw_are_noticed() -> None:
 
 def test_what_cannot_be_read_again_is_named_with_its_split() -> None:
     sources = [source(float), source(by_own_generator, "repair"), source(by_all, "test")]
-    with pytest.warns(DataWarning, match="`repair` data: 32 of 32 samples that were read twice changed") as caught:
+    with pytest.warns(
+        DataWarning, match="`repair` data: 32 of 32 samples that were read twice changed"
+    ) as caught:
         sentences = report_stability(sources)
     assert len(caught) == 1
     assert "No guarantee for `repair`: 32 of 32 samples" in sentences
@@ -102,10 +122,14 @@ def mixed_up(batch: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("collate", [in_random_order, by_size, mixed_up])
-def test_a_collate_function_that_moves_or_mixes_samples_is_noticed(collate: Callable[[list[Any]], Any]) -> None:
+def test_a_collate_function_that_moves_or_mixes_samples_is_noticed(
+    collate: Callable[[list[Any]], Any],
+) -> None:
     data = Numbers(float)
     moving = replace(source(data, "val"), loader=DataLoader(data, 8, collate_fn=collate))
-    with pytest.warns(DataWarning, match=r"`val` data: \d of 8 samples of a batch in reverse order changed") as caught:
+    with pytest.warns(
+        DataWarning, match=r"`val` data: \d of 8 samples of a batch in reverse order changed"
+    ) as caught:
         sentences = report_stability([moving, source(float), source(by_all, "test")])
     assert len(caught) == 1
     assert sentences.startswith("No guarantee for `val`: ")
@@ -129,7 +153,9 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Images(Dataset):
-    """As torchvision has it: position i is the image 10 i with the label i % 3, through a transform."""
+    """As torchvision has it: position i is the image 10 i with the label i % 3, through a
+    transform.
+    """
 
     def __init__(self, first: int, n: int, transform: Transform | None) -> None:
         self.values = torch.arange(first, first + n) * 10.0
@@ -201,7 +227,10 @@ JITTERED = Images(0, 6, jitter)
         (JITTERED, [Images(7, 2, clean), Images(7, 2, shifted)]),  # which of the two
         (JITTERED, [Flipped(0, 3, clean)]),
         (Flipped(0, 3, jitter), [Flipped(7, 2, clean)]),
-        *((JITTERED, [Images(7, 2, fits_not)]) for fits_not in (Tensor.long, lambda x: x[7], lambda x: jitter(x))),
+        *(
+            (JITTERED, [Images(7, 2, fits_not)])
+            for fits_not in (Tensor.long, lambda x: x[7], lambda x: jitter(x))
+        ),
         (JITTERED, [Images(7, 2, lambda x: x.expand(10, 1))]),
         (TensorDataset(torch.zeros(2), torch.zeros(2)), [Images(7, 2, clean)]),
     ],

@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_nrl._trainer.flipped_samples import class_names, display, find_normalization, sample_views, to_pixels
+from lightning_nrl._trainer.flipped_samples import (
+    class_names,
+    display,
+    find_normalization,
+    sample_views,
+    to_pixels,
+)
 from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.report import RepairReport, SplitReport
-from lightning_nrl.report.splits import FlippedSample
+from lightning_nrl.records import SplitReport
+from lightning_nrl.records.splits import FlippedSample
+from lightning_nrl.report import RepairReport
 
 IMAGES = torch.arange(3 * 16.0).reshape(3, 1, 4, 4)
 NO_CONVOLUTION = nn.Identity()
@@ -32,18 +39,27 @@ class Normalize:
 def source(data: Dataset[Any]) -> LoaderSource:
     place = torch.arange(len(data))  # type: ignore[arg-type]
     samples, adapter = SeededDataset(data, 0), lambda raw: ((raw[0],), {}, raw[1])
-    return LoaderSource("val", True, True, place, place, DataLoader(data), samples, lambda raw: raw, adapter)
+    return LoaderSource(
+        "val", True, True, place, place, DataLoader(data), samples, lambda raw: raw, adapter
+    )
 
 
-def views(x: Tensor, *flipped: FlippedSample, render: Any = None, model: nn.Module = NO_CONVOLUTION) -> Any:
+def views(
+    x: Tensor, *flipped: FlippedSample, render: Any = None, model: nn.Module = NO_CONVOLUTION
+) -> Any:
     split = SplitReport("val", "known", TargetCounts(0, 0, 0, 0), flipped=flipped)
     report = RepairReport("repaired", "", (), "", "", "", (split,), class_names=("cat", "dog"))
-    return sample_views(report, [source(TensorDataset(x, torch.arange(len(x))))], render, model=model)
+    return sample_views(
+        report, [source(TensorDataset(x, torch.arange(len(x))))], render, model=model
+    )
 
 
 def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
     found = views(IMAGES, REPAIRED, BROKEN)
-    assert [(view.split, view.id, view.flip) for view in found] == [("val", 0, "broken"), ("val", 2, "repaired")]
+    assert [(view.split, view.id, view.flip) for view in found] == [
+        ("val", 0, "broken"),
+        ("val", 2, "repaired"),
+    ]
     assert found[0].caption == "0: true cat, cat -> dog, margin 0.5 -> -1"
     for view in found:
         assert (view.pixels.shape, view.pixels.dtype) == ((4, 4, 3), np.uint8)
@@ -108,11 +124,20 @@ def images(transform: Any) -> Any:
 
 
 def test_a_normalisation_is_found_in_wrapped_data_sets_and_nested_transforms() -> None:
-    inner = images(SimpleNamespace(transforms=[object(), Normalize([0.5, 0.4, 0.3], torch.tensor([0.2, 0.2, 0.1]))]))
+    inner = images(
+        SimpleNamespace(
+            transforms=[object(), Normalize([0.5, 0.4, 0.3], torch.tensor([0.2, 0.2, 0.1]))]
+        )
+    )
     found = find_normalization(ConcatDataset([Subset(inner, [0])]))
     assert found == (pytest.approx((0.5, 0.4, 0.3)), pytest.approx((0.2, 0.2, 0.1)))
     assert find_normalization(images(Normalize(0.5, 0.25))) == ((0.5,), (0.25,))
-    for other in (images(None), images(Normalize("mean", None)), images(Normalize([0.5], [0.1, 0.2])), object()):
+    for other in (
+        images(None),
+        images(Normalize("mean", None)),
+        images(Normalize([0.5], [0.1, 0.2])),
+        object(),
+    ):
         assert find_normalization(other) is None
 
 
@@ -134,6 +159,9 @@ class Named(TensorDataset):
 
 def test_names_of_classes_are_found_in_subsets_and_unions() -> None:
     plain, named = TensorDataset(torch.zeros(4)), Named(["cat", "dog"])
-    assert class_names([source(plain), source(ConcatDataset([plain, Subset(named, [1])]))]) == ("cat", "dog")
+    assert class_names([source(plain), source(ConcatDataset([plain, Subset(named, [1])]))]) == (
+        "cat",
+        "dog",
+    )
     for classes in (None, [], 10, ["cat", 3], "cats", torch.arange(2)):
         assert class_names([source(plain), source(Named(classes))]) == ()

@@ -1,4 +1,5 @@
-"""Files that are truncated, bit-flipped, swapped or foreign, and results of finished steps that are saved.
+"""Files that are truncated, bit-flipped, swapped or foreign, and results of finished steps that are
+saved.
 
 NRL_FUZZ says how many damages are tried of each reader.
 """
@@ -27,35 +28,62 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.resume import ResumeStore, from_bytes, to_bytes
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.analysis.sweep.run_store import Run, RunStore, StoredRun
 from lightning_nrl.entrypoints.command_line import read_report
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.localization import TrainingRecord
-from lightning_nrl.localization.training_record import write_point
 from lightning_nrl.pipeline import Patch
+from lightning_nrl.published import TrainingRecord
+from lightning_nrl.published.training_record import write_point
+from lightning_nrl.study.run_store import Run, RunStore, StoredRun
 from lightning_nrl.updates.predictions import Predictions, read_ids, read_slices
 
-STATE = {"layer.weight": torch.arange(12.0).view(3, 4), "layer.bias": torch.ones(3), "n": torch.tensor(4)}
+STATE = {
+    "layer.weight": torch.arange(12.0).view(3, 4),
+    "layer.bias": torch.ones(3),
+    "n": torch.tensor(4),
+}
 
 
 NEW = {**STATE, "layer.bias": torch.arange(3.0)}
 
 
-RUN = Run("a", "eq1", 4.0, False, None, 30, 20, 0, "head", 2, 9, 1.5, 2, 30, True, TargetCounts(51, 0, 3, 6, 4, 2))
+RUN = Run(
+    "a",
+    "eq1",
+    4.0,
+    False,
+    None,
+    30,
+    20,
+    0,
+    "head",
+    2,
+    9,
+    1.5,
+    2,
+    30,
+    True,
+    TargetCounts(51, 0, 3, 6, 4, 2),
+)
 
 
-PREDICTIONS = Predictions({"val": {i: (i % 3, i % 2 == 0) for i in range(6)}, "test": {0: (1, None)}}, "abc")
+PREDICTIONS = Predictions(
+    {"val": {i: (i % 3, i % 2 == 0) for i in range(6)}, "test": {0: (1, None)}}, "abc"
+)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A kind of file: how it is written, its name, and what a reader makes of it, as something that can be compared."""
+    """A kind of file: how it is written, its name, and what a reader makes of it, as something that
+    can be compared.
+    """
 
     name: str
     write: Callable[[Path], object]
     read: Callable[[Path], Any]
-    finds_changes: bool = False  # whether whatever is not refused or warned of must be what was written
+    finds_changes: bool = (
+        False  # whether whatever is not refused or warned of must be what was written
+    )
 
 
 def write_record(path: Path) -> None:
@@ -66,7 +94,9 @@ def write_record(path: Path) -> None:
 
 def read_record(path: Path) -> Any:
     record = TrainingRecord.read(path.parent)
-    return [hash_tensors(point.weights) for point in record.points], record.splits["all"].forgotten.tolist()
+    return [hash_tensors(point.weights) for point in record.points], record.splits[
+        "all"
+    ].forgotten.tolist()
 
 
 def read_runs(path: Path) -> Any:
@@ -75,7 +105,9 @@ def read_runs(path: Path) -> Any:
 
 
 def write_runs(path: Path) -> None:
-    RunStore(path.parent).write({"first": StoredRun(RUN, torch.tensor([1, 3]), torch.tensor([0.5, -0.25]))})
+    RunStore(path.parent).write(
+        {"first": StoredRun(RUN, torch.tensor([1, 3]), torch.tensor([0.5, -0.25]))}
+    )
     next(path.parent.glob("runs-*.pt")).replace(path)
 
 
@@ -94,16 +126,25 @@ def read_checkpoint(path: Path) -> Any:
 
 READERS = {
     "patch": Reader(
-        "p.safetensors", lambda path: Patch.between(STATE, NEW).save(path), lambda p: Patch.load(p).apply(STATE), True
+        "p.safetensors",
+        lambda path: Patch.between(STATE, NEW).save(path),
+        lambda p: Patch.load(p).apply(STATE),
+        True,
     ),
-    "checkpoint": Reader("a.ckpt", lambda path: torch.save({"state_dict": STATE}, path), read_checkpoint, True),
+    "checkpoint": Reader(
+        "a.ckpt", lambda path: torch.save({"state_dict": STATE}, path), read_checkpoint, True
+    ),
     "sweep": Reader("runs-0.pt", write_runs, read_runs, True),
     "training, a point": Reader("point-00000002.pt", write_record, read_record, True),
     "training, samples": Reader("samples.pt", write_record, read_record, True),
     "predictions": Reader("p.csv", PREDICTIONS.save, Predictions.read),
     "ids": Reader("ids.csv", lambda path: path.write_text("split,id\nval,3\ntest,12\n"), read_ids),
-    "slices": Reader("s.csv", lambda path: path.write_text("split,id,slice\nval,3,a\nval,4,b\n"), read_slices),
-    "report": Reader("report.json", lambda path: path.write_text('{"status": "repaired"}'), read_report),
+    "slices": Reader(
+        "s.csv", lambda path: path.write_text("split,id,slice\nval,3,a\nval,4,b\n"), read_slices
+    ),
+    "report": Reader(
+        "report.json", lambda path: path.write_text('{"status": "repaired"}'), read_report
+    ),
 }
 
 
@@ -120,7 +161,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @st.composite
 def damage(draw: st.DrawFn) -> Callable[[bytes, bytes], bytes]:
     """What makes of the bytes of a file, and those of a file of another kind, something else."""
-    how = draw(st.sampled_from(["flip", "cut", "drop", "repeat", "splice", "set", "nulls", "foreign"]))
+    how = draw(
+        st.sampled_from(["flip", "cut", "drop", "repeat", "splice", "set", "nulls", "foreign"])
+    )
     a, b, bit = draw(st.floats(0, 1)), draw(st.floats(0, 1)), draw(st.integers(0, 255))
 
     def apply(data: bytes, other: bytes) -> bytes:
@@ -176,9 +219,14 @@ def test_a_damaged_file_is_refused_warned_of_or_read_as_it_was(
 
 
 @pytest.mark.parametrize("flag", [153, 156])
-def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(folders: dict[str, Path], flag: int) -> None:
+def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(
+    folders: dict[str, Path], flag: int
+) -> None:
     """Found by fuzzing: torch reads other values then."""
-    path, data = folders["checkpoint"].with_name("flag.ckpt"), bytearray(folders["checkpoint"].read_bytes())
+    path, data = (
+        folders["checkpoint"].with_name("flag.ckpt"),
+        bytearray(folders["checkpoint"].read_bytes()),
+    )
     length = data.index(b"a/data/0") - 4  # of that name, in front of it
     assert data[length] == 8
     data[length] = flag
@@ -197,7 +245,17 @@ def test_a_report_of_brackets_is_refused(tmp_path: Path, depth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", "3", '"a"', "null", '{"findings": 1}', '{"splits": [{"broken_ids": 3}]}', "\ufeff{}", ""]
+    "text",
+    [
+        "[1, 2]",
+        "3",
+        '"a"',
+        "null",
+        '{"findings": 1}',
+        '{"splits": [{"broken_ids": 3}]}',
+        "\ufeff{}",
+        "",
+    ],
 )
 def test_json_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
@@ -233,7 +291,9 @@ def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) ->
     assert not (tmp_path / "bad").exists()
 
 
-def begun(folder: Path, origin: str = "a", elsewhere: list[Path] | None = None, **rest: Any) -> ResumeStore:
+def begun(
+    folder: Path, origin: str = "a", elsewhere: list[Path] | None = None, **rest: Any
+) -> ResumeStore:
     work = ResumeStore(folder, elsewhere or [], every=rest.get("every", 0))
     ranks, clock = rest.get("ranks", Collective()), rest.get("clock", StageTimer())
     work.begin({"data": origin, "settings": "1"}, clock, ranks, torch.device("cpu"))
@@ -252,7 +312,9 @@ def counted(work: ResumeStore, made: list[int], dies_at: int = -1) -> int:
 
         return count
 
-    return work.once("all", lambda: max(work.once("a step", step(n)) for n in (1, 2, 3))) + work.once("last", step(4))
+    return work.once(
+        "all", lambda: max(work.once("a step", step(n)) for n in (1, 2, 3))
+    ) + work.once("last", step(4))
 
 
 @pytest.mark.parametrize("dies_at", [1, 2, 3, 4])
@@ -264,13 +326,19 @@ def test_finished_steps_are_not_run_again(tmp_path: Path, dies_at: int) -> None:
     assert counted(work, made) == 7
     assert made == [1, 2, 3, 4]
     assert work.place is not None
-    assert {path.name for path in work.place.iterdir()} == {"origin.json", "1-all.finished", "2-last.finished"}
+    assert {path.name for path in work.place.iterdir()} == {
+        "origin.json",
+        "1-all.finished",
+        "2-last.finished",
+    }
     work.done()
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("starved", [False, True])
-def test_all_ranks_read_a_result_or_none_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starved: bool) -> None:
+def test_all_ranks_read_a_result_or_none_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starved: bool
+) -> None:
     def work(ranks: Collective) -> list[int]:
         made: list[int] = []
         assert counted(begun(tmp_path, ranks=ranks), made) == 7
@@ -289,11 +357,15 @@ def test_all_ranks_read_a_result_or_none_does(tmp_path: Path, monkeypatch: pytes
         return from_bytes(data, *args)
 
     monkeypatch.setattr("lightning_nrl._utils.resume.from_bytes", reading)
-    with pytest.warns(FilesWarning, match=r"'1-all\.finished' is not used: MemoryError: no memory for it"):
+    with pytest.warns(
+        FilesWarning, match=r"'1-all\.finished' is not used: MemoryError: no memory for it"
+    ):
         assert on_ranks(3, work) == [[1, 2, 3]] * 3
 
 
-def test_a_disk_that_is_full_costs_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_costs_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -100,7 +100,12 @@ def test_what_was_written_comes_back() -> None:
         assert math.isnan(again.parts[1].size.height)
         assert again.parts[1].box == Size(3, 4.0)
         assert again.price == math.inf
-        assert (again.pair, again.limit, again.good, again.notes) == ((1, "a"), 0.5, True, THING.notes)
+        assert (again.pair, again.limit, again.good, again.notes) == (
+            (1, "a"),
+            0.5,
+            True,
+            THING.notes,
+        )
         assert math.isnan(again.curves["heat"][1])
         assert again.to_json() == THING.to_json()
 
@@ -113,8 +118,14 @@ def test_what_was_written_comes_back() -> None:
         ({"parts__1__width": True}, r"^parts\[1\]\.width: expected a whole number, found True"),
         ({"parts__1__width": 2**63}, r"^parts\[1\]\.width: expected a whole number of 64 bits"),
         ({"parts__1__width": None}, r"^parts\[1\]\.width: expected a whole number, found None"),
-        ({"parts__1__box_width": None}, r"^parts\[1\]\.box_width: expected a whole number, found None"),
-        ({"parts__0__kind": "tin"}, r"^parts\[0\]\.kind: expected one of \['wood', 'iron'\], found 'tin'"),
+        (
+            {"parts__1__box_width": None},
+            r"^parts\[1\]\.box_width: expected a whole number, found None",
+        ),
+        (
+            {"parts__0__kind": "tin"},
+            r"^parts\[0\]\.kind: expected one of \['wood', 'iron'\], found 'tin'",
+        ),
         ({"parts__0__kind": KeyError}, r"^parts\[0\]\.kind: this is missing"),
         ({"parts__0__box_width": KeyError}, r"^parts\[0\]\.box_width: this is missing"),
         ({"parts__0__colour": "red"}, r"^parts\[0\]\.colour: this key is unknown"),
@@ -124,7 +135,10 @@ def test_what_was_written_comes_back() -> None:
         ({"pair__1": 2}, r"^pair\[1\]: expected text, found 2"),
         ({"price": math.inf}, r"^price: expected a finite number, found inf"),
         ({"price": "1"}, r"^price: expected a finite number, found '1'"),
-        ({"curves__heat__0": -math.inf}, r"^curves\.heat\[0\]: expected a finite number, found -inf"),
+        (
+            {"curves__heat__0": -math.inf},
+            r"^curves\.heat\[0\]: expected a finite number, found -inf",
+        ),
         ({"limit": "1"}, r"^limit: expected a whole number, found '1'"),
         ({"good": 1}, r"^good: expected true or false, found 1"),
         ({"price": KeyError}, r"^price: this is missing"),
@@ -165,7 +179,9 @@ def test_a_number_too_large_for_a_float_is_named_too() -> None:
 
 def test_a_whole_number_is_a_number_where_none_is_lost() -> None:
     assert Thing.from_dict(changed(price=3)).price == 3.0
-    with pytest.raises(ConfigurationError, match=r"^price: expected a finite number, found 9007199254740993"):
+    with pytest.raises(
+        ConfigurationError, match=r"^price: expected a finite number, found 9007199254740993"
+    ):
         Thing.from_dict(changed(price=2**53 + 1))
 
 

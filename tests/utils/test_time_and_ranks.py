@@ -115,7 +115,9 @@ def handlers() -> Iterator[None]:
     poll()
 
 
-@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
 def test_a_signal_is_raised_where_work_asks(signum: int, raised: type[BaseException]) -> None:
     reached, said = [], list[str]()
 
@@ -133,7 +135,9 @@ def test_a_signal_is_raised_where_work_asks(signum: int, raised: type[BaseExcept
 
 
 @pytest.mark.parametrize(("signum", "raised"), [(signal.SIGTERM, Terminated), (0, SystemExit)])
-def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success(signum: int, raised: Any) -> None:
+def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success(
+    signum: int, raised: Any
+) -> None:
     @interruptible(terminated=Terminated, say=str)
     def work() -> None:
         if signum:
@@ -144,7 +148,9 @@ def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success(
         work()
 
 
-def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(interrupts, "OVERDUE_SECONDS", 0.05)
     began = time.monotonic()
 
@@ -189,7 +195,9 @@ def failing(times: int, error: Exception) -> Callable[[], int]:
 def test_work_is_tried_once_more_and_then_memory_is_the_reason() -> None:
     out = torch.OutOfMemoryError("CUDA out of memory.\nA long story.")
     assert twice_if_out_of_memory(failing(1, out), "it ran") == 7
-    with pytest.raises(DeviceMemoryError, match=r"^memory ran out while it ran: CUDA out of memory\.\nHINT"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"^memory ran out while it ran: CUDA out of memory\.\nHINT"
+    ):
         twice_if_out_of_memory(failing(2, out), "it ran")
     with pytest.raises(DeviceMemoryError):
         twice_if_out_of_memory(failing(1, out), "it ran", alone=False)
@@ -201,12 +209,18 @@ CPU = torch.device("cpu")
 
 
 def work(folder: str) -> None:
-    """Each of two ranks compares what it gets; the second one dies, and the first writes what it then hears."""
+    """Each of two ranks compares what it gets; the second one dies, and the first writes what it
+    then hears.
+    """
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     ranks = Collective.current(CPU)
     assert (ranks.rank, ranks.world_size) == (rank, 2)
-    assert Collective.current(torch.device("mps")).device == Collective.current(torch.device("cuda")).device == CPU
+    assert (
+        Collective.current(torch.device("mps")).device
+        == Collective.current(torch.device("cuda")).device
+        == CPU
+    )
     values = torch.tensor([1.0, 2.0]) * (10 if rank else 1)
     sums = [
         (values, torch.tensor([11.0, 22.0])),
@@ -241,7 +255,8 @@ def work(folder: str) -> None:
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        for a, b in zip(found, expected, strict=True)
     )
 
 
@@ -261,10 +276,15 @@ def test_two_processes_exchange_tensors_and_a_death_ends_with_a_message(tmp_path
         ({1: ReplayError("no\nway")}, ["ReplayError: no\nway"] * 3),
         ({1: ReplayError("b"), 2: EvaluationError("c")}, ["ReplayError: b"] * 3),
         ({1: OSError("b")}, ["OtherRankError", "OSError: b", "OtherRankError"]),
-        ({1: OSError("b"), 2: ReplayError("c")}, ["OtherRankError", "OSError: b", "OtherRankError"]),
+        (
+            {1: OSError("b"), 2: ReplayError("c")},
+            ["OtherRankError", "OSError: b", "OtherRankError"],
+        ),
     ],
 )
-def test_where_one_rank_fails_all_fail_in_one_way(errors: dict[int, Exception], expected: list[str]) -> None:
+def test_where_one_rank_fails_all_fail_in_one_way(
+    errors: dict[int, Exception], expected: list[str]
+) -> None:
     def outcome(collective: Collective) -> str:
         def task() -> str:
             if collective.rank in errors:

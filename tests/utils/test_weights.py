@@ -1,4 +1,6 @@
-"""Weights of a live model: read, replaced for a while, written, hashed, and given back as they were."""
+"""Weights of a live model: read, replaced for a while, written, hashed, and given back as they
+were.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_a_model_runs_on_other_tensors_for_a_while(name: str) -> None:
     held = NEW.clone().requires_grad_()
     with temporary_weights(model, {name: held, "norm.running_mean": torch.ones(2)}):
         # ([2, 4] - 1) @ [2, 3]
-        torch.testing.assert_close(model(torch.tensor([[2.0, 4.0]])), torch.tensor([[11.0]]), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            model(torch.tensor([[2.0, 4.0]])), torch.tensor([[11.0]]), rtol=1e-4, atol=0
+        )
         model(torch.tensor([[2.0, 4.0]])).sum().backward()
         assert model.exit.weight is model.head.weight is held
     assert model.exit.weight is model.head.weight is own
@@ -63,11 +67,18 @@ def test_a_model_runs_on_other_tensors_for_a_while(name: str) -> None:
     torch.testing.assert_close(held.grad, torch.tensor([[1.0, 3.0]]), rtol=1e-4, atol=0)
 
 
-WRONG = {"nowhere.weight": NEW, "cache": torch.ones(1), "head.weight": torch.zeros(2, 2), "norm.bias": torch.zeros(1)}
+WRONG = {
+    "nowhere.weight": NEW,
+    "cache": torch.ones(1),
+    "head.weight": torch.zeros(2, 2),
+    "norm.bias": torch.zeros(1),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("use", [write, changed, lambda model, state: temporary_weights(model, state).__enter__()])
+@pytest.mark.parametrize(
+    "use", [write, changed, lambda model, state: temporary_weights(model, state).__enter__()]
+)
 def test_a_state_that_does_not_fit_changes_nothing(name: str, use: object) -> None:
     model = Shared()
     before = snapshot(model)
@@ -98,7 +109,10 @@ def test_half_of_the_way_is_the_mean() -> None:
 
 
 def test_a_variance_stays_at_or_above_zero() -> None:
-    old, new = {"norm.running_var": torch.tensor([1.0, 1.0])}, {"norm.running_var": torch.tensor([0.1, 3.0])}
+    old, new = (
+        {"norm.running_var": torch.tensor([1.0, 1.0])},
+        {"norm.running_var": torch.tensor([0.1, 3.0])},
+    )
     torch.testing.assert_close(between(old, new, 1.5)["norm.running_var"], torch.tensor([0.0, 4.0]))
 
 
@@ -117,9 +131,15 @@ class Saves(nn.Linear):
     ("form", "names"),
     [
         (dict, {"weight": "weight", "bias": "bias"}),
-        (lambda state: {f"net.{name}": x for name, x in state.items()}, {"net.weight": "weight", "net.bias": "bias"}),
+        (
+            lambda state: {f"net.{name}": x for name, x in state.items()},
+            {"net.weight": "weight", "net.bias": "bias"},
+        ),
         (lambda state: {"bias": state["bias"]}, {"bias": "bias"}),
-        (lambda state: {name: x.half().clone() for name, x in state.items()}, {"weight": "weight", "bias": "bias"}),
+        (
+            lambda state: {name: x.half().clone() for name, x in state.items()},
+            {"weight": "weight", "bias": "bias"},
+        ),
         (lambda state: {**state, "weight": torch.zeros(2, 2)}, {"bias": "bias"}),
     ],
 )
@@ -136,7 +156,15 @@ def test_a_state_dict_says_which_tensors_it_saves(form: Any, names: dict[str, st
 
 def test_hash_tells_names_shapes_and_dtypes_apart() -> None:
     x = torch.zeros(2, 2)
-    tensors = [{"w": x}, {"v": x}, {"w": x.flatten()}, {"w": x.int()}, {"w": x, "v": x}, {"w": -x}, {}]
+    tensors = [
+        {"w": x},
+        {"v": x},
+        {"w": x.flatten()},
+        {"w": x.int()},
+        {"w": x, "v": x},
+        {"w": -x},
+        {},
+    ]
     assert len({hash_tensors(each) for each in tensors}) == len(tensors)
 
 
@@ -151,7 +179,8 @@ def test_hash_ignores_order_strides_and_gradients() -> None:
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_hash_takes_sparse_tensors_and_sees_values_and_places(layout: torch.layout) -> None:
     dense = [
-        torch.tensor(rows) for rows in ([[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 3.0]], [[1.0, 2.0], [0.0, 0.0]])
+        torch.tensor(rows)
+        for rows in ([[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 3.0]], [[1.0, 2.0], [0.0, 0.0]])
     ]
     first, *others = (hash_tensors({"w": x.to_sparse(layout=layout)}) for x in (dense[0], *dense))
     assert others[0] == first
@@ -159,7 +188,9 @@ def test_hash_takes_sparse_tensors_and_sees_values_and_places(layout: torch.layo
 
 
 class Counting(nn.Module):
-    """Counts its calls in one buffer in place, replaces another, and draws a random number, in evaluation mode too."""
+    """Counts its calls in one buffer in place, replaces another, and draws a random number, in
+    evaluation mode too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,8 +206,12 @@ class Counting(nn.Module):
 
 
 def network() -> nn.Sequential:
-    """Everything that a careless look would change: norms, dropout, own counters, frozen parts, modes and gradients."""
-    model = nn.Sequential(trained()[0], nn.BatchNorm1d(12), nn.ReLU(), Counting(), nn.Dropout(0.5), trained()[2])
+    """Everything that a careless look would change: norms, dropout, own counters, frozen parts,
+    modes and gradients.
+    """
+    model = nn.Sequential(
+        trained()[0], nn.BatchNorm1d(12), nn.ReLU(), Counting(), nn.Dropout(0.5), trained()[2]
+    )
     model.train()
     model[1].eval()
     model[0].weight.requires_grad_(False)
@@ -191,7 +226,10 @@ def picture(model: nn.Module) -> list[Any]:
         [(name, id(x), x.detach().clone()) for name, x in own],
         [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
         [module.training for module in model.modules()],
-        [(sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        [
+            (sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+            for m in model.modules()
+        ],
         torch.get_rng_state(),
         torch.is_grad_enabled(),
     ]
@@ -207,7 +245,9 @@ def same(a: Any, b: Any) -> bool:
 def test_a_repair_leaves_no_trace(layer: Any) -> None:
     model = network()
     before = picture(model)
-    outcome = repair_module(model, known(), quick(layer=layer, localizer=AllWeights()), unseen=unseen())
+    outcome = repair_module(
+        model, known(), quick(layer=layer, localizer=AllWeights()), unseen=unseen()
+    )
     assert outcome.report.search is not None
     assert same(picture(model), before)
 
@@ -273,7 +313,9 @@ class Rewritten(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.written, self.swapped, self.lost, self.zero = (nn.Parameter(torch.zeros(2)) for _ in range(4))
+        self.written, self.swapped, self.lost, self.zero = (
+            nn.Parameter(torch.zeros(2)) for _ in range(4)
+        )
         self.zero.data.copy_(torch.tensor([-0.0, torch.nan]))
         self.merged = False
 
@@ -297,7 +339,13 @@ def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_me
         assert model.merged
         assert torch.equal(model.written, torch.ones(2))
         assert model.swapped.shape == (3,)
-    assert [name for name, _ in model.named_parameters()] == ["written", "swapped", "lost", "zero", "other"]
+    assert [name for name, _ in model.named_parameters()] == [
+        "written",
+        "swapped",
+        "lost",
+        "zero",
+        "other",
+    ]
     for name, value in parameters.items():
         assert getattr(model, name) is value
         assert value.data_ptr() == memory[name]

@@ -22,22 +22,31 @@ from lightning_nrl._trainer.lightning.packages import (
 from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl.errors import ConfigurationError
 
-TRUSTED_FILE_HINT = "if you trust the file, set `weights_only=False`, or load the model from it yourself."
+TRUSTED_FILE_HINT = (
+    "if you trust the file, set `weights_only=False`, or load the model from it yourself."
+)
 
 
 @contextmanager
 def reading_checkpoints(
-    trainer: Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
+    trainer: Trainer,
+    argument: str,
+    *,
+    weights_only: bool = True,
+    otherwise: str = TRUSTED_FILE_HINT,
 ) -> Iterator[None]:
-    """Makes a trainer refuse, for a block, checkpoints with other objects than tensors and plain values.
+    """Makes a trainer refuse, for a block, checkpoints with other objects than tensors and plain
+    values.
 
-    With `weights_only=False`, it reads such checkpoints. Errors name `argument`, and their hint ends with `otherwise`.
-    By itself, Lightning 2.5 runs any code in a checkpoint, and 2.6 does so if the checkpoint is from a URL. Custom
-    checkpoint plugins for other formats are not affected.
+    With `weights_only=False`, it reads such checkpoints. Errors name `argument`, and their hint
+    ends with `otherwise`. By itself, Lightning 2.5 runs any code in a checkpoint, and 2.6 does so
+    if the checkpoint is from a URL. Custom checkpoint plugins for other formats are not affected.
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
-    if isinstance(stored, _CheckpointReader) or not isinstance(stored, (TorchCheckpointIO, WrappingCheckpointIO)):
+    if isinstance(stored, _CheckpointReader) or not isinstance(
+        stored, (TorchCheckpointIO, WrappingCheckpointIO)
+    ):
         yield
         return
     strategy.checkpoint_io = reader = _CheckpointReader(stored, argument, weights_only, otherwise)
@@ -53,7 +62,9 @@ def reading_checkpoints(
     except KeyError as error:
         if error.args[0] not in ("pytorch-lightning_version", "state_dict") or not reader.path:
             raise
-        problem = f"`{argument}={reader.path!r}` is no Lightning checkpoint: it has no `{error.args[0]}`."
+        problem = (
+            f"`{argument}={reader.path!r}` is no Lightning checkpoint: it has no `{error.args[0]}`."
+        )
         hint = "if it is a state dict, load it by `model.load_state_dict(torch.load(path))` and give no checkpoint."
         raise ConfigurationError(problem, hint) from error
     finally:
@@ -61,7 +72,9 @@ def reading_checkpoints(
 
 
 class _CheckpointReader(WrappingCheckpointIOBase):
-    def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
+    def __init__(
+        self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str
+    ) -> None:
         super().__init__(stored)
         self._argument, self._weights_only, self._otherwise = argument, weights_only, otherwise
         self.path = ""  # path of the checkpoint that was read last
@@ -73,7 +86,10 @@ class _CheckpointReader(WrappingCheckpointIOBase):
 
     @override
     def load_checkpoint(
-        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+        self,
+        path: Any,
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
     ) -> dict[str, Any]:
         try:
             found: dict[str, Any] = load_checkpoint(
@@ -91,9 +107,11 @@ class _CheckpointReader(WrappingCheckpointIOBase):
 
 
 class CheckpointWriter(WrappingCheckpointIOBase):
-    """Checkpoint plugin that writes with the user's own plugin or, if there is none, directly with `torch.save`.
+    """Checkpoint plugin that writes with the user's own plugin or, if there is none, directly with
+    `torch.save`.
 
-    An exception is stored as `error` and not raised, since other ranks would wait forever for the rank that writes.
+    An exception is stored as `error` and not raised, since other ranks would wait forever for the
+    rank that writes.
     """
 
     def __init__(self, stored: CheckpointIO) -> None:
@@ -103,12 +121,16 @@ class CheckpointWriter(WrappingCheckpointIOBase):
             inner = inner.checkpoint_io
         if isinstance(inner, classes("pytorch.plugins.io.AsyncCheckpointIO")):
             inner = inner.checkpoint_io
-        self.is_plain = type(inner) in classes("pytorch.plugins.io.TorchCheckpointIO")  # `torch.load` reads the file
+        self.is_plain = type(inner) in classes(
+            "pytorch.plugins.io.TorchCheckpointIO"
+        )  # `torch.load` reads the file
         self.error: Exception | None = None
         self.state_dict: Any = None  # state dict of the checkpoint to write
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         self.state_dict = checkpoint.get("state_dict")
         if self.error is not None:  # no folder to write to
             return

@@ -1,7 +1,10 @@
-"""Classes of `pytorch_lightning` and `lightning.pytorch`, two copies of one library; one or both are installed.
+"""Classes of `pytorch_lightning` and `lightning.pytorch`, two copies of one library; one or both
+are
+installed.
 
-A name such as `Trainer` is the union of both classes, for annotations and `isinstance`. A name such as `CallbackBase`
-is a class derived from both. `class_for` returns the class to construct. mypy sees only classes of `pytorch_lightning`.
+A name such as `Trainer` is the union of both classes, for annotations and `isinstance`. A name such
+as `CallbackBase` is a class derived from both. `class_for` returns the class to construct. mypy
+sees only classes of `pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports and returns `lightning.pytorch` and `pytorch_lightning`, or the only one that is installed."""
+    """Imports and returns `lightning.pytorch` and `pytorch_lightning`, or the only one that is
+    installed.
+    """
     imported = [name for name in FABRIC if name in sys.modules]
     kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
     packages, errors = [], []
@@ -36,7 +41,9 @@ def installed_packages() -> tuple[ModuleType, ...]:
             errors.append(error)
     if not packages:
         hint = "HINT: python -m pip install lightning"
-        raise ImportError(f"neither `lightning.pytorch` nor `pytorch_lightning` can be imported. {hint}") from errors[0]
+        raise ImportError(
+            f"neither `lightning.pytorch` nor `pytorch_lightning` can be imported. {hint}"
+        ) from errors[0]
     if imported:  # the user's package goes on to log with its own logger
         rank_zero.log, rank_zero.rank_zero_deprecation_category = kept
     return tuple(packages)
@@ -46,7 +53,9 @@ PACKAGES = installed_packages()
 
 
 def classes(path: str) -> tuple[type[Any], ...]:
-    """Returns the classes at a path such as `pytorch.callbacks.Timer`, one from each package that has such a class."""
+    """Returns the classes at a path such as `pytorch.callbacks.Timer`, one from each package that
+    has such a class.
+    """
     found = (_find(package.__name__, path) for package in PACKAGES)
     return tuple(kind for kind in found if kind is not None)
 
@@ -58,7 +67,9 @@ def _find(package: str, path: str) -> Any:
 
 
 def callback_kinds(names: str) -> tuple[type[Any], ...]:
-    """Returns the callback classes with these names, separated by spaces, of all installed packages that have them."""
+    """Returns the callback classes with these names, separated by spaces, of all installed packages
+    that have them.
+    """
     return tuple(kind for name in names.split() for kind in classes(f"pytorch.callbacks.{name}"))
 
 
@@ -73,7 +84,9 @@ def _base(path: str) -> Any:
 
 if TYPE_CHECKING:
     from lightning_fabric.utilities.cloud_io import _load
-    from lightning_fabric.utilities.distributed import DistributedSamplerWrapper as DistributedSamplerWrapper
+    from lightning_fabric.utilities.distributed import (
+        DistributedSamplerWrapper as DistributedSamplerWrapper,
+    )
     from pytorch_lightning import Callback as Callback
     from pytorch_lightning import LightningDataModule as LightningDataModule
     from pytorch_lightning import LightningModule as LightningModule
@@ -113,12 +126,15 @@ else:
     CallbackBase = _base("pytorch.Callback")
     WrappingCheckpointIOBase = _base("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")
-    # Subclasses of it also derive from a user's module, whose methods a base from the other package would override.
+    # Subclasses of it also derive from a user's module, whose methods a base from the other package
+    # would override.
     LightningModuleMixin = nn.Module
 
 
 def packages_of(thing: object) -> list[str]:
-    """Returns the package names of a Trainer, module, data module, callback or logger. Other objects have none."""
+    """Returns the package names of a Trainer, module, data module, callback or logger. Other
+    objects have none.
+    """
 
     def kinds(package: Any) -> tuple[type[Any], ...]:
         modules = (package.LightningModule, package.LightningDataModule)

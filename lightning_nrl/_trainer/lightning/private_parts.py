@@ -1,4 +1,6 @@
-"""Access to private or untyped parts of Lightning, tested with 2.5 and 2.6. Private names are in brackets."""
+"""Access to private or untyped parts of Lightning, tested with 2.5 and 2.6. Private names are in
+brackets.
+"""
 
 from __future__ import annotations
 
@@ -46,21 +48,31 @@ def batch_limit(trainer: Trainer) -> int | None:
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
-    """Returns `Trainer.overfit_batches`: a number (int) or a share (float) of batches, or 0 for no limit."""
+    """Returns `Trainer.overfit_batches`: a number (int) or a share (float) of batches, or 0 for no
+    limit.
+    """
     return cast(float, _untyped(trainer).overfit_batches)
 
 
 def state_key_of(callback: Callback, **what: Any) -> str:
-    """Returns the key of a callback's state in a checkpoint, made of its class and `what` (`_generate_state_key`)."""
+    """Returns the key of a callback's state in a checkpoint, made of its class and `what`
+    (`_generate_state_key`).
+    """
     return callback._generate_state_key(**what)
 
 
 def logged_hparams(trainer: Trainer) -> dict[str, Any]:
     """Returns the hyperparameters of module and data module that a fit logs (`_log_hyperparams`)."""
-    holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
+    holders = [
+        holder
+        for holder in (trainer.lightning_module, data_module_of(trainer))
+        if holder is not None
+    ]
     logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
     found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
-    return {key: value for key, value in found.items() if key != "_class_path"}  # added by LightningCLI
+    return {
+        key: value for key, value in found.items() if key != "_class_path"
+    }  # added by LightningCLI
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -70,12 +82,17 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def overrides(module: LightningModule, name: str) -> bool:
     """True if a module overrides a step or hook of LightningModule."""
     owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
-    return owner is not None and owner.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning")
+    return owner is not None and owner.__module__.partition(".")[0] not in (
+        "pytorch_lightning",
+        "lightning",
+    )
 
 
 @contextmanager
 def validating(trainer: Trainer) -> Iterator[None]:
-    """Sets the trainer's stage to validation for a block. So modules do not augment batches as in training."""
+    """Sets the trainer's stage to validation for a block. So modules do not augment batches as in
+    training.
+    """
     stage = trainer.state.stage
     trainer.state.stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
     try:
@@ -85,21 +102,27 @@ def validating(trainer: Trainer) -> Iterator[None]:
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Moves a batch to the device as validation does (`_on_before_batch_transfer`), then calls `with_plain_tensors`."""
+    """Moves a batch to the device as validation does (`_on_before_batch_transfer`), then calls
+    `with_plain_tensors`.
+    """
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
 
 def given_loaders(trainer: Trainer, split: str) -> Any:
-    """Returns the `train` or `val` loaders given to `fit`, or None if hooks create them (`_data_source`)."""
+    """Returns the `train` or `val` loaders given to `fit`, or None if hooks create them
+    (`_data_source`).
+    """
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
 
 
 def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) -> Any:
-    """Returns a `CombinedLoader` of `change(loader)` for each loader in `given`, with the mode of the fit (`_mode`)."""
+    """Returns a `CombinedLoader` of `change(loader)` for each loader in `given`, with the mode of
+    the fit (`_mode`).
+    """
     combined = trainer.fit_loop._combined_loader
     mode = getattr(given if combined is None else combined, "_mode", "max_size_cycle")
     inside = pytree.tree_map(change, getattr(given, "iterables", given))
@@ -109,7 +132,9 @@ def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) ->
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
-    """Returns the loaders of a validation, their batch limits and their mode, or None if there is no validation."""
+    """Returns the loaders of a validation, their batch limits and their mode, or None if there is
+    no validation.
+    """
     fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     with validating(trainer):
@@ -121,7 +146,9 @@ def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], 
 
 
 def rerun_validation(trainer: Trainer) -> None:
-    """Validates again within a fit, to update metrics. Restores the loop's counters and `_logger_connector`."""
+    """Validates again within a fit, to update metrics. Restores the loop's counters and
+    `_logger_connector`.
+    """
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
     progress, seen = loop.batch_progress.state_dict(), dict(loop._seen_batches_per_dataloader)
@@ -136,7 +163,9 @@ def rerun_validation(trainer: Trainer) -> None:
 
 
 def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
-    """Returns a loader's sampler twice. If Lightning has wrapped it for ranks, the second is the inner `_sampler`."""
+    """Returns a loader's sampler twice. If Lightning has wrapped it for ranks, the second is the
+    inner `_sampler`.
+    """
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
         wrapped: Any = sampler.dataset
@@ -145,13 +174,17 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or `module` itself if it is not wrapped."""
+    """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or `module` itself if it
+    is not wrapped.
+    """
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """True if calls of the module are compiled, so that hooks inside do not run (`_compiled_call_impl`)."""
+    """True if calls of the module are compiled, so that hooks inside do not run
+    (`_compiled_call_impl`).
+    """
     by_lightning = isinstance(module, LightningModule) and module._compiler_ctx is not None
     return by_lightning or module._compiled_call_impl is not None
 
@@ -159,7 +192,12 @@ def is_compiled(module: nn.Module) -> bool:
 def shared_with_copies(module: nn.Module) -> list[object]:
     """Returns objects that a deep copy of a module must share: `_trainer` and `_compiler_ctx`."""
     parts = [part for part in module.modules() if isinstance(part, LightningModule)]
-    return [thing for part in parts for thing in (part._trainer, part._compiler_ctx) if thing is not None]
+    return [
+        thing
+        for part in parts
+        for thing in (part._trainer, part._compiler_ctx)
+        if thing is not None
+    ]
 
 
 def release_copy(copy: nn.Module) -> None:
@@ -175,7 +213,9 @@ def release_copy(copy: nn.Module) -> None:
 
 
 def starts_own_processes(trainer: Trainer) -> bool:
-    """True if a trainer works in other processes that it starts, as with `ddp_spawn` (class of `Strategy.launcher`)."""
+    """True if a trainer works in other processes that it starts, as with `ddp_spawn` (class of
+    `Strategy.launcher`).
+    """
     launcher = trainer.strategy.launcher
     multiprocessing = "pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
     return isinstance(launcher, class_for(trainer, multiprocessing))

@@ -1,4 +1,6 @@
-"""Reports in all loggers of a trainer. A logger that fails causes a warning and never stops a repair."""
+"""Reports in all loggers of a trainer. A logger that fails causes a warning and never stops a
+repair.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,16 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_only,
     rank_zero_warn,
 )
-from lightning_nrl._trainer.tracking.learning_curves import history_figures
 from lightning_nrl._trainer.tracking.repair_log import RepairLog, next_free, written
-from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
+from lightning_nrl._trainer.tracking.scalars import (
+    Scalars,
+    final_numbers,
+    search_curves,
+    strength_curves,
+)
 from lightning_nrl.errors import LoggingWarning
-from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report._figures import image_of
+from lightning_nrl.report.figures import image_of
 from lightning_nrl.report.page import FactList, Heading, Page
 from lightning_nrl.report.tables import FLIPPED_COLUMNS
 from lightning_nrl.updates import ReleaseReport
@@ -37,14 +42,28 @@ from lightning_nrl.updates import ReleaseReport
 Plain = bool | int | float | str
 
 ASKED: Mapping[str, Plain] = {
-    **{f"repair/{name}": "" for name in ("gate", "layer", "method", "target", "with fitness", "with task")},
-    **{f"repair/{name}": 0.0 for name in ("seed", "with max_time", "with n_passed", "with n_weights")},
+    **{
+        f"repair/{name}": ""
+        for name in ("gate", "layer", "method", "target", "with fitness", "with task")
+    },
+    **{
+        f"repair/{name}": 0.0
+        for name in ("seed", "with max_time", "with n_passed", "with n_weights")
+    },
 }
-"""HParams columns for the settings of a repair, with a value of the right type. The tab shows the first five names."""
+"""HParams columns for the settings of a repair, with a value of the right type. The tab shows the
+first five names.
+"""
 MEASURED = tuple(
     f"repair/{name}"
     for name in (
-        *("accepted", "known_repaired_in_target", "known_broken", "unseen_repaired", "unseen_broken"),
+        *(
+            "accepted",
+            "known_repaired_in_target",
+            "known_broken",
+            "unseen_repaired",
+            "unseen_broken",
+        ),
         *("known_repair_rate", "known_accuracy", "unseen_repair_rate", "unseen_nfr"),
         *("evidence", "unseen_accuracy", "known_regressions", "unseen_regressions"),
     )
@@ -66,7 +85,9 @@ def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
 
 @rank_zero_only
 def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
-    """Declares the HParams columns of a repair to TensorBoard, before training logs its hyperparameters `trained`."""
+    """Declares the HParams columns of a repair to TensorBoard, before training logs its
+    hyperparameters `trained`.
+    """
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -76,8 +97,12 @@ def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
 
 
 @rank_zero_only
-def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
-    """Writes the report of a release decision to TensorBoard, and uploads the report's files to W&B and MLflow."""
+def track_release(
+    report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release"
+) -> None:
+    """Writes the report of a release decision to TensorBoard, and uploads the report's files to W&B
+    and MLflow.
+    """
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -101,23 +126,31 @@ def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, wha
 
 
 @rank_zero_only
-def track_history(record: TrainingRecord, loggers: Sequence[Logger], *, step: int, name: str) -> None:
-    """Writes figures of each split of a training's record to TensorBoard, if matplotlib is installed."""
+def track_figures(
+    figures: Mapping[str, Any], loggers: Sequence[Logger], *, step: int, name: str, what: str
+) -> None:
+    """Writes Matplotlib figures by title to TensorBoard, on rank zero; `what` names the figures in
+    a warning.
+    """
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
-            for split in record.splits:
-                for title, figure in history_figures(record, split).items():
-                    writer.add_image(f"{name}_figures/{title}", image_of(figure), step, dataformats="HWC")
+            for title, figure in figures.items():
+                writer.add_image(
+                    f"{name}_figures/{title}", image_of(figure), step, dataformats="HWC"
+                )
             logger.save()
 
-    if find_spec("matplotlib") is not None:
-        to_each(loggers, write, "history of the training")
+    to_each(loggers, write, what)
 
 
 @rank_zero_only
-def track_sweep(rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name: str = "sweep") -> None:
-    """Writes rows of a sweep to every TensorBoard logger, for its HParams tab. Each row is a sub-run `<name>/<row>`."""
+def track_sweep(
+    rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name: str = "sweep"
+) -> None:
+    """Writes rows of a sweep to every TensorBoard logger, for its HParams tab. Each row is a
+    sub-run `<name>/<row>`.
+    """
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
@@ -134,10 +167,11 @@ def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: st
         try:
             write(logger)
         except Exception as error:
-            problem = (
-                f"The {what} was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}."
+            problem = f"The {what} was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}."
+            rank_zero_warn(
+                f"{problem} The {what} itself and its files are not affected.",
+                category=LoggingWarning,
             )
-            rank_zero_warn(f"{problem} The {what} itself and its files are not affected.", category=LoggingWarning)
 
 
 def _write(log: RepairLog, logger: Logger) -> None:
@@ -170,7 +204,9 @@ def safe_name(title: str) -> str:
     return re.sub(r'[<>:"/\\|?*]', "_", title)
 
 
-def _write_row(writer: SummaryWriter, report: RepairReport, trained: Mapping[str, Any] | None) -> None:
+def _write_row(
+    writer: SummaryWriter, report: RepairReport, trained: Mapping[str, Any] | None
+) -> None:
     values = {**_flat(trained or {}), **_asked(report)}
     _, start, end = hparams(values, {})
     for summary in (_experiment(trained or {}), start, end):
@@ -189,10 +225,16 @@ def _asked(report: RepairReport) -> dict[str, Plain]:
         "repair/with fitness": _kind(settings.get("fitness"), "kind"),
         "repair/with max_time": settings.get("max_time"),
         "repair/with n_passed": settings.get("n_passed"),
-        "repair/with n_weights": None if report.localization is None else report.localization.sizes.get("localized"),
+        "repair/with n_weights": None
+        if report.localization is None
+        else report.localization.sizes.get("localized"),
         "repair/with task": report.task,
     }
-    return {key: value for key, value in _flat(found).items() if isinstance(value, str) == isinstance(ASKED[key], str)}
+    return {
+        key: value
+        for key, value in _flat(found).items()
+        if isinstance(value, str) == isinstance(ASKED[key], str)
+    }
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
@@ -205,7 +247,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
             found[f"{prefix}{key}"] = value
         elif value is not None:
             text = str(value)
-            found[f"{prefix}{key}"] = text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
+            found[f"{prefix}{key}"] = (
+                text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
+            )
     return found
 
 
@@ -220,17 +264,24 @@ def _kind(settings: Any, key: str) -> Any:
 
 
 def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
-    # A repair is a sub-run, since the HParams tab needs a run for each row. All sub-runs have the same tags, so that
-    # two repairs share one card. Curves are figures, since TensorBoard's smoothing of scalars would distort them.
+    # A repair is a sub-run, since the HParams tab needs a run for each row. All sub-runs have the
+    # same tags, so that two repairs share one card. Curves are figures, since TensorBoard's
+    # smoothing of scalars would distort them.
     report, step = log.report, log.step
-    with SummaryWriter(str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))) as run:
+    with SummaryWriter(
+        str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))
+    ) as run:
         for tag, value in final_numbers(report).items():
             run.add_scalar(tag, value, step)
         run.add_text("repair/report", report.to_markdown(), step)
         for title, views in log.texts.items():
-            page = Page((Heading(title), FactList(tuple((view.caption, view.text) for view in views))))
+            page = Page(
+                (Heading(title), FactList(tuple((view.caption, view.text) for view in views)))
+            )
             run.add_text(f"repair_samples/{title}", page.markdown(), step)
-        changes = [change.detach().float().flatten().cpu() for change in (log.changes or {}).values()]
+        changes = [
+            change.detach().float().flatten().cpu() for change in (log.changes or {}).values()
+        ]
         flat = torch.cat(changes) if changes else torch.zeros(0)
         if bool((flat != 0).any()):
             run.add_histogram("repair_weights/change", flat[flat != 0], step)
@@ -246,12 +297,20 @@ def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
             for title, figure in figures.items():
                 run.add_image(f"{group}/{title}", image_of(figure), log.step, dataformats="HWC")
     else:
-        for at, scalars in (*enumerate(search_curves(log.report)), *strength_curves(log.report).items()):
+        for at, scalars in (
+            *enumerate(search_curves(log.report)),
+            *strength_curves(log.report).items(),
+        ):
             for tag, value in scalars.items():
                 run.add_scalar(tag, value, at)
         for title, views in log.pictures.items():
             for view in views:
-                run.add_image(f"repair_samples/{title}, {view.caption}", view.pixels, log.step, dataformats="HWC")
+                run.add_image(
+                    f"repair_samples/{title}, {view.caption}",
+                    view.pixels,
+                    log.step,
+                    dataformats="HWC",
+                )
 
 
 @dataclass(frozen=True)
@@ -266,10 +325,14 @@ class WandbRun:
             logger.log_image(f"{name}_figures/{safe_name(title)}", [image_of(figure)], step=step)
         for title, views in log.pictures.items():
             pixels, captions = [view.pixels for view in views], [view.caption for view in views]
-            logger.log_image(f"{name}_samples/{safe_name(title)}", pixels, step=step, caption=captions)
+            logger.log_image(
+                f"{name}_samples/{safe_name(title)}", pixels, step=step, caption=captions
+            )
         for title, views in log.texts.items():
             texts = [[view.caption, view.text] for view in views]
-            logger.log_text(f"{name}_samples/{safe_name(title)}", ["sample", "text"], texts, step=step)
+            logger.log_text(
+                f"{name}_samples/{safe_name(title)}", ["sample", "text"], texts, step=step
+            )
         if log.flipped:
             columns, rows = _flipped_with_pictures(log)
             logger.log_table(f"{name}/flipped_samples", columns, rows, step=step)
@@ -300,7 +363,9 @@ def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
         return list(FLIPPED_COLUMNS), rows
     pictures = [shown.get((row[0], row[1])) for row in rows]
     images = [None if pixels is None else wandb.Image(pixels) for pixels in pictures]
-    return [*FLIPPED_COLUMNS, "input"], [[*row, image] for row, image in zip(rows, images, strict=True)]
+    return [*FLIPPED_COLUMNS, "input"], [
+        [*row, image] for row, image in zip(rows, images, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -317,7 +382,9 @@ class MlflowRun:
             text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
             client.log_text(run_id, text, f"{name}/samples/{safe_name(title)}.txt")
         if log.flipped and find_spec("pandas") is not None:  # MLflow needs pandas for tables
-            columns = {column: [row[i] for row in log.flipped] for i, column in enumerate(FLIPPED_COLUMNS)}
+            columns = {
+                column: [row[i] for row in log.flipped] for i, column in enumerate(FLIPPED_COLUMNS)
+            }
             client.log_table(run_id, columns, f"{name}/flipped_samples.json")
 
     def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:

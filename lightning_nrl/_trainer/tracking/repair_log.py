@@ -11,15 +11,27 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nrl._trainer.tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
+from lightning_nrl._trainer.tracking.scalars import (
+    Scalars,
+    final_numbers,
+    search_curves,
+    strength_curves,
+)
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.repair_plot import SEARCH_TITLE, gallery_figures, reviewer_figures, summary_figure
+from lightning_nrl.report.repair_plot import (
+    SEARCH_TITLE,
+    gallery_figures,
+    reviewer_figures,
+    summary_figure,
+)
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
-"""Kinds of files that loggers get. Checkpoints are not among them, since each logger has its own rules for these."""
+"""Kinds of files that loggers get. Checkpoints are not among them, since each logger has its own
+rules for these.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +45,9 @@ class RepairLog:
 
     @property
     def points(self) -> list[tuple[int, Scalars]]:
-        """Pairs of a step and its numbers. A step is a search iteration, a strength in percent, or a training step."""
+        """Pairs of a step and its numbers. A step is a search iteration, a strength in percent, or
+        a training step.
+        """
         search = enumerate(search_curves(self.report, self.name))
         strength = strength_curves(self.report, self.name).items()
         return [*search, *strength, (self.step, final_numbers(self.report, self.name))]
@@ -57,7 +71,9 @@ class RepairLog:
 
     @cached_property
     def galleries(self) -> dict[str, Any]:
-        """Figures of broken and of repaired samples with captions, by split. There are none without matplotlib."""
+        """Figures of broken and of repaired samples with captions, by split. There are none without
+        matplotlib.
+        """
         return gallery_figures(self.views) if self.drawn else {}
 
     @cached_property
@@ -79,11 +95,17 @@ class RepairLog:
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
     """Returns paths by kind. Only existing files of the kinds in `UPLOADED` are included."""
-    return {kind: Path(files[kind]) for kind in UPLOADED if kind in files and Path(files[kind]).is_file()}
+    return {
+        kind: Path(files[kind])
+        for kind in UPLOADED
+        if kind in files and Path(files[kind]).is_file()
+    }
 
 
 def next_free(folder: Path, pattern: str) -> Path:
-    """Returns `folder`, or the first of `folder-1`, `folder-2`, ..., that holds no file of this pattern."""
+    """Returns `folder`, or the first of `folder-1`, `folder-2`, ..., that holds no file of this
+    pattern.
+    """
     free, k = folder, 0
     while any(free.glob(pattern)):
         k += 1

@@ -1,8 +1,8 @@
 """Numbers of a report for loggers, by tag.
 
-Loggers group tags by the part before the first slash: `<name>/` has the few numbers for a decision, `<name>_numbers/`
-all other numbers, `<name>_search/` and `<name>_strength/` the curves. Numbers that are not finite are omitted, since
-several loggers refuse them or draw them wrongly.
+Loggers group tags by the part before the first slash: `<name>/` has the few numbers for a decision,
+`<name>_numbers/` all other numbers, `<name>_search/` and `<name>_strength/` the curves. Numbers
+that are not finite are omitted, since several loggers refuse them or draw them wrongly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 from lightning_nrl.evaluation.rates import UPDATE_RATES
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.evaluation.slices import slice_tags
-from lightning_nrl.report import RepairReport, SplitReport
+from lightning_nrl.records import SplitReport
+from lightning_nrl.report import RepairReport
 from lightning_nrl.updates import ReleaseReport
 
 Scalars = dict[str, float]
@@ -26,16 +27,19 @@ SEARCH_CURVES = {
     "loss_passed": "loss_passed",
     "diversity": "diversity",
 }
-"""Tags of the curves in `SearchHistory`, by name. Its curve `intact` is logged as `broken`, which should be 0."""
+"""Tags of the curves in `SearchHistory`, by name. Its curve `intact` is logged as `broken`, which
+should be 0.
+"""
 EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns the main numbers of a repair, the most important first: at most twelve, or more in a model update.
+    """Returns the main numbers of a repair, the most important first: at most twelve, or more in a
+    model update.
 
-    Numbers `known_...` and `unseen_...` count all known or all unseen splits, with the weights that the model has now.
-    In a model update, `..._regressions` and `..._nfr` compare with the replaced model. Numbers `refused_...` count what
-    refused weights would repair and break.
+    Numbers `known_...` and `unseen_...` count all known or all unseen splits, with the weights that
+    the model has now. In a model update, `..._regressions` and `..._nfr` compare with the replaced
+    model. Numbers `refused_...` count what refused weights would repair and break.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     if report.verdict.source != "none":
@@ -66,14 +70,21 @@ def _headline(split: SplitReport) -> Scalars:
 
 
 def update_numbers(counts: FlipCounts) -> Scalars:
-    """Returns rates, counts and accuracies of a model compared with the replaced model. Undefined rates are NaN."""
+    """Returns rates, counts and accuracies of a model compared with the replaced model. Undefined
+    rates are NaN.
+    """
     numbers = {rate.short: rate.of(counts) for rate in UPDATE_RATES}
     numbers |= {"broken": counts.broken, "repaired": counts.repaired}
-    return numbers | {"accuracy": counts.accuracy_after, "reference_accuracy": counts.accuracy_before}
+    return numbers | {
+        "accuracy": counts.accuracy_after,
+        "reference_accuracy": counts.accuracy_before,
+    }
 
 
 def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
-    """Returns `accepted` (1 or 0), and the numbers of each split (`<name>/<split>/...`) and of each slice in it."""
+    """Returns `accepted` (1 or 0), and the numbers of each split (`<name>/<split>/...`) and of each
+    slice in it.
+    """
     found: Scalars = {"accepted": float(report.accepted)}
     tags = slice_tags({row.slice for row in report.rows if row.slice})
     for row in report.rows:
@@ -84,7 +95,9 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
 
 
 def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns numbers of splits, slices, rungs of the default method, and weights, which `outcome` does not return."""
+    """Returns numbers of splits, slices, rungs of the default method, and weights, which `outcome`
+    does not return.
+    """
     found: Scalars = {}
     for split in report.splits:
         found |= {f"{split.split}_data/{number}": value for number, value in split.numbers.items()}
@@ -108,25 +121,37 @@ def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
 
 
 def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Returns the numbers of `outcome` and of `further_numbers`, which are all numbers except the curves."""
+    """Returns the numbers of `outcome` and of `further_numbers`, which are all numbers except the
+    curves.
+    """
     return outcome(report, name) | further_numbers(report, name)
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
-    """Returns the numbers of each iteration of the search. The list is empty if there was no search."""
+    """Returns the numbers of each iteration of the search. The list is empty if there was no
+    search.
+    """
     search = report.search
     if search is None:
         return []
-    curves = {tag: search.history[curve] for curve, tag in SEARCH_CURVES.items() if curve in search.history}
+    curves = {
+        tag: search.history[curve]
+        for curve, tag in SEARCH_CURVES.items()
+        if curve in search.history
+    }
     if search.n_passed is not None and "intact" in search.history:
         curves["broken"] = [search.n_passed - intact for intact in search.history["intact"]]
     length = max((len(curve) for curve in curves.values()), default=0)
-    points = [{tag: curve[i] for tag, curve in curves.items() if i < len(curve)} for i in range(length)]
+    points = [
+        {tag: curve[i] for tag, curve in curves.items() if i < len(curve)} for i in range(length)
+    ]
     return [_finite(point, f"{name}_search/") for point in points]
 
 
 def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
-    """Returns counts by strength, the share of the weight change that is applied, in percent. Counts at 0 % are 0."""
+    """Returns counts by strength, the share of the weight change that is applied, in percent.
+    Counts at 0 % are 0.
+    """
     found: dict[int, Scalars] = {}
     for point in report.strength:
         counts: Scalars = {"repaired_in_target": point.repaired_in_target}
@@ -139,4 +164,6 @@ def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Sca
 
 
 def _finite(scalars: Scalars, prefix: str) -> Scalars:
-    return {f"{prefix}{tag}": float(value) for tag, value in scalars.items() if math.isfinite(value)}
+    return {
+        f"{prefix}{tag}": float(value) for tag, value in scalars.items() if math.isfinite(value)
+    }

@@ -1,4 +1,5 @@
-"""Diagnosis: predicts which failures can be repaired, what prevents it, which layers to repair, and how long it takes.
+"""Diagnosis: predicts which failures can be repaired, what prevents it, which layers to repair, and
+how long it takes.
 
 In: a model and its known data. Out: a `Diagnosis`; the model stays unchanged.
 """

@@ -1,9 +1,11 @@
-"""Finds targets that a change of the last layer can fix, what the change breaks, and passed samples near the targets.
+"""Finds targets that a change of the last layer can fix, what the change breaks, and passed samples
+near the targets.
 
-Each target is fixed alone, while every known passed sample stays right. A sample with label y, layer inputs h and
-logits z keeps its margin over class c under a change D of the weights if (z_y - z_c) + (D_y - D_c) h >= required. This
-is linear in D. The size of D is the root mean square of its effect on the logits of passed samples; cutting planes
-find the smallest D for each target. No repair of this layer can fix more targets than can be fixed one at a time.
+Each target is fixed alone, while every known passed sample stays right. A sample with label y,
+layer inputs h and logits z keeps its margin over class c under a change D of the weights if (z_y -
+z_c) + (D_y - D_c) h >= required. This is linear in D. The size of D is the root mean square of its
+effect on the logits of passed samples; cutting planes find the smallest D for each target. No
+repair of this layer can fix more targets than can be fixed one at a time.
 """
 
 from __future__ import annotations
@@ -28,24 +30,32 @@ from lightning_nrl.analysis.diagnosis.findings import (
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation.head_features import NEIGHBOURS, HeadFeatures, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods._solvers.convex_head import (
+from lightning_nrl.methods.solvers.convex_head import (
     add_cutting_planes,
     margins_over_rivals,
     pair_gram,
     pair_sides,
     sum_of_pairs,
 )
-from lightning_nrl.methods._solvers.qp import solve_dual
+from lightning_nrl.methods.solvers.qp import solve_dual
 
-REQUIRED_MARGIN = 1e-3  # a fixed target gets this margin; a passed sample keeps it, or half of its own if less
-FULFILLED_FRACTION = 0.9  # a constraint is violated if the margin is below this fraction of what it requires
+REQUIRED_MARGIN = (
+    1e-3  # a fixed target gets this margin; a passed sample keeps it, or half of its own if less
+)
+FULFILLED_FRACTION = (
+    0.9  # a constraint is violated if the margin is below this fraction of what it requires
+)
 MAX_FIX_ROUNDS = 14  # rounds of cutting planes, each more expensive; targets without a verdict then count as undecided
-ROWS_PER_ROUND = 12  # constraints added per target and round: the most violated ones, each of another sample
+ROWS_PER_ROUND = (
+    12  # constraints added per target and round: the most violated ones, each of another sample
+)
 MAX_ROWS_PER_TARGET = 192  # with more constraints, those that do not bind are dropped
 FEATURE_RIDGE = 1e-6  # variance added to features, relative to the mean variance; without it, rare directions are free
 MAX_LOGITS_AT_ONCE = 2**24  # largest number samples x targets x classes in memory
 MAX_TARGETS_TRIED = 512  # if there are more targets, a random sample of them is tried
-MAX_MULTIPLICATIONS = 8e9  # for all tried targets on all passed samples, once: about a second on one core
+MAX_MULTIPLICATIONS = (
+    8e9  # for all tried targets on all passed samples, once: about a second on one core
+)
 MIN_TARGETS_TRIED = 8  # this many targets are tried, however long it takes
 MAX_FIXES_CHECKED = 96  # fixes that are repeated without held-out samples: enough for a mean
 MAX_PASSED_COMPARED = 2_000  # passed samples whose own neighbours are found
@@ -61,7 +71,11 @@ class LastLayer(NamedTuple):
 
 
 def analyze_last_layer(
-    layer: nn.Linear | None, seen: HeadFeatures, known: Sequence[Source], seed: int, clock: StageTimer
+    layer: nn.Linear | None,
+    seen: HeadFeatures,
+    known: Sequence[Source],
+    seed: int,
+    clock: StageTimer,
 ) -> LastLayer | str:
     """Returns an analysis of the last layer, or the reason why it cannot be analysed."""
     results, features = seen.results, seen.features
@@ -70,7 +84,9 @@ def analyze_last_layer(
     if features is None:
         return "the last Linear does not return the logits."
     failing = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
-    label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
+    label, passed, targeted = (
+        x[features.rows] for x in (results.label, results.passed, results.targeted)
+    )
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
         return "the task does not predict the class of the largest logit."
@@ -84,8 +100,12 @@ def analyze_last_layer(
         return "there are no targets." if not len(targets) else "no known sample passes."
     ones = samples.features.new_ones(len(label), 0 if layer.bias is None else 1)
     affine = samples._replace(features=torch.cat([samples.features, ones], 1))
-    most = int(MAX_MULTIPLICATIONS / (2 * len(kept) * affine.features.shape[1] * affine.logits.shape[1]))
-    tried = sample_places(len(targets), max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, most)), generator)
+    most = int(
+        MAX_MULTIPLICATIONS / (2 * len(kept) * affine.features.shape[1] * affine.logits.shape[1])
+    )
+    tried = sample_places(
+        len(targets), max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, most)), generator
+    )
     with clock.stage("alone"):
         start = time.perf_counter()
         found = find_fixability(affine.at(kept), affine.at(targets[tried]))
@@ -99,7 +119,9 @@ def analyze_last_layer(
         near = neighbours(mine.features, mine.label, theirs.features, theirs.label)
         some = sample_places(len(kept), MAX_PASSED_COMPARED, generator).to(device)
         own = theirs.at(some)
-        near_passed = neighbours(own.features, own.label, theirs.features, theirs.label, itself=some)
+        near_passed = neighbours(
+            own.features, own.label, theirs.features, theirs.label, itself=some
+        )
         doubted = doubtful(near, mine.label, mine.logits, theirs.logits, theirs.label)
         lead = mine.logits.amax(1) - mine.logits.gather(1, mine.label[:, None])[:, 0]
     agreement, k = near.agreement.cpu(), min(NEIGHBOURS, max(1, len(kept) - 1))
@@ -122,7 +144,9 @@ def analyze_last_layer(
 
 def untried_targets(results: SampleResults) -> tuple[TargetFinding, ...]:
     return tuple(
-        TargetFinding(*_sample(results, row), int(results.prediction[row]), float(results.margin[row]))
+        TargetFinding(
+            *_sample(results, row), int(results.prediction[row]), float(results.margin[row])
+        )
         for row in results.targeted.nonzero().flatten().tolist()
     )
 
@@ -135,10 +159,15 @@ def _sample(results: SampleResults, row: int) -> tuple[str, int, int]:
 def _targets(
     untried: Sequence[TargetFinding], tried: Tensor, found: Fixability, agreement: Tensor
 ) -> tuple[TargetFinding, ...]:
-    targets = [replace(target, agreement=share) for target, share in zip(untried, agreement.tolist(), strict=True)]
+    targets = [
+        replace(target, agreement=share)
+        for target, share in zip(untried, agreement.tolist(), strict=True)
+    ]
     columns = (tried, found.fixable, found.unfixable, found.size / found.limit)
     for at, yes, no, change in zip(*(column.tolist() for column in columns), strict=True):
-        targets[at] = replace(targets[at], fixable="yes" if yes else "no" if no else "undecided", change=change)
+        targets[at] = replace(
+            targets[at], fixable="yes" if yes else "no" if no else "undecided", change=change
+        )
     return tuple(targets)
 
 
@@ -156,13 +185,24 @@ def _histogram(agreement: Tensor, k: int) -> tuple[int, ...]:
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
-    return torch.arange(n) if n <= most else torch.randperm(n, generator=generator)[:most].sort().values
+    return (
+        torch.arange(n)
+        if n <= most
+        else torch.randperm(n, generator=generator)[:most].sort().values
+    )
 
 
 def _check(
-    samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
+    samples: LayerSamples,
+    kept: Tensor,
+    failing: Tensor,
+    chosen: Tensor,
+    targets: Tensor,
+    generator: torch.Generator,
 ) -> HeldOutCheck | None:
-    """Fixes each chosen target twice, each time without half of `kept[failing]`, counting what breaks in this half."""
+    """Fixes each chosen target twice, each time without half of `kept[failing]`, counting what
+    breaks in this half.
+    """
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
@@ -188,13 +228,17 @@ def _check(
 def _right(change: Tensor, samples: LayerSamples) -> Tensor:
     """Marks the samples that are right under each change of the weights, `T x n` bool."""
     found = [
-        (samples.logits + torch.einsum("nd,cd->nc", samples.features, one)).argmax(1) == samples.label for one in change
+        (samples.logits + torch.einsum("nd,cd->nc", samples.features, one)).argmax(1)
+        == samples.label
+        for one in change
     ]
     return torch.stack(found)
 
 
 class Fixability(NamedTuple):
-    """Fixes of `T` targets: changes of the weights that make one target right and break none of `P` passed samples."""
+    """Fixes of `T` targets: changes of the weights that make one target right and break none of `P`
+    passed samples.
+    """
 
     fixable: Tensor  # T bool, True if a fix was found
     unfixable: Tensor  # T bool, True if every fix is proven to be larger than `limit`; the other targets are undecided
@@ -207,7 +251,9 @@ class Fixability(NamedTuple):
 class LayerSamples(NamedTuple):
     """Inputs and outputs of the layer on some samples."""
 
-    features: Tensor  # n x D, inputs of the layer, followed by a column of ones if the layer has a bias
+    features: (
+        Tensor  # n x D, inputs of the layer, followed by a column of ones if the layer has a bias
+    )
     logits: Tensor  # n x C, outputs of the layer
     label: Tensor  # n int64, true classes
 
@@ -216,7 +262,9 @@ class LayerSamples(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Constraints, `K` for each of `T` targets: a sample's label must have a larger logit than a rival class."""
+    """Constraints, `K` for each of `T` targets: a sample's label must have a larger logit than a
+    rival class.
+    """
 
     sample: Tensor  # T x K int64, index of a passed sample, or their number `P` for the target, or -1 for no row
     rival: Tensor  # T x K int64, the rival class
@@ -228,7 +276,9 @@ class _Rows(NamedTuple):
 
 @torch.no_grad()
 def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
-    """Finds for each target, which must be wrong, the smallest change that repairs it and breaks no passed sample."""
+    """Finds for each target, which must be wrong, the smallest change that repairs it and breaks no
+    passed sample.
+    """
     device = passed.features.device
     home, dtype = device if widest(device) == torch.float64 else torch.device("cpu"), torch.float64
     root = _root(passed.features.to(home, dtype))
@@ -237,7 +287,9 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
         for x in (passed, targets)
     ]
     programme = _FixProgramme(*white)
-    add_cutting_planes(programme.solve, programme.add_violated, MAX_FIX_ROUNDS if len(targets.label) else 0)
+    add_cutting_planes(
+        programme.solve, programme.add_violated, MAX_FIX_ROUNDS if len(targets.label) else 0
+    )
     fixable, change = programme.fixable, programme.change
     size = torch.where(fixable, change.square().sum((1, 2)).sqrt(), torch.nan)
     return Fixability(
@@ -251,23 +303,31 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
 
 
 def _root(features: Tensor) -> Tensor:
-    """Returns the matrix that whitens the features, `D x D`. `FEATURE_RIDGE` limits it in rare directions."""
+    """Returns the matrix that whitens the features, `D x D`. `FEATURE_RIDGE` limits it in rare
+    directions.
+    """
     moment = features.T @ features / len(features)
-    moment.diagonal().add_(FEATURE_RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny))
+    moment.diagonal().add_(
+        FEATURE_RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+    )
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(moment).T, eye, upper=True)
     return root
 
 
 class _FixProgramme:
-    """Quadratic programmes on whitened features, one for each target without a verdict (`_going`), solved together."""
+    """Quadratic programmes on whitened features, one for each target without a verdict (`_going`),
+    solved together.
+    """
 
     def __init__(self, passed: LayerSamples, targets: LayerSamples) -> None:
         self.passed, self.targets = passed, targets
         n, n_passed, device = len(targets.label), len(passed.label), passed.features.device
         centred = passed.logits - passed.logits.mean(1, keepdim=True)
         self.limit = float(centred.square().sum(1).mean().sqrt())
-        self.change = passed.features.new_zeros(n, targets.logits.shape[1], passed.features.shape[1])
+        self.change = passed.features.new_zeros(
+            n, targets.logits.shape[1], passed.features.shape[1]
+        )
         self.fixable, self.unfixable = torch.zeros(2, n, dtype=torch.bool, device=device)
         self.binds = torch.zeros(n, n_passed, dtype=torch.bool, device=device)
         self._going = torch.arange(n, device=device)
@@ -283,7 +343,9 @@ class _FixProgramme:
         x = torch.where(own[:, :, None], target.features[:, None], passed.features[at])
         label = torch.where(own, target.label[:, None], passed.label[at])
         logits = torch.where(own[:, :, None], target.logits[:, None], passed.logits[at])
-        margin = (logits.gather(2, label[:, :, None]) - logits.gather(2, rows.rival[:, :, None]))[:, :, 0]
+        margin = (logits.gather(2, label[:, :, None]) - logits.gather(2, rows.rival[:, :, None]))[
+            :, :, 0
+        ]
         required = torch.where(own, REQUIRED_MARGIN, (0.5 * margin).clamp_max(REQUIRED_MARGIN))
         sides = pair_sides(label, rows.rival, logits) * some[:, :, None]
         solution = solve_dual(
@@ -297,14 +359,18 @@ class _FixProgramme:
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
-        """Stores solutions that fix a target, adds constraints for the others. Returns False if no target is left."""
+        """Stores solutions that fix a target, adds constraints for the others. Returns False if no
+        target is left.
+        """
         going, n_passed = self._going, len(self.passed.label)
         strength, violated = _separate(self._solution, self.passed, self.targets.at(going))
         works = strength > 0
         self.change[going[works]] = strength[works, None, None] * self._solution[works]
         self.fixable[going[works]], self.unfixable[going[self._is_beyond]] = True, True
         binding = torch.zeros(len(going), n_passed + 1, dtype=torch.bool, device=going.device)
-        binding.scatter_(1, torch.where(self._rows.multiplier > 0, self._rows.sample, n_passed), True)
+        binding.scatter_(
+            1, torch.where(self._rows.multiplier > 0, self._rows.sample, n_passed), True
+        )
         self.binds[going] = binding[:, :n_passed]
         left = (violated.sample >= 0).any(1) & ~self._is_beyond
         self._rows, self._going = _join(self._rows.at(left), violated.at(left)), going[left]
@@ -312,7 +378,9 @@ class _FixProgramme:
 
 
 def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tuple[Tensor, _Rows]:
-    """Returns each change's largest fraction that fixes its target, or 0, and the rows which it violates most."""
+    """Returns each change's largest fraction that fixes its target, or 0, and the rows which it
+    violates most.
+    """
     before = margins_over_rivals(passed.logits, passed.label).float()
     required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
     at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
@@ -326,12 +394,18 @@ def _separate(change: Tensor, passed: LayerSamples, target: LayerSamples) -> tup
     own_short, own_rival = (old + gain - REQUIRED_MARGIN * FULFILLED_FRACTION).min(1, keepdim=True)
     short, rival = torch.cat([short, own_short], 1), torch.cat([rival, own_rival], 1)
     sample = torch.cat([sample, torch.full_like(own_rival, len(passed.label))], 1)
-    violated = _Rows(torch.where(short < 0, sample, -1), rival, torch.zeros_like(short, dtype=change.dtype))
+    violated = _Rows(
+        torch.where(short < 0, sample, -1), rival, torch.zeros_like(short, dtype=change.dtype)
+    )
     return torch.where(repaired, strength, 0.0), violated
 
 
-def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor) -> tuple[Tensor, ...]:
-    """Returns each change's smallest fraction that breaks a sample; shortfall, sample, rival of the worst rows."""
+def _violated_by(
+    change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor
+) -> tuple[Tensor, ...]:
+    """Returns each change's smallest fraction that breaks a sample; shortfall, sample, rival of the
+    worst rows.
+    """
     moved = torch.einsum("pd,tcd->tpc", passed.features.float(), change)
     at = passed.label.expand(len(change), -1)[:, :, None]
     gain = moved.gather(2, at) - moved
@@ -343,7 +417,9 @@ def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor, required:
 
 def _join(rows: _Rows, new: _Rows) -> _Rows:
     """Joins old and new constraints. If there are too many, drops old constraints that do not bind."""
-    spare = (rows.multiplier == 0) & (rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET)
+    spare = (rows.multiplier == 0) & (
+        rows.sample.shape[1] + new.sample.shape[1] > MAX_ROWS_PER_TARGET
+    )
     rows = rows._replace(sample=torch.where(spare, -1, rows.sample))
     both = _Rows(*(torch.cat(pair, 1) for pair in zip(rows, new, strict=True)))
     width = int((both.sample >= 0).sum(1).amax()) if len(both.sample) else 0

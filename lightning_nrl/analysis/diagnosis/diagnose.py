@@ -1,4 +1,6 @@
-"""Runs a diagnosis: one pass over known data, an analysis of the last layer and of all layers, costs, and advice."""
+"""Runs a diagnosis: one pass over known data, an analysis of the last layer and of all layers,
+costs, and advice.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,13 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.device import no_autocast
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.formatting import rough_percent, rough_time
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.timing import Observer, StageTimer, rounded_seconds
 from lightning_nrl.analysis.diagnosis._last_layer import (
@@ -23,21 +25,24 @@ from lightning_nrl.analysis.diagnosis._last_layer import (
     untried_targets,
 )
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
-from lightning_nrl.analysis.diagnosis.findings import Cost, DoubtfulLabel, HeldOutCheck, LayerCapacity
+from lightning_nrl.analysis.diagnosis.findings import Cost, HeldOutCheck, LayerCapacity
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, row_batches
-from lightning_nrl.evaluation.layer_gradients import LayerCall, is_by_sample, margin_calls, sample_gradients
+from lightning_nrl.evaluation.layer_gradients import (
+    LayerCall,
+    is_by_sample,
+    margin_calls,
+    sample_gradients,
+)
 from lightning_nrl.evaluation.layers import Layer, last_linear, layers_of
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.methods import budget
-from lightning_nrl.methods._solvers.qp import solve_dual
+from lightning_nrl.methods.solvers.qp import solve_dual
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PATH_STRENGTHS
-from lightning_nrl.report import Provenance
-from lightning_nrl.report._formatting import rough_percent, rough_time
+from lightning_nrl.records import Provenance
 from lightning_nrl.search import ParticleSwarm
 
 SKETCH_SIZE = 16_384  # gradients of layers with more weights are projected to this size at random
@@ -48,9 +53,11 @@ MAX_RELATIVE_CHANGE = 10.0  # relative to the layer's norm; larger changes count
 def layer_capacities(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    """Estimates what a change of each layer can do. Returns `()` if no layer or no target with a margin exists.
+    """Estimates what a change of each layer can do. Returns `()` if no layer or no target with a
+    margin exists.
 
-    `batches` has this rank's part of the samples to use: pairs of a batch and its samples' rows in `results`.
+    `batches` has this rank's part of the samples to use: pairs of a batch and its samples' rows in
+    `results`.
     """
     if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
         return ()
@@ -61,11 +68,14 @@ def layer_capacities(
     if not gradients or not len(t):
         return ()
     rows = torch.cat([t[:, None], p.expand(len(t), -1)], 1)
-    asked = torch.where(targets, REQUIRED_MARGIN, (0.5 * margin).clamp_max(REQUIRED_MARGIN)) - margin
+    asked = (
+        torch.where(targets, REQUIRED_MARGIN, (0.5 * margin).clamp_max(REQUIRED_MARGIN)) - margin
+    )
     grams, bounds = [], []
     for name, gradient in gradients.items():
         norm = max(float(layers[name].weight.detach().float().norm()), 1e-12)
-        # The matrices are so small that a CPU is as fast. Rows get unit length so that one tolerance suits all.
+        # The matrices are so small that a CPU is as fast. Rows get unit length so that one
+        # tolerance suits all.
         length = gradient.flatten(1).float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         unit = gradient.flatten(1).float() / length[:, None]
         gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norm
@@ -85,19 +95,28 @@ def layer_capacities(
             room=round(float(own_room.mean()), 4),
             change=float(own_change.median()),
         )
-        for name, own_room, own_change in zip(gradients, room.split(len(t)), change.split(len(t)), strict=True)
+        for name, own_room, own_change in zip(
+            gradients, room.split(len(t)), change.split(len(t)), strict=True
+        )
     )
 
 
 def _gradients(
-    evaluator: Evaluator, layers: Mapping[str, Layer], batches: Iterable[tuple[Batch, Tensor]], seed: int
+    evaluator: Evaluator,
+    layers: Mapping[str, Layer],
+    batches: Iterable[tuple[Batch, Tensor]],
+    seed: int,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns rows, margins and the margins' gradients in each layer, for all ranks' samples by ascending row."""
+    """Returns rows, margins and the margins' gradients in each layer, for all ranks' samples by
+    ascending row.
+    """
     collective = evaluator.collective
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for batch, at in batches:
-        margin, calls = margin_calls(evaluator.model, layers, batch, evaluator.task, evaluator.context)
+        margin, calls = margin_calls(
+            evaluator.model, layers, batch, evaluator.task, evaluator.context
+        )
         rows.append(at)
         margins.append(margin.detach().float().cpu())
         for name in list(parts):
@@ -106,26 +125,38 @@ def _gradients(
             else:
                 del parts[name]
     usable = [not collective.any(bool(rows) and name not in parts) for name in layers]
-    found = {name: _gather(parts.get(name, []), collective) for name, use in zip(layers, usable, strict=True) if use}
+    found = {
+        name: _gather(parts.get(name, []), collective)
+        for name, use in zip(layers, usable, strict=True)
+        if use
+    }
     all_rows, all_margins = (_gather(x, collective) for x in (rows, margins))
     order = all_rows.argsort()
-    return all_rows[order], all_margins[order], {name: x[order.to(x.device)] for name, x in found.items() if len(x)}
+    return (
+        all_rows[order],
+        all_margins[order],
+        {name: x[order.to(x.device)] for name, x in found.items() if len(x)},
+    )
 
 
 def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tensor:
-    """Returns the gradient of each sample's margin in the layer's weights, projected to at most `n x SKETCH_SIZE`."""
+    """Returns the gradient of each sample's margin in the layer's weights, projected to at most `n
+    x SKETCH_SIZE`.
+    """
     size = layer.weight.numel()
     generator = torch.Generator().manual_seed(seed)
     bucket = torch.randint(SKETCH_SIZE, (size,), generator=generator).to(layer.weight.device)
-    sign = (torch.randint(2, (size,), generator=generator) * 2 - 1).to(layer.weight.device, torch.float32)
+    sign = (torch.randint(2, (size,), generator=generator) * 2 - 1).to(
+        layer.weight.device, torch.float32
+    )
     parts = []
     with no_autocast(layer.weight.device):
         for weight, _ in sample_gradients(layer, calls, n):
             gradient = weight.flatten(1)
             if size > SKETCH_SIZE:
-                gradient = torch.zeros(len(gradient), SKETCH_SIZE, device=gradient.device).index_add_(
-                    1, bucket, gradient.float() * sign
-                )
+                gradient = torch.zeros(
+                    len(gradient), SKETCH_SIZE, device=gradient.device
+                ).index_add_(1, bucket, gradient.float() * sign)
             parts.append(gradient)
     return torch.cat(parts)
 
@@ -136,9 +167,14 @@ def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
     return torch.cat(shares) if shares else mine
 
 
-LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64  # for the comparison of layers: medians need few samples
-PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)  # evaluate, localise, count twice, and count at each strength
-MOST_NAMED = 10  # samples named in a sentence
+LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = (
+    16,
+    64,
+    64,
+)  # for the comparison of layers: medians need few samples
+PASSES_AROUND_SEARCH = 4 + len(
+    PATH_STRENGTHS
+)  # evaluate, localise, count twice, and count at each strength
 
 
 def diagnose_module(
@@ -147,25 +183,27 @@ def diagnose_module(
     settings: Settings | None = None,
     *,
     epochs: int | None = None,
-    history: str | Path | TrainingRecord | None = None,
     observer: Observer | None = None,
 ) -> Diagnosis:
-    """Predicts which failures a repair can fix, which samples prevent fixes, and which layers could be repaired.
+    """Predicts which failures a repair can fix, which samples prevent fixes, and which layers could
+    be
+    repaired.
 
     Takes about as long as two passes over the known data. The model stays unchanged.
 
-    Model and data are as in `repair_module`. Of the settings only target and seed matter. `epochs`, the length of the
-    model's training, serves to estimate the cost of further training. With `history`, the record of a `TrainingHistory`
-    or its folder, the notes tell how many targets were never right in training and how many were forgotten (right, then
-    wrong), and name targets that were never right and whose label is doubtful.
+    Model and data are as in `repair_module`. Of the settings only target and seed matter. `epochs`,
+    the length of the model's training, serves to estimate the cost of further training.
 
     Raises:
-        ConfigurationError: the data, the target, the task or the history cannot be used.
+        ConfigurationError: the data, the target or the task cannot be used.
         EvaluationError: the model gives losses that are not finite. The error names the samples.
     """
-    settings, evaluator, clock = given_or_default(settings), Evaluator.of(model), StageTimer(observer)
+    settings, evaluator, clock = (
+        given_or_default(settings),
+        Evaluator.of(model),
+        StageTimer(observer),
+    )
     check_sources(known, (), settings)
-    record = TrainingRecord.read(history) if isinstance(history, (str, Path)) else history
     head, layer = last_linear(evaluator.model, evaluator.called)
     with preserve_state(evaluator.model):
         with clock.stage("collect"):
@@ -195,22 +233,33 @@ def diagnose_module(
         )
     if isinstance(last, LastLayer):
         targets, binding, check, mixing, doubts, _ = last
-        found = replace(found, head=head, targets=targets, binding=binding, check=check, mixing=mixing, doubts=doubts)
-    if record is not None:
-        found = replace(found, notes=(*found.notes, *history_notes(record, results, found.doubts)))
+        found = replace(
+            found,
+            head=head,
+            targets=targets,
+            binding=binding,
+            check=check,
+            mixing=mixing,
+            doubts=doubts,
+        )
     return replace(found, advice=advise(found))
 
 
 def _near(results: SampleResults, seed: int) -> Tensor:
     targets = results.targeted.nonzero().flatten()
-    targets = targets[sample_places(len(targets), LAYER_TARGETS, torch.Generator().manual_seed(seed))]
+    targets = targets[
+        sample_places(len(targets), LAYER_TARGETS, torch.Generator().manual_seed(seed))
+    ]
     nearness = torch.where(results.passed, results.margin.nan_to_num(torch.inf), torch.inf)
     passed = nearness.argsort(stable=True)[: min(LAYER_PASSED, int(results.passed.sum()))]
     return torch.cat([targets, passed])
 
 
 def _notes(
-    results: SampleResults, seen: HeadFeatures, last: LastLayer | str, layers: Sequence[LayerCapacity]
+    results: SampleResults,
+    seen: HeadFeatures,
+    last: LastLayer | str,
+    layers: Sequence[LayerCapacity],
 ) -> tuple[str, ...]:
     about = "What the last layer can fix, and neighbourhoods"
     notes = [f"{about}: {last}"] if isinstance(last, str) else []
@@ -222,34 +271,13 @@ def _notes(
     return tuple(notes)
 
 
-def history_notes(record: TrainingRecord, results: SampleResults, doubts: Sequence[DoubtfulLabel]) -> tuple[str, ...]:
-    """Tells in sentences how training learnt the targets. Mislabelled samples are learnt last (Toneva et al. 2019)."""
-    seen, lost, never = 0, 0, set[tuple[str, int]]()
-    for split in (split for split in results.splits if split in record.splits):
-        found, rows = record.splits[split], results.of(split)
-        at = torch.isin(found.index, results.index[rows][results.targeted[rows]])
-        seen += int(at.sum())
-        lost += int((found.forgotten[at] > 0).sum())
-        never |= {(split, index) for index in found.index[at & found.never_learned].tolist()}
-    if not seen:
-        return (f"The history of the training has no target: it records {' and '.join(record.splits)}.",)
-    text = (
-        f"In the history of the training, {len(record.points)} points, {len(never):,} of {seen:,} targets were never "
-        f"right, and {lost:,} were forgotten at least once."
-    )
-    doubted = [f"{doubt.split} {doubt.id}" for doubt in doubts if (doubt.split, doubt.id) in never]
-    if not doubted:
-        return (text,)
-    more = f" and {len(doubted) - MOST_NAMED:,} more" if len(doubted) > MOST_NAMED else ""
-    named = ", ".join(doubted[:MOST_NAMED])
-    return text, f"Look first at the labels of {named}{more}: neighbours agree with the model, which was never right."
-
-
 @torch.no_grad()
 def _measure_times(
     seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
 ) -> tuple[float, float, float, bool]:
-    """Returns the first rank's seconds for the model, the last Linear and all fixes, and True if there is no margin."""
+    """Returns the first rank's seconds for the model, the last Linear and all fixes, and True if
+    there is no margin.
+    """
     head = math.nan
     if layer is not None:
         inputs = layer.weight.new_zeros(1024, layer.in_features)
@@ -266,10 +294,12 @@ def _measure_times(
 def costs(
     one_pass: float, head: float, alone: float, without_margins: bool, epochs: int | None = None
 ) -> tuple[Cost, ...]:
-    """Estimates the seconds of each method, in ascending order. Leaves out methods whose time is unknown.
+    """Estimates the seconds of each method, in ascending order. Leaves out methods whose time is
+    unknown.
 
-    `one_pass`, `head` and `alone` are the measured seconds of a pass over the known data, of the last Linear in such a
-    pass, and of the fixes of all targets (NaN: unknown). `epochs` is the length of the model's training.
+    `one_pass`, `head` and `alone` are the measured seconds of a pass over the known data, of the
+    last Linear in such a pass, and of the fixes of all targets (NaN: unknown). `epochs` is the
+    length of the model's training.
     """
     around, swarm = PASSES_AROUND_SEARCH * one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
@@ -279,25 +309,55 @@ def costs(
     if without_margins:
         found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
     else:
-        found.append(Cost("convex", around + budget.CONVEX_SOLVES * alone, "convex problems for the last Linear"))
-        found.append(Cost("linearized", around + budget.LINEARIZED_PASSES * one_pass, "steps that change one layer"))
-        fit = ((epochs or budget.LEAST_EPOCHS) * budget.FORWARD_BACKWARD + budget.POLISH_PASSES) * one_pass
-        how = f"{epochs} more epochs of training" if epochs else f"a fit of {budget.LEAST_EPOCHS} epochs"
+        found.append(
+            Cost(
+                "convex",
+                around + budget.CONVEX_SOLVES * alone,
+                "convex problems for the last Linear",
+            )
+        )
+        found.append(
+            Cost(
+                "linearized",
+                around + budget.LINEARIZED_PASSES * one_pass,
+                "steps that change one layer",
+            )
+        )
+        fit = (
+            (epochs or budget.LEAST_EPOCHS) * budget.FORWARD_BACKWARD + budget.POLISH_PASSES
+        ) * one_pass
+        how = (
+            f"{epochs} more epochs of training"
+            if epochs
+            else f"a fit of {budget.LEAST_EPOCHS} epochs"
+        )
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
         parts = (budget.LADDER_SEARCHES * search, budget.CONVEX_SOLVES * alone)
         layer = sum(part for part in parts if not math.isnan(part))
-        found.append(Cost("auto", around + fit + layer, f"searches of the layer, {how}, then a polish"))
-    return tuple(sorted((cost for cost in found if not math.isnan(cost.seconds)), key=lambda cost: cost.seconds))
+        found.append(
+            Cost("auto", around + fit + layer, f"searches of the layer, {how}, then a polish")
+        )
+    return tuple(
+        sorted(
+            (cost for cost in found if not math.isnan(cost.seconds)), key=lambda cost: cost.seconds
+        )
+    )
 
 
-DOUBTED_SHARE = 0.2  # if at least this share of targets has a doubtful label, the advice begins with labels
+DOUBTED_SHARE = (
+    0.2  # if at least this share of targets has a doubtful label, the advice begins with labels
+)
 MIN_EXCHANGE_RATE = 2.0  # the last layer is advised only if its fixes repair this many other targets per broken sample
 MAX_CHANGE_RATIO = 4.0  # the last layer is advised only if it needs at most this many times the easiest layer's change
-MAX_SMALL_CHANGE = 0.5  # relative to a layer's norm; first-order estimates are invalid for larger changes
+MAX_SMALL_CHANGE = (
+    0.5  # relative to a layer's norm; first-order estimates are invalid for larger changes
+)
 
 
 def advise(found: Diagnosis) -> str:
-    """Advises which method to use, or to get data. If many labels are doubtful, advises to look at them first."""
+    """Advises which method to use, or to get data. If many labels are doubtful, advises to look at
+    them first.
+    """
     if not found.known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
     if not found.known["passed"]:
@@ -314,7 +374,12 @@ def advise(found: Diagnosis) -> str:
 
 
 def _method(found: Diagnosis) -> str:
-    head, check, best, mixing = f"the last layer ({found.head})", found.check, found.easiest_layer, found.mixing
+    head, check, best, mixing = (
+        f"the last layer ({found.head})",
+        found.check,
+        found.easiest_layer,
+        found.mixing,
+    )
     times = {cost.method: rough_time(cost.seconds) for cost in found.costs}
     own = next((layer for layer in found.layers if layer.layer == found.head), None)
     alone, tried = found.count("yes"), len(found.targets) - found.count("not tried")

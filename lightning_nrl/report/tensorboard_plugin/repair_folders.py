@@ -17,7 +17,9 @@ FIRST_KEYS = re.compile(rb'\s*\{\s*("schema":\s*\d+,\s*)?"status":\s*"[^"]*",\s*
 
 @dataclass(frozen=True)
 class RepairFolder:
-    """A folder with the report of a repair. The report has `size` bytes and was `modified` at a time in nanoseconds.
+    """A folder with the report of a repair. The report has `size` bytes and was `modified` at a
+    time
+    in nanoseconds.
 
     A browser asks for the folder by `name`: its path below the log folder `root`, with slashes.
     """
@@ -34,7 +36,9 @@ class RepairFolder:
 
 
 def log_roots(logdir: str | None, flags: Any = None) -> dict[str, Path]:
-    """Returns TensorBoard's log folders by name. `--logdir_spec` gives the names; the name of `--logdir` is empty."""
+    """Returns TensorBoard's log folders by name. `--logdir_spec` gives the names; the name of
+    `--logdir` is empty.
+    """
     spec = getattr(flags, "logdir_spec", None) if not getattr(flags, "logdir", None) else None
     if not spec:
         return {"": Path(logdir)} if logdir else {}
@@ -48,7 +52,9 @@ def log_roots(logdir: str | None, flags: Any = None) -> dict[str, Path]:
 
 
 def find_repairs(roots: Mapping[str, Path]) -> list[RepairFolder]:
-    """Finds folders with the report of a repair, latest first. Ignores links that lead out of a root."""
+    """Finds folders with the report of a repair, latest first. Ignores links that lead out of a
+    root.
+    """
     found = [folder for name, root in roots.items() for folder in _below(name, root)]
     return sorted(found, key=lambda folder: (-folder.modified, folder.name))
 
@@ -56,7 +62,9 @@ def find_repairs(roots: Mapping[str, Path]) -> list[RepairFolder]:
 def is_below(path: Path, root: Path) -> bool:
     """True if a path leads to a file below the root after all links are resolved."""
     try:
-        return path.resolve(strict=True).is_relative_to(root.resolve(strict=True)) and path.is_file()
+        return (
+            path.resolve(strict=True).is_relative_to(root.resolve(strict=True)) and path.is_file()
+        )
     except OSError:
         return False
 
@@ -65,13 +73,23 @@ def _below(name: str, root: Path) -> Iterator[RepairFolder]:
     for n, (place, folders, files) in enumerate(os.walk(root)):
         here = Path(place)
         depth = len(here.relative_to(root).parts)
-        folders[:] = sorted(one for one in folders if not one.startswith(".")) if depth < MAX_DEPTH else []
+        folders[:] = (
+            sorted(one for one in folders if not one.startswith(".")) if depth < MAX_DEPTH else []
+        )
         if n >= MAX_FOLDERS:
             return
-        if REPORT_NAME in files and is_below(here / REPORT_NAME, root) and _is_repair_report(here / REPORT_NAME):
+        if (
+            REPORT_NAME in files
+            and is_below(here / REPORT_NAME, root)
+            and _is_repair_report(here / REPORT_NAME)
+        ):
             stat = (here / REPORT_NAME).stat()
-            below = "/".join(filter(None, (name, here.relative_to(root).as_posix().removeprefix("."))))
-            yield RepairFolder(below or here.resolve().name, root, here, stat.st_mtime_ns, stat.st_size)
+            below = "/".join(
+                filter(None, (name, here.relative_to(root).as_posix().removeprefix(".")))
+            )
+            yield RepairFolder(
+                below or here.resolve().name, root, here, stat.st_mtime_ns, stat.st_size
+            )
 
 
 def _is_repair_report(path: Path) -> bool:

@@ -14,7 +14,12 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
-from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder, find_repairs, is_below, log_roots
+from lightning_nrl.report.tensorboard_plugin.repair_folders import (
+    RepairFolder,
+    find_repairs,
+    is_below,
+    log_roots,
+)
 
 if TYPE_CHECKING:
     from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
@@ -25,7 +30,12 @@ STATIC_FILES = {path.name: path for path in (HERE / "static").iterdir()} | {
     name: HERE.parent / name for name in ("table.js", "report.css")
 }
 """Files that the browser loads, by name; two are shared with report.html."""
-MIME_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".txt": "text/plain"}
+MIME_TYPES = {
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".png": "image/png",
+    ".txt": "text/plain",
+}
 MAX_REPORT_BYTES = 64 * 2**20
 MAX_SAMPLE_BYTES = 16 * 2**20
 MAX_LISTED = 200  # latest repairs in the table
@@ -34,7 +44,9 @@ LOOK_SECONDS = 5.0  # time until the folders are scanned again
 
 
 class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """The Repair tab of TensorBoard. It shows each repair below the log folder: verdict, flipped samples, search."""
+    """The Repair tab of TensorBoard. It shows each repair below the log folder: verdict, flipped
+    samples, search.
+    """
 
     plugin_name = "lightning_nrl"
 
@@ -50,10 +62,17 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return bool(self._folders())
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        return base_plugin.FrontendMetadata(es_module_path="/static/index.js", tab_name="Repair", disable_reload=True)
+        return base_plugin.FrontendMetadata(
+            es_module_path="/static/index.js", tab_name="Repair", disable_reload=True
+        )
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
-        apps = {"/static/*": self._static, "/repairs": self._repairs, "/repair": self._repair, "/sample": self._sample}
+        apps = {
+            "/static/*": self._static,
+            "/repairs": self._repairs,
+            "/repair": self._repair,
+            "/sample": self._sample,
+        }
         return {path: Request.application(app) for path, app in apps.items()}
 
     def _static(self, request: Request) -> Response:
@@ -64,7 +83,9 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _repairs(self, request: Request) -> Response:
         folders = self._folders()
-        return _answer(request, {"repairs": [*map(self._summary, folders[:MAX_LISTED])], "found": len(folders)})
+        return _answer(
+            request, {"repairs": [*map(self._summary, folders[:MAX_LISTED])], "found": len(folders)}
+        )
 
     def _repair(self, request: Request) -> Response:
         loaded = self._requested(request)
@@ -80,9 +101,15 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         if isinstance(loaded, str):
             return _missing(request, loaded)
         position = request.args.get("position", -1, type=int)
-        file = loaded.sample_file(request.args.get("split", ""), position, request.args.get("kind", ""))
+        file = loaded.sample_file(
+            request.args.get("split", ""), position, request.args.get("kind", "")
+        )
         path = loaded.folder.path / (file or "")
-        if file is None or not is_below(path, loaded.folder.root) or path.stat().st_size > MAX_SAMPLE_BYTES:
+        if (
+            file is None
+            or not is_below(path, loaded.folder.root)
+            or path.stat().st_size > MAX_SAMPLE_BYTES
+        ):
             return _missing(request, "this sample has no picture or text.")
         return _answer(request, path.read_bytes(), MIME_TYPES[path.suffix])
 
@@ -121,8 +148,14 @@ def _read(folder: RepairFolder) -> LoadedRepair | str:
         return f"report.json cannot be read: {error}".partition("\n")[0]
 
 
-def _answer(request: Request, content: Any, kind: str = "application/json", code: int = 200) -> Response:
-    text = json.dumps(content, allow_nan=False, separators=(",", ":")) if kind == "application/json" else content
+def _answer(
+    request: Request, content: Any, kind: str = "application/json", code: int = 200
+) -> Response:
+    text = (
+        json.dumps(content, allow_nan=False, separators=(",", ":"))
+        if kind == "application/json"
+        else content
+    )
     answer: Response = http_util.Respond(request, text, kind, code=code)
     return answer
 

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from lightning_nrl.report._formatting import percent
+from lightning_nrl._utils.formatting import percent
+from lightning_nrl.records.repair_record import StrengthPoint
+from lightning_nrl.records.splits import SplitReport, by_role, pool
+from lightning_nrl.records.stats import percent_up
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
 from lightning_nrl.report.repair_facts import layer_text, unseen_facts, unseen_limit
 from lightning_nrl.report.repair_report import RepairReport
-from lightning_nrl.report.run_records import StrengthPoint
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
-from lightning_nrl.report.splits import SplitReport, by_role, pool
-from lightning_nrl.report.stats import percent_up
 from lightning_nrl.report.tables import confusion_changes, flipped_splits, most_telling
 from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder
 
@@ -33,7 +33,11 @@ class LoadedRepair:
     @cached_property
     def summary(self) -> Plain:
         report = self.report
-        splits, limit, verdict = by_role(flipped_splits(report)), unseen_limit(report), report.verdict
+        splits, limit, verdict = (
+            by_role(flipped_splits(report)),
+            unseen_limit(report),
+            report.verdict,
+        )
         return {
             "name": self.folder.name,
             "modified": self.folder.modified // 1_000_000,
@@ -57,14 +61,19 @@ class LoadedRepair:
         splits, verdict = flipped_splits(report), report.verdict
         limits = [] if report.bounds is None else [("calibration", str(report.bounds))]
         _, _, reason, *blocks = report.full_page().blocks
-        first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1) + 1
+        first = (
+            next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1)
+            + 1
+        )
         return {
             **self.summary,
             "reason": getattr(reason, "text", report.reason),
             "verdict": verdict.headline,
             "answers": [list(fact) for fact in (*verdict.facts, *limits, *unseen_facts(report))],
             "calibrated": bool(limits),
-            "against": "the model that it replaces" if report.update else "the model as it was trained",
+            "against": "the model that it replaces"
+            if report.update
+            else "the model as it was trained",
             "accepted": report.status == "repaired",
             "changes": report.status == "repaired" or bool(report.candidate),
             "outcome": html_blocks(blocks[:first]),
@@ -80,30 +89,53 @@ class LoadedRepair:
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
-        """Returns the path of a sample's file, or None if the sample did not flip or `kind` is unknown."""
+        """Returns the path of a sample's file, or None if the sample did not flip or `kind` is
+        unknown.
+        """
         if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
             return None
         return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))
 
     @cached_property
     def _positions(self) -> set[tuple[str, int]]:
-        return {(split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped}
+        return {
+            (split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped
+        }
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
         try:
             files = set(os.listdir(self.folder.path / SAMPLES_FOLDER))
         except OSError:
             files = set()
-        slices = list(dict.fromkeys(one.slice for split in splits for one in split.flipped if one.slice))
+        slices = list(
+            dict.fromkeys(one.slice for split in splits for one in split.flipped if one.slice)
+        )
         rows = []
         for flip in ("broken", "repaired"):
             for i, split in enumerate(splits):
-                for one in most_telling([sample for sample in split.flipped if sample.flip == flip]):
-                    kinds = [kind for kind in SAMPLE_KINDS if sample_name(split.split, one.id, kind) in files]
+                for one in most_telling(
+                    [sample for sample in split.flipped if sample.flip == flip]
+                ):
+                    kinds = [
+                        kind
+                        for kind in SAMPLE_KINDS
+                        if sample_name(split.split, one.id, kind) in files
+                    ]
                     margins = _finite(one.margin_before), _finite(one.margin_after)
                     where = slices.index(one.slice) if one.slice else -1
                     classes = one.label, one.predicted_before, one.predicted_after
-                    rows.append([i, one.id, flip, *classes, *margins, one.in_target, where, *(kinds or [""])[:1]])
+                    rows.append(
+                        [
+                            i,
+                            one.id,
+                            flip,
+                            *classes,
+                            *margins,
+                            one.in_target,
+                            where,
+                            *(kinds or [""])[:1],
+                        ]
+                    )
         return {"rows": rows, "slices": slices}
 
 
@@ -122,7 +154,9 @@ def _numbers(splits: Sequence[SplitReport]) -> Plain | None:
 
 def _confusion(splits: Sequence[SplitReport]) -> dict[str, list[list[int]]]:
     """Returns label, prediction, count before and count after of changed confusions, by role."""
-    changes = {role: confusion_changes(pool(own).confusion) for role, own in by_role(splits).items()}
+    changes = {
+        role: confusion_changes(pool(own).confusion) for role, own in by_role(splits).items()
+    }
     return {
         role: [[cell.label, cell.prediction, cell.before, cell.after] for cell in cells]
         for role, cells in changes.items()
@@ -135,7 +169,12 @@ def _search(report: RepairReport) -> Plain | None:
     if search is None or not search.history:
         return None
     curves = {name: [_finite(value) for value in curve] for name, curve in search.curves.items()}
-    return {"curves": curves, "n_failed": search.n_failed, "n_passed": search.n_passed, "stopped": search.stopped}
+    return {
+        "curves": curves,
+        "n_failed": search.n_failed,
+        "n_passed": search.n_passed,
+        "stopped": search.stopped,
+    }
 
 
 def _point(point: StrengthPoint) -> Plain:

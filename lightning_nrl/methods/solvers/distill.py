@@ -1,0 +1,150 @@
+"""Fine-tunes a layer, a block or a whole network, and holds passed samples to the original model's
+outputs.
+
+Trains in evaluation mode on every known sample. Easy samples, which are right by a wide margin both
+before the repair and at present, are skipped in most epochs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import DeviceMemoryError, RepairWarning
+from lightning_nrl.evaluation.logit_cache import EASY_MARGIN
+from lightning_nrl.methods.budget import PACE_STEPS
+from lightning_nrl.methods.problem import Problem, Renew, Trained
+from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT, Descent
+from lightning_nrl.methods.solvers.mini_batches import (
+    load_batches,
+    merge_measurements,
+    shuffled_batches,
+)
+from lightning_nrl.methods.solvers.teacher import DISTILLATION_WEIGHT, Teacher
+
+DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW; the rate falls to 0 along a cosine
+TARGET_EMPHASIS = 3.0  # weight of a target's loss relative to that of other samples
+EASY_FRACTION = 0.25  # share of the easy samples that an epoch visits
+
+
+def distill(
+    problem: Problem,
+    *,
+    deadline: Deadline | None = None,
+    weight: Tensor | None = None,
+    renew: Renew | None = None,
+) -> Trained | None:
+    """Trains the parameters in the problem's scope on known data, from their original values.
+
+    The loss of a step is a sum over samples, with sample weights v of at most 10: `3 v loss` for a
+    target, `loss + 5 v divergence` for a passed sample, `loss` for any other. `divergence` is from
+    the original model's output.
+
+    Samples whose `weight`, `N`, is 0 are left out; other values of `weight` have no effect. Under a
+    deadline, the pace of the first steps decides how many steps are made. The learning rate falls
+    to 0 over all steps. If a single sample exceeds the memory, `distill` warns and returns the
+    weights so far. Halfway, it calls `renew`, which returns a new `weight`; if `renew` returns None
+    instead, `distill` stops and returns None.
+    """
+    run = _Distillation(
+        problem, deadline or Deadline(), problem.used if weight is None else weight > 0
+    )
+    rows, has_renewed = run.used.nonzero().flatten(), renew is None
+    try:
+        while run.epoch(rows):
+            if not has_renewed and renew is not None and run.visits >= run.planned / 2:
+                has_renewed, weight = True, renew(run.descent.state())
+                if weight is None:
+                    return None
+                run.used = weight > 0
+            rows = run.hard_and_some_easy()
+    except DeviceMemoryError as error:
+        message = f"the training stopped after {run.visits:,} samples: {error}"
+        warnings.warn(
+            RepairWarning(message, "the repair goes on with the weights trained so far."),
+            stacklevel=3,
+        )
+    n, planned = len(problem.before), run.most if run.deadline.is_set else run.visits
+    return Trained(run.descent.state(), run.visits / n, planned / n)
+
+
+class _Distillation:
+    def __init__(self, problem: Problem, deadline: Deadline, used: Tensor) -> None:
+        before = problem.before
+        self.problem, self.deadline, self.used = problem, deadline, used
+        self.descent = Descent(
+            problem, {}, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY)
+        )
+        self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
+        self._generator = torch.Generator().manual_seed(problem.seed)
+        weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
+        weight_of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)
+        weights = [weight_of_loss, DISTILLATION_WEIGHT * before.passed.float() * weight]
+        self._weights = torch.stack(weights, 1).to(problem.device)
+        self._easy = EASY_MARGIN * before.margin_unit if before.passed.any() else math.inf
+        self.margin = before.margin.clone()
+        self.visits = 0
+        self.planned = self.most = problem.epochs * len(before)
+
+    def epoch(self, rows: Tensor) -> bool:
+        """Trains on `rows` in random order. Returns False if the training is over."""
+        batches = shuffled_batches(rows, self._generator)
+        measured: list[tuple[Tensor, Tensor]] = []
+        start, began = self.visits, self.deadline.now()
+        for number, (batch, parts) in enumerate(
+            zip(batches, load_batches(self.problem, batches), strict=True)
+        ):
+            if number == 1 and not start:
+                # The first step is slower and not timed.
+                start, began = self.visits, self.deadline.now()
+            if number == 1 + PACE_STEPS:
+                self._plan(start, began)
+            if self.visits >= self.planned or self.deadline.is_over():
+                return False
+            cosine = math.cos(math.pi * (self.visits / self.planned))
+            self.descent.step(
+                parts, partial(self._loss, measured), rate=DISTILL_RATE * (1 + cosine) / 2
+            )
+            self.visits += len(batch)
+        self.margin = merge_measurements(self.problem, self.margin, measured)
+        self._plan(start, began)
+        before, passes = self.problem.before, self.margin > 0
+        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
+        n_repaired = int((before.targeted & passes).sum())
+        self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)
+        return self.visits < self.planned
+
+    def hard_and_some_easy(self) -> Tensor:
+        easy = (self.margin > self._easy) & (self.problem.before.margin > self._easy)
+        is_drawn = ~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)
+        return (is_drawn & self.used).nonzero().flatten()
+
+    def _loss(
+        self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor
+    ) -> Tensor:
+        task = self.problem.evaluator.task
+        margin = task.margin(output.detach(), batch.target)
+        if margin is not None:
+            measured.append((rows, margin))
+        weights = self._weights[rows.to(self._weights.device, non_blocking=True)].to(output.device)
+        of_loss, of_divergence = weights.unbind(1)
+        divergence = task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
+        return (of_loss * task.loss(output, batch.target)).sum() + (
+            of_divergence * divergence
+        ).sum()
+
+    def _plan(self, start: int, began: float) -> None:
+        if self.deadline.is_set and self.visits > start:
+            more = (
+                max(0.0, self.deadline.seconds_left)
+                * (self.visits - start)
+                / (self.deadline.now() - began)
+            )
+            planned = min(self.most, self.visits + int(more))
+            self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))

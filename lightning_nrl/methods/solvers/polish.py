@@ -1,0 +1,340 @@
+"""Polish: small steps near the decision boundary until new weights break no sample that the
+original
+weights get right.
+
+New weights repair much and break a little. The broken samples lie near the boundary; steps on
+samples near it restore them and keep what is repaired. The result is the best iterate that breaks
+nothing, counted on all known samples, or else the original weights. Below, "nothing is broken"
+means that no more samples are broken than the gate allows.
+
+On request a polish **enforces** all failing targets, also targets far from right
+(`TargetSchedule`). In limited time it stops pushing targets that are still wrong after some rounds,
+restores broken samples, and then enforces these targets again. A retreat moves back toward the
+original weights and **gives up** wrong targets of small sample weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.state import State, between, snapshot
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.errors import DeviceMemoryError
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
+from lightning_nrl.methods.budget import (
+    FORWARD_BACKWARD,
+    MAX_RETREATS,
+    MAX_ROUNDS,
+    MAX_STALLED_ROUNDS,
+    POLISH_SHARE,
+    RESERVED_PASSES,
+    SMALL_BUDGET,
+    STALLED_POLISH_SHARE,
+)
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal
+from lightning_nrl.methods.solvers.active_set import POLISH_RATE, ActiveSet, TargetSchedule
+from lightning_nrl.methods.solvers.descent import Descent
+from lightning_nrl.records.steps import CUT, Step
+
+NEEDS: tuple[Need, ...] = ("margins",)
+RETREAT_FACTOR = 0.9  # part of the way from the original weights that a retreat keeps
+HOLDING_STARTS = (
+    3  # starts that hold repairs; each retreat starts anew, and later starts may lose repairs
+)
+BISECTIONS = 6  # of the way back, on samples known to be broken
+MAX_COUNTS = (
+    6  # evaluations of all known samples on the way back; each may reveal more broken samples
+)
+
+
+@dataclass(frozen=True)
+class PolishResult(Proposal):
+    """Polished weights. `state` has all tensors of the initial state and, after steps, those of
+    `Problem.scope`.
+    """
+
+    rounds: int = 0
+    strength: float = 1.0  # part of the change that is kept; 0 for the original weights
+    course: tuple[TargetCounts, ...] = ()  # flips at each evaluation of all known samples
+    stopped: str = ""  # why the rounds ended early; empty if they did not
+
+    @property
+    def note(self) -> str:
+        back = f"then scaled back to {self.strength:.0%} of the change" if self.strength < 1 else ""
+        rounds = f"{self.rounds} round{'' if self.rounds == 1 else 's'}"
+        return ", ".join(part for part in (rounds, self.stopped, back) if part)
+
+
+def polish(
+    problem: Problem,
+    state: State,
+    *,
+    deadline: Deadline | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    after: SampleResults | None = None,
+    enforce: bool = False,
+) -> PolishResult:
+    """Makes small steps from `state` until no more known passed samples are broken than the gate
+    allows.
+
+    If steps do not suffice, the weights move back toward the original weights until this holds.
+    Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter, only
+    weights marked there move. The last forward passes over known data may end after `deadline`.
+    `after` are the results of `state`; if None, they are measured. If `enforce` is True, steps push
+    all failing targets; if False, they push only nearly right targets.
+
+    Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the
+    scope, and at most 256 MiB for the logits of the working set.
+    """
+    check_needs(NEEDS, problem.before, problem.evaluator.task)
+    work = partial(_polish, problem, state, deadline or Deadline(), masks, after, enforce)
+    return problem.work.once("polish", work, PolishResult)
+
+
+def polished(
+    problem: Problem,
+    start: Proposal,
+    *,
+    steered: bool = False,
+    deadline: Deadline | None = None,
+    enforce: bool = False,
+) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
+    """Returns the polished proposal, its step in the report, and the counts of each evaluation of
+    all
+    known data.
+
+    If `steered`, targets of slices that miss their quota weigh more. `deadline` defaults to
+    `deadline_of_method()`.
+    """
+    clock = problem.clock
+    with clock.stage("polish"):
+        began = clock.elapsed
+        aim = problem.steered(start.after) if steered else problem
+        end = problem.deadline_of_method() if deadline is None else deadline
+        found = polish(aim, start.state, deadline=end, after=start.after, enforce=enforce)
+    proposal = problem.counted("polish", found.state, found.after)
+    return proposal, proposal.step(clock.elapsed - began, found.note), found.course
+
+
+Phase = Callable[[], Any]  # a method of `_Polish` that returns the next phase, or None at the end
+
+
+def _polish(*arguments: Any) -> PolishResult:
+    run = _Polish(*arguments)
+    phase: Phase | None = run.start
+    while phase is not None:
+        phase = phase()
+    assert run.best is not None
+    return replace(run.best, course=tuple(run.course), stopped=run.stopped)
+
+
+class _Polish:
+    """A polish in progress. "Violated" are broken samples and enforced targets that are not right.
+
+    `best` breaks nothing. Steps began or ended at the weights `state`. `after` are the last results
+    on known data.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        state: State,
+        deadline: Deadline,
+        masks: Mapping[str, Tensor] | None,
+        after: SampleResults | None,
+        enforce: bool,
+    ) -> None:
+        self.problem, self.state, self.masks = problem, state, masks
+        self.best: PolishResult | None = None
+        self.course: list[TargetCounts] = []
+        self.rounds = self.retreats = self._rounds_left = 0
+        self._fewest_violated = self._fewest_ever = math.inf
+        self._visits = self._visits_at_low = 0.0
+        # There is no training before a polish that enforces targets, so it has a minimum budget.
+        self._budget = max(problem.visits, FORWARD_BACKWARD * SMALL_BUDGET if enforce else 0.0)
+        self.stopped = ""
+        self._deadline, self._one_pass = deadline, problem.clock.one_pass
+        self.after = self._count(state) if after is None else after
+        self.targets = TargetSchedule(
+            problem, problem.before.targeted & enforce & self.after.loss.isfinite()
+        )
+        self.targets.begin(self._end_of_rounds)
+        self._n_first = 0  # violated samples at the first start
+
+    def start(self) -> Phase | None:
+        """Starts steps at `state`: the given weights, or the weights after a retreat. Returns the
+        next phase.
+        """
+        holds = self.retreats < HOLDING_STARTS
+        self.active_set = ActiveSet(
+            self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds
+        )
+        self._n_first = self._n_first or int(self.active_set.violated.sum())
+        if self._is_satisfied(self.active_set.violated):
+            self._keep(self.state)
+            if not self._may_enforce_again or self._end_of_rounds.is_over():
+                return None
+            self.targets.enforce_again(self.active_set, self._end_of_rounds)
+        if self.active_set.infeasible.any():
+            return self._scale_back
+        self.descent = Descent(
+            self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks
+        )
+        self._renew_rounds()
+        return self._step
+
+    def _step(self) -> Phase:
+        self.targets.before_round(self.active_set)
+        try:
+            self._visits += self.active_set.round(self.descent) / self._budget
+        except DeviceMemoryError:
+            return self._stop_steps()
+        self.rounds += 1
+        self._rounds_left -= 1
+        is_violated = self.active_set.violated
+        n_violated = int(is_violated.sum())
+        total = max(self._n_first, n_violated)
+        self.problem.clock.tell(total - n_violated, total, broken=int(self.active_set.broken.sum()))
+        if n_violated < self._fewest_ever:
+            self._fewest_ever, self._visits_at_low = n_violated, self._visits
+        if n_violated < self._fewest_violated:
+            most = max(self._rounds_left, MAX_ROUNDS - self.rounds)
+            self._rounds_left, self._fewest_violated = min(MAX_STALLED_ROUNDS, most), n_violated
+        return (
+            self._verify
+            if self._is_satisfied(is_violated & self.active_set.working)
+            else self._after_round()
+        )
+
+    def _verify(self) -> Phase | None:
+        """Evaluates all known samples and updates the working set. Keeps the weights if no sample
+        is violated.
+        """
+        state = self.descent.state()
+        self.after = self._count(state)
+        self.active_set.update(self.after)
+        if self._is_satisfied(self.active_set.violated):
+            if not self._keep(state) or not self._may_enforce_again:
+                return None
+            self.targets.enforce_again(self.active_set, self._end_of_rounds)
+            self._renew_rounds()
+        return self._after_round()
+
+    def _after_round(self) -> Phase:
+        if self._end_of_rounds.is_over() or self._visits > POLISH_SHARE:
+            self.stopped = (
+                CUT if self._end_of_rounds.is_over() else "stopped at its limit of forward passes"
+            )
+            return self._stop_steps()
+        if self.best is not None and self._visits - self._visits_at_low > STALLED_POLISH_SHARE:
+            self.stopped = "stopped without progress"
+            return self._stop_steps()
+        return self._step if self._rounds_left else self._retreat
+
+    def _stop_steps(self) -> Phase:
+        self.state = self.descent.state()
+        return self._scale_back
+
+    def _retreat(self) -> Phase:
+        """Gives up targets and moves part of the way back to the original weights.
+
+        First keeps the current weights as a result if nothing is broken and only enforced targets
+        are still wrong.
+        """
+        state = self.descent.state()
+        if (
+            self.targets.enforced.any()
+            and not (self.active_set.broken & self.active_set.working).any()
+        ):
+            self.after = self._count(state)
+            self.active_set.update(self.after)
+            if not self.active_set.broken.any():
+                self._keep(state)
+        self.targets.give_up(self.active_set)
+        self.state = between(snapshot(self.problem.model), state, RETREAT_FACTOR)
+        self.after = self._count(self.state)
+        self.retreats += 1
+        if self.retreats <= MAX_RETREATS:
+            return self.start
+        self.active_set.update(self.after)
+        return self._scale_back
+
+    def _scale_back(self) -> None:
+        """Goes back towards the original weights until nothing is broken.
+
+        Bisects on samples known to be broken, then evaluates all samples. This may reveal broken
+        samples for the next bisection. Ends at the original weights after `MAX_COUNTS` evaluations,
+        or if time runs out after the first.
+        """
+        problem, active_set = self.problem, self.active_set
+        original, strength = snapshot(problem.model), 1.0
+        rows = active_set.broken.nonzero().flatten()
+        for counts in range(MAX_COUNTS):
+            low, high = 0.0, strength
+            for _ in range(BISECTIONS if len(rows) else 0):
+                middle = (low + high) / 2
+                if active_set.breaks(between(original, self.state, middle), rows):
+                    high = middle
+                else:
+                    low = middle
+            strength = low if len(rows) else high
+            if not strength or (counts and self._deadline.is_over()):
+                break
+            scaled = between(original, self.state, strength)
+            self.after = problem.evaluate(scaled)
+            active_set.update(self.after)
+            if self._is_satisfied(active_set.broken):
+                self._take(scaled, strength)
+                return
+            rows = torch.cat([rows, active_set.broken.nonzero().flatten()]).unique()
+        self.after = problem.before
+        self._take(between(original, self.state, 0.0), 0.0)
+
+    @property
+    def _end_of_rounds(self) -> Deadline:
+        return self._deadline.earlier(RESERVED_PASSES * self._one_pass)
+
+    @property
+    def _may_enforce_again(self) -> bool:
+        return self._deadline.is_set and not self.targets.enforces_all
+
+    def _is_satisfied(self, is_violated: Tensor) -> bool:
+        """True if the gate allows the violated samples, `N` bool, and no enforced target is among
+        them.
+        """
+        broken = is_violated & self.problem.before.passed
+        if not broken.any() or (is_violated & ~broken).any():
+            return not is_violated.any()
+        return not self.problem.excess(self.after, broken)
+
+    def _renew_rounds(self) -> None:
+        self._rounds_left, self._fewest_violated = MAX_STALLED_ROUNDS, math.inf
+
+    def _keep(self, state: State) -> bool:
+        return self._take(state, RETREAT_FACTOR**self.retreats)
+
+    def _take(self, state: State, strength: float) -> bool:
+        """Keeps `state`, whose results are in `after`, if it is worth more than `best`; returns
+        True if it is kept.
+        """
+        proposal = self.problem.counted("polish", state, self.after)
+        is_better = self.best is None or proposal.value > self.best.value
+        if is_better:
+            self.best = PolishResult(**vars(proposal), rounds=self.rounds, strength=strength)
+        return is_better
+
+    def _count(self, state: State) -> SampleResults:
+        began = self._deadline.now()
+        after = self.problem.evaluate(state)
+        self.course.append(self.problem.target_counts(after))
+        self._one_pass = self._deadline.now() - began
+        return after

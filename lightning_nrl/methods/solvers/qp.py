@@ -1,0 +1,332 @@
+"""Quadratic programmes for the smallest change that meets linear constraints, solved in their dual.
+
+A programme is
+
+    min over x, s >= 0   1/2 |x|^2 + sum_i limit_i * s_i     so that   A x + s >= required,
+
+where a row with an infinite limit is hard: its s is 0. The dual has one multiplier per row,
+constrained only by bounds,
+
+    max over a   required' a - 1/2 a' K a     so that   0 <= a <= limit,     K = A A',
+
+and x = A' a. The dual's value at any a within the bounds is a lower bound of the minimum. The dual
+is unbounded exactly if the hard rows contradict each other.
+
+There are two solvers (below), each too slow for the other's task. One programme of 955 rows takes
+0.2 s with the Newton method and 22 s with the active-set method; 208 programmes of up to 64 rows
+take 0.86 s and 0.08 s, in this order. Both solvers run on the CPU: a GPU would wait for the host
+some 30,000 times per repair.
+
+- `solve_one` solves one large dual, singular if there are more rows than unknowns. It makes
+  proximal steps (Rockafellar 1976), each by a semismooth Newton method with an exact line search
+  (Li, Sun and Toh 2018).
+- `solve_batch` solves many small duals with hard rows. Its active-set method (Lawson and Hanson
+  1974) adds or drops one row at a time. If `max_value` limits the dual's value, K + bb' / (2
+  max_value) with b = required replaces K. Then the optimum is bounded, and the optimal a is only
+  scaled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.interrupts import poll
+
+
+class DualSolution(NamedTuple):
+    """The solution of a programme with `m` rows. In a batch, each tensor has the `T` programmes as
+    first dimension.
+    """
+
+    values: Tensor  # m, multipliers a from 0 to the limits, on the device of `gram`; x = A' a
+    value: Tensor  # the dual's value at `values`, a lower bound of the minimum
+    is_solved: Tensor  # bool, False if `values` are only the best found, not optimal up to rounding
+    is_feasible: Tensor  # bool, False if the hard rows contradict each other; then ignore `values`
+
+
+@torch.no_grad()
+def solve_dual(
+    gram: Tensor,
+    required: Tensor,
+    limit: Tensor | None = None,
+    start: Tensor | None = None,
+    *,
+    max_value: float = math.inf,
+    is_over: Callable[[], bool] = lambda: False,
+) -> DualSolution:
+    """Solves the dual of one programme with `m` rows, or of a batch of `T` small ones, in float64
+    on
+    the CPU.
+
+    Args:
+        gram: K = A A', `m x m` or `T x m x m`. If a row of A is zero, its `required` must be 0.
+        required: lower bound of each row, `m` or `T x m`.
+        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None, as a batch needs,
+            makes all hard.
+        start: initial multipliers, shaped like `required`, such as those of a similar programme;
+            None means 0.
+        max_value: for a batch only: programmes with a larger optimum count as infeasible. By
+            default none does.
+        is_over: is called at each step; if it returns True, the best `values` so far are returned.
+            Not for batches.
+    """
+    device, dtype = gram.device, gram.dtype
+    g, b = (x.to("cpu", torch.float64) for x in (gram, required))
+    a = torch.zeros_like(b) if start is None else start.to("cpu", torch.float64)
+    if g.ndim == 3:
+        a, value, is_solved = solve_batch(g, b, a, max_value)
+        return DualSolution(a.to(device, dtype), value, is_solved, ~(value > max_value))
+    limits = torch.full_like(b, torch.inf) if limit is None else limit.to("cpu", torch.float64)
+    a, solved, feasible = solve_one(g, b, limits, a, is_over)
+    value = b @ a - 0.5 * (a @ (g @ a))
+    return DualSolution(a.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible))
+
+
+CONDITIONS_TOLERANCE = (
+    1e-7  # violation of the optimality conditions, relative to the largest of `required`
+)
+# Weight of the proximal term for rows of norm 1, its decay per step, and its minimum. Large at
+# first, so that only few multipliers reach or leave a bound at once; a Cholesky factor in float64
+# needs the minimum.
+PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
+# Limits of proximal steps, Newton steps, and Newton steps in a row without progress. Programmes of
+# 200 to 1,500 rows take 5 to 10 proximal and 20 to 60 Newton steps; only multipliers a million
+# times as large as others need more.
+MAX_PROXIMAL_STEPS, MAX_NEWTON_STEPS, MAX_STALLED_STEPS = 60, 400, 10
+# Hard rows are contradictory if x must be this many times as long as for a single row.
+CONTRADICTION_RATIO = 1e6
+
+
+def solve_one(
+    gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
+) -> tuple[Tensor, bool, bool]:
+    """Returns multipliers, True if they are optimal up to rounding, and True if all rows without
+    limit can hold.
+    """
+    if not len(required):
+        return required, True, True
+    # Rows are scaled to norm 1, so that one tolerance and one proximal weight suit all. Zero rows
+    # stay.
+    norm = gram.diagonal().clamp_min(0).sqrt()
+    norm = torch.where(norm > 1e-12 * norm.amax(), norm, 1)
+    box = _Box(gram / norm / norm[:, None], required / norm, limit * norm)
+    values, is_solved, is_feasible = _proximal(box, box.project(start * norm), is_over)
+    return values / norm, is_solved, is_feasible
+
+
+@dataclass(frozen=True)
+class _Box:
+    """The programme min 1/2 a' K a - b' a so that 0 <= a <= limit, where K is `gram` and b is
+    `required`.
+    """
+
+    gram: Tensor
+    required: Tensor
+    limit: Tensor
+
+    def project(self, values: Tensor) -> Tensor:
+        return values.clamp_min(0).minimum(self.limit)
+
+    def residual(self, values: Tensor) -> float:
+        """Largest violation of the optimality conditions, in units of `required`."""
+        gradient = self.gram @ values - self.required
+        at_bound = ((values <= 0) & (gradient > 0)) | ((values >= self.limit) & (gradient < 0))
+        return float(gradient.masked_fill(at_bound, 0).abs().amax())
+
+    def is_contradictory(self, change: Tensor) -> bool:
+        """True if a change of the multipliers proves that the hard rows contradict each other
+        (Farkas'
+        lemma).
+
+        If d are the increases at hard rows, an x that meets these has |A' d| |x| >= d' A x >= d'
+        required: |x| is huge.
+        """
+        d = torch.where(self.limit.isinf(), change.clamp_min(0), 0)
+        needed = float(self.required @ d)
+        given = math.sqrt(max(float(d @ self.gram @ d), 0.0))
+        return needed > CONTRADICTION_RATIO * given * max(float(self.required.abs().amax()), 1e-30)
+
+
+def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[Tensor, bool, bool]:
+    """Solves the programme in steps. Each step adds a penalty on the distance it moves; the penalty
+    shrinks.
+    """
+    scale = max(float(box.required.abs().amax()), 1e-30)
+    best, least, weight, steps_left = (
+        values,
+        box.residual(values),
+        PROXIMAL_WEIGHT,
+        MAX_NEWTON_STEPS,
+    )
+    wanted = 0.1 * scale
+    for _ in range(MAX_PROXIMAL_STEPS):
+        if least <= CONDITIONS_TOLERANCE * scale or steps_left <= 0 or is_over():
+            break
+        before = values
+        wanted = max(wanted * 0.1, 0.5 * CONDITIONS_TOLERANCE * scale)
+        values, made = _newton(box, values, weight, wanted, steps_left, is_over)
+        steps_left -= made
+        residual = box.residual(values)
+        if residual < least:
+            best, least = values, residual
+        if box.is_contradictory(values - before):
+            return values, False, False
+        weight = max(weight * PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT)
+    return best, least <= CONDITIONS_TOLERANCE * scale, True
+
+
+def _newton(
+    box: _Box,
+    centre: Tensor,
+    weight: float,
+    wanted: float,
+    max_steps: int,
+    is_over: Callable[[], bool],
+) -> tuple[Tensor, int]:
+    """Makes one proximal step; returns the multipliers a and the number of Newton steps.
+
+    Over x = A' z it minimises 1/2 |x|^2 plus a smooth, piecewise quadratic penalty. The gradient is
+    A' (z - a), where a follows from the penalty at x.
+    """
+    gram, z = box.gram, centre
+    least, stalled = torch.inf, 0
+    for step in range(max_steps):
+        poll()
+        given = gram @ z
+        raw = centre + (box.required - given) / weight
+        a = box.project(raw)
+        off = given - gram @ a
+        size = float(off.abs().amax())
+        stalled = 0 if size < 0.5 * least else stalled + 1
+        least = min(least, size)
+        if size <= wanted or stalled > MAX_STALLED_STEPS or is_over():
+            return a, step
+        direction = a - z
+        free = ((raw > 0) & (raw < box.limit)).nonzero().flatten()
+        if len(free):
+            inner = gram[free][:, free]
+            right = off[free] + (inner @ direction[free]) + weight * direction[free]
+            inner.diagonal().add_(weight)
+            direction[free] = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(inner))[
+                :, 0
+            ]
+        z = z + _line_search(box, centre, weight, z, given, direction) * direction
+    return box.project(centre + (box.required - gram @ z) / weight), max_steps
+
+
+def _line_search(
+    box: _Box, centre: Tensor, weight: float, z: Tensor, given: Tensor, direction: Tensor
+) -> float:
+    """Finds the step length in [0, 1] at which the slope along `direction` is 0. The slope never
+    falls on the way.
+    """
+    along = box.gram @ direction
+
+    def slope(t: float) -> float:
+        a = box.project(centre + (box.required - given - t * along) / weight)
+        return float(along @ (z + t * direction - a))
+
+    low, high = 0.0, 1.0
+    if slope(high) <= 0:
+        return high
+    while high - low > 1e-3 * high and high > 1e-9:
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+RELATIVE_JITTER = 1e-9  # share of the diagonal's mean, added to the diagonal: equal rows then have unique multipliers
+MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
+RESIDUAL_TOLERANCE = 1e-6  # relative to the largest of `required`
+
+
+def solve_batch(
+    gram: Tensor, required: Tensor, values: Tensor, max_value: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the multipliers, `T x m`, each dual's value, `T`, and a mask, `T` bool, False where
+    steps ran out.
+    """
+    if not required.numel():
+        return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
+    jitter = RELATIVE_JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(
+        torch.finfo(gram.dtype).tiny
+    )
+    gram = gram + torch.diag_embed(jitter[:, None].expand_as(required))
+    bounded = gram + (0.5 / max_value) * required[:, :, None] * required[:, None, :]
+    small = RESIDUAL_TOLERANCE * required.abs().amax(1, keepdim=True)
+    values = _best_multiple(values, bounded, required)
+    binding = values > 0
+    converged, going = ~binding.any(1), torch.arange(len(gram))
+    for _ in range(MAX_EXCHANGES):
+        g, h, b, u, some = (
+            gram[going],
+            bounded[going],
+            required[going],
+            values[going],
+            binding[going],
+        )
+        lacking = torch.where(some, -torch.inf, b - _times(h, u))
+        most, new = lacking.max(1)
+        enters = converged[going] & (most > small[going, 0])
+        over = converged[going] & ~enters
+        some[enters, new[enters]] = True
+        goal = _solve_equalities(h, b, some)
+        bad = some & (goal <= 0)
+        ratio = torch.where(bad, u / (u - goal).clamp_min(torch.finfo(u.dtype).tiny), torch.inf)
+        length = ratio.amin(1, keepdim=True).clamp_max(1.0)
+        leaves = bad & (ratio <= length)
+        next_u = torch.where(leaves, 0.0, (u + length * (goal - u)).clamp_min(0))
+        # By rounding, a row may be added and dropped at once. Such a programme stops.
+        over |= ~next_u.isfinite().all(1) | (enters & (length[:, 0] <= 0))
+        values[going] = torch.where(over[:, None], u, next_u)
+        binding[going] = some & ~leaves
+        converged[going] = ~bad.any(1)
+        over |= _value(g, b, _best_multiple(values[going], g, b)) > max_value
+        going = going[~over]
+        if not len(going):
+            break
+    values = _best_multiple(values, gram, required)
+    is_solved = torch.ones(len(gram), dtype=torch.bool)
+    is_solved[going] = False
+    return values, _value(gram, required, values), is_solved
+
+
+def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor:
+    """Returns multipliers that make the binding rows equalities, or NaN if no multipliers do. Other
+    rows get 0.
+    """
+    width = max(1, int(binding.sum(1).amax()))
+    at = binding.long().argsort(dim=1, descending=True, stable=True)[:, :width]
+    some = binding.gather(1, at)
+    block = gram.gather(1, at[:, :, None].expand(-1, -1, gram.shape[2])).gather(
+        2, at[:, None].expand(-1, width, -1)
+    )
+    block = torch.where(
+        some[:, :, None] & some[:, None, :], block, torch.diag_embed((~some).to(gram.dtype))
+    )
+    factor, failed = torch.linalg.cholesky_ex(block)
+    found = torch.cholesky_solve(
+        torch.where(some, required.gather(1, at), 0.0)[:, :, None], factor
+    )[:, :, 0]
+    found = torch.where((failed > 0)[:, None], torch.nan, found)
+    return torch.zeros_like(required).scatter(1, at, torch.where(some, found, 0.0))
+
+
+def _best_multiple(values: Tensor, gram: Tensor, required: Tensor) -> Tensor:
+    """Scales the multipliers of each programme so that the value of its dual is largest."""
+    rise, curve = (required * values).sum(1), (values * _times(gram, values)).sum(1)
+    return values * (rise.clamp_min(0) / curve.clamp_min(torch.finfo(gram.dtype).tiny))[:, None]
+
+
+def _times(gram: Tensor, values: Tensor) -> Tensor:
+    return torch.bmm(gram, values[:, :, None])[:, :, 0]
+
+
+def _value(gram: Tensor, required: Tensor, values: Tensor) -> Tensor:
+    return (required * values).sum(1) - 0.5 * (values * _times(gram, values)).sum(1)

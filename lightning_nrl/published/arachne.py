@@ -1,0 +1,230 @@
+"""Arachne's localisation: weights on the Pareto front of two impacts (Sohn, Kang, Yoo 2019, 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.device import at_least_float32, no_autocast
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layer_gradients import (
+    as_rows,
+    bias_gradient,
+    uses_per_weight,
+    weight_gradient,
+)
+from lightning_nrl.evaluation.layers import LayerRef, layer_output
+from lightning_nrl.localization.impact import (
+    accumulate,
+    check_called,
+    flat_part,
+    measure,
+    replay_with_probe,
+)
+from lightning_nrl.localization.localizer import (
+    Localization,
+    Replay,
+    check_numbers,
+    make_localization,
+)
+from lightning_nrl.localization.neurecover_lite import rank_impacts
+
+TOP_PER_FAILURE = 20  # weights per failed sample from which Arachne chooses
+
+
+@dataclass(frozen=True)
+class Arachne:
+    """Localises weights with a large gradient and a large forward impact on the failed samples
+    (Arachne, 2019).
+
+    The gradient of a weight w_ij is |dL/dw_ij| of the mean loss L. Its forward impact is the mean
+    of |o_i w_ij|, where o_i is the input that the weight is multiplied with. Of the `n_g` weights
+    with the largest gradients, the weights on the Pareto front of gradient and forward impact (see
+    `pareto_front`) are localised. Passed samples are not used.
+
+    Attributes:
+        n_weights: number of weights to localise. If the front has fewer weights, weights on the
+            front of the remaining weights are added, and so on. None: only the first front, as
+            published.
+        n_g: number of weights to compare. None: 20 per failed sample, as published, but at least
+            `n_weights`.
+        include_bias: True to localise biases too.
+    """
+
+    n_weights: int | None = None
+    n_g: int | None = None
+    include_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(n_weights=self.n_weights, n_g=self.n_g)
+
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
+        impact = measure(recording, evaluator, failed)
+        total = len(impact.backward)
+        n_g = self.n_g or max(TOP_PER_FAILURE * int(failed.sum()), self.n_weights or 0)
+        top = impact.backward.argsort(descending=True, stable=True)[:n_g].sort().values
+        weights = top[first_fronts(impact.backward[top], impact.forward[top], self.n_weights)]
+        return make_localization(weights, len(top), self.n_weights, total)
+
+
+@dataclass(frozen=True)
+class ArachneV2:
+    r"""Localises weights with a high impact on failed and a low impact on passed samples (Arachne,
+    TOSEM 2022).
+
+    The result is the Pareto front of two scores, `impact on failed / (1 + impact on passed)`. The
+    impact is the summed gradient :math:`|\sum dL/dw|` in one score and the forward impact (see
+    `contribution`) in the other. The published method draws as many passed as failed samples,
+    stratified by label. Here all passed samples are used, and the sum of their gradients is scaled
+    to the number of failed samples.
+
+    Attributes:
+        n_weights: as in `Arachne`.
+        include_bias: True to localise biases too.
+    """
+
+    n_weights: int | None = None
+    include_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(n_weights=self.n_weights)
+
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
+        n_failed = int(failed.sum())
+        costs = []
+        for rows in (failed, passed):
+            gradient = measure(recording, evaluator, rows).backward * n_failed
+            costs.append((gradient, contribution(recording, evaluator, rows)))
+        gradient, forward = (
+            of_failed / (1 + of_passed) for of_failed, of_passed in zip(*costs, strict=True)
+        )
+        weights = first_fronts(gradient, forward, self.n_weights)
+        return make_localization(weights, len(gradient), self.n_weights, len(gradient))
+
+
+MAX_OUTPUTS = 32
+"""Number of a sample's largest logits on which a neuron's influence is measured; each needs a
+backward pass.
+"""
+
+
+def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> Tensor:
+    r"""Measures the forward impact of every weight on the marked samples (Sohn, Kang, Yoo 2022).
+
+    For the weight :math:`w_{ij}` from input :math:`o_i` to the neuron with output :math:`o_j` it is
+
+    .. math:: \overline{\frac{|o_i w_{ij}|}{\sum_k |o_k w_{kj}|}} \cdot \overline{\sum_c |\partial z_c / \partial o_j|}
+
+    The first mean is the weight's share of its neuron's input. The second mean is the neuron's
+    influence on z, the `MAX_OUTPUTS` largest logits of a sample. The means are over samples and, in
+    a convolution, over positions. The result has one number per weight, in the order of
+    `ParameterSpace.flat`. The arguments are those of `measure`. Raises an `EvaluationError` if no
+    sample is marked, and a `ReplayError` if a layer is not called or has no gradient.
+    """
+    space = recording.space
+    own: dict[str, tuple[LayerRef, int, slice]] = {}
+    n_neurons = 0
+    for i, site in enumerate(space.sites):
+        own[site.name] = site, i, slice(n_neurons, n_neurons + len(site.module.weight))
+        n_neurons += len(site.module.weight)
+
+    def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
+        share, influence, positions, samples = sums
+        probe, outputs = replay_with_probe(recording, chunk, _largest)
+        samples.add_(len(chunk.rows))
+        with no_autocast(share.device):
+            for column in outputs.unbind(1):
+                gradients = probe.gradients(column, torch.ones_like(column), retain_graph=True)
+                for name, gradient in zip(probe.called, gradients, strict=True):
+                    site, _, here = own[name]
+                    influence[here] += bias_gradient(
+                        at_least_float32(as_rows(site.module, gradient)).abs()
+                    )
+            for name, x, output in probe.seen:
+                site, i, _ = own[name]
+                rows = at_least_float32(as_rows(site.module, x)).abs()
+                share[site.offset : site.offset + site.size] += _share(site, rows)
+                positions[i] += uses_per_weight(site.module, output)
+
+    sizes = [space.size, n_neurons, len(space.sites), 1]
+    share, influence, positions, _ = accumulate(recording, evaluator, rows_mask, sizes, add)
+    impact = torch.zeros_like(share)
+    for (site, _, here), uses in zip(own.values(), positions.tolist(), strict=True):
+        check_called(site, uses)
+        mean, weight = influence[here] / uses, site.module.weight
+        each = mean.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+        place = slice(site.offset, site.offset + site.size)
+        impact[place] = share[place] / uses * flat_part(site, each, mean)
+    return impact
+
+
+def _largest(logits: Tensor) -> Tensor:
+    outputs = logits.flatten(1)
+    return outputs.topk(min(MAX_OUTPUTS, outputs.shape[1]), 1).values
+
+
+def _share(site: LayerRef, x: Tensor) -> Tensor:
+    """Sums |o_i w_ij| / sum_k |o_k w_kj| of each weight over rows and positions; `x` has the
+    absolute inputs |o_i|.
+    """
+    layer = site.module
+    weight = layer.weight.detach().abs().to(x)
+    bias = layer.bias.detach().abs().to(x) if site.include_bias and layer.bias is not None else None
+    total = layer_output(layer, x, weight, bias)
+    one_over = torch.where(total > 0, 1 / total, 0.0)
+    own = bias_gradient(one_over) if bias is None else bias_gradient(one_over) * bias
+    return flat_part(site, weight_gradient(layer, x, one_over) * weight, own)
+
+
+def pareto_front(one: Tensor, other: Tensor) -> Tensor:
+    """Marks the weights on the Pareto front of two scores, `one` and `other`, of which larger
+    values
+    are better.
+
+    A weight is on the front unless another weight is better in one score and not worse in the
+    other.
+
+    Example:
+        >>> pareto_front(torch.tensor([3.0, 2.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 2.0]))
+        tensor([ True,  True,  True, False])
+    """
+    by_other = other.argsort(descending=True, stable=True)
+    order = by_other[one[by_other].argsort(descending=True, stable=True)]
+    a, b = one[order], other[order]
+    before = torch.cat([b.new_full((1,), -torch.inf), b.cummax(0).values[:-1]])
+    leads = b > before
+    # Of weights with equal scores only the first leads; the others are on the front if they equal
+    # the last leader.
+    rows = torch.arange(len(order), device=order.device)
+    leader = torch.where(leads, rows, 0).cummax(0).values
+    front = leads | ((a == a[leader]) & (b == b[leader]))
+    return torch.zeros_like(front).scatter_(0, order, front)
+
+
+def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
+    """Returns the positions of the weights on the Pareto front of two scores, in ascending order.
+
+    If `n_weights` is given, that many positions are returned: weights are taken from the front,
+    then from the front of the remaining weights, and so on. On the last front, the best weights are
+    taken, judged by the worse of their ranks in the two scores. Weights whose two scores are 0 are
+    never taken, so fewer than `n_weights` may be returned.
+    """
+    left = ((one > 0) | (other > 0)).nonzero().squeeze(1)
+    if n_weights is None:
+        return left[pareto_front(one[left], other[left])]
+    worse_rank = torch.maximum(rank_impacts(one), rank_impacts(other))
+    taken = left[:0]
+    while len(taken) < n_weights and len(left):
+        front = pareto_front(one[left], other[left])
+        new = left[front]
+        new = new[worse_rank[new].argsort(stable=True)][: n_weights - len(taken)]
+        taken, left = torch.cat([taken, new]), left[~front]
+    return taken.sort().values

@@ -1,0 +1,125 @@
+"""Numbers and figures of the samples that a training has learned, forgotten and never learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.published.training_record import RecordedSplit, TrainingRecord
+from lightning_nrl.report.figures import INK, new_figure, style_axes
+
+MOST_CLASSES = 20  # with more classes, there are no curves by class
+HISTORY_CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
+LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Masks of the `n` samples of a split that were right at one point of a training, or at `T`
+    points (`T x n`).
+    """
+
+    label: Tensor  # n int64
+    right: Tensor  # bool, right at the point
+    was_right: Tensor  # bool, right at the point or an earlier one
+
+    @classmethod
+    def of(cls, record: RecordedSplit) -> Learning:
+        return cls(record.label, record.passed[-1], record.passed.any(0))
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Masks of samples: right (`learned`), right only earlier (`forgotten`), and never right
+        (`never_learned`).
+        """
+        return {
+            "learned": self.right,
+            "forgotten": self.was_right & ~self.right,
+            "never_learned": ~self.was_right,
+        }
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes for separate curves. The list is empty if there is one class, or more than
+        `MOST_CLASSES`.
+        """
+        found = self.label.unique().tolist()
+        return found if 1 < len(found) <= MOST_CLASSES and found[0] >= 0 else []
+
+    def by_class(self, mask: Tensor) -> list[int]:
+        counts = torch.bincount(self.label[mask], minlength=int(self.label.max()) + 1).tolist()
+        return [counts[one] for one in self.classes]
+
+    def numbers(self, prefix: str, split: str) -> dict[str, float]:
+        """Returns counts by tag, such as `<prefix>/<split>/learned`, or for class 3
+        `<prefix>_<split>/forgotten/3`.
+        """
+        found = {}
+        for name, mask in self.masks.items():
+            found[f"{prefix}/{split}/{name}"] = float(mask.sum())
+            if self.classes:
+                counts = zip(self.classes, self.by_class(mask), strict=True)
+                found |= {f"{prefix}_{split}/{name}/{one}": float(n) for one, n in counts}
+        return found
+
+
+def record_figures(record: TrainingRecord) -> dict[str, Any]:
+    """Returns Matplotlib figures by title: counts by epoch, and the share of each class that is
+    wrong at the end.
+    """
+    figures = {}
+    for split in record.splits:
+        figures[split] = _curves(record, split)
+        last = Learning.of(record.splits[split])
+        if last.classes:
+            figures[f"{split}, by class"] = _bars(last, split)
+    return figures
+
+
+def _curves(record: TrainingRecord, split: str) -> Any:
+    passed, label = record.splits[split].passed, record.splits[split].label
+    figure = new_figure(*HISTORY_CARD)
+    axes = figure.subplots()
+    epochs, steps = ([getattr(point, of) for point in record.points] for of in ("epoch", "step"))
+    across = [epoch + 1 for epoch in epochs] if len(set(epochs)) == len(epochs) else steps
+    marker = "." if len(across) < 40 else None
+    for name, mask in Learning(label, passed, passed.int().cummax(0).values > 0).masks.items():
+        counts = mask.sum(1).tolist()
+        axes.plot(
+            across,
+            counts,
+            color=LEARNING_COLOURS[name],
+            label=name.replace("_", " "),
+            marker=marker,
+        )
+    axes.set_ylim(0, 1.25 * len(label))  # room for the legend
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"{len(label):,} samples of {split}", color=INK, fontsize=10)
+    axes.legend(
+        frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2
+    )
+    style_axes(axes, "step" if across is steps else "epoch", "samples")
+    return figure
+
+
+def _bars(last: Learning, split: str) -> Any:
+    figure = new_figure(*HISTORY_CARD)
+    axes = figure.subplots()
+    below = [0.0] * len(last.classes)
+    sizes = last.by_class(torch.ones_like(last.right))
+    for name in ("forgotten", "never_learned"):
+        counts = last.by_class(last.masks[name])
+        share = [100 * count / size for count, size in zip(counts, sizes, strict=True)]
+        names = [str(one) for one in last.classes]
+        axes.bar(
+            names, share, bottom=below, color=LEARNING_COLOURS[name], label=name.replace("_", " ")
+        )
+        below = [a + b for a, b in zip(below, share, strict=True)]
+    axes.set_ylim(0, 1.25 * max(*below, 1.0))
+    axes.set_title(f"{split}: wrong at the end, by class", color=INK, fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
+    style_axes(axes, "class", "% of the class")
+    return figure

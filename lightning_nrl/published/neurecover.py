@@ -1,0 +1,293 @@
+"""NeuRecover's localisation, from the history of the training (Tokui et al. 2022).
+
+The history is a sequence of points (epochs or checkpoints) that ends at the current model. From one
+point to the next a sample may turn from right to wrong (a regression) or from wrong to right (an
+improvement).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_kind, check_real
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.localization.impact import Impact, measure
+from lightning_nrl.localization.localizer import (
+    KnownData,
+    Localization,
+    Replay,
+    check_numbers,
+    default_n_weights,
+)
+from lightning_nrl.localization.neurecover_lite import nearest, rank_impacts, sizes_at
+from lightning_nrl.published.history import CheckpointHistory, History, HistoryPoint
+from lightning_nrl.published.training_record import FolderHistory
+
+
+@dataclass(frozen=True)
+class NeuRecover:
+    r"""Localises weights by the history of the training.
+
+    The regressions (deg) are targets (I_neg) that used to be right. The improvements (imp) are
+    passed samples (I_pos) that used to be wrong. In each layer the weights `(F_deg & G_deg & D) -
+    (F_imp & G_imp)` are localised. F_deg has the weights with the largest forward impact on the
+    regressions, G_deg has the weights with the largest gradient, and D has the weights that the
+    training changed most. F_imp and G_imp are like F_deg and G_deg for the improvements. In a layer
+    of n weights, each set has `round(n * s * rate)` weights. Here s is the suspiciousness of the
+    layer:
+
+    .. math:: s = \frac{\bar f_{deg}}{\bar f_{deg} + \bar f_{imp}} \cdot \overline{|\Delta w|}
+
+    In this formula, f is a weight's forward impact and :math:`\Delta w` its change, and bars are
+    means over the layer's weights. Each of the two factors of s is divided by its maximum over the
+    layers.
+
+    Attributes:
+        history: earlier points of the training, oldest first: a list of checkpoints (paths,
+            modules, state dicts), a folder written by `TrainingHistory`, or a `History`. None: the
+            `TrainingHistory` in the same Trainer.
+        n_weights: number of weights to localise, by default `default_n_weights`. The result may
+            differ slightly.
+        rate: share of a layer's weights in each set if s is 1, above 0 and at most 1. It replaces
+            `n_weights`.
+        last: number of most recent steps (from a point to the next) to use; None: all. The
+            published method uses 1.
+        decay: weight of a step relative to the step after it, above 0 and at most 1.
+        include_bias: True to localise biases too.
+    """
+
+    history: str | Path | Sequence[Any] | History | None = None
+    n_weights: int | None = None
+    rate: float | None = None
+    last: int | None = None
+    decay: float = 0.8
+    include_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(n_weights=self.n_weights, last=self.last)
+        check_real(
+            "decay", self.decay, "number", "give a number above 0 and at most 1.", above=0, most=1
+        )
+        if self.rate is not None:
+            check_real(
+                "rate", self.rate, "share", "give a share above 0 and at most 1.", above=0, most=1
+            )
+            if self.n_weights is not None:
+                raise ConfigurationError(
+                    f"`n_weights={self.n_weights}` and `rate={self.rate}` are both given.",
+                    "give one of them.",
+                )
+        _history_of(self.history)
+
+    @property
+    def wants_history(self) -> bool:
+        """True if `with_history` must be called with the folder of a `TrainingHistory`, because
+        `history` is None.
+        """
+        return self.history is None
+
+    def with_history(self, folder: str) -> NeuRecover:
+        return replace(self, history=folder)
+
+    def on(self, known: KnownData) -> HistoryLocalizer:
+        """Reads the history, evaluates checkpoints on the known data, and returns the localizer for
+        these data.
+
+        Raises a `ConfigurationError` if there is no history, or if no point has other weights than
+        the current model.
+        """
+        history = _history_of(self.history)
+        if history is None:
+            raise ConfigurationError(
+                "`localizer`: NeuRecover has no history of the training.",
+                "give checkpoints, `NeuRecover(history=['epoch1.ckpt', 'epoch2.ckpt'])`, or put a `TrainingHistory` "
+                "callback before `RegressionFreeRepair`.",
+            )
+        now = HistoryPoint(known.before.passed.to(torch.int8), known.space.flat())
+        points = history.points(known)
+        while points and torch.equal(points[-1].weights.to(now.weights), now.weights):
+            points = points[:-1]
+        if not points:
+            raise ConfigurationError(
+                "`NeuRecover.history` has no point before the current model.",
+                "give at least one earlier checkpoint.",
+            )
+        points = [*points, now]
+        flips = TrainingFlips.between(
+            points if self.last is None else points[-self.last - 1 :], self.decay
+        )
+        return HistoryLocalizer(self, flips)
+
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
+        """Always raises a `ConfigurationError`; call the localizer that `on(known)` returns
+        instead.
+        """
+        raise ConfigurationError(
+            "`localizer`: NeuRecover does not have the known data.",
+            "call the localizer that `on(known)` returns.",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingFlips:
+    """Flips of samples and changes of weights in a training. A step counts `decay` times as much as
+    the next step.
+    """
+
+    regressed: Tensor  # N: weighted number of flips from right to wrong
+    improved: Tensor  # N: weighted number of flips from wrong to right
+    change: Tensor  # W: weighted mean of each weight's absolute change per step
+
+    @classmethod
+    def between(cls, points: Sequence[HistoryPoint], decay: float) -> TrainingFlips:
+        """Compares each point with the next. A sample whose result is unknown at one of the two
+        points did not flip.
+        """
+        regressed = improved = torch.zeros(len(points[0].passed), dtype=torch.float64)
+        change, total = torch.zeros(len(points[0].weights), dtype=torch.float64), 0.0
+        for age, (old, new) in enumerate(zip(points[-2::-1], points[:0:-1], strict=True)):
+            counts = decay**age
+            was, is_now = old.passed.cpu(), new.passed.cpu()
+            regressed = regressed + counts * ((was == 1) & (is_now == 0))
+            improved = improved + counts * ((was == 0) & (is_now == 1))
+            change = (
+                change + counts * (new.weights.cpu().double() - old.weights.cpu().double()).abs()
+            )
+            total += counts
+        return cls(regressed, improved, change / total)
+
+
+@dataclass(frozen=True)
+class HistoryLocalizer:
+    """Localizer that `NeuRecover.on` returns. It has the history of the training."""
+
+    settings: NeuRecover
+    flips: TrainingFlips
+
+    @property
+    def include_bias(self) -> bool:
+        return self.settings.include_bias
+
+    def __call__(
+        self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
+    ) -> Localization:
+        regressed, improved = (
+            self.flips.regressed * failed.cpu(),
+            self.flips.improved * passed.cpu(),
+        )
+        if not regressed.any():
+            raise EmptyLocalizationError(
+                f"`localizer`: none of the {int(failed.sum())} targets was right at an earlier point of the history.",
+                "record more often, record the targets' splits (`TrainingHistory(splits=[...])`), give more "
+                "checkpoints, or use `neurecover-lite`, which needs no history.",
+            )
+        deg = measure(recording, evaluator, regressed > 0, weight=regressed)
+        imp = (
+            measure(recording, evaluator, improved > 0, weight=improved) if improved.any() else None
+        )
+        n_weights, rate = self.settings.n_weights, self.settings.rate
+        return localize_by_history(
+            recording.space, deg, imp, self.flips.change, n_weights=n_weights, rate=rate
+        )
+
+
+def localize_by_history(
+    space: ParameterSpace,
+    deg: Impact,
+    imp: Impact | None,
+    change: Tensor,
+    *,
+    n_weights: int | None = None,
+    rate: float | None = None,
+) -> Localization:
+    """Localises weights by the sets of `NeuRecover`. Raises an `EmptyLocalizationError` if no
+    weight
+    is left.
+
+    Args:
+        space: the layers to repair.
+        deg: impacts on the regressions.
+        imp: impacts on the improvements; None: no improvements.
+        change: absolute change of each weight during the training, in the order of `space.flat`.
+        n_weights: requested number of weights if `rate` is None; by default `default_n_weights`. Of
+            the rates for which the number of localised weights is nearest to `n_weights`, the
+            smallest is used.
+        rate: as in `NeuRecover`.
+    """
+    change = change.to(deg.forward)
+    enter, leave = (torch.full_like(deg.forward, torch.inf) for _ in range(2))
+    layers = [slice(site.offset, site.offset + site.size) for site in space.sites]
+    suspicious = suspiciousness(deg, imp, layers, change)
+    for own, s in zip(layers, suspicious.tolist(), strict=True):
+        if not s:
+            continue
+        per_rank = 1 / (s * (own.stop - own.start))
+        # A weight of rank k enters its set at the rate at which round(n * s * rate) = k.
+        worst = _worst_rank(deg.forward[own], deg.backward[own], change[own])
+        enter[own] = (worst - 0.5) * per_rank
+        if imp is not None:
+            leave[own] = (_worst_rank(imp.forward[own], imp.backward[own]) - 0.5) * per_rank
+    if rate is None:
+        n_weights = n_weights or default_n_weights(space.size)
+        events = torch.cat([enter, leave]).unique()
+        events = events[events.isfinite()]
+        localized = sizes_at(enter, leave, events)["localized"]
+        rate = float(events[nearest(localized, n_weights)]) if len(events) else 1.0
+    weights = ((enter <= rate) & (leave > rate)).nonzero().squeeze(1)
+    at = sizes_at(enter, leave, enter.new_tensor([rate]))
+    sizes = {name: int(size) for name, size in at.items()} | {"total": space.size}
+    if not len(weights):
+        raise EmptyLocalizationError(
+            f"`localizer` leaves no weight at the rate {rate:.3g}: {sizes['failed']} weights changed and "
+            f"matter for regressions, but all of them are among the {sizes['passed']} that matter for improvements.",
+            "give another `rate` or `n_weights`, choose another layer, or use `neurecover-lite`.",
+        )
+    suspicion = zip(space.sites, suspicious.tolist(), strict=True)
+    n_top = sum(min(site.size, int(s * site.size * rate + 0.5)) for site, s in suspicion)
+    return Localization(weights, n_top, n_weights, sizes)
+
+
+def suspiciousness(
+    deg: Impact, imp: Impact | None, layers: Sequence[slice], change: Tensor
+) -> Tensor:
+    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`). `layers` are slices
+    of the weights.
+    """
+
+    def means(x: Tensor) -> Tensor:
+        return torch.stack([x[own].mean() for own in layers])
+
+    of_deg, moved = means(deg.forward), means(change)
+    of_imp = torch.zeros_like(of_deg) if imp is None else means(imp.forward)
+    share = torch.nan_to_num(of_deg / (of_deg + of_imp))
+    return torch.nan_to_num(share / share.max()) * torch.nan_to_num(moved / moved.max())
+
+
+def _history_of(given: Any) -> History | None:
+    if isinstance(given, (str, Path)):
+        return FolderHistory(Path(given))
+    if given is None or (hasattr(given, "points") and not isinstance(given, type)):
+        return cast("History | None", given)
+    argument, listed = (
+        "NeuRecover.history",
+        isinstance(given, Sequence) and not isinstance(given, bytes),
+    )
+    check_kind(argument, given, listed, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
+    if not given:
+        raise ConfigurationError(
+            f"`{argument}` is an empty list.", "give at least one earlier checkpoint."
+        )
+    return CheckpointHistory(tuple(given))
+
+
+def _worst_rank(*impacts: Tensor) -> Tensor:
+    return torch.stack([rank_impacts(impact) for impact in impacts]).amax(0).to(impacts[0])

@@ -1,0 +1,228 @@
+"""The record of a training on disk: results of each sample and weights of layers at some steps,
+called
+points.
+
+The folder has one file per point, named by step (`point-00000120.pt`), and the samples of each
+split (`samples.pt`). All files load with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.atomic_files import replacing
+from lightning_nrl._utils.checkpoint import load_mapping, reason
+from lightning_nrl._utils.state import State
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization.localizer import KnownData
+from lightning_nrl.published.history import HistoryPoint
+
+SAMPLES_FILE = "samples.pt"
+POINT_FILE = re.compile(r"point-(\d+)\.pt")
+RECORD_HINT = "give the folder written by `TrainingHistory`, by default `<log_dir>/history`."
+
+
+@dataclass(frozen=True)
+class RecordedSplit:
+    """Results on one split of `n` samples at `T` points of a training, oldest first."""
+
+    index: Tensor  # n int64, positions in the data set
+    label: Tensor  # n int64, true classes, -1 if the task has no classes
+    passed: Tensor  # T x n bool
+    loss: Tensor  # T x n float16
+
+    @property
+    def never_learned(self) -> Tensor:
+        """Mask of the samples that are wrong at every point, `n` bool."""
+        return ~self.passed.any(0)
+
+    @property
+    def forgotten(self) -> Tensor:
+        """Number of flips of each sample from right to wrong, `n` int64 (forgetting events, Toneva
+        et al. 2019).
+        """
+        return (self.passed[:-1] & ~self.passed[1:]).sum(0)
+
+
+@dataclass(frozen=True)
+class RecordedPoint:
+    """One point of a training: step, epoch and the recorded weights."""
+
+    step: int
+    epoch: int
+    weights: State
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Record of a training, written by `TrainingHistory`."""
+
+    points: tuple[RecordedPoint, ...]  # oldest first
+    splits: Mapping[str, RecordedSplit]  # results by split name
+
+    @classmethod
+    def read(cls, folder: str | Path) -> TrainingRecord:
+        """Reads a folder. Raises a `ConfigurationError` if the folder has no record or a damaged
+        record.
+        """
+        files = _point_files(Path(folder))
+        if not files or not (Path(folder) / SAMPLES_FILE).exists():
+            raise ConfigurationError(
+                f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT
+            )
+        samples = load_mapping("history", Path(folder) / SAMPLES_FILE, RECORD_HINT)
+        found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
+        try:
+            splits = {split: _recorded_split(split, own, found) for split, own in samples.items()}
+            points = tuple(
+                RecordedPoint(int(x["step"]), int(x["epoch"]), dict(x["weights"])) for x in found
+            )
+            if not all(
+                isinstance(value, Tensor) for point in points for value in point.weights.values()
+            ):
+                raise ValueError("its weights are not tensors")
+            return cls(points, splits)
+        except Exception as error:  # files with other contents can raise anything
+            problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
+            raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
+
+    def history(self, known: KnownData) -> list[HistoryPoint]:
+        """Converts the record to history points. A known sample that was not recorded has the
+        result
+        -1, unknown.
+
+        Raises a `ConfigurationError` if the weights of a layer to repair were not recorded, or if
+        targets (I_neg) exist but none of their splits was recorded.
+        """
+        before = known.before
+        failing = [
+            split for split in before.splits if bool(before.targeted[before.of(split)].any())
+        ]
+        if failing and not set(failing) & set(self.splits):
+            raise ConfigurationError(
+                f"`history` records {list(self.splits)}, but the targets are in {failing}.",
+                f"record these: `TrainingHistory(splits={[*self.splits, *failing]})`.",
+            )
+        rows = {split: self._rows(before, split) for split in before.splits if split in self.splits}
+        return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
+
+    def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
+        """Returns the rows of a split's recorded samples in `before`, and the samples' positions in
+        the record.
+        """
+        recorded = self.splits[split].index
+        place = torch.full(
+            (int(max(recorded.max(), before.index[before.of(split)].max())) + 1,), -1
+        )
+        place[recorded] = torch.arange(len(recorded))
+        found = place[before.index[before.of(split)]]
+        there = (found >= 0).nonzero().squeeze(1)
+        return there + before.start(split), found[there]
+
+    def _point(
+        self,
+        i: int,
+        point: RecordedPoint,
+        known: KnownData,
+        rows: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> HistoryPoint:
+        names = list(known.space.parameters)
+        lacking = [name for name in names if name not in point.weights]
+        if lacking:
+            raise ConfigurationError(
+                f"`history` has no weights of {lacking[0]!r}.",
+                "record that layer: `TrainingHistory(layers=[...])`, or `layers='all'`.",
+            )
+        passed = torch.full((len(known.before),), -1, dtype=torch.int8)
+        for split, (row, place) in rows.items():
+            passed[row] = self.splits[split].passed[i, place].to(torch.int8)
+        return HistoryPoint(passed, torch.cat([point.weights[name].flatten() for name in names]))
+
+
+@dataclass(frozen=True)
+class FolderHistory:
+    """History that is read from a folder when its points are needed."""
+
+    folder: Path
+
+    def points(self, known: KnownData) -> list[HistoryPoint]:
+        return TrainingRecord.read(self.folder).history(known)
+
+
+def write_point(
+    folder: Path, step: int, epoch: int, results: SampleResults, weights: State
+) -> None:
+    """Writes one point of a training to the folder: the results of all samples, and the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples: dict[str, dict[str, Tensor]] = {}
+    points: dict[str, dict[str, Tensor]] = {}
+    for split in results.splits:
+        own = results.of(split)
+        samples[split] = {"index": results.index[own].clone(), "label": results.label[own].clone()}
+        points[split] = {
+            "passed": results.passed[own].clone(),
+            "loss": results.loss[own].to(torch.float16),
+        }
+    if not (folder / SAMPLES_FILE).exists():
+        _replace(samples, folder / SAMPLES_FILE)
+    kept = {name: value.detach().cpu().clone() for name, value in weights.items()}
+    _replace(
+        {"step": step, "epoch": epoch, "splits": points, "weights": kept},
+        folder / f"point-{step:08d}.pt",
+    )
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Removes the points after `step`, which remain if a training restarts or resumes from an
+    earlier checkpoint.
+    """
+    for at, file in _point_files(folder).items():
+        if at > step:
+            file.unlink()
+    if not _point_files(folder):
+        (folder / SAMPLES_FILE).unlink(missing_ok=True)
+
+
+def _recorded_split(
+    split: str, samples: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]
+) -> RecordedSplit:
+    index, label = samples["index"], samples["label"]
+    passed, loss = (
+        torch.stack([point["splits"][split][name] for point in points])
+        for name in ("passed", "loss")
+    )
+    kinds = (
+        index.dtype == label.dtype == torch.int64
+        and passed.dtype == torch.bool
+        and loss.is_floating_point()
+    )
+    shapes = index.ndim == 1 and index.shape == label.shape == passed.shape[1:] == loss.shape[1:]
+    if not kinds or not shapes or bool((index < 0).any()):
+        raise ValueError(f"the columns of `{split}` differ in length or have a wrong type")
+    return RecordedSplit(index, label, passed, loss)
+
+
+def _point_files(folder: Path) -> dict[int, Path]:
+    found = {
+        int(match[1]): file
+        for file in folder.glob("point-*.pt")
+        if (match := POINT_FILE.fullmatch(file.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def _replace(value: Mapping[str, Any], file: Path) -> None:
+    held = BytesIO()
+    torch.save(
+        value, held
+    )  # saving to a file would raise a RuntimeError, not an OSError, on a full disk
+    replacing(file, lambda path: path.write_bytes(held.getvalue()))

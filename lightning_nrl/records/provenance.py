@@ -1,0 +1,130 @@
+"""The origin of a result: software, model, checkpoint and data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from platform import python_version
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from lightning_nrl._utils.state import current_state, hash_file
+from lightning_nrl.evaluation.sample_results import SampleResults
+
+
+def installed_versions() -> dict[str, str]:
+    """Returns the versions of the software that a repair depends on, by name."""
+    found = {"python": python_version()}
+    for name in ("lightning_nrl", "torch", "pytorch-lightning"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found | ({"lightning_nrl commit": commit} if (commit := _commit()) else {})
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str:
+    """Returns the commit of a source checkout, ending in `-dirty` if files were changed, or an
+    empty string.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    return ""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """The number of samples in a split, and the SHA-256 of their ids and labels in order."""
+
+    n: int
+    sha256: str
+
+    @classmethod
+    def of(cls, results: SampleResults, split: str) -> Self:
+        rows = results.of(split)
+        table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
+        return cls(
+            len(table),
+            hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest(),
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The time at which a result was made, and the model and the data from which it was made.
+
+    `made` is a time in UTC (see `of`); comparisons ignore it. `module` is the class of the model.
+    `n_layers` counts the modules that have own parameters or buffers. `checkpoint` is the file from
+    which the weights were loaded.
+    """
+
+    made: str = field(default="", compare=False)
+    module: str = ""
+    n_layers: int = 0
+    checkpoint: str = ""
+    checkpoint_sha256: str = ""
+    data: Mapping[str, DataIdentity] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, *results: SampleResults) -> Self:
+        """Records the time (or SOURCE_DATE_EPOCH, if set), the class of a model, and the data of
+        its results.
+        """
+        when = datetime.fromtimestamp(
+            float(os.environ.get("SOURCE_DATE_EPOCH", time.time())), timezone.utc
+        )
+        kind, layers = (
+            type(model),
+            {name.rpartition(".")[0] or name for name in current_state(model)},
+        )
+        data = {split: DataIdentity.of(one, split) for one in results for split in one.splits}
+        made = when.isoformat(sep=" ", timespec="seconds")
+        return cls(made, f"{kind.__module__}.{kind.__qualname__}", len(layers), data=data)
+
+    def loaded_from(self, path: str | Path | None) -> Self:
+        """Returns a copy that names the checkpoint from which the weights were loaded. None means
+        no checkpoint.
+        """
+        digest = hash_file(Path(path)) if path and Path(path).is_file() else ""
+        return replace(self, checkpoint=str(path or ""), checkpoint_sha256=digest)
+
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        checkpoint = f"{self.checkpoint} {self.checkpoint_sha256 and f'(sha256 {self.checkpoint_sha256})'}".strip()
+        facts = [
+            ("made", self.made),
+            ("class of the model", self.module),
+            ("weights loaded from", checkpoint),
+        ]
+        facts += [
+            (f"data: {split}", f"{one.n:,} samples, sha256 {one.sha256}")
+            for split, one in self.data.items()
+        ]
+        return tuple((name, value) for name, value in facts if value)

@@ -1,0 +1,324 @@
+"""The data of a repair report: `RepairRecord` and the records of each stage. They hold no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from typing_extensions import Self
+
+from lightning_nrl._utils.json_records import Record, to_plain
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.records.provenance import Provenance, installed_versions
+from lightning_nrl.records.splits import (
+    Role,
+    SetAside,
+    SliceReport,
+    SplitReport,
+    UpdateSplit,
+    by_role,
+    pool,
+    pool_updates,
+)
+from lightning_nrl.records.stats import Bound
+from lightning_nrl.records.steps import PricePoint, Rung, Step
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The precision in which the model was evaluated.
+
+    `rounding` is the estimated effect of rounding on a margin, or None if the task has no margins.
+    `n_borderline` right known samples have a smaller margin. On another device or with another
+    batch size they may be wrong.
+    """
+
+    precision: DeployedPrecision
+    rounding: float | None = None
+    n_borderline: int = 0
+
+
+@dataclass(frozen=True)
+class LocalizationReport:
+    """The numbers of weights in a `Localization`. `requested` (#lw) is None if no number was
+    requested.
+    """
+
+    requested: int | None
+    n_g: int
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """The course of a search for the best candidate, which is a set of new values for the searched
+    weights.
+
+    `fitness` is the fitness of the best candidate. `history` has the curves of `SearchHistory`,
+    with one value per iteration. `n_failed` and `n_passed` are the numbers of samples in I_neg and
+    I_pos, or None if they are unknown.
+    """
+
+    iterations: int
+    stopped: str
+    fitness: float
+    original_fitness: float
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    n_failed: int | None = None
+    n_passed: int | None = None
+
+    @property
+    def curves(self) -> dict[str, Sequence[float]]:
+        """The curves of `history`, and a curve `broken`: `n_passed` minus the curve `intact`, if
+        both are known.
+        """
+        intact = self.history.get("intact")
+        if self.n_passed is None or intact is None:
+            return dict(self.history)
+        return {**self.history, "broken": [self.n_passed - value for value in intact]}
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """SHA-256 (`hash_tensors`) of the repaired layers and of the whole state dict, before and after
+    the repair.
+    """
+
+    layers_before: str
+    layers_after: str
+    model_before: str | None = None
+    model_after: str | None = None
+
+
+@dataclass(frozen=True)
+class StrengthPoint:
+    """Counts of a patch at one strength: 0 stands for the original weights, 1 for the patch.
+
+    If `polished`, small steps restored broken samples before the count. `gain` is the value of all
+    repaired targets. `harm` is the gate's cost of the broken known samples, `calibration_harm` the
+    cost of broken calibration samples. If one of the three is None, `worth`, `cost` or
+    `calibration_cost` returns the number of these samples instead.
+    """
+
+    strength: float
+    repaired_in_target: int
+    known: FlipCounts
+    calibration: FlipCounts | None = None
+    polished: bool = False
+    gain: float | None = None
+    harm: float | None = None
+    calibration_harm: float | None = None
+
+    @property
+    def worth(self) -> float:
+        return self.repaired_in_target if self.gain is None else self.gain
+
+    @property
+    def cost(self) -> float:
+        return self.known.broken if self.harm is None else self.harm
+
+    @property
+    def calibration_cost(self) -> float:
+        if self.calibration_harm is not None:
+            return self.calibration_harm
+        return 0 if self.calibration is None else self.calibration.broken
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """The difference between two versions of the same tensors. `changed` of `total` weights differ.
+
+    `l2` is the Euclidean norm of the difference, `relative` the ratio of this norm to the norm of
+    the old weights, and `largest` the largest absolute difference.
+    """
+
+    changed: int
+    total: int
+    l2: float
+    relative: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class CalibrationBounds(Bound):
+    """The number of broken calibration samples, and a limit on the rate at which similar samples
+    break.
+
+    The data could have chosen among `states` sets of weights; 1 means that they chose nothing. If
+    `allowed` is given, strengths were accepted from weak to strong while at most `allowed` samples
+    broke. Then the limit is computed for `allowed` instead of `broken` samples.
+    """
+
+    states: int = 1
+    allowed: int | None = None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if self.allowed is not None:
+            text += f" (the limit for {self.allowed:,} broken, since strengths that break more were not accepted)"
+        elif self.states > 1:
+            text += f" (valid for each of the {self.states:,} sets of weights that these data could have chosen)"
+        return text
+
+
+Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
+"""How a repair ended."""
+SCHEMA = 1  # version of the file format; see docs/tensorboard.md
+
+
+@dataclass(frozen=True, repr=False)
+class RepairRecord(Record):
+    """The data of a `RepairReport`.
+
+    Attributes:
+        status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`.
+        reason: why the repair has this status, in a sentence or two with counts.
+        layers: dotted names of the layers to change.
+        target: the failures to repair, in words. `gate` and `task` are in words, too.
+        splits: outcome by split under the weights that the model has after the repair.
+        update: comparison of the new model with the replaced one by split. Empty if no model is
+            replaced.
+        slices: outcome by slice and role. For refused weights, the outcome that they would have on
+            known data.
+        set_aside: failures in the target that were not to be repaired, with reasons.
+        leaked: by unseen split, the number of its samples that are also known or calibration data.
+        candidate: outcome that refused weights would have on known splits. Empty if no weights were
+            refused.
+        localization: numbers of searched weights. None if the repair selected no weights.
+        search: the course of the search. None if there was no search.
+        steps: steps of the method, in order.
+        rungs: changes that the default method tried, from the smallest to the largest.
+        choice: why one of the rungs was taken, in a sentence. Empty if there was no choice.
+        price: best results by the share of known samples that may break.
+        strength: counts of the patch by strength, from the original weights (0) to the patch (1)
+            and beyond.
+        chosen_strength: the strength that was chosen. None if there was no choice.
+        bounds: limit computed from calibration data. None if there are no such data, or the gate
+            accepted nothing.
+        change: difference between the old and the new weights, accepted or not. None if no new
+            weights were found.
+        hashes: hashes of the weights.
+        judge: precision of the evaluation.
+        seed: seed of the run.
+        seconds: wall time by stage, in order.
+        versions: versions of the software by name.
+        provenance: when the report was made, and from which model and data.
+        files: paths of the written files by kind, such as `checkpoint` or `json`.
+        settings: arguments of the repair by name, as plain values.
+        class_names: names of the task's classes, in order. Empty if unknown.
+        schema: version of the file format (docs/tensorboard.md).
+    """
+
+    status: Status
+    reason: str
+    layers: tuple[str, ...]
+    target: str
+    gate: str
+    task: str
+    splits: tuple[SplitReport, ...]
+    update: tuple[UpdateSplit, ...] = ()
+    candidate: tuple[SplitReport, ...] = ()
+    slices: tuple[SliceReport, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
+    leaked: Mapping[str, int] = field(default_factory=dict)
+    localization: LocalizationReport | None = None
+    search: SearchReport | None = None
+    steps: tuple[Step, ...] = ()
+    rungs: tuple[Rung, ...] = ()
+    choice: str = ""
+    price: tuple[PricePoint, ...] = ()
+    strength: tuple[StrengthPoint, ...] = ()
+    chosen_strength: float | None = None
+    bounds: CalibrationBounds | None = None
+    change: WeightChange | None = None
+    hashes: Hashes | None = None
+    judge: Judge | None = None
+    seed: int | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+    provenance: Provenance = field(default_factory=Provenance)
+    files: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        for name in ("leaked", "seconds", "files", "settings"):
+            object.__setattr__(self, name, to_plain(getattr(self, name)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads the result of `to_dict`. Raises a `ConfigurationError` if a value is missing,
+        unknown or wrong.
+        """
+        found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
+        if type(found) is not int or found != SCHEMA:
+            raise ConfigurationError(
+                f"schema: expected {SCHEMA}, found {found!r}.",
+                "read the report with the version of lightning_nrl that wrote it.",
+            )
+        return super().from_dict(data)
+
+    @property
+    def unseen_splits(self) -> tuple[SplitReport, ...]:
+        """Reports of unseen splits.
+
+        In an update, the reports compare with the replaced model. Otherwise the result is empty if
+        no weights changed.
+        """
+        if self.update:
+            return tuple(split.now for split in by_role(self.update).get("unseen", ()))
+        return tuple(by_role(self.splits).get("unseen", ())) if self.status == "repaired" else ()
+
+    @property
+    def unseen(self) -> SplitReport | None:
+        return pool(self.unseen_splits) if self.unseen_splits else None
+
+    @property
+    def n_estimates(self) -> int:
+        """Number of results among which held-out samples chose. A taken `exact` rung counts once
+        per `convex` step.
+        """
+        rungs = [rung for rung in self.rungs if rung.held_out is not None]
+        is_exact = any(rung.taken and rung.name == "exact" for rung in rungs)
+        strengths = sum(step.name.startswith("convex ") for step in self.steps) if is_exact else 0
+        return len(rungs) + max(0, strengths - 1)
+
+    @property
+    def held_out(self) -> TargetCounts | None:
+        """Counts of the taken rung on known samples it did not use. None if it used all or no
+        weights changed.
+        """
+        return next(
+            (rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None
+        )
+
+    def class_name(self, label: int) -> str:
+        """Returns the name of a class, or its number if the name is unknown. A label below 0 (no
+        class) becomes `-`.
+        """
+        if label < 0:
+            return "-"
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
+    @property
+    def path(self) -> list[StrengthPoint]:
+        """Counts by ascending strength. The first point is at strength 0, the original weights."""
+        points = sorted(self.strength, key=lambda point: point.strength)
+        if points and points[0].strength > 0:
+            same = FlipCounts(0, 0, 0, 0)
+            points.insert(
+                0, StrengthPoint(0.0, 0, same, None if points[0].calibration is None else same)
+            )
+        return points
+
+    def pooled(self, role: Role) -> SplitReport | None:
+        chosen = by_role(self.splits).get(role)
+        return pool(chosen) if chosen else None
+
+    def pooled_update(self, role: Role) -> UpdateSplit | None:
+        chosen = by_role(self.update).get(role)
+        return pool_updates(chosen) if chosen else None

@@ -1,0 +1,249 @@
+"""Records of a report for each split and slice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, Literal, TypeVar
+
+from lightning_nrl._utils.json_records import Derives, flat
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.rates import rates_of
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+
+Role = Literal["known", "calibration", "unseen"]
+"""Use of a split: `known` data are for the search, `calibration` data choose a strength, `unseen`
+data are counted.
+"""
+ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
+
+Flip = Literal["repaired", "broken"]
+Counts = TypeVar("Counts", bound=FlipCounts)
+AnySplit = TypeVar("AnySplit", "SplitReport", "UpdateSplit")
+COUNTS = tuple(field.name for field in fields(TargetCounts))
+
+
+def _from_counts(name: str) -> Any:
+    return property(attrgetter(f"counts.{name}"))
+
+
+class _Counted(Derives):
+    """Base class of records that have the attributes of their `counts`."""
+
+    counts: TargetCounts
+    n: int = _from_counts("n")
+    passed: int = _from_counts("passed")
+    kept: int = _from_counts("kept")
+    broken: int = _from_counts("broken")
+    repaired: int = _from_counts("repaired")
+    failing: int = _from_counts("failing")
+    targeted: int = _from_counts("targeted")
+    repaired_in_target: int = _from_counts("repaired_in_target")
+    passed_in_target: int = _from_counts("passed_in_target")
+    broken_in_target: int = _from_counts("broken_in_target")
+    accuracy_before: float = _from_counts("accuracy_before")
+    accuracy_after: float = _from_counts("accuracy_after")
+
+
+@dataclass(frozen=True)
+class FlippedSample:
+    """A sample that was repaired or broken. `id` is its position in its data set.
+
+    Classes are -1 if the task has no classes. Margins of wrong predictions are negative. Without
+    margins they are NaN.
+    """
+
+    id: int
+    flip: Flip
+    in_target: bool
+    label: int
+    predicted_before: int
+    predicted_after: int
+    margin_before: float
+    margin_after: float
+    slice: str = ""
+
+
+@dataclass(frozen=True)
+class ConfusionCell:
+    """Number of samples with a label and a prediction, before and after a repair."""
+
+    label: int
+    prediction: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Flip counts of the samples of one class."""
+
+    label: int
+    counts: FlipCounts = field(metadata=flat())
+
+
+@dataclass(frozen=True)
+class MarginHistogram:
+    """Counts of margins before and after, in B bins with B + 1 ascending edges. The outer bins are
+    open-ended.
+    """
+
+    edges: tuple[float, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.before) == len(self.after) == len(self.edges) - 1:
+            raise ConfigurationError(
+                "`margins`: edges and counts do not fit.", "give one more edge than counts."
+            )
+
+
+@dataclass(frozen=True)
+class SplitReport(_Counted):
+    """Counts and samples of one split, before and after a repair.
+
+    `targeted_ids` are the failures to repair. `confusion` has the cells that are not 0. `confusion`
+    and `classes` are empty if the task has no classes, and `margins` is None if the task has no
+    margins.
+    """
+
+    split: str
+    role: Role
+    counts: TargetCounts = field(metadata=flat())
+    targeted_ids: tuple[int, ...] = ()
+    flipped: tuple[FlippedSample, ...] = ()
+    confusion: tuple[ConfusionCell, ...] = ()
+    classes: tuple[ClassCounts, ...] = ()
+    margins: MarginHistogram | None = None
+
+    @property
+    def repaired_ids(self) -> tuple[int, ...]:
+        return tuple(sample.id for sample in self.flipped if sample.flip == "repaired")
+
+    @property
+    def broken_ids(self) -> tuple[int, ...]:
+        return tuple(sample.id for sample in self.flipped if sample.flip == "broken")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN if undefined. `repair_rate`
+        counts only targets.
+        """
+        repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
+        return {**rates_of(self.counts), "repair_rate": repair_rate}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Counts, accuracies and rates by name, for loggers."""
+        counts = ("n", *COUNTS, "accuracy_before", "accuracy_after")
+        return {name: getattr(self, name) for name in counts} | self.rates
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return {name: value for name, value in self.numbers.items() if name not in COUNTS}
+
+
+@dataclass(frozen=True)
+class UpdateSplit:
+    """One split in an update. The new model, as `trained` or repaired (`now`), is compared with the
+    replaced model.
+    """
+
+    trained: SplitReport
+    now: SplitReport
+
+    @property
+    def split(self) -> str:
+        return self.now.split
+
+    @property
+    def role(self) -> Role:
+        return self.now.role
+
+
+@dataclass(frozen=True)
+class SliceReport(_Counted):
+    """Counts of one slice in the data of one role. `quota` is the number of targets to repair, or
+    None for no quota.
+    """
+
+    name: str
+    role: Role
+    counts: TargetCounts = field(metadata=flat())
+    quota: int | None = None
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return {"n": self.n}
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A failure not to be repaired. `id` is its position in its data set. Classes are -1 if the
+    task has no classes.
+    """
+
+    split: str
+    id: int
+    label: int
+    prediction: int
+    why: str
+
+
+def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
+    """Groups splits by role, in the order of `ROLES`. Leaves out roles without splits."""
+    found = {role: [split for split in splits if split.role == role] for role in ROLES}
+    return {role: own for role, own in found.items() if own}
+
+
+def pool(splits: Sequence[SplitReport]) -> SplitReport:
+    """Adds up several splits of one role. Leaves out samples, whose ids are valid in their own data
+    set only.
+    """
+    counts = _sum(TargetCounts, [split.counts for split in splits])
+    parts = _pooled_confusion(splits), _pooled_classes(splits), _pooled_margins(splits)
+    return SplitReport("all", splits[0].role, counts, (), (), *parts)
+
+
+def _pooled_confusion(splits: Sequence[SplitReport]) -> tuple[ConfusionCell, ...]:
+    before, after = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for cell in (cell for split in splits for cell in split.confusion):
+        before[cell.label, cell.prediction] += cell.before
+        after[cell.label, cell.prediction] += cell.after
+    return tuple(
+        ConfusionCell(*pair, before[pair], after[pair])
+        for pair in sorted(before.keys() | after.keys())
+    )
+
+
+def _pooled_classes(splits: Sequence[SplitReport]) -> tuple[ClassCounts, ...]:
+    found: dict[int, list[FlipCounts]] = {}
+    for one in (one for split in splits for one in split.classes):
+        found.setdefault(one.label, []).append(one.counts)
+    return tuple(
+        ClassCounts(label, _sum(FlipCounts, counts)) for label, counts in sorted(found.items())
+    )
+
+
+def _sum(kind: type[Counts], counts: Sequence[Counts]) -> Counts:
+    return kind(*(sum(getattr(one, f.name) for one in counts) for f in fields(kind)))
+
+
+def _pooled_margins(splits: Sequence[SplitReport]) -> MarginHistogram | None:
+    found = [split.margins for split in splits if split.margins is not None]
+    if not found or any(one.edges != found[0].edges for one in found):
+        return None
+    columns = ([one.before for one in found], [one.after for one in found])
+    return MarginHistogram(
+        found[0].edges, *(tuple(map(sum, zip(*column, strict=True))) for column in columns)
+    )
+
+
+def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
+    """Adds up several splits of one role, like `pool`."""
+    return UpdateSplit(
+        pool([split.trained for split in splits]), pool([split.now for split in splits])
+    )

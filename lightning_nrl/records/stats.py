@@ -1,0 +1,293 @@
+"""Confidence limits and tests for unseen data.
+
+All functions take counts of repaired or broken samples. Limits bound the rate of broken samples,
+even if the data have chosen among several sets of weights. Tests tell whether the model is better.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
+from operator import index
+from typing import Literal, SupportsIndex
+
+from lightning_nrl.errors import ConfigurationError, check_real
+
+__all__ = [
+    "Bound",
+    "Evidence",
+    "Selection",
+    "binomial_cdf",
+    "evidence_of",
+    "limit_after",
+    "lower_limit",
+    "p_worse",
+    "sign_test",
+    "upper_limit",
+]
+
+Evidence = Literal["better", "no difference shown", "worse"]
+"""Comparison of a model with an earlier model, by a test on repaired and broken samples."""
+EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
+NEGLIGIBLE = 1e-17  # a term of this relative size no longer changes a sum in double precision
+ORDERED_LEVEL_SHARE = 0.8
+"""Share of the error probability for strengths that are accepted from weak to strong. The rest is
+for other weights.
+"""
+
+
+def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
+    """Computes the one-sided upper limit of Clopper and Pearson (1934) on a rate, in (0, 1].
+
+    It is the largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence, to 1e-9. It is 1 if
+    `broken` equals `n`. Whatever the true rate, the limit is below it in at most a share 1 -
+    confidence of draws of n independent samples.
+
+    Args:
+        broken: number of broken samples, in [0, n].
+        n: number of samples.
+        confidence: in (0, 1).
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
+    Example:
+        >>> round(upper_limit(4, 908), 4)
+        0.0101
+    """
+    broken, n = _checked_counts(broken, n)
+    return limit_at_level(broken, n, 1 - check_confidence(confidence))
+
+
+def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
+    """Computes the one-sided lower limit on a rate, in [0, 1). Method and arguments are as in
+    :func:`upper_limit`.
+    """
+    broken, n = _checked_counts(broken, n)
+    return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
+
+
+def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
+    """Computes a Clopper-Pearson interval for the rate k / n. `choices` intervals hold jointly with
+    90 % confidence.
+    """
+    confidence = 1 - 0.05 / max(1, choices)
+    return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
+
+
+@lru_cache(maxsize=4096)
+def limit_at_level(broken: int, n: int, level: float) -> float:
+    """Computes `upper_limit` by bisection. The error probability `level` may be so small that 1 -
+    level rounds to 1.
+    """
+    if broken == n:
+        return 1.0
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        if binomial_cdf(broken, n, middle) > level:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def binomial_cdf(k: int, n: int, p: float) -> float:
+    """Computes the probability of at most k successes in n independent draws, each with probability
+    p in (0, 1).
+    """
+    if k >= n:
+        return 1.0
+    odds = p / (
+        1 - p
+    )  # terms are summed from k away from the mean; all are positive, so no digits cancel
+    if k <= n * p:
+        return min(1.0, _pmf(k, n, p) * _falling(k, n + 1 - k, 1 / odds))
+    return max(0.0, 1 - _pmf(k + 1, n, p) * _falling(n - k - 1, k + 2, odds))
+
+
+def _pmf(k: int, n: int, p: float) -> float:
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(min(0.0, ways + k * math.log(p) + (n - k) * math.log1p(-p)))
+
+
+def _falling(top: int, bottom: int, factor: float) -> float:
+    """Sums 1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)), a binomial tail over
+    its largest term.
+    """
+    total = term = 1.0
+    while top and term > NEGLIGIBLE * total:
+        term *= top / bottom * factor
+        total += term
+        top, bottom = top - 1, bottom + 1
+    return total
+
+
+def p_worse(broken: int, repaired: int) -> float:
+    """Computes the one-sided p-value of the sign test, which is small if far more samples break
+    than
+    are repaired.
+
+    It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped.
+
+    Example:
+        >>> p_worse(5, 0)
+        0.03125
+    """
+    return binomial_cdf(repaired, broken + repaired, 0.5)
+
+
+def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
+    """Computes the exact two-sided p-value of "a flip is as likely a repair as a break". It is 1 if
+    there are no flips.
+
+    If the data chose among several results, `choices` is their number, for a Bonferroni correction.
+
+    Example:
+        >>> round(sign_test(3, 20), 4)
+        0.0005
+    """
+    return min(1.0, 2 * max(1, choices) * p_worse(max(repaired, broken), min(repaired, broken)))
+
+
+def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
+    """Decides by `sign_test` at a level of 5 % if a model is better or worse. The arguments are
+    those
+    of `sign_test`.
+
+    Example:
+        >>> evidence_of(14, 16), evidence_of(3, 20)
+        ('no difference shown', 'worse')
+    """
+    if sign_test(repaired, broken, choices) > EVIDENCE_LEVEL:
+        return "no difference shown"
+    return "better" if repaired > broken else "worse"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A limit on the rate at which samples like the calibration data break. `Bound.of` computes it.
+
+    `broken` of `n` samples that were right before are wrong after. The true rate is at most `upper`
+    with `confidence`.
+
+    Example:
+        >>> print(Bound.of(4, 908))
+        broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples
+    """
+
+    broken: int
+    n: int
+    confidence: float
+    upper: float
+
+    @property
+    def rate(self) -> float:
+        return self.broken / self.n if self.n else math.nan
+
+    @classmethod
+    def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
+        """Computes the bound of Clopper and Pearson. Arguments and errors are those of
+        :func:`upper_limit`.
+        """
+        return cls.at_level(broken, n, 1 - check_confidence(confidence))
+
+    @classmethod
+    def at_level(cls, broken: int, n: int, level: float) -> Bound:
+        """Computes the bound for the error probability `level`, in (0, 1)."""
+        broken, n = _checked_counts(broken, n)
+        return cls(broken, n, 1 - level, limit_at_level(broken, n, level))
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "broken 0 of 0; nothing is known of such samples"
+        return (
+            f"broken {self.broken:,} of {self.n:,} ({100 * self.rate:.2f} %); with {show_confidence(self.confidence)} "
+            f"confidence at most {percent_up(self.upper)} of such samples"
+        )
+
+
+def percent_up(rate: float) -> str:
+    """Formats a limit in percent with two decimals or, below 0.1 %, two digits. Rounds up, so that
+    it stays valid.
+    """
+    percent = Decimal(repr(rate)) * 100
+    places = 2 if percent >= Decimal("0.1") or not percent else 1 - percent.adjusted()
+    return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
+
+
+def show_confidence(confidence: float) -> str:
+    """Formats a confidence in percent. Rounds its distance from 100 % to two digits: 0.9998765
+    becomes `99.988 %`.
+    """
+    return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
+
+
+def check_confidence(confidence: float, argument: str = "confidence") -> float:
+    """Returns a number between 0 and 1. Raises a `ConfigurationError` for any other value."""
+    check_real(
+        argument,
+        confidence,
+        "share between 0 and 1",
+        "write 0.95 for 95 %, for instance.",
+        above=0,
+        below=1,
+    )
+    return float(confidence)
+
+
+def _checked_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
+    found = []
+    for argument, value in (("broken", broken), ("n", n)):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 0:
+            raise ConfigurationError(
+                f"`{argument}={value!r}` is no count.", "give a whole number from 0."
+            )
+        found.append(index(value))
+    if found[0] > found[1]:
+        raise ConfigurationError(
+            f"`broken={found[0]}` is more than `n={found[1]}`.",
+            "`n` is the number of samples that were right before; `broken` counts only samples among these.",
+        )
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How calibration data took part in the choice of the weights.
+
+    Attributes:
+        states: number of sets of weights that the data could have chosen, fixed in advance. 1 if
+            they chose nothing.
+        ordered: True if 80 % of the error probability is for strengths accepted one by one from
+            weak to strong.
+        allowed: number, fixed in advance, of calibration samples that the chosen strength and each
+            weaker strength may break. None if the weights were not accepted in this order.
+    """
+
+    states: int = 1
+    ordered: bool = False
+    allowed: int | None = None
+
+
+def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
+    """Computes an upper limit in (0, 1] on the rate of broken samples, from data that have also
+    chosen
+    the weights.
+
+    `broken` of the `n` samples that were right before are wrong after. The limit is that of Clopper
+    and Pearson for an error probability, which depends on a = 1 - confidence and C =
+    `Selection.states` (1 if the data chose nothing):
+
+    - Usually it is a / C (Bonferroni).
+    - It is 0.8 a if the chosen strength was accepted in order from weak to strong (Learn then
+      Test). Then the limit is computed for `allowed` instead of `broken` samples.
+    - It is 0.2 a / C if such an order was fixed but other weights were chosen, for instance
+      polished weights.
+    """
+    level = 1 - confidence
+    if selection.allowed is not None:
+        return limit_at_level(min(selection.allowed, n), n, level * ORDERED_LEVEL_SHARE)
+    rest = level * (1 - ORDERED_LEVEL_SHARE) if selection.ordered else level
+    return limit_at_level(broken, n, rest / selection.states)

@@ -1,0 +1,52 @@
+"""The course of a method: its steps, the rungs of the default, and the price of no broken sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_nrl.evaluation.sample_results import TargetCounts
+
+CUT = "cut by `max_time`"
+"""Note of a step that ran out of time."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a method, such as `fit`. Afterwards `repaired` targets pass, and `broken` known passed samples fail."""
+
+    name: str
+    repaired: int
+    broken: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung of the default method, which tries up to three changes, from the smallest to the largest (the ladder).
+
+    `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, `training` for further training,
+    or `polish` in an update. `held_out` counts known samples that the rung did not use. It is None if the rung used all
+    known samples. The other counts are of all known samples. The rung that is `taken` becomes the repair.
+    """
+
+    name: str
+    repaired_in_target: int
+    repaired: int
+    broken: int
+    weights_changed: int
+    seconds: float
+    held_out: TargetCounts | None = None
+    taken: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PricePoint:
+    """The best result if at most the share `allowed` of known passed samples may break. Counts are as in `Rung`."""
+
+    allowed: float
+    broken: int
+    repaired_in_target: int
+    repaired: int
+    held_out: TargetCounts | None = None

@@ -1,0 +1,246 @@
+"""The model under repair: trace its passes, resume them from stored outputs, or run them with other
+weights.
+
+When the first repaired layer is called, some modules have finished, and their outputs do not depend
+on the repaired weights. Of these modules, those that are not part of another finished module are
+the *frontier*, in the order of their calls. In a resumed pass the frontier returns stored outputs;
+only code between its modules and after the layer runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from lightning_nrl._utils.state import temporary_weights
+from lightning_nrl.data.batch import run_model
+from lightning_nrl.errors import ReplayError
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
+from lightning_nrl.evaluation.recurrent import patched_forward, unroll
+
+Inputs = tuple[
+    tuple[object, ...], Mapping[str, object]
+]  # positional and keyword arguments of a model
+LayerEdit = Callable[
+    [LayerRef, Tensor, Tensor], Tensor
+]  # maps a site, its input and its output to a new output
+
+
+@runtime_checkable
+class _Clonable(Protocol):
+    def clone(self) -> Any: ...
+
+
+@dataclass
+class ForwardTrace:
+    """Record of a forward pass up to its first call of a repaired layer, and of all calls of
+    repaired layers.
+    """
+
+    calls: list[str] = field(
+        default_factory=list
+    )  # names of the frontier's modules in order, one per call
+    outputs: list[Any] = field(default_factory=list)  # outputs of these calls
+    layer_order: list[str] = field(
+        default_factory=list
+    )  # names of the repaired layers in order, one per call
+    layer_shapes: list[torch.Size] = field(
+        default_factory=list
+    )  # output shapes of the calls in `layer_order`
+    input: Tensor | None = None  # input of the first repaired layer
+    output: Tensor | None = None  # output of the first repaired layer, before the user's hooks
+
+
+@dataclass(frozen=True)
+class EditableModel:
+    """The model under repair, in evaluation mode and in the precision of the evaluator."""
+
+    evaluator: Evaluator  # the model, its task and precision
+    space: ParameterSpace  # the repaired layers (sites)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.evaluator.model
+
+    @property
+    def sites(self) -> dict[str, LayerRef]:
+        return {site.name: site for site in self.space.sites}
+
+    def trace(
+        self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True
+    ) -> tuple[ForwardTrace, Tensor]:
+        """Runs a pass. Returns its trace and the logits.
+
+        If `keep` is False for the name of a module, only the shapes of its outputs are recorded, as
+        meta tensors. Raises a `ReplayError` if the model never calls one of the sites.
+        """
+        traced = trace_forward(self.model, self.space.sites, keep)
+        with unroll(self.space.gates), traced as trace, self.evaluator.context():
+            args, kwargs = _cloned(inputs)
+            output = run_model(self.model, args, kwargs)
+        for name in self.sites:
+            if name not in trace.layer_order:
+                raise ReplayError(
+                    f"`layer={name!r}` is never called in the model's forward pass, so it has no input to measure.",
+                    "name a layer that is called as a module; parts of fused modules, such as "
+                    "`MultiheadAttention.out_proj`, are not.",
+                )
+        return trace, self.evaluator.task.logits(output)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Returns the logits of a pass. The model may change the inputs in place."""
+        args, kwargs = inputs
+        with unroll(self.space.gates), self.evaluator.context():
+            return self.evaluator.task.logits(run_model(self.model, args, kwargs))
+
+    def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
+        with temporary_weights(self.model, parameters):
+            return self.forward(_cloned(inputs))
+
+    def edited_logits(self, inputs: Inputs, edit: LayerEdit) -> Tensor:
+        with edit_outputs(self.space.sites, edit):
+            return self.forward(_cloned(inputs))
+
+
+@contextmanager
+def trace_forward(
+    model: nn.Module, sites: Sequence[LayerRef], keep: Callable[[str], bool]
+) -> Iterator[ForwardTrace]:
+    """Records the passes in this context. `keep` is as in `EditableModel.trace`."""
+    trace = ForwardTrace()
+    open_calls: list[list[tuple[str, Any]]] = [[]]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if not trace.layer_order:
+            open_calls.append([])
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not trace.layer_order:
+                open_calls.pop()
+                # A packed sequence contains indices, whose values are needed.
+                copy = _clone if keep(name) or is_packed(output) else _shape_only
+                open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
+
+        return hook
+
+    def note(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        if not trace.layer_order:
+            frontier = [call for calls in open_calls for call in calls]
+            trace.calls, trace.outputs = [c for c, _ in frontier], [o for _, o in frontier]
+            trace.input, trace.output = _clone(x), _clone(y)
+        trace.layer_order.append(site.name)
+        trace.layer_shapes.append(y.shape)
+        return y
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(
+                module, torch.jit.ScriptModule
+            ):  # has no hooks; runs like code between modules
+                continue
+            for handle in (
+                module.register_forward_pre_hook(enter),
+                module.register_forward_hook(leave(name)),
+            ):
+                stack.callback(handle.remove)
+        stack.enter_context(edit_outputs(sites, note))
+        stack.enter_context(force_eager())
+        yield trace
+
+
+def is_packed(output: Any) -> bool:
+    """True if an output contains a packed sequence."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, PackedSequence))
+    return any(isinstance(x, PackedSequence) for x in leaves)
+
+
+@contextmanager
+def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
+    """Replaces each site's output by `edit(site, input, output)` in this context. Forward hooks get
+    the new output.
+    """
+
+    def edited(site: LayerRef, forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda input: edit(site, input, forward(input))
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(patched_forward(site.module, edited(site, site.module.forward)))
+        yield
+
+
+@contextmanager
+def with_cached_outputs(
+    calls: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    outputs: Sequence[Any],
+    first: nn.Module,
+    result: Callable[[], Tensor],
+) -> Iterator[None]:
+    """Makes call i of the frontier return `outputs[i]`, and the layer `first` return `result()`, in
+    this context.
+
+    Raises a `ReplayError` if the pass calls the frontier's modules in another order than `calls`.
+    """
+    left = Counter(calls)
+    patches: dict[str, ExitStack] = {}
+    at = 0
+
+    def recorded(name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal at
+            if at >= len(calls) or calls[at] != name:
+                raise _out_of_order(name)
+            left[name] -= 1
+            if not left[name]:
+                patches[name].close()
+            at += 1
+            return outputs[at - 1]
+
+        return forward
+
+    def live(*args: Any, **kwargs: Any) -> Tensor:
+        if at != len(calls):
+            raise _out_of_order(calls[at])
+        return result()
+
+    with ExitStack() as stack:
+        for name in left:
+            patches[name] = stack.enter_context(ExitStack())
+            patches[name].enter_context(patched_forward(modules[name], recorded(name), hooks=False))
+        stack.enter_context(patched_forward(first, live))
+        stack.enter_context(force_eager())
+        yield
+
+
+def _cloned(inputs: Inputs) -> Inputs:
+    """Copies tensors and graph objects in the inputs, since a model may change them in place."""
+    args, kwargs = pytree.tree_map_only(
+        (Tensor, _Clonable), lambda x: x.clone(), (tuple(inputs[0]), dict(inputs[1]))
+    )
+    return args, kwargs
+
+
+def _clone(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def _shape_only(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="meta")
+
+
+def _out_of_order(name: str) -> ReplayError:
+    return ReplayError(
+        f"`layer`: the model called {name!r} in another order than when it was recorded.",
+        "please report this model.",
+    )

@@ -1,0 +1,285 @@
+"""`SweepResult`: runs, weights, means and page of a sweep."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.atomic_files import write_text
+from lightning_nrl._utils.formatting import count, plural
+from lightning_nrl._utils.json_records import UNWRITTEN, to_plain
+from lightning_nrl._utils.state import write
+from lightning_nrl.errors import ConfigurationError, check_choice
+from lightning_nrl.gate import Gate
+from lightning_nrl.records.splits import ROLES, Role
+from lightning_nrl.report import Report
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
+from lightning_nrl.study.grid import Setting
+from lightning_nrl.study.run_store import RUN_COLUMNS, Run, StoredRun, run_of_text
+
+
+@dataclass(frozen=True)
+class SweepResult(Report):
+    """Runs of many settings and seeds. `rich.print(result)` shows mean and spread of each setting.
+
+    Attributes:
+        runs: one per setting and seed, in the order of settings.
+        target: the failures to repair, in words.
+        settings: settings by name. This field and the two below are empty if the result was read
+            from a file.
+        weights: runs with the weights that they found, by setting and seed.
+        original: original parameters of the searched layers, by dotted name.
+    """
+
+    runs: tuple[Run, ...]
+    target: str = ""
+    layer: str = ""
+    settings: Mapping[str, Setting] = field(
+        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
+    )
+    weights: Mapping[tuple[str, int], StoredRun] = field(
+        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
+    )
+    original: Mapping[str, Tensor] = field(
+        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
+    )
+
+    def page(self, full: bool = False) -> Page:
+        blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(self))]
+        blocks += [_table(self), Text(SWEEP_NOTE)] if self.runs else []
+        facts = tuple(
+            (name, value)
+            for name, value in (("target", self.target), ("layer", self.layer))
+            if value
+        )
+        return Page((*blocks, FactList(facts)) if facts else tuple(blocks))
+
+    def of(self, setting: str) -> tuple[Run, ...]:
+        """Returns the runs of one setting. For an unknown name, a `ConfigurationError` suggests the
+        nearest name.
+        """
+        check_choice("setting", setting, tuple(dict.fromkeys(run.setting for run in self.runs)))
+        return tuple(run for run in self.runs if run.setting == setting)
+
+    def pareto(self, role: Role = "known") -> tuple[Run, ...]:
+        """Returns the Pareto front (few broken, many repaired), fewest broken first. Do not choose
+        by `unseen` data.
+        """
+        check_choice("role", role, ROLES)
+        if not all(run.has(role) for run in self.runs):
+            raise ConfigurationError(
+                f"`role={role!r}`: the sweep had no {role} data.", f"give `sweep` {role} data."
+            )
+        front: list[Run] = []
+        for run in sorted(
+            self.runs, key=lambda run: (run.counts(role).broken, -run.counts(role).repaired)
+        ):
+            if not front or run.counts(role).repaired > front[-1].counts(role).repaired:
+                front.append(run)
+        return tuple(front)
+
+    def best(self, under: str | Gate = "instance") -> Run | None:
+        """Returns the best run by known and calibration data, or None if no run can win. Ignores
+        unseen data.
+
+        Only runs that repair a target and pass the gate `under` on known data can win. The first
+        criterion is the number of calibration samples repaired minus broken. Ties are decided by
+        fewer broken calibration samples, more repaired targets, fewer broken known samples, more
+        repaired known samples, and last by the order of `runs`.
+        """
+        gate = Gate.parse(under, "under")
+
+        def worth(run: Run) -> tuple[int, ...]:
+            known, calibration = run.known, run.counts("calibration")
+            gain = calibration.repaired - calibration.broken
+            return (
+                gain,
+                -calibration.broken,
+                known.repaired_in_target,
+                -known.broken,
+                known.repaired,
+            )
+
+        fit = [
+            run
+            for run in self.runs
+            if run.known.repaired_in_target and not gate.excess_of(run.known)
+        ]
+        return max(fit, key=worth, default=None)
+
+    def hparams_rows(
+        self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
+    ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
+        """Returns rows of TensorBoard's HParams tab by name: one per `setting`, with means, or one
+        per `run`.
+        """
+        check_choice("each", each, ("setting", "run"))
+        if each == "run":
+            return {
+                f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed)
+                for run in self.runs
+            }
+        return {
+            one: _hparams(self.of(one), name)
+            for one in dict.fromkeys(run.setting for run in self.runs)
+        }
+
+    def arguments(self, run: Run) -> dict[str, Any]:
+        """Returns the arguments of `repair` for the same run. Raises `ConfigurationError` for a
+        result from a file.
+        """
+        self._stored(run)
+        return {**self.settings[run.setting].arguments(), "seed": run.seed}
+
+    def state(self, run: Run) -> dict[str, Tensor]:
+        """Returns all parameters of the searched layers with the weights of a run, by dotted name,
+        on
+        the CPU.
+
+        Raises:
+            ConfigurationError: the result was read from a file, which has no weights.
+        """
+        kept = self._stored(run)
+        flat = torch.cat([value.flatten() for value in self.original.values()])
+        flat[kept.where] = kept.values
+        parts = flat.split([value.numel() for value in self.original.values()])
+        named = zip(parts, self.original.items(), strict=True)
+        return {name: part.view_as(value).clone() for part, (name, value) in named}
+
+    def _stored(self, run: Run) -> StoredRun:
+        if (run.setting, run.seed) not in self.weights:
+            raise ConfigurationError(
+                f"`run`: this result has no weights of {run.setting!r} with seed {run.seed}.",
+                "a table has no weights; call `sweep` again with the same `dirpath`, which repeats no run.",
+            )
+        return self.weights[run.setting, run.seed]
+
+    def write(self, model: nn.Module, run: Run) -> None:
+        """Writes the weights of a run into a model, all or none of them. No gate judges them."""
+        write(model, self.state(run))
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Returns a CSV table with a line per run and empty cells for missing values. Writes it to
+        `path`, if given.
+        """
+        out = io.StringIO()
+        table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(to_plain(run) for run in self.runs)
+        return _written(out.getvalue(), path)
+
+    @classmethod
+    def from_csv(cls, source: str | Path) -> SweepResult:
+        """Reads a table, which has no weights, from a file or text. Raises `ConfigurationError` for
+        other content.
+        """
+        text = (
+            source
+            if isinstance(source, str) and "\n" in source
+            else Path(source).read_text(encoding="utf-8")
+        )
+        try:
+            return cls(tuple(map(run_of_text, csv.DictReader(io.StringIO(text), strict=True))))
+        except (csv.Error, ConfigurationError) as error:
+            problem = str(error).partition("\n")[0]
+            raise ConfigurationError(
+                f"`source` is no table of a sweep: {problem}",
+                "give a table that `SweepResult.to_csv` wrote.",
+            ) from error
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Returns everything except the weights as strict JSON. Writes it to `path`, if given."""
+        return _written(super().to_json(), path)
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        write_text(path, text)
+    return text
+
+
+SWEEP_NOTE = (
+    "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs that repair something "
+    "known and break nothing known. No gate judged."
+)
+
+
+def _summary(result: SweepResult) -> str:
+    if not result.runs:
+        return "No run."
+    first, names = result.runs[0], {run.setting for run in result.runs}
+    text = f"{plural(len(result.runs), 'run')} of {plural(len(names), 'setting')}"
+    text += f" in {sum(run.seconds for run in result.runs):,.0f} s. {first.known.targeted:,} failures to repair"
+    for role in ROLES:
+        if first.has(role):
+            counts = first.counts(role)
+            text += f", {counts.passed:,} of {counts.n:,} {role} samples right before"
+    return f"{text}."
+
+
+def _table(result: SweepResult) -> Table:
+    first = result.runs[0]
+    columns = [
+        ("runs", ""),
+        ("repaired", f"of {first.known.targeted:,}"),
+        ("broken", "known"),
+        ("free of", "regr."),
+    ]
+    later = [role for role in ROLES[1:] if first.has(role)]
+    for role in later:
+        columns += [("repaired", role), ("broken", role), ("accuracy", "points")]
+    rows = []
+    for name in dict.fromkeys(run.setting for run in result.runs):
+        runs = result.of(name)
+        free = sum(run.regression_free for run in runs) / len(runs)
+        cells = [count(len(runs)), _mean(run.known.repaired_in_target for run in runs)]
+        cells += [_mean(run.known.broken for run in runs), f"{free:.0%}"]
+        for role in later:
+            counts = [run.counts(role) for run in runs]
+            cells += [_mean(one.repaired for one in counts), _mean(one.broken for one in counts)]
+            cells.append(
+                _mean(
+                    (100 * (one.repaired - one.broken) / max(1, one.n) for one in counts), sign="+"
+                )
+            )
+        rows.append(Row(name, tuple(cells)))
+    return Table(tuple(columns), tuple(rows))
+
+
+def _mean(numbers: Iterable[float], sign: str = "") -> str:
+    values = list(numbers)
+    middle = f"{mean(values):{sign},.1f}"
+    return f"{middle} ({stdev(values):,.1f})" if len(values) > 1 else middle
+
+
+SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
+MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
+
+
+def _hparams(
+    runs: Sequence[Run], name: str, **further: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    first = runs[0]
+    asked: dict[str, Any] = {"setting": first.setting, **further}
+    for column in SWEPT_COLUMNS:
+        value = getattr(first, column)
+        asked[column] = "auto" if value is None else value
+    found = {
+        "regression_free": mean(run.regression_free for run in runs),
+        "seconds": mean(run.seconds for run in runs),
+    }
+    for role in filter(first.has, ROLES):
+        for measure in MEASURED_COUNTS:
+            found[f"{role}_{measure}"] = mean(getattr(run.counts(role), measure) for run in runs)
+    return asked, {
+        f"{name}/{tag}": float(value) for tag, value in found.items() if math.isfinite(value)
+    }

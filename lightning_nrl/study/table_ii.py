@@ -1,0 +1,98 @@
+"""The twelve settings of the paper's Table II."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.gate import Gate
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, changed_options
+from lightning_nrl.search import Fitness, ParticleSwarm
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row of Table II of the paper.
+
+    `equation` is the fitness, in which `alpha` is the weight of kept samples. If `perfect_intact` (pi) is True, one
+    regression makes the fitness 0. `n_weights` is #lw in the paper, `n_passed` is #pos, and `particles` is #p.
+    """
+
+    equation: Literal["eq1", "eq2"]
+    alpha: float
+    perfect_intact: bool
+    n_weights: int
+    n_passed: int
+    particles: int
+
+
+TABLE_II: dict[str, PaperRow] = {
+    "EXP-A1": PaperRow("eq1", 6, False, 309, 500, 100),
+    "EXP-B1": PaperRow("eq1", 6, False, 282, 500, 200),
+    "EXP-C1": PaperRow("eq2", 8, True, 32, 500, 200),
+    "EXP-A2": PaperRow("eq1", 6, False, 309, 500, 200),
+    "EXP-A3": PaperRow("eq1", 5, False, 309, 500, 200),
+    "EXP-A4": PaperRow("eq1", 4, False, 309, 500, 200),
+    "EXP-B2": PaperRow("eq1", 5, False, 282, 500, 200),
+    "EXP-B3": PaperRow("eq1", 4, False, 282, 500, 200),
+    "EXP-B4": PaperRow("eq1", 6, False, 282, 1000, 200),
+    "EXP-C2": PaperRow("eq2", 8, True, 76, 500, 200),
+    "EXP-C3": PaperRow("eq2", 8, True, 53, 500, 200),
+    "EXP-C4": PaperRow("eq2", 8, True, 16, 500, 200),
+}
+"""The rows of Table II by their ID in the paper."""
+
+
+def paper_row(row: str) -> PaperRow:
+    """Returns the row of Table II with an ID such as `EXP-A1`. Raises a `ConfigurationError` for an unknown ID."""
+    if row not in TABLE_II:
+        near = difflib.get_close_matches(str(row).upper(), TABLE_II, n=3, cutoff=0.3) or list(
+            TABLE_II
+        )
+        raise ConfigurationError(
+            explain(f"`row={row!r}` is not in Table II.", f"the nearest rows are {near}.")
+        )
+    return TABLE_II[row]
+
+
+def paper_arguments(row: str) -> dict[str, Any]:
+    """Returns the arguments of `RegressionFreeRepair`, or of `Settings`, for one row of Table II.
+
+    Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
+    and with pi one regression makes the fitness 0 (section IV.B). The strength is 1: the weights become exactly what
+    the swarm finds. The gate is `accuracy`, the weaker of the paper's two levels (section III).
+
+    The paper does not say how the swarm moves nor when it stops. Here it moves as in `ParticleSwarm`. It stops after
+    100 iterations, or after 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
+    """
+    found = paper_row(row)
+    fitness = Fitness(
+        found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero"
+    )
+    return {
+        "method": ParticleSwarm(
+            particles=found.particles, iterations=100, patience=10, start="paper"
+        ),
+        "gate": Gate.accuracy(),
+        "search": SearchOptions(fitness, NeuRecoverLite(n_weights=found.n_weights), found.n_passed),
+        "bounds": BoundOptions(strength=1.0),
+    }
+
+
+def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a row of Table II, overridden by `arguments`.
+
+    In `search` and `bounds`, only options that differ from their defaults override the options of the row.
+    """
+    made = {**paper_arguments(row), **arguments}
+    search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
+    if "search" in arguments:
+        made["search"] = replace(search, **changed_options(arguments["search"]))
+    if "bounds" in arguments:
+        own = changed_options(arguments["bounds"])
+        made["bounds"] = replace(bounds, **({"strength": None} if "limit" in own else {}), **own)
+    return made
