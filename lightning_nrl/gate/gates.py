@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import ClassVar, Literal, final
 from torch import Tensor
 
 from lightning_nrl._utils.checks import count_or_share, read_number
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
@@ -42,15 +44,14 @@ class Gate(ABC):
 
     @abstractmethod
     def allowed(self, counts: FlipCounts) -> int:
-        """Returns the largest number of broken samples that the gate accepts, given counts of all
-        known samples.
+        """Returns the largest number of broken samples that the gate accepts.
+
+        `counts` are the counts of all known samples.
         """
 
     @final
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
-        """Returns by how much `cost` exceeds the limit, `allowed(counts)`, or 0 if it does not
-        exceed
-        the limit.
+        """Returns by how much `cost` exceeds the limit, `allowed(counts)`, or 0 if it does not.
 
         `cost` defaults to the number of broken samples in `counts`. If `needs_target` is True, this
         default only counts samples in the target and raises a `ConfigurationError` unless `counts`
@@ -63,16 +64,19 @@ class Gate(ABC):
                     "write `instance` or `tolerance:1%`.",
                 )
             cost = counts.broken_in_target
-        return max(0.0, (counts.broken if cost is None else cost) - self.allowed(counts))
+        elif cost is None:
+            cost = counts.broken
+        return max(0.0, cost - self.allowed(counts))
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
-        """Sums the sample weights of the `broken` samples, `N` bool, that the gate counts: inf if
-        one is protected.
+        """Sums the weights of the `broken` samples, `N` bool, that the gate counts.
+
+        The sum is inf if one of them is protected.
         """
-        return before.cost(
-            broken & (before.in_target | before.protected) if self.needs_target else broken
-        )
+        if self.needs_target:
+            broken = broken & (before.in_target | before.protected)
+        return before.cost(broken)
 
     @property
     @abstractmethod
@@ -85,22 +89,25 @@ class Gate(ABC):
 
     @staticmethod
     def instance() -> Gate:
-        """Allows no broken known sample. Instance-level suppression in the paper only concerns the
-        target.
+        """Allows no broken known sample.
+
+        Instance-level suppression in the paper only concerns the target.
         """
         return Instance()
 
     @staticmethod
     def instance_in_target() -> Gate:
-        """Allows no broken known sample in the target (instance-level suppression; paper, section
-        III).
+        """Allows no broken known sample in the target.
+
+        This is instance-level suppression (paper, section III).
         """
         return InstanceInTarget()
 
     @staticmethod
     def accuracy() -> Gate:
-        """Allows as many broken as repaired known samples (accuracy-level suppression; paper,
-        section III).
+        """Allows as many broken as repaired known samples.
+
+        This is accuracy-level suppression (paper, section III).
         """
         return Accuracy()
 
@@ -111,20 +118,31 @@ class Gate(ABC):
 
     @staticmethod
     def parse(gate: str | Gate, argument: str = "gate") -> Gate:
-        """Reads a gate from text; returns a `Gate` unchanged. A `ConfigurationError` says that
-        `argument` is wrong.
+        """Reads a gate from text; returns a `Gate` unchanged.
 
-        The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples), or
-        `tolerance:1%` or `tolerance:0.01` (1 % of the samples that passed).
+        The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples),
+        `tolerance:1%` or `tolerance:0.01` (1 % of the samples that passed), or the name of a
+        registered gate. A number after the colon is the gate's argument.
+
+        Raises:
+            ConfigurationError: the text is no gate. The message names `argument`.
         """
         if isinstance(gate, Gate):
             return gate
-        kind, _, limit = str(gate).strip().lower().partition(":")
-        make = GATES.factory(argument, kind) if kind in GATES else None
-        if make is None or bool(limit) != (make is Tolerance):
-            raise GATES.unreadable(f"`{argument}={gate!r}`", kind)
-        hint = f"write one of {list(GATES.forms)}."
-        return make(read_number(f"`{argument}={gate!r}`", limit.strip(), hint)) if limit else make()
+        quoted = f"`{argument}={gate!r}`"
+        name, _, limit = str(gate).strip().lower().partition(":")
+        if name not in GATES:
+            raise GATES.unreadable(quoted, name)
+        arguments = []
+        if limit:
+            hint = f"write one of {list(GATES.forms)}."
+            arguments.append(read_number(quoted, limit.strip(), hint))
+        make = GATES.factory(argument, name)
+        try:
+            inspect.signature(make).bind(*arguments)
+        except TypeError:
+            raise GATES.unreadable(quoted, name) from None
+        return make(*arguments)
 
 
 GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstance(value, Gate))
@@ -148,11 +166,10 @@ class Instance(Gate):
 @GATES.register("instance-in-target")
 @dataclass(frozen=True)
 class InstanceInTarget(Gate):
-    """Allows no broken known sample in the target (`Target.covers`). Other samples may break unless
-    they are protected.
+    """Allows no broken known sample in the target (`Target.covers`).
 
-    So the gate accepts a model that repairs one class at the expense of another: check how many
-    samples break, too.
+    Other samples may break unless they are protected. So the gate accepts a model that repairs one
+    class at the expense of another: check how many samples break, too.
     """
 
     needs_target: ClassVar[bool] = True
@@ -182,18 +199,17 @@ class Accuracy(Gate):
 @GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
-    """Allows `limit` known samples to break: an int is their number, a float their share of the
-    passed samples.
-    """
+    """Allows `limit` known samples to break: a number, or a share of the samples that passed."""
 
-    limit: int | float
+    limit: int | float  # a number as int, a share as float
 
     def __post_init__(self) -> None:
         limit = count_or_share(self.limit)
         if limit is None:
             raise ConfigurationError(
                 f"`limit={self.limit!r}` is no tolerance.",
-                "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
+                "give a whole number of samples from 0, "
+                "or a fraction in [0, 1] of the samples that passed.",
             )
         object.__setattr__(self, "limit", limit)
 
@@ -214,10 +230,12 @@ class Tolerance(Gate):
 
 
 def allowance(gate: Gate, counts: FlipCounts) -> str:
-    """Returns a gate's limit in words: "the gate allows at most 1 % of those that passed, here 56"."""
+    """Formats a gate's limit: "the gate allows at most 1 % of those that passed, here 56"."""
     allowed = f"{gate.allowed(counts):,}"
-    here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
-    return f"the gate allows {gate.rule}{here}"
+    limit = f"the gate allows {gate.rule}"
+    if allowed == "0" or gate.rule.endswith(allowed):
+        return limit
+    return f"{limit}, here {allowed}"
 
 
 Status = Literal["repaired", "refused", "not repaired"]
@@ -246,11 +264,11 @@ def judge(
     gate: Gate,
     needed: Mapping[str, int] = MappingProxyType({}),
 ) -> GateDecision:
-    """Decides whether new weights are accepted. All known samples count, even if the search did not
-    score them.
+    """Decides whether new weights are accepted.
 
-    New weights that repair no targeted sample are not accepted, since any change of weights is a
-    risk on unseen data. Ranks with equal results decide alike.
+    All known samples count, even if the search did not score them. New weights that repair no
+    targeted sample are not accepted, since any change of weights is a risk on unseen data. Ranks
+    with equal results decide alike.
 
     Args:
         before: results of the model before the repair on all known data; the mask `targeted` marks
@@ -263,81 +281,76 @@ def judge(
     """
     flips = Flips.between(before, after)
     counts = flips.target_counts(before)
-    lacking = missed_quotas(before, flips.repaired, needed) if counts.repaired_in_target else {}
+    missed = missed_quotas(before, flips.repaired, needed)
     status: Status = "repaired"
     if counts.repaired_in_target == 0:
-        status = "not repaired"
-    elif lacking or gate.excess_of(counts, gate.cost(before, flips.broken)):
+        status, missed = "not repaired", {}  # the quotas of an unrepaired model say nothing new
+    elif missed or gate.excess_of(counts, gate.cost(before, flips.broken)):
         status = "refused"
-    reason = _reason(status, gate, counts, before.ids(flips.broken)) + _unequal_counts(
-        before, flips
-    )
-    for name, (got, need) in lacking.items():
-        verb = "is" if got == 1 else "are"
-        reason += f" Of the slice {name!r} {_count(got)} {verb} repaired; its quota is {need:,}."
+    sentences = [
+        *_main_sentences(status, gate, counts, before.ids(flips.broken)),
+        _protected_sentence(before, flips) or _weight_sentence(before, flips),
+    ]
+    for name, (repaired, quota) in missed.items():
+        verb = "is" if repaired == 1 else "are"
+        sentences.append(
+            f"Of the slice {name!r} {_count(repaired)} {verb} repaired; its quota is {quota:,}."
+        )
     infinite = int((~after.loss.isfinite()).sum())
     if infinite:
-        plural = "s" if infinite != 1 else ""
-        reason += (
-            f" The loss is not finite on {infinite:,} known sample{plural}; they count as wrong."
-        )
-    return GateDecision(status, reason, counts)
+        samples = plural(infinite, "known sample")
+        sentences.append(f"The loss is not finite on {samples}; they count as wrong.")
+    return GateDecision(status, " ".join(filter(None, sentences)), counts)
 
 
 def check_protected(
     decision: GateDecision, before: SampleResults, after: SampleResults
 ) -> GateDecision:
-    """Returns `decision`, or a refusal if the results on calibration data show that a protected
-    sample breaks.
-    """
-    words = _unequal_counts(
-        before, Flips.between(before, after), "calibration ", only_protected=True
-    )
-    return (
-        replace(decision, status="refused", reason=f"{decision.reason}{words}")
-        if words
-        else decision
-    )
+    """Returns `decision`, or a refusal if a protected sample of the calibration data breaks."""
+    sentence = _protected_sentence(before, Flips.between(before, after), "calibration ")
+    if not sentence:
+        return decision
+    return replace(decision, status="refused", reason=f"{decision.reason} {sentence}")
 
 
-def _unequal_counts(
-    before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False
-) -> str:
-    """Returns a sentence on protected samples that broke, or on a cost that is not the number of
-    broken samples.
-    """
-    protected = before.ids(flips.broken & before.protected)
-    if any(protected.values()):
-        return f" Protected {kind}samples would break: {_by_split(protected)}."
-    cost, n = before.cost(flips.broken), int(flips.broken.sum())
-    return (
-        ""
-        if cost == n or only_protected
-        else f" The weights of the broken samples add up to {cost:,.0f}."
-    )
+def _protected_sentence(before: SampleResults, flips: Flips, kind: str = "") -> str:
+    ids = before.ids(flips.broken & before.protected)
+    if not any(ids.values()):
+        return ""
+    return f"Protected {kind}samples would break: {_by_split(ids)}."
 
 
-def _reason(
+def _weight_sentence(before: SampleResults, flips: Flips) -> str:
+    cost = before.cost(flips.broken)
+    if cost == int(flips.broken.sum()):
+        return ""
+    return f"The weights of the broken samples add up to {cost:,.0f}."
+
+
+def _main_sentences(
     status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]
-) -> str:
-    n = counts.targeted
-    if n == 0:
-        return "No failed sample is targeted, so the weights stay as they are."
-    now, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
-    gain = f"{_count(counts.repaired_in_target)} of {n:,} targeted failure{'s' if n != 1 else ''} {now}"
-    loss = (
-        f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
-    )
-    loss += f" ({_by_split(broken)})" if counts.broken else ""
-    limit = allowance(gate, counts)
+) -> list[str]:
+    """Says what new weights repair and what they break, the reason for the decision first."""
+    if counts.targeted == 0:
+        return ["No failed sample is targeted, so the weights stay as they are."]
+    pass_now, broke = "would pass", "would break"
+    if status == "repaired":
+        pass_now, broke = "pass now", "broke"
+    repaired = _count(counts.repaired_in_target).capitalize()
+    gain = f"{repaired} of {plural(counts.targeted, 'targeted failure')} {pass_now}"
+    loss = f"Of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {broke}"
+    if counts.broken:
+        loss += f" ({_by_split(broken)})"
+    if status == "not repaired":
+        return [f"{gain}.", f"{loss}."]
+    loss += f"; {allowance(gate, counts)}"
     if gate.needs_target:
-        limit += f" ({_count(counts.broken_in_target)} of {counts.passed_in_target:,} {breaks})"
-    sentences = {
-        "refused": (f"{loss}; {limit}", gain),
-        "repaired": (gain, f"{loss}; {limit}"),
-        "not repaired": (gain, loss),
-    }[status]
-    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
+        in_target = f"{_count(counts.broken_in_target)} of {counts.passed_in_target:,}"
+        loss += f" ({in_target} {broke})"
+    sentences = [f"{gain}.", f"{loss}."]
+    if status == "refused":
+        sentences.reverse()
+    return sentences
 
 
 def _by_split(ids: Mapping[str, list[int]]) -> str:
