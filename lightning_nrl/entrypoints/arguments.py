@@ -1,6 +1,4 @@
-"""Checks of the model and the arguments that are given to `repair`, `diagnose`, `compare` and
-`sweep`.
-"""
+"""Checks of the model and the arguments of `repair`, `diagnose`, `compare` and `sweep`."""
 
 from __future__ import annotations
 
@@ -20,18 +18,28 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.settings import OPTIONS, changed_options
 
 OPTION_CLASSES: Mapping[str, type] = {"data": DataOptions, **OPTIONS}
-"""Classes of option objects, such as `DataOptions`, by the argument of `RegressionFreeRepair` that
-takes them.
-"""
+"""Classes of option objects by the argument of `RegressionFreeRepair` that takes them."""
 
-SEARCH_OPTION_NAMES = "target layer task unseen passed failed adapter draws importance fitness localizer n_passed budget"
+SEARCH_OPTION_NAMES = (
+    "target",
+    "layer",
+    "task",
+    "unseen",
+    "passed",
+    "failed",
+    "adapter",
+    "draws",
+    "importance",
+    "fitness",
+    "localizer",
+    "n_passed",
+    "budget",
+)
 USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "compare": (*SEARCH_OPTION_NAMES.split(), "augment", "n_scored", "max_time", "seed"),
-    "sweep": (*SEARCH_OPTION_NAMES.split(), "method", "calibration", "set_aside", "dirpath"),
+    "compare": (*SEARCH_OPTION_NAMES, "augment", "n_scored", "max_time", "seed"),
+    "sweep": (*SEARCH_OPTION_NAMES, "method", "calibration", "set_aside", "dirpath"),
 }
-"""Options that have an effect, by function. In a function that is not listed, only `start_from` has
-no effect.
-"""
+"""Options that have an effect, by function. In other functions, all but `start_from` have one."""
 
 REFUSALS = {
     "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",
@@ -44,70 +52,64 @@ INSTEAD = {
 
 
 def check_used(entry_point: str, arguments: Mapping[str, Any]) -> None:
-    """Refuses arguments, and changed fields of option objects, that have no effect in
-    `entry_point`.
-    """
-    given: dict[str, Any] = {}
+    """Refuses arguments and changed options that have no effect in `entry_point`."""
+    options: dict[str, object] = {}
     for name, value in arguments.items():
-        given |= (
-            changed_options(value)
-            if isinstance(value, tuple(OPTION_CLASSES.values()))
-            else {name: value}
-        )
-    for name in sorted(given):
-        if name == "start_from":
-            why, hint = (
-                "it has no meaning without training",
-                "name the checkpoint to start from as `ckpt_path`.",
-            )
-        elif name in USED_OPTIONS.get(entry_point, (name,)):
-            continue
+        if isinstance(value, tuple(OPTION_CLASSES.values())):
+            options |= changed_options(value)
         else:
-            hint = f"leave `{name}` out; it is an option of `repair` and `RegressionFreeRepair`."
-            why, hint = INSTEAD.get((entry_point, name), (REFUSALS[entry_point], hint))
-        raise ConfigurationError(
-            f"`{name}={given[name]!r}`: {why}.", hint.format(value=given[name])
-        )
+            options[name] = value
+    for name in sorted(options):
+        value = options[name]
+        reason = ""
+        hint = f"leave `{name}` out; it is an option of `repair` and `RegressionFreeRepair`."
+        if name == "start_from":
+            reason = "it has no meaning without training"
+            hint = "name the checkpoint to start from as `ckpt_path`."
+        elif name not in USED_OPTIONS.get(entry_point, (name,)):
+            reason, hint = INSTEAD.get((entry_point, name), (REFUSALS[entry_point], hint))
+        if reason:
+            raise ConfigurationError(f"`{name}={value!r}`: {reason}.", hint.format(value=value))
 
 
 def is_used(entry_point: str, argument: str) -> bool:
-    """True if `argument`, or a field of its option object, has an effect in `entry_point`
-    (`compare` or `sweep`).
-    """
-    kind = OPTION_CLASSES.get(argument)
-    names = {argument} if kind is None else {field.name for field in fields(kind)}
+    """True if `argument`, or a field of its option object, has an effect in `entry_point`."""
+    names = {argument}
+    if argument in OPTION_CLASSES:
+        names = {field.name for field in fields(OPTION_CLASSES[argument])}
     return not names.isdisjoint(USED_OPTIONS[entry_point])
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
-    """Returns a callback with these arguments. Refuses any that is unknown or has no effect in
-    `entry_point`.
-    """
+    """Returns a callback; refuses an argument that is unknown or has no effect in `entry_point`."""
     known = list(inspect.signature(RegressionFreeRepair).parameters)
-    inside = {
-        field.name: f"`{name}={kind.__name__}({field.name}=...)`"
-        for name, kind in OPTION_CLASSES.items()
-        for field in fields(kind)
-    }
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, *inside], n=1)
-            hint = (
-                f"did you mean {inside.get(near[0], f'`{near[0]}`')}?"
-                if near
-                else f"it is one of {known}."
+            raise ConfigurationError(
+                f"`{name}` is no argument of a repair.", _hint_for(name, known)
             )
-            raise ConfigurationError(f"`{name}` is no argument of a repair.", hint)
     check_used(entry_point, arguments)
     return RegressionFreeRepair(**arguments)
 
 
-def check_model(model: Any, without_lightning: str) -> None:
-    """Refuses any model but a (compiled) LightningModule. The hint suggests the function named
-    `without_lightning`.
+def _hint_for(name: str, known: list[str]) -> str:
+    calls = {argument: f"`{argument}`" for argument in known}
+    for argument, kind in OPTION_CLASSES.items():
+        for field in fields(kind):
+            calls.setdefault(field.name, f"`{argument}={kind.__name__}({field.name}=...)`")
+    similar = difflib.get_close_matches(name, calls, n=1)
+    return f"did you mean {calls[similar[0]]}?" if similar else f"it is one of {known}."
+
+
+def check_model(model: object, without_lightning: str) -> None:
+    """Refuses any model but a (compiled) LightningModule.
+
+    The hint suggests the function named `without_lightning`.
     """
-    inner = original_module(model) if isinstance(model, nn.Module) else model
-    if not isinstance(inner, LightningModule):
-        problem = f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule."
-        hint = f"give a LightningModule, or call `{without_lightning}` for a plain PyTorch module."
-        raise ConfigurationError(problem, hint)
+    module = original_module(model) if isinstance(model, nn.Module) else model
+    if not isinstance(module, LightningModule):
+        kind = type(module)
+        raise ConfigurationError(
+            f"`model`: found a {kind.__name__} of `{kind.__module__}`, not a LightningModule.",
+            f"give a LightningModule, or call `{without_lightning}` for a plain PyTorch module.",
+        )

@@ -37,9 +37,13 @@ from lightning_nrl.pipeline.repair_module import Outcome
 from lightning_nrl.report import RepairReport, Report
 
 Result = TypeVar("Result", bound=Report)
-Work = Callable[
-    [Trainer, LightningModule, int], Outcome | None
-]  # gets the number of epochs that the model has trained
+Work = Callable[[Trainer, LightningModule, int], Outcome | None]
+"""The last argument is the number of epochs that the model has trained."""
+IGNORED_WARNINGS = (
+    "The number of training batches|`max_epochs` was not set|"
+    "Be aware that when using `ckpt_path`, callbacks"
+)
+"""Warnings of Lightning that a fit without steps causes."""
 
 
 def dry_fit(
@@ -50,30 +54,35 @@ def dry_fit(
     ckpt_path: str | Path | None,
     weights_only: bool,
     *,
+    train_dataloaders: Any,
+    val_dataloaders: Any,
+    datamodule: LightningDataModule | None,
     whole: bool = False,
-    **data: Any,
 ) -> Result:
-    """Returns the result of `work`, run in a `fit` without steps. Leaves model, trainer and random
-    state unchanged.
+    """Returns the result of `work`, run in a `fit` without steps.
 
-    `callback` has the data options, the task and the seed. `data` are further arguments of `fit`.
-    With `whole`, each rank reads all samples instead of its share.
+    Model, trainer and random state do not change. `callback` has the data options, the task and the
+    seed. With `whole`, each rank reads all samples instead of its share.
     """
-    check_packages(trainer, model=model, datamodule=data["datamodule"])
+    check_packages(trainer, model=model, datamodule=datamodule)
     if starts_own_processes(trainer):
-        problem = f"{type(trainer.strategy).__name__} starts processes of its own, which cannot return the results."
-        raise ConfigurationError(f"`strategy`: {problem}", "use one device, or `strategy='ddp'`.")
+        problem = "starts processes of its own, which cannot return the results."
+        raise ConfigurationError(
+            f"`strategy`: {type(trainer.strategy).__name__} {problem}",
+            "use one device, or `strategy='ddp'`.",
+        )
     results: list[Result] = []
 
-    def inside(trainer: Trainer, module: LightningModule, epochs: int) -> None:
+    def run(trainer: Trainer, module: LightningModule, epochs: int) -> None:
         with callback.repair.opened(trainer, module, epochs, whole=whole) as trained:
             result = work(trained)
-            results.append(
-                replace(result, provenance=result.provenance.loaded_from(trainer.ckpt_path))
-            )
+            provenance = result.provenance.loaded_from(trainer.ckpt_path)
+            results.append(replace(result, provenance=provenance))
 
-    with untracked(trainer), without_training(trainer, callback, inside, weights_only):
-        trainer.fit(model, ckpt_path=ckpt_path, **data)
+    with untracked(trainer), without_training(trainer, callback, run, weights_only):
+        trainer.fit(
+            model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path
+        )
     return results[0]
 
 
@@ -81,24 +90,28 @@ def dry_fit(
 def without_training(
     trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
-    """Makes the next `fit` run `work` instead of training. If `work` returns an outcome, saves,
-    logs and applies it.
+    """Makes the next `fit` run `work` instead of training.
+
+    If `work` returns an outcome, saves, logs and applies it.
     """
-    own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
-    if own is not None:
-        hint = "use a trainer without it, or call `fit`."
-        raise ConfigurationError(f"`trainer` has a {type(own).__name__} of its own.", hint)
+    for attached in callbacks_of(trainer):
+        if isinstance(attached, RepairCallback):
+            raise ConfigurationError(
+                f"`trainer` has a {type(attached).__name__} of its own.",
+                "use a trainer without it, or call `fit`.",
+            )
     if trainer.min_epochs or (trainer.min_steps or 0) > 0:
-        problem = "`trainer` has `min_epochs` or `min_steps`, which make it train."
-        raise ConfigurationError(problem, "use a trainer without a minimum of training.")
+        raise ConfigurationError(
+            "`trainer` has `min_epochs` or `min_steps`, which make it train.",
+            "use a trainer without a minimum of training.",
+        )
     check_strategy(trainer)
-    inside = _WithoutTraining(callback, work, trainer)
+    replacement = _WithoutTraining(callback, work, trainer)
     with (
         warnings.catch_warnings(),
-        prepared_for_dry_fit(trainer, inside, weights_only=weights_only),
+        prepared_for_dry_fit(trainer, replacement, weights_only=weights_only),
     ):
-        ignored = "The number of training batches|`max_epochs` was not set|Be aware that when using `ckpt_path`, callbacks"
-        warnings.filterwarnings("ignore", ignored)
+        warnings.filterwarnings("ignore", IGNORED_WARNINGS)
         yield
 
 
@@ -108,10 +121,11 @@ class _WithoutTraining(CallbackBase):
         self.work = work
         self.outcome: Outcome | None = None
         # Epochs of the trainer's last fit, used unless a loaded checkpoint has a number of epochs.
-        fitted = trainer.fit_loop.epoch_progress.current.ready > 0
-        self._fitted = trainer.lightning_module if fitted else None
-        self._epochs = epochs_of(trainer) if fitted else ASSUMED_EPOCHS
-        self._saved: int | None = None
+        self._fitted: LightningModule | None = None
+        self._epochs = ASSUMED_EPOCHS
+        if trainer.fit_loop.epoch_progress.current.ready > 0:
+            self._fitted, self._epochs = trainer.lightning_module, epochs_of(trainer)
+        self._saved_epochs: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -121,7 +135,7 @@ class _WithoutTraining(CallbackBase):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._saved = epochs_saved(checkpoint)
+        self._saved_epochs = epochs_saved(checkpoint)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,16 +144,18 @@ class _WithoutTraining(CallbackBase):
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
-        fitted = self._epochs if pl_module is self._fitted else ASSUMED_EPOCHS
+        epochs = ASSUMED_EPOCHS
+        if self._saved_epochs is not None:
+            epochs = self._saved_epochs
+        elif pl_module is self._fitted:
+            epochs = self._epochs
         with self.callback.handle_signals(trainer):
-            self.outcome = self.work(
-                trainer, pl_module, fitted if self._saved is None else self._saved
-            )
+            self.outcome = self.work(trainer, pl_module, epochs)
         trainer.should_stop = True
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the outcome. By then Lightning has loaded the optimizer states and the step count."""
+        """Saves the outcome. Lightning has loaded optimizer states and the step count by then."""
         if self.outcome is not None:
             with self.callback.handle_signals(trainer):
                 name = self.callback.save_outcome(trainer, pl_module, self.outcome)
@@ -164,8 +180,9 @@ def repair(
     callback: RegressionFreeRepair | None = None,
     **arguments: Any,
 ) -> RepairReport:
-    """Repairs a trained model, and writes the same report, files and logs as `RegressionFreeRepair`
-    after a `fit`.
+    """Repairs a trained model, like a `RegressionFreeRepair` after a `fit`.
+
+    Writes the same report, files and logs.
 
     Args:
         trainer: a trainer for the model, used for one `fit` without steps.
@@ -194,8 +211,8 @@ def repair(
 
     Example::
 
-        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt",
-        target=Target.label(3))
+        target = Target.label(3)
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=target)
     """
     if callback is None:
         callback = callback_with("repair", **arguments)
@@ -203,8 +220,8 @@ def repair(
         hint = "give the arguments to the callback itself."
         raise ConfigurationError(f"`callback` was given, and {sorted(arguments)} too.", hint)
     else:
-        kind = isinstance(callback, RegressionFreeRepair)
-        check_kind("callback", callback, kind, "RegressionFreeRepair", "RegressionFreeRepair(...)")
+        fits = isinstance(callback, RegressionFreeRepair)
+        check_kind("callback", callback, fits, "RegressionFreeRepair", "RegressionFreeRepair(...)")
         check_used("repair", {"data": callback.data})
     check_model(model, "repair_module")
     check_packages(trainer, model=model, datamodule=datamodule)
@@ -213,9 +230,10 @@ def repair(
             model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path
         )
     if callback.report is None:
-        hint = "read `report.json` in the log folder, or use a strategy that starts no processes of its own."
         raise RepairError(
-            "the repair ran in another process, and its report is only in the files.", hint
+            "the repair ran in another process, and its report is only in the files.",
+            "read `report.json` in the log folder, "
+            "or use a strategy that starts no processes of its own.",
         )
     return callback.report
 
@@ -231,8 +249,7 @@ def diagnose(
     weights_only: bool = True,
     **arguments: Any,
 ) -> Diagnosis:
-    """Predicts which failures a repair can fix, which passed samples limit the repair, and how long
-    the repair takes.
+    """Predicts which failures a repair can fix, what limits the repair, and how long it takes.
 
     This takes about as long as two evaluations of the known data, plus some seconds. It changes
     neither model nor trainer, and writes no file. All arguments are those of `repair`. Of the
@@ -247,8 +264,9 @@ def diagnose(
 
     Example::
 
-        diagnosis = diagnose(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt",
-        target=Target.label(3)) print(diagnosis.advice)
+        target = Target.label(3)
+        diagnosis = diagnose(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=target)
+        print(diagnosis.advice)
     """
     callback = callback_with("diagnose", **arguments)
     check_model(model, "diagnose_module")
@@ -263,12 +281,17 @@ def diagnose(
             observer=trained.observer,
         )
 
-    data = {
-        "train_dataloaders": train_dataloaders,
-        "val_dataloaders": val_dataloaders,
-        "datamodule": datamodule,
-    }
-    return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)
+    return dry_fit(
+        work,
+        callback,
+        trainer,
+        model,
+        ckpt_path,
+        weights_only,
+        train_dataloaders=train_dataloaders,
+        val_dataloaders=val_dataloaders,
+        datamodule=datamodule,
+    )
 
 
 def compare(
@@ -284,9 +307,7 @@ def compare(
     unseen: str | DataLoader[Any] | None = "test",
     **arguments: Any,
 ) -> Comparison:
-    """Runs repair methods and baselines on one trained model, and counts the samples that each
-    repairs
-    and breaks.
+    """Runs repair methods and baselines, and counts the samples that each repairs and breaks.
 
     Each method starts from the same weights with the same seed and may take `max_time` seconds;
     only retraining may take longer. Model, trainer and random state are not changed, and no file is
@@ -302,26 +323,33 @@ def compare(
 
     Example::
 
-        comparison = compare(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt",
-        target=Target.label(3)) comparison.plot("comparison.png")
+        target = Target.label(3)
+        comparison = compare(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=target)
+        comparison.plot("comparison.png")
     """
-    chosen = parse_methods(methods)
+    parsed_methods = parse_methods(methods)
     callback = callback_with("compare", unseen=unseen, **arguments)
     check_model(model, "compare_module")
 
     def work(trained: TrainedModel) -> Comparison:
-        how: dict[str, Any] = {
-            "methods": chosen,
-            "training": trained.training,
-            "observer": trained.observer,
-        }
         return compare_module(
-            trained.evaluator, trained.known, callback.settings, unseen=trained.unseen, **how
+            trained.evaluator,
+            trained.known,
+            callback.settings,
+            unseen=trained.unseen,
+            methods=parsed_methods,
+            training=trained.training,
+            observer=trained.observer,
         )
 
-    data = {
-        "train_dataloaders": train_dataloaders,
-        "val_dataloaders": val_dataloaders,
-        "datamodule": datamodule,
-    }
-    return dry_fit(work, callback, trainer, model, ckpt_path, weights_only, **data)
+    return dry_fit(
+        work,
+        callback,
+        trainer,
+        model,
+        ckpt_path,
+        weights_only,
+        train_dataloaders=train_dataloaders,
+        val_dataloaders=val_dataloaders,
+        datamodule=datamodule,
+    )
