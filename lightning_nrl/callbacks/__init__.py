@@ -1,5 +1,4 @@
-"""Callbacks for a Trainer: repairs at the end of `fit` or at chosen epochs, and tools for model
-updates.
+"""Callbacks for a Trainer: repairs after `fit` or at chosen epochs, and tools for model updates.
 
 In: a Trainer, and for a model update also the replaced model. Out: a repair and its report,
 metrics, a loss term, interpolated weights, or a release decision.

@@ -69,9 +69,7 @@ class RepairCallback(CallbackBase):
 
 
 class RegressionFreeRepair(RepairCallback):
-    """Repairs the failures of a model after `fit` without breaking known samples that the model
-    gets
-    right.
+    """Repairs failures of a model after `fit` without breaking known samples that it gets right.
 
     After training, the callback evaluates the known data. The default method then searches new
     values for some weights of one layer, solves a convex problem for the layer, and, if the whole
@@ -184,16 +182,18 @@ class RegressionFreeRepair(RepairCallback):
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
-        """Returns a callback set up as a row of the paper's Table II, such as `EXP-B1`. `arguments`
-        override it.
+        """Returns a callback set up as a row of the paper's Table II, such as `EXP-B1`.
+
+        `arguments` override the row.
         """
         with_paper_row = load_on_demand("lightning_nrl.study.table_ii:with_paper_row")
         return cls(**with_paper_row(row, arguments))
 
     @property
     def report(self) -> RepairReport | None:
-        """The report of the last repair, even if the strategy ran it in another process. None
-        before a repair.
+        """The report of the last repair, or None before a repair.
+
+        It may be from another process, if the strategy ran the repair there.
         """
         if text := self._box.take():
             self._report = RepairReport.from_json(text)
@@ -205,8 +205,9 @@ class RegressionFreeRepair(RepairCallback):
 
     @property
     def repaired_model_path(self) -> str | None:
-        """Path of the repaired checkpoint, or None if none was accepted. Both are valid as
-        `ckpt_path` of `test`.
+        """Path of the repaired checkpoint, or None if no repair was accepted.
+
+        Both are valid as `ckpt_path` of `test`.
         """
         return None if self.report is None else self.report.files.get("checkpoint")
 
@@ -236,13 +237,12 @@ class RegressionFreeRepair(RepairCallback):
         # `trainer.test()` without a model loads the best checkpoint of the fit, from before the
         # repair.
         if self._is_changed(pl_module):
-            problem = f"the test uses other weights than the repaired ones (loaded: {trainer.ckpt_path or 'nothing'})."
-            hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
-            if not self.repaired_model_path:
-                hint = (
-                    "test the repair by `trainer.test(model)`, with the model as the fit left it."
-                )
-            rank_zero_warn(TrainingWarning(problem, hint))
+            loaded = trainer.ckpt_path or "nothing"
+            problem = f"the test uses other weights than the repaired ones (loaded: {loaded})."
+            call = "`trainer.test(model)`, with the model as the fit left it"
+            if self.repaired_model_path:
+                call = f"`ckpt_path={self.repaired_model_path!r}`"
+            rank_zero_warn(TrainingWarning(problem, f"test the repair by {call}."))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -262,24 +262,23 @@ class RegressionFreeRepair(RepairCallback):
     def add_to_checkpoint(
         self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str
     ) -> None:
-        """Writes the report, under the callback's `state_key`, and the repaired weights into a
-        checkpoint.
+        """Writes the report, under `state_key`, and the repaired weights into a checkpoint.
 
         The weights are written to `repaired.ckpt`, which is saved before the model changes, and
         later to any checkpoint of a model that has them. They replace the average of a
         weight-averaging callback.
         """
         if self.report is not None:
-            checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = (
-                self.report.to_json()
-            )
+            states = checkpoint.setdefault("callbacks", {})
+            states.setdefault(state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not self._is_changed(pl_module)):
-            state = checkpoint["state_dict"] = checkpoint.get(
-                "current_model_state", checkpoint["state_dict"]
-            )
+            state = checkpoint.get("current_model_state", checkpoint["state_dict"])
+            checkpoint["state_dict"] = state
             saved = saved_names(pl_module)
-            for key in (*saved, *(self._parameters.keys() - saved.values())):
-                if (value := self._parameters.get(saved.get(key, key))) is not None:
+            unsaved = self._parameters.keys() - saved.values()
+            for key in (*saved, *unsaved):
+                value = self._parameters.get(saved.get(key, key))
+                if value is not None:
                     state[key] = value.to(state.get(key, value).device, copy=True)
 
     @override
@@ -301,8 +300,9 @@ class RegressionFreeRepair(RepairCallback):
         start_from: str = "last",
         name: str = "repair",
     ) -> Outcome:
-        """Repairs the model within a fit. `start_from` is as in `DataOptions`. `name` is used in
-        files and logs.
+        """Repairs the model within a fit.
+
+        `start_from` is as in `DataOptions`. `name` is used in files and logs.
         """
         self._name = name
         self.report = self._parameters = None
@@ -323,15 +323,15 @@ class RegressionFreeRepair(RepairCallback):
     def attempt(
         self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None
     ) -> Outcome:
-        """Searches for a repair without changing the model. `epochs` (None: as in the fit) limits
-        further training.
+        """Searches for a repair without changing the model.
+
+        `epochs` (None: as in the fit) limits further training.
         """
-        self._work = repair_files.resume_store(
-            self._folder, trainer, self.settings.search.save_every, self._name
-        )
-        return self.repair.run(
-            trainer, pl_module, epochs_of(trainer) if epochs is None else epochs, self._work
-        )
+        save_every = self.settings.search.save_every
+        self._work = repair_files.resume_store(self._folder, trainer, save_every, self._name)
+        if epochs is None:
+            epochs = epochs_of(trainer)
+        return self.repair.run(trainer, pl_module, epochs, self._work)
 
     def save_outcome(
         self,
@@ -340,23 +340,24 @@ class RegressionFreeRepair(RepairCallback):
         outcome: Outcome,
         start: StartingWeights | None = None,
     ) -> str:
-        """Writes the files (or warns), then accepted weights to the model. Returns the repair's
-        name in loggers.
+        """Writes the files (or warns), then accepted weights to the model.
+
+        Returns the repair's name in loggers.
         """
-        accepted = outcome.parameters is not None
-        kinds = repair_files.REPAIRED_FILES if accepted else repair_files.REPORT_FILES
+        parameters = outcome.parameters
+        kinds, checkpoint = repair_files.REPORT_FILES, trainer.ckpt_path
+        if parameters is not None:
+            kinds = repair_files.REPAIRED_FILES
+        if start is not None:
+            checkpoint = start.path
         files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)
-        origin = outcome.report.provenance.loaded_from(
-            trainer.ckpt_path if start is None else start.path
-        )
-        report = self.report = replace(outcome.report, files=files, provenance=origin)
-        parameters = self._parameters = outcome.parameters
-        self._evaluated = outcome.evaluated or {}
+        provenance = outcome.report.provenance.loaded_from(checkpoint)
+        report = self.report = replace(outcome.report, files=files, provenance=provenance)
+        self._parameters, self._evaluated = parameters, outcome.evaluated or {}
         self._pending = True
         try:
-            with repair_files.SavedFiles(
-                files, trainer, tuple(repair_files.REPAIRED_FILES.values())
-            ) as saved:
+            file_names = tuple(repair_files.REPAIRED_FILES.values())
+            with repair_files.SavedFiles(files, trainer, file_names) as saved:
                 if parameters is not None:
                     saved.patch(report, pl_module, parameters)
                     saved.checkpoint(report, pl_module, parameters)
@@ -366,9 +367,10 @@ class RegressionFreeRepair(RepairCallback):
                     outcome.write(pl_module)
                     self.report, self._pending = report, False
                     if start is not None:
-                        start.keep = accepted
+                        start.keep = parameters is not None
                     self._work.done()
-                self.report = report = saved.warn_missing(report, accepted)
+                report = saved.warn_missing(report, parameters is not None)
+                self.report = report
             if trainer.is_global_zero:
                 self._box.put(report.to_json)
         except BaseException:
@@ -382,27 +384,30 @@ class RegressionFreeRepair(RepairCallback):
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
         """Logs and prints the report of a saved repair."""
         assert self.report is not None
-        how: dict[str, Any] = {
-            "changes": outcome.changes,
-            "views": outcome.views,
-            "verbose": self.verbose,
-        }
-        repair_files.announce(self.report, trainer, name, **how)
+        repair_files.announce(
+            self.report,
+            trainer,
+            name,
+            changes=outcome.changes,
+            views=outcome.views,
+            verbose=self.verbose,
+        )
 
     def handle_signals(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Returns a context in which Ctrl-C and SIGTERM stop the repair within seconds and print
-        what became of it.
+        """Returns a context in which Ctrl-C and SIGTERM stop the repair and print its state.
+
+        The repair stops within seconds.
         """
         return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:
-        return bool(
-            self._parameters
-            and changed(pl_module, self._parameters)
-            and changed(pl_module, self._evaluated)
-        )
+        """True if the model has neither the repaired weights nor those that were evaluated."""
+        if not self._parameters or not changed(pl_module, self._parameters):
+            return False
+        return bool(changed(pl_module, self._evaluated))
 
     @property
     def _folder(self) -> str | Path | None:
-        one = self.dirpath is None or self._name == "repair"
-        return self.dirpath if one else Path(str(self.dirpath)) / self._name
+        if self.dirpath is None or self._name == "repair":
+            return self.dirpath
+        return Path(self.dirpath) / self._name

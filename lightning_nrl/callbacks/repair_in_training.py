@@ -29,13 +29,12 @@ HOOK = "on_train_epoch_end"  # hook of the module after which repairs run
 
 
 class RepairInTraining(RepairCallback):
-    """Repairs the model after chosen epochs and at the end of training. Training continues with
-    repaired weights.
+    """Repairs the model after chosen epochs and at the end of training.
 
-    Each repair works as in `RegressionFreeRepair`. It runs right after the module's own
-    `on_train_epoch_end` and before callbacks that save or stop by a metric. Training that follows
-    may break samples again. Repairs leave the states of optimizers and schedules as they are. A
-    repair writes its files to `<log_dir>/repair-step-<step>/` and logs under the name
+    Training continues with the repaired weights, and may break samples again. Each repair works as
+    in `RegressionFreeRepair`. It runs right after the module's own `on_train_epoch_end` and before
+    callbacks that save or stop by a metric. Repairs leave the states of optimizers and schedules as
+    they are. A repair writes its files to `<log_dir>/repair-step-<step>/` and logs under the name
     `repair-step-<step>`; for the repair at the end of training the name is `repair`.
 
     A repair by the default method may train for as many epochs as the model has been trained so
@@ -61,8 +60,8 @@ class RepairInTraining(RepairCallback):
     Example::
 
         repair = RepairInTraining(every_n_epochs=5, monitor="regression/night/nfr", method="convex")
-        Trainer(callbacks=[RegressionMetrics("old.ckpt", slices="camera"), repair]).fit(model,
-        datamodule=dm)
+        metrics = RegressionMetrics("old.ckpt", slices="camera")
+        Trainer(callbacks=[metrics, repair]).fit(model, datamodule=dm)
     """
 
     def __init__(
@@ -78,12 +77,16 @@ class RepairInTraining(RepairCallback):
         self.repair = RegressionFreeRepair(**arguments)
         self.settings, self.data = self.repair.settings, self.repair.data
         if every_n_epochs is None and monitor is None:
-            hint = "give one of them, or take `RegressionFreeRepair`, which repairs when training ends."
-            raise ConfigurationError("`every_n_epochs` and `monitor` are both None.", hint)
+            raise ConfigurationError(
+                "`every_n_epochs` and `monitor` are both None.",
+                "give one of them, or take `RegressionFreeRepair`, which repairs when training "
+                "ends.",
+            )
         if every_n_epochs is not None:
             check_whole("every_n_epochs", every_n_epochs, 1)
-        named = monitor is None or (isinstance(monitor, str) and bool(monitor))
-        check_kind("monitor", monitor, named, "name", "monitor='val_loss'")
+        if monitor is not None:
+            fits = isinstance(monitor, str) and bool(monitor)
+            check_kind("monitor", monitor, fits, "name", "monitor='val_loss'")
         check_choice("mode", mode, ("min", "max"))
         check_real("min_delta", min_delta, "number", "give a number from 0.", least=0)
         self.every_n_epochs, self.at_end = every_n_epochs, at_end
@@ -118,9 +121,8 @@ class RepairInTraining(RepairCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_train_start(trainer, pl_module)
-        release_hook(
-            pl_module, HOOK
-        )  # may be left from a training that ended without calling a hook
+        # It may be left from a training that ended without calling a hook.
+        release_hook(pl_module, HOOK)
         self.reports, self._last_step, self._warned = [], None, False
 
     @override
@@ -159,25 +161,24 @@ class RepairInTraining(RepairCallback):
         # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before
         # `setup` can say why.
         if self._best is not None:
-            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = (
-                self._best
-            )
+            states = checkpoint.setdefault("callbacks", {})
+            states.setdefault(self.state_key, {})["best"] = self._best
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.repair.load_state_dict(state_dict)
         self._best = None
-        found = state_dict
+        best: object = state_dict
         if isinstance(state_dict, dict):
             if "best" not in state_dict:
                 return
-            found = state_dict["best"]
-        if isinstance(found, float) and math.isfinite(found):
-            self._best = found
+            best = state_dict["best"]
+        if isinstance(best, float) and math.isfinite(best):
+            self._best = best
             return
-        what = f"`best` in the checkpoint is no finite number (found a {type(found).__name__})"
+        problem = f"`best` in the checkpoint is no finite number (found a {type(best).__name__})"
         hint = "training continues, and the metrics of earlier validations do not count."
-        rank_zero_warn(DataWarning(f"`RepairInTraining`: {what}.", hint))
+        rank_zero_warn(DataWarning(f"`RepairInTraining`: {problem}.", hint))
 
     def _repair_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Metrics may differ between ranks; the first rank decides.
@@ -185,15 +186,14 @@ class RepairInTraining(RepairCallback):
             self._repair(trainer, pl_module)
 
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured, self._best = (
-            self._best,
-            None,
-        )  # `repaired.ckpt` must not store a metric of other weights
-        outcome = self.repair.repair_now(
-            trainer, pl_module, name=f"repair-step-{trainer.global_step}"
-        )
+        # `repaired.ckpt` must not store a metric of other weights.
+        best, self._best = self._best, None
+        name = f"repair-step-{trainer.global_step}"
+        outcome = self.repair.repair_now(trainer, pl_module, name=name)
         self._record_report(trainer)
-        self._best = measured if outcome.parameters is None else self._validated_again(trainer)
+        if outcome.parameters is not None:
+            best = self._validated_again(trainer)
+        self._best = best
 
     def _record_report(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step
@@ -212,26 +212,33 @@ class RepairInTraining(RepairCallback):
         return None if math.isnan(value) else value
 
     def _is_due(self, trainer: Trainer) -> bool:
-        n = self.every_n_epochs
-        due = n is not None and (trainer.current_epoch + 1) % n == 0
+        n, epochs = self.every_n_epochs, trainer.current_epoch + 1
+        due = n is not None and epochs % n == 0
         if self.monitor is None:
             return due
         if self.monitor not in trainer.callback_metrics:
-            if (
-                not self._warned
-                and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-            ):
+            if not self._warned and epochs % (trainer.check_val_every_n_epoch or 1) == 0:
                 self._warned = True
-                problem = f"`monitor={self.monitor!r}`: no metric of that name was logged, so it triggers no repair."
-                hint = f"the logged metrics are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
-                rank_zero_warn(TrainingWarning(problem, hint))
+                self._warn_of_missing_metric(trainer)
             return due
         sign = 1 if self.mode == "min" else -1
         value = sign * float(trainer.callback_metrics[self.monitor])
         if math.isnan(value):
             return due
-        best = value if self._best is None else sign * self._best
+        best = value
+        if self._best is not None:
+            best = sign * self._best
         due |= value > best + self.min_delta
         # After a refused repair, later values are compared with the value that started the repair.
         self._best = sign * (value if due else min(best, value))
         return due
+
+    def _warn_of_missing_metric(self, trainer: Trainer) -> None:
+        metrics = sorted(trainer.callback_metrics)
+        rank_zero_warn(
+            TrainingWarning(
+                f"`monitor={self.monitor!r}`: no metric of that name was logged, "
+                "so it triggers no repair.",
+                f"the logged metrics are {metrics}; log it in `validation_step`.",
+            )
+        )
