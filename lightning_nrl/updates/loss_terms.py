@@ -41,16 +41,13 @@ from lightning_nrl.updates.predictions import Predictions
 
 @dataclass(frozen=True, eq=False)
 class OldAnswers:
-    """Outputs of the old model for the n samples of a batch, on the device of the new model's
-    output.
-    """
+    """Outputs of the old model for the n samples of a batch, on the new output's device."""
 
     passed: Tensor  # n bool, samples that the old model gets right
     output: Tensor | None = None  # logits, one row per sample; None: unknown
     margin: Tensor | None = None  # n, margins, at least float32; None: unknown
-    columns: Tensor | None = (
-        None  # int64, new class of each column of `output`; None: column i is class i
-    )
+    # int64, new class of each column of `output`; None: column i is class i
+    columns: Tensor | None = None
 
 
 class Term(ABC):
@@ -60,8 +57,9 @@ class Term(ABC):
 
     @abstractmethod
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
-        """Returns a value of at least 0 per sample, in at least float32, differentiable in the new
-        model's `output`.
+        """Returns a value of at least 0 per sample, in at least float32.
+
+        The values are differentiable in the new model's `output`.
         """
 
 
@@ -74,8 +72,7 @@ TERMS: Registry[Term] = Registry(
 @TERMS.register("focal_distillation")
 @dataclass(frozen=True)
 class FocalDistillation(Term):
-    """Term that pulls the new outputs towards the old outputs, above all where the old model is
-    right.
+    """Term that pulls the new outputs to the old outputs, above all where the old model is right.
 
     It is `weight * (base + focus * 1[old right]) * T^2 * divergence(output / T, old output / T)`
     (Yan et al. 2021, Positive-Congruent Training). The task defines the divergence; for
@@ -99,10 +96,10 @@ class FocalDistillation(Term):
     name: str = "focal_distillation"
 
     def __post_init__(self) -> None:
-        for name in ("weight", "temperature"):
-            check_real(name, getattr(self, name), "number above 0", f"write {name}=1.0.", above=0)
-        for name in ("base", "focus"):
-            check_real(name, getattr(self, name), "number from 0", f"write {name}=1.0.", least=0)
+        _check_above_0("weight", self.weight)
+        _check_above_0("temperature", self.temperature)
+        check_real("base", self.base, "number from 0", "write base=1.0.", least=0)
+        check_real("focus", self.focus, "number from 0", "write focus=1.0.", least=0)
         if self.base + self.focus == 0:
             raise ConfigurationError(
                 "`base=0` and `focus=0`: the term is always 0.", "give one a number above 0."
@@ -114,16 +111,20 @@ class FocalDistillation(Term):
                 "`reference`: distillation needs the old model's logits, not just its predictions.",
                 "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
             )
-        taught = output if old.columns is None else class_logits(output)[:, old.columns]
+        taught = output
+        if old.columns is not None:
+            taught = class_logits(output)[:, old.columns]
         if taught.shape != old.output.shape:
             raise ConfigurationError(
-                f"`reference`: the old model returned {list(old.output.shape)}, but the new one {list(taught.shape)}.",
+                f"`reference`: the old model returned {list(old.output.shape)}, "
+                f"but the new one {list(taught.shape)}.",
                 "map the old classes to the new ones: `OldModel(old, classes=...)`.",
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
         known = teacher.isfinite()[:, None].flatten(1).all(1)
         # Comparing the new output with itself gives the divergence 0 without NaN gradients.
-        teacher = torch.where(known.view(-1, *[1] * (teacher.ndim - 1)), teacher, taught.detach())
+        known_rows = known.view(-1, *[1] * (teacher.ndim - 1))
+        teacher = torch.where(known_rows, teacher, taught.detach())
         distance = task.divergence(taught / self.temperature, teacher / self.temperature, target)
         focal = self.base + self.focus * old.passed.to(distance)
         return self.weight * self.temperature**2 * focal * distance * known
@@ -150,14 +151,10 @@ class MarginHinge(Term):
     name: str = "margin_hinge"
 
     def __post_init__(self) -> None:
-        for name in ("weight", "share"):
-            check_real(name, getattr(self, name), "number above 0", f"write {name}=1.0.", above=0)
-        real = (
-            isinstance(self.most, (int, float))
-            and not isinstance(self.most, bool)
-            and self.most > 0
-        )
-        check_kind("most", self.most, real, "number above 0", "most=1.0")
+        _check_above_0("weight", self.weight)
+        _check_above_0("share", self.share)
+        if self.most != math.inf:  # the default: no upper limit
+            check_real("most", self.most, "number above 0", "write most=1.0.", above=0)
 
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
         margin = task.margin(output, target)
@@ -171,23 +168,26 @@ class MarginHinge(Term):
                 "`reference`: predictions have no margin to keep.",
                 "set one, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
             )
-        goal = (
-            torch.full_like(margin, self.most)
-            if old.margin is None
-            else (self.share * old.margin).to(margin)
-        )
-        goal = goal.clamp(max=self.most)
-        asked = old.passed & goal.isfinite()
-        return self.weight * F.relu(torch.where(asked, goal - margin, torch.zeros_like(margin)))
+        goal = torch.full_like(margin, self.most)
+        if old.margin is not None:
+            goal = (self.share * old.margin).to(margin).clamp(max=self.most)
+        has_goal = old.passed & goal.isfinite()
+        return self.weight * F.relu(torch.where(has_goal, goal - margin, torch.zeros_like(margin)))
+
+
+def _check_above_0(argument: str, value: float) -> None:
+    check_real(argument, value, "number above 0", f"write {argument}=1.0.", above=0)
 
 
 def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
-    """Parses one or several terms. Raises a `ConfigurationError` if there is none, or if two have
-    the same name.
+    """Parses one or several terms.
+
+    Raises:
+        ConfigurationError: there is no term, or two terms have the same name.
     """
-    given: list[Any] = list(term) if isinstance(term, (list, tuple)) else [term]
-    terms = tuple(TERMS.parse("term", one) for one in given)
-    names = [one.name for one in terms]
+    listed = term if isinstance(term, (list, tuple)) else [term]
+    terms = tuple(TERMS.parse("term", part) for part in listed)
+    names = [part.name for part in terms]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
             f"`term` has {len(names)} terms, with the names {names}.",
@@ -196,24 +196,27 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     return terms
 
 
-OUTPUT_TOLERANCE = (
-    0.02  # times the largest output; differences by rounding are smaller in any precision
-)
-Index = Callable[[Any], Any]
+OUTPUT_TOLERANCE = 0.02
+"""Times the largest output. Differences by rounding are smaller in any precision."""
+Index = Callable[[Any], object]
 """Returns the data-set positions of the n samples of a raw batch, as n whole numbers."""
-ReferenceTeacher = Callable[[tuple[Any, ...], Mapping[str, Any], Any, Any, Tensor], OldAnswers]
+Arguments = tuple[object, ...]
+Keywords = Mapping[str, object]
+
+
+ReferenceTeacher = Callable[[Arguments, Keywords, object, object, Tensor], OldAnswers]
 """Returns the old model's outputs for a batch. The arguments are the args and kwargs of the new
-model,
-the target, the raw batch, and the new model's logits."""
+model, the target, the raw batch, and the new model's logits.
+"""
 
 
 class ModelTeacher:
-    """Runs the old model on a batch, without gradients. The caller sets the model's device and
-    evaluation mode.
+    """Runs the old model on a batch, without gradients.
 
-    `adapter` makes the old model's inputs from a raw batch. If it is None, the old model gets the
-    new model's inputs. `index` returns data-set positions, by which outputs are cached in up to 256
-    MiB; leave it out for augmented data.
+    The caller sets the model's device and evaluation mode. `adapter` makes the old model's inputs
+    from a raw batch. If it is None, the old model gets the new model's inputs. `index` returns
+    data-set positions, by which outputs are cached in up to 256 MiB; leave it out for augmented
+    data.
     """
 
     def __init__(
@@ -224,59 +227,61 @@ class ModelTeacher:
         classes: Classes | None = None,
         index: Index | None = None,
     ) -> None:
-        self.model, self.task = model, task
+        self.model, self.task, self.index = model, task, index
         self.adapter = None if adapter is None else bind_adapter(adapter, model)
         self.classes = class_table(classes, task)
-        self.index, self.cache, self._is_checked = index, LogitCache(), False
-        held = (x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point())
-        self._dtype = next(held, None)
+        self.cache, self._is_checked = LogitCache(), False
+        tensors = (*model.parameters(), *model.buffers())
+        self._dtype = next((x.dtype for x in tensors if x.is_floating_point()), None)
 
     @torch.no_grad()
     def __call__(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
+        self, args: Arguments, kwargs: Keywords, target: object, raw: object, like: Tensor
     ) -> OldAnswers:
-        rows = None if self.index is None else rows_of(self.index, raw, len(like))
-        # Outputs of two dimensions are not compared in shape, since the models may have different
-        # numbers of classes.
-        output = (
-            None if rows is None else self.cache.get(rows, like.shape if like.ndim > 2 else None)
-        )
-        if output is None or not self._is_checked:
-            known, output = output, self._run(args, kwargs, raw, len(like))
-            self._check(known, output)
-            if rows is not None and self.index is not None:
-                self.cache.put(rows, output)
+        output = self._output(args, kwargs, raw, like)
         if self.classes is None:
-            return OldAnswers(
-                self.task.right(output, target), output, self.task.margin(output, target)
-            )
+            right, margin = self.task.right(output, target), self.task.margin(output, target)
+            return OldAnswers(right, output, margin)
         output = class_logits(output)
         wide, new, old = _reorder_classes(output, self.classes, class_logits(like).shape[1])
         passed = self.task.passed(wide, target) & output.isfinite().all(1)
         return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
 
-    def _check(self, known: Tensor | None, output: Tensor) -> None:
-        """Compares cached outputs with new ones when samples first repeat. If they differ, switches
-        the cache off.
-        """
-        if known is None:
-            return
+    def _output(self, args: Arguments, kwargs: Keywords, raw: object, like: Tensor) -> Tensor:
+        """Returns outputs from the cache if they are known, else runs the old model."""
+        n = len(like)
+        if self.index is None:
+            return self._run(args, kwargs, raw, n)
+        rows = rows_of(self.index, raw, n)
+        # Outputs of two dimensions are not compared in shape, since the models may have different
+        # numbers of classes.
+        cached = self.cache.get(rows, like.shape if like.ndim > 2 else None)
+        if cached is not None and self._is_checked:
+            return cached
+        output = self._run(args, kwargs, raw, n)
+        if cached is not None:
+            self._check_repeated(cached, output)
+        if self.index is not None:
+            self.cache.put(rows, output)
+        return output
+
+    def _check_repeated(self, cached: Tensor, output: Tensor) -> None:
+        """Switches the cache off if samples that repeat have other outputs than before."""
         self._is_checked = True
-        distance, size = (x.float().abs().nan_to_num().max() for x in (known - output, output))
-        if bool(distance > OUTPUT_TOLERANCE * size):
+        distance = (cached - output).float().abs().nan_to_num().max()
+        if bool(distance > OUTPUT_TOLERANCE * output.float().abs().nan_to_num().max()):
             self.index = None
             problem = (
                 "`index`: samples change between epochs, so the old model's outputs are not cached."
             )
-            warnings.warn(
-                DataWarning(problem, "leave `index` out where samples are augmented."), stacklevel=2
-            )
+            hint = "leave `index` out where samples are augmented."
+            warnings.warn(DataWarning(problem, hint), stacklevel=2)
 
-    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
+    def _run(self, args: Arguments, kwargs: Keywords, raw: object, n: int) -> Tensor:
         if self.adapter is not None:
             args, kwargs, _ = self.adapter(raw)
-        args = tuple(map(self._cast, args))
-        kwargs = {name: self._cast(x) for name, x in kwargs.items()}
+        args = tuple(self._cast(value) for value in args)
+        kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         try:
             output = self.task.logits(run_model(self.model, args, kwargs))
         except Exception as error:
@@ -286,92 +291,93 @@ class ModelTeacher:
             ) from error
         if not output.ndim or len(output) != n:
             raise ConfigurationError(
-                f"`reference`: the old model returned {list(output.shape)} for a batch of {n} samples.",
-                "it must return one row per sample; give it its own inputs with `OldModel(old, adapter=...)`.",
+                f"`reference`: the old model returned {list(output.shape)} for a batch of {n} "
+                "samples.",
+                "it must return one row per sample; "
+                "give it its own inputs with `OldModel(old, adapter=...)`.",
             )
         return output
 
-    def _cast(self, x: Any) -> Any:
-        return (
-            x.to(self._dtype)
-            if self._dtype and isinstance(x, Tensor) and x.is_floating_point()
-            else x
-        )
+    def _cast(self, value: object) -> object:
+        if self._dtype and isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self._dtype)
+        return value
 
 
 class PredictedTeacher:
-    """Finds the samples that the old model gets right, by its predictions for one split. Logits
-    stay unknown.
+    """Finds the samples that the old model gets right, by its predictions for one split.
+
+    Logits stay unknown.
     """
 
     def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
         self.task, self.index, self.split = task, index, split
         self.rows = predictions.splits.get(split, {})
         if not self.rows:
-            there = ", ".join(f"`{name}`" for name in predictions.splits) or "no split"
             raise ConfigurationError(
-                f"`reference` has predictions for {there}, not for `{split}`.", "add these."
+                f"`reference` has predictions for {predictions.listed_splits}, not for `{split}`.",
+                "add these.",
             )
 
     def __call__(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
+        self, args: Arguments, kwargs: Keywords, target: object, raw: object, like: Tensor
     ) -> OldAnswers:
-        ids, label = rows_of(self.index, raw, len(like)).tolist(), self.task.label(target)
+        ids = rows_of(self.index, raw, len(like)).tolist()
         missing = [at for at in ids if at not in self.rows]
-        found = [self.rows[at] for at in ids if at in self.rows]
-        if missing or (label is None and any(right is None for _, right in found)):
-            lacks = (
-                f"no prediction for the samples {missing[:5]} of"
-                if missing
-                else "no column `passed` for"
-            )
-            raise ConfigurationError(
-                f"`reference` has {lacks} `{self.split}`.", "give one for each data-set position."
-            )
-        if label is None:
-            passed = torch.tensor([bool(right) for _, right in found])
-        else:
-            passed = torch.tensor([predicted for predicted, _ in found]) == label.cpu()
-        return OldAnswers(passed.to(like.device))
+        if missing:
+            raise self._lacking(f"no prediction for the samples {missing[:5]} of")
+        label = self.task.label(target)
+        if label is not None:
+            predicted = torch.tensor([self.rows[at][0] for at in ids])
+            return OldAnswers((predicted == label.cpu()).to(like.device))
+        passed = [self.rows[at][1] for at in ids]
+        if None in passed:
+            raise self._lacking("no column `passed` for")
+        return OldAnswers(torch.tensor(passed, dtype=torch.bool).to(like.device))
+
+    def _lacking(self, lacks: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"`reference` has {lacks} `{self.split}`.", "give one for each data-set position."
+        )
 
 
-def rows_of(index: Index, raw: Any, n: int) -> Tensor:
-    """Returns the `n` positions `index(raw)`, int64. Raises a `ConfigurationError` if `index`
-    returns anything else.
+def rows_of(index: Index, raw: object, n: int) -> Tensor:
+    """Returns the `n` positions `index(raw)`, int64.
+
+    Raises:
+        ConfigurationError: `index` returns anything else.
     """
     try:
-        found = index(raw)
+        rows = index(raw)
     except Exception as error:
         raise ConfigurationError(
             f"`index` raised {type(error).__name__}: {error}.",
-            "it must take a batch of the data loader and return the data-set positions of its samples.",
+            "it must take a batch of the data loader and return the data-set positions of its "
+            "samples.",
         ) from error
-    return check_per_sample("`index`", found, n, "whole number from 0").long()
+    return check_per_sample("`index`", rows, n, "whole number from 0").long()
 
 
 def _reorder_classes(
-    output: Tensor, table: Mapping[int, int], classes: int
+    output: Tensor, table: Mapping[int, int], n_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reorders old logits: first the columns of the `classes` new classes, then classes that only
-    the
-    old model has.
+    """Reorders old logits: first the new classes, then the classes that only the old model has.
 
     A class that only the new model has gets -infinity. `table` maps old class numbers to new ones.
     Also returns the new and the old numbers of the classes that both models have.
     """
-    pairs = [(new, old) for old, new in table.items() if old < output.shape[1] and new < classes]
-    new, old = torch.tensor(pairs, device=output.device).view(-1, 2).unbind(1)
-    alone = [i for i in range(output.shape[1]) if i not in {o for _, o in pairs}]
-    wide = output.new_full((len(output), classes + len(alone)), -torch.inf)
+    n_old = output.shape[1]
+    shared = [(new, old) for old, new in table.items() if old < n_old and new < n_classes]
+    new, old = torch.tensor(shared, device=output.device).view(-1, 2).unbind(1)
+    only_old = sorted(set(range(n_old)) - {old for _, old in shared})
+    wide = output.new_full((len(output), n_classes + len(only_old)), -torch.inf)
     wide[:, new] = output[:, old]
-    wide[:, classes:] = output[:, alone]
+    wide[:, n_classes:] = output[:, only_old]
     return wide, new, old
 
 
 class Oversampler(Sampler[int]):
-    """Sampler that draws a hard sample several times per epoch and every other sample once, in
-    random
-    order.
+    """Sampler that draws hard samples several times per epoch and other samples once, at random.
 
     A sample is hard if a model, such as the old model, gets it wrong, or if its margin is below 3/8
     of the median margin of the passed samples. The seed determines the orders. Lightning splits
@@ -395,19 +401,10 @@ class Oversampler(Sampler[int]):
     def __init__(
         self, passed: Tensor, margin: Tensor | None = None, oversample: int = 3, seed: int = 0
     ) -> None:
-        fits = (
-            isinstance(passed, Tensor)
-            and passed.ndim == 1
-            and passed.dtype == torch.bool
-            and len(passed) > 0
-        )
-        check_kind(
-            "passed",
-            passed,
-            fits,
-            "tensor with one bool per sample",
-            "a bool tensor, or use `Oversampler.of`",
-        )
+        is_mask = isinstance(passed, Tensor) and passed.ndim == 1 and passed.dtype == torch.bool
+        fits = is_mask and len(passed) > 0
+        example = "a bool tensor, or use `Oversampler.of`"
+        check_kind("passed", passed, fits, "tensor with one bool per sample", example)
         check_whole("oversample", oversample, 1)
         if margin is not None and margin.shape != passed.shape:
             raise ConfigurationError(
@@ -433,8 +430,9 @@ class Oversampler(Sampler[int]):
         adapter: Adapter = unpack,
         **loader: Any,
     ) -> Oversampler:
-        """Builds a sampler from one pass of a model over a data set. Leaves the model and random
-        states unchanged.
+        """Builds a sampler from one pass of a model over a data set.
+
+        The model and random states do not change.
 
         Args:
             model: the model that finds hard samples; it runs on its current device in evaluation
@@ -448,30 +446,22 @@ class Oversampler(Sampler[int]):
             **loader: arguments of the `DataLoader` that reads the data, such as `num_workers` and
                 `collate_fn`.
         """
-        check_kind(
-            "model",
-            model,
-            isinstance(model, nn.Module),
-            "module",
-            "the module itself, its weights loaded",
-        )
-        evaluator = Evaluator(model, parse_task(task))
-        passed, margins = [], []
+        example = "the module itself, its weights loaded"
+        check_kind("model", model, isinstance(model, nn.Module), "module", example)
+        task = parse_task(task)
+        batches = DataLoader(data, **{"batch_size": 256, **loader})
+        rights, margins = [], []
         with preserve_state(model), torch.no_grad():
-            for output, target in evaluator.outputs(
-                DataLoader(data, **{"batch_size": 256, **loader}), adapter
-            ):
-                passed.append(evaluator.task.right(output, target))
-                margin = evaluator.task.margin(output, target)
-                margins.append(
-                    torch.full(passed[-1].shape, torch.nan) if margin is None else margin
-                )
-        return cls(torch.cat(passed), torch.cat(margins), oversample, seed)
+            for output, target in Evaluator(model, task).outputs(batches, adapter):
+                right, margin = task.right(output, target), task.margin(output, target)
+                if margin is None:
+                    margin = torch.full(right.shape, torch.nan)
+                rights.append(right)
+                margins.append(margin)
+        return cls(torch.cat(rights), torch.cat(margins), oversample, seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the number of the next epoch, so that a resumed training does not repeat its first
-        epochs' orders.
-        """
+        """Sets the next epoch's number, so that a resumed training repeats no earlier order."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

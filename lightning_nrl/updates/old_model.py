@@ -1,6 +1,4 @@
-"""`OldModel`: the model that a new model replaces. `Reference`: knows which samples the old model
-gets right.
-"""
+"""`OldModel`, which a new model replaces, and `Reference`, which knows what it gets right."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ from lightning_nrl.tasks import Multiclass, Task, class_logits
 from lightning_nrl.updates.predictions import Predictions
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
-"""`{old class number: new class number}`, or two lists in class order: the names of the old and of
-the new classes.
-"""
+"""`{old class: new class}`, or the names of the old and of the new classes, in class order."""
 
 
 @runtime_checkable
@@ -40,13 +36,11 @@ class Reference(Protocol):
     def answers(
         self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults
     ) -> SampleResults:
-        """Returns the old model's results on the data of all ranks. `sources` are this rank's share
-        of
-        the data.
+        """Returns the old model's results on the data of all ranks.
 
-        `evaluator` holds the new model, its task and precision. `like` are the new model's results
-        on the same data; the returned table has the same rows. Only its columns `prediction` and
-        `passed` are used.
+        `evaluator` holds the new model, its task and precision. `sources` are this rank's share of
+        the data. `like` are the new model's results on the same data; the returned table has the
+        same rows. Only its columns `prediction` and `passed` are used.
         """
 
 
@@ -70,8 +64,8 @@ class OldModel:
 
     Example::
 
-        RegressionFreeRepair(reference=OldModel(old, classes=(["car", "bus"], ["bus", "car",
-        "tram"])))
+        classes = (["car", "bus"], ["bus", "car", "tram"])
+        RegressionFreeRepair(reference=OldModel(old, classes=classes))
     """
 
     model: nn.Module | State | str | Path
@@ -81,53 +75,48 @@ class OldModel:
 
     def __post_init__(self) -> None:
         fits = isinstance(self.model, (nn.Module, Mapping, str, Path))
-        check_kind(
-            "reference", self.model, fits, "model", "OldModel(model), 'old.ckpt' or a state dict"
-        )
+        example = "OldModel(model), 'old.ckpt' or a state dict"
+        check_kind("reference", self.model, fits, "model", example)
         if isinstance(self.model, (str, Path)) and not Path(self.model).is_file():
             raise ConfigurationError(
                 f"`reference={str(self.model)!r}` does not exist.", "give a checkpoint's path."
             )
         if isinstance(self.model, Mapping):
-            state = read_state("reference", self.model).items()
-            copied = {
-                name: value.detach().clone() if isinstance(value, Tensor) else value
-                for name, value in state
-            }
-            object.__setattr__(self, "model", copied)
+            state = dict(read_state("reference", self.model))
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.detach().clone()
+            object.__setattr__(self, "model", state)
         class_table(self.classes)
 
     def answers(
         self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults
     ) -> SampleResults:
         """Runs the old model over the data, or reads its predictions from the cache."""
-        weights, task, collective = (
-            self.weights(evaluator.model),
-            evaluator.task,
-            evaluator.collective,
-        )
-        table, known, key = class_table(self.classes, task), None, ""
+        weights, key = self.weights(evaluator.model), ""
         if self.cache is not None:
-            adapter = getattr(self.adapter, "__qualname__", type(self.adapter).__name__)
-            how = task, evaluator.precision, table, adapter, like.splits, like.sizes
-            samples = {"samples.index": like.index, "samples.label": like.label}
-            key = f"{hash_tensors({**weights, **samples})} {how!r}"
-            known = Predictions.read(self.cache) if Path(self.cache).is_file() else None
-            known = None if known is None or known != known.sealed(key) else known
-        if not collective.any(known is None):
-            assert known is not None
-            return known.results(like)
-        mapped = task if table is None else _MappedMulticlass(table)
-        found = self._run(replace(evaluator, task=mapped), weights, sources)
-        answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
-        if self.cache is not None and collective.rank == 0:
-            Predictions.of(answer, weights).sealed(key).save(self.cache)
-        return answer
+            key, cached = self._cache_key(evaluator, weights, like), None
+            if Path(self.cache).is_file():
+                cached = Predictions.read(self.cache)
+            # The model runs on all ranks if one of them cannot use the file.
+            is_stale = evaluator.collective.any(cached is None or cached != cached.sealed(key))
+            if cached is not None and not is_stale:
+                return cached.results(like)
+        results = self._run(evaluator, weights, sources)
+        results = replace(results, label=like.label, loss=(~results.passed).to(results.loss))
+        if self.cache is not None and evaluator.collective.rank == 0:
+            Predictions.of(results, weights).sealed(key).save(self.cache)
+        return results
+
+    def _cache_key(self, evaluator: Evaluator, weights: State, like: SampleResults) -> str:
+        table = class_table(self.classes, evaluator.task)
+        adapter = getattr(self.adapter, "__qualname__", type(self.adapter).__name__)
+        settings = evaluator.task, evaluator.precision, table, adapter, like.splits, like.sizes
+        samples = {"samples.index": like.index, "samples.label": like.label}
+        return f"{hash_tensors({**weights, **samples})} {settings!r}"
 
     def weights(self, model: nn.Module) -> State:
-        """Returns the old weights. If they are from a state dict or file, they get dtypes and
-        device of `model`.
-        """
+        """Returns the old weights, from a state dict or file with dtypes and device of `model`."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
@@ -135,24 +124,29 @@ class OldModel:
     def _run(
         self, evaluator: Evaluator, weights: State, sources: Sequence[Source]
     ) -> SampleResults:
-        model = self.model if isinstance(self.model, nn.Module) else evaluator.model
-        adapter = None if self.adapter is None else bind_adapter(self.adapter, model)
-        seen = [source if adapter is None else _Adapted(source, adapter) for source in sources]
-        here, home = device_of(evaluator.model), device_of(model)
+        table = class_table(self.classes, evaluator.task)
+        if table is not None:
+            evaluator = replace(evaluator, task=_MappedMulticlass(table))
+        new_model = evaluator.model
+        model = self.model if isinstance(self.model, nn.Module) else new_model
+        adapted = sources
+        if self.adapter is not None:
+            adapter = bind_adapter(self.adapter, model)
+            adapted = [_Adapted(source, adapter) for source in sources]
+        home = device_of(model)
         try:
             with preserve_state(model):
-                evaluator = replace(evaluator, model=model.to(here))
-                return (
-                    evaluator.run(seen)
-                    if model is self.model
-                    else evaluator.run_with(weights, seen)
-                )
+                evaluator = replace(evaluator, model=model.to(device_of(new_model)))
+                if model is self.model:
+                    return evaluator.run(adapted)
+                return evaluator.run_with(weights, adapted)
         except Exception as error:
             if isinstance(error, RepairError) or is_out_of_memory(error):
                 raise
             raw = next((batch.raw for source in sources for batch in source), None)
+            problem = f"{type(model).__name__} raised {type(error).__name__}: {error}"
             raise ConfigurationError(
-                f"`reference`: {type(model).__name__} raised {type(error).__name__}: {error}\n{describe(raw)}",
+                f"`reference`: {problem}\n{describe(raw)}",
                 adapter_hint(raw, "`reference=OldModel(old, adapter=f)`"),
             ) from error
         finally:
@@ -160,8 +154,9 @@ class OldModel:
 
 
 def parse_reference(reference: Any) -> Reference | None:
-    """Parses a module, a state dict, or the path of a checkpoint or CSV file. None or a `Reference`
-    stays unchanged.
+    """Parses a module, a state dict, or the path of a checkpoint or CSV file.
+
+    None or a `Reference` stays unchanged.
     """
     if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
         return reference
@@ -170,13 +165,13 @@ def parse_reference(reference: Any) -> Reference | None:
     return OldModel(reference)
 
 
-@dataclass(frozen=True)
 class _Adapted:
-    source: Source
-    adapter: Adapter
+    """Source whose batches have the inputs of the old model."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
+    def __init__(self, source: Source, adapter: Adapter) -> None:
+        self.source, self.adapter = source, adapter
+        self.split, self.passed, self.failed = source.split, source.passed, source.failed
+        self.index, self.positions, self.draw = source.index, source.positions, source.draw
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.source:
@@ -185,8 +180,7 @@ class _Adapted:
 
 
 def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
-    """Converts `OldModel.classes` to `{old class: new class}`, without classes that only one model
-    has.
+    """Converts `OldModel.classes` to `{old class: new class}`, for classes that both models have.
 
     Returns None if `classes` is None. Raises a `ConfigurationError` if no class is left, if two old
     classes become the same new class, or if `task` is given and is no `Multiclass`.
@@ -197,37 +191,41 @@ def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, 
         raise ConfigurationError(
             f"`classes` needs Multiclass, not {type(task).__name__}.", "leave `classes` out."
         )
-    if isinstance(classes, Mapping):
-        table = dict(classes)
-        whole = all(map(is_class, (*table, *table.values())))
-    else:
-        both = isinstance(classes, (tuple, list)) and len(classes) == 2
-        whole = both and all(isinstance(names, (tuple, list)) for names in classes)
-        table = (
-            {i: classes[1].index(name) for i, name in enumerate(classes[0]) if name in classes[1]}
-            if whole
-            else {}
-        )
-    if not whole or not table or len(set(table.values())) < len(table):
+    table = _table_of(classes)
+    if not table or len(set(table.values())) < len(table):
         raise ConfigurationError(
             f"`classes={classes!r}` does not map old classes to new ones.",
-            "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
+            "write {old number: new number}, "
+            "or (names of the old classes, names of the new ones) in order.",
         )
     return table
 
 
+def _table_of(classes: Classes) -> dict[int, int]:
+    """Returns an empty table if `classes` has a wrong form."""
+    if isinstance(classes, Mapping):
+        is_table = all(map(is_class, (*classes, *classes.values())))
+        return dict(classes) if is_table else {}
+    is_pair = isinstance(classes, (tuple, list)) and len(classes) == 2
+    if not is_pair or not all(isinstance(names, (tuple, list)) for names in classes):
+        return {}
+    old, new = classes
+    return {i: new.index(name) for i, name in enumerate(old) if name in new}
+
+
 class _MappedMulticlass(Multiclass):
+    """Task of an old model with other classes; predicts classes of the new model."""
+
     def __init__(self, table: Mapping[int, int]) -> None:
         self.table = table
 
     def prediction(self, output: Tensor) -> Tensor:
-        old = super().prediction(output)
-        numbers = torch.full(
-            (max(class_logits(output).shape[1], max(self.table) + 1),), -1, device=old.device
-        )
-        for was, now in self.table.items():
-            numbers[was] = now
-        return numbers[old]
+        old_class = super().prediction(output)
+        n_classes = max(class_logits(output).shape[1], max(self.table) + 1)
+        new_class = torch.full((n_classes,), -1, device=old_class.device)
+        for old, new in self.table.items():
+            new_class[old] = new
+        return new_class[old_class]
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return (~self.passed(output, target)).float()
@@ -243,20 +241,17 @@ class Update:
     answers: Mapping[Role, SampleResults]  # row i is the sample in row i of the new model's results
 
     def regressions(self, role: Role, new: SampleResults) -> SampleResults:
-        """Returns the new model's results, in which a target stays targeted only if the old model
-        gets it right.
-        """
+        """Returns the new model's results, with the targets that the old model gets right."""
         return replace(new, targeted=new.targeted & self.answers[role].passed)
 
     def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
-        """Returns the known results `new`. If `keep` is `reference`, `passed` is True where both
-        models are right.
+        """Returns the known results `new`; `passed` marks the samples that must stay right.
+
+        If `keep` is `reference`, these are the samples that both models get right.
         """
-        return (
-            new
-            if keep == "both"
-            else replace(new, passed=new.passed & self.answers["known"].passed)
-        )
+        if keep == "both":
+            return new
+        return replace(new, passed=new.passed & self.answers["known"].passed)
 
 
 def evaluate_old(
@@ -265,13 +260,13 @@ def evaluate_old(
     sources: Mapping[Role, Sequence[Source]],
     results: Mapping[Role, SampleResults],
 ) -> Update:
-    """Evaluates the old model on this rank's share of all sources. `results` are the new model's
-    results by role.
+    """Evaluates the old model on this rank's share of all sources.
+
+    `results` are the new model's results by role.
     """
     # One call evaluates all roles, since a cache is a single file. The names of splits are unique
     # over all roles.
-    together = [source for own in sources.values() for source in own]
-    found = reference.answers(
-        evaluator, together, SampleResults.concat([results[role] for role in sources])
-    )
-    return Update({role: found.only(results[role].splits) for role in sources})
+    all_sources = [source for role in sources for source in sources[role]]
+    all_results = SampleResults.concat([results[role] for role in sources])
+    answers = reference.answers(evaluator, all_sources, all_results)
+    return Update({role: answers.only(results[role].splits) for role in sources})

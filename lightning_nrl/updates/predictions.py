@@ -1,6 +1,4 @@
-"""`Predictions`: the predictions of a model from a CSV file, for when the model itself is not at
-hand.
-"""
+"""`Predictions` of a model from a CSV file, for when the model itself is not at hand."""
 
 from __future__ import annotations
 
@@ -24,96 +22,91 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 
 WEIGHTS = "# weights "
 LARGEST_INT64 = 2**63 - 1
-WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)
+WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)  # `int` would accept `1_0` and other digits
 
 
 class Line(NamedTuple):
     """One line of a CSV file, with the texts for error messages about it."""
 
-    where: str  # names the argument, the file and the line number
+    place: str  # names the argument, the file and the line number
     hint: str
     values: dict[str, str]  # by column
 
     def whole_number(self, column: str) -> int:
         text = self.values[column].strip(" ")
         if not WHOLE_NUMBER.fullmatch(text) or int(text) > LARGEST_INT64:
-            raise self.refused(f"`{column}` is {text[:40]!r}, not a whole number from 0 on")
+            raise self.error(f"`{column}` is {text[:40]!r}, not a whole number from 0 on")
         return int(text)
 
     def flag(self, column: str) -> bool:
         text = self.values[column].strip(" ")
         if text not in ("0", "1"):
-            raise self.refused(f"`{column}` is {text[:40]!r}, neither 0 nor 1")
+            raise self.error(f"`{column}` is {text[:40]!r}, neither 0 nor 1")
         return text == "1"
 
-    def refused(self, found: str) -> ConfigurationError:
-        return ConfigurationError(f"{self.where}: {found}.", self.hint)
+    def error(self, problem: str) -> ConfigurationError:
+        return ConfigurationError(f"{self.place}: {problem}.", self.hint)
 
 
 def read_csv(
     argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[Line]:
-    """Yields the lines of a UTF-8 CSV file after its header. A `ConfigurationError` names a line
-    that
-    cannot be read.
+    """Yields the lines of a UTF-8 CSV file after its header.
 
     The header must have all names in `columns`. If it lacks an `optional` column, the values of
     that column are empty. Empty lines and a first line that begins with "# weights " are skipped.
     Quoted values cannot contain line breaks.
+
+    Raises:
+        ConfigurationError: a line cannot be read. The message names it.
     """
-    name, hint = (
-        f"`{argument}={str(path)!r}`",
-        f"give a CSV file with the columns {','.join((*columns, *optional))}.",
-    )
+    file = f"`{argument}={str(path)!r}`"
+    hint = f"give a CSV file with the columns {','.join((*columns, *optional))}."
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        texts = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{name} cannot be read ({error}).", hint) from error
+        raise ConfigurationError(f"{file} cannot be read ({error}).", hint) from error
     header: list[str] = []
-    for number, text in enumerate(lines, 1):
+    for number, text in enumerate(texts, 1):
         if not text.strip() or (number == 1 and text.startswith(WEIGHTS)):
             continue
-        where = f"{name}, line {number:,}"
+        line = Line(f"{file}, line {number:,}", hint, dict.fromkeys(optional, ""))
         try:
             (values,) = csv.reader([text.removesuffix("\r")], strict=True)
         except (csv.Error, ValueError) as error:
-            raise ConfigurationError(f"{where} cannot be read ({error}).", hint) from error
-        if header:
-            line = Line(
-                where,
-                hint,
-                {**dict.fromkeys(optional, ""), **dict(zip(header, values, strict=False))},
-            )
-            if len(values) != len(header):
-                raise line.refused(f"{len(values)} values for {len(header)} columns")
-            yield line
+            raise ConfigurationError(f"{line.place} cannot be read ({error}).", hint) from error
+        if not header:
+            header = [value.strip() for value in values]
+            _check_header(line, header, columns)
             continue
-        header = [name.strip() for name in values]
-        missing = [column for column in columns if column not in header]
-        if missing or len(set(header)) < len(header):
-            problem = (
-                f"the column {missing[0]!r} is missing" if missing else "a column occurs twice"
-            )
-            raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
+        if len(values) != len(header):
+            raise line.error(f"{len(values)} values for {len(header)} columns")
+        line.values.update(zip(header, values, strict=True))
+        yield line
     if not header:
-        raise ConfigurationError(f"{name} is empty.", hint)
+        raise ConfigurationError(f"{file} is empty.", hint)
+
+
+def _check_header(line: Line, header: Sequence[str], columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in header:
+            raise line.error(f"the column {column!r} is missing (found {header})")
+    if len(set(header)) < len(header):
+        raise line.error(f"a column occurs twice (found {header})")
 
 
 Rows = Mapping[int, tuple[int, bool | None]]
-"""Maps a data-set position to the predicted class (-1: none) and to True if the sample passed
-(None: unknown).
+"""By data-set position: the predicted class (-1: none); True if the sample passed (None: unknown).
 """
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a model for samples of one or more splits. The id of a sample is its position
-    in
-    the data set.
+    """Predictions of a model for samples of one or more splits.
 
-    The CSV file has the columns `split`, `id` and `prediction`. A prediction is a class, numbered
-    as in the new model. For tasks without classes the column `passed` (1 or 0) replaces
-    `prediction`.
+    The id of a sample is its position in the data set. The CSV file has the columns `split`, `id`
+    and `prediction`. A prediction is a class, numbered as in the new model. For tasks without
+    classes the column `passed` (1 or 0) replaces `prediction`.
 
     Attributes:
         splits: for each split, the prediction of each sample by its id (`Rows`).
@@ -132,35 +125,38 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
-        """Reads a file. A `ConfigurationError` names a line that cannot be read or that repeats a
-        sample.
+        """Reads a file.
+
+        Raises:
+            ConfigurationError: a line cannot be read or repeats a sample. The message names it.
         """
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
         for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
-            named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
-            if not named and not judged:
-                raise line.refused("neither `prediction` nor `passed` is given")
-            rows, at = splits.setdefault(line.values["split"], {}), line.whole_number("id")
-            if at in rows:
-                raise line.refused(f"sample {at} of {line.values['split']!r} occurs twice")
-            rows[at] = (
-                line.whole_number("prediction") if named else -1,
-                line.flag("passed") if judged else None,
-            )
+            predicted, passed = -1, None
+            if line.values["prediction"].strip():
+                predicted = line.whole_number("prediction")
+            if line.values["passed"].strip():
+                passed = line.flag("passed")
+            if predicted < 0 and passed is None:
+                raise line.error("neither `prediction` nor `passed` is given")
+            split, at = line.values["split"], line.whole_number("id")
+            if at in splits.setdefault(split, {}):
+                raise line.error(f"sample {at} of {split!r} occurs twice")
+            splits[split][at] = predicted, passed
         with Path(path).open(encoding="utf-8-sig") as file:
-            first = file.readline()
-        if not first.startswith(WEIGHTS):
+            first_line = file.readline()
+        if not first_line.startswith(WEIGHTS):
             return cls(splits)
-        weights, _, seal = first.removeprefix(WEIGHTS).strip().partition(" ")
+        weights, _, seal = first_line.removeprefix(WEIGHTS).strip().partition(" ")
         return cls(splits, weights, seal)
 
     def save(self, path: str | Path) -> None:
         """Writes atomically a file that `read` can read."""
-        first = (
-            "" if self.weights is None else f"{WEIGHTS}{self.weights} {self.seal}".strip() + "\n"
-        )
+        text = self._table()
+        if self.weights is not None:
+            text = f"{WEIGHTS}{self.weights} {self.seal}".strip() + f"\n{text}"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        replacing(path, lambda part: part.write_bytes((first + self._table()).encode()))
+        replacing(path, lambda part: part.write_bytes(text.encode()))
 
     def _table(self) -> str:
         file = io.StringIO()
@@ -168,37 +164,21 @@ class Predictions:
         writer.writerow(["split", "id", "prediction", "passed"])
         for split, rows in self.splits.items():
             for at, (predicted, passed) in rows.items():
-                writer.writerow(
-                    [
-                        split,
-                        at,
-                        predicted if predicted >= 0 else "",
-                        "" if passed is None else int(passed),
-                    ]
-                )
+                prediction = predicted if predicted >= 0 else ""
+                writer.writerow([split, at, prediction, None if passed is None else int(passed)])
         return file.getvalue()
 
     def sealed(self, key: str) -> Predictions:
-        """Returns a copy whose seal is the SHA-256 of the rows and of `key`, which names what the
-        rows depend on.
-        """
-        return replace(self, seal=hashlib.sha256(f"{key}\n{self._table()}".encode()).hexdigest())
+        """Returns a copy with a seal: the SHA-256 of `key` and of the rows, which depend on it."""
+        digest = hashlib.sha256(f"{key}\n{self._table()}".encode())
+        return replace(self, seal=digest.hexdigest())
 
     @classmethod
     def of(cls, results: SampleResults, weights: State) -> Predictions:
         """Builds predictions from the results of a model."""
-        rows = list(
-            zip(
-                results.index.tolist(),
-                results.prediction.tolist(),
-                results.passed.tolist(),
-                strict=True,
-            )
-        )
-        splits = {
-            split: {at: (predicted, passed) for at, predicted, passed in rows[results.of(split)]}
-            for split in results.splits
-        }
+        answers = zip(results.prediction.tolist(), results.passed.tolist(), strict=True)
+        rows = list(zip(results.index.tolist(), answers, strict=True))
+        splits = {split: dict(rows[results.of(split)]) for split in results.splits}
         return cls(splits, hash_tensors(weights))
 
     def answers(
@@ -208,24 +188,19 @@ class Predictions:
         return self.results(like)
 
     def results(self, like: SampleResults) -> SampleResults:
-        """Converts the predictions for the samples of `like` to results. The loss is 0 for a right
-        sample, else 1.
+        """Converts the predictions for the samples of `like` to results.
 
-        Raises a `ConfigurationError` if a sample of `like` has no prediction.
+        The loss is 0 for a right sample, else 1.
+
+        Raises:
+            ConfigurationError: a sample of `like` has no prediction.
         """
         predicted, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
         for split in like.splits:
-            rows, start = self.splits.get(split, {}), like.start(split)
+            rows = self.splits.get(split, {})
             ids = like.index[like.of(split)].tolist()
-            missing = [at for at in ids if at not in rows]
-            if missing:
-                there = ", ".join(f"`{name}`" for name in self.splits) or "no split"
-                raise ConfigurationError(
-                    f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
-                    f"({missing[:5]}); there are predictions for {there}.",
-                    "give one prediction for each known and unseen sample; ids are positions in the data set.",
-                )
-            for i, at in enumerate(ids, start):
+            self._check_complete(split, ids)
+            for i, at in enumerate(ids, like.start(split)):
                 predicted[i], right = rows[at]
                 if like.label[i] >= 0:
                     passed[i] = predicted[i] == like.label[i]
@@ -246,36 +221,51 @@ class Predictions:
             in_target=torch.zeros_like(passed),
         )
 
-    def alone(self) -> SampleResults:
-        """Converts all predictions to results without labels. Raises a `ConfigurationError` if
-        `passed` is missing.
-        """
-        rows = [
-            (split, at, passed)
-            for split, own in self.splits.items()
-            for at, (_, passed) in sorted(own.items())
-        ]
-        unknown = [(split, at) for split, at, passed in rows if passed is None]
-        if unknown or not rows:
-            lacks = (
-                f"no value of `passed` for {len(unknown):,} samples, such as {unknown[0]}"
-                if rows
-                else "no samples"
-            )
+    def _check_complete(self, split: str, ids: Sequence[int]) -> None:
+        missing = [at for at in ids if at not in self.splits.get(split, {})]
+        if missing:
             raise ConfigurationError(
-                f"`new` has {lacks}.", "give the column `passed`, 1 or 0, for each sample."
+                f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no "
+                f"prediction ({missing[:5]}); there are predictions for {self.listed_splits}.",
+                "give one prediction for each known and unseen sample; "
+                "ids are positions in the data set.",
             )
-        index = torch.tensor([at for _, at, _ in rows])
-        classless, nothing, none = (
-            torch.full_like(index, -1),
-            torch.zeros(len(rows)),
-            torch.zeros(len(rows)).bool(),
+
+    @property
+    def listed_splits(self) -> str:
+        return ", ".join(f"`{name}`" for name in self.splits) or "no split"
+
+    def alone(self) -> SampleResults:
+        """Converts all predictions to results without labels.
+
+        Raises:
+            ConfigurationError: `passed` is missing.
+        """
+        samples = [(split, at) for split, rows in self.splits.items() for at in sorted(rows)]
+        unknown = [(split, at) for split, at in samples if self.splits[split][at][1] is None]
+        hint = "give the column `passed`, 1 or 0, for each sample."
+        if not samples:
+            raise ConfigurationError("`new` has no samples.", hint)
+        if unknown:
+            lacking = f"{len(unknown):,} samples, such as {unknown[0]}"
+            raise ConfigurationError(f"`new` has no value of `passed` for {lacking}.", hint)
+        index = torch.tensor([at for _, at in samples])
+        classless, zeros = torch.full_like(index, -1), torch.zeros(len(samples))
+        nothing = zeros.bool()
+        sizes = tuple(len(rows) for rows in self.splits.values())
+        return self.results(
+            SampleResults(
+                tuple(self.splits),
+                sizes,
+                index,
+                classless,
+                classless,
+                zeros,
+                nothing,
+                nothing,
+                zeros,
+            )
         )
-        sizes = tuple(map(len, self.splits.values()))
-        table = SampleResults(
-            tuple(self.splits), sizes, index, classless, classless, nothing, none, none, nothing
-        )
-        return self.results(table)
 
 
 Ids = Mapping[str, Sequence[int]]
@@ -283,39 +273,39 @@ Ids = Mapping[str, Sequence[int]]
 
 
 def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
-    """Parses data-set positions by split, or the path of a CSV file. A list becomes `{"": list}`;
-    None becomes `{}`.
+    """Parses data-set positions by split, or the path of a CSV file.
+
+    A list becomes `{"": list}`; None becomes `{}`.
     """
-    found = read_ids(ids) if isinstance(ids, (str, Path)) else ids or {}
-    found = found if isinstance(found, Mapping) else {"": found}
-    lists = all(
-        isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows)
-        for rows in found.values()
-    )
-    check_kind("ids", found, lists, "list of samples", "ids={'test': [3, 17]}")
-    return found
+    if isinstance(ids, (str, Path)):
+        return read_ids(ids)
+    by_split = ids or {}
+    if not isinstance(by_split, Mapping):
+        by_split = {"": by_split}
+    for rows in by_split.values():
+        fits = isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows)
+        check_kind("ids", by_split, fits, "list of samples", "ids={'test': [3, 17]}")
+    return by_split
 
 
 def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Reads data-set positions by split from a CSV file with the columns `split` and `id` and at
-    least one sample.
-    """
-    found: dict[str, list[int]] = {}
+    """Reads data-set positions by split from a CSV file with the columns `split` and `id`."""
+    ids: dict[str, list[int]] = {}
     for line in read_csv("ids", path, ("split", "id")):
-        found.setdefault(line.values["split"], []).append(line.whole_number("id"))
-    if not found:
+        ids.setdefault(line.values["split"], []).append(line.whole_number("id"))
+    if not ids:
         raise ConfigurationError(
             f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id."
         )
-    return found
+    return ids
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
-    """Reads a CSV file with the columns `split`, `id` and `slice`. Returns `{(split, id): slice}`."""
-    found: dict[tuple[str, int], str] = {}
+    """Reads `{(split, id): slice}` from a CSV file with the columns `split`, `id` and `slice`."""
+    slices: dict[tuple[str, int], str] = {}
     for line in read_csv("slices", path, ("split", "id", "slice")):
-        sample = line.values["split"], line.whole_number("id")
-        if sample in found:
-            raise line.refused(f"sample {sample[1]} of {sample[0]!r} occurs twice")
-        found[sample] = line.values["slice"]
-    return found
+        split, at = line.values["split"], line.whole_number("id")
+        if (split, at) in slices:
+            raise line.error(f"sample {at} of {split!r} occurs twice")
+        slices[split, at] = line.values["slice"]
+    return slices
