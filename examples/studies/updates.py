@@ -7,7 +7,7 @@
 The old network has seen few front and back views, or few upside-down garments. The new one is
 trained on all data, from scratch or from the old weights, with or without focal distillation, a
 loss term that keeps it right where the old one is. A repair then fixes its regressions. Networks
-that started from the old weights are also interpolated with them, by a share chosen on a quarter of
+that started from the old weights are also interpolated with them, by a strength chosen on a quarter of
 the test data, and repaired again. Counts are of the rest of the test data. Earlier runs are read
 from `runs/`.
 """
@@ -28,7 +28,7 @@ from problems import PROBLEMS, RUNS, markdown, quiet_trainer, start, trained
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lightning_nrl import DataOptions, PositiveCongruentTraining, RepairReport, repair
-from lightning_nrl.updates import choose_share, interpolate
+from lightning_nrl.updates import choose_interpolation, interpolate
 
 UPDATES = (
     "from scratch",
@@ -36,8 +36,8 @@ UPDATES = (
     "from the old weights",
     "from the old weights, congruent",
 )
-BETWEEN = (0.1, 0.2, 0.3)
-"""Shares of the old weights that are shown in addition to the chosen one."""
+BETWEEN = (0.9, 0.8, 0.7)
+"""Strengths that are shown in addition to the chosen one."""
 
 Row = tuple[float, ...]
 """Accuracy, repaired and broken relative to the old model, unseen samples, known broken, repair
@@ -78,7 +78,7 @@ class InUse:
 
     @cached_property
     def quarters(self) -> tuple[Subset, Subset]:
-        """Splits test data: a quarter to choose the share, and the rest as unseen data."""
+        """Splits test data: a quarter to choose the strength, and the rest as unseen data."""
         test = self.data["test"]
         order = torch.randperm(
             len(test), generator=torch.Generator().manual_seed(self.seed)
@@ -98,13 +98,14 @@ def updated(update: str, in_use: InUse) -> dict[str, Row]:
     if not update.startswith("from the old weights"):
         return rows
     known = DataLoader(in_use.everything, 512)
-    for share in BETWEEN:
+    for strength in BETWEEN:
         between = deepcopy(new)
-        between.load_state_dict(interpolate(old, new, share, known))
-        rows[f"{update}, interpolated {share}"] = _against(old, between, in_use.quarters[1])
+        between.load_state_dict(interpolate(old, new, strength, known))
+        rows[f"{update}, interpolated {strength}"] = _against(old, between, in_use.quarters[1])
     if not (folder / "interpolated" / "update.ckpt").exists():
         between = deepcopy(new)
-        choose_share(old, new, DataLoader(in_use.quarters[0], 512), known).write(between)
+        choice = choose_interpolation(old, new, DataLoader(in_use.quarters[0], 512), known)
+        choice.write(between)
         _repair(folder / "interpolated", between, in_use)
     return rows | _rows(f"{update}, interpolated", folder / "interpolated")
 

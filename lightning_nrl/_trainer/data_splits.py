@@ -50,7 +50,6 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
-from lightning_nrl.updates.interpolation import ShareChoice
 
 
 @dataclass(frozen=True)
@@ -456,7 +455,7 @@ def find_calibration(
     missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
     if missing and not needed:
         return None
-    do_without = "a number as `share=` with `calibration=None`" if needed else "None"
+    do_without = "a number as `strength=` with `calibration=None`" if needed else "None"
     return find_one("calibration", given, loaders, f", or {do_without}")
 
 
@@ -470,17 +469,3 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
         found = str(error).partition("\nHINT:")[0]
         hint = f"give one DataLoader over map-style data as `{argument}=`{do_without}."
         raise ConfigurationError(found, hint) from error
-
-
-def choice_numbers(choice: ShareChoice) -> dict[str, float]:
-    """Returns the chosen share of the replaced model's weights; accuracy and NFR for it and for
-    share 0 (`_before`).
-    """
-    before, after = choice.curve[0], choice.chosen
-    return {
-        "share": choice.share,
-        "accuracy_before": before.accuracy,
-        "accuracy": after.accuracy,
-        "nfr_before": before.negative_flip_rate,
-        "nfr": after.negative_flip_rate,
-    }

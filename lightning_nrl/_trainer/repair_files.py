@@ -41,7 +41,6 @@ from lightning_nrl.errors import (
     FilesWarning,
     LoggingWarning,
     UnwritableFolderError,
-    check_kind,
 )
 from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
@@ -394,15 +393,6 @@ def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repa
     if not trainer.strategy.broadcast(fits):
         problem = f"`dirpath`: {folder} cannot be written to; the obstacle is {place}."
         raise UnwritableFolderError(problem, "name another folder as `dirpath=`.")
-
-
-def parse_prefix(prefix: str, default: str) -> str:
-    """Removes slashes from the end of a prefix for tags. Refuses an empty prefix; the hint suggests
-    `default`.
-    """
-    fits = isinstance(prefix, str) and bool(prefix.strip("/"))
-    check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
-    return prefix.rstrip("/")
 
 
 def report_files(

@@ -1,6 +1,4 @@
-"""`PositiveCongruentTraining` and `regression_loss`, which add a term against regressions to the
-training loss.
-"""
+"""`PositiveCongruentTraining` and `regression_loss` add a loss term against regressions."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningMod
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
-from lightning_nrl._trainer.repair_files import parse_prefix
+from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagged
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.checks import check_per_sample
@@ -86,18 +84,17 @@ class PositiveCongruentTraining(CallbackBase):
         self.terms = parse_terms(term)
         self.index = None if index is None else import_function("index", index)
         if isinstance(self.reference, Predictions) and self.index is None:
-            hint = "give `index=f`, where f(batch) returns data-set positions, or give the model as `reference`."
             raise ConfigurationError(
-                "`reference`: predictions are found by data-set position; `index` is None.", hint
+                "`reference`: predictions are found by data-set position; `index` is None.",
+                "give `index=f`, where f(batch) returns data-set positions, "
+                "or give the model as `reference`.",
             )
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self._step, self._outputs, self._held = (
-            ExitStack(),
-            step_outputs.OutputCapture(),
-            ExitStack(),
-        )
+        self._step = ExitStack()  # while it is open, the module's step is replaced
+        self._outputs = step_outputs.OutputCapture()
+        self._held = ExitStack()  # resources of the replaced model
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
@@ -120,7 +117,7 @@ class PositiveCongruentTraining(CallbackBase):
 
     @override
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         if self._teacher is None:
             try:
@@ -136,7 +133,12 @@ class PositiveCongruentTraining(CallbackBase):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         self._step.close()
 
@@ -159,83 +161,87 @@ class PositiveCongruentTraining(CallbackBase):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
-    def loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Tensor:
-        """Logs the mean of each term over a batch and returns the sum of the means (see
-        `regression_loss`).
-        """
+    def loss(self, pl_module: LightningModule, batch: object, output: object) -> Tensor:
+        """Logs each term's mean over a batch; returns the sum of means (see `regression_loss`)."""
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._called = True
-        return self._loss(
-            pl_module,
-            step_outputs.ForwardPass(args, kwargs, self.task.logits(output)),
-            target,
-            batch,
-        )
+        call = step_outputs.ForwardPass(args, kwargs, self.task.logits(output))
+        return self._loss(pl_module, call, target, batch)
 
     def _step_with_terms(
         self,
         pl_module: LightningModule,
-        batch: Any,
-        step: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        batch: object,
+        step: Callable[..., object],
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         self._called = False
         self._outputs.begin()
         try:
             result = step(*args, **kwargs)
         finally:
-            name, calls = self._outputs.calls()
+            part, calls = self._outputs.calls()
         if self._called or (result is None and pl_module.automatic_optimization):
             return result
         if not pl_module.automatic_optimization:
-            problem = (
-                "`training_step` uses manual optimisation, so the callback cannot add to its loss."
-            )
-            raise ConfigurationError(problem, step_outputs.ONE_LINE)
-        plain, named, target = bind_adapter(self.adapter, pl_module)(batch)
+            problem = "uses manual optimisation, so the callback cannot add to its loss."
+            raise ConfigurationError(f"`training_step` {problem}", step_outputs.ONE_LINE)
+        inputs, named_inputs, target = bind_adapter(self.adapter, pl_module)(batch)
         call = step_outputs.find_forward_pass(
-            name, calls, plain, named, length_of(target), self.task
+            part, calls, inputs, named_inputs, length_of(target), self.task
         )
         return step_outputs.add_to_loss(result, self._loss(pl_module, call, target, batch))
 
     def _loss(
-        self, pl_module: LightningModule, call: step_outputs.ForwardPass, target: Any, raw: Any
+        self,
+        pl_module: LightningModule,
+        call: step_outputs.ForwardPass,
+        target: object,
+        raw: object,
     ) -> Tensor:
         assert self._teacher is not None
         logits = call.logits
         with validating(pl_module.trainer):
             old = self._teacher(call.args, call.kwargs, target, raw, logits)
         means = {term.name: term(self.task, logits, target, old).mean() for term in self.terms}
-        values = {f"{self.prefix}/{name}": mean.detach() for name, mean in means.items()}
-        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=len(logits))
-        return torch.stack(list(means.values())).sum()
+        total = torch.stack(list(means.values())).sum()
+        logged = {name: mean.detach() for name, mean in means.items()}
+        tags = tagged(NUMBER_TAG, logged, name=self.prefix)
+        pl_module.log_dict(tags, on_step=False, on_epoch=True, batch_size=len(logits))
+        return total
+
+    def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceTeacher:
+        old = self.reference
+        if isinstance(old, OldModel):
+            model = reference_module(trainer, pl_module, old.model, self._held)
+            return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
+        assert self.index is not None
+        return PredictedTeacher(old, "train", self.task, self.index)
 
     @torch.no_grad()
-    def _check_first_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _check_first_batch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object
+    ) -> None:
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
-        old = self.reference
-        if isinstance(old, Predictions):
-            assert self.index is not None
-            teacher: ReferenceTeacher = PredictedTeacher(old, "train", self.task, self.index)
-        else:
-            model = reference_module(trainer, pl_module, old.model, self._held)
-            teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
+        teacher = self._make_teacher(trainer, pl_module)
         probe = step_outputs.Probe(pl_module)
         with preserve_state(pl_module), forward_context(trainer, pl_module)(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
             except Exception as error:
-                what = f"`adapter`: the model raised {type(error).__name__} on the first batch ({error})."
-                hint = "give `adapter=f`, where f(batch) returns (args, kwargs, target) for your batches."
-                raise ConfigurationError(what, hint) from error
+                raised = f"{type(error).__name__} on the first batch ({error})"
+                raise ConfigurationError(
+                    f"`adapter`: the model raised {raised}.",
+                    "give `adapter=f`, where f(batch) returns (args, kwargs, target) "
+                    "for your batches.",
+                ) from error
             logits = self.task.logits(output)
             self.task.check(logits, target)
-            answer = teacher(args, kwargs, target, batch, logits)
+            answers = teacher(args, kwargs, target, batch, logits)
             for term in self.terms:
-                check_per_sample(
-                    f"`term`: {term.name}", term(self.task, logits, target, answer), len(logits)
-                )
+                values = term(self.task, logits, target, answers)
+                check_per_sample(f"`term`: {term.name}", values, len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
 
@@ -246,9 +252,8 @@ class PositiveCongruentTraining(CallbackBase):
         self._teacher, self._called = None, False
 
 
-def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
-    """Returns the loss term of `PositiveCongruentTraining`, for a `training_step` that adds it
-    itself.
+def regression_loss(module: LightningModule, batch: object, output: object) -> Tensor:
+    """Returns the loss of `PositiveCongruentTraining`, for a `training_step` that adds it itself.
 
     This is needed if the step uses manual optimisation, calls the model several times, or mixes
     samples (mixup). The function returns 0 outside of training, and if the trainer has no

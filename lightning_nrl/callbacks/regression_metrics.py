@@ -33,9 +33,9 @@ from lightning_nrl._trainer.lightning.private_parts import (
 )
 from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.repair_files import parse_prefix
 from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.tracking.scalars import update_numbers
+from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, PART_TAG, parse_prefix, tagged
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.distributed import Collective
@@ -45,7 +45,7 @@ from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
-from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices, slice_tags
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference
@@ -56,8 +56,9 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @dataclass(frozen=True, eq=False)
 class ReferenceResults:
-    """Results of the replaced model on this rank's `n` validation samples, in validation order, on
-    the CPU.
+    """Results of the replaced model on this rank's `n` validation samples, in validation order.
+
+    Tensors are on the CPU.
     """
 
     loader: DataLoader[Any]
@@ -65,36 +66,38 @@ class ReferenceResults:
     starts: tuple[int, ...]  # row of the first sample of each batch; the last entry is `n`
     passed: Tensor  # `n` bool, True where the replaced model is right
     label: Tensor  # `n` int64, true classes; -1 if the task has no classes
-    once: Tensor  # `n` bool, False for samples that a distributed sampler repeats to give each rank equally many
-    group: (
-        Tensor  # `n` int64, index of the sample's slice in `names`; -1 if the sample is in no slice
-    )
+    # `n` bool, False for samples that a distributed sampler repeats, to give each rank equally many
+    once: Tensor
+    group: Tensor  # `n` int64, index of the sample's slice in `names`, or -1
     names: tuple[str, ...]  # names of the slices, the same on every rank
-    parts: tuple[
-        str, ...
-    ]  # name of the submodule that returns the new model's output; may be empty (`Probe.parts`)
+    # `Probe.parts`: name of the submodule that returns the new model's output; may be empty
+    parts: tuple[str, ...]
     adapter: Adapter  # the user's adapter, bound to the new model
 
 
 def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
-    found = validation_loaders(trainer)
-    if found is None:
+    validation = validation_loaders(trainer)
+    if validation is None:
         hint = "add a `val_dataloader` and a `validation_step`."
         raise ConfigurationError("`RegressionMetrics`: nothing is validated.", hint)
-    loaders, limits, mode = found
-    if not dataloader < len(loaders):
-        problem = f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders."
+    loaders, limits, mode = validation
+    n = len(loaders)
+    if dataloader >= n:
+        problem = f"`dataloader={dataloader}`: there are {n} validation data loaders."
         raise ConfigurationError(problem, "count them from 0.")
-    if len(loaders) > 1 and mode != "sequential":
-        problem = f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {len(loaders)} loaders in one batch."
-        hint = (
-            "give the validation data loaders as a list, so that they are read one after the other."
+    if n > 1 and mode != "sequential":
+        raise ConfigurationError(
+            f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {n} loaders in one batch.",
+            "give the validation data loaders as a list, "
+            "so that they are read one after the other.",
         )
-        raise ConfigurationError(problem, hint)
-    hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
+    hint = (
+        "give the validation data as a DataLoader with a `batch_size`, "
+        "over a data set with an index."
+    )
     loader = check_loader(loaders[dataloader], "val", hint)
-    most = limits[dataloader]
-    return loader, None if most == float("inf") else int(most)
+    limit = limits[dataloader]
+    return loader, None if limit == float("inf") else int(limit)
 
 
 def evaluate_reference(
@@ -107,16 +110,18 @@ def evaluate_reference(
     task: Task,
     adapter: Adapter,
 ) -> ReferenceResults:
-    """Evaluates the replaced model and the new `model` on validation data. Neither model changes."""
+    """Evaluates the replaced and the new model on validation data. Neither model changes."""
     collective = Collective.current(model.device)
-    loader, most = _validation_loader(trainer, dataloader)
+    loader, limit = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
-        batches = _batches_in_order(loader, most)
-        mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
-        everyone = collective.gather(mine)
-        which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts the positions
-        again = loader_like(loader, batch_size=max(map(len, batches), default=1), sampler=which)
-        source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
+        batches = _batches_in_order(loader, limit)
+        positions = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
+        by_rank = collective.gather(positions)
+        # The source sorts the positions.
+        sampler = SubsetRandomSampler(torch.cat(by_rank).tolist())
+        batch_size = max(map(len, batches), default=1)
+        loader_in_order = loader_like(loader, batch_size=batch_size, sampler=sampler)
+        source = make_source(loader_in_order, "val", trainer=trainer, model=model, adapter=adapter)
         evaluator, ((source,),) = open_sources(trainer, model, task, [source])
         recorder = SliceRecorder(source, slices, task)
         probe = Probe(model)
@@ -124,121 +129,122 @@ def evaluate_reference(
             new = evaluator.run([recorder], forward=probe)
         answers = reference.answers(evaluator, [source], new)
     names, group = recorder.named(collective)
-    rows = torch.searchsorted(source.index, mine)
+    rows = torch.searchsorted(source.index, positions)
     return ReferenceResults(
         loader,
-        batches,
-        (0, *accumulate(map(len, batches))),
-        answers.passed[rows],
-        new.label[rows],
-        _first_occurrences(everyone)[collective.rank],
-        group[rows],
-        names,
-        probe.parts or (),
-        source.adapter,
+        order=batches,
+        starts=(0, *accumulate(map(len, batches))),
+        passed=answers.passed[rows],
+        label=new.label[rows],
+        once=_first_occurrences(by_rank)[collective.rank],
+        group=group[rows],
+        names=names,
+        parts=probe.parts or (),
+        adapter=source.adapter,
     )
 
 
 def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
     """True if the trainer still validates the samples of `known` in the same order."""
-    loader, most = _validation_loader(trainer, dataloader)
+    loader, limit = _validation_loader(trainer, dataloader)
     if loader is known.loader:
         return True
+    if loader.dataset is not known.loader.dataset:
+        return False
     with random_state():
-        return (
-            loader.dataset is known.loader.dataset
-            and _batches_in_order(loader, most) == known.order
-        )
+        return _batches_in_order(loader, limit) == known.order
 
 
-def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
-    sampler, inside = sampler_of(loader)
-    shuffles = isinstance(inside, RANDOM) or (
-        isinstance(sampler, DistributedSampler) and sampler.shuffle
+def _batches_in_order(loader: DataLoader[Any], limit: int | None) -> list[list[int]]:
+    sampler, inner_sampler = sampler_of(loader)
+    shuffles = isinstance(sampler, DistributedSampler) and sampler.shuffle
+    if not shuffles and not isinstance(inner_sampler, RANDOM):
+        batches = _read_batches(loader, limit)
+        if batches == _read_batches(loader, limit):
+            return batches
+    name = type(inner_sampler).__name__
+    raise ConfigurationError(
+        f"`val` data: {name} gives the samples in another order each time.",
+        "validate without shuffling, "
+        "so that each sample can be matched with the replaced model's result.",
     )
-    if not shuffles:
-        found, again = (
-            [list(map(int, b)) for b in islice(loader.batch_sampler or (), most)] for _ in range(2)
-        )
-        if found == again:
-            return found
-    problem = f"`val` data: {type(inside).__name__} gives the samples in another order each time."
-    hint = "validate without shuffling, so that each sample can be matched with the replaced model's result."
-    raise ConfigurationError(problem, hint)
 
 
-def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
+def _read_batches(loader: DataLoader[Any], limit: int | None) -> list[list[int]]:
+    return [list(map(int, batch)) for batch in islice(loader.batch_sampler or (), limit)]
+
+
+def _first_occurrences(by_rank: Sequence[Tensor]) -> list[Tensor]:
     # A repeated sample counts where it is validated first; ranks validate in parallel.
-    when = torch.cat(
-        [torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)]
-    )
-    order = when.argsort()
-    _, first = np.unique(torch.cat(list(everyone))[order].numpy(), return_index=True)
-    once = torch.zeros(len(when), dtype=torch.bool)
+    sizes, n_ranks = list(map(len, by_rank)), len(by_rank)
+    time = torch.cat([torch.arange(n) * n_ranks + rank for rank, n in enumerate(sizes)])
+    order = time.argsort()
+    _, first = np.unique(torch.cat(list(by_rank))[order].numpy(), return_index=True)
+    once = torch.zeros(len(time), dtype=torch.bool)
     once[order[torch.from_numpy(first)]] = True
-    return list(once.split([len(mine) for mine in everyone]))
+    return list(once.split(sizes))
 
 
 class FlipCounter:
-    """Counter of samples that the new model breaks and repairs in one validation. Only `counts`
-    synchronises ranks.
+    """Counter of samples that the new model breaks and repairs in one validation.
+
+    Only `counts` synchronises ranks.
     """
 
     def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
         self.reference = reference
-        n = len(reference.passed)
-        self.new = torch.zeros(n, dtype=torch.bool, device=device)
-        self.counted = torch.zeros(n, dtype=torch.bool, device=device)
+        self.new = torch.zeros(len(reference.passed), dtype=torch.bool, device=device)
+        self.counted = torch.zeros_like(self.new)
         self.label = reference.label.to(device)
         self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
-        """Returns the number of samples that a batch has in `self.reference`, or 0 for a batch
-        beyond the last one.
-        """
+        """Returns the number of samples that a batch had before, or 0 after the last batch."""
         starts = self.reference.starts
-        return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
+        if batch_idx + 1 >= len(starts):
+            return 0
+        return starts[batch_idx + 1] - starts[batch_idx]
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
-        """Adds a batch. `right` marks the samples that the new model gets right. `label` has the
-        true classes.
-        """
-        expected = self.size(batch_idx)
-        if right.shape != (expected,):
-            problem = f"`val` data: a batch of {expected} samples has results of the shape {list(right.shape)}."
-            hint = "validate the same samples each time; a collate function must neither drop nor add any."
-            raise ConfigurationError(problem, hint)
-        rows = slice(*self.reference.starts[batch_idx : batch_idx + 2])
+        """Adds a batch: marks of the samples that the new model gets right, and true classes."""
+        n = self.size(batch_idx)
+        if right.shape != (n,):
+            raise ConfigurationError(
+                f"`val` data: a batch of {n} samples has results of the shape {list(right.shape)}.",
+                "validate the same samples each time; "
+                "a collate function must neither drop nor add any.",
+            )
+        start = self.reference.starts[batch_idx]
+        rows = slice(start, start + n)
         self.new[rows] = right.to(self.new.device)
         self.counted[rows] = True
         if label is not None:
             self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns slice names and counts (kept, broken, repaired, failing): a row for all data,
-        then one per slice.
+        """Returns slice names and counts: a row for all data, then a row per slice.
+
+        The columns are kept, broken, repaired and failing.
         """
-        known, new = self.reference, self.new.cpu()
-        old, counted = known.passed, known.once & self.counted.cpu()
-        masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
-        flips = torch.zeros(len(known.names) + 1, 4, dtype=torch.int64)
+        old = self.reference
+        counted = old.once & self.counted.cpu()
+        masks = torch.stack(flip_masks(old.passed, self.new.cpu()), 1) & counted[:, None]
+        flips = torch.zeros(len(old.names) + 1, 4, dtype=torch.int64)
         # Samples in no slice go into the first row, which is overwritten.
-        flips.index_add_(0, known.group + 1, masks.long())
+        flips.index_add_(0, old.group + 1, masks.long())
         flips[0] = masks.sum(0)
         total = collective.sum(torch.cat([flips.flatten(), self.label_mismatches.cpu()[None]]))
         if total[-1]:
-            problem = (
-                f"`val` data: {int(total[-1])} samples have another label than when training began."
-            )
+            n = int(total[-1])
             raise ConfigurationError(
-                problem, "validate the same samples in the same order each time."
+                f"`val` data: {n} samples have another label than when training began.",
+                "validate the same samples in the same order each time.",
             )
-        return known.names, total[:-1].view(-1, 4)
+        return old.names, total[:-1].view(-1, 4)
 
 
 class RegressionMetrics(CallbackBase):
-    """Logs in every validation how many samples the new model breaks and repairs, compared with the
-    replaced model.
+    """Logs in every validation how many samples break and are repaired since the replaced model.
 
     Logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
     `reference_accuracy`, for `ModelCheckpoint` and `EarlyStopping` (formulas:
@@ -275,7 +281,7 @@ class RegressionMetrics(CallbackBase):
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
-        self.slices: Any = None if slices is None else find_column("slices", slices)
+        self.slices = None if slices is None else find_column("slices", slices)
         self.prefix = parse_prefix(prefix, "regression")
         check_whole("dataloader", dataloader, 0)
         self.dataloader = dataloader
@@ -324,7 +330,7 @@ class RegressionMetrics(CallbackBase):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -336,8 +342,8 @@ class RegressionMetrics(CallbackBase):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -345,13 +351,19 @@ class RegressionMetrics(CallbackBase):
             return
         assert self._reference_results is not None
         args, kwargs, target = self._reference_results.adapter(batch)
-        output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
+        redirected = trainer.strategy.model is not pl_module
+        output = self._outputs.end(args, kwargs, redirected=redirected)
         is_forward = not (args and isinstance(args[0], ModelCall))
-        logits = logits_of(output, self._counter.size(batch_idx), self.task) if is_forward else None
+        logits = None
+        if is_forward:
+            logits = logits_of(output, self._counter.size(batch_idx), self.task)
         if logits is None:
             if is_forward and not self._warned:
                 self._warned = True
-                problem = "`validation_step` does not call the model on the whole batch, so each batch costs one more pass."
+                problem = (
+                    "`validation_step` does not call the model on the whole batch, "
+                    "so each batch costs one more pass."
+                )
                 rank_zero_warn(PerformanceWarning(problem, "call `self(x)` in `validation_step`."))
             with random_state(), forward_context(trainer, pl_module)():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
@@ -364,24 +376,27 @@ class RegressionMetrics(CallbackBase):
             return
         names, counts = self._counter.counts(Collective.current(pl_module.device))
         self._counter = None
-        tags = (self.prefix, *(f"{self.prefix}/{tag}" for tag in map(slice_tags(names).get, names)))
-        rows = zip(tags, (update_numbers(FlipCounts(*row)) for row in counts.tolist()), strict=True)
-        found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
+        all_data, *slices = [update_numbers(FlipCounts(*row)) for row in counts.tolist()]
+        numbers = tagged(NUMBER_TAG, all_data, name=self.prefix)
+        tags = slice_tags(names)
+        for name, of_slice in zip(names, slices, strict=True):
+            numbers |= tagged(PART_TAG, of_slice, name=self.prefix, part=tags[name])
         # The counts are the same on every rank; `sync_dist` only silences a warning of Lightning.
-        pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+        pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
     def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:
-        how = {
-            "dataloader": self.dataloader,
-            "slices": self.slices,
-            "task": self.task,
-            "adapter": self.adapter,
-        }
-        known = self._reference_results = evaluate_reference(
-            self.reference, trainer, pl_module, **how
+        results = evaluate_reference(
+            self.reference,
+            trainer,
+            pl_module,
+            dataloader=self.dataloader,
+            slices=self.slices,
+            task=self.task,
+            adapter=self.adapter,
         )
-        self._outputs.attach(pl_module, known.parts)
-        return known
+        self._outputs.attach(pl_module, results.parts)
+        self._reference_results = results
+        return results
 
     def _reset(self) -> None:
         self._outputs.detach()

@@ -12,12 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._trainer.data_splits import (
-    SplitLoaders,
-    choice_numbers,
-    find_calibration,
-    find_one,
-)
+from lightning_nrl._trainer.data_splits import SplitLoaders, find_calibration, find_one
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
     LightningModule,
@@ -28,8 +23,10 @@ from lightning_nrl._trainer.lightning.private_parts import batch_limit, validati
 from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.reference_copy import parse_with_weights
-from lightning_nrl._trainer.repair_files import parse_prefix, show
+from lightning_nrl._trainer.repair_files import show
 from lightning_nrl._trainer.tracking.loggers import track_numbers
+from lightning_nrl._trainer.tracking.scalars import interpolation_numbers
+from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagged
 from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
@@ -40,33 +37,30 @@ from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whol
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.interpolation import (
     ACCURACY_TOLERANCE,
-    ShareChoice,
+    DEFAULT_STRENGTHS,
+    InterpolationChoice,
     alignment,
     batch_norms,
-    check_share,
-    choose_share,
+    check_part,
+    choose_interpolation,
     estimate_statistics,
     interpolate,
 )
 from lightning_nrl.updates.old_model import Reference
 
 MIN_COSINE = 0.5
-"""A smaller cosine between initial and replaced weights causes a warning. It is about 0 for
-unrelated weights.
-"""
+"""Below this cosine of initial and replaced weights, a warning says that they are unrelated."""
 
 
 class WeightInterpolation(CallbackBase):
-    """Interpolates the weights after `fit` with those of the replaced model: `(1 - share) new +
-    share
-    old`.
+    """Sets the weights after `fit` to `(1 - strength) old + strength new`.
 
-    This breaks fewer samples at little or no loss of accuracy (Wortsman et al. 2022, WiSE-FT;
-    Schumann et al. 2024, BCWI). Training must start from the weights of the replaced model:
-    `new.load_state_dict(...)` before `fit`. Put this callback before `RegressionFreeRepair`, which
-    then repairs the remaining failures.
+    `old` are the weights of the replaced model. This breaks fewer samples at little or no loss of
+    accuracy (Wortsman et al. 2022, WiSE-FT; Schumann et al. 2024, BCWI). Training must start from
+    the weights of the replaced model: `new.load_state_dict(...)` before `fit`. Put this callback
+    before `RegressionFreeRepair`, which then repairs the remaining failures.
 
-    Logs `interpolation/share`. On calibration data it also logs `interpolation/accuracy` and
+    Logs `interpolation/strength`. On calibration data it also logs `interpolation/accuracy` and
     `interpolation/nfr` (the negative flip rate), and with the suffix `_before` the values without
     interpolation. Checkpoints of training, weight averages and optimizer states do not change. Save
     the new weights with `trainer.save_checkpoint`.
@@ -74,16 +68,16 @@ class WeightInterpolation(CallbackBase):
     Args:
         reference: the replaced model: a module, the path of its checkpoint, a state dict, or an
             `OldModel`.
-        share: share of the replaced model, in [0, 1]. `auto` takes the largest share of 0, 0.05,
-            ..., 0.5 that breaks no more calibration samples than share 0, and whose accuracy is
-            within `tolerance` of the best accuracy.
+        strength: weight of the new model, in [0, 1]. `auto` takes the smallest strength of 1,
+            0.95, ..., 0.5 that breaks no more calibration samples than strength 1, and whose
+            accuracy is within `tolerance` of the best accuracy.
         tolerance: accuracy that `auto` may give up for fewer regressions. 0.005 is half a
             percentage point.
-        calibration: data that were not trained on, for choosing the share and for counting: `val`,
-            `test`, `repair` or a DataLoader. If None, nothing is counted, and `share` must be a
-            number.
+        calibration: data that were not trained on, for choosing the strength and for counting:
+            `val`, `test`, `repair` or a DataLoader. If None, nothing is counted, and `strength`
+            must be a number.
         statistics: data for the statistics of batch norm layers: `train`, another split, or a
-            DataLoader, preferably without augmentation. Each share that is tried takes one pass
+            DataLoader, preferably without augmentation. Each strength that is tried takes one pass
             over these data.
         batches: number of batches for the statistics, drawn at random. None takes all batches.
         prefix: prefix of logged tags.
@@ -93,7 +87,7 @@ class WeightInterpolation(CallbackBase):
         verbose: if True, prints the choice.
 
     Attributes:
-        choice: the chosen share and the alternatives. None if there were no calibration data.
+        choice: the chosen strength and the alternatives. None if there were no calibration data.
 
     Example::
 
@@ -106,7 +100,7 @@ class WeightInterpolation(CallbackBase):
     def __init__(
         self,
         reference: nn.Module | str | Path | State | Reference,
-        share: float | Literal["auto"] = "auto",
+        strength: float | Literal["auto"] = "auto",
         tolerance: float = ACCURACY_TOLERANCE,
         calibration: str | DataLoader[Any] | None = "val",
         statistics: str | DataLoader[Any] = "train",
@@ -119,15 +113,15 @@ class WeightInterpolation(CallbackBase):
     ) -> None:
         super().__init__()
         self.reference = parse_with_weights(reference)
-        if share != "auto":
-            check_share(share)
-        check_share(tolerance, "tolerance")
-        self.share, self.tolerance = share, tolerance
+        if strength != "auto":
+            check_part("strength", strength, "strength")
+        check_part("tolerance", tolerance, "share")
+        self.strength, self.tolerance = strength, tolerance
         self.calibration: Any = check_data("calibration", calibration, optional=True)
-        if calibration is None and share == "auto":
-            hint = "give `calibration` data that were not trained on, or a number as `share=`."
+        if calibration is None and strength == "auto":
+            hint = "give `calibration` data that were not trained on, or a number as `strength=`."
             raise ConfigurationError(
-                "`share='auto'` needs calibration data, and there are none.", hint
+                "`strength='auto'` needs calibration data, and there are none.", hint
             )
         self.statistics: Any = check_data("statistics", statistics)
         if batches is not None:
@@ -137,7 +131,7 @@ class WeightInterpolation(CallbackBase):
         self.prefix = parse_prefix(prefix, "interpolation")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self.choice: ShareChoice | None = None
+        self.choice: InterpolationChoice | None = None
         self._reference_state: Mapping[str, Any] = {}
         self._changed = False
 
@@ -164,11 +158,11 @@ class WeightInterpolation(CallbackBase):
         with random_state(), validating(trainer):
             # A few batches show whether the data fit the model; batch norm needs several samples on
             # each rank.
-            counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
+            validation, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
             evaluator = make_evaluator(trainer, pl_module, self.task)
-            if counted is not None:
+            if validation is not None:
                 with preserve_state(pl_module):
-                    evaluator.run([counted])
+                    evaluator.run([validation])
             if training is not None:
                 estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
@@ -181,31 +175,36 @@ class WeightInterpolation(CallbackBase):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         evaluator = make_evaluator(trainer, pl_module, self.task)
-        how: dict[str, Any] = {"batches": self.batches, "seed": self.seed}
         limit = (batch_limit(trainer) or 0) * trainer.world_size or None
         with (
             starting_weights("last", trainer, pl_module) as start,
             random_state(),
             validating(trainer),
         ):
-            counted, training = self._sources(trainer, pl_module, limit)
-            if counted is None:
-                assert self.share != "auto"
-                share = float(self.share)
-                state: State = (
-                    interpolate(self._reference_state, evaluator, share, training, **how)
-                    if share
-                    else {}
+            validation, training = self._sources(trainer, pl_module, limit)
+            old, batches, seed = self._reference_state, self.batches, self.seed
+            state: State = {}
+            if validation is not None:
+                is_auto = self.strength == "auto"
+                self.choice = choose_interpolation(
+                    old,
+                    evaluator,
+                    validation,
+                    training,
+                    tolerance=self.tolerance if is_auto else None,
+                    strengths=DEFAULT_STRENGTHS if is_auto else [float(self.strength)],
+                    batches=batches,
+                    seed=seed,
                 )
-                numbers = {"share": share}
+                state = self.choice.state
+                self._log(trainer, interpolation_numbers(self.choice))
             else:
-                given = {"tolerance": None, "shares": [self.share]}
-                how |= {"tolerance": self.tolerance} if self.share == "auto" else given
-                self.choice = choose_share(
-                    self._reference_state, evaluator, counted, training, **how
-                )
-                state, numbers = self.choice.state, choice_numbers(self.choice)
-            self._log(trainer, numbers)
+                strength = float(self.strength)
+                if strength < 1:
+                    state = interpolate(
+                        old, evaluator, strength, training, batches=batches, seed=seed
+                    )
+                self._log(trainer, {"strength": strength})
             write(pl_module, state)
             self._reference_state, self._changed = {}, bool(state)
             start.keep = self._changed
@@ -214,9 +213,12 @@ class WeightInterpolation(CallbackBase):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `on_train_end` does not run in a fit without a training step.
         if self._reference_state and not trainer.should_stop:
-            problem = "the weights were not interpolated, because no training step ran (fit complete or skipped)."
-            hint = "for a trained model, call `lightning_nrl.updates.choose_share(old, new, val, train)`."
-            rank_zero_warn(TrainingWarning(problem, hint))
+            problem = (
+                "the weights were not interpolated, because no training step ran "
+                "(fit complete or skipped)."
+            )
+            call = "lightning_nrl.updates.choose_interpolation(old, new, val, train)"
+            rank_zero_warn(TrainingWarning(problem, f"for a trained model, call `{call}`."))
         self._reference_state = {}
 
     @override
@@ -229,26 +231,21 @@ class WeightInterpolation(CallbackBase):
     def _sources(
         self, trainer: Trainer, pl_module: LightningModule, limit: int | None
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
-        make = partial(
-            make_source,
-            trainer=trainer,
-            model=pl_module,
-            adapter=self.adapter,
-            seed=self.seed,
-            limit=limit,
-        )
-        loaders, chosen = SplitLoaders(trainer, pl_module), self.share == "auto"
-        counted = find_calibration(self.calibration, loaders, needed=chosen)
-        fixed = self.share in (0, 1) or not batch_norms(pl_module)
-        training = None if fixed else find_one("statistics", self.statistics, loaders)
-        estimating, counting = (
-            [] if found is None else [make(*found)] for found in (training, counted)
-        )
-        _, (opened,) = open_sources(trainer, pl_module, self.task, [*estimating, *counting])
-        return (opened[-1] if counting else None), (opened[0] if estimating else None)
+        """Returns calibration data and data for batch norm statistics, as far as needed."""
+        loaders = SplitLoaders(trainer, pl_module)
+        calibration = find_calibration(self.calibration, loaders, needed=self.strength == "auto")
+        named = [] if calibration is None else [calibration]
+        needs_statistics = self.strength not in (0, 1) and bool(batch_norms(pl_module))
+        if needs_statistics:
+            named.insert(0, find_one("statistics", self.statistics, loaders))
+        make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter)
+        sources = [make(*loader, seed=self.seed, limit=limit) for loader in named]
+        _, (opened,) = open_sources(trainer, pl_module, self.task, sources)
+        validation = None if calibration is None else opened[-1]
+        return validation, opened[0] if needs_statistics else None
 
     def _log(self, trainer: Trainer, numbers: Mapping[str, float]) -> None:
-        tags = {f"{self.prefix}/{name}": value for name, value in numbers.items()}
+        tags = tagged(NUMBER_TAG, numbers, name=self.prefix)
         if trainer.is_global_zero:
             track_numbers(tags, trainer.loggers, step=trainer.global_step, what="interpolation")
             if self.verbose and self.choice is not None:

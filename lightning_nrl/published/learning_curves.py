@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrl._trainer.tracking.tags import CLASS_TAG, PART_TAG, tagged
 from lightning_nrl.published.training_record import RecordedSplit, TrainingRecord
 from lightning_nrl.report.figures import INK, new_figure, style_axes
 
@@ -57,13 +58,14 @@ class Learning:
         """Returns counts by tag, such as `<prefix>/<split>/learned`, or for class 3
         `<prefix>_<split>/forgotten/3`.
         """
-        found = {}
-        for name, mask in self.masks.items():
-            found[f"{prefix}/{split}/{name}"] = float(mask.sum())
-            if self.classes:
-                counts = zip(self.classes, self.by_class(mask), strict=True)
-                found |= {f"{prefix}_{split}/{name}/{one}": float(n) for one, n in counts}
-        return found
+        totals = {name: float(mask.sum()) for name, mask in self.masks.items()}
+        numbers = tagged(PART_TAG, totals, name=prefix, part=split)
+        if self.classes:
+            for name, mask in self.masks.items():
+                for label, n in zip(self.classes, self.by_class(mask), strict=True):
+                    tag = CLASS_TAG.format(name=prefix, split=split, number=name, label=label)
+                    numbers[tag] = float(n)
+        return numbers
 
 
 def record_figures(record: TrainingRecord) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import check_data, parse_adapter
-from lightning_nrl._trainer.repair_files import base_folder, parse_prefix
+from lightning_nrl._trainer.repair_files import base_folder
 from lightning_nrl._trainer.tracking.loggers import track_figures, track_numbers
+from lightning_nrl._trainer.tracking.tags import parse_prefix
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Adapter

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, ROLE_NUMBER, tagged
 from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.formatting import count, plural
 from lightning_nrl._utils.json_records import UNWRITTEN, to_plain
@@ -279,7 +280,7 @@ def _hparams(
     }
     for role in filter(first.has, ROLES):
         for measure in MEASURED_COUNTS:
-            found[f"{role}_{measure}"] = mean(getattr(run.counts(role), measure) for run in runs)
-    return asked, {
-        f"{name}/{tag}": float(value) for tag, value in found.items() if math.isfinite(value)
-    }
+            tag = ROLE_NUMBER.format(role=role, number=measure)
+            found[tag] = mean(getattr(run.counts(role), measure) for run in runs)
+    finite = {number: float(value) for number, value in found.items() if math.isfinite(value)}
+    return asked, tagged(NUMBER_TAG, finite, name=name)

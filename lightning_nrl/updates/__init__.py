@@ -7,7 +7,7 @@ terms that make negative flips rare; interpolated weights; and a `ReleaseReport`
 release rule if the new model satisfies it.
 """
 
-from lightning_nrl.updates.interpolation import choose_share, interpolate
+from lightning_nrl.updates.interpolation import choose_interpolation, interpolate
 from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge, Oversampler
 from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.old_model import OldModel, Reference
@@ -42,7 +42,7 @@ __all__ = [
     "ReleaseRow",
     "Rule",
     "RuleResult",
-    "choose_share",
+    "choose_interpolation",
     "interpolate",
     "parse_rules",
     "release",

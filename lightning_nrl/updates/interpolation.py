@@ -1,4 +1,4 @@
-"""Interpolation between the weights of an old and a new model, with matching batch norm statistics."""
+"""Interpolation between an old and a new model, with matching batch norm statistics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,26 @@ from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.evaluation.rates import RATES
+from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.report.page import Heading, Page, Renderable, Row, Table, Text
 
-DEFAULT_SHARES = tuple(step / 20 for step in range(11))
+DEFAULT_STRENGTHS = tuple(1 - step / 20 for step in range(11))
+"""From the new model, 1, to 1/2, which Wortsman et al. recommend."""
 ACCURACY_TOLERANCE = 0.005  # accuracy to give up for fewer negative flips: half a percentage point
+ROUNDING_SLACK = 1e-6  # samples; a tolerance times a number of samples may be rounded down
 
-Data = Source | Iterable[Any]
+OldWeights: TypeAlias = nn.Module | State | str | Path
+"""A model, its state dict, or the path of a checkpoint."""
+Data: TypeAlias = Source | Iterable[Any]
 """A source, or batches that can be read more than once, such as a data loader."""
 
 
 @dataclass(frozen=True)
-class SharePoint:
-    """Flips from the old model to the interpolated model for one share of the old weights, in [0,
-    1].
-    """
+class InterpolationPoint:
+    """Flips from the old model to the model interpolated with one strength, in [0, 1]."""
 
-    share: float
+    strength: float
     counts: FlipCounts
 
     @property
@@ -48,76 +51,74 @@ class SharePoint:
 
     @property
     def negative_flip_rate(self) -> float:
-        return self.counts.broken / self.counts.n
+        return RATES["negative_flip_rate"].of(self.counts)
 
 
 @dataclass(frozen=True)
-class ShareChoice(Renderable):
-    """The chosen share of the old weights, and the results for all shares. `rich.print(choice)`
-    shows
-    a table.
+class InterpolationChoice(Renderable):
+    """The chosen strength and the results of all strengths; `rich.print(choice)` shows a table.
 
     Attributes:
-        chosen: result for the chosen share. Of the shares whose accuracy is at most `tolerance`
-            below the best in `curve`, it is the largest that breaks no more samples than share 0,
-            or the largest if all break more.
-        curve: the results for all shares in ascending order, beginning with 0, the unchanged new
-            model.
+        chosen: result of the chosen strength. Of the strengths whose accuracy is at most
+            `tolerance` below the best in `curve`, it is the smallest that breaks no more samples
+            than strength 1, or the smallest if all break more.
+        curve: the results of all strengths in descending order, beginning with 1, the unchanged
+            new model.
         tolerance: largest accepted loss of accuracy, in [0, 1]. If it is None, `chosen` is the
-            largest share of all.
-        state: weights and buffers for the chosen share; empty for share 0.
+            smallest strength of all.
+        state: weights and buffers of the chosen strength; empty for strength 1.
     """
 
-    chosen: SharePoint
-    curve: tuple[SharePoint, ...]
+    chosen: InterpolationPoint
+    curve: tuple[InterpolationPoint, ...]
     tolerance: float | None
     state: State = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def share(self) -> float:
-        return self.chosen.share
+    def strength(self) -> float:
+        return self.chosen.strength
 
     def write(self, model: nn.Module) -> bool:
-        """Copies `state` into a model of the same architecture. Returns False if `state` is empty."""
+        """Copies `state` into a model of the same architecture; returns False if it is empty."""
         write(model, self.state)
         return bool(self.state)
 
     def to_table(self) -> Page:
-        rows = []
-        for point in self.curve:
-            c, taken = point.counts, point == self.chosen
-            cells = (
-                percent(point.accuracy),
-                f"{c.repaired:,}",
-                f"{c.broken:,}",
-                percent(point.negative_flip_rate),
-            )
-            rows.append(
-                Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else "")
-            )
-        near = f"within {100 * (self.tolerance or 0):g} points of the best accuracy"
-        rule = (
-            "As given"
-            if self.tolerance is None
-            else f"The largest that breaks no more than share 0, {near}"
+        rule = "As given"
+        if self.tolerance is not None:
+            near = f"within {100 * self.tolerance:g} points of the best accuracy"
+            rule = f"The smallest that breaks no more than strength 1, {near}"
+        columns = (("accuracy", ""), ("repaired", ""), ("broken", ""), ("negative flip rate", ""))
+        rows = tuple(self._row(point) for point in self.curve)
+        heading = Heading("Strength of the new weights", 1)
+        return Page((heading, Text(f"{rule}: {self.strength:.2f}."), Table(columns, rows)))
+
+    def _row(self, point: InterpolationPoint) -> Row:
+        counts = point.counts
+        cells = (
+            percent(point.accuracy),
+            f"{counts.repaired:,}",
+            f"{counts.broken:,}",
+            percent(point.negative_flip_rate),
         )
-        columns = tuple(
-            (name, "") for name in ("accuracy", "repaired", "broken", "negative flip rate")
-        )
-        text = Text(f"{rule}: {self.share:.2f}.")
-        return Page((Heading("Share of the old weights", 1), text, Table(columns, tuple(rows))))
+        label = f"strength {point.strength:.2f}"
+        if point == self.chosen:
+            return Row(f"{label}, taken", cells, "gain")
+        return Row(label, cells)
 
 
 @torch.no_grad()
 def interpolate(
-    old: nn.Module | State | str | Path,
+    old: OldWeights,
     new: nn.Module | Evaluator,
-    share: float,
+    strength: float,
     training: Data | None = None,
-    **estimating: Any,
+    *,
+    batches: int | None = None,
+    seed: int = 0,
+    adapter: Adapter = unpack,
 ) -> dict[str, Tensor]:
-    """Returns the weights `(1 - share) new + share old` for `load_state_dict`, with matching batch
-    norm statistics.
+    """Returns the weights `(1 - strength) old + strength new`, for `load_state_dict`.
 
     The method is WiSE-FT (Wortsman et al. 2022, Robust fine-tuning of zero-shot models). Schumann
     et al. 2024 (Backward compatibility during data updates by weight interpolation) use it against
@@ -127,175 +128,189 @@ def interpolate(
     Args:
         old: the old model, its state dict, or the path of a checkpoint.
         new: the new model, on its device; it does not change. An `Evaluator` sets the precision.
-        share: share of the old weights, in [0, 1]. 0 gives bit for bit the new model, 1 gives the
-            old model.
+        strength: weight of the new model, in [0, 1]. 1 gives bit for bit the new model, 0 gives
+            the old model.
         training: data for the batch norm statistics, read once. Needed if the model has batch norm
-            and 0 < share < 1.
-        **estimating: arguments of `lightning_nrl.updates.interpolation.estimate_statistics`.
+            and 0 < strength < 1.
+        batches: number of batches of `training` to read; None: all batches.
+        seed: seed of the order of these batches.
+        adapter: converts a raw batch into `(args, kwargs, target)`.
 
     Example:
         >>> old, new = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
         >>> _ = old.load_state_dict({"weight": torch.tensor([[1.0, 0.0]])})
         >>> _ = new.load_state_dict({"weight": torch.tensor([[0.0, 2.0]])})
-        >>> interpolate(old, new, 0.25)
+        >>> interpolate(old, new, 0.75)
         {'weight': tensor([[0.2500, 1.5000]])}
     """
-    check_share(share)
+    check_part("strength", strength, "strength")
     evaluator = Evaluator.of(new)
-    before = fitting("old", read_state("old", old), evaluator.model)
-    mixed = between(before, snapshot(evaluator.model), 1 - share)
-    return mixed | (_statistics(evaluator, mixed, training, **estimating) if 0 < share < 1 else {})
+    start = fitting("old", read_state("old", old), evaluator.model)
+    weights = between(start, snapshot(evaluator.model), strength)
+    if 0 < strength < 1:
+        weights |= _statistics(evaluator, weights, training, batches, seed, adapter)
+    return weights
 
 
 @torch.no_grad()
-def choose_share(
-    old: nn.Module | State | str | Path,
+def choose_interpolation(
+    old: OldWeights,
     new: nn.Module | Evaluator,
     data: Data,
     training: Data | None = None,
     *,
     tolerance: float | None = ACCURACY_TOLERANCE,
-    shares: Sequence[float] = DEFAULT_SHARES,
+    strengths: Sequence[float] = DEFAULT_STRENGTHS,
     batches: int | None = None,
     seed: int = 0,
     adapter: Adapter = unpack,
-) -> ShareChoice:
-    """Finds the largest share of the old weights that costs almost no accuracy on validation data.
+) -> InterpolationChoice:
+    """Finds the smallest strength that costs almost no accuracy on validation data.
 
-    A larger share usually breaks fewer samples. Shares that break more samples than share 0, the
-    new model itself, are passed over, unless all shares within the tolerance break more. Each share
-    needs a pass over `data`, which must return the same samples in the same order each time. With
-    batch norm, each share also needs a pass over `training`.
+    A smaller strength usually breaks fewer samples. Strengths that break more samples than
+    strength 1, the new model itself, are passed over, unless all strengths within the tolerance
+    break more. Each strength needs a pass over `data`, which must return the same samples in the
+    same order each time. With batch norm, each strength also needs a pass over `training`.
 
     Args:
         old: the same as for `interpolate`.
         new: the same as for `interpolate`. An `Evaluator` also sets the task and the ranks that
             share the data.
-        data: data that the new model was not trained on. On its training data, share 0 is always
-            the most accurate.
+        data: data that the new model was not trained on. On its training data, strength 1 is
+            always the most accurate.
         training: the same as for `interpolate`.
-        tolerance: how far the accuracy may be below the best accuracy of all shares, in [0, 1].
-            With None the largest share is chosen, whatever its accuracy and however many samples it
-            breaks.
-        shares: shares to try besides 0, in [0, 1].
-        batches: number of batches of `training` for the batch norm statistics; None: all batches.
-        seed: seed of the order of these batches.
-        adapter: converts a raw batch into `(args, kwargs, target)`.
+        tolerance: how far the accuracy may be below the best accuracy of all strengths, in [0, 1].
+            With None the smallest strength is chosen, whatever its accuracy and however many
+            samples it breaks.
+        strengths: strengths to try besides 1, in [0, 1].
+        batches: the same as for `interpolate`.
+        seed: the same as for `interpolate`.
+        adapter: the same as for `interpolate`.
     """
     if tolerance is not None:
-        check_share(tolerance, "tolerance")
-    for share in shares:
-        check_share(share, "shares")
+        check_part("tolerance", tolerance, "share")
+    for strength in strengths:
+        check_part("strengths", strength, "strength")
     evaluator = Evaluator.of(new)
-    collective = evaluator.collective
-    before, after = (
-        fitting("old", read_state("old", old), evaluator.model),
-        snapshot(evaluator.model),
-    )
-    known = _right_and_class(evaluator, before, data, adapter)
-    curve, statistics = [], {}
-    for share in sorted({0.0, *map(float, shares)}):
-        mixed = between(before, after, 1 - share)
-        if 0 < share < 1:
-            # Kept in memory, so that the chosen share needs no second pass over the training data.
-            statistics[share] = _statistics(
-                evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter
-            )
-            mixed |= statistics[share]
-        found = _right_and_class(evaluator, mixed, data, adapter)
-        if collective.any(not torch.equal(known[:, 1], found[:, 1])):
-            raise ConfigurationError(
-                "`data`: a second pass returned other samples.",
-                "give a source, a list of batches or a DataLoader that does not shuffle.",
-            )
-        counts = FlipCounts.of(known[:, 0] > 0, found[:, 0] > 0)
-        total = collective.sum(
-            torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing])
-        )
-        if not int(total.sum()):
-            raise ConfigurationError("`data` is empty.", "give data to choose the share on.")
-        curve.append(SharePoint(share, FlipCounts(*total.tolist())))
+    start = fitting("old", read_state("old", old), evaluator.model)
+    end = snapshot(evaluator.model)
+    old_answers = _answers(evaluator, start, data, adapter)
+    curve = []
+    # Kept in memory, so that the chosen strength needs no second pass over the training data.
+    statistics: dict[float, dict[str, Tensor]] = {}
+    for strength in sorted({1.0, *map(float, strengths)}, reverse=True):
+        weights = between(start, end, strength)
+        if 0 < strength < 1:
+            statistics[strength] = _statistics(evaluator, weights, training, batches, seed, adapter)
+            weights |= statistics[strength]
+        answers = _answers(evaluator, weights, data, adapter)
+        flips = _count_flips(old_answers, answers, evaluator.collective)
+        curve.append(InterpolationPoint(strength, flips))
+    chosen = _chosen_point(curve, tolerance)
+    state: State = {}
+    if chosen.strength < 1:
+        state = between(start, end, chosen.strength) | statistics.get(chosen.strength, {})
+    return InterpolationChoice(chosen, tuple(curve), tolerance, state)
+
+
+def _chosen_point(
+    curve: Sequence[InterpolationPoint], tolerance: float | None
+) -> InterpolationPoint:
+    if tolerance is None:
+        return curve[-1]
     # Counts are compared, since the difference of two rounded accuracies could be slightly above
     # the tolerance.
-    most, alone = max(point.counts.right for point in curve), curve[0].counts
-    lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
-    within = [point for point in curve if most - point.counts.right <= lost]
-    if tolerance is not None:
-        # A larger share can break more samples if the new model was not trained from the old
-        # weights.
-        within = [point for point in within if point.counts.broken <= alone.broken] or within
-    chosen = max(within, key=lambda point: point.share)
-    state = (
-        between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {})
-        if chosen.share
-        else {}
-    )
-    return ShareChoice(chosen, tuple(curve), tolerance, state)
+    new_model, best = curve[0].counts, max(point.counts.right for point in curve)
+    most_lost = tolerance * new_model.n + ROUNDING_SLACK
+    accurate = [point for point in curve if best - point.counts.right <= most_lost]
+    # A smaller strength can break more if the new model was not trained from the old weights.
+    safe = [point for point in accurate if point.counts.broken <= new_model.broken]
+    return (safe or accurate)[-1]
 
 
-def check_share(share: object, argument: str = "share") -> None:
-    """Raises a `ConfigurationError` unless `share` is a number from 0 to 1."""
-    check_real(argument, share, "share", "write a number from 0 to 1.", least=0, most=1)
+def check_part(argument: str, value: object, kind: str) -> None:
+    """Raises a `ConfigurationError`, "is no `kind`", unless a value is a number from 0 to 1."""
+    check_real(argument, value, kind, "write a number from 0 to 1.", least=0, most=1)
 
 
 def alignment(old: State, new: nn.Module) -> float:
-    """Returns the cosine between the weights of two models: 1 for a copy, about 0 if they were
-    trained
-    independently.
+    """Returns the cosine between the weights of two models.
 
-    Parameters with one dimension are left out, because some of them, such as norm scales, are alike
-    in all models.
+    It is 1 for a copy, and about 0 if the models were trained independently. Parameters with one
+    dimension are left out, because some of them, such as norm scales, are alike in all models.
     """
     sums = []
-    for name, weight in new.named_parameters():
-        if weight.ndim > 1 and weight.is_floating_point():
-            a, b = old[name].detach().float(), weight.detach().float()
+    for name, parameter in new.named_parameters():
+        if parameter.ndim > 1 and parameter.is_floating_point():
+            a, b = old[name].detach().float(), parameter.detach().float()
             sums.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]))
     if not sums:
         return 1.0
-    product, first, second = torch.stack(sums).sum(0).tolist()
-    size = (first * second) ** 0.5
+    product, old_square, new_square = torch.stack(sums).sum(0).tolist()
+    size = (old_square * new_square) ** 0.5
     return product / size if size else 1.0
 
 
+class _Answers(NamedTuple):
+    """Answers of one model on this rank's `n` samples."""
+
+    right: Tensor  # n bool
+    label: Tensor  # n int64, true classes; -1 if unknown
+
+
+def _answers(evaluator: Evaluator, weights: State, data: Data, adapter: Adapter) -> _Answers:
+    task = evaluator.task
+
+    def read() -> _Answers:
+        rights, labels = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
+        for output, target in evaluator.outputs(data, adapter):
+            right, label = task.right(output, target), task.label(target)
+            if label is None:
+                label = torch.full_like(right, -1, dtype=torch.int64)
+            rights.append(right.cpu())
+            labels.append(label.cpu())
+        return _Answers(torch.cat(rights), torch.cat(labels))
+
+    with preserve_state(evaluator.model), temporary_weights(evaluator.model, weights):
+        return evaluator.collective.all_or_none(read, "`data` could not be read on another rank.")
+
+
+def _count_flips(old: _Answers, new: _Answers, collective: Collective) -> FlipCounts:
+    if collective.any(not torch.equal(old.label, new.label)):
+        raise ConfigurationError(
+            "`data`: a second pass returned other samples.",
+            "give a source, a list of batches or a DataLoader that does not shuffle.",
+        )
+    counts = collective.sum(torch.stack(flip_masks(old.right, new.right)).sum(1))
+    if not int(counts.sum()):
+        raise ConfigurationError("`data` is empty.", "give data to choose the strength on.")
+    return FlipCounts(*counts.tolist())
+
+
 def _statistics(
-    evaluator: Evaluator, state: State, training: Data | None, **estimating: Any
+    evaluator: Evaluator,
+    weights: State,
+    training: Data | None,
+    batches: int | None,
+    seed: int,
+    adapter: Adapter,
 ) -> dict[str, Tensor]:
     layers = batch_norms(evaluator.model)
-    if layers and training is None:
+    if not layers:
+        return {}
+    if training is None:
+        name = next(iter(layers))
         raise ConfigurationError(
-            f"`training` is missing, but the batch norm layer {next(iter(layers))!r} needs new statistics.",
+            f"`training` is missing, but the batch norm layer {name!r} needs new statistics.",
             "give the data that the new model was trained on, best without augmentation.",
         )
-    with temporary_weights(evaluator.model, state):
-        return estimate_statistics(evaluator, [] if training is None else training, **estimating)
-
-
-def _right_and_class(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> Tensor:
-    """Returns two columns for this rank's samples: 1 if right under `state`, else 0; the class, or
-    -1 if unknown.
-    """
-
-    def run() -> Tensor:
-        rows = [torch.zeros(0, 2, dtype=torch.int64)]
-        for output, target in evaluator.outputs(data, adapter):
-            right, label = evaluator.task.right(output, target), evaluator.task.label(target)
-            classes = (
-                torch.full_like(right, -1, dtype=torch.int64)
-                if label is None
-                else label.to(right.device)
-            )
-            rows.append(torch.stack([right.long(), classes], 1).cpu())
-        return torch.cat(rows)
-
-    with preserve_state(evaluator.model), temporary_weights(evaluator.model, state):
-        return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
+    with temporary_weights(evaluator.model, weights):
+        return estimate_statistics(evaluator, training, batches=batches, seed=seed, adapter=adapter)
 
 
 DEFAULT_BATCH_SIZE = 256  # for a source without `batch_size`
-MIN_BATCH_SIZE = (
-    4  # with less, a rank could get a batch of one sample, for which batch norm raises an error
-)
+MIN_BATCH_SIZE = 4
+"""With less, a rank could get a batch of one sample, for which batch norm raises an error."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -304,28 +319,25 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     Frozen layers are left out: layers that do not track statistics (this is how Lightning freezes
     them), and layers in evaluation mode inside a model in training mode.
     """
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
-        and layer.track_running_stats
-        and layer.running_mean is not None
-        and (layer.training or not model.training)
-    }
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            is_frozen = model.training and not layer.training
+            if layer.track_running_stats and not is_frozen:
+                layers[name] = layer
+    return layers
 
 
 @torch.no_grad()
 def estimate_statistics(
     model: nn.Module | Evaluator,
-    data: Source | Iterable[Any],
+    data: Data,
     *,
     batches: int | None = None,
     seed: int = 0,
     adapter: Adapter = unpack,
 ) -> dict[str, Tensor]:
-    """Averages the mean and variance of each batch norm layer's inputs over batches, in one pass
-    over
-    the data.
+    """Averages mean and variance of each batch norm layer's inputs in one pass over the data.
 
     Izmailov et al. 2018 (Averaging weights leads to wider optima and better generalization) do the
     same after they average weights. Only batch norm layers are in training mode, so dropout is off.
@@ -350,25 +362,24 @@ def estimate_statistics(
     layers, collective = batch_norms(evaluator.model), evaluator.collective
     if not layers:
         return {}
-    chosen = (
-        _random_batches(data, batches, seed, collective)
-        if isinstance(data, Source)
-        else islice(data, batches)
-    )
+    if isinstance(data, Source):
+        data = _random_batches(data, batches, seed, collective)
+    else:
+        data = islice(data, batches)
 
     def run() -> int:
-        n, bound = 0, bind_adapter(adapter, evaluator.model)
-        for args, kwargs, _ in unpacked(chosen, bound, device_of(evaluator.model)):
+        n_batches = 0
+        bound = bind_adapter(adapter, evaluator.model)
+        for args, kwargs, _ in unpacked(data, bound, device_of(evaluator.model)):
             with evaluator.context():
                 run_model(evaluator.model, args, kwargs)
-            n += 1
-        return n
+            n_batches += 1
+        return n_batches
 
+    unread = "the data for batch norm statistics could not be read on another rank."
     with preserve_state(evaluator.model), _reset_to_average(layers):
-        n = collective.all_or_none(
-            run, "the data for batch norm statistics could not be read on another rank."
-        )
-        if not int(collective.sum(torch.tensor(n))):
+        n_batches = collective.all_or_none(run, unread)
+        if not int(collective.sum(torch.tensor(n_batches))):
             raise ConfigurationError(
                 "`data` has no batch for batch norm statistics.", "give data with samples."
             )
@@ -378,21 +389,22 @@ def estimate_statistics(
 def _random_batches(
     source: Source, batches: int | None, seed: int, collective: Collective
 ) -> Iterator[Any]:
-    """Reads this rank's samples as shuffled batches of similar size. All ranks get the same number
-    of batches.
-    """
-    mine = source.positions
-    size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), MIN_BATCH_SIZE)
-    most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
-    order = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed))]
-    parts = [part for part in order.tensor_split(max(-(-most // size), 1)) if len(part)]
+    """Reads this rank's samples as shuffled batches of similar size, equally many on all ranks."""
+    positions = source.positions
+    batch_size = int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE)
+    per_rank = torch.cat(collective.gather(torch.tensor([len(positions)])))
+    n_batches = -(-int(per_rank.max()) // max(batch_size, MIN_BATCH_SIZE))  # rounded up
+    generator = torch.Generator().manual_seed(seed)
+    order = positions[torch.randperm(len(positions), generator=generator)]
+    parts = [part for part in order.tensor_split(max(n_batches, 1)) if len(part)]
     return iter(source.draw(parts[:batches]))
 
 
 @contextmanager
 def _reset_to_average(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """Resets the statistics, which `preserve_state` must restore, and makes the layers average all
-    batches equally.
+    """Resets the statistics, and makes the layers average all batches equally.
+
+    The caller restores the statistics with `preserve_state`.
     """
     momenta = [layer.momentum for layer in layers.values()]
     try:
@@ -407,20 +419,17 @@ def _reset_to_average(layers: dict[str, _BatchNorm]) -> Iterator[None]:
 
 
 def _mean_statistics(layers: dict[str, _BatchNorm], collective: Collective) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        assert mean is not None and var is not None and count is not None  # noqa: PT018
-        both, total = torch.stack([mean, var]), collective.sum(count)
+        mean, var, n_batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        assert mean is not None and var is not None and n_batches is not None  # noqa: PT018
+        moments, total = torch.stack([mean, var]), collective.sum(n_batches)
         if collective.world_size > 1:
-            both = (collective.sum(at_least_float32(both) * count) / total.clamp_min(1)).to(
-                both.dtype
-            )
+            weighted = collective.sum(at_least_float32(moments) * n_batches)
+            moments = (weighted / total.clamp_min(1)).to(moments.dtype)
         if int(total):
             prefix = f"{name}." if name else ""
-            found |= {
-                f"{prefix}running_mean": both[0].clone(),
-                f"{prefix}running_var": both[1].clone(),
-            }
-            found[f"{prefix}num_batches_tracked"] = total.clone()
-    return found
+            statistics[f"{prefix}running_mean"] = moments[0].clone()
+            statistics[f"{prefix}running_var"] = moments[1].clone()
+            statistics[f"{prefix}num_batches_tracked"] = total.clone()
+    return statistics

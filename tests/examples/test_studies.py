@@ -78,7 +78,7 @@ COMMANDS = {
     ),
     "updates.py": (
         "--problem fashion --seeds 1 --updates from_the_old_weights",
-        ["", ", repaired", ", interpolated 0.1", ", interpolated 0.2", ", interpolated 0.3"],
+        ["", ", repaired", ", interpolated 0.9", ", interpolated 0.8", ", interpolated 0.7"],
     ),
     "congruent.py": (
         "--start old --terms plain --interpolate --seeds 1",

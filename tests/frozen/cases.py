@@ -688,13 +688,33 @@ def _congruent(folder: Path) -> Any:
     return found
 
 
+def in_shares(choice: Any) -> dict[str, Any]:
+    """A choice by shares of the old weights, as older versions of the package give it."""
+
+    def point(chosen: Any) -> dict[str, Any]:
+        return {"share": 1 - chosen.strength, "counts": chosen.counts}
+
+    return {
+        "chosen": point(choice.chosen),
+        "curve": [point(one) for one in choice.curve],
+        "tolerance": choice.tolerance,
+        "state": choice.state,
+    }
+
+
+def page_of_shares(choice: Any) -> list[str]:
+    """A page with the words of today, in a table as wide as that of shares."""
+    lines = choice.render(100).splitlines()
+    return [line[3:] if line[:3] in ("   ", "---") else line for line in lines]
+
+
 @case("interpolation")
 def _interpolation(folder: Path) -> Any:
     found: dict[str, Any] = {}
     for name, network, given in (
         ("auto", "flat", {}),
         ("batch norm", "conv", {"tolerance": 0.02, "batches": 4}),
-        ("share", "flat", {"share": 0.25, "calibration": None}),
+        ("share", "flat", {"strength": 0.75, "calibration": None}),
     ):
         model = loaded(network)
         interpolation = WeightInterpolation(CHECKPOINTS[network], verbose=False, **given)
@@ -704,11 +724,13 @@ def _interpolation(folder: Path) -> Any:
         trainer = quiet_trainer(folder, interpolation, repair, max_epochs=2)
         trainer.fit(model, datamodule=Digits())
         choice = interpolation.choice
+        logged = measured(trainer.callback_metrics)
+        logged["interpolation/share"] = 1 - logged.pop("interpolation/strength")
         found[name] = {
-            "choice": choice,
-            "page": [] if choice is None else choice.render(100).splitlines(),
+            "choice": None if choice is None else in_shares(choice),
+            "page": [] if choice is None else page_of_shares(choice),
             "weights": hash_of(model.state_dict()),
-            "logged": measured(trainer.callback_metrics),
+            "logged": logged,
             "repair": account(repair.report),
         }
     return found

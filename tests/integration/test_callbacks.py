@@ -49,11 +49,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (ReleaseGate, {"slices": 3.5}, "`slices`"),
     (ReleaseGate, {"splits": "test"}, "`splits='test'` is no list of names"),
     (ReleaseGate, {"seed": -1}, "`seed=-1` is out of range"),
-    (WeightInterpolation, {"share": "most"}, "`share='most'` is no share"),
-    (WeightInterpolation, {"share": 1.5}, "`share=1.5` is no share"),
+    (WeightInterpolation, {"strength": "most"}, "`strength='most'` is no strength"),
+    (WeightInterpolation, {"strength": 1.5}, "`strength=1.5` is no strength"),
     (WeightInterpolation, {"tolerance": -1}, "`tolerance=-1` is no share"),
     (WeightInterpolation, {"calibration": "valid"}, "`calibration='valid'` is no split"),
-    (WeightInterpolation, {"calibration": None}, "`share='auto'` needs calibration data"),
+    (WeightInterpolation, {"calibration": None}, "`strength='auto'` needs calibration data"),
     (WeightInterpolation, {"statistics": None}, "`statistics=None` is no split"),
     (WeightInterpolation, {"batches": 0}, "`batches=0` is out of range"),
     (WeightInterpolation, {"prefix": ""}, "`prefix=''` is no name"),
@@ -112,11 +112,11 @@ CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
     ),
     (
         WeightInterpolation,
-        {"share": 0.1, "calibration": "test", "batches": 20},
-        lambda made: (made.share, made.calibration, made.batches, made.tolerance),
-        (0.1, "test", 20, 0.005),
+        {"strength": 0.9, "calibration": "test", "batches": 20},
+        lambda made: (made.strength, made.calibration, made.batches, made.tolerance),
+        (0.9, "test", 20, 0.005),
     ),
-    (WeightInterpolation, {"share": "auto"}, lambda made: made.share, "auto"),
+    (WeightInterpolation, {"strength": "auto"}, lambda made: made.strength, "auto"),
 ]
 
 

@@ -72,10 +72,10 @@ def old_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "old.ckpt"
 
 
-def test_a_given_share_is_taken_and_nothing_else_is_touched(
+def test_a_given_strength_is_taken_and_nothing_else_is_touched(
     trained_path: Path, tmp_path: Path
 ) -> None:
-    interpolation = WeightInterpolation(trained_path, share=0.25, calibration=None)
+    interpolation = WeightInterpolation(trained_path, strength=0.75, calibration=None)
     trainer, _, before, after = trained_on(trained_path, tmp_path, interpolation)
     old = Classifier.load_from_checkpoint(trained_path).state_dict()
     for name, value in after.state.items():
@@ -85,11 +85,11 @@ def test_a_given_share_is_taken_and_nothing_else_is_touched(
     assert torch.equal(before.random, after.random)
     assert before.modes == after.modes
     assert interpolation.choice is None
-    assert float(trainer.callback_metrics["interpolation/share"]) == 0.25
+    assert float(trainer.callback_metrics["interpolation/strength"]) == 0.75
     assert "interpolation/nfr" not in trainer.callback_metrics
 
 
-def test_the_share_is_chosen_logged_and_repaired(
+def test_the_strength_is_chosen_logged_and_repaired(
     old_cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interpolation = WeightInterpolation(old_cnn, tolerance=0.02)
@@ -99,8 +99,8 @@ def test_the_share_is_chosen_logged_and_repaired(
         old_cnn, tmp_path, interpolation, between := Look(), repair, logger=logger
     )
     choice, val = interpolation.choice, Digits().val
-    assert [point.share for point in choice.curve] == [step / 20 for step in range(11)]
-    assert choice.share > 0
+    assert [point.strength for point in choice.curve] == [1 - step / 20 for step in range(11)]
+    assert choice.strength < 1
     models = [Classifier.load_from_checkpoint(old_cnn) for _ in range(3)]
     for model, state in zip(models[1:], (before.state, between.state), strict=True):
         model.load_state_dict(state)
@@ -108,7 +108,7 @@ def test_the_share_is_chosen_logged_and_repaired(
     assert choice.curve[0].counts == FlipCounts.of(was, trained)
     assert choice.chosen.counts == FlipCounts.of(was, now)
     expected = {
-        "share": choice.share,
+        "strength": choice.strength,
         "accuracy_before": trained.double().mean().item(),
         "accuracy": now.double().mean().item(),
         "nfr_before": (was & ~trained).double().mean().item(),
@@ -118,7 +118,7 @@ def test_the_share_is_chosen_logged_and_repaired(
     assert {tag: float(trainer.callback_metrics[tag]) for tag in found} == pytest.approx(found)
     rows = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "interpolation/nfr_before" in rows.partition("\n")[0]
-    assert f"share {choice.share:.2f}, taken" in capsys.readouterr().out
+    assert f"strength {choice.strength:.2f}, taken" in capsys.readouterr().out
     # What was trained, for the repair, is what lies between.
     report = repair.report
     known = sum(int(right(models[2], part).sum()) for part in (Digits().train, Digits().repair))
@@ -131,15 +131,15 @@ def test_the_share_is_chosen_logged_and_repaired(
     assert before.modes == between.modes
 
 
-@pytest.mark.parametrize("share", [0, 1])
+@pytest.mark.parametrize("strength", [0, 1])
 def test_at_the_ends_are_the_models_as_they_are(
-    share: float, old_cnn: Path, tmp_path: Path
+    strength: float, old_cnn: Path, tmp_path: Path
 ) -> None:
-    interpolation = WeightInterpolation(old_cnn, share=share, verbose=False)
+    interpolation = WeightInterpolation(old_cnn, strength=strength, verbose=False)
     _, _, before, after = trained_on(old_cnn, tmp_path, interpolation)
-    expected = Classifier.load_from_checkpoint(old_cnn).state_dict() if share else before.state
+    expected = before.state if strength else Classifier.load_from_checkpoint(old_cnn).state_dict()
     assert same(after.state, expected)
-    assert interpolation.choice.share == share
+    assert interpolation.choice.strength == strength
 
 
 class Freezes(Callback):
@@ -150,7 +150,7 @@ class Freezes(Callback):
 def test_frozen_batch_norm_keeps_its_statistics_and_needs_no_data(
     old_cnn: Path, tmp_path: Path
 ) -> None:
-    interpolation = WeightInterpolation(old_cnn, share=0.5, verbose=False)
+    interpolation = WeightInterpolation(old_cnn, strength=0.5, verbose=False)
     _, _, before, after = trained_on(old_cnn, tmp_path, Freezes(), interpolation, max_epochs=1)
     assert torch.equal(after.state["network.1.running_var"], before.state["network.1.running_var"])
     assert not torch.equal(after.state["network.1.weight"], before.state["network.1.weight"])
@@ -174,7 +174,7 @@ def test_the_replaced_model_in_any_form_with_weights(trained_path: Path, tmp_pat
         module.state_dict(),
         OldModel(trained_path),
     ):
-        interpolation = WeightInterpolation(reference, share=0.5, calibration=None)
+        interpolation = WeightInterpolation(reference, strength=0.5, calibration=None)
         ends.append(
             trained_on(trained_path, tmp_path, interpolation, Erases(), limit_train_batches=3)[
                 3
@@ -187,7 +187,7 @@ def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(
     trained: Classifier, tmp_path: Path
 ) -> None:
     interpolation, expected = (
-        WeightInterpolation(trained.state_dict(), share=1, calibration=None),
+        WeightInterpolation(trained.state_dict(), strength=0, calibration=None),
         state_of(trained),
     )
     quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2).fit(
@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused_before_training(
     )
     message = refused(tmp_path, WeightInterpolation(trained_path), data=NoValidation())
     assert message.startswith("`calibration='val'`: there is no `val_dataloader()`.")
-    assert "or a number as `share=` with `calibration=None`" in message
+    assert "or a number as `strength=` with `calibration=None`" in message
     message = refused(tmp_path, WeightInterpolation(trained), model=trained)
     assert message.startswith("`reference` is the model in training")
     message = refused(
@@ -297,8 +297,9 @@ def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> 
     with torch.no_grad():
         for parameter in new.parameters():
             parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    share: Any = "auto" if network == "mlp" else 0.3
-    interpolation, after = WeightInterpolation(old, share, tolerance=0.02, verbose=False), Look()
+    strength: Any = "auto" if network == "mlp" else 0.7
+    interpolation = WeightInterpolation(old, strength, tolerance=0.02, verbose=False)
+    after = Look()
     means: dict[str, Any] = {
         "strategy": strategy,
         "devices": devices,
@@ -310,10 +311,10 @@ def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> 
     )
     trainer.fit(new, datamodule=Ordered())
     curve = [
-        (p.share, p.counts.kept, p.counts.broken, p.counts.repaired)
+        (p.strength, p.counts.kept, p.counts.broken, p.counts.repaired)
         for p in interpolation.choice.curve
     ]
-    return {"share": interpolation.choice.share, "curve": curve, "state": after.state}
+    return {"strength": interpolation.choice.strength, "curve": curve, "state": after.state}
 
 
 def distributed_fits(
@@ -327,13 +328,13 @@ def test_two_processes_choose_as_one(trained_path: Path) -> None:
     first, second = in_two_processes(distributed_fits, trained_path.parent, "ddp", 2)
     for a, b in zip(first, second, strict=True):
         assert same(a["state"], b["state"])
-        assert (a["share"], a["curve"]) == (b["share"], b["curve"])
+        assert (a["strength"], a["curve"]) == (b["strength"], b["curve"])
     mlp, two_mlp, cnn, two_cnn = alone[0], first[0], alone[1], first[1]
     assert mlp["curve"] == two_mlp["curve"]
-    assert 0 < mlp["share"] == two_mlp["share"]
+    assert mlp["strength"] == two_mlp["strength"] < 1
     assert same(mlp["state"], two_mlp["state"])
     # Each rank averages over batches of its own; together they are those of all samples, in other
     # batches.
     for name in ("network.1.running_mean", "network.1.running_var"):
         torch.testing.assert_close(cnn["state"][name], two_cnn["state"][name], rtol=0.05, atol=2e-3)
-    assert cnn["share"] == two_cnn["share"] == 0.3
+    assert cnn["strength"] == two_cnn["strength"] == 0.7

@@ -13,8 +13,12 @@ from toy_problems import normed, threshold
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.updates import choose_share, interpolate
-from lightning_nrl.updates.interpolation import ShareChoice, batch_norms, estimate_statistics
+from lightning_nrl.updates import choose_interpolation, interpolate
+from lightning_nrl.updates.interpolation import (
+    InterpolationChoice,
+    batch_norms,
+    estimate_statistics,
+)
 
 
 def linear(weight: Any) -> nn.Linear:
@@ -29,38 +33,38 @@ def at(border: float) -> nn.Linear:
     return linear(threshold(border)["weight"])
 
 
-# A share s puts the border at 3 s. Class 1 begins at 0, so that the new model is right on all ten,
-# and loses the small ones one after the other; the old one gets the five of class 0 right.
+# A strength s puts the border at 3 (1 - s). Class 1 begins at 0, so that the new model is right on
+# all ten, and loses the small ones one after the other; the old one gets the five of class 0 right.
 X = torch.tensor([[x, 1.0] for x in (0.1, 0.4, 0.7, 1.0, 1.3, -1.0, -1.0, -1.0, -1.0, -1.0)])
 Y = torch.tensor([1] * 5 + [0] * 5)
 DATA = TensorSource(X, Y, "val", batch_size=4)
 
 
-def chosen(data: Any = DATA, collective: Any = None, **arguments: Any) -> ShareChoice:
-    return choose_share(
+def chosen(data: Any = DATA, collective: Any = None, **arguments: Any) -> InterpolationChoice:
+    return choose_interpolation(
         at(3.0), Evaluator(at(0.0), collective=collective or Collective()), data, **arguments
     )
 
 
 def test_weights_lie_between() -> None:
     old, new = linear([[1.0, 0.0]]), linear([[0.0, 2.0]])
-    assert interpolate(old, new, 0.25)["weight"].tolist() == [[0.25, 1.5]]
-    assert interpolate(old.state_dict(), new, 1)["weight"].tolist() == [[1.0, 0.0]]
+    assert interpolate(old, new, 0.75)["weight"].tolist() == [[0.25, 1.5]]
+    assert interpolate(old.state_dict(), new, 0)["weight"].tolist() == [[1.0, 0.0]]
     assert new.weight.tolist() == [[0.0, 2.0]]
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "share"), [(0.0, 0.0), (0.1, 0.1), (0.15, 0.1), (0.2, 0.2), (None, 0.5)]
+    ("tolerance", "strength"), [(0.0, 1.0), (0.1, 0.9), (0.15, 0.9), (0.2, 0.8), (None, 0.5)]
 )
-def test_the_largest_share_within_the_tolerance_is_chosen(
-    tolerance: float | None, share: float
+def test_the_smallest_strength_within_the_tolerance_is_chosen(
+    tolerance: float | None, strength: float
 ) -> None:
     choice = chosen(tolerance=tolerance)
-    assert choice.share == share
+    assert choice.strength == strength
     assert [point.counts.right for point in choice.curve] == [10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5]
 
 
-def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
+def test_a_strength_that_breaks_more_than_the_new_model_is_not_chosen() -> None:
     # Both tell the sign of x, with hidden units in another order; half way all weights cancel, and
     # all is class 0.
     def signs(order: list[int]) -> nn.Sequential:
@@ -71,30 +75,30 @@ def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
 
     data = [(torch.tensor([[1.0]] * 9 + [[-1.0]]), torch.tensor([0] * 9 + [1]))]
     old, new = signs([0, 1]), signs([1, 0])
-    choice = choose_share(old, new, data, tolerance=0.2, shares=[0.5])
-    assert [(point.share, point.counts.broken, point.counts.right) for point in choice.curve] == [
-        (0.0, 0, 10),
+    choice = choose_interpolation(old, new, data, tolerance=0.2, strengths=[0.5])
+    assert [
+        (point.strength, point.counts.broken, point.counts.right) for point in choice.curve
+    ] == [
+        (1.0, 0, 10),
         (0.5, 1, 9),
     ]
-    assert choice.share == 0
-    assert choose_share(old, new, data, tolerance=None, shares=[0.5]).share == 0.5
+    assert choice.strength == 1
+    assert choose_interpolation(old, new, data, tolerance=None, strengths=[0.5]).strength == 0.5
 
 
 def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told() -> None:
     new = at(0.0)
-    choice = choose_share(at(3.0), new, DATA, tolerance=0.1)
+    choice = choose_interpolation(at(3.0), new, DATA, tolerance=0.1)
     counts = choice.chosen.counts
     assert (counts.kept, counts.broken, counts.repaired, counts.failing) == (5, 0, 4, 1)
     assert (choice.chosen.accuracy, choice.chosen.negative_flip_rate) == (0.9, 0.0)
     assert new.weight.tolist() == [[0.0, 0.0], [1.0, 0.0]]
     assert choice.write(new)
     torch.testing.assert_close(new.weight.detach(), torch.tensor([[0.0, 0.3], [1.0, 0.0]]))
-    rule = (
-        "The largest that breaks no more than share 0, within 10 points of the best accuracy: 0.10."
-    )
+    rule = "The smallest that breaks no more than strength 1, within 10 points of the best accuracy: 0.90."
     assert rule in choice.render(100)
-    assert "share 0.10, taken" in choice.render(100)
-    assert "As given: 0.20." in chosen(tolerance=None, shares=[0.2]).render(100)
+    assert "strength 0.90, taken" in choice.render(100)
+    assert "As given: 0.80." in chosen(tolerance=None, strengths=[0.8]).render(100)
 
 
 @pytest.mark.parametrize(
@@ -129,16 +133,16 @@ def test_batch_norm_statistics_fit_the_weights_and_are_those_of_the_models_at_th
     assert not torch.allclose(
         state["1.running_mean"], (old[1].running_mean + new[1].running_mean) / 2, atol=1e-3
     )
-    for share, end in ((0, new), (1, old)):
+    for strength, end in ((1, new), (0, old)):
         assert all(
             torch.equal(x, end.state_dict()[name])
-            for name, x in interpolate(old, new, share, data).items()
+            for name, x in interpolate(old, new, strength, data).items()
         )
 
 
 def test_the_choice_has_the_statistics_that_it_was_counted_with() -> None:
     old, new, data = pair()
-    choice = choose_share(old, new, data, data, shares=[0.4], tolerance=None)
+    choice = choose_interpolation(old, new, data, data, strengths=[0.4], tolerance=None)
     expected = interpolate(old, new, 0.4, data)
     assert choice.state.keys() == expected.keys()
     assert all(torch.equal(x, expected[name]) for name, x in choice.state.items())
@@ -153,16 +157,19 @@ def test_ranks_choose_as_one() -> None:
     assert found[0] == found[1] == chosen(tolerance=0.1)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half"])
-def test_what_is_no_share_is_refused(share: Any) -> None:
-    for call in (lambda: interpolate(at(1.0), at(0.0), share), lambda: chosen(shares=[share])):
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), True, "half"])
+def test_what_is_no_strength_is_refused(strength: Any) -> None:
+    for call in (
+        lambda: interpolate(at(1.0), at(0.0), strength),
+        lambda: chosen(strengths=[strength]),
+    ):
         with pytest.raises(
             ConfigurationError,
-            match=r"`shares?=.*` is no share\.\nHINT: write a number from 0 to 1",
+            match=r"`strengths?=.*` is no strength\.\nHINT: write a number from 0 to 1",
         ):
             call()
     with pytest.raises(ConfigurationError, match=r"`tolerance=.*` is no share"):
-        chosen(tolerance=share)
+        chosen(tolerance=strength)
 
 
 def test_batch_norm_needs_training_data() -> None:
@@ -170,8 +177,8 @@ def test_batch_norm_needs_training_data() -> None:
     with pytest.raises(
         ConfigurationError, match="`training` is missing, but the batch norm layer '1' needs new"
     ):
-        choose_share(old, new, data)
-    assert choose_share(old, new, data, shares=[]).share == 0
+        choose_interpolation(old, new, data)
+    assert choose_interpolation(old, new, data, strengths=[]).strength == 1
 
 
 def once() -> Any:

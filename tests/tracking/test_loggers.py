@@ -5,6 +5,7 @@ they are.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from argparse import Namespace
@@ -26,7 +27,8 @@ from lightning_package import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from lightning_nrl._trainer.tracking.loggers import ASKED, MEASURED, declare, track, track_release
+from lightning_nrl._trainer.tracking import tags
+from lightning_nrl._trainer.tracking.loggers import declare, track, track_release
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
 from lightning_nrl._trainer.tracking.scalars import (
     final_numbers,
@@ -35,6 +37,7 @@ from lightning_nrl._trainer.tracking.scalars import (
     search_curves,
     strength_curves,
 )
+from lightning_nrl._trainer.tracking.tags import ASKED, MEASURED
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.records import SliceReport, SplitReport, StrengthPoint
 from lightning_nrl.records.splits import FlippedSample
@@ -377,6 +380,15 @@ def test_outcome_of_refused_weights_tells_what_they_would_have_done(refused: Rep
     assert found["repair/known_broken"] == 0.0
     assert found["repair/refused_broken"] == 2.0
     assert found["repair/refused_repaired"] == 9.0
+
+
+def test_every_number_has_a_row_in_the_table_of_tags(accepted: RepairReport) -> None:
+    rows = [row for name, row in vars(tags).items() if name.endswith("_TAG")]
+    patterns = [re.sub(r"\\{\w+\\}", "[^/]+", re.escape(row)) for row in rows]
+    numbers = [final_numbers(accepted), *search_curves(accepted)]
+    numbers += strength_curves(on_its_way(accepted)).values()
+    logged = {tag for scalars in numbers for tag in scalars}
+    assert {tag for tag in logged if not any(re.fullmatch(p, tag) for p in patterns)} == set()
 
 
 def on_its_way(report: RepairReport) -> RepairReport:

@@ -1,14 +1,12 @@
-"""Reports in all loggers of a trainer. A logger that fails causes a warning and never stops a
-repair.
-"""
+"""Reports in all loggers of a trainer. A logger that fails causes a warning, never an error."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,26 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_only,
     rank_zero_warn,
 )
-from lightning_nrl._trainer.tracking.repair_log import RepairLog, next_free, written
+from lightning_nrl._trainer.tracking.repair_log import Figure, RepairLog, next_free, written
 from lightning_nrl._trainer.tracking.scalars import (
     Scalars,
     final_numbers,
     search_curves,
     strength_curves,
+)
+from lightning_nrl._trainer.tracking.tags import (
+    ASKED,
+    FIGURE_TAG,
+    FLIPPED_TAG,
+    LIGHTNINGS_METRIC,
+    MEASURED,
+    REPORT_TAG,
+    SAMPLES_TAG,
+    SUMMARY_TAG,
+    WANDB_SUMMARY_TAG,
+    WEIGHTS_TAG,
+    Plain,
+    tag,
 )
 from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.report import RepairReport
@@ -39,38 +51,7 @@ from lightning_nrl.report.page import FactList, Heading, Page
 from lightning_nrl.report.tables import FLIPPED_COLUMNS
 from lightning_nrl.updates import ReleaseReport
 
-Plain = bool | int | float | str
-
-ASKED: Mapping[str, Plain] = {
-    **{
-        f"repair/{name}": ""
-        for name in ("gate", "layer", "method", "target", "with fitness", "with task")
-    },
-    **{
-        f"repair/{name}": 0.0
-        for name in ("seed", "with max_time", "with n_passed", "with n_weights")
-    },
-}
-"""HParams columns for the settings of a repair, with a value of the right type. The tab shows the
-first five names.
-"""
-MEASURED = tuple(
-    f"repair/{name}"
-    for name in (
-        *(
-            "accepted",
-            "known_repaired_in_target",
-            "known_broken",
-            "unseen_repaired",
-            "unseen_broken",
-        ),
-        *("known_repair_rate", "known_accuracy", "unseen_repair_rate", "unseen_nfr"),
-        *("evidence", "unseen_accuracy", "known_regressions", "unseen_regressions"),
-    )
-)
-"""HParams columns for the results of a repair. The tab shows the first five."""
-LIGHTNINGS_METRIC = "hp_metric"
-LONGEST_TEXT = 60  # characters
+LONGEST_TEXT = 60  # characters; more would widen the table of the HParams tab
 MOST_ROWS = 10_000  # W&B shows no more of a table
 
 SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
@@ -80,112 +61,97 @@ SweepRow = tuple[Mapping[str, Any], Mapping[str, float]]
 @rank_zero_only
 def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
     """Writes a repair to every logger, on rank zero, at the steps of `RepairLog.points`."""
-    to_each(loggers, partial(_write, log), "repair")
+    for logger in loggers:
+        with failure_as_warning(logger, "repair"):
+            if writer := writer_of(logger):
+                _write_tensorboard(log, writer)
+            else:
+                for step, scalars in log.points:
+                    logger.log_metrics(scalars, step=step)
+            if run := _run_of(logger):
+                # Files first, since a picture may fail.
+                run.upload(log.files, log.name, log.step)
+                run.write(log)
+            # The process may end before loggers are finalised.
+            logger.save()
 
 
 @rank_zero_only
 def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
-    """Declares the HParams columns of a repair to TensorBoard, before training logs its
-    hyperparameters `trained`.
+    """Declares the HParams columns of a repair to TensorBoard.
+
+    It must run before training logs its hyperparameters `trained`.
     """
-
-    def write(logger: Logger) -> None:
-        if writer := writer_of(logger):
-            writer._get_file_writer().add_summary(_experiment(trained))
-
-    to_each(loggers, write, "row of hyperparameters")
+    for logger in loggers:
+        with failure_as_warning(logger, "row of hyperparameters"):
+            if writer := writer_of(logger):
+                writer._get_file_writer().add_summary(_experiment(trained))
 
 
 @rank_zero_only
 def track_release(
     report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release"
 ) -> None:
-    """Writes the report of a release decision to TensorBoard, and uploads the report's files to W&B
-    and MLflow.
-    """
-
-    def write(logger: Logger) -> None:
-        if writer := writer_of(logger):
-            writer.add_text(f"{name}/report", report.to_markdown(), step)
-        if run := _run_of(logger):
-            run.upload(written(report.files), name, step)
-        logger.save()
-
-    to_each(loggers, write, "release report")
+    """Writes a release report to TensorBoard, and uploads its files to W&B and MLflow."""
+    for logger in loggers:
+        with failure_as_warning(logger, "release report"):
+            if writer := writer_of(logger):
+                writer.add_text(tag(REPORT_TAG, name), report.to_markdown(), step)
+            if run := _run_of(logger):
+                run.upload(written(report.files), name, step)
+            logger.save()
 
 
 @rank_zero_only
 def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, what: str) -> None:
-    """Writes numbers by tag to every logger, on rank zero; `what` names the numbers in a warning."""
-
-    def write(logger: Logger) -> None:
-        logger.log_metrics(numbers, step=step)
-        logger.save()
-
-    to_each(loggers, write, what)
+    """Writes numbers by tag to every logger, on rank zero; `what` names them in a warning."""
+    for logger in loggers:
+        with failure_as_warning(logger, what):
+            logger.log_metrics(numbers, step=step)
+            logger.save()
 
 
 @rank_zero_only
 def track_figures(
-    figures: Mapping[str, Any], loggers: Sequence[Logger], *, step: int, name: str, what: str
+    figures: Mapping[str, Figure], loggers: Sequence[Logger], *, step: int, name: str, what: str
 ) -> None:
-    """Writes Matplotlib figures by title to TensorBoard, on rank zero; `what` names the figures in
-    a warning.
-    """
-
-    def write(logger: Logger) -> None:
-        if writer := writer_of(logger):
-            for title, figure in figures.items():
-                writer.add_image(
-                    f"{name}_figures/{title}", image_of(figure), step, dataformats="HWC"
-                )
-            logger.save()
-
-    to_each(loggers, write, what)
+    """Writes figures by title to TensorBoard, on rank zero; `what` names them in a warning."""
+    for logger in loggers:
+        with failure_as_warning(logger, what):
+            if writer := writer_of(logger):
+                _add_figures(writer, figures, FIGURE_TAG, name, step)
+                logger.save()
 
 
 @rank_zero_only
 def track_sweep(
     rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name: str = "sweep"
 ) -> None:
-    """Writes rows of a sweep to every TensorBoard logger, for its HParams tab. Each row is a
-    sub-run `<name>/<row>`.
+    """Writes rows of a sweep to every TensorBoard logger, for its HParams tab.
+
+    Each row is a sub-run `<name>/<row>`.
     """
-
-    def write(logger: Logger) -> None:
-        if writer := writer_of(logger):
-            for label, (asked, found) in rows.items():
-                writer.add_hparams(dict(asked), dict(found), run_name=f"{name}/{safe_name(label)}")
-            writer.flush()
-
-    to_each(loggers, write, "sweep")
-
-
-def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
-    """Calls `write` for every logger; warns of each logger for which `write` raises."""
     for logger in loggers:
-        try:
-            write(logger)
-        except Exception as error:
-            problem = f"The {what} was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}."
-            rank_zero_warn(
-                f"{problem} The {what} itself and its files are not affected.",
-                category=LoggingWarning,
-            )
+        with failure_as_warning(logger, "sweep"):
+            if writer := writer_of(logger):
+                for label, (settings, results) in rows.items():
+                    run_name = f"{name}/{safe_name(label)}"
+                    writer.add_hparams(dict(settings), dict(results), run_name=run_name)
+                writer.flush()
 
 
-def _write(log: RepairLog, logger: Logger) -> None:
-    if writer := writer_of(logger):
-        _write_tensorboard(log, writer)
-    else:
-        for step, scalars in log.points:
-            logger.log_metrics(scalars, step=step)
-    if run := _run_of(logger):
-        # Files first, since a picture may fail.
-        run.upload(log.files, log.name, log.step)
-        run.write(log)
-    # The process may end before loggers are finalised.
-    logger.save()
+@contextmanager
+def failure_as_warning(logger: Logger, what: str) -> Iterator[None]:
+    """Turns an exception into a warning that `what` was not logged to a logger."""
+    try:
+        yield
+    except Exception as error:
+        raised = f"{type(logger).__name__}, which raised {type(error).__name__}: {error}."
+        rank_zero_warn(
+            f"The {what} was not logged to {raised} "
+            f"The {what} itself and its files are not affected.",
+            category=LoggingWarning,
+        )
 
 
 def writer_of(logger: Logger) -> SummaryWriter | None:
@@ -193,73 +159,66 @@ def writer_of(logger: Logger) -> SummaryWriter | None:
     return writer if isinstance(writer, SummaryWriter) else None
 
 
-def _run_of(logger: Logger) -> WandbRun | MlflowRun | None:
-    if isinstance(logger, WandbLogger):
-        return WandbRun(logger)
-    return MlflowRun(logger) if isinstance(logger, MLFlowLogger) else None
-
-
 def safe_name(title: str) -> str:
     """Replaces each character that Windows forbids in file names by an underscore."""
     return re.sub(r'[<>:"/\\|?*]', "_", title)
 
 
-def _write_row(
-    writer: SummaryWriter, report: RepairReport, trained: Mapping[str, Any] | None
-) -> None:
-    values = {**_flat(trained or {}), **_asked(report)}
-    _, start, end = hparams(values, {})
-    for summary in (_experiment(trained or {}), start, end):
-        writer._get_file_writer().add_summary(summary)
-
-
 def _asked(report: RepairReport) -> dict[str, Plain]:
     settings = report.settings
     layer = settings.get("layer", list(report.layers))
-    found: dict[str, Any] = {
-        "repair/gate": report.gate,
-        "repair/layer": layer if isinstance(layer, str) else ", ".join(layer),
-        "repair/method": _kind(settings.get("method"), "class"),
-        "repair/seed": report.seed,
-        "repair/target": report.target,
-        "repair/with fitness": _kind(settings.get("fitness"), "kind"),
-        "repair/with max_time": settings.get("max_time"),
-        "repair/with n_passed": settings.get("n_passed"),
-        "repair/with n_weights": None
-        if report.localization is None
-        else report.localization.sizes.get("localized"),
-        "repair/with task": report.task,
+    if not isinstance(layer, str):
+        layer = ", ".join(layer)
+    values: dict[str, object] = {
+        "gate": report.gate,
+        "layer": layer,
+        "method": _kind(settings.get("method"), "class"),
+        "seed": report.seed,
+        "target": report.target,
+        "with fitness": _kind(settings.get("fitness"), "kind"),
+        "with max_time": settings.get("max_time"),
+        "with n_passed": settings.get("n_passed"),
+        "with task": report.task,
     }
+    if report.localization is not None:
+        values["with n_weights"] = report.localization.sizes.get("localized")
+    # A column takes either texts or numbers.
     return {
-        key: value
-        for key, value in _flat(found).items()
-        if isinstance(value, str) == isinstance(ASKED[key], str)
+        column: value
+        for column, value in _flat({"repair": values}).items()
+        if isinstance(value, str) == isinstance(ASKED[column], str)
     }
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, Plain]:
     # Nested keys are joined by slashes, as Lightning joins them.
-    found: dict[str, Plain] = {}
-    for key, value in settings.items():
+    flat: dict[str, Plain] = {}
+    for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
-            found[f"{prefix}{key}"] = value
+            flat |= _flat(value, f"{prefix}{name}/")
         elif value is not None:
-            text = str(value)
-            found[f"{prefix}{key}"] = (
-                text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
-            )
-    return found
+            flat[f"{prefix}{name}"] = _plain(value)
+    return flat
 
 
-def _experiment(trained: Mapping[str, Any]) -> Any:
-    metrics = (*MEASURED, *((LIGHTNINGS_METRIC,) if trained else ()))
-    experiment, _, _ = hparams({**_flat(trained), **ASKED}, dict.fromkeys(metrics, 0.0))
+def _plain(value: object) -> Plain:
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    text = str(value)
+    if len(text) > LONGEST_TEXT:
+        return f"{text[: LONGEST_TEXT - 3]}..."
+    return text
+
+
+def _experiment(trained: Mapping[str, Any]) -> object:
+    results = dict.fromkeys(MEASURED, 0.0)
+    if trained:
+        results[LIGHTNINGS_METRIC] = 0.0
+    experiment, _, _ = hparams({**_flat(trained), **ASKED}, results)
     return experiment
 
 
-def _kind(settings: Any, key: str) -> Any:
+def _kind(settings: object, key: str) -> object:
     return settings.get(key) if isinstance(settings, Mapping) else settings
 
 
@@ -267,50 +226,54 @@ def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
     # A repair is a sub-run, since the HParams tab needs a run for each row. All sub-runs have the
     # same tags, so that two repairs share one card. Curves are figures, since TensorBoard's
     # smoothing of scalars would distort them.
-    report, step = log.report, log.step
-    with SummaryWriter(
-        str(next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*"))
-    ) as run:
-        for tag, value in final_numbers(report).items():
-            run.add_scalar(tag, value, step)
-        run.add_text("repair/report", report.to_markdown(), step)
+    name, step = "repair", log.step
+    folder = next_free(Path(writer.log_dir, log.name), "events.out.tfevents.*")
+    with SummaryWriter(str(folder)) as run:
+        _add_scalars(run, final_numbers(log.report), step)
+        run.add_text(tag(REPORT_TAG, name), log.report.to_markdown(), step)
         for title, views in log.texts.items():
-            page = Page(
-                (Heading(title), FactList(tuple((view.caption, view.text) for view in views)))
-            )
-            run.add_text(f"repair_samples/{title}", page.markdown(), step)
-        changes = [
-            change.detach().float().flatten().cpu() for change in (log.changes or {}).values()
-        ]
-        flat = torch.cat(changes) if changes else torch.zeros(0)
-        if bool((flat != 0).any()):
-            run.add_histogram("repair_weights/change", flat[flat != 0], step)
-        _write_row(run, report, log.hparams)
-        _write_pictures(log, run)  # last, since a figure may fail
+            facts = FactList(tuple((view.caption, view.text) for view in views))
+            text = Page((Heading(title), facts)).markdown()
+            run.add_text(tag(SAMPLES_TAG, name, title), text, step)
+        tensors = (log.changes or {}).values()
+        changes = [tensor.detach().float().flatten().cpu() for tensor in tensors]
+        change = torch.cat([torch.zeros(0), *changes])
+        if change.any():
+            run.add_histogram(tag(WEIGHTS_TAG, name), change[change != 0], step)
+        trained = log.hparams or {}
+        _, start, end = hparams({**_flat(trained), **_asked(log.report)}, {})
+        for summary in (_experiment(trained), start, end):
+            run._get_file_writer().add_summary(summary)
+        if log.drawn:  # last, since a figure may fail
+            image = image_of(log.summary)
+            run.add_image(tag(SUMMARY_TAG, name), image, step, dataformats="HWC")
+            _add_figures(run, log.figures, FIGURE_TAG, name, step)
+            _add_figures(run, log.galleries, SAMPLES_TAG, name, step)
+        else:
+            _write_undrawn(log, run, name)
 
 
-def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
-    if log.drawn:
-        # The capital letter sorts the tag first.
-        run.add_image("repair/Summary", image_of(log.summary), log.step, dataformats="HWC")
-        for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
-            for title, figure in figures.items():
-                run.add_image(f"{group}/{title}", image_of(figure), log.step, dataformats="HWC")
-    else:
-        for at, scalars in (
-            *enumerate(search_curves(log.report)),
-            *strength_curves(log.report).items(),
-        ):
-            for tag, value in scalars.items():
-                run.add_scalar(tag, value, at)
-        for title, views in log.pictures.items():
-            for view in views:
-                run.add_image(
-                    f"repair_samples/{title}, {view.caption}",
-                    view.pixels,
-                    log.step,
-                    dataformats="HWC",
-                )
+def _add_scalars(run: SummaryWriter, scalars: Scalars, step: int) -> None:
+    for number, value in scalars.items():
+        run.add_scalar(number, value, step)
+
+
+def _add_figures(
+    run: SummaryWriter, figures: Mapping[str, Figure], template: str, name: str, step: int
+) -> None:
+    for title, figure in figures.items():
+        run.add_image(tag(template, name, title), image_of(figure), step, dataformats="HWC")
+
+
+def _write_undrawn(log: RepairLog, run: SummaryWriter, name: str) -> None:
+    """Writes curves as scalars, and each picture of a sample as an image."""
+    curves = (*enumerate(search_curves(log.report)), *strength_curves(log.report).items())
+    for at, scalars in curves:
+        _add_scalars(run, scalars, at)
+    for title, views in log.pictures.items():
+        for view in views:
+            key = tag(SAMPLES_TAG, name, f"{title}, {view.caption}")
+            run.add_image(key, view.pixels, log.step, dataformats="HWC")
 
 
 @dataclass(frozen=True)
@@ -320,25 +283,25 @@ class WandbRun:
     def write(self, log: RepairLog) -> None:
         logger, name, step = self.logger, log.name, log.step
         if log.drawn:
-            logger.log_image(f"{name}/summary", [image_of(log.summary)], step=step)
+            logger.log_image(tag(WANDB_SUMMARY_TAG, name), [image_of(log.summary)], step=step)
         for title, figure in log.figures.items():
-            logger.log_image(f"{name}_figures/{safe_name(title)}", [image_of(figure)], step=step)
+            key = tag(FIGURE_TAG, name, safe_name(title))
+            logger.log_image(key, [image_of(figure)], step=step)
         for title, views in log.pictures.items():
-            pixels, captions = [view.pixels for view in views], [view.caption for view in views]
-            logger.log_image(
-                f"{name}_samples/{safe_name(title)}", pixels, step=step, caption=captions
-            )
+            pixels = [view.pixels for view in views]
+            captions = [view.caption for view in views]
+            key = tag(SAMPLES_TAG, name, safe_name(title))
+            logger.log_image(key, pixels, step=step, caption=captions)
         for title, views in log.texts.items():
-            texts = [[view.caption, view.text] for view in views]
-            logger.log_text(
-                f"{name}_samples/{safe_name(title)}", ["sample", "text"], texts, step=step
-            )
+            rows = [[view.caption, view.text] for view in views]
+            key = tag(SAMPLES_TAG, name, safe_name(title))
+            logger.log_text(key, ["sample", "text"], rows, step=step)
         if log.flipped:
             columns, rows = _flipped_with_pictures(log)
-            logger.log_table(f"{name}/flipped_samples", columns, rows, step=step)
+            logger.log_table(tag(FLIPPED_TAG, name), columns, rows, step=step)
 
     def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:
-        """Uploads the HTML page of the report as a panel, and all files as one artifact of the run."""
+        """Uploads the report's HTML page as a panel, and all files as one artifact of the run."""
         import wandb
 
         if not files:
@@ -347,7 +310,7 @@ class WandbRun:
         if "html" in files:
             with files["html"].open(encoding="utf-8") as opened:
                 page: Any = wandb.Html(opened, inject=False)
-            self.logger.log_metrics({f"{name}/report": page}, step)
+            self.logger.log_metrics({tag(REPORT_TAG, name): page}, step)
         artifact = wandb.Artifact(f"{name}-{run.id}", type="report")
         for path in files.values():
             artifact.add_file(str(path))
@@ -357,15 +320,15 @@ class WandbRun:
 def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
     import wandb
 
-    shown = {(view.split, view.id): view.pixels for view in log.views if view.pixels is not None}
-    rows = sorted(log.flipped, key=lambda row: (row[0], row[1]) not in shown)[:MOST_ROWS]
-    if not shown:
-        return list(FLIPPED_COLUMNS), rows
-    pictures = [shown.get((row[0], row[1])) for row in rows]
-    images = [None if pixels is None else wandb.Image(pixels) for pixels in pictures]
-    return [*FLIPPED_COLUMNS, "input"], [
-        [*row, image] for row, image in zip(rows, images, strict=True)
-    ]
+    pixels = {(view.split, view.id): view.pixels for view in log.views if view.pixels is not None}
+    if not pixels:
+        return list(FLIPPED_COLUMNS), log.flipped[:MOST_ROWS]
+    rows = []
+    pictures_first = sorted(log.flipped, key=lambda row: (row[0], row[1]) not in pixels)
+    for row in pictures_first[:MOST_ROWS]:
+        picture = pixels.get((row[0], row[1]))
+        rows.append([*row, None if picture is None else wandb.Image(picture)])
+    return [*FLIPPED_COLUMNS, "input"], rows
 
 
 @dataclass(frozen=True)
@@ -374,19 +337,26 @@ class MlflowRun:
 
     def write(self, log: RepairLog) -> None:
         client, run_id, name = self.logger.experiment, self.logger.run_id, log.name
-        figures = {"summary": log.summary, **log.figures} if log.drawn else {}
-        for folder, drawn in (("figures", figures), ("samples", log.galleries)):
-            for title, figure in drawn.items():
+        if log.drawn:
+            client.log_figure(run_id, log.summary, f"{name}/figures/summary.png")
+        for folder, figures in (("figures", log.figures), ("samples", log.galleries)):
+            for title, figure in figures.items():
                 client.log_figure(run_id, figure, f"{name}/{folder}/{safe_name(title)}.png")
         for title, views in log.texts.items():
             text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
             client.log_text(run_id, text, f"{name}/samples/{safe_name(title)}.txt")
         if log.flipped and find_spec("pandas") is not None:  # MLflow needs pandas for tables
-            columns = {
-                column: [row[i] for row in log.flipped] for i, column in enumerate(FLIPPED_COLUMNS)
-            }
+            columns = {}
+            for i, column in enumerate(FLIPPED_COLUMNS):
+                columns[column] = [row[i] for row in log.flipped]
             client.log_table(run_id, columns, f"{name}/flipped_samples.json")
 
     def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:
         for path in files.values():
             self.logger.experiment.log_artifact(self.logger.run_id, str(path), name)
+
+
+def _run_of(logger: Logger) -> WandbRun | MlflowRun | None:
+    if isinstance(logger, WandbLogger):
+        return WandbRun(logger)
+    return MlflowRun(logger) if isinstance(logger, MLFlowLogger) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -29,9 +29,10 @@ from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
-"""Kinds of files that loggers get. Checkpoints are not among them, since each logger has its own
-rules for these.
-"""
+"""Kinds of files that loggers get. Each logger has its own rules for checkpoints."""
+
+Figure: TypeAlias = Any
+"""A figure of matplotlib, which may not be installed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +46,9 @@ class RepairLog:
 
     @property
     def points(self) -> list[tuple[int, Scalars]]:
-        """Pairs of a step and its numbers. A step is a search iteration, a strength in percent, or
-        a training step.
+        """Pairs of a step and its numbers.
+
+        A step is a search iteration, a strength in percent, or a training step.
         """
         search = enumerate(search_curves(self.report, self.name))
         strength = strength_curves(self.report, self.name).items()
@@ -54,26 +56,27 @@ class RepairLog:
 
     @cached_property
     def drawn(self) -> bool:
+        """True if figures can be drawn. Without matplotlib, all figures are missing."""
         return find_spec("matplotlib") is not None
 
     @cached_property
-    def summary(self) -> Any:
-        return summary_figure(self.report) if self.drawn else None
+    def summary(self) -> Figure:
+        return summary_figure(self.report)
 
     @cached_property
-    def figures(self) -> dict[str, Any]:
-        """Figures by title, except the summary. There are none without matplotlib."""
-        figures = reviewer_figures(self.report, self.changes) if self.drawn else {}
+    def figures(self) -> dict[str, Figure]:
+        """Figures by title, except the summary."""
+        if not self.drawn:
+            return {}
+        figures = reviewer_figures(self.report, self.changes)
         for title, figure in figures.items():
             if title != SEARCH_TITLE:  # this figure has four panels
                 figure.set_size_inches(*CARD)
         return figures
 
     @cached_property
-    def galleries(self) -> dict[str, Any]:
-        """Figures of broken and of repaired samples with captions, by split. There are none without
-        matplotlib.
-        """
+    def galleries(self) -> dict[str, Figure]:
+        """Figures of broken and of repaired samples with captions, by split."""
         return gallery_figures(self.views) if self.drawn else {}
 
     @cached_property
@@ -94,22 +97,17 @@ class RepairLog:
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
-    """Returns paths by kind. Only existing files of the kinds in `UPLOADED` are included."""
-    return {
-        kind: Path(files[kind])
-        for kind in UPLOADED
-        if kind in files and Path(files[kind]).is_file()
-    }
+    """Returns paths by kind, of the existing files of the kinds in `UPLOADED`."""
+    paths = {kind: Path(files[kind]) for kind in UPLOADED if kind in files}
+    return {kind: path for kind, path in paths.items() if path.is_file()}
 
 
 def next_free(folder: Path, pattern: str) -> Path:
-    """Returns `folder`, or the first of `folder-1`, `folder-2`, ..., that holds no file of this
-    pattern.
-    """
-    free, k = folder, 0
+    """Returns the first of `folder`, `folder-1`, ..., that holds no file of this pattern."""
+    free, number = folder, 0
     while any(free.glob(pattern)):
-        k += 1
-        free = folder.with_name(f"{folder.name}-{k}")
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
     return free
 
 
