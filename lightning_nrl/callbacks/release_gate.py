@@ -39,11 +39,11 @@ from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import check_reference, judge_pair
 from lightning_nrl.updates.rule_parsing import Require
 
+Stage = Literal["test", "val"]
+
 
 class ReleaseGate(CallbackBase):
-    """Decides in `trainer.test` or `trainer.validate` whether the tested model may replace the
-    model
-    in use.
+    """Decides in `trainer.test` or `trainer.validate` if the model may replace the one in use.
 
     After the test, each model makes one pass over the data in the precision of the trainer. The
     decision is printed, logged and written to `<log_dir>/release/` as `report.json`, `report.md`
@@ -95,10 +95,9 @@ class ReleaseGate(CallbackBase):
         self.reference = check_reference("reference", reference)
         self.rules = parse_rules(rules, require)
         self.slices = None if slices is None else find_column("slices", slices)
-        named = splits is None or (
-            isinstance(splits, (list, tuple)) and all(isinstance(name, str) for name in splits)
-        )
-        check_kind("splits", splits, named, "list of names", "splits=['suite', 'test']")
+        is_list = isinstance(splits, (list, tuple)) and all(isinstance(x, str) for x in splits)
+        fits = splits is None or is_list
+        check_kind("splits", splits, fits, "list of names", "splits=['suite', 'test']")
         self.splits = splits
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
@@ -133,76 +132,85 @@ class ReleaseGate(CallbackBase):
         if trainer.state.fn == "validate":
             self._run(trainer, pl_module, "val")
 
-    def _check(
-        self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]
-    ) -> None:
+    def _check(self, trainer: Trainer, model: LightningModule, stage: Stage) -> None:
         self.report = None
         check_folder(self.dirpath, trainer, "release")
-        sources = self._sources(trainer, model, stage)
+        splits = [source.split for source in self._sources(trainer, model, stage)]
         for rule in self.rules:
-            rule.check_data([source.split for source in sources], self.slices is not None)
+            rule.check_data(splits, self.slices is not None)
 
-    def _run(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> None:
-        path = trainer.ckpt_path
+    def _run(self, trainer: Trainer, model: LightningModule, stage: Stage) -> None:
+        name = type(model).__name__
+        if trainer.ckpt_path:
+            name += f" from {trainer.ckpt_path}"
         with random_state():
             pair, report = judge_pair(
-                make_evaluator(trainer, model, self.task),
                 self.reference,
+                make_evaluator(trainer, model, self.task),
                 self._sources(trainer, model, stage),
                 self.rules,
                 slices=self.slices,
                 seeds={"data": self.seed, **_global_seed()},
-                name=type(model).__name__ + (f" from {path}" if path else ""),
+                name=name,
             )
-        written = {**REPORT_FILES, "predictions": "predictions.csv"}
-        files, name = report_files(self.dirpath, trainer, "release", written)
+        kinds = {**REPORT_FILES, "predictions": "predictions.csv"}
+        files, log_name = report_files(self.dirpath, trainer, "release", kinds)
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
             predictions = Predictions.of(pair.after, model.state_dict())
             self.report = write_report(self.report, others={"predictions": predictions.save})
-            track_release(self.report, trainer.loggers, step=trainer.global_step, name=name)
+            track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.verbose:
                 show(self.report)
         # The numbers are the same on every rank; `sync_dist` only silences a warning of Lightning.
-        numbers = release_numbers(self.report, name)
+        numbers = release_numbers(self.report, log_name)
         model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
     def _sources(
-        self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]
+        self, trainer: Trainer, model: LightningModule, stage: Stage
     ) -> list[LoaderSource]:
-        given = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
-        how: dict[str, Any] = {
-            "trainer": trainer,
-            "model": model,
-            "adapter": self.adapter,
-            "seed": self.seed,
-        }
-        loaders = _loaders_by_name(given, stage, self.splits)
-        sources = [
-            make_source(one, name, limit=batch_limit(trainer), **how)
-            for name, one in loaders.items()
-        ]
+        loaders: object = trainer.test_dataloaders
+        if stage == "val":
+            loaders = trainer.val_dataloaders
+        sources = []
+        for name, loader in _loaders_by_name(loaders, stage, self.splits).items():
+            source = make_source(
+                loader,
+                name,
+                trainer=trainer,
+                model=model,
+                adapter=self.adapter,
+                seed=self.seed,
+                limit=batch_limit(trainer),
+            )
+            sources.append(source)
         with random_state():
             _, (sources,) = open_sources(trainer, model, self.task, sources)
         return sources
 
 
-def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:
+def _loaders_by_name(
+    given: object, stage: Stage, splits: Sequence[str] | None
+) -> dict[str, object]:
     if isinstance(given, Mapping):
-        own, loaders = list(map(str, given)), list(given.values())
+        names, loaders = list(map(str, given)), list(given.values())
     else:
         loaders = list(given) if isinstance(given, (list, tuple)) else [given]
-        own = [stage] if len(loaders) == 1 else [f"{stage}-{i}" for i in range(len(loaders))]
-    names = own if splits is None else list(splits)
+        names = [f"{stage}-{i}" for i in range(len(loaders))]
+        if len(loaders) == 1:
+            names = [stage]
+    if splits is not None:
+        names = list(splits)
     if len(names) != len(loaders) or len(set(names)) < len(names):
-        hint = "give each data loader a name of its own, in order, or leave `splits` out."
         raise ConfigurationError(
-            f"`splits={names}`: there are {len(loaders)} {stage} data loaders.", hint
+            f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
+            "give each data loader a name of its own, in order, or leave `splits` out.",
         )
     hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
-    for name, loader in zip(names, loaders, strict=True):
+    by_name = dict(zip(names, loaders, strict=True))
+    for name, loader in by_name.items():
         check_loader(loader, name, hint)
-    return dict(zip(names, loaders, strict=True))
+    return by_name
 
 
 def _global_seed() -> dict[str, int]:

@@ -1,6 +1,4 @@
-"""The script `lightning-nrl`: repairs, diagnoses or compares models of a project, decides on
-releases,
-applies patches.
+"""The script `lightning-nrl`: works on models of a project, decides on releases, applies patches.
 
 A project is given by arguments and YAML as for LightningCLI. The exit status is 0 for success, 1 if
 the result is not accepted, 2 for an error, and 3 if files cannot be written.
@@ -11,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.callbacks import ReleaseGate
+from lightning_nrl.data.targets import Target
 from lightning_nrl.entrypoints.arguments import is_used
 from lightning_nrl.entrypoints.command_project import (
     OWN_ARGUMENTS,
@@ -51,9 +50,7 @@ PAGE_WIDTH = 120  # characters
 
 
 def apply_patch(patch: str, ckpt: str, out: str, weights_only: str, undo: bool = False) -> int:
-    """Writes a copy of a checkpoint to `out`. In the copy, the patch is applied, or it is reverted
-    if `undo`.
-    """
+    """Writes a copy of a checkpoint to `out`, with the patch applied, or reverted if `undo`."""
     change = Patch.load(patch)
     patch_checkpoint(change, ckpt, out, undo=undo, weights_only=weights_only == "true")
     done = "reverted" if undo else "applied"
@@ -79,11 +76,10 @@ def show_report(file: str, out: str | None) -> int:
     report = read_report(file)
     if out is None:
         print(report.to_markdown(), end="")
-    else:
-        as_html = Path(out).suffix in (".html", ".htm")
-        Path(out).write_text(
-            report.to_html() if as_html else report.to_markdown(), encoding="utf-8"
-        )
+        return 0
+    as_html = Path(out).suffix in (".html", ".htm")
+    text = report.to_html() if as_html else report.to_markdown()
+    Path(out).write_text(text, encoding="utf-8")
     return 0
 
 
@@ -91,12 +87,12 @@ def read_report(path: str | Path) -> Report:
     """Reads a report from a JSON file, or from the patch that contains it."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        found = Patch.load(path).report
-        if found is None:
+        report = Patch.load(path).report
+        if report is None:
             raise ConfigurationError(
                 f"`{path}` holds no report.", "give report.json of the repair."
             )
-        return found
+        return report
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -104,16 +100,17 @@ def read_report(path: str | Path) -> Report:
             f"`{path}` cannot be read ({error}).", "give report.json of a repair."
         ) from error
     plain = parse_json(text)
-    kind = ReleaseReport if isinstance(plain, Mapping) and "findings" in plain else RepairReport
-    return kind.from_dict(plain)
+    if isinstance(plain, Mapping) and "findings" in plain:
+        return ReleaseReport.from_dict(plain)
+    return RepairReport.from_dict(plain)
 
 
 def _page_of_patch(patch: Patch) -> Page:
     rows = []
     for name, change in patch.changes.items():
-        dtype = str(change.old.dtype).removeprefix("torch.")
-        kept = "all values" if change.index is None else "positions"
-        rows.append(Row(name, (str(list(change.shape)), dtype, f"{change.n_changed:,}", kept)))
+        shape, dtype = str(list(change.shape)), str(change.old.dtype).removeprefix("torch.")
+        kept_as = "all values" if change.index is None else "positions"
+        rows.append(Row(name, (shape, dtype, f"{change.n_changed:,}", kept_as)))
     columns = (("shape", ""), ("dtype", ""), ("values", ""), ("kept as", ""))
     facts = (
         ("weights before", patch.base),
@@ -121,34 +118,41 @@ def _page_of_patch(patch: Patch) -> Page:
         *patch.versions.items(),
     )
     blocks: list[Block] = [Heading("Patch", 1), Table(columns, tuple(rows)), FactList(facts)]
-    return Page((*blocks, *(patch.report.to_table().blocks if patch.report else ())))
+    if patch.report:
+        blocks += patch.report.to_table().blocks
+    return Page(tuple(blocks))
 
 
 def _page_of_checkpoint(path: Path) -> Page:
-    hint = "give a patch (.safetensors), a report (.json), or a checkpoint that loads with `weights_only=True`."
-    found = load_mapping("file", path, hint)
-    tensors = {
-        name: value
-        for name, value in read_state("file", found).items()
-        if isinstance(value, torch.Tensor)
-    }
+    hint = (
+        "give a patch (.safetensors), a report (.json), "
+        "or a checkpoint that loads with `weights_only=True`."
+    )
+    checkpoint = load_mapping("file", path, hint)
+    state = read_state("file", checkpoint)
+    n_values = [value.numel() for value in state.values() if isinstance(value, torch.Tensor)]
     facts = [
-        ("tensors", f"{len(tensors):,}"),
-        ("values", f"{sum(value.numel() for value in tensors.values()):,}"),
-        ("weights", hash_tensors(tensors)),
-        *(
-            (name.replace("_", " "), str(found[name]))
-            for name in ("epoch", "global_step")
-            if name in found
-        ),
+        ("tensors", f"{len(n_values):,}"),
+        ("values", f"{sum(n_values):,}"),
+        ("weights", hash_tensors(state)),
     ]
+    for key in ("epoch", "global_step"):
+        if key in checkpoint:
+            facts.append((key.replace("_", " "), str(checkpoint[key])))
     blocks: list[Block] = [Heading("Checkpoint", 1), FactList(tuple(facts))]
-    states = found.get("callbacks")
-    for name, state in states.items() if isinstance(states, Mapping) else ():
-        text = state.get("report") if isinstance(state, Mapping) else None
-        if isinstance(text, str) and str(name).startswith("RegressionFreeRepair"):
-            blocks += RepairReport.from_json(text).to_table().blocks
+    for report in _reports_in(checkpoint):
+        blocks += report.to_table().blocks
     return Page(tuple(blocks))
+
+
+def _reports_in(checkpoint: Mapping[str, Any]) -> Iterator[RepairReport]:
+    states = checkpoint.get("callbacks")
+    if not isinstance(states, Mapping):
+        return
+    for key, state in states.items():
+        is_repair = str(key).startswith("RegressionFreeRepair") and isinstance(state, Mapping)
+        if is_repair and isinstance(state.get("report"), str):
+            yield RepairReport.from_json(state["report"])
 
 
 def decide_release(
@@ -160,27 +164,27 @@ def decide_release(
     allow_missing: list[str],
     out: str | None,
 ) -> int:
-    """Decides on a release from two files of predictions; returns 0 if the new model is accepted,
-    else 1.
+    """Decides on a release from two files of predictions.
+
+    Returns 0 if the new model is accepted, else 1.
     """
-    rules, sliced = (
-        parse_rules(rule or ["instance"], require),
-        None if slices is None else read_slices(slices),
-    )
+    rules = parse_rules(rule or ["instance"], require)
+    slice_names = None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
-    for one in rules:
-        one.check_data(tuple(after.splits), sliced is not None)
+    targets: list[Target] = []
+    for parsed in rules:
+        parsed.check_data(tuple(after.splits), slice_names is not None)
+        targets += parsed.targets
     missing = check_missing(before, after, allow_missing)
     report = make_report(
-        pair_from_files(before, after, sliced, [target for one in rules for target in one.targets]),
+        pair_from_files(before, after, slice_names, targets),
         rules,
-        new=Identity(new, after.weights or ""),
         old=Identity(old, before.weights or ""),
+        new=Identity(new, after.weights or ""),
         task="as recorded in the files",
         precision="as recorded in the files",
-        seeds={},
-        missing=missing,
     )
+    report = replace(report, missing=missing)
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,50 +195,51 @@ def decide_release(
 
 
 def repair_project(project: Project) -> int:
-    """Repairs the model of a project; returns 1 if the repair fails or does not meet `require`,
-    else 0.
+    """Repairs the model of a project.
+
+    Returns 1 if the repair fails or does not meet `require`, else 0.
     """
-    require = project.own["require"] or "any"
+    require: Require = project.arguments["require"] or "any"
     if require != "any" and "unseen" not in project.options:
-        problem = f"`require={require}` judges data that the repair does not use, but `unseen` is not given."
-        raise ConfigurationError(problem, "add --repair.unseen test.")
+        raise ConfigurationError(
+            f"`require={require}` judges data that the repair does not use, "
+            "but `unseen` is not given.",
+            "add --repair.unseen test.",
+        )
     report = repair(**project.source, **{**project.options, "verbose": False})
     trainer = project.source["trainer"]
-    if (
-        report.status == "repaired"
-        and "checkpoint" not in report.files
-        and not trainer.fast_dev_run
-    ):
-        problem = "`dirpath`: repaired.ckpt could not be written, so the repair is lost."
+    is_saved = "checkpoint" in report.files or trainer.fast_dev_run
+    if report.status == "repaired" and not is_saved:
         raise UnwritableFolderError(
-            problem, "make room, or name another folder: --repair.dirpath FOLDER."
+            "`dirpath`: repaired.ckpt could not be written, so the repair is lost.",
+            "make room, or name another folder: --repair.dirpath FOLDER.",
         )
     if project.options.get("verbose", True) and trainer.is_global_zero:
         show(report)
     if report.status not in ("repaired", "nothing to repair"):
         return 1
-    verdict = report.verdict
-    met = (
-        verdict.evidence == "better" if require == "better" else verdict.repaired >= verdict.broken
-    )
-    if (
-        require == "any"
-        or met
-        or (report.status == "nothing to repair" and verdict.source == "none")
-    ):
+    if _meets(require, report):
         return 0
-    counts = (
-        f"{verdict.repaired:,} repaired, {verdict.broken:,} broken of {verdict.n:,} unseen samples"
-    )
-    problem = f"not accepted: `--require {require}` is not met: {counts} (sign test, p = {verdict.p_value:.2g})."
-    old = (
-        "the model that it replaces"
-        if report.update
-        else project.source["ckpt_path"] or "the old weights"
-    )
+    verdict = report.verdict
+    counts = f"{verdict.repaired:,} repaired, {verdict.broken:,} broken of {verdict.n:,}"
+    test = f"unseen samples (sign test, p = {verdict.p_value:.2g})"
+    problem = f"not accepted: `--require {require}` is not met: {counts} {test}."
+    old = project.source["ckpt_path"] or "the old weights"
+    if report.update:
+        old = "the model that it replaces"
     hint = f"do not ship {report.files.get('checkpoint', 'the new model')}; keep {old}."
     print(explain(problem, hint), file=sys.stderr)
     return 1
+
+
+def _meets(require: Require, report: RepairReport) -> bool:
+    verdict = report.verdict
+    has_no_evidence = report.status == "nothing to repair" and verdict.source == "none"
+    if require == "any" or has_no_evidence:
+        return True
+    if require == "better":
+        return verdict.evidence == "better"
+    return verdict.repaired >= verdict.broken
 
 
 def diagnose_project(project: Project) -> int:
@@ -243,10 +248,13 @@ def diagnose_project(project: Project) -> int:
 
 
 def compare_project(project: Project) -> int:
-    """Prints a comparison of methods, or the decision of a `ReleaseGate`; returns 1 if it refuses
-    the new model.
+    """Prints a comparison of methods, or the decision of a `ReleaseGate`.
+
+    Returns 1 if the gate refuses the new model.
     """
-    methods, old, new, rules, require = (project.own[name] for name in OWN_ARGUMENTS["compare"])
+    methods, old, new, rules, require = (
+        project.arguments[name] for name in OWN_ARGUMENTS["compare"]
+    )
     if old is None and new is None and not rules and not require:
         options = {
             name: value for name, value in project.options.items() if is_used("compare", name)
@@ -254,16 +262,23 @@ def compare_project(project: Project) -> int:
         show(compare(**project.source, methods=methods, **options))
         return 0
     if old is None or new is None or methods:
-        problem = "`old`, `new`, `rules` and `require` test a new model; they need `old` and `new`, and no `methods`."
-        raise ConfigurationError(problem, "give --old best.ckpt --new new.ckpt, or only --methods.")
-    trainer, module, data = (project.source[name] for name in ("trainer", "model", "datamodule"))
-    options = {
-        name: value for name, value in project.options.items() if name in ("task", "dirpath")
-    }
-    gate = ReleaseGate(old, rules or ["instance"], require or "not-worse", **options)
+        raise ConfigurationError(
+            "`old`, `new`, `rules` and `require` test a new model; "
+            "they need `old` and `new`, and no `methods`.",
+            "give --old best.ckpt --new new.ckpt, or only --methods.",
+        )
+    gate = ReleaseGate(
+        old,
+        rules or ["instance"],
+        require or "not-worse",
+        task=project.options.get("task"),
+        dirpath=project.options.get("dirpath"),
+    )
+    source = project.source
+    trainer = source["trainer"]
     set_callbacks(trainer, [*callbacks_of(trainer), gate])
-    with reading_checkpoints(trainer, "new", weights_only=project.source["weights_only"]):
-        trainer.test(module, datamodule=data, ckpt_path=new)
+    with reading_checkpoints(trainer, "new", weights_only=source["weights_only"]):
+        trainer.test(source["model"], datamodule=source["datamodule"], ckpt_path=new)
     return 1 if gate.report is None else gate.report.exit_status
 
 
@@ -271,8 +286,9 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """A command: its function, its purpose in words, and its arguments. They are None if it reads a
-    project.
+    """A command: its function, its purpose in words, and its arguments.
+
+    The arguments are None if the command reads a project.
     """
 
     run: Callable[..., int]
@@ -291,10 +307,12 @@ PATCH: Arguments = {
 }
 RELEASE: Arguments = {
     "old": {
-        "help": "predictions of the model in use: CSV file with the columns split,id,prediction,passed"
+        "help": "predictions of the model in use: CSV file with the columns "
+        "split,id,prediction,passed",
     },
     "new": {
-        "help": "predictions of the new model: a file like `old`, such as predictions.csv of a ReleaseGate"
+        "help": "predictions of the new model: a file like `old`, "
+        "such as predictions.csv of a ReleaseGate",
     },
     "--rule": {
         "action": "append",
@@ -314,7 +332,8 @@ INSPECT: Arguments = {"file": {"help": "a patch, a checkpoint, or report.json"}}
 REPORT: Arguments = {
     "file": {"help": "report.json of a repair or of a release, or a patch with a report"},
     "--out": {
-        "help": "file to write: HTML if it ends in .html, else Markdown; without --out, Markdown is printed"
+        "help": "file to write: HTML if it ends in .html, else Markdown; "
+        "without --out, Markdown is printed",
     },
 }
 COMMANDS: Mapping[str, Command] = {
@@ -352,44 +371,49 @@ FAILURE_STATUS, UNWRITABLE_STATUS = 2, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0 (success), 1 (result not accepted), 2 (error) or 3 (files cannot be
-    written).
+    """Runs a command.
+
+    Returns 0 (success), 1 (result not accepted), 2 (error) or 3 (files cannot be written).
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
         sys.path.insert(0, "")  # for the user's modules in the current folder
     try:
-        return _run(given)
+        return _run(words)
     except SystemExit as end:  # raised by a parser, which has printed why
-        return end.code if isinstance(end.code, int) else FAILURE_STATUS * bool(end.code)
+        if isinstance(end.code, int):
+            return end.code
+        return FAILURE_STATUS if end.code else 0
+    except UnwritableFolderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNWRITABLE_STATUS
     except (RepairError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return UNWRITABLE_STATUS if isinstance(error, UnwritableFolderError) else FAILURE_STATUS
     except Exception:
         traceback.print_exc()
         print("error: the command failed as shown above; nothing was decided.", file=sys.stderr)
     return FAILURE_STATUS
 
 
-def _run(given: list[str]) -> int:
+def _run(words: list[str]) -> int:
     lines = "\n".join(f"  {name:<10}{command.purpose}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "lightning-nrl",
         usage="lightning-nrl COMMAND [ARGUMENTS]",
-        description="Repair of trained models without regressions. COMMAND --help describes a command.",
+        description="Repair of trained models without regressions. "
+        "COMMAND --help describes a command.",
         epilog=f"commands:\n{lines}\n\nExit status: 2 for an error, 3 if files cannot be written.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     parser.add_argument("--version", action="version", version=versions)
-    parser.add_argument(
-        "command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS
-    )
-    name = parser.parse_args(given[:1]).command
+    names = list(COMMANDS)
+    parser.add_argument("command", metavar="COMMAND", choices=names, help=argparse.SUPPRESS)
+    name = parser.parse_args(words[:1]).command
     command = COMMANDS[name]
     if command.arguments is None:
-        return command.run(read_project(name, command.purpose, given[1:]))
+        return command.run(read_project(name, command.purpose, words[1:]))
     parser = argparse.ArgumentParser(f"lightning-nrl {name}", description=command.purpose)
-    for argument, how in command.arguments.items():
-        parser.add_argument(argument, **how)
-    return command.run(**vars(parser.parse_args(given[1:])))
+    for argument, settings in command.arguments.items():
+        parser.add_argument(argument, **settings)
+    return command.run(**vars(parser.parse_args(words[1:])))

@@ -124,7 +124,7 @@ def _falling(top: int, bottom: int, factor: float) -> float:
     return total
 
 
-def p_worse(broken: int, repaired: int) -> float:
+def p_worse(*, repaired: int, broken: int) -> float:
     """Computes the one-sided p-value of the sign test, which is small if far more samples break
     than
     are repaired.
@@ -132,7 +132,7 @@ def p_worse(broken: int, repaired: int) -> float:
     It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped.
 
     Example:
-        >>> p_worse(5, 0)
+        >>> p_worse(repaired=0, broken=5)
         0.03125
     """
     return binomial_cdf(repaired, broken + repaired, 0.5)
@@ -148,7 +148,8 @@ def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
         >>> round(sign_test(3, 20), 4)
         0.0005
     """
-    return min(1.0, 2 * max(1, choices) * p_worse(max(repaired, broken), min(repaired, broken)))
+    fewer, more = sorted((repaired, broken))
+    return min(1.0, 2 * max(1, choices) * p_worse(repaired=fewer, broken=more))
 
 
 def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:

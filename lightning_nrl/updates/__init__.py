@@ -1,5 +1,4 @@
-"""Model updates: a new model replaces an old one, and should get right what the old model gets
-right.
+"""Model updates: a new model replaces an old one and should break nothing that was right.
 
 The old model is the model in use. A negative flip is a sample that the old model gets right and the
 new one wrong. In: modules, checkpoints or prediction files. Out: `OldModel` and `Predictions`; loss
@@ -7,6 +6,7 @@ terms that make negative flips rare; interpolated weights; and a `ReleaseReport`
 release rule if the new model satisfies it.
 """
 
+from lightning_nrl.updates.counting_rules import AtMostBroken, ProtectedIntact
 from lightning_nrl.updates.interpolation import choose_interpolation, interpolate
 from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge, Oversampler
 from lightning_nrl.updates.model_pair import ModelPair
@@ -14,15 +14,8 @@ from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, release
 from lightning_nrl.updates.rule_parsing import parse_rules
-from lightning_nrl.updates.rules import (
-    AtMostBroken,
-    IsBetter,
-    MaxNegativeFlipRate,
-    NoSliceWorse,
-    ProtectedIntact,
-    Rule,
-    RuleResult,
-)
+from lightning_nrl.updates.rules import Rule, RuleResult
+from lightning_nrl.updates.statistical_rules import IsBetter, MaxNegativeFlipRate, NoSliceWorse
 
 __all__ = [
     "AtMostBroken",

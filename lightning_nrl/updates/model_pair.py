@@ -1,12 +1,9 @@
-"""`ModelPair`: the results of the old and the new model on the same samples, which the rules of a
-release read.
-"""
+"""`ModelPair`: results of the old and the new model on the same samples, for release rules."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,46 +54,45 @@ class ModelPair:
         return mask
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
-        """Returns, for each slice that has samples in the split, a mask of these samples, `N` bool,
-        by slice name.
-        """
-        own = self.rows(split)
-        masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
-        return {name: mask for name, mask in masks.items() if mask.any()}
+        """Returns by name the slices with samples in the split, as masks of these, `N` bool."""
+        in_split = self.rows(split)
+        masks = {}
+        for number, name in enumerate(self.slices):
+            mask = in_split & (self.group == number)
+            if mask.any():
+                masks[name] = mask
+        return masks
 
 
 def evaluate_pair(
-    new: Evaluator,
     old: Reference,
+    new: Evaluator,
     data: Sequence[Source],
     *,
     slices: Slices | None = None,
     targets: Sequence[Target] = (),
 ) -> ModelPair:
-    """Runs each model over the data once, batch by batch. Leaves models and random states
-    unchanged.
+    """Runs each model over the data once, batch by batch. Leaves models and random states alone.
 
     `new` holds the new model, its task and precision. `data` is this rank's share of the splits;
     every rank gets the results for all samples. `ModelPair.marked` gets a mask for each of the
     `targets`.
     """
-    ranks = new.collective
-    slicing = [SliceRecorder(source, slices, new.task) for source in data]
-    recording: Sequence[Any] = slicing
-    marking: dict[Target, list[SliceRecorder]] = {}
+    slice_recorders = [SliceRecorder(source, slices, new.task) for source in data]
+    target_recorders: dict[Target, list[SliceRecorder]] = {}
+    recorders: Sequence[Source] = slice_recorders
     for target in targets:
         # Each recorder reads from the one before, so that a single pass records all targets.
-        recording = marking[target] = [
-            SliceRecorder(source, target, new.task, "where") for source in recording
-        ]
+        chained = [SliceRecorder(source, target, new.task, "where") for source in recorders]
+        recorders = target_recorders[target] = chained
     with preserve_state(new.model):
-        after = new.run(recording)
+        after = new.run(recorders)
         before = old.answers(new, data, after)
-    names, group = common_names([source.named(ranks) for source in slicing])
-    marked = {
-        target: torch.cat([mark.named(ranks)[1] >= 0 for mark in marks])
-        for target, marks in marking.items()
-    }
+    ranks = new.collective
+    names, group = common_names([recorder.named(ranks) for recorder in slice_recorders])
+    marked = {}
+    for target, chained in target_recorders.items():
+        marked[target] = torch.cat([recorder.named(ranks)[1] >= 0 for recorder in chained])
     return ModelPair(before, after, names, group, marked)
 
 
@@ -108,59 +104,63 @@ def pair_from_files(
 ) -> ModelPair:
     """Pairs the predictions of two models on the samples in `new`. `old` may have more samples.
 
-    `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice. Raises
-    a `ConfigurationError` if `old` lacks a sample, or if a split in `slices` has other samples
-    there than in `old`.
+    `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice.
+
+    Raises:
+        ConfigurationError: `old` lacks a sample, or a split in `slices` has other samples there
+            than in `old`.
     """
-    given = slices or {}
-    for split in sorted({split for split, _ in given}):
-        own = {at for name, at in given if name == split}
-        if apart := sorted(own ^ old.splits.get(split, {}).keys()):
+    slices = slices or {}
+    for split in sorted({split for split, _ in slices}):
+        sliced = {at for name, at in slices if name == split}
+        if apart := sorted(sliced ^ old.splits.get(split, {}).keys()):
             raise ConfigurationError(
-                f"`slices`: {len(apart):,} samples of `{split}` are in only one of the files `slices` and `old` "
-                f"({', '.join(map(str, apart[:5]))}).",
-                "give a line for each sample that `old` predicts; leave `slice` empty for a sample in no slice.",
+                f"`slices`: {len(apart):,} samples of `{split}` are in only one of the files "
+                f"`slices` and `old` ({', '.join(map(str, apart[:5]))}).",
+                "give a line for each sample that `old` predicts; "
+                "leave `slice` empty for a sample in no slice.",
             )
     after = new.alone()
     before = old.results(after)
-    samples = [
-        (split, at) for split in after.splits for at in after.index[after.of(split)].tolist()
-    ]
-    names = tuple(sorted({name for name in given.values() if name.strip()}))
+    names = tuple(sorted({name for name in slices.values() if name.strip()}))
     number = {name: i for i, name in enumerate(names)}
-    group = torch.tensor([number.get(given.get(sample, ""), -1) for sample in samples])
+    groups: list[int] = []
+    for split in after.splits:
+        ids = after.index[after.of(split)].tolist()
+        groups += [number.get(slices.get((split, at), ""), -1) for at in ids]
     marked = {target: _marked(target, before, after) for target in targets}
-    return ModelPair(before, after, names, group.long(), marked)
+    return ModelPair(before, after, names, torch.tensor(groups, dtype=torch.int64), marked)
 
 
 def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tensor:
-    """Selects the samples of a target. A label is known only where the prediction of a model is
-    right.
-    """
-    label = torch.where(
-        before.passed, before.prediction, torch.where(after.passed, after.prediction, -1)
-    )
-    told = None if bool((before.passed & (label < 0)).any()) else label
+    """Selects the samples of a target. A label is known only where a model is right."""
+    known_after = torch.where(after.passed, after.prediction, -1)
+    label: Tensor | None = torch.where(before.passed, before.prediction, known_after)
+    if (before.passed & (before.prediction < 0)).any():
+        label = None  # the files have no classes
     try:
-        return target.select(Batch((), None, torch.arange(len(after))), told, None)
+        return target.select(Batch((), None, torch.arange(len(after))), label, None)
     except TargetError as error:
         raise ConfigurationError(
             f"the rule `protected:{target}`: the files do not say which samples it protects.",
-            "give the column `prediction`, which tells the classes, or a file of ids, `protected:ids.csv`.",
+            "give the column `prediction`, which tells the classes, "
+            "or a file of ids, `protected:ids.csv`.",
         ) from error
 
 
-def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """Returns `asked`, or `there` if `asked` is empty. Raises a `ConfigurationError` if an asked
-    split is unknown.
+def check_splits(argument: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Returns `asked`, or `known` if `asked` is empty.
+
+    Raises:
+        ConfigurationError: an asked split is not known.
     """
-    unknown = [name for name in asked if name not in there]
-    if unknown:
-        raise ConfigurationError(
-            f"`{argument}` names the split {unknown[0]!r}, but the data have {list(there)}.",
-            "name one of these.",
-        )
-    return tuple(asked) or tuple(there)
+    for name in asked:
+        if name not in known:
+            raise ConfigurationError(
+                f"`{argument}` names the split {name!r}, but the data have {list(known)}.",
+                "name one of these.",
+            )
+    return tuple(asked) or tuple(known)
 
 
 def check_missing(
@@ -168,19 +168,20 @@ def check_missing(
 ) -> dict[str, int]:
     """Counts the samples that only `old` predicts, for each split that has such samples.
 
-    Raises a `ConfigurationError` if `allowed` lacks such a split, or names a split that `old`
-    lacks.
+    Raises:
+        ConfigurationError: `allowed` lacks such a split, or names a split that `old` lacks.
     """
-    missing = {
-        split: sorted(rows.keys() - new.splits.get(split, {}).keys())
-        for split, rows in old.splits.items()
-    }
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
-    for split, ids in missing.items():
-        if ids and split not in allowed:
+    n_missing = {}
+    for split, rows in old.splits.items():
+        missing = sorted(rows.keys() - new.splits.get(split, {}).keys())
+        if missing and split not in allowed:
             raise ConfigurationError(
-                f"`new`: {len(ids):,} of {len(old.splits[split]):,} samples of `{split}` that `old` predicts are "
-                f"missing ({', '.join(map(str, ids[:5]))}), and any of them could be broken.",
+                f"`new`: {len(missing):,} of {len(rows):,} samples of `{split}` that `old` "
+                f"predicts are missing ({', '.join(map(str, missing[:5]))}), "
+                "and any of them could be broken.",
                 f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
             )
-    return {split: len(ids) for split, ids in missing.items() if ids}
+        if missing:
+            n_missing[split] = len(missing)
+    return n_missing

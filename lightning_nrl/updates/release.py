@@ -1,12 +1,10 @@
-"""`release` decides if a new model may replace the old one, and explains the decision in a
-`ReleaseReport`.
-"""
+"""`release` decides if a new model may replace the old one, and explains it in a report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -24,17 +22,18 @@ from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.records.provenance import Provenance
 from lightning_nrl.records.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.report.html import Report
-from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text, Tone
 from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.rule_parsing import Require, parse_rules
-from lightning_nrl.updates.rules import MaxNegativeFlipRate, Rule, RuleResult
+from lightning_nrl.updates.rules import Rule, RuleResult
+from lightning_nrl.updates.statistical_rules import MaxNegativeFlipRate
 
 
 def release(
-    new: nn.Module | Evaluator,
     old: Any,
+    new: nn.Module | Evaluator,
     data: Source | Sequence[Source],
     rules: str | Rule | Sequence[str | Rule] = "instance",
     *,
@@ -48,10 +47,10 @@ def release(
     The report has the decision (`accepted`), the `reasons`, and an `exit_status` for `sys.exit`.
 
     Args:
-        new: the new model, on its device. An `Evaluator` sets the task, the precision, and the
-            ranks that share the data; each rank gets the same report.
         old: the model in use: a module, the path of its checkpoint, a CSV file of its predictions,
             or an `OldModel`.
+        new: the new model, on its device. An `Evaluator` sets the task, the precision, and the
+            ranks that share the data; each rank gets the same report.
         data: one source or a list of sources, such as a `TensorSource`; each is a split. The
             report's limits of flip rates hold for future data only if neither training nor the
             choice of a model used the split.
@@ -72,38 +71,39 @@ def release(
         >>> from lightning_nrl import TensorSource
         >>> old, new = torch.nn.Linear(1, 2), torch.nn.Linear(1, 2)
         >>> for model, bias in ((old, 0.0), (new, -1.5)):
-        ...     _ = model.load_state_dict({"weight": torch.tensor([[0.0], [1.0]]), "bias": torch.tensor([0.0, bias])})
-        >>> data = TensorSource(torch.tensor([[-1.0], [1.0], [2.0]]), torch.tensor([0, 1, 1]), split="test")
-        >>> report = release(new, old, data, "instance")
-        >>> report.reasons[0]
-        'instance: test: 1 of 3 that were right broke; the gate allows none (accuracy 100.00 %, now 66.67 %).'
+        ...     _ = model.load_state_dict(
+        ...         {"weight": torch.tensor([[0.0], [1.0]]), "bias": torch.tensor([0.0, bias])}
+        ...     )
+        >>> inputs, targets = torch.tensor([[-1.0], [1.0], [2.0]]), torch.tensor([0, 1, 1])
+        >>> report = release(old, new, TensorSource(inputs, targets, split="test"), "instance")
+        >>> print(report.reasons[0].partition("; ")[0])
+        instance: test: 1 of 3 that were right broke
         >>> report.exit_status, report.broken_ids
         (1, {'test': [1]})
     """
     check_kind("new", new, isinstance(new, (nn.Module, Evaluator)), "model", "new=model")
     sources = [data] if isinstance(data, Source) else data
-    if (
-        not isinstance(sources, Sequence)
-        or not sources
-        or not all(isinstance(source, Source) for source in sources)
-    ):
+    is_list = isinstance(sources, Sequence) and len(sources) > 0
+    if not is_list or not all(isinstance(source, Source) for source in sources):
         raise ConfigurationError(
             f"`data`: found a {type(data).__name__}, not a list of sources.",
-            "write `data=[TensorSource(inputs, targets, split='test')]`, or use the callback `ReleaseGate`.",
+            "write `data=[TensorSource(inputs, targets, split='test')]`, "
+            "or use the callback `ReleaseGate`.",
         )
-    found, column = (
+    _, report = judge_pair(
         check_reference("old", old),
-        None if slices is None else find_column("slices", slices),
+        Evaluator.of(new),
+        sources,
+        parse_rules(rules, require),
+        slices=None if slices is None else find_column("slices", slices),
+        seeds=dict(seeds or {}),
     )
-    parsed = parse_rules(rules, require)
-    return judge_pair(
-        Evaluator.of(new), found, sources, parsed, slices=column, seeds=dict(seeds or {})
-    )[1]
+    return report
 
 
 def judge_pair(
-    new: Evaluator,
     old: Reference,
+    new: Evaluator,
     data: Sequence[Source],
     rules: Sequence[Rule],
     *,
@@ -111,56 +111,51 @@ def judge_pair(
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
-    """Does the work of `release` and returns the `ModelPair`, too. `name` is the new model's name
-    in the report.
+    """Does the work of `release`, and also returns the `ModelPair`.
+
+    `name` is the new model's name in the report.
     """
     for rule in rules:
         rule.check_data([source.split for source in data], slices is not None)
     targets = [target for rule in rules for target in rule.targets]
-    pair = evaluate_pair(new, old, data, slices=slices, targets=targets)
+    pair = evaluate_pair(old, new, data, slices=slices, targets=targets)
     report = make_report(
         pair,
         rules,
-        new=Identity(name or type(new.model).__name__, hash_tensors(new.model.state_dict())),
         old=_identity(old, new.model),
+        new=Identity(name or type(new.model).__name__, hash_tensors(new.model.state_dict())),
         task=str(new.task),
         precision=str(new.precision),
-        seeds=seeds,
-        provenance=Provenance.of(new.model, pair.after),
     )
-    return pair, report
+    return pair, replace(report, seeds=seeds, provenance=Provenance.of(new.model, pair.after))
 
 
 def check_reference(argument: str, old: Any) -> Reference:
     """Parses the old model. If it is None, raises a `ConfigurationError` that names `argument`."""
-    found = parse_reference(old)
-    if found is None:
+    reference = parse_reference(old)
+    if reference is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
         raise ConfigurationError(f"`{argument}=None`: nothing to compare with.", hint)
-    return found
+    return reference
 
 
 def _identity(old: Reference, new: nn.Module) -> Identity:
-    if isinstance(old, OldModel):
-        name = (
-            type(old.model).__name__
-            if isinstance(old.model, (nn.Module, Mapping))
-            else str(old.model)
-        )
-        return Identity(name, hash_tensors(old.weights(new)))
     if isinstance(old, Predictions):
         return Identity("predictions", old.weights or "")
-    return Identity(type(old).__name__)
+    if not isinstance(old, OldModel):
+        return Identity(type(old).__name__)
+    name = str(old.model)
+    if isinstance(old.model, (nn.Module, Mapping)):
+        name = type(old.model).__name__
+    return Identity(name, hash_tensors(old.weights(new)))
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Identity of a model: its class or file as `name`, and the SHA-256 of its weights
-    (`hash_tensors`).
-    """
+    """Identity of a model: its class or file as `name`, and the hash of its weights."""
 
     name: str
-    sha256: str = ""  # empty if unknown
+    sha256: str = ""  # of `hash_tensors`; empty if unknown
 
 
 @dataclass(frozen=True)
@@ -186,12 +181,11 @@ class ReleaseRow(Derives):
     @property
     def numbers(self) -> dict[str, float]:
         """Accuracies of the old and the new model and the rates in `UPDATE_RATES`, by name."""
-        rates = {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
-        accuracies = {
+        numbers = {
             "accuracy_before": self.counts.accuracy_before,
             "accuracy_after": self.counts.accuracy_after,
         }
-        return {**accuracies, **rates}
+        return numbers | {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
 
     @property
     def derived(self) -> Mapping[str, object]:
@@ -200,9 +194,7 @@ class ReleaseRow(Derives):
 
 @dataclass(frozen=True, repr=False)
 class ReleaseReport(Report):
-    """Decision whether a new model may replace the old one, with reasons. `rich.print(report)`
-    shows
-    it as a page.
+    """Decision whether a new model may replace the old one; `rich.print(report)` shows it.
 
     Attributes:
         status: `accepted` if every rule is satisfied, else `refused`.
@@ -211,8 +203,8 @@ class ReleaseReport(Report):
         broken_ids: data-set positions of all broken samples, by split.
         repaired_ids: data-set positions of all repaired samples, by split.
         confidence: confidence of the limits in the rows, in (0, 1).
-        new: the new model.
         old: the old model, which the new model would replace.
+        new: the new model.
         task: the task, which defines when a sample is right, in words.
         precision: precision in which both models ran.
         missing: by split, the number of samples that were not compared, since only the old model
@@ -227,8 +219,8 @@ class ReleaseReport(Report):
     broken_ids: Mapping[str, Sequence[int]]
     repaired_ids: Mapping[str, Sequence[int]]
     confidence: float
-    new: Identity
     old: Identity
+    new: Identity
     task: str
     precision: str
     missing: Mapping[str, int] = field(default_factory=dict)
@@ -259,100 +251,109 @@ class ReleaseReport(Report):
         return {"exit_status": self.exit_status}
 
     def page(self, full: bool = False) -> Page:
-        rules = tuple(
-            (one.rule, f"{'' if one.passed else 'NOT '}satisfied: {one.reason}")
-            for one in self.findings
-        )
+        tone: Tone = "good" if self.accepted else "warn"
+        rules = []
+        for finding in self.findings:
+            verdict = "satisfied" if finding.passed else "NOT satisfied"
+            rules.append((finding.rule, f"{verdict}: {finding.reason}"))
         blocks: list[Block] = [
-            Heading(self.status.capitalize(), 1, "good" if self.accepted else "warn"),
+            Heading(self.status.capitalize(), 1, tone),
             Text(_verdict(self)),
             Heading("Rules"),
-            FactList(rules),
+            FactList(tuple(rules)),
             Heading("From the old model to the new one"),
             _counts_table(self.rows, self.confidence),
             _rates_table(self.rows),
         ]
-        objected = tuple(
-            (f"{one.rule}: {split}", list_ids(ids, "the JSON"))
-            for one in self.findings
-            for split, ids in one.ids.items()
-        )
-        if objected:
-            blocks += [
-                Heading("Samples that the rules object to, by position in their data set"),
-                FactList(objected),
-            ]
-        return Page(
-            (
-                *blocks,
-                Heading("Decided on"),
-                FactList(_facts(self, str if full else relative_to_cwd)),
-            )
-        )
+        violations = [
+            (f"{finding.rule}: {split}", list_ids(ids, "the JSON"))
+            for finding in self.findings
+            for split, ids in finding.ids.items()
+        ]
+        if violations:
+            title = "Samples that the rules object to, by position in their data set"
+            blocks += [Heading(title), FactList(tuple(violations))]
+        facts = _facts(self, str if full else relative_to_cwd)
+        return Page((*blocks, Heading("Decided on"), FactList(tuple(facts))))
 
 
 def _verdict(report: ReleaseReport) -> str:
-    failed = sum(not finding.passed for finding in report.findings)
-    n = len(report.findings)
-    left_out = (
-        f" {sum(report.missing.values()):,} samples were NOT compared." if report.missing else ""
-    )
-    if failed:
-        rules = f"{failed} of {n} rules {'is' if failed == 1 else 'are'} not satisfied"
-        return f"The new model may not replace the old one: {rules}.{left_out}"
-    which = f"all {n} rules are" if n > 1 else "the rule is"
-    return f"The new model may replace the old one: {which} satisfied.{left_out}"
+    n, n_failed = len(report.findings), len(report.reasons)
+    if n_failed:
+        verb = "is" if n_failed == 1 else "are"
+        sentence = f"may not replace the old one: {n_failed} of {n} rules {verb} not satisfied"
+    elif n > 1:
+        sentence = f"may replace the old one: all {n} rules are satisfied"
+    else:
+        sentence = "may replace the old one: the rule is satisfied"
+    text = f"The new model {sentence}."
+    if report.missing:
+        text += f" {sum(report.missing.values()):,} samples were NOT compared."
+    return text
 
 
-def _facts(report: ReleaseReport, shown: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
+def _facts(report: ReleaseReport, show_path: Callable[[str], str]) -> list[tuple[str, str]]:
     facts = [
         ("new model", report.new.name),
         ("sha256 of its weights", report.new.sha256 or "not known"),
-    ]
-    facts += [
         ("old model", report.old.name),
         ("sha256 of its weights", report.old.sha256 or "not known"),
+        ("right means", report.task),
+        ("precision", report.precision),
     ]
-    facts += [("right means", report.task), ("precision", report.precision)]
     facts += [(f"NOT compared: {split}", f"{n:,} samples") for split, n in report.missing.items()]
     facts += [(f"seed: {name}", str(seed)) for name, seed in report.seeds.items()]
-    return (*facts, *((f"file: {kind}", shown(path)) for kind, path in report.files.items()))
+    facts += [(f"file: {kind}", show_path(path)) for kind, path in report.files.items()]
+    return facts
 
 
-def make_report(pair: ModelPair, rules: Sequence[Rule], **decided_on: Any) -> ReleaseReport:
-    """Checks every rule and builds the report. `decided_on` are the report's other fields.
+def make_report(
+    pair: ModelPair,
+    rules: Sequence[Rule],
+    *,
+    old: Identity,
+    new: Identity,
+    task: str,
+    precision: str,
+) -> ReleaseReport:
+    """Checks every rule and builds the report.
 
     The limits in the rows have the confidence of the first `MaxNegativeFlipRate` rule, or 95 %
     without such a rule.
     """
     findings = tuple(rule.check(pair) for rule in rules)
-    confidence = next(
-        (rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)), 0.95
-    )
+    confidences = [rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)]
+    confidence = confidences[0] if confidences else 0.95
+    rows = []
+    for split in pair.splits:
+        rows += _rows(pair, split, confidence)
     return ReleaseReport(
         status="accepted" if all(finding.passed for finding in findings) else "refused",
         findings=findings,
-        rows=tuple(row for split in pair.splits for row in _rows(pair, split, confidence)),
+        rows=tuple(rows),
         broken_ids=pair.after.ids(pair.flips.broken),
         repaired_ids=pair.after.ids(pair.flips.repaired),
         confidence=confidence,
-        **decided_on,
+        old=old,
+        new=new,
+        task=task,
+        precision=precision,
     )
 
 
 def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
-    whole = pair.flips.counts(pair.rows(split))
-    slices = {name: pair.flips.counts(rows) for name, rows in pair.slices_of(split).items()}
-
     def row(name: str, counts: FlipCounts, level: float) -> ReleaseRow:
         upper = Bound.at_level(counts.broken, counts.n, level).upper
-        return ReleaseRow(split, name, counts, upper, p_worse(counts.broken, counts.repaired))
+        p = p_worse(repaired=counts.repaired, broken=counts.broken)
+        return ReleaseRow(split, name, counts, upper, p)
 
-    # All limits of slices hold together (Bonferroni). An empty slice has the limit 1 and does not
-    # count.
     level = 1 - confidence
-    part = level / max(1, sum(counts.n > 0 for counts in slices.values()))
-    return [row("", whole, level), *(row(name, counts, part) for name, counts in slices.items())]
+    rows = [row("", pair.flips.counts(pair.rows(split)), level)]
+    slices = pair.slices_of(split)
+    # All limits of slices hold together (Bonferroni).
+    for name, mask in slices.items():
+        rows.append(row(name, pair.flips.counts(mask), level / len(slices)))
+    return rows
 
 
 def _label(row: ReleaseRow) -> str:
@@ -360,23 +361,41 @@ def _label(row: ReleaseRow) -> str:
 
 
 def _counts_table(rows: Sequence[ReleaseRow], confidence: float) -> Table:
-    names = ("samples", "accuracy", "accuracy", "broken", "repaired", "NFR at most", "p worse")
-    kinds = ("", "old", "new", "", "", f"{show_confidence(confidence)} sure", "sign test")
+    columns = (
+        ("samples", ""),
+        ("accuracy", "old"),
+        ("accuracy", "new"),
+        ("broken", ""),
+        ("repaired", ""),
+        ("NFR at most", f"{show_confidence(confidence)} sure"),
+        ("p worse", "sign test"),
+    )
     lines = []
     for row in rows:
-        c = row.counts
-        accuracies = percent(c.accuracy_before), percent(c.accuracy_after)
-        counts = (f"{c.n:,}", *accuracies, f"{c.broken:,}", f"{c.repaired:,}")
-        lines.append(Row(_label(row), (*counts, percent_up(row.upper), f"{row.p_worse:.2g}")))
-    return Table(tuple(zip(names, kinds, strict=True)), tuple(lines))
+        counts = row.counts
+        cells = (
+            f"{counts.n:,}",
+            percent(counts.accuracy_before),
+            percent(counts.accuracy_after),
+            f"{counts.broken:,}",
+            f"{counts.repaired:,}",
+            percent_up(row.upper),
+            f"{row.p_worse:.2g}",
+        )
+        lines.append(Row(_label(row), cells))
+    return Table(columns, tuple(lines))
 
 
 def _rates_table(rows: Sequence[ReleaseRow]) -> Table:
-    def cell(rate: Rate, row: ReleaseRow) -> str:
-        value = rate.of(row.counts)
-        if rate.short != "relative_nfr":
-            return percent(value)
-        return f"{value:.3g}" if math.isfinite(value) else "-"
-
-    lines = (Row(_label(row), tuple(cell(rate, row) for rate in UPDATE_RATES)) for row in rows)
+    lines = []
+    for row in rows:
+        cells = tuple(_rate_cell(rate, row.counts) for rate in UPDATE_RATES)
+        lines.append(Row(_label(row), cells))
     return Table(tuple((rate.title, "") for rate in UPDATE_RATES), tuple(lines))
+
+
+def _rate_cell(rate: Rate, counts: FlipCounts) -> str:
+    value = rate.of(counts)
+    if rate.short != "relative_nfr":  # the only rate that is no share
+        return percent(value)
+    return f"{value:.3g}" if math.isfinite(value) else "-"

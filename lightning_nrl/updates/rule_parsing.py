@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from lightning_nrl._utils.checks import read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.targets import target_in
 from lightning_nrl.errors import ConfigurationError, check_choice
-from lightning_nrl.updates.rules import (
-    AtMostBroken,
-    IsBetter,
-    MaxNegativeFlipRate,
-    NoSliceWorse,
-    ProtectedIntact,
-    Rule,
-)
+from lightning_nrl.gate import GATES
+from lightning_nrl.updates.counting_rules import AtMostBroken, ProtectedIntact
+from lightning_nrl.updates.rules import Rule
+from lightning_nrl.updates.statistical_rules import IsBetter, MaxNegativeFlipRate, NoSliceWorse
 
 Require = Literal["not-worse", "better", "any"]
 REQUIRED: Mapping[str, Rule | None] = {
@@ -24,14 +20,29 @@ REQUIRED: Mapping[str, Rule | None] = {
     "better": IsBetter(),
     "any": None,
 }
-"""By the value of `require`: the rule that a release gate adds to the user's rules. It applies to
-every split.
+"""By the value of `require`: the rule that a release gate adds, for every split."""
+
+RULES: Registry[Rule | None] = Registry(
+    "rule", "a `Rule`", lambda value: isinstance(value, Rule), include=(GATES,)
+)
+"""Parsers of rules: functions of a `RuleText`, which return None if it is invalid.
+
+The name of a gate is a rule, too: `AtMostBroken` with this gate.
 """
 
-RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
-"""Parsers of rules: functions of the text, its parts after the name, and the splits. Invalid text
-gives None.
-"""
+
+class RuleText(NamedTuple):
+    """The text of a rule, `name:argument:argument in split, split`, and its parts."""
+
+    text: str
+    name: str
+    arguments: list[str]
+    splits: tuple[str, ...]
+
+    def numbers(self) -> list[float]:
+        hint = f"write one of {list(RULES.forms)}."
+        place = f"`rules={self.text!r}`"
+        return [float(read_number(place, argument, hint)) for argument in self.arguments]
 
 
 def parse_rules(
@@ -39,7 +50,8 @@ def parse_rules(
 ) -> tuple[Rule, ...]:
     """Parses one or several rules, and adds `REQUIRED[require]` if it is not among them.
 
-    Raises a `ConfigurationError` if there is no rule, or if a rule cannot be read.
+    Raises:
+        ConfigurationError: there is no rule, or a rule cannot be read.
     """
     check_choice("require", require, tuple(REQUIRED))
     listed = [rules] if isinstance(rules, (str, Rule)) else rules
@@ -47,17 +59,21 @@ def parse_rules(
         raise ConfigurationError(
             f"`rules={rules!r}` contains no rule.", "give at least one, such as ['instance']."
         )
-    parsed = tuple(parse_rule(rule) for rule in listed)
-    added = REQUIRED[require]
-    return parsed if added is None or added in parsed else (*parsed, added)
+    parsed = [parse_rule(rule) for rule in listed]
+    required = REQUIRED[require]
+    if required is not None and required not in parsed:
+        parsed.append(required)
+    return tuple(parsed)
 
 
-def parse_rule(rule: Any) -> Rule:
-    """Parses the text of a rule, such as one of the examples in `RULES.forms`. Returns a `Rule`
-    unchanged.
+def parse_rule(rule: str | Rule) -> Rule:
+    """Parses the text of a rule, such as one of the examples in `RULES.forms`.
 
-    The text of every rule but `protected` may end with ` in SPLIT, SPLIT`. Invalid text raises a
-    `ConfigurationError`.
+    A `Rule` is returned unchanged. The text of every rule but `protected` may end with
+    ` in SPLIT, SPLIT`.
+
+    Raises:
+        ConfigurationError: the text is invalid.
 
     Example:
         >>> parse_rule("nfr:1%:99% in test")
@@ -65,57 +81,51 @@ def parse_rule(rule: Any) -> Rule:
     """
     if isinstance(rule, Rule):
         return rule
-    text, _, named = str(rule).partition(" in ")
-    kind, *given = (part.strip() for part in text.split(":"))
-    splits = tuple(name.strip() for name in named.split(",")) if named else ()
-    made = RULES.factory("rules", kind)(str(rule), given, splits) if kind in RULES else None
-    if made is None:
-        raise RULES.unreadable(f"`rules`: {rule!r}", kind)
-    return made
-
-
-@RULES.register("tolerance", "tolerance:1%")
-@RULES.register("accuracy")
-@RULES.register("instance")
-def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
-    return AtMostBroken(text.partition(" in ")[0], splits)
+    condition, _, split_names = str(rule).partition(" in ")
+    name, *arguments = [part.strip() for part in condition.split(":")]
+    splits = tuple(split.strip() for split in split_names.split(",")) if split_names else ()
+    if name in GATES:
+        return AtMostBroken(condition, splits)
+    parsed = None
+    if name in RULES:
+        parsed = RULES.factory("rules", name)(RuleText(str(rule), name, arguments, splits))
+    if parsed is None:
+        raise RULES.unreadable(f"`rules`: {rule!r}", name)
+    return parsed
 
 
 @RULES.register("better")
-def _is_better(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
-    return None if given else IsBetter(splits)
+def _is_better(text: RuleText) -> Rule | None:
+    return None if text.arguments else IsBetter(text.splits)
 
 
 @RULES.register("slice-nfr", "slice-nfr:5%")
 @RULES.register("nfr", "nfr:1%", "nfr:1%:99%")
-def _max_nfr(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
-    numbers = [_number(part, text) for part in given]
+def _max_nfr(text: RuleText) -> Rule | None:
+    numbers = text.numbers()
     if len(numbers) not in (1, 2):
         return None
     confidence = numbers[1] if len(numbers) == 2 else 0.95
-    return MaxNegativeFlipRate(numbers[0], confidence, text.startswith("slice-"), splits)
+    return MaxNegativeFlipRate(numbers[0], confidence, text.name == "slice-nfr", text.splits)
 
 
 @RULES.register("slices", "slices", "slices:count")
-def _no_slice_worse(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
-    if "count" in given:
-        return NoSliceWorse("count", splits=splits) if len(given) == 1 else None
-    numbers = [_number(part, text) for part in given]
-    return (
-        NoSliceWorse("test", numbers[0] if numbers else 0.05, splits) if len(numbers) <= 1 else None
-    )
+def _no_slice_worse(text: RuleText) -> Rule | None:
+    if text.arguments == ["count"]:
+        return NoSliceWorse("count", splits=text.splits)
+    if len(text.arguments) > 1:
+        return None
+    numbers = text.numbers()
+    return NoSliceWorse("test", numbers[0] if numbers else 0.05, text.splits)
 
 
 @RULES.register("protected", "protected:ids.csv", "protected:label 3")
-def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
-    what = text.partition(":")[2].strip()
-    target = target_in(what)
-    return (
-        (ProtectedIntact(what) if target is None else ProtectedIntact(where=target))
-        if given
-        else None
-    )
-
-
-def _number(text: str, rule: str) -> float:
-    return float(read_number(f"`rules={rule!r}`", text, f"write one of {list(RULES.forms)}."))
+def _protected(text: RuleText) -> Rule | None:
+    if not text.arguments:
+        return None
+    # The name of a file or a predicate may contain " in ".
+    protected = text.text.partition(":")[2].strip()
+    target = target_in(protected)
+    if target is None:
+        return ProtectedIntact(protected)
+    return ProtectedIntact(where=target)

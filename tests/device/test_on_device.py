@@ -103,7 +103,7 @@ def test_an_update_is_repaired_and_released() -> None:
         assert sum(split.broken for split in report.splits) == 0
     data = TensorSource(*blobs(200, 0.5, seed=7), split="test", batch_size=64, device=GPU)
     released = release(
-        new, old, data, ["accuracy", "nfr:20%", "slices"], slices=lambda batch: batch[1]
+        old, new, data, ["accuracy", "nfr:20%", "slices"], slices=lambda batch: batch[1]
     )
     assert released.rows[0].counts.n == 200
 

@@ -782,9 +782,9 @@ def _release(folder: Path) -> Any:
     (folder / "ids.csv").write_text("split,id\nsuite,1\nsuite,5\n", encoding="utf-8")
     file = f"protected:{folder / 'ids.csv'}"
     return {
-        "default": _released(release(new, old, sources)),
+        "default": _released(release(old, new, sources)),
         "text": _released(
-            release(new, old, sources, [*RULES, "instance in suite", file], slices=digit)
+            release(old, new, sources, [*RULES, "instance in suite", file], slices=digit)
         ),
         "itself": _released(release(new, new, sources[0], "instance")),
     }

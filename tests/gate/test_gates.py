@@ -12,7 +12,9 @@ from sample_tables import sample_table
 
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
-from lightning_nrl.gate import Accuracy, Gate, Instance, Tolerance, judge
+from lightning_nrl.gate import GATES, Accuracy, Gate, Instance, Tolerance, judge
+from lightning_nrl.updates import AtMostBroken
+from lightning_nrl.updates.rule_parsing import parse_rule
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,32 @@ def test_a_gate_of_ones_own() -> None:
     refused = judge(BEFORE, after(0, 5), gate)
     assert refused.reason.startswith("Of 5 known samples")
     assert gate.excess_of(refused.counts) == 1
+
+
+@dataclass(frozen=True)
+class OneFor(Gate):
+    repaired: int = 10
+
+    def allowed(self, counts: FlipCounts) -> int:
+        return counts.repaired // self.repaired
+
+    @property
+    def rule(self) -> str:
+        return f"one for {self.repaired} repaired"
+
+    def __str__(self) -> str:
+        return f"one-for:{self.repaired}"
+
+
+def test_a_registered_gate_of_ones_own_is_read_with_its_argument(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(GATES, "on_demand", {"one-for": f"{__name__}:OneFor"})
+    assert Gate.parse("one-for:3") == OneFor(3)
+    assert Gate.parse("one-for") == OneFor()
+    assert parse_rule("one-for:3 in test") == AtMostBroken(OneFor(3), ("test",))
+    with pytest.raises(ConfigurationError, match="'few' is no number"):
+        Gate.parse("one-for:few")
 
 
 def test_a_gate_of_ones_own_on_the_target_is_judged_alike_with_samples_and_with_counts() -> None:

@@ -38,7 +38,7 @@ def label(batch: Any) -> Any:
 def test_it_counts_what_plain_passes_count() -> None:
     old, new, source = trained(seed=1), trained(seed=2), data()
     was, now = right(old, source), right(new, source)
-    report = release(new, old, source, "instance", slices=label)
+    report = release(old, new, source, "instance", slices=label)
     whole, *slices = report.rows
     assert whole.counts.broken == int((was & ~now).sum()) > 0
     assert whole.counts.repaired == int((~was & now).sum()) > 0
@@ -72,7 +72,7 @@ def test_models_and_random_state_are_left_as_found() -> None:
         {name: value.clone() for name, value in model.state_dict().items()} for model in (old, new)
     ]
     random = torch.get_rng_state()
-    release(new, old, data(), RULES, slices=label)
+    release(old, new, data(), RULES, slices=label)
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in new.modules()] == [True, False, True, True]
     assert all(module.training for module in old.modules())
@@ -83,14 +83,14 @@ def test_models_and_random_state_are_left_as_found() -> None:
 def test_every_form_of_the_old_model_gives_the_same_report(tmp_path: Path) -> None:
     old, new = trained(seed=1), trained(seed=2)
     torch.save(old.state_dict(), tmp_path / "old.pt")
-    first = release(new, old, data(), RULES, slices=label)
+    first = release(old, new, data(), RULES, slices=label)
     assert first.old.sha256 == hash_tensors(old.state_dict())
     for form in (
         tmp_path / "old.pt",
         OldModel(old, cache=tmp_path / "old.csv"),
         tmp_path / "old.csv",
     ):
-        report = release(new, form, data(), RULES, slices=label)
+        report = release(form, new, data(), RULES, slices=label)
         assert replace(report, old=first.old) == first
         assert report.old.sha256 == first.old.sha256
 
@@ -102,14 +102,14 @@ def test_protected_samples_are_chosen_while_the_data_are_read() -> None:
         (ProtectedIntact(where=lambda batch: batch[0][:, 0] > 0), source.inputs[:, 0] > 0),
         (ProtectedIntact(where=Target.label(1)), source.targets == 1),
     ):
-        finding = release(new, old, [source], [rule, "accuracy"], slices=label).findings[0]
+        finding = release(old, new, [source], [rule, "accuracy"], slices=label).findings[0]
         assert finding.ids.get("test", []) == (broken & mine).nonzero().flatten().tolist()
 
 
 def test_the_page_and_the_json_say_all() -> None:
     report = release(
-        trained(seed=1),
         trained(seed=2),
+        trained(seed=1),
         data(),
         [*RULES, "instance"],
         slices=label,
@@ -158,7 +158,7 @@ def test_ranks_come_to_the_same_report() -> None:
         object.__setattr__(source, "size", collective.world_size)
         new = Evaluator(trained(seed=1), collective=collective)
         rules = [*RULES, ProtectedIntact(where=Target.label(2))]
-        return release(new, trained(seed=2), source, rules, slices=label)
+        return release(trained(seed=2), new, source, rules, slices=label)
 
     torch.manual_seed(0)
     alone = work(Collective())
@@ -187,7 +187,7 @@ def test_ranks_come_to_the_same_report() -> None:
 )
 def test_what_cannot_be_judged_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        release(**{"new": mlp(), "old": mlp(), "data": data(), **arguments})
+        release(**{"old": mlp(), "new": mlp(), "data": data(), **arguments})
 
 
 def decide(arguments: list[str]) -> int:
@@ -205,7 +205,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReleaseReport
         Predictions({"test": rows}, hash_tensors(model.state_dict())).save(folder / f"{name}.csv")
     lines = [f"test,{i},{int(y)}" for i, y in enumerate(source.targets)]
     (folder / "slices.csv").write_text("\n".join(["split,id,slice", *lines]))
-    return folder, release(new, old, source, [*RULES, "instance"], slices=label)
+    return folder, release(old, new, source, [*RULES, "instance"], slices=label)
 
 
 def test_files_are_judged_as_the_models_are(
@@ -240,7 +240,7 @@ def test_protected_classes_are_told_by_right_predictions(
     rule = "protected:label 1 or label 2"
     decide([old, new, "--rule", rule, "--out", str(tmp_path)])
     found = ReleaseReport.from_json((tmp_path / "report.json").read_text()).findings[0]
-    expected = release(trained(seed=2), trained(seed=1), data(), rule).findings[0]
+    expected = release(trained(seed=1), trained(seed=2), data(), rule).findings[0]
     assert found.ids == expected.ids != {}
     assert found.reason.partition(";")[0] == expected.reason.partition(";")[0]
     bare = write(tmp_path / "bare.csv", dict.fromkeys(range(4), ",1"))
@@ -296,7 +296,7 @@ def test_names_that_differ_in_signs_alone_are_slices_of_their_own() -> None:
     broke = right(old, source) & ~right(new, source)
     source = replace(source, extras=(broke,))
     report = release(
-        new, old, source, "slices:count", slices=lambda x: ["C++" if b else "C" for b in x[2]]
+        old, new, source, "slices:count", slices=lambda x: ["C++" if b else "C" for b in x[2]]
     )
     assert [(row.slice, row.counts.broken) for row in report.rows[1:]] == [
         ("C", 0),
@@ -451,7 +451,7 @@ def test_the_documented_rule_of_ones_own_can_be_given() -> None:
     blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(), re.DOTALL)
     found: dict[str, Any] = {}
     exec(blocks[-1], found)
-    report = release(trained(seed=1), trained(seed=2), data(), found["NoConfidentRegression"](0.0))
+    report = release(trained(seed=2), trained(seed=1), data(), found["NoConfidentRegression"](0.0))
     assert report.findings[0].ids == report.broken_ids
 
 

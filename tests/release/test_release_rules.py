@@ -93,9 +93,9 @@ def test_the_sign_test_is_that_of_scipy(broken: int, repaired: int) -> None:
     stats = pytest.importorskip("scipy.stats")
     if broken + repaired:
         expected = stats.binomtest(broken, broken + repaired, 0.5, alternative="greater").pvalue
-        assert p_worse(broken, repaired) == pytest.approx(expected, abs=1e-9)
+        assert p_worse(repaired=repaired, broken=broken) == pytest.approx(expected, abs=1e-9)
     else:
-        assert p_worse(0, 0) == 1.0
+        assert p_worse(repaired=0, broken=0) == 1.0
 
 
 def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
@@ -301,7 +301,7 @@ class FewRepaired(Rule):
 
 
 def test_one_rule_that_is_not_satisfied_refuses() -> None:
-    who = {"new": Identity("new"), "old": Identity("old"), "task": "", "precision": "", "seeds": {}}
+    who = {"old": Identity("old"), "new": Identity("new"), "task": "", "precision": ""}
     data = seen("xxyyy", test="krfkk")
     accepted = make_report(data, [FewRepaired(), AtMostBroken()], **who)
     assert (accepted.accepted, accepted.exit_status, accepted.reasons) == (True, 0, ())

@@ -1,0 +1,194 @@
+"""Release rules with a test or a confidence: better, limited flip rate, no slice worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from lightning_nrl._utils.formatting import percent
+from lightning_nrl.errors import check_choice
+from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.records.stats import (
+    Bound,
+    check_confidence,
+    evidence_of,
+    p_worse,
+    percent_up,
+    show_confidence,
+)
+from lightning_nrl.updates.rules import Part, SplitRule, accuracies, exact_percent
+
+LISTED_SLICES = 5
+
+
+@dataclass(frozen=True)
+class IsBetter(SplitRule):
+    """Requires that in each split significantly more samples are repaired than broken.
+
+    The test is the sign test at 5 %.
+    """
+
+    splits: tuple[str, ...] = ()
+    text = "better"
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return evidence_of(counts.repaired, counts.broken) != "better"
+
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
+        sentences = []
+        for part in parts:
+            counts = part.counts
+            flips = f"{counts.repaired:,} repaired, {counts.broken:,} broken"
+            evidence = evidence_of(counts.repaired, counts.broken)
+            sentences.append(f"{part.name}: {flips}, {evidence} ({accuracies(counts)})")
+        return sentences
+
+
+@dataclass(frozen=True)
+class MaxNegativeFlipRate(SplitRule):
+    """Requires in each split a negative flip rate (broken / all samples) of at most `limit`.
+
+    The upper confidence bound of Clopper and Pearson (`records.stats`) must not exceed `limit`. The
+    bound is valid for future data only if neither training nor the choice of a model used the
+    split. With several splits or slices, the confidence holds: a model above `limit` in one must
+    pass there too, with a probability of 1 - confidence at most.
+
+    Attributes:
+        limit: largest allowed rate, in (0, 1).
+        confidence: confidence of the rule, in (0, 1).
+        each_slice: True if the limit applies to every slice too, not only to the whole split.
+        splits: names of the splits; empty: all splits.
+
+    Example:
+        >>> print(MaxNegativeFlipRate(0.01, 0.99))
+        nfr:1%:99%
+    """
+
+    limit: float
+    confidence: float = 0.95
+    each_slice: bool = False
+    splits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_confidence(self.limit, "limit")
+        check_confidence(self.confidence)
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return self._bound(counts).upper > self.limit
+
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
+        sentences = []
+        for _, group in groupby(parts, lambda part: part.split):
+            bounds = {part.name: self._bound(part.counts) for part in group}
+            above = [name for name, bound in bounds.items() if bound.upper > self.limit]
+            highest = max(bounds, key=lambda name: bounds[name].upper)
+            sentences += [self._sentence(name, bounds[name]) for name in above or [highest]]
+            if not above and len(bounds) > 1:
+                sentences[-1] += ", the highest"
+        return sentences
+
+    def _bound(self, counts: FlipCounts) -> Bound:
+        return Bound.of(counts.broken, counts.n, self.confidence)
+
+    def _sentence(self, name: str, bound: Bound) -> str:
+        sentence = (
+            f"{name}: negative flip rate {percent(bound.rate)} ({bound.broken:,} of {bound.n:,}), "
+            f"with {show_confidence(self.confidence)} confidence at most {percent_up(bound.upper)}"
+        )
+        if bound.upper <= self.limit:
+            return sentence
+        sentence += f", above the limit of {exact_percent(self.limit)}"
+        needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.limit))
+        if bound.n < needed:
+            sentence += f"; a pass needs {needed:,} samples, even if none breaks"
+        return sentence
+
+    @property
+    def text(self) -> str:
+        text = f"nfr:{exact_percent(self.limit)}"
+        if self.each_slice:
+            text = f"slice-{text}"
+        if self.confidence != 0.95:
+            text += f":{exact_percent(self.confidence)}"
+        return text
+
+
+@dataclass(frozen=True)
+class NoSliceWorse(SplitRule):
+    """Requires that no slice gets worse.
+
+    Attributes:
+        by: `count`, for a test suite: a slice is worse if fewer of its samples are right than with
+            the old model. `test`, for future data: a slice is worse if the p-value of its one-sided
+            exact sign test is below `level` divided by the number of slices. The result names
+            slices that are too small for this test; `MaxNegativeFlipRate(each_slice=True)` limits
+            what breaks in such slices.
+        level: for `test`, largest probability that the rule refuses a model although no slice is
+            worse, in (0, 1).
+        splits: names of the splits; empty: all splits.
+
+    Example:
+        >>> print(NoSliceWorse("count"))
+        slices:count
+    """
+
+    by: Literal["test", "count"] = "test"
+    level: float = 0.05
+    splits: tuple[str, ...] = ()
+
+    whole_splits = False
+    each_slice = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("by", self.by, ("test", "count"))
+        check_confidence(self.level, "level")
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        if self.by == "count":
+            return counts.broken > counts.repaired
+        return _p_of(counts) < self.level / n_parts
+
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
+        n = len(parts)
+        worse = [part for part in parts if self.is_worse(part.counts, n)]
+        sentences = [self._sentence(part.name, part.counts, n) for part in worse]
+        if not worse:
+            sentences.append(f"none of {n:,} slices is worse by {self.by}")
+        if self.by == "test":
+            sentences += self._too_small(parts)
+        return sentences
+
+    def _too_small(self, parts: Sequence[Part]) -> list[str]:
+        level = self.level / len(parts)
+        # Not even if all its right samples broke would the test find such a slice worse.
+        names = [
+            part.name for part in parts if p_worse(repaired=0, broken=part.counts.passed) >= level
+        ]
+        if not names:
+            return []
+        listed = "; ".join(names[:LISTED_SLICES])
+        if len(names) > LISTED_SLICES:
+            listed += f" and {len(names) - LISTED_SLICES:,} more"
+        slices = f"{len(names):,} slices with too few samples ({listed})"
+        return [f"the test can say nothing about {slices}"]
+
+    def _sentence(self, name: str, counts: FlipCounts, n_parts: int) -> str:
+        shown = accuracies(counts)
+        if self.by == "test":
+            shown += f"; p = {_p_of(counts):.2g}, below {self.level / n_parts:.2g}"
+        return f"{name} is worse: {counts.broken:,} broke, {counts.repaired:,} repaired ({shown})"
+
+    @property
+    def text(self) -> str:
+        if self.by == "count":
+            return "slices:count"
+        return "slices" if self.level == 0.05 else f"slices:{exact_percent(self.level)}"
+
+
+def _p_of(counts: FlipCounts) -> float:
+    return p_worse(repaired=counts.repaired, broken=counts.broken)
