@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,11 +16,19 @@ from torch.utils import _pytree as pytree
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, check_whole
 
-Unpacked = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""`(args, kwargs, target)`: positional and keyword arguments of the model's forward, and the
-target.
-"""
-Adapter = Callable[[Any], Unpacked]
+RawBatch = Any
+"""Batch as the data loader returns it."""
+BatchTarget = Any
+"""Targets of a batch: for most tasks a tensor, for several heads a mapping or tuple of tensors."""
+ModelOutput = Any
+"""Output of a model's forward: a tensor, or an object with tensors inside."""
+Args = tuple[Any, ...]
+"""Positional arguments of the model's forward."""
+Kwargs = Mapping[str, Any]
+"""Keyword arguments of the model's forward."""
+Unpacked = tuple[Args, Kwargs, BatchTarget]
+"""`(args, kwargs, target)`: positional and keyword arguments of the model's forward, and target."""
+Adapter = Callable[[RawBatch], Unpacked]
 """Converts a raw batch into `(args, kwargs, target)`."""
 
 
@@ -35,11 +44,11 @@ class Batch:
         raw: the batch as returned by the data loader, for predicates.
     """
 
-    args: tuple[Any, ...]
-    target: Any
+    args: Args
+    target: BatchTarget
     position: Tensor
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    raw: Any = None
+    kwargs: Kwargs = field(default_factory=dict)
+    raw: RawBatch = None
 
     def __len__(self) -> int:
         return len(self.position)
@@ -47,7 +56,7 @@ class Batch:
 
 @runtime_checkable
 class Source(Protocol):
-    """Data of one split of `n` samples. It can be iterated repeatedly, in the same order each time.
+    """Data of one split of `n` samples. It can be iterated repeatedly, each time in the same order.
 
     Attributes:
         split: name in reports, such as `train` or `repair`.
@@ -78,9 +87,7 @@ class Source(Protocol):
         """Yields this rank's samples in batches, in the order of `positions`."""
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yields one batch for each tensor of positions in the split, which must be among this
-        rank's `positions`.
-        """
+        """Yields a batch for each tensor of positions, all among this rank's `positions`."""
 
 
 class RecordingSource:
@@ -90,47 +97,55 @@ class RecordingSource:
     without rows.
     """
 
-    def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
-        self.source, self.note, self.empty = source, note, empty
-        self.split, self.passed, self.failed = source.split, source.passed, source.failed
-        self.index, self.positions = source.index, source.positions
-        self.noted: list[
-            tuple[Tensor, Tensor]
-        ] = []  # of each batch in the last pass: positions and values
+    def __init__(
+        self,
+        source: Source,
+        note: Callable[[Batch], Tensor],
+        empty: Tensor,
+    ) -> None:
+        self.source = source
+        self.note = note
+        self.empty = empty
+        self.split = source.split
+        self.passed = source.passed
+        self.failed = source.failed
+        self.index = source.index
+        self.positions = source.positions
+        self.read: list[Tensor] = []  # positions in each batch of the last pass
+        self.noted: list[Tensor] = []  # values of each batch of the last pass
 
     def __iter__(self) -> Iterator[Batch]:
+        self.read = []
         self.noted = []
         for batch in self.source:
-            self.noted.append((batch.position, self.note(batch)))
+            self.read.append(batch.position)
+            self.noted.append(self.note(batch))
             yield batch
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         return self.source.draw(batches)
 
     def gathered(self, collective: Collective) -> Tensor:
-        """Returns the values of the last pass from all ranks, sorted by position in the split, on
-        the CPU.
-        """
-        positions, noted = (
-            zip(*self.noted, strict=True) if self.noted else ((self.index[:0],), (self.empty,))
-        )
-        values, order = (
-            torch.cat(collective.gather(torch.cat(x).cpu())) for x in (noted, positions)
-        )
-        return values[order.argsort()]
+        """Returns the values of the last pass from all ranks, in order of position, on the CPU."""
+        noted = torch.cat(self.noted or [self.empty]).cpu()
+        values = torch.cat(collective.gather(noted))
+        read = torch.cat(self.read or [self.index[:0]]).cpu()
+        order = torch.cat(collective.gather(read)).argsort()
+        return values[order]
 
 
 class ModelCall(ABC):
-    """Callable that runs a model on a raw batch. A `Batch` holds it as `args = (call, raw)`;
-    `run_model` calls it.
+    """Callable that runs a model on a raw batch.
+
+    A `Batch` holds it as `args = (call, raw)`; `run_model` calls it.
     """
 
     @abstractmethod
-    def __call__(self, model: nn.Module, raw: Any) -> Any:
+    def __call__(self, model: nn.Module, raw: RawBatch) -> ModelOutput:
         """Runs the model with gradients on a raw batch, or on a part of a raw batch."""
 
 
-def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_model(model: nn.Module, args: Args, kwargs: Kwargs) -> ModelOutput:
     """Runs a model on the inputs of a batch."""
     if args and isinstance(args[0], ModelCall):
         return args[0](model, *args[1:])
@@ -138,10 +153,11 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def unpacked(
-    batches: Source | Iterable[Any], adapter: Adapter, device: torch.device
+    batches: Iterable[RawBatch], adapter: Adapter, device: torch.device
 ) -> Iterator[Unpacked]:
-    """Yields `(args, kwargs, target)` for each batch. Raw batches are moved to the device and split
-    by the adapter.
+    """Yields `(args, kwargs, target)` for each `Batch` or raw batch.
+
+    Raw batches are moved to the device and split by the adapter.
     """
     for batch in batches:
         if isinstance(batch, Batch):
@@ -150,55 +166,61 @@ def unpacked(
             yield adapter(_move(batch, device))
 
 
-def _move(x: Any, device: torch.device) -> Any:
-    def can_move(part: Any) -> bool:
-        return callable(getattr(part, "to", None))
+@runtime_checkable
+class _Movable(Protocol):
+    def to(self, device: torch.device, /) -> object: ...
 
-    tree = dict(x) if isinstance(x, Mapping) and not can_move(x) else x
-    moved = pytree.tree_map(
-        lambda part: part.to(device) if can_move(part) else part, tree, is_leaf=can_move
+
+def _move(raw: RawBatch, device: torch.device) -> RawBatch:
+    if isinstance(raw, Mapping) and not isinstance(raw, _Movable):
+        raw = dict(raw)  # pytree does not look into other mappings
+    moved = pytree.tree_map_only(
+        _Movable,
+        lambda part: part.to(device),
+        raw,
+        is_leaf=lambda part: isinstance(part, _Movable),
     )
     return with_plain_tensors(moved)
 
 
-def with_plain_tensors(tree: Any) -> Any:
-    """Replaces tensor subclasses that only add metadata, such as MONAI's `MetaTensor`, by plain
-    tensors.
-    """
-
-    def plain(x: Tensor) -> Tensor:
-        values_inside = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        return x if type(x) is Tensor or values_inside else x.as_subclass(Tensor)
-
-    return pytree.tree_map_only(Tensor, plain, tree)
+def with_plain_tensors(tree: RawBatch) -> RawBatch:
+    """Replaces tensor subclasses that only add metadata, such as MONAI's `MetaTensor`."""
+    return pytree.tree_map_only(Tensor, _plain, tree)
 
 
-def is_sliceable(inputs: Any, n: int) -> bool:
-    """True if indexing can select samples from the inputs, because the first dimension of each
-    tensor
-    is `n`.
+def _plain(x: Tensor) -> Tensor:
+    # A subclass with a dispatch of its own, such as a nested tensor, is more than its metadata.
+    has_own_dispatch = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if type(x) is Tensor or has_own_dispatch:
+        return x
+    return x.as_subclass(Tensor)
+
+
+def is_sliceable(inputs: object, n: int) -> bool:
+    """True if indexing selects samples: the first dimension of each tensor in the inputs is `n`.
 
     Samples of graphs, packed sequences and lists of numbers or texts cannot be selected;
     `Source.draw` reads them anew.
     """
 
-    def is_whole(x: Any) -> bool:
-        if isinstance(x, (list, tuple)) and len(x) == n:
-            return not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(x))
-        return isinstance(x, PackedSequence)
+    def is_leaf(part: object) -> bool:
+        if isinstance(part, (list, tuple)) and len(part) == n:
+            return not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(part))
+        return isinstance(part, PackedSequence)
 
-    leaves = pytree.tree_leaves(inputs, is_leaf=is_whole)
-    tensors = [x for x in leaves if isinstance(x, Tensor) and x.ndim]
-    known = all(
-        isinstance(x, (bool, int, float, str, Tensor, ModelCall, type(None))) for x in leaves
-    )
-    return known and bool(tensors) and all(not x.is_nested and len(x) == n for x in tensors)
+    has_samples = False
+    for leaf in pytree.tree_leaves(inputs, is_leaf=is_leaf):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            if leaf.is_nested or len(leaf) != n:
+                return False
+            has_samples = True
+        elif not isinstance(leaf, (int, float, str, Tensor, ModelCall, NoneType)):
+            return False
+    return has_samples
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested sequences and mappings. Mappings are read in the order of their
-    sorted keys.
-    """
+def tensors_in(tree: object) -> Iterator[Tensor]:
+    """Yields the tensors in nested sequences and mappings, which are read by sorted keys."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -246,15 +268,17 @@ class TensorSource:
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.inputs, (Mapping, tuple)):
-            items = (
-                self.inputs.items() if isinstance(self.inputs, Mapping) else enumerate(self.inputs)
-            )
-            named = {f"inputs[{name!r}]": x for name, x in items}
+        self._check("targets", self.targets)
+        if isinstance(self.inputs, Mapping):
+            for name, x in self.inputs.items():
+                self._check(f"inputs[{name!r}]", x)
+        elif isinstance(self.inputs, tuple):
+            for i, x in enumerate(self.inputs):
+                self._check(f"inputs[{i}]", x)
         else:
-            named = {"inputs": self.inputs}
-        named |= {f"extras[{i}]": x for i, x in enumerate(self.extras)}
-        _check_samples({"targets": self.targets, **named})
+            self._check("inputs", self.inputs)
+        for i, extra in enumerate(self.extras):
+            self._check(f"extras[{i}]", extra)
         check_whole("batch_size", self.batch_size, 1)
 
     def __len__(self) -> int:
@@ -272,43 +296,42 @@ class TensorSource:
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self), self.batch_size):
-            # A slice does not copy the tensors.
-            part = slice(start, min(start + self.batch_size, len(self)))
-            yield self._batch(self.index[part], part)
+            end = min(start + self.batch_size, len(self))
+            rows = slice(start, end)  # does not copy the tensors
+            yield self._batch(self.index[rows], rows)
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         for position in batches:
             yield self._batch(position, position.to(self.targets.device))
 
-    def _batch(self, position: Tensor, where: slice | Tensor) -> Batch:
+    def _batch(self, position: Tensor, rows: slice | Tensor) -> Batch:
         def take(x: Tensor) -> Tensor:
-            return x[where].to(self.device)
+            return x[rows].to(self.device)
 
-        inputs: Any = _map(take, self.inputs)
-        target, extras = take(self.targets), [take(extra) for extra in self.extras]
-        kwargs = inputs if isinstance(inputs, dict) else {}
-        args = (
-            () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
-        )
+        target = take(self.targets)
+        extras = [take(extra) for extra in self.extras]
+        args: Args = ()
+        kwargs: Kwargs = {}
+        inputs: Inputs
+        if isinstance(self.inputs, Mapping):
+            inputs = kwargs = {name: take(x) for name, x in self.inputs.items()}
+        elif isinstance(self.inputs, tuple):
+            inputs = args = tuple(take(x) for x in self.inputs)
+        else:
+            inputs = take(self.inputs)
+            args = (inputs,)
         return Batch(args, target, position, kwargs, raw=(inputs, target, *extras))
 
-
-def _map(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    if isinstance(inputs, Mapping):
-        return {name: function(x) for name, x in inputs.items()}
-    return tuple(map(function, inputs)) if isinstance(inputs, tuple) else function(inputs)
-
-
-def _check_samples(named: Mapping[str, Any]) -> None:
-    for name, x in named.items():
+    def _check(self, argument: str, x: object) -> None:
         if not isinstance(x, Tensor) or x.ndim == 0:
-            found = "tensor without dimensions" if isinstance(x, Tensor) else type(x).__name__
+            kind = "tensor without dimensions" if isinstance(x, Tensor) else type(x).__name__
             raise ConfigurationError(
-                f"`{name}` is a {found}, not a tensor of samples.",
-                "give tensors whose first dimension counts samples; `torch.as_tensor` converts arrays and lists.",
+                f"`{argument}` is a {kind}, not a tensor of samples.",
+                "give tensors whose first dimension counts samples; `torch.as_tensor` converts "
+                "arrays and lists.",
             )
-        if len(x) != len(named["targets"]):
+        if len(x) != len(self):
             raise ConfigurationError(
-                f"`{name}` has {len(x)} samples, `targets` has {len(named['targets'])}.",
+                f"`{argument}` has {len(x)} samples, `targets` has {len(self)}.",
                 "the first dimension of each must count the same samples.",
             )

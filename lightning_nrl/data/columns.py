@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 from torch import Tensor
 
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.registry import import_function
-from lightning_nrl.data.batch import Batch
-from lightning_nrl.data.targets import Target, target_in
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.data.batch import Batch, RawBatch
+from lightning_nrl.data.targets import Classes, Target, target_in
+from lightning_nrl.errors import ConfigurationError, first_line
 
-Column = Callable[[Any], Any] | Target
-"""A function from a raw batch to one value per sample, or a target, which gives one bool per
-sample.
-"""
+Column = Callable[[RawBatch], object] | Target
+"""Function from a raw batch to one value per sample, or a target, which gives a bool per sample."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +33,22 @@ class Field:
         """Name of the column in reports, such as `column 2`."""
         return self.name if isinstance(self.name, str) else f"column {self.name}"
 
-    def __call__(self, raw: Any) -> Any:
+    def __call__(self, raw: RawBatch) -> object:
+        columns = "no columns"
         if isinstance(raw, Mapping):
-            known = f"the keys {sorted(map(str, raw))}"
             if self.name in raw:
                 return raw[self.name]
+            columns = f"the keys {sorted(map(str, raw))}"
         elif isinstance(raw, (list, tuple)):
-            known = f"{len(raw)} columns, which are counted from 0"
             if isinstance(self.name, int) and -len(raw) <= self.name < len(raw):
                 return raw[self.name]
-        else:
-            known = "no columns"
+            columns = f"{len(raw)} columns, which are counted from 0"
         raise LookupError(
-            f"a batch has no column {self.name!r}; it is a {type(raw).__name__} with {known}"
+            f"a batch has no column {self.name!r}; it is a {type(raw).__name__} with {columns}"
         )
 
 
-def find_column(argument: str, value: Any) -> Column:
+def find_column(argument: str, value: object) -> Column:
     """Parses a column. `argument` is the name of the argument in errors.
 
     Accepts a key (`"camera"`) or position (`2`) in the batch, a function of the batch or its
@@ -67,31 +63,31 @@ def find_column(argument: str, value: Any) -> Column:
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return Field(value)
     if callable(value) and not isinstance(value, type):
-        return cast("Column", value)
+        return value
     raise ConfigurationError(
         f"`{argument}`: a value of type {type(value).__name__} is not a column of a batch.",
         "give a key or a position in the batch, a function of the batch, its address, or a Target.",
     )
 
 
-def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
-    """Returns a column's values for a batch, unchecked. Columns that are targets need the true
-    classes, `label`.
+def column_values(argument: str, column: Column, batch: Batch, label: Classes) -> object:
+    """Returns a column's values for a batch, unchecked.
+
+    Columns that are targets need the true classes, `label`.
     """
     try:
-        return (
-            column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
-        )
+        if isinstance(column, Target):
+            return column.select(batch, label, None)
+        return column(batch.raw)
     except Exception as error:
         raise ConfigurationError(
-            f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            "a function gets the batch as the data loader returns it; a target cannot use predictions (no confusions).",
+            f"`{argument}` raised {type(error).__name__}: {first_line(error)}",
+            "a function gets the batch as the data loader returns it; a target cannot use "
+            "predictions (no confusions).",
         ) from error
 
 
-def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
-    """Evaluates a column on a batch of `n` samples. Returns `n` float64 on the CPU. Bools become 1
-    and 0.
-    """
-    found = column_values(argument, column, batch, label)
-    return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()
+def numbers(argument: str, column: Column, batch: Batch, label: Classes) -> Tensor:
+    """Evaluates a column on `n` samples as `n` float64 on the CPU. Bools become 1 and 0."""
+    values = column_values(argument, column, batch, label)
+    return check_per_sample(f"`{argument}`", values, len(batch)).cpu().double()

@@ -12,19 +12,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from textwrap import shorten
-from typing import Any, ClassVar
+from types import FunctionType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.checks import check_class, check_per_sample
 from lightning_nrl._utils.registry import import_function
-from lightning_nrl.data.batch import Batch
+from lightning_nrl.data.batch import Batch, RawBatch
 from lightning_nrl.errors import ConfigurationError, TargetError, check_kind, explain
 
-Predicate = Callable[[Any], Any]
-"""Maps a batch as returned by the data loader to one bool per sample: a tensor, an array or a list.
-"""
+Predicate = Callable[[RawBatch], object]
+"""Maps a raw batch to one bool per sample: a tensor, an array or a list."""
+Classes = Tensor | None
+"""True or predicted classes of `n` samples, `n` int64; None if the task has no classes."""
 
 TARGET_WORD = re.compile(r"->|[()]|(?:(?!->)[^\s()])+")
 TARGET_HINT = (
@@ -44,9 +46,8 @@ class Target(ABC):
     """
 
     @abstractmethod
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """Marks the samples of a batch that meet the condition. Of these, the caller repairs only
-        failures.
+    def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        """Marks the samples of a batch that meet the condition; only failures are repaired.
 
         Args:
             batch: `n` samples.
@@ -57,10 +58,8 @@ class Target(ABC):
             `n` bool on the CPU.
         """
 
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        """Marks right and wrong samples of the kind to repair (in the paper, the samples of the
-        class
-        to be repaired).
+    def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        """Marks right and wrong samples of the kind to repair (in the paper, of a class).
 
         Ignores conditions on the predicted class: a confusion covers all samples of its true class.
         """
@@ -68,8 +67,9 @@ class Target(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Returns the condition as text, which `parse_target` reads if every predicate is given by
-        its address.
+        """Returns the condition as text.
+
+        `parse_target` reads the text if every predicate is given by its address.
         """
 
     @staticmethod
@@ -89,31 +89,37 @@ class Target(ABC):
 
     @staticmethod
     def where(predicate: Predicate | str, name: str | None = None) -> Target:
-        """Selects failures by a predicate on the batch, such as "partly occluded". See `Where` for
-        the arguments.
-        """
+        """Selects failures by a predicate on the batch, such as "partly occluded" (see `Where`)."""
         return Where(predicate, name)
 
     def __and__(self, other: Target) -> Target:
-        return And(self, other) if isinstance(other, Target) else NotImplemented
+        if not isinstance(other, Target):
+            return NotImplemented
+        return And(self, other)
 
     def __or__(self, other: Target) -> Target:
-        return Or(self, other) if isinstance(other, Target) else NotImplemented
+        if not isinstance(other, Target):
+            return NotImplemented
+        return Or(self, other)
 
     def __invert__(self) -> Target:
         return Not(self)
 
     def __bool__(self) -> bool:
         # Without this error, `a and b` would silently give `b`, and `a or b` would give `a`.
-        problem = "`target`: a Target is neither true nor false."
-        raise TypeError(explain(problem, "combine targets with `&`, `|` and `~`."))
+        raise TypeError(
+            explain(
+                "`target`: a Target is neither true nor false.",
+                "combine targets with `&`, `|` and `~`.",
+            )
+        )
 
 
 @dataclass(frozen=True)
 class AllFailures(Target):
     """Target without a condition: every failure is repaired."""
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+    def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
         return torch.ones(len(batch), dtype=torch.bool)
 
     def __str__(self) -> str:
@@ -130,8 +136,8 @@ class Label(Target):
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", check_class("label", self.label))
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return _required(self, label).eq(self.label).cpu()
+    def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        return (_required(self, label) == self.label).cpu()
 
     def __str__(self) -> str:
         return f"label {self.label}"
@@ -149,17 +155,18 @@ class Confusion(Target):
         object.__setattr__(self, "predicted", check_class("predicted", self.predicted))
         if self.true == self.predicted:
             raise ConfigurationError(
-                f"`target`: confusion {self} is not a failure: the true and the predicted class are the same.",
-                f"give two classes, or choose every failure of the class with `Target.label({self.true})`.",
+                f"`target`: confusion {self} is not a failure: the true and the predicted class "
+                "are the same.",
+                "give two classes, or choose every failure of the class with "
+                f"`Target.label({self.true})`.",
             )
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return (
-            _required(self, label).eq(self.true) & _required(self, prediction).eq(self.predicted)
-        ).cpu()
+    def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        is_predicted = _required(self, prediction) == self.predicted
+        return self.covers(batch, label, prediction) & is_predicted.cpu()
 
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return _required(self, label).eq(self.true).cpu()
+    def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        return (_required(self, label) == self.true).cpu()
 
     def __str__(self) -> str:
         return f"confusion {self.true} -> {self.predicted}"
@@ -181,28 +188,29 @@ class Where(Target):
     def __post_init__(self) -> None:
         import_function("predicate", self.predicate)
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        function = import_function("predicate", self.predicate)
+    def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        predicate = import_function("predicate", self.predicate)
+        argument = f"`target`: the predicate of '{self}'"
         try:
-            found = function(batch.raw)
+            selected = predicate(batch.raw)
         except Exception as error:
             raise TargetError(
-                f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
+                f"{argument} raised {type(error).__name__}: {error}",
                 "it is called with the whole batch as the data loader returns it.",
             ) from error
-        what = f"`target`: the predicate of '{self}'"
-        return check_per_sample(what, found, len(batch), "bool", TargetError).cpu()
+        return check_per_sample(argument, selected, len(batch), "bool", TargetError).cpu()
 
     def __str__(self) -> str:
-        if self.name is not None or isinstance(self.predicate, str):
-            return f"where {self.predicate if self.name is None else self.name}"
-        name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
-        code = getattr(self.predicate, "__code__", None)
-        return (
-            f"where lambda of line {code.co_firstlineno}"
-            if name == "<lambda>" and code
-            else f"where {name}"
-        )
+        predicate = self.predicate
+        if self.name is not None:
+            name = self.name
+        elif isinstance(predicate, str):
+            name = predicate
+        elif isinstance(predicate, FunctionType) and predicate.__name__ == "<lambda>":
+            name = f"lambda of line {predicate.__code__.co_firstlineno}"
+        else:
+            name = getattr(predicate, "__name__", type(predicate).__name__)
+        return f"where {name}"
 
 
 @dataclass(frozen=True)
@@ -216,33 +224,38 @@ class TargetPair(Target):
     combine: ClassVar[Callable[[Tensor, Tensor], Tensor]]
 
     def __post_init__(self) -> None:
-        _check_targets(type(self).__name__, self.left, self.right)
+        _check_target(type(self), self.left)
+        _check_target(type(self), self.right)
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        both = (target.select(batch, label, prediction) for target in (self.left, self.right))
-        return type(self).combine(*both)
+    def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        left = self.left.select(batch, label, prediction)
+        right = self.right.select(batch, label, prediction)
+        return type(self).combine(left, right)
 
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        both = (target.covers(batch, label, prediction) for target in (self.left, self.right))
-        return type(self).combine(*both)
+    def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        left = self.left.covers(batch, label, prediction)
+        right = self.right.covers(batch, label, prediction)
+        return type(self).combine(left, right)
 
     def __str__(self) -> str:
-        other = Or if isinstance(self, And) else And
-        return (
-            f"{_parenthesized(self.left, other)} {self.word} {_parenthesized(self.right, And, Or)}"
-        )
+        # A left pair with the same word is read first even without parentheses.
+        is_same_pair = isinstance(self.left, type(self))
+        left = str(self.left) if is_same_pair else _operand(self.left)
+        return f"{left} {self.word} {_operand(self.right)}"
 
 
 class And(TargetPair):
     """Target that selects the samples selected by both of two targets."""
 
-    word, combine = "and", torch.logical_and
+    word = "and"
+    combine = torch.logical_and
 
 
 class Or(TargetPair):
     """Target that selects the samples selected by at least one of two targets."""
 
-    word, combine = "or", torch.logical_or
+    word = "or"
+    combine = torch.logical_or
 
 
 @dataclass(frozen=True)
@@ -252,40 +265,39 @@ class Not(Target):
     target: Target
 
     def __post_init__(self) -> None:
-        _check_targets("Not", self.target)
+        _check_target(Not, self.target)
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+    def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
         return ~self.target.select(batch, label, prediction)
 
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+    def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
         inner = self.target
         if isinstance(inner, Not):
             return inner.target.covers(batch, label, prediction)
-        if isinstance(inner, (And, Or)):
-            either = Or if isinstance(inner, And) else And
-            return either(Not(inner.left), Not(inner.right)).covers(batch, label, prediction)
-        # With the label as prediction, no sample is a confusion: `not confusion` covers every
-        # sample.
+        if isinstance(inner, And):
+            return (~inner.left | ~inner.right).covers(batch, label, prediction)
+        if isinstance(inner, Or):
+            return (~inner.left & ~inner.right).covers(batch, label, prediction)
+        # With labels as predictions, no sample is a confusion: `not confusion` covers all samples.
         return ~inner.select(batch, label, label)
 
     def __str__(self) -> str:
-        return f"not {_parenthesized(self.target, And, Or)}"
+        return f"not {_operand(self.target)}"
 
 
-def _parenthesized(target: Target, *kinds: type[Target]) -> str:
-    return f"({target})" if isinstance(target, kinds) else str(target)
+def _operand(target: Target) -> str:
+    return f"({target})" if isinstance(target, TargetPair) else str(target)
 
 
-def _check_targets(kind: str, *targets: Any) -> None:
-    for target in targets:
-        if not isinstance(target, Target):
-            raise ConfigurationError(
-                f"`target`: {kind} was given {target!r}, which is not a Target.",
-                "combine targets such as `Target.label(k)` and `Target.where(predicate)`.",
-            )
+def _check_target(kind: type[Target], target: object) -> None:
+    if not isinstance(target, Target):
+        raise ConfigurationError(
+            f"`target`: {kind.__name__} was given {target!r}, which is not a Target.",
+            "combine targets such as `Target.label(k)` and `Target.where(predicate)`.",
+        )
 
 
-def _required(target: Target, classes: Tensor | None) -> Tensor:
+def _required(target: Target, classes: Classes) -> Tensor:
     if classes is None:
         raise TargetError(
             f"`target`: '{target}' asks for classes, and the task has none.",
@@ -296,10 +308,13 @@ def _required(target: Target, classes: Tensor | None) -> Tensor:
 
 def classes_in(target: Target) -> set[int]:
     """Returns the numbers of all classes that occur in a target."""
-    found = {value for value in vars(target).values() if isinstance(target, (Label, Confusion))}
-    return found.union(
-        *(classes_in(part) for part in vars(target).values() if isinstance(part, Target))
-    )
+    classes: set[int] = set()
+    for value in vars(target).values():
+        if isinstance(value, Target):
+            classes |= classes_in(value)
+        elif isinstance(target, (Label, Confusion)):
+            classes.add(value)
+    return classes
 
 
 def parse_target(target: str | Target) -> Target:
@@ -309,7 +324,8 @@ def parse_target(target: str | Target) -> Target:
     addresses.
 
     Example:
-        >>> parse_target("label 3 and not confusion 3 -> 5") == Target.label(3) & ~Target.confusion(3, 5)
+        >>> target = Target.label(3) & ~Target.confusion(3, 5)
+        >>> parse_target("label 3 and not confusion 3 -> 5") == target
         True
     """
     if isinstance(target, str):
@@ -317,52 +333,60 @@ def parse_target(target: str | Target) -> Target:
             return _TargetParser(target).parse()
         except RecursionError as error:
             raise TargetError("`target`: the text is nested too deeply.", TARGET_HINT) from error
-    check_kind(
-        "target", target, isinstance(target, Target), "Target", "Target.label(3) or 'label 3'"
-    )
+    is_target = isinstance(target, Target)
+    check_kind("target", target, is_target, "Target", "Target.label(3) or 'label 3'")
     return target
 
 
 def target_in(text: str) -> Target | None:
-    """Parses a target of several words, such as `label 3`. Returns None for one word or other text."""
+    """Parses a target of several words, such as `label 3`. Returns None for other text."""
+    if len(text.split()) < 2:
+        return None
     try:
-        return parse_target(text) if len(text.split()) > 1 else None
+        return parse_target(text)
     except TargetError:
         return None
 
 
 class _TargetParser:
+    """Recursive descent: `or` combines `and`s, which combine single conditions."""
+
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text = text
         self.words: list[str] = [*TARGET_WORD.findall(text), ""]
+        self.position = 0
+
+    @property
+    def word(self) -> str:
+        return self.words[self.position]
 
     def parse(self) -> Target:
-        found = self.parse_or()
+        target = self.parse_or()
         self.take("", "`and`, `or` or the end")
-        return found
+        return target
 
     def parse_or(self) -> Target:
-        found = self.parse_and()
-        while self.words[self.at] == "or":
-            self.at += 1
-            found = Or(found, self.parse_and())
-        return found
+        target = self.parse_and()
+        while self.word == "or":
+            self.position += 1
+            target |= self.parse_and()
+        return target
 
     def parse_and(self) -> Target:
-        found = self.parse_not()
-        while self.words[self.at] == "and":
-            self.at += 1
-            found = And(found, self.parse_not())
-        return found
+        target = self.parse_condition()
+        while self.word == "and":
+            self.position += 1
+            target &= self.parse_condition()
+        return target
 
-    def parse_not(self) -> Target:
+    def parse_condition(self) -> Target:
         word = self.take(r"not|\(|all|label|confusion|where", "a condition")
         if word == "not":
-            return Not(self.parse_not())
+            return ~self.parse_condition()
         if word == "(":
-            found = self.parse_or()
+            target = self.parse_or()
             self.take(r"\)", "`)`")
-            return found
+            return target
         if word == "label":
             return Label(self.parse_class())
         if word == "confusion":
@@ -370,27 +394,22 @@ class _TargetParser:
             self.take("->", "`->`")
             return Confusion(true, self.parse_class())
         if word == "where":
-            return Where(
-                self.take(
-                    r".*[.:].*", "the address of a function, such as `package.module:function`"
-                )
-            )
-        self.at += self.words[self.at] == "failures"
+            expected = "the address of a function, such as `package.module:function`"
+            return Where(self.take(r".*[.:].*", expected))
+        if self.word == "failures":  # the text of `AllFailures` is "all failures"
+            self.position += 1
         return AllFailures()
 
     def parse_class(self) -> int:
         return int(self.take(r"[0-9]{1,18}", "a class number from 0"))
 
     def take(self, pattern: str, expected: str) -> str:
-        word = self.words[self.at]
+        word = self.word
         if re.fullmatch(pattern, word):
-            self.at += 1
+            self.position += 1
             return word
-        text, word, before = (
-            shorten(part, 60) for part in (self.text, word, self.words[self.at - 1])
-        )
-        place = f" after `{before}`" if self.at else ""
-        found = f"`{word}`" if word else "the end"
-        raise TargetError(
-            f"`target='{text}'`: expected {expected}{place}, found {found}.", TARGET_HINT
-        )
+        problem = f"`target='{shorten(self.text, 60)}'`: expected {expected}"
+        if self.position:
+            problem += f" after `{shorten(self.words[self.position - 1], 60)}`"
+        end = f"`{shorten(word, 60)}`" if word else "the end"
+        raise TargetError(f"{problem}, found {end}.", TARGET_HINT)

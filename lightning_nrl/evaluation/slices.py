@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import chain, count
-from typing import Any
+from types import NoneType
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,29 +18,39 @@ from torch import Tensor
 from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch, RecordingSource, Source
-from lightning_nrl.data.columns import column_values
+from lightning_nrl.data.columns import Column, column_values
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
-Slices = Callable[[Any], Any] | Target
-"""Function of a raw batch that returns a name, number or bool per sample, or a target, whose
-samples form a slice.
-"""
+Slices = Column
+"""Column of a name, number or bool per sample, or a target, whose samples form a slice."""
 MAX_SLICES = 200  # each slice has its own curves; more than 200 are most likely ids
 
 
+@runtime_checkable
+class _Array(Protocol):
+    def tolist(self) -> object: ...
+
+
 class SliceRecorder(RecordingSource):
-    """Source that records the slice of each sample. `slices=None` means no slices. Errors name
-    `argument`.
+    """Source that records the slice of each sample; `slices=None` means no slices.
+
+    Errors name `argument`.
     """
 
     def __init__(
-        self, source: Source, slices: Slices | None, task: Task, argument: str = "slices"
+        self,
+        source: Source,
+        slices: Slices | None,
+        task: Task,
+        argument: str = "slices",
     ) -> None:
-        super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
-        self.slices, self.task, self.argument = slices, task, argument
+        super().__init__(source, self._note, torch.zeros(0).long())
+        self.slices = slices
+        self.task = task
+        self.argument = argument
         self._numbers: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -48,102 +58,125 @@ class SliceRecorder(RecordingSource):
         return super().__iter__()
 
     def _note(self, batch: Batch) -> Tensor:
-        names = [None] * len(batch) if self.slices is None else self._names(self.slices, batch)
-        numbers = self._numbers
-        return torch.tensor(
-            [-1 if name is None else numbers.setdefault(name, len(numbers)) for name in names]
-        )
+        numbers = [-1] * len(batch)
+        if self.slices is not None:
+            for i, name in enumerate(self._names(self.slices, batch)):
+                if name:
+                    numbers[i] = self._numbers.setdefault(name, len(self._numbers))
+        return torch.tensor(numbers)
 
-    def _names(self, slices: Slices, batch: Batch) -> Sequence[str | None]:
-        found = column_values(self.argument, slices, batch, self.task.label(batch.target))
-        values = found.tolist() if hasattr(found, "tolist") else found
-        fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
-        if not fits or not all(
-            isinstance(value, (str, int, np.integer, np.bool_, type(None))) for value in values
+    def _names(self, slices: Slices, batch: Batch) -> list[str]:
+        """Returns the name of each sample's slice; an empty text stands for no slice."""
+        column = column_values(self.argument, slices, batch, self.task.label(batch.target))
+        values = column.tolist() if isinstance(column, _Array) else column
+        kinds = (str, int, np.integer, np.bool_, NoneType)
+        if (
+            not isinstance(values, (list, tuple))
+            or len(values) != len(batch)
+            or not all(isinstance(value, kinds) for value in values)
         ):
-            what = f"{type(found).__name__} {str(found)[:60]}"
             raise ConfigurationError(
-                f"`{self.argument}` returned {what} for a batch of {len(batch)} samples.",
+                f"`{self.argument}` returned {type(column).__name__} {str(column)[:60]} for a "
+                f"batch of {len(batch)} samples.",
                 "return one name, whole number or bool for each sample.",
             )
-        own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
-        return [_slice_name(own, value) for value in values]
+        name_of_true = getattr(slices, "__name__", "chosen")
+        if isinstance(slices, Target):
+            name_of_true = str(slices)
+        return [_slice_name(value, name_of_true) for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """Returns the slice names of all ranks, and the index of each sample's slice in these names
-        (-1: no slice).
-        """
-        mine = json.dumps(list(self._numbers)).encode()
-        lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
-        names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
+        """Returns the slice names of all ranks, and each sample's index in these (-1: no slice)."""
+        own_names = list(self._numbers)
+        text = json.dumps(own_names).encode()
+        all_names: set[str] = set()
+        for row in collective.gather(torch.tensor(list(text), dtype=torch.uint8)):
+            all_names.update(json.loads(bytes(row.tolist())))
+        names = sorted(all_names)
         if len(names) > MAX_SLICES:
             raise ConfigurationError(
                 f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
                 f"return one of at most {MAX_SLICES} names or numbers for each sample.",
             )
-        self.noted = [
-            (at, _renumber(list(self._numbers), group, names)) for at, group in self.noted
-        ]
+        self.noted = [_renumber(group, own_names, names) for group in self.noted]
         self._numbers = {name: i for i, name in enumerate(names)}
         return tuple(names), self.gathered(collective)
 
 
-def _renumber(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
-    return torch.tensor([*(names.index(name) for name in own), -1])[group]
+def _renumber(group: Tensor, old_names: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Converts indices in `old_names` to indices in `names`; -1 stays."""
+    numbers = [names.index(name) for name in old_names]
+    return torch.tensor([*numbers, -1])[group]
 
 
-def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """Joins the results of `SliceRecorder.named` for several splits into all names and each
-    sample's index in these.
+def common_names(
+    parts: Sequence[tuple[tuple[str, ...], Tensor]],
+) -> tuple[tuple[str, ...], Tensor]:
+    """Joins the results of `SliceRecorder.named` for several splits.
+
+    Returns all names and each sample's index in these.
     """
-    names = tuple(sorted({name for own, _ in parts for name in own}))
-    return names, torch.cat([_renumber(own, group, names) for own, group in parts])
+    all_names: set[str] = set()
+    for part_names, _ in parts:
+        all_names.update(part_names)
+    names = sorted(all_names)
+    groups = [_renumber(group, part_names, names) for part_names, group in parts]
+    return tuple(names), torch.cat(groups)
 
 
-def _slice_name(own: str, value: Any) -> str | None:
-    """Returns the name of a sample's slice: `own` for True, None (no slice) for False, None and
-    empty text.
-    """
+def _slice_name(value: object, name_of_true: str) -> str:
     if isinstance(value, (bool, np.bool_)):
-        return own if value else None
-    return None if value is None or not str(value).strip() else str(value)
+        return name_of_true if value else ""
+    if value is None or not str(value).strip():
+        return ""
+    return str(value)
 
 
 def slice_tags(names: Collection[str]) -> dict[str, str]:
     """Returns a unique tag for each slice name, with only characters that all loggers accept."""
-    plain = {name: re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen" for name in names}
     tags: dict[str, str] = {}
-    for name in sorted(plain, key=lambda name: (plain[name] != name, name)):
-        numbered = (f"{plain[name]}_{n}" for n in count(2))
-        tags[name] = next(tag for tag in chain([plain[name]], numbered) if tag not in tags.values())
+    # A name that is a tag itself comes first, and keeps it.
+    for name in sorted(names, key=lambda name: (_plain(name) != name, name)):
+        tag = _plain(name)
+        number = 1
+        while tag in tags.values():
+            number += 1
+            tag = f"{_plain(name)}_{number}"
+        tags[name] = tag
     return tags
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen"
 
 
 Quota = int | float | str
 """Number or share of the targets in a slice that must be repaired: `5`, `0.5` or `"50%"`."""
 
 
-def checked_quotas(quotas: Any) -> dict[str, int | float]:
+def checked_quotas(quotas: Mapping[str, Quota]) -> dict[str, int | float]:
     """Parses the quotas of slices into whole numbers from 1 or shares above 0 and at most 1."""
-    hint = "write `quotas={'night': 5, 'truck': 0.5}`: a whole number of targets from 1, or a share of them."
+    hint = (
+        "write `quotas={'night': 5, 'truck': 0.5}`: a whole number of targets from 1, or a share "
+        "of them."
+    )
     if not isinstance(quotas, Mapping):
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
-    found: dict[str, int | float] = {}
-    for name, quota in quotas.items():
-        given = (
-            read_number(f"`quotas[{name!r}]`", quota.strip(), hint)
-            if isinstance(quota, str)
-            else quota
-        )
-        number = count_or_share(given)
-        if str(name) in found:
+    checked: dict[str, int | float] = {}
+    for key, quota in quotas.items():
+        name = str(key)
+        value = quota
+        if isinstance(value, str):
+            value = read_number(f"`quotas[{key!r}]`", value.strip(), hint)
+        number = count_or_share(value)
+        if name in checked:
             raise ConfigurationError(
-                f"`quotas` names the slice {str(name)!r} twice.", "give each slice one quota."
+                f"`quotas` names the slice {name!r} twice.", "give each slice one quota."
             )
         if not number:
-            raise ConfigurationError(f"`quotas`: {quota!r} for {name!r} is no quota.", hint)
-        found[str(name)] = number
-    return found
+            raise ConfigurationError(f"`quotas`: {quota!r} for {key!r} is no quota.", hint)
+        checked[name] = number
+    return checked
 
 
 def required_repairs(
@@ -153,39 +186,43 @@ def required_repairs(
 
     If a quota cannot be met, returns `{}` and a text that says why.
     """
-    found: dict[str, int] = {}
+    required: dict[str, int] = {}
     for name, quota in checked_quotas(quotas).items():
         if name not in before.names:
-            return (
-                {},
-                f"`quotas` names the slice {name!r}, but the data have {', '.join(before.names) or 'no slices'}.",
-            )
+            names = ", ".join(before.names) or "no slices"
+            return {}, f"`quotas` names the slice {name!r}, but the data have {names}."
         n = int((before.targeted & _in_slice(before, name)).sum())
-        # Exact arithmetic: with floats, 7 % of 100 would be more than 7.
-        found[name] = quota if isinstance(quota, int) else math.ceil(Fraction(repr(quota)) * n)
-        if found[name] > n or n == 0:
-            asked = f"{found[name]:,} " if n else ""
-            has = f"{n:,} targets" if n else "no target"
-            return {}, f"`quotas` asks for {asked}repairs in the slice {name!r}, which has {has}."
-    return found, ""
+        if isinstance(quota, int):
+            required[name] = quota
+        else:
+            # Exact arithmetic: with floats, 7 % of 100 would be more than 7.
+            required[name] = math.ceil(Fraction(repr(quota)) * n)
+        if n == 0:
+            return {}, f"`quotas` asks for repairs in the slice {name!r}, which has no target."
+        if required[name] > n:
+            problem = f"`quotas` asks for {required[name]:,} repairs in the slice {name!r}"
+            return {}, f"{problem}, which has {n:,} targets."
+    return required, ""
 
 
 def missed_quotas(
     before: SampleResults, repaired: Tensor, needed: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
-    """Returns the numbers of repaired and of `needed` targets, for slices with too few. `repaired`
-    is `N` bool.
+    """Returns the numbers of repaired and of `needed` targets, for slices with too few.
+
+    `repaired` is `N` bool.
     """
-    got = {
-        name: int((before.targeted & repaired & _in_slice(before, name)).sum()) for name in needed
-    }
-    return {name: (got[name], need) for name, need in needed.items() if got[name] < need}
+    missed = {}
+    for name, n_needed in needed.items():
+        is_repaired_target = before.targeted & repaired & _in_slice(before, name)
+        n_repaired = int(is_repaired_target.sum())
+        if n_repaired < n_needed:
+            missed[name] = (n_repaired, n_needed)
+    return missed
 
 
 def upweight_slices(before: SampleResults, names: Collection[str], factor: float) -> SampleResults:
-    """Multiplies the weights of the targets in the slices `names` by `factor`, then normalises all
-    weights.
-    """
+    """Multiplies the weights of targets in the slices `names`, then normalises all weights."""
     inside = torch.zeros_like(before.targeted)
     for name in names:
         inside |= _in_slice(before, name)
@@ -194,14 +231,11 @@ def upweight_slices(before: SampleResults, names: Collection[str], factor: float
 
 
 def normalise_weights(before: SampleResults) -> SampleResults:
-    """Scales targets' weights to a mean of 1 and sets other failures' weights to 1. Keeps passed
-    samples' weights.
-    """
-    targeted = before.targeted
-    mean = before.weight[targeted].mean() if targeted.any() else 1.0
-    weight = torch.where(
-        targeted, before.weight / mean, torch.where(before.passed, before.weight, 1.0)
-    )
+    """Scales targets' weights to a mean of 1 and sets other failures' weights to 1."""
+    weight = torch.where(before.passed, before.weight, 1.0)
+    targets = before.weight[before.targeted]
+    if len(targets):
+        weight = torch.where(before.targeted, before.weight / targets.mean(), weight)
     return replace(before, weight=weight)
 
 
