@@ -1,5 +1,6 @@
-"""Adapters, which split a batch into model inputs and target: `unpack` by default; a `ModelAdapter`
-runs the model.
+"""Adapters, which split a batch into model inputs and target.
+
+The default is `unpack`; a `ModelAdapter` runs the model itself.
 """
 
 from __future__ import annotations
@@ -8,13 +9,23 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from inspect import Parameter
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.preserve import preserve_state
-from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked
+from lightning_nrl.data.batch import (
+    Adapter,
+    Args,
+    BatchTarget,
+    Kwargs,
+    ModelCall,
+    ModelOutput,
+    RawBatch,
+    Unpacked,
+)
 from lightning_nrl.errors import ConfigurationError
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "mask", "masks")
@@ -26,7 +37,8 @@ FUTURE_KEYS = ("future_target", "future_values")
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
 """Usual names of a model's only input in a batch; the first one that the batch has is used."""
 
-ADAPTER_HINT = """pass the model's prediction as `data=DataOptions(adapter=predict)`, here for a batch `(x, y)`:
+ADAPTER_HINT = """\
+pass the model's prediction as `data=DataOptions(adapter=predict)`, here for a batch `(x, y)`:
 
     def predict(module, batch):
         x, y = batch
@@ -34,7 +46,13 @@ ADAPTER_HINT = """pass the model's prediction as `data=DataOptions(adapter=predi
         return logits, y
 """
 
-MAX_STRUCTURE_LINES, MAX_STRUCTURE_DEPTH, MAX_SHOWN_ITEMS = 12, 4, 3
+# Limits that keep the description of a batch readable in an error message.
+MAX_STRUCTURE_LINES = 12
+MAX_STRUCTURE_DEPTH = 4
+MAX_SHOWN_ITEMS = 3
+
+Fields = Mapping[Any, Any]
+"""Named parts of a batch or an output; the keys of a mapping need not be texts."""
 
 
 @runtime_checkable
@@ -44,22 +62,20 @@ class Graphs(Protocol):
     @property
     def num_nodes(self) -> int | None: ...
 
-    def keys(self) -> Any: ...
+    def keys(self) -> Sequence[str]: ...
 
-    def __getitem__(self, key: str) -> Any: ...
+    def __getitem__(self, key: str) -> object: ...
 
 
-def fields_of(value: Any) -> Mapping[str, Any] | None:
-    """Returns the fields of a mapping, data class, named tuple or batch of graphs. Returns None for
-    anything else.
-    """
+def fields_of(value: object) -> Fields | None:
+    """Returns the fields of a mapping, data class, named tuple or batch of graphs, else None."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (type, Tensor)):
         return None
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):  # named tuple
         return dict(value._asdict())
     if isinstance(value, Graphs):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118, not a mapping
@@ -73,77 +89,85 @@ class _Part(NamedTuple):
     value: Any
 
 
-def describe(raw: Any, name: str = "batch") -> str:
-    """Lists the names, types, shapes and dtypes in a batch or an output, in at most
-    `MAX_STRUCTURE_LINES` lines.
-    """
+def describe(raw: object, name: str = "batch") -> str:
+    """Lists names, types and shapes in a batch or an output, in `MAX_STRUCTURE_LINES` at most."""
     lines = [
-        f"{'  ' * part.depth}{part.name}: {_kind(part.value)}" for part in _parts(raw, name, name)
+        f"    {'  ' * part.depth}{part.name}: {_kind(part.value)}"
+        for part in _parts(_Part(name, name, 0, raw))
     ]
     if len(lines) > MAX_STRUCTURE_LINES:
-        lines[MAX_STRUCTURE_LINES - 1 :] = [
-            f"  ... and {len(lines) - MAX_STRUCTURE_LINES + 1} more"
-        ]
-    return "\n".join(f"    {line}" for line in lines)
+        n_more = len(lines) - MAX_STRUCTURE_LINES + 1
+        lines[-n_more:] = [f"      ... and {n_more} more"]
+    return "\n".join(lines)
 
 
 def adapter_hint(
-    raw: Any, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)"
+    raw: RawBatch, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)"
 ) -> str:
-    """Returns a hint: code of an adapter for the batch, with guessed fields. `where` tells how to
-    pass the adapter.
+    """Returns a hint: code of an adapter for the batch, with guessed fields.
+
+    `where` tells how to pass the adapter.
     """
-    tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
-    future = [x for x in tensors if x.name.lower() in FUTURE_KEYS]
-    classes = [
-        x for x in tensors if x.value.ndim == 1 and x.value.dtype in (torch.int64, torch.int32)
-    ]
-    truth = next(iter([*future, *classes[-1:], *tensors[-1:]]), None)
-    rest = [part for part in tensors if part is not truth]
-    given = next(
-        (part for part in rest if part.value.is_floating_point()), rest[0] if rest else None
-    )
+    parts = _parts(_Part("batch", "batch", 0, raw))
+    tensors = [part for part in parts if isinstance(part.value, Tensor)]
+    target = _guess_target(tensors)
+    model_input = _guess_input([part for part in tensors if part.path != target])
     return (
         f"pass {where}, with the right fields for these:\n"
         "    def f(batch):\n"
-        "        args, kwargs = ("
-        + (given.path if given else "INPUT")
-        + ",), {}  # what the model is called with\n"
-        "        return args, kwargs, "
-        + (truth.path if truth else "TARGET")
-        + "  # and the truth of each sample"
+        f"        args, kwargs = ({model_input},), {{}}  # what the model is called with\n"
+        f"        return args, kwargs, {target}  # and the truth of each sample"
     )
 
 
-def _parts(value: Any, path: str = "batch", name: str = "batch", depth: int = 0) -> Iterator[_Part]:
-    yield _Part(path, name, depth, value)
-    if depth < MAX_STRUCTURE_DEPTH:
-        for inner_path, inner_name, inner in _items(value, path):
-            yield from _parts(inner, inner_path, inner_name, depth + 1)
+def _guess_target(tensors: Sequence[_Part]) -> str:
+    for part in tensors:
+        if part.name.lower() in FUTURE_KEYS:
+            return part.path
+    for part in tensors[::-1]:
+        x = part.value
+        if x.ndim == 1 and x.dtype in (torch.int64, torch.int32):
+            return part.path
+    return tensors[-1].path if tensors else "TARGET"
 
 
-def _items(value: Any, path: str) -> list[tuple[str, str, Any]]:
+def _guess_input(tensors: Sequence[_Part]) -> str:
+    for part in tensors:
+        if part.value.is_floating_point():
+            return part.path
+    return tensors[0].path if tensors else "INPUT"
+
+
+def _parts(part: _Part) -> Iterator[_Part]:
+    yield part
+    if part.depth < MAX_STRUCTURE_DEPTH:
+        for inner in _inner_parts(part):
+            yield from _parts(inner)
+
+
+def _inner_parts(part: _Part) -> Iterator[_Part]:
+    value, depth = part.value, part.depth + 1
     named = fields_of(value)
     if named is not None:
-        by_key = isinstance(value, Mapping)
-        return [
-            (f"{path}[{key!r}]" if by_key else f"{path}.{key}", str(key), x)
-            for key, x in named.items()
-        ]
-    if isinstance(value, (list, tuple)):
-        # Of long lists, such as lists with one item per sample, the first items are enough.
-        most = len(value) if len(value) <= 2 * MAX_SHOWN_ITEMS else MAX_SHOWN_ITEMS
-        return [(f"{path}[{i}]", f"[{i}]", x) for i, x in enumerate(value[:most])]
-    return []
+        for name, x in named.items():
+            key = f"[{name!r}]" if isinstance(value, Mapping) else f".{name}"
+            yield _Part(part.path + key, str(name), depth, x)
+    elif isinstance(value, (list, tuple)):
+        n_shown = len(value)
+        if n_shown > 2 * MAX_SHOWN_ITEMS:  # such as one item per sample
+            n_shown = MAX_SHOWN_ITEMS
+        for i, x in enumerate(value[:n_shown]):
+            yield _Part(f"{part.path}[{i}]", f"[{i}]", depth, x)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if isinstance(value, (bool, int, float)) or value is None:
+    if isinstance(value, (int, float)) or value is None:
         return repr(value)
-    length = f" of {len(value)}" if isinstance(value, (list, tuple, str, Mapping)) else ""
-    return f"{type(value).__name__}{length}"
+    if isinstance(value, (list, tuple, str, Mapping)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -152,44 +176,53 @@ class ForwardSignature:
 
     names: tuple[str, ...] = ()
     required: tuple[str, ...] = ()  # names of the parameters without a default
-    takes_mapping: bool = (
-        False  # True if the only required parameter is annotated as a mapping or named `batch`
-    )
-    takes_keywords: bool = False  # True if forward has `**kwargs`
+    takes_mapping: bool = False  # the only required parameter is a mapping or named `batch`
+    takes_keywords: bool = False  # forward has `**kwargs`
 
     @classmethod
     def of(cls, module: nn.Module) -> ForwardSignature | None:
-        """Inspects a module's forward. Returns None if it takes `*args`, as in wrappers, or has no
-        signature.
+        """Inspects a module's forward.
+
+        Returns None if forward takes `*args`, as in wrappers, or has no signature.
         """
-        try:
-            parameters = inspect.signature(module.forward).parameters.values()
-        except (TypeError, ValueError):
+        parameters = _parameters(module.forward)
+        if parameters is None:
             return None
-        kinds = {p.kind for p in parameters}
-        if inspect.Parameter.VAR_POSITIONAL in kinds:
-            return None
-        own = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        required = [p for p in own if p.default is inspect.Parameter.empty]
-        return cls(
-            tuple(p.name for p in own),
-            tuple(p.name for p in required),
-            len(required) == 1 and _is_whole_batch(required[0]),
-            inspect.Parameter.VAR_KEYWORD in kinds,
-        )
+        names = []
+        required = {}
+        takes_keywords = False
+        for name, parameter in parameters.items():
+            if parameter.kind is Parameter.VAR_POSITIONAL:
+                return None
+            if parameter.kind is Parameter.VAR_KEYWORD:
+                takes_keywords = True
+                continue
+            names.append(name)
+            if parameter.default is Parameter.empty:
+                required[name] = parameter
+        takes_mapping = len(required) == 1 and all(map(_is_batch_parameter, required.values()))
+        return cls(tuple(names), tuple(required), takes_mapping, takes_keywords)
+
+    @property
+    def takes_one(self) -> bool:
+        return len(self.required) == 1
+
+    def is_complete(self, arguments: Fields) -> bool:
+        """True if there are arguments, and no required one is missing."""
+        return bool(arguments) and set(self.required) <= set(arguments)
 
 
 def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
-    """Binds `unpack` to the signature of a module's forward, and a `ModelAdapter` to the module.
-    Keeps others.
-    """
+    """Binds `unpack` to the signature of a module's forward, and a `ModelAdapter` to the module."""
     if adapter is unpack:
         return partial(unpack, signature=ForwardSignature.of(module))
     adapter = as_adapter(adapter)
-    return replace(adapter, model=module) if isinstance(adapter, ModelAdapter) else adapter
+    if isinstance(adapter, ModelAdapter):
+        return replace(adapter, model=module)
+    return adapter
 
 
-def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
+def unpack(raw: RawBatch, signature: ForwardSignature | None = None) -> Unpacked:
     """Splits a batch into model inputs and target. This is the default adapter.
 
     A sequence is `(x, y, *extras)` with input x and target y. x may be a mapping of forward's
@@ -217,132 +250,150 @@ def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:
     """
     named = _named(raw)
     if named is not None:
-        if len(named) == 1 and _is_batch(inner := next(iter(named.values()))):
-            return unpack(inner, signature)
+        if len(named) == 1:
+            [only] = named.values()
+            if _is_batch(only):
+                return unpack(only, signature)
         return _unpack_named(raw, named, signature)
-    if isinstance(raw, Sequence) and not isinstance(raw, (str, bytes)) and len(raw) >= 2:
+    is_sequence = isinstance(raw, Sequence) and not isinstance(raw, (str, bytes))
+    if is_sequence and len(raw) >= 2:
         return _unpack_sequence(raw, signature)
     raise _unknown_structure(
         raw, f"a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping"
     )
 
 
-def _named(raw: Any) -> Mapping[str, Any] | None:
-    """Returns the fields of a batch. Returns None for sequences, also for a named tuple without a
-    target key.
-    """
+def _named(raw: RawBatch) -> Fields | None:
     named = fields_of(raw)
-    return (
-        None if named is None or (isinstance(raw, tuple) and _target_key(named) is None) else named
-    )
+    # A named tuple without a target key is `(x, y, *extras)`.
+    if named is None or (isinstance(raw, tuple) and _target_key(named) is None):
+        return None
+    return named
 
 
-def _unpack_named(
-    raw: Any, named: Mapping[str, Any], signature: ForwardSignature | None
-) -> Unpacked:
-    names, key = sorted(map(str, named)), _target_key(named)
-    if key is None:
+def _unpack_named(raw: RawBatch, named: Fields, signature: ForwardSignature | None) -> Unpacked:
+    keys = sorted(map(str, named))
+    target_key = _target_key(named)
+    if target_key is None:
         raise _unknown_structure(
-            raw, f"a batch with the keys {names} lacks a target key: {list(TARGET_KEYS)}"
+            raw, f"a batch with the keys {keys} lacks a target key: {list(TARGET_KEYS)}"
         )
-    target = _only_value(named[key])
-    rest = {name: value for name, value in named.items() if name != key}
-    inner = _only_value(rest)
-    nested = (
-        isinstance(inner, Mapping)
-        and inner is not rest
-        and not (signature and set(rest) <= set(signature.names))
-    )
-    if nested:
-        raw, rest = inner, dict(inner)
-    tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
+    target = _only_value(named[target_key])
+    candidates = {name: value for name, value in named.items() if name != target_key}
+    takes_raw = signature is not None and signature.takes_one
+    inner = _only_value(candidates)
+    is_argument = signature is not None and set(candidates) <= set(signature.names)
+    if isinstance(inner, Mapping) and inner is not candidates and not is_argument:
+        takes_raw = True
+        raw = inner
+        candidates = dict(inner)
+    tensors = {name: value for name, value in candidates.items() if isinstance(value, Tensor)}
     if signature is not None:
-        own = {name: rest[name] for name in signature.names if name in rest}
-        if key in signature.required:
-            own[key] = target
-        takes_one = len(signature.required) == 1
-        if takes_one and (isinstance(raw, Graphs) or (signature.takes_mapping and not own)):
-            return (raw,), {}, target
-        if own and set(signature.required) <= set(own):
-            given = own | (tensors if signature.takes_keywords else {})
-            return (tuple(given.values()), {}, target) if len(given) == 1 else ((), given, target)
-        if signature.takes_keywords and not signature.required and tensors:
-            return (), tensors, target
-        if takes_one and len(tensors) == 1:
-            return tuple(tensors.values()), {}, target
-    usual = next((name for name in INPUT_KEYS if name in rest), None)
+        arguments = {name: candidates[name] for name in signature.names if name in candidates}
+        if target_key in signature.required:
+            arguments[target_key] = target
+        inputs = _forward_inputs(raw, arguments, tensors, signature)
+        if inputs is not None:
+            return *inputs, target
     if isinstance(raw, Graphs):
         return (raw,), {}, target
-    if usual is not None:
-        return (rest[usual],), {}, target
-    if nested or (signature is not None and len(signature.required) == 1):
+    for name in INPUT_KEYS:
+        if name in candidates:
+            return (candidates[name],), {}, target
+    if takes_raw:
         return (raw,), {}, target
     if not tensors:
         raise _unknown_structure(
-            raw, f"a batch with the keys {names} has no tensor besides the target"
+            raw, f"a batch with the keys {keys} has no tensor besides the target"
         )
     return (), tensors, target
 
 
+def _forward_inputs(
+    raw: RawBatch,
+    arguments: dict[str, Any],
+    tensors: dict[str, Tensor],
+    signature: ForwardSignature,
+) -> tuple[Args, Kwargs] | None:
+    """Chooses forward's inputs among a batch, its fields that are `arguments`, and its tensors."""
+    takes_raw = isinstance(raw, Graphs) or (signature.takes_mapping and not arguments)
+    if signature.takes_one and takes_raw:
+        return (raw,), {}
+    if signature.is_complete(arguments):
+        if signature.takes_keywords:
+            arguments |= tensors
+        if len(arguments) == 1:
+            return tuple(arguments.values()), {}
+        return (), arguments
+    if signature.takes_keywords and not signature.required and tensors:
+        return (), tensors
+    if signature.takes_one and len(tensors) == 1:
+        return tuple(tensors.values()), {}
+    return None
+
+
 def _unpack_sequence(raw: Sequence[Any], signature: ForwardSignature | None) -> Unpacked:
-    x, y = raw[0], _only_value(raw[1])
+    x, target = raw[0], _only_value(raw[1])
     if signature is None:
-        return (x,), {}, y
-    least, most = len(signature.required), len(signature.names)
+        return (x,), {}, target
     if isinstance(x, Mapping) and not signature.takes_mapping:
-        named = {
-            name: x[name]
-            for name in (x if signature.takes_keywords else signature.names)
-            if name in x
-        }
-        if named and set(signature.required) <= set(named):
-            return (), named, y
-    if least > 1 and isinstance(x, (list, tuple)) and least <= len(x) <= most:
-        return tuple(x), {}, y
-    if least > 1 and len(raw) > least:
-        return tuple(raw[:least]), {}, raw[least]
-    return (x,), {}, y
+        names = x if signature.takes_keywords else signature.names
+        arguments = {name: x[name] for name in names if name in x}
+        if signature.is_complete(arguments):
+            return (), arguments, target
+    least, most = len(signature.required), len(signature.names)
+    if least > 1:
+        if isinstance(x, (list, tuple)) and least <= len(x) <= most:
+            return tuple(x), {}, target
+        if len(raw) > least:
+            return tuple(raw[:least]), {}, raw[least]
+    return (x,), {}, target
 
 
-def _only_value(target: Any) -> Any:
-    return (
-        next(iter(target.values())) if isinstance(target, Mapping) and len(target) == 1 else target
-    )
+def _only_value(value: Any) -> Any:
+    if isinstance(value, Mapping) and len(value) == 1:
+        return next(iter(value.values()))
+    return value
 
 
-def _target_key(named: Mapping[str, Any]) -> str | None:
-    lower = {str(key).lower(): key for key in reversed(list(named))}
-    return next((lower[key] for key in TARGET_KEYS if key in lower), None)
+def _target_key(named: Fields) -> object:
+    lower = [str(key).lower() for key in named]
+    for key in TARGET_KEYS:
+        if key in lower:
+            return list(named)[lower.index(key)]
+    return None
 
 
-def _is_batch(value: Any) -> bool:
-    is_pair = isinstance(value, (list, tuple)) and len(value) > 1
-    return is_pair or (not isinstance(value, Tensor) and _named(value) is not None)
+def _is_batch(value: object) -> bool:
+    if isinstance(value, (list, tuple)) and len(value) > 1:
+        return True
+    return not isinstance(value, Tensor) and _named(value) is not None
 
 
-def _is_whole_batch(parameter: inspect.Parameter) -> bool:
+def _is_batch_parameter(parameter: Parameter) -> bool:
     annotation = parameter.annotation
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    kind = text.partition("[")[0].rpartition(".")[2]
-    return parameter.name == "batch" or kind in (
-        "dict",
-        "Dict",
-        "Mapping",
-        "MutableMapping",
-        "BatchEncoding",
-    )
+    if not isinstance(annotation, str):
+        annotation = inspect.formatannotation(annotation)
+    kind = annotation.partition("[")[0].rpartition(".")[2]
+    mappings = ("dict", "Dict", "Mapping", "MutableMapping", "BatchEncoding")
+    return parameter.name == "batch" or kind in mappings
 
 
-def _unknown_structure(raw: Any, problem: str) -> ConfigurationError:
+def _unknown_structure(raw: RawBatch, problem: str) -> ConfigurationError:
     return ConfigurationError(f"`adapter`: {problem}.\n{describe(raw)}", adapter_hint(raw))
+
+
+Predict = Callable[[nn.Module, RawBatch], tuple[ModelOutput, BatchTarget]]
+"""Runs a module on a raw batch and returns `(logits, target)`."""
 
 
 @dataclass(frozen=True)
 class _AdapterCall(ModelCall):
-    adapt: Callable[[nn.Module, Any], tuple[Any, Any]]
+    adapt: Predict
 
-    def __call__(self, model: nn.Module, raw: Any) -> Any:
-        return _pair(self.adapt(model, raw))[0]
+    def __call__(self, model: nn.Module, raw: RawBatch) -> ModelOutput:
+        logits, _ = _pair(self.adapt(model, raw))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -352,13 +403,14 @@ class ModelAdapter:
     Each time a batch is read, `adapt` runs one extra time, without gradients, to get the target.
     """
 
-    adapt: Callable[[nn.Module, Any], tuple[Any, Any]]
+    adapt: Predict
     model: nn.Module | None = None  # set by `bind_adapter`
 
-    def __call__(self, raw: Any) -> Unpacked:
+    def __call__(self, raw: RawBatch) -> Unpacked:
         if self.model is None:
             raise ConfigurationError(
-                "`adapter`: inputs are needed here, which f(module, batch) -> (logits, target) does not return.",
+                "`adapter`: inputs are needed here, which f(module, batch) -> (logits, target) "
+                "does not return.",
                 "give f(batch) -> (args, kwargs, target).",
             )
         with torch.no_grad(), preserve_state(self.model):
@@ -367,31 +419,36 @@ class ModelAdapter:
 
 
 def as_adapter(function: Callable[..., Any]) -> Adapter:
-    """Returns an adapter for a function: a `ModelAdapter` for f(module, batch), the function itself
-    for f(batch).
-    """
+    """Returns a `ModelAdapter` for f(module, batch), and the function itself for f(batch)."""
     if isinstance(function, nn.Module):
-        hint = (
-            "pass a function f(batch) -> (args, kwargs, target); pass an old model as `reference=`."
-        )
-        raise ConfigurationError(f"`adapter`: {type(function).__name__} is a model.", hint)
-    return ModelAdapter(function) if required_parameters(function) == 2 else function
-
-
-def required_parameters(function: Callable[..., Any]) -> int:
-    """Counts positional parameters without a default. Returns 0 for a function without a signature."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return 0
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
-
-
-def _pair(found: Any) -> tuple[Any, Any]:
-    if not isinstance(found, tuple) or len(found) != 2:
         raise ConfigurationError(
-            f"`adapter`: f(module, batch) returned {type(found).__name__}, not (logits, target).",
+            f"`adapter`: {type(function).__name__} is a model.",
+            "pass a function f(batch) -> (args, kwargs, target); pass an old model as "
+            "`reference=`.",
+        )
+    if required_parameters(function) == 2:
+        return ModelAdapter(function)
+    return function
+
+
+def required_parameters(function: Callable[..., object]) -> int:
+    """Counts positional parameters without a default; 0 for a function without a signature."""
+    parameters = _parameters(function) or {}
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters.values())
+
+
+def _parameters(function: Callable[..., object]) -> Mapping[str, Parameter] | None:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _pair(result: tuple[ModelOutput, BatchTarget]) -> tuple[ModelOutput, BatchTarget]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ConfigurationError(
+            f"`adapter`: f(module, batch) returned {type(result).__name__}, not (logits, target).",
             ADAPTER_HINT,
         )
-    return found
+    return result
