@@ -1,5 +1,6 @@
-"""Keys of two 64-bit integers that identify samples across splits: data set and position, or a hash
-of the content.
+"""Keys of two 64-bit integers that identify samples across splits.
+
+A key is a data set and a position in it, or a hash of the content.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceabl
 
 COLUMNS_AT_ONCE = 2**14  # numbers per sample converted to int64 at once, to limit memory
 MAX_SAMPLES_TRIED = 8
-"""Number of samples that are read from a wrapper to find out which data set it wraps, and which
-positions it reads.
-"""
+"""Number of samples read from a wrapper to find the data set and the positions that it reads."""
+
+AnyDataset = Dataset[Any]
 
 
 @runtime_checkable
@@ -36,10 +37,10 @@ class Identified(Protocol):
         """Key of each sample of `Source.index`, `n x 2` int64, as returned by `base_samples`."""
 
 
-def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False) -> Tensor:
-    """Finds each sample's innermost data set, inside subsets, unions and wrappers, and its position
-    in
-    that data set.
+def base_samples(dataset: AnyDataset, index: Tensor, *, as_read: bool = False) -> Tensor:
+    """Finds each sample's innermost data set and its position in that data set.
+
+    Looks inside subsets, unions and wrappers.
 
     Args:
         dataset: the outermost data set.
@@ -52,77 +53,85 @@ def base_samples(dataset: Dataset[Any], index: Tensor, *, as_read: bool = False)
         position in it.
     """
     if isinstance(dataset, Subset):
-        inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
-        length = len(dataset.dataset)  # type: ignore[arg-type]
-        return base_samples(
-            dataset.dataset, torch.where(inner < 0, inner + length, inner), as_read=as_read
-        )
+        positions = torch.as_tensor(list(dataset.indices), dtype=torch.int64)
+        from_end = positions + len(dataset.dataset)  # type: ignore[arg-type]
+        positions = torch.where(positions < 0, from_end, positions)
+        return base_samples(dataset.dataset, positions[index], as_read=as_read)
     if isinstance(dataset, ConcatDataset):
-        ends = torch.tensor(dataset.cumulative_sizes)
-        part = torch.searchsorted(ends, index, right=True)
-        pairs = torch.empty(len(index), 2, dtype=torch.int64)
-        for number, (own, end) in enumerate(zip(dataset.datasets, ends.tolist(), strict=True)):
-            rows = part == number
-            pairs[rows] = base_samples(own, index[rows] - end + len(own), as_read=as_read)  # type: ignore[arg-type]
-        return pairs
-    if not as_read and len(index) and (found := _wrapped(dataset, index)) is not None:
-        return base_samples(*found)
+        keys = torch.empty(len(index), 2, dtype=torch.int64)
+        start = 0
+        for part, end in zip(dataset.datasets, dataset.cumulative_sizes, strict=True):
+            rows = (start <= index) & (index < end)
+            keys[rows] = base_samples(part, index[rows] - start, as_read=as_read)
+            start = end
+        return keys
+    if not as_read and len(index):
+        wrapped = _wrapped(dataset, index)
+        if wrapped is not None:
+            return base_samples(*wrapped)
     return torch.stack([torch.full_like(index, id(dataset)), index], 1)
 
 
-def _wrapped(dataset: Dataset[Any], index: Tensor) -> tuple[Dataset[Any], Tensor] | None:
-    """Reads some samples of a wrapper to find the data set that it wraps, and the position of each
-    sample in it.
+def _wrapped(dataset: AnyDataset, index: Tensor) -> tuple[AnyDataset, Tensor] | None:
+    """Finds the data set that a wrapper wraps, and the position of each sample in it.
 
-    Sample `i` of the wrapper must be read from position `i` of the wrapped data set, or from
-    position `places[i]`, where `places` is an attribute of the wrapper. Returns None if neither is
-    the case.
+    Reads some samples. Sample `i` of the wrapper must be read from position `i` of the wrapped data
+    set, or from position `places[i]`, where `places` is an attribute of the wrapper. Returns None
+    if neither is the case.
     """
-    own = getattr(dataset, "__dict__", {})
-    tried = index[torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()].unique()
-    for name, inner in own.items():
+    attributes = getattr(dataset, "__dict__", {})  # a list has none
+    rows = torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()
+    tried = index[rows].unique()
+    lists = [value for value in attributes.values() if not isinstance(value, Dataset)]
+    for name, inner in attributes.items():
         if not (isinstance(inner, Dataset) and isinstance(inner, Sized)):
             continue
-        asked = _requested_positions(dataset, name, tried.tolist())
-        for listed in (range(len(inner)), *(x for x in own.values() if not isinstance(x, Dataset))):
+        requested = _requested_positions(dataset, name, tried.tolist())
+        for positions in (range(len(inner)), *lists):
             with suppress(Exception):  # not a list of positions
-                operator.index(listed[0])
-                places = torch.as_tensor(listed)
-                if places[tried % len(places)].tolist() == asked:
+                operator.index(positions[0])
+                places = torch.as_tensor(positions)
+                if places[tried % len(places)].tolist() == requested:
                     return inner, places[index % len(places)]
     return None
 
 
-def _requested_positions(dataset: Dataset[Any], name: str, samples: Sequence[int]) -> list[int]:
+def _requested_positions(dataset: AnyDataset, name: str, samples: Sequence[int]) -> list[int]:
     """Returns the first position that each sample requests from the data set in attribute `name`.
+
     Stops at an error.
     """
-    view, inner, asked, found = copy.copy(dataset), vars(dataset)[name], list[int](), list[int]()
+    view = copy.copy(dataset)
+    inner = vars(dataset)[name]
+    requests: list[int] = []
+    positions: list[int] = []
 
-    def noted(self: Any, i: Any) -> Any:
-        asked.append(int(i))
+    def record(self: object, i: int) -> object:
+        requests.append(int(i))
         return inner[i]
 
     with suppress(Exception), random_state():
-        watched = vars(view)[name] = copy.copy(inner)
-        watched.__class__ = type("Watched", (type(inner),), {"__getitem__": noted})
+        watched = copy.copy(inner)
+        kind = type(inner)
+        watched.__class__ = type("Watched", (kind,), {"__getitem__": record})
+        vars(view)[name] = watched
         for i in samples:
-            asked.clear()
+            requests.clear()
             view[i]
-            found.append(asked[0])
-    return found
+            positions.append(requests[0])
+    return positions
 
 
 def is_among(samples: Tensor, others: Tensor) -> Tensor:
-    """Marks the keys in `samples`, `n x 2`, that are also in `others`, `m x 2`. Returns `n` bool."""
-    _, number = torch.unique(torch.cat([samples, others]), dim=0, return_inverse=True)
-    return torch.isin(number[: len(samples)], number[len(samples) :])
+    """Marks the keys in `samples`, `n x 2`, that are also in `others`, `m x 2`, as `n` bool."""
+    keys = torch.cat([samples, others])
+    _, number = torch.unique(keys, dim=0, return_inverse=True)
+    n = len(samples)
+    return torch.isin(number[:n], number[n:])
 
 
 def content_recorder(source: Source) -> RecordingSource:
-    """Wraps a source so that it records the key of each sample's content (`content_keys`) when it
-    is iterated.
-    """
+    """Wraps a source so that iterating it records the `content_keys` of its samples."""
     return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
@@ -136,51 +145,57 @@ def content_keys(batch: Batch) -> Tensor:
     """
     n = len(batch)
     if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
-        generator = torch.Generator("cpu").manual_seed(secrets.randbits(63))
-        return torch.randint(-(2**62), 2**62, (n, 2), generator=generator, device="cpu")
-    total: Tensor | None = None
-    for place, x in enumerate(tensors_in((batch.args, batch.kwargs, batch.target))):
-        if x.ndim == 0 or len(x) != n:
-            continue
-        x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
-        columns = x.reshape(n, -1)
-        weights = _hash_weights(place, columns.shape[1]).to(x.device)
-        own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
-        for some, weight in zip(
-            *(x.split(COLUMNS_AT_ONCE, 1) for x in (columns, weights)), strict=True
-        ):
-            numbers = _as_integers(some)
-            own += torch.stack([(numbers * row).sum(1) for row in weight], 1)
-        total = own if total is None else total + own.to(total.device)
-    return torch.zeros(n, 2, dtype=torch.int64) if total is None else total
+        random = [secrets.randbits(63) for _ in range(2 * n)]
+        return torch.tensor(random, dtype=torch.int64, device="cpu").view(n, 2)
+    keys = torch.zeros(n, 2, dtype=torch.int64)
+    tensors = tensors_in((batch.args, batch.kwargs, batch.target))
+    for seed, x in enumerate(tensors):
+        if x.ndim and len(x) == n:
+            hashes = _hash_rows(x.detach(), seed)
+            keys = keys.to(hashes.device) + hashes
+    return keys
 
 
 def _has_samples(batch: Batch) -> bool:
-    """True if all inputs but numbers and texts are tensors, and one of at least two dimensions has
-    a row per sample.
-    """
-    leaves = [
-        x
-        for x in pytree.tree_leaves((batch.args, batch.kwargs))
-        if not isinstance(x, (int, float, str))
-    ]
-    return all(isinstance(x, Tensor) for x in leaves) and any(
-        x.ndim > 1 and len(x) == len(batch) for x in leaves
-    )
+    """True if all inputs but numbers and texts are tensors, of which one has a row per sample."""
+    has_samples = False
+    for leaf in pytree.tree_leaves((batch.args, batch.kwargs)):
+        if isinstance(leaf, Tensor):
+            has_samples |= leaf.ndim > 1 and len(leaf) == len(batch)
+        elif not isinstance(leaf, (int, float, str)):
+            return False
+    return has_samples
+
+
+def _hash_rows(x: Tensor, seed: int) -> Tensor:
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    rows = x.reshape(len(x), -1)
+    n_columns = rows.shape[1]
+    weights = _hash_weights(seed, n_columns).to(x.device)
+    hashes = weights.new_zeros(len(x), 2)
+    for start in range(0, n_columns, COLUMNS_AT_ONCE):
+        columns = slice(start, start + COLUMNS_AT_ONCE)
+        numbers = _as_integers(rows[:, columns])
+        for i in range(2):
+            hashes[:, i] += (numbers * weights[i, columns]).sum(1)
+    return hashes
 
 
 @lru_cache(maxsize=16)
 def _hash_weights(seed: int, n: int) -> Tensor:
     # A larger `n` only appends columns.
     generator = torch.Generator("cpu").manual_seed(seed)
-    halves = torch.randint(2**32, (n, 2, 2), generator=generator, dtype=torch.int64, device="cpu")
-    return (halves[..., 0] * 2**32 + halves[..., 1]).T
+    halves = torch.randint(2**32, (n, 2, 2), generator=generator, device="cpu")
+    high, low = halves.unbind(2)
+    return (high * 2**32 + low).T
 
 
 def _as_integers(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         return x.long()
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    whole = x if x.element_size() in kinds else x.float()
-    # Adding 0.0 gives -0.0 the bits of 0.0.
-    return (whole + 0.0).contiguous().view(kinds[whole.element_size()]).long()
+    dtypes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if x.element_size() not in dtypes:
+        x = x.float()
+    x = x + 0.0  # gives -0.0 the bits of 0.0
+    return x.contiguous().view(dtypes[x.element_size()]).long()
