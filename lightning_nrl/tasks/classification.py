@@ -1,12 +1,9 @@
-"""`Multiclass` and `Binary`, with one class per sample, and `Multilabel`, with any number of labels
-per sample.
-"""
+"""`Multiclass` and `Binary`, with one class per sample, and `Multilabel`, with several labels."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl.data.batch import BatchTarget, ModelOutput
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
 from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits, masked_mean
 
@@ -33,97 +31,110 @@ class Multiclass(Task):
 
     def check(self, output: Tensor, target: Tensor) -> None:
         self.prediction(output)
-        label, classes = self.label(target), class_logits(output).shape[1]
+        label = self.label(target)
+        n_classes = class_logits(output).shape[1]
         if len(label) != len(output):
             raise ConfigurationError(
-                f"`task`: the model returned {len(output)} rows of logits for {len(label)} targets.",
-                "return one row for each sample, or pass an `adapter` that sets the model's inputs and the targets.",
+                f"`task`: the model returned {len(output)} rows of logits for {len(label)} "
+                "targets.",
+                "return one row for each sample, or pass an `adapter` that sets the model's inputs "
+                "and the targets.",
             )
-        self._check_values(target, classes)
-        if (
-            len(label) and int(label.max()) >= classes
-        ):  # on a GPU, such a label would abort the process
+        if _is_soft(target):
+            _check_probabilities(target, n_classes)
+        elif target.is_floating_point() and (target != target.round()).any():
             raise ConfigurationError(
-                f"`task`: there is a label {int(label.max())}, and the model returned {list(output.shape)} logits.",
-                f"give labels from 0 to {classes - 1}; for numeric targets use `Regression(tolerance=...)`.",
+                "`task`: multiclass needs whole-number labels, found fractions.",
+                "for numeric targets use `task=Regression(tolerance=...)`.",
+            )
+        # On a GPU, a label without a logit would abort the process.
+        if len(label) and int(label.max()) >= n_classes:
+            raise ConfigurationError(
+                f"`task`: there is a label {int(label.max())}, and the model returned "
+                f"{list(output.shape)} logits.",
+                f"give labels from 0 to {n_classes - 1}; for numeric targets use "
+                "`Regression(tolerance=...)`.",
             )
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
         return self.prediction(output) == self.label(target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        # Negative labels raise no error here: the `Evaluator` names their samples after a whole
-        # pass.
-        output = at_least_float32(class_logits(output))
-        truth = target.to(output) if _is_soft(target) else self.label(target).clamp_min(0)
-        return F.cross_entropy(output, truth, reduction="none")
+        logits = at_least_float32(class_logits(output))
+        if _is_soft(target):
+            return F.cross_entropy(logits, target.to(logits), reduction="none")
+        return F.cross_entropy(logits, self._usable_label(target), reduction="none")
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
-        output, label = (
-            at_least_float32(class_logits(output)),
-            self.label(target).clamp_min(0)[:, None],
-        )
-        return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
+        logits = at_least_float32(class_logits(output))
+        label = self._usable_label(target)[:, None]
+        rivals = logits.scatter(1, label, -torch.inf)
+        return logits.gather(1, label)[:, 0] - rivals.amax(1)
 
-    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+    def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
         return class_divergence(class_logits(output), class_logits(teacher))
 
-    def logits(self, output: Any) -> Tensor:
-        found = super().logits(output)
-        return found[:, None] if found.ndim == 1 else found
+    def logits(self, output: ModelOutput) -> Tensor:
+        logits = super().logits(output)
+        return logits[:, None] if logits.ndim == 1 else logits
 
     def prediction(self, output: Tensor) -> Tensor:
         if output.ndim not in (1, 2) or output.shape[1:] == (0,):
             raise ConfigurationError(
-                f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
-                "return one logit for each class (one is enough for two classes), or pass another `Task` as `task=`.",
+                "`task`: multiclass needs logits [samples, classes], the model returned "
+                f"{list(output.shape)}.",
+                "return one logit for each class (one is enough for two classes), or pass another "
+                "`Task` as `task=`.",
             )
         return class_logits(output).argmax(1)
 
     def label(self, target: Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
             raise ConfigurationError(
-                f"`task`: multiclass needs whole-number labels [samples], found {described(target)}.",
+                "`task`: multiclass needs whole-number labels [samples], found "
+                f"{described(target)}.",
                 "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
             )
-        return target.float().argmax(1) if _is_soft(target) else target.flatten().long()
-
-    def _check_values(self, target: Tensor, classes: int) -> None:
         if _is_soft(target):
-            rows = target.double()
-            fits = target.shape[1] == classes and bool((rows >= 0).all())
-            if not fits or bool(((rows.sum(1) - 1).abs() > PROBABILITY_ROUNDING).any()):
-                raise ConfigurationError(
-                    f"`task`: multiclass found {described(target)} that are not probabilities of {classes} classes.",
-                    "give class numbers [samples], or rows that add up to 1; for several labels per sample "
-                    "use `task='multilabel'`.",
-                )
-        elif target.is_floating_point() and bool((target != target.round()).any()):
-            raise ConfigurationError(
-                "`task`: multiclass needs whole-number labels, found fractions.",
-                "for numeric targets use `task=Regression(tolerance=...)`.",
-            )
+            return target.float().argmax(1)
+        return target.flatten().long()
+
+    def _usable_label(self, target: Tensor) -> Tensor:
+        # Negative labels raise no error here: the `Evaluator` names their samples after a pass.
+        return self.label(target).clamp_min(0)
 
 
 def _is_soft(target: Tensor) -> bool:
     return target.ndim == 2 and target.shape[1] > 1
 
 
+def _check_probabilities(target: Tensor, n_classes: int) -> None:
+    rows = target.double()
+    deviation = (rows.sum(1) - 1).abs()
+    is_valid = (rows >= 0).all() and (deviation <= PROBABILITY_ROUNDING).all()
+    if target.shape[1] != n_classes or not is_valid:
+        raise ConfigurationError(
+            f"`task`: multiclass found {described(target)} that are not probabilities of "
+            f"{n_classes} classes.",
+            "give class numbers [samples], or rows that add up to 1; for several labels per sample "
+            "use `task='multilabel'`.",
+        )
+
+
 @TASKS.register("binary")
 class Binary(Multiclass):
-    """Binary classification from one logit per sample, `n` or `n x 1`. A logit above 0 predicts
-    class
-    1.
+    """Binary classification from one logit per sample, `n` or `n x 1`.
 
-    The loss is binary cross entropy. Targets are 0 or 1, `n` or `n x 1`, of any dtype.
-    `Multiclass`, the default, gives the same results for such logits. `Binary` rejects logits of
-    any other shape.
+    A logit above 0 predicts class 1. The loss is binary cross entropy. Targets are 0 or 1, `n` or
+    `n x 1`, of any dtype. `Multiclass`, the default, gives the same results for such logits.
+    `Binary` rejects logits of any other shape.
     """
 
     def check(self, output: Tensor, target: Tensor) -> None:
         if output.shape[1:] not in ((), (1,)):
             raise ConfigurationError(
-                f"`task`: binary needs one logit a sample, the model returned {list(output.shape)}.",
+                "`task`: binary needs one logit a sample, the model returned "
+                f"{list(output.shape)}.",
                 "return [samples] or [samples, 1], or take `task='multiclass'`.",
             )
         super().check(output, target)
@@ -161,62 +172,69 @@ class Multilabel(Task):
         check_whole("Multilabel.wrong", self.wrong, 0)
 
     def __str__(self) -> str:
-        at = "" if self.threshold == 0.5 else f" at a threshold of {self.threshold:.4g}"
-        most = f"all labels but {self.wrong}" if self.wrong else "every label"
-        return f"Multilabel: {most} right{at}"
+        labels = f"all labels but {self.wrong}" if self.wrong else "every label"
+        text = f"Multilabel: {labels} right"
+        if self.threshold != 0.5:
+            text += f" at a threshold of {self.threshold:.4g}"
+        return text
 
-    def check(self, output: Tensor, target: Any) -> None:
+    def check(self, output: Tensor, target: BatchTarget) -> None:
         if output.ndim != 2 or not output.shape[1]:
             raise ConfigurationError(
-                f"`task`: multilabel needs logits [samples, labels], the model returned {list(output.shape)}.",
+                "`task`: multilabel needs logits [samples, labels], the model returned "
+                f"{list(output.shape)}.",
                 "return one logit for each label, or pass a `Task` that fits as `task=`.",
             )
         if not isinstance(target, Tensor) or target.shape != output.shape:
             raise ConfigurationError(
-                f"`task`: multilabel needs labels of the shape of the logits, {list(output.shape)}, "
-                f"found {described(target)}.",
+                "`task`: multilabel needs labels of the shape of the logits, "
+                f"{list(output.shape)}, found {described(target)}.",
                 "give 1 or 0 for each label, or pass an `adapter` or a `task` that fits.",
             )
-        known = self._known(target)
-        other = (target != 0) & (target != 1) & known
-        if other.any():
+        is_known = self._is_known(target)
+        invalid = target[is_known & (target != 0) & (target != 1)]
+        if len(invalid):
             raise ConfigurationError(
-                f"`task`: multilabel found a label {target[other][0].item():g}, neither 0 nor 1.",
+                f"`task`: multilabel found a label {invalid[0].item():g}, neither 0 nor 1.",
                 "set `ignore_index` to the value of unknown labels.",
             )
-        fewest = int(known.sum(1).min()) if len(known) else output.shape[1]
-        if fewest <= self.wrong:
+        n_known = is_known.sum(1)
+        if (n_known <= self.wrong).any():
             raise ConfigurationError(
-                f"`Multilabel.wrong={self.wrong}`, and a sample has {fewest} known labels, so none need be right.",
+                f"`Multilabel.wrong={self.wrong}`, and a sample has {int(n_known.min())} known "
+                "labels, so none need be right.",
                 "leave such samples out of the data, or give a smaller number.",
             )
 
-    def passed(self, output: Tensor, target: Any) -> Tensor:
+    def passed(self, output: Tensor, target: Tensor) -> Tensor:
         return self.margin(output, target) > 0
 
-    def loss(self, output: Tensor, target: Any) -> Tensor:
-        output, known = at_least_float32(output), self._known(target)
-        each = F.binary_cross_entropy_with_logits(
-            output, (target == 1).to(output), reduction="none"
-        )
-        return masked_mean(each, known)
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        logits = at_least_float32(output)
+        truth = (target == 1).to(logits)
+        losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        return masked_mean(losses, self._is_known(target))
 
-    def margin(self, output: Tensor, target: Any) -> Tensor:
-        output = at_least_float32(output) - math.log(self.threshold / (1 - self.threshold))
-        each = torch.where(target == 1, output, -output)
-        each = torch.where(each.isnan(), -torch.inf, each)
-        each = torch.where(self._known(target), each, torch.inf)
-        return each.kthvalue(self.wrong + 1, 1).values if self.wrong else each.amin(1)
+    def margin(self, output: Tensor, target: Tensor) -> Tensor:
+        distance = at_least_float32(output) - math.log(self.threshold / (1 - self.threshold))
+        margins = torch.where(target == 1, distance, -distance)
+        margins = torch.where(margins.isnan(), -torch.inf, margins)
+        margins = torch.where(self._is_known(target), margins, torch.inf)
+        if self.wrong:
+            return margins.kthvalue(self.wrong + 1, 1).values
+        return margins.amin(1)  # faster than `kthvalue`; ties share the gradient
 
-    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        new, old = at_least_float32(output), at_least_float32(teacher)
-        there = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
-        absent = (-old).sigmoid() * (F.logsigmoid(-old) - F.logsigmoid(-new))
-        divergence = (there + absent).clamp_min(0)
-        return (
-            divergence.mean(1) if target is None else masked_mean(divergence, self._known(target))
-        )
+    def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
+        new = at_least_float32(output)
+        old = at_least_float32(teacher)
+        of_presence = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
+        log_ratio_of_absence = F.logsigmoid(-old) - F.logsigmoid(-new)
+        of_absence = (-old).sigmoid() * log_ratio_of_absence
+        divergence = (of_presence + of_absence).clamp_min(0)
+        if target is None:
+            return divergence.mean(1)
+        return masked_mean(divergence, self._is_known(target))
 
-    def _known(self, target: Tensor) -> Tensor:
+    def _is_known(self, target: Tensor) -> Tensor:
         # As floats, since uint8 cannot hold -100.
         return target.float() != self.ignore_index

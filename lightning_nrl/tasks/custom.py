@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,24 +13,23 @@ from lightning_nrl._utils.checks import Kind, check_per_sample
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.adapters import describe, fields_of
+from lightning_nrl.data.batch import BatchTarget, ModelOutput
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.classification import Multiclass
 from lightning_nrl.tasks.task import Task, parse_task
 
-Judge = Callable[[Tensor, Any], Tensor]
+Judge = Callable[[Tensor, BatchTarget], Tensor]
 """Maps the output and the target of a batch of `n` samples to one value per sample, `n`."""
 
-MARGIN_ROUNDING = (
-    1e-4  # margins smaller than this share of the batch's largest margin may have the wrong sign
-)
+MARGIN_ROUNDING = 1e-4
+"""Margins below this share of the batch's largest margin may have the wrong sign, by rounding."""
 
 
 class Custom(Task):
-    """Task defined by your functions of output and target, or by addresses of functions,
-    `package.module:function`.
+    """Task defined by your functions of output and target.
 
-    To define `logits`, `prediction`, `label` or `divergence` too, derive a class from `Task`
-    instead.
+    A function may also be given by its address, `package.module:function`. To define `logits`,
+    `prediction`, `label` or `divergence` too, derive a class from `Task` instead.
 
     Args:
         passed: returns `n` bool, True for each right sample.
@@ -53,65 +52,83 @@ class Custom(Task):
     """
 
     def __init__(
-        self, passed: str | Judge, loss: str | Judge, margin: str | Judge | None = None
+        self,
+        passed: str | Judge,
+        loss: str | Judge,
+        margin: str | Judge | None = None,
     ) -> None:
-        given = {"passed": passed, "loss": loss, **({} if margin is None else {"margin": margin})}
-        self._functions = {
-            name: import_function(f"Custom.{name}", function) for name, function in given.items()
+        self._arguments = {"passed": passed, "loss": loss}
+        if margin is not None:
+            self._arguments["margin"] = margin
+        self._functions: dict[str, Judge] = {
+            name: import_function(f"Custom.{name}", argument)
+            for name, argument in self._arguments.items()
         }
-        self._names = {name: f if isinstance(f, str) else _address(f) for name, f in given.items()}
 
     def __repr__(self) -> str:
-        return (
-            f"Custom({', '.join(f'{name}={address!r}' for name, address in self._names.items())})"
-        )
+        addresses = [f"{name}={_address(x)!r}" for name, x in self._arguments.items()]
+        return f"Custom({', '.join(addresses)})"
 
     def __str__(self) -> str:
-        return f"Custom: passed by {self._names['passed']}"
+        return f"Custom: passed by {_address(self._arguments['passed'])}"
 
-    def check(self, output: Tensor, target: Any) -> None:
-        found = {}
-        for name, function in self._functions.items():
-            try:
-                found[name] = function(output, target)
-            except Exception as error:
-                raise ConfigurationError(
-                    f"`Custom.{name}` raised {type(error).__name__}: {error}",
-                    f"it is called with the model's output, here {list(output.shape)}, and the batch's target.",
-                ) from error
-            kind: Kind = "bool" if name == "passed" else "number"
-            check_per_sample(f"`Custom.{name}`", found[name], len(output), kind, tensors_only=True)
-        if "margin" in found:
-            self._check_signs(found["passed"], found["margin"].detach())
+    def check(self, output: Tensor, target: BatchTarget) -> None:
+        passed = self._checked("passed", output, target, "bool")
+        self._checked("loss", output, target)
+        if "margin" in self._functions:
+            margin = self._checked("margin", output, target)
+            _check_signs(passed, margin.detach())
 
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        return cast(Tensor, self._functions["passed"](output, target))
+    def passed(self, output: Tensor, target: BatchTarget) -> Tensor:
+        return self._functions["passed"](output, target)
 
-    def loss(self, output: Tensor, target: Any) -> Tensor:
+    def loss(self, output: Tensor, target: BatchTarget) -> Tensor:
         return at_least_float32(self._functions["loss"](output, target))
 
-    def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        return (
-            at_least_float32(self._functions["margin"](output, target))
-            if "margin" in self._functions
-            else None
+    def margin(self, output: Tensor, target: BatchTarget) -> Tensor | None:
+        if "margin" not in self._functions:
+            return None
+        return at_least_float32(self._functions["margin"](output, target))
+
+    def _checked(
+        self,
+        name: str,
+        output: Tensor,
+        target: BatchTarget,
+        kind: Kind = "number",
+    ) -> Tensor:
+        function = f"`Custom.{name}`"
+        try:
+            values = self._functions[name](output, target)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{function} raised {type(error).__name__}: {error}",
+                f"it is called with the model's output, here {list(output.shape)}, and the "
+                "batch's target.",
+            ) from error
+        return check_per_sample(function, values, len(output), kind, tensors_only=True)
+
+
+def _check_signs(passed: Tensor, margin: Tensor) -> None:
+    finite = margin[margin.isfinite()]
+    scale = finite.abs().max() if len(finite) else 0.0
+    wrong = torch.where(passed, -margin, margin) > MARGIN_ROUNDING * scale
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        verdict = "passed" if passed[row] else "did not pass"
+        raise ConfigurationError(
+            f"`Custom.margin` returned {float(margin[row]):.4g} for a sample that {verdict} "
+            f"({int(wrong.sum())} such samples in a batch).",
+            "return a number above 0 for samples that passed and below 0 for the others, or leave "
+            "`margin` out.",
         )
 
-    def _check_signs(self, passed: Tensor, margin: Tensor) -> None:
-        scale = margin[margin.isfinite()].abs().max() if margin.isfinite().any() else 0.0
-        wrong = torch.where(passed, -margin, margin) > MARGIN_ROUNDING * scale
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise ConfigurationError(
-                f"`Custom.margin` returned {float(margin[row]):.4g} for a sample that "
-                f"{'passed' if passed[row] else 'did not pass'} ({int(wrong.sum())} such samples in a batch).",
-                "return a number above 0 for samples that passed and below 0 for the others, or leave `margin` out.",
-            )
 
-
-def _address(function: Judge) -> str:
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', type(function).__module__)}:{name}"
+def _address(function: str | Judge) -> str:
+    if isinstance(function, str):
+        return function
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -139,51 +156,55 @@ class NamedHead(Task):
         object.__setattr__(self, "task", parse_task(self.task))
 
     @property
-    def _judge(self) -> Task:
-        return cast("Task", self.task)
+    def _head_task(self) -> Task:
+        return cast(Task, self.task)
 
     def __str__(self) -> str:
         return f"{self.task} of head {self.name!r}"
 
-    def logits(self, output: Any) -> Tensor:
-        return self._judge.logits(self._part(output, "output"))
+    def logits(self, output: ModelOutput) -> Tensor:
+        return self._head_task.logits(self._part(output, "output"))
 
-    def check(self, output: Tensor, target: Any) -> None:
-        self._judge.check(output, self._truth(target))
+    def check(self, output: Tensor, target: BatchTarget) -> None:
+        self._head_task.check(output, self._head_target(target))
 
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        return self._judge.passed(output, self._truth(target))
+    def passed(self, output: Tensor, target: BatchTarget) -> Tensor:
+        return self._head_task.passed(output, self._head_target(target))
 
-    def loss(self, output: Tensor, target: Any) -> Tensor:
-        return self._judge.loss(output, self._truth(target))
+    def loss(self, output: Tensor, target: BatchTarget) -> Tensor:
+        return self._head_task.loss(output, self._head_target(target))
 
     def passed_and_loss(
-        self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
+        self,
+        output: Tensor,
+        target: BatchTarget,
+        reserve: Tensor | None = None,
+        with_loss: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        return self._judge.passed_and_loss(output, self._truth(target), reserve, with_loss)
+        target = self._head_target(target)
+        return self._head_task.passed_and_loss(output, target, reserve, with_loss)
 
-    def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        return self._judge.margin(output, self._truth(target))
+    def margin(self, output: Tensor, target: BatchTarget) -> Tensor | None:
+        return self._head_task.margin(output, self._head_target(target))
 
-    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        return self._judge.divergence(
-            output, teacher, None if target is None else self._truth(target)
-        )
+    def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
+        return self._head_task.divergence(output, teacher, self._head_target(target))
 
     def prediction(self, output: Tensor) -> Tensor | None:
-        return self._judge.prediction(output)
+        return self._head_task.prediction(output)
 
-    def label(self, target: Any) -> Tensor | None:
-        return self._judge.label(self._truth(target))
+    def label(self, target: BatchTarget) -> Tensor | None:
+        return self._head_task.label(self._head_target(target))
 
-    def _truth(self, target: Any) -> Any:
-        has_parts = isinstance(target, (tuple, list)) or fields_of(target) is not None
-        return self._part(target, "target") if has_parts else target
+    def _head_target(self, target: BatchTarget) -> BatchTarget:
+        if isinstance(target, (tuple, list)) or fields_of(target) is not None:
+            return self._part(target, "target")
+        return target
 
-    def _part(self, value: Any, what: str) -> Any:
-        named = fields_of(value)
-        if named is not None and self.name in named:
-            return named[str(self.name)] if not isinstance(value, Mapping) else value[self.name]
+    def _part(self, value: ModelOutput | BatchTarget, argument: str) -> object:
+        fields = fields_of(value)
+        if fields is not None and self.name in fields:
+            return fields[self.name]
         if (
             isinstance(value, (tuple, list))
             and isinstance(self.name, int)
@@ -191,6 +212,7 @@ class NamedHead(Task):
         ):
             return value[self.name]
         raise ConfigurationError(
-            f"`NamedHead.name={self.name!r}` is not in the {what}.\n{describe(value, what)}",
+            f"`NamedHead.name={self.name!r}` is not in the {argument}.\n"
+            f"{describe(value, argument)}",
             "give the key, field or position of a head.",
         )

@@ -6,7 +6,7 @@ import collections.abc
 from abc import abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,170 +14,191 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.checks import described, is_class
 from lightning_nrl._utils.device import at_least_float32, widest
+from lightning_nrl.data.batch import BatchTarget
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits, masked_mean
 
 
 class Elements(NamedTuple):
-    """Logits and labels of `n` samples with `E` elements (such as tokens or pixels) and `C`
-    classes.
-    """
+    """Logits and labels of `n` samples with `E` elements (tokens or pixels) and `C` classes."""
 
     logits: Tensor  # n x C x E, at least float32
     label: Tensor  # n x E int64, 0 where the element is ignored
     counts: Tensor  # n x E bool, False where the element is ignored
 
     def lead(self) -> Tensor:
-        """Returns the true class's logit minus the largest other logit, `n x E`. NaN logits give
-        minus infinity.
+        """Returns the true class's logit minus the largest other logit, `n x E`.
+
+        NaN logits give minus infinity.
         """
-        others = self._others()
+        rivals = self._rivals()
         # On ties, `max` passes the gradient to one class, `amax` to all. Without gradients, `amax`
         # is much faster.
-        return self._above(others.max(1).values if others.requires_grad else others.amax(1))
+        if rivals.requires_grad:
+            return self._lead_over(rivals.max(1).values)
+        return self._lead_over(rivals.amax(1))
 
     def lead_and_rival(self) -> tuple[Tensor, Tensor]:
-        """Returns `lead()` and the rivals, `n x E` int64. The rival is the class with the largest
-        other logit.
-        """
-        best, rival = self._others().max(1)
-        return self._above(best), rival
+        """Returns `lead()` and the rivals, the classes with the largest other logit, `n x E`."""
+        largest, rival = self._rivals().max(1)
+        return self._lead_over(largest), rival
 
     def right(self, lead: Tensor, reserve: Tensor | None) -> Tensor:
-        """Marks right elements, `n x E` bool. If `reserve`, `n`, is given, a lead must reach its
-        sample's entry.
-        """
-        right, tied = lead > 0, lead == 0
-        if lead.device.type != "cpu" or bool(tied.any()):
+        """Marks right elements, `n x E` bool; leads must reach their sample's `reserve`, `n`."""
+        right = lead > 0
+        tied = lead == 0
+        # On a GPU, asking for ties would wait for the device.
+        if lead.device.type != "cpu" or tied.any():
             right |= tied & (self.logits.argmax(1) == self.label)
-        return right if reserve is None else right & (lead >= reserve[:, None])
-
-    def _others(self) -> Tensor:
-        return self.logits.clone().scatter_(1, self.label[:, None], -torch.inf)
-
-    def _above(self, best: Tensor) -> Tensor:
-        lead = self.logits.gather(1, self.label[:, None])[:, 0] - best
-        return torch.where(lead.isnan(), -torch.inf, lead)
+        if reserve is None:
+            return right
+        return right & (lead >= reserve[:, None])
 
     def mean(self, values: Tensor) -> Tensor:
         return masked_mean(values, self.counts)
 
+    def loss(self) -> Tensor:
+        """Returns the cross entropy of each sample, `n`, a mean over its elements."""
+        logits = self.logits.contiguous()
+        return self.mean(F.cross_entropy(logits, self.label, reduction="none"))
+
+    def _rivals(self) -> Tensor:
+        return self.logits.scatter(1, self.label[:, None], -torch.inf)
+
+    def _lead_over(self, rival: Tensor) -> Tensor:
+        true = self.logits.gather(1, self.label[:, None])[:, 0]
+        lead = true - rival
+        return torch.where(lead.isnan(), -torch.inf, lead)
+
 
 class ElementsTask(Task):
-    """Base class of tasks with a class per element. The loss is cross entropy, averaged over a
-    sample's elements.
+    """Base class of tasks with a class per element.
 
-    Subclasses are frozen dataclasses with a field `ignore_index`, the label of elements that do not
-    count.
+    The loss is cross entropy, averaged over a sample's elements. Subclasses are frozen dataclasses
+    with a field `ignore_index`, the label of elements that do not count.
     """
 
     ignore_index: int
 
     @abstractmethod
     def classes_first(self, output: Tensor) -> Tensor:
-        """Returns the logits as `n x C x ...`, `C` at least 2. Raises a `ConfigurationError` if the
-        shape is wrong.
+        """Returns the logits as `n x C x ...`, `C` at least 2.
+
+        Raises a `ConfigurationError` if the shape is wrong.
         """
 
     @abstractmethod
-    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
-        """Marks the right samples, `n` bool. If `reserve`, `n`, is given, a sample's margin must
-        reach its entry.
-        """
+    def elements_passed(self, elements: Elements, reserve: Tensor | None) -> Tensor:
+        """Marks the right samples, `n` bool; margins must reach the samples' `reserve`, `n`."""
 
     @abstractmethod
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the margin of each sample, `n`, differentiable."""
 
-    def labels(self, target: Any, ndim: int) -> Tensor:
-        """Returns the true classes, `n x ...` int64. `ndim` is the expected number of dimensions,
-        including samples.
+    def labels(self, target: BatchTarget, ndim: int) -> Tensor:
+        """Returns the true classes, `n x ...` int64.
 
-        Raises a `ConfigurationError` if the target is not a tensor of real numbers with at least
-        two dimensions.
+        `ndim` is the expected number of dimensions, including samples. Raises a
+        `ConfigurationError` if the target is not a tensor of real numbers with at least two
+        dimensions.
         """
         if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
-            f"`task`: {type(self).__name__} needs whole-number labels [samples, ...], found {described(target)}.",
+            f"`task`: {type(self).__name__} needs whole-number labels [samples, ...], found "
+            f"{described(target)}.",
             "give a class number for each element, or pass an `adapter` that does.",
         )
 
-    def check(self, output: Tensor, target: Any) -> None:
+    def check(self, output: Tensor, target: BatchTarget) -> None:
         logits = self.classes_first(output)
         label = self.labels(target, logits.ndim - 1)
-        name = type(self).__name__
-        if (len(logits), *logits.shape[2:]) != label.shape:
+        if _element_shape(logits) != label.shape:
             raise ConfigurationError(
-                f"`task`: {name} got logits {list(output.shape)} for labels {list(label.shape)}.",
+                f"`task`: {type(self).__name__} got logits {list(output.shape)} for labels "
+                f"{list(label.shape)}.",
                 self._shapes_hint(output, label),
             )
-        given, n_classes, counts = (
-            target.reshape(label.shape),
-            logits.shape[1],
-            label != self.ignore_index,
-        )
-        wrong = counts & ((label < 0) | (label >= n_classes) | (label != given))
+        n_classes = logits.shape[1]
+        counts = label != self.ignore_index
+        exact = target.reshape(label.shape)  # before the conversion to int64
+        wrong = counts & ((label < 0) | (label >= n_classes) | (label != exact))
         if wrong.any():
             raise ConfigurationError(
-                f"`task`: there is a label {given[wrong][0]:g}, and the model returned {n_classes} logits an element.",
-                f"use labels from 0 to {n_classes - 1}; set `ignore_index` to the label of ignored elements.",
+                f"`task`: there is a label {exact[wrong][0]:g}, and the model returned {n_classes} "
+                "logits an element.",
+                f"use labels from 0 to {n_classes - 1}; set `ignore_index` to the label of ignored "
+                "elements.",
             )
-        empty = int((~counts.flatten(1).any(1)).sum())
-        if empty:
+        n_empty = int((~counts.flatten(1).any(1)).sum())
+        if n_empty:
             raise ConfigurationError(
-                f"`task`: {empty} samples of a batch have the label {self.ignore_index} (ignored) everywhere.",
+                f"`task`: {n_empty} samples of a batch have the label {self.ignore_index} "
+                "(ignored) everywhere.",
                 "leave samples without any label out of the data.",
             )
 
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        return self.elements_passed(self.elements(output, target))
+    def passed(self, output: Tensor, target: BatchTarget) -> Tensor:
+        return self.elements_passed(self.elements(output, target), reserve=None)
 
-    def margin(self, output: Tensor, target: Any) -> Tensor:
+    def margin(self, output: Tensor, target: BatchTarget) -> Tensor:
         return self.elements_margin(self.elements(output, target))
 
-    def loss(self, output: Tensor, target: Any) -> Tensor:
-        return _cross_entropy(self.elements(output, target))
+    def loss(self, output: Tensor, target: BatchTarget) -> Tensor:
+        return self.elements(output, target).loss()
 
     def passed_and_loss(
-        self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
+        self,
+        output: Tensor,
+        target: BatchTarget,
+        reserve: Tensor | None = None,
+        with_loss: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        own, plain = type(self), ElementsTask
-        if (own.passed, own.margin, own.loss) != (plain.passed, plain.margin, plain.loss):
+        kind = type(self)
+        is_plain = (
+            kind.passed is ElementsTask.passed
+            and kind.margin is ElementsTask.margin
+            and kind.loss is ElementsTask.loss
+        )
+        if not is_plain:  # a subclass judges in its own way
             return super().passed_and_loss(output, target, reserve, with_loss)
         elements = self.elements(output, target)
-        return self.elements_passed(elements, reserve), _cross_entropy(
-            elements
-        ) if with_loss else None
+        passed = self.elements_passed(elements, reserve)
+        return passed, elements.loss() if with_loss else None
 
-    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the Kullback-Leibler divergence from `teacher`, `n`, a mean over elements that
-        are not ignored.
+    def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
+        """Returns the Kullback-Leibler divergence from `teacher`, `n`.
+
+        It is a mean over the elements that are not ignored.
         """
-        each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
-        return each.mean(1) if target is None else self.elements(output, target).mean(each)
+        new = self.classes_first(output).flatten(2)
+        old = self.classes_first(teacher).flatten(2)
+        divergence = class_divergence(new, old)
+        if target is None:
+            return divergence.mean(1)
+        return self.elements(output, target).mean(divergence)
 
-    def elements(self, output: Tensor, target: Any) -> Elements:
+    def elements(self, output: Tensor, target: BatchTarget) -> Elements:
         label = self.labels(target, output.ndim - 1).flatten(1)
         counts = label != self.ignore_index
         logits = at_least_float32(self.classes_first(output).flatten(2))
         return Elements(logits, label.masked_fill(~counts, 0), counts)
 
     def _shapes_hint(self, output: Tensor, label: Tensor) -> str:
-        return "the model must return logits for each element of the labels; an `adapter` can change the labels."
+        return (
+            "the model must return logits for each element of the labels; an `adapter` can change "
+            "the labels."
+        )
 
 
-def _cross_entropy(elements: Elements) -> Tensor:
-    return elements.mean(
-        F.cross_entropy(elements.logits.contiguous(), elements.label, reduction="none")
-    )
+def _element_shape(logits: Tensor) -> tuple[int, ...]:
+    return (len(logits), *logits.shape[2:])
 
 
 @TASKS.register("sequence")
 @dataclass(frozen=True)
 class Sequence(ElementsTask):
-    """Token classification: a sequence is right if all its tokens, or a given share of them, are
-    right.
+    """Token classification: a sequence is right if all its tokens, or a share of them, are right.
 
     A token is right if the arg max of its logits is its class. The margin of a sequence is the
     smallest margin of its tokens, once as many of the smallest margins are left out as tokens may
@@ -220,9 +241,11 @@ class Sequence(ElementsTask):
             )
 
     def __str__(self) -> str:
-        return f"Sequence: {'every token' if self.share == 1 else f'at least {self.share:.4g} of the tokens'} right"
+        if self.share == 1:
+            return "Sequence: every token right"
+        return f"Sequence: at least {self.share:.4g} of the tokens right"
 
-    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+    def elements_passed(self, elements: Elements, reserve: Tensor | None) -> Tensor:
         right = elements.right(elements.lead(), reserve)
         # Sorted by lead, token number `allowed_wrong` (from 0) has the margin, so at most that many
         # have less.
@@ -230,47 +253,56 @@ class Sequence(ElementsTask):
 
     def elements_margin(self, elements: Elements) -> Tensor:
         lead = torch.where(elements.counts, elements.lead(), torch.inf)
-        return lead.sort(1).values.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
+        rising = lead.sort(1).values
+        return rising.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
 
     def allowed_wrong(self, elements: Elements) -> Tensor:
         # In integers, so that 0.7 of 10 is 7.
-        n, share = elements.counts.sum(1), Fraction(self.share).limit_denominator(10_000)
-        return n - (n * share.numerator + share.denominator - 1) // share.denominator
+        share = Fraction(self.share).limit_denominator(10_000)
+        n = elements.counts.sum(1)
+        n_required = (n * share.numerator + share.denominator - 1) // share.denominator
+        return n - n_required
 
     def classes_first(self, output: Tensor) -> Tensor:
         if output.ndim < 3 or output.shape[self.class_dim] < 2:
-            shape = (
-                "[samples, tokens, classes]"
-                if self.class_dim == -1
-                else "[samples, classes, tokens]"
-            )
+            shape = "[samples, classes, tokens]"
+            if self.class_dim == -1:
+                shape = "[samples, tokens, classes]"
             raise ConfigurationError(
                 f"`task`: Sequence needs logits {shape}, the model returned {list(output.shape)}.",
-                "return one logit for each token and each of two or more classes, or set `class_dim`.",
+                "return one logit for each token and each of two or more classes, or set "
+                "`class_dim`.",
             )
         return output.movedim(self.class_dim, 1)
 
     def _shapes_hint(self, output: Tensor, label: Tensor) -> str:
-        other = -1 if self.class_dim == 1 else 1
-        turned = output.movedim(other, 1)
-        if (len(turned), *turned.shape[2:]) == label.shape:
-            return f"write `Sequence(class_dim={other})`: the classes seem to be in that dimension."
+        class_dim = -self.class_dim  # 1 or -1
+        if _element_shape(output.movedim(class_dim, 1)) == label.shape:
+            return (
+                f"write `Sequence(class_dim={class_dim})`: the classes seem to be in that "
+                "dimension."
+            )
         return super()._shapes_hint(output, label)
 
 
 IOU_ROUNDING = 1e-6  # tolerance of the threshold, so that 3 of 5 reach 0.6
-WINDOW = 0.02  # share of the pixels, nearest in lead to the deciding one, over which the gradient is averaged
+WINDOW = 0.02
+"""Share of an image's pixels whose leads share the gradient of the margin.
+
+These are the pixels nearest in lead to the deciding one: a single pixel would give a noisy
+gradient.
+"""
 
 
 @TASKS.register("segmentation")
 @dataclass(frozen=True)
 class Segmentation(ElementsTask):
-    """Semantic segmentation: an image is right if its mean intersection over union (IoU) reaches a
-    threshold.
+    """Semantic segmentation: an image is right if its mean IoU reaches a threshold.
 
-    The mean is over the classes present in the image's target. Outputs are `n x C x ...`, such as
-    `n x C x H x W`, or `n x 1 x ...` for two classes: a logit above 0 then predicts class 1.
-    Targets are `n x ...` or `n x 1 x ...`, whole numbers of any dtype or bools.
+    The mean of the intersection over union (IoU) is over the classes present in the image's target.
+    Outputs are `n x C x ...`, such as `n x C x H x W`, or `n x 1 x ...` for two classes: a logit
+    above 0 then predicts class 1. Targets are `n x ...` or `n x 1 x ...`, whole numbers of any
+    dtype or bools.
 
     The lead of a pixel is its true logit minus the largest other logit. The margin of a right image
     is the amount by which the leads of all pixels can shrink before the IoU falls below the
@@ -303,37 +335,36 @@ class Segmentation(ElementsTask):
     def __post_init__(self) -> None:
         hint = "give a number above 0 and at most 1."
         check_real("Segmentation.iou", self.iou, "threshold", hint, above=0, most=1)
-        if self.classes is None:
+        classes = self.classes
+        if classes is None:
             return
-        if (
-            not isinstance(self.classes, (list, tuple))
-            or not self.classes
-            or not all(map(is_class, self.classes))
-        ):
+        is_list = isinstance(classes, (list, tuple)) and len(classes) > 0
+        if not is_list or not all(map(is_class, classes)):
             raise ConfigurationError(
-                f"`Segmentation.classes={self.classes!r}` are not class numbers.",
+                f"`Segmentation.classes={classes!r}` are not class numbers.",
                 "give class numbers, such as (1,).",
             )
-        object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "classes", tuple(classes))
 
     def __str__(self) -> str:
-        of = "" if self.classes is None else f" of classes {', '.join(map(str, self.classes))}"
-        return f"Segmentation: mean IoU{of} at least {self.iou:.4g}"
+        mean = "mean IoU"
+        if self.classes is not None:
+            mean += f" of classes {', '.join(map(str, self.classes))}"
+        return f"Segmentation: {mean} at least {self.iou:.4g}"
 
-    def check(self, output: Tensor, target: Any) -> None:
+    def check(self, output: Tensor, target: BatchTarget) -> None:
         super().check(output, target)
         n_classes = self.classes_first(output).shape[1]
         if self.classes is not None and max(self.classes) >= n_classes:
             raise ConfigurationError(
-                f"`Segmentation.classes={self.classes!r}`, and the model returned {n_classes} logits a pixel.",
+                f"`Segmentation.classes={self.classes!r}`, and the model returned {n_classes} "
+                "logits a pixel.",
                 f"give classes from 0 to {n_classes - 1}.",
             )
 
-    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+    def elements_passed(self, elements: Elements, reserve: Tensor | None) -> Tensor:
         lead, rival = elements.lead_and_rival()
-        return self._reaches(
-            elements, elements.label, rival, elements.counts, elements.right(lead, reserve)
-        )
+        return self._reaches(elements, rival, elements.right(lead, reserve))
 
     def elements_margin(self, elements: Elements) -> Tensor:
         """Returns the lead of the deciding pixel of each image, `n`.
@@ -342,65 +373,69 @@ class Segmentation(ElementsTask):
         the deciding pixel.
         """
         lead, rival = elements.lead_and_rival()
-        order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(
-            dim=1, descending=True, stable=True
-        )
-        # Ignored pixels come last, even after pixels that count and have a lead of minus infinity.
-        order = order.gather(
-            1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True)
-        )
-        lead, label, rival, counts = (
-            x.gather(1, order) for x in (lead, elements.label, rival, elements.counts)
-        )
-        rank, n = torch.arange(lead.shape[1], device=lead.device), counts.sum(1)
+        order = _order_by_lead(lead.detach(), elements.counts)
+        rank = order.argsort(1)
+        n = elements.counts.sum(1)
         # Bisection for the number of pixels that must be right: with none of them the IoU is 0,
         # with all of them 1.
-        none, enough = torch.zeros_like(n), n.clamp_min(1)
+        too_few = torch.zeros_like(n)
+        enough = n.clamp_min(1)
         for _ in range(lead.shape[1].bit_length()):
-            middle = (none + enough) // 2
-            reached = self._reaches(elements, label, rival, counts, rank < middle[:, None])
-            none, enough = torch.where(reached, none, middle), torch.where(reached, middle, enough)
-        deciding = lead.gather(1, enough[:, None] - 1)[:, 0]
+            middle = (too_few + enough) // 2
+            reached = self._reaches(elements, rival, rank < middle[:, None])
+            too_few = torch.where(reached, too_few, middle)
+            enough = torch.where(reached, middle, enough)
+        last = enough[:, None] - 1
+        pixel = order.gather(1, last)
+        deciding = lead.gather(1, pixel)[:, 0]
         if not deciding.requires_grad:
             return deciding
-        near = (rank - (enough - 1)[:, None]).abs() <= (WINDOW / 2 * n)[:, None]
-        near &= counts & lead.detach().isfinite()
-        mean = torch.where(near, lead, 0.0).sum(1) / near.sum(1).clamp_min(1)
+        width = WINDOW / 2 * n
+        is_near = (rank - last).abs() <= width[:, None]
+        is_near &= elements.counts & lead.detach().isfinite()
+        mean = masked_mean(lead, is_near)
         return deciding.detach() + (mean - mean.detach())
 
     def classes_first(self, output: Tensor) -> Tensor:
         if output.ndim < 3 or output.shape[1] < 1:
             raise ConfigurationError(
-                f"`task`: Segmentation needs logits [samples, classes, ...], the model returned {list(output.shape)}.",
-                "return one logit for each class and pixel; one logit per pixel is enough for two classes.",
+                "`task`: Segmentation needs logits [samples, classes, ...], the model returned "
+                f"{list(output.shape)}.",
+                "return one logit for each class and pixel; one logit per pixel is enough for two "
+                "classes.",
             )
         return class_logits(output)
 
-    def labels(self, target: Any, ndim: int) -> Tensor:
+    def labels(self, target: BatchTarget, ndim: int) -> Tensor:
         if isinstance(target, Tensor) and target.ndim == ndim + 1 and target.shape[1] == 1:
             target = target[:, 0]
         return super().labels(target, ndim)
 
-    def _reaches(
-        self, elements: Elements, label: Tensor, rival: Tensor, counts: Tensor, right: Tensor
-    ) -> Tensor:
-        """Marks the images, `n` bool, whose IoU is enough if all pixels outside of `right` get
-        their rival class.
+    def _reaches(self, elements: Elements, rival: Tensor, right: Tensor) -> Tensor:
+        """Marks the images, `n` bool, whose IoU is enough.
+
+        The pixels in `right` get their class, and all others their rival class.
         """
-        zeros = torch.zeros(
-            elements.logits.shape[:2], dtype=widest(label.device), device=label.device
-        )
-
-        def of_class(where: Tensor, chosen: Tensor) -> Tensor:
-            return zeros.scatter_add(1, where, (chosen & counts).to(zeros))
-
-        truth, hit = of_class(label, torch.ones_like(counts)), of_class(label, right)
-        union = truth + of_class(rival, ~right)
+        logits, label, counts = elements
+        dtype = widest(label.device)
+        zeros = logits.new_zeros(logits.shape[:2], dtype=dtype)
+        truth = zeros.scatter_add(1, label, counts.to(dtype))
+        hits = zeros.scatter_add(1, label, (right & counts).to(dtype))
+        union = truth.scatter_add(1, rival, (~right & counts).to(dtype))
         present = truth > 0
         if self.classes is not None:
             chosen = torch.zeros_like(present)
             chosen[:, list(self.classes)] = True
             chosen &= present
             present = torch.where(chosen.any(1, keepdim=True), chosen, present)
-        shares = torch.where(present, hit / union.clamp_min(1), 0.0)
-        return shares.sum(1) / present.sum(1).clamp_min(1) >= self.iou - IOU_ROUNDING
+        mean_iou = masked_mean(hits / union.clamp_min(1), present)
+        return mean_iou >= self.iou - IOU_ROUNDING
+
+
+def _order_by_lead(lead: Tensor, counts: Tensor) -> Tensor:
+    """Sorts pixels by falling lead, `n x E` int64; ignored pixels come last."""
+    lead = torch.where(counts, lead, -torch.inf)
+    order = lead.argsort(dim=1, descending=True, stable=True)
+    # A pixel that counts may have a lead of minus infinity, too.
+    is_ignored = (~counts).gather(1, order).byte()
+    return order.gather(1, is_ignored.argsort(dim=1, stable=True))

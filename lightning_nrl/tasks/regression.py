@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl.data.batch import BatchTarget
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.tasks.task import Task
 
@@ -43,63 +43,57 @@ class Regression(Task):
     def __post_init__(self) -> None:
         hint = "give a number above 0, in the units of the target."
         check_real("Regression.tolerance", self.tolerance, "tolerance", hint, above=0)
-        check_real(
-            "Regression.relative",
-            self.relative,
-            "share of the target",
-            "give a number from 0.",
-            least=0,
-        )
+        hint = "give a number from 0."
+        check_real("Regression.relative", self.relative, "share of the target", hint, least=0)
 
     def __str__(self) -> str:
-        more = f" + {self.relative:.4g} of the target" if self.relative else ""
-        return f"Regression: every output within {self.tolerance:.4g}{more} of its target"
+        tolerance = f"{self.tolerance:.4g}"
+        if self.relative:
+            tolerance += f" + {self.relative:.4g} of the target"
+        return f"Regression: every output within {tolerance} of its target"
 
-    def check(self, output: Tensor, target: Any) -> None:
+    def check(self, output: Tensor, target: BatchTarget) -> None:
         if not isinstance(target, Tensor) or target.is_complex():
             raise ConfigurationError(
-                f"`task`: regression needs a tensor of numbers as target, found {described(target)}.",
+                "`task`: regression needs a tensor of numbers as target, found "
+                f"{described(target)}.",
                 "pass an `adapter` that returns one.",
             )
-        if (
-            output.shape[:1] != target.shape[:1]
-            or output.numel() != target.numel()
-            or not output.ndim
-        ):
+        same_samples = output.ndim and output.shape[:1] == target.shape[:1]
+        if not same_samples or output.numel() != target.numel():
             raise ConfigurationError(
-                f"`task`: regression got outputs {list(output.shape)} for targets {list(target.shape)}.",
+                f"`task`: regression got outputs {list(output.shape)} for targets "
+                f"{list(target.shape)}.",
                 "the model must return one number for each number of the target.",
             )
-        wrong = int((~target.isfinite()).sum())
-        if wrong:
+        n_not_finite = int((~target.isfinite()).sum())
+        if n_not_finite:
             raise ConfigurationError(
-                f"`task`: {wrong} numbers of a batch's target are NaN or infinite.",
+                f"`task`: {n_not_finite} numbers of a batch's target are NaN or infinite.",
                 "leave samples without a known target out of the data.",
             )
 
-    def passed(self, output: Tensor, target: Any) -> Tensor:
+    def passed(self, output: Tensor, target: Tensor) -> Tensor:
         return self.margin(output, target) > 0
 
-    def loss(self, output: Tensor, target: Any) -> Tensor:
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
         error = self._errors(output, target, target)
         return F.huber_loss(error, torch.zeros_like(error), reduction="none").mean(1)
 
-    def margin(self, output: Tensor, target: Any) -> Tensor:
+    def margin(self, output: Tensor, target: Tensor) -> Tensor:
         margin = 1 - self._errors(output, target, target).abs().amax(1)
         return torch.where(margin.isnan(), -torch.inf, margin)
 
-    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+    def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
         return self._errors(output, teacher, target).square().mean(1)
 
-    def _errors(self, output: Tensor, other: Tensor, target: Tensor | None) -> Tensor:
-        """Returns `output - other` in units of the tolerance, `n x D`: samples x outputs."""
-        output, other = (_rows(at_least_float32(x)) for x in (output, other))
+    def _errors(self, output: Tensor, reference: Tensor, target: Tensor | None) -> Tensor:
+        """Returns `output - reference` in units of the tolerance, `n x D`: samples x outputs."""
+        difference = _rows(output) - _rows(reference)
         if not self.relative or target is None:
-            return (output - other) / self.tolerance
-        return (output - other) / (
-            self.tolerance + self.relative * _rows(at_least_float32(target)).abs()
-        )
+            return difference / self.tolerance
+        return difference / (self.tolerance + self.relative * _rows(target).abs())
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x[:, None].flatten(1)
+    return at_least_float32(x)[:, None].flatten(1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from types import NoneType
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import describe, fields_of
+from lightning_nrl.data.batch import BatchTarget, ModelOutput
 from lightning_nrl.errors import ConfigurationError
 
 OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
@@ -27,15 +29,19 @@ class Task(ABC):
     """
 
     @abstractmethod
-    def passed(self, output: Tensor, target: Any) -> Tensor:
+    def passed(self, output: Tensor, target: BatchTarget) -> Tensor:
         """Marks the right samples, `n` bool."""
 
     @abstractmethod
-    def loss(self, output: Tensor, target: Any) -> Tensor:
+    def loss(self, output: Tensor, target: BatchTarget) -> Tensor:
         """Returns the loss of each sample, `n`, at least float32."""
 
     def passed_and_loss(
-        self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
+        self,
+        output: Tensor,
+        target: BatchTarget,
+        reserve: Tensor | None = None,
+        with_loss: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns `passed` and `loss` in one call, so that a task can share work between them.
 
@@ -53,19 +59,18 @@ class Task(ABC):
             passed = passed & (margin >= reserve)
         return passed, self.loss(output, target) if with_loss else None
 
-    def right(self, output: Tensor, target: Any) -> Tensor:
+    def right(self, output: Tensor, target: BatchTarget) -> Tensor:
         """Marks the samples that pass and have a finite loss, `n` bool."""
-        passed, loss = self.passed_and_loss(output, target)
-        assert loss is not None
-        return passed & loss.isfinite()
+        return self.passed(output, target) & self.loss(output, target).isfinite()
 
-    def check(self, output: Tensor, target: Any) -> None:
-        """Raises a `ConfigurationError` if output and target of a batch do not fit together. Called
-        for each batch.
+    def check(self, output: Tensor, target: BatchTarget) -> None:
+        """Raises a `ConfigurationError` if output and target of a batch do not fit together.
+
+        Called for each batch.
         """
         return None
 
-    def logits(self, output: Any) -> Tensor:
+    def logits(self, output: ModelOutput) -> Tensor:
         """Returns the logits in the output of a model.
 
         A tensor is returned as it is. Of the named fields of an output, the first in `OUTPUT_KEYS`
@@ -75,29 +80,26 @@ class Task(ABC):
         """
         if isinstance(output, Tensor):
             return output
-        named = fields_of(output) or (
-            {"logits": output.logits} if hasattr(output, "logits") else {}
+        fields = fields_of(output) or {}
+        if not fields and isinstance(output, _HasLogits):
+            fields = {"logits": output.logits}
+        for key in OUTPUT_KEYS:
+            logits = fields.get(key)
+            if isinstance(logits, Tensor):
+                return logits
+        is_sequence = isinstance(output, (tuple, list))
+        values = output if is_sequence else fields.values()
+        tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
+        if len(tensors) == 1 or (tensors and is_sequence):
+            return tensors[0]
+        raise ConfigurationError(
+            "`task`: the output of the model's forward has no tensor of logits.\n"
+            f"{describe(output, 'output')}",
+            "return the logits from `forward`, name a head with `NamedHead`, or pass a `Task` of "
+            "your own that overrides `logits`.",
         )
-        found = next(
-            (named[key] for key in OUTPUT_KEYS if isinstance(named.get(key), Tensor)), None
-        )
-        if found is None:
-            values = list(output) if isinstance(output, (tuple, list)) else list(named.values())
-            tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
-            found = (
-                tensors[0]
-                if len(tensors) == 1 or (tensors and isinstance(output, (tuple, list)))
-                else None
-            )
-        if found is None:
-            raise ConfigurationError(
-                f"`task`: the output of the model's forward has no tensor of logits.\n{describe(output, 'output')}",
-                "return the logits from `forward`, name a head with `NamedHead`, or pass a `Task` of your own that "
-                "overrides `logits`.",
-            )
-        return found
 
-    def margin(self, output: Tensor, target: Any) -> Tensor | None:
+    def margin(self, output: Tensor, target: BatchTarget) -> Tensor | None:
         """Returns the margin of each sample, `n`, differentiable and at least float32.
 
         A margin is above 0 if the sample passed and below 0 if it failed. It is 0 only on a tie,
@@ -106,65 +108,70 @@ class Task(ABC):
         """
         return None
 
-    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
-        """Returns the distance, `n`, of each output from another model's output `teacher`: at least
-        0,
-        differentiable.
+    def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
+        """Returns the distance, `n`, of each output from the output `teacher` of another model.
 
-        The default is the mean squared difference. Given `target`, a task may leave out what the
-        target ignores.
+        Distances are at least 0 and differentiable. The default is the mean squared difference.
+        Given `target`, a task may leave out what the target ignores.
         """
-        squares = (at_least_float32(output) - at_least_float32(teacher)).square()
-        return squares[:, None].flatten(1).mean(1)
+        difference = at_least_float32(output) - at_least_float32(teacher)
+        return difference.square()[:, None].flatten(1).mean(1)
 
     def prediction(self, output: Tensor) -> Tensor | None:
-        """Returns the predicted class of each sample, `n` int64, or None if the task has no
-        classes.
-        """
+        """Returns the predicted class of each sample, `n` int64, or None without classes."""
         return None
 
-    def label(self, target: Any) -> Tensor | None:
-        """Returns the true class of each sample, `n` int64, or None if the task has no classes."""
+    def label(self, target: BatchTarget) -> Tensor | None:
+        """Returns the true class of each sample, `n` int64, or None without classes."""
         return None
 
     def __repr__(self) -> str:
-        """Returns the class name and the plain attributes, but no memory addresses, so that it can
-        be a cache key.
+        """Returns the class name and the plain attributes.
+
+        It contains no memory addresses, so that it can be a cache key.
         """
-        plain = {
-            name: x
-            for name, x in vars(self).items()
-            if x is None or isinstance(x, (bool, int, float, str))
-        }
-        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in plain.items())})"
+        plain = (int, float, str, NoneType)
+        attributes = [f"{name}={x!r}" for name, x in vars(self).items() if isinstance(x, plain)]
+        return f"{type(self).__name__}({', '.join(attributes)})"
 
     def __str__(self) -> str:
         """Describes when a sample is right, for reports."""
         return type(self).__name__
 
 
+@runtime_checkable
+class _HasLogits(Protocol):
+    logits: object
+
+
 def class_logits(output: Tensor) -> Tensor:
-    """Returns logits `n x C x ...` of at least two classes. A single logit is for class 1, and
-    class 0 gets 0.
+    """Returns logits `n x C x ...` of at least two classes.
+
+    A single logit is for class 1, and class 0 gets 0.
     """
-    output = output[:, None] if output.ndim == 1 else output
+    if output.ndim == 1:
+        output = output[:, None]
+    if output.shape[1] != 1:
+        return output
     # sigmoid(z) = softmax([0, z])[1]
-    return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output
+    before_classes = (1, 0)
+    return F.pad(output, (0, 0) * (output.ndim - 2) + before_classes)
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the Kullback-Leibler divergence, `n x ...`, of logits `output` from logits `teacher`,
-    `n x C x ...`.
-    """
-    new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
-    return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
+    """Returns the Kullback-Leibler divergence, `n x ...`, from logits `teacher`, `n x C x ...`."""
+    log_output = F.log_softmax(at_least_float32(output), 1)
+    log_teacher = F.log_softmax(at_least_float32(teacher), 1)
+    return F.kl_div(log_output, log_teacher, reduction="none", log_target=True).sum(1)
 
 
 def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
-    """Averages each row of `values`, `n x E`, over the entries where `counts` is True. A row
-    without True gives 0.
+    """Averages each row of `values`, `n x E`, over the entries where `counts` is True.
+
+    A row without True gives 0.
     """
-    return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
+    total = torch.where(counts, values, 0.0).sum(1)
+    return total / counts.sum(1).clamp_min(1)
 
 
 TASKS: Registry[Task] = Registry(
@@ -181,9 +188,8 @@ TASKS_WITH_ARGUMENTS = {
 """Tasks that need arguments, with an example of each."""
 
 
-def parse_task(task: Any) -> Task:
-    """Returns the task named `task`, `task` itself if it is a `Task`, or `Multiclass` if it is
-    None.
+def parse_task(task: Task | str | None) -> Task:
+    """Returns the task named `task`, or `Multiclass` for None. Returns a `Task` unchanged.
 
     Raises a `ConfigurationError` if the name is unknown, or if the named task needs arguments.
 
@@ -191,8 +197,11 @@ def parse_task(task: Any) -> Task:
         >>> parse_task("multilabel")
         Multilabel(threshold=0.5, wrong=0, ignore_index=-100)
     """
-    name = task.lower() if isinstance(task, str) else "multiclass" if task is None else task
-    if isinstance(name, str) and name in TASKS_WITH_ARGUMENTS:
-        hint = f"write {TASKS_WITH_ARGUMENTS[name]}."
-        raise ConfigurationError(f"`task={task!r}` needs arguments.", hint)
-    return TASKS.parse("task", name)
+    if task is None:
+        task = "multiclass"
+    if isinstance(task, str):
+        if task.lower() in TASKS_WITH_ARGUMENTS:
+            hint = f"write {TASKS_WITH_ARGUMENTS[task.lower()]}."
+            raise ConfigurationError(f"`task={task!r}` needs arguments.", hint)
+        task = task.lower()
+    return TASKS.parse("task", task)
