@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,22 +13,13 @@ from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
 """Default of optional columns of `SampleResults`, which `__post_init__` replaces."""
-COLUMNS = (
-    "index",
-    "label",
-    "prediction",
-    "loss",
-    "passed",
-    "targeted",
-    "margin",
-)  # columns without a default
 
 
 @dataclass(frozen=True)
 class SampleResults:
-    """Results of a model: one row for each of `N` samples, by split and in data set order. Tensors
-    are
-    on the CPU.
+    """Results of a model on `N` samples, a row for each, by split and in data set order.
+
+    Tensors are on the CPU.
 
     Attributes:
         splits: names of the splits.
@@ -60,18 +51,20 @@ class SampleResults:
     passed: Tensor
     targeted: Tensor
     margin: Tensor
+    _: KW_ONLY
     weight: Tensor = NO_COLUMN
     names: tuple[str, ...] = ()
     group: Tensor = NO_COLUMN
     in_target: Tensor = NO_COLUMN
 
     def __post_init__(self) -> None:
+        n = len(self.passed)
         if self.weight is NO_COLUMN:
-            object.__setattr__(
-                self, "weight", torch.ones(1, dtype=torch.float64).expand(len(self.passed))
-            )
+            ones = torch.ones(1, dtype=torch.float64).expand(n)
+            object.__setattr__(self, "weight", ones)
         if self.group is NO_COLUMN:
-            object.__setattr__(self, "group", torch.full((1,), -1).expand(len(self.passed)))
+            no_slice = torch.full((1,), -1).expand(n)
+            object.__setattr__(self, "group", no_slice)
         if self.in_target is NO_COLUMN:
             object.__setattr__(self, "in_target", self.targeted)
 
@@ -81,34 +74,41 @@ class SampleResults:
     @classmethod
     def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
         """Joins tables of different splits. Weights, slices and `in_target` get their defaults."""
-        columns: dict[str, Any] = {
-            name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS
-        }
-        splits, sizes = (
-            sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes")
-        )
-        return cls(splits, sizes, **columns)
+        splits: list[str] = []
+        sizes: list[int] = []
+        for table in tables:
+            splits += table.splits
+            sizes += table.sizes
+        columns = zip(*(table._columns() for table in tables), strict=True)
+        return cls(tuple(splits), tuple(sizes), *map(torch.cat, columns))
 
     def only(self, splits: Sequence[str]) -> SampleResults:
         """Selects the rows of some splits. Weights, slices and `in_target` get their defaults."""
-        rows = [self.of(split) for split in splits]
-        columns: dict[str, Any] = {
-            name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS
-        }
-        return SampleResults(
-            tuple(splits), tuple(part.stop - part.start for part in rows), **columns
+        rows = [torch.arange(len(self))[self.of(split)] for split in splits]
+        selected = torch.cat(rows)
+        columns = [column[selected] for column in self._columns()]
+        return SampleResults(tuple(splits), tuple(map(len, rows)), *columns)
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        """Returns the columns without a default, in the order of the fields."""
+        return (
+            self.index,
+            self.label,
+            self.prediction,
+            self.loss,
+            self.passed,
+            self.targeted,
+            self.margin,
         )
 
     def sharing(self, other: SampleResults) -> SampleResults:
-        """Returns a copy that saves memory: it has the `index` and `label` tensors of `other` where
-        they are equal.
-        """
-        names = [
-            name
-            for name in ("index", "label")
-            if torch.equal(getattr(self, name), getattr(other, name))
-        ]
-        return replace(self, **{name: getattr(other, name) for name in names})
+        """Returns a copy that shares equal `index` and `label` tensors with `other`."""
+        table = self
+        if torch.equal(self.index, other.index):
+            table = replace(table, index=other.index)
+        if torch.equal(self.label, other.label):
+            table = replace(table, label=other.label)
+        return table
 
     def rows(self, split: str, position: Tensor) -> Tensor:
         """Returns the rows of the samples at some positions (`Batch.position`) of a split."""
@@ -120,7 +120,8 @@ class SampleResults:
     def of(self, split: str) -> slice:
         """Returns the rows of a split."""
         start = self.start(split)
-        return slice(start, start + self.sizes[self.splits.index(split)])
+        size = self.sizes[self.splits.index(split)]
+        return slice(start, start + size)
 
     @property
     def right(self) -> Tensor:
@@ -137,16 +138,15 @@ class SampleResults:
 
     @property
     def margin_unit(self) -> float:
-        """Median margin of the passed samples, the unit for margins. It is NaN if no sample passed."""
+        """Median margin of the passed samples, the unit for margins; NaN if no sample passed."""
         return float(self.margin[self.passed].median())
 
     @property
     def finite_weight(self) -> Tensor:
-        """Weights, `N`. Infinity is replaced by 1 plus the sum of the finite weights of passed
-        samples.
-        """
+        """Weights, `N`; infinity becomes 1 plus the sum of passed samples' finite weights."""
         infinite = self.weight.isinf()
-        return torch.where(infinite, 1 + self.weight[self.passed & ~infinite].sum(), self.weight)
+        total = self.weight[self.passed & ~infinite].sum()
+        return torch.where(infinite, 1 + total, self.weight)
 
     def value(self, repaired: Tensor) -> float:
         """Sums the weights of the targets in the mask `repaired`, `N` bool."""
@@ -158,22 +158,20 @@ class SampleResults:
 
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
         """Returns, for each split, the ids of the samples in a mask, `N` bool."""
-        return {
-            split: self.index[self.of(split)][mask[self.of(split)]].tolist()
-            for split in self.splits
-        }
+        ids = {}
+        for split in self.splits:
+            rows = self.of(split)
+            ids[split] = self.index[rows][mask[rows]].tolist()
+        return ids
 
     def non_finite(self) -> dict[str, list[int]]:
-        """Returns the ids of the samples with a NaN or infinite loss, for each split that has such
-        samples.
-        """
-        return {split: ids for split, ids in self.ids(~self.loss.isfinite()).items() if ids}
+        """Returns the ids of samples with a NaN or infinite loss, for each split that has some."""
+        ids = self.ids(~self.loss.isfinite())
+        return {split: ids[split] for split in ids if ids[split]}
 
 
 def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Converts masks of right samples before and after a change to masks of kept, broken, repaired
-    and failing ones.
-    """
+    """Returns masks of kept, broken, repaired and failing samples from masks of right samples."""
     return before & after, before & ~after, ~before & after, ~before & ~after
 
 
@@ -206,18 +204,16 @@ class FlipCounts:
 
     @property
     def accuracy_before(self) -> float:
-        return self.passed / self.n if self.n else float("nan")
+        return self.passed / self.n if self.n else math.nan
 
     @property
     def accuracy_after(self) -> float:
-        return self.right / self.n if self.n else float("nan")
+        return self.right / self.n if self.n else math.nan
 
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
-        """Counts flips from two masks, `N` bool each, of the samples that are right before and
-        after a change.
-        """
-        return FlipCounts(*(int(mask.sum()) for mask in flip_masks(before, after)))
+        """Counts flips from masks, `N` bool, of the right samples before and after a change."""
+        return Flips(*flip_masks(before, after)).counts()
 
 
 @dataclass(frozen=True)
@@ -249,41 +245,41 @@ class Flips:
 
     @classmethod
     def between(cls, before: SampleResults, after: SampleResults) -> Flips:
-        """Compares two tables of the same samples. A sample with a NaN or infinite loss counts as
-        wrong.
-        """
-        if (
-            before.splits != after.splits
-            or before.sizes != after.sizes
-            or not torch.equal(before.index, after.index)
-        ):
+        """Compares two tables of the same samples; a NaN or infinite loss counts as wrong."""
+        same_splits = (before.splits, before.sizes) == (after.splits, after.sizes)
+        if not same_splits or not torch.equal(before.index, after.index):
             raise EvaluationError(
-                f"results before ({_shape(before)}) and after ({_shape(after)}) are of different samples.",
+                f"results before ({_shape(before)}) and after ({_shape(after)}) are of different "
+                "samples.",
                 "collect both from the same data, without shuffling.",
             )
         return cls(*flip_masks(before.right, after.right))
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
-        return FlipCounts(
-            *(
-                int(mask[rows].sum())
-                for mask in (self.kept, self.broken, self.repaired, self.failing)
-            )
-        )
+        masks = (self.kept, self.broken, self.repaired, self.failing)
+        return FlipCounts(*(int(mask[rows].sum()) for mask in masks))
 
     def target_counts(
         self, before: SampleResults, rows: Tensor | slice = slice(None)
     ) -> TargetCounts:
-        """Counts flips in the given rows, also within the target. `before` tells which samples are
-        in the target.
-        """
-        targeted, broken = before.targeted, self.broken & before.in_target
-        own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
-        masks = (self.kept, self.broken, self.repaired, self.failing, *own)
-        return TargetCounts(*(int(mask[rows].sum()) for mask in masks))
+        """Counts flips in the given rows, also within the target, which `before` tells."""
+        counts = self.counts(rows)
+
+        def count(mask: Tensor) -> int:
+            return int(mask[rows].sum())
+
+        return TargetCounts(
+            counts.kept,
+            counts.broken,
+            counts.repaired,
+            counts.failing,
+            targeted=count(before.targeted),
+            repaired_in_target=count(self.repaired & before.targeted),
+            passed_in_target=count((self.kept | self.broken) & before.in_target),
+            broken_in_target=count(self.broken & before.in_target),
+        )
 
 
 def _shape(results: SampleResults) -> str:
-    return ", ".join(
-        f"{split}: {size:,}" for split, size in zip(results.splits, results.sizes, strict=True)
-    )
+    sizes = zip(results.splits, results.sizes, strict=True)
+    return ", ".join(f"{split}: {size:,}" for split, size in sizes)
