@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -34,9 +35,10 @@ Keep = Literal["both", "reference"]
 """Choices for `SampleOptions.keep`."""
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 
-OPTION_WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}  # words that an option takes
-BY_ID: dict[str, tuple[type, ...]] = {  # types of values that name samples by id
-    "importance": (Mapping,),
+# Words that an option takes, and types of values that name samples by id.
+OPTION_WORDS = {"importance": ("focal",), "protected": (), "set_aside": (DOUBTFUL,)}
+BY_ID: dict[str, type | tuple[type, ...]] = {
+    "importance": Mapping,
     "protected": (Mapping, list, tuple),
     "set_aside": (Mapping, list, tuple),
 }
@@ -58,8 +60,9 @@ class Focal:
 
     def weigh(self, results: SampleResults) -> Tensor:
         """Returns the weight of each of `N` samples, float64."""
+        probability = torch.exp(-results.loss.double().clamp_min(0))
         tiny = torch.finfo(torch.float32).tiny
-        return (1 - torch.exp(-results.loss.double().clamp_min(0))).clamp_min(tiny) ** self.gamma
+        return (1 - probability).clamp_min(tiny) ** self.gamma
 
 
 @dataclass(frozen=True)
@@ -105,21 +108,34 @@ class SampleOptions:
 
     def __post_init__(self) -> None:
         check_choice("keep", self.keep, KEEPS)
-        self._columns("importance", "slices", "protected", "set_aside")
+        _columns_among(self._options())
+        if self.slices is not None:
+            find_column("slices", self.slices)
         if self.risk is not None:
             _risk_levels(self.risk)
         if self.quotas is not None:
             object.__setattr__(self, "quotas", checked_quotas(self.quotas))
             if self.slices is None:
-                problem = f"`quotas={self.quotas!r}` needs slices, but `slices` is not given."
-                raise ConfigurationError(problem, "give the slice of each sample with `slices`.")
+                raise ConfigurationError(
+                    f"`quotas={self.quotas!r}` needs slices, but `slices` is not given.",
+                    "give the slice of each sample with `slices`.",
+                )
 
     def columns(self) -> SampleOptions:
-        """Returns a copy with only those options that are read from batches, to check them on a few
-        samples.
-        """
-        own = self._columns("importance", "protected", "set_aside")
-        return SampleOptions(slices=self.slices, **{name: getattr(self, name) for name in own})
+        """Returns a copy with only the options read from batches, to check a few samples."""
+        columns = _columns_among(self._options())
+        return SampleOptions(
+            importance=columns.get("importance"),
+            slices=self.slices,
+            protected=columns.get("protected"),
+            set_aside=columns.get("set_aside"),
+        )
+
+    def _options(self, known: bool = True) -> dict[str, Any]:
+        options = {"protected": self.protected}
+        if known:
+            options |= {"importance": self.importance, "set_aside": self.set_aside}
+        return options
 
     def evaluate(
         self,
@@ -130,201 +146,213 @@ class SampleOptions:
         everywhere: bool = False,
         known: bool = True,
     ) -> tuple[SampleResults, Tensor]:
-        """Evaluates the model and applies the options. Returns the results and a mask of failures
-        set
-        aside, `N` bool.
+        """Evaluates the model and applies the options.
 
         Failures set aside are not targeted in the results. `known=False`, for data that the repair
         only evaluates, ignores `importance` and `set_aside`. The other arguments are those of
         `Evaluator.run`.
+
+        Returns:
+            The results, and a mask of failures set aside, `N` bool.
         """
-        asked = ("protected", "importance", "set_aside") if known else ("protected",)
-        columns, slices = self._columns(*asked), self._columns("slices").get("slices")
-        recording = (
-            [_column_recorder(source, columns, evaluator.task) for source in sources]
-            if columns
-            else []
-        )
-        slicing = [SliceRecorder(source, slices, evaluator.task) for source in recording or sources]
-        results = evaluator.run(slicing, target, everywhere=everywhere)
+        options = self._options(known)
+        columns = _columns_among(options)
+        slices = None if self.slices is None else find_column("slices", self.slices)
+        recorders: list[RecordingSource] = []
+        if columns:
+            recorders = [_column_recorder(source, columns, evaluator.task) for source in sources]
+        slicers = [SliceRecorder(source, slices, evaluator.task) for source in recorders or sources]
+        results = evaluator.run(slicers, target, everywhere=everywhere)
+        ranks = evaluator.collective
         if slices is not None:
-            names, group = common_names([one.named(evaluator.collective) for one in slicing])
+            names, group = common_names([slicer.named(ranks) for slicer in slicers])
             results = replace(results, names=names, group=group)
-        noted = (
-            torch.cat([one.gathered(evaluator.collective) for one in recording])
-            if columns
-            else torch.zeros(0, 0)
-        )
-        values = dict(zip(columns, noted.T, strict=True))
-        for name in asked:
-            if isinstance(getattr(self, name), BY_ID[name]):
+        values: dict[str, Tensor] = {}
+        if columns:
+            table = torch.cat([recorder.gathered(ranks) for recorder in recorders])
+            values = dict(zip(columns, table.T, strict=True))
+        for name, value in options.items():
+            if isinstance(value, BY_ID[name]):
                 splits = [
                     source.split for source in sources if source.failed or name == "protected"
                 ]
-                values[name] = _values_by_id(
-                    name, getattr(self, name), results, splits, strict=known
-                )
+                values[name] = _values_by_id(name, value, results, splits, strict=known)
+        return self._applied(results, values, known)
+
+    def _applied(
+        self, results: SampleResults, values: Mapping[str, Tensor], known: bool
+    ) -> tuple[SampleResults, Tensor]:
         set_aside = torch.zeros_like(results.targeted)
         if "set_aside" in values:
             set_aside = results.targeted & (values["set_aside"] > 0)
         cost = _breaking_costs(results, values.get("protected"))
-        risk: Tensor | None = None
+        importance = values.get("importance")
+        if self.importance == "focal":
+            importance = Focal().weigh(results)
+        elif isinstance(self.importance, Focal):
+            importance = self.importance.weigh(results)
         if self.risk is not None:
-            risk, at_worst = _weigh_risk(_risk_levels(self.risk), results)
-            cost = torch.where(results.passed, cost * at_worst, cost)
+            worth, class_cost = _weigh_risk(self.risk, results)
+            cost = torch.where(results.passed, cost * class_cost, cost)
+            importance = worth if importance is None else importance * worth
         results = replace(results, targeted=results.targeted & ~set_aside, weight=cost)
-        focal = Focal() if self.importance == "focal" else self.importance
-        importance = focal.weigh(results) if isinstance(focal, Focal) else values.get("importance")
-        if risk is not None:
-            importance = risk if importance is None else importance * risk
         if known and importance is not None:
             results = _with_repair_worth(results, importance)
         return results, set_aside
 
-    def _columns(self, *names: str) -> dict[str, Column]:
-        """Returns those of the named options that are columns of batches; raises an error for
-        invalid values.
-        """
-        found = {}
-        for name in names:
-            value = getattr(self, name)
-            is_word = isinstance(value, Focal) or (
-                isinstance(value, str) and value in OPTION_WORDS.get(name, ())
-            )
-            if value is not None and not is_word and not isinstance(value, BY_ID.get(name, ())):
-                found[name] = find_column(name, value)
-        return found
+
+def _columns_among(options: Mapping[str, object]) -> dict[str, Column]:
+    """Parses the options that are columns of batches; raises an error for invalid values."""
+    columns = {}
+    for name, value in options.items():
+        is_word = isinstance(value, str) and value in OPTION_WORDS[name]
+        if value is None or is_word or isinstance(value, (Focal, BY_ID[name])):
+            continue
+        columns[name] = find_column(name, value)
+    return columns
 
 
-def _risk_levels(risk: Any) -> dict[int, dict[int | None, int]]:
-    """Converts `risk` to `{true: {predicted: level}}`; the predicted class None stands for all that
-    are not listed.
-    """
+def _risk_levels(risk: Mapping[object, int]) -> dict[tuple[int, ...], int]:
+    """Returns the levels by `(true,)` and then by `(true, predicted)`."""
     if not isinstance(risk, Mapping):
         raise ConfigurationError(
             f"`risk={risk!r}` is no mapping.", "write `risk={(3, 5): 4, 7: 2}`."
         )
-    levels: dict[int, dict[int | None, int]] = {}
+    levels = {}
     for key, level in risk.items():
         check_whole(f"risk[{key!r}]", level, 1)
-        pair: Sequence[Any] = key if isinstance(key, tuple) else (key,)
-        if isinstance(key, str) and all(part.strip().isdecimal() for part in key.split("->")):
-            pair = [int(part) for part in key.split("->")]
-        if len(pair) not in (1, 2) or not all(map(is_class, pair)) or len({*pair}) < len(pair):
+        classes = key if isinstance(key, tuple) else (key,)
+        if isinstance(key, str) and re.fullmatch(r"\s*\d+\s*(->\s*\d+\s*)?", key):
+            classes = tuple(map(int, key.split("->")))
+        n = len(classes)
+        if n not in (1, 2) or not all(map(is_class, classes)) or len(set(classes)) < n:
             raise ConfigurationError(
                 f"`risk` has the key {key!r}.",
-                "give a true class, or the pair of a true and a predicted class: `risk={7: 2, (3, 5): 4}`, in YAML "
-                "`'3 -> 5': 4`.",
+                "give a true class, or the pair of a true and a predicted class: `risk={7: 2, "
+                "(3, 5): 4}`, in YAML `'3 -> 5': 4`.",
             )
-        levels.setdefault(pair[0], {})[pair[1] if len(pair) == 2 else None] = level
-    return levels
+        levels[classes] = level
+    return dict(sorted(levels.items(), key=lambda item: len(item[0])))
 
 
-def _weigh_risk(
-    levels: Mapping[int, Mapping[int | None, int]], results: SampleResults
-) -> tuple[Tensor, Tensor]:
-    """Returns for each sample the value of repairing it and the cost of breaking it (highest level
-    of its class).
+def _weigh_risk(risk: Mapping[object, int], results: SampleResults) -> tuple[Tensor, Tensor]:
+    """Returns the value of repairing each sample, and the cost of breaking it.
+
+    The cost is the highest level of the sample's class.
     """
-    if bool((results.label < 0).all()):
+    if (results.label < 0).all():
         raise ConfigurationError(
             "`risk` is for confusions of classes, but the task has no classes.",
             "use `importance` and `protected`.",
         )
     worth, cost = torch.ones(2, len(results), dtype=torch.float64)
-    for true, own in levels.items():
-        mine = results.label == true
-        worth[mine] = own.get(None, 1)
-        cost[mine] = max(own.values())
-        for predicted, level in own.items():
-            if predicted is not None:
-                worth[mine & (results.prediction == predicted)] = level
+    for classes, level in _risk_levels(risk).items():
+        rows = results.label == classes[0]
+        cost[rows] = cost[rows].clamp_min(level)
+        if len(classes) == 2:
+            rows &= results.prediction == classes[1]
+        worth[rows] = level
     return worth, cost
 
 
 def _column_recorder(source: Source, columns: Mapping[str, Column], task: Task) -> RecordingSource:
     def note(batch: Batch) -> Tensor:
         label = task.label(batch.target)
-        return torch.stack(
-            [numbers(name, column, batch, label) for name, column in columns.items()], 1
-        )
+        values = [numbers(name, columns[name], batch, label) for name in columns]
+        return torch.stack(values, 1)
 
-    return RecordingSource(source, note, torch.zeros(0, len(columns), dtype=torch.float64))
+    empty = torch.zeros(0, len(columns), dtype=torch.float64)
+    return RecordingSource(source, note, empty)
 
 
 def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResults:
-    wrong = results.targeted & ~(importance.isfinite() & (importance > 0))
+    is_valid = importance.isfinite() & (importance > 0)
+    wrong = results.targeted & ~is_valid
     if wrong.any():
         raise ConfigurationError(
             f"`importance` is {float(importance[wrong][0])} for {int(wrong.sum())} failed samples "
             f"({_ids(results, wrong)}).",
             "give finite numbers above 0; to leave out failures, choose another `target`.",
         )
-    return normalise_weights(
-        replace(results, weight=torch.where(results.targeted, importance, results.weight))
-    )
+    weight = torch.where(results.targeted, importance, results.weight)
+    return normalise_weights(replace(results, weight=weight))
 
 
 def _breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
     if protected is None:
         return results.weight
+    cost = protected
     # Numbers that are all 0 or 1 mark the protected samples; other numbers are costs.
-    marks = bool(((protected == 0) | (protected == 1)).all())
-    cost = torch.where(protected > 0, torch.inf, 1.0) if marks else protected
-    wrong = results.passed & ~((cost >= 1) & (cost.isinf() | (cost == cost.round())))
+    if ((protected == 0) | (protected == 1)).all():
+        cost = torch.where(protected > 0, torch.inf, 1.0)
+    is_whole = cost.isinf() | (cost == cost.round())
+    wrong = results.passed & ~((cost >= 1) & is_whole)
     if wrong.any():
         raise ConfigurationError(
-            f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples ({_ids(results, wrong)}).",
-            "give bools, or whole numbers from 1, the costs of breaking a sample; infinity protects it.",
+            f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples "
+            f"({_ids(results, wrong)}).",
+            "give bools, or whole numbers from 1, the costs of breaking a sample; infinity "
+            "protects it.",
         )
     return torch.where(results.passed, cost, 1.0)
 
 
 def _values_by_id(
-    argument: str, value: Any, results: SampleResults, splits: Sequence[str], *, strict: bool
+    argument: str,
+    value: Any,
+    results: SampleResults,
+    splits: Sequence[str],
+    *,
+    strict: bool,
 ) -> Tensor:
     """Converts an option that names samples by id to `N` float64, one value per sample.
 
     A listed id gets 1, an id in a mapping gets its number. Other samples get 1 for importance and
-    costs, else 0. Ids without a split belong to the only split in `splits`. `strict=False` ignores
-    unknown splits and ids without a split.
+    costs, else 0. `strict=False` ignores unknown splits and ids without a split.
     """
-    by_key = isinstance(value, Mapping)
-    has_costs = (
-        argument == "protected"
-        and by_key
-        and not all(isinstance(v, (list, tuple)) for v in value.values())
-    )
-    values = torch.full(
-        (len(results),), 1.0 if has_costs or argument == "importance" else 0.0, dtype=torch.float64
-    )
-    named = by_key and all(isinstance(key, str) for key in value)
-    if not named and len(splits) != 1 and strict:
-        raise ConfigurationError(
-            f"`{argument}`: the ids do not say which of the splits {list(splits)} they are in.",
-            f"name the split: `{argument}={{{splits[0]!r}: ...}}`."
-            if splits
-            else "set `failed=True` in a source.",
-        )
-    tables = value if named else {split: value for split in splits[:1] if strict}
-    for split, own in tables.items():
+    has_numbers = argument == "importance"
+    if argument == "protected" and isinstance(value, Mapping):
+        has_numbers = not all(isinstance(ids, (list, tuple)) for ids in value.values())
+    default = 1.0 if has_numbers else 0.0
+    values = torch.full((len(results),), default, dtype=torch.float64)
+    for split, ids in _ids_by_split(argument, value, splits, strict).items():
         if split not in results.splits:
-            if strict and argument != "protected":
-                problem = f"`{argument}` names the split {split!r}."
-                raise ConfigurationError(problem, f"there are {list(results.splits)}.")
-            continue
-        pairs = own.items() if isinstance(own, Mapping) else ((i, 1.0) for i in own)
-        place = {index: row for row, index in enumerate(results.index[results.of(split)].tolist())}
-        start = results.start(split)
-        for index, number in pairs:
-            if index not in place:
+            if not strict or argument == "protected":
+                continue
+            raise ConfigurationError(
+                f"`{argument}` names the split {split!r}.", f"there are {list(results.splits)}."
+            )
+        ids_of_split = results.index[results.of(split)].tolist()
+        row_of = {index: row for row, index in enumerate(ids_of_split, results.start(split))}
+        number_of = ids if isinstance(ids, Mapping) else dict.fromkeys(ids, 1.0)
+        for index, number in number_of.items():
+            if index not in row_of:
                 raise ConfigurationError(
                     f"`{argument}`: {split!r} data have no sample {index!r}.",
                     "ids are positions in the data set, as reports give them.",
                 )
-            values[start + place[index]] = float(number)
+            values[row_of[index]] = float(number)
     return values
 
 
+def _ids_by_split(
+    argument: str, value: Any, splits: Sequence[str], strict: bool
+) -> Mapping[str, Any]:
+    """Returns ids by split; ids without a split belong to the only split in `splits`."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return value
+    if not strict:
+        return {}
+    if len(splits) == 1:
+        return {splits[0]: value}
+    hint = "set `failed=True` in a source."
+    if splits:
+        hint = f"name the split: `{argument}={{{splits[0]!r}: ...}}`."
+    raise ConfigurationError(
+        f"`{argument}`: the ids do not say which of the splits {list(splits)} they are in.", hint
+    )
+
+
 def _ids(results: SampleResults, rows: Tensor) -> str:
-    return "; ".join(f"{split}: {ids[:5]}" for split, ids in results.ids(rows).items() if ids)
+    by_split = results.ids(rows).items()
+    return "; ".join(f"{split}: {ids[:5]}" for split, ids in by_split if ids)
