@@ -128,7 +128,7 @@ def measure(
                     if own is not None:
                         x, count = _scaled(x, own), count * float(own.mean())
                     inputs[here] += flat_part(
-                        site, absolute_input(layer, x), x.new_full((g.shape[1],), count)
+                        site, absolute_input(layer, x, g), x.new_full((g.shape[1],), count)
                     )
                     positions[i] += count
                 if by_sample:
