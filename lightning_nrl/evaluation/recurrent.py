@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,14 @@ from lightning_nrl.errors import ConfigurationError
 
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
 """Kinds of recurrent layer that can be repaired."""
+States = tuple[Tensor, ...]
+"""Hidden state, and cell state of an LSTM."""
 
 
 class GateLinear(nn.Linear):
-    """A Linear that uses parameters of a recurrent layer: `weight_ih_l0` and `bias_ih_l0` if `end`
-    is `ih_l0`.
-    """
+    """A Linear with parameters of a recurrent layer, such as `weight_ih_l0` if `end` is `ih_l0`."""
+
+    owner: Recurrent
 
     def __init__(self, owner: Recurrent, end: str) -> None:
         nn.Module.__init__(self)
@@ -36,13 +38,11 @@ class GateLinear(nn.Linear):
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
-        found: Any = self.__dict__["owner"]._parameters[f"weight_{self.end}"]
-        return found  # type: ignore[no-any-return]
+        return cast(nn.Parameter, self.owner._parameters[f"weight_{self.end}"])
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
-        found: Any = self.__dict__["owner"]._parameters.get(f"bias_{self.end}")
-        return found  # type: ignore[no-any-return]
+        return self.owner._parameters.get(f"bias_{self.end}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,131 +56,160 @@ class Gates:
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:
-    """Creates the Linears of a recurrent layer. Raises a `ConfigurationError` for an LSTM with
-    projections.
+    """Creates the Linears of a recurrent layer.
+
+    Raises a `ConfigurationError` for an LSTM with projections.
     """
-    if getattr(module, "proj_size", 0):
+    if module.proj_size:
         raise ConfigurationError(
             f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.",
             "name another layer.",
         )
-    directions = ("", "_reverse") if module.bidirectional else ("",)
-    layers = range(module.num_layers)
-    ends = [
-        f"{kind}_l{layer}{side}" for layer in layers for side in directions for kind in ("ih", "hh")
-    ]
-    return Gates(module, {end: GateLinear(module, end) for end in ends})
+    linears = {}
+    for layer in range(module.num_layers):
+        for side, _ in _sides(module, layer):
+            for end in (f"ih_{side}", f"hh_{side}"):
+                linears[end] = GateLinear(module, end)
+    return Gates(module, linears)
+
+
+def _sides(module: Recurrent, layer: int) -> list[tuple[str, bool]]:
+    """Returns a layer's directions: the end of its weights' names, and True if it is backwards."""
+    sides = [(f"l{layer}", False)]
+    if module.bidirectional:
+        sides.append((f"l{layer}_reverse", True))
+    return sides
 
 
 @contextmanager
 def unroll(gates: Sequence[Gates]) -> Iterator[None]:
-    """Replaces the forward of recurrent layers inside the context: they call their Linears step by
-    step.
-    """
+    """Replaces the forward of recurrent layers: they call their Linears step by step."""
     with ExitStack() as stack:
-        for one in gates:
-            stack.enter_context(patched_forward(one.module, _Unrolled(one)))
+        for layer in gates:
+            stack.enter_context(patched_forward(layer.module, _Unrolled(layer)))
         yield
 
 
 @contextmanager
 def patched_forward(
-    module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True
+    module: nn.Module,
+    forward: Callable[..., object],
+    *,
+    hooks: bool = True,
 ) -> Iterator[None]:
-    """Replaces a module's `forward` inside the context. `hooks=False` also disables the module's
-    hooks.
+    """Replaces a module's `forward` inside the context; `hooks=False` also disables its hooks.
 
     With `hooks=True` an empty hook is added. Modules such as `TransformerEncoderLayer` have a fused
     path that would not call the new `forward` of their parts; they do not take this path if one of
     their parts has a hook.
     """
-    held = module.__dict__
-    new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
+    attributes = vars(module)
+    patch: dict[str, object] = {"forward": forward, "_compiled_call_impl": None}
     if hooks:
-        new["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
-        new["_forward_hooks"][-1] = lambda module, args, output: None
+        with_empty_hook = OrderedDict(attributes["_forward_hooks"])
+        with_empty_hook[-1] = lambda module, args, output: None
+        patch["_forward_hooks"] = with_empty_hook
     else:
-        new["_forward_hooks"], new["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
-    before = {name: held[name] for name in new if name in held}
-    held.update(new)
+        patch["_forward_hooks"] = OrderedDict()
+        patch["_forward_pre_hooks"] = OrderedDict()
+    replaced = {name: attributes[name] for name in patch if name in attributes}
+    attributes.update(patch)
     try:
         yield
     finally:
-        for name in new:
-            held.pop(name, None)
-        held.update(before)
+        for name in patch:
+            attributes.pop(name, None)
+        attributes.update(replaced)
 
 
 @dataclass(frozen=True)
 class _Unrolled:
     gates: Gates
 
-    def __call__(self, input: Any, hx: Any = None) -> tuple[Tensor, Any]:
+    def __call__(
+        self, input: Tensor, hx: Tensor | States | None = None
+    ) -> tuple[Tensor, Tensor | States]:
         module = self.gates.module
         if not isinstance(input, Tensor):
+            name = type(module).__name__
             raise ConfigurationError(
-                f"`layer`: a {type(module).__name__} that gets packed sequences cannot be repaired.",
+                f"`layer`: a {name} that gets packed sequences cannot be repaired.",
                 "give the layer padded sequences, or name another layer.",
             )
-        unbatched, is_lstm = input.dim() == 2, isinstance(module, nn.LSTM)
-        x = (
-            input.unsqueeze(0)
-            if unbatched
-            else input
-            if module.batch_first
-            else input.transpose(0, 1)
-        )
-        states = None if hx is None else hx if is_lstm else (hx,)
-        if states is not None and unbatched:
-            states = tuple(state.unsqueeze(1) for state in states)
-        directions, last = 2 if module.bidirectional else 1, []
-        for layer in range(module.num_layers):
-            sides = []
-            for side in range(directions):
-                number = layer * directions + side
-                start = None if states is None else tuple(state[number] for state in states)
-                outputs, ended = self._run(
-                    f"l{layer}{'_reverse' * side}", x, start, reverse=bool(side)
-                )
-                sides.append(outputs)
-                last.append(ended)
-            x = sides[0] if directions == 1 else torch.cat(sides, -1)
-        final = tuple(torch.stack(kind) for kind in zip(*last, strict=True))
-        if unbatched:
-            x, final = x.squeeze(0), tuple(state.squeeze(1) for state in final)
-        elif not module.batch_first:
+        start = (hx,) if isinstance(hx, Tensor) else hx
+        if input.dim() == 2:  # a sequence without a batch dimension
+            if start is not None:
+                start = tuple(state.unsqueeze(1) for state in start)
+            x, end = self._run(input.unsqueeze(0), start)
+            x = x.squeeze(0)
+            end = tuple(state.squeeze(1) for state in end)
+        elif module.batch_first:
+            x, end = self._run(input, start)
+        else:
+            x, end = self._run(input.transpose(0, 1), start)
             x = x.transpose(0, 1)
-        return x, final if is_lstm else final[0]
+        return x, end if isinstance(module, nn.LSTM) else end[0]
 
-    def _run(
-        self, end: str, x: Tensor, start: tuple[Tensor, ...] | None, *, reverse: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs a layer in one direction; returns outputs, `n x steps x units`, and final states, `n
-        x units`.
-        """
+    def _run(self, x: Tensor, start: States | None) -> tuple[Tensor, States]:
+        """Runs all layers on `n x steps x features`, with states `layers x n x units`."""
         module = self.gates.module
-        inner, hidden = self.gates.linears[f"ih_{end}"], self.gates.linears[f"hh_{end}"]
-        steps = inner(x).unbind(1)
-        if start is None:
-            zero = steps[0].new_zeros(steps[0].shape[0], module.hidden_size)
-            start = (zero, zero) if isinstance(module, nn.LSTM) else (zero,)
-        state, outputs = start, []
-        for step in reversed(steps) if reverse else steps:
+        ends: list[States] = []
+        for layer in range(module.num_layers):
+            outputs = []
+            for side, reverse in _sides(module, layer):
+                state = None
+                if start is not None:
+                    state = tuple(states[len(ends)] for states in start)
+                output, end = self._run_side(side, x, state, reverse=reverse)
+                outputs.append(output)
+                ends.append(end)
+            x = torch.cat(outputs, -1)
+        states = zip(*ends, strict=True)
+        return x, tuple(map(torch.stack, states))
+
+    def _run_side(
+        self,
+        side: str,
+        x: Tensor,
+        state: States | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, States]:
+        """Runs a layer in one direction; returns outputs and final states, `n x units`."""
+        module = self.gates.module
+        steps = list(self.gates.linears[f"ih_{side}"](x).unbind(1))
+        hidden = self.gates.linears[f"hh_{side}"]
+        if state is None:
+            zero = steps[0].new_zeros(len(x), module.hidden_size)
+            state = (zero, zero) if isinstance(module, nn.LSTM) else (zero,)
+        if reverse:
+            steps.reverse()
+        outputs = []
+        for step in steps:
             state = _step(module, step, hidden(state[0]), state)
             outputs.append(state[0])
-        return torch.stack(outputs[::-1] if reverse else outputs, 1), state
+        if reverse:
+            outputs.reverse()
+        return torch.stack(outputs, 1), state
 
 
 def _step(
-    module: Recurrent, of_input: Tensor, of_hidden: Tensor, state: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+    module: Recurrent,
+    of_input: Tensor,
+    of_hidden: Tensor,
+    state: States,
+) -> States:
     if isinstance(module, nn.LSTM):
         i, f, g, o = (of_input + of_hidden).chunk(4, 1)
-        cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+        update = torch.sigmoid(i) * torch.tanh(g)
+        cell = torch.sigmoid(f) * state[1] + update
         return torch.sigmoid(o) * torch.tanh(cell), cell
     if isinstance(module, nn.GRU):
-        (r, z, n), (hr, hz, hn) = of_input.chunk(3, 1), of_hidden.chunk(3, 1)
-        r, z = torch.sigmoid(r + hr), torch.sigmoid(z + hz)
-        return ((1 - z) * torch.tanh(n + r * hn) + z * state[0],)
-    act = torch.relu if module.nonlinearity == "relu" else torch.tanh
-    return (act(of_input + of_hidden),)
+        r_input, z_input, n_input = of_input.chunk(3, 1)
+        r_hidden, z_hidden, n_hidden = of_hidden.chunk(3, 1)
+        r = torch.sigmoid(r_input + r_hidden)
+        z = torch.sigmoid(z_input + z_hidden)
+        n = torch.tanh(n_input + r * n_hidden)
+        return ((1 - z) * n + z * state[0],)
+    activation = torch.relu if module.nonlinearity == "relu" else torch.tanh
+    return (activation(of_input + of_hidden),)
