@@ -98,7 +98,7 @@ def _curves(record: TrainingRecord, split: str) -> Any:
             marker=marker,
         )
     axes.set_ylim(0, 1.25 * len(label))  # room for the legend
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_title(f"{len(label):,} samples of {split}", color=INK, fontsize=10)
     axes.legend(
         frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_nrl.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, LINE_COLOUR, GREY = "#333333", "#DDDDDD", "#999999"
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#005A42", "#E69F00"
 PALETTE = (BLUE, RED, GREEN, "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
-"""Okabe and Ito's colours, which colour-blind readers tell apart, with a darker green and yellow,
-and Tol's wine.
+"""Okabe and Ito's colours, which colour-blind readers tell apart, with Tol's wine.
+
+Green and yellow are darker.
 """
 TONE_COLOURS = {"good": "#00795C", "warn": "#8C6700", "bad": "#991400"}
 DOTS_PER_INCH = 150
@@ -24,11 +30,10 @@ class Plotted(ABC):
     """Base class of results that can be drawn as a figure."""
 
     @abstractmethod
-    def figure(self) -> Any: ...
+    def figure(self) -> Figure: ...
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draws a `matplotlib.figure.Figure` without pyplot, returns it, and saves it to `path` if
-        given.
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draws a `matplotlib.figure.Figure` without pyplot, and saves it to `path` if given.
 
         Raises a `ConfigurationError` if matplotlib is not installed.
         """
@@ -40,7 +45,7 @@ class Plotted(ABC):
 
 def new_figure(
     width: float, height: float, layout: Literal["constrained"] | None = "constrained"
-) -> Any:
+) -> Figure:
     """Creates an empty figure on an Agg canvas. Its width and height are in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,9 +60,10 @@ def new_figure(
     return figure
 
 
-def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """Creates a figure of `n_panels` axes, two per row. It is `width` inches wide. Each row is
-    `height` inches high.
+def panel_grid(n_panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Creates a figure of `n_panels` axes, two per row.
+
+    The figure is `width` inches wide, each row `height` inches high.
     """
     n_rows = max(1, -(-n_panels // 2))
     figure = new_figure(width, height * n_rows)
@@ -67,11 +73,15 @@ def panel_grid(n_panels: int, width: float, height: float) -> tuple[Any, list[An
     return figure, axes[:n_panels]
 
 
-def image_of(figure: Any) -> Any:
-    """Renders a figure made by `new_figure` as pixels, a uint8 array of shape `height x width x 3`."""
+def image_of(figure: Figure) -> npt.NDArray[np.uint8]:
+    """Renders a figure as pixels, an array of shape `height x width x 3`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     figure.set_dpi(DOTS_PER_INCH)
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: npt.NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels
 
 
 def escape_dollars(text: str) -> str:
@@ -80,20 +90,20 @@ def escape_dollars(text: str) -> str:
 
 
 def shorten_name(name: str, most: int) -> str:
-    """Cuts the start off a name that is longer than `most` characters, since similar names differ
-    at the end.
-    """
-    return name if len(name) <= most else f"...{name[3 - most :]}"
+    """Cuts the start off a name longer than `most` characters; similar names differ at the end."""
+    if len(name) <= most:
+        return name
+    return f"...{name[3 - most :]}"
 
 
-def label_axes(axes: Any, across: str, up: str) -> None:
+def label_axes(axes: Axes, across: str, up: str) -> None:
     """Labels both axes."""
     axes.set_xlabel(across, color=INK, fontsize=9)
     axes.set_ylabel(up, color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8)
 
 
-def style_axes(axes: Any, across: str, up: str, grid: Literal["both", "x", "y"] = "both") -> None:
+def style_axes(axes: Axes, across: str, up: str, grid: Literal["both", "x", "y"] = "both") -> None:
     """Labels axes, draws a grid behind the data and hides the top and right spines."""
     label_axes(axes, across, up)
     axes.grid(axis=grid, color=LINE_COLOUR, linewidth=0.6)
