@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from lightning_nrl import Settings, Target, TensorSource
 from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import COMPARED_BY_DEFAULT
 from lightning_nrl.analysis.diagnosis import (
-    Cost,
     Diagnosis,
     DoubtfulLabel,
     HeldOutCheck,
@@ -27,7 +25,7 @@ from lightning_nrl.analysis.diagnosis import (
     TargetFinding,
     diagnose_module,
 )
-from lightning_nrl.analysis.diagnosis.diagnose import advise, costs
+from lightning_nrl.analysis.diagnosis.advice import advise, estimate_costs
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation import head_features as features
@@ -99,11 +97,7 @@ def test_the_layer_that_can_tell_samples_apart_is_advised() -> None:
     # Of weights (1, 0) and margins 2 x'w the target needs -2 (1 + v_1 + v_2) = 0.001: v = -1.0005 /
     # 2 on each axis.
     assert (first.layer, first.change) == ("first", pytest.approx(1.0005 / 2**0.5, rel=1e-4))
-    assert (head.layer, head.change, head.room) == (
-        "head",
-        float("inf"),
-        pytest.approx(0, abs=1e-3),
-    )
+    assert (head.layer, head.change) == ("head", math.inf)
     assert found.easiest_layer == first
 
 
@@ -131,8 +125,7 @@ def test_a_wrong_label_is_found() -> None:
     )
     assert doubt.lead == pytest.approx(3.0)
     assert found.advice.startswith("Look at labels first: those of 1 of 1 targets")
-    assert found.mixing.targets == (1, *10 * [0])
-    assert found.mixing.passed == (*10 * [0], 39)
+    assert (found.mixing.k, found.mixing.targets, found.mixing.passed) == (10, 0.0, 1.0)
 
 
 def test_the_model_is_left_as_found() -> None:
@@ -168,33 +161,21 @@ def test_pages_fit_their_width_and_name_what_was_found() -> None:
     assert re.search(r"^cannot be fixed +1$", page, re.MULTILINE)
     assert re.search(r"^train 0 +0 +0.1 +2$", page, re.MULTILINE)
     assert "| train 0 | 0 | 0.1 | 2 |" in toy().to_markdown()
-    # Many classes are put together.
-    many = replace(
-        found, targets=tuple(replace(found.targets[0], id=i, label=i // 2) for i in range(24))
-    )
-    header, counts = re.search(r"\n( +all .*)\n.*\n-+\n(targets .*)\n", many.render(120)).groups()
-    assert header.split() == ["all", *map(str, range(8)), "4", "other"]
-    assert counts.split() == ["targets", "24", *8 * ["2"], "8"]
+    # Long tables are cut, unless the page is for a reviewer.
+    many = replace(found, doubts=tuple(replace(DOUBT, id=i) for i in range(24)))
+    assert re.search(r"^new 7 .*\nand 16 more$", many.render(120), re.MULTILINE)
+    assert "new 23" in many.to_markdown()
 
 
-def test_the_picture_shows_every_target_and_its_titles_do_not_touch(tmp_path: Any) -> None:
+def test_the_picture_shows_every_target(tmp_path: Any) -> None:
     found = toy()
-    figure = found.plot(tmp_path / "diagnosis.png")
+    (axes,) = found.plot(tmp_path / "diagnosis.png").axes
     assert (tmp_path / "diagnosis.png").stat().st_size > 10_000
-    margins, _, room = figure.axes
-    assert sum(bar.get_height() for stack in margins.containers for bar in stack) >= len(
-        found.targets
-    )
-    assert [text.get_text() for text in margins.get_legend().get_texts()] == [
+    assert sum(bar.get_height() for stack in axes.containers for bar in stack) == len(found.targets)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "can be fixed (2)",
         "cannot be fixed (1)",
     ]
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
-    for texts in ([axes.title for axes in figure.axes], [axes.xaxis.label for axes in figure.axes]):
-        boxes = [text.get_window_extent(renderer) for text in texts]
-        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    assert len(room.get_yticks()) == len(found.layers)
 
 
 def test_nothing_to_repair_is_an_answer() -> None:
@@ -204,8 +185,8 @@ def test_nothing_to_repair_is_an_answer() -> None:
     assert found.advice == "Nothing to repair: no failed sample is in the target."
     assert (found.targets, found.layers, found.check) == ((), (), None)
     assert "Nothing to repair" in found.render()
-    shown = [text.get_text() for axes in found.plot().axes for text in axes.texts]
-    assert shown == ["no margin is known", "not looked at", "not looked at"]
+    (axes,) = found.plot().axes
+    assert [text.get_text() for text in axes.texts] == ["no margin is known"]
 
 
 def test_a_task_without_margins_leaves_the_swarm() -> None:
@@ -213,9 +194,9 @@ def test_a_task_without_margins_leaves_the_swarm() -> None:
     assert found.advice.startswith(
         "Use method='auto', which is the swarm here: the task has no margins"
     )
-    assert {cost.method for cost in found.costs} == {"swarm", "auto"}
+    assert set(found.costs) == {"swarm", "auto"}
     notes = [note.partition(":")[0] for note in found.notes]
-    assert notes == ["What the last layer can fix, and neighbourhoods", "Room by layer"]
+    assert notes == ["What the last layer can fix, and neighbourhoods", "Change by layer"]
 
 
 def test_a_last_linear_that_does_not_give_the_logits_is_said() -> None:
@@ -244,12 +225,12 @@ def test_of_very_many_samples_those_nearest_to_failing_are_looked_at(
 
 
 def priced(*measured: Any) -> dict[str, float]:
-    return {cost.method: round(cost.seconds, 6) for cost in costs(*measured)}
+    return {method: round(cost, 6) for method, cost in estimate_costs(*measured).items()}
 
 
 def test_costs_by_hand_are_sorted_and_name_the_methods_that_are_compared() -> None:
     # Around every search 11 passes. 15 % of 30,000 candidates are scored: 4,500 looks at the head.
-    pace = (1.0, 0.001, 0.1, False)
+    pace = (1.0, 0.001, 0.1, True)
     found = priced(*pace, 10)
     assert found == {
         "convex": 11 + 16 * 0.1,
@@ -263,23 +244,23 @@ def test_costs_by_hand_are_sorted_and_name_the_methods_that_are_compared() -> No
     # Where training cannot go on, a fit visits each sample 16 times.
     assert priced(*pace)["finetune-polish"] == 11 + 16 * 3 + 12
     # Methods that cannot be used have no price.
-    assert set(priced(1.0, 0.001, math.nan, True)) == {"swarm", "auto"}
-    assert set(priced(1.0, math.nan, math.nan, False)) == {"linearized", "finetune-polish", "auto"}
+    assert set(priced(1.0, 0.001, math.nan, False)) == {"swarm", "auto"}
+    assert set(priced(1.0, math.nan, math.nan, True)) == {"linearized", "finetune-polish", "auto"}
 
 
 WHOLE = "Use the default, method='auto', on the whole network, about 10 s:"
 LAST = "the last layer (head)"
 KNOWN = {"samples": 100, "passed": 90, "failed": 10, "targeted": 4}
-COSTS = tuple(Cost(method, 10.0, "") for method in ("convex", "linearized", "auto"))
+COSTS = dict.fromkeys(("convex", "linearized", "auto"), 10.0)
 DEEP, HEAD = (
-    LayerCapacity("conv", "Conv2d", 9, 0.7, 0.01),
-    LayerCapacity("head", "Linear", 9, 0.5, 0.03),
+    LayerCapacity("conv", "Conv2d", 9, 0.01),
+    LayerCapacity("head", "Linear", 9, 0.03),
 )
-FAR_HEAD = LayerCapacity("head", "Linear", 9, 0.1, 0.09)
+FAR_HEAD = LayerCapacity("head", "Linear", 9, 0.09)
 HARMLESS, HARMFUL = HeldOutCheck(4, 9, 0.1, 3, 1.0, 0.9), HeldOutCheck(4, 9, 2.0, 3, 1.0, 0.1)
 DOUBT = DoubtfulLabel("new", 7, 0, 1, 1.0, 3.0)
 SURE, SOME = ("yes",) * 4, ("yes", "yes", "yes", "no")
-NEITHER = LayerCapacity("conv", "Conv2d", 9, 0.0, math.inf)
+NEITHER = LayerCapacity("conv", "Conv2d", 9, math.inf)
 
 
 def advice_on(
@@ -293,7 +274,7 @@ def advice_on(
     found = tuple(
         TargetFinding("new", i, 0, 1, margin, verdict) for i, verdict in enumerate(fixable)
     )  # type: ignore[arg-type]
-    mixing = NeighbourMixing(2, (4, 0, 0), (0, 0, 9))
+    mixing = NeighbourMixing(2, 0.0, 1.0)
     return advise(
         Diagnosis(
             "", "", "", known, "head", found, (), check, mixing, doubts, layers=layers, costs=COSTS

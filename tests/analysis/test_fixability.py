@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl.analysis.diagnosis._last_layer import (
+from lightning_nrl.analysis.diagnosis.fixability import (
     FEATURE_RIDGE,
     FULFILLED_FRACTION,
     REQUIRED_MARGIN,

@@ -379,7 +379,7 @@ def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
     torch.save(checkpoint, "named.ckpt")
     quiet = ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
     assert main(["diagnose", "--ckpt_path", "named.ckpt", *quiet]) == 0
-    assert "Room by layer" in capsys.readouterr().out
+    assert "Change by layer" in capsys.readouterr().out
 
 
 def test_without_jsonargparse_the_error_says_what_to_install(

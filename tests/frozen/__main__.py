@@ -8,8 +8,9 @@ reports, which samples broke or were repaired, and a hash of the weights, to the
 versions and paths are left out. Both runs have to be on the same machine, with `OMP_NUM_THREADS=1`.
 
 What differs on purpose goes into `renames.json`: words, such as the name of a class in the settings
-of a report, old to new, and keys that were added, with the value that says nothing. A comparison
-prints every other difference and exits with 1 if there is any.
+of a report, old to new; keys that were added, with the value that says nothing; and patterns of
+paths that were removed or may differ. A comparison prints every other difference and exits with 1
+if there is any.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,12 @@ def compare(a: Path, b: Path, renames: Path) -> int:
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (a, b))
     intended = json.loads(renames.read_text(encoding="utf-8"))
     before, after = renamed(before, intended["renamed"]), without(after, intended["added"])
-    found = list(differences(before, after))
+    removed = [f"/{pattern}" for pattern in intended["removed"]]
+    found = [
+        (path, old, new)
+        for path, old, new in differences(before, after)
+        if not any(fnmatch(path, pattern) for pattern in removed)
+    ]
     for path, old, new in found:
         case, _, inside = path[1:].partition("/")
         print(f"{case}: {inside}\n    {old}\n    {new}")

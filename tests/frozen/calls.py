@@ -92,7 +92,7 @@ def page(report: Any) -> list[str]:
 
 
 def diagnosis_page(diagnosis: Any) -> list[str]:
-    return replace(diagnosis, costs=(), seconds={}, versions={}).render(120).splitlines()
+    return replace(diagnosis, costs={}, seconds={}, versions={}).render(120).splitlines()
 
 
 def comparison_page(comparison: Any) -> list[str]:

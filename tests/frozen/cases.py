@@ -821,7 +821,7 @@ def _diagnosed(diagnosis: Any) -> dict[str, Any]:
         "advice": _timeless(diagnosis.advice),
         "page": [_timeless(x) for x in calls.diagnosis_page(diagnosis)],
     }
-    return {**own, **told, "methods": sorted(cost.method for cost in diagnosis.costs)}
+    return {**own, **told, "methods": sorted(diagnosis.costs)}
 
 
 def _timeless(text: str) -> str:

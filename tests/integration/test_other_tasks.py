@@ -170,11 +170,15 @@ def test_a_diagnosis_says_what_can_be_said_without_classes(
     assert found.known["targeted"] > 0
     # Costs of a swarm are told for a last Linear, which that network does not have.
     swarm = set() if name == "segmentation" else {"swarm"}
-    assert {cost.method for cost in found.costs} == {
-        "linearized",
-        "finetune-polish",
-        "auto",
-    } | swarm
+    assert (
+        set(found.costs)
+        == {
+            "linearized",
+            "finetune-polish",
+            "auto",
+        }
+        | swarm
+    )
     page = found.to_markdown()
     assert str(case.task) in page
     assert "convex" not in page

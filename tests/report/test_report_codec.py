@@ -18,7 +18,6 @@ from lightning_nrl._utils.json_records import Derives, Record, to_plain
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry
 from lightning_nrl.analysis.diagnosis import (
     Binding,
-    Cost,
     Diagnosis,
     DoubtfulLabel,
     HeldOutCheck,
@@ -137,18 +136,18 @@ REPORTS: dict[str, Record] = {
         known={"samples": 8, "passed": 4, "failed": 4, "targeted": 2},
         head="head",
         targets=(
-            TargetFinding("train", 1, 0, 1, -0.5, "yes", 0.25, 0.5),
+            TargetFinding("train", 1, 0, 1, -0.5, "yes", 0.25),
             TargetFinding("train", 2, 0, 1, -1.5),
         ),
         binding=(Binding("train", 3, 1, 0.5, 2),),
         check=HeldOutCheck(2, 4, 0.5, 1, 0.0, 0.5),
-        mixing=NeighbourMixing(2, (0, 1, 1), (1, 1, 2)),
+        mixing=NeighbourMixing(2, 0.75, 0.625),
         doubts=(DoubtfulLabel("train", 2, 0, 1, 0.75, 1.5),),
         layers=(
-            LayerCapacity("head", "Linear", 8, 0.5, 0.25),
-            LayerCapacity("body", "Linear", 8, 0.5, math.inf),
+            LayerCapacity("head", "Linear", 8, 0.25),
+            LayerCapacity("body", "Linear", 8, math.inf),
         ),
-        costs=(Cost("auto", 3.5, "a fit"),),
+        costs={"auto": 3.5},
         notes=("note",),
         versions=VERSIONS,
     ),
@@ -274,7 +273,6 @@ def test_a_damaged_report_is_refused_or_read_as_it_is(name: str, data: st.DataOb
     ("name", "damage"),
     [
         ("diagnosis", {"known": {"samples": 8}}),
-        ("diagnosis", {"mixing": {"k": 0, "targets": [1], "passed": [1]}}),
         (
             "release",
             {"rows": [{**to_plain(ReleaseRow("test", "", FLIPS, 0.5, 0.75)), "upper": None}]},

@@ -1,5 +1,4 @@
-"""Diagnosis: predicts which failures can be repaired, what prevents it, which layers to repair, and
-how long it takes.
+"""Diagnosis: predicts which failures can be repaired, what prevents it, and how long it takes.
 
 In: a model and its known data. Out: a `Diagnosis`; the model stays unchanged.
 """
@@ -8,7 +7,6 @@ from lightning_nrl.analysis.diagnosis.diagnose import diagnose_module
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
 from lightning_nrl.analysis.diagnosis.findings import (
     Binding,
-    Cost,
     DoubtfulLabel,
     HeldOutCheck,
     LayerCapacity,
@@ -18,7 +16,6 @@ from lightning_nrl.analysis.diagnosis.findings import (
 
 __all__ = [
     "Binding",
-    "Cost",
     "Diagnosis",
     "DoubtfulLabel",
     "HeldOutCheck",

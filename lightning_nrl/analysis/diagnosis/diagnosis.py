@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median_high
-from typing import Any, Literal, get_args
+from statistics import median_high
+from typing import TYPE_CHECKING, get_args
 
 from lightning_nrl._utils.formatting import rough_percent, rough_time
 from lightning_nrl.analysis.diagnosis.findings import (
     Binding,
-    Cost,
     DoubtfulLabel,
     Fixable,
     HeldOutCheck,
@@ -20,9 +18,19 @@ from lightning_nrl.analysis.diagnosis.findings import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.report import Page, Report
-from lightning_nrl.report import figures as figures
+from lightning_nrl.report import Page, Report, figures
 from lightning_nrl.report.page import Block, FactList, Heading, Row, Table, Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LISTED_ROWS = 8  # most samples and layers in a table of the page; the JSON has all
+VERDICT_STYLES: dict[Fixable, tuple[str, str]] = {
+    "yes": ("can be fixed", figures.BLUE),
+    "no": ("cannot be fixed", figures.RED),
+    "undecided": ("undecided", figures.ORANGE),
+    "not tried": ("not tried", figures.GREY),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,9 @@ class Diagnosis(Report, figures.Plotted):
         check: effect of repairs of the last layer on held-out samples; None if unknown.
         mixing: labels of the passed samples nearest to the targets; None if unknown.
         doubts: targets with doubtful labels, most doubtful first.
-        layers, costs: what a change of each layer could do, and how long each method would take.
+        layers: how far each layer must change.
+        costs: estimated seconds of each method on this machine, fastest first, to a factor of about
+            two.
         notes: checks that were not possible, with reasons.
         seconds: wall time by stage.
     """
@@ -57,78 +67,16 @@ class Diagnosis(Report, figures.Plotted):
     mixing: NeighbourMixing | None = None
     doubts: tuple[DoubtfulLabel, ...] = ()
     layers: tuple[LayerCapacity, ...] = ()
-    costs: tuple[Cost, ...] = ()
+    costs: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def page(self, full: bool = False) -> Page:
-        most = 10**9 if full else LISTED_ROWS
-        blocks: list[Block] = [
-            Heading("Before a repair", 1),
-            Text(self.advice),
-            FactList(_facts(self)),
-        ]
-        if any(target.fixable != "not tried" for target in self.targets):
-            text = (
-                f"Each target is fixed alone, by a change of the last layer ({self.head}) without known regressions. "
-                "The change is relative to the logits of passed samples."
-            )
-            blocks += [Heading("Each target alone"), Text(text), _alone(self, most)]
-            blocks += [Heading("Passed samples in the way"), *_binding(self.binding, most)]
-        if self.doubts:
-            text = (
-                "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, "
-                "and so does a new kind of input."
-            )
-            rows = [
-                Row(
-                    f"{d.split} {d.id}",
-                    (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"),
-                )
-                for d in self.doubts
-            ]
-            columns = (
-                ("label", "given"),
-                ("looks", "like"),
-                ("neighbours", "agree"),
-                ("lead", "logits"),
-            )
-            blocks += [
-                Heading("Labels worth a look"),
-                Text(text),
-                Table(columns, _truncated(rows, most)),
-            ]
-        if self.layers:
-            text = (
-                "Change: the smallest that fixes a typical target, relative to the layer's norm; less is better. "
-                "Room: a small change raises the margin of a target; this share of the rise is left if no passed "
-                "sample near the border may lose margin. Both are first-order estimates."
-            )
-            blocks += [Heading("Room by layer"), Text(text), _layers(self, most)]
-        if self.costs:
-            costs = tuple(
-                (cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in self.costs
-            )
-            text = "Times on this machine, to a factor of about two, with all evaluations. `max_time` limits them."
-            blocks += [Heading("What a repair would take"), Text(text), FactList(costs)]
-        if self.notes:
-            blocks += [Heading("Not checked"), *(Text(note) for note in self.notes)]
-        return Page(tuple(blocks))
-
-    def figure(self) -> Any:
-        figure = figures.new_figure(13, max(4.6, 1.6 + 0.2 * min(len(self.layers), PLOTTED_LAYERS)))
-        title = (
-            "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
-        )
-        figure.suptitle(title.format(**self.known), color=figures.INK, fontsize=12)
-        panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-        _margins(panels[0], self)
-        _mixing(panels[1], self.mixing)
-        _room(panels[2], self)
-        return figure
-
     def count(self, fixable: Fixable) -> int:
         return sum(target.fixable == fixable for target in self.targets)
+
+    @property
+    def n_tried(self) -> int:
+        return len(self.targets) - self.count("not tried")
 
     @property
     def easiest_layer(self) -> LayerCapacity | None:
@@ -136,241 +84,145 @@ class Diagnosis(Report, figures.Plotted):
         return min(self.layers, key=lambda layer: layer.change, default=None)
 
     @property
+    def head_layer(self) -> LayerCapacity | None:
+        return next((layer for layer in self.layers if layer.layer == self.head), None)
+
+    @property
     def derived(self) -> Mapping[str, object]:
         return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}
 
+    def page(self, full: bool = False) -> Page:
+        most = 10**9 if full else LISTED_ROWS
+        blocks: list[Block] = [Heading("Before a repair", 1), Text(self.advice), _facts(self)]
+        if self.n_tried:
+            blocks += [Heading("Each target alone"), *_targets_alone(self)]
+            blocks += [Heading("Passed samples in the way"), *_binding(self.binding, most)]
+        if self.doubts:
+            blocks += [Heading("Labels worth a look"), *_doubts(self.doubts, most)]
+        if self.layers:
+            blocks += [Heading("Change by layer"), *_layers(self, most)]
+        if self.costs:
+            text = (
+                "Times on this machine, to a factor of about two, with all evaluations. "
+                "`max_time` limits them."
+            )
+            times = tuple((method, rough_time(seconds)) for method, seconds in self.costs.items())
+            blocks += [Heading("What a repair would take"), Text(text), FactList(times)]
+        if self.notes:
+            blocks += [Heading("Not checked"), *map(Text, self.notes)]
+        return Page(tuple(blocks))
 
-LISTED_ROWS = 8  # most samples, classes and layers in a table of the page; the JSON has all
+    def figure(self) -> Figure:
+        figure = figures.new_figure(7, 4.6)
+        axes = figure.subplots()
+        title = "{targeted:,} failures to repair: can the last layer fix each?"
+        axes.set_title(title.format(**self.known), fontsize=10, color=figures.INK, loc="left")
+        values, colours, labels = [], [], []
+        for verdict, (name, colour) in VERDICT_STYLES.items():
+            targets = [target for target in self.targets if target.fixable == verdict]
+            margins = [target.margin for target in targets if math.isfinite(target.margin)]
+            if margins:
+                values.append(margins)
+                colours.append(colour)
+                labels.append(f"{name} ({len(margins):,})")
+        if values:
+            axes.hist(values, bins=24, stacked=True, color=colours, label=labels)
+            axes.legend(frameon=False, fontsize=9)
+        else:
+            axes.text(0.5, 0.5, "no margin is known", color=figures.GREY, ha="center")
+        axes.locator_params(axis="y", integer=True)
+        figures.style_axes(
+            axes, "margin: label's logit above the largest other", "targets", grid="y"
+        )
+        return figure
 
 
-def _truncated(
-    rows: Sequence[Row], most: int, more: str = "more", last: str = ""
-) -> tuple[Row, ...]:
-    rest = [Row(f"and {len(rows) - most:,} {more}", (*[""] * (len(rows[0].cells) - 1), last))]
-    return (*rows[:most], *rest[: len(rows) > most])
+def _truncated(rows: Sequence[Row], most: int) -> tuple[Row, ...]:
+    if len(rows) <= most:
+        return tuple(rows)
+    empty = [""] * len(rows[0].cells)
+    return (*rows[:most], Row(f"and {len(rows) - most:,} more", tuple(empty)))
 
 
-def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
+def _facts(diagnosis: Diagnosis) -> FactList:
     counts = (
         "{samples:,}: {passed:,} passed, {failed:,} failed, {targeted:,} of these to be repaired"
     )
-    right = {} if diagnosis.task == "Multiclass" else {"right means": diagnosis.task}
-    facts = {"target": diagnosis.target, **right, "known samples": counts.format(**diagnosis.known)}
+    facts = [("target", diagnosis.target)]
+    if diagnosis.task != "Multiclass":
+        facts.append(("right means", diagnosis.task))
+    facts.append(("known samples", counts.format(**diagnosis.known)))
     mixing, check = diagnosis.mixing, diagnosis.check
     if mixing is not None:
-        facts["neighbourhoods"] = (
-            f"of the {mixing.k} passed samples nearest to a target, {rough_percent(mixing.mean('targets'))} have "
-            f"its label; of those nearest to a passed sample, {rough_percent(mixing.mean('passed'))}"
+        text = (
+            f"of the {mixing.k} passed samples nearest to a target, "
+            f"{rough_percent(mixing.targets)} have its label; of those nearest to a passed sample, "
+            f"{rough_percent(mixing.passed)}"
         )
+        facts.append(("neighbourhoods", text))
     if check is not None:
-        facts["held out"] = (
-            f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
-            f"breaks {check.broken:.1f} of {check.passed:,} passed samples left out of the fix; "
-            f"{rough_percent(check.harmless)} of such fixes break none"
+        text = (
+            f"fixing one target by the last layer repairs {check.repaired:.1f} of "
+            f"{check.others:,} others and breaks {check.broken:.1f} of {check.passed:,} passed "
+            f"samples left out of the fix; {rough_percent(check.harmless)} of such fixes break none"
         )
-    return tuple(facts.items())
+        facts.append(("held out", text))
+    return FactList(tuple(facts))
 
 
-def _alone(diagnosis: Diagnosis, most: int) -> Table:
-    groups: dict[tuple[str, str], list[TargetFinding]] = {("all", ""): list(diagnosis.targets)}
-    counts = Counter(target.label for target in diagnosis.targets)
-    shown = sorted(label for label, _ in counts.most_common(most))
-    if len(counts) > 1:
-        groups |= {
-            (str(label), "class"): [t for t in diagnosis.targets if t.label == label]
-            for label in shown
-        }
-    if rest := [target for target in diagnosis.targets if target.label not in shown]:
-        groups[f"{len(counts) - len(shown):,} other", "classes"] = rest
-
-    def row(
-        label: str, text: Callable[[list[TargetFinding]], str], tone: Literal["", "gain"] = ""
-    ) -> Row:
-        return Row(label, tuple(map(text, groups.values())), tone)
-
-    def with_verdict(verdict: Fixable) -> Callable[[list[TargetFinding]], str]:
-        return lambda group: f"{sum(target.fixable == verdict for target in group):,}"
-
-    rows = [
-        row("targets", lambda group: f"{len(group):,}"),
-        row("can be fixed", with_verdict("yes"), "gain"),
-        row("cannot be fixed", with_verdict("no")),
-        *(
-            row(verdict, with_verdict(verdict))
-            for verdict in get_args(Fixable)[2:]
-            if diagnosis.count(verdict)
-        ),
-        row(
-            "change needed, median", lambda group: _of_known(median_high, (t.change for t in group))
-        ),
-        row(
-            "neighbours with its label, mean",
-            lambda group: _of_known(fmean, (t.agreement for t in group)),
-        ),
-    ]
-    return Table(tuple(groups), tuple(rows))
+def _targets_alone(diagnosis: Diagnosis) -> tuple[Block, ...]:
+    text = (
+        f"Each target is fixed alone, by a change of the last layer ({diagnosis.head}) without "
+        "known regressions. The change is relative to the logits of passed samples."
+    )
+    facts = [("targets", f"{len(diagnosis.targets):,}")]
+    for verdict, (name, _) in VERDICT_STYLES.items():
+        n = diagnosis.count(verdict)
+        if n or verdict in ("yes", "no"):
+            facts.append((name, f"{n:,}"))
+    changes = [target.change for target in diagnosis.targets if target.fixable == "yes"]
+    if changes:
+        facts.append(("change needed, median", rough_percent(median_high(changes))))
+    return Text(text), FactList(tuple(facts))
 
 
-def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    return rough_percent(average(known) if known else math.nan)
-
-
-def _binding(found: Sequence[Binding], most: int) -> tuple[Block, ...]:
-    if not found:
+def _binding(binding: Sequence[Binding], most: int) -> tuple[Block, ...]:
+    if not binding:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    text = "Each sample limits or prevents fixes of some targets: a fix that ignored the sample would break it."
-    rows = [
-        Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in found
-    ]
-    last = f"<= {found[most].targets:,}" if len(found) > most else ""
+    text = (
+        "Each sample limits or prevents fixes of some targets: a fix that ignored the sample would "
+        "break it."
+    )
+    rows = []
+    for sample in binding:
+        cells = (str(sample.label), f"{sample.margin:.2g}", f"{sample.targets:,}")
+        rows.append(Row(f"{sample.split} {sample.id}", cells))
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
-    return Text(text), Table(columns, _truncated(rows, most, last=last))
+    return Text(text), Table(columns, _truncated(rows, most))
 
 
-def _layers(diagnosis: Diagnosis, most: int) -> Table:
-    best = sorted(diagnosis.layers, key=lambda layer: layer.change)[:most]
-    shown = [layer for layer in diagnosis.layers if layer in best or layer.layer == diagnosis.head]
-    others = [layer for layer in diagnosis.layers if layer not in shown]
-    rows = [
-        Row(
-            layer.layer,
-            (
-                layer.kind,
-                f"{layer.weights:,}",
-                rough_percent(layer.room),
-                rough_percent(layer.change),
-            ),
-            "gain" if layer == diagnosis.easiest_layer else "",
-        )
-        for layer in (*shown, *others)
-    ]
-    columns = (("kind", ""), ("weights", ""), ("room", ""), ("change", "needed"))
-    return Table(columns, _truncated(rows, len(shown), "that need more"))
-
-
-VERDICT_STYLES: dict[Fixable, tuple[str, str]] = {
-    "yes": ("can be fixed", figures.BLUE),
-    "no": ("cannot be fixed", figures.RED),
-    "undecided": ("undecided", figures.ORANGE),
-    "not tried": ("not tried", figures.GREY),
-}
-PLOTTED_LAYERS = 40
-LAYERS_TITLE = "Room: the layer that must change least"
-
-
-def _margins(axes: Any, diagnosis: Diagnosis) -> None:
-    margins = [(t.fixable, t.margin) for t in diagnosis.targets if math.isfinite(t.margin)]
-    groups = {
-        verdict: [margin for own, margin in margins if own == verdict] for verdict in VERDICT_STYLES
-    }
-    shown = {verdict: values for verdict, values in groups.items() if values}
-    if not shown:
-        _empty_panel(axes, "Targets", "no margin is known")
-        return
-    least = min(min(values) for values in shown.values())
-    axes.hist(
-        list(shown.values()),
-        bins=24,
-        range=(least, 0) if least < 0 else None,
-        stacked=True,
-        color=[VERDICT_STYLES[verdict][1] for verdict in shown],
-        label=[
-            f"{VERDICT_STYLES[verdict][0]} ({len(values):,})" for verdict, values in shown.items()
-        ],
-        edgecolor="white",
-        linewidth=0.5,
+def _doubts(doubts: Sequence[DoubtfulLabel], most: int) -> tuple[Block, ...]:
+    text = (
+        "Neighbours and model agree on another class, and the model is sure. A wrong label looks "
+        "like that, and so does a new kind of input."
     )
-    axes.set_ylim(
-        top=axes.get_ylim()[1] * (1.05 + 0.08 * len(shown))
-    )  # room for the legend above the bars
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
-    _style(
-        axes,
-        "Targets: can the last layer fix each?",
-        "margin: label's logit above the largest other",
-        "targets",
+    rows = []
+    for doubt in doubts:
+        agreed = rough_percent(doubt.agreed)
+        cells = (str(doubt.label), str(doubt.prediction), agreed, f"{doubt.lead:.1f}")
+        rows.append(Row(f"{doubt.split} {doubt.id}", cells))
+    columns = (("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits"))
+    return Text(text), Table(columns, _truncated(rows, most))
+
+
+def _layers(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
+    text = (
+        "The smallest change that fixes a typical target, relative to the layer's norm: a "
+        "first-order estimate. Less is better."
     )
-
-
-def _mixing(axes: Any, mixing: NeighbourMixing | None) -> None:
-    if mixing is None:
-        _empty_panel(axes, "Neighbourhoods", "not looked at")
-        return
-    for counts, name, colour, shift in (
-        (
-            mixing.targets,
-            f"targets (mean {rough_percent(mixing.mean('targets'))})",
-            figures.ORANGE,
-            -0.2,
-        ),
-        (
-            mixing.passed,
-            f"passed samples (mean {rough_percent(mixing.mean('passed'))})",
-            figures.BLUE,
-            0.2,
-        ),
-    ):
-        total = max(1, sum(counts))
-        axes.bar(
-            [i + shift for i in range(len(counts))],
-            [100 * n / total for n in counts],
-            0.4,
-            color=colour,
-            label=name,
-        )
-    axes.set(xticks=range(mixing.k + 1), ylim=(0, 119), yticks=range(0, 101, 20))
-    axes.legend(frameon=False, fontsize=9, loc="upper center")
-    across = f"nearest passed samples with its label, of {mixing.k}"
-    _style(axes, "Neighbours, by the last layer's inputs", across, "% of samples")
-
-
-def _room(axes: Any, diagnosis: Diagnosis) -> None:
-    from matplotlib.ticker import LogLocator
-
-    best = diagnosis.easiest_layer
-    layers = [
-        layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0
-    ]
-    shown = sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS]
-    layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]
-    if not layers or best is None:
-        _empty_panel(axes, LAYERS_TITLE, "no layer can" if diagnosis.layers else "not looked at")
-        return
-    left = 0.7 * best.change
-    for at, layer in enumerate(layers):
-        marked = layer == best or layer.layer == diagnosis.head
-        colour = figures.GREEN if layer == best else figures.INK if marked else figures.BLUE
-        axes.plot(
-            [left, layer.change], [at, at], color=figures.LINE_COLOUR, linewidth=1.2, zorder=1
-        )
-        axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
-        if marked:
-            note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
-            style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
-            axes.annotate(note, (layer.change, at), (8, 0), **style)
-    axes.set_yticks(
-        range(len(layers)), [figures.shorten_name(layer.layer, 28) for layer in layers], fontsize=8
-    )
-    axes.set_ylim(len(layers) - 0.4, -0.6)
-    axes.set_xscale("log")
-    axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
-    axes.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}%")
-    axes.minorticks_off()
-    _style(axes, LAYERS_TITLE, "change that fixes a typical target, % of the layer's norm", "")
-
-
-def _empty_panel(axes: Any, title: str, text: str) -> None:
-    axes.text(
-        0.5, 0.5, text, ha="center", va="center", color=figures.GREY, transform=axes.transAxes
-    )
-    axes.set(xticks=[], yticks=[])
-    _style(axes, title, "", "")
-
-
-def _style(axes: Any, title: str, across: str, up: str) -> None:
-    axes.set_title(title, fontsize=10, color=figures.INK, loc="left")
-    figures.style_axes(axes, across, up, grid="y" if up else "x")
+    rows = []
+    for layer in sorted(diagnosis.layers, key=lambda layer: layer.change):
+        cells = (layer.kind, f"{layer.weights:,}", rough_percent(layer.change))
+        rows.append(Row(layer.layer, cells, "gain" if layer == diagnosis.easiest_layer else ""))
+    columns = (("kind", ""), ("weights", ""), ("change", "needed"))
+    return Text(text), Table(columns, _truncated(rows, most))

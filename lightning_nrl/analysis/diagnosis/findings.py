@@ -13,8 +13,9 @@ Fixable = Literal["yes", "no", "undecided", "not tried"]
 
 @dataclass(frozen=True)
 class FoundSample:
-    """A known sample: its split, its position in the data set, and its class, which is -1 if the
-    task has none.
+    """A known sample: its split, its position in the data set, and its class.
+
+    The class is -1 if the task has no classes.
     """
 
     split: str
@@ -24,9 +25,9 @@ class FoundSample:
 
 @dataclass(frozen=True)
 class TargetFinding(FoundSample):
-    """One targeted failure. A fix is a change of the last Linear that repairs this target and
-    breaks
-    no known sample.
+    """One targeted failure, and whether the last Linear can fix it.
+
+    A fix is a change of the last Linear that repairs this target and breaks no known sample.
 
     Attributes:
         margin: distance from being right, at most 0; NaN if the task has no margin.
@@ -35,21 +36,17 @@ class TargetFinding(FoundSample):
             if no fix was searched for.
         change: size of the fix: the root mean square of its effect on the logits of passed samples,
             divided by the root mean square of these logits; NaN without a fix.
-        agreement: share of the nearest passed samples that have the target's label; NaN if unknown.
     """
 
     prediction: int
     margin: float
     fixable: Fixable = "not tried"
     change: float = math.nan
-    agreement: float = math.nan
 
 
 @dataclass(frozen=True)
 class Binding(FoundSample):
-    """A passed sample that limits the fixes of `targets` targets: a fix that ignored the sample
-    would break it.
-    """
+    """A passed sample that limits fixes of `targets` targets: without regard to it, they break it."""
 
     margin: float
     targets: int
@@ -57,9 +54,7 @@ class Binding(FoundSample):
 
 @dataclass(frozen=True)
 class HeldOutCheck:
-    """Effect of fixes on samples that they did not take into account. Each fix changes the last
-    layer
-    for one target.
+    """Effect of fixes on held-out samples. Each fix changes the last layer for one target.
 
     `repairs` is the number of fixes. On average, a fix breaks `broken` of `passed` passed samples
     and repairs `repaired` of the `others` other targets. `harmless` is the share of the fixes that
@@ -75,38 +70,24 @@ class HeldOutCheck:
 
     @property
     def rate(self) -> float:
-        """Other targets repaired per broken sample. It is infinite if no sample breaks, NaN if both
-        counts are 0.
-        """
-        if not self.broken:
-            return math.inf if self.repaired else math.nan
-        return self.repaired / self.broken
+        """Other targets repaired per broken sample: infinite if none breaks, NaN if both are 0."""
+        if self.broken:
+            return self.repaired / self.broken
+        return math.inf if self.repaired else math.nan
 
 
 @dataclass(frozen=True)
 class NeighbourMixing:
-    """Histograms: of a sample's `k` nearest passed samples, the number that have the sample's
-    label.
-    """
+    """Mean share of a sample's `k` nearest passed samples that have the sample's label."""
 
     k: int
-    targets: tuple[int, ...]  # item i: number of targets with i neighbours of their label
-    passed: tuple[int, ...]  # item i: number of passed samples with i neighbours of their label
-
-    def mean(self, group: Literal["targets", "passed"]) -> float:
-        """Returns the mean share of neighbours with a sample's own label, from 0 to 1. NaN if the
-        group is empty.
-        """
-        counts = getattr(self, group)
-        total = sum(counts)
-        return sum(i * n for i, n in enumerate(counts)) / (total * self.k) if total else math.nan
+    targets: float  # mean over targets
+    passed: float  # mean over passed samples
 
 
 @dataclass(frozen=True)
 class DoubtfulLabel(FoundSample):
-    """A target with a doubtful label: the model and the nearest passed samples agree on another
-    class.
-    """
+    """A target with a doubtful label: the model and its neighbours agree on another class."""
 
     prediction: int
     agreed: float  # share of the nearest passed samples that have the predicted class
@@ -115,31 +96,15 @@ class DoubtfulLabel(FoundSample):
 
 @dataclass(frozen=True)
 class LayerCapacity:
-    """First-order estimate of what a change of a layer could do without harm to the passed samples
-    nearest to failing.
+    """First-order estimate of the smallest useful change of a layer.
 
     Attributes:
-        room: how far a small change can raise a target's margin if none of these passed samples may
-            lose margin, divided by how far it can without this condition; from 0 to 1, mean over
-            targets.
-        change: size of the smallest change that repairs a target and breaks none of these passed
-            samples, relative to the layer's norm; median over targets, infinite if there is no such
-            change.
+        change: size of the smallest change that repairs a target and breaks none of the passed
+            samples nearest to failing, relative to the layer's norm; median over targets, infinite
+            if there is no such change.
     """
 
     layer: str
     kind: str
     weights: int
-    room: float
     change: float = field(metadata=null_is(math.inf))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Estimated seconds of a method on this machine, to a factor of about two. `how` says what the
-    method does.
-    """
-
-    method: str
-    seconds: float
-    how: str

@@ -1,0 +1,131 @@
+"""Estimates what a change of each layer can do, from gradients of margins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.device import no_autocast
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.analysis.diagnosis.findings import LayerCapacity
+from lightning_nrl.analysis.diagnosis.fixability import REQUIRED_MARGIN
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layer_gradients import (
+    LayerCall,
+    is_by_sample,
+    margin_calls,
+    sample_gradients,
+)
+from lightning_nrl.evaluation.layers import Layer, layers_of
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.methods.solvers.qp import solve_dual
+
+SKETCH_SIZE = 16_384  # gradients of layers with more weights are projected to this size at random
+MAX_RELATIVE_CHANGE = 10.0  # relative to the layer's norm; larger changes count as impossible
+
+
+@torch.no_grad()
+def layer_capacities(
+    evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
+) -> tuple[LayerCapacity, ...]:
+    """Estimates the change of each layer that fixes a typical target.
+
+    `batches` has this rank's part of the samples to use: pairs of a batch and its samples' rows in
+    `results`. Returns `()` without a layer or without a target that has a margin.
+    """
+    if bool(results.margin[results.targeted].isnan().all()):
+        return ()
+    layers = layers_of(evaluator.model)
+    rows, margin, gradients = _margin_gradients(evaluator, layers, batches, seed)
+    is_target = results.targeted[rows]
+    targets, passed = is_target.nonzero().flatten(), (~is_target).nonzero().flatten()
+    if not gradients or not len(targets):
+        return ()
+    margin = margin.double()
+    kept = (0.5 * margin).clamp_max(REQUIRED_MARGIN)
+    missing = torch.where(is_target, REQUIRED_MARGIN, kept) - margin
+    members = torch.cat([targets[:, None], passed.expand(len(targets), -1)], 1)
+    capacities = []
+    for name, gradient in gradients.items():
+        layer = layers[name]
+        change = _needed_change(layer, gradient.flatten(1).float(), missing, members)
+        kind, n_weights = type(layer).__name__, layer.weight.numel()
+        capacities.append(LayerCapacity(name, kind, n_weights, float(change.median())))
+    return tuple(capacities)
+
+
+def _needed_change(layer: Layer, gradient: Tensor, missing: Tensor, members: Tensor) -> Tensor:
+    """Returns the smallest change, relative to the layer's norm, for each row of `members`."""
+    norm = max(float(layer.weight.detach().float().norm()), 1e-12)
+    # Rows get unit length so that one tolerance suits all.
+    length = gradient.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    unit = gradient / length[:, None]
+    # The matrices are so small that a CPU is as fast.
+    gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norm
+    value = solve_dual(
+        gram[members[:, :, None], members[:, None, :]],
+        (missing / length)[members],
+        max_value=0.5 * MAX_RELATIVE_CHANGE**2,
+    ).value
+    change = (2 * value.clamp_min(0)).sqrt()
+    return torch.where(change > MAX_RELATIVE_CHANGE, torch.inf, change).float()
+
+
+def _margin_gradients(
+    evaluator: Evaluator,
+    layers: Mapping[str, Layer],
+    batches: Iterable[tuple[Batch, Tensor]],
+    seed: int,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Returns rows, margins and their gradients in each layer, of all ranks, by ascending row."""
+    collective = evaluator.collective
+    rows, margins = [], []
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for batch, batch_rows in batches:
+        margin, calls = margin_calls(
+            evaluator.model, layers, batch, evaluator.task, evaluator.context
+        )
+        rows.append(batch_rows)
+        margins.append(margin.detach().float().cpu())
+        for name in list(parts):
+            if is_by_sample(calls[name], len(batch_rows)):
+                parts[name].append(_sketch(layers[name], calls[name], len(batch_rows), seed))
+            else:
+                del parts[name]
+    all_rows, all_margins = _gather(rows, collective), _gather(margins, collective)
+    order = all_rows.argsort()
+    gradients = {}
+    for name in layers:
+        if collective.any(bool(rows) and name not in parts):
+            continue
+        gradient = _gather(parts.get(name, []), collective)
+        if len(gradient):
+            gradients[name] = gradient[order.to(gradient.device)]
+    return all_rows[order], all_margins[order], gradients
+
+
+def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tensor:
+    """Returns the gradient of each sample's margin, projected to at most `n x SKETCH_SIZE`."""
+    size, device = layer.weight.numel(), layer.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    bucket = torch.randint(SKETCH_SIZE, (size,), generator=generator).to(device)
+    sign = torch.randint(2, (size,), generator=generator) * 2 - 1
+    sign = sign.to(device, torch.float32)
+    parts = []
+    with no_autocast(device):
+        for weight, _ in sample_gradients(layer, calls, n):
+            gradient = weight.flatten(1)
+            if size > SKETCH_SIZE:
+                sketch = torch.zeros(len(gradient), SKETCH_SIZE, device=device)
+                gradient = sketch.index_add_(1, bucket, gradient.float() * sign)
+            parts.append(gradient)
+    return torch.cat(parts)
+
+
+def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
+    mine = torch.cat(list(parts)) if parts else torch.zeros(0)
+    shares = [share for share in collective.gather(mine) if len(share)]
+    return torch.cat(shares) if shares else mine
