@@ -1,23 +1,25 @@
-"""Metrics of a model update, as `torchmetrics` metrics and as functions.
+"""Metrics of a model update for `torchmetrics`: rates from the literature, see `rates.RATES`.
 
-The metrics compare the predictions of an old and a new model with the true classes. They compute
-rates from the literature, which `rates.RATES` defines. `flip_rates` computes the same rates from
-counts of samples.
+The metrics compare the predictions of an old and a new model with the true classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.rates import RATES, Rate, flip_rates
+from lightning_nrl.evaluation.rates import RATES, Rate
 from lightning_nrl.evaluation.sample_results import flip_masks
 from lightning_nrl.tasks import class_logits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torchmetrics.utilities.plot import _PLOT_OUT_TYPE
 
 __all__ = [
     "BackwardErrorCompatibility",
@@ -28,45 +30,27 @@ __all__ = [
     "PositiveFlipRate",
     "RelativeNegativeFlipRate",
     "RepairRate",
-    "backward_error_compatibility",
-    "backward_trust_compatibility",
-    "break_rate",
-    "flip_rates",
-    "negative_flip_impact",
-    "negative_flip_rate",
-    "positive_flip_rate",
-    "relative_negative_flip_rate",
-    "repair_rate",
 ]
 
 
 def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
-    if (
-        preds.is_floating_point()
-        and preds.ndim == target.ndim + 1
-        and preds[:, 0].shape == target.shape
-    ):
-        return (class_logits(preds).argmax(1) == target) & ~preds.isnan().any(1)
-    if preds.shape == target.shape and not preds.is_floating_point():
+    if preds.is_floating_point():
+        if preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
+            return (class_logits(preds).argmax(1) == target) & ~preds.isnan().any(1)
+    elif preds.shape == target.shape:
         return preds == target
     raise ConfigurationError(
-        f"`{argument}`: {preds.dtype} of shape {list(preds.shape)} does not fit a `target` {list(target.shape)}.",
-        "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
+        f"`{argument}`: {preds.dtype} of shape {list(preds.shape)} does not fit a `target` "
+        f"{list(target.shape)}.",
+        "give classes as integers in the shape of the target, or logits [samples, classes, ...] as "
+        "floats.",
     )
-
-
-def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    masks = flip_masks(
-        _is_right("old_preds", old_preds, target), _is_right("new_preds", new_preds, target)
-    )
-    return torch.stack([mask.sum() for mask in masks])
 
 
 class FlipMetric(Metric):
-    """Base class: counts kept, broken, repaired and failing samples, and computes a rate, which is
-    NaN
-    if undefined.
+    """Base class: counts kept, broken, repaired and failing samples, and computes a rate.
 
+    The rate is NaN if undefined.
     All subclasses have the same state, so they form one compute group in a `MetricCollection`,
     which updates them once. Keyword arguments are those of :class:`torchmetrics.Metric`, such as
     `sync_on_compute`.
@@ -90,21 +74,23 @@ class FlipMetric(Metric):
         self.add_state("flips", default=torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> None:
-        """Counts the flips of one batch from the old to the new model's predictions, given the true
-        classes `target`.
+        """Counts the flips of one batch, whose true classes are `target`.
 
         Predictions are integer classes in the shape of `target`, or float logits, `samples x
         classes x ...`.
         """
-        self.flips += _flips_update(old_preds, new_preds, target)
+        was_right = _is_right("old_preds", old_preds, target)
+        is_right = _is_right("new_preds", new_preds, target)
+        masks = flip_masks(was_right, is_right)
+        self.flips += torch.stack([mask.sum() for mask in masks])
 
     def compute(self) -> Tensor:
         return self.rate(self.flips)
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plots values that `compute` or `forward` returned, by default the current value. Returns
-        figure and axes.
-        """
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plots values of `compute` or `forward`, by default the current one."""
         return self._plot(val, ax)
 
 
@@ -114,15 +100,14 @@ class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
     Example:
         >>> from torch import tensor
         >>> metric = NegativeFlipRate()
-        >>> metric(old_preds=tensor([0, 1, 1, 2]), new_preds=tensor([0, 1, 2, 1]), target=tensor([0, 1, 1, 1]))
+        >>> old_preds, new_preds = tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1])
+        >>> metric(old_preds, new_preds, target=tensor([0, 1, 1, 1]))
         tensor(0.2500)
     """
 
 
 class PositiveFlipRate(FlipMetric, rate="positive_flip_rate"):
-    """Share of all samples that the update repairs: `repaired / N`, the counterpart of
-    `NegativeFlipRate`.
-    """
+    """Share of all samples that the update repairs: `repaired / N`."""
 
 
 class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
@@ -134,65 +119,38 @@ class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
 
 
 class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
-    """Negative flip rate (NFR) divided by the NFR that independent errors would give (Yan et al.,
-    CVPR
-    2021).
+    """Negative flip rate (NFR) divided by the NFR that independent errors would give.
 
-    It is `NFR / ((1 - ER_old) * ER_new)`, where ER are the error rates of the models. It allows
-    comparing updates of different accuracy. It is NaN if the old model gets nothing right or the
-    new model gets everything right.
+    It is `NFR / ((1 - ER_old) * ER_new)` (Yan et al., CVPR 2021), where ER are the error rates of
+    the models. It allows comparing updates of different accuracy. It is NaN if the old model gets
+    nothing right or the new model gets everything right.
     """
 
     plot_upper_bound = None
 
 
 class BackwardTrustCompatibility(FlipMetric, rate="backward_trust_compatibility"):
-    """Share of right samples that stay right: `kept / (kept + broken)` (Srivastava et al., KDD
-    2020).
+    """Share of right samples that stay right: `kept / (kept + broken)`.
 
-    It is 1 if the old model got nothing right, since nothing could break.
+    See Srivastava et al., KDD 2020. It is 1 if the old model got nothing right, since nothing could
+    break.
     """
 
 
 class BackwardErrorCompatibility(FlipMetric, rate="backward_error_compatibility"):
-    """Share of the new model's errors that the old model made too: `failing / (broken + failing)`
-    (Srivastava 2020).
+    """Share of the new model's errors that the old model made too: `failing / (broken + failing)`.
+
+    See Srivastava et al., KDD 2020.
     """
 
 
 class RepairRate(FlipMetric, rate="repair_rate"):
-    """Share of wrong samples that are now right: `repaired / (repaired + failing)` (Sohn et al.,
-    Arachne).
+    """Share of wrong samples that are now right: `repaired / (repaired + failing)`.
 
-    To get the rate over the targets (I_neg in the paper), update the metric with these samples
-    only.
+    See Sohn et al., Arachne. To get the rate over the targets (I_neg in the paper), update the
+    metric with these samples only.
     """
 
 
 class BreakRate(FlipMetric, rate="break_rate"):
     """Share of right samples that break: `broken / (kept + broken)` (Sohn et al., Arachne)."""
-
-
-RateFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function that computes a rate from `old_preds`, `new_preds` and `target`, see
-:meth:`FlipMetric.update`.
-"""
-
-
-def _function(metric: type[FlipMetric]) -> RateFunction:
-    def rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-        return metric.rate(_flips_update(old_preds, new_preds, target))
-
-    rate.__name__ = rate.__qualname__ = metric.rate.name
-    rate.__doc__ = f"{(metric.__doc__ or '').partition(chr(10))[0]}\n\nThe arguments are those of `FlipMetric.update`."
-    return rate
-
-
-negative_flip_rate = _function(NegativeFlipRate)
-positive_flip_rate = _function(PositiveFlipRate)
-negative_flip_impact = _function(NegativeFlipImpact)
-relative_negative_flip_rate = _function(RelativeNegativeFlipRate)
-backward_trust_compatibility = _function(BackwardTrustCompatibility)
-backward_error_compatibility = _function(BackwardErrorCompatibility)
-repair_rate = _function(RepairRate)
-break_rate = _function(BreakRate)

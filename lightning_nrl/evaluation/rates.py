@@ -1,6 +1,4 @@
-"""The rates of a model update: formulas of the counts of kept, broken, repaired and failing
-samples.
-"""
+"""The rates of a model update: formulas of counts of kept, broken, repaired and failing samples."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ class Rate:
     """One rate of a model update.
 
     Attributes:
-        name: name in reports, and of the function in `evaluation.metrics`.
+        name: name in reports.
         short: short name, the tag in logs.
         meaning: the formula in words.
         compute: the formula, a function of four tensors of counts: kept, broken, repaired, failing.
@@ -29,11 +27,11 @@ class Rate:
     name: str
     short: str
     meaning: str
-    higher_is_better: bool
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    higher_is_better: bool
 
     def __call__(self, flips: Tensor) -> Tensor:
-        """Computes the rate from counts, `... x 4`, in the order kept, broken, repaired, failing."""
+        """Computes the rate from counts, `... x 4`: kept, broken, repaired, failing."""
         return self.compute(*flips.unbind(-1))
 
     def of(self, counts: FlipCounts) -> float:
@@ -43,8 +41,8 @@ class Rate:
     @property
     def title(self) -> str:
         """Short name as a heading, such as `relative NFR`."""
-        first, _, rest = self.short.rpartition("_")
-        return f"{first} {rest.upper()}".strip()
+        prefix, _, acronym = self.short.rpartition("_")
+        return f"{prefix} {acronym.upper()}".strip()
 
     @property
     def label(self) -> str:
@@ -52,48 +50,65 @@ class Rate:
         return f"{self.name.replace('_', ' ')}: {self.meaning}"
 
 
-def _relative(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
-    return b / (b + f) / ((k + b) / (k + b + r + f))
-
-
-def _btc(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
-    return torch.where(k + b == 0, 1.0, k / (k + b))
-
-
 # k, b, r and f are kept, broken, repaired and failing.
 _ALL = (
     Rate(
-        "negative_flip_rate", "nfr", "broken of all", False, lambda k, b, r, f: b / (k + b + r + f)
+        "negative_flip_rate",
+        "nfr",
+        "broken of all",
+        lambda k, b, r, f: b / (k + b + r + f),
+        higher_is_better=False,
     ),
     Rate(
-        "positive_flip_rate", "pfr", "repaired of all", True, lambda k, b, r, f: r / (k + b + r + f)
+        "positive_flip_rate",
+        "pfr",
+        "repaired of all",
+        lambda k, b, r, f: r / (k + b + r + f),
+        higher_is_better=True,
     ),
     Rate(
         "negative_flip_impact",
         "nfi",
         "broken of those wrong now",
-        False,
         lambda k, b, r, f: b / (b + f),
+        higher_is_better=False,
     ),
     Rate(
         "relative_negative_flip_rate",
         "relative_nfr",
         "1 if old and new errors were independent",
-        False,
-        _relative,
+        lambda k, b, r, f: b / (b + f) / ((k + b) / (k + b + r + f)),
+        higher_is_better=False,
     ),
-    Rate("backward_trust_compatibility", "btc", "kept of those right before", True, _btc),
+    Rate(
+        "backward_trust_compatibility",
+        "btc",
+        "kept of those right before",
+        # Nothing can break if nothing was right.
+        lambda k, b, r, f: torch.where(k + b == 0, 1.0, k / (k + b)),
+        higher_is_better=True,
+    ),
     Rate(
         "backward_error_compatibility",
         "bec",
         "failing of those wrong now",
-        True,
         lambda k, b, r, f: f / (b + f),
+        higher_is_better=True,
     ),
     Rate(
-        "repair_rate", "rr", "repaired of those wrong before", True, lambda k, b, r, f: r / (r + f)
+        "repair_rate",
+        "rr",
+        "repaired of those wrong before",
+        lambda k, b, r, f: r / (r + f),
+        higher_is_better=True,
     ),
-    Rate("break_rate", "br", "broken of those right before", False, lambda k, b, r, f: b / (k + b)),
+    Rate(
+        "break_rate",
+        "br",
+        "broken of those right before",
+        lambda k, b, r, f: b / (k + b),
+        higher_is_better=False,
+    ),
 )
 RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
 """All rates by name."""
@@ -104,17 +119,6 @@ UPDATE_RATES: tuple[Rate, ...] = tuple(
 """The rates with which reports compare a new model with the model that it replaces."""
 
 
-def flip_rates(flips: Tensor) -> dict[str, Tensor]:
-    """Computes all rates, by rate name, from counts `... x 4` in the order kept, broken, repaired,
-    failing.
-
-    Each rate is a tensor of shape `...`, NaN where it is undefined. Integer counts give float32.
-    """
-    return {name: rate(flips) for name, rate in RATES.items()}
-
-
 def rates_of(counts: FlipCounts) -> dict[str, float]:
-    """Computes all rates of one set of counts in double precision, by rate name. An undefined rate
-    is NaN.
-    """
+    """Computes all rates in double precision, by name. An undefined rate is NaN."""
     return {name: rate.of(counts) for name, rate in RATES.items()}

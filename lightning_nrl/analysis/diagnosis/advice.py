@@ -53,7 +53,7 @@ def estimate_costs(
 
 
 def advise(diagnosis: Diagnosis) -> str:
-    """Advises which method to use, or to get data. Many doubtful labels are to be looked at first."""
+    """Advises which method to use, or to get data, or to look at doubtful labels first."""
     n_targets, n_doubts = diagnosis.known["targeted"], len(diagnosis.doubts)
     if not n_targets:
         return "Nothing to repair: no failed sample is in the target."

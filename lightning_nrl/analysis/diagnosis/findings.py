@@ -46,7 +46,7 @@ class TargetFinding(FoundSample):
 
 @dataclass(frozen=True)
 class Binding(FoundSample):
-    """A passed sample that limits fixes of `targets` targets: without regard to it, they break it."""
+    """A passed sample that `targets` fixes would break if they ignored it."""
 
     margin: float
     targets: int

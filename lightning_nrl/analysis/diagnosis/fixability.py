@@ -168,7 +168,7 @@ class _FixProgramme:
         return len(self._open) > 0
 
     def _separate(self) -> tuple[Tensor, _Constraints]:
-        """Returns the largest fraction of each solution that is a fix, or 0, and worst violations."""
+        """Returns the largest fraction of each solution that is a fix, and the worst violations."""
         passed, targets, change = self.passed, self.targets.at(self._open), self._solution
         before = margins_over_rivals(passed.logits, passed.label).float()
         required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
