@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -50,6 +50,10 @@ from lightning_nrl.report.figures import (
 )
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
 
 COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -63,9 +67,8 @@ COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm
 """Methods that a comparison runs by default."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
-"""Methods and baselines, each by name or as an object. The keys of a mapping are their names in the
-results.
-"""
+"""Methods and baselines, by name or as objects. A mapping's keys are names in the results."""
+Role = Literal["known", "unseen"]
 
 
 def compare_module(
@@ -94,141 +97,151 @@ def compare_module(
             sample passes.
         EvaluationError: the original model gives losses that are not finite.
     """
-    settings, evaluator = given_or_default(settings), Evaluator.of(model)
+    settings = given_or_default(settings)
+    evaluator = Evaluator.of(model)
     model = evaluator.model
-    chosen = parse_methods(methods)
+    methods_by_name = parse_methods(methods)
     check_sources(known, unseen, settings)
     include_bias = settings.localizer.include_bias
     layers = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
     with preserve_state(model):
         collecting = StageTimer(observer)
-        bare = replace(settings, samples=SampleOptions(importance=settings.samples.importance))
-        baseline = evaluate_baseline(evaluator, known, bare, unseen=unseen, clock=collecting)
+        # Without slices, quotas and label checks, which the comparison does not count.
+        samples = SampleOptions(importance=settings.samples.importance)
+        plain = replace(settings, samples=samples)
+        baseline = evaluate_baseline(evaluator, known, plain, unseen=unseen, clock=collecting)
         check_targets(baseline.before, settings)
         problem = build_problem(
             evaluator, known, baseline.before, layers, settings, training=training
         )
-        later = baseline.held_out.get("unseen")
         entries: list[Entry] = []
-        found: list[tuple[AnyMethod, Solution, float]] = []
-        for name, method in chosen.items():
+        runs: list[_Run] = []
+        for name, method in methods_by_name.items():
             with preserve_state(model):
                 torch.manual_seed(settings.seed)
                 clock = StageTimer(observer, settings.max_time)
-                clock.seconds.update(
-                    collecting.seconds
-                )  # tells methods the time for a pass over the data
-                solution, seconds = _run_method(method, replace(problem, clock=clock), found)
-                found.append((method, solution, seconds))
-                entries.append(_entry(problem, later, name, solution, seconds))
-    targets, target, layer = (
+                clock.seconds.update(collecting.seconds)  # methods estimate passes from it
+                run = _run_method(method, replace(problem, clock=clock), runs)
+                runs.append(run)
+                entries.append(_entry(problem, baseline.held_out.get("unseen"), name, run))
+    held_out = [data.before for data in baseline.held_out.values()]
+    return Comparison(
+        tuple(entries),
         int(problem.before.targeted.sum()),
         str(settings.target),
-        layer_names(settings.layer),
-    )
-    origin = Provenance.of(
-        model, baseline.known, *(data.before for data in baseline.held_out.values())
-    )
-    return Comparison(
-        tuple(entries), targets, target, ", ".join(layer), settings.seed, provenance=origin
+        ", ".join(layer_names(settings.layer)),
+        settings.seed,
+        provenance=Provenance.of(model, baseline.known, *held_out),
     )
 
 
 def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
-    """Returns methods by name. Raises `ConfigurationError` if a method is unknown or given twice."""
-    methods = (
-        COMPARED_BY_DEFAULT
-        if methods is None
-        else (methods,)
-        if isinstance(methods, str)
-        else methods
-    )
-    if not isinstance(methods, (Mapping, Sequence)):
+    """Returns methods by name. Raises `ConfigurationError` if one is unknown or given twice."""
+    if methods is None:
+        methods = COMPARED_BY_DEFAULT
+    if isinstance(methods, str):
+        methods = (methods,)
+    if isinstance(methods, Mapping):
+        names, values = [str(name) for name in methods], list(methods.values())
+    elif isinstance(methods, Sequence):
+        names, values = [_name(method) for method in methods], list(methods)
+    else:
         raise ConfigurationError(
             f"`methods={methods!r}` is no list.", "give a list of names or of objects."
         )
-    named = isinstance(methods, Mapping)
-    names = [
-        str(method) if named or isinstance(method, str) else type(method).__name__
-        for method in methods
-    ]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
             f"`methods` are {names}.",
             "name each method once; the keys of a mapping are names of methods.",
         )
-    given = methods.values() if isinstance(methods, Mapping) else methods
     return {
-        name: ALL_METHODS.parse("methods", method)
-        for name, method in zip(names, given, strict=True)
+        name: ALL_METHODS.parse("methods", value) for name, value in zip(names, values, strict=True)
     }
 
 
-def _run_method(
-    method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
-) -> tuple[Solution, float]:
-    """Runs and times a method. An `Interpolation` reuses the solution of `method.new` if that has
-    been run before.
-    """
-    began, earlier = time.perf_counter(), 0.0
+def _name(method: str | AnyMethod) -> str:
+    if isinstance(method, str):
+        return method
+    return type(method).__name__
+
+
+class _Run(NamedTuple):
+    method: AnyMethod
+    solution: Solution
+    seconds: float
+
+
+def _run_method(method: AnyMethod, problem: Problem, earlier: Sequence[_Run]) -> _Run:
+    """Runs and times a method. An `Interpolation` reuses the earlier run of its method `new`."""
+    start = time.perf_counter()
+    reused = None
+    if isinstance(method, Interpolation):
+        reused = next((run for run in earlier if run.method == method.new), None)
     try:
-        if isinstance(method, Interpolation):
-            ends = [(end, seconds) for other, end, seconds in found if other == method.new]
-            end, earlier = ends[0] if ends else (method.new(problem), 0.0)
-            solution = method.towards(problem, end)
+        if isinstance(method, Interpolation) and reused is not None:
+            solution = method.towards(problem, reused.solution)
         else:
             solution = solve(method, problem)
     except OtherRankError:
         raise  # the other rank has stopped
     except (ConfigurationError, EmptyLocalizationError, ReplayError, EvaluationError) as error:
         solution = Solution(None, str(error).partition("\n")[0])
-    return solution, earlier + time.perf_counter() - began
+    seconds = time.perf_counter() - start
+    if reused is not None:
+        seconds += reused.seconds
+    return _Run(method, solution, seconds)
 
 
-def _entry(
-    problem: Problem, unseen: HeldOut | None, name: str, solution: Solution, seconds: float
-) -> Entry:
+def _entry(problem: Problem, unseen: HeldOut | None, name: str, run: _Run) -> Entry:
+    solution = run.solution
     if solution.proposal is None:
-        return Entry(name, seconds, note=solution.reason)
+        return Entry(name, run.seconds, note=solution.reason)
     path = PatchPath(problem, solution.proposal.state)
-    later = (
-        NOTHING_UNSEEN
-        if unseen is None
-        else FlipCounts.of(unseen.before.right, unseen.before.right)
-    )
-    start = CurvePoint(0.0, 0, FlipCounts.of(problem.before.right, problem.before.right), later)
-    curve = (start, *(_point(path, unseen, point) for point in path.count(COMPARED_STRENGTHS)))
-    began = time.perf_counter()
+    unseen_before = NOTHING_UNSEEN
+    if unseen is not None:
+        unseen_before = FlipCounts.of(unseen.before.right, unseen.before.right)
+    known_before = FlipCounts.of(problem.before.right, problem.before.right)
+    curve = [CurvePoint(0.0, 0, known_before, unseen_before)]
+    curve += [_point(path, unseen, point) for point in path.count(COMPARED_STRENGTHS)]
+    start = time.perf_counter()
     scaled = _scale_back(path, unseen, curve)
+    scaling = time.perf_counter() - start
     note = solution.steps[-1].note if solution.steps else ""
-    return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
+    return Entry(name, run.seconds, tuple(curve), scaled, scaling, note)
 
 
 def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
-    """Bisects for the largest strength that breaks no known sample, as if larger strengths always
-    broke more.
+    """Bisects for the largest strength that breaks no known sample.
+
+    Assumes that a larger strength always breaks more.
     """
-    low = [point for point in curve if not point.known.broken][-1]
-    above = [point.strength for point in curve if point.strength > low.strength]
-    bottom, top = low.strength, above[0] if above else low.strength
+    best = [point for point in curve if not point.known.broken][-1]
+    larger = [point.strength for point in curve if point.strength > best.strength]
+    if not larger:
+        return best
+    bottom, top = best.strength, larger[0]
     while top - bottom > SCALING_STEP:
         middle = (bottom + top) / 2
-        bottom, top = (bottom, middle) if path.point(middle).known.broken else (middle, top)
-    return low if bottom == low.strength else _point(path, unseen, path.point(bottom))
+        if path.point(middle).known.broken:
+            top = middle
+        else:
+            bottom = middle
+    if bottom == best.strength:
+        return best
+    return _point(path, unseen, path.point(bottom))
 
 
 def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> CurvePoint:
-    later = NOTHING_UNSEEN
+    unseen_counts = NOTHING_UNSEEN
     if unseen is not None:
-        later = unseen.flips(path.problem.evaluator, path.state(counted.strength)).counts()
-    return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, later)
+        flips = unseen.flips(path.problem.evaluator, path.state(counted.strength))
+        unseen_counts = flips.counts()
+    return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, unseen_counts)
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Counts under the weights w0 + strength (w - w0), with the weights w0 before a method and w
-    after it.
-    """
+    """Counts under the weights w0 + strength (w - w0): w0 before a method and w after it."""
 
     strength: float
     targeted: int  # number of repaired targets
@@ -238,11 +251,14 @@ class CurvePoint:
     @property
     def gain(self) -> float:
         """Change of accuracy on unseen data, in percentage points. NaN without unseen data."""
-        return (
-            100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n
-            if self.unseen.n
-            else math.nan
-        )
+        if not self.unseen.n:
+            return math.nan
+        return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n
+
+    def counts(self, role: Role) -> FlipCounts:
+        if role == "unseen":
+            return self.unseen
+        return self.known
 
 
 @dataclass(frozen=True)
@@ -270,6 +286,13 @@ class Entry:
         """Counts under the method's weights, at strength 1. None if the method failed."""
         return self.curve[-1] if self.curve else None
 
+    @property
+    def scaled_back(self) -> CurvePoint | None:
+        """`scaled` of a method that breaks known samples; None if it needs no scaling."""
+        if self.scaled is None or self.scaled.strength >= 1:
+            return None
+        return self.scaled
+
 
 @dataclass(frozen=True)
 class Comparison(Report, Plotted):
@@ -287,11 +310,11 @@ class Comparison(Report, Plotted):
     seed: int
 
     def page(self, full: bool = False) -> Page:
-        shown = [entry for entry in self.entries if entry.curve]
+        shown = self._shown
         blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(self, shown))]
         if shown:
             blocks.append(_table(self, shown))
-            if any(entry.scaled is not None and entry.scaled.strength < 1 for entry in shown):
+            if any(entry.scaled_back for entry in shown):
                 blocks.append(Text(SCALED_NOTE))
         left_out = tuple((entry.method, entry.note) for entry in self.entries if not entry.curve)
         if left_out:
@@ -299,75 +322,86 @@ class Comparison(Report, Plotted):
         facts = (("target", self.target), ("layer", self.layer), ("seed", str(self.seed)))
         return Page((*blocks, FactList(facts)))
 
-    def figure(self) -> Any:
-        shown = [entry for entry in self.entries if entry.curve]
+    @property
+    def _shown(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.curve]
+
+    def figure(self) -> Figure:
+        shown = self._shown
         figure = new_figure(11, 5)
-        roles = ("known", "unseen") if _has_unseen(shown) else ("known",)
         figure.suptitle(f"{self.targets:,} failures to repair\n{LEGEND}", color=INK, fontsize=10)
+        roles: list[Role] = ["known"]
+        if _has_unseen(shown):
+            roles.append("unseen")
         panels = figure.subplots(1, len(roles), squeeze=False)[0]
         for axes, role in zip(panels, roles, strict=True):
             _panel(axes, role, shown)
         if shown:
-            figure.legend(
-                *panels[0].get_legend_handles_labels(),
-                loc="outside lower center",
-                ncols=5,
-                frameon=False,
-            )
+            handles, labels = panels[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
         return figure
 
     def __getitem__(self, method: str) -> Entry:
-        """Returns the entry of a method. For an unknown name, a `ConfigurationError` suggests the
-        nearest name.
-        """
-        found = {entry.method: entry for entry in self.entries}
-        check_choice("method", method, tuple(found))
-        return found[method]
+        """Returns the entry of a method. An error for an unknown name suggests the nearest name."""
+        entries = {entry.method: entry for entry in self.entries}
+        check_choice("method", method, tuple(entries))
+        return entries[method]
 
     def to_csv(self) -> str:
-        """Returns a table with a line for every point of every curve, and for every `scaled` point."""
-        out = io.StringIO()
-        names = ("repaired", "broken", "n")
-        columns = ("method", "weights", "strength", "seconds", "targeted")
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow(
-            (
-                *columns,
-                *(f"{role}_{name}" for role in ("known", "unseen") for name in names),
-                "gain",
-            )
-        )
+        """Returns a table with a line for every point of a curve, and for every `scaled` point."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(CSV_COLUMNS)
         for entry in self.entries:
-            lines = [
-                ("given" if point is entry.given else "curve", entry.seconds, point)
-                for point in entry.curve
-            ]
+            for point in entry.curve:
+                weights = "given" if point is entry.given else "curve"
+                table.writerow(_csv_line(entry.method, weights, entry.seconds, point))
             if entry.scaled is not None:
-                lines.append(("scaled", entry.seconds + entry.scaling, entry.scaled))
-            for kind, seconds, point in lines:
-                counts = (
-                    getattr(flips, name) for flips in (point.known, point.unseen) for name in names
-                )
-                start = (
-                    entry.method,
-                    kind,
-                    f"{point.strength:g}",
-                    f"{seconds:.2f}",
-                    point.targeted,
-                )
-                table.writerow((*start, *counts, f"{point.gain:.3f}"))
-        return out.getvalue()
+                seconds = entry.seconds + entry.scaling
+                table.writerow(_csv_line(entry.method, "scaled", seconds, entry.scaled))
+        return text.getvalue()
 
     def save(self, folder: str | Path) -> None:
         """Writes `comparison.json`, `comparison.csv` and `comparison.md` to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, text in (
-            ("json", self.to_json()),
-            ("csv", self.to_csv()),
-            ("md", self.to_markdown()),
-        ):
-            write_text(folder / f"comparison.{kind}", text)
+        write_text(folder / "comparison.json", self.to_json())
+        write_text(folder / "comparison.csv", self.to_csv())
+        write_text(folder / "comparison.md", self.to_markdown())
+
+
+CSV_COLUMNS = (
+    "method",
+    "weights",
+    "strength",
+    "seconds",
+    "targeted",
+    "known_repaired",
+    "known_broken",
+    "known_n",
+    "unseen_repaired",
+    "unseen_broken",
+    "unseen_n",
+    "gain",
+)
+
+
+def _csv_line(method: str, weights: str, seconds: float, point: CurvePoint) -> tuple[object, ...]:
+    known, unseen = point.known, point.unseen
+    return (
+        method,
+        weights,
+        f"{point.strength:g}",
+        f"{seconds:.2f}",
+        point.targeted,
+        known.repaired,
+        known.broken,
+        known.n,
+        unseen.repaired,
+        unseen.broken,
+        unseen.n,
+        f"{point.gain:.3f}",
+    )
 
 
 SCALED_NOTE = (
@@ -397,21 +431,19 @@ def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
         columns += [("repaired", "unseen"), ("broken", "unseen"), ("accuracy", "points")]
 
     def row(label: str, seconds: float, point: CurvePoint) -> Row:
-        texts = list(map(count, (point.targeted, point.known.repaired, point.known.broken)))
+        known, unseen = point.known, point.unseen
+        cells = [count(point.targeted), count(known.repaired), count(known.broken)]
         if with_unseen:
-            texts += [
-                count(point.unseen.repaired),
-                count(point.unseen.broken),
-                f"{point.gain:+.1f}",
-            ]
-        return Row(label, (*texts, f"{seconds:,.1f}"))
+            cells += [count(unseen.repaired), count(unseen.broken), f"{point.gain:+.1f}"]
+        return Row(label, (*cells, f"{seconds:,.1f}"))
 
     rows = []
     for entry in shown:
         rows.append(row(entry.method, entry.seconds, entry.curve[-1]))
-        if entry.scaled is not None and entry.scaled.strength < 1:
-            label = f"  scaled to {entry.scaled.strength:.2f}"
-            rows.append(row(label, entry.seconds + entry.scaling, entry.scaled))
+        scaled = entry.scaled_back
+        if scaled is not None:
+            label = f"  scaled to {scaled.strength:.2f}"
+            rows.append(row(label, entry.seconds + entry.scaling, scaled))
     return Table((*columns, ("time", "s")), tuple(rows))
 
 
@@ -420,38 +452,52 @@ def _has_unseen(shown: Sequence[Entry]) -> bool:
 
 
 LEGEND = (
-    "Dot: result of a method; ring: scaled back until no known sample is broken; dashed: a baseline; "
-    "thin line: as many broken as repaired"
+    "Dot: result of a method; ring: scaled back until no known sample is broken; dashed: a "
+    "baseline; thin line: as many broken as repaired"
 )
 
 
-def _panel(axes: Any, role: str, entries: Sequence[Entry]) -> None:
-    def place(point: CurvePoint) -> tuple[int, int]:
-        counts: FlipCounts = getattr(point, role)
-        return counts.broken, counts.repaired
-
-    curves = [[place(point) for point in entry.curve] for entry in entries]
-    right = 1.12 * max([1, *(curve[-1][0] for curve in curves)])
-    top = 1.12 * max([1, *(y for curve in curves for x, y in curve if x <= right)])
+def _panel(axes: Axes, role: Role, entries: Sequence[Entry]) -> None:
+    counts = {entry.method: [point.counts(role) for point in entry.curve] for entry in entries}
+    right = 1.12 * max([1, *(curve[-1].broken for curve in counts.values())])
+    shown = [flips for curve in counts.values() for flips in curve if flips.broken <= right]
+    top = 1.12 * max([1, *(flips.repaired for flips in shown)])
     axes.plot([0, top], [0, top], color="#BBBBBB", linewidth=0.8, zorder=0)
-    for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
-        colour = PALETTE[i % len(PALETTE)]
-        if all(x <= right for x, _ in curve):  # the curve of a retrained network leaves the panel
-            style = "--" if entry.method in BASELINES else "-"
-            axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.6)
-        label = escape_dollars(entry.method)
-        axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3, label=label)
-        if entry.scaled is not None and 0 < entry.scaled.strength < 1:
-            ring = {
-                "markerfacecolor": "white",
-                "markeredgecolor": colour,
-                "markersize": 9,
-            }  # visible around a dot
-            axes.plot(*place(entry.scaled), "o", **ring, clip_on=False, zorder=2.5)
+    for i, entry in enumerate(entries):
+        _draw_entry(axes, role, entry, PALETTE[i % len(PALETTE)], right)
     axes.set_xlim(-0.02 * right, right)  # keeps dots at 0 off the axis
     axes.set_ylim(0, top)
     axes.set_title(f"{role} samples", color=INK, fontsize=10, loc="left")
     label_axes(axes, "broken (was right, now wrong)", "repaired (was wrong, now right)")
     axes.spines[["top", "right"]].set_visible(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+    axes.locator_params(integer=True)
+
+
+def _draw_entry(axes: Axes, role: Role, entry: Entry, colour: str, right: float) -> None:
+    curve = [point.counts(role) for point in entry.curve]
+    x, y = [flips.broken for flips in curve], [flips.repaired for flips in curve]
+    if max(x) <= right:  # the curve of a retrained network leaves the panel
+        style = "--" if entry.method in BASELINES else "-"
+        axes.plot(x, y, color=colour, linestyle=style, linewidth=1.6)
+    axes.plot(
+        x[-1],
+        y[-1],
+        "o",
+        color=colour,
+        markersize=6,
+        clip_on=False,
+        zorder=3,
+        label=escape_dollars(entry.method),
+    )
+    scaled = entry.scaled_back
+    if scaled is not None and scaled.strength > 0:
+        axes.plot(
+            scaled.counts(role).broken,
+            scaled.counts(role).repaired,
+            "o",
+            markerfacecolor="white",
+            markeredgecolor=colour,
+            markersize=9,  # visible around a dot
+            clip_on=False,
+            zorder=2.5,
+        )
