@@ -1,5 +1,4 @@
-"""Studies around a repair: diagnosis, comparison with baselines, and sweeps.
+"""Studies around a repair: diagnosis and comparison with baselines.
 
-In: a trained model and its data. Out: a `Diagnosis`, `Comparison` or `SweepResult`; the model stays
-unchanged.
+In: a trained model and its data. Out: a `Diagnosis` or `Comparison`; the model stays unchanged.
 """

@@ -1,6 +1,4 @@
-"""Baselines without a constraint against regressions: fine-tuning, distillation, interpolation,
-retraining.
-"""
+"""Baselines without a constraint against regressions, such as fine-tuning and retraining."""
 
 from __future__ import annotations
 
@@ -35,19 +33,18 @@ __all__ = [
     "fresh_weights",
 ]
 
-STEPS = 400  # fewest steps of fine-tuning, about 8 epochs of 6,000 samples; fewer samples get more epochs
+# Fewest steps of fine-tuning, about 8 epochs of 6,000 samples; fewer samples get more epochs.
+STEPS = 400
 TIMED = 4  # the time per step is first estimated after this many steps
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Fine-tunes on all known data with more weight on the targeted failures and no constraint
-    against
-    regressions.
+    """Fine-tunes on all known data, with more weight on the targeted failures.
 
-    AdamW minimises the task's loss, starting from the model's weights. The model stays in
-    evaluation mode: batch norm uses its stored statistics, and dropout is off. Samples are read
-    without augmentation.
+    Nothing limits regressions. AdamW minimises the task's loss, starting from the model's weights.
+    The model stays in evaluation mode: batch norm uses its stored statistics, and dropout is off.
+    Samples are read without augmentation.
 
     Attributes:
         epochs: passes over all known data. Small data get more passes, so that there are at least
@@ -63,8 +60,9 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         check_whole("epochs", self.epochs, 1)
-        for name in ("learning_rate", "emphasis"):
-            check_real(name, getattr(self, name), "number", "give a number above 0.", above=0)
+        hint = "give a number above 0."
+        check_real("learning_rate", self.learning_rate, "number", hint, above=0)
+        check_real("emphasis", self.emphasis, "number", hint, above=0)
 
     def __call__(self, problem: Problem) -> Solution:
         return _fine_tune(problem, self, _weighted_loss(problem, self.emphasis))
@@ -72,13 +70,10 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class LayerFineTuning(FineTuning):
-    """Fine-tunes only the layers that a swarm would search. The default learning rate suits a
-    single layer.
-    """
+    """Fine-tunes only the layers that a swarm would search."""
 
-    learning_rate: float = (
-        1e-2  # of 3e-4 to 1e-2, best ratio of repaired to broken samples on digits and vehicles
-    )
+    # Of 3e-4 to 1e-2, the best ratio of repaired to broken samples on digits and vehicles.
+    learning_rate: float = 1e-2
 
     def __call__(self, problem: Problem) -> Solution:
         return super().__call__(replace(problem, scope=tuple(problem.space.parameters)))
@@ -86,8 +81,7 @@ class LayerFineTuning(FineTuning):
 
 @dataclass(frozen=True)
 class DistilledFineTuning(FineTuning):
-    """Fine-tunes with distillation from the model before the tuning, strongest where that model is
-    right.
+    """Fine-tunes with distillation from the model before, strongest where that model is right.
 
     Each sample's loss gets an added term: a weight times the divergence from the output before the
     tuning, with both outputs divided by `temperature`. The weight is `base + scale` if the sample
@@ -101,20 +95,18 @@ class DistilledFineTuning(FineTuning):
     temperature: float = 100.0
 
     def __call__(self, problem: Problem) -> Solution:
-        task, heat, plain = (
-            problem.evaluator.task,
-            self.temperature,
-            _weighted_loss(problem, self.emphasis),
-        )
+        task, temperature = problem.evaluator.task, self.temperature
+        task_loss = _weighted_loss(problem, self.emphasis)
         teacher = Teacher(problem, ({},), torch.zeros(len(problem.before), dtype=torch.int64))
         weight = self.base + self.scale * problem.before.passed.float()
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-            old = at_least_float32(teacher(batch, rows, output.shape))
-            apart = heat**2 * task.divergence(
-                at_least_float32(output) / heat, old / heat, batch.target
+            old = at_least_float32(teacher(batch, rows, output.shape)) / temperature
+            new = at_least_float32(output) / temperature
+            distance = temperature**2 * task.divergence(new, old, batch.target)
+            return (
+                task_loss(batch, rows, output) + (weight[rows].to(output.device) * distance).sum()
             )
-            return plain(batch, rows, output) + (weight[rows].to(output.device) * apart).sum()
 
         return _fine_tune(problem, self, loss)
 
@@ -123,67 +115,63 @@ def _weighted_loss(problem: Problem, emphasis: float) -> Loss:
     weight = 1 + (emphasis - 1) * problem.before.targeted.float()
 
     def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-        return (
-            weight[rows].to(output.device) * problem.evaluator.task.loss(output, batch.target)
-        ).sum()
+        losses = problem.evaluator.task.loss(output, batch.target)
+        return (weight[rows].to(output.device) * losses).sum()
 
     return loss
 
 
 def _fine_tune(problem: Problem, settings: FineTuning, loss: Loss) -> Solution:
-    clock, began = problem.clock, problem.clock.elapsed
-    with clock.stage("tune"):
+    start = problem.clock.elapsed
+    with problem.clock.stage("tune"):
         state, epochs = _train_epochs(problem, settings, loss)
     if not epochs:
         return Solution(None, "there was no time for an epoch.")
-    return _propose(problem, "tune", state, began, f"{epochs:.3g} epochs")
+    return _propose(problem, "tune", state, start, f"{epochs:.3g} epochs")
 
 
-def _propose(problem: Problem, name: str, state: State, began: float, note: str = "") -> Solution:
+def _propose(problem: Problem, name: str, state: State, start: float, note: str = "") -> Solution:
     with problem.clock.stage("judge"):
         proposal = problem.propose(name, state)
-    return Solution(proposal, steps=(proposal.step(problem.clock.elapsed - began, note),))
+    return Solution(proposal, steps=(proposal.step(problem.clock.elapsed - start, note),))
 
 
 def _train_epochs(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[State, float]:
-    """Returns the weights after as many epochs as the time allows, and the number of these epochs."""
+    """Trains as many epochs as the time allows; returns the weights and the number of epochs."""
     rows = torch.arange(len(problem.before))
     generator = torch.Generator().manual_seed(problem.seed)
     descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=settings.learning_rate))
-    a_pass = len(shuffled_batches(rows, torch.Generator()))
-    total, step, began = max(settings.epochs, -(-STEPS // a_pass)) * a_pass, 0, 0.0
-    while step < total and not problem.collective.any(problem.clock.left <= 0):
+    epoch_steps = len(shuffled_batches(rows, torch.Generator()))
+    n_epochs = max(settings.epochs, -(-STEPS // epoch_steps))
+    n_steps = n_epochs * epoch_steps
+    step, start = 0, 0.0
+    while step < n_steps and not problem.collective.any(problem.clock.left <= 0):
         for parts in load_batches(problem, shuffled_batches(rows, generator)):
-            descent.step(
-                parts,
-                loss,
-                rate=settings.learning_rate * (1 + math.cos(math.pi * step / total)) / 2,
-            )
+            decay = (1 + math.cos(math.pi * step / n_steps)) / 2
+            descent.step(parts, loss, rate=settings.learning_rate * decay)
             step += 1
             if step == 1:
-                began = problem.clock.elapsed  # the first step also warms up
-            elif step == 1 + TIMED or step % a_pass == 0:
-                total = min(
-                    total, step + _steps_left(problem, (problem.clock.elapsed - began) / (step - 1))
-                )
-            if step >= total:
+                start = problem.clock.elapsed  # the first step also warms up
+            elif step == 1 + TIMED or step % epoch_steps == 0:
+                pace = (problem.clock.elapsed - start) / (step - 1)
+                n_steps = min(n_steps, step + _steps_left(problem, pace))
+            if step >= n_steps:
                 break
-    return descent.state(), step / a_pass
+    return descent.state(), step / epoch_steps
 
 
 def _steps_left(problem: Problem, pace: float) -> int:
-    """Estimates how many steps the time allows before a final pass over the data. All ranks get the
-    same number.
-    """
+    """Estimates how many steps all ranks have time for before a final pass over the data."""
     left = problem.clock.left - problem.clock.one_pass
     steps = int(min(max(0.0, left) / max(pace, 1e-9), 1e9))
-    return steps if math.isinf(left) else int(problem.collective.agreed(torch.tensor(steps)))
+    if math.isinf(left):
+        return steps
+    return int(problem.collective.agreed(torch.tensor(steps)))
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """Repeats the model's own training from random weights, with the known failures added to the
-    training data.
+    """Repeats the model's own training from random weights, with the known failures added.
 
     Needs `problem.training`, which runs this training. `fresh` returns an untrained network. If it
     is None, each module of the model initialises itself anew by `reset_parameters`.
@@ -192,54 +180,46 @@ class Retraining:
     fresh: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
-        fits = self.fresh is None or (
-            callable(self.fresh) and not isinstance(self.fresh, nn.Module)
-        )
-        check_kind(
-            "fresh", self.fresh, fits, "function that makes a network", "fresh=lambda: Net()"
-        )
+        if self.fresh is not None:
+            fits = callable(self.fresh) and not isinstance(self.fresh, nn.Module)
+            kind = "function that makes a network"
+            check_kind("fresh", self.fresh, fits, kind, "fresh=lambda: Net()")
 
     def __call__(self, problem: Problem) -> Solution:
-        return _train(
-            problem,
-            "retrain",
-            math.inf,
-            lambda: fresh_weights(problem.model, problem.seed, self.fresh),
-        )
+        def weights() -> State:
+            return fresh_weights(problem.model, problem.seed, self.fresh)
+
+        return _train(problem, "retrain", math.inf, weights)
 
 
 @dataclass(frozen=True)
 class FurtherTraining:
-    """Continues the model's own training, `problem.training`, with the known failures added to the
-    training data.
-    """
+    """Continues the model's own training, `problem.training`, with the known failures added."""
 
     def __call__(self, problem: Problem) -> Solution:
         return _train(problem, "train", problem.clock.left - problem.clock.one_pass)
 
 
 def _train(
-    problem: Problem, name: str, seconds: float, start: Callable[[], State | None] = lambda: None
+    problem: Problem, name: str, seconds: float, weights: Callable[[], State | None] = lambda: None
 ) -> Solution:
     if problem.training is None:
         return Solution(None, "it is not known how the model was trained.")
     if not problem.whole:
         return Solution(None, "only some layers may change, but training changes all.")
-    clock, began = problem.clock, problem.clock.elapsed
+    clock, start = problem.clock, problem.clock.elapsed
     with clock.stage(name):
-        trained = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start())
+        trained = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=weights())
     if trained is None:
         return Solution(None, "training did not finish.")
-    return _propose(problem, name, trained.state, began)
+    return _propose(problem, name, trained.state, start)
 
 
 @torch.no_grad()
 def fresh_weights(
     model: nn.Module, seed: int, make: Callable[[], nn.Module] | None = None
 ) -> State:
-    """Returns weights and buffers of an untrained network of the model's architecture, on the
-    model's
-    device.
+    """Returns weights and buffers of an untrained network of the model's architecture.
 
     `make` returns such a network. With None, each module initialises itself by `reset_parameters`;
     the model's own weights are restored afterwards. Raises `ConfigurationError` if a module with
@@ -252,24 +232,28 @@ def fresh_weights(
             return fitting("fresh", make().state_dict(), model)
         with temporary_weights(model, state):
             for name, module in model.named_modules():
-                reset = getattr(module, "reset_parameters", None) or getattr(
-                    module, "_reset_parameters", None
-                )
-                if callable(reset):
-                    reset()
-                elif any(True for _ in module.parameters(recurse=False)):
-                    raise ConfigurationError(
-                        f"`model`: {name or 'it'} ({type(module).__name__}) has weights, but no `reset_parameters`.",
-                        "give a function that makes an untrained network: `Retraining(fresh=lambda: Net())`.",
-                    )
+                _reset(name, module)
     return state
+
+
+def _reset(name: str, module: nn.Module) -> None:
+    # MultiheadAttention and Transformer have the second name.
+    for method in ("reset_parameters", "_reset_parameters"):
+        reset = getattr(module, method, None)
+        if callable(reset):
+            reset()
+            return
+    if any(True for _ in module.parameters(recurse=False)):
+        raise ConfigurationError(
+            f"`model`: {name or 'it'} ({type(module).__name__}) has weights, but no "
+            "`reset_parameters`.",
+            "give a function that makes an untrained network: `Retraining(fresh=lambda: Net())`.",
+        )
 
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Interpolates between the model's weights w0 and the weights w of the method `new`: (1 - a) w0
-    +
-    a w.
+    """Interpolates to the weights w of the method `new` from the model's w0: (1 - a) w0 + a w.
 
     Compared with w, the mixed weights break fewer samples and repair fewer, too. Schumann et al.
     2024 (Backward compatibility during data updates by weight interpolation) choose `a` on data
@@ -291,9 +275,9 @@ class Interpolation:
         """Interpolates towards a known solution of the method `new`, which does not run again."""
         if end.proposal is None:
             return end
-        began = problem.clock.elapsed
+        start = problem.clock.elapsed
         mixed = between(snapshot(problem.model), end.proposal.state, self.a)
-        solution = _propose(problem, "interpolate", mixed, began, f"a = {self.a:g}")
+        solution = _propose(problem, "interpolate", mixed, start, f"a = {self.a:g}")
         return replace(solution, steps=(*end.steps, *solution.steps), others=(end.proposal,))
 
 
