@@ -32,7 +32,8 @@ class Verdict:
     """The promise of a repair on known data, and the evidence on other data.
 
     Attributes:
-        headline: promise and evidence in one line.
+        headline: status, promise and evidence in one line.
+        answers: the headline without the status.
         kept: True if weights changed and the gate's promise is kept.
         promise: the promise in words, with figures.
         evidence: `better`, `no difference shown` or `worse`, by an exact two-sided sign test of
@@ -52,6 +53,7 @@ class Verdict:
     """
 
     headline: str
+    answers: str
     kept: bool
     promise: str
     evidence: Evidence
@@ -120,6 +122,7 @@ def verdict_on(report: RepairRecord) -> Verdict:
         tone = "warn"
     return Verdict(
         headline=f"{report.status.capitalize()}: {answers}",
+        answers=answers,
         kept=kept,
         promise=_promise(report),
         evidence=evidence,
