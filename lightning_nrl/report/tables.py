@@ -17,6 +17,7 @@ from lightning_nrl.records.splits import (
     ConfusionCell,
     Flip,
     FlippedSample,
+    Role,
     SliceReport,
     SplitReport,
     UpdateSplit,
@@ -118,30 +119,32 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
 
 
 def slice_table(slices: Sequence[SliceReport]) -> Table:
-    """Tabulates targeted, repaired and broken samples. Each slice has a row, and each role has
-    columns.
-    """
-    roles = [role for role in ROLES if any(s.role == role for s in slices)]
-    quotas = any(s.quota is not None for s in slices)
-    columns: list[tuple[str, str]] = []
-    for role in roles:
-        columns += [(name, role) for name in ("targeted", "repaired", "broken")]
-        columns += [("quota", role)] if quotas and role == "known" else []
+    """Tabulates targeted, repaired and broken samples: a row per slice, columns per role."""
+    reports = {(report.name, report.role): report for report in slices}
+    with_quotas = any(report.quota is not None for report in slices)
+    columns: list[tuple[str, Role]] = []
+    for role in sorted({report.role for report in slices}, key=ROLES.index):
+        columns += [("targeted", role), ("repaired", role), ("broken", role)]
+        if with_quotas and role == "known":
+            columns.append(("quota", role))
     rows = []
-    for name in dict.fromkeys(s.name for s in slices):
-        by_role: dict[str, SliceReport] = {s.role: s for s in slices if s.name == name}
-        cells: list[str] = []
-        for role in roles:
-            one = by_role.get(role)
-            cells += (
-                ["-"] * 3
-                if one is None
-                else map(count, (one.targeted, one.repaired_in_target, one.broken))
-            )
-            if quotas and role == "known":
-                cells.append("-" if one is None or one.quota is None else count(one.quota))
+    for name in dict.fromkeys(report.name for report in slices):
+        cells = [_slice_cell(reports.get((name, role)), column) for column, role in columns]
         rows.append(Row(name, tuple(cells)))
     return Table(tuple(columns), tuple(rows))
+
+
+def _slice_cell(report: SliceReport | None, column: str) -> str:
+    if report is None:
+        return "-"
+    counts = {
+        "targeted": report.targeted,
+        "repaired": report.repaired_in_target,
+        "broken": report.broken,
+        "quota": report.quota,
+    }
+    n = counts[column]
+    return "-" if n is None else count(n)
 
 
 def steps_table(steps: Sequence[Step]) -> Table:
@@ -157,21 +160,25 @@ def steps_table(steps: Sequence[Step]) -> Table:
 def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
     """Tabulates counts by strength and marks the chosen strength."""
     columns = [("repaired", "of the target"), ("repaired", "known"), ("broken", "known")]
-    calibrated = any(point.calibration is not None for point in path)
-    columns += [("repaired", "calibration"), ("broken", "calibration")] if calibrated else []
+    if any(point.calibration is not None for point in path):
+        columns += [("repaired", "calibration"), ("broken", "calibration")]
     rows = []
     for point in path:
         cells = [point.repaired_in_target, point.known.repaired, point.known.broken]
         if point.calibration is not None:
             cells += [point.calibration.repaired, point.calibration.broken]
         taken = point.strength == chosen
-        label = f"strength {point.strength:g}" + ", polished" * point.polished + ", taken" * taken
+        label = f"strength {point.strength:g}"
+        if point.polished:
+            label += ", polished"
+        if taken:
+            label += ", taken"
         rows.append(Row(label, tuple(map(count, cells)), "gain" if taken else ""))
     return Table(tuple(columns), tuple(rows))
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
-    """Tabulates the rungs of the default method, one per column, and marks the rung that was taken."""
+    """Tabulates the rungs of the default method, one per column, and marks the taken rung."""
     repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
     rows = (
         Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),
@@ -192,22 +199,25 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
-    """Tabulates the best results by the share of known samples that may break. Skips repeated
-    results.
-    """
+    """Tabulates the best results by the share of known samples that may break."""
     known = ("targets", "repaired"), ("known", "repaired"), ("known", "broken")
     columns = (*known, ("held out", "repaired"), ("held out", "broken"), ("held out", "points"))
-    rows, last = [], None
+    rows, previous = [], None
     for point in price:
         counts = point.repaired_in_target, point.repaired, point.broken
-        if counts != last:
-            allowed = (
-                f"{percent(point.allowed)} may break" if point.allowed < 1 else "any may break"
-            )
-            label = allowed if point.allowed else "none may break"
-            rows.append(Row(label, (*map(count, counts), *_held_out(point.held_out))))
-        last = counts
+        if counts != previous:
+            cells = (*map(count, counts), *_held_out(point.held_out))
+            rows.append(Row(_allowance(point.allowed), cells))
+        previous = counts
     return Table(columns, tuple(rows))
+
+
+def _allowance(share: float) -> str:
+    if not share:
+        return "none may break"
+    if share < 1:
+        return f"{percent(share)} may break"
+    return "any may break"
 
 
 def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
@@ -227,107 +237,116 @@ def points_of(counts: FlipCounts) -> float:
 
 
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
-    """Yields tables of the classes and confusions that changed, by role, and of the flipped
-    samples, by split.
-    """
+    """Yields tables of changed classes and confusions by role, and of flipped samples by split."""
     splits = flipped_splits(report)
-    for role, own in by_role(splits).items():
-        together = pool(own)
-        if together.broken or together.repaired:
-            if together.classes:
-                yield Heading(f"Classes in which samples flipped, {role} data")
-                yield _class_table(together.classes, report.class_name)
-            if confusion_changes(together.confusion):
-                yield Heading(f"Confusions that changed, {role} data")
-                yield _confusion_table(together.confusion, report.class_name)
+    for role, role_splits in by_role(splits).items():
+        pooled = pool(role_splits)
+        if not pooled.broken and not pooled.repaired:
+            continue
+        if pooled.classes:
+            yield Heading(f"Classes in which samples flipped, {role} data")
+            yield _class_table(pooled.classes, report.class_name)
+        if confusion_changes(pooled.confusion):
+            yield Heading(f"Confusions that changed, {role} data")
+            yield _confusion_table(pooled.confusion, report.class_name)
     for split in splits:
         for flip, most in LISTED_FLIPS.items():
-            samples = [one for one in most_telling(split.flipped) if one.flip == flip]
+            samples = [sample for sample in most_telling(split.flipped) if sample.flip == flip]
             if samples:
-                listed = f", {most} of {len(samples):,}" if len(samples) > most else ""
-                yield Heading(
-                    f"{flip.capitalize()} in {split.split}, by position in the data set{listed}"
-                )
+                title = f"{flip.capitalize()} in {split.split}, by position in the data set"
+                if len(samples) > most:
+                    title += f", {most} of {len(samples):,}"
+                yield Heading(title)
                 yield _sample_table(samples[:most], report.class_name)
 
 
 def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
-    """Returns the splits whose flips are shown: the first of `update`, `candidate` and `splits`
-    that is not empty.
-    """
-    return tuple(both.now for both in report.update) or report.candidate or report.splits
+    """Returns the splits whose flips are shown: of an update, of refused weights or the repair."""
+    if report.update:
+        return tuple(split.now for split in report.update)
+    return report.candidate or report.splits
 
 
-def flipped_rows(report: RepairRecord) -> list[list[Any]]:
-    """Returns a row of values for each flipped sample, in the order of `FLIPPED_COLUMNS`. Numbers
-    stay numbers.
-    """
-    rows: list[list[Any]] = []
+def flipped_rows(report: RepairRecord) -> list[list[str | float]]:
+    """Returns a row for each flipped sample, as in `FLIPPED_COLUMNS`. Numbers stay numbers."""
+    rows: list[list[str | float]] = []
     for split in flipped_splits(report):
-        for one in split.flipped:
-            classes = map(report.class_name, (one.label, one.predicted_before, one.predicted_after))
-            margins = one.margin_before, one.margin_after
-            rows.append(
-                [split.split, one.id, one.flip, *classes, *margins, one.in_target, one.slice]
-            )
+        for sample in split.flipped:
+            classes = _class_names(sample, report.class_name)
+            margins = sample.margin_before, sample.margin_after
+            where = sample.in_target, sample.slice
+            rows.append([split.split, sample.id, sample.flip, *classes, *margins, *where])
     return rows
 
 
-def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
-    """Sorts broken samples by rising margin after the repair, then repaired samples by falling gain
-    in margin.
-    """
+def _class_names(sample: FlippedSample, class_name: ClassName) -> list[str]:
+    labels = (sample.label, sample.predicted_before, sample.predicted_after)
+    return list(map(class_name, labels))
 
-    def key(one: FlippedSample) -> tuple[bool, float]:
-        margin = one.margin_after if one.flip == "broken" else one.margin_before - one.margin_after
-        return one.flip == "repaired", 0.0 if math.isnan(margin) else margin
+
+def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
+    """Sorts broken samples by rising margin, then repaired samples by falling gain in margin."""
+
+    def key(sample: FlippedSample) -> tuple[bool, float]:
+        margin = sample.margin_after
+        if sample.flip == "repaired":
+            margin = sample.margin_before - sample.margin_after
+        return sample.flip == "repaired", 0.0 if math.isnan(margin) else margin
 
     return sorted(samples, key=key)
 
 
-def _sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
-    columns = _named("true", "before", "after", *MARGINS, "in target")
-    with_slices = any(one.slice for one in samples)
+def _sample_table(samples: Sequence[FlippedSample], class_name: ClassName) -> Table:
+    columns = ["true", "before", "after", *MARGINS, "in target"]
+    with_slices = any(sample.slice for sample in samples)
+    if with_slices:
+        columns.append("slice")
     rows = []
-    for one in samples:
-        cells = [name(one.label), name(one.predicted_before), name(one.predicted_after)]
-        cells += [
-            number(one.margin_before),
-            number(one.margin_after),
-            "yes" if one.in_target else "",
+    for sample in samples:
+        cells = [
+            *_class_names(sample, class_name),
+            number(sample.margin_before),
+            number(sample.margin_after),
+            "yes" if sample.in_target else "",
         ]
-        rows.append(Row(str(one.id), tuple(cells + [one.slice] * with_slices)))
-    return Table(columns + _named("slice") * with_slices, tuple(rows))
+        if with_slices:
+            cells.append(sample.slice)
+        rows.append(Row(str(sample.id), tuple(cells)))
+    return Table(_named(*columns), tuple(rows))
 
 
-def _class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
-    changed = [one for one in classes if one.counts.broken or one.counts.repaired]
-    changed.sort(key=lambda one: (-one.counts.broken, -one.counts.repaired, one.label))
+def _class_table(classes: Sequence[ClassCounts], class_name: ClassName) -> Table:
+    flipped = [each for each in classes if each.counts.broken or each.counts.repaired]
+    flipped.sort(key=lambda each: (-each.counts.broken, -each.counts.repaired, each.label))
     rows = []
-    for one in changed[:LISTED_CLASSES]:
-        c = one.counts
-        accuracies = percent(c.accuracy_before), percent(c.accuracy_after)
-        rows.append(
-            Row(name(one.label), (count(c.n), *accuracies, count(c.repaired), count(c.broken)))
+    for each in flipped[:LISTED_CLASSES]:
+        counts = each.counts
+        cells = (
+            count(counts.n),
+            percent(counts.accuracy_before),
+            percent(counts.accuracy_after),
+            count(counts.repaired),
+            count(counts.broken),
         )
+        rows.append(Row(class_name(each.label), cells))
     return Table(_named("samples", "accuracy before", "after", "repaired", "broken"), tuple(rows))
 
 
 def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
     """Returns the cells of wrong predictions whose number changed, the largest change first."""
-    changed = [
-        cell for cell in cells if cell.label != cell.prediction and cell.before != cell.after
-    ]
+    errors = [cell for cell in cells if cell.label != cell.prediction]
+    changed = [cell for cell in errors if cell.before != cell.after]
     return sorted(
         changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction)
     )
 
 
-def _confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
+def _confusion_table(cells: Sequence[ConfusionCell], class_name: ClassName) -> Table:
     rows = []
     for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]:
         counts = count(cell.before), count(cell.after), f"{cell.after - cell.before:+,}"
-        rows.append(Row(f"{name(cell.label)} taken for {name(cell.prediction)}", counts))
+        label, prediction = class_name(cell.label), class_name(cell.prediction)
+        rows.append(Row(f"{label} taken for {prediction}", counts))
     return Table(_named("before", "after", "change"), tuple(rows))
 
 
@@ -336,31 +355,32 @@ def _with_totals(
 ) -> list[AnySplit]:
     """Sorts splits by role, known first, and adds a total for each role that has several splits."""
     columns: list[AnySplit] = []
-    for chosen in by_role(splits).values():
-        columns += chosen
-        columns += [total(chosen)] if len(chosen) > 1 else []
+    for role_splits in by_role(splits).values():
+        columns += role_splits
+        if len(role_splits) > 1:
+            columns.append(total(role_splits))
     return columns
 
 
 def _table(columns: Sequence[AnySplit], rows: Iterable[tuple[Any, ...]]) -> Table:
-    """Builds a table with a column per split. Each of `rows` has a label, a key of `numbers`, and
-    options of `Row`.
+    """Builds a table with a column per split.
 
-    In an update, `trained.` or `now.` precedes the key.
+    Each of `rows` has a label, a key of `numbers`, and options of `Row`. In an update, `trained.`
+    or `now.` precedes the key.
     """
     heads = tuple((split.split, split.role) for split in columns)
-    return Table(
-        heads,
-        tuple(
-            Row(label, tuple(_cell(s, name) for s in columns), *rest) for label, name, *rest in rows
-        ),
-    )
+    lines = []
+    for label, key, *options in rows:
+        cells = tuple(_cell(split, key) for split in columns)
+        lines.append(Row(label, cells, *options))
+    return Table(heads, tuple(lines))
 
 
-def _cell(split: SplitReport | UpdateSplit, name: str) -> str:
-    when, _, name = name.rpartition(".")
-    counted: Any = getattr(split, when) if when else split
-    value = counted.numbers[name]
+def _cell(split: SplitReport | UpdateSplit, key: str) -> str:
+    if isinstance(split, UpdateSplit):
+        part, _, key = key.partition(".")
+        split = split.trained if part == "trained" else split.now
+    value = split.numbers[key]
     return count(value) if isinstance(value, int) else percent(value)
 
 

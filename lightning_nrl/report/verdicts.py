@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lightning_nrl._utils.formatting import count, plural
 from lightning_nrl.evaluation.sample_results import TargetCounts
@@ -67,89 +67,102 @@ class Verdict:
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        evidence = (
-            f"{self.evidence}: no unseen data were given"
-            if self.kept
-            else "none: the weights are unchanged"
-        )
+        return ("promise", self.promise), ("evidence", self._evidence), ("advice", self.advice)
+
+    @property
+    def _evidence(self) -> str:
         if self.source != "none":
             p = f"p = {self.p_value:.2g}" if self.p_value >= 0.0001 else "p < 0.0001"
             flips = f"{count(self.repaired)} repaired, {count(self.broken)} broken"
-            evidence = f"{self.evidence}: {flips} of {plural(self.n, f'{self.source} sample')} (sign test, {p})"
-        return ("promise", self.promise), ("evidence", evidence), ("advice", self.advice)
+            samples = plural(self.n, f"{self.source} sample")
+            return f"{self.evidence}: {flips} of {samples} (sign test, {p})"
+        if self.kept:
+            return f"{self.evidence}: no unseen data were given"
+        return "none: the weights are unchanged"
+
+
+class JudgedData(NamedTuple):
+    """Counts of the data that judge a repair."""
+
+    source: EvidenceSource
+    counts: TargetCounts
+    repaired: int = 0  # in the sign test, against `counts.broken`
+    choices: int = 1  # number of results among which the data chose
+    split: str = ""  # name of the split, if one split alone is judged
+
+    @property
+    def evidence(self) -> Evidence:
+        return evidence_of(self.repaired, self.counts.broken, self.choices)
 
 
 def verdict_on(report: RepairRecord) -> Verdict:
     """Derives the verdict on a repair from the counts of its report."""
-    kept, unseen, held_out = (
-        report.status == "repaired",
-        report.unseen,
-        None if report.update else report.held_out,
-    )
-    found = held_out if unseen is None else unseen.counts
-    source: EvidenceSource = "none" if found is None else "held-out" if unseen is None else "unseen"
-    counts = found or NOT_COUNTED
-    leaked = sum(report.leaked.values()) if source == "unseen" else 0
-    flips = max(counts.repaired - leaked, min(counts.repaired, counts.broken)), counts.broken
-    choices = report.n_estimates if source == "held-out" else 1
-    evidence: Evidence = evidence_of(*flips, choices)
-    worst, n_splits = _worst_split(report.unseen_splits), len(report.unseen_splits)
-    if (
-        worst is not None
-        and evidence != "worse"
-        and evidence_of(*_flips(worst), n_splits) == "worse"
-    ):
-        # The sum over all unseen splits would hide that one of them is worse.
-        evidence, counts, flips, choices = "worse", worst.counts, _flips(worst), n_splits
-    answers = "promise kept" if kept else "the weights are unchanged"
-    if source != "none":
-        where = (
-            f"unseen data ({worst.split})"
-            if worst is not None and counts is worst.counts
-            else "unseen data"
-        )
-        answers += f", {evidence} on {where if source == 'unseen' else 'held-out samples'}"
-        if report.update:
-            answers += (
-                f" {'from' if evidence == 'no difference shown' else 'than'} the replaced model"
-            )
-    elif kept:
-        answers += ", not counted on unseen data"
-    tone = EVIDENCE_TONES[evidence]
-    if report.status == "nothing to repair":
-        tone = "good" if source == "none" else tone
-    elif not kept and tone != "bad":
+    data = _judged_data(report)
+    kept = report.status == "repaired"
+    tone = EVIDENCE_TONES[data.evidence]
+    if report.status == "nothing to repair" and data.source == "none":
+        tone = "good"
+    elif report.status in ("refused", "not repaired") and tone != "bad":
         tone = "warn"
+    answers = _answers(report, data)
     return Verdict(
         headline=f"{report.status.capitalize()}: {answers}",
         answers=answers,
         kept=kept,
         promise=_promise(report),
-        evidence=evidence,
-        source=source,
-        repaired=counts.repaired,
-        broken=counts.broken,
-        n=counts.n,
-        p_value=sign_test(*flips, choices),
-        advice=_advice(report, evidence, source, flips),
+        evidence=data.evidence,
+        source=data.source,
+        repaired=data.counts.repaired,
+        broken=data.counts.broken,
+        n=data.counts.n,
+        p_value=sign_test(data.repaired, data.counts.broken, data.choices),
+        advice=_advice(report, data),
         tone=tone,
     )
 
 
-def _flips(split: SplitReport) -> tuple[int, int]:
-    return split.counts.repaired, split.counts.broken
+def _judged_data(report: RepairRecord) -> JudgedData:
+    if report.unseen is None:
+        held_out = report.held_out
+        if held_out is None or report.update:
+            return JudgedData("none", NOT_COUNTED)
+        return JudgedData("held-out", held_out, held_out.repaired, report.n_estimates)
+    counts = report.unseen.counts
+    # Leaked samples are no evidence of repairs, but they do not make a repair worse.
+    n_unleaked = counts.repaired - sum(report.leaked.values())
+    data = JudgedData("unseen", counts, max(n_unleaked, min(counts.repaired, counts.broken)))
+    splits = report.unseen_splits
+    worst = _worst_split(splits)
+    if worst is None or data.evidence == "worse":
+        return data
+    worst_data = JudgedData(
+        "unseen", worst.counts, worst.repaired, choices=len(splits), split=worst.split
+    )
+    # The sum over all unseen splits would hide that one of them is worse.
+    return worst_data if worst_data.evidence == "worse" else data
 
 
 def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """Compares several splits. Returns the one with the lowest p-value that breaks more than it
-    repairs, or None.
-    """
-    losing = [split for split in splits if split.counts.broken > split.counts.repaired]
-    return (
-        min(losing, key=lambda split: sign_test(*_flips(split)), default=None)
-        if len(splits) > 1
-        else None
-    )
+    """Returns the split that loses most, by p-value, or None. A single split is not compared."""
+    if len(splits) < 2:
+        return None
+    losing = [split for split in splits if split.broken > split.repaired]
+    return min(losing, key=lambda split: sign_test(split.repaired, split.broken), default=None)
+
+
+def _answers(report: RepairRecord, data: JudgedData) -> str:
+    kept = report.status == "repaired"
+    answers = "promise kept" if kept else "the weights are unchanged"
+    if data.source == "none":
+        return f"{answers}, not counted on unseen data" if kept else answers
+    name = "unseen data" if data.source == "unseen" else "held-out samples"
+    if data.split:
+        name += f" ({data.split})"
+    answers += f", {data.evidence} on {name}"
+    if report.update:
+        than = "from" if data.evidence == "no difference shown" else "than"
+        answers += f" {than} the replaced model"
+    return answers
 
 
 def _known(report: RepairRecord) -> TargetCounts:
@@ -164,49 +177,53 @@ def _promise(report: RepairRecord) -> str:
     n_broken = count(counts.broken) if counts.broken else "none"
     broken = f"{n_broken} of {count(counts.passed)} known samples that were right"
     if report.status == "repaired":
-        return f"kept: {broken} broke" + (
-            f", within the gate `{report.gate}`" if counts.broken else ""
-        )
-    found = f"the change found would break {broken}" if report.candidate else "no repair was found"
-    return f"not kept: {found}; the weights are unchanged, so nothing broke"
+        within = f", within the gate `{report.gate}`" if counts.broken else ""
+        return f"kept: {broken} broke{within}"
+    change = "no repair was found"
+    if report.candidate:
+        change = f"the change found would break {broken}"
+    return f"not kept: {change}; the weights are unchanged, so nothing broke"
 
 
-def _advice(
-    report: RepairRecord, evidence: Evidence, source: EvidenceSource, flips: tuple[int, int]
-) -> str:
-    if evidence == "worse":
+def _advice(report: RepairRecord, data: JudgedData) -> str:
+    if data.evidence == "worse":
         if report.update:
             return "do not ship the new model; keep the one that it would replace"
         return f"do not ship it; {_revert_hint(report)}"
-    looser = _looser_gate_hint(report)
     if report.status == "nothing to repair":
         return "keep the model as it is"
+    return _advice_unless_worse(report, data) + _looser_gate_hint(report)
+
+
+def _advice_unless_worse(report: RepairRecord, data: JudgedData) -> str:
     if report.status != "repaired":
-        return f"keep the model as it is; `diagnose` says which failures can be repaired{looser}"
-    if evidence == "better":
-        return f"it may ship, as far as these data go{'' if source == 'unseen' else f'; first {GIVE_UNSEEN}'}{looser}"
-    if source != "unseen":
-        return GIVE_UNSEEN + looser
+        return "keep the model as it is; `diagnose` says which failures can be repaired"
+    if data.evidence == "better":
+        first = "" if data.source == "unseen" else f"; first {GIVE_UNSEEN}"
+        return f"it may ship, as far as these data go{first}"
+    if data.source != "unseen":
+        return GIVE_UNSEEN
     if report.leaked:
-        return f"remove the known samples from the unseen data and count again{looser}"
+        return "remove the known samples from the unseen data and count again"
     for times in range(2, MOST_TIMES_MORE + 1):
-        if evidence_of(*(times * n for n in flips)) != evidence:
-            return f"give more unseen data: {times} times as many would show a difference of this size{looser}"
-    return f"look at the unseen samples that broke; more data will hardly show a difference{looser}"
+        if evidence_of(times * data.repaired, times * data.counts.broken) != data.evidence:
+            return (
+                f"give more unseen data: {times} times as many would show a difference of this size"
+            )
+    return "look at the unseen samples that broke; more data will hardly show a difference"
 
 
 def _revert_hint(report: RepairRecord) -> str:
-    patch, checkpoint = (report.files.get(kind) for kind in ("patch", "checkpoint"))
+    patch, checkpoint = report.files.get("patch"), report.files.get("checkpoint")
     if patch is None or checkpoint is None:
         return "the checkpoint from before the repair holds the old weights"
     paths = f"--patch {shlex.quote(patch)} --ckpt {shlex.quote(checkpoint)}"
-    return f"to write the model from before the repair: `lightning-nrl revert {paths} --out original.ckpt`"
+    command = f"lightning-nrl revert {paths} --out original.ckpt"
+    return f"to write the model from before the repair: `{command}`"
 
 
 def _looser_gate_hint(report: RepairRecord) -> str:
-    """Suggests a gate that would have repaired twice as many targets or gained more on held-out
-    data, or returns "".
-    """
+    """Suggests a gate with twice as many repaired targets, or more gain on held-out data."""
     known = _known(report)
     gained = None if report.held_out is None else points_of(report.held_out)
     for point in report.price:
@@ -216,8 +233,12 @@ def _looser_gate_hint(report: RepairRecord) -> str:
         doubled = point.repaired_in_target >= max(1, 2 * known.repaired_in_target) and more >= 0
         if doubled or (gained is not None and more >= LARGE_GAIN):
             limit = f"{100 * point.allowed:g}%" if point.allowed < 1 else str(point.broken)
-            targets = f"{plural(point.repaired_in_target, 'target')} instead of {count(known.repaired_in_target)}"
+            targets = plural(point.repaired_in_target, "target")
+            targets += f" instead of {count(known.repaired_in_target)}"
             price = f"broken {plural(point.broken, 'known sample')}"
             gain = f"gained {more:.1f} points more on held-out samples"
-            return f'. A looser gate would have repaired {targets}, {price} and {gain}: `gate="tolerance:{limit}"`'
+            return (
+                f". A looser gate would have repaired {targets}, {price} and {gain}: "
+                f'`gate="tolerance:{limit}"`'
+            )
     return ""
