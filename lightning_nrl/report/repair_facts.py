@@ -9,6 +9,7 @@ from lightning_nrl._utils.formatting import count, number, percent, plural, roug
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.repair_record import (
     Hashes,
+    Judge,
     LocalizationReport,
     RepairRecord,
     SearchReport,
@@ -26,19 +27,15 @@ UNSEEN_CONFIDENCE = 0.95
 
 
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Lists what the repair was asked for, what it searched and found, and the limit from
-    calibration data.
-    """
+    """Lists what the repair was asked for, what it searched and found, and the limit."""
     facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
-    facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
+    if report.task != USUAL_TASK:
+        facts.append(("right means", report.task))
     if report.set_aside:
-        facts.append(
-            ("set aside", f"{len(report.set_aside):,} failed samples, {report.set_aside[0].why}")
-        )
-    facts += [
-        (f"leak into {split}", f"{n:,} of its samples are known too")
-        for split, n in report.leaked.items()
-    ]
+        reason = report.set_aside[0].why
+        facts.append(("set aside", f"{len(report.set_aside):,} failed samples, {reason}"))
+    for split, n in report.leaked.items():
+        facts.append((f"leak into {split}", f"{n:,} of its samples are known too"))
     if report.localization is not None:
         facts.append(("weights searched", _localization(report.localization)))
     if report.search is not None:
@@ -50,31 +47,33 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.judge is not None and report.judge.n_borderline:
-        n, rounding = report.judge.n_borderline, report.judge.rounding or 0.0
-        right = f"{plural(n, 'known sample')} {'is' if n == 1 else 'are'} right by less than {rounding:.2g}"
-        facts.append(
-            ("within rounding", f"{right}; another device or batch size may get them wrong")
-        )
+        facts.append(("within rounding", _borderline(report.judge)))
     if report.bounds is not None:
         facts.append(("calibration", str(report.bounds)))
     if report.change is not None:
-        facts.append(
-            (
-                "weights changed" if report.status == "repaired" else "would change",
-                _change(report.change),
-            )
-        )
+        name = "weights changed" if report.status == "repaired" else "would change"
+        facts.append((name, _change(report.change)))
     return tuple(facts)
 
 
+def _borderline(judge: Judge) -> str:
+    n = judge.n_borderline
+    are = "is" if n == 1 else "are"
+    return (
+        f"{plural(n, 'known sample')} {are} right by less than {judge.rounding or 0.0:.2g}; "
+        "another device or batch size may get them wrong"
+    )
+
+
 def layer_text(report: RepairRecord) -> str:
-    """Lists the names of the layers. Cuts a long list, and says "the whole network" if all layers
-    change.
-    """
-    n, names = len(report.layers), ", ".join(report.layers[:LISTED_LAYERS])
+    """Lists the names of the layers. A long list is cut, and all layers are the whole network."""
+    n = len(report.layers)
     if n > 1 and n == report.provenance.n_layers:
         return f"the whole network ({n} layers)"
-    return names if n <= LISTED_LAYERS else f"{names} and {n - LISTED_LAYERS} more"
+    names = ", ".join(report.layers[:LISTED_LAYERS])
+    if n > LISTED_LAYERS:
+        names += f" and {n - LISTED_LAYERS} more"
+    return names
 
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
@@ -82,67 +81,65 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     limit = unseen_limit(report)
     if limit is None:
         return ()
-    confidence = show_confidence(UNSEEN_CONFIDENCE)
-    text = f"with {confidence} confidence at most {percent_up(limit)} of new samples like these that were right will break"
-    known = sum(report.leaked.values())
-    return (
-        ("unseen data", f"{text} (too optimistic: {known:,} of them are known)" if known else text),
+    text = (
+        f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of new "
+        "samples like these that were right will break"
     )
+    n_leaked = sum(report.leaked.values())
+    if n_leaked:
+        text += f" (too optimistic: {n_leaked:,} of them are known)"
+    return (("unseen data", text),)
 
 
 def unseen_limit(report: RepairRecord) -> float | None:
-    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break
-    (`upper_limit`).
+    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break.
 
     The rate is among samples that the model got right before the repair or, in an update, that the
     replaced model gets right. The confidence is `UNSEEN_CONFIDENCE`. Returns None if
     `RepairRecord.unseen` counts no such sample.
     """
-    counted = report.unseen
-    if counted is None or not counted.passed:
+    unseen = report.unseen
+    if unseen is None or not unseen.passed:
         return None
-    return upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
+    return upper_limit(unseen.broken, unseen.passed, UNSEEN_CONFIDENCE)
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
-    """Lists the first failures that were set aside, each with the reason, and the number of further
-    failures.
-    """
-    facts = [
-        (f"{one.split} {one.id}", f"label {one.label}, the model says {one.prediction}: {one.why}")
-        for one in samples[:LISTED_SAMPLES]
-    ]
+    """Lists the first failures that were set aside, with the reasons, and counts the others."""
+    facts = []
+    for sample in samples[:LISTED_SAMPLES]:
+        text = f"label {sample.label}, the model says {sample.prediction}: {sample.why}"
+        facts.append((f"{sample.split} {sample.id}", text))
     further = len(samples) - LISTED_SAMPLES
-    return (
-        (*facts, ("further", f"{further:,}, all in report.json")) if further > 0 else tuple(facts)
-    )
+    if further > 0:
+        facts.append(("further", f"{further:,}, all in report.json"))
+    return tuple(facts)
 
 
 def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
-    """Lists the SHA-256 of the weights before and after the repair, on one line if both are equal."""
-    facts = []
-    for name, before, after in (
-        ("layers", hashes.layers_before, hashes.layers_after),
-        ("whole model", hashes.model_before, hashes.model_after),
-    ):
-        if before is not None and before == after:
-            facts.append((f"sha256 of the {name}, unchanged", before))
-        elif before is not None and after is not None:
-            facts += [
-                (f"sha256 of the {name} before", before),
-                (f"sha256 of the {name} after", after),
-            ]
-    return tuple(facts)
+    """Lists the SHA-256 of the weights before and after the repair, once if both are equal."""
+    layers = _hash_facts("layers", hashes.layers_before, hashes.layers_after)
+    return *layers, *_hash_facts("whole model", hashes.model_before, hashes.model_after)
+
+
+def _hash_facts(name: str, before: str | None, after: str | None) -> tuple[Fact, ...]:
+    if before is None or after is None:
+        return ()
+    if before == after:
+        return ((f"sha256 of the {name}, unchanged", before),)
+    return (f"sha256 of the {name} before", before), (f"sha256 of the {name} after", after)
 
 
 def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
     """Lists the seed and the precision of the run, and the seconds of each stage."""
-    task = [("task", report.task)] if report.task == USUAL_TASK else []
-    seconds = [
-        (f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()
-    ]
-    judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
-    return (*task, ("seed", str(report.seed)), *judge, *seconds)
+    facts = [("seed", str(report.seed))]
+    if report.task == USUAL_TASK:
+        facts.insert(0, ("task", report.task))
+    if report.judge is not None:
+        facts.append(("judged in", str(report.judge.precision)))
+    for stage, seconds in report.seconds.items():
+        facts.append((f"seconds to {stage}", f"{seconds:,.2f}"))
+    return tuple(facts)
 
 
 def _localization(localization: LocalizationReport) -> str:
@@ -154,16 +151,16 @@ def _localization(localization: LocalizationReport) -> str:
         text += f", the nearest to the {localization.requested:,} asked for"
     if {"failed", "passed", "both"} <= sizes.keys():
         text += (
-            f"; {sizes['failed']:,} matter for the failed data, {sizes['passed']:,} for the passed, "
-            f"{sizes['both']:,} for both (the top {localization.n_g:,} by each impact)"
+            f"; {sizes['failed']:,} matter for the failed data, {sizes['passed']:,} for the "
+            f"passed, {sizes['both']:,} for both (the top {localization.n_g:,} by each impact)"
         )
     return text
 
 
 def _search(search: SearchReport, seconds: float | None) -> str:
-    text = plural(search.iterations, "iteration") + (
-        f" in {seconds:,.1f} s" if seconds is not None else ""
-    )
+    text = plural(search.iterations, "iteration")
+    if seconds is not None:
+        text += f" in {seconds:,.1f} s"
     if search.n_failed is not None and search.n_passed is not None:
         text += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
     fitness = f"{number(search.original_fitness)} -> {number(search.fitness)}"
@@ -171,25 +168,28 @@ def _search(search: SearchReport, seconds: float | None) -> str:
 
 
 def _estimate(counts: TargetCounts, choices: int) -> str:
-    parts = []
-    failed = counts.repaired + counts.failing
-    for k, n, what in (
-        (counts.repaired, failed, "failures repaired"),
-        (counts.broken, counts.passed, "passed samples broken"),
-    ):
-        low, high = map(rough_percent, interval(k, n, choices))
-        share = f" ({rough_percent(k / n)}; {low} to {high} at 90 % confidence)" if n else ""
-        parts.append(f"{count(k)} of {count(n)} {what}{share}")
-    return f"{', '.join(parts)}, {points_of(counts):+.1f} points"
+    n_failed = counts.repaired + counts.failing
+    parts = (
+        f"{_rate(counts.repaired, n_failed, 'failures repaired', choices)}, "
+        f"{_rate(counts.broken, counts.passed, 'passed samples broken', choices)}"
+    )
+    return f"{parts}, {points_of(counts):+.1f} points"
+
+
+def _rate(k: int, n: int, samples: str, choices: int) -> str:
+    text = f"{count(k)} of {count(n)} {samples}"
+    if not n:
+        return text
+    low, high = interval(k, n, choices)
+    limits = f"{rough_percent(low)} to {rough_percent(high)} at 90 % confidence"
+    return f"{text} ({rough_percent(k / n)}; {limits})"
 
 
 def _change(change: WeightChange) -> str:
-    share = (
-        f" ({percent(change.relative)} of the layers' norm)"
-        if math.isfinite(change.relative)
-        else ""
-    )
-    return (
+    text = (
         f"{change.changed:,} of {change.total:,}, by at most {number(change.largest)}; "
-        f"norm of the change {number(change.l2)}{share}"
+        f"norm of the change {number(change.l2)}"
     )
+    if math.isfinite(change.relative):
+        text += f" ({percent(change.relative)} of the layers' norm)"
+    return text
