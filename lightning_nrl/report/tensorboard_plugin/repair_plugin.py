@@ -44,16 +44,14 @@ LOOK_SECONDS = 5.0  # time until the folders are scanned again
 
 
 class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """The Repair tab of TensorBoard. It shows each repair below the log folder: verdict, flipped
-    samples, search.
-    """
+    """The Repair tab of TensorBoard: verdict, flipped samples and search of each repair."""
 
     plugin_name = "lightning_nrl"
 
     def __init__(self, context: base_plugin.TBContext) -> None:
         self._roots = log_roots(context.logdir, context.flags)
         self._lock = threading.RLock()
-        self._found: list[RepairFolder] = []
+        self._scanned: list[RepairFolder] = []
         self._scanned_at = float("-inf")
         self._summaries: dict[RepairFolder, dict[str, Any]] = {}
         self._load = lru_cache(maxsize=KEPT_REPORTS)(_read)
@@ -79,20 +77,19 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         path = STATIC_FILES.get(request.path.rpartition("/")[2])
         if path is None:
             return _missing(request, "there is no such file.")
-        return _answer(request, path.read_bytes(), MIME_TYPES[path.suffix])
+        return _file(request, path)
 
     def _repairs(self, request: Request) -> Response:
         folders = self._folders()
-        return _answer(
-            request, {"repairs": [*map(self._summary, folders[:MAX_LISTED])], "found": len(folders)}
-        )
+        summaries = [self._summary(folder) for folder in folders[:MAX_LISTED]]
+        return _json(request, {"repairs": summaries, "found": len(folders)})
 
     def _repair(self, request: Request) -> Response:
         loaded = self._requested(request)
         if isinstance(loaded, str):
             return _missing(request, loaded)
         try:
-            return _answer(request, loaded.details)
+            return _json(request, loaded.details)
         except Exception as error:  # no report may break the tab
             return _missing(request, f"report.json cannot be shown: {error}")
 
@@ -100,43 +97,43 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         loaded = self._requested(request)
         if isinstance(loaded, str):
             return _missing(request, loaded)
-        position = request.args.get("position", -1, type=int)
-        file = loaded.sample_file(
-            request.args.get("split", ""), position, request.args.get("kind", "")
-        )
-        path = loaded.folder.path / (file or "")
-        if (
-            file is None
-            or not is_below(path, loaded.folder.root)
-            or path.stat().st_size > MAX_SAMPLE_BYTES
-        ):
-            return _missing(request, "this sample has no picture or text.")
-        return _answer(request, path.read_bytes(), MIME_TYPES[path.suffix])
+        split, kind = request.args.get("split", ""), request.args.get("kind", "")
+        name = loaded.sample_file(split, request.args.get("position", -1, type=int), kind)
+        if name is not None:
+            path = loaded.folder.path / name
+            if is_below(path, loaded.folder.root) and path.stat().st_size <= MAX_SAMPLE_BYTES:
+                return _file(request, path)
+        return _missing(request, "this sample has no picture or text.")
 
     def _folders(self) -> list[RepairFolder]:
         with self._lock:
             if time.monotonic() - self._scanned_at > LOOK_SECONDS:
-                self._found = find_repairs(self._roots)
+                self._scanned = find_repairs(self._roots)
                 self._scanned_at = time.monotonic()
-            return self._found
+            return self._scanned
 
     def _requested(self, request: Request) -> LoadedRepair | str:
         name = request.args.get("name", "")
-        folder = next((folder for folder in self._folders() if folder.name == name), None)
-        return "there is no repair of that name." if folder is None else self._load(folder)
+        for folder in self._folders():
+            if folder.name == name:
+                return self._load(folder)
+        return "there is no repair of that name."
 
     def _summary(self, folder: RepairFolder) -> dict[str, Any]:
         with self._lock:
             if folder not in self._summaries:
                 loaded = self._load(folder)
-                problem = {"name": folder.name, "problem": loaded}
-                self._summaries[folder] = problem if isinstance(loaded, str) else loaded.summary
+                if isinstance(loaded, str):
+                    self._summaries[folder] = {"name": folder.name, "problem": loaded}
+                else:
+                    self._summaries[folder] = loaded.summary
             return self._summaries[folder]
 
 
 def _read(folder: RepairFolder) -> LoadedRepair | str:
     if folder.size > MAX_REPORT_BYTES:
-        return f"report.json has {folder.size / 2**20:,.0f} MiB; the limit is {MAX_REPORT_BYTES // 2**20} MiB."
+        size, limit = folder.size / 2**20, MAX_REPORT_BYTES // 2**20
+        return f"report.json has {size:,.0f} MiB; the limit is {limit} MiB."
     # Imported late, since it imports torch, which takes seconds.
     from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
 
@@ -148,17 +145,19 @@ def _read(folder: RepairFolder) -> LoadedRepair | str:
         return f"report.json cannot be read: {error}".partition("\n")[0]
 
 
-def _answer(
-    request: Request, content: Any, kind: str = "application/json", code: int = 200
-) -> Response:
-    text = (
-        json.dumps(content, allow_nan=False, separators=(",", ":"))
-        if kind == "application/json"
-        else content
-    )
-    answer: Response = http_util.Respond(request, text, kind, code=code)
-    return answer
+def _respond(request: Request, content: str | bytes, kind: str, code: int = 200) -> Response:
+    response: Response = http_util.Respond(request, content, kind, code=code)
+    return response
+
+
+def _json(request: Request, content: object, code: int = 200) -> Response:
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return _respond(request, text, "application/json", code)
+
+
+def _file(request: Request, path: Path) -> Response:
+    return _respond(request, path.read_bytes(), MIME_TYPES[path.suffix])
 
 
 def _missing(request: Request, problem: str) -> Response:
-    return _answer(request, {"problem": problem}, code=404)
+    return _json(request, {"problem": problem}, code=404)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from lightning_nrl._utils.formatting import percent
+from lightning_nrl._utils.formatting import percent, sentence
 from lightning_nrl.records.repair_record import StrengthPoint
 from lightning_nrl.records.splits import SplitReport, by_role, pool
 from lightning_nrl.records.stats import percent_up
@@ -33,11 +33,9 @@ class LoadedRepair:
     @cached_property
     def summary(self) -> Plain:
         report = self.report
-        splits, limit, verdict = (
-            by_role(flipped_splits(report)),
-            unseen_limit(report),
-            report.verdict,
-        )
+        splits = by_role(flipped_splits(report))
+        limit = unseen_limit(report)
+        verdict = report.verdict
         return {
             "name": self.folder.name,
             "modified": self.folder.modified // 1_000_000,
@@ -59,21 +57,21 @@ class LoadedRepair:
     def details(self) -> Plain:
         report = self.report
         splits, verdict = flipped_splits(report), report.verdict
-        limits = [] if report.bounds is None else [("calibration", str(report.bounds))]
-        _, _, reason, *blocks = report.full_page().blocks
-        first = (
-            next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1)
-            + 1
-        )
+        facts = list(verdict.facts)
+        if report.bounds is not None:
+            facts.append(("calibration", str(report.bounds)))
+        # The headline, the verdict and the reason are shown by themselves.
+        blocks = report.full_page().blocks[3:]
+        tables = [i for i, block in enumerate(blocks) if isinstance(block, Table)]
+        first = tables[0] + 1 if tables else len(blocks)
+        against = "the model that it replaces" if report.update else "the model as it was trained"
         return {
             **self.summary,
-            "reason": getattr(reason, "text", report.reason),
+            "reason": sentence(report.reason),
             "verdict": verdict.headline,
-            "answers": [list(fact) for fact in (*verdict.facts, *limits, *unseen_facts(report))],
-            "calibrated": bool(limits),
-            "against": "the model that it replaces"
-            if report.update
-            else "the model as it was trained",
+            "answers": [list(fact) for fact in (*facts, *unseen_facts(report))],
+            "calibrated": report.bounds is not None,
+            "against": against,
             "accepted": report.status == "repaired",
             "changes": report.status == "repaired" or bool(report.candidate),
             "outcome": html_blocks(blocks[:first]),
@@ -84,67 +82,71 @@ class LoadedRepair:
             "confusion": _confusion(splits),
             "flips": self._flips(splits),
             "search": _search(report),
-            "strength": list(map(_point, report.path)),
+            "strength": [_point(point) for point in report.path],
             "chosen_strength": report.chosen_strength,
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
-        """Returns the path of a sample's file, or None if the sample did not flip or `kind` is
-        unknown.
-        """
+        """Returns the path of a sample's file, or None if there is no such file of a flip."""
         if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
             return None
         return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))
 
     @cached_property
     def _positions(self) -> set[tuple[str, int]]:
-        return {
-            (split.split, one.id) for split in flipped_splits(self.report) for one in split.flipped
-        }
+        splits = flipped_splits(self.report)
+        return {(split.split, sample.id) for split in splits for sample in split.flipped}
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
-        try:
-            files = set(os.listdir(self.folder.path / SAMPLES_FOLDER))
-        except OSError:
-            files = set()
-        slices = list(
-            dict.fromkeys(one.slice for split in splits for one in split.flipped if one.slice)
-        )
-        rows = []
+        flipped = [sample for split in splits for sample in split.flipped]
+        slices = list(dict.fromkeys(sample.slice for sample in flipped if sample.slice))
+        rows: list[list[object]] = []
         for flip in ("broken", "repaired"):
             for i, split in enumerate(splits):
-                for one in most_telling(
-                    [sample for sample in split.flipped if sample.flip == flip]
-                ):
-                    kinds = [
-                        kind
-                        for kind in SAMPLE_KINDS
-                        if sample_name(split.split, one.id, kind) in files
-                    ]
-                    margins = _finite(one.margin_before), _finite(one.margin_after)
-                    where = slices.index(one.slice) if one.slice else -1
-                    classes = one.label, one.predicted_before, one.predicted_after
+                samples = [sample for sample in split.flipped if sample.flip == flip]
+                for sample in most_telling(samples):
                     rows.append(
                         [
                             i,
-                            one.id,
+                            sample.id,
                             flip,
-                            *classes,
-                            *margins,
-                            one.in_target,
-                            where,
-                            *(kinds or [""])[:1],
+                            sample.label,
+                            sample.predicted_before,
+                            sample.predicted_after,
+                            _finite(sample.margin_before),
+                            _finite(sample.margin_after),
+                            sample.in_target,
+                            slices.index(sample.slice) if sample.slice else -1,
+                            self._kind_of(split.split, sample.id),
                         ]
                     )
         return {"rows": rows, "slices": slices}
+
+    @cached_property
+    def _files(self) -> set[str]:
+        try:
+            return set(os.listdir(self.folder.path / SAMPLES_FOLDER))
+        except OSError:
+            return set()
+
+    def _kind_of(self, split: str, position: int) -> str:
+        """Returns the kind of a sample's file, or an empty text without a file."""
+        for kind in SAMPLE_KINDS:
+            if sample_name(split, position, kind) in self._files:
+                return kind
+        return ""
 
 
 def _numbers(splits: Sequence[SplitReport]) -> Plain | None:
     if not splits:
         return None
     split = pool(splits)
-    counted = ("n", "broken", "repaired", "targeted", "repaired_in_target")
-    return {name: getattr(split, name) for name in counted} | {
+    return {
+        "n": split.n,
+        "broken": split.broken,
+        "repaired": split.repaired,
+        "targeted": split.targeted,
+        "repaired_in_target": split.repaired_in_target,
         "right": split.passed,
         "wrong": split.repaired + split.failing,
         "accuracy_before": percent(split.accuracy_before),
@@ -152,16 +154,16 @@ def _numbers(splits: Sequence[SplitReport]) -> Plain | None:
     }
 
 
-def _confusion(splits: Sequence[SplitReport]) -> dict[str, list[list[int]]]:
+def _confusion(splits: Sequence[SplitReport]) -> Plain:
     """Returns label, prediction, count before and count after of changed confusions, by role."""
-    changes = {
-        role: confusion_changes(pool(own).confusion) for role, own in by_role(splits).items()
-    }
-    return {
-        role: [[cell.label, cell.prediction, cell.before, cell.after] for cell in cells]
-        for role, cells in changes.items()
-        if cells
-    }
+    changes: Plain = {}
+    for role, role_splits in by_role(splits).items():
+        cells = confusion_changes(pool(role_splits).confusion)
+        if cells:
+            changes[role] = [
+                [cell.label, cell.prediction, cell.before, cell.after] for cell in cells
+            ]
+    return changes
 
 
 def _search(report: RepairReport) -> Plain | None:
