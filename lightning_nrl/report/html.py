@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
@@ -19,13 +19,15 @@ from lightning_nrl.records.provenance import Provenance, installed_versions
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Renderable
 from lightning_nrl.report.sample_views import SampleView
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE_FILES = Path(__file__).parent
 TEMPLATES = Environment(
     loader=FileSystemLoader(PAGE_FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-STYLE, SCRIPT = (
-    (PAGE_FILES / name).read_text(encoding="utf-8") for name in ("report.css", "table.js")
-)
+STYLE = (PAGE_FILES / "report.css").read_text(encoding="utf-8")
+SCRIPT = (PAGE_FILES / "table.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ def html_page(
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
 ) -> str:
-    """Renders a page as HTML. `figures` (SVG) and `galleries`, by title, follow its first table.
-    `tables` come last.
+    """Renders a page as HTML.
+
+    `figures` (SVG) and `galleries`, by title, follow its first table. `tables` come last.
     """
     body = {
         "blocks": page.blocks,
@@ -61,51 +64,48 @@ def html_blocks(blocks: Iterable[Block]) -> str:
     return "\n".join(_macro("render", block) for block in blocks)
 
 
-def svg_of(figure: Any) -> str:
+def svg_of(figure: Figure) -> str:
     """Renders a matplotlib figure as an `<svg>` element. Equal figures give equal text."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    text = StringIO()
+    file = StringIO()
     with rc_context({"svg.hashsalt": "lightning_nrl", "svg.fonttype": "path"}):
         # Not `savefig`, which draws a figure with a layout twice.
-        canvas: Any = FigureCanvasSVG(figure)
-        canvas.print_svg(text, metadata={"Date": None})
-    found = text.getvalue()
-    return found[found.index("<svg") :]
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
-def _macro(name: str, *arguments: Any) -> str:
-    return str(getattr(TEMPLATES.get_template("page.html.jinja").module, name)(*arguments))
+def _macro(name: str, *arguments: object) -> str:
+    macro = vars(TEMPLATES.get_template("page.html.jinja").module)[name]
+    return str(macro(*arguments))
 
 
 @dataclass(frozen=True)
 class Report(Record, Renderable):
-    """Base class of reports, with the `versions` of the software and the `provenance` of the
-    results.
-    """
+    """Base class of reports, with the software's `versions` and the results' `provenance`."""
 
     versions: Mapping[str, str] = field(default_factory=installed_versions, kw_only=True)
     provenance: Provenance = field(default_factory=Provenance, kw_only=True)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the result of `to_dict`. Raises a `ConfigurationError` if a value is wrong or
-        cannot be shown.
+        """Reads the result of `to_dict`.
+
+        Raises a `ConfigurationError` if a value is wrong or cannot be shown.
         """
-        found = super().from_dict(data)
+        report = super().from_dict(data)
         try:
-            found.page(full=True)
+            report.page(full=True)
         except Exception as error:
             problem = f"the report cannot be shown ({type(error).__name__}: {first_line(error)})."
             raise ConfigurationError(problem, PLAIN_HINT) from error
-        return found
+        return report
 
     @abstractmethod
     def page(self, full: bool = False) -> Page:
-        """Builds the page: a summary for the console or, if `full`, all samples and full paths for
-        a reviewer.
-        """
+        """Builds the page: a summary, or if `full` all samples and full paths for a reviewer."""
 
     def full_page(self) -> Page:
         """Builds the page for a reviewer. It ends with the provenance."""
@@ -122,8 +122,9 @@ class Report(Record, Renderable):
     def to_html(
         self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None
     ) -> str:
-        """Renders the full page as a self-contained HTML document. Only a `RepairReport` uses the
-        arguments.
+        """Renders the full page as a self-contained HTML document.
+
+        Only a `RepairReport` uses the arguments.
 
         Args:
             views: pictures or texts of flipped samples to show, such as `Outcome.views`.

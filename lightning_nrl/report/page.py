@@ -1,15 +1,15 @@
-"""Pages of headings, text, tables and facts, which can be rendered as Markdown, as HTML or by rich."""
+"""Pages of headings, text, tables and facts, rendered as Markdown, as HTML or by rich."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD, Box
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table as Grid
@@ -31,12 +31,10 @@ PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 # Code in backticks stays as written, unless it has a `|`, which ends a table cell, or a `<`, which
 # may begin a tag.
 SPECIAL = re.compile(r"((?<!`)`[^`|<]+`(?!`))|[\\|*`\[\]!<]|://|www\.")
-ESCAPES = {
-    "<": "&lt;",
-    "://": ":\u200b//",
-    "www.": "www\u200b.",
-}  # TensorBoard ignores a backslash before `<`
-WIDEST = 100_000  # console width for tables, so that rich does not shrink them: `Table.within` has split them
+# TensorBoard ignores a backslash before `<`, and bare addresses would become links.
+ESCAPES = {"<": "&lt;", "://": ":\u200b//", "www.": "www\u200b."}
+# Console width for tables, so that rich does not shrink them: `Table.within` has split them.
+WIDEST = 100_000
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table. Tone `gain` highlights all of its cells, tone `harm` only the cells that
-    are not 0.
+    """One row of a table.
+
+    Tone `gain` highlights all of its cells, tone `harm` only the cells that are not 0.
     """
 
     label: str
@@ -85,23 +84,18 @@ class Table:
         return any(name or kind for name, kind in self.columns)
 
     def within(self, width: int) -> Iterator[Table]:
-        """Splits the table between columns into tables at most `width` characters wide. A wide
-        column stays whole.
-        """
-        label = max((len(row.label) for row in self.rows), default=0)
-        widths = [
-            max(map(len, (*head, *(row.cells[i] for row in self.rows))))
-            for i, head in enumerate(self.columns)
-        ]
+        """Splits the table to fit `width` characters. A wide column stays whole."""
+        label_width = max((len(row.label) for row in self.rows), default=0)
+        widths = []
+        for i, head in enumerate(self.columns):
+            cells = (row.cells[i] for row in self.rows)
+            widths.append(COLUMN_GAP + max(map(len, (*head, *cells))))
         start = 0
         while start < len(widths):
-            stop, used = start + 1, label + COLUMN_GAP + widths[start]
-            while stop < len(widths) and used + COLUMN_GAP + widths[stop] <= width:
-                used += COLUMN_GAP + widths[stop]
+            stop = start + 1
+            while stop < len(widths) and label_width + sum(widths[start : stop + 1]) <= width:
                 stop += 1
-            rows = tuple(
-                Row(row.label, row.cells[start:stop], row.tone, row.ends_group) for row in self.rows
-            )
+            rows = tuple(replace(row, cells=row.cells[start:stop]) for row in self.rows)
             yield Table(self.columns[start:stop], rows, self.notes and stop == len(widths))
             start = stop
 
@@ -131,8 +125,9 @@ class Page:
         return "\n\n".join(_markdown(block) for block in self.blocks) + "\n"
 
     def plain(self, width: int = 80) -> str:
-        """Renders the page as text in lines of at most `width` characters. Never breaks longer
-        words, such as paths.
+        """Renders the page as text in lines of at most `width` characters.
+
+        Never breaks longer words, such as paths, so that they can be copied.
         """
         console = Console(
             width=WIDEST, color_system=None, force_jupyter=False, legacy_windows=False
@@ -141,15 +136,15 @@ class Page:
             for i, block in enumerate(self.blocks):
                 if i:
                     console.print()
-                for shown in _rich(block, width, plain=True):
-                    # Never break words, so paths can be copied.
-                    least = Measurement.get(console, console.options, shown).minimum
-                    console.print(
-                        shown, width=WIDEST if isinstance(block, Table) else max(width, least)
-                    )
+                for part in _rich(block, width, plain=True):
+                    block_width = WIDEST
+                    if not isinstance(block, Table):
+                        longest_word = Measurement.get(console, console.options, part).minimum
+                        block_width = max(width, longest_word)
+                    console.print(part, width=block_width)
         return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for i, block in enumerate(self.blocks):
             if i:
                 yield ""
@@ -157,7 +152,7 @@ class Page:
 
 
 class Renderable(ABC):
-    """Base class of results that can be shown as a page. `rich.print(result)` shows it as tables."""
+    """Base class of results that are shown as a page, also by `rich.print(result)`."""
 
     @abstractmethod
     def to_table(self) -> Page:
@@ -179,34 +174,41 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Text):
         return _escaped(block.text)
     if isinstance(block, FactList):
-        return "\n".join(
-            f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items
-        )
-    heads = [_escaped(f"{name} ({kind})" if kind else name) for name, kind in block.columns]
-    rules = ["---:"] * len(heads)
-    if block.notes:
+        lines = [f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items]
+        return "\n".join(lines)
+    return _markdown_table(block)
+
+
+def _markdown_table(table: Table) -> str:
+    heads, rules = [""], ["---"]
+    for name, kind in table.columns:
+        heads.append(_escaped(f"{name} ({kind})" if kind else name))
+        rules.append("---:")
+    if table.notes:
         rules[-1] = "---"
-    lines = [["", *heads], ["---", *rules]]
-    for row in block.rows:
+    lines = [heads, rules]
+    for row in table.rows:
         mark = "**" if row.tone else ""
         lines.append([f"{mark}{_escaped(cell)}{mark}" for cell in (row.label, *row.cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _escaped(text: str) -> str:
-    # Names and ids come from data: they must not become pictures, links or tags. Bare addresses
-    # would become links.
-    text = SPECIAL.sub(
-        lambda found: ESCAPES.get(found[0], found[0] if found[1] else f"\\{found[0]}"), text
-    )
-    return visible(" ".join(text.split()))
+    """Escapes names and ids, which come from data, so that they do not become links or tags."""
+    return visible(" ".join(SPECIAL.sub(_escape, text).split()))
+
+
+def _escape(match: re.Match[str]) -> str:
+    if match[1]:  # code
+        return match[1]
+    return ESCAPES.get(match[0], f"\\{match[0]}")
 
 
 def _line(text: str, style: str = "") -> RichText:
     return RichText(visible(text), style)
 
 
-def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
+def _rich(block: Block, width: int, plain: bool = False) -> Iterator[RenderableType]:
     if isinstance(block, Heading):
         style = f"bold {TONE_STYLES[block.tone]}".strip()
         yield _line(block.text.upper() if block.level == 1 else block.text, style=style)
@@ -215,18 +217,18 @@ def _rich(block: Block, width: int, plain: bool = False) -> Iterator[Any]:
     elif isinstance(block, Text):
         yield _line(" ".join(block.text.split()))
     elif isinstance(block, FactList):
-        names = max((len(name) for name, _ in block.items), default=0)
+        names_width = max((len(name) for name, _ in block.items), default=0)
         for name, value in block.items:
             grid = Grid.grid(padding=(0, COLUMN_GAP, 0, 0))
-            grid.add_column(style="dim", no_wrap=True, width=names)
+            grid.add_column(style="dim", no_wrap=True, width=names_width)
             grid.add_column(overflow="fold")
             grid.add_row(_line(name), _line(" ".join(value.split())))
             yield grid
     else:
-        for i, piece in enumerate(block.within(width)):
-            yield Padding(
-                _rich_table(piece, PLAIN_HEAD if plain else SIMPLE_HEAD), (1 if i else 0, 0, 0, 0)
-            )
+        box = PLAIN_HEAD if plain else SIMPLE_HEAD
+        for i, part in enumerate(block.within(width)):
+            gap = 1 if i else 0
+            yield Padding(_rich_table(part, box), (gap, 0, 0, 0))
 
 
 def _rich_table(table: Table, box: Box) -> Grid:
@@ -239,13 +241,13 @@ def _rich_table(table: Table, box: Box) -> Grid:
         pad_edge=False,
     )
     grid.add_column("", no_wrap=True)
-    kinds = any(kind for _, kind in table.columns)
+    with_kinds = any(kind for _, kind in table.columns)
     for i, (name, kind) in enumerate(table.columns):
-        head = RichText.assemble(
-            (visible(name), "bold"), *(("\n", (visible(kind), "not bold dim")) if kinds else ())
-        )
-        words = table.notes and i == len(table.columns) - 1
-        grid.add_column(head, justify="left" if words else "right", no_wrap=not words)
+        head = RichText().append(visible(name), "bold")
+        if with_kinds:
+            head.append("\n").append(visible(kind), "not bold dim")
+        is_note = table.notes and i == len(table.columns) - 1
+        grid.add_column(head, justify="left" if is_note else "right", no_wrap=not is_note)
     for row in table.rows:
         harmless = TONE_STYLES["good"] if row.tone == "harm" else TONE_STYLES[row.tone]
         cells = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -40,21 +40,21 @@ from lightning_nrl.report.tables import (
 )
 from lightning_nrl.report.verdicts import Verdict, verdict_on
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 
 
 class RepairReport(RepairRecord, Report, Plotted):
-    """The report of a repair, with the data of :class:`RepairRecord`. `rich.print` and notebooks
-    show it as tables.
-    """
+    """The report of a repair, with the data of :class:`RepairRecord`, shown as tables."""
 
     def __repr__(self) -> str:
-        pooled = [(role, pool(splits)) for role, splits in by_role(self.splits).items()]
-        counts = [
-            f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}"
-            for role, split in pooled
-        ]
-        return f"<RepairReport: {'; '.join((self.verdict.headline, *counts))}>"
+        parts = [self.verdict.headline]
+        for role, splits in by_role(self.splits).items():
+            split = pool(splits)
+            parts.append(f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}")
+        return f"<RepairReport: {'; '.join(parts)}>"
 
     @property
     def verdict(self) -> Verdict:
@@ -71,11 +71,13 @@ class RepairReport(RepairRecord, Report, Plotted):
         first = Heading(verdict.headline, 1, verdict.tone), answers, Text(sentence(self.reason))
         if full:
             return Page((*first, *_tables(self), *sample_blocks(self), *_details(self)))
-        course = _ladder(self) or (_steps(self) if len(self.steps) > 1 else ())
+        course = _ladder(self)
+        if not course and len(self.steps) > 1:
+            course = _steps(self)
         facts = FactList((*repair_facts(self), *_files(self, relative_to_cwd)))
         return Page((*first, *_tables(self), *course, facts))
 
-    def figure(self) -> Any:
+    def figure(self) -> Figure:
         return draw_repair(self)
 
     def to_html(
@@ -88,40 +90,36 @@ class RepairReport(RepairRecord, Report, Plotted):
             )
             page = Page((*page.blocks, Text(hint)))
         else:
-            figures = {
-                title: svg_of(figure) for title, figure in reviewer_figures(self, changes).items()
-            }
+            for title, figure in reviewer_figures(self, changes).items():
+                figures[title] = svg_of(figure)
         galleries: dict[str, list[SampleView]] = {}
         for view in views:
             galleries.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append(view)
-        rows = [[_cell(value) for value in row] for row in flipped_rows(self)]
-        tables = (
-            [HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows)]
-            if rows
-            else []
-        )
-        return html_page(
-            f"{self.status.capitalize()}: {self.target}", page, figures, tables, galleries
-        )
+        tables = []
+        rows = [list(map(_cell, row)) for row in flipped_rows(self)]
+        if rows:
+            title = f"All {len(rows):,} samples that flipped"
+            tables.append(HtmlTable(title, FLIPPED_COLUMNS, rows))
+        title = f"{self.status.capitalize()}: {self.target}"
+        return html_page(title, page, figures, tables, galleries)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: str | float) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number(value) if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return number(value)
+    return str(value)
 
 
 def _tables(report: RepairRecord) -> tuple[Block, ...]:
-    slices = (Heading("By slice"), slice_table(report.slices)) if report.slices else ()
-    if not report.update:
-        return (*_outcome(report), *slices)
-    against = Heading("Against the model that it replaces"), update_table(report.update)
-    return (
-        *against,
-        Heading("Against the new model as it was trained"),
-        *_outcome(report),
-        *slices,
-    )
+    blocks = _outcome(report)
+    if report.update:
+        against = Heading("Against the model that it replaces"), update_table(report.update)
+        blocks = (*against, Heading("Against the new model as it was trained"), *blocks)
+    if report.slices:
+        blocks = (*blocks, Heading("By slice"), slice_table(report.slices))
+    return blocks
 
 
 def _outcome(report: RepairRecord) -> tuple[Block, ...]:
@@ -137,16 +135,19 @@ def _outcome(report: RepairRecord) -> tuple[Block, ...]:
 def _ladder(report: RepairRecord) -> tuple[Block, ...]:
     if not report.rungs:
         return ()
-    why = (Text(sentence(report.choice)),) if report.choice else ()
-    return Heading("The ladder, from the least change to the most"), rungs_table(report.rungs), *why
+    title = "The ladder, from the least change to the most"
+    ladder = Heading(title), rungs_table(report.rungs)
+    if not report.choice:
+        return ladder
+    return (*ladder, Text(sentence(report.choice)))
 
 
 def _steps(report: RepairRecord) -> tuple[Block, ...]:
     return Heading("What the method did"), steps_table(report.steps)
 
 
-def _files(report: RepairRecord, shown: Callable[[str], str] = str) -> tuple[Fact, ...]:
-    return tuple((FILE_KINDS.get(kind, kind), shown(path)) for kind, path in report.files.items())
+def _files(report: RepairRecord, show: Callable[[str], str] = str) -> tuple[Fact, ...]:
+    return tuple((FILE_KINDS.get(kind, kind), show(path)) for kind, path in report.files.items())
 
 
 def _details(report: RepairRecord) -> tuple[Block, ...]:

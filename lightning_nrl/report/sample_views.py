@@ -22,8 +22,9 @@ SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}
 
 @dataclass(frozen=True, eq=False)
 class SampleView:
-    """The input of the flipped sample at position `id`: `pixels` (uint8, `height x width x 3`), or
-    `text`.
+    """The input of the flipped sample at position `id`, as pixels or text.
+
+    Pixels have the shape `height x width x 3`.
     """
 
     split: str
@@ -37,29 +38,25 @@ class SampleView:
     def png(self) -> bytes:
         from PIL import Image
 
-        held = BytesIO()
+        file = BytesIO()
         assert self.pixels is not None
-        Image.fromarray(self.pixels).save(held, "PNG")
-        return held.getvalue()
+        Image.fromarray(self.pixels).save(file, "PNG")
+        return file.getvalue()
 
     @property
     def data_uri(self) -> str:
         return f"data:image/png;base64,{b64encode(self.png).decode()}"
 
 
-def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:
-    """Returns the sample's position, class, predictions and margins as text. `name` maps a class to
-    its name.
-    """
-    taken = f"{name(sample.predicted_before)} -> {name(sample.predicted_after)}"
+def caption_of(sample: FlippedSample, class_name: Callable[[int], str]) -> str:
+    """Returns the sample's position, class, predictions and margins as text."""
+    before, after = class_name(sample.predicted_before), class_name(sample.predicted_after)
     margins = f"{number(sample.margin_before)} -> {number(sample.margin_after)}"
-    return f"{sample.id}: true {name(sample.label)}, {taken}, margin {margins}"
+    return f"{sample.id}: true {class_name(sample.label)}, {before} -> {after}, margin {margins}"
 
 
 def sample_name(split: str, position: int, kind: str = "picture") -> str:
-    """Returns the file name of a sample's picture or text, such as `test-17.png`. `kind` is a key
-    of `SAMPLE_KINDS`.
-    """
+    """Returns the file name of a sample, such as `test-17.png`; `kind` is in `SAMPLE_KINDS`."""
     return f"{quote(split, safe='')}-{position}{SAMPLE_KINDS[kind]}"
 
 
@@ -72,6 +69,5 @@ def write_sample_files(folder: Path, views: Sequence[SampleView]) -> None:
         if view.pixels is not None:
             (samples / sample_name(view.split, view.id)).write_bytes(view.png)
         else:
-            (samples / sample_name(view.split, view.id, "text")).write_text(
-                view.text, encoding="utf-8"
-            )
+            path = samples / sample_name(view.split, view.id, "text")
+            path.write_text(view.text, encoding="utf-8")
