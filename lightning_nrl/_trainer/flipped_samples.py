@@ -1,6 +1,4 @@
-"""Views of broken and repaired samples for a report: images, tables or text, or what the user's
-function returns.
-"""
+"""Views of broken and repaired samples for a report, as images, tables or text."""
 
 from __future__ import annotations
 
@@ -16,13 +14,13 @@ from lightning_nrl._trainer.lightning.packages import rank_zero_warn
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.random_transforms import innermost_datasets
 from lightning_nrl.data.batch import tensors_in
-from lightning_nrl.errors import DataWarning
+from lightning_nrl.errors import DataWarning, first_line
 from lightning_nrl.records.splits import FlippedSample
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView, caption_of
 from lightning_nrl.report.tables import flipped_splits, most_telling
 
-Render = Callable[[Any], Any]
+Render = Callable[[Any], object]
 """Maps a sample of the data set to an image (see `to_pixels`) or text."""
 Pixels = npt.NDArray[np.uint8]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -31,21 +29,21 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 FEWEST_PIXELS = 4  # per side; a smaller tensor is not shown as an image
 TABLE_VALUES, TOKENS = 24, 120  # largest number of table rows and of tokens per sample
 ROUNDING = 0.02  # tolerance around [0, 1] of a denormalised image
-DEEPEST, MOST_VISITED = 12, 200  # limits of the search for transforms: depth, and number of objects
+DEEPEST, MOST_VISITED = 12, 200  # limits of the search for transforms: depth, number of objects
 VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
 """Largest number of views per split, of broken and of repaired samples."""
 
 
 def display(
     x: Tensor,
-    sample: Any = None,
+    sample: object = None,
     normalization: Normalization | None = None,
     *,
     convolves: bool = True,
 ) -> Pixels | str | None:
-    """Returns the model's input for one sample as an image (`height x width x 3`) or as text, or
-    None
-    if neither fits.
+    """Returns the model's input for one sample as an image, `height x width x 3`, or as text.
+
+    Returns None if neither fits.
 
     A vector of integers is shown as the longest text in `sample`, or, if `sample` has no text, as a
     list of tokens. Any other vector is shown as a table. A tensor with more dimensions is shown as
@@ -61,17 +59,19 @@ def display(
     if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) < FEWEST_PIXELS):
         return _table(x.flatten())
     has_channels = x.ndim > 2 and any(size in (1, 3) for size in x.shape)
-    image = _as_image(x) if convolves or has_channels or x.dtype == torch.uint8 else None
+    if not (convolves or has_channels or x.dtype == torch.uint8):
+        return None
+    image = _as_image(x)
     if image is None:
         return None
-    shown = _denormalized(image, normalization)
-    if shown is not None:
-        return to_pixels(shown)
-    inside = image.is_floating_point() and float(image.min()) >= 0 and float(image.max()) <= 1
-    return to_pixels(image, stretched=not inside)
+    original = _denormalized(image, normalization)
+    if original is not None:
+        return to_pixels(original)
+    in_range = image.is_floating_point() and float(image.min()) >= 0 and float(image.max()) <= 1
+    return to_pixels(image, stretched=not in_range)
 
 
-def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
+def to_pixels(image: object, stretched: bool = False) -> Pixels | None:
     """Converts an image to `height x width x 3` uint8; returns None if it is no image.
 
     Values are uint8 or floats in [0, 1]. With `stretched`, floats may have any range, and the
@@ -97,50 +97,48 @@ def to_pixels(image: Any, stretched: bool = False) -> Pixels | None:
 
 
 def find_normalization(dataset: object) -> Normalization | None:
-    """Returns mean and std of the last `Normalize` transform in a data set and the data sets inside
-    it, or None.
-    """
-    found: Normalization | None = None
-    for one in _nested_objects(dataset):
-        if type(one).__name__ == "Normalize":  # of torchvision or another library
-            mean, std = (_numbers(getattr(one, name, None)) for name in ("mean", "std"))
+    """Returns mean and std of the last `Normalize` transform in a data set, or None."""
+    normalization = None
+    for item in _nested_objects(dataset):
+        if type(item).__name__ == "Normalize":  # of torchvision or another library
+            mean = _numbers(getattr(item, "mean", None))
+            std = _numbers(getattr(item, "std", None))
             if mean and std and len(mean) == len(std):
-                found = mean, std
-    return found
+                normalization = mean, std
+    return normalization
 
 
 def _nested_objects(dataset: object) -> Iterator[object]:
     seen: set[int] = set()
-    waiting: list[tuple[object, int]] = [(dataset, 0)]
+    waiting = [(dataset, 0)]
     while waiting and len(seen) < MOST_VISITED:
-        one, depth = waiting.pop(0)
-        if id(one) in seen:
+        item, depth = waiting.pop(0)
+        if id(item) in seen:
             continue
-        seen.add(id(one))
-        yield one
+        seen.add(id(item))
+        yield item
         if depth < DEEPEST:
-            inside = (
-                one
-                if isinstance(one, (list, tuple))
-                else list(getattr(one, "__dict__", {}).values())
-            )
-            few = (
-                inside if len(inside) <= MOST_VISITED else ()
-            )  # longer lists hold samples, not transforms
-            parts = (part for part in few if not isinstance(part, (Tensor, type, str)))
-            waiting += [
-                (part, depth + 1)
-                for part in parts
-                if isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
-            ]
+            waiting += [(part, depth + 1) for part in _parts(item)]
+
+
+def _parts(item: object) -> list[object]:
+    parts = item if isinstance(item, (list, tuple)) else getattr(item, "__dict__", {}).values()
+    if len(parts) > MOST_VISITED:  # samples, not transforms
+        return []
+    return [part for part in parts if _may_hold_transforms(part)]
+
+
+def _may_hold_transforms(part: object) -> bool:
+    if isinstance(part, (Tensor, type, str)):
+        return False
+    return isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, (Sequence, Tensor)):
+        values = [values]
     try:
-        return tuple(
-            float(value)
-            for value in (values if isinstance(values, (Sequence, Tensor)) else [values])
-        )
+        return tuple(float(value) for value in values)
     except (TypeError, ValueError):
         return ()
 
@@ -151,10 +149,13 @@ def _as_image(x: Tensor) -> Tensor | None:
     if x.ndim == 3:
         if x.shape[2] in (1, 3) and x.shape[0] not in (1, 3):
             x = x.permute(2, 0, 1)
-        x = x if x.shape[0] in (1, 3) else x[:3] if x.shape[0] > 3 else x[:1]
+        if x.shape[0] not in (1, 3):
+            x = x[:3] if x.shape[0] > 3 else x[:1]
         return x if min(x.shape[1:]) >= FEWEST_PIXELS else None
     if x.ndim == 4:
-        return _as_image(x[:, x.shape[1] // 2] if x.shape[0] in (1, 3) else x[x.shape[0] // 2])
+        if x.shape[0] in (1, 3):
+            return _as_image(x[:, x.shape[1] // 2])
+        return _as_image(x[x.shape[0] // 2])
     return None
 
 
@@ -165,29 +166,31 @@ def _denormalized(image: Tensor, normalization: Normalization | None) -> Tensor 
     channels = image[None] if image.ndim == 2 else image
     if len(mean) not in (1, len(channels)):
         return None
-    shown = channels.double() * std[:, None, None] + mean[:, None, None]
-    return shown if float(shown.min()) >= -ROUNDING and float(shown.max()) <= 1 + ROUNDING else None
+    original = channels.double() * std[:, None, None] + mean[:, None, None]
+    if float(original.min()) < -ROUNDING or float(original.max()) > 1 + ROUNDING:
+        return None
+    return original
 
 
-def _longest_text(sample: Any) -> str:
-    parts = (
-        list(sample.values())
-        if isinstance(sample, Mapping)
-        else sample
-        if isinstance(sample, (list, tuple))
-        else []
-    )
+def _longest_text(sample: object) -> str:
+    parts = list(sample.values()) if isinstance(sample, Mapping) else sample
+    if not isinstance(parts, (list, tuple)):
+        return ""
     return max((part for part in parts if isinstance(part, str)), key=len, default="")
 
 
 def _tokens(x: Tensor) -> str:
-    more = f" ... {x.numel():,} in all" if x.numel() > TOKENS else ""
-    return "tokens: " + " ".join(f"{value:.4g}" for value in x[:TOKENS].tolist()) + more
+    text = "tokens: " + " ".join(f"{value:.4g}" for value in x[:TOKENS].tolist())
+    if x.numel() > TOKENS:
+        text += f" ... {x.numel():,} in all"
+    return text
 
 
 def _table(x: Tensor) -> str:
     lines = [f"{i}: {value:.4g}" for i, value in enumerate(x[:TABLE_VALUES].tolist())]
-    return "\n".join([*lines, *([f"... {len(x):,} in all"] if len(x) > TABLE_VALUES else [])])
+    if len(x) > TABLE_VALUES:
+        lines.append(f"... {len(x):,} in all")
+    return "\n".join(lines)
 
 
 def sample_views(
@@ -197,73 +200,68 @@ def sample_views(
     *,
     model: nn.Module,
 ) -> tuple[SampleView, ...]:
-    """Returns views of the most clearly broken and repaired samples of each split. A sample may
-    have no view.
+    """Returns views of the most clearly broken and repaired samples of each split.
+
+    A sample may have no view.
     """
     convolves = any(isinstance(module, (nn.Conv2d, nn.Conv3d)) for module in model.modules())
-    found: list[SampleView] = []
     by_split = {source.split: source for source in sources}
+    views: list[SampleView] = []
     try:
         for split in flipped_splits(report):
+            source = by_split.get(split.split)
+            if source is None:
+                continue
             telling = most_telling(split.flipped)
-            chosen = [
-                one
-                for flip, n in VIEWED_SAMPLES.items()
-                for one in [x for x in telling if x.flip == flip][:n]
-            ]
-            if chosen and split.split in by_split:
-                found += _views(report, by_split[split.split], chosen, render, convolves)
-    except (
-        Exception
-    ) as error:  # raised by the user's code; a missing picture must not end the repair
-        problem = f"`render`: samples cannot be shown: {type(error).__name__}: {error}".partition(
-            "\n"
-        )[0]
-        rank_zero_warn(
-            DataWarning(
-                f"{problem}.", "pass `data=DataOptions(render=f)` with f(sample) -> image or text."
-            )
-        )
-    return tuple(found)
+            for flip, n in VIEWED_SAMPLES.items():
+                samples = [sample for sample in telling if sample.flip == flip][:n]
+                views += _views(report, source, samples, render, convolves)
+    except Exception as error:  # of the user's code; a missing picture must not end the repair
+        problem = f"`render`: samples cannot be shown: {type(error).__name__}: {first_line(error)}"
+        hint = "pass `data=DataOptions(render=f)` with f(sample) -> image or text."
+        rank_zero_warn(DataWarning(f"{problem}.", hint))
+    return tuple(views)
 
 
 def _views(
     report: RepairReport,
     source: LoaderSource,
-    samples: Sequence[FlippedSample],
+    flipped: Sequence[FlippedSample],
     render: Render | None,
     convolves: bool,
 ) -> Iterator[SampleView]:
     normalization = find_normalization(source.samples) if render is None else None
-    for one in samples:
-        sample = source.samples[one.id]
-        shown: Any = None
+    for flip in flipped:
+        sample = source.samples[flip.id]
         if render is not None:
-            shown = render(sample)
-            shown = shown if isinstance(shown, str) else to_pixels(shown)
+            view = render(sample)
+            if not isinstance(view, str):
+                view = to_pixels(view)
         else:
-            args, kwargs, _ = source.adapter(source.loader.collate_fn([sample]))
-            first = next(tensors_in((args, kwargs)), None)
-            if first is not None and len(first):
-                shown = display(first[0], sample, normalization, convolves=convolves)
-        caption = caption_of(one, report.class_name)
-        if isinstance(shown, str):
-            yield SampleView(source.split, one.id, one.flip, caption, text=shown)
-        elif shown is not None:
-            yield SampleView(source.split, one.id, one.flip, caption, shown)
+            view = _display_input(source, sample, normalization, convolves)
+        caption = caption_of(flip, report.class_name)
+        if isinstance(view, str):
+            yield SampleView(source.split, flip.id, flip.flip, caption, text=view)
+        elif view is not None:
+            yield SampleView(source.split, flip.id, flip.flip, caption, view)
+
+
+def _display_input(
+    source: LoaderSource, sample: object, normalization: Normalization | None, convolves: bool
+) -> Pixels | str | None:
+    args, kwargs, _ = source.adapter(source.loader.collate_fn([sample]))
+    first = next(tensors_in((args, kwargs)), None)
+    if first is None or not len(first):
+        return None
+    return display(first[0], sample, normalization, convolves=convolves)
 
 
 def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """Returns the attribute `classes` (as in torchvision) of the first data set that has it, or an
-    empty tuple.
-    """
+    """Returns the attribute `classes`, as in torchvision, of the first data set that has it."""
     for source in sources:
         for dataset in innermost_datasets(source.loader):
-            found = getattr(dataset, "classes", None)
-            if (
-                isinstance(found, (list, tuple))
-                and found
-                and all(isinstance(name, str) for name in found)
-            ):
-                return tuple(found)
+            names = getattr(dataset, "classes", None)
+            is_list = isinstance(names, (list, tuple))
+            if is_list and names and all(isinstance(name, str) for name in names):
+                return tuple(names)
     return ()
