@@ -1,6 +1,4 @@
-"""Records logits in a module's own steps, adds a term to the loss of a step, and runs code after a
-Lightning hook.
-"""
+"""Records outputs in a module's steps, adds to the loss of a step, and runs code after a hook."""
 
 from __future__ import annotations
 
@@ -20,8 +18,22 @@ from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
-Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
-"""Positional arguments, keyword arguments and output of a call."""
+
+class Call(NamedTuple):
+    """Arguments and output of a call of a module."""
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    output: object
+
+    def takes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+        """True if the arguments of the call are identical to these."""
+        if len(self.args) != len(args) or self.kwargs.keys() != kwargs.keys():
+            return False
+        pairs = [*zip(self.args, args, strict=True), *((self.kwargs[k], kwargs[k]) for k in kwargs)]
+        return all(a is b for a, b in pairs)
+
+
 ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."
@@ -31,16 +43,19 @@ ONE_LINE = (
 
 @contextmanager
 def forward_hooks(
-    layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]
+    layers: Mapping[str, nn.Module], hook: Callable[[str, tuple[Any, ...], Any], object]
 ) -> Iterator[None]:
-    """Runs `hook(name, args, output)` after each call of a layer. A result other than None replaces
-    the output.
+    """Runs `hook(name, args, output)` after each call of a layer.
+
+    A result other than None replaces the output.
     """
+
+    def run_hook(name: str, layer: nn.Module, args: tuple[Any, ...], output: object) -> object:
+        return hook(name, args, output)
+
     with ExitStack() as stack:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(
-                lambda module, args, output, name=name: hook(name, args, output)
-            )
+            handle = layer.register_forward_hook(partial(run_hook, name))
             stack.callback(handle.remove)
         yield
 
@@ -53,10 +68,15 @@ class _RecordedCalls:
 
 
 def _record_call(
-    recorded: _RecordedCalls, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+    recorded: _RecordedCalls,
+    name: str,
+    module: nn.Module,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    output: object,
 ) -> None:
     if recorded.active:
-        recorded.calls[name].append((args, kwargs, output))
+        recorded.calls[name].append(Call(args, kwargs, output))
 
 
 class OutputCapture:
@@ -71,67 +91,64 @@ class OutputCapture:
         self._handles: dict[str, RemovableHandle] = {}
 
     def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
-        """Registers hooks on submodules by dotted name (empty: the module itself). `calls` prefers
-        earlier names.
+        """Registers hooks on submodules by dotted name; an empty name is the module itself.
+
+        `calls` prefers earlier names.
         """
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
                 hook = partial(_record_call, self._recorded, name)
-                self._handles[name] = model.get_submodule(name).register_forward_hook(
-                    hook, with_kwargs=True
-                )
+                submodule = model.get_submodule(name)
+                self._handles[name] = submodule.register_forward_hook(hook, with_kwargs=True)
 
     def detach(self) -> None:
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._recorded = {}, _RecordedCalls()
+        self._handles = {}
+        self._recorded = _RecordedCalls()
 
     def begin(self) -> None:
         for calls in self._recorded.calls.values():
             calls.clear()
         self._recorded.active = True
 
-    def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """Ends recording. Returns the output of the call with these arguments, or else the output
-        of
-        the first call.
+    def end(
+        self, args: Sequence[object], kwargs: Mapping[str, object], *, redirected: bool
+    ) -> object:
+        """Ends recording. Returns the output of the call with these arguments, or of the first.
 
         Returns None if there was no call. `redirected` has the same meaning as in `calls`.
         """
-        _, made = self.calls(redirected=redirected)
-        same = (
-            output
-            for given, named, output in made
-            if same_objects(given, args) and same_objects(named, kwargs)
-        )
-        return next(same, made[0][2] if made else None)
+        _, calls = self.calls(redirected=redirected)
+        for call in calls:
+            if call.takes(args, kwargs):
+                return call.output
+        return calls[0].output if calls else None
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
-        """Ends recording. Returns the first name in the order of `attach` whose submodule was
-        called,
-        and its calls.
+        """Ends recording. Returns the first submodule that was called, and its calls.
 
-        If nothing was called, the list of calls is empty. If a strategy such as DDP runs the step
-        itself as a call of the module (`redirected`), that call is left out.
+        First is meant in the order of `attach`. If nothing was called, the list of calls is empty.
+        If a strategy such as DDP runs the step itself as a call of the module (`redirected`), that
+        call is left out.
         """
         self._recorded.active = False
-        found: tuple[str, list[Call]] = "", []
-        for name, calls in self._recorded.calls.items():
+        first: tuple[str, list[Call]] = "", []
+        for name, recorded in self._recorded.calls.items():
             # The call of the step itself ends last.
-            made = calls[:-1] if redirected and not name else list(calls)
-            calls.clear()
-            found = found if found[1] else (name, made)
-        return found
+            calls = recorded[:-1] if redirected and not name else list(recorded)
+            recorded.clear()
+            if not first[1]:
+                first = name, calls
+        return first
 
 
 class Probe:
-    """Calls a model. The first call sets `parts`, a tuple with the name of the submodule that
-    returned
-    the output.
+    """Calls a model. The first call sets `parts`: the submodule that returned the output.
 
-    If several submodules returned the output, `parts` has only the outermost. If no submodule did,
-    `parts` is empty.
+    `parts` is a tuple with its name. If several submodules returned the output, it has only the
+    outermost. If no submodule did, it is empty.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -141,12 +158,16 @@ class Probe:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.parts is not None:
             return run_model(self.model, args, kwargs)
-        last: dict[str, Any] = {}
-        with forward_hooks(
-            dict(_parts(self.model)), lambda name, args, output: last.update({name: output})
-        ):
+        outputs: dict[str, object] = {}
+
+        def record(name: str, args: tuple[Any, ...], output: object) -> None:
+            outputs[name] = output
+
+        with forward_hooks(dict(_parts(self.model)), record):
             output = run_model(self.model, args, kwargs)
-        self.parts = tuple(name for name, _ in _parts(self.model) if last.get(name) is output)[:1]
+        self.parts = tuple(name for name, _ in _parts(self.model) if outputs.get(name) is output)[
+            :1
+        ]
         return output
 
 
@@ -161,17 +182,8 @@ def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
                 yield from _parts(part, f"{prefix}{name}.")
 
 
-def same_objects(a: Any, b: Any) -> bool:
-    """True if two sequences or mappings hold identical objects."""
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
-    """Returns the logits in a model's output, or None if the output has no logits for exactly `n`
-    samples.
-    """
+def logits_of(output: object, n: int, task: Task) -> Tensor | None:
+    """Returns the logits in a model's output, or None without logits for exactly `n` samples."""
     with suppress(ConfigurationError):
         logits = task.logits(output)
         if logits.ndim and len(logits) == n:
@@ -188,45 +200,43 @@ class ForwardPass(NamedTuple):
 def find_forward_pass(
     name: str,
     calls: Sequence[Call],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
     n: int,
     task: Task,
 ) -> ForwardPass:
-    """Finds the only call that takes the whole batch of a step: `n` samples with the inputs `args`
-    and
-    `kwargs`.
+    """Finds the only call that takes the whole batch of a step, `n` samples.
 
-    `calls` are the calls of the submodule `name`, or of the module itself if `name` is empty. If
-    the module itself was called only once, the call may have other inputs. Raises
-    `ConfigurationError` if no call or several calls fit.
+    The batch has the inputs `args` and `kwargs`. `calls` are the calls of the submodule `name`, or
+    of the module itself if `name` is empty. If the module itself was called only once, the call may
+    have other inputs. Raises `ConfigurationError` if no call or several calls fit.
     """
-    found = []
-    for given, named, output in calls:
-        logits = logits_of(output, n, task)
+    passes, exact = [], []
+    for call in calls:
+        logits = logits_of(call.output, n, task)
         if logits is not None:
-            same = same_objects(given, args) and same_objects(named, kwargs)
-            found.append((ForwardPass(tuple(given), named, logits), same))
-    plain = [call for call, same in found if same]
-    if len(plain) == 1:
-        return plain[0]
+            forward_pass = ForwardPass(call.args, call.kwargs, logits)
+            passes.append(forward_pass)
+            if call.takes(args, kwargs):
+                exact.append(forward_pass)
+    if len(exact) == 1:
+        return exact[0]
     # Other inputs are accepted for the module itself only, since a submodule may get something else
     # than the batch.
-    if len(found) == 1 and not name:
-        return found[0][0]
-    if not found:
-        what = f"`training_step` does not call `self(x)` on the {n} samples of a batch"
-    elif len(found) == 1:
-        what = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
+    if len(passes) == 1 and not name:
+        return passes[0]
+    if not passes:
+        problem = f"`training_step` does not call `self(x)` on the {n} samples of a batch"
+    elif len(passes) == 1:
+        problem = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
     else:
-        what = f"`training_step` calls the model {len(found)} times"
-    raise ConfigurationError(f"{what}, so the logits for the loss term are ambiguous.", ONE_LINE)
+        problem = f"`training_step` calls the model {len(passes)} times"
+    problem += ", so the logits for the loss term are ambiguous."
+    raise ConfigurationError(problem, ONE_LINE)
 
 
-def add_to_loss(result: Any, term: Tensor) -> Any:
-    """Adds a scalar to the loss in the result of a training step. The result of a skipped step,
-    None, stays None.
-    """
+def add_to_loss(result: object, term: Tensor) -> object:
+    """Adds a scalar to the loss that a training step returned. None, a skipped step, stays None."""
     if result is None:
         return None
     if isinstance(result, Tensor):
@@ -240,14 +250,15 @@ def add_to_loss(result: Any, term: Tensor) -> Any:
 @contextmanager
 def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator[None]:
     """Replaces methods of a module for a block."""
-    own = {name: vars(module)[name] for name in methods if name in vars(module)}
-    vars(module).update(methods)
+    attributes = vars(module)
+    before = {name: attributes[name] for name in methods if name in attributes}
+    attributes.update(methods)
     try:
         yield
     finally:
         for name in methods:
-            vars(module).pop(name, None)
-        vars(module).update(own)
+            attributes.pop(name, None)
+        attributes.update(before)
 
 
 def no_op(*args: Any, **kwargs: Any) -> None:
@@ -258,7 +269,7 @@ class _FollowedHook:
     # Lightning calls the hooks of most callbacks before that of the module.
     def __init__(self, module: LightningModule, name: str) -> None:
         self.module, self.name = module, name
-        self.own = {key: value for key, value in vars(module).items() if key == name}
+        self.before = {key: value for key, value in vars(module).items() if key == name}
         self.followers: list[Callable[[], None]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -274,22 +285,20 @@ class _FollowedHook:
 
     def release(self) -> None:
         vars(self.module).pop(self.name, None)
-        vars(self.module).update(self.own)
+        vars(self.module).update(self.before)
 
 
 def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
-    """Calls `follower` once, after the next run of the module's hook `name` and after earlier
-    followers.
-    """
-    found = vars(module).get(name)
-    if not isinstance(found, _FollowedHook):
-        found = _FollowedHook(module, name)
-        setattr(module, name, found)
-    found.followers.append(follower)
+    """Calls `follower` once, after the next run of the module's hook and earlier followers."""
+    hook = vars(module).get(name)
+    if not isinstance(hook, _FollowedHook):
+        hook = _FollowedHook(module, name)
+        setattr(module, name, hook)
+    hook.followers.append(follower)
 
 
 def release_hook(module: LightningModule, name: str) -> None:
     """Restores the module's own hook `name`, and drops the followers given to `follow_hook`."""
-    found = vars(module).get(name)
-    if isinstance(found, _FollowedHook):
-        found.release()
+    hook = vars(module).get(name)
+    if isinstance(hook, _FollowedHook):
+        hook.release()
