@@ -21,70 +21,72 @@ from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
-    """Returns the replaced model, or its predictions if `reference` is a CSV file. Refuses any
-    other reference.
-    """
-    found = parse_reference(reference)
-    if not isinstance(found, (OldModel, Predictions)):
-        hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
-        what = (
-            "there is no model to compare with"
-            if found is None
-            else "it cannot be asked for outputs"
-        )
-        raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
-    return found
+    """Returns the replaced model, or its predictions from a CSV file. Refuses anything else."""
+    parsed = parse_reference(reference)
+    if isinstance(parsed, (OldModel, Predictions)):
+        return parsed
+    problem = "it cannot be asked for outputs"
+    if parsed is None:
+        problem = "there is no model to compare with"
+    hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
+    raise ConfigurationError(f"`reference={reference!r}`: {problem}.", hint)
 
 
 def parse_with_weights(reference: object) -> OldModel:
-    """Returns the replaced model. Refuses a model whose weights cannot be mixed with the weights of
-    the new model.
-    """
-    found = parse_reference(reference)
-    if not isinstance(found, OldModel):
-        what = "there are no weights to interpolate with" if found is None else "it has no weights"
+    """Returns the replaced model. Refuses one whose weights cannot be mixed with the new ones."""
+    parsed = parse_reference(reference)
+    if not isinstance(parsed, OldModel):
+        problem = "it has no weights"
+        if parsed is None:
+            problem = "there are no weights to interpolate with"
         hint = "give a checkpoint, a module, a state dict or an OldModel."
-        raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
-    for name in ("adapter", "classes"):
-        if getattr(found, name) is not None:
-            problem = f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model."
+        raise ConfigurationError(f"`reference={reference!r}`: {problem}.", hint)
+    for name, value in (("adapter", parsed.adapter), ("classes", parsed.classes)):
+        if value is not None:
             raise ConfigurationError(
-                problem, "only weights with the same inputs and outputs can be interpolated."
+                f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new "
+                "model.",
+                "only weights with the same inputs and outputs can be interpolated.",
             )
-    return found
+    return parsed
 
 
 def reference_module(
     trainer: Trainer,
     module: LightningModule,
-    given: nn.Module | State | str | Path,
-    held: ExitStack,
+    reference: nn.Module | State | str | Path,
+    stack: ExitStack,
 ) -> nn.Module:
-    """Returns `given` if it is a module, or else a copy of `module` with the weights `given`.
+    """Returns the reference if it is a module, or else a copy of `module` with its weights.
 
-    Until `held` closes, the returned module is in evaluation mode and on the device of `module`.
+    Until `stack` closes, the returned module is in evaluation mode and on the device of `module`.
     """
-    model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
-    home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
-    held.callback(model.to, home)
-    held.enter_context(eval_mode(model.to(module.device)))
+    model = reference
+    if not isinstance(model, nn.Module):
+        model = _copy(trainer, module, model)
+    tensors = (*model.parameters(), *model.buffers())
+    home = tensors[0].device if tensors else module.device
+    stack.callback(model.to, home)
+    stack.enter_context(eval_mode(model.to(module.device)))
     return model
 
 
-def _copy(trainer: Trainer, module: LightningModule, given: State | str | Path) -> LightningModule:
-    state = fitting("reference", read_state("reference", given), module)
+def _copy(
+    trainer: Trainer, module: LightningModule, weights: State | str | Path
+) -> LightningModule:
+    state = fitting("reference", read_state("reference", weights), module)
     data = find_loader("train", trainer, module)
     dataset = data.dataset if isinstance(data, DataLoader) else None
-    shared = [trainer, data_module_of(trainer), *trainer.loggers, data, dataset]
+    candidates = [trainer, data_module_of(trainer), *trainer.loggers, data, dataset]
+    shared = [part for part in candidates if part is not None]
     modes = [False for _ in module.modules()]
     try:
-        new = copied_module(
-            module, state, modes, shared=[thing for thing in shared if thing is not None]
-        )
+        new = copied_module(module, state, modes, shared=shared)
     except Exception as error:
-        what = f"{type(module).__name__} cannot be copied to hold the old weights ({type(error).__name__}: {error})."
         raise ConfigurationError(
-            f"`reference`: {what}", "load the old model yourself and give the module."
+            f"`reference`: {type(module).__name__} cannot be copied to hold the old weights "
+            f"({type(error).__name__}: {error}).",
+            "load the old model yourself and give the module.",
         ) from error
     write(new, state)
     new.trainer = trainer
