@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_nrl._trainer.lightning.packages import rank_zero_info, rank_zero_warn
-from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset, loaders_in
+from lightning_nrl._trainer.loaders import (
+    AnyDataset,
+    LoaderSource,
+    Sample,
+    SeededDataset,
+    loaders_in,
+)
 from lightning_nrl._utils.preserve import random_state, seed_cpu
 from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
@@ -24,9 +30,10 @@ from lightning_nrl.errors import DataWarning
 MAX_SAMPLES_CHECKED = 32
 
 
-def check_stability(
-    samples: SeededDataset, positions: Sequence[int], collate: Callable[[Any], object]
-) -> int:
+Collate = Callable[[list[Sample]], object]
+
+
+def check_stability(samples: SeededDataset, positions: Sequence[int], collate: Collate) -> int:
     """Counts samples that differ between two reads.
 
     Sets `samples.draws` if the data set draws random numbers.
@@ -44,7 +51,7 @@ def check_stability(
     return n_unstable
 
 
-def _is_repeatable(samples: SeededDataset, i: int, collate: Callable[[Any], object]) -> bool:
+def _is_repeatable(samples: SeededDataset, i: int, collate: Collate) -> bool:
     reads = []
     for seed in (1, 2):
         seed_cpu(seed)
@@ -225,7 +232,7 @@ def _are_identical(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
     return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
 
 
-def innermost_datasets(data: object) -> Iterator[Dataset[Any]]:
+def innermost_datasets(data: object) -> Iterator[AnyDataset]:
     """Yields the data sets inside of loaders, `Subset` and `ConcatDataset`."""
     if isinstance(data, (Mapping, list, tuple)) or hasattr(data, "iterables"):
         for loader in loaders_in(data).values():
@@ -238,11 +245,11 @@ def innermost_datasets(data: object) -> Iterator[Dataset[Any]]:
         yield data
 
 
-def _transforms_in(dataset: Dataset[Any]) -> dict[str, object]:
+def _transforms_in(dataset: AnyDataset) -> dict[str, object]:
     return {name: vars(dataset)[name] for name in TRANSFORMS if name in vars(dataset)}
 
 
-def _with_transforms(dataset: Dataset[Any], transforms: Transforms) -> Dataset[Any]:
+def _with_transforms(dataset: AnyDataset, transforms: Transforms) -> AnyDataset:
     if isinstance(dataset, Subset):
         part = _with_transforms(dataset.dataset, transforms)
         return dataset if part is dataset.dataset else _copy_with(dataset, {"dataset": part})
@@ -256,7 +263,7 @@ def _with_transforms(dataset: Dataset[Any], transforms: Transforms) -> Dataset[A
     return _copy_with(dataset, new)
 
 
-def _copy_with(dataset: Dataset[Any], attributes: Mapping[str, object]) -> Dataset[Any]:
+def _copy_with(dataset: AnyDataset, attributes: Mapping[str, object]) -> AnyDataset:
     view = copy.copy(dataset)
     vars(view).update(attributes)
     return view
