@@ -1,6 +1,4 @@
-"""Diagnoses failures before a repair: which can be fixed, what prevents it, and in which layer. A
-few
-seconds.
+"""Diagnoses failures before a repair: which can be fixed, and what prevents it. A few seconds.
 
     python examples/diagnose.py
 

@@ -458,10 +458,15 @@ LEGEND = (
 
 
 def _panel(axes: Axes, role: Role, entries: Sequence[Entry]) -> None:
-    counts = {entry.method: [point.counts(role) for point in entry.curve] for entry in entries}
-    right = 1.12 * max([1, *(curve[-1].broken for curve in counts.values())])
-    shown = [flips for curve in counts.values() for flips in curve if flips.broken <= right]
-    top = 1.12 * max([1, *(flips.repaired for flips in shown)])
+    ends = [entry.curve[-1].counts(role) for entry in entries]
+    right = 1.12 * max([1, *(flips.broken for flips in ends)])
+    top = 1.0
+    for entry in entries:
+        for point in entry.curve:
+            flips = point.counts(role)
+            if flips.broken <= right:
+                top = max(top, flips.repaired)
+    top *= 1.12
     axes.plot([0, top], [0, top], color="#BBBBBB", linewidth=0.8, zorder=0)
     for i, entry in enumerate(entries):
         _draw_entry(axes, role, entry, PALETTE[i % len(PALETTE)], right)

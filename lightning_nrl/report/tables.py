@@ -316,11 +316,11 @@ def _sample_table(samples: Sequence[FlippedSample], class_name: ClassName) -> Ta
 
 
 def _class_table(classes: Sequence[ClassCounts], class_name: ClassName) -> Table:
-    flipped = [each for each in classes if each.counts.broken or each.counts.repaired]
-    flipped.sort(key=lambda each: (-each.counts.broken, -each.counts.repaired, each.label))
+    flipped = [row for row in classes if row.counts.broken or row.counts.repaired]
+    flipped.sort(key=lambda row: (-row.counts.broken, -row.counts.repaired, row.label))
     rows = []
-    for each in flipped[:LISTED_CLASSES]:
-        counts = each.counts
+    for class_counts in flipped[:LISTED_CLASSES]:
+        counts = class_counts.counts
         cells = (
             count(counts.n),
             percent(counts.accuracy_before),
@@ -328,7 +328,7 @@ def _class_table(classes: Sequence[ClassCounts], class_name: ClassName) -> Table
             count(counts.repaired),
             count(counts.broken),
         )
-        rows.append(Row(class_name(each.label), cells))
+        rows.append(Row(class_name(class_counts.label), cells))
     return Table(_named("samples", "accuracy before", "after", "repaired", "broken"), tuple(rows))
 
 

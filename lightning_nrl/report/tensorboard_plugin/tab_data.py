@@ -170,9 +170,8 @@ def _search(report: RepairReport) -> Plain | None:
     search = report.search
     if search is None or not search.history:
         return None
-    curves = {name: [_finite(value) for value in curve] for name, curve in search.curves.items()}
     return {
-        "curves": curves,
+        "curves": {name: list(map(_finite, curve)) for name, curve in search.curves.items()},
         "n_failed": search.n_failed,
         "n_passed": search.n_passed,
         "stopped": search.stopped,
