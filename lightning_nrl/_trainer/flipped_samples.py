@@ -83,8 +83,7 @@ def to_pixels(image: object, stretched: bool = False) -> Pixels | None:
         return None
     if x.ndim == 2:
         x = x[None]
-    elif x.shape[0] not in (1, 3) and x.shape[2] in (1, 3):
-        x = x.permute(2, 0, 1)
+    x = _channels_first(x)
     if x.shape[0] not in (1, 3) or min(x.shape[1:]) < FEWEST_PIXELS:
         return None
     if x.dtype != torch.uint8:
@@ -143,12 +142,17 @@ def _numbers(values: Any) -> tuple[float, ...]:
         return ()
 
 
+def _channels_first(x: Tensor) -> Tensor:
+    if x.shape[0] not in (1, 3) and x.shape[2] in (1, 3):
+        return x.permute(2, 0, 1)
+    return x
+
+
 def _as_image(x: Tensor) -> Tensor | None:
     if x.ndim == 2:
         return x
     if x.ndim == 3:
-        if x.shape[2] in (1, 3) and x.shape[0] not in (1, 3):
-            x = x.permute(2, 0, 1)
+        x = _channels_first(x)
         if x.shape[0] not in (1, 3):
             x = x[:3] if x.shape[0] > 3 else x[:1]
         return x if min(x.shape[1:]) >= FEWEST_PIXELS else None

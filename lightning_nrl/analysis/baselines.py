@@ -186,9 +186,7 @@ class Retraining:
             check_kind("fresh", self.fresh, fits, kind, "fresh=lambda: Net()")
 
     def __call__(self, problem: Problem) -> Solution:
-        def weights() -> State:
-            return fresh_weights(problem.model, problem.seed, self.fresh)
-
+        weights = partial(fresh_weights, problem.model, problem.seed, self.fresh)
         return _train(problem, "retrain", math.inf, weights)
 
 
@@ -238,12 +236,10 @@ def fresh_weights(
 
 def _reset(name: str, module: nn.Module) -> None:
     # MultiheadAttention and Transformer have the second name.
-    for method in ("reset_parameters", "_reset_parameters"):
-        reset = getattr(module, method, None)
-        if callable(reset):
-            reset()
-            return
-    if any(True for _ in module.parameters(recurse=False)):
+    reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+    if callable(reset):
+        reset()
+    elif any(True for _ in module.parameters(recurse=False)):
         raise ConfigurationError(
             f"`model`: {name or 'it'} ({type(module).__name__}) has weights, but no "
             "`reset_parameters`.",

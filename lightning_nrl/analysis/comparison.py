@@ -142,21 +142,19 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     if isinstance(methods, str):
         methods = (methods,)
     if isinstance(methods, Mapping):
-        names, values = [str(name) for name in methods], list(methods.values())
+        items = [(str(name), method) for name, method in methods.items()]
     elif isinstance(methods, Sequence):
-        names, values = [_name(method) for method in methods], list(methods)
+        items = [(_name(method), method) for method in methods]
     else:
         raise ConfigurationError(
             f"`methods={methods!r}` is no list.", "give a list of names or of objects."
         )
-    if not names or len(set(names)) < len(names):
+    if not items or len(dict(items)) < len(items):
         raise ConfigurationError(
-            f"`methods` are {names}.",
+            f"`methods` are {[name for name, _ in items]}.",
             "name each method once; the keys of a mapping are names of methods.",
         )
-    return {
-        name: ALL_METHODS.parse("methods", value) for name, value in zip(names, values, strict=True)
-    }
+    return {name: ALL_METHODS.parse("methods", method) for name, method in items}
 
 
 def _name(method: str | AnyMethod) -> str:
