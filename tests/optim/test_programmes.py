@@ -183,7 +183,7 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     )
     whitening = fit_whitening(problem, 10**6)
     assert whitening.size == problem.space.size
-    assert whitening.roots[0].ndim == (3 if wide == 2048 else 2)
+    assert whitening.layers[0].root.ndim == (3 if wide == 2048 else 2)
     change = 1e-6 * torch.randn(
         whitening.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )

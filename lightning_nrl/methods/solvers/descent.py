@@ -18,9 +18,7 @@ from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, Part, load_ba
 MAX_SAMPLE_WEIGHT = 10.0  # a larger weight would drown all other losses
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
-"""Takes a batch, its rows among the known samples, and its logits; returns the sum of the samples'
-losses.
-"""
+"""Takes a batch, its rows among the known samples, and its logits; returns the summed losses."""
 
 
 class Descent:
@@ -47,61 +45,60 @@ class Descent:
         self.problem = problem
         live = live_tensors(problem.model)
         parameters = dict(problem.model.named_parameters())
-        given = {id(live[name]): value for name, value in state.items()}
+        initial = {id(live[name]): value for name, value in state.items()}
         moving = {id(parameters[name]) for name in problem.scope}
-        self._given = {k: v.detach().clone() for k, v in state.items() if id(live[k]) not in moving}
+        self._kept = {
+            name: value.detach().clone()
+            for name, value in state.items()
+            if id(live[name]) not in moving
+        }
         # Detached, or gradients would accumulate in the live parameters.
-        fixed = {
-            k: v.detach()
-            for k, v in parameters.items()
-            if id(v) not in moving and id(v) not in given
+        frozen = {
+            name: parameter.detach()
+            for name, parameter in parameters.items()
+            if id(parameter) not in moving
         }
-        self._frozen = fixed | self._given
+        self._frozen = frozen | self._kept
         self._dtypes = {name: parameters[name].dtype for name in problem.scope}
-        self._copies = {
-            name: given.get(id(parameters[name]), parameters[name])
-            .detach()
-            .to(torch.promote_types(dtype, torch.float32), copy=True)
-            .requires_grad_()
-            for name, dtype in self._dtypes.items()
-        }
-        self._masked = [
-            (self._copies[k], mask.to(self._copies[k].device)) for k, mask in (masks or {}).items()
-        ]
+        self._copies: dict[str, Tensor] = {}
+        for name, dtype in self._dtypes.items():
+            value = initial.get(id(parameters[name]), parameters[name]).detach()
+            copy = value.to(torch.promote_types(dtype, torch.float32), copy=True)
+            self._copies[name] = copy.requires_grad_()
+        self._masked = []
+        for name, mask in (masks or {}).items():
+            self._masked.append((self._copies[name], mask.to(self._copies[name].device)))
         self._samples_at_once = BATCH_SIZE
         self.optimizer = optimizer(list(self._copies.values()))
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """Returns the scope's current weights in the model's dtypes, and all other tensors of the
-        initial `state`.
-        """
+        """Returns the moved weights in the model's dtypes, and the other tensors of `state`."""
         moved = {
-            name: value.detach().to(self._dtypes[name], copy=True)
-            for name, value in self._copies.items()
+            name: copy.detach().to(self._dtypes[name], copy=True)
+            for name, copy in self._copies.items()
         }
-        return {**self._given, **moved}
+        return {**self._kept, **moved}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Gives the model the copies, in its dtypes, in a `with` statement. Gradients reach the
-        float32 copies.
-        """
-        cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
+        """Gives the model the copies in its dtypes for a block; gradients reach the copies."""
+        cast = {name: copy.to(self._dtypes[name]) for name, copy in self._copies.items()}
         with temporary_weights(self.problem.model, {**self._frozen, **cast}):
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
-        """Makes one step on a mini-batch, of which each rank passes its `parts`. `rate` replaces
-        the
-        learning rate.
+        """Makes one step on a mini-batch, of which each rank passes its `parts`.
+
+        `rate` replaces the learning rate.
 
         Raises:
             DeviceMemoryError: on all ranks, before the step, if a single sample exceeds the memory
                 of one rank.
         """
-        for group in self.optimizer.param_groups if rate is not None else ():
-            group["lr"] = rate
+        if rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
         has_fitted = self._backward(list(parts), loss)
         if self.problem.collective.world_size > 1:
             has_fitted = self._sum_gradients(has_fitted)
@@ -111,20 +108,18 @@ class Descent:
                 "the gradient of a single sample does not fit in the memory of the device.",
                 "name a later `layer`, or free memory.",
             )
-        old = [x.detach().clone() for x, _ in self._masked]
-        for x, mask in self._masked:
-            if x.grad is not None:
-                x.grad = x.grad.where(mask, 0)
+        old = [copy.detach().clone() for copy, _ in self._masked]
+        for copy, mask in self._masked:
+            if copy.grad is not None:
+                copy.grad = copy.grad.where(mask, 0)
         self.optimizer.step()
-        for (x, mask), value in zip(self._masked, old, strict=True):
+        for (copy, mask), value in zip(self._masked, old, strict=True):
             # Weight decay also moves weights without gradients.
-            x.detach().copy_(x.detach().where(mask, value))
+            copy.detach().copy_(copy.detach().where(mask, value))
         self.optimizer.zero_grad()
 
     def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
-        """Adds gradients of this rank's parts to the copies; returns False if a single sample
-        exceeds the memory.
-        """
+        """Adds gradients of this rank's parts; returns False if one sample exceeds the memory."""
 
         def work() -> bool:
             with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
@@ -134,30 +129,37 @@ class Descent:
 
         while none_if_out_of_memory(work) is None:
             self.optimizer.zero_grad()
-            most = min(self._samples_at_once, max(len(rows) for _, rows in parts))
-            if most <= 1:
+            largest = max(len(rows) for _, rows in parts)
+            if min(largest, self._samples_at_once) <= 1:
                 return False
-            self._samples_at_once = most // 2
+            self._samples_at_once = min(largest, self._samples_at_once) // 2
         return True
 
     def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
-        for part in parts:
-            if len(part[1]) <= self._samples_at_once:
-                yield part
+        for batch, rows in parts:
+            if len(rows) <= self._samples_at_once:
+                yield batch, rows
                 continue
-            for pieces in load_batches(self.problem, part[1].split(self._samples_at_once)):
+            for pieces in load_batches(self.problem, rows.split(self._samples_at_once)):
                 yield from pieces
 
     def _sum_gradients(self, has_fitted: bool) -> bool:
         """Sums gradients over ranks; returns False if `has_fitted` is False on a rank."""
         copies = list(self._copies.values())
-        mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
-        flags = torch.tensor([*(x.grad is not None for x in copies), not has_fitted]).to(mine[0])
-        total = self.problem.collective.sum(torch.cat([*mine, flags]))
-        *grads, flags = total.split([*(x.numel() for x in copies), len(copies) + 1])
-        *used, failed = flags.tolist()
-        for x, grad, ranks in zip(copies, grads, used, strict=True):
+        sizes = [copy.numel() for copy in copies]
+        values = [_flat_gradient(copy) for copy in copies]
+        flags = [copy.grad is not None for copy in copies]
+        table = torch.cat([*values, torch.tensor([*flags, not has_fitted]).to(values[0])])
+        *sums, counts = self.problem.collective.sum(table).split([*sizes, len(copies) + 1])
+        *n_gradients, n_failed = counts.tolist()
+        for copy, total, n in zip(copies, sums, n_gradients, strict=True):
             # A parameter that has no gradient on any rank gets none, as on a single rank, so weight
             # decay skips it.
-            x.grad = grad.view_as(x).to(x.dtype) if ranks else None
-        return not failed
+            copy.grad = total.view_as(copy).to(copy.dtype) if n else None
+        return not n_failed
+
+
+def _flat_gradient(copy: Tensor) -> Tensor:
+    if copy.grad is None:
+        return torch.zeros_like(copy).flatten()
+    return copy.grad.flatten()

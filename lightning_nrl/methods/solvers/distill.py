@@ -1,5 +1,4 @@
-"""Fine-tunes a layer, a block or a whole network, and holds passed samples to the original model's
-outputs.
+"""Fine-tunes layers or a whole network, and holds passed samples to the original model's outputs.
 
 Trains in evaluation mode on every known sample. Easy samples, which are right by a wide margin both
 before the repair and at present, are skipped in most epochs.
@@ -28,7 +27,8 @@ from lightning_nrl.methods.solvers.mini_batches import (
 )
 from lightning_nrl.methods.solvers.teacher import DISTILLATION_WEIGHT, Teacher
 
-DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01  # of AdamW; the rate falls to 0 along a cosine
+DISTILL_RATE = 1e-3  # of AdamW at first; falls to 0 along a cosine
+WEIGHT_DECAY = 0.01  # of AdamW, torch's default
 TARGET_EMPHASIS = 3.0  # weight of a target's loss relative to that of other samples
 EASY_FRACTION = 0.25  # share of the easy samples that an epoch visits
 
@@ -52,17 +52,17 @@ def distill(
     weights so far. Halfway, it calls `renew`, which returns a new `weight`; if `renew` returns None
     instead, `distill` stops and returns None.
     """
-    run = _Distillation(
-        problem, deadline or Deadline(), problem.used if weight is None else weight > 0
-    )
-    rows, has_renewed = run.used.nonzero().flatten(), renew is None
+    used = problem.used if weight is None else weight > 0
+    run = _Distillation(problem, deadline or Deadline(), used)
+    rows = used.nonzero().flatten()
     try:
         while run.epoch(rows):
-            if not has_renewed and renew is not None and run.visits >= run.planned / 2:
-                has_renewed, weight = True, renew(run.descent.state())
+            if renew is not None and run.visits >= run.planned / 2:
+                weight = renew(run.descent.state())
                 if weight is None:
                     return None
                 run.used = weight > 0
+                renew = None
             rows = run.hard_and_some_easy()
     except DeviceMemoryError as error:
         message = f"the training stopped after {run.visits:,} samples: {error}"
@@ -70,51 +70,52 @@ def distill(
             RepairWarning(message, "the repair goes on with the weights trained so far."),
             stacklevel=3,
         )
-    n, planned = len(problem.before), run.most if run.deadline.is_set else run.visits
+    n = len(problem.before)
+    planned = run.most if run.deadline.is_set else run.visits
     return Trained(run.descent.state(), run.visits / n, planned / n)
 
 
 class _Distillation:
     def __init__(self, problem: Problem, deadline: Deadline, used: Tensor) -> None:
         before = problem.before
-        self.problem, self.deadline, self.used = problem, deadline, used
-        self.descent = Descent(
-            problem, {}, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY)
-        )
+        self.problem = problem
+        self.deadline = deadline
+        self.used = used
+        optimizer = partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY)
+        self.descent = Descent(problem, {}, optimizer)
         self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
         self._generator = torch.Generator().manual_seed(problem.seed)
         weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
-        weight_of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)
-        weights = [weight_of_loss, DISTILLATION_WEIGHT * before.passed.float() * weight]
-        self._weights = torch.stack(weights, 1).to(problem.device)
+        of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)
+        of_divergence = DISTILLATION_WEIGHT * before.passed.float() * weight
+        self._weights = torch.stack([of_loss, of_divergence], 1).to(problem.device)
         self._easy = EASY_MARGIN * before.margin_unit if before.passed.any() else math.inf
         self.margin = before.margin.clone()
+        self._measured: list[tuple[Tensor, Tensor]] = []
         self.visits = 0
         self.planned = self.most = problem.epochs * len(before)
 
     def epoch(self, rows: Tensor) -> bool:
         """Trains on `rows` in random order. Returns False if the training is over."""
         batches = shuffled_batches(rows, self._generator)
-        measured: list[tuple[Tensor, Tensor]] = []
-        start, began = self.visits, self.deadline.now()
-        for number, (batch, parts) in enumerate(
-            zip(batches, load_batches(self.problem, batches), strict=True)
-        ):
-            if number == 1 and not start:
-                # The first step is slower and not timed.
-                start, began = self.visits, self.deadline.now()
+        self._measured = []
+        is_first = not self.visits
+        self._start_timing()
+        parts_of_batches = load_batches(self.problem, batches)
+        for number, (batch, parts) in enumerate(zip(batches, parts_of_batches, strict=True)):
+            if number == 1 and is_first:
+                self._start_timing()  # the first step is slower
             if number == 1 + PACE_STEPS:
-                self._plan(start, began)
+                self._plan()
             if self.visits >= self.planned or self.deadline.is_over():
                 return False
             cosine = math.cos(math.pi * (self.visits / self.planned))
-            self.descent.step(
-                parts, partial(self._loss, measured), rate=DISTILL_RATE * (1 + cosine) / 2
-            )
+            self.descent.step(parts, self._loss, rate=DISTILL_RATE * (1 + cosine) / 2)
             self.visits += len(batch)
-        self.margin = merge_measurements(self.problem, self.margin, measured)
-        self._plan(start, began)
-        before, passes = self.problem.before, self.margin > 0
+        self.margin = merge_measurements(self.problem, self.margin, self._measured)
+        self._plan()
+        before = self.problem.before
+        passes = self.margin > 0
         n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
         n_repaired = int((before.targeted & passes).sum())
         self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)
@@ -125,26 +126,28 @@ class _Distillation:
         is_drawn = ~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)
         return (is_drawn & self.used).nonzero().flatten()
 
-    def _loss(
-        self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor
-    ) -> Tensor:
+    def _loss(self, batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
         task = self.problem.evaluator.task
         margin = task.margin(output.detach(), batch.target)
         if margin is not None:
-            measured.append((rows, margin))
-        weights = self._weights[rows.to(self._weights.device, non_blocking=True)].to(output.device)
-        of_loss, of_divergence = weights.unbind(1)
-        divergence = task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
-        return (of_loss * task.loss(output, batch.target)).sum() + (
-            of_divergence * divergence
-        ).sum()
+            self._measured.append((rows, margin))
+        weights = self._weights[rows.to(self._weights.device, non_blocking=True)]
+        of_loss, of_divergence = weights.to(output.device).unbind(1)
+        taught = self._teacher(batch, rows, output.shape)
+        divergence = task.divergence(output, taught, batch.target)
+        loss = task.loss(output, batch.target)
+        return (of_loss * loss).sum() + (of_divergence * divergence).sum()
 
-    def _plan(self, start: int, began: float) -> None:
-        if self.deadline.is_set and self.visits > start:
-            more = (
-                max(0.0, self.deadline.seconds_left)
-                * (self.visits - start)
-                / (self.deadline.now() - began)
-            )
-            planned = min(self.most, self.visits + int(more))
-            self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))
+    def _start_timing(self) -> None:
+        self._timed_visits = self.visits
+        self._timed_since = self.deadline.now()
+
+    def _plan(self) -> None:
+        """Under a deadline, plans as many visits as fit in at the pace measured."""
+        visits = self.visits - self._timed_visits
+        if not self.deadline.is_set or not visits:
+            return
+        seconds_left = max(0.0, self.deadline.seconds_left)
+        more = seconds_left * visits / (self.deadline.now() - self._timed_since)
+        planned = min(self.most, self.visits + int(more))
+        self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))

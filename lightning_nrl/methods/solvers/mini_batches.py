@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,56 +29,57 @@ def shuffled_batches(
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """Yields this rank's parts of each mini-batch. A part has samples of one split, at most the
-    split's batch size.
+    """Yields this rank's parts of each mini-batch.
+
+    A part has samples of one split, at most the split's batch size.
     """
-    streams = []
-    for source in problem.known:
-        start, mine = (
-            problem.before.start(source.split),
-            torch.zeros(len(source.index), dtype=torch.bool),
-        )
-        mine[source.positions] = True
-        at_once = min(BATCH_SIZE, _batch_size(source) or BATCH_SIZE)
-        chosen = []
-        for rows in batches:
-            places = rows[(rows >= start) & (rows < start + len(mine))] - start
-            places = places[mine[places]]
-            chosen.append(list(places.split(at_once)) if len(places) else [])
-        flat = [places for parts in chosen for places in parts]
-        streams.append(
-            (start, [len(parts) for parts in chosen], iter(source.draw(flat) if flat else ()))
-        )
-    for at in range(len(batches)):
+    streams = [
+        _load_from(source, problem.before.start(source.split), batches) for source in problem.known
+    ]
+    for _ in batches:
         poll()
-        yield [
-            (batch, batch.position + start)
-            for start, counts, stream in streams
-            for batch in (next(stream) for _ in range(counts[at]))
-        ]
+        yield [part for stream in streams for part in next(stream)]
 
 
-def merge_measurements(
-    problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Returns a copy of `column`, `N`, updated by all ranks' `measured` values, given as pairs
-    (rows, values).
-    """
-    new, is_new = torch.zeros_like(column), torch.zeros_like(column)
-    if measured:
-        rows, values = (
-            torch.cat([rows for rows, _ in measured]),
-            torch.cat([values for _, values in measured]),
-        )
-        sizes = [len(rows) for rows, _ in measured]
-        # One transfer; the loop lets later values overwrite earlier ones, which one indexed write
-        # does not guarantee.
-        for some, value in zip(rows.split(sizes), values.cpu().split(sizes), strict=True):
-            new[some], is_new[some] = value.to(column.dtype), 1.0
-    new, is_new = problem.collective.sum(torch.stack([new, is_new])).unbind()
-    return torch.where(is_new > 0, new, column)
+def _load_from(source: Source, start: int, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
+    """Yields the parts of each mini-batch from a split whose first row is `start`."""
+    is_here = torch.zeros(len(source.index), dtype=torch.bool)
+    is_here[source.positions] = True
+    size = min(BATCH_SIZE, _batch_size(source) or BATCH_SIZE)
+    n_parts = []
+    chosen: list[Tensor] = []
+    for rows in batches:
+        positions = rows[(rows >= start) & (rows < start + len(is_here))] - start
+        positions = positions[is_here[positions]]
+        parts = positions.split(size) if len(positions) else ()
+        n_parts.append(len(parts))
+        chosen += parts
+    drawn = iter(source.draw(chosen) if chosen else ())
+    for n in n_parts:
+        yield [(batch, batch.position + start) for batch in islice(drawn, n)]
 
 
 def _batch_size(source: Source) -> int:
     # Reading a batch to find out is slow if workers must start.
     return getattr(source, "batch_size", None) or len(next(iter(source), ()))
+
+
+def merge_measurements(
+    problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Returns a copy of `column`, `N`, updated by the `measured` pairs of all ranks.
+
+    A pair has rows and their values.
+    """
+    new = torch.zeros_like(column)
+    is_new = torch.zeros_like(column)
+    if measured:
+        sizes = [len(rows) for rows, _ in measured]
+        # One transfer; the loop lets later values overwrite earlier ones, which one indexed write
+        # does not guarantee.
+        values = torch.cat([values for _, values in measured]).cpu()
+        for (rows, _), part in zip(measured, values.split(sizes), strict=True):
+            new[rows] = part.to(column.dtype)
+            is_new[rows] = 1.0
+    new, is_new = problem.collective.sum(torch.stack([new, is_new])).unbind()
+    return torch.where(is_new > 0, new, column)

@@ -13,30 +13,25 @@ from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, load_batches
 
-DISTILLATION_WEIGHT = (
-    5.0  # of the divergence of a sample's logits from the teacher's, relative to its loss
-)
+# Weight of the divergence of a sample's logits from the teacher's, relative to the sample's loss.
+DISTILLATION_WEIGHT = 5.0
 
 
 class Teacher:
-    """Computes and caches logits. Sample i runs with weights `states[which[i]]`; `which` is `N`
-    int64 on the CPU.
+    """Computes and caches logits under several states.
+
+    Sample i runs with the weights `states[numbers[i]]`; `numbers` is `N` int64 on the CPU.
     """
 
-    def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
-        own = live_tensors(problem.model)
-        # Whole states, since the model may hold other weights when the teacher runs.
-        given = [{id(own[name]): value for name, value in state.items()} for state in states]
-        self._states = [
-            {name: new.get(id(value), value) for name, value in own.items()} for new in given
-        ]
-        self._problem, self._which = problem, which
-        self._cache = LogitCache(len(which))
+    def __init__(self, problem: Problem, states: Sequence[State], numbers: Tensor) -> None:
+        live = live_tensors(problem.model)
+        self._states = [_completed(live, state) for state in states]
+        self._problem = problem
+        self._numbers = numbers
+        self._cache = LogitCache(len(numbers))
 
     def prepare(self, rows: Tensor) -> None:
-        """Caches the missing logits of `rows`, so that no batch must run as a whole later for a few
-        of them.
-        """
+        """Caches the missing logits of `rows`: a batch that lacks a few later runs as a whole."""
         if self._cache.is_empty or self._cache.has_varied:
             return
         for parts in load_batches(self._problem, self._cache.unknown(rows).split(BATCH_SIZE)):
@@ -45,24 +40,33 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
-        """Returns the logits of a batch; `rows`, `n` int64 on the CPU, are its rows among the known
-        samples.
+        """Returns the logits of a batch.
 
-        `shape` is the shape of the logits. It is needed if this shape varies, as with padding to
-        the longest sample.
+        Args:
+            batch: known samples.
+            rows: their rows among the known samples, `n` int64 on the CPU.
+            shape: shape of the logits, needed if it varies, as with padding to the longest sample.
         """
         cached = self._cache.get(rows, shape)
         if cached is not None:
             return cached
-        which, logits = self._which[rows], torch.zeros(0)
+        numbers = self._numbers[rows]
+        logits = torch.zeros(0)
         for number, state in enumerate(self._states):
-            chosen = which == number
-            if chosen.any():
-                with temporary_weights(self._problem.model, state):
-                    output = self._problem.evaluator.output(batch)
-                mask = chosen.to(output.device, non_blocking=True).view(
-                    -1, *[1] * (output.ndim - 1)
-                )
-                logits = torch.where(mask, output, logits) if len(logits) else output
+            chosen = numbers == number
+            if not chosen.any():
+                continue
+            with temporary_weights(self._problem.model, state):
+                output = self._problem.evaluator.output(batch)
+            if len(logits):
+                mask = chosen.to(output.device, non_blocking=True)
+                output = torch.where(mask.view(-1, *[1] * (output.ndim - 1)), output, logits)
+            logits = output
         self._cache.put(rows, logits)
         return logits
+
+
+def _completed(live: State, state: State) -> State:
+    """Returns all tensors, since the model may hold other weights when the teacher runs."""
+    new = {id(live[name]): value for name, value in state.items()}
+    return {name: new.get(id(value), value) for name, value in live.items()}

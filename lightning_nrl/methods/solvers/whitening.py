@@ -1,6 +1,4 @@
-"""Changes of layers in whitened coordinates, in which steps of equal length move the layers'
-outputs
-equally.
+"""Layer changes in whitened coordinates, where steps of equal length move the outputs equally.
 
 A layer's output is a weighted sum of a window of its input. Let C be the second moment of these
 windows on passed data. A change D of the weights of one output moves this output by D' C D in the
@@ -10,11 +8,11 @@ coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrl._utils.device import at_least_float32, no_autocast, widest
@@ -31,56 +29,84 @@ from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, load_batches
 
-MOMENT_RIDGE = (
-    0.1  # of the mean eigenvalue, added to each; limits changes where passed samples hardly vary
-)
-MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = (
-    1024,
-    128,
-)  # passed samples, and positions of a convolution, per moment
+# Share of the mean eigenvalue, added to each; limits changes where passed samples hardly vary.
+MOMENT_RIDGE = 0.1
+# Limits of the cost of a moment: passed samples, and positions of a convolution in a sample.
+MAX_MOMENT_SAMPLES = 1024
+MAX_MOMENT_POSITIONS = 128
 MAX_FULL_MOMENT = 2048  # larger windows get a diagonal moment: a full root would take minutes
 
 
 @dataclass(frozen=True)
-class Whitening:
-    """`K` coordinates of changes of several layers. Steps of equal length move the layers' outputs
-    equally.
+class LayerCoordinates:
+    """Whitened coordinates of one layer's changes: `d` for each output channel that may change.
 
-    `outputs` has for each layer the output channels that may change, int64. A channel has `d`
-    weights, which include its bias if the bias may change. `roots` has for each layer the matrices
-    C^(-1/2) of its groups of channels, where C is the second moment of the inputs: `groups x d x
-    d`, or `groups x d` if only the diagonal of C is used.
+    A channel has `d` weights, which include its bias if the bias may change.
     """
 
-    sites: tuple[LayerRef, ...]
-    outputs: tuple[Tensor, ...]
-    roots: tuple[Tensor, ...]
+    site: LayerRef
+    outputs: Tensor  # int64, the output channels that may change
+    # C^(-1/2) for each group of channels, where C is the second moment of the inputs:
+    # groups x d x d, or groups x d if only the diagonal of C is used.
+    root: Tensor
 
     @property
     def size(self) -> int:
-        return sum(
-            len(outputs) * root.shape[-1]
-            for outputs, root in zip(self.outputs, self.roots, strict=True)
-        )
+        return len(self.outputs) * self.root.shape[-1]
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Multiplies `n x outputs x d` by C^(-1/2): coordinates to weights, or gradients back."""
+        root = self.root.to(x.dtype)
+        group = self.outputs // (len(self.site.module.weight) // len(root))
+        if root.ndim == 2:
+            return x * root[group]
+        if len(root) == 1:
+            return x @ root[0]
+        return torch.bmm(x.transpose(0, 1), root[group]).transpose(0, 1)
+
+    def parameters(self, change: Tensor) -> dict[str, Tensor]:
+        """Returns the layer's parameters plus `change`, given in this layer's coordinates."""
+        columns = self.scaled(change.view(1, len(self.outputs), -1))[0]
+        new = {}
+        start = 0
+        for name, parameter in self.site.parameters.items():
+            end = start + parameter[0].numel()
+            added = columns.new_zeros(len(parameter), end - start)
+            added[self.outputs] = columns[:, start:end]
+            old = at_least_float32(parameter.detach())
+            new[name] = (old + added.view_as(old)).to(parameter.dtype)
+            start = end
+        return new
+
+    def gradients(self, calls: Sequence[LayerCall], n: int) -> Tensor:
+        """Returns the gradients of `n` samples, `n x outputs x d`, in whitened coordinates."""
+        parts = []
+        for weight, bias in sample_gradients(self.site.module, calls, n):
+            gradient = weight.flatten(2)[:, self.outputs]
+            if _has_bias(self.site):
+                gradient = torch.cat([gradient, bias[:, self.outputs, None]], 2)
+            parts.append(self.scaled(gradient))
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """`K` coordinates of changes of several layers, whose outputs move equally per unit step."""
+
+    layers: tuple[LayerCoordinates, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(layer.size for layer in self.layers)
 
     def state(self, change: Tensor) -> State:
-        """Returns the parameters of the layers: the model's values plus `change`, given in the `K`
-        coordinates.
-        """
-        found, at = {}, 0
-        for site, outputs, root in zip(self.sites, self.outputs, self.roots, strict=True):
-            size = len(outputs) * root.shape[-1]
-            columns = _scaled(
-                site, outputs, root, change[at : at + size].view(1, len(outputs), -1)
-            )[0]
-            at, first = at + size, 0
-            for name, parameter in site.parameters.items():
-                last = first + parameter.numel() // len(parameter)
-                added = columns.new_zeros(len(parameter), last - first)
-                added[outputs], first = columns[:, first:last], last
-                old = at_least_float32(parameter.detach())
-                found[name] = (old + added.view_as(old)).to(parameter.dtype)
-        return found
+        """Returns the layers' parameters: the model's values plus `change`, `K` coordinates."""
+        state: dict[str, Tensor] = {}
+        start = 0
+        for layer in self.layers:
+            state |= layer.parameters(change[start : start + layer.size])
+            start += layer.size
+        return state
 
 
 @torch.no_grad()
@@ -90,132 +116,110 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
     If the layers have more weights than `max_size`, only some output channels of each layer may
     change: the channels with the largest squared gradients of the targets' margins.
     """
-    space, before = problem.space, problem.before
-    passed = before.passed.nonzero().flatten()
+    sites = problem.space.sites
+    passed = problem.before.passed.nonzero().flatten()
     generator = torch.Generator().manual_seed(problem.seed)
     drawn = passed[torch.randperm(len(passed), generator=generator)[:MAX_MOMENT_SAMPLES]]
-    moments = [_zero_moment(site) for site in space.sites]
+    moments = [_zero_moment(site) for site in sites]
     for _, calls in _traced(problem, drawn):
-        for site, moment in zip(space.sites, moments, strict=True):
-            with no_autocast(space.device):
-                for x, _ in calls[site.name]:
-                    inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
-                    inputs = F.pad(inputs, (0, 1), value=1.0) if _has_bias(site) else inputs
-                    moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
-    roots = tuple(_inverse_root(problem.collective.sum(moment)) for moment in moments)
-    outputs = tuple(
-        torch.arange(len(site.module.weight), device=space.device) for site in space.sites
-    )
-    whole = Whitening(space.sites, outputs, roots)
-    if whole.size <= max_size:
-        return whole
-    useful = [torch.zeros(len(o), device=space.device) for o in outputs]
-    for _, found in _gradients(problem, before.targeted.nonzero().flatten(), whole):
-        for total, part in zip(useful, found, strict=True):
-            total += part.square().sum((0, 2))
-    kept = [max(1, int(max_size / whole.size * len(o))) for o in outputs]
-    order = [
-        problem.collective.agreed(problem.collective.sum(u).argsort(descending=True))
-        for u in useful
-    ]
-    return Whitening(
-        space.sites, tuple(o[:n].sort().values for o, n in zip(order, kept, strict=True)), roots
-    )
+        for site, moment in zip(sites, moments, strict=True):
+            for call in calls[site.name]:
+                _add_to_moment(moment, site, call.input)
+    layers = []
+    for site, moment in zip(sites, moments, strict=True):
+        channels = torch.arange(len(site.module.weight), device=problem.space.device)
+        root = _inverse_root(problem.collective.sum(moment))
+        layers.append(LayerCoordinates(site, channels, root))
+    whitening = Whitening(tuple(layers))
+    if whitening.size <= max_size:
+        return whitening
+    return _narrowed(problem, whitening, max_size / whitening.size)
+
+
+def _narrowed(problem: Problem, whitening: Whitening, share: float) -> Whitening:
+    """Keeps a share of each layer's channels: those with the largest gradients of the targets."""
+    layers = whitening.layers
+    usefulness = [torch.zeros(len(layer.outputs), device=problem.space.device) for layer in layers]
+    targets = problem.before.targeted.nonzero().flatten()
+    for _, gradients in _gradients(problem, targets, whitening):
+        for total, gradient in zip(usefulness, gradients, strict=True):
+            total += gradient.square().sum((0, 2))
+    kept = []
+    for layer, total in zip(layers, usefulness, strict=True):
+        n_kept = max(1, int(share * len(total)))
+        order = problem.collective.sum(total).argsort(descending=True)
+        chosen = problem.collective.agreed(order)[:n_kept].sort().values
+        kept.append(replace(layer, outputs=layer.outputs[chosen]))
+    return Whitening(tuple(kept))
 
 
 @torch.no_grad()
 def margin_gradients(
     problem: Problem, chosen: Tensor, whitening: Whitening, state: State
 ) -> tuple[Tensor, Tensor]:
-    """Returns, on all ranks, the `m` rows `chosen`, sorted, and their margins' gradients at
-    `state`, `m x K`.
+    """Returns on all ranks the sorted rows `chosen`, `m`, and their margins' gradients, `m x K`.
+
+    The gradients are taken at the weights `state`.
     """
-    rows, parts = [], []
-    with temporary_weights(problem.model, state):
-        for at, found in _gradients(problem, chosen, whitening):
-            rows.append(at)
-            parts.append(torch.cat([part.flatten(1) for part in found], 1))
     device = problem.space.device
-    own = torch.cat(parts) if parts else torch.zeros(0, whitening.size, device=device)
-    own_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-    all_rows = torch.cat(problem.collective.gather(own_rows))
+    rows = [torch.zeros(0, dtype=torch.int64)]
+    gradients = [torch.zeros(0, whitening.size, device=device)]
+    with temporary_weights(problem.model, state):
+        for batch_rows, by_layer in _gradients(problem, chosen, whitening):
+            rows.append(batch_rows)
+            gradients.append(torch.cat([part.flatten(1) for part in by_layer], 1))
+    all_rows = torch.cat(problem.collective.gather(torch.cat(rows)))
+    all_gradients = torch.cat(problem.collective.gather(torch.cat(gradients)))
     order = all_rows.argsort()
-    return all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)]
+    return all_rows[order], all_gradients[order.to(device)]
 
 
 def _traced(
     problem: Problem, chosen: Tensor
 ) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
-    """Yields rows of this rank and their layer calls; raises on all ranks if gradients do not reach
-    a layer.
+    """Yields rows of this rank and their layer calls.
+
+    Raises:
+        ConfigurationError: on all ranks, if gradients do not reach a layer.
     """
-    if problem.space.gates:
-        name = next(
-            site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None
-        )
-        raise ConfigurationError(
-            f"`layer={name!r}`: `method='linearized'` cannot repair a recurrent layer.",
-            "use `method='swarm'` or `method='finetune-polish'`, or name another layer.",
-        )
-    layers = {site.name: site.module for site in problem.space.sites}
-    missed = dict.fromkeys(layers, False)
-    for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):
-        for batch, at in parts:
-            _, calls = margin_calls(
-                problem.model, layers, batch, problem.evaluator.task, problem.evaluator.context
-            )
-            missed |= {
-                name: missed[name] or not is_by_sample(found, len(at))
-                for name, found in calls.items()
-            }
-            if not any(missed.values()):
-                yield at, calls
-    for name, missing in missed.items():
-        if problem.collective.any(missing):
+    for site in problem.space.sites:
+        if site.gates is not None:
+            layer = site.name.rpartition(".")[0]
             raise ConfigurationError(
-                f"`layer={name!r}`: the gradients of the margins cannot be computed sample by sample in this layer.",
-                "name a layer called as a module, batch first, without `torch.no_grad`; or use `method='swarm'`.",
+                f"`layer={layer!r}`: `method='linearized'` cannot repair a recurrent layer.",
+                "use `method='swarm'` or `method='finetune-polish'`, or name another layer.",
+            )
+    modules = {site.name: site.module for site in problem.space.sites}
+    evaluator = problem.evaluator
+    missed: set[str] = set()
+    for parts in load_batches(problem, chosen.split(BATCH_SIZE)):
+        for batch, rows in parts:
+            _, calls = margin_calls(
+                problem.model, modules, batch, evaluator.task, evaluator.context
+            )
+            missed.update(name for name in modules if not is_by_sample(calls[name], len(rows)))
+            if not missed:
+                yield rows, calls
+    for name in modules:
+        if problem.collective.any(name in missed):
+            raise ConfigurationError(
+                f"`layer={name!r}`: the gradients of the margins cannot be computed "
+                "sample by sample in this layer.",
+                "name a layer called as a module, batch first, without `torch.no_grad`; "
+                "or use `method='swarm'`.",
             )
 
 
 def _gradients(
     problem: Problem, chosen: Tensor, whitening: Whitening
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Yields rows of this rank and, for each layer, the gradients of their margins, `n x outputs x
-    d`.
-    """
-    for at, calls in _traced(problem, chosen):
+    """Yields rows of this rank and gradients of their margins, `n x outputs x d` per layer."""
+    for rows, calls in _traced(problem, chosen):
         with no_autocast(problem.space.device):
-            layers = zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
             yield (
-                at,
-                [_site_gradients(site, calls[site.name], len(at), *rest) for site, *rest in layers],
+                rows,
+                [layer.gradients(calls[layer.site.name], len(rows)) for layer in whitening.layers],
             )
-
-
-def _site_gradients(
-    site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor
-) -> Tensor:
-    parts = []
-    for weight, bias in sample_gradients(site.module, calls, n):
-        gradient = weight.flatten(2)[:, outputs]
-        if _has_bias(site):
-            gradient = torch.cat([gradient, bias[:, outputs, None]], 2)
-        parts.append(_scaled(site, outputs, root, gradient))
-    return torch.cat(parts)
-
-
-def _scaled(site: LayerRef, outputs: Tensor, root: Tensor, x: Tensor) -> Tensor:
-    """Multiplies `n x outputs x d` by C^(-1/2): maps coordinates to weights, or gradients to
-    coordinates.
-    """
-    root = root.to(x.dtype)
-    group = outputs // (len(site.module.weight) // len(root))
-    if root.ndim == 2:
-        return x * root[group]
-    if len(root) == 1:
-        return x @ root[0]
-    return torch.bmm(x.transpose(0, 1), root[group]).transpose(0, 1)
 
 
 def _has_bias(site: LayerRef) -> bool:
@@ -223,19 +227,29 @@ def _has_bias(site: LayerRef) -> bool:
 
 
 def _zero_moment(site: LayerRef) -> Tensor:
-    groups = getattr(site.module, "groups", 1)
-    d = site.module.weight[0].numel() + _has_bias(site)
+    layer = site.module
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    d = layer.weight[0].numel()
+    if _has_bias(site):
+        d += 1
     shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
-    return torch.zeros(
-        shape, dtype=widest(site.module.weight.device), device=site.module.weight.device
-    )
+    return layer.weight.new_zeros(shape, dtype=widest(layer.weight.device))
+
+
+def _add_to_moment(moment: Tensor, site: LayerRef, x: Tensor) -> None:
+    with no_autocast(x.device):
+        inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
+        if _has_bias(site):
+            inputs = F.pad(inputs, (0, 1), value=1.0)
+        moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
 
 
 def _inverse_root(moment: Tensor) -> Tensor:
-    diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1).clamp_min(1e-30)
     if moment.ndim == 2:
+        mean = moment.mean(1).clamp_min(1e-30)
         return (moment / mean[:, None] + MOMENT_RIDGE).rsqrt()
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     values, vectors = torch.linalg.eigh(moment / mean[:, None, None])
-    root: Tensor = (vectors * (values.clamp_min(0) + MOMENT_RIDGE).rsqrt()[:, None, :]) @ vectors.mT
+    scales = (values.clamp_min(0) + MOMENT_RIDGE).rsqrt()
+    root: Tensor = (vectors * scales[:, None, :]) @ vectors.mT
     return root
