@@ -40,9 +40,7 @@ from lightning_nrl._utils.interrupts import poll
 
 
 class DualSolution(NamedTuple):
-    """The solution of a programme with `m` rows. In a batch, each tensor has the `T` programmes as
-    first dimension.
-    """
+    """The solution of a programme with `m` rows, or of a batch of `T` programmes, `T x ...`."""
 
     values: Tensor  # m, multipliers a from 0 to the limits, on the device of `gram`; x = A' a
     value: Tensor  # the dual's value at `values`, a lower bound of the minimum
@@ -60,9 +58,7 @@ def solve_dual(
     max_value: float = math.inf,
     is_over: Callable[[], bool] = lambda: False,
 ) -> DualSolution:
-    """Solves the dual of one programme with `m` rows, or of a batch of `T` small ones, in float64
-    on
-    the CPU.
+    """Solves the dual of one programme, or of `T` small ones, in float64 on the CPU.
 
     Args:
         gram: K = A A', `m x m` or `T x m x m`. If a row of A is zero, its `required` must be 0.
@@ -76,29 +72,38 @@ def solve_dual(
         is_over: is called at each step; if it returns True, the best `values` so far are returned.
             Not for batches.
     """
-    device, dtype = gram.device, gram.dtype
-    g, b = (x.to("cpu", torch.float64) for x in (gram, required))
-    a = torch.zeros_like(b) if start is None else start.to("cpu", torch.float64)
-    if g.ndim == 3:
-        a, value, is_solved = solve_batch(g, b, a, max_value)
-        return DualSolution(a.to(device, dtype), value, is_solved, ~(value > max_value))
-    limits = torch.full_like(b, torch.inf) if limit is None else limit.to("cpu", torch.float64)
-    a, solved, feasible = solve_one(g, b, limits, a, is_over)
-    value = b @ a - 0.5 * (a @ (g @ a))
-    return DualSolution(a.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible))
+    device = gram.device
+    dtype = gram.dtype
+    gram = gram.to("cpu", torch.float64)
+    required = required.to("cpu", torch.float64)
+    values = torch.zeros_like(required) if start is None else start.to("cpu", torch.float64)
+    if gram.ndim == 3:
+        values, value, is_solved = solve_batch(gram, required, values, max_value)
+        return DualSolution(values.to(device, dtype), value, is_solved, ~(value > max_value))
+    if limit is None:
+        limit = torch.full_like(required, torch.inf)
+    limit = limit.to("cpu", torch.float64)
+    values, solved, feasible = solve_one(gram, required, limit, values, is_over)
+    value = required @ values - 0.5 * (values @ (gram @ values))
+    return DualSolution(
+        values.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible)
+    )
 
 
-CONDITIONS_TOLERANCE = (
-    1e-7  # violation of the optimality conditions, relative to the largest of `required`
-)
+# Violation of the optimality conditions, relative to the largest of `required`.
+CONDITIONS_TOLERANCE = 1e-7
 # Weight of the proximal term for rows of norm 1, its decay per step, and its minimum. Large at
 # first, so that only few multipliers reach or leave a bound at once; a Cholesky factor in float64
 # needs the minimum.
-PROXIMAL_WEIGHT, PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT = 0.1, 0.3, 1e-6
+PROXIMAL_WEIGHT = 0.1
+PROXIMAL_DECAY = 0.3
+MIN_PROXIMAL_WEIGHT = 1e-6
 # Limits of proximal steps, Newton steps, and Newton steps in a row without progress. Programmes of
 # 200 to 1,500 rows take 5 to 10 proximal and 20 to 60 Newton steps; only multipliers a million
 # times as large as others need more.
-MAX_PROXIMAL_STEPS, MAX_NEWTON_STEPS, MAX_STALLED_STEPS = 60, 400, 10
+MAX_PROXIMAL_STEPS = 60
+MAX_NEWTON_STEPS = 400
+MAX_STALLED_STEPS = 10
 # Hard rows are contradictory if x must be this many times as long as for a single row.
 CONTRADICTION_RATIO = 1e6
 
@@ -106,8 +111,11 @@ CONTRADICTION_RATIO = 1e6
 def solve_one(
     gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
 ) -> tuple[Tensor, bool, bool]:
-    """Returns multipliers, True if they are optimal up to rounding, and True if all rows without
-    limit can hold.
+    """Solves the dual of one programme.
+
+    Returns:
+        the multipliers, True if they are optimal up to rounding, and True if all rows without limit
+        can hold.
     """
     if not len(required):
         return required, True, True
@@ -122,9 +130,7 @@ def solve_one(
 
 @dataclass(frozen=True)
 class _Box:
-    """The programme min 1/2 a' K a - b' a so that 0 <= a <= limit, where K is `gram` and b is
-    `required`.
-    """
+    """The programme min 1/2 a' K a - b' a so that 0 <= a <= limit, with `gram` K, `required` b."""
 
     gram: Tensor
     required: Tensor
@@ -133,49 +139,47 @@ class _Box:
     def project(self, values: Tensor) -> Tensor:
         return values.clamp_min(0).minimum(self.limit)
 
+    def scale(self) -> float:
+        return max(float(self.required.abs().amax()), 1e-30)
+
     def residual(self, values: Tensor) -> float:
-        """Largest violation of the optimality conditions, in units of `required`."""
+        """Returns the largest violation of the optimality conditions, in units of `required`."""
         gradient = self.gram @ values - self.required
         at_bound = ((values <= 0) & (gradient > 0)) | ((values >= self.limit) & (gradient < 0))
         return float(gradient.masked_fill(at_bound, 0).abs().amax())
 
     def is_contradictory(self, change: Tensor) -> bool:
-        """True if a change of the multipliers proves that the hard rows contradict each other
-        (Farkas'
-        lemma).
+        """True if a change of the multipliers proves that the hard rows contradict each other.
 
-        If d are the increases at hard rows, an x that meets these has |A' d| |x| >= d' A x >= d'
-        required: |x| is huge.
+        This is Farkas' lemma. If d are the increases at hard rows, an x that meets these has
+        |A' d| |x| >= d' A x >= d' required: |x| is huge.
         """
         d = torch.where(self.limit.isinf(), change.clamp_min(0), 0)
         needed = float(self.required @ d)
-        given = math.sqrt(max(float(d @ self.gram @ d), 0.0))
-        return needed > CONTRADICTION_RATIO * given * max(float(self.required.abs().amax()), 1e-30)
+        length = math.sqrt(max(float(d @ self.gram @ d), 0.0))
+        return needed > CONTRADICTION_RATIO * length * self.scale()
 
 
 def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[Tensor, bool, bool]:
-    """Solves the programme in steps. Each step adds a penalty on the distance it moves; the penalty
-    shrinks.
-    """
-    scale = max(float(box.required.abs().amax()), 1e-30)
-    best, least, weight, steps_left = (
-        values,
-        box.residual(values),
-        PROXIMAL_WEIGHT,
-        MAX_NEWTON_STEPS,
-    )
-    wanted = 0.1 * scale
+    """Solves the programme in steps, with a shrinking penalty on the distance that a step moves."""
+    scale = box.scale()
+    best = values
+    least = box.residual(values)
+    weight = PROXIMAL_WEIGHT
+    steps_left = MAX_NEWTON_STEPS
+    tolerance = 0.1 * scale
     for _ in range(MAX_PROXIMAL_STEPS):
         if least <= CONDITIONS_TOLERANCE * scale or steps_left <= 0 or is_over():
             break
-        before = values
-        wanted = max(wanted * 0.1, 0.5 * CONDITIONS_TOLERANCE * scale)
-        values, made = _newton(box, values, weight, wanted, steps_left, is_over)
-        steps_left -= made
+        old = values
+        tolerance = max(tolerance * 0.1, 0.5 * CONDITIONS_TOLERANCE * scale)
+        values, n_steps = _newton(box, values, weight, tolerance, steps_left, is_over)
+        steps_left -= n_steps
         residual = box.residual(values)
         if residual < least:
-            best, least = values, residual
-        if box.is_contradictory(values - before):
+            best = values
+            least = residual
+        if box.is_contradictory(values - old):
             return values, False, False
         weight = max(weight * PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT)
     return best, least <= CONDITIONS_TOLERANCE * scale, True
@@ -185,7 +189,7 @@ def _newton(
     box: _Box,
     centre: Tensor,
     weight: float,
-    wanted: float,
+    tolerance: float,
     max_steps: int,
     is_over: Callable[[], bool],
 ) -> tuple[Tensor, int]:
@@ -194,54 +198,61 @@ def _newton(
     Over x = A' z it minimises 1/2 |x|^2 plus a smooth, piecewise quadratic penalty. The gradient is
     A' (z - a), where a follows from the penalty at x.
     """
-    gram, z = box.gram, centre
-    least, stalled = torch.inf, 0
+    gram = box.gram
+    z = centre
+    least = torch.inf
+    stalled = 0
     for step in range(max_steps):
         poll()
-        given = gram @ z
-        raw = centre + (box.required - given) / weight
+        product = gram @ z
+        raw = centre + (box.required - product) / weight
         a = box.project(raw)
-        off = given - gram @ a
-        size = float(off.abs().amax())
+        gradient = product - gram @ a
+        size = float(gradient.abs().amax())
         stalled = 0 if size < 0.5 * least else stalled + 1
         least = min(least, size)
-        if size <= wanted or stalled > MAX_STALLED_STEPS or is_over():
+        if size <= tolerance or stalled > MAX_STALLED_STEPS or is_over():
             return a, step
         direction = a - z
         free = ((raw > 0) & (raw < box.limit)).nonzero().flatten()
         if len(free):
             inner = gram[free][:, free]
-            right = off[free] + (inner @ direction[free]) + weight * direction[free]
+            right = gradient[free] + (inner @ direction[free]) + weight * direction[free]
             inner.diagonal().add_(weight)
-            direction[free] = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(inner))[
-                :, 0
-            ]
-        z = z + _line_search(box, centre, weight, z, given, direction) * direction
+            factor = torch.linalg.cholesky(inner)
+            direction[free] = torch.cholesky_solve(right[:, None], factor)[:, 0]
+        z = z + _line_search(box, centre, weight, z, product, direction) * direction
     return box.project(centre + (box.required - gram @ z) / weight), max_steps
 
 
 def _line_search(
-    box: _Box, centre: Tensor, weight: float, z: Tensor, given: Tensor, direction: Tensor
+    box: _Box, centre: Tensor, weight: float, z: Tensor, product: Tensor, direction: Tensor
 ) -> float:
-    """Finds the step length in [0, 1] at which the slope along `direction` is 0. The slope never
-    falls on the way.
+    """Finds the step length in [0, 1] at which the slope along `direction` is 0.
+
+    The slope never falls on the way. `product` is K z.
     """
     along = box.gram @ direction
 
     def slope(t: float) -> float:
-        a = box.project(centre + (box.required - given - t * along) / weight)
+        a = box.project(centre + (box.required - product - t * along) / weight)
         return float(along @ (z + t * direction - a))
 
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     if slope(high) <= 0:
         return high
     while high - low > 1e-3 * high and high > 1e-9:
         middle = (low + high) / 2
-        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+        if slope(middle) > 0:
+            high = middle
+        else:
+            low = middle
     return (low + high) / 2
 
 
-RELATIVE_JITTER = 1e-9  # share of the diagonal's mean, added to the diagonal: equal rows then have unique multipliers
+# Share of the diagonal's mean, added to the diagonal: equal rows then have unique multipliers.
+RELATIVE_JITTER = 1e-9
 MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
 RESIDUAL_TOLERANCE = 1e-6  # relative to the largest of `required`
 
@@ -249,35 +260,32 @@ RESIDUAL_TOLERANCE = 1e-6  # relative to the largest of `required`
 def solve_batch(
     gram: Tensor, required: Tensor, values: Tensor, max_value: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the multipliers, `T x m`, each dual's value, `T`, and a mask, `T` bool, False where
-    steps ran out.
+    """Solves the duals of `T` small programmes.
+
+    Returns:
+        the multipliers, `T x m`, each dual's value, `T`, and a mask, `T` bool, False where steps
+        ran out.
     """
     if not required.numel():
         return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
-    jitter = RELATIVE_JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(
-        torch.finfo(gram.dtype).tiny
-    )
-    gram = gram + torch.diag_embed(jitter[:, None].expand_as(required))
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
+    jitter = (RELATIVE_JITTER * mean)[:, None]
+    gram = gram + torch.diag_embed(jitter.expand_as(required))
     bounded = gram + (0.5 / max_value) * required[:, :, None] * required[:, None, :]
-    small = RESIDUAL_TOLERANCE * required.abs().amax(1, keepdim=True)
+    small = RESIDUAL_TOLERANCE * required.abs().amax(1)
     values = _best_multiple(values, bounded, required)
     binding = values > 0
-    converged, going = ~binding.any(1), torch.arange(len(gram))
+    converged = ~binding.any(1)
+    going = torch.arange(len(gram))
     for _ in range(MAX_EXCHANGES):
-        g, h, b, u, some = (
-            gram[going],
-            bounded[going],
-            required[going],
-            values[going],
-            binding[going],
-        )
-        lacking = torch.where(some, -torch.inf, b - _times(h, u))
+        g, h, b, u, active = (x[going] for x in (gram, bounded, required, values, binding))
+        lacking = torch.where(active, -torch.inf, b - _times(h, u))
         most, new = lacking.max(1)
-        enters = converged[going] & (most > small[going, 0])
+        enters = converged[going] & (most > small[going])
         over = converged[going] & ~enters
-        some[enters, new[enters]] = True
-        goal = _solve_equalities(h, b, some)
-        bad = some & (goal <= 0)
+        active[enters, new[enters]] = True
+        goal = _solve_equalities(h, b, active)
+        bad = active & (goal <= 0)
         ratio = torch.where(bad, u / (u - goal).clamp_min(torch.finfo(u.dtype).tiny), torch.inf)
         length = ratio.amin(1, keepdim=True).clamp_max(1.0)
         leaves = bad & (ratio <= length)
@@ -285,7 +293,7 @@ def solve_batch(
         # By rounding, a row may be added and dropped at once. Such a programme stops.
         over |= ~next_u.isfinite().all(1) | (enters & (length[:, 0] <= 0))
         values[going] = torch.where(over[:, None], u, next_u)
-        binding[going] = some & ~leaves
+        binding[going] = active & ~leaves
         converged[going] = ~bad.any(1)
         over |= _value(g, b, _best_multiple(values[going], g, b)) > max_value
         going = going[~over]
@@ -298,29 +306,25 @@ def solve_batch(
 
 
 def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor:
-    """Returns multipliers that make the binding rows equalities, or NaN if no multipliers do. Other
-    rows get 0.
-    """
+    """Returns multipliers that make the binding rows equalities, or NaN. Other rows get 0."""
     width = max(1, int(binding.sum(1).amax()))
-    at = binding.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-    some = binding.gather(1, at)
-    block = gram.gather(1, at[:, :, None].expand(-1, -1, gram.shape[2])).gather(
-        2, at[:, None].expand(-1, width, -1)
-    )
-    block = torch.where(
-        some[:, :, None] & some[:, None, :], block, torch.diag_embed((~some).to(gram.dtype))
-    )
+    rows = binding.long().argsort(dim=1, descending=True, stable=True)[:, :width]
+    is_binding = binding.gather(1, rows)
+    block = gram.gather(1, rows[:, :, None].expand(-1, -1, gram.shape[2]))
+    block = block.gather(2, rows[:, None].expand(-1, width, -1))
+    identity = torch.diag_embed((~is_binding).to(gram.dtype))
+    block = torch.where(is_binding[:, :, None] & is_binding[:, None, :], block, identity)
     factor, failed = torch.linalg.cholesky_ex(block)
-    found = torch.cholesky_solve(
-        torch.where(some, required.gather(1, at), 0.0)[:, :, None], factor
-    )[:, :, 0]
-    found = torch.where((failed > 0)[:, None], torch.nan, found)
-    return torch.zeros_like(required).scatter(1, at, torch.where(some, found, 0.0))
+    right = torch.where(is_binding, required.gather(1, rows), 0.0)
+    solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
+    solved = torch.where((failed > 0)[:, None], torch.nan, solved)
+    return torch.zeros_like(required).scatter(1, rows, torch.where(is_binding, solved, 0.0))
 
 
 def _best_multiple(values: Tensor, gram: Tensor, required: Tensor) -> Tensor:
     """Scales the multipliers of each programme so that the value of its dual is largest."""
-    rise, curve = (required * values).sum(1), (values * _times(gram, values)).sum(1)
+    rise = (required * values).sum(1)
+    curve = (values * _times(gram, values)).sum(1)
     return values * (rise.clamp_min(0) / curve.clamp_min(torch.finfo(gram.dtype).tiny))[:, None]
 
 
