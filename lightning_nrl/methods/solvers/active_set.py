@@ -1,6 +1,4 @@
-"""An active-set method on margins: steps on the samples near the decision boundary, whose
-constraints
-may bind.
+"""An active-set method on margins: steps on the samples whose constraints may bind.
 
 Every known passed sample is a constraint: its margin must stay above 0. Samples near the boundary
 form the working set. The nearest of these samples are active: steps descend the hinge loss of each,
@@ -37,35 +35,33 @@ from lightning_nrl.methods.solvers.teacher import DISTILLATION_WEIGHT, Teacher
 # The margins below are for data whose passed samples have this median margin. They scale with the
 # median of the data.
 REFERENCE_MARGIN = 8.0
-SAFETY_MARGIN = 1e-3  # below it a passed sample counts as broken, so that another batch size or device does not flip it
-HINGE_MARGIN, HINGE_MARGIN_RATIO = (
-    0.3,
-    0.5,
-)  # passed samples are pushed to half of their margin, at most 0.3
+# Below it a passed sample counts as broken, so that another batch size or device does not flip it.
+SAFETY_MARGIN = 1e-3
+# Passed samples are pushed to half of their margin, at most 0.3.
+HINGE_MARGIN = 0.3
+HINGE_MARGIN_RATIO = 0.5
 HINGE_OVER_REQUIRED = 1.2  # at least this multiple of the required margin
 TARGET_HINGE_MARGIN = 0.1  # targets are pushed up to this; more would break passed samples
 REACHABLE_MARGIN = 0.3  # failing targets this close to the boundary are pushed too
-ACTIVE_MARGIN, WORKING_SET_MARGIN = (
-    1.0,
-    2.0,
-)  # below the first a sample is active, below the second it is in the set
+# Below the first a sample is active, below the second it is in the working set.
+ACTIVE_MARGIN = 1.0
+WORKING_SET_MARGIN = 2.0
 MAX_REHEARSED = 8 * BATCH_SIZE  # passed samples drawn at random that hold the model in place
 MAX_WORKING_SET = 64 * BATCH_SIZE  # keeps rounds short on large data
 POLISH_RATE = 5e-5  # of Adam; small, since each step moves unmeasured samples too
 # Factors of the rate: per broken sample, or per violated sample while targets are enforced. Small
 # steps do not reach hundreds of samples, and few samples are not worth large steps.
-RATE_PER_BROKEN_SAMPLE, RATE_PER_VIOLATED_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
+RATE_PER_BROKEN_SAMPLE = 1 / 2
+RATE_PER_VIOLATED_TARGET = 1 / 8
+MAX_RATE_FACTOR = 20.0
 MAX_VIOLATED_TO_MEASURE = 32  # if there are more, the margins measured during the steps suffice
 MIN_STEPS_PER_ROUND = 8  # a round repeats its samples if they are few
-MULTIPLIER_GROWTH, MAX_MULTIPLIER = (
-    1.4,
-    1e3,
-)  # of a violated sample, per round; half precision ends at some 60,000
+MULTIPLIER_GROWTH = 1.4  # of a violated sample, per round
+MAX_MULTIPLIER = 1e3  # half precision ends at some 60,000
 
 
 class ActiveSet:
-    """The last measured margin of each known sample, and the working set: samples near the decision
-    boundary.
+    """The last measured margin of each known sample, and the working set near the boundary.
 
     A margin is NaN if the loss of its sample is not finite. If the weights `state` get a sample
     right, steps keep its logits close to its logits under `state`. If `state` breaks a sample,
@@ -84,8 +80,9 @@ class ActiveSet:
         holds_repairs: bool = True,
     ) -> None:
         before = problem.before
+        self.problem = problem
+        self.enforced = enforced
         self._held = torch.full_like(before.passed, holds_repairs)
-        self.problem, self.enforced = problem, enforced
         self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
@@ -98,8 +95,9 @@ class ActiveSet:
         # Steps end at the hinge, which must exceed the required margin.
         self._hinge = hinge.maximum(HINGE_OVER_REQUIRED * self._required.nan_to_num(0.0))
         weight = before.weight.float()
-        self._weight = torch.where(before.passed, 1.0, weight.clamp(max=MAX_SAMPLE_WEIGHT))
-        self.multiplier = torch.where(before.passed, weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)
+        capped = weight.clamp(max=MAX_SAMPLE_WEIGHT)
+        self._weight = torch.where(before.passed, 1.0, capped)
+        self.multiplier = torch.where(before.passed, capped, 1.0)
         # Heavier failing targets are attempted from further away.
         reach = torch.where(before.targeted, weight.clamp(1, MAX_SAMPLE_WEIGHT), 1.0)
         self._reachable = -self._unit * REACHABLE_MARGIN * reach
@@ -109,15 +107,11 @@ class ActiveSet:
         self.margin = _margins(after)
         self.working = self._close()
         far = (before.passed & ~self.working).nonzero().flatten()
-        self.working[far[torch.randperm(len(far), generator=self._generator)[:MAX_REHEARSED]]] = (
-            True
-        )
+        self.working[self._drawn(far, MAX_REHEARSED)] = True
 
     @property
     def broken(self) -> Tensor:
-        """`N` bool, passed samples whose margin is NaN or so small that rounding could make them
-        fail.
-        """
+        """`N` bool, passed samples whose margin is NaN or so small that rounding may fail them."""
         return self.problem.before.passed & ~(self.margin >= self._required)
 
     @property
@@ -127,52 +121,42 @@ class ActiveSet:
 
     @property
     def infeasible(self) -> Tensor:
-        """`N` bool, broken samples without a finite loss. No step restores them; their gradients
-        spoil all steps.
+        """`N` bool, broken samples without a finite loss.
+
+        No step restores them, and their gradients spoil all steps.
         """
         return self.broken & self.margin.isnan()
 
     def update(self, after: SampleResults) -> None:
-        """Takes the margins of all known samples from `after`. Samples near the boundary join the
-        working set.
-        """
+        """Takes all margins from `after`; samples near the boundary join the working set."""
         self.margin = _margins(after)
         self.working |= self._close()
 
     def breaks(self, state: State, rows: Tensor) -> bool:
-        """True if `state` breaks any passed sample in `rows`. Stores the margins measured in these
-        rows.
-        """
+        """True if `state` breaks a passed sample in `rows`, whose margins it measures."""
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
     def round(self, descent: Descent) -> float:
-        """Makes a round of steps on the working set and updates margins. Returns the visits (passes
-        of one sample).
+        """Makes a round of steps on the working set and updates margins.
+
+        Returns:
+            the visits (passes of one sample).
         """
         before = self.problem.before
         self.multiplier[self.violated] *= MULTIPLIER_GROWTH
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
         near = self.margin < self._unit * ACTIVE_MARGIN
-        attempted = (
-            ~before.passed
-            & (self.margin.abs() < self._unit * ACTIVE_MARGIN)
-            & (self.margin > self._reachable)
-        )
-        attempted = (attempted & self._held) | (self.enforced & near)
+        attempted = self._attempted(near)
         is_active = self.working & ((before.passed & near) | attempted)
-        active, others = (
-            is_active.nonzero().flatten(),
-            (self.working & ~is_active).nonzero().flatten(),
-        )
-        rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
-        weight = self._weight * torch.where(
-            before.passed | self.enforced, self.multiplier, attempted.float()
-        )
+        active = is_active.nonzero().flatten()
+        inactive = (self.working & ~is_active).nonzero().flatten()
+        rehearsed = self._drawn(inactive, len(active))
+        is_pushed = before.passed | self.enforced
+        weight = self._weight * torch.where(is_pushed, self.multiplier, attempted.float())
         # One transfer to the device per round.
-        table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1).to(
-            self.problem.device
-        )
+        table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1)
+        table = table.to(self.problem.device)
         measured: list[tuple[Tensor, Tensor]] = []
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
@@ -182,15 +166,10 @@ class ActiveSet:
             measured.append((rows, margin.detach()))
             taught = self._teacher(batch, rows, output.shape)
             divergence = self.problem.evaluator.task.divergence(output, taught, batch.target)
-            return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (
-                is_taught * divergence
-            ).sum()
+            pushing = (weight * F.relu(hinge - margin)).sum()
+            return pushing + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
-        n_violated = int(self.violated.sum())
-        factor = (
-            RATE_PER_VIOLATED_TARGET if self.enforced.any() else RATE_PER_BROKEN_SAMPLE
-        ) * n_violated
-        rate = POLISH_RATE * min(max(1.0, factor), MAX_RATE_FACTOR)
+        rate = self._rate()
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)
         batches = shuffled_batches(rows, self._generator)
@@ -201,39 +180,48 @@ class ActiveSet:
             descent.step(parts, loss, rate=rate)
         self.margin = merge_measurements(self.problem, self.margin, measured)
         if not self.enforced.any() or int(self.violated.sum()) <= MAX_VIOLATED_TO_MEASURE:
-            self.margin = merge_measurements(
-                self.problem, self.margin, self._measure(descent.state(), active)
-            )
+            measured = self._measure(descent.state(), active)
+            self.margin = merge_measurements(self.problem, self.margin, measured)
             visits += len(active)
         return visits
 
+    def _attempted(self, near: Tensor) -> Tensor:
+        """Marks the failing samples to push: reachable ones, and enforced ones."""
+        is_close = self.margin.abs() < self._unit * ACTIVE_MARGIN
+        reachable = ~self.problem.before.passed & is_close & (self.margin > self._reachable)
+        return (reachable & self._held) | (self.enforced & near)
+
+    def _rate(self) -> float:
+        factor = RATE_PER_VIOLATED_TARGET if self.enforced.any() else RATE_PER_BROKEN_SAMPLE
+        return POLISH_RATE * min(max(1.0, factor * int(self.violated.sum())), MAX_RATE_FACTOR)
+
+    def _drawn(self, rows: Tensor, most: int) -> Tensor:
+        return rows[torch.randperm(len(rows), generator=self._generator)[:most]]
+
     def _close(self) -> Tensor:
-        before, margin = self.problem.before, self.margin
+        """Marks enforced targets and the samples nearest to the boundary."""
+        before = self.problem.before
+        margin = self.margin
         repaired = (self._right | before.targeted) & ~before.passed & (margin > self._reachable)
-        close = (
-            (before.passed | repaired)
-            & self.problem.used
-            & (margin < self._unit * WORKING_SET_MARGIN)
-        )
-        rows = close.nonzero().flatten()
-        nearest = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[
-            :MAX_WORKING_SET
-        ]
-        chosen = self.enforced.clone()
-        chosen[rows[nearest]] = True
-        return chosen
+        is_near = margin < self._unit * WORKING_SET_MARGIN
+        rows = ((before.passed | repaired) & self.problem.used & is_near).nonzero().flatten()
+        distance = torch.where(before.passed, margin, margin.abs())[rows]
+        nearest = distance.argsort(stable=True)[:MAX_WORKING_SET]
+        close = self.enforced.clone()
+        close[rows[nearest]] = True
+        return close
 
     @torch.no_grad()
     def _measure(self, state: State, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        problem, measured = self.problem, []
-        with temporary_weights(problem.model, state):
-            for parts in load_batches(problem, rows.split(BATCH_SIZE) if len(rows) else ()):
+        evaluator = self.problem.evaluator
+        measured = []
+        with temporary_weights(self.problem.model, state):
+            for parts in load_batches(self.problem, rows.split(BATCH_SIZE)):
                 for batch, places in parts:
-                    output = problem.evaluator.output(batch)
-                    is_finite = problem.evaluator.task.loss(output, batch.target).isfinite()
-                    measured.append(
-                        (places, torch.where(is_finite, self._margin(output, batch), torch.nan))
-                    )
+                    output = evaluator.output(batch)
+                    is_finite = evaluator.task.loss(output, batch.target).isfinite()
+                    margin = torch.where(is_finite, self._margin(output, batch), torch.nan)
+                    measured.append((places, margin))
         return measured
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:
@@ -243,9 +231,7 @@ class ActiveSet:
 
 
 def _margins(after: SampleResults) -> Tensor:
-    """Returns the margins. A margin is NaN if the loss is not finite, and below 0 if the sample
-    fails on a tie.
-    """
+    """Returns the margins: NaN if the loss is not finite, below 0 if the sample fails on a tie."""
     margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
     return torch.where(after.loss.isfinite(), margin, torch.nan)
 
@@ -259,32 +245,32 @@ class TargetSchedule:
     """
 
     def __init__(self, problem: Problem, wanted: Tensor) -> None:
+        self.wanted = wanted
+        self.enforced = wanted.clone()
         self._weight = problem.before.weight
-        self.wanted, self.enforced = wanted, wanted.clone()
-        self._rounds, self._max_rounds, self._until = 0, FIRST_ENFORCING_ROUNDS, Deadline()
+        self._rounds = 0
+        self._max_rounds = FIRST_ENFORCING_ROUNDS
+        self._until = Deadline()
 
     @property
     def enforces_all(self) -> bool:
         return torch.equal(self.enforced, self.wanted)
 
     def begin(self, deadline: Deadline) -> None:
-        self._rounds, self._until = (
-            0,
-            deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left),
-        )
+        self._rounds = 0
+        self._until = deadline.within(ENFORCING_TIME_FRACTION * deadline.seconds_left)
 
     def enforce_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
-        """Enforces all targets in `wanted` again, for at most twice as many rounds as the last
-        time.
-        """
+        """Enforces all targets in `wanted` again, for at most twice as many rounds as before."""
         self.enforced |= self.wanted
         active_set.working |= self.wanted
         self._max_rounds *= 2
         self.begin(deadline)
 
     def before_round(self, active_set: ActiveSet) -> None:
-        """Counts a round. Under a deadline, wrong targets leave `enforced` when rounds or time for
-        them are used up.
+        """Counts a round.
+
+        Under a deadline, wrong targets leave `enforced` when rounds or time for them are used up.
         """
         is_limited = self._until.is_set and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
@@ -292,17 +278,16 @@ class TargetSchedule:
         self._rounds += 1
 
     def give_up(self, active_set: ActiveSet) -> None:
-        """Gives up the wrong enforced targets whose sample weight is at most the median of these
-        targets.
+        """Gives up the wrong enforced targets whose sample weight is at most their median.
 
         If no enforced target is wrong, the targets that were wrong in the most rounds take the
         place of wrong ones.
         """
-        weight, multiplier = self._weight, active_set.multiplier
+        multiplier = active_set.multiplier
         late = self.enforced & active_set.violated
         if not late.any() and self.enforced.any():
             late = self.enforced & (multiplier >= multiplier[self.enforced].max())
         if late.any():
-            given_up = late & (weight <= weight[late].median())
+            given_up = late & (self._weight <= self._weight[late].median())
             self.enforced &= ~given_up
             self.wanted &= ~given_up

@@ -216,7 +216,7 @@ class _PairProgramme:
         self.change = head.root.new_zeros(head.n_classes, head.n_features)
 
     def begin(self, price: float) -> None:
-        """Sets the price of missing margin; drops constraints that did not bind at the last price."""
+        """Sets the price of missing margin; drops constraints that did not bind at the last one."""
         self.price = price
         binding = self._multipliers > 0
         self._codes = self._codes[binding]
