@@ -1,6 +1,4 @@
-"""Polish: small steps near the decision boundary until new weights break no sample that the
-original
-weights get right.
+"""Polish: small steps near the decision boundary until new weights break no passed sample.
 
 New weights repair much and break a little. The broken samples lie near the boundary; steps on
 samples near it restore them and keep what is repaired. The result is the best iterate that breaks
@@ -16,10 +14,10 @@ original weights and **gives up** wrong targets of small sample weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,19 +45,18 @@ from lightning_nrl.records.steps import CUT, Step
 
 NEEDS: tuple[Need, ...] = ("margins",)
 RETREAT_FACTOR = 0.9  # part of the way from the original weights that a retreat keeps
-HOLDING_STARTS = (
-    3  # starts that hold repairs; each retreat starts anew, and later starts may lose repairs
-)
+# Starts that hold repairs; each retreat starts anew, and later starts may lose repairs.
+HOLDING_STARTS = 3
 BISECTIONS = 6  # of the way back, on samples known to be broken
-MAX_COUNTS = (
-    6  # evaluations of all known samples on the way back; each may reveal more broken samples
-)
+# Evaluations of all known samples on the way back; each may reveal more broken samples.
+MAX_COUNTS = 6
 
 
 @dataclass(frozen=True)
 class PolishResult(Proposal):
-    """Polished weights. `state` has all tensors of the initial state and, after steps, those of
-    `Problem.scope`.
+    """Polished weights.
+
+    `state` has all tensors of the initial state and, after steps, those of `Problem.scope`.
     """
 
     rounds: int = 0
@@ -69,9 +66,12 @@ class PolishResult(Proposal):
 
     @property
     def note(self) -> str:
-        back = f"then scaled back to {self.strength:.0%} of the change" if self.strength < 1 else ""
-        rounds = f"{self.rounds} round{'' if self.rounds == 1 else 's'}"
-        return ", ".join(part for part in (rounds, self.stopped, back) if part)
+        note = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
+        if self.stopped:
+            note += f", {self.stopped}"
+        if self.strength < 1:
+            note += f", then scaled back to {self.strength:.0%} of the change"
+        return note
 
 
 def polish(
@@ -83,8 +83,7 @@ def polish(
     after: SampleResults | None = None,
     enforce: bool = False,
 ) -> PolishResult:
-    """Makes small steps from `state` until no more known passed samples are broken than the gate
-    allows.
+    """Makes small steps from `state` until no more passed samples break than the gate allows.
 
     If steps do not suffice, the weights move back toward the original weights until this holds.
     Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter, only
@@ -96,7 +95,10 @@ def polish(
     scope, and at most 256 MiB for the logits of the working set.
     """
     check_needs(NEEDS, problem.before, problem.evaluator.task)
-    work = partial(_polish, problem, state, deadline or Deadline(), masks, after, enforce)
+
+    def work() -> PolishResult:
+        return _Polish(problem, state, deadline or Deadline(), masks, after, enforce).result()
+
     return problem.work.once("polish", work, PolishResult)
 
 
@@ -108,9 +110,7 @@ def polished(
     deadline: Deadline | None = None,
     enforce: bool = False,
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
-    """Returns the polished proposal, its step in the report, and the counts of each evaluation of
-    all
-    known data.
+    """Returns the polished proposal, its step in the report, and the counts of each evaluation.
 
     If `steered`, targets of slices that miss their quota weigh more. `deadline` defaults to
     `deadline_of_method()`.
@@ -119,22 +119,17 @@ def polished(
     with clock.stage("polish"):
         began = clock.elapsed
         aim = problem.steered(start.after) if steered else problem
-        end = problem.deadline_of_method() if deadline is None else deadline
-        found = polish(aim, start.state, deadline=end, after=start.after, enforce=enforce)
-    proposal = problem.counted("polish", found.state, found.after)
-    return proposal, proposal.step(clock.elapsed - began, found.note), found.course
+        if deadline is None:
+            deadline = problem.deadline_of_method()
+        result = polish(aim, start.state, deadline=deadline, after=start.after, enforce=enforce)
+    proposal = problem.counted("polish", result.state, result.after)
+    return proposal, proposal.step(clock.elapsed - began, result.note), result.course
 
 
-Phase = Callable[[], Any]  # a method of `_Polish` that returns the next phase, or None at the end
+class Phase(Protocol):
+    """A method of `_Polish` that returns the next phase, or None at the end."""
 
-
-def _polish(*arguments: Any) -> PolishResult:
-    run = _Polish(*arguments)
-    phase: Phase | None = run.start
-    while phase is not None:
-        phase = phase()
-    assert run.best is not None
-    return replace(run.best, course=tuple(run.course), stopped=run.stopped)
+    def __call__(self) -> Phase | None: ...
 
 
 class _Polish:
@@ -153,30 +148,42 @@ class _Polish:
         after: SampleResults | None,
         enforce: bool,
     ) -> None:
-        self.problem, self.state, self.masks = problem, state, masks
+        self.problem = problem
+        self.state = state
+        self.masks = masks
         self.best: PolishResult | None = None
         self.course: list[TargetCounts] = []
         self.rounds = self.retreats = self._rounds_left = 0
         self._fewest_violated = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
         # There is no training before a polish that enforces targets, so it has a minimum budget.
-        self._budget = max(problem.visits, FORWARD_BACKWARD * SMALL_BUDGET if enforce else 0.0)
+        self._budget = problem.visits
+        if enforce:
+            self._budget = max(self._budget, FORWARD_BACKWARD * SMALL_BUDGET)
         self.stopped = ""
-        self._deadline, self._one_pass = deadline, problem.clock.one_pass
+        self._deadline = deadline
+        self._one_pass = problem.clock.one_pass
         self.after = self._count(state) if after is None else after
-        self.targets = TargetSchedule(
-            problem, problem.before.targeted & enforce & self.after.loss.isfinite()
-        )
+        pushed = problem.before.targeted & enforce & self.after.loss.isfinite()
+        self.targets = TargetSchedule(problem, pushed)
         self.targets.begin(self._end_of_rounds)
         self._n_first = 0  # violated samples at the first start
 
+    def result(self) -> PolishResult:
+        phase: Phase | None = self.start
+        while phase is not None:
+            phase = phase()
+        assert self.best is not None
+        return replace(self.best, course=tuple(self.course), stopped=self.stopped)
+
     def start(self) -> Phase | None:
-        """Starts steps at `state`: the given weights, or the weights after a retreat. Returns the
-        next phase.
-        """
-        holds = self.retreats < HOLDING_STARTS
+        """Starts steps at `state`: the given weights, or the weights after a retreat."""
         self.active_set = ActiveSet(
-            self.problem, self.state, self.after, self.targets.enforced, holds_repairs=holds
+            self.problem,
+            self.state,
+            self.after,
+            self.targets.enforced,
+            holds_repairs=self.retreats < HOLDING_STARTS,
         )
         self._n_first = self._n_first or int(self.active_set.violated.sum())
         if self._is_satisfied(self.active_set.violated):
@@ -186,9 +193,8 @@ class _Polish:
             self.targets.enforce_again(self.active_set, self._end_of_rounds)
         if self.active_set.infeasible.any():
             return self._scale_back
-        self.descent = Descent(
-            self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks
-        )
+        optimizer = partial(torch.optim.Adam, lr=POLISH_RATE)
+        self.descent = Descent(self.problem, self.state, optimizer, self.masks)
         self._renew_rounds()
         return self._step
 
@@ -205,20 +211,18 @@ class _Polish:
         total = max(self._n_first, n_violated)
         self.problem.clock.tell(total - n_violated, total, broken=int(self.active_set.broken.sum()))
         if n_violated < self._fewest_ever:
-            self._fewest_ever, self._visits_at_low = n_violated, self._visits
+            self._fewest_ever = n_violated
+            self._visits_at_low = self._visits
         if n_violated < self._fewest_violated:
+            self._fewest_violated = n_violated
             most = max(self._rounds_left, MAX_ROUNDS - self.rounds)
-            self._rounds_left, self._fewest_violated = min(MAX_STALLED_ROUNDS, most), n_violated
-        return (
-            self._verify
-            if self._is_satisfied(is_violated & self.active_set.working)
-            else self._after_round()
-        )
+            self._rounds_left = min(MAX_STALLED_ROUNDS, most)
+        if self._is_satisfied(is_violated & self.active_set.working):
+            return self._verify
+        return self._after_round()
 
     def _verify(self) -> Phase | None:
-        """Evaluates all known samples and updates the working set. Keeps the weights if no sample
-        is violated.
-        """
+        """Evaluates all known samples; keeps the weights if no sample is violated."""
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
@@ -231,9 +235,9 @@ class _Polish:
 
     def _after_round(self) -> Phase:
         if self._end_of_rounds.is_over() or self._visits > POLISH_SHARE:
-            self.stopped = (
-                CUT if self._end_of_rounds.is_over() else "stopped at its limit of forward passes"
-            )
+            self.stopped = "stopped at its limit of forward passes"
+            if self._end_of_rounds.is_over():
+                self.stopped = CUT
             return self._stop_steps()
         if self.best is not None and self._visits - self._visits_at_low > STALLED_POLISH_SHARE:
             self.stopped = "stopped without progress"
@@ -251,10 +255,8 @@ class _Polish:
         are still wrong.
         """
         state = self.descent.state()
-        if (
-            self.targets.enforced.any()
-            and not (self.active_set.broken & self.active_set.working).any()
-        ):
+        broken = self.active_set.broken & self.active_set.working
+        if self.targets.enforced.any() and not broken.any():
             self.after = self._count(state)
             self.active_set.update(self.after)
             if not self.active_set.broken.any():
@@ -275,29 +277,35 @@ class _Polish:
         samples for the next bisection. Ends at the original weights after `MAX_COUNTS` evaluations,
         or if time runs out after the first.
         """
-        problem, active_set = self.problem, self.active_set
-        original, strength = snapshot(problem.model), 1.0
-        rows = active_set.broken.nonzero().flatten()
+        original = snapshot(self.problem.model)
+        strength = 1.0
+        rows = self.active_set.broken.nonzero().flatten()
         for counts in range(MAX_COUNTS):
-            low, high = 0.0, strength
-            for _ in range(BISECTIONS if len(rows) else 0):
-                middle = (low + high) / 2
-                if active_set.breaks(between(original, self.state, middle), rows):
-                    high = middle
-                else:
-                    low = middle
-            strength = low if len(rows) else high
+            if len(rows):
+                strength = self._largest_strength(original, rows, strength)
             if not strength or (counts and self._deadline.is_over()):
                 break
             scaled = between(original, self.state, strength)
-            self.after = problem.evaluate(scaled)
-            active_set.update(self.after)
-            if self._is_satisfied(active_set.broken):
-                self._take(scaled, strength)
+            self.after = self.problem.evaluate(scaled)
+            self.active_set.update(self.after)
+            if self._is_satisfied(self.active_set.broken):
+                self._keep(scaled, strength)
                 return
-            rows = torch.cat([rows, active_set.broken.nonzero().flatten()]).unique()
-        self.after = problem.before
-        self._take(between(original, self.state, 0.0), 0.0)
+            rows = torch.cat([rows, self.active_set.broken.nonzero().flatten()]).unique()
+        self.after = self.problem.before
+        self._keep(between(original, self.state, 0.0), 0.0)
+
+    def _largest_strength(self, original: State, rows: Tensor, most: float) -> float:
+        """Bisects for the largest part of the change, below `most`, that breaks none of `rows`."""
+        low = 0.0
+        high = most
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            if self.active_set.breaks(between(original, self.state, middle), rows):
+                high = middle
+            else:
+                low = middle
+        return low
 
     @property
     def _end_of_rounds(self) -> Deadline:
@@ -308,24 +316,20 @@ class _Polish:
         return self._deadline.is_set and not self.targets.enforces_all
 
     def _is_satisfied(self, is_violated: Tensor) -> bool:
-        """True if the gate allows the violated samples, `N` bool, and no enforced target is among
-        them.
-        """
+        """True if the gate allows the violated samples, `N` bool, without enforced targets."""
         broken = is_violated & self.problem.before.passed
         if not broken.any() or (is_violated & ~broken).any():
             return not is_violated.any()
         return not self.problem.excess(self.after, broken)
 
     def _renew_rounds(self) -> None:
-        self._rounds_left, self._fewest_violated = MAX_STALLED_ROUNDS, math.inf
+        self._rounds_left = MAX_STALLED_ROUNDS
+        self._fewest_violated = math.inf
 
-    def _keep(self, state: State) -> bool:
-        return self._take(state, RETREAT_FACTOR**self.retreats)
-
-    def _take(self, state: State, strength: float) -> bool:
-        """Keeps `state`, whose results are in `after`, if it is worth more than `best`; returns
-        True if it is kept.
-        """
+    def _keep(self, state: State, strength: float | None = None) -> bool:
+        """Keeps `state`, whose results are in `after`, and returns True if it beats `best`."""
+        if strength is None:
+            strength = RETREAT_FACTOR**self.retreats
         proposal = self.problem.counted("polish", state, self.after)
         is_better = self.best is None or proposal.value > self.best.value
         if is_better:
