@@ -1,5 +1,4 @@
-"""Tools that know nothing of repairs: ranks, precision, weights as tensors, time, files, JSON,
-registries.
+"""Tools that know nothing of repairs: ranks, precision, tensors, time, files, JSON, registries.
 
 In: modules, tensors and plain values. Out: modules, tensors, plain values and files.
 """

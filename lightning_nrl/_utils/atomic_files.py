@@ -12,10 +12,8 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-UNFINISHED, EARLIER = (
-    ".unfinished-",
-    "earlier-",
-)  # prefixes of the staging folder, and of files of an earlier run
+UNFINISHED = ".unfinished-"  # prefix of the staging folder
+EARLIER = "earlier-"  # prefix of files of an earlier run
 STALE_SECONDS = 24 * 3600.0  # age at which files left by a killed process are removed
 
 
@@ -38,19 +36,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def remove_stale(folder: Path, *patterns: str) -> None:
-    """Removes files and folders in `folder` that match a pattern and are older than
-    `STALE_SECONDS`.
-    """
+    """Removes files and folders that match a pattern and are older than `STALE_SECONDS`."""
     for pattern in patterns:
-        for left in folder.glob(pattern):
+        for path in folder.glob(pattern):
             with suppress(OSError):  # the file may belong to another user
-                if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    _remove(path)
 
 
 class StagedFiles:
-    """Files that are first written to a hidden subfolder (staged), and then moved to `folder`
-    together.
+    """Files that are first staged in a hidden subfolder, and then moved to `folder` together.
 
     `names` are all files that a run may write; `marks` are some of these files, such as the report.
     `commit` removes the marks of an earlier run first and moves new marks last. So a folder with a
@@ -95,9 +90,7 @@ class StagedFiles:
         return self._stage is not None and (self._stage / name).exists()
 
     def commit(self, there: Container[str] = ()) -> list[Path]:
-        """Moves the staged files to the folder. If it renames files of an earlier run, returns
-        their
-        new paths.
+        """Moves the staged files to the folder; returns new paths of renamed files of earlier runs.
 
         Marks of an earlier run are removed. Another file of that run is replaced if a file of the
         same name is staged. Otherwise it gets the prefix `earlier-`, since it may be the only copy

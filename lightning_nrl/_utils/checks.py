@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sized
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,46 +14,42 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
 
+T = TypeVar("T")
 Kind = Literal["bool", "number", "whole number from 0"]
 
 
-def as_tensor(value: Any) -> Any:
-    """Converts an array or a list of numbers or bools to a tensor; returns other values unchanged."""
+def as_tensor(value: T) -> T | Tensor:
+    """Converts an array or a list of numbers or bools to a tensor; returns other values as is."""
     if isinstance(value, Tensor):
         return value
     try:
         array = np.asarray(value)
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-    ):  # ragged lists, or tensors on a GPU or with gradients
-        return value
+    except (ValueError, TypeError, RuntimeError):
+        return value  # ragged lists, or tensors on a GPU or with gradients
     if array.shape == (0,) and isinstance(value, (list, tuple)):
         return torch.zeros(0, dtype=torch.bool)
     return torch.as_tensor(array) if array.dtype.kind in "biuf" else value
 
 
 def check_per_sample(
-    what: str,
-    value: Any,
+    source: str,
+    value: object,
     n: int,
     kind: Kind = "number",
     error: type[ConfigurationError] = ConfigurationError,
     *,
     tensors_only: bool = False,
 ) -> Tensor:
-    """Returns `value` as a tensor of shape `n`, one entry per sample; refuses other shapes and
-    kinds.
+    """Returns `value` as a tensor with one entry per sample, `n`; refuses other shapes and kinds.
 
-    A shape such as `n x 1` would be broadcast silently. Bools count as numbers. `what` names, in
+    A shape such as `n x 1` would be broadcast silently. Bools count as numbers. `source` names, in
     the message, the function that returned the value.
     """
-    found = value if tensors_only else as_tensor(value)
-    if isinstance(found, Tensor) and found.shape == (n,) and _is_kind(found, kind):
-        return found
+    tensor = value if tensors_only else as_tensor(value)
+    if isinstance(tensor, Tensor) and tensor.shape == (n,) and _is_kind(tensor, kind):
+        return tensor
     hint = f"return one {kind} per sample, in the shape [{n}]."
-    raise error(f"{what} returned {described(value)} for a batch of {n} samples.", hint)
+    raise error(f"{source} returned {described(value)} for a batch of {n} samples.", hint)
 
 
 def _is_kind(value: Tensor, kind: Kind) -> bool:
@@ -64,13 +61,12 @@ def _is_kind(value: Tensor, kind: Kind) -> bool:
     return whole and not bool((value < 0).any())
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """Returns dtype and shape of a tensor or an array, or type and length of another value."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{value.dtype} {list(value.shape)}"
-    return (
-        f"{type(value).__name__}{f' of length {len(value)}' if hasattr(value, '__len__') else ''}"
-    )
+    name = type(value).__name__
+    return f"{name} of length {len(value)}" if isinstance(value, Sized) else name
 
 
 def is_class(value: Any) -> bool:
@@ -89,19 +85,17 @@ def check_class(argument: str, value: Any) -> int:
     return operator.index(value)
 
 
-def count_or_share(value: Any) -> int | float | None:
-    """Returns a whole number from 0 as int, a fraction in [0, 1] as float, and None for any other
-    value.
-    """
+def count_or_share(value: object) -> int | float | None:
+    """Returns a whole number from 0 as int, a share in [0, 1] as float, None for another value."""
+    if isinstance(value, bool):
+        return None
     if isinstance(value, Integral):
-        return int(value) if not isinstance(value, bool) and int(value) >= 0 else None
+        return int(value) if int(value) >= 0 else None
     return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5). Refuses
-    other words.
-    """
+    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5)."""
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)

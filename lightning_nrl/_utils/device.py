@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def none_if_out_of_memory(work: Callable[[], T], *, last_try: bool = False) -> T | None:
-    """Returns `work()`. If memory runs out, empties torch's cache and returns None, or raises on
-    the last try.
+    """Returns `work()`, or None if memory runs out, after emptying torch's cache.
+
+    On the last try it raises instead.
     """
     try:
         return work()
@@ -42,22 +43,25 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
         DeviceMemoryError: memory ran out in the last try. `doing` completes the message, as in "the
             search ran".
     """
-    found = none_if_out_of_memory(work) if alone else None
-    if found is not None:
-        return found
+    if alone:
+        result = none_if_out_of_memory(work)
+        if result is not None:
+            return result
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, DeviceMemoryError) or not is_out_of_memory(error):
             raise
         text = first_line(error)
-    hint = "free memory of the device, give `SearchOptions.budget`, name a later `layer`, or take smaller batches."
-    raise DeviceMemoryError(f"memory ran out while {doing}: {text}", hint)
+    raise DeviceMemoryError(
+        f"memory ran out while {doing}: {text}",
+        "free memory of the device, give `SearchOptions.budget`, name a later `layer`, or take "
+        "smaller batches.",
+    )
 
 
-Context = Callable[
-    [], AbstractContextManager[Any]
-]  # makes the context of a forward pass, such as autocast
+# Makes the context of a forward pass, such as autocast.
+Context = Callable[[], AbstractContextManager[object]]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -68,18 +72,16 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def may_use_tf32(by_cudnn: bool = True) -> bool:
-    """True if float32 matrix products, or with `by_cudnn` convolutions, may use TensorFloat-32 on a
-    GPU.
-    """
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
+    """True if matrix products, or with `by_cudnn` convolutions, may use TensorFloat-32 on a GPU."""
+    cudnn = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
     try:
         return bool(matmul.allow_tf32 or (by_cudnn and cudnn.allow_tf32))
     except RuntimeError:  # `fp32_precision` is set, which excludes the older flags
@@ -88,23 +90,19 @@ def may_use_tf32(by_cudnn: bool = True) -> bool:
 
 @contextmanager
 def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
-    """For a block, disables cuDNN kernels with a random order of summation, so that gradients are
-    equal in every run.
+    """Disables cuDNN kernels with a random order of summation, so that gradients are repeatable.
 
     If `model` has recurrent layers, disables all of cuDNN, which cannot compute their gradients in
     evaluation mode.
     """
-    cudnn: Any = torch.backends.cudnn
-    recurrent = model is not None and any(
-        isinstance(module, nn.RNNBase) for module in model.modules()
-    )
-    before = cudnn.enabled, cudnn.deterministic, cudnn.benchmark
-    cudnn.enabled, cudnn.deterministic, cudnn.benchmark = (
-        cudnn.enabled and not recurrent,
-        True,
-        False,
-    )
+    modules = () if model is None else model.modules()
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
+    cudnn = torch.backends.cudnn
+    earlier = cudnn.enabled, cudnn.deterministic, cudnn.benchmark
+    cudnn.enabled = cudnn.enabled and not is_recurrent
+    cudnn.deterministic = True
+    cudnn.benchmark = False
     try:
         yield
     finally:
-        cudnn.enabled, cudnn.deterministic, cudnn.benchmark = before
+        cudnn.enabled, cudnn.deterministic, cudnn.benchmark = earlier

@@ -37,9 +37,7 @@ class Collective:
 
     @classmethod
     def current(cls, device: torch.device) -> Collective:
-        """Returns the ranks of torch's default process group, or a single rank if there is no
-        group.
-        """
+        """Returns the ranks of torch's default process group, or a single rank without a group."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
         if device.type == "mps" or dist.get_backend() in ("gloo", "mpi"):
@@ -47,7 +45,7 @@ class Collective:
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sums a tensor, of the same shape on each rank, over all ranks. Bools are summed as int64."""
+        """Sums a tensor, of the same shape on each rank, over all ranks; bools become int64."""
         if x.dtype == torch.bool:
             x = x.long()
         if self.world_size == 1:
@@ -60,9 +58,7 @@ class Collective:
         return total.to(x.device, x.dtype)
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Returns the tensors of all ranks, in rank order. The ranks may give other sizes and
-        dtypes.
-        """
+        """Returns the tensors of all ranks, in rank order; sizes and dtypes may differ."""
         if self.world_size == 1:
             return [x]
         rows = [x] * self.world_size
@@ -74,23 +70,25 @@ class Collective:
         return bool(self.sum(torch.tensor([flag])).item())
 
     def first_text(self, text: str) -> str:
-        """Returns, on every rank, the first text in rank order that is not empty, or an empty text."""
-        rows = self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
-        texts = (bytes(row.tolist()).decode() for row in rows)
-        return next(filter(None, texts), "")
+        """Returns on every rank the first text in rank order that is not empty, if there is one."""
+        for row in self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8)):
+            if len(row):
+                return bytes(row.tolist()).decode()
+        return ""
 
     def first_bytes(self, data: bytes) -> bytes:
         """Returns, on every rank, the `data` of the first rank."""
+        if self.world_size == 1:
+            return data
         size = int(self.agreed(torch.tensor(len(data))))
-        if self.world_size == 1 or not size:
-            return data if self.rank == 0 else b""
-        mine = torch.frombuffer(bytearray(data if self.rank == 0 else size), dtype=torch.uint8)
-        return self.agreed(mine).byte().numpy().tobytes()
+        if not size:
+            return b""
+        buffer = bytearray(data if self.rank == 0 else size)
+        values = self.agreed(torch.frombuffer(buffer, dtype=torch.uint8))
+        return values.byte().numpy().tobytes()
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
-        """Returns `work()` of this rank. If `work` fails on one rank, all ranks raise, so that no
-        rank
-        waits forever.
+        """Returns `work()` of this rank; if it fails on one rank, all raise, so that none waits.
 
         `work` must not exchange anything between ranks. An error of this package is raised on every
         rank. Any other error is raised on its own rank, while the other ranks raise an
@@ -103,25 +101,24 @@ class Collective:
             error = caught
         if not self.any(error is not None):
             return result
-        # The first class of this package among the error's class and its bases, or None.
-        kind = next(
-            (kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None
-        )
         elsewhere = OtherRankError(failed, "look at the error of that rank.")
-        if self.any(error is not None and kind is None):
-            raise elsewhere if error is None or kind is not None else error
-        name, _, message = self.first_text(
-            "" if kind is None else f"{kind.__name__}\n{error}"
-        ).partition("\n")
+        is_foreign = error is not None and not isinstance(error, RepairError)
+        if self.any(is_foreign):
+            raise error if error is not None and is_foreign else elsewhere
+        text = "" if error is None else f"{_package_class(error).__name__}\n{error}"
+        name, _, message = self.first_text(text).partition("\n")
         if error is not None and type(error).__name__ == name:
             raise error
         raise PACKAGE_ERRORS[name](message) from (error or elsewhere)
 
     def agreed(self, values: Tensor) -> Tensor:
-        """Returns, on every rank, the values of the first rank. Use it where ranks may differ by
-        rounding.
-        """
+        """Returns on every rank the values of the first rank, where ranks may round differently."""
         return self.sum(values if self.rank == 0 else torch.zeros_like(values))
+
+
+def _package_class(error: Exception) -> type[Exception]:
+    """Returns the class of this package that the error's class is or extends."""
+    return next(kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind)
 
 
 @contextmanager

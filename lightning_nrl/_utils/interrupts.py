@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, ClassVar
+from typing import ClassVar
 
-OVERDUE_SECONDS = 5.0
+OVERDUE_SECONDS = 5.0  # a user then takes the process for hung
 
 
 class Interrupted(BaseException):
-    """Raised by `poll` to end the work. `interruptible` replaces it by the exception for Ctrl-C or
-    for SIGTERM.
+    """Raised by `poll` to end the work.
+
+    `interruptible` replaces it by the exception for Ctrl-C or for SIGTERM.
     """
 
 
@@ -47,9 +49,8 @@ class _SignalWatch:
                 self._raise()
             return
         self.noted = signum
-        self.say(
-            f"{'Ctrl-C' if signum == signal.SIGINT else signal.Signals(signum).name}: the repair stops."
-        )
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        self.say(f"{name}: the repair stops.")
         self.overdue = time.monotonic() + OVERDUE_SECONDS
         self.timer = threading.Timer(OVERDUE_SECONDS, _signal_main_thread, (signum,))
         self.timer.daemon = True
@@ -65,9 +66,7 @@ class _SignalWatch:
 
 
 def poll() -> None:
-    """Raises `Interrupted` if a signal has been noted. Call it often, where an exception does no
-    harm.
-    """
+    """Raises `Interrupted` after a signal. Call it often, where an exception does no harm."""
     if _SignalWatch.current is not None:
         _SignalWatch.current.poll()
 
@@ -90,25 +89,22 @@ def defer_signals() -> Iterator[None]:
 def interruptible(
     *, terminated: Callable[[], BaseException], say: Callable[[str], None]
 ) -> Iterator[None]:
-    """Handles signals for a block: raises KeyboardInterrupt after Ctrl-C, and `terminated()` after
-    SIGTERM.
+    """Raises KeyboardInterrupt after Ctrl-C, and `terminated()` after SIGTERM, in a block.
 
     The exception comes from the next call of `poll`; `say` prints a message at once. The earlier
     handlers are restored on exit. Ignored signals stay ignored. Outside of the main thread, which
     alone handles signals, nothing changes.
     """
-    if (
-        _SignalWatch.current is not None
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if _SignalWatch.current is not None or not is_main_thread:
         yield
         return
     watch = _SignalWatch(say)
-    before: dict[signal.Signals, Any] = {}
+    handlers = {}
     for signum in (signal.SIGINT, signal.SIGTERM):
-        found = signal.getsignal(signum)
-        if found is not signal.SIG_IGN:
-            before[signum] = found
+        handler = signal.getsignal(signum)
+        if handler is not signal.SIG_IGN:
+            handlers[signum] = handler
             signal.signal(signum, watch.handle)
     _SignalWatch.current = watch
     try:
@@ -118,20 +114,22 @@ def interruptible(
         # An inner trainer that sees the SIGTERM exits with status 0.
         if not watch.noted:
             raise
-        raise (KeyboardInterrupt() if watch.noted == signal.SIGINT else terminated()) from None
+        if watch.noted == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise terminated() from None
     finally:
         if watch.timer is not None:
             watch.timer.cancel()
         _SignalWatch.current = None
-        for signum, handler in before.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 def _signal_main_thread(signum: int) -> None:
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, signum)
-    else:
+    if sys.platform == "win32":
         signal.raise_signal(signum)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, signum)
 
 
 def _handle_in_worker(signum: int) -> None:

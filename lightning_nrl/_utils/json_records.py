@@ -1,6 +1,4 @@
-"""Encodes dataclasses as strict JSON, and decodes JSON to dataclasses by the type hints of their
-fields.
-"""
+"""Encodes dataclasses as strict JSON, and decodes JSON by the type hints of their fields."""
 
 from __future__ import annotations
 
@@ -11,33 +9,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from typing_extensions import Self
 
 from lightning_nrl.errors import ConfigurationError
 
-_encode = json.JSONEncoder(
-    allow_nan=False, ensure_ascii=False
-).encode  # json.dumps would make one per call
-
 T = TypeVar("T")
-WHOLE_NUMBER_LIMIT = 2**63
-TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
+Plain: TypeAlias = Any  # dicts, lists, text, numbers, bools and None
+Hint: TypeAlias = Any  # a type hint, such as `int | None`
+
+# json.dumps would make an encoder per call.
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+
+WHOLE_NUMBER_LIMIT = 2**63  # the range of int64
+TYPE_NAMES: Mapping[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
 LONGEST_SHOWN = 60  # characters of a value in a message
 PLAIN_HINT = "give JSON that `to_json` has written."
 
-UNWRITTEN: Mapping[str, Any] = {"unwritten": True}  # metadata of a field that is not in the JSON
+UNWRITTEN: Mapping[str, bool] = {"unwritten": True}  # metadata of a field that is not in the JSON
 
 
-def flat(prefix: str = "") -> Mapping[str, Any]:
-    """Returns metadata for a field that is a dataclass. The fields inside get a prefix and join the
-    outer object.
-    """
+def flat(prefix: str = "") -> Mapping[str, str]:
+    """Returns metadata for a dataclass whose fields join the outer object, with a prefix."""
     return {"flat": prefix}
 
 
-def null_is(value: float) -> Mapping[str, Any]:
+def null_is(value: float) -> Mapping[str, float]:
     """Returns metadata for a number field: null in JSON is read as `value` instead of NaN."""
     return {"null": value}
 
@@ -55,8 +65,9 @@ class Record(Derives):
     """Base of dataclasses that are written as JSON and read from JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain dicts, lists, text and numbers, including the derived values. Infinities
-        become NaN.
+        """Returns plain dicts, lists, text and numbers, including the derived values.
+
+        Infinities become NaN.
         """
         return cast(dict[str, Any], to_plain(self))
 
@@ -76,12 +87,18 @@ class Record(Derives):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads the result of `to_json`; null becomes NaN. Raises the same errors as `from_dict`."""
+        """Reads the result of `to_json`; null becomes NaN. Raises like `from_dict`."""
         return cls.from_dict(parse_json(text))
 
 
-def to_plain(value: Any) -> Any:
+@runtime_checkable
+class _Array(Protocol):
+    def tolist(self) -> object: ...
+
+
+def to_plain(value: object) -> Plain:
     """Converts dataclasses, arrays and so on to dicts, lists, text, numbers, bools and None.
+
     Infinities become NaN.
     """
     # Exact types: np.float64 is a subclass of float, and a checkpoint with one does not load with
@@ -96,59 +113,66 @@ def to_plain(value: Any) -> Any:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    if hasattr(value, "tolist"):
+    if isinstance(value, _Array):
         return to_plain(value.tolist())
-    return to_plain(
-        next((kind(value) for kind in (int, float, str) if isinstance(value, kind)), str(value))
-    )
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return to_plain(kind(value))
+    return str(value)
 
 
-def dumps(value: Any, indent: str = "") -> str:
-    """Returns strict JSON. A list of scalars takes one line, and so does an object of scalars
-    inside a list.
-    """
+def _plain_record(record: object) -> dict[str, Plain]:
+    kind = type(record)
+    plain: dict[str, Plain] = {}
+    for field in _written_fields(kind):
+        value = to_plain(getattr(record, field.name))
+        if "flat" not in field.metadata:
+            plain[field.name] = value
+            continue
+        if value is None:
+            value = dict.fromkeys(inner.name for inner in fields(_flat_kind(kind, field)))
+        plain |= {field.metadata["flat"] + name: item for name, item in value.items()}
+    if isinstance(record, Derives):
+        plain |= to_plain(record.derived)
+    return plain
+
+
+def dumps(value: Plain, indent: str = "") -> str:
+    """Returns strict JSON; a list of scalars, or an object of scalars in a list, is one line."""
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{deeper}{json.dumps(key)}: {dumps(item, deeper)}" for key, item in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        lines = [deeper + (_one_line(item) or dumps(item, deeper)) for item in value]
-        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
     if isinstance(value, list):
-        return f"[{', '.join(map(dumps, value))}]"
-    finite = not isinstance(value, float) or math.isfinite(value)
-    return _encode(value if finite else None)
+        if all(map(_is_scalar, value)):
+            return f"[{', '.join(map(dumps, value))}]"
+        lines = [deeper + _dump_item(item, deeper) for item in value]
+        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "null"
+    return _encode(value)
 
 
-def _one_line(value: Any) -> str:
-    if not isinstance(value, dict) or any(
-        isinstance(item, (dict, list)) for item in value.values()
-    ):
-        return ""
-    return "{" + ", ".join(f"{json.dumps(key)}: {dumps(item)}" for key, item in value.items()) + "}"
+def _dump_item(item: Plain, indent: str) -> str:
+    if not isinstance(item, dict) or not all(map(_is_scalar, item.values())):
+        return dumps(item, indent)
+    pairs = [f"{json.dumps(key)}: {dumps(value)}" for key, value in item.items()]
+    return "{" + ", ".join(pairs) + "}"
 
 
-def _plain_record(record: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for f in _written_fields(type(record)):
-        value = getattr(record, f.name)
-        if "flat" not in f.metadata:
-            found[f.name] = to_plain(value)
-            continue
-        names = [g.name for g in fields(_flat_kind(type(record), f))]
-        own = dict.fromkeys(names) if value is None else to_plain(value)
-        found |= {f.metadata["flat"] + name: item for name, item in own.items()}
-    return found | (to_plain(record.derived) if isinstance(record, Derives) else {})
+def _is_scalar(value: Plain) -> bool:
+    return not isinstance(value, (dict, list))
 
 
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads the result of `to_plain` as a dataclass; null becomes NaN. Raises the same errors as
-    `Record.from_dict`.
+    """Reads the result of `to_plain` as a dataclass; null becomes NaN.
+
+    Raises the same errors as `Record.from_dict`.
     """
     return cast(T, _read(kind, data, ""))
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str) -> Plain:
     """Parses strict JSON; refuses repeated keys, NaN and Infinity."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -156,17 +180,29 @@ def parse_json(text: str) -> Any:
         raise ConfigurationError(f"this is no strict JSON: {error}.", PLAIN_HINT) from error
 
 
-def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
+def _unique(pairs: list[tuple[str, Plain]]) -> dict[str, Plain]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} occurs twice")
+    return data
+
+
+def _refuse_constant(name: str) -> Plain:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _read(kind: Hint, value: Plain, path: str, null: float = math.nan) -> Any:
+    origin: Hint = get_origin(kind)
+    arguments = get_args(kind)
     if kind is Any or kind is object:
         return value
     if origin in (Union, UnionType):
-        others = [one for one in arguments if one is not NoneType]
         if value is None and NoneType in arguments:
             return None
-        return _read(
-            next((one for one in others if type(value) is one), others[0]), value, path, null
-        )
+        choices = [argument for argument in arguments if argument is not NoneType]
+        choice = type(value) if type(value) in choices else choices[0]
+        return _read(choice, value, path, null)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             raise _wrong(path, f"one of {list(arguments)}", value)
@@ -174,19 +210,15 @@ def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
     if is_dataclass(kind):
         return _read_record(kind, _object(value, path), f"{path}." if path else "")
     if origin in (tuple, Sequence):
-        fixed = origin is tuple and arguments[-1] is not Ellipsis
-        items = _list(value, path, len(arguments) if fixed else None)
-        kinds = arguments if fixed else [arguments[0]] * len(items)
-        read = [
-            _read(one, item, f"{path}[{i}]")
-            for i, (one, item) in enumerate(zip(kinds, items, strict=True))
-        ]
-        return tuple(read) if origin is tuple else read
+        is_fixed = origin is tuple and arguments[-1] is not Ellipsis
+        items = _list(value, path, len(arguments) if is_fixed else None)
+        kinds: Sequence[Hint] = arguments if is_fixed else [arguments[0]] * len(items)
+        paths = [f"{path}[{i}]" for i in range(len(items))]
+        read = map(_read, kinds, items, paths)
+        return tuple(read) if origin is tuple else list(read)
     if origin is Mapping:
-        return {
-            key: _read(arguments[1], item, f"{path}.{key}")
-            for key, item in _object(value, path).items()
-        }
+        data = _object(value, path)
+        return {key: _read(arguments[1], item, f"{path}.{key}") for key, item in data.items()}
     if kind is float:
         return _read_float(value, path, null)
     if kind not in TYPE_NAMES:
@@ -198,7 +230,7 @@ def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
     return value
 
 
-def _read_float(value: Any, path: str, null: float) -> float:
+def _read_float(value: Plain, path: str, null: float) -> float:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return null
     if type(value) is int and abs(value) < WHOLE_NUMBER_LIMIT and int(float(value)) == value:
@@ -208,41 +240,44 @@ def _read_float(value: Any, path: str, null: float) -> float:
     return value
 
 
-def _read_record(kind: Any, data: Mapping[str, Any], prefix: str) -> Any:
-    names = set[str]()
+def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
+    known: set[str] = set()
 
-    def item(name: str) -> Any:
-        names.add(name)
+    def take(name: str) -> Plain:
+        known.add(name)
         if name not in data:
             raise _error(prefix + name, "this is missing")
         return data[name]
 
-    read: dict[str, Any] = {}
-    for f in _written_fields(kind):
-        hint = hints_of(kind)[f.name]
-        if "flat" in f.metadata:
-            start, part = f.metadata["flat"], _flat_kind(kind, f)
-            own = {g.name: item(start + g.name) for g in fields(part)}
-            missing = NoneType in get_args(hint) and all(value is None for value in own.values())
-            read[f.name] = None if missing else _read_record(part, own, prefix + start)
+    values: dict[str, Any] = {}
+    for field in _written_fields(kind):
+        hint = hints_of(kind)[field.name]
+        if "flat" not in field.metadata:
+            null = field.metadata.get("null", math.nan)
+            values[field.name] = _read(hint, take(field.name), prefix + field.name, null)
+            continue
+        start = field.metadata["flat"]
+        inner_kind = _flat_kind(kind, field)
+        inner = {part.name: take(start + part.name) for part in fields(inner_kind)}
+        if NoneType in get_args(hint) and not any(item is not None for item in inner.values()):
+            values[field.name] = None
         else:
-            read[f.name] = _read(
-                hint, item(f.name), prefix + f.name, f.metadata.get("null", math.nan)
-            )
-    record = kind(**read)
-    derived = record.derived if isinstance(record, Derives) else {}
-    for name in sorted(data.keys() - names - derived.keys()):
+            values[field.name] = _read_record(inner_kind, inner, prefix + start)
+    record = kind(**values)
+    if isinstance(record, Derives):
+        known.update(record.derived)
+    for name in sorted(data.keys() - known):
         raise _error(prefix + name, "this key is unknown")
     return record
 
 
-def _object(value: Any, path: str) -> Mapping[str, Any]:
+def _object(value: Plain, path: str) -> Mapping[str, Plain]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _wrong(path, "an object", value)
     return value
 
 
-def _list(value: Any, path: str, length: int | None = None) -> Sequence[Any]:
+def _list(value: Plain, path: str, length: int | None = None) -> Sequence[Plain]:
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         raise _wrong(path, "a list" if length is None else f"a list of {length}", value)
     return value
@@ -250,35 +285,25 @@ def _list(value: Any, path: str, length: int | None = None) -> Sequence[Any]:
 
 def _wrong(path: str, expected: str, value: object) -> ConfigurationError:
     text = repr(value)
-    shown = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
-    return _error(path, f"expected {expected}, found {shown}")
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[: LONGEST_SHOWN - 3]}..."
+    return _error(path, f"expected {expected}, found {text}")
 
 
 def _error(path: str, problem: str) -> ConfigurationError:
     return ConfigurationError(f"{path or 'the file'}: {problem}.", PLAIN_HINT)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} occurs twice")
-    return found
+def _written_fields(kind: Hint) -> list[Field[Any]]:
+    return [field for field in fields(kind) if "unwritten" not in field.metadata]
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def _written_fields(kind: Any) -> list[Field[Any]]:
-    return [f for f in fields(kind) if not f.metadata.get("unwritten", False)]
-
-
-def _flat_kind(kind: Any, f: Field[Any]) -> Any:
-    hint = hints_of(kind)[f.name]
-    return next((one for one in get_args(hint) if is_dataclass(one)), hint)
+def _flat_kind(kind: Hint, field: Field[Any]) -> Hint:
+    """Returns the dataclass of a field whose hint is the dataclass, or the dataclass or None."""
+    hint = hints_of(kind)[field.name]
+    return next(filter(is_dataclass, get_args(hint)), hint)
 
 
 @cache
-def hints_of(kind: Any) -> dict[str, Any]:
+def hints_of(kind: Hint) -> dict[str, Hint]:
     return get_type_hints(kind)

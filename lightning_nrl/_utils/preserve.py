@@ -8,27 +8,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAME_SIZE = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # by size in bytes, to compare bits
+# By size in bytes, to compare bits.
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRESERVED: set[int] = set()  # `id` of each parameter that an outer `eval_mode` has copied
+Value: TypeAlias = Any  # of a module's attribute
 MAX_ITEMS_KEPT = 10_000  # longer lists and dicts are taken for data and not restored
 
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Does what `eval_mode` does, and restores random states, since models may draw random numbers
-    in evaluation.
-    """
+    """Does what `eval_mode` does, and restores random states, which `forward` may advance."""
     # Localisation needs gradients, which inference mode excludes.
     with random_state(), torch.inference_mode(False), eval_mode(model) as rewritten:
         yield rewritten
@@ -47,60 +42,54 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     would miss `weight.data.clamp_()`.) Parameters keep their identity and memory, since optimizers
     refer to them. Nested calls of `eval_mode` copy each parameter only once.
     """
-    modules = [
-        module for module in model.modules() if hasattr(module, "training")
-    ]  # a frozen scripted module has none
-    flags = [module.training for module in modules]
+    modules = _modules_with_modes(model)
+    modes = [module.training for module in modules]
+    flags = module_flags(modules)
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
-    snapshots = [
-        *parameters,
-        *(_TensorSnapshot(module._buffers, _has_values) for module in modules),
-    ]
-    held = {id(value) for snapshot in parameters for value, *_ in snapshot.copied}
-    own = module_flags(modules)
-    PRESERVED.update(held)
+    buffers = [_TensorSnapshot(module._buffers, _has_values) for module in modules]
+    snapshots = [*parameters, *buffers]
+    copied = {id(copy.tensor) for snapshot in parameters for copy in snapshot.copies}
+    PRESERVED.update(copied)
     try:
-        copied = []
-        if any(flags):
+        overwritten = {}
+        if any(modes):
             model.eval()
-            copied = (
-                [one for snapshot in snapshots for one in snapshot.copied]
-                if has_own_modes(model)
-                else []
-            )
-        yield {
-            id(value): copy
-            for value, at, copy in copied
-            if not (_is_at(value, at) and _is_same(at, copy))
-        }
+            if has_own_modes(model):
+                for snapshot in snapshots:
+                    overwritten.update(snapshot.overwritten())
+        yield overwritten
     finally:
-        PRESERVED.difference_update(held)
+        PRESERVED.difference_update(copied)
         try:
-            set_modes(modules, flags)
+            set_modes(modules, modes)
         finally:
             for snapshot in snapshots:
                 snapshot.restore()
-            for module, values in zip(modules, own, strict=True):
+            for module, values in zip(modules, flags, strict=True):
                 vars(module).update(values)
 
 
 @contextmanager
 def loading_mode(model: nn.Module) -> Iterator[None]:
-    """Sets training mode for a block if a module overrides `train()` or `eval()`, then restores the
-    modes.
+    """Sets training mode for a block if a module overrides `train()` or `eval()`.
 
     A checkpoint has the weights of training mode; `eval()` may merge LoRA weights into them. A
     trainer may restore the flag `training` without a call of `train()`, so that LoRA weights stay
     merged in training mode.
     """
-    modules = [module for module in model.modules() if hasattr(module, "training")]
-    flags = [module.training for module in modules]
+    modules = _modules_with_modes(model)
+    modes = [module.training for module in modules]
     if has_own_modes(model):
         model.train()
     try:
         yield
     finally:
-        set_modes(modules, flags)
+        set_modes(modules, modes)
+
+
+def _modules_with_modes(model: nn.Module) -> list[nn.Module]:
+    # A frozen scripted module has no mode.
+    return [module for module in model.modules() if hasattr(module, "training")]
 
 
 def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
@@ -113,42 +102,40 @@ def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
 
 def has_own_modes(model: nn.Module) -> bool:
     """True if a module overrides `train()` or `eval()`, for instance to merge LoRA weights."""
-    return any(
-        type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval
-        for m in model.modules()
-    )
+    for kind in {type(module) for module in model.modules()}:
+        if kind.train is not nn.Module.train or kind.eval is not nn.Module.eval:
+            return True
+    return False
 
 
-def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
+def set_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
     """Sets the training flag of each module by the module's own `train()`, outer modules first."""
-    for module, training in zip(modules, flags, strict=True):
+    for module, training in zip(modules, modes, strict=True):
         if module.training != training:
             module.train(training)
     # A module with two parents may have been changed again by the second parent.
-    for module, training in zip(modules, flags, strict=True):
+    for module, training in zip(modules, modes, strict=True):
         module.training = training
 
 
 @contextmanager
 def random_state() -> Iterator[None]:
     """Restores the random states of torch, numpy and Python on exit, even after an exception."""
-    cpu = CpuRandomState.current()
-    states: list[tuple[Callable[[Any], None], Any]] = []
-    cuda: Any = torch.cuda
+    restores: list[Callable[[], None]] = [CpuRandomState.current().restore]
+    cuda = torch.cuda
     if cuda.is_initialized():
-        states.append((cuda.set_rng_state_all, cuda.get_rng_state_all()))
+        restores.append(partial(cuda.set_rng_state_all, cuda.get_rng_state_all()))
     elif cuda.is_available():
         # Reading the state would initialise CUDA. If CUDA is initialised later, it takes torch's
         # last seed.
-        states.append((cuda.manual_seed_all, torch.initial_seed()))
+        restores.append(partial(cuda.manual_seed_all, torch.initial_seed()))
     if torch.backends.mps.is_available():
-        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+        restores.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
     try:
         yield
     finally:
-        cpu.restore()
-        for restore, state in states:
-            restore(state)
+        for restore in restores:
+            restore()
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,15 +149,13 @@ class CpuRandomState:
         return cls(torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
 
     def is_current(self) -> bool:
-        now = np.random.get_state(legacy=False)
+        numpy = np.random.get_state(legacy=False)
         return (
             torch.equal(self.torch, torch.get_rng_state())
             and self.python == random.getstate()
-            and self.numpy["has_gauss"] == now["has_gauss"]
-            and all(
-                np.array_equal(self.numpy["state"][name], now["state"][name])
-                for name in ("pos", "key")
-            )
+            and self.numpy["has_gauss"] == numpy["has_gauss"]
+            and self.numpy["state"]["pos"] == numpy["state"]["pos"]
+            and np.array_equal(self.numpy["state"]["key"], numpy["state"]["key"])
         )
 
     def restore(self) -> None:
@@ -196,45 +181,56 @@ def seed_cpu(seed: int) -> None:
 
 
 def mixed_seed(seed: int, i: int) -> int:
-    """Returns the `i`-th of the 64-bit seeds that follow from one seed (splitmix64, Steele et al.
-    2014).
-    """
+    """Returns the `i`-th 64-bit seed that follows from a seed (splitmix64, Steele et al. 2014)."""
     z = (seed * 0xD1342543DE82EF95 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
 
 
+class _TensorCopy(NamedTuple):
+    tensor: Tensor
+    memory: Tensor  # refers to the tensor's storage, even if `tensor.data` is set later
+    values: Tensor
+
+
 class _TensorSnapshot:
+    """Copies of the parameters or the buffers of one module."""
+
     def __init__(self, tensors: dict[str, Any], is_copied: Callable[[Tensor], bool]) -> None:
         self._tensors = tensors
-        self._values: dict[str, Tensor | None] = dict(tensors.items())
-        self.copied = [
-            (value, value.data, _copy(value.data))
-            for value in self._values.values()
-            if value is not None and is_copied(value)
-        ]
+        # The mapping of a scripted module has no other iterator than `items()`.
+        self._earlier: dict[str, Tensor | None] = dict(tensors.items())
+        self.copies = []
+        for tensor in self._earlier.values():
+            if tensor is not None and is_copied(tensor):
+                self.copies.append(_TensorCopy(tensor, tensor.data, _copy(tensor.data)))
+
+    def overwritten(self) -> dict[int, Tensor]:
+        """Maps the `id` of each changed tensor to its earlier values."""
+        return {
+            id(tensor): values
+            for tensor, memory, values in self.copies
+            if not (_is_at(tensor, memory) and _is_same(memory, values))
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
-        tensors, values = self._tensors, self._values
-        now = [
-            name for name, _ in tensors.items()
-        ]  # the mapping of a scripted module has no other iterator
-        if [name for name in now if name in values] != list(values):
+        tensors = self._tensors
+        current = dict(tensors.items())
+        if [name for name in current if name in self._earlier] != list(self._earlier):
             # Optimizers rely on the order of parameters.
-            later = {name: value for name, value in tensors.items() if name not in values}
-            for name in now:
+            for name in current:
                 del tensors[name]
-            tensors.update({**values, **later})
-        for name, value in values.items():
-            if tensors[name] is not value:
-                tensors[name] = value
-        for value, memory, copy in self.copied:
-            if not _is_at(value, memory):
-                value.data = memory
-            if not _is_same(memory, copy):
-                value.copy_(copy)
+            tensors.update({**self._earlier, **current})
+        for name, tensor in self._earlier.items():
+            if tensors[name] is not tensor:
+                tensors[name] = tensor
+        for tensor, memory, values in self.copies:
+            if not _is_at(tensor, memory):
+                tensor.data = memory
+            if not _is_same(memory, values):
+                tensor.copy_(values)
 
 
 def _has_values(value: Tensor) -> bool:
@@ -257,10 +253,10 @@ def _is_at(value: Tensor, memory: Tensor) -> bool:
         return False
     if value.layout != torch.strided:
         return True
-    return (value.shape, value.stride(), value.data_ptr()) == (
-        memory.shape,
-        memory.stride(),
-        memory.data_ptr(),
+    return (
+        value.shape == memory.shape
+        and value.stride() == memory.stride()
+        and value.data_ptr() == memory.data_ptr()
     )
 
 
@@ -274,13 +270,11 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
 
 @contextmanager
 def preserve_attributes(model: nn.Module) -> Iterator[None]:
-    """Restores on exit all modules' attributes, and the tensors, lists and dicts in them, such as
-    metric states.
-    """
+    """Restores on exit all modules' attributes, and tensors, lists and dicts in them."""
     restores: list[Callable[[], None]] = []
     for module in model.modules():
         attributes = vars(module)
-        restores.append(_restore(attributes))
+        restores.append(partial(_set_items, attributes, attributes.copy()))
         for name, value in attributes.items():
             if name not in ("_parameters", "_buffers"):
                 restores += _restores(value)
@@ -297,25 +291,23 @@ def _write(value: Tensor, copy: Tensor) -> None:
         value.data.copy_(copy)
 
 
-def _restores(value: Any, depth: int = 3) -> list[Callable[[], None]]:
+def _restores(value: Value, depth: int = 3) -> list[Callable[[], None]]:
     if isinstance(value, Tensor):
         copy = value.detach().clone()
         return [partial(_write, value, copy)]
-    if (
-        type(value) not in (list, dict, set, deque, OrderedDict)
-        or len(value) > MAX_ITEMS_KEPT
-        or not depth
-    ):
+    if not depth or type(value) not in (list, dict, set, deque, OrderedDict):
         return []
-    inside = value.values() if isinstance(value, dict) else value
-    return [_restore(value), *(undo for item in inside for undo in _restores(item, depth - 1))]
+    if len(value) > MAX_ITEMS_KEPT:
+        return []
+    restores: list[Callable[[], None]] = [partial(_set_items, value, value.copy())]
+    for item in value.values() if isinstance(value, dict) else value:
+        restores += _restores(item, depth - 1)
+    return restores
 
 
-def _restore(value: Any) -> Callable[[], None]:
-    items = value.copy()
-
-    def restore() -> None:
-        value.clear()
-        value.extend(items) if isinstance(value, (list, deque)) else value.update(items)
-
-    return restore
+def _set_items(value: Value, items: Value) -> None:
+    value.clear()
+    if isinstance(value, (list, deque)):
+        value.extend(items)
+    else:
+        value.update(items)

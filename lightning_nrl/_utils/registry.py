@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 
@@ -49,8 +49,9 @@ class Registry(Generic[T]):
     _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
-        """Returns a decorator that adds a factory. `forms` are example texts with arguments, such
-        as `tolerance:1%`.
+        """Returns a decorator that adds a factory.
+
+        `forms` are example texts with arguments, such as `tolerance:1%`.
         """
 
         def add(factory: Factory) -> Factory:
@@ -66,33 +67,29 @@ class Registry(Generic[T]):
         yield from self._factories
         yield from self.on_demand
         yield from self._added
-        for other in self.include:
-            yield from other
+        for registry in self.include:
+            yield from registry
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
         # A name of this package wins over an entry point, and the first entry point wins over a
         # later one.
-        found: dict[str, EntryPoint] = {}
+        points: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
             if point.name not in self._factories and point.name not in self.on_demand:
-                found.setdefault(point.name, point)
-        return found
+                points.setdefault(point.name, point)
+        return points
 
     @property
     def forms(self) -> tuple[str, ...]:
         """Example texts of all names, as messages show them."""
-        return (
-            *self._forms,
-            *self.on_demand,
-            *self._added,
-            *(form for other in self.include for form in other.forms),
-        )
+        forms = [*self._forms, *self.on_demand, *self._added]
+        for registry in self.include:
+            forms += registry.forms
+        return tuple(forms)
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
-        """Returns the factory with this name; refuses an unknown name, with the most similar name
-        as a hint.
-        """
+        """Returns the factory with this name; the error for an unknown name has a similar one."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
@@ -101,7 +98,8 @@ class Registry(Generic[T]):
             return factory
         if name in self._added:
             return self._loaded(argument, self._added[name])
-        return next(other for other in self.include if name in other).factory(argument, name)
+        registry = next(registry for registry in self.include if name in registry)
+        return registry.factory(argument, name)
 
     def _loaded(self, argument: str, point: EntryPoint) -> Callable[..., T]:
         of = f" of {point.dist.name}" if point.dist is not None else ""
@@ -114,65 +112,56 @@ class Registry(Generic[T]):
                 f"{origin} cannot be loaded ({type(error).__name__}: {error}).", hint
             ) from error
 
-        def made(*args: Any, **kwargs: Any) -> Any:
+        def checked(*args: Any, **kwargs: Any) -> T:
             value = make(*args, **kwargs) if callable(make) else None
             if not self.fits(value):
                 hint = "give a class, or a function that makes one without arguments."
                 raise ConfigurationError(
                     f"{origin} gave a {type(value).__name__}, which is no {self.kind}.", hint
                 )
-            return value
+            return cast(T, value)
 
-        return made
+        return checked
 
-    def parse(self, argument: str, value: Any) -> T:
-        """Returns what the factory named `value` makes without arguments. A valid object is
-        returned unchanged.
-        """
+    def parse(self, argument: str, value: object) -> T:
+        """Returns a valid object unchanged, or what the factory named `value` makes."""
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)
-        made: T = value
-        return made
+        return cast(T, value)
 
-    def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """Returns the error for a text such as `tolerence:1%`. `found` quotes the text; `name` is
-        only `tolerence`.
-        """
+    def unreadable(self, text: str, name: str) -> ConfigurationError:
+        """Returns the error for `text`, a quoted text such as `tolerence:1%`; `name` starts it."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(
-            f"{found} is no {self.kind}{meant}",
+            f"{text} is no {self.kind}{meant}",
             f"write one of {list(self.forms)}, or {self.example}.",
         )
 
 
 def load_on_demand(address: str) -> Any:
-    """Imports `package.module:name` of this package on first use, so that users who do not need it
-    never load it.
-    """
+    """Imports `package.module:name` of this package on first use, which most users never need."""
     return pkgutil.resolve_name(address)
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function, given directly or by its address `package.module:function` or
-    `package.module.function`.
+    """Returns a function, given directly or by its address.
+
+    An address is `package.module:function` or `package.module.function`.
     """
-    found: Any = value
+    function: object = value
     if isinstance(value, str):
         try:
-            found = pkgutil.resolve_name(value)
+            function = pkgutil.resolve_name(value)
         except (ValueError, ImportError, AttributeError) as error:
-            hint = (
-                "write `package.module:function`, with a module that Python can import from here."
-            )
             raise ConfigurationError(
-                f"`{argument}={value!r}` was not found: {error}.", hint
+                f"`{argument}={value!r}` was not found: {error}.",
+                "write `package.module:function`, with a module that Python can import from here.",
             ) from error
-    if not callable(found):
-        hint = "give a function, or its address as text, `package.module:function`."
+    if not callable(function):
         raise ConfigurationError(
-            f"`{argument}`: a value of type {type(found).__name__} cannot be called.", hint
+            f"`{argument}`: a value of type {type(function).__name__} cannot be called.",
+            "give a function, or its address as text, `package.module:function`.",
         )
-    function: Callable[..., Any] = found
     return function

@@ -1,5 +1,4 @@
-"""Saved results of the finished steps of a repair. If the process is killed, the same call reuses
-them.
+"""Saved results of the finished steps of a repair, reused if the process is killed.
 
 A repair takes the same steps in the same order each time. So the file of a step is named by the
 number of the step, after the numbers of the steps that contain it. The folder is named by a hash of
@@ -18,10 +17,11 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 from torch.serialization import add_safe_globals, default_restore_location
+from torch.types import Storage
 
 from lightning_nrl._utils.atomic_files import replacing, write_text
 from lightning_nrl._utils.distributed import Collective
@@ -29,9 +29,11 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import FilesWarning, first_line
 
 MAGIC = b"lightning_nrl saved value 2\n"
+DIGEST_SIZE = hashlib.sha256().digest_size
+Hint: TypeAlias = Any  # a type hint, such as `Proposal | None`
 
 
-def to_bytes(value: Any) -> bytes:
+def to_bytes(value: object) -> bytes:
     """Serialises a value with a checksum."""
     stream = io.BytesIO()
     torch.save(value, stream)
@@ -39,7 +41,7 @@ def to_bytes(value: Any) -> bytes:
     return b"".join((MAGIC, hashlib.sha256(content).digest(), content))
 
 
-def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None) -> Any:
+def from_bytes(data: bytes, hint: Hint = None, device: torch.device | None = None) -> Any:
     """Deserialises the result of `to_bytes`.
 
     `hint` is the type of the value. A dataclass or named tuple in the value is refused unless its
@@ -49,14 +51,15 @@ def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None
     Raises:
         ValueError: the data are damaged or hold an unexpected object, or memory runs out.
     """
-    start, target = len(MAGIC), str(device or "cpu")
-    view = memoryview(data)
-    digest, content = view[start : start + 32], view[start + 32 :]
-    if view[:start] != MAGIC or hashlib.sha256(content).digest() != digest:
+    size = len(MAGIC) + DIGEST_SIZE
+    content = memoryview(data)[size:]
+    if data[:size] != MAGIC + hashlib.sha256(content).digest():
         raise ValueError("the checksum is wrong")
 
-    def place(storage: Any, location: str) -> Any:
-        return default_restore_location(storage, location if location == "cpu" else target)
+    def place(storage: Storage, location: str) -> Any:
+        if location != "cpu":
+            location = str(device or "cpu")
+        return default_restore_location(storage, location)
 
     try:
         add_safe_globals(list(_records(hint, {})))
@@ -67,48 +70,48 @@ def from_bytes(data: bytes, hint: Any = None, device: torch.device | None = None
         raise ValueError(first_line(f"{type(error).__name__}: {error}")) from error
 
 
-def _records(hint: Any, found: dict[type, None]) -> dict[type, None]:
+def _records(hint: Hint, kinds: dict[type, None]) -> dict[type, None]:
+    """Adds to `kinds` the dataclasses and named tuples in a type hint, and in their fields."""
     for part in get_args(hint):
-        _records(part, found)
+        _records(part, kinds)
     is_record = isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
-    if is_record and hint not in found:
-        found[hint] = None
+    if is_record and hint not in kinds:
+        kinds[hint] = None
         for inner in get_type_hints(hint).values():
-            _records(inner, found)
-    return found
+            _records(inner, kinds)
+    return kinds
 
 
 Result = TypeVar("Result")
 
-SAVE_EVERY = 5.0  # seconds
-PREFIX, ORIGIN, FINISHED = ".resume-", "origin.json", ".finished"
+SAVE_EVERY = 5.0  # seconds; a shorter step is not worth a file
+PREFIX = ".resume-"  # of the folder
+ORIGIN = "origin.json"
+FINISHED = ".finished"  # end of a step's file
 
 
 class ResumeStore:
-    """Store for the results of steps that take at least `every` seconds, in a subfolder of
-    `parent`.
+    """Store for the results of steps that take at least `every` seconds.
 
-    With `parent=None`, nothing is saved. Results of earlier runs are also sought in the folders
-    `elsewhere`, in order.
+    The files are in a subfolder of `parent`. With `parent=None`, nothing is saved. Results of
+    earlier runs are also sought in the folders `elsewhere`, in order.
     """
 
     def __init__(
         self, parent: Path | None = None, elsewhere: Sequence[Path] = (), every: float = SAVE_EVERY
     ) -> None:
-        self._parent, self._elsewhere, self._every = parent, elsewhere, every
-        self._clock, self._collective, self._device = (
-            StageTimer(),
-            Collective(),
-            torch.device("cpu"),
-        )
+        self._parent = parent
+        self._elsewhere = elsewhere
+        self._every = every
+        self._clock = StageTimer()
+        self._collective = Collective()
+        self._device = torch.device("cpu")
         self._origin = ""
         self._folder: Path | None = None  # set on the first rank, and None after a write has failed
-        self._made: list[Path] = []
+        self._folders: list[Path] = []  # all folders used
         self._is_active = self._resumes = False
-        self._path, self._number = (
-            "",
-            0,
-        )  # path of the current step, and number of steps begun inside it
+        self._path = ""  # of the current step
+        self._number = 0  # of steps begun inside it
 
     def begin(
         self,
@@ -117,37 +120,42 @@ class ResumeStore:
         collective: Collective,
         device: torch.device,
     ) -> None:
-        """Looks for results saved with the same `origin`. All ranks must call it; only the first
-        rank
-        uses files.
+        """Looks for results saved with the same `origin`.
 
-        `origin` has hashes of everything that affects the results. Its keys name these things in
-        messages.
+        All ranks must call it; only the first rank uses files. `origin` has hashes of everything
+        that affects the results. Its keys name these things in messages.
         """
         if self._parent is None:
             return
-        self._clock, self._collective, self._device = clock, collective, device
-        self._is_active, self._path, self._number = True, "", 0
-        found = False
+        self._clock = clock
+        self._collective = collective
+        self._device = device
+        self._is_active = True
+        self._path = ""
+        self._number = 0
+        has_results = False
         if collective.rank == 0:
             self._origin = json.dumps(dict(origin), indent=2)
-            self._folder = (
-                self._parent / f"{PREFIX}{hashlib.sha256(self._origin.encode()).hexdigest()[:16]}"
-            )
-            self._made.append(self._folder)
-            found = self._find(self._folder, origin)
-        self._resumes = collective.any(found)
+            digest = hashlib.sha256(self._origin.encode()).hexdigest()
+            self._folder = self._parent / f"{PREFIX}{digest[:16]}"
+            self._folders.append(self._folder)
+            has_results = self._find(self._folder, origin)
+        self._resumes = collective.any(has_results)
         if self._resumes:
             clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
-    def once(self, name: str, work: Callable[[], Result], hint: Any = None) -> Result:
-        """Returns a step's saved result, or runs `work` and saves its result if it was slow. All
-        ranks must call it.
+    def once(self, name: str, work: Callable[[], Result], hint: Hint = None) -> Result:
+        """Returns a step's saved result, or runs `work` and saves its result if it was slow.
+
+        All ranks must call it.
         """
         if not self._is_active:
             return work()
-        outer, number, began = self._path, self._number + 1, self._clock.elapsed
-        self._path, self._number = f"{outer}{number}-{name.replace(' ', '-')}.", 0
+        outer = self._path
+        number = self._number + 1
+        began = self._clock.elapsed
+        self._path = f"{outer}{number}-{name.replace(' ', '-')}."
+        self._number = 0
         try:
             saved = self._read(hint) if self._resumes else None
             if saved is not None:
@@ -159,18 +167,21 @@ class ResumeStore:
                 self._write(self._folder, result)
             return result
         finally:
-            self._path, self._number = outer, number
+            self._path = outer
+            self._number = number
 
     @property
     def place(self) -> Path | None:
         return self._folder if self._folder is not None and self._folder.is_dir() else None
 
     def done(self) -> None:
-        for folder in self._made:
+        for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
-        self._folder, self._made, self._is_active = None, [], False
+        self._folder = None
+        self._folders = []
+        self._is_active = False
 
-    def _write(self, folder: Path, result: Any) -> None:
+    def _write(self, folder: Path, result: object) -> None:
         try:
             data = to_bytes((result, self._clock.elapsed, self._clock.seconds))
         except Exception:  # results of custom methods may not be serialisable
@@ -183,24 +194,24 @@ class ResumeStore:
             for file in folder.glob(f"{self._path}*{FINISHED}"):
                 file.unlink(missing_ok=True)
         except Exception as error:
-            problem = (
+            message = (
                 f"finished steps cannot be saved in {folder} ({type(error).__name__}: {error})."
             )
-            warnings.warn(
-                FilesWarning(problem, "make room; otherwise a stopped repair starts over."),
-                stacklevel=3,
-            )
+            hint = "make room; otherwise a stopped repair starts over."
+            warnings.warn(FilesWarning(message, hint), stacklevel=3)
             self._folder = None
 
-    def _read(self, hint: Any) -> tuple[Any, float, dict[str, float]] | None:
-        data, name = b"", f"{self._path[:-1]}{FINISHED}"
+    def _read(self, hint: Hint) -> tuple[Any, float, dict[str, float]] | None:
+        name = f"{self._path[:-1]}{FINISHED}"
+        data = b""
         if self._folder is not None:
             with suppress(OSError, MemoryError):
                 data = (self._folder / name).read_bytes()
         received = self._collective.first_bytes(data)
         if not received:
             return None
-        result, problem = None, ""
+        result = None
+        problem = ""
         try:
             result = from_bytes(received, hint, self._device)
         except ValueError as error:
@@ -210,28 +221,31 @@ class ResumeStore:
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
             message = f"{self._folder}: {name!r} is not used: {problem}."
-            warnings.warn(
-                FilesWarning(message, "that part of the repair runs again."), stacklevel=3
-            )
+            hint = "that part of the repair runs again."
+            warnings.warn(FilesWarning(message, hint), stacklevel=3)
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
-        # Results in the folder of an earlier run are moved to the folder of this run.
-        for place in (folder, *(place / folder.name for place in self._elsewhere)):
+        """Looks for the results; moves results in the folder of an earlier run to `folder`."""
+        parents = dict.fromkeys((folder.parent, *self._elsewhere))
+        for parent in parents:
+            earlier = parent / folder.name
             with suppress(OSError):
-                if (place / ORIGIN).read_text(encoding="utf-8") == self._origin:
-                    if place != folder:
-                        # If the earlier run is still alive, it makes a new folder for itself.
-                        shutil.rmtree(folder, ignore_errors=True)
-                        folder.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.move(place, folder)
-                    return True
-        places = dict.fromkeys((folder.parent, *self._elsewhere))
+                if (earlier / ORIGIN).read_text(encoding="utf-8") != self._origin:
+                    continue
+                if earlier != folder:
+                    # If the earlier run is still alive, it makes a new folder for itself.
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.move(earlier, folder)
+                return True
         with suppress(OSError, ValueError):
-            others = [path for place in places for path in place.glob(f"{PREFIX}*/{ORIGIN}")]
-            newest = max(others, key=lambda path: path.stat().st_mtime)
-            other = dict(json.loads(newest.read_text(encoding="utf-8")))
-            differ = " and ".join(name for name in origin if other.get(name) != origin[name])
-            why = f"{newest.parent} is from a repair with other {differ}; delete it if you do not need it"
-            self._clock.announce(f"Repair: starts again, since {why}.")
+            files = [file for parent in parents for file in parent.glob(f"{PREFIX}*/{ORIGIN}")]
+            newest = max(files, key=lambda file: file.stat().st_mtime)
+            earlier_origin = dict(json.loads(newest.read_text(encoding="utf-8")))
+            differing = [name for name in origin if earlier_origin.get(name) != origin[name]]
+            self._clock.announce(
+                f"Repair: starts again, since {newest.parent} is from a repair with other "
+                f"{' and '.join(differing)}; delete it if you do not need it."
+            )
         return False

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -20,22 +20,16 @@ Clock = Callable[[], float]  # returns seconds since some fixed moment
 class Observer(Protocol):
     """Receiver of a repair's progress."""
 
-    def stage(self, name: str) -> AbstractContextManager[Any]:
-        """Returns a context manager in which a stage runs, such as `collect`, `fit`, `polish`,
-        `search` or `judge`.
-        """
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """Returns a context manager in which a stage runs, such as `fit`, `search` or `judge`."""
 
     def search(
         self, done: int, total: int, repaired: int | None = None, broken: int | None = None
     ) -> None:
-        """Receives the counts of finished and of all steps, and how many samples the best weights
-        repair and break.
-        """
+        """Receives the counts of finished and of all steps, and the best weights' flips."""
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Receives the expected seconds of the coming stages by name, and the seconds `most` until
-        the time limit.
-        """
+        """Receives the expected seconds of the coming stages, and `most` until the time limit."""
 
     def announce(self, text: str) -> None:
         """Shows a sentence to the user, before work that takes more than a few seconds."""
@@ -43,8 +37,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Deadline:
-    """Moment `end` at which work must end, in seconds of the clock `now`. Without a limit, `end` is
-    infinite.
+    """Moment `end` at which work must end, in seconds of the clock `now`; infinite if unlimited.
 
     All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together; each returns the
     same on all ranks. Without a limit, the ranks exchange nothing.
@@ -89,8 +82,9 @@ class Deadline:
 
 
 class StageTimer:
-    """Times the stages of a repair, and passes progress on to an observer. `max_time` is the time
-    limit in seconds.
+    """Times the stages of a repair, and passes progress on to an observer.
+
+    `max_time` is the time limit in seconds.
     """
 
     def __init__(
@@ -101,7 +95,8 @@ class StageTimer:
     ) -> None:
         self.observer = observer
         self.seconds: dict[str, float] = {}
-        self._clock, self._ahead = now or time.perf_counter, 0.0
+        self._clock = now or time.perf_counter
+        self._ahead = 0.0
         self._began = self.now()
         self._max_time = math.inf if max_time is None else max_time
 
@@ -121,8 +116,9 @@ class StageTimer:
         return self.deadline().seconds_left
 
     def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
-        """Continues from the `elapsed` and `seconds` of an earlier process. `max_time` limits both
-        times together.
+        """Continues from the `elapsed` and `seconds` of an earlier process.
+
+        `max_time` limits both times together.
         """
         self._ahead += elapsed - self.elapsed
         self.seconds.clear()
@@ -130,22 +126,21 @@ class StageTimer:
 
     @property
     def one_pass(self) -> float:
-        """Seconds of the first forward pass over all known data, as an estimate for further passes."""
+        """Seconds of the first forward pass over all known data, an estimate for further passes."""
         return self.seconds.get("collect", 0.0)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time of the `with` block to a stage, without the time of other stages inside the
-        block.
-        """
+        """Adds the time of a block to a stage, without the time of other stages inside."""
         poll()
         self.seconds.setdefault(name, 0.0)
-        start, inside = self.now(), sum(self.seconds.values())
+        start = self.now()
+        earlier = sum(self.seconds.values())
         try:
             with self.observer.stage(name) if self.observer else nullcontext():
                 yield
         finally:
-            inner = sum(self.seconds.values()) - inside
+            inner = sum(self.seconds.values()) - earlier
             self.seconds[name] = max(0.0, self.seconds.get(name, 0.0) + self.now() - start - inner)
 
     def tell(
