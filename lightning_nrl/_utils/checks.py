@@ -57,8 +57,8 @@ def _is_kind(value: Tensor, kind: Kind) -> bool:
         return not value.is_complex()
     if kind == "bool":
         return value.dtype == torch.bool
-    whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
-    return whole and not bool((value < 0).any())
+    is_whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    return is_whole and not bool((value < 0).any())
 
 
 def described(value: object) -> str:

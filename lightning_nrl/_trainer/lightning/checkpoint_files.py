@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from lightning_nrl._trainer.lightning.packages import (
+    AsyncCheckpointIO,
     CheckpointIO,
     TorchCheckpointIO,
     Trainer,
@@ -35,8 +37,7 @@ def reading_checkpoints(
     weights_only: bool = True,
     otherwise: str = TRUSTED_FILE_HINT,
 ) -> Iterator[None]:
-    """Makes a trainer refuse, for a block, checkpoints with other objects than tensors and plain
-    values.
+    """Makes a trainer refuse checkpoints of other objects than tensors and plain values in a block.
 
     With `weights_only=False`, it reads such checkpoints. Errors name `argument`, and their hint
     ends with `otherwise`. By itself, Lightning 2.5 runs any code in a checkpoint, and 2.6 does so
@@ -44,29 +45,30 @@ def reading_checkpoints(
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
-    if isinstance(stored, _CheckpointReader) or not isinstance(
-        stored, (TorchCheckpointIO, WrappingCheckpointIO)
-    ):
+    is_known = isinstance(stored, (TorchCheckpointIO, WrappingCheckpointIO))
+    if isinstance(stored, _CheckpointReader) or not is_known:
         yield
         return
     strategy.checkpoint_io = reader = _CheckpointReader(stored, argument, weights_only, otherwise)
     try:
         yield
     except RuntimeError as error:
-        _, misfit, found = str(error).partition("Error(s) in loading state_dict for ")
+        _, misfit, keys = str(error).partition("Error(s) in loading state_dict for ")
         if not misfit or not reader.path:
             raise
-        problem = f"`{argument}={reader.path!r}` does not fit {shorten(found, 300)}"
-        hint = "make the model with the hyperparameters with which the checkpoint was trained."
-        raise ConfigurationError(problem, hint) from error
+        raise ConfigurationError(
+            f"`{argument}={reader.path!r}` does not fit {shorten(keys, 300)}",
+            "make the model with the hyperparameters with which the checkpoint was trained.",
+        ) from error
     except KeyError as error:
-        if error.args[0] not in ("pytorch-lightning_version", "state_dict") or not reader.path:
+        key = error.args[0]
+        if key not in ("pytorch-lightning_version", "state_dict") or not reader.path:
             raise
-        problem = (
-            f"`{argument}={reader.path!r}` is no Lightning checkpoint: it has no `{error.args[0]}`."
-        )
-        hint = "if it is a state dict, load it by `model.load_state_dict(torch.load(path))` and give no checkpoint."
-        raise ConfigurationError(problem, hint) from error
+        raise ConfigurationError(
+            f"`{argument}={reader.path!r}` is no Lightning checkpoint: it has no `{key}`.",
+            "if it is a state dict, load it by `model.load_state_dict(torch.load(path))` and give "
+            "no checkpoint.",
+        ) from error
     finally:
         strategy.checkpoint_io = stored
 
@@ -76,7 +78,9 @@ class _CheckpointReader(WrappingCheckpointIOBase):
         self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str
     ) -> None:
         super().__init__(stored)
-        self._argument, self._weights_only, self._otherwise = argument, weights_only, otherwise
+        self._argument = argument
+        self._weights_only = weights_only
+        self._otherwise = otherwise
         self.path = ""  # path of the checkpoint that was read last
 
     @override
@@ -87,12 +91,12 @@ class _CheckpointReader(WrappingCheckpointIOBase):
     @override
     def load_checkpoint(
         self,
-        path: Any,
+        path: str | Path,
         map_location: Callable[..., Any] | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = load_checkpoint(
+            checkpoint: dict[str, Any] = load_checkpoint(
                 path, map_location=map_location or "cpu", weights_only=self._weights_only
             )
         except OSError:
@@ -100,15 +104,15 @@ class _CheckpointReader(WrappingCheckpointIOBase):
         except Exception as error:
             raise ConfigurationError(
                 f"`{self._argument}={str(path)!r}` cannot be read ({reason(error)}).",
-                f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
+                "give a checkpoint of tensors and plain values. Other objects can run any code: "
+                f"{self._otherwise}",
             ) from error
         self.path = str(path)
-        return found
+        return checkpoint
 
 
 class CheckpointWriter(WrappingCheckpointIOBase):
-    """Checkpoint plugin that writes with the user's own plugin or, if there is none, directly with
-    `torch.save`.
+    """Checkpoint plugin that writes with the user's own plugin, or with `torch.save` by default.
 
     An exception is stored as `error` and not raised, since other ranks would wait forever for the
     rank that writes.
@@ -116,20 +120,19 @@ class CheckpointWriter(WrappingCheckpointIOBase):
 
     def __init__(self, stored: CheckpointIO) -> None:
         super().__init__(stored)
-        inner: Any = stored
+        inner: CheckpointIO | None = stored
         if isinstance(inner, _CheckpointReader):
             inner = inner.checkpoint_io
-        if isinstance(inner, classes("pytorch.plugins.io.AsyncCheckpointIO")):
+        if isinstance(inner, AsyncCheckpointIO):
             inner = inner.checkpoint_io
-        self.is_plain = type(inner) in classes(
-            "pytorch.plugins.io.TorchCheckpointIO"
-        )  # `torch.load` reads the file
+        # True if `torch.load` reads the file.
+        self.is_plain = type(inner) in classes("pytorch.plugins.io.TorchCheckpointIO")
         self.error: Exception | None = None
-        self.state_dict: Any = None  # state dict of the checkpoint to write
+        self.state_dict: object = None  # state dict of the checkpoint to write
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         self.state_dict = checkpoint.get("state_dict")
         if self.error is not None:  # no folder to write to

@@ -1,10 +1,8 @@
-"""Classes of `pytorch_lightning` and `lightning.pytorch`, two copies of one library; one or both
-are
-installed.
+"""Classes of `pytorch_lightning` and `lightning.pytorch`, two copies of one library.
 
-A name such as `Trainer` is the union of both classes, for annotations and `isinstance`. A name such
-as `CallbackBase` is a class derived from both. `class_for` returns the class to construct. mypy
-sees only classes of `pytorch_lightning`.
+One or both are installed. A name such as `Trainer` is the union of both classes, for annotations
+and `isinstance`. A name such as `CallbackBase` is a class derived from both. `class_for` returns
+the class to construct. mypy sees only classes of `pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -28,48 +26,44 @@ LOGGER_NAMES = tuple(name for pair in FABRIC.items() for name in pair)
 
 
 def installed_packages() -> tuple[ModuleType, ...]:
-    """Imports and returns `lightning.pytorch` and `pytorch_lightning`, or the only one that is
-    installed.
-    """
-    imported = [name for name in FABRIC if name in sys.modules]
-    kept = rank_zero.log, rank_zero.rank_zero_deprecation_category
-    packages, errors = [], []
+    """Imports `lightning.pytorch` and `pytorch_lightning`, or the one that is installed."""
+    is_imported = any(name in sys.modules for name in FABRIC)
+    log = rank_zero.log
+    category = rank_zero.rank_zero_deprecation_category
+    packages = []
     for name in FABRIC:
         try:
             packages.append(import_module(name))
         except ImportError as error:
-            errors.append(error)
+            cause = error
     if not packages:
-        hint = "HINT: python -m pip install lightning"
         raise ImportError(
-            f"neither `lightning.pytorch` nor `pytorch_lightning` can be imported. {hint}"
-        ) from errors[0]
-    if imported:  # the user's package goes on to log with its own logger
-        rank_zero.log, rank_zero.rank_zero_deprecation_category = kept
+            "neither `lightning.pytorch` nor `pytorch_lightning` can be imported. "
+            "HINT: python -m pip install lightning"
+        ) from cause
+    if is_imported:  # the user's package goes on to log with its own logger
+        rank_zero.log = log
+        rank_zero.rank_zero_deprecation_category = category
     return tuple(packages)
 
 
 PACKAGES = installed_packages()
 
 
-def classes(path: str) -> tuple[type[Any], ...]:
-    """Returns the classes at a path such as `pytorch.callbacks.Timer`, one from each package that
-    has such a class.
-    """
-    found = (_find(package.__name__, path) for package in PACKAGES)
-    return tuple(kind for kind in found if kind is not None)
+def classes(path: str) -> tuple[type, ...]:
+    """Returns the class at a path such as `pytorch.callbacks.Timer` in each package that has it."""
+    kinds = (_find(package.__name__, path) for package in PACKAGES)
+    return tuple(kind for kind in kinds if kind is not None)
 
 
 def _find(package: str, path: str) -> Any:
-    (part, *inside), name = path.split(".")[:-1], path.rsplit(".", 1)[1]
-    root = FABRIC[package] if part == "fabric" else package
-    return getattr(import_module(".".join([root, *inside])), name, None)
+    root, *parts, name = path.split(".")
+    root = FABRIC[package] if root == "fabric" else package
+    return getattr(import_module(".".join([root, *parts])), name, None)
 
 
-def callback_kinds(names: str) -> tuple[type[Any], ...]:
-    """Returns the callback classes with these names, separated by spaces, of all installed packages
-    that have them.
-    """
+def callback_kinds(names: str) -> tuple[type, ...]:
+    """Returns the callback classes with these names, separated by spaces, of all packages."""
     return tuple(kind for name in names.split() for kind in classes(f"pytorch.callbacks.{name}"))
 
 
@@ -102,6 +96,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import TensorBoardLogger as TensorBoardLogger
     from pytorch_lightning.loggers import WandbLogger as WandbLogger
     from pytorch_lightning.loggers.logger import DummyLogger
+    from pytorch_lightning.plugins.io import AsyncCheckpointIO as AsyncCheckpointIO
     from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIO
     from pytorch_lightning.plugins.io import TorchCheckpointIO as TorchCheckpointIO
     from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
@@ -118,9 +113,11 @@ else:
     WrappingCheckpointIO = _union("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
     for module, names in {
         "pytorch": "Callback LightningDataModule LightningModule Trainer",
-        "pytorch.callbacks": "Checkpoint ModelCheckpoint ModelPruning ProgressBar RichProgressBar TQDMProgressBar",
+        "pytorch.callbacks": (
+            "Checkpoint ModelCheckpoint ModelPruning ProgressBar RichProgressBar TQDMProgressBar"
+        ),
         "pytorch.loggers": "Logger MLFlowLogger TensorBoardLogger WandbLogger",
-        "pytorch.plugins.io": "CheckpointIO TorchCheckpointIO",
+        "pytorch.plugins.io": "AsyncCheckpointIO CheckpointIO TorchCheckpointIO",
     }.items():
         globals().update({name: _union(f"{module}.{name}") for name in names.split()})
     CallbackBase = _base("pytorch.Callback")
@@ -131,16 +128,14 @@ else:
     LightningModuleMixin = nn.Module
 
 
-def packages_of(thing: object) -> list[str]:
-    """Returns the package names of a Trainer, module, data module, callback or logger. Other
-    objects have none.
-    """
-
-    def kinds(package: Any) -> tuple[type[Any], ...]:
+def packages_of(part: object) -> list[str]:
+    """Returns the package names of a Trainer, module, data module, callback or logger, or none."""
+    names = []
+    for package in PACKAGES:
         modules = (package.LightningModule, package.LightningDataModule)
-        return (package.Trainer, *modules, package.Callback, package.loggers.Logger)
-
-    return [package.__name__ for package in PACKAGES if isinstance(thing, kinds(package))]
+        if isinstance(part, (package.Trainer, *modules, package.Callback, package.loggers.Logger)):
+            names.append(package.__name__)
+    return names
 
 
 def class_for(trainer: Trainer, path: str) -> Any:

@@ -1,12 +1,13 @@
-"""Access to private or untyped parts of Lightning, tested with 2.5 and 2.6. Private names are in
-brackets.
+"""Access to private or untyped parts of Lightning, tested with 2.5 and 2.6.
+
+Docstrings name the private parts in brackets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -21,6 +22,9 @@ from lightning_nrl._trainer.lightning.packages import (
     class_for,
 )
 from lightning_nrl.data.batch import with_plain_tensors
+
+RawBatch: TypeAlias = Any  # a batch as a data loader returns it
+Loaders: TypeAlias = Any  # a data loader, or loaders in lists, mappings or a CombinedLoader
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """Methods of a compiled module that Lightning replaces by bound functions."""
@@ -48,31 +52,23 @@ def batch_limit(trainer: Trainer) -> int | None:
 
 
 def overfit_batches(trainer: Trainer) -> int | float:
-    """Returns `Trainer.overfit_batches`: a number (int) or a share (float) of batches, or 0 for no
-    limit.
-    """
+    """Returns `Trainer.overfit_batches`: a number (int) or share (float) of batches, or 0."""
     return cast(float, _untyped(trainer).overfit_batches)
 
 
-def state_key_of(callback: Callback, **what: Any) -> str:
-    """Returns the key of a callback's state in a checkpoint, made of its class and `what`
-    (`_generate_state_key`).
-    """
-    return callback._generate_state_key(**what)
+def state_key_of(callback: Callback, **settings: object) -> str:
+    """Returns the key of a callback's state in a checkpoint (`_generate_state_key`)."""
+    return callback._generate_state_key(**settings)
 
 
 def logged_hparams(trainer: Trainer) -> dict[str, Any]:
-    """Returns the hyperparameters of module and data module that a fit logs (`_log_hyperparams`)."""
-    holders = [
-        holder
-        for holder in (trainer.lightning_module, data_module_of(trainer))
-        if holder is not None
-    ]
-    logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
-    found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
-    return {
-        key: value for key, value in found.items() if key != "_class_path"
-    }  # added by LightningCLI
+    """Returns the hyperparameters of module and data that a fit logs (`_log_hyperparams`)."""
+    hparams: dict[str, Any] = {}
+    for holder in (trainer.lightning_module, data_module_of(trainer)):
+        if holder is not None and holder._log_hyperparams:
+            hparams |= holder.hparams_initial
+    hparams.pop("_class_path", None)  # added by LightningCLI
+    return hparams
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -81,18 +77,15 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 
 def overrides(module: LightningModule, name: str) -> bool:
     """True if a module overrides a step or hook of LightningModule."""
-    owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
-    return owner is not None and owner.__module__.partition(".")[0] not in (
-        "pytorch_lightning",
-        "lightning",
-    )
+    for kind in type(module).__mro__:
+        if name in vars(kind):
+            return kind.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning")
+    return False
 
 
 @contextmanager
 def validating(trainer: Trainer) -> Iterator[None]:
-    """Sets the trainer's stage to validation for a block. So modules do not augment batches as in
-    training.
-    """
+    """Sets the trainer's stage to validation, in which modules do not augment, for a block."""
     stage = trainer.state.stage
     trainer.state.stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
     try:
@@ -101,42 +94,37 @@ def validating(trainer: Trainer) -> Iterator[None]:
         trainer.state.stage = stage
 
 
-def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Moves a batch to the device as validation does (`_on_before_batch_transfer`), then calls
-    `with_plain_tensors`.
-    """
+def prepare_batch(trainer: Trainer, module: LightningModule, batch: RawBatch) -> RawBatch:
+    """Moves a batch to the device as validation does (`_on_before_batch_transfer`)."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
 
-def given_loaders(trainer: Trainer, split: str) -> Any:
-    """Returns the `train` or `val` loaders given to `fit`, or None if hooks create them
-    (`_data_source`).
-    """
-    loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
+def given_loaders(trainer: Trainer, split: str) -> Loaders:
+    """Returns the `train` or `val` loaders given to `fit`, or None for hooks (`_data_source`)."""
+    loop = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
     return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
 
 
-def combined_like(trainer: Trainer, given: Any, change: Callable[[Any], Any]) -> Any:
-    """Returns a `CombinedLoader` of `change(loader)` for each loader in `given`, with the mode of
-    the fit (`_mode`).
-    """
+def combined_like(
+    trainer: Trainer, loaders: Loaders, change: Callable[[DataLoader[Any]], DataLoader[Any]]
+) -> Loaders:
+    """Returns a `CombinedLoader` of the changed loaders, with the mode of the fit (`_mode`)."""
     combined = trainer.fit_loop._combined_loader
-    mode = getattr(given if combined is None else combined, "_mode", "max_size_cycle")
-    inside = pytree.tree_map(change, getattr(given, "iterables", given))
-    found = class_for(trainer, "pytorch.utilities.CombinedLoader")(inside, mode)
-    iter(found)  # sets its length
-    return found
+    mode = getattr(loaders if combined is None else combined, "_mode", "max_size_cycle")
+    changed = pytree.tree_map(change, getattr(loaders, "iterables", loaders))
+    combined = class_for(trainer, "pytorch.utilities.CombinedLoader")(changed, mode)
+    iter(combined)  # sets its length
+    return combined
 
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
-    """Returns the loaders of a validation, their batch limits and their mode, or None if there is
-    no validation.
-    """
-    fitting = trainer.state.fn == "fit"
-    loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    """Returns the loaders of a validation, their batch limits and their mode, if there are any."""
+    loop: Any = trainer.validate_loop
+    if trainer.state.fn == "fit":
+        loop = trainer.fit_loop.epoch_loop.val_loop
     with validating(trainer):
         loop.setup_data()
     combined = loop._combined_loader  # `val_dataloaders` may be nested as the user likes
@@ -146,26 +134,26 @@ def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], 
 
 
 def rerun_validation(trainer: Trainer) -> None:
-    """Validates again within a fit, to update metrics. Restores the loop's counters and
-    `_logger_connector`.
+    """Validates again within a fit, to update metrics. Restores the loop's counters.
+
+    Also restores `_logger_connector`.
     """
-    loop: Any = trainer.fit_loop.epoch_loop.val_loop
-    connector: Any = trainer._logger_connector
-    progress, seen = loop.batch_progress.state_dict(), dict(loop._seen_batches_per_dataloader)
-    known = connector._first_loop_iter, connector._current_fx
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    connector = trainer._logger_connector
+    progress = loop.batch_progress.state_dict()
+    seen = dict(loop._seen_batches_per_dataloader)
+    connector_state = connector._first_loop_iter, connector._current_fx
     try:
         with validating(trainer):
             loop.run()
     finally:
-        connector._first_loop_iter, connector._current_fx = known
+        connector._first_loop_iter, connector._current_fx = connector_state
         loop.batch_progress.load_state_dict(progress)
         loop._seen_batches_per_dataloader.update(seen)
 
 
 def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
-    """Returns a loader's sampler twice. If Lightning has wrapped it for ranks, the second is the
-    inner `_sampler`.
-    """
+    """Returns a loader's sampler twice, or one that Lightning made for ranks and its `_sampler`."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
         wrapped: Any = sampler.dataset
@@ -174,17 +162,13 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 
 def original_module(module: nn.Module) -> nn.Module:
-    """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or `module` itself if it
-    is not wrapped.
-    """
+    """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or `module` itself."""
     inner: nn.Module = getattr(module, "_orig_mod", module)
     return inner
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """True if calls of the module are compiled, so that hooks inside do not run
-    (`_compiled_call_impl`).
-    """
+    """True if calls of the module are compiled, without hooks inside (`_compiled_call_impl`)."""
     by_lightning = isinstance(module, LightningModule) and module._compiler_ctx is not None
     return by_lightning or module._compiled_call_impl is not None
 
@@ -192,12 +176,7 @@ def is_compiled(module: nn.Module) -> bool:
 def shared_with_copies(module: nn.Module) -> list[object]:
     """Returns objects that a deep copy of a module must share: `_trainer` and `_compiler_ctx`."""
     parts = [part for part in module.modules() if isinstance(part, LightningModule)]
-    return [
-        thing
-        for part in parts
-        for thing in (part._trainer, part._compiler_ctx)
-        if thing is not None
-    ]
+    return [*(part._trainer for part in parts), *(part._compiler_ctx for part in parts)]
 
 
 def release_copy(copy: nn.Module) -> None:
@@ -213,9 +192,7 @@ def release_copy(copy: nn.Module) -> None:
 
 
 def starts_own_processes(trainer: Trainer) -> bool:
-    """True if a trainer works in other processes that it starts, as with `ddp_spawn` (class of
-    `Strategy.launcher`).
-    """
+    """True if a trainer starts processes, as with `ddp_spawn` (class of `Strategy.launcher`)."""
     launcher = trainer.strategy.launcher
     multiprocessing = "pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
     return isinstance(launcher, class_for(trainer, multiprocessing))
