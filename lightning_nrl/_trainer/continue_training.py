@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -17,16 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_nrl._trainer.data_splits import find_loader
-from lightning_nrl._trainer.inner_trainer import (
-    CannotTrainError,
-    TimeBudget,
-    TrainingTrial,
-    copied_data_module,
-    copied_module,
-    describe_failure,
-    inner_trainer,
-    quiet,
-)
+from lightning_nrl._trainer.inner_trainer import inner_trainer, quiet
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     ModelPruning,
@@ -34,11 +25,20 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import (
+    Loaders,
+    RawBatch,
     callbacks_of,
     combined_like,
     data_module_of,
 )
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, loaders_in
+from lightning_nrl._trainer.module_copy import copied_data_module, copied_module
+from lightning_nrl._trainer.time_budget import (
+    CannotTrainError,
+    TimeBudget,
+    TrainingTrial,
+    describe_failure,
+)
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import eval_mode, random_state, seed_all
@@ -47,58 +47,62 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
 from lightning_nrl.methods.problem import Renew, Trained
 
-Augment = Callable[[Any], Any]
+Sample: TypeAlias = Any  # as a data set returns it
+Augment = Callable[[RawBatch], RawBatch]
 """Maps a batch of targets, as the data loader returns it, to another batch."""
 
 
 @dataclass(frozen=True)
 class ContinuedTraining:
-    """Training of a copy of a module by the module's own step and optimizers (see
-    `lightning_nrl.methods.Training`).
+    """Training of a copy of a module by the module's own step and optimizers.
+
+    See `lightning_nrl.methods.Training`.
+
+    Attributes:
+        trainer: trainer of the original training.
+        model: the module to copy.
+        known: the known data.
+        epochs: number of epochs without a time limit.
+        left_out: callback classes that the copy drops.
+        trained_on: the training loaders; None: those of the trainer.
+        augment: augments the targets.
+        targeted: bool mask of the targets among the known samples; None: unknown.
+        modes: training flag of each submodule; (): the current flags.
     """
 
     trainer: Trainer
     model: LightningModule
     known: Sequence[LoaderSource]
     epochs: int = ASSUMED_EPOCHS
-    left_out: tuple[type, ...] = ()  # callback classes that the copy drops
-    trained_on: Any = field(
-        default=None, repr=False
-    )  # the training loaders; None: those of the trainer
+    left_out: tuple[type, ...] = ()
+    trained_on: Loaders = field(default=None, repr=False)
     augment: Augment | None = None
-    targeted: Tensor | None = (
-        None  # bool mask of the targets among the known samples; None: unknown
-    )
-    modes: tuple[bool, ...] = field(
-        default=(), repr=False
-    )  # training flag of each submodule; (): the current flags
+    targeted: Tensor | None = None
+    modes: tuple[bool, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.modes:
-            # Read once: during a repair, the model is in evaluation mode.
-            whole = self.model.training
-            modes = tuple(module.training or not whole for module in self.model.modules())
+            # Read once: during a repair, the model is in evaluation mode, and so are all its parts.
+            in_evaluation = not self.model.training
+            modes = tuple(module.training or in_evaluation for module in self.model.modules())
             object.__setattr__(self, "modes", modes)
         if self.trained_on is None:
             # Read once: a data module may create its data again on each call.
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
-        """Returns a copy with the mask `targeted`: bool, one entry for each known sample, True for
-        the targets.
-        """
+        """Returns a copy with a mask of the targets among the known samples."""
         return replace(self, targeted=targeted)
 
     @property
     def obstacle(self) -> str:
-        """Reason why the training cannot continue, or an empty text. All ranks must read it, and
-        get the same text.
+        """Reason why the training cannot continue, or an empty text; the same on all ranks.
+
+        All ranks must read it.
         """
         ranks = Collective.current(self.model.device)
-        found = ranks.all_or_none(
-            self._obstacle_here, "known data could not be read on another rank."
-        )
-        return ranks.first_text(found)
+        failed = "known data could not be read on another rank."
+        return ranks.first_text(ranks.all_or_none(self._obstacle_here, failed))
 
     def _obstacle_here(self) -> str:
         if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
@@ -120,20 +124,18 @@ class ContinuedTraining:
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        """Trains a copy; leaves the model, its trainer, its loggers and the global random state
-        unchanged.
+        """Trains a copy; leaves the model, trainer, loggers and global random state unchanged.
 
         With a time limit, times a few steps first and trains as many epochs as fit into `seconds`.
         Without a limit, the same seed gives the same weights. Returns None if `renew` stops the
         training, if weights are not finite, if training is impossible, or if not even one epoch
         fits.
         """
-        end, run = (
-            time.perf_counter() + seconds,
-            _TrainingRun(seed, start or {}, weight, rate, renew),
-        )
-        epochs = self.epochs if epochs is None else epochs
-        if (run.rate is not None and not self.model.automatic_optimization) or self.warn():
+        end = time.perf_counter() + seconds
+        run = _TrainingRun(seed, start or {}, weight, rate, renew)
+        if epochs is None:
+            epochs = self.epochs
+        if (rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
@@ -141,12 +143,16 @@ class ContinuedTraining:
         except CannotTrainError as error:
             self._warn(Collective.current(self.model.device).first_text(str(error)))
             return None
-        before = {**current_state(self.model), **run.start}
-        if trained is not None and all(
-            torch.equal(value, trained.state[name]) for name, value in before.items()
-        ):
-            problem = f"continuing the training of {type(self.model).__name__} for a repair changed nothing."
-            hint = "a lambda or closure in the module may use the original, which is then trained; make it a method."
+        if trained is None:
+            return None
+        old = {**current_state(self.model), **run.start}
+        if all(torch.equal(value, trained.state[name]) for name, value in old.items()):
+            name = type(self.model).__name__
+            problem = f"continuing the training of {name} for a repair changed nothing."
+            hint = (
+                "a lambda or closure in the module may use the original, which is then trained; "
+                "make it a method."
+            )
             rank_zero_warn(TrainingWarning(problem, hint))
         return trained
 
@@ -157,14 +163,15 @@ class ContinuedTraining:
         return bool(obstacle)
 
     def _warn(self, obstacle: str) -> None:
-        name, reason = type(self.model).__name__, obstacle.rstrip(".")
-        problem = f"the training of {name} cannot continue for a repair: {reason}."
+        name = type(self.model).__name__
+        problem = f"the training of {name} cannot continue for a repair: {obstacle.rstrip('.')}."
         rank_zero_warn(TrainingWarning(problem, "the repair trains by its own steps instead."))
 
     def _trained(
         self, end: float, clock: StageTimer, epochs: int, run: _TrainingRun, folder: str
     ) -> Trained | None:
-        collective, planned = Collective.current(self.model.device), epochs
+        collective = Collective.current(self.model.device)
+        planned = epochs
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
             self._fit(pace, epochs, replace(run, renew=None), folder)
@@ -178,9 +185,8 @@ class ContinuedTraining:
         state = self._fit(budget, epochs, run, folder, parts)
         if budget.has_ended:
             return None
-        state = {
-            name: collective.agreed(value.to(self.model.device)) for name, value in state.items()
-        }
+        device = self.model.device
+        state = {name: collective.agreed(value.to(device)) for name, value in state.items()}
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
         done = budget.epochs_done / parts
@@ -191,109 +197,113 @@ class ContinuedTraining:
     def _fit(
         self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str, parts: int = 1
     ) -> State:
-        outer, seed = self.trainer, run.seed
+        outer = self.trainer
 
-        def copies() -> tuple[LightningModule, Trainer, Any]:
-            live = current_state(self.model)
-            shared = (
-                outer,
-                data_module_of(outer),
-                *outer.loggers,
-                *(source.loader.dataset for source in self.known),
-            )
-            how: dict[str, Any] = {"shared": shared, "left_out": self.left_out, "rate": run.rate}
+        def copies() -> tuple[LightningModule, Trainer, Loaders]:
+            data_sets = [source.loader.dataset for source in self.known]
             try:
-                model = copied_module(self.model, {**live, **run.start}, self.modes, **how)
-                loader = self._loader(seed, run.weight, parts)
+                model = copied_module(
+                    self.model,
+                    {**current_state(self.model), **run.start},
+                    self.modes,
+                    shared=(outer, data_module_of(outer), *outer.loggers, *data_sets),
+                    left_out=self.left_out,
+                    rate=run.rate,
+                )
+                loader = self._loader(run, parts)
                 trainer = inner_trainer(
                     outer, budget, epochs=epochs * parts, batches=len(loader), folder=folder
                 )
             except Exception as error:
-                why = f"it or its trainer cannot be copied ({describe_failure(error)})"
-                raise CannotTrainError(why) from error
+                reason = f"it or its trainer cannot be copied ({describe_failure(error)})"
+                raise CannotTrainError(reason) from error
             return model, trainer, loader
 
         with random_state(), torch.enable_grad():
             # Each rank draws its own dropout and augmentation.
-            seed_all((seed + outer.global_rank) % 2**32)
+            seed_all((run.seed + outer.global_rank) % 2**32)
             model, trainer, loader = budget.on_all_ranks(copies)
+            fit = partial(trainer.fit, model, loader)
             data = data_module_of(outer)
-            given: dict[str, Any] = {"train_dataloaders": loader}
             if data is not None:
-                given = {"datamodule": copied_data_module(data, loader)}
+                fit = partial(trainer.fit, model, datamodule=copied_data_module(data, loader))
             if run.renew is not None:
-                # Several loaders have no weights.
-                sampler = loader.sampler if isinstance(loader, DataLoader) else loader
-                budget.halfway = partial(_renew_weights, run.renew, sampler)
-            budget.on_all_ranks(partial(trainer.fit, model, **given))
+                budget.halfway = partial(_renew_weights, run.renew, loader)
+            budget.on_all_ranks(fit)
         # `eval` merges LoRA weights, as they are merged in the model to repair.
         state = snapshot(budget.on_all_ranks(model.eval))
-        del model, trainer, loader, given
+        del model, trainer, loader, fit
         gc.collect()  # large reference cycles
         return state
 
-    def _loader(self, seed: int, weight: Tensor | None = None, n_parts: int = 1) -> Any:
+    def _loader(self, run: _TrainingRun, parts: int) -> Loaders:
         if len(loaders_in(self.trained_on)) > 1:
-            shuffled = partial(self._shuffled, seed=seed, parts=n_parts)
             return combined_like(
-                self.trainer, self.trained_on, lambda like: shuffled(like, like.dataset)
+                self.trainer,
+                self.trained_on,
+                lambda like: self._shuffled(like, like.dataset, like.collate_fn, run, parts),
             )
-        like, parts = self._template_loader(), self._known_datasets()
-        data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
-        how: dict[str, Any] = {"weight": weight, "parts": n_parts, "size": batch_size_of(sized)}
+        like = self._template_loader()
+        data_sets = self._known_datasets()
+        data = data_sets[0] if len(data_sets) == 1 else ConcatDataset(data_sets)
+        collate = like.collate_fn
         if self.augment is not None and self.targeted is not None:
             data = MarkedSamples(data, self.targeted)
-            how["collate_fn"] = AugmentingCollate(like.collate_fn, self.augment)
-        return self._shuffled(like, data, seed, **how)
+            collate = AugmentingCollate(collate, self.augment)
+        return self._shuffled(like, data, collate, run, parts, run.weight)
 
     def _shuffled(
         self,
         like: DataLoader[Any],
-        data: Any,
-        seed: int,
+        data: Dataset[Any],
+        collate: Callable[[list[Any]], RawBatch],
+        run: _TrainingRun,
+        parts: int,
         weight: Tensor | None = None,
-        parts: int = 1,
-        size: int | None = None,
-        **how: Any,
     ) -> DataLoader[Any]:
-        size, share = (
-            size or batch_size_of(like),
-            (self.trainer.global_rank, self.trainer.world_size),
+        rank = self.trainer.global_rank
+        world_size = self.trainer.world_size
+        # The user's loader may have a sampler without an index, but a batch size.
+        sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
+        size = batch_size_of(sized)
+        sampler = ShuffledSampler(
+            _length(data), run.seed, rank, world_size, weight=weight, parts=parts
         )
-        sampler = ShuffledSampler(len(data), seed, *share, weight=weight, parts=parts)
         return loader_like(
             like,
             data,
             batch_size=size,
             sampler=sampler,
+            collate_fn=collate,
             # Batch norm cannot train on one sample.
             drop_last=len(sampler) > size and (like.drop_last or len(sampler) % size == 1),
-            generator=torch.Generator().manual_seed(seed + self.trainer.global_rank),
+            generator=torch.Generator().manual_seed(run.seed + rank),
             persistent_workers=like.num_workers > 0,
-            **how,
         )
 
     def _known_datasets(self) -> list[Dataset[Any]]:
-        like, parts = self._template_loader(), []
+        template = self._template_loader().dataset
+        data_sets: list[Dataset[Any]] = []
         for source in self.known:
             data = source.loader.dataset
             # Prefer the data set of the training loader, which may augment, for the passed data.
-            if source.passed and not source.failed and len(like.dataset) == len(data):  # type: ignore[arg-type]
-                data = like.dataset
-            whole = source.draws == 1 and len(source.index) == len(data)  # type: ignore[arg-type]
-            parts.append(data if whole else Subset(data, source.index.tolist()))
-        return parts
+            if source.passed and not source.failed and _length(template) == _length(data):
+                data = template
+            if source.draws > 1 or len(source.index) != _length(data):
+                data = Subset(data, source.index.tolist())
+            data_sets.append(data)
+        return data_sets
 
     def _template_loader(self) -> DataLoader[Any]:
+        """Returns the training loader, or the first known one if the former reads no samples."""
         loader = self.trained_on
-        if (
-            isinstance(loader, DataLoader)
-            and loader.batch_sampler is not None
-            and isinstance(loader.dataset, Sized)
-        ):
-            return loader
-        return self.known[0].loader
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+            return self.known[0].loader
+        return loader if isinstance(loader.dataset, Sized) else self.known[0].loader
+
+
+def _length(data: Dataset[Any]) -> int:
+    return len(cast(Sized, data))
 
 
 @dataclass(frozen=True)
@@ -305,26 +315,27 @@ class _TrainingRun:
     renew: Renew | None
 
 
-def _renew_weights(renew: Renew, sampler: Any, model: LightningModule) -> bool:
+def _renew_weights(renew: Renew, loader: Loaders, model: LightningModule) -> bool:
     with random_state():
         with eval_mode(model):
             state = snapshot(model)
         weight = renew(state)
     if weight is None:
         return False
-    sampler.weight = weight
+    # Several loaders have no weights.
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, ShuffledSampler):
+        loader.sampler.weight = weight
     return True
 
 
-class MarkedSamples(Dataset[tuple[Any, bool]]):
-    """Data set of pairs: a sample of `data`, and True if the sample is marked. `marked` is a bool
-    for each sample.
-    """
+class MarkedSamples(Dataset[tuple[Sample, bool]]):
+    """Data set of pairs: a sample of `data`, and its entry in the bool mask `marked`."""
 
-    def __init__(self, data: Dataset[Any], marked: Tensor) -> None:
-        self.data, self.marked = data, marked
+    def __init__(self, data: Dataset[Sample], marked: Tensor) -> None:
+        self.data = data
+        self.marked = marked
 
-    def __getitem__(self, index: int) -> tuple[Any, bool]:
+    def __getitem__(self, index: int) -> tuple[Sample, bool]:
         return self.data[index], bool(self.marked[index])
 
     def __len__(self) -> int:
@@ -333,60 +344,63 @@ class MarkedSamples(Dataset[tuple[Any, bool]]):
 
 @dataclass(frozen=True)
 class AugmentingCollate:
-    """Collate function for `MarkedSamples`. A batch has the unmarked samples, then the marked
-    samples, augmented.
+    """Collate function for `MarkedSamples`, which augments the marked samples.
+
+    A batch has the unmarked samples, then the marked samples.
     """
 
-    collate: Callable[[list[Any]], Any]
+    collate: Callable[[list[Sample]], RawBatch]
     augment: Augment
 
-    def __call__(self, samples: Sequence[tuple[Any, bool]]) -> Any:
-        targets = [sample for sample, is_marked in samples if is_marked]
-        others = [sample for sample, is_marked in samples if not is_marked]
-        if not targets:
-            return self.collate(others)
-        given = self.collate(targets)
+    def __call__(self, samples: Sequence[tuple[Sample, bool]]) -> RawBatch:
+        marked = [sample for sample, is_marked in samples if is_marked]
+        unmarked = [sample for sample, is_marked in samples if not is_marked]
+        if not marked:
+            return self.collate(unmarked)
+        batch = self.collate(marked)
         try:
-            changed = self.augment(given)
+            augmented = self.augment(batch)
         except Exception as error:
             problem = f"`augment` raised {type(error).__name__}: {first_line(error)}."
             hint = "it gets a batch of targets as the data loader returns it."
             raise ConfigurationError(problem, hint) from error
-        return changed if not others else _concatenate_batches(self.collate(others), changed)
+        if not unmarked:
+            return augmented
+        return _concatenate_batches(self.collate(unmarked), augmented)
 
 
-def _concatenate_batches(one: Any, other: Any) -> Any:
-    def is_list(x: Any) -> bool:
-        return isinstance(x, list) and not any(isinstance(leaf, Tensor) for leaf in x)
-
-    def join(a: Any, b: Any) -> Any:
-        return (
-            torch.cat([a, b.to(a)])
-            if isinstance(a, Tensor)
-            else a + b
-            if isinstance(a, list)
-            else a
-        )
-
-    first, spec = pytree.tree_flatten(one, is_leaf=is_list)
-    second, other_spec = pytree.tree_flatten(other, is_leaf=is_list)
+def _concatenate_batches(batch: RawBatch, augmented: RawBatch) -> RawBatch:
+    parts, spec = pytree.tree_flatten(batch, is_leaf=_is_plain_list)
+    augmented_parts, augmented_spec = pytree.tree_flatten(augmented, is_leaf=_is_plain_list)
     cause: Exception | None = None
-    problem = f"it returned a batch of {len(second)} parts, but other batches have {len(first)}"
-    if spec == other_spec:
+    problem = (
+        f"it returned a batch of {len(augmented_parts)} parts, but other batches have {len(parts)}"
+    )
+    if spec == augmented_spec:
         try:
-            return pytree.tree_unflatten(
-                [join(a, b) for a, b in zip(first, second, strict=True)], spec
-            )
+            return pytree.tree_unflatten(map(_joined, parts, augmented_parts), spec)
         except (RuntimeError, TypeError, AttributeError) as error:
-            cause, problem = error, first_line(error)
-    hint = "return a batch of the same form; sizes of tensors may differ only in the number of samples."
+            cause = error
+            problem = first_line(error)
+    hint = (
+        "return a batch of the same form; sizes of tensors may differ only in the number of "
+        "samples."
+    )
     raise ConfigurationError(f"`augment`: {problem}.", hint) from cause
 
 
+def _is_plain_list(part: RawBatch) -> bool:
+    return isinstance(part, list) and not any(isinstance(item, Tensor) for item in part)
+
+
+def _joined(part: RawBatch, augmented: RawBatch) -> RawBatch:
+    if isinstance(part, Tensor):
+        return torch.cat([part, augmented.to(part)])
+    return part + augmented if isinstance(part, list) else part
+
+
 class ShuffledSampler(Sampler[int]):
-    """Sampler that draws `n // parts` of `n` samples in random order, and divides them equally
-    among
-    the ranks.
+    """Sampler that draws `n // parts` of `n` samples in random order, divided among the ranks.
 
     With `weight`, the number of times that a sample is drawn is on average proportional to its
     weight.
@@ -402,15 +416,19 @@ class ShuffledSampler(Sampler[int]):
         weight: Tensor | None = None,
         parts: int = 1,
     ) -> None:
-        self._rank, self._world_size, self.weight = rank, world_size, weight
-        self._all, self._n = n, max(1, n // parts)
+        self._rank = rank
+        self._world_size = world_size
+        self.weight = weight
+        self._n_samples = n
+        self._n_drawn = max(1, n // parts)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self._all, generator=self.generator)
+        order = torch.randperm(self._n_samples, generator=self.generator)
         if self.weight is not None and bool((self.weight != self.weight[0]).any()):
             order = self._draw_weighted(order, self.weight)
-        yield from order[: self._n][self._rank :: self._world_size][: len(self)].tolist()
+        share = order[: self._n_drawn][self._rank :: self._world_size]
+        yield from share[: len(self)].tolist()
 
     def _draw_weighted(self, order: Tensor, weight: Tensor) -> Tensor:
         # A sample of weight 2.3 is drawn twice, and with a chance of 0.3 a third time.
@@ -419,21 +437,25 @@ class ShuffledSampler(Sampler[int]):
         chance = torch.rand(len(order), generator=self.generator, dtype=torch.float64)
         drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
         drawn = drawn[torch.randperm(len(drawn), generator=self.generator)]
-        if len(drawn) < self._n:
-            drawn = torch.cat([drawn, allowed.repeat(-(-self._n // max(1, len(allowed))))])
-        return drawn[: self._n]
+        if len(drawn) < self._n_drawn:
+            n_repeats = -(-self._n_drawn // max(1, len(allowed)))
+            drawn = torch.cat([drawn, allowed.repeat(n_repeats)])
+        return drawn[: self._n_drawn]
 
     def __len__(self) -> int:
-        return self._n // self._world_size
+        return self._n_drawn // self._world_size
 
 
-def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:
-    what = "its samples cannot be read"
+def _cannot_collate(
+    data_sets: Sequence[Dataset[Any]], collate: Callable[[list[Any]], RawBatch]
+) -> str:
+    """Returns why the first samples of the data sets do not fit into one batch, or nothing."""
+    problem = "its samples cannot be read"
     try:
-        samples = [part[0] for part in parts]
-        what = "its samples and the failed ones cannot be put into one batch"
+        samples = [data[0] for data in data_sets]
+        problem = "its samples and the failed ones cannot be put into one batch"
         for batch in (samples, samples[::-1]):
             collate(batch)
     except Exception as error:
-        return f"{what} ({describe_failure(error)})"
+        return f"{problem} ({describe_failure(error)})"
     return ""

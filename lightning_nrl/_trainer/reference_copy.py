@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.data_splits import find_loader
-from lightning_nrl._trainer.inner_trainer import copied_module
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import data_module_of
+from lightning_nrl._trainer.module_copy import copied_module
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import eval_mode
 from lightning_nrl._utils.state import State, write

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.inner_trainer import DROPPED_CALLBACKS, NullLogger
+from lightning_nrl._trainer.inner_trainer import NullLogger
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
 from lightning_nrl._trainer.lightning.packages import (
     Callback,
@@ -30,6 +30,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
+from lightning_nrl._trainer.module_copy import DROPPED_CALLBACKS
 from lightning_nrl._trainer.step_outputs import no_op, replaced
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import interruptible

@@ -57,7 +57,9 @@ def _is_kind(value: Tensor, kind: Kind) -> bool:
         return not value.is_complex()
     if kind == "bool":
         return value.dtype == torch.bool
-    is_whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    is_whole = (
+        not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    )
     return is_whole and not bool((value < 0).any())
 
 

@@ -39,7 +39,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
 from lightning_nrl._trainer import continue_training as continuing_module
-from lightning_nrl._trainer import inner_trainer as course_module
+from lightning_nrl._trainer import time_budget as budget_module
 from lightning_nrl._trainer.continue_training import ContinuedTraining, ShuffledSampler
 from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source
@@ -594,7 +594,7 @@ class FakeTime:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(course_module, "time", fake)
+    monkeypatch.setattr(budget_module, "time", fake)
     monkeypatch.setattr(continuing_module, "time", fake)
     monkeypatch.setattr(Slow, "clock", fake)
     return fake
