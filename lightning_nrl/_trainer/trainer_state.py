@@ -1,11 +1,11 @@
-"""State of a trainer and its model around a repair: callbacks, starting weights, epochs, signals."""
+"""State of a trainer and its model at a repair: callbacks, starting weights, epochs, signals."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +43,6 @@ TUNING_CALLBACKS = callback_kinds("BatchSizeFinder LearningRateFinder WeightAver
 """Callbacks that train before `fit` does, or load other weights than a checkpoint's state dict."""
 ASSUMED_EPOCHS = 20
 """Number of epochs that is assumed for a training of unknown length."""
-METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
-"""Metrics of a trainer that the next fit clears."""
 
 
 @dataclass
@@ -61,13 +59,12 @@ def prepared_for_dry_fit(
 
     Restores callbacks, limits, metrics and global random states on exit.
     """
-    loop, callbacks = trainer.fit_loop, callbacks_of(trainer)
+    loop = trainer.fit_loop
+    callbacks = callbacks_of(trainer)
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
-    metrics = {name: dict(getattr(trainer, name)) for name in METRICS}
+    metrics = [dict(values) for values in _metrics_of(trainer)]
     trainer.num_sanity_val_steps = 0
-    set_callbacks(
-        trainer, [*(c for c in callbacks if not isinstance(c, TUNING_CALLBACKS)), callback]
-    )
+    set_callbacks(trainer, [*_without_tuning(callbacks), callback])
     try:
         with random_state(), reading_checkpoints(trainer, "ckpt_path", weights_only=weights_only):
             yield
@@ -75,42 +72,51 @@ def prepared_for_dry_fit(
         set_callbacks(trainer, callbacks)
         trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = limits
         trainer.should_stop = False
-        for name, known in metrics.items():
-            now = getattr(trainer, name)
-            now.update({key: value for key, value in known.items() if key not in now})
+        for values, earlier in zip(_metrics_of(trainer), metrics, strict=True):
+            values.update({**earlier, **values})
+
+
+def _without_tuning(callbacks: Sequence[Callback]) -> list[Callback]:
+    return [callback for callback in callbacks if not isinstance(callback, TUNING_CALLBACKS)]
+
+
+def _metrics_of(trainer: Trainer) -> list[dict[str, Any]]:
+    """Returns the metrics that the next fit clears."""
+    return [trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics]
 
 
 @contextmanager
 def untracked(
     trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)
 ) -> Iterator[None]:
-    """Disables, for a block, a trainer's loggers and its `DROPPED_CALLBACKS`, except those of the
-    classes `kept`.
-    """
-    loggers, callbacks = trainer.loggers, callbacks_of(trainer)
-    remembered = [
-        (vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)
-    ]  # such as the best path
-    stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, DROPPED_CALLBACKS)]
+    """Disables loggers and `DROPPED_CALLBACKS`, except those of the classes `kept`, for a block."""
+    loggers = trainer.loggers
+    callbacks = callbacks_of(trainer)
+    active = []
+    checkpoints = []  # with their attributes, such as the best path
+    for callback in callbacks:
+        if isinstance(callback, kept) or not isinstance(callback, DROPPED_CALLBACKS):
+            active.append(callback)
+        if isinstance(callback, Checkpoint):
+            checkpoints.append((callback, dict(vars(callback))))
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer.loggers = [NullLogger(folder) for _ in loggers]
-            set_callbacks(trainer, stay)
+            set_callbacks(trainer, active)
             yield
     finally:
         trainer.loggers = loggers
         set_callbacks(trainer, callbacks)
-        for now, before in remembered:
-            now.clear()
-            now.update(before)
+        for callback, attributes in checkpoints:
+            vars(callback).clear()
+            vars(callback).update(attributes)
 
 
 @contextmanager
 def starting_weights(
     start_from: str, trainer: Trainer, model: LightningModule
 ) -> Iterator[StartingWeights]:
-    """Loads the weights to repair on all ranks: the current weights (`last`), or those of the best
-    checkpoint (`best`).
+    """Loads the weights to repair on all ranks: the current ones (`last`) or the best checkpoint's.
 
     Buffers that differ by rank, such as batch norm statistics, get the values of the first rank, as
     in a checkpoint. Modules in training mode run their own `train()` again, since Lightning sets
@@ -125,9 +131,9 @@ def starting_weights(
         yield start
         return
     collective = Collective.current(model.device)
-    written = (
-        (*model.parameters(), *model.buffers()) if path or own_modes else tuple(model.buffers())
-    )
+    written = list(model.buffers())
+    if path or own_modes:
+        written += model.parameters()
     modules = list(model.modules())
     flags = module_flags(modules)
     tensors = [(tensor, tensor.detach().clone()) for tensor in written]
@@ -157,7 +163,10 @@ def starting_weights(
 
 
 def _load_best(path: str, trainer: Trainer, model: LightningModule) -> None:
-    otherwise = "repair it later by `lightning_nrl.repair(..., ckpt_path=..., weights_only=False)` if you trust it."
+    otherwise = (
+        "repair it later by `lightning_nrl.repair(..., ckpt_path=..., weights_only=False)` if you "
+        "trust it."
+    )
     with reading_checkpoints(trainer, "start_from", otherwise=otherwise):
         checkpoint = trainer.strategy.load_checkpoint(path)
     trainer.strategy.load_model_state_dict(checkpoint, strict=model.strict_loading)
@@ -167,31 +176,30 @@ def _best_path(trainer: Trainer) -> str:
     checkpoint = trainer.checkpoint_callback
     path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     if not path:
-        problem = "`start_from='best'`: no best checkpoint was saved, so the repair starts from the last weights."
+        problem = (
+            "`start_from='best'`: no best checkpoint was saved, so the repair starts from the last "
+            "weights."
+        )
         rank_zero_warn(TrainingWarning(problem, "add a ModelCheckpoint with `monitor=`."))
     return path
 
 
 def epochs_of(trainer: Trainer) -> int:
-    """Returns the number of epochs of a training, at least 1. An epoch that batch limits cut short
-    counts in part.
+    """Returns the number of epochs of a training, at least 1.
+
+    An epoch that batch limits cut short counts in part.
     """
-    loop, loader = trainer.fit_loop, trainer.train_dataloader
+    loop = trainer.fit_loop
+    loader = trainer.train_dataloader
     epochs = loop.epoch_progress.current.ready
     if isinstance(loader, DataLoader):
         with suppress(TypeError):  # data without a length
-            epochs = min(epochs, round(_batches_of(trainer) / len(loader)))
+            epochs = min(epochs, round(loop.epoch_loop.batch_progress.total.ready / len(loader)))
     return max(1, epochs)
 
 
-def _batches_of(trainer: Trainer) -> int:
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
-
-
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
-    """Returns the number of epochs in a checkpoint, at least 1, or `ASSUMED_EPOCHS` if no number is
-    in it.
-    """
+    """Returns the number of epochs in a checkpoint, at least 1, or else `ASSUMED_EPOCHS`."""
     try:
         return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
     except KeyError:
@@ -201,21 +209,19 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
 def forward_context(
     trainer: Trainer, model: LightningModule
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Returns a context for forward passes in the trainer's precision. Inside, `self.log` does
-    nothing.
+    """Returns a context for forward passes in the trainer's precision, without `self.log`.
 
     Lightning refuses `self.log` outside the steps that it runs. An attribute `log` that is not a
     method stays.
     """
-    parts = [
-        part for part in model.modules() if isinstance(part, LightningModule) and callable(part.log)
-    ]
+    modules = [part for part in model.modules() if isinstance(part, LightningModule)]
 
     @contextmanager
     def context() -> Iterator[None]:
         with ExitStack() as stack:
-            for part in parts:
-                stack.enter_context(replaced(part, log=no_op, log_dict=no_op))
+            for module in modules:
+                if callable(module.log):
+                    stack.enter_context(replaced(module, log=no_op, log_dict=no_op))
             stack.enter_context(trainer.precision_plugin.forward_context())
             yield
 
@@ -233,8 +239,7 @@ def handle_signals(
     is_decided: Callable[[], bool],
     saved_in: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
-    """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints what has become of
-    the repair.
+    """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints its state.
 
     `is_decided` returns True once the repair has finished. `saved_in` returns the folder of saved
     steps, or None.
@@ -254,14 +259,12 @@ def handle_signals(
     except (KeyboardInterrupt, SystemExit):
         if is_decided():
             _say("The repair had finished: files and weights are those of its report.")
-        else:
-            place = saved_in()
-            text = "The repair was stopped: the weights are unchanged, and no files were written."
-            _say(
-                text
-                if place is None
-                else f"{text} The same call resumes after the finished steps ({place})."
-            )
+            raise
+        text = "The repair was stopped: the weights are unchanged, and no files were written."
+        folder = saved_in()
+        if folder is not None:
+            text += f" The same call resumes after the finished steps ({folder})."
+        _say(text)
         raise
 
 

@@ -141,7 +141,7 @@ class WeightInterpolation(CallbackBase):
         if stage != "fit":
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
-        check_order(self, trainer, what="the interpolation")
+        check_order(self, trainer, change="the interpolation")
         if self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
             raise ConfigurationError("`reference` is the model in training.", hint)
