@@ -1,0 +1,113 @@
+"""Finds the layers that a prediction calls, in the order of their last calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._trainer.lightning.private_parts import RawBatch
+from lightning_nrl._trainer.step_outputs import forward_hooks
+from lightning_nrl._utils.preserve import preserve_attributes, preserve_state, seed_all
+from lightning_nrl.data.batch import Adapter, run_model
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import force_eager, layers_of
+
+OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
+"""Changes of a layer's output that show whether logits depend on it.
+
+Both keep typical values, since a NaN that becomes an index would crash a GPU.
+"""
+
+
+@contextmanager
+def evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None]:
+    """Prepares a model for a prediction with seed 0, and restores its state on exit."""
+    with preserve_state(model), evaluator.context(), force_eager():
+        seed_all(0)
+        yield
+
+
+@torch.no_grad()
+def called_layers(
+    model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: RawBatch
+) -> list[str] | None:
+    """Returns the names of the layers that the prediction calls, by last call; None on an error.
+
+    Omits Linear layers at the end that do not affect the logits, such as a second head.
+    """
+    args, kwargs, _ = adapter(raw)
+    run = partial(run_model, model, args, kwargs)
+    try:
+        with evaluation_context(model, evaluator):
+            called = call_order(model, run)
+    except Exception:
+        return None
+    linear = {}
+    for name, layer in layers_of(model).items():
+        if name in called and isinstance(layer, nn.Linear):
+            linear[name] = layer
+    if len(linear) < 2:
+        return called
+    with evaluation_context(model, evaluator):
+        unused = _unused_last_layers(model, linear, lambda: evaluator.task.logits(run()))
+    return [name for name in called if name not in unused]
+
+
+def call_order(model: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Returns the names of the layers that `run` calls, by last call."""
+    calls: list[str] = []
+    with forward_hooks(layers_of(model), lambda name, args, output: calls.append(name)):
+        run()
+    return list(dict.fromkeys(reversed(calls)))[::-1]
+
+
+def _unused_last_layers(
+    model: nn.Module, linear: Mapping[str, nn.Linear], run: Callable[[], Tensor]
+) -> set[str]:
+    logits = _logits_in(nullcontext(), model, run)
+    needed: set[str] = set()
+    unused: set[str] = set()
+    if logits is None:
+        return unused
+
+    def is_unused(name: str) -> bool:
+        for change in OUTPUT_CHANGES:
+            hook = forward_hooks({name: linear[name]}, partial(_change_output, change))
+            changed = _logits_in(hook, model, run)
+            if changed is None or changed.shape != logits.shape:
+                return False
+            if not torch.allclose(changed, logits):
+                return False
+        return True
+
+    # `layer="auto"` takes the last layer that is not frozen, other choices take the last layer: try
+    # both orders.
+    for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
+        left = [name for name in order if name not in unused]
+        while len(left) > 1 and left[-1] not in needed:
+            if is_unused(left[-1]):
+                unused.add(left.pop())
+            else:
+                needed.add(left[-1])
+    return unused
+
+
+def _change_output(
+    change: Callable[[Tensor], Tensor], name: str, args: object, output: Tensor
+) -> Tensor:
+    return change(output)
+
+
+def _logits_in(
+    context: AbstractContextManager[None], model: nn.Module, run: Callable[[], Tensor]
+) -> Tensor | None:
+    with preserve_attributes(model), context:
+        seed_all(0)
+        try:
+            return run().clone()  # a model may reuse the memory of its outputs
+        except Exception:
+            return None

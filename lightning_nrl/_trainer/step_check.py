@@ -1,0 +1,173 @@
+"""Compares a module's own steps with the prediction that is repaired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._trainer.called_layers import evaluation_context
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import overrides
+from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.step_outputs import forward_hooks
+from lightning_nrl._trainer.trainer_state import untracked
+from lightning_nrl._utils.preserve import preserve_attributes, seed_all
+from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
+from lightning_nrl.data.batch import run_model
+from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.evaluation import Evaluator
+
+# Largest relative distance at which two inputs or outputs of a layer count as equal.
+LAYER_TOLERANCE = 1e-3
+SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
+# Augmentation explains a distance to our inputs up to this multiple of that between two runs.
+SPREAD_FACTOR = 3.0
+# Our loss is suspicious above factor * loss of the step + offset.
+LOSS_FACTOR = 2.0
+LOSS_OFFSET = 0.5
+
+Calls = list[tuple[Tensor, Tensor]]
+"""Input and output of a layer in each of its calls."""
+
+
+def check_step(
+    trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
+) -> None:
+    """Refuses a module whose own step gives the last layer other inputs than the prediction does.
+
+    The step is `validation_step`, or `training_step` if `validation_step` is missing or does not
+    call the last layer. If the adapter runs the module itself, the module is not refused, but a
+    warning is shown.
+    """
+    if not known or evaluator.called is None:
+        return
+    layers = {name: model.get_submodule(name) for name in evaluator.called[-1:]}
+    steps = _Steps(trainer, model, evaluator, layers)
+    if overrides(model, "validation_step"):
+        has_shown = steps.compare("validation_step", model.validation_step, known[-1])
+        if has_shown:
+            return
+    if overrides(model, "training_step") and model.automatic_optimization:
+        steps.compare("training_step", model.training_step, known[0])
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Runs steps of the model and records calls of the `layers`, which has the last layer."""
+
+    trainer: Trainer
+    model: LightningModule
+    evaluator: Evaluator
+    layers: Mapping[str, nn.Module]
+
+    def compare(self, name: str, step: Callable[..., object], source: LoaderSource) -> bool:
+        """Compares a step with the prediction on a known batch; False if this shows nothing."""
+        is_model_adapter = isinstance(source.adapter, ModelAdapter)
+        task = self.evaluator.task
+        args, kwargs, target = source.adapter(source.first_batch())
+        try:
+            with self._recording() as expected:
+                logits = task.logits(run_model(self.model, args, kwargs))
+                task.check(logits, target)
+                loss = float(task.loss(logits, target).mean())
+        except Exception:
+            return True  # the evaluation reports the error
+        run = partial(self._run, step, source)
+        result = run(seed=0)
+        if result is None:
+            return False
+        calls, step_loss = result
+        apart = min(_distances(calls, expected), default=math.nan)
+        if apart <= LAYER_TOLERANCE:
+            return True
+        losses = (
+            f"the loss of its own step is {step_loss:.3g}, that of the prediction {loss:.3g} on "
+            "the same batch"
+        )
+        if math.isnan(apart):
+            is_suspicious = loss > LOSS_FACTOR * step_loss + LOSS_OFFSET and not is_model_adapter
+            if is_suspicious:
+                problem = f"`model`: `{name}` may not predict as the repair does: {losses}."
+                rank_zero_warn(DataWarning(problem, "if so, " + ADAPTER_HINT))
+            return is_suspicious
+        if _is_augmented(calls, expected, run):
+            return True
+        problem = (
+            f"`model`: `{name}` gives the layer {next(iter(self.layers))!r} other inputs than the "
+            f"prediction that would be repaired (relative distance {apart:.2g}); {losses}."
+        )
+        if not is_model_adapter:
+            hint = "move what the step does to a batch into `forward`, or " + ADAPTER_HINT
+            raise ConfigurationError(problem, hint)
+        hint = "make sure that the adapter predicts as the deployed model does."
+        rank_zero_warn(DataWarning(problem, hint))
+        return True
+
+    def _run(
+        self, step: Callable[..., object], source: LoaderSource, *, seed: int
+    ) -> tuple[Calls, float] | None:
+        """Returns the calls of the layers in a step, and its loss, which may be NaN."""
+        raw = source.first_batch()
+        with untracked(self.trainer), preserve_attributes(self.model), self._recording() as calls:
+            seed_all(seed)
+            try:
+                loss = step(raw, 0)
+            except Exception:
+                return None
+        if isinstance(loss, Mapping):
+            loss = loss.get("loss")
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            return calls, float(loss)
+        return calls, math.nan
+
+    @contextmanager
+    def _recording(self) -> Iterator[Calls]:
+        calls: Calls = []
+
+        def record(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.append((args[0].detach().float().clone(), output.detach().float().clone()))
+
+        context = evaluation_context(self.model, self.evaluator)
+        with context, torch.no_grad(), forward_hooks(self.layers, record):
+            yield calls
+
+
+def _is_augmented(
+    calls: Calls, expected: Calls, run: Callable[..., tuple[Calls, float] | None]
+) -> bool:
+    # If the step augments, its inputs differ from the prediction's about as much as from its own
+    # with another seed.
+    runs = [calls]
+    for seed in range(1, SEEDS_OF_AUGMENTATION):
+        result = run(seed=seed)
+        if result is None:
+            return True
+        runs.append(result[0])
+    from_ours = [min(_distances(calls, expected), default=math.inf) for calls in runs]
+    spread = [min(_distances(a, b), default=0.0) for a, b in combinations(runs, 2)]
+    return sum(from_ours) / len(from_ours) <= SPREAD_FACTOR * sum(spread) / len(spread)
+
+
+def _distances(calls: Calls, expected: Calls) -> Iterator[float]:
+    for x, y in calls:
+        for expected_x, expected_y in expected:
+            if not len(expected_x) or not len(expected_y):
+                continue
+            # A step may concatenate several views of a batch.
+            views = zip(x.split(len(expected_x)), y.split(len(expected_y)), strict=False)
+            for view_x, view_y in views:
+                if view_x.shape == expected_x.shape and view_y.shape == expected_y.shape:
+                    yield max(_distance(view_x, expected_x), _distance(view_y, expected_y))
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    # Relative to the smaller norm, so that a distance is large whichever of the two tensors is
+    # scaled.
+    return float((x - y).norm() / torch.minimum(x.norm(), y.norm()).clamp_min(1e-12))
