@@ -1,8 +1,9 @@
-"""Published repair methods beside the paper's, loaded on first use: Arachne, NeuRecover, Apricot, merged repairs.
+"""Published repair methods besides the paper's: Arachne, NeuRecover, Apricot, merged repairs.
 
-In: a `Problem`, as for every method. Out: a `Solution`. The parts of these methods (localizers, fitnesses, searchers)
-can be combined with those of the core. `TrainingHistory` makes the record of a training that NeuRecover reads.
-Registries name these parts; no other package imports this one.
+In: a `Problem`, as for every method. Out: a `Solution`. The parts of these methods (localizers,
+fitnesses, searchers) can be combined with those of the core. `TrainingHistory` makes the record of
+a training that NeuRecover reads. Registries name these parts and load them on first use; no other
+package imports this one.
 """
 
 from lightning_nrl.published.apricot import Apricot

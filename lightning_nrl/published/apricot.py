@@ -1,6 +1,4 @@
-"""Moves weights toward earlier checkpoints that are right where the model fails (Apricot: Zhang and
-Chan, ASE 2019).
-"""
+"""Moves weights toward checkpoints that are right where the model fails (Zhang and Chan 2019)."""
 
 from __future__ import annotations
 
@@ -15,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.state import combined, current_state
+from lightning_nrl._utils.formatting import plural
+from lightning_nrl._utils.state import State, combined, current_state
 from lightning_nrl.errors import (
     ConfigurationError,
     check_choice,
@@ -30,9 +29,8 @@ from lightning_nrl.records.steps import Step
 
 Strategy = Literal["both", "right", "wrong"]  # `both` and its two parts; 1 to 3 in the paper
 
-LONGEST_STEP = (
-    0.2  # maximum sum of a round's factors; otherwise a round would move far if many samples fail
-)
+# Maximum sum of a round's factors; otherwise a round would move far if many samples fail.
+LONGEST_STEP = 0.2
 NO_CHECKPOINTS_HINT = (
     "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
     "`ModelCheckpoint(monitor=..., save_top_k=5)`."
@@ -41,9 +39,7 @@ NO_CHECKPOINTS_HINT = (
 
 @dataclass(frozen=True, eq=False)
 class Apricot:
-    r"""Moves weights toward checkpoints that get targets right and away from wrong checkpoints,
-    then
-    trains further.
+    r"""Moves weights toward checkpoints that get targets right, away from wrong ones, and trains.
 
     A round moves the weights by a sum over the targets x that still fail. w_x is the sample weight
     of x, C(x) are the checkpoints that get x right, I(x) the checkpoints that get x wrong. A bar is
@@ -89,16 +85,14 @@ class Apricot:
     polish: bool = True
 
     def __post_init__(self) -> None:
-        given = self.checkpoints
-        fits = given is None or isinstance(given, (str, Path, Sequence))
         check_kind(
             "Apricot.checkpoints",
-            given,
-            fits,
+            self.checkpoints,
+            self.checkpoints is None or isinstance(self.checkpoints, (str, Path, Sequence)),
             "list of checkpoints",
             "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])",
         )
-        if given is not None and not given:
+        if self.checkpoints is not None and not self.checkpoints:
             raise ConfigurationError(
                 "`Apricot.checkpoints` is an empty list.", "give at least one checkpoint."
             )
@@ -115,10 +109,9 @@ class Apricot:
         return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
-        """Finds new weights; raises a `ConfigurationError` if checkpoints are missing or do not fit
-        the model.
-        """
-        clock, deadline = problem.clock, problem.deadline_of_method()
+        """Finds new weights; refuses checkpoints that are missing or do not fit the model."""
+        clock = problem.clock
+        deadline = problem.deadline_of_method()
         began = time.perf_counter()
         with clock.stage("checkpoints"):
             states = self._states(problem)
@@ -127,108 +120,118 @@ class Apricot:
                     None, "all `Apricot.checkpoints` have the same weights as the model."
                 )
             passed = torch.stack([problem.evaluate(state).passed for state in states])
-        best = ahead = now = problem.original("apricot")
-        start = {
-            name: value for name, value in current_state(problem.model).items() if name in states[0]
-        }
-        tried, stale = 0, 0
+        best = ahead = current = problem.original("apricot")
+        live = current_state(problem.model)
+        start = {name: value for name, value in live.items() if name in states[0]}
+        n_rounds = 0
+        n_stale = 0
         with clock.stage("move"):
-            while tried < self.rounds and stale < self.patience and deadline.leaves(clock.one_pass):
-                failing = problem.before.targeted & ~now.after.passed
-                if not failing.any():
+            while n_rounds < self.rounds and n_stale < self.patience:
+                failing = problem.before.targeted & ~current.after.passed
+                if not deadline.leaves(clock.one_pass) or not failing.any():
                     break
-                factors = self.rate * pull(
-                    passed[:, failing], problem.before.weight[failing], self.strategy
-                )
+                weight = problem.before.weight[failing]
+                factors = self.rate * pull(passed[:, failing], weight, self.strategy)
                 factors = factors * min(1.0, LONGEST_STEP / max(float(factors.abs().sum()), 1e-12))
-                now = problem.propose("apricot", combined({**start, **now.state}, states, factors))
-                tried += 1
-                found = better([best, now])
-                is_ahead = now.value - now.broken > ahead.value - ahead.broken
-                stale = 0 if found is now or is_ahead else stale + 1
-                best, ahead = found or best, now if is_ahead else ahead
-        right = int((passed.any(0) & problem.before.targeted).sum())
-        note = f"{len(states)} checkpoints, right on {right:,} of the targets; {tried} round{'s' * (tried != 1)}"
-        steps = [best.step(time.perf_counter() - began, note)]
-        further = self._train_and_polish(problem, ahead, steps)
-        best = better([best, *further]) or best
-        others = tuple(one for one in (ahead, *further) if one is not best and one.state)
-        reason = (
-            ""
-            if best.repaired
-            else "no move toward the checkpoints repairs a target within the gate."
+                state = combined({**start, **current.state}, states, factors)
+                current = problem.propose("apricot", state)
+                n_rounds += 1
+                n_stale += 1
+                if better([best, current]) is current:
+                    best = current
+                    n_stale = 0
+                if current.value - current.broken > ahead.value - ahead.broken:
+                    ahead = current
+                    n_stale = 0
+        n_right = int((passed.any(0) & problem.before.targeted).sum())
+        note = (
+            f"{len(states)} checkpoints, right on {n_right:,} of the targets; "
+            f"{plural(n_rounds, 'round')}"
         )
-        return Solution(best if best.repaired else None, reason, tuple(steps), others)
+        steps = [best.step(time.perf_counter() - began, note)]
+        trained = self._train_and_polish(problem, ahead, steps)
+        best = better([best, *trained]) or best
+        alternatives = [proposal for proposal in (ahead, *trained) if proposal is not best]
+        solution = Solution(
+            best,
+            steps=tuple(steps),
+            others=tuple(proposal for proposal in alternatives if proposal.state),
+        )
+        if best.repaired:
+            return solution
+        reason = "no move toward the checkpoints repairs a target within the gate."
+        return replace(solution, proposal=None, reason=reason)
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
-        """Reads the checkpoints that differ from the model; returns only tensors that may change."""
-        argument, given = "Apricot.checkpoints", self.checkpoints
-        if given is None:
-            raise ConfigurationError("`Apricot.checkpoints` is missing.", NO_CHECKPOINTS_HINT)
-        if isinstance(given, (str, Path)):
-            given = sorted(Path(given).glob("*.ckpt"))
-            if not given:
+        """Returns the tensors that may change, of each checkpoint that differs from the model."""
+        argument = "Apricot.checkpoints"
+        checkpoints = self.checkpoints
+        if checkpoints is None:
+            raise ConfigurationError(f"`{argument}` is missing.", NO_CHECKPOINTS_HINT)
+        if isinstance(checkpoints, (str, Path)):
+            checkpoints = sorted(Path(checkpoints).glob("*.ckpt"))
+            if not checkpoints:
                 raise ConfigurationError(
                     f"`{argument}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
                     "give a folder that holds `*.ckpt` files, or a list of paths.",
                 )
-        own, checkpoints = current_state(problem.model), given
-        names = own if problem.whole else problem.scope
-        moving = {name for name in names if own[name].is_floating_point()}
+        old = current_state(problem.model)
+        names = old if problem.whole else problem.scope
+        moving = {name for name in names if old[name].is_floating_point()}
 
         def read() -> list[dict[str, Tensor]]:
-            whole = [
-                fitting(argument, read_state(argument, one), problem.model) for one in checkpoints
-            ]
-            return [
-                {name: value for name, value in state.items() if name in moving} for state in whole
-            ]
+            states = []
+            for checkpoint in checkpoints:
+                state = fitting(argument, read_state(argument, checkpoint), problem.model)
+                states.append({name: value for name, value in state.items() if name in moving})
+            return states
 
-        states = problem.collective.all_or_none(
-            read, "a checkpoint could not be read on another rank."
-        )
-        return [
-            state
-            for state in states
-            if any(not torch.equal(value, own[name]) for name, value in state.items())
-        ]
+        def differs(state: State) -> bool:
+            return not all(torch.equal(value, old[name]) for name, value in state.items())
+
+        failed = "a checkpoint could not be read on another rank."
+        states = problem.collective.all_or_none(read, failed)
+        return [state for state in states if differs(state)]
 
     def _train_and_polish(
         self, problem: Problem, moved: Proposal, steps: list[Step]
     ) -> list[Proposal]:
-        training, clock, found = problem.training, problem.clock, [moved]
+        training = problem.training
+        proposals = [moved]
         if training is not None and problem.whole and self.epochs:
             began = time.perf_counter()
-            with clock.stage("fit"):
-                start = {**current_state(problem.model), **moved.state}
+            with problem.clock.stage("fit"):
                 seconds = problem.deadline_of_method().agreed_seconds_left()
-                how: dict[str, Any] = {
-                    "seed": problem.seed,
-                    "clock": clock,
-                    "epochs": self.epochs,
-                    "start": start,
-                }
-                work = partial(training, seconds=seconds, **how)
+                work = partial(
+                    training,
+                    seconds=seconds,
+                    seed=problem.seed,
+                    clock=problem.clock,
+                    epochs=self.epochs,
+                    start={**current_state(problem.model), **moved.state},
+                )
                 trained = problem.work.once("training", work, Trained) if seconds > 0 else None
                 if trained is not None:
-                    found.append(problem.propose("fit", trained.state))
-                    steps.append(found[-1].step(time.perf_counter() - began, "continued training"))
-        if self.polish and found[-1].excess and bool(problem.before.margin.isfinite().all()):
-            proposal, step, _ = polished(problem, found[-1])
-            found.append(proposal)
+                    proposal = problem.propose("fit", trained.state)
+                    proposals.append(proposal)
+                    steps.append(proposal.step(time.perf_counter() - began, "continued training"))
+        has_margins = bool(problem.before.margin.isfinite().all())
+        if self.polish and proposals[-1].excess and has_margins:
+            proposal, step, _ = polished(problem, proposals[-1])
+            proposals.append(proposal)
             steps.append(step)
-        return found[1:]
+        return proposals[1:]
 
 
 def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
-    """Returns how far to move toward each of M models, `M` float64. A negative value means away
-    from
-    the model.
+    """Returns how far to move toward each of M models, `M` float64; below 0 is away from it.
 
     `passed`, `M x n` bool, marks which of n failed samples each model gets right. `weight`, `n`,
     are sample weights.
     """
     right = passed.to(torch.float64)
-    towards, away = right / right.sum(0).clamp_min(1), (1 - right) / (1 - right).sum(0).clamp_min(1)
+    wrong = 1 - right
+    towards = right / right.sum(0).clamp_min(1)
+    away = wrong / wrong.sum(0).clamp_min(1)
     sides = {"both": towards - away, "right": towards, "wrong": -away}
     return sides[strategy] @ weight.to(torch.float64)

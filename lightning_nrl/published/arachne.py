@@ -1,10 +1,9 @@
-"""Arachne's localisation: weights on the Pareto front of two impacts (Sohn, Kang, Yoo 2019, 2022)."""
+"""Arachne's localisation: weights on the Pareto front of two impacts (Sohn et al. 2019, 2022)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +31,14 @@ from lightning_nrl.localization.localizer import (
     make_localization,
 )
 from lightning_nrl.localization.neurecover_lite import rank_impacts
+from lightning_nrl.search.scoring.activation_cache import Chunk
 
 TOP_PER_FAILURE = 20  # weights per failed sample from which Arachne chooses
 
 
 @dataclass(frozen=True)
 class Arachne:
-    """Localises weights with a large gradient and a large forward impact on the failed samples
-    (Arachne, 2019).
+    """Localises weights with a large gradient and forward impact on failed samples (Arachne, 2019).
 
     The gradient of a weight w_ij is |dL/dw_ij| of the mean loss L. Its forward impact is the mean
     of |o_i w_ij|, where o_i is the input that the weight is multiplied with. Of the `n_g` weights
@@ -75,8 +74,7 @@ class Arachne:
 
 @dataclass(frozen=True)
 class ArachneV2:
-    r"""Localises weights with a high impact on failed and a low impact on passed samples (Arachne,
-    TOSEM 2022).
+    r"""Localises weights with more impact on failed than on passed samples (Arachne, TOSEM 2022).
 
     The result is the Pareto front of two scores, `impact on failed / (1 + impact on passed)`. The
     impact is the summed gradient :math:`|\sum dL/dw|` in one score and the forward impact (see
@@ -99,20 +97,21 @@ class ArachneV2:
         self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
     ) -> Localization:
         n_failed = int(failed.sum())
-        costs = []
+        gradients = []
+        contributions = []
         for rows in (failed, passed):
-            gradient = measure(recording, evaluator, rows).backward * n_failed
-            costs.append((gradient, contribution(recording, evaluator, rows)))
-        gradient, forward = (
-            of_failed / (1 + of_passed) for of_failed, of_passed in zip(*costs, strict=True)
-        )
+            gradients.append(measure(recording, evaluator, rows).backward * n_failed)
+            contributions.append(contribution(recording, evaluator, rows))
+        gradient = gradients[0] / (1 + gradients[1])
+        forward = contributions[0] / (1 + contributions[1])
         weights = first_fronts(gradient, forward, self.n_weights)
         return make_localization(weights, len(gradient), self.n_weights, len(gradient))
 
 
 MAX_OUTPUTS = 32
-"""Number of a sample's largest logits on which a neuron's influence is measured; each needs a
-backward pass.
+"""Number of a sample's largest logits on which a neuron's influence is measured.
+
+Each needs a backward pass.
 """
 
 
@@ -121,7 +120,8 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
 
     For the weight :math:`w_{ij}` from input :math:`o_i` to the neuron with output :math:`o_j` it is
 
-    .. math:: \overline{\frac{|o_i w_{ij}|}{\sum_k |o_k w_{kj}|}} \cdot \overline{\sum_c |\partial z_c / \partial o_j|}
+    .. math:: \overline{\frac{|o_i w_{ij}|}{\sum_k |o_k w_{kj}|}}
+        \cdot \overline{\sum_c |\partial z_c / \partial o_j|}
 
     The first mean is the weight's share of its neuron's input. The second mean is the neuron's
     influence on z, the `MAX_OUTPUTS` largest logits of a sample. The means are over samples and, in
@@ -130,13 +130,15 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     sample is marked, and a `ReplayError` if a layer is not called or has no gradient.
     """
     space = recording.space
-    own: dict[str, tuple[LayerRef, int, slice]] = {}
+    numbers = {site.name: i for i, site in enumerate(space.sites)}
     n_neurons = 0
-    for i, site in enumerate(space.sites):
-        own[site.name] = site, i, slice(n_neurons, n_neurons + len(site.module.weight))
+    neurons = []  # of each site
+    for site in space.sites:
+        start = n_neurons
         n_neurons += len(site.module.weight)
+        neurons.append(slice(start, n_neurons))
 
-    def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
+    def add(sums: Sequence[Tensor], chunk: Chunk, first: bool) -> None:
         share, influence, positions, samples = sums
         probe, outputs = replay_with_probe(recording, chunk, _largest)
         samples.add_(len(chunk.rows))
@@ -144,12 +146,12 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
             for column in outputs.unbind(1):
                 gradients = probe.gradients(column, torch.ones_like(column), retain_graph=True)
                 for name, gradient in zip(probe.called, gradients, strict=True):
-                    site, _, here = own[name]
-                    influence[here] += bias_gradient(
-                        at_least_float32(as_rows(site.module, gradient)).abs()
-                    )
+                    i = numbers[name]
+                    rows = at_least_float32(as_rows(space.sites[i].module, gradient)).abs()
+                    influence[neurons[i]] += bias_gradient(rows)
             for name, x, output in probe.seen:
-                site, i, _ = own[name]
+                i = numbers[name]
+                site = space.sites[i]
                 rows = at_least_float32(as_rows(site.module, x)).abs()
                 share[site.offset : site.offset + site.size] += _share(site, rows)
                 positions[i] += uses_per_weight(site.module, output)
@@ -157,12 +159,13 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     sizes = [space.size, n_neurons, len(space.sites), 1]
     share, influence, positions, _ = accumulate(recording, evaluator, rows_mask, sizes, add)
     impact = torch.zeros_like(share)
-    for (site, _, here), uses in zip(own.values(), positions.tolist(), strict=True):
+    for site, outputs, uses in zip(space.sites, neurons, positions.tolist(), strict=True):
         check_called(site, uses)
-        mean, weight = influence[here] / uses, site.module.weight
-        each = mean.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
-        place = slice(site.offset, site.offset + site.size)
-        impact[place] = share[place] / uses * flat_part(site, each, mean)
+        weight = site.module.weight
+        mean = influence[outputs] / uses
+        by_weight = mean.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+        weights = slice(site.offset, site.offset + site.size)
+        impact[weights] = share[weights] / uses * flat_part(site, by_weight, mean)
     return impact
 
 
@@ -172,22 +175,22 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def _share(site: LayerRef, x: Tensor) -> Tensor:
-    """Sums |o_i w_ij| / sum_k |o_k w_kj| of each weight over rows and positions; `x` has the
-    absolute inputs |o_i|.
-    """
+    """Sums |o_i w_ij| / sum_k |o_k w_kj| of each weight over rows and positions; `x` has |o_i|."""
     layer = site.module
     weight = layer.weight.detach().abs().to(x)
-    bias = layer.bias.detach().abs().to(x) if site.include_bias and layer.bias is not None else None
+    bias = None
+    if site.include_bias and layer.bias is not None:
+        bias = layer.bias.detach().abs().to(x)
     total = layer_output(layer, x, weight, bias)
-    one_over = torch.where(total > 0, 1 / total, 0.0)
-    own = bias_gradient(one_over) if bias is None else bias_gradient(one_over) * bias
-    return flat_part(site, weight_gradient(layer, x, one_over) * weight, own)
+    inverse = torch.where(total > 0, 1 / total, 0.0)
+    of_bias = bias_gradient(inverse)
+    if bias is not None:
+        of_bias = of_bias * bias
+    return flat_part(site, weight_gradient(layer, x, inverse) * weight, of_bias)
 
 
 def pareto_front(one: Tensor, other: Tensor) -> Tensor:
-    """Marks the weights on the Pareto front of two scores, `one` and `other`, of which larger
-    values
-    are better.
+    """Marks the weights on the Pareto front of two scores; larger values are better.
 
     A weight is on the front unless another weight is better in one score and not worse in the
     other.
@@ -198,9 +201,10 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
     """
     by_other = other.argsort(descending=True, stable=True)
     order = by_other[one[by_other].argsort(descending=True, stable=True)]
-    a, b = one[order], other[order]
-    before = torch.cat([b.new_full((1,), -torch.inf), b.cummax(0).values[:-1]])
-    leads = b > before
+    a = one[order]
+    b = other[order]
+    best_before = torch.cat([b.new_full((1,), -torch.inf), b.cummax(0).values[:-1]])
+    leads = b > best_before
     # Of weights with equal scores only the first leads; the others are on the front if they equal
     # the last leader.
     rows = torch.arange(len(order), device=order.device)
@@ -226,5 +230,6 @@ def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
         front = pareto_front(one[left], other[left])
         new = left[front]
         new = new[worse_rank[new].argsort(stable=True)][: n_weights - len(taken)]
-        taken, left = torch.cat([taken, new]), left[~front]
+        taken = torch.cat([taken, new])
+        left = left[~front]
     return taken.sort().values

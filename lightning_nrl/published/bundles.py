@@ -1,6 +1,4 @@
-"""Published methods that localise and search. The localiser, fitness and searcher of each method
-can
-be replaced.
+"""Published methods that localise and search, with replaceable localiser, fitness and searcher.
 
 docs/published_methods.md has their equations and the differences from the papers.
 """
@@ -20,12 +18,13 @@ from lightning_nrl.published.neurecover import NeuRecover
 from lightning_nrl.search import Fitness, ParticleSwarm, Searcher
 from lightning_nrl.search.fitness import FitnessFunction
 
-AS_PUBLISHED: dict[str, Any] = {"iterations": 100, "patience": 10}
+ITERATIONS = 100  # as published
+PATIENCE = 10  # as published
 
 
 def neurecover_lite() -> LocalSearch:
     """Returns NeuRecoverLite (Nakagawa et al. 2025)."""
-    swarm = ParticleSwarm(**AS_PUBLISHED, start="paper")
+    swarm = ParticleSwarm(iterations=ITERATIONS, patience=PATIENCE, start="paper")
     return LocalSearch(swarm, localizer=NeuRecoverLite(), fitness=Fitness("eq1"))
 
 
@@ -41,12 +40,14 @@ def arachne() -> LocalSearch:
 
 def arachne_de() -> LocalSearch:
     """Returns the second version of Arachne, with differential evolution."""
-    evolution = DifferentialEvolution(**AS_PUBLISHED, start="normal")
+    evolution = DifferentialEvolution(iterations=ITERATIONS, patience=PATIENCE, start="normal")
     return LocalSearch(evolution, localizer=ArachneV2(), fitness=ArachneDEFitness())
 
 
 def _arachne_swarm() -> ParticleSwarm:
-    return ParticleSwarm(**AS_PUBLISHED, start="normal", constants="arachne")
+    return ParticleSwarm(
+        iterations=ITERATIONS, patience=PATIENCE, start="normal", constants="arachne"
+    )
 
 
 BUNDLES: Mapping[str, Callable[[], LocalSearch]] = {
@@ -65,8 +66,9 @@ def bundle(
     fitness: str | FitnessFunction | None = None,
     searcher: str | Searcher[Any] | None = None,
 ) -> LocalSearch:
-    """Returns a published method with other parts, given by name or as objects. None keeps the
-    method's own part.
+    """Returns a published method with other parts, given by name or as objects.
+
+    None keeps the method's own part.
 
     Raises:
         ConfigurationError: there is no such method or part.

@@ -1,13 +1,11 @@
-"""Earlier points of a training: the model's weights at each point, and its results on the known
-data.
-"""
+"""Earlier points of a training: the model's weights, and its results on the known data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ class HistoryPoint:
     weights: Tensor  # W: weights of the layers to repair, in the order of `ParameterSpace.flat`
 
 
+@runtime_checkable
 class History(Protocol):
     """Earlier points of a training, oldest first."""
 
@@ -36,20 +35,16 @@ class History(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class CheckpointHistory:
-    """History of the checkpoints of one training, oldest first. Each checkpoint is evaluated once
-    on
-    the known data.
+    """History of the checkpoints of one training, oldest first.
 
-    A checkpoint is a module, a state dict, or the path of a Lightning checkpoint or of a saved
-    state dict.
+    Each checkpoint is evaluated once on the known data. A checkpoint is a module, a state dict, or
+    the path of a Lightning checkpoint or of a saved state dict.
     """
 
     checkpoints: Sequence[nn.Module | State | str | Path]
 
     def points(self, known: KnownData) -> list[HistoryPoint]:
-        """Evaluates each checkpoint. A checkpoint that cannot be read or does not fit raises a
-        `ConfigurationError`.
-        """
+        """Evaluates each checkpoint; refuses one that cannot be read or does not fit."""
         points = []
         for checkpoint in self.checkpoints:
             state = fitting(ARGUMENT, read_state(ARGUMENT, checkpoint), known.evaluator.model)

@@ -12,6 +12,7 @@ from lightning_nrl._trainer.tracking.tags import CLASS_TAG, PART_TAG, tagged
 from lightning_nrl.published.training_record import RecordedSplit, TrainingRecord
 from lightning_nrl.report.figures import INK, new_figure, style_axes
 
+MOST_MARKERS = 40  # points of a curve; more would overlap
 MOST_CLASSES = 20  # with more classes, there are no curves by class
 HISTORY_CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
@@ -19,9 +20,7 @@ LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned
 
 @dataclass(frozen=True)
 class Learning:
-    """Masks of the `n` samples of a split that were right at one point of a training, or at `T`
-    points (`T x n`).
-    """
+    """Masks of the samples of a split that were right at a point of a training: `n`, or `T x n`."""
 
     label: Tensor  # n int64
     right: Tensor  # bool, right at the point
@@ -33,9 +32,7 @@ class Learning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks of samples: right (`learned`), right only earlier (`forgotten`), and never right
-        (`never_learned`).
-        """
+        """Masks: right (`learned`), right only earlier (`forgotten`), never right."""
         return {
             "learned": self.right,
             "forgotten": self.was_right & ~self.right,
@@ -44,19 +41,18 @@ class Learning:
 
     @property
     def classes(self) -> list[int]:
-        """The classes for separate curves. The list is empty if there is one class, or more than
-        `MOST_CLASSES`.
-        """
-        found = self.label.unique().tolist()
-        return found if 1 < len(found) <= MOST_CLASSES and found[0] >= 0 else []
+        """The classes for separate curves: none if there is one, or more than `MOST_CLASSES`."""
+        classes = self.label.unique().tolist()
+        return classes if 1 < len(classes) <= MOST_CLASSES and classes[0] >= 0 else []
 
     def by_class(self, mask: Tensor) -> list[int]:
         counts = torch.bincount(self.label[mask], minlength=int(self.label.max()) + 1).tolist()
-        return [counts[one] for one in self.classes]
+        return [counts[label] for label in self.classes]
 
     def numbers(self, prefix: str, split: str) -> dict[str, float]:
-        """Returns counts by tag, such as `<prefix>/<split>/learned`, or for class 3
-        `<prefix>_<split>/forgotten/3`.
+        """Returns counts by tag, such as `<prefix>/<split>/learned`.
+
+        The tag of class 3 is `<prefix>_<split>/forgotten/3`.
         """
         totals = {name: float(mask.sum()) for name, mask in self.masks.items()}
         numbers = tagged(PART_TAG, totals, name=prefix, part=split)
@@ -69,9 +65,7 @@ class Learning:
 
 
 def record_figures(record: TrainingRecord) -> dict[str, Any]:
-    """Returns Matplotlib figures by title: counts by epoch, and the share of each class that is
-    wrong at the end.
-    """
+    """Returns figures by title: counts by epoch, and shares of classes wrong at the end."""
     figures = {}
     for split in record.splits:
         figures[split] = _curves(record, split)
@@ -82,20 +76,23 @@ def record_figures(record: TrainingRecord) -> dict[str, Any]:
 
 
 def _curves(record: TrainingRecord, split: str) -> Any:
-    passed, label = record.splits[split].passed, record.splits[split].label
+    passed = record.splits[split].passed
+    label = record.splits[split].label
+    was_right = passed.int().cummax(0).values > 0
     figure = new_figure(*HISTORY_CARD)
     axes = figure.subplots()
-    epochs, steps = ([getattr(point, of) for point in record.points] for of in ("epoch", "step"))
-    across = [epoch + 1 for epoch in epochs] if len(set(epochs)) == len(epochs) else steps
-    marker = "." if len(across) < 40 else None
-    for name, mask in Learning(label, passed, passed.int().cummax(0).values > 0).masks.items():
-        counts = mask.sum(1).tolist()
+    unit = "epoch"
+    across = [point.epoch + 1 for point in record.points]
+    if len(set(across)) < len(across):
+        unit = "step"
+        across = [point.step for point in record.points]
+    for name, mask in Learning(label, passed, was_right).masks.items():
         axes.plot(
             across,
-            counts,
+            mask.sum(1).tolist(),
             color=LEARNING_COLOURS[name],
             label=name.replace("_", " "),
-            marker=marker,
+            marker="." if len(across) < MOST_MARKERS else None,
         )
     axes.set_ylim(0, 1.25 * len(label))  # room for the legend
     axes.locator_params(axis="x", integer=True)
@@ -103,23 +100,27 @@ def _curves(record: TrainingRecord, split: str) -> Any:
     axes.legend(
         frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2
     )
-    style_axes(axes, "step" if across is steps else "epoch", "samples")
+    style_axes(axes, unit, "samples")
     return figure
 
 
 def _bars(last: Learning, split: str) -> Any:
     figure = new_figure(*HISTORY_CARD)
     axes = figure.subplots()
-    below = [0.0] * len(last.classes)
+    classes = [str(label) for label in last.classes]
+    below = [0.0] * len(classes)
     sizes = last.by_class(torch.ones_like(last.right))
     for name in ("forgotten", "never_learned"):
         counts = last.by_class(last.masks[name])
-        share = [100 * count / size for count, size in zip(counts, sizes, strict=True)]
-        names = [str(one) for one in last.classes]
+        shares = [100 * count / size for count, size in zip(counts, sizes, strict=True)]
         axes.bar(
-            names, share, bottom=below, color=LEARNING_COLOURS[name], label=name.replace("_", " ")
+            classes,
+            shares,
+            bottom=below,
+            color=LEARNING_COLOURS[name],
+            label=name.replace("_", " "),
         )
-        below = [a + b for a, b in zip(below, share, strict=True)]
+        below = [a + b for a, b in zip(below, shares, strict=True)]
     axes.set_ylim(0, 1.25 * max(*below, 1.0))
     axes.set_title(f"{split}: wrong at the end, by class", color=INK, fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)

@@ -88,17 +88,14 @@ class NeuRecover:
 
     @property
     def wants_history(self) -> bool:
-        """True if `with_history` must be called with the folder of a `TrainingHistory`, because
-        `history` is None.
-        """
+        """True if `with_history` must be called with the folder of a `TrainingHistory`."""
         return self.history is None
 
     def with_history(self, folder: str) -> NeuRecover:
         return replace(self, history=folder)
 
     def on(self, known: KnownData) -> HistoryLocalizer:
-        """Reads the history, evaluates checkpoints on the known data, and returns the localizer for
-        these data.
+        """Reads the history, evaluates its checkpoints, and returns the localizer for the data.
 
         Raises a `ConfigurationError` if there is no history, or if no point has other weights than
         the current model.
@@ -107,30 +104,27 @@ class NeuRecover:
         if history is None:
             raise ConfigurationError(
                 "`localizer`: NeuRecover has no history of the training.",
-                "give checkpoints, `NeuRecover(history=['epoch1.ckpt', 'epoch2.ckpt'])`, or put a `TrainingHistory` "
-                "callback before `RegressionFreeRepair`.",
+                "give checkpoints, `NeuRecover(history=['epoch1.ckpt', 'epoch2.ckpt'])`, or put a "
+                "`TrainingHistory` callback before `RegressionFreeRepair`.",
             )
-        now = HistoryPoint(known.before.passed.to(torch.int8), known.space.flat())
+        current = HistoryPoint(known.before.passed.to(torch.int8), known.space.flat())
         points = history.points(known)
-        while points and torch.equal(points[-1].weights.to(now.weights), now.weights):
+        while points and torch.equal(points[-1].weights.to(current.weights), current.weights):
             points = points[:-1]
         if not points:
             raise ConfigurationError(
                 "`NeuRecover.history` has no point before the current model.",
                 "give at least one earlier checkpoint.",
             )
-        points = [*points, now]
-        flips = TrainingFlips.between(
-            points if self.last is None else points[-self.last - 1 :], self.decay
-        )
-        return HistoryLocalizer(self, flips)
+        points = [*points, current]
+        if self.last is not None:
+            points = points[-self.last - 1 :]
+        return HistoryLocalizer(self, TrainingFlips.between(points, self.decay))
 
     def __call__(
         self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
     ) -> Localization:
-        """Always raises a `ConfigurationError`; call the localizer that `on(known)` returns
-        instead.
-        """
+        """Always raises a `ConfigurationError`; call the localizer of `on(known)` instead."""
         raise ConfigurationError(
             "`localizer`: NeuRecover does not have the known data.",
             "call the localizer that `on(known)` returns.",
@@ -139,8 +133,9 @@ class NeuRecover:
 
 @dataclass(frozen=True)
 class TrainingFlips:
-    """Flips of samples and changes of weights in a training. A step counts `decay` times as much as
-    the next step.
+    """Flips of samples and changes of weights in a training.
+
+    A step counts `decay` times as much as the next step.
     """
 
     regressed: Tensor  # N: weighted number of flips from right to wrong
@@ -149,20 +144,22 @@ class TrainingFlips:
 
     @classmethod
     def between(cls, points: Sequence[HistoryPoint], decay: float) -> TrainingFlips:
-        """Compares each point with the next. A sample whose result is unknown at one of the two
-        points did not flip.
+        """Compares each point with the next.
+
+        A sample whose result is unknown at one of the two points did not flip.
         """
-        regressed = improved = torch.zeros(len(points[0].passed), dtype=torch.float64)
-        change, total = torch.zeros(len(points[0].weights), dtype=torch.float64), 0.0
+        regressed = torch.zeros(len(points[0].passed), dtype=torch.float64)
+        improved = torch.zeros_like(regressed)
+        change = torch.zeros(len(points[0].weights), dtype=torch.float64)
+        total = 0.0
         for age, (old, new) in enumerate(zip(points[-2::-1], points[:0:-1], strict=True)):
-            counts = decay**age
-            was, is_now = old.passed.cpu(), new.passed.cpu()
-            regressed = regressed + counts * ((was == 1) & (is_now == 0))
-            improved = improved + counts * ((was == 0) & (is_now == 1))
-            change = (
-                change + counts * (new.weights.cpu().double() - old.weights.cpu().double()).abs()
-            )
-            total += counts
+            step_weight = decay**age
+            old_passed = old.passed.cpu()
+            new_passed = new.passed.cpu()
+            regressed += step_weight * ((old_passed == 1) & (new_passed == 0))
+            improved += step_weight * ((old_passed == 0) & (new_passed == 1))
+            change += step_weight * (new.weights.cpu().double() - old.weights.cpu().double()).abs()
+            total += step_weight
         return cls(regressed, improved, change / total)
 
 
@@ -180,23 +177,27 @@ class HistoryLocalizer:
     def __call__(
         self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
     ) -> Localization:
-        regressed, improved = (
-            self.flips.regressed * failed.cpu(),
-            self.flips.improved * passed.cpu(),
-        )
+        regressed = self.flips.regressed * failed.cpu()
+        improved = self.flips.improved * passed.cpu()
         if not regressed.any():
             raise EmptyLocalizationError(
-                f"`localizer`: none of the {int(failed.sum())} targets was right at an earlier point of the history.",
-                "record more often, record the targets' splits (`TrainingHistory(splits=[...])`), give more "
-                "checkpoints, or use `neurecover-lite`, which needs no history.",
+                f"`localizer`: none of the {int(failed.sum())} targets was right at an earlier "
+                "point of the history.",
+                "record more often, record the targets' splits "
+                "(`TrainingHistory(splits=[...])`), give more checkpoints, or use "
+                "`neurecover-lite`, which needs no history.",
             )
         deg = measure(recording, evaluator, regressed > 0, weight=regressed)
-        imp = (
-            measure(recording, evaluator, improved > 0, weight=improved) if improved.any() else None
-        )
-        n_weights, rate = self.settings.n_weights, self.settings.rate
+        imp = None
+        if improved.any():
+            imp = measure(recording, evaluator, improved > 0, weight=improved)
         return localize_by_history(
-            recording.space, deg, imp, self.flips.change, n_weights=n_weights, rate=rate
+            recording.space,
+            deg,
+            imp,
+            self.flips.change,
+            n_weights=self.settings.n_weights,
+            rate=self.settings.rate,
         )
 
 
@@ -209,9 +210,7 @@ def localize_by_history(
     n_weights: int | None = None,
     rate: float | None = None,
 ) -> Localization:
-    """Localises weights by the sets of `NeuRecover`. Raises an `EmptyLocalizationError` if no
-    weight
-    is left.
+    """Localises weights by the sets of `NeuRecover`.
 
     Args:
         space: the layers to repair.
@@ -222,20 +221,25 @@ def localize_by_history(
             the rates for which the number of localised weights is nearest to `n_weights`, the
             smallest is used.
         rate: as in `NeuRecover`.
+
+    Raises:
+        EmptyLocalizationError: no weight is left.
     """
     change = change.to(deg.forward)
-    enter, leave = (torch.full_like(deg.forward, torch.inf) for _ in range(2))
+    enter = torch.full_like(deg.forward, torch.inf)
+    leave = torch.full_like(deg.forward, torch.inf)
     layers = [slice(site.offset, site.offset + site.size) for site in space.sites]
-    suspicious = suspiciousness(deg, imp, layers, change)
-    for own, s in zip(layers, suspicious.tolist(), strict=True):
+    suspicious = suspiciousness(deg, imp, layers, change).tolist()
+    for layer, s in zip(layers, suspicious, strict=True):
         if not s:
             continue
-        per_rank = 1 / (s * (own.stop - own.start))
+        per_rank = 1 / (s * (layer.stop - layer.start))
         # A weight of rank k enters its set at the rate at which round(n * s * rate) = k.
-        worst = _worst_rank(deg.forward[own], deg.backward[own], change[own])
-        enter[own] = (worst - 0.5) * per_rank
+        worst = _worst_rank(deg.forward[layer], deg.backward[layer], change[layer])
+        enter[layer] = (worst - 0.5) * per_rank
         if imp is not None:
-            leave[own] = (_worst_rank(imp.forward[own], imp.backward[own]) - 0.5) * per_rank
+            worst = _worst_rank(imp.forward[layer], imp.backward[layer])
+            leave[layer] = (worst - 0.5) * per_rank
     if rate is None:
         n_weights = n_weights or default_n_weights(space.size)
         events = torch.cat([enter, leave]).unique()
@@ -243,50 +247,54 @@ def localize_by_history(
         localized = sizes_at(enter, leave, events)["localized"]
         rate = float(events[nearest(localized, n_weights)]) if len(events) else 1.0
     weights = ((enter <= rate) & (leave > rate)).nonzero().squeeze(1)
-    at = sizes_at(enter, leave, enter.new_tensor([rate]))
-    sizes = {name: int(size) for name, size in at.items()} | {"total": space.size}
+    size_tensors = sizes_at(enter, leave, enter.new_tensor([rate]))
+    sizes = {name: int(size) for name, size in size_tensors.items()}
+    sizes["total"] = space.size
     if not len(weights):
         raise EmptyLocalizationError(
-            f"`localizer` leaves no weight at the rate {rate:.3g}: {sizes['failed']} weights changed and "
-            f"matter for regressions, but all of them are among the {sizes['passed']} that matter for improvements.",
+            f"`localizer` leaves no weight at the rate {rate:.3g}: {sizes['failed']} weights "
+            "changed and matter for regressions, but all of them are among the "
+            f"{sizes['passed']} that matter for improvements.",
             "give another `rate` or `n_weights`, choose another layer, or use `neurecover-lite`.",
         )
-    suspicion = zip(space.sites, suspicious.tolist(), strict=True)
-    n_top = sum(min(site.size, int(s * site.size * rate + 0.5)) for site, s in suspicion)
+    n_top = 0
+    for site, s in zip(space.sites, suspicious, strict=True):
+        n_top += min(site.size, int(s * site.size * rate + 0.5))
     return Localization(weights, n_top, n_weights, sizes)
 
 
 def suspiciousness(
     deg: Impact, imp: Impact | None, layers: Sequence[slice], change: Tensor
 ) -> Tensor:
-    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`). `layers` are slices
-    of the weights.
+    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`).
+
+    `layers` are slices of the weights.
     """
 
     def means(x: Tensor) -> Tensor:
-        return torch.stack([x[own].mean() for own in layers])
+        return torch.stack([x[layer].mean() for layer in layers])
 
-    of_deg, moved = means(deg.forward), means(change)
+    of_deg = means(deg.forward)
+    moved = means(change)
     of_imp = torch.zeros_like(of_deg) if imp is None else means(imp.forward)
     share = torch.nan_to_num(of_deg / (of_deg + of_imp))
     return torch.nan_to_num(share / share.max()) * torch.nan_to_num(moved / moved.max())
 
 
-def _history_of(given: Any) -> History | None:
+def _history_of(given: object) -> History | None:
     if isinstance(given, (str, Path)):
         return FolderHistory(Path(given))
-    if given is None or (hasattr(given, "points") and not isinstance(given, type)):
-        return cast("History | None", given)
-    argument, listed = (
-        "NeuRecover.history",
-        isinstance(given, Sequence) and not isinstance(given, bytes),
-    )
-    check_kind(argument, given, listed, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
-    if not given:
+    if given is None or (isinstance(given, History) and not isinstance(given, type)):
+        return given
+    argument = "NeuRecover.history"
+    is_list = isinstance(given, Sequence) and not isinstance(given, bytes)
+    check_kind(argument, given, is_list, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
+    checkpoints = tuple(cast(Sequence[Any], given))
+    if not checkpoints:
         raise ConfigurationError(
             f"`{argument}` is an empty list.", "give at least one earlier checkpoint."
         )
-    return CheckpointHistory(tuple(given))
+    return CheckpointHistory(checkpoints)
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""`TrainingHistory`, which records at every epoch the results of each sample and the weights of
-some layers.
-"""
+"""`TrainingHistory`, which records results of samples and weights of layers at every epoch."""
 
 from __future__ import annotations
 
@@ -122,24 +120,30 @@ class TrainingHistory(CallbackBase):
         folder = base_folder(self.dirpath, trainer, "history")
         if self.dirpath is None and self._resumed is not None and trainer.global_step:
             folder = Path(self._resumed)
-        self.folder, self.seconds, self._last, self._ever_right = folder, 0.0, None, {}
+        self.folder = folder
+        self.seconds = 0.0
+        self._last = None
+        self._ever_right = {}
         self.recorded = find_splits(self.splits, SplitLoaders(trainer, pl_module))
 
         def read_earlier_record() -> None:
             if trainer.is_global_zero:
                 forget_after(folder, trainer.global_step if trainer.global_step else -1)
                 if any(folder.glob("point-*.pt")):
-                    found = TrainingRecord.read(folder).splits
-                    self._ever_right = {
-                        split: record.passed.any(0) for split, record in found.items()
-                    }
+                    splits = TrainingRecord.read(folder).splits
+                    self._ever_right = {name: split.passed.any(0) for name, split in splits.items()}
 
         failed = "the record of an earlier training could not be read on another rank."
         Collective.current(pl_module.device).all_or_none(read_earlier_record, failed)
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         n = self.every_n_steps
         if n is not None and trainer.global_step % n == 0 and trainer.global_step != self._last:
@@ -152,18 +156,19 @@ class TrainingHistory(CallbackBase):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            trainer.is_global_zero
-            and self.folder is not None
-            and any(self.folder.glob("point-*.pt"))
-        ):
-            record = TrainingRecord.read(self.folder)
-            if find_spec("matplotlib") is not None:
-                figures = record_figures(record)
-                what = "history of the training"
-                track_figures(
-                    figures, trainer.loggers, step=trainer.global_step, name=self.prefix, what=what
-                )
+        if not trainer.is_global_zero or self.folder is None:
+            return
+        if not any(self.folder.glob("point-*.pt")):
+            return
+        record = TrainingRecord.read(self.folder)
+        if find_spec("matplotlib") is not None:
+            track_figures(
+                record_figures(record),
+                trainer.loggers,
+                step=trainer.global_step,
+                name=self.prefix,
+                what="history of the training",
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -171,37 +176,43 @@ class TrainingHistory(CallbackBase):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        found = state_dict.get("folder") if isinstance(state_dict, dict) else state_dict
-        if isinstance(state_dict, dict) and isinstance(found, str | None):
-            self._resumed = found
+        folder = state_dict.get("folder") if isinstance(state_dict, dict) else state_dict
+        if isinstance(state_dict, dict) and isinstance(folder, str | None):
+            self._resumed = folder
             return
-        problem = f"`TrainingHistory`: the state in the checkpoint names no folder (found a {type(found).__name__})"
+        problem = (
+            "`TrainingHistory`: the state in the checkpoint names no folder "
+            f"(found a {type(folder).__name__})."
+        )
         hint = "training continues with a new record; give `dirpath` to continue the old one."
-        rank_zero_warn(DataWarning(f"{problem}.", hint))
+        rank_zero_warn(DataWarning(problem, hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluates `recorded` splits and writes a record. All ranks must call it. Restores modes
-        and random states.
+        """Evaluates `recorded` splits and writes a record. All ranks must call it.
+
+        Restores modes and random states.
         """
         began = time.perf_counter()
+        step = trainer.global_step
         results = run_splits(self.recorded, trainer, pl_module, self.task, self.adapter)
-        self._last = trainer.global_step
+        self._last = step
         if trainer.is_global_zero and self.folder is not None:
             if not batch_limit(trainer):
                 parameters = dict(pl_module.named_parameters())
                 weights = {name: parameters[name] for name in self._layer_names(pl_module)}
                 try:
-                    write_point(
-                        self.folder, trainer.global_step, trainer.current_epoch, results, weights
-                    )
+                    write_point(self.folder, step, trainer.current_epoch, results, weights)
                 except OSError as error:
-                    problem = f"`TrainingHistory` could not write step {trainer.global_step:,} of its record: {error}."
-                    hint = "free some space, or give another `dirpath`; training continues and tries later steps."
+                    problem = (
+                        f"`TrainingHistory` could not write step {step:,} of its record: {error}."
+                    )
+                    hint = (
+                        "free some space, or give another `dirpath`; training continues and tries "
+                        "later steps."
+                    )
                     warnings.warn(FilesWarning(problem, hint), stacklevel=2)
             numbers = self._learning_numbers(results)
-            track_numbers(
-                numbers, trainer.loggers, step=trainer.global_step, what="history of the training"
-            )
+            track_numbers(numbers, trainer.loggers, step=step, what="history of the training")
         self.seconds += time.perf_counter() - began
 
     def _layer_names(self, model: LightningModule) -> list[str]:
@@ -212,9 +223,9 @@ class TrainingHistory(CallbackBase):
     def _learning_numbers(self, results: SampleResults) -> dict[str, float]:
         numbers: dict[str, float] = {}
         for split in results.splits:
-            own = results.of(split)
-            right = results.passed[own]
+            rows = results.of(split)
+            right = results.passed[rows]
             self._ever_right[split] = right | self._ever_right.get(split, right)
-            learning = Learning(results.label[own], right, self._ever_right[split])
+            learning = Learning(results.label[rows], right, self._ever_right[split])
             numbers |= learning.numbers(self.prefix, split)
         return numbers

@@ -1,6 +1,4 @@
-"""The record of a training on disk: results of each sample and weights of layers at some steps,
-called
-points.
+"""The record of a training on disk: results of each sample and weights of layers at some points.
 
 The folder has one file per point, named by step (`point-00000120.pt`), and the samples of each
 split (`samples.pt`). All files load with `weights_only=True`.
@@ -47,9 +45,7 @@ class RecordedSplit:
 
     @property
     def forgotten(self) -> Tensor:
-        """Number of flips of each sample from right to wrong, `n` int64 (forgetting events, Toneva
-        et al. 2019).
-        """
+        """Number of flips of each sample from right to wrong, `n` int64 (Toneva et al. 2019)."""
         return (self.passed[:-1] & ~self.passed[1:]).sum(0)
 
 
@@ -71,42 +67,31 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, folder: str | Path) -> TrainingRecord:
-        """Reads a folder. Raises a `ConfigurationError` if the folder has no record or a damaged
-        record.
-        """
+        """Reads a folder; refuses a folder without a record, or with a damaged record."""
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
             raise ConfigurationError(
                 f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT
             )
         samples = load_mapping("history", Path(folder) / SAMPLES_FILE, RECORD_HINT)
-        found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
+        contents = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
         try:
-            splits = {split: _recorded_split(split, own, found) for split, own in samples.items()}
-            points = tuple(
-                RecordedPoint(int(x["step"]), int(x["epoch"]), dict(x["weights"])) for x in found
-            )
-            if not all(
-                isinstance(value, Tensor) for point in points for value in point.weights.values()
-            ):
-                raise ValueError("its weights are not tensors")
-            return cls(points, splits)
+            splits = {}
+            for split, columns in samples.items():
+                splits[split] = _recorded_split(split, columns, contents)
+            return cls(tuple(_recorded_point(content) for content in contents), splits)
         except Exception as error:  # files with other contents can raise anything
             problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
             raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
 
     def history(self, known: KnownData) -> list[HistoryPoint]:
-        """Converts the record to history points. A known sample that was not recorded has the
-        result
-        -1, unknown.
+        """Converts the record to history points; known samples not recorded have the result -1.
 
         Raises a `ConfigurationError` if the weights of a layer to repair were not recorded, or if
         targets (I_neg) exist but none of their splits was recorded.
         """
         before = known.before
-        failing = [
-            split for split in before.splits if bool(before.targeted[before.of(split)].any())
-        ]
+        failing = [split for split in before.splits if before.targeted[before.of(split)].any()]
         if failing and not set(failing) & set(self.splits):
             raise ConfigurationError(
                 f"`history` records {list(self.splits)}, but the targets are in {failing}.",
@@ -116,17 +101,14 @@ class TrainingRecord:
         return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
 
     def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
-        """Returns the rows of a split's recorded samples in `before`, and the samples' positions in
-        the record.
-        """
+        """Returns the rows of a split's recorded samples, and their positions in the record."""
         recorded = self.splits[split].index
-        place = torch.full(
-            (int(max(recorded.max(), before.index[before.of(split)].max())) + 1,), -1
-        )
-        place[recorded] = torch.arange(len(recorded))
-        found = place[before.index[before.of(split)]]
-        there = (found >= 0).nonzero().squeeze(1)
-        return there + before.start(split), found[there]
+        known = before.index[before.of(split)]
+        position_of = torch.full((int(max(recorded.max(), known.max())) + 1,), -1)
+        position_of[recorded] = torch.arange(len(recorded))
+        positions = position_of[known]
+        is_recorded = positions >= 0
+        return is_recorded.nonzero().squeeze(1) + before.start(split), positions[is_recorded]
 
     def _point(
         self,
@@ -135,17 +117,18 @@ class TrainingRecord:
         known: KnownData,
         rows: Mapping[str, tuple[Tensor, Tensor]],
     ) -> HistoryPoint:
-        names = list(known.space.parameters)
-        lacking = [name for name in names if name not in point.weights]
-        if lacking:
-            raise ConfigurationError(
-                f"`history` has no weights of {lacking[0]!r}.",
-                "record that layer: `TrainingHistory(layers=[...])`, or `layers='all'`.",
-            )
+        weights = []
+        for name in known.space.parameters:
+            if name not in point.weights:
+                raise ConfigurationError(
+                    f"`history` has no weights of {name!r}.",
+                    "record that layer: `TrainingHistory(layers=[...])`, or `layers='all'`.",
+                )
+            weights.append(point.weights[name].flatten())
         passed = torch.full((len(known.before),), -1, dtype=torch.int8)
-        for split, (row, place) in rows.items():
-            passed[row] = self.splits[split].passed[i, place].to(torch.int8)
-        return HistoryPoint(passed, torch.cat([point.weights[name].flatten() for name in names]))
+        for split, (row, position) in rows.items():
+            passed[row] = self.splits[split].passed[i, position].to(torch.int8)
+        return HistoryPoint(passed, torch.cat(weights))
 
 
 @dataclass(frozen=True)
@@ -166,11 +149,14 @@ def write_point(
     samples: dict[str, dict[str, Tensor]] = {}
     points: dict[str, dict[str, Tensor]] = {}
     for split in results.splits:
-        own = results.of(split)
-        samples[split] = {"index": results.index[own].clone(), "label": results.label[own].clone()}
+        rows = results.of(split)
+        samples[split] = {
+            "index": results.index[rows].clone(),
+            "label": results.label[rows].clone(),
+        }
         points[split] = {
-            "passed": results.passed[own].clone(),
-            "loss": results.loss[own].to(torch.float16),
+            "passed": results.passed[rows].clone(),
+            "loss": results.loss[rows].to(torch.float16),
         }
     if not (folder / SAMPLES_FILE).exists():
         _replace(samples, folder / SAMPLES_FILE)
@@ -182,24 +168,28 @@ def write_point(
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Removes the points after `step`, which remain if a training restarts or resumes from an
-    earlier checkpoint.
-    """
-    for at, file in _point_files(folder).items():
-        if at > step:
+    """Removes points after `step`, left by a training that resumes from an earlier checkpoint."""
+    for recorded_step, file in _point_files(folder).items():
+        if recorded_step > step:
             file.unlink()
     if not _point_files(folder):
         (folder / SAMPLES_FILE).unlink(missing_ok=True)
 
 
+def _recorded_point(content: Mapping[str, Any]) -> RecordedPoint:
+    weights = dict(content["weights"])
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError("its weights are not tensors")
+    return RecordedPoint(int(content["step"]), int(content["epoch"]), weights)
+
+
 def _recorded_split(
     split: str, samples: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]
 ) -> RecordedSplit:
-    index, label = samples["index"], samples["label"]
-    passed, loss = (
-        torch.stack([point["splits"][split][name] for point in points])
-        for name in ("passed", "loss")
-    )
+    index = samples["index"]
+    label = samples["label"]
+    passed = torch.stack([point["splits"][split]["passed"] for point in points])
+    loss = torch.stack([point["splits"][split]["loss"] for point in points])
     kinds = (
         index.dtype == label.dtype == torch.int64
         and passed.dtype == torch.bool
@@ -212,17 +202,15 @@ def _recorded_split(
 
 
 def _point_files(folder: Path) -> dict[int, Path]:
-    found = {
-        int(match[1]): file
-        for file in folder.glob("point-*.pt")
-        if (match := POINT_FILE.fullmatch(file.name))
-    }
-    return dict(sorted(found.items()))
+    files = {}
+    for file in folder.glob("point-*.pt"):
+        if match := POINT_FILE.fullmatch(file.name):
+            files[int(match[1])] = file
+    return dict(sorted(files.items()))
 
 
 def _replace(value: Mapping[str, Any], file: Path) -> None:
-    held = BytesIO()
-    torch.save(
-        value, held
-    )  # saving to a file would raise a RuntimeError, not an OSError, on a full disk
-    replacing(file, lambda path: path.write_bytes(held.getvalue()))
+    # On a full disk, saving to a file would raise a RuntimeError, not an OSError.
+    stream = BytesIO()
+    torch.save(value, stream)
+    replacing(file, lambda path: path.write_bytes(stream.getvalue()))
