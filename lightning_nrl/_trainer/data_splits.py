@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import (
+    Loaders,
     batch_limit,
     data_module_of,
     given_loaders,
@@ -54,8 +55,7 @@ from lightning_nrl.tasks import Task
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Sources of the known data, the function that unpacks their batches, and the weights to
-    repair.
+    """Sources of the known data, the unpacking of their batches, and the weights to repair.
 
     All samples of the passed and the failed data are known data, and the gate counts all of them.
 
@@ -97,32 +97,52 @@ class DataOptions:
     start_from: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
-        for name in ("passed", "failed"):
-            given = getattr(self, name)
-            several = given if isinstance(given, (list, tuple)) and given else (given,)
-            checked = tuple(check_data(name, one, ("auto", *SPLITS)) for one in several)
-            object.__setattr__(self, name, checked if len(checked) > 1 else checked[0])
+        object.__setattr__(self, "passed", _check_known("passed", self.passed))
+        object.__setattr__(self, "failed", _check_known("failed", self.failed))
         object.__setattr__(self, "adapter", parse_adapter(self.adapter))
-        for name in ("render", "augment"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, import_function(name, getattr(self, name)))
+        if self.render is not None:
+            object.__setattr__(self, "render", import_function("render", self.render))
+        if self.augment is not None:
+            object.__setattr__(self, "augment", import_function("augment", self.augment))
         check_whole("draws", self.draws, 1)
         check_choice("start_from", self.start_from, ("last", "best"))
 
 
-NamedLoader = tuple[DataLoader[Any], str]
-"""A data loader and its name in reports."""
+def _check_known(argument: str, value: object) -> object:
+    parts = value if isinstance(value, (list, tuple)) and value else (value,)
+    checked = tuple(check_data(argument, part, ("auto", *SPLITS)) for part in parts)
+    return checked if len(checked) > 1 else checked[0]
+
+
+DataChoice: TypeAlias = str | DataLoader[Any] | None
+"""The name of a split, a data loader, or no data."""
+
+
+class NamedLoader(NamedTuple):
+    """A data loader and its name in reports."""
+
+    loader: DataLoader[Any]
+    name: str
+
+    @property
+    def split(self) -> str:
+        return split_and_loader(self.name)[0]
+
+    def has_data_of(self, known: NamedLoader) -> bool:
+        """True if both names are equal, or both loaders read the same samples."""
+        samples = _sample_identity(self.loader, as_read=True)
+        return self.name == known.name or torch.equal(
+            samples, _sample_identity(known.loader, as_read=True)
+        )
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """The user's choice of known, unseen and calibration data, for which the loaders are still to
-    be found.
-    """
+    """The user's choice of known, unseen and calibration data, before their loaders are found."""
 
     known: DataOptions
-    unseen: str | DataLoader[Any] | None = None
-    calibration: str | DataLoader[Any] | None = None
+    unseen: DataChoice = None
+    calibration: DataChoice = None
 
     def __post_init__(self) -> None:
         check_kind(
@@ -132,182 +152,192 @@ class DataRequest:
             "DataOptions",
             "data=DataOptions(...)",
         )
-        for argument, given in (("unseen", self.unseen), ("calibration", self.calibration)):
-            object.__setattr__(self, argument, check_data(argument, given, optional=True))
+        unseen = check_data("unseen", self.unseen, optional=True)
+        calibration = check_data("calibration", self.calibration, optional=True)
+        object.__setattr__(self, "unseen", unseen)
+        object.__setattr__(self, "calibration", calibration)
 
     def find(
         self, loaders: SplitLoaders
     ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
-        """Returns the passed, failed, unseen and calibration data. The last two are None if they
-        are
-        not requested.
+        """Returns the passed, failed, unseen and calibration data, or None for unrequested data.
 
         Refuses unseen data if all samples are known, and calibration data that share a sample with
         other data.
         """
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
-        if self.known.failed == "auto" and split_and_loader(failed[0][1])[0] == "train":
-            problem = "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are repaired."
-            hint = "add one, since failures on other data say more, or set `data=DataOptions(failed='train')`."
+        if self.known.failed == "auto" and failed[0].split == "train":
+            problem = (
+                "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are "
+                "repaired."
+            )
+            hint = (
+                "add one, since failures on other data say more, or set "
+                "`data=DataOptions(failed='train')`."
+            )
             rank_zero_warn(DataWarning(problem, hint))
-        others: dict[str, Sequence[NamedLoader]] = {"known": (*passed, *failed)}
-        unseen = self._find_held_out("unseen", self.unseen, others, loaders)
-        others["unseen"] = () if unseen is None else (unseen,)
-        return (
-            passed,
-            failed,
-            unseen,
-            self._find_held_out("calibration", self.calibration, others, loaders),
-        )
+        used = [("known", loader) for loader in (*passed, *failed)]
+        unseen = self._find_held_out("unseen", self.unseen, used, loaders)
+        if unseen is not None:
+            used.append(("unseen", unseen))
+        calibration = self._find_held_out("calibration", self.calibration, used, loaders)
+        return passed, failed, unseen, calibration
 
     def _find_held_out(
         self,
         argument: str,
-        value: str | DataLoader[Any] | None,
-        others: Mapping[str, Sequence[NamedLoader]],
+        value: DataChoice,
+        used: Sequence[tuple[str, NamedLoader]],
         loaders: SplitLoaders,
     ) -> NamedLoader | None:
-        # Calibration data must share no sample with other data, or the bounds computed from them
-        # would not hold. Shared samples of unseen data are left out of the counts later.
+        """Finds unseen or calibration data; refuses data that share samples with `used` data.
+
+        Calibration data must share no sample with other data, or the bounds computed from them
+        would not hold. Shared samples of unseen data are left out of the counts later, so only data
+        that share all samples are refused.
+        """
         if value is None:
             return None
-        found = _single_loader(find_data(argument, value, loaders, optional=True))
-        samples = _sample_identity(found[0])
-        for kind, loader, split in (
-            (kind, *found) for kind, several in others.items() for found in several
-        ):
-            if found[1] == split:
+        held_out = _single_loader(find_data(argument, value, loaders, optional=True))
+        samples = _sample_identity(held_out.loader)
+        for kind, (loader, name) in used:
+            if name == held_out.name:
                 raise ConfigurationError(
                     f"`{argument}={value!r}` is {kind} data too.",
                     "name a split that is used for nothing else.",
                 )
-            common = int(is_among(samples, _sample_identity(loader)).sum())
-            if common and (argument == "calibration" or common == len(samples)):
-                some = f"{common} of its {len(samples)} samples"
+            n_common = int(is_among(samples, _sample_identity(loader)).sum())
+            if n_common and (argument == "calibration" or n_common == len(samples)):
                 raise ConfigurationError(
-                    f"`{argument}`: {some} are in `{split}` too, which is {kind} data.",
+                    f"`{argument}`: {n_common} of its {len(samples)} samples are in `{name}` too, "
+                    f"which is {kind} data.",
                     "give data that are used for nothing else.",
                 )
-        return found
+        return held_out
 
     def sources(
-        self, loaders: SplitLoaders, **how: Any
+        self, loaders: SplitLoaders, *, seed: int, limit: int | None, whole: bool = False
     ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
-        """Returns the sources of the known, the unseen and the calibration splits; `how` goes to
-        `make_source`.
+        """Returns the sources of the known, the unseen and the calibration splits.
+
+        `limit` and `whole` are as in `make_source`.
         """
-        how |= {
-            "trainer": loaders.trainer,
-            "model": loaders.model,
-            "adapter": cast(Adapter, self.known.adapter),
-        }
-        passed, failed, *held_out = self.find(loaders)
+        passed, failed, unseen, calibration = self.find(loaders)
 
-        def make(loader: DataLoader[Any], split: str, **marks: Any) -> LoaderSource:
-            limit = (
-                overfit_limit(loaders.trainer, loader)
-                if marks and how["limit"] is None
-                else how["limit"]
+        def make(named: NamedLoader, *, passed: bool = False, failed: bool = False) -> LoaderSource:
+            n_batches = limit
+            is_known = passed or failed
+            if is_known and limit is None:
+                n_batches = overfit_limit(loaders.trainer, named.loader)
+            source = make_source(
+                named.loader,
+                named.name,
+                trainer=loaders.trainer,
+                model=loaders.model,
+                passed=passed,
+                failed=failed,
+                adapter=cast(Adapter, self.known.adapter),
+                seed=seed,
+                limit=n_batches,
+                whole=whole,
             )
-            source = make_source(loader, split, **marks, **{**how, "limit": limit})
             source = with_validation_view(source, partial(loaders.get, "val"))
-            several = marks and self.known.draws > 1 and draws_at_random(source)
-            return source.with_draws(self.known.draws) if several else source
+            if is_known and self.known.draws > 1 and draws_at_random(source):
+                return source.with_draws(self.known.draws)
+            return source
 
+        # A loader that gives both passed and failed samples becomes one source.
         known = []
-        for loader, split in passed:
-            own = _sample_identity(loader, as_read=True)
-            twins = [
-                x
-                for x in failed
-                if x[1] == split or torch.equal(_sample_identity(x[0], as_read=True), own)
-            ]
-            failed = [one for one in failed if one not in twins]
-            named = [x for x in ((loader, split), *twins) if split_and_loader(x[1])[0] in SPLITS]
-            known.append(
-                make(*[*named, *twins, (loader, split)][0], passed=True, failed=bool(twins))
-            )
-        known += [make(*one, failed=True) for one in failed]
-        unseen, calibration = ([] if one is None else [make(*one)] for one in held_out)
-        return known, unseen, calibration
+        for passed_loader in passed:
+            same_data = [loader for loader in failed if loader.has_data_of(passed_loader)]
+            failed = [loader for loader in failed if loader not in same_data]
+            named = _best_named(passed_loader, same_data)
+            known.append(make(named, passed=True, failed=bool(same_data)))
+        known += [make(loader, failed=True) for loader in failed]
+        return (
+            known,
+            [] if unseen is None else [make(unseen)],
+            [] if calibration is None else [make(calibration)],
+        )
+
+
+def _best_named(passed: NamedLoader, same_data: Sequence[NamedLoader]) -> NamedLoader:
+    """Returns the loader whose name says most: that of a split, or else that of failed data."""
+    for loader in (passed, *same_data):
+        if loader.split in SPLITS:
+            return loader
+    return same_data[0] if same_data else passed
 
 
 @dataclass(frozen=True)
 class SplitLoaders:
-    """Cache of a trainer's data loaders, since a data module may create its data again on each
-    call.
-    """
+    """Cache of a trainer's data loaders; a data module may create its data again on each call."""
 
     trainer: Trainer
     model: LightningModule
-    _loaders: dict[str, Any] = field(default_factory=dict)
+    _loaders: dict[str, Loaders] = field(default_factory=dict)
 
-    def get(self, split: str) -> Any:
-        """Returns the loaders of a split, or None. `val:1` means only the loader of `val` with
-        number or key 1.
+    def get(self, split: str) -> Loaders:
+        """Returns the loaders of a split, or None.
+
+        `val:1` means only the loader of `val` with number or key 1.
         """
-        split, which = split_and_loader(split)
+        split, key = split_and_loader(split)
         if split not in self._loaders:
             self._loaders[split] = find_loader(split, self.trainer, self.model)
-        found = self._loaders[split]
-        if not which or found is None:
-            return found
-        named = loaders_in(found)
-        if which not in named:
+        loaders = self._loaders[split]
+        if not key or loaders is None:
+            return loaders
+        by_key = loaders_in(loaders)
+        if key not in by_key:
             raise ConfigurationError(
-                f"`{split}:{which}`: `{split}` data have no loader {which!r}.",
-                f"take one of {list(named)}.",
+                f"`{split}:{key}`: `{split}` data have no loader {key!r}.",
+                f"take one of {list(by_key)}.",
             )
-        return named[which]
+        return by_key[key]
 
     def named(self, split: str) -> list[NamedLoader]:
-        """Returns pairs of a loader (None if missing) and its name. Several loaders are named
-        `val:0` or `val:key`.
-        """
-        several = loaders_in(self.get(split))
-        return [
-            (one, split if len(several) == 1 else f"{split}:{which}")
-            for which, one in several.items()
-        ]
+        """Returns the loaders of a split (one None if missing); several are named `val:key`."""
+        by_key = loaders_in(self.get(split))
+        if len(by_key) == 1:
+            return [NamedLoader(loader, split) for loader in by_key.values()]
+        return [NamedLoader(loader, f"{split}:{key}") for key, loader in by_key.items()]
 
     def not_counted(self, sources: Sequence[LoaderSource]) -> str:
-        """Returns a sentence on loaders of the fit with samples that are in none of the sources, or
-        an empty text.
-        """
-        counted, names = (
-            torch.cat([source.identity for source in sources]),
-            [source.split for source in sources],
-        )
+        """Returns a sentence on loaders of the fit with samples that no source has, if any."""
+        counted = torch.cat([source.identity for source in sources])
+        names = [source.split for source in sources]
         missing = []
-        for loader, name in [one for split in ("train", "val") for one in self.named(split)]:
+        for loader, name in (*self.named("train"), *self.named("val")):
+            if loader is None or name in names:
+                continue
             try:
-                covered = name in names or bool(
-                    is_among(_sample_identity(check_loader(loader, name)), counted).all()
-                )
+                samples = _sample_identity(check_loader(loader, name))
+                is_counted = bool(is_among(samples, counted).all())
             except Exception:  # it cannot be read by index
-                covered = False
-            if loader is not None and not covered:
+                is_counted = False
+            if not is_counted:
                 missing.append(f"`{name}`")
-        return (
-            f"Not counted, so it is unknown what breaks in them: {', '.join(missing)}."
-            if missing
-            else ""
-        )
+        if not missing:
+            return ""
+        return f"Not counted, so it is unknown what breaks in them: {', '.join(missing)}."
 
 
-def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
-    """Returns the trainer's data loaders of a split (`train`, `val`, `repair` or `test`), or None."""
+def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Loaders:
+    """Returns the trainer's data loaders of a split, such as `train` or `repair`, or None."""
     if split in ("train", "val"):
-        ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
-        given = ready if ready is not None else given_loaders(trainer, split)
-        if given is not None:
-            return given
+        loaders = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
+        if loaders is None:
+            loaders = given_loaders(trainer, split)
+        if loaders is not None:
+            return loaders
     data = data_module_of(trainer)
-    holder: Any = model if data is None else data
-    base = class_for(
-        trainer, "pytorch.LightningModule" if data is None else "pytorch.LightningDataModule"
-    )
+    holder: Any = model
+    base = class_for(trainer, "pytorch.LightningModule")
+    if data is not None:
+        holder = data
+        base = class_for(trainer, "pytorch.LightningDataModule")
     if split == "repair":
         repair_data = getattr(holder, "repair_dataloader", None)
         return None if repair_data is None else repair_data()
@@ -326,34 +356,33 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
 
 
 def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
-    """Returns the number of batches to which `overfit_batches` limits a loader, or None without a
-    limit.
-    """
+    """Returns the number of batches to which `overfit_batches` limits a loader, or None."""
     share = overfit_batches(trainer)
-    return (
-        max(1, int(share * len(loader)))
-        if isinstance(share, float) and share
-        else int(share) or None
-    )
+    if isinstance(share, float) and share:
+        return max(1, int(share * len(loader)))
+    return int(share) or None
 
 
 def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
-    """Returns sentences on how the trainer's batch limits affect the known data, or an empty text."""
+    """Returns sentences on how the trainer's batch limits affect the known data, if they do."""
     if batch_limit(trainer):
         return ""
+    limits = {"train": trainer.limit_train_batches, "val": trainer.limit_val_batches}
     sentences = []
     for source in known:
-        n, split = len(source.index), split_and_loader(source.split)[0]
+        n = len(source.index)
+        split, _ = split_and_loader(source.split)
         if overfit_batches(trainer):
             sentences.append(
                 f"`overfit_batches`: known data are {n:,} samples of `{source.split}`."
             )
             continue
-        limits = {"train": trainer.limit_train_batches, "val": trainer.limit_val_batches}
-        limit, batches = limits.get(split, 1.0), -(-n // source.batch_size)
-        if limit is not None and limit < (1.0 if isinstance(limit, float) else batches):
+        limit = limits.get(split, 1.0)
+        full = 1.0 if isinstance(limit, float) else -(-n // source.batch_size)
+        if limit is not None and limit < full:
             sentences.append(
-                f"All {n:,} samples of `{source.split}` are known data, whatever `limit_{split}_batches` says."
+                f"All {n:,} samples of `{source.split}` are known data, whatever "
+                f"`limit_{split}_batches` says."
             )
     return " ".join(sentences)
 
@@ -366,34 +395,38 @@ def find_data(
     *,
     optional: bool = False,
 ) -> list[NamedLoader]:
-    """Returns all data loaders that `value` names. `auto` means the first split in `automatic` that
-    exists.
+    """Returns all data loaders that `value` names; `auto` means the first split in `automatic`.
 
     Refuses data that do not exist. With `optional`, the hint also suggests the value None.
     """
     if isinstance(value, tuple):
-        named = [
-            (one, f"{argument}:{i}" if isinstance(one, DataLoader) else argument)
-            for i, one in enumerate(value)
-        ]
-        return [found for one, name in named for found in find_data(name, one, loaders, automatic)]
+        named: list[NamedLoader] = []
+        for i, part in enumerate(value):
+            name = f"{argument}:{i}" if isinstance(part, DataLoader) else argument
+            named += find_data(name, part, loaders, automatic)
+        return named
     if isinstance(value, DataLoader):
-        return [(value, argument)]
+        return [NamedLoader(value, argument)]
     splits = automatic if value == "auto" else (value,)
     for split in splits:
         if loaders.get(split) not in (None, []):
-            return [(check_loader(loader, name), name) for loader, name in loaders.named(split)]
-    without = f", or do without: `{argument}=None`" if optional else ""
-    raise ConfigurationError(
-        f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
-        f"add it to the data module (on the command line: `--data`), or pass a DataLoader as `{argument}=`{without}.",
+            return [
+                NamedLoader(check_loader(loader, name), name)
+                for loader, name in loaders.named(split)
+            ]
+    hooks = " or ".join(f"`{split}_dataloader()`" for split in splits)
+    hint = (
+        "add it to the data module (on the command line: `--data`), or pass a DataLoader as "
+        f"`{argument}=`"
     )
+    if optional:
+        hint += f", or do without: `{argument}=None`"
+    raise ConfigurationError(f"`{argument}={value!r}`: there is no {hooks}.", f"{hint}.")
 
 
-def _single_loader(found: Sequence[NamedLoader]) -> NamedLoader:
-    split = split_and_loader(found[0][1])[0]
-    loader = check_loader({split_and_loader(name)[1]: one for one, name in found}, split)
-    return loader, found[0][1]
+def _single_loader(named: Sequence[NamedLoader]) -> NamedLoader:
+    by_key = {split_and_loader(name)[1]: loader for loader, name in named}
+    return NamedLoader(check_loader(by_key, named[0].split), named[0].name)
 
 
 def _sample_identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tensor:
@@ -401,31 +434,26 @@ def _sample_identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tenso
 
 
 def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
-    """Returns the splits to record. `auto` means all training and validation data that can be read
-    by index.
-    """
+    """Returns the splits to record; `auto` means all training and validation data with an index."""
     if splits != ("auto",):
         for split in splits:
             sample_index(check_loader(loaders.get(split), split))
         return splits
-    found: list[str] = []
-    for name in ("train", "val"):
-        for given, split in loaders.named(name):
-            if given is not None:
-                try:
-                    sample_index(check_loader(given, split))
-                    found.append(split)
-                except ConfigurationError as error:
-                    problem, _, hint = str(error).partition("\nHINT: ")
-                    rank_zero_warn(
-                        DataWarning(f"`TrainingHistory` does not record {problem}", hint)
-                    )
-    if not found:
-        hint = "name data that can be read by index: `splits='repair'`."
+    recorded: list[str] = []
+    for loader, name in (*loaders.named("train"), *loaders.named("val")):
+        if loader is not None:
+            try:
+                sample_index(check_loader(loader, name))
+                recorded.append(name)
+            except ConfigurationError as error:
+                problem, _, hint = str(error).partition("\nHINT: ")
+                rank_zero_warn(DataWarning(f"`TrainingHistory` does not record {problem}", hint))
+    if not recorded:
         raise ConfigurationError(
-            "`splits='auto'`: no training or validation data can be recorded.", hint
+            "`splits='auto'`: no training or validation data can be recorded.",
+            "name data that can be read by index: `splits='repair'`.",
         )
-    return tuple(found)
+    return tuple(recorded)
 
 
 def run_splits(
@@ -436,35 +464,31 @@ def run_splits(
     with random_state(), validating(trainer), torch.no_grad(), preserve_state(model):
         model.eval()
         loaders = SplitLoaders(trainer, model)
-        how: dict[str, Any] = {
-            "trainer": trainer,
-            "model": model,
-            "adapter": adapter,
-            "limit": limit,
-        }
-        sources = [make_source(loaders.get(split), split, **how) for split in splits]
+        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, limit=limit)
+        sources = [make(loaders.get(split), split) for split in splits]
         return make_evaluator(trainer, model, task).run(sources)
 
 
 def find_calibration(
-    given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool
+    choice: DataChoice, loaders: SplitLoaders, *, needed: bool
 ) -> NamedLoader | None:
-    """Returns the calibration data. If they are missing, returns None, or raises an error if they
-    are `needed`.
-    """
-    missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
-    if missing and not needed:
+    """Returns the calibration data, or None if they are missing and not `needed`."""
+    is_missing = choice is None or (isinstance(choice, str) and loaders.get(choice) in (None, []))
+    if is_missing and not needed:
         return None
     do_without = "a number as `strength=` with `calibration=None`" if needed else "None"
-    return find_one("calibration", given, loaders, f", or {do_without}")
+    return find_one("calibration", choice, loaders, f", or {do_without}")
 
 
-def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> NamedLoader:
-    """Returns the only data loader that `given` names; refuses several. An error's hint ends with
-    `do_without`.
+def find_one(
+    argument: str, choice: DataChoice, loaders: SplitLoaders, do_without: str = ""
+) -> NamedLoader:
+    """Returns the only data loader that `choice` names; refuses several.
+
+    An error's hint ends with `do_without`.
     """
     try:
-        return _single_loader(find_data(argument, given, loaders))
+        return _single_loader(find_data(argument, choice, loaders))
     except ConfigurationError as error:
         found = str(error).partition("\nHINT:")[0]
         hint = f"give one DataLoader over map-style data as `{argument}=`{do_without}."
