@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 import lightning_nrl
-from lightning_nrl._trainer.trainer_repair import STAGES, RepairProgress
+from lightning_nrl._trainer.progress import STAGES, RepairProgress
 
 BARS = pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 
