@@ -11,17 +11,13 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
+from lightning_nrl._trainer.announcement import show
+from lightning_nrl._trainer.folders import check_folder, report_files
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.repair_files import (
-    REPORT_FILES,
-    check_folder,
-    report_files,
-    show,
-    write_report,
-)
+from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._trainer import repair_files, trainer_checks
+from lightning_nrl._trainer import announcement, folders, repair_files, trainer_checks
 from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
@@ -20,6 +20,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import logged_hparams, state_key_of
+from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import (
@@ -173,7 +174,7 @@ class RegressionFreeRepair(RepairCallback):
         self.dirpath = dirpath
         self.verbose = verbose
         self._report: RepairReport | None = None
-        self._box = repair_files.ResultBox()
+        self._box = ResultBox()
         self._parameters: State | None = None
         self._evaluated: State = {}
         self._pending = False
@@ -229,7 +230,7 @@ class RegressionFreeRepair(RepairCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ran = True
         self.report = self._parameters = None
-        repair_files.check_folder(self.dirpath, trainer)
+        folders.check_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
 
     @override
@@ -328,7 +329,7 @@ class RegressionFreeRepair(RepairCallback):
         `epochs` (None: as in the fit) limits further training.
         """
         save_every = self.settings.search.save_every
-        self._work = repair_files.resume_store(self._folder, trainer, save_every, self._name)
+        self._work = folders.resume_store(self._folder, trainer, save_every, self._name)
         if epochs is None:
             epochs = epochs_of(trainer)
         return self.repair.run(trainer, pl_module, epochs, self._work)
@@ -350,7 +351,7 @@ class RegressionFreeRepair(RepairCallback):
             kinds = repair_files.REPAIRED_FILES
         if start is not None:
             checkpoint = start.path
-        files, name = repair_files.report_files(self._folder, trainer, self._name, kinds)
+        files, name = folders.report_files(self._folder, trainer, self._name, kinds)
         provenance = outcome.report.provenance.loaded_from(checkpoint)
         report = self.report = replace(outcome.report, files=files, provenance=provenance)
         self._parameters, self._evaluated = parameters, outcome.evaluated or {}
@@ -384,7 +385,7 @@ class RegressionFreeRepair(RepairCallback):
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
         """Logs and prints the report of a saved repair."""
         assert self.report is not None
-        repair_files.announce(
+        announcement.announce(
             self.report,
             trainer,
             name,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_calibration, find_one
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
@@ -23,7 +24,6 @@ from lightning_nrl._trainer.lightning.private_parts import batch_limit, validati
 from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.reference_copy import parse_with_weights
-from lightning_nrl._trainer.repair_files import show
 from lightning_nrl._trainer.tracking.loggers import track_numbers
 from lightning_nrl._trainer.tracking.scalars import interpolation_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagged

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
-from lightning_nrl._trainer.repair_files import REPORT_FILES, show, write_report
+from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors

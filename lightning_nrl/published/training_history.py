@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
+from lightning_nrl._trainer.folders import base_folder
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
     LightningModule,
@@ -21,7 +22,6 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import check_data, parse_adapter
-from lightning_nrl._trainer.repair_files import base_folder
 from lightning_nrl._trainer.tracking.loggers import track_figures, track_numbers
 from lightning_nrl._trainer.tracking.tags import parse_prefix
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy

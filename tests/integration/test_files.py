@@ -21,7 +21,7 @@ from lightning_package import TensorBoardLogger, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_processes import server
 
-import lightning_nrl._trainer.repair_files
+import lightning_nrl._trainer.announcement
 from lightning_nrl import RegressionFreeRepair, RepairReport
 from lightning_nrl._utils import atomic_files as whole_files
 from lightning_nrl._utils.state import hash_tensors
@@ -159,12 +159,12 @@ def test_a_folder_that_cannot_be_made_costs_a_message(found: Repaired, tmp_path:
         (RepairReport, "to_markdown", "lacks `report.md` (ZeroDivisionError: on purpose)"),
         (Patch, "save", "lacks `repair.patch.safetensors` (ZeroDivisionError: on purpose)"),
         (
-            lightning_nrl._trainer.repair_files,
+            lightning_nrl._trainer.announcement,
             "track",
             "the report was not shown (ZeroDivisionError: on purpose)",
         ),
         (
-            lightning_nrl._trainer.repair_files,
+            lightning_nrl._trainer.announcement,
             "show",
             "the report was not shown (ZeroDivisionError: on purpose)",
         ),
@@ -187,8 +187,8 @@ def test_a_late_exception_costs_a_message(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (lightning_nrl._trainer.repair_files, "track"),
-        (lightning_nrl._trainer.repair_files, "show"),
+        (lightning_nrl._trainer.announcement, "track"),
+        (lightning_nrl._trainer.announcement, "show"),
         (RepairReport, "to_html"),
     ],
 )

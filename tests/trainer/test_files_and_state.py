@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.repair_files import REPORT_FILES, ResultBox, report_files, write_report
+from lightning_nrl._trainer.folders import report_files
+from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
+from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
 from lightning_nrl.report.sample_views import SampleView
 
@@ -51,12 +53,12 @@ def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
         folder_of(None, trainer_in(tmp_path, tmp_path / "version_0"))[0]
         == tmp_path / "version_0" / "repair"
     )
-    remote = SimpleNamespace(save_dir=None, name="digits", version="x7k2")
+    remote = SimpleNamespace(log_dir=None, save_dir=None, name="digits", version="x7k2")
     assert (
         folder_of(None, trainer_in(tmp_path, logger=remote))[0]
         == tmp_path / "digits" / "x7k2" / "repair"
     )
-    local = SimpleNamespace(save_dir=str(tmp_path / "runs"), name=None, version=3)
+    local = SimpleNamespace(log_dir=None, save_dir=str(tmp_path / "runs"), name=None, version=3)
     assert (
         folder_of(None, trainer_in(tmp_path, logger=local))[0]
         == tmp_path / "runs" / "version_3" / "repair"

@@ -1,0 +1,69 @@
+"""Prints and logs the report of a saved repair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from rich import get_console
+
+from lightning_nrl._trainer.lightning.packages import ModelCheckpoint, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import logged_hparams
+from lightning_nrl._trainer.tracking.loggers import track
+from lightning_nrl._trainer.tracking.repair_log import RepairLog
+from lightning_nrl._trainer.tracking.scalars import outcome
+from lightning_nrl._utils.formatting import relative_to_cwd
+from lightning_nrl._utils.state import State
+from lightning_nrl.errors import LoggingWarning
+from lightning_nrl.report import RepairReport
+from lightning_nrl.report.page import Renderable
+from lightning_nrl.report.sample_views import SampleView
+
+
+def show(report: Renderable) -> None:
+    get_console().print(report.to_table())
+
+
+def announce(
+    report: RepairReport,
+    trainer: Trainer,
+    name: str,
+    *,
+    changes: State | None,
+    verbose: bool,
+    views: Sequence[SampleView] = (),
+) -> None:
+    """Logs a saved repair, with tags that begin with `name`, and prints it if `verbose`.
+
+    Errors become warnings.
+    """
+    try:
+        if trainer.is_global_zero:
+            hparams = logged_hparams(trainer)
+            log = RepairLog(report, trainer.global_step, name, changes, views, hparams)
+            track(log, trainer.loggers)
+            if verbose:
+                show(report)
+                if text := _about_best(report, trainer):
+                    print(text)
+        # Lightning passes on tensors, but no numbers, from processes that a strategy has started.
+        numbers = {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
+        trainer.callback_metrics.update(numbers)
+    except Exception as error:
+        problem = f"the report was not shown ({type(error).__name__}: {error})."
+        hint = "the repair and its files are not affected; print `report`."
+        rank_zero_warn(LoggingWarning(problem, hint))
+
+
+def _about_best(report: RepairReport, trainer: Trainer) -> str:
+    """Returns how to test the repair if `trainer.test()` would test another checkpoint."""
+    checkpoint = trainer.checkpoint_callback
+    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    path = report.files.get("checkpoint", "")
+    if report.status != "repaired" or not best or best == path:
+        return ""
+    argument = f"ckpt_path={relative_to_cwd(path)!r}" if path else "the model as an argument"
+    return (
+        "`trainer.test()` tests the best checkpoint, from before the repair; to test the repair, "
+        f"give {argument}."
+    )
