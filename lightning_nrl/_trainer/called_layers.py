@@ -59,7 +59,7 @@ def called_layers(
 
 def call_order(model: nn.Module, run: Callable[[], object]) -> list[str]:
     """Returns the names of the layers that `run` calls, by last call."""
-    calls: list[str] = []
+    calls = []
     with forward_hooks(layers_of(model), lambda name, args, output: calls.append(name)):
         run()
     return list(dict.fromkeys(reversed(calls)))[::-1]
@@ -69,7 +69,7 @@ def _unused_last_layers(
     model: nn.Module, linear: Mapping[str, nn.Linear], run: Callable[[], Tensor]
 ) -> set[str]:
     logits = _logits_in(nullcontext(), model, run)
-    needed: set[str] = set()
+    needed = set()
     unused: set[str] = set()
     if logits is None:
         return unused

@@ -283,7 +283,7 @@ class ContinuedTraining:
 
     def _known_datasets(self) -> list[Dataset[Any]]:
         template = self._template_loader().dataset
-        data_sets: list[Dataset[Any]] = []
+        data_sets = []
         for source in self.known:
             data = source.loader.dataset
             # Prefer the data set of the training loader, which may augment, for the passed data.
@@ -372,7 +372,7 @@ class AugmentingCollate:
 def _concatenate_batches(batch: RawBatch, augmented: RawBatch) -> RawBatch:
     parts, spec = pytree.tree_flatten(batch, is_leaf=_is_plain_list)
     augmented_parts, augmented_spec = pytree.tree_flatten(augmented, is_leaf=_is_plain_list)
-    cause: Exception | None = None
+    cause = None
     problem = (
         f"it returned a batch of {len(augmented_parts)} parts, but other batches have {len(parts)}"
     )

@@ -400,7 +400,7 @@ def find_data(
     Refuses data that do not exist. With `optional`, the hint also suggests the value None.
     """
     if isinstance(value, tuple):
-        named: list[NamedLoader] = []
+        named = []
         for i, part in enumerate(value):
             name = f"{argument}:{i}" if isinstance(part, DataLoader) else argument
             named += find_data(name, part, loaders, automatic)
@@ -439,7 +439,7 @@ def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ..
         for split in splits:
             sample_index(check_loader(loaders.get(split), split))
         return splits
-    recorded: list[str] = []
+    recorded = []
     for loader, name in (*loaders.named("train"), *loaders.named("val")):
         if loader is not None:
             try:

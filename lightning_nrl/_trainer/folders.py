@@ -103,7 +103,7 @@ def resume_store(
     if every is None or batch_limit(trainer):
         return ResumeStore()
     parent = base_folder(dirpath, trainer, name)
-    earlier: list[Path] = []
+    earlier = []
     if dirpath is None and trainer.loggers and trainer.is_global_zero:
         with suppress(OSError):
             folders = set(parent.parent.parent.glob(f"*/{parent.name}")) - {parent}

@@ -129,7 +129,7 @@ class _Steps:
 
     @contextmanager
     def _recording(self) -> Iterator[Calls]:
-        calls: Calls = []
+        calls = []
 
         def record(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
             calls.append((args[0].detach().float().clone(), output.detach().float().clone()))

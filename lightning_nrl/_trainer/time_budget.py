@@ -98,7 +98,7 @@ class TimeBudget(CallbackBase):
 
         Errors in user code become `CannotTrainError`.
         """
-        failure: Exception | None = None
+        failure = None
         try:
             result = work()
         except Exception as error:

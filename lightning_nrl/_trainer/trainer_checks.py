@@ -33,7 +33,7 @@ def check_packages(trainer: object, **arguments: object) -> None:
             f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`.",
             "give a Trainer of `lightning.pytorch` or of `pytorch_lightning`.",
         )
-    parts: list[tuple[str, object]] = [*arguments.items()]
+    parts = [*arguments.items()]
     parts += [("callbacks", callback) for callback in callbacks_of(trainer)]
     parts += [("logger", logger) for logger in trainer.loggers]
     parts.append(("datamodule", data_module_of(trainer)))

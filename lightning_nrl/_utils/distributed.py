@@ -94,7 +94,7 @@ class Collective:
         rank. Any other error is raised on its own rank, while the other ranks raise an
         `OtherRankError` with the message `failed`.
         """
-        error: Exception | None = None
+        error = None
         try:
             result = work()
         except Exception as caught:

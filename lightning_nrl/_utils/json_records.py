@@ -123,7 +123,7 @@ def to_plain(value: object) -> Plain:
 
 def _plain_record(record: object) -> dict[str, Plain]:
     kind = type(record)
-    plain: dict[str, Plain] = {}
+    plain = {}
     for field in _written_fields(kind):
         value = to_plain(getattr(record, field.name))
         if "flat" not in field.metadata:
@@ -212,7 +212,7 @@ def _read(kind: Hint, value: Plain, path: str, null: float = math.nan) -> Any:
     if origin in (tuple, Sequence):
         is_fixed = origin is tuple and arguments[-1] is not Ellipsis
         items = _list(value, path, len(arguments) if is_fixed else None)
-        kinds: Sequence[Hint] = arguments if is_fixed else [arguments[0]] * len(items)
+        kinds = arguments if is_fixed else [arguments[0]] * len(items)
         paths = [f"{path}[{i}]" for i in range(len(items))]
         read = map(_read, kinds, items, paths)
         return tuple(read) if origin is tuple else list(read)
@@ -241,7 +241,7 @@ def _read_float(value: Plain, path: str, null: float) -> float:
 
 
 def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
-    known: set[str] = set()
+    known = set()
 
     def take(name: str) -> Plain:
         known.add(name)
@@ -249,7 +249,7 @@ def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
             raise _error(prefix + name, "this is missing")
         return data[name]
 
-    values: dict[str, Any] = {}
+    values = {}
     for field in _written_fields(kind):
         hint = hints_of(kind)[field.name]
         if "flat" not in field.metadata:

@@ -121,7 +121,7 @@ def set_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
 @contextmanager
 def random_state() -> Iterator[None]:
     """Restores the random states of torch, numpy and Python on exit, even after an exception."""
-    restores: list[Callable[[], None]] = [CpuRandomState.current().restore]
+    restores = [CpuRandomState.current().restore]
     cuda = torch.cuda
     if cuda.is_initialized():
         restores.append(partial(cuda.set_rng_state_all, cuda.get_rng_state_all()))

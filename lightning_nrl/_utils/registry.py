@@ -150,7 +150,7 @@ def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[
 
     An address is `package.module:function` or `package.module.function`.
     """
-    function: object = value
+    function = value
     if isinstance(value, str):
         try:
             function = pkgutil.resolve_name(value)

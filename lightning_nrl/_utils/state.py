@@ -57,7 +57,7 @@ def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
     """
     live = _checked(model, state)
     new = {id(live[name]): value for name, value in state.items()}
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced = []
     try:
         for module in model.modules():
             slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -111,7 +111,7 @@ def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str,
     A state that lacks a tensor adds nothing to it. Variances of batch norm are clamped to 0 or
     more.
     """
-    mixed: dict[str, Tensor] = {}
+    mixed = {}
     for name in dict.fromkeys(name for state in states for name in state):
         value = base[name]
         if not value.is_floating_point():
@@ -136,7 +136,7 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     A custom `state_dict` may omit or rename some of them.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is not None and name not in module._non_persistent_buffers_set:
@@ -159,7 +159,7 @@ def saved_names(model: nn.Module) -> dict[str, str]:
     live = live_tensors(model)
     state = model.state_dict()
     name_at = {_place(value): name for name, value in live.items()}
-    names: dict[str, str] = {}
+    names = {}
     for key, value in state.items():
         if not isinstance(value, Tensor) or not value.numel():
             if key in live:

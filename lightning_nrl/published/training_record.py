@@ -146,8 +146,8 @@ def write_point(
 ) -> None:
     """Writes one point of a training to the folder: the results of all samples, and the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    samples: dict[str, dict[str, Tensor]] = {}
-    points: dict[str, dict[str, Tensor]] = {}
+    samples = {}
+    points = {}
     for split in results.splits:
         rows = results.of(split)
         samples[split] = {

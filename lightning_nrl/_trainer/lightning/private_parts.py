@@ -122,7 +122,7 @@ def combined_like(
 
 def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
     """Returns the loaders of a validation, their batch limits and their mode, if there are any."""
-    loop: Any = trainer.validate_loop
+    loop = trainer.validate_loop
     if trainer.state.fn == "fit":
         loop = trainer.fit_loop.epoch_loop.val_loop
     with validating(trainer):
@@ -154,7 +154,7 @@ def rerun_validation(trainer: Trainer) -> None:
 
 def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
     """Returns a loader's sampler twice, or one that Lightning made for ranks and its `_sampler`."""
-    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
         wrapped: Any = sampler.dataset
         return sampler, wrapped._sampler
@@ -163,7 +163,7 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
 
 def original_module(module: nn.Module) -> nn.Module:
     """Returns the module that `torch.compile` has wrapped (`_orig_mod`), or `module` itself."""
-    inner: nn.Module = getattr(module, "_orig_mod", module)
+    inner = getattr(module, "_orig_mod", module)
     return inner
 
 

@@ -157,7 +157,7 @@ class ActiveSet:
         # One transfer to the device per round.
         table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1)
         table = table.to(self.problem.device)
-        measured: list[tuple[Tensor, Tensor]] = []
+        measured = []
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
             columns = table[rows.to(table.device, non_blocking=True)].to(output.device)
