@@ -152,10 +152,8 @@ class DataRequest:
             "DataOptions",
             "data=DataOptions(...)",
         )
-        unseen = check_data("unseen", self.unseen, optional=True)
-        calibration = check_data("calibration", self.calibration, optional=True)
-        object.__setattr__(self, "unseen", unseen)
-        object.__setattr__(self, "calibration", calibration)
+        for argument, choice in (("unseen", self.unseen), ("calibration", self.calibration)):
+            object.__setattr__(self, argument, check_data(argument, choice, optional=True))
 
     def find(
         self, loaders: SplitLoaders

@@ -103,9 +103,6 @@ class ResumeStore:
         self._parent = parent
         self._elsewhere = elsewhere
         self._every = every
-        self._clock = StageTimer()
-        self._collective = Collective()
-        self._device = torch.device("cpu")
         self._origin = ""
         self._folder: Path | None = None  # set on the first rank, and None after a write has failed
         self._folders: list[Path] = []  # all folders used

@@ -82,7 +82,7 @@ class ActiveSet:
         before = problem.before
         self.problem = problem
         self.enforced = enforced
-        self._held = torch.full_like(before.passed, holds_repairs)
+        self._holds_repairs = holds_repairs
         self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
@@ -101,7 +101,7 @@ class ActiveSet:
         # Heavier failing targets are attempted from further away.
         reach = torch.where(before.targeted, weight.clamp(1, MAX_SAMPLE_WEIGHT), 1.0)
         self._reachable = -self._unit * REACHABLE_MARGIN * reach
-        self._right = after.passed & (before.passed | self._held)
+        self._right = after.passed & (before.passed | holds_repairs)
         self._teacher = Teacher(problem, (state, {}), (~self._right).long())
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.margin = _margins(after)
@@ -189,7 +189,7 @@ class ActiveSet:
         """Marks the failing samples to push: reachable ones, and enforced ones."""
         is_close = self.margin.abs() < self._unit * ACTIVE_MARGIN
         reachable = ~self.problem.before.passed & is_close & (self.margin > self._reachable)
-        return (reachable & self._held) | (self.enforced & near)
+        return (reachable & self._holds_repairs) | (self.enforced & near)
 
     def _rate(self) -> float:
         factor = RATE_PER_VIOLATED_TARGET if self.enforced.any() else RATE_PER_BROKEN_SAMPLE

@@ -102,10 +102,9 @@ class Whitening:
     def state(self, change: Tensor) -> State:
         """Returns the layers' parameters: the model's values plus `change`, `K` coordinates."""
         state: dict[str, Tensor] = {}
-        start = 0
-        for layer in self.layers:
-            state |= layer.parameters(change[start : start + layer.size])
-            start += layer.size
+        parts = change.split([layer.size for layer in self.layers])
+        for layer, part in zip(self.layers, parts, strict=True):
+            state |= layer.parameters(part)
         return state
 
 
