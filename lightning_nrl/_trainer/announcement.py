@@ -50,9 +50,12 @@ def announce(
         numbers = {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
         trainer.callback_metrics.update(numbers)
     except Exception as error:
-        problem = f"the report was not shown ({type(error).__name__}: {error})."
-        hint = "the repair and its files are not affected; print `report`."
-        rank_zero_warn(LoggingWarning(problem, hint))
+        rank_zero_warn(
+            LoggingWarning(
+                f"the report was not shown ({type(error).__name__}: {error}).",
+                "the repair and its files are not affected; print `report`.",
+            )
+        )
 
 
 def _about_best(report: RepairReport, trainer: Trainer) -> str:

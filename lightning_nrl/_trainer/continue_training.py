@@ -148,12 +148,13 @@ class ContinuedTraining:
         old = {**current_state(self.model), **run.start}
         if all(torch.equal(value, trained.state[name]) for name, value in old.items()):
             name = type(self.model).__name__
-            problem = f"continuing the training of {name} for a repair changed nothing."
-            hint = (
-                "a lambda or closure in the module may use the original, which is then trained; "
-                "make it a method."
+            rank_zero_warn(
+                TrainingWarning(
+                    f"continuing the training of {name} for a repair changed nothing.",
+                    "a lambda or closure in the module may use the original, which is then "
+                    "trained; make it a method.",
+                )
             )
-            rank_zero_warn(TrainingWarning(problem, hint))
         return trained
 
     def warn(self) -> bool:
@@ -164,8 +165,12 @@ class ContinuedTraining:
 
     def _warn(self, obstacle: str) -> None:
         name = type(self.model).__name__
-        problem = f"the training of {name} cannot continue for a repair: {obstacle.rstrip('.')}."
-        rank_zero_warn(TrainingWarning(problem, "the repair trains by its own steps instead."))
+        rank_zero_warn(
+            TrainingWarning(
+                f"the training of {name} cannot continue for a repair: {obstacle.rstrip('.')}.",
+                "the repair trains by its own steps instead.",
+            )
+        )
 
     def _trained(
         self, end: float, clock: StageTimer, epochs: int, run: _TrainingRun, folder: str
@@ -180,23 +185,23 @@ class ContinuedTraining:
         if epochs < 1:
             return None
         # `renew` runs at half time, so one epoch becomes two with half of the samples each.
-        parts = 2 if epochs == 1 and run.renew is not None else 1
+        if epochs == 1 and run.renew is not None:
+            run = replace(run, parts=2)
         budget = TimeBudget(end, collective, clock)
-        state = self._fit(budget, epochs, run, folder, parts)
+        state = self._fit(budget, epochs, run, folder)
         if budget.has_ended:
             return None
-        device = self.model.device
-        state = {name: collective.agreed(value.to(device)) for name, value in state.items()}
+        state = {
+            name: collective.agreed(value.to(self.model.device)) for name, value in state.items()
+        }
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
-        done = budget.epochs_done / parts
+        done = budget.epochs_done / run.parts
         # Without a time limit, only the module itself can have stopped early, so the training
         # counts as complete.
         return Trained(state, done, planned if math.isfinite(end) else done)
 
-    def _fit(
-        self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str, parts: int = 1
-    ) -> State:
+    def _fit(self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str) -> State:
         outer = self.trainer
 
         def copies() -> tuple[LightningModule, Trainer, Loaders]:
@@ -210,9 +215,9 @@ class ContinuedTraining:
                     left_out=self.left_out,
                     rate=run.rate,
                 )
-                loader = self._loader(run, parts)
+                loader = self._loader(run)
                 trainer = inner_trainer(
-                    outer, budget, epochs=epochs * parts, batches=len(loader), folder=folder
+                    outer, budget, epochs=epochs * run.parts, batches=len(loader), folder=folder
                 )
             except Exception as error:
                 reason = f"it or its trainer cannot be copied ({describe_failure(error)})"
@@ -236,12 +241,12 @@ class ContinuedTraining:
         gc.collect()  # large reference cycles
         return state
 
-    def _loader(self, run: _TrainingRun, parts: int) -> Loaders:
+    def _loader(self, run: _TrainingRun) -> Loaders:
         if len(loaders_in(self.trained_on)) > 1:
             return combined_like(
                 self.trainer,
                 self.trained_on,
-                lambda like: self._shuffled(like, like.dataset, like.collate_fn, run, parts),
+                lambda like: self._shuffled(like, like.dataset, like.collate_fn, run),
             )
         like = self._template_loader()
         data_sets = self._known_datasets()
@@ -250,7 +255,7 @@ class ContinuedTraining:
         if self.augment is not None and self.targeted is not None:
             data = MarkedSamples(data, self.targeted)
             collate = AugmentingCollate(collate, self.augment)
-        return self._shuffled(like, data, collate, run, parts, run.weight)
+        return self._shuffled(like, data, collate, run, run.weight)
 
     def _shuffled(
         self,
@@ -258,7 +263,6 @@ class ContinuedTraining:
         data: Dataset[Any],
         collate: Callable[[list[Any]], RawBatch],
         run: _TrainingRun,
-        parts: int,
         weight: Tensor | None = None,
     ) -> DataLoader[Any]:
         rank = self.trainer.global_rank
@@ -267,7 +271,7 @@ class ContinuedTraining:
         sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
         size = batch_size_of(sized)
         sampler = ShuffledSampler(
-            _length(data), run.seed, rank, world_size, weight=weight, parts=parts
+            _length(data), run.seed, rank, world_size, weight=weight, parts=run.parts
         )
         return loader_like(
             like,
@@ -313,6 +317,7 @@ class _TrainingRun:
     weight: Tensor | None
     rate: float | None
     renew: Renew | None
+    parts: int = 1  # of the data; an epoch trains on one
 
 
 def _renew_weights(renew: Renew, loader: Loaders, model: LightningModule) -> bool:
@@ -361,9 +366,10 @@ class AugmentingCollate:
         try:
             augmented = self.augment(batch)
         except Exception as error:
-            problem = f"`augment` raised {type(error).__name__}: {first_line(error)}."
-            hint = "it gets a batch of targets as the data loader returns it."
-            raise ConfigurationError(problem, hint) from error
+            raise ConfigurationError(
+                f"`augment` raised {type(error).__name__}: {first_line(error)}.",
+                "it gets a batch of targets as the data loader returns it.",
+            ) from error
         if not unmarked:
             return augmented
         return _concatenate_batches(self.collate(unmarked), augmented)
@@ -382,11 +388,11 @@ def _concatenate_batches(batch: RawBatch, augmented: RawBatch) -> RawBatch:
         except (RuntimeError, TypeError, AttributeError) as error:
             cause = error
             problem = first_line(error)
-    hint = (
+    raise ConfigurationError(
+        f"`augment`: {problem}.",
         "return a batch of the same form; sizes of tensors may differ only in the number of "
-        "samples."
-    )
-    raise ConfigurationError(f"`augment`: {problem}.", hint) from cause
+        "samples.",
+    ) from cause
 
 
 def _is_plain_list(part: RawBatch) -> bool:

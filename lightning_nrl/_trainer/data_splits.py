@@ -166,15 +166,14 @@ class DataRequest:
         passed = find_data("passed", self.known.passed, loaders, ("train",))
         failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
         if self.known.failed == "auto" and failed[0].split == "train":
-            problem = (
-                "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are "
-                "repaired."
+            rank_zero_warn(
+                DataWarning(
+                    "no `repair_dataloader()` or `val_dataloader()`: failures of the train data "
+                    "are repaired.",
+                    "add one, since failures on other data say more, or set "
+                    "`data=DataOptions(failed='train')`.",
+                )
             )
-            hint = (
-                "add one, since failures on other data say more, or set "
-                "`data=DataOptions(failed='train')`."
-            )
-            rank_zero_warn(DataWarning(problem, hint))
         used = [("known", loader) for loader in (*passed, *failed)]
         unseen = self._find_held_out("unseen", self.unseen, used, loaders)
         if unseen is not None:

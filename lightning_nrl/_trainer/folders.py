@@ -46,12 +46,13 @@ def _log_folder(trainer: Trainer) -> str:
             folder = os.path.join(logger.save_dir or root, *parts)
     except Exception as error:  # such as a store that MLflow cannot open
         folder = root
-        problem = (
-            f"{type(logger).__name__} has no folder ({short_message(error)}); "
-            f"the files are written below {folder}."
+        rank_zero_warn(
+            LoggingWarning(
+                f"{type(logger).__name__} has no folder ({short_message(error)}); "
+                f"the files are written below {folder}.",
+                "set `dirpath=`, or check the logger's settings.",
+            )
         )
-        hint = "set `dirpath=`, or check the logger's settings."
-        rank_zero_warn(LoggingWarning(problem, hint))
     return trainer.strategy.broadcast(str(folder))
 
 

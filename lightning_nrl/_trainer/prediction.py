@@ -66,12 +66,14 @@ def open_sources(
         if not _is_random(model, evaluator, adapter, raw):
             check_step(trainer, model, evaluator, opened[0])
             return
-        problem = (
-            "`model`: its predictions are random in evaluation mode, for instance by dropout that "
-            "stays on."
-        )
         hint = "all counts hold for one fixed draw; draw only `if self.training`, or "
-        rank_zero_warn(DataWarning(problem, hint + ADAPTER_HINT))
+        rank_zero_warn(
+            DataWarning(
+                "`model`: its predictions are random in evaluation mode, for instance by dropout "
+                "that stays on.",
+                hint + ADAPTER_HINT,
+            )
+        )
 
     ranks.all_or_none(check, failed)
     return evaluator, opened
@@ -244,8 +246,12 @@ def _predicts(output: Output, prediction: Tensor | None) -> bool:
 
 
 def _warn(problem: str) -> None:
-    message = f"`model`: its `predict_step` {problem}, so `forward` is used instead."
-    rank_zero_warn(DataWarning(message, "to have other outputs judged, " + ADAPTER_HINT))
+    rank_zero_warn(
+        DataWarning(
+            f"`model`: its `predict_step` {problem}, so `forward` is used instead.",
+            "to have other outputs judged, " + ADAPTER_HINT,
+        )
+    )
 
 
 def _check_gradients(

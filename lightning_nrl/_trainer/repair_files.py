@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lightning_nrl._trainer.lightning.checkpoint_files import CheckpointWriter, writing_checkpoint
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_info, rank_zero_warn
 from lightning_nrl._utils.atomic_files import EARLIER, StagedFiles
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
-from lightning_nrl.errors import FilesWarning
+from lightning_nrl.errors import FilesWarning, first_line
 from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
@@ -37,7 +36,7 @@ So if `report.json` exists, all other files exist.
 NOT_JUDGED = "it would not hold"
 
 
-class SavedFiles:
+class SavedFiles(AbstractContextManager["SavedFiles"]):
     """Files of one report, which the first rank stages in a hidden folder before `commit`.
 
     `files` maps the kind of a file, such as `checkpoint`, to its path. `names` are names of files
@@ -58,16 +57,11 @@ class SavedFiles:
             marks = [SAMPLES_FOLDER]
             marks += [self._files[kind].name for kind in PAGE_KINDS if kind in self._files]
             own_names = [path.name for path in self._files.values()]
-            unmarked = [name for name in (*own_names, *names) if name not in marks]
-            all_names = list(dict.fromkeys([*unmarked, *marks]))
-            self._stage = StagedFiles(self._folder, all_names, marks)
+            self._stage = StagedFiles(self._folder, [*own_names, *names], marks)
 
     @property
     def _folder(self) -> Path:
         return next(iter(self._files.values())).parent
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._stage is not None:
@@ -170,8 +164,9 @@ class SavedFiles:
                 )
             elif accepted and "checkpoint" in self._problems:
                 hint = "make room, and save the model now: `trainer.save_checkpoint(path)`"
-            message = f"{state}, but {self._folder} lacks {missing}."
-            rank_zero_warn(FilesWarning(message, f"{hint}."))
+            rank_zero_warn(
+                FilesWarning(f"{state}, but {self._folder} lacks {missing}.", f"{hint}.")
+            )
         kinds = list(self._named(report).files)
         if self._trainer is not None and self._files:
             kinds = self._trainer.strategy.broadcast(kinds)
@@ -257,10 +252,9 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 def short_message(error: Exception) -> str:
     """Returns the first line of an error, with its class unless this package has raised it."""
-    line, _, _ = str(error).partition("\n")
     if isinstance(error, OSError) and error.errno is None:
-        return line
-    return f"{type(error).__name__}: {line}"
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def write_report(

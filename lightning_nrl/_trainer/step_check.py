@@ -94,8 +94,12 @@ class _Steps:
         if math.isnan(apart):
             is_suspicious = loss > LOSS_FACTOR * step_loss + LOSS_OFFSET and not is_model_adapter
             if is_suspicious:
-                problem = f"`model`: `{name}` may not predict as the repair does: {losses}."
-                rank_zero_warn(DataWarning(problem, "if so, " + ADAPTER_HINT))
+                rank_zero_warn(
+                    DataWarning(
+                        f"`model`: `{name}` may not predict as the repair does: {losses}.",
+                        "if so, " + ADAPTER_HINT,
+                    )
+                )
             return is_suspicious
         if _is_augmented(calls, expected, run):
             return True
@@ -106,8 +110,9 @@ class _Steps:
         if not is_model_adapter:
             hint = "move what the step does to a batch into `forward`, or " + ADAPTER_HINT
             raise ConfigurationError(problem, hint)
-        hint = "make sure that the adapter predicts as the deployed model does."
-        rank_zero_warn(DataWarning(problem, hint))
+        rank_zero_warn(
+            DataWarning(problem, "make sure that the adapter predicts as the deployed model does.")
+        )
         return True
 
     def _run(

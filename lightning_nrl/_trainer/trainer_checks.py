@@ -131,12 +131,11 @@ def check_twins(callback: Callback, trainer: Trainer) -> None:
 
 
 def warn_without_step() -> None:
-    problem = (
-        "no repair was made, because no training step ran (training was complete, skipped or "
-        "stopped)."
+    rank_zero_warn(
+        NotRepairedWarning(
+            "no repair was made, because no training step ran (training was complete, skipped or "
+            "stopped).",
+            "to repair a trained checkpoint, call "
+            "`lightning_nrl.repair(trainer, model, ckpt_path=...)`.",
+        )
     )
-    hint = (
-        "to repair a trained checkpoint, call "
-        "`lightning_nrl.repair(trainer, model, ckpt_path=...)`."
-    )
-    rank_zero_warn(NotRepairedWarning(problem, hint))

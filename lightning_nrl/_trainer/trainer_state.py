@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +64,8 @@ def prepared_for_dry_fit(
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
     metrics = [dict(values) for values in _metrics_of(trainer)]
     trainer.num_sanity_val_steps = 0
-    set_callbacks(trainer, [*_without_tuning(callbacks), callback])
+    kept = [attached for attached in callbacks if not isinstance(attached, TUNING_CALLBACKS)]
+    set_callbacks(trainer, [*kept, callback])
     try:
         with random_state(), reading_checkpoints(trainer, "ckpt_path", weights_only=weights_only):
             yield
@@ -74,10 +75,6 @@ def prepared_for_dry_fit(
         trainer.should_stop = False
         for values, earlier in zip(_metrics_of(trainer), metrics, strict=True):
             values.update({**earlier, **values})
-
-
-def _without_tuning(callbacks: Sequence[Callback]) -> list[Callback]:
-    return [callback for callback in callbacks if not isinstance(callback, TUNING_CALLBACKS)]
 
 
 def _metrics_of(trainer: Trainer) -> list[dict[str, Any]]:
@@ -176,11 +173,13 @@ def _best_path(trainer: Trainer) -> str:
     checkpoint = trainer.checkpoint_callback
     path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     if not path:
-        problem = (
-            "`start_from='best'`: no best checkpoint was saved, so the repair starts from the last "
-            "weights."
+        rank_zero_warn(
+            TrainingWarning(
+                "`start_from='best'`: no best checkpoint was saved, so the repair starts from the "
+                "last weights.",
+                "add a ModelCheckpoint with `monitor=`.",
+            )
         )
-        rank_zero_warn(TrainingWarning(problem, "add a ModelCheckpoint with `monitor=`."))
     return path
 
 

@@ -47,15 +47,15 @@ def remove_stale(folder: Path, *patterns: str) -> None:
 class StagedFiles:
     """Files that are first staged in a hidden subfolder, and then moved to `folder` together.
 
-    `names` are all files that a run may write; `marks` are some of these files, such as the report.
-    `commit` removes the marks of an earlier run first and moves new marks last. So a folder with a
-    mark holds the files of one run only, even after a kill.
+    `names` are files that a run may write; `marks` are further files, such as the report. `commit`
+    removes the marks of an earlier run first and moves new marks last. So a folder with a mark
+    holds the files of one run only, even after a kill.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], marks: Sequence[str]) -> None:
         self.folder = folder
-        self._others = [name for name in names if name not in marks]
-        self._marks = [name for name in names if name in marks]
+        self._names = [name for name in dict.fromkeys(names) if name not in marks]
+        self._marks = marks
         self._stage: Path | None = None
         self.placed: list[str] = []  # files moved by `commit`
 
@@ -101,12 +101,12 @@ class StagedFiles:
         for name in reversed(self._marks):
             _remove(self.folder / name)
         kept = []
-        for name in self._others:
+        for name in self._names:
             path = self.folder / name
             if not self.is_written(name) and name not in there and path.exists():
                 kept.append(self.folder / f"{EARLIER}{name}")
                 _move(path, kept[-1])
-        for name in (*self._others, *self._marks):
+        for name in (*self._names, *self._marks):
             if self.is_written(name):
                 _move(self._stage / name, self.folder / name)
                 self.placed.append(name)

@@ -70,8 +70,13 @@ def _check_sums(argument: str, path: str | Path) -> None:
         except Exception as error:  # the bytes are damaged
             damaged = type(error).__name__
     if damaged is not None:
-        problem = f"`{argument}`: {str(path)!r} is damaged: the checksum of {damaged!r} is wrong."
-        warnings.warn(DataWarning(problem, "take another copy of the file."), stacklevel=3)
+        warnings.warn(
+            DataWarning(
+                f"`{argument}`: {str(path)!r} is damaged: the checksum of {damaged!r} is wrong.",
+                "take another copy of the file.",
+            ),
+            stacklevel=3,
+        )
 
 
 def reason(error: Exception) -> str:

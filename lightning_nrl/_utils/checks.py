@@ -48,8 +48,10 @@ def check_per_sample(
     tensor = value if tensors_only else as_tensor(value)
     if isinstance(tensor, Tensor) and tensor.shape == (n,) and _is_kind(tensor, kind):
         return tensor
-    hint = f"return one {kind} per sample, in the shape [{n}]."
-    raise error(f"{source} returned {described(value)} for a batch of {n} samples.", hint)
+    raise error(
+        f"{source} returned {described(value)} for a batch of {n} samples.",
+        f"return one {kind} per sample, in the shape [{n}].",
+    )
 
 
 def _is_kind(value: Tensor, kind: Kind) -> bool:

@@ -128,7 +128,7 @@ def _peer_errors() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        hint = "look at the error of that rank; the weights on this rank are unchanged."
         raise OtherRankError(
-            f"another rank has ended or does not answer: {first_line(error)}", hint
+            f"another rank has ended or does not answer: {first_line(error)}",
+            "look at the error of that rank; the weights on this rank are unchanged.",
         ) from error

@@ -107,17 +107,17 @@ class Registry(Generic[T]):
         try:
             make = point.load()
         except Exception as error:
-            hint = "update or uninstall that distribution."
             raise ConfigurationError(
-                f"{origin} cannot be loaded ({type(error).__name__}: {error}).", hint
+                f"{origin} cannot be loaded ({type(error).__name__}: {error}).",
+                "update or uninstall that distribution.",
             ) from error
 
         def checked(*args: Any, **kwargs: Any) -> T:
             value = make(*args, **kwargs) if callable(make) else None
             if not self.fits(value):
-                hint = "give a class, or a function that makes one without arguments."
                 raise ConfigurationError(
-                    f"{origin} gave a {type(value).__name__}, which is no {self.kind}.", hint
+                    f"{origin} gave a {type(value).__name__}, which is no {self.kind}.",
+                    "give a class, or a function that makes one without arguments.",
                 )
             return cast(T, value)
 

@@ -128,7 +128,6 @@ class ResumeStore:
         self._collective = collective
         self._device = device
         self._is_active = True
-        self._path = ""
         self._number = 0
         has_results = False
         if collective.rank == 0:
@@ -191,11 +190,14 @@ class ResumeStore:
             for file in folder.glob(f"{self._path}*{FINISHED}"):
                 file.unlink(missing_ok=True)
         except Exception as error:
-            message = (
-                f"finished steps cannot be saved in {folder} ({type(error).__name__}: {error})."
+            warnings.warn(
+                FilesWarning(
+                    f"finished steps cannot be saved in {folder} "
+                    f"({type(error).__name__}: {error}).",
+                    "make room; otherwise a stopped repair starts over.",
+                ),
+                stacklevel=3,
             )
-            hint = "make room; otherwise a stopped repair starts over."
-            warnings.warn(FilesWarning(message, hint), stacklevel=3)
             self._folder = None
 
     def _read(self, hint: Hint) -> tuple[Any, float, dict[str, float]] | None:
@@ -217,9 +219,13 @@ class ResumeStore:
             return result
         problem = self._collective.first_text(problem)
         if self._collective.rank == 0:
-            message = f"{self._folder}: {name!r} is not used: {problem}."
-            hint = "that part of the repair runs again."
-            warnings.warn(FilesWarning(message, hint), stacklevel=3)
+            warnings.warn(
+                FilesWarning(
+                    f"{self._folder}: {name!r} is not used: {problem}.",
+                    "that part of the repair runs again.",
+                ),
+                stacklevel=3,
+            )
         return None
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:

@@ -133,8 +133,10 @@ class TrainingHistory(CallbackBase):
                     splits = TrainingRecord.read(folder).splits
                     self._ever_right = {name: split.passed.any(0) for name, split in splits.items()}
 
-        failed = "the record of an earlier training could not be read on another rank."
-        Collective.current(pl_module.device).all_or_none(read_earlier_record, failed)
+        Collective.current(pl_module.device).all_or_none(
+            read_earlier_record,
+            "the record of an earlier training could not be read on another rank.",
+        )
 
     @override
     def on_train_batch_end(
@@ -180,12 +182,13 @@ class TrainingHistory(CallbackBase):
         if isinstance(state_dict, dict) and isinstance(folder, str | None):
             self._resumed = folder
             return
-        problem = (
-            "`TrainingHistory`: the state in the checkpoint names no folder "
-            f"(found a {type(folder).__name__})."
+        rank_zero_warn(
+            DataWarning(
+                "`TrainingHistory`: the state in the checkpoint names no folder "
+                f"(found a {type(folder).__name__}).",
+                "training continues with a new record; give `dirpath` to continue the old one.",
+            )
         )
-        hint = "training continues with a new record; give `dirpath` to continue the old one."
-        rank_zero_warn(DataWarning(problem, hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates `recorded` splits and writes a record. All ranks must call it.
@@ -203,14 +206,15 @@ class TrainingHistory(CallbackBase):
                 try:
                     write_point(self.folder, step, trainer.current_epoch, results, weights)
                 except OSError as error:
-                    problem = (
-                        f"`TrainingHistory` could not write step {step:,} of its record: {error}."
+                    warnings.warn(
+                        FilesWarning(
+                            f"`TrainingHistory` could not write step {step:,} of its record: "
+                            f"{error}.",
+                            "free some space, or give another `dirpath`; training continues and "
+                            "tries later steps.",
+                        ),
+                        stacklevel=2,
                     )
-                    hint = (
-                        "free some space, or give another `dirpath`; training continues and tries "
-                        "later steps."
-                    )
-                    warnings.warn(FilesWarning(problem, hint), stacklevel=2)
             numbers = self._learning_numbers(results)
             track_numbers(numbers, trainer.loggers, step=step, what="history of the training")
         self.seconds += time.perf_counter() - began

@@ -81,8 +81,10 @@ class TrainingRecord:
                 splits[split] = _recorded_split(split, columns, contents)
             return cls(tuple(_recorded_point(content) for content in contents), splits)
         except Exception as error:  # files with other contents can raise anything
-            problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
-            raise ConfigurationError(problem, "record it again with `TrainingHistory`.") from error
+            raise ConfigurationError(
+                f"`history`: {str(folder)!r} is damaged ({reason(error)}).",
+                "record it again with `TrainingHistory`.",
+            ) from error
 
     def history(self, known: KnownData) -> list[HistoryPoint]:
         """Converts the record to history points; known samples not recorded have the result -1.

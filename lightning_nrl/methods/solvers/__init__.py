@@ -1,5 +1,4 @@
-"""Solvers of the methods: distillation, polish, last layer, quadratic programmes, scaled
-coordinates.
+"""Solvers: distillation, polish, last layer, quadratic programmes, whitened coordinates.
 
 In: a problem and initial weights. Out: weights that break less, or the smallest change that meets
 the constraints.

@@ -188,14 +188,19 @@ def regularization_path(
     unit = float((missing / (2 * head.white(targets).square().sum(1))).median())
     programme = _PairProgramme(head, used, is_over)
 
-    def is_at_end() -> bool:
-        return programme.has_more_than(max_pairs) or is_over()
+    def is_full() -> bool:
+        return max_pairs is not None and programme.n_pairs > max_pairs
 
     for strength in strengths:
         programme.begin(strength * unit)
-        add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, is_at_end)
+        add_cutting_planes(
+            programme.solve,
+            programme.add_violated,
+            MAX_PATH_ROUNDS,
+            lambda: is_full() or is_over(),
+        )
         yield _scale_back(head, programme.change @ head.root, used)
-        if programme.has_more_than(max_pairs):
+        if is_full():
             return
 
 
@@ -222,8 +227,9 @@ class _PairProgramme:
         self._codes = self._codes[binding]
         self._multipliers = self._multipliers[binding]
 
-    def has_more_than(self, pairs: int | None) -> bool:
-        return pairs is not None and len(self._codes) > pairs
+    @property
+    def n_pairs(self) -> int:
+        return len(self._codes)
 
     def solve(self) -> None:
         head = self.head

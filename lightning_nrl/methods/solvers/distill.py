@@ -65,9 +65,11 @@ def distill(
                 renew = None
             rows = run.hard_and_some_easy()
     except DeviceMemoryError as error:
-        message = f"the training stopped after {run.visits:,} samples: {error}"
         warnings.warn(
-            RepairWarning(message, "the repair goes on with the weights trained so far."),
+            RepairWarning(
+                f"the training stopped after {run.visits:,} samples: {error}",
+                "the repair goes on with the weights trained so far.",
+            ),
             stacklevel=3,
         )
     n = len(problem.before)

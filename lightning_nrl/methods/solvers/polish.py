@@ -95,11 +95,11 @@ def polish(
     scope, and at most 256 MiB for the logits of the working set.
     """
     check_needs(NEEDS, problem.before, problem.evaluator.task)
-
-    def work() -> PolishResult:
-        return _Polish(problem, state, deadline or Deadline(), masks, after, enforce).result()
-
-    return problem.work.once("polish", work, PolishResult)
+    return problem.work.once(
+        "polish",
+        lambda: _Polish(problem, state, deadline or Deadline(), masks, after, enforce).result(),
+        PolishResult,
+    )
 
 
 def polished(

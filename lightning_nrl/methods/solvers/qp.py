@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,15 +75,14 @@ def solve_dual(
     """
     device = gram.device
     dtype = gram.dtype
-    gram = gram.to("cpu", torch.float64)
-    required = required.to("cpu", torch.float64)
-    values = torch.zeros_like(required) if start is None else start.to("cpu", torch.float64)
+    exact = partial(torch.Tensor.to, device="cpu", dtype=torch.float64)
+    gram = exact(gram)
+    required = exact(required)
+    values = torch.zeros_like(required) if start is None else exact(start)
     if gram.ndim == 3:
         values, value, is_solved = solve_batch(gram, required, values, max_value)
         return DualSolution(values.to(device, dtype), value, is_solved, ~(value > max_value))
-    if limit is None:
-        limit = torch.full_like(required, torch.inf)
-    limit = limit.to("cpu", torch.float64)
+    limit = torch.full_like(required, torch.inf) if limit is None else exact(limit)
     values, solved, feasible = solve_one(gram, required, limit, values, is_over)
     value = required @ values - 0.5 * (values @ (gram @ values))
     return DualSolution(
