@@ -92,7 +92,7 @@ class Record(Derives):
 
 
 @runtime_checkable
-class _Array(Protocol):
+class _Listable(Protocol):
     def tolist(self) -> object: ...
 
 
@@ -113,7 +113,7 @@ def to_plain(value: object) -> Plain:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    if isinstance(value, _Array):
+    if isinstance(value, _Listable):
         return to_plain(value.tolist())
     for kind in (int, float):
         if isinstance(value, kind):

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch.serialization import add_safe_globals, default_restore_location
@@ -25,12 +25,12 @@ from torch.types import Storage
 
 from lightning_nrl._utils.atomic_files import replacing, write_text
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.json_records import Hint
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import FilesWarning, first_line
 
 MAGIC = b"lightning_nrl saved value 2\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
-Hint: TypeAlias = Any  # a type hint, such as `Proposal | None`
 
 
 def to_bytes(value: object) -> bytes:
