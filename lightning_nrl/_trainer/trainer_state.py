@@ -249,7 +249,8 @@ def handle_signals(
         if launcher is not None:
             launcher.kill(signal.SIGTERM)
         error: BaseException = class_for(trainer, "pytorch.utilities.exceptions.SIGTERMException")()
-        error.code = 128 + signal.SIGTERM  # type: ignore[attr-defined]  # the default, 0, means success
+        # The default, 0, means success.
+        error.code = 128 + signal.SIGTERM  # type: ignore[attr-defined]
         return error
 
     try:
