@@ -44,13 +44,22 @@ tab and newline.
 """
 
 
-class RepairError(Exception):
-    """Base class of all errors of this package. Its message describes a problem and, in general,
-    ends with a hint.
+class Explained(Exception):
+    """Base class of all errors and warnings of this package.
+
+    Attributes:
+        problem: the message without the hint. Control characters are escaped as in `visible`.
+        hint: what to do about the problem. May be empty.
     """
 
     def __init__(self, problem: str, hint: str = "") -> None:
         super().__init__(explain(problem, hint) if hint else problem)
+        self.problem = visible(problem)
+        self.hint = visible(hint)
+
+
+class RepairError(Explained):
+    """Base class of all errors of this package."""
 
 
 class ConfigurationError(RepairError, ValueError):
@@ -105,13 +114,8 @@ class InseparableBatchError(ReplayError):
     """
 
 
-class RepairWarning(UserWarning):
-    """Base class of all warnings of this package. Its message describes a problem and, in general,
-    ends with a hint.
-    """
-
-    def __init__(self, problem: str, hint: str = "") -> None:
-        super().__init__(explain(problem, hint) if hint else problem)
+class RepairWarning(Explained, UserWarning):
+    """Base class of all warnings of this package."""
 
 
 class NotRepairedWarning(RepairWarning):

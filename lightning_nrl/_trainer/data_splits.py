@@ -487,6 +487,5 @@ def find_one(
     try:
         return _single_loader(find_data(argument, choice, loaders))
     except ConfigurationError as error:
-        found = str(error).partition("\nHINT:")[0]
         hint = f"give one DataLoader over map-style data as `{argument}=`{do_without}."
         raise ConfigurationError(found, hint) from error

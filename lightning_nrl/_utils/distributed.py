@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ class Collective:
         name, _, message = self.first_text(text).partition("\n")
         if error is not None and type(error).__name__ == name:
             raise error
-        raise PACKAGE_ERRORS[name](message) from (error or elsewhere)
+        raise PACKAGE_ERRORS[name](problem, hint) from (error or elsewhere)
 
     def agreed(self, values: Tensor) -> Tensor:
         """Returns on every rank the values of the first rank, where ranks may round differently."""

@@ -403,7 +403,7 @@ def _safely(
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = error.problem.rstrip(".")
     except (RuntimeError, MemoryError) as error:
         # One of several ranks must not go on alone: the others would wait for it forever.
         if problem.collective.world_size > 1 or not is_out_of_memory(error):

@@ -192,7 +192,7 @@ class MergedRepairs:
         try:
             solution = LocalSearch(method)(part) if isinstance(method, Searcher) else method(part)
         except EmptyLocalizationError as error:
-            solution = Solution(None, str(error).partition("\n")[0])
+            solution = Solution(None, error.problem)
         for stage, spent in own.seconds.items():
             if stage != "collect":
                 clock.seconds[stage] = clock.seconds.get(stage, 0.0) + spent

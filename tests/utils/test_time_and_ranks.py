@@ -25,7 +25,13 @@ from lightning_nrl._utils.device import twice_if_out_of_memory
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import defer_signals, interruptible, poll
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.errors import DeviceMemoryError, EvaluationError, OtherRankError, ReplayError
+from lightning_nrl.errors import (
+    DeviceMemoryError,
+    EvaluationError,
+    OtherRankError,
+    ReplayError,
+    explain,
+)
 
 
 class Time:
@@ -274,6 +280,7 @@ def test_two_processes_exchange_tensors_and_a_death_ends_with_a_message(tmp_path
     [
         ({}, ["done", "done", "done"]),
         ({1: ReplayError("no\nway")}, ["ReplayError: no\nway"] * 3),
+        ({1: ReplayError("a", "b")}, ["ReplayError: a\nHINT: b"] * 3),
         ({1: ReplayError("b"), 2: EvaluationError("c")}, ["ReplayError: b"] * 3),
         ({1: OSError("b")}, ["OtherRankError", "OSError: b", "OtherRankError"]),
         (
@@ -295,6 +302,8 @@ def test_where_one_rank_fails_all_fail_in_one_way(
             return collective.all_or_none(task, "it failed elsewhere.")
         except OtherRankError:
             return "OtherRankError"
+        except ReplayError as error:
+            return f"ReplayError: {explain(error.problem, error.hint) if error.hint else error}"
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
