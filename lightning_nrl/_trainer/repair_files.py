@@ -50,6 +50,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         self._files = {kind: Path(path) for kind, path in files.items()}
         self._trainer = trainer
         self._problems: dict[str, str] = {}  # reasons for missing files, by kind
+        self._holds_other_weights = False  # True if the checkpoint would not hold the judged ones
         self._direct: set[str] = set()  # kinds that the user's own plugin writes in place
         self._stage: StagedFiles | None = None
         if files and (trainer is None or trainer.is_global_zero):
@@ -158,7 +159,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             if accepted:
                 state = "the repair was accepted and is in the model"
             hint = "make room, and write the report with `report.to_json()`"
-            if NOT_JUDGED in self._problems.get("checkpoint", ""):
+            if self._holds_other_weights:
                 hint = (
                     "look at what `on_save_checkpoint` of the module does; the patch has the change"
                 )
@@ -178,6 +179,10 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         return replace(report, files=files)
 
 
+class _OtherWeightsError(OSError):
+    """The checkpoint would not hold the weights that were judged."""
+
+
 def _check_checkpoint(
     writer: CheckpointWriter,
     report: RepairReport,
@@ -190,7 +195,7 @@ def _check_checkpoint(
     if path is not None and not path.exists():
         raise OSError("nothing was written")
     if difference := _difference(_read_back(writer, path), report, model, parameters):
-        raise OSError(difference)
+        raise _OtherWeightsError(f"it would not hold {difference}")
 
 
 def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]:

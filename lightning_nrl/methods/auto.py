@@ -24,10 +24,10 @@ from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Method, Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.records.steps import CUT, PricePoint, Rung, Step
+from lightning_nrl.records.steps import PricePoint, Rung, Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 
-PATIENCE_OF_STRENGTHS = 3  # `Convex.patience` in the rung `exact`
+PATIENCE_OF_PRICES = 3  # `Convex.patience` in the rung `exact`
 PRICE_LEVELS = (
     0.0,
     0.001,
@@ -140,7 +140,7 @@ class RungResult:
     def was_cut(self) -> bool:
         """True if `max_time` shortened the rung or left no time for it."""
         steps = self.solution.steps
-        return not steps or any(CUT in step.note for step in steps)
+        return not steps or any(step.was_cut for step in steps)
 
     def record(self, problem: Problem, taken: bool) -> Rung:
         proposal, counts = self.solution.proposal, (0, 0, 0, 0)
@@ -240,7 +240,7 @@ class _Ladder:
         layer or task.
         """
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
-        convex = Convex(PATIENCE_OF_STRENGTHS, seconds, budget.MAX_PAIRS)
+        convex = Convex(PATIENCE_OF_PRICES, seconds, budget.MAX_PAIRS)
         for method in (convex, Linearized()) if self.is_one_layer else (convex,):
             solve = partial(_solved, method=method)
             try:

@@ -1,4 +1,4 @@
-"""Repairs the last Linear layer by convex optimisation at several strengths; cross-validation
+"""Repairs the last Linear layer by convex optimisation at several prices; cross-validation
 chooses one of them.
 """
 
@@ -33,9 +33,8 @@ from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search.scoring.replay_plan import same_values
 
-# The strengths: prices of a target's missing margin. At 1 the median target would just be repaired
-# on its own.
-SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
+# Prices of a target's missing margin. At 1 the median target would just be repaired on its own.
+PRICES = tuple(2.0**power for power in range(-4, 6))
 N_FOLDS = 4  # each sample from data sets with failures to repair is held out once
 REGRESSION_PRICE = 1  # of a held-out regression, in held-out repairs
 # Parts of the change, tried in turn, since the deployed model may round differently from the
@@ -51,15 +50,14 @@ class Convex:
     passed
     sample.
 
-    Here the strength is the price of the margin that a target lacks: a higher price repairs more
-    and changes more. Ten strengths are tried, from low to high. The strength with most repairs
-    minus regressions in cross-validation wins.
+    The margin that a target lacks has a price: a higher price repairs more and changes more. Ten
+    prices are tried, from low to high. The price with most repairs minus regressions in cross-validation wins.
 
     Attributes:
-        patience: stops after this many strengths in a row without a better held-out result. None
+        patience: stops after this many prices in a row without a better held-out result. None
             means no limit.
         seconds: time limit in seconds.
-        max_pairs: stops after a strength that needs more than this number of constraints. A
+        max_pairs: stops after a price that needs more than this number of constraints. A
             constraint is about one sample and one wrong class. None means no limit.
 
     Raises:
@@ -86,7 +84,7 @@ class Convex:
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Solves at each strength and takes the strength that does best on held-out samples."""
+        """Solves at each price and takes the price that does best on held-out samples."""
         began, before = time.perf_counter(), problem.before
         _check_layers(problem.space)
         check_needs(Convex.needs, before, problem.evaluator.task)
@@ -99,22 +97,27 @@ class Convex:
             # Time is kept to count the chosen change in the deployed model.
             end = end.earlier(problem.clock.one_pass)
             changes, held_out = _path(problem, known, self, end)
-            is_cut = problem.deadline.is_set and len(changes) < len(SLACK_COSTS) and end.is_over()
+            is_cut = problem.deadline.is_set and len(changes) < len(PRICES) and end.is_over()
             if not changes:
                 return Solution(None, NO_TIME_TO_SOLVE)
             points = [
-                problem.counted(f"convex {cost:g}", {}, replace(before, passed=known.right(change)))
-                for change, cost in zip(changes, SLACK_COSTS, strict=False)
+                problem.counted(
+                    f"convex, price {price:g}", {}, replace(before, passed=known.right(change))
+                )
+                for change, price in zip(changes, PRICES, strict=False)
             ]
         del known
         seconds, folded = (time.perf_counter() - began) / len(points), _folds(problem) >= 0
         estimates = [estimate(before, replace(before, passed=right), folded) for right in held_out]
         steps = [
-            point.step(
-                seconds,
-                f"strength {cost:g}; held-out: {one.repaired_in_target} repaired, {one.broken} broken",
+            replace(
+                point.step(
+                    seconds,
+                    f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken",
+                ),
+                kind="alternative",
             )
-            for point, cost, one in zip(points, SLACK_COSTS, estimates, strict=False)
+            for point, counts in zip(points, estimates, strict=True)
         ]
         worth = [_worth(problem, right) for right in held_out]
         best = max(
@@ -127,14 +130,14 @@ class Convex:
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
             seconds = time.perf_counter() - began
-            note = f"strength {SLACK_COSTS[best]:g} is chosen" + (
+            note = f"price {PRICES[best]:g} is chosen" + (
                 f", {share:.0%} of it" if share < 1 else ""
             )
-            note += f"; higher strengths were {CUT}" if is_cut else ""
+            note += f"; higher prices were {CUT}" if is_cut else ""
             steps.append(
-                proposal.step(seconds, note)
+                proposal.step(seconds, note, was_cut=is_cut)
                 if proposal
-                else Step("convex", 0, 0, round(seconds, 3), note)
+                else Step("convex", 0, 0, round(seconds, 3), note, is_cut)
             )
         none = "the change of the layer that is best on held-out samples repairs no target without a regression."
         reason = "" if proposal else none
@@ -163,7 +166,7 @@ def _not_last(space: ParameterSpace) -> ConfigurationError:
 def _path(
     problem: Problem, known: _KnownHead, method: Convex, end: Deadline
 ) -> tuple[list[Tensor], list[Tensor]]:
-    collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
+    collective, n, logits = problem.collective, len(PRICES), known.head.logits
     changes = torch.zeros(
         n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype
     )
@@ -182,12 +185,12 @@ def _path(
 def _solved(
     problem: Problem, known: _KnownHead, method: Convex, end: Deadline
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields for each strength the change, `C x d`, and which samples are right in the
+    """Yields for each price the change, `C x d`, and which samples are right in the
     cross-validation, `N` bool.
 
     The samples of a fold are predicted with the change that was fitted without them. If time runs
-    out at the first strength, folds without a change are predicted with the original layer. A later
-    strength is left out instead.
+    out at the first price, folds without a change are predicted with the original layer. A later
+    price is left out instead.
     """
 
     def is_over() -> bool:
@@ -197,11 +200,10 @@ def _solved(
     kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
     used = [None, *(rows.to(known.head.label.device) for rows in kept)]
     paths = [
-        regularization_path(known.head, SLACK_COSTS, rows, is_over, method.max_pairs)
-        for rows in used
+        regularization_path(known.head, PRICES, rows, is_over, method.max_pairs) for rows in used
     ]
     worth: list[float] = []
-    for _ in SLACK_COSTS:
+    for _ in PRICES:
         made: list[Tensor | None] = []
         for path in paths:
             change = None if is_over() else next(path, None)
@@ -217,7 +219,7 @@ def _solved(
         assert made[0] is not None
         yield made[0], right
         worth.append(_worth(problem, right))
-        problem.clock.tell(len(worth), len(SLACK_COSTS))
+        problem.clock.tell(len(worth), len(PRICES))
         is_past = (
             method.patience is not None
             and len(worth) - 1 - worth.index(max(worth)) >= method.patience

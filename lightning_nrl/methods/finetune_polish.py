@@ -187,7 +187,9 @@ def _fine_tuned_by(
                 None if held_out is None else estimate(problem.before, proposal.after, held_out)
             )
         step = proposal.step(
-            problem.clock.elapsed - began, f"{kind.name}, {trained.note}{halfway.note}"
+            problem.clock.elapsed - began,
+            f"{kind.name}, {trained.note}{halfway.note}",
+            was_cut=trained.was_cut,
         )
         return FineTuned(proposal, step, counts, is_done=True)
     if halfway.proposal is None:

@@ -104,7 +104,8 @@ class Linearized:
                 )
             took = time.perf_counter() - began
         if run.steps and not run.is_done:
-            run.steps[-1] = replace(run.steps[-1], note=f"{run.steps[-1].note}; {CUT}")
+            last = run.steps[-1]
+            run.steps[-1] = replace(last, note=f"{last.note}; {CUT}", was_cut=True)
         if not run.found:
             reason = "no step along the gradients repairs a target without a regression."
             return Solution(None, reason, tuple(run.steps))

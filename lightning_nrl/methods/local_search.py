@@ -63,10 +63,14 @@ class LocalSearchResult:
     notes: tuple[str, ...]  # how the recording is stored, and how many samples are used
 
     @property
+    def was_cut(self) -> bool:
+        return self.search.stopped == TIME_WAS_OVER
+
+    @property
     def note(self) -> str:
-        made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
-        cut = CUT if self.search.stopped == TIME_WAS_OVER else ""
-        return "; ".join(part for part in (made, cut, *self.notes) if part)
+        size = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
+        cut = CUT if self.was_cut else ""
+        return "; ".join(part for part in (size, cut, *self.notes) if part)
 
     def solution(
         self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()
@@ -146,7 +150,8 @@ class LocalSearch:
             )
         with clock.stage("judge"):
             proposal = problem.propose(getattr(searcher, "label", "swarm"), found.state)
-        return found.solution(proposal, steps=(proposal.step(found.search.seconds, found.note),))
+        step = proposal.step(found.search.seconds, found.note, was_cut=found.was_cut)
+        return found.solution(proposal, steps=(step,))
 
 
 def localize_and_search(

@@ -50,9 +50,13 @@ class Trained:
     planned: float
 
     @property
+    def was_cut(self) -> bool:
+        return self.epochs < self.planned
+
+    @property
     def note(self) -> str:
-        whole = f"{self.epochs:,.4g} epoch{'s' * (self.epochs != 1)}"
-        return whole if self.epochs >= self.planned else f"{whole} of {self.planned:,.4g}, {CUT}"
+        text = f"{self.epochs:,.4g} epoch{'' if self.epochs == 1 else 's'}"
+        return f"{text} of {self.planned:,.4g}, {CUT}" if self.was_cut else text
 
 
 Renew = Callable[[State], Tensor | None]

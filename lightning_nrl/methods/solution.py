@@ -55,8 +55,8 @@ class Proposal:
         """
         return -self.excess, -self.missing, self.value, -self.cost
 
-    def step(self, seconds: float, note: str = "") -> Step:
-        return Step(self.name, self.repaired, self.broken, round(seconds, 3), note)
+    def step(self, seconds: float, note: str = "", *, was_cut: bool = False) -> Step:
+        return Step(self.name, self.repaired, self.broken, round(seconds, 3), note, was_cut)
 
 
 @dataclass(frozen=True)

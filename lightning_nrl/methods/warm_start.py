@@ -64,9 +64,9 @@ def warm_started_search(
     if not end.leaves(preparation_seconds(problem)):
         best = better([start, *proposals])
         step = (
-            Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH)
+            Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH, was_cut=True)
             if best is None
-            else _step(best, 0.0, NO_TIME_FOR_SEARCH)
+            else _step(best, 0.0, NO_TIME_FOR_SEARCH, was_cut=True)
         )
         return Solution(best, "no time was left for a search.", (step,))
     if start is None:
@@ -103,12 +103,17 @@ def warm_started_search(
             (new, f"{was - now:,} of {was:,} margins widened") if now < was else (best, improvement)
         )
     return found.solution(
-        final, steps=(_step(final, found.search.seconds, f"{found.note}; {improvement}"),)
+        final,
+        steps=(
+            _step(
+                final, found.search.seconds, f"{found.note}; {improvement}", was_cut=found.was_cut
+            ),
+        ),
     )
 
 
-def _step(proposal: Proposal, seconds: float, note: str) -> Step:
-    return replace(proposal.step(seconds, note), name="swarm")
+def _step(proposal: Proposal, seconds: float, note: str, *, was_cut: bool = False) -> Step:
+    return replace(proposal.step(seconds, note, was_cut=was_cut), name="swarm")
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:

@@ -280,12 +280,13 @@ class RepairRecord(Record):
     @property
     def n_estimates(self) -> int:
         """Number of results among which held-out samples chose. A taken `exact` rung counts once
-        per `convex` step.
+        per alternative.
         """
         rungs = [rung for rung in self.rungs if rung.held_out is not None]
-        is_exact = any(rung.taken and rung.name == "exact" for rung in rungs)
-        strengths = sum(step.name.startswith("convex ") for step in self.steps) if is_exact else 0
-        return len(rungs) + max(0, strengths - 1)
+        if not any(rung.taken and rung.name == "exact" for rung in rungs):
+            return len(rungs)
+        n_alternatives = sum(step.kind == "alternative" for step in self.steps)
+        return len(rungs) + max(0, n_alternatives - 1)
 
     @property
     def held_out(self) -> TargetCounts | None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
 
 CUT = "cut by `max_time`"
-"""Note of a step that ran out of time."""
+"""Words for a step that ran out of time, in its note; `Step.was_cut` says the same."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a method, such as `fit`. Afterwards `repaired` targets pass, and `broken` known passed samples fail."""
+    """A step of a method, such as `fit`. Afterwards `repaired` targets pass, and `broken` known
+    passed samples fail.
+
+    `was_cut` is True if `max_time` shortened the step. Steps of the kind `alternative` are results
+    of which held-out samples choose one.
+    """
 
     name: str
     repaired: int
     broken: int
     seconds: float
     note: str = ""
+    was_cut: bool = False
+    kind: Literal["step", "alternative"] = "step"
 
 
 @dataclass(frozen=True)

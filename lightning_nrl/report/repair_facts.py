@@ -42,7 +42,7 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
         facts.append(("search", _search(report.search, report.seconds.get("search"))))
     if report.held_out is not None:
         facts.append(("held-out estimate", _estimate(report.held_out, report.n_estimates)))
-    cut = dict.fromkeys(step.name.partition(" ")[0] for step in report.steps if CUT in step.note)
+    cut = dict.fromkeys(step.name for step in report.steps if step.was_cut)
     facts += [(CUT, ", ".join(cut))] if cut else []
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))

@@ -89,18 +89,22 @@ def renamed(value: Any, renames: Mapping[str, str]) -> Any:
 
 
 def without(value: Any, added: Mapping[str, Any]) -> Any:
-    """A value without the keys that were added on purpose, where they hold what says nothing."""
+    """A value without the keys that were added on purpose, where they hold what says nothing: the
+    value in `added`, or one of several in a list.
+    """
+
+    def says_nothing(key: str, item: Any) -> bool:
+        return key in added and (
+            item == added[key] or (isinstance(added[key], list) and item in added[key])
+        )
+
     if isinstance(value, dict):
         return {
-            key: without(item, added)
-            for key, item in value.items()
-            if key not in added or item != added[key]
+            key: without(item, added) for key, item in value.items() if not says_nothing(key, item)
         }
-    return (
-        [without(item, added) for item in value if item not in list(added)]
-        if isinstance(value, list)
-        else value
-    )
+    if not isinstance(value, list):
+        return value
+    return [without(item, added) for item in value if item not in list(added)]
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, str, str]]:

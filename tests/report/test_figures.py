@@ -155,6 +155,7 @@ def test_the_summary_has_what_a_reviewer_decides_on() -> None:
         ("accuracy before", ("90.00 %", "80.00 %")),
         ("accuracy after", ("97.00 %", "90.00 %")),
     ]
+    assert [row.harmful for row in rows if row.harmful] == [(False, True)]
 
 
 def test_the_summary_of_refused_weights_says_what_they_would_do() -> None:

@@ -68,7 +68,7 @@ REPAIRED = RepairReport(
     ),
     steps=(
         Step("fit", 20, 9, 12.34, "8 epochs"),
-        Step("polish", 19, 0, 3.0, f"4 rounds, {CUT}"),
+        Step("polish", 19, 0, 3.0, f"4 rounds, {CUT}", was_cut=True),
         Step("swarm", 21, 0, 2.0, "+2"),
     ),
     rungs=(SEARCH, TRAINING),

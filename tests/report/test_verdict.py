@@ -97,8 +97,10 @@ def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others() -> None:
     assert judged(unseen(40, 2), unseen(2, 3, "night")).verdict.evidence == "better"
 
 
-def test_strengths_of_the_exact_solution_count_as_choices() -> None:
-    steps = tuple(Step(f"convex {strength:g}", 1, 0, 0.1) for strength in (0.5, 1, 2))
+def test_prices_of_the_exact_solution_count_as_choices() -> None:
+    steps = tuple(
+        Step(f"convex, price {price:g}", 1, 0, 0.1, kind="alternative") for price in (0.5, 1, 2)
+    )
     report = judged(
         rungs=(held_out(3, 0, taken=False), replace(held_out(9, 0), name="exact")), steps=steps
     )

@@ -65,6 +65,10 @@ class PolishResult(Proposal):
     stopped: str = ""  # why the rounds ended early; empty if they did not
 
     @property
+    def was_cut(self) -> bool:
+        return self.stopped == CUT
+
+    @property
     def note(self) -> str:
         note = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         if self.stopped:
