@@ -33,7 +33,8 @@ from lightning_nrl.errors import (
     check_whole,
 )
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.logit_cache import EASY_MARGIN, LogitCache
+from lightning_nrl.methods.solvers.distill import EASY_MARGIN
+from lightning_nrl.methods.solvers.logit_cache import LogitCache
 from lightning_nrl.tasks import Task, class_logits, parse_task
 from lightning_nrl.updates.old_model import Classes, class_table
 from lightning_nrl.updates.predictions import Predictions

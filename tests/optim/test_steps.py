@@ -37,10 +37,10 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
-from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.solvers.descent import Descent
 from lightning_nrl.methods.solvers.distill import distill
+from lightning_nrl.methods.solvers.logit_cache import LogitCache
 from lightning_nrl.methods.solvers.mini_batches import load_batches
 from lightning_nrl.methods.solvers.polish import polish
 from lightning_nrl.methods.solvers.teacher import Teacher
@@ -172,7 +172,7 @@ def test_each_sample_is_asked_of_its_own_teacher() -> None:
 def test_what_was_said_is_remembered_where_there_is_room(
     room: int, again: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl.evaluation.logit_cache.MAX_CACHED_BYTES", room)
+    monkeypatch.setattr("lightning_nrl.methods.solvers.logit_cache.MAX_CACHED_BYTES", room)
     problem, runs = teacher_problem()
     teacher = Teacher(problem, STATES, WHICH)
     batch, rows = parts_of(problem, 2, 1)[0]

@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
-from lightning_nrl.evaluation.logit_cache import EASY_MARGIN
 from lightning_nrl.methods.budget import PACE_STEPS
 from lightning_nrl.methods.problem import Problem, Renew, Trained
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT, Descent
@@ -30,6 +29,8 @@ from lightning_nrl.methods.solvers.teacher import DISTILLATION_WEIGHT, Teacher
 DISTILL_RATE = 1e-3  # of AdamW at first; falls to 0 along a cosine
 WEIGHT_DECAY = 0.01  # of AdamW, torch's default
 TARGET_EMPHASIS = 3.0  # weight of a target's loss relative to that of other samples
+# Samples with a larger margin, relative to the median margin of passed samples, are easy.
+EASY_MARGIN = 3 / 8
 EASY_FRACTION = 0.25  # share of the easy samples that an epoch visits
 
 

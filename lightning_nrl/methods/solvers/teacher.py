@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_nrl._utils.state import State, live_tensors, temporary_weights
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.logit_cache import LogitCache
 from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solvers.logit_cache import LogitCache
 from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, load_batches
 
 # Weight of the divergence of a sample's logits from the teacher's, relative to the sample's loss.

@@ -7,12 +7,8 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory
 
-EASY_MARGIN = (
-    3 / 8
-)  # times the median margin of passed samples; samples with a larger margin are easy
-MAX_CACHED_BYTES = (
-    2**28
-)  # largest size of the cached logits; logits that do not fit are computed each time
+# Largest size of the cached logits; logits that do not fit are computed each time.
+MAX_CACHED_BYTES = 2**28
 
 
 class LogitCache:
