@@ -210,6 +210,11 @@ class FlipCounts:
     def accuracy_after(self) -> float:
         return self.right / self.n if self.n else math.nan
 
+    @property
+    def points(self) -> float:
+        """Change of accuracy in percentage points. NaN without samples."""
+        return 100 * (self.repaired - self.broken) / self.n if self.n else float("nan")
+
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
         """Counts flips from masks, `N` bool, of the right samples before and after a change."""

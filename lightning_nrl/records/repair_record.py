@@ -23,7 +23,7 @@ from lightning_nrl.records.splits import (
     pool,
     pool_updates,
 )
-from lightning_nrl.records.stats import Bound
+from lightning_nrl.records.stats import Bound, upper_limit
 from lightning_nrl.records.steps import PricePoint, Rung, Step
 
 
@@ -166,6 +166,7 @@ class CalibrationBounds(Bound):
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""
+UNSEEN_CONFIDENCE = 0.95  # of `RepairRecord.unseen_limit`
 SCHEMA = 1  # version of the file format; see docs/tensorboard.md
 
 
@@ -276,6 +277,25 @@ class RepairRecord(Record):
     @property
     def unseen(self) -> SplitReport | None:
         return pool(self.unseen_splits) if self.unseen_splits else None
+
+    @property
+    def unseen_limit(self) -> float | None:
+        """Upper limit in (0, 1] on the rate at which samples like the unseen ones break.
+
+        The rate is among samples that the model got right before the repair or, in an update, that
+        the replaced model gets right. The confidence is `UNSEEN_CONFIDENCE`. None if `unseen`
+        counts no such sample.
+        """
+        counted = self.unseen
+        if counted is None or not counted.passed:
+            return None
+        return upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
+
+    @property
+    def known_counts(self) -> TargetCounts:
+        """Counts of all known data. All are 0 if there are none."""
+        known = self.pooled("known")
+        return TargetCounts(0, 0, 0, 0) if known is None else known.counts
 
     @property
     def n_estimates(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lightning_nrl._utils.formatting import count, number, percent, plural, rough_percent
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.repair_record import (
+    UNSEEN_CONFIDENCE,
     Hashes,
     Judge,
     LocalizationReport,
@@ -16,14 +17,13 @@ from lightning_nrl.records.repair_record import (
     WeightChange,
 )
 from lightning_nrl.records.splits import SetAside
-from lightning_nrl.records.stats import interval, percent_up, show_confidence, upper_limit
+from lightning_nrl.records.stats import interval, percent_up, show_confidence
 from lightning_nrl.records.steps import CUT
-from lightning_nrl.report.tables import Fact, points_of
+from lightning_nrl.report.tables import Fact
 
 USUAL_TASK = "Multiclass"
 LISTED_LAYERS = 4
 LISTED_SAMPLES = 50  # failures set aside that Markdown lists
-UNSEEN_CONFIDENCE = 0.95
 
 
 def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
@@ -77,8 +77,8 @@ def layer_text(report: RepairRecord) -> str:
 
 
 def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Returns the fact that states `unseen_limit`, or () if there is no limit."""
-    limit = unseen_limit(report)
+    """Returns the fact that states `RepairRecord.unseen_limit`, or () if there is no limit."""
+    limit = report.unseen_limit
     if limit is None:
         return ()
     text = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_nrl._utils.formatting import count, number, percent
 from lightning_nrl.evaluation.rates import RATES
-from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.repair_record import RepairRecord, StrengthPoint
 from lightning_nrl.records.splits import (
     ROLES,
@@ -228,12 +228,7 @@ def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
         f"{count(counts.repaired)} of {count(failed)}",
         f"{count(counts.broken)} of {count(counts.passed)}",
     )
-    return *shares, f"{points_of(counts):+.1f}"
-
-
-def points_of(counts: FlipCounts) -> float:
-    """Computes the change of accuracy in percentage points."""
-    return 100 * (counts.accuracy_after - counts.accuracy_before)
+    return *shares, f"{counts.points:+.1f}"
 
 
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lightning_nrl._utils.formatting import count, plural
-from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.records.evidence import (
+    EvidenceSource,
+    RepairEvidence,
+    evidence_on,
+    worthwhile_price,
+)
 from lightning_nrl.records.repair_record import RepairRecord
-from lightning_nrl.records.splits import SplitReport, pool
-from lightning_nrl.records.stats import Evidence, evidence_of, sign_test
+from lightning_nrl.records.splits import pool
+from lightning_nrl.records.stats import Evidence
 from lightning_nrl.report.page import Tone
-from lightning_nrl.report.tables import Fact, points_of
+from lightning_nrl.report.tables import Fact
 
-EvidenceSource = Literal["unseen", "held-out", "none"]
 EVIDENCE_TONES: dict[Evidence, Tone] = {
     "better": "good",
     "no difference shown": "warn",
     "worse": "bad",
 }
-NOT_COUNTED = TargetCounts(0, 0, 0, 0)
 MOST_TIMES_MORE = 10  # advice asks for at most this many times as many unseen data
-LARGE_GAIN = 2.0  # gain on held-out samples, in percentage points, that justifies a looser gate
 GIVE_UNSEEN = 'count it on data that the repair never looks at: `unseen="test"`'
 
 
@@ -173,7 +174,7 @@ def _known(report: RepairRecord) -> TargetCounts:
 def _promise(report: RepairRecord) -> str:
     if report.status == "nothing to repair":
         return "none was needed: the weights are unchanged"
-    counts = pool(report.candidate).counts if report.candidate else _known(report)
+    counts = pool(report.candidate).counts if report.candidate else report.known_counts
     n_broken = count(counts.broken) if counts.broken else "none"
     broken = f"{n_broken} of {count(counts.passed)} known samples that were right"
     if report.status == "repaired":

@@ -247,11 +247,7 @@ def _table(result: SweepResult) -> Table:
         for role in later:
             counts = [run.counts(role) for run in runs]
             cells += [_mean(one.repaired for one in counts), _mean(one.broken for one in counts)]
-            cells.append(
-                _mean(
-                    (100 * (one.repaired - one.broken) / max(1, one.n) for one in counts), sign="+"
-                )
-            )
+            cells.append(_mean((one.points for one in counts), sign="+"))
         rows.append(Row(name, tuple(cells)))
     return Table(tuple(columns), tuple(rows))
 

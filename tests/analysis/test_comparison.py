@@ -43,7 +43,7 @@ def nothing(problem: Problem) -> Solution:
 
 
 def unsuitable(problem: Problem) -> Solution:
-    raise ConfigurationError("`layer='0'` is a Conv2d.\nHINT: name a Linear.")
+    raise ConfigurationError("`layer='0'` is a Conv2d.", "name a Linear.")
 
 
 def counts(point: CurvePoint) -> tuple[Any, ...]:

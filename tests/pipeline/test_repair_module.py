@@ -48,7 +48,7 @@ class Nowhere:
 
     def __call__(self, recording: Any, evaluator: Any, **rest: Any) -> Any:
         raise EmptyLocalizationError(
-            "`localizer` leaves no weight at N_g = 5 of 36.\nHINT: another layer."
+            "`localizer` leaves no weight at N_g = 5 of 36.", "another layer."
         )
 
 

@@ -27,7 +27,6 @@ from lightning_nrl.records.repair_record import (
 from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
 from lightning_nrl.records.steps import CUT, PricePoint, Rung, Step
 from lightning_nrl.report import repair_report
-from lightning_nrl.report.repair_facts import unseen_limit
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
 
@@ -216,11 +215,11 @@ def test_the_limit_on_unseen_data_is_that_of_clopper_and_pearson_and_is_there_wh
 ):
     unseen = SplitReport("test", "unseen", TargetCounts(904, 4, 60, 32))
     report = replace(REPAIRED, splits=(VAL, unseen), leaked={})
-    assert unseen_limit(report) == pytest.approx(
+    assert report.unseen_limit == pytest.approx(
         0.0100524, abs=1e-7
     )  # scipy.stats.beta.ppf(0.95, 5, 904)
     for other in (replace(report, splits=(VAL,)), replace(report, status="refused")):
-        assert unseen_limit(other) is None
+        assert other.unseen_limit is None
         assert "samples like these" not in other.to_markdown()
 
 

@@ -14,7 +14,7 @@ from lightning_nrl.records.splits import SplitReport, by_role, pool
 from lightning_nrl.records.stats import percent_up
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
-from lightning_nrl.report.repair_facts import layer_text, unseen_facts, unseen_limit
+from lightning_nrl.report.repair_facts import layer_text, unseen_facts
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
 from lightning_nrl.report.tables import confusion_changes, flipped_splits, most_telling
