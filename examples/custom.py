@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl import SearchOptions, Target, repair
-from lightning_nrl.methods import Problem, Solution, better
+from lightning_nrl.methods import Method, Problem, Solution, better
 from lightning_nrl.tasks import Custom
 
 
@@ -62,7 +62,7 @@ def balance(after: object, before: object) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RaiseBias:
+class RaiseBias(Method):
     """Raises the bias of a class in steps and returns the step with the most repairs and no broken
     sample.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import Tensor
-from toy_problems import shares
+from toy_problems import ByFunction, shares
 from toy_repairs import known, quick, right, trained, unseen
 
 from lightning_nrl import Gate, RepairReport, repair_module
@@ -141,7 +141,7 @@ def test_passed_samples_are_drawn_by_seed_from_passed_sources_and_the_gate_count
             found.append(problem.passed)
             return Solution(None, "nothing was searched.")
 
-        repair_module(trained(), known(), quick(method=look, **arguments))
+        repair_module(trained(), known(), quick(method=ByFunction(look), **arguments))
         return found[0]
 
     passing = right(trained(), known()[0])

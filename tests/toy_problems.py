@@ -24,7 +24,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Method, Problem, Solution, Training
 from lightning_nrl.methods.problem import Renew, Trained
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multiclass, Task
@@ -77,8 +77,18 @@ def make_problem(
     return Problem(evaluator, sources, before, space, **given)
 
 
+@dataclass(frozen=True)
+class ByFunction(Method):
+    """A method that calls a function."""
+
+    function: Callable[[Problem], Solution]
+
+    def __call__(self, problem: Problem) -> Solution:
+        return self.function(problem)
+
+
 @dataclass
-class FakeTraining:
+class FakeTraining(Training):
     """A training that gives the same weights whatever it is asked for, or what `gives` says; it
     writes
     calls down.

@@ -45,7 +45,7 @@ from lightning_nrl._utils.preserve import eval_mode, random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
-from lightning_nrl.methods.problem import Renew, Trained
+from lightning_nrl.methods.problem import Renew, Trained, Training
 
 Sample: TypeAlias = Any  # as a data set returns it
 Augment = Callable[[RawBatch], RawBatch]

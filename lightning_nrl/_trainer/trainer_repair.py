@@ -10,6 +10,7 @@ from typing import Any, cast
 from lightning_nrl._trainer.continue_training import Augment, ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
 from lightning_nrl._trainer.flipped_samples import class_names, sample_views
+from lightning_nrl._trainer.history_callback import HistoryCallback
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     ModelCheckpoint,
@@ -27,6 +28,7 @@ from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Method
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
@@ -103,7 +105,8 @@ class TrainerRepair:
         Warns if training could not continue.
         """
         settings, method = self.settings, self.settings.method
-        if getattr(method, "wants_checkpoints", False) and not _best_checkpoint_callbacks(trainer):
+        needs_checkpoints = isinstance(method, Method) and method.needs_checkpoints
+        if needs_checkpoints and not _best_checkpoint_callbacks(trainer):
             name = type(method).__name__
             raise ConfigurationError(
                 f"`{name}.checkpoints`: the fit saves none.",
@@ -198,27 +201,22 @@ class TrainerRepair:
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
 
 
-def _history_callback(settings: Settings, trainer: Trainer) -> Any:
-    if not getattr(settings.localizer, "wants_history", False):
+def _history_callback(settings: Settings, trainer: Trainer) -> HistoryCallback | None:
+    if not settings.localizer.needs_history:
         return None
-    return next(
-        (
-            one
-            for one in callbacks_of(trainer)
-            if hasattr(one, "recorded") and hasattr(one, "folder")
-        ),
-        None,
-    )
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, HistoryCallback):
+            return callback
+    return None
 
 
 def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
-    method: Any = settings.method
-    localizer: Any = settings.localizer
     history = _history_callback(settings, trainer)
     if history is not None and history.folder is not None:
-        localizer = localizer.with_history(str(history.folder))
+        localizer = settings.localizer.with_history(str(history.folder))
         settings = replace(settings, search=replace(settings.search, localizer=localizer))
-    if getattr(method, "wants_checkpoints", False):
+    method = settings.method
+    if isinstance(method, Method) and method.needs_checkpoints:
         paths = [
             path
             for callback in _best_checkpoint_callbacks(trainer)
@@ -235,7 +233,9 @@ def _best_checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
     return [best for best in callbacks if best.monitor is not None and best.save_top_k != 0]
 
 
-def _check_recorded(settings: Settings, history: Any, known: Sequence[LoaderSource]) -> None:
+def _check_recorded(
+    settings: Settings, history: HistoryCallback, known: Sequence[LoaderSource]
+) -> None:
     # If no split with failures is recorded, the localizer finds no regression among the failures.
     failing = [source.split for source in known if source.failed]
     if history.recorded and not set(failing) & set(history.recorded):

@@ -261,7 +261,8 @@ class Interpolation:
     a: float = 0.5
 
     def __post_init__(self) -> None:
-        check_kind("new", self.new, callable(self.new), "method", "an object, such as FineTuning()")
+        is_method = isinstance(self.new, Method)
+        check_kind("new", self.new, is_method, "method", "an object, such as FineTuning()")
         check_real("a", self.a, "share", "give a number above 0 and at most 1.", above=0, most=1)
 
     def __call__(self, problem: Problem) -> Solution:

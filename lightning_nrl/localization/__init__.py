@@ -9,13 +9,11 @@ from lightning_nrl.localization.impact import Aggregation, ByGradient, Impact, m
 from lightning_nrl.localization.localizer import (
     LOCALIZERS,
     AllWeights,
-    DataLocalizer,
     KnownData,
     Localization,
     Localizer,
     RandomWeights,
     default_n_weights,
-    on_data,
 )
 from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, localize, set_sizes
 
@@ -24,7 +22,6 @@ __all__ = [
     "Aggregation",
     "AllWeights",
     "ByGradient",
-    "DataLocalizer",
     "Impact",
     "KnownData",
     "Localization",
@@ -34,6 +31,5 @@ __all__ = [
     "default_n_weights",
     "localize",
     "measure",
-    "on_data",
     "set_sizes",
 ]

@@ -37,6 +37,7 @@ from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.localization.localizer import (
     LOCALIZERS,
     Localization,
+    Localizer,
     Replay,
     check_numbers,
     default_n_weights,
@@ -313,7 +314,7 @@ def _mean(
 
 @LOCALIZERS.register("gradient")
 @dataclass(frozen=True)
-class ByGradient:
+class ByGradient(Localizer):
     """Localises the weights with the largest absolute gradient of the mean loss on the failed
     samples.
 

@@ -4,14 +4,16 @@ weights.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.registry import Registry
+from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
@@ -63,16 +65,29 @@ class Replay(Protocol):
         """
 
 
-@runtime_checkable
-class Localizer(Protocol):
-    """Interface of localizers, which choose the weights to search. Write a new localizer as a
-    frozen dataclass.
+@dataclass(frozen=True)
+class KnownData:
+    """The known data, and the model's results on them."""
+
+    evaluator: Evaluator
+    sources: Sequence[Source]  # this rank's share of the known data
+    before: SampleResults  # results of the model before the repair
+    space: ParameterSpace  # the layers whose weights are localised
+
+
+class Localizer(ABC):
+    """Base class of localizers, which choose the weights to search. Your own localizer is a frozen
+    dataclass with a `__call__`.
+
+    Attributes:
+        include_bias: True if biases may be chosen too. `recording.space` then contains the biases.
+        needs_history: True if `with_history` must be called with the folder of a
+            `TrainingHistory`.
     """
 
-    @property
-    def include_bias(self) -> bool:
-        """True if biases may be chosen too. `recording.space` then contains the biases."""
+    include_bias: bool = False
 
+    @abstractmethod
     def __call__(
         self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
     ) -> Localization:
@@ -90,40 +105,17 @@ class Localizer(Protocol):
             EmptyLocalizationError: no weight qualifies.
         """
 
-
-@dataclass(frozen=True)
-class KnownData:
-    """The known data, and the model's results on them, for a `DataLocalizer`."""
-
-    evaluator: Evaluator
-    sources: Sequence[Any]  # this rank's share of the known data, `Source` objects
-    before: SampleResults  # results of the model before the repair
-    space: ParameterSpace  # the layers whose weights are localised
-
-
-@runtime_checkable
-class DataLocalizer(Protocol):
-    """Creates a localizer that needs more than a recording of the current model: the known data or
-    earlier models.
-
-    If its optional attribute `wants_history` is True, `with_history(folder)` is called with the
-    folder of the `TrainingHistory` in the same Trainer, and must return the `DataLocalizer` whose
-    `on` is then called.
-    """
+    def on(self, known: KnownData) -> Localizer:
+        """Returns the localizer to call for the known data. By default it is this localizer."""
+        return self
 
     @property
-    def include_bias(self) -> bool:
-        """True if biases may be chosen too."""
+    def needs_history(self) -> bool:
+        return False
 
-    def on(self, known: KnownData) -> Localizer:
-        """Returns the localizer for the known data."""
-
-
-def on_data(localizer: Localizer, known: KnownData) -> Localizer:
-    """Returns `localizer.on(known)` if `localizer` is a `DataLocalizer`, and otherwise `localizer`
-    itself.
-    """
-    return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
+    def with_history(self, folder: str) -> Localizer:
+        """Returns the localizer with the record of the training in `folder`."""
+        return self
 
 
 LOCALIZERS: Registry[Localizer] = Registry(
@@ -177,7 +169,7 @@ def default_n_weights(total: int) -> int:
 
 @LOCALIZERS.register("all")
 @dataclass(frozen=True)
-class AllWeights:
+class AllWeights(Localizer):
     """Chooses every weight of the layers, and every bias if `include_bias` is True."""
 
     include_bias: bool = False
@@ -193,7 +185,7 @@ class AllWeights:
 
 @LOCALIZERS.register("random")
 @dataclass(frozen=True)
-class RandomWeights:
+class RandomWeights(Localizer):
     """Draws weights uniformly at random, independently of the data.
 
     Attributes:

@@ -22,6 +22,7 @@ from lightning_nrl.localization.impact import Aggregation, Impact, measure
 from lightning_nrl.localization.localizer import (
     LOCALIZERS,
     Localization,
+    Localizer,
     Replay,
     check_numbers,
     default_n_weights,
@@ -30,7 +31,7 @@ from lightning_nrl.localization.localizer import (
 
 @LOCALIZERS.register("neurecover-lite")
 @dataclass(frozen=True)
-class NeuRecoverLite:
+class NeuRecoverLite(Localizer):
     """Localises weights with a high impact on the failed samples but not on the passed samples (see
     `localize`).
 

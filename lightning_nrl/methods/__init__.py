@@ -14,8 +14,9 @@ from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.methods.problem import Method, Problem, Trained, Training
+from lightning_nrl.methods.problem import Problem, Trained, Training
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.search import SEARCHERS, Searcher
@@ -26,7 +27,7 @@ AnyMethod = Method | Searcher[Any]
 METHODS: Registry[AnyMethod] = Registry(
     "method",
     "the name of one, or an object such as ParticleSwarm()",
-    lambda value: isinstance(value, Searcher) or callable(value),
+    lambda value: isinstance(value, (Method, Searcher)),
     include=(SEARCHERS,),
     on_demand={
         "apricot": "lightning_nrl.published:Apricot",

@@ -20,8 +20,9 @@ from lightning_nrl.methods.finetune_polish import fine_tune_and_polish, least_se
 from lightning_nrl.methods.held_out import estimate, held_out_rows, is_ahead, net_rate
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.methods.problem import Method, Problem
+from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.records.steps import PricePoint, Rung, Step
@@ -39,7 +40,7 @@ PRICE_LEVELS = (
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Method):
     """Tries up to three repairs, from the smallest change to the largest, and takes one of them.
 
     Each repair is called a rung. All rungs aim to break no known passed sample.

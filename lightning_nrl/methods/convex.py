@@ -21,6 +21,7 @@ from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.methods.held_out import estimate
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.methods.solution import Proposal, Solution
@@ -45,7 +46,7 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 
 @dataclass(frozen=True)
-class Convex:
+class Convex(Method):
     """Repairs the last Linear layer by the smallest change of the logits that breaks no known
     passed
     sample.

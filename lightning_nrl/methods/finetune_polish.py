@@ -17,6 +17,7 @@ from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.methods.held_out import MAX_STANDARD_ERRORS, estimate
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT
@@ -71,7 +72,7 @@ class FineTuned:
 
 
 @dataclass(frozen=True)
-class FineTunePolish:
+class FineTunePolish(Method):
     """Continues training on the failures, then polishes until no known passed sample is broken.
 
     If the whole network may change and its training is known, this training continues from the

@@ -30,6 +30,7 @@ from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
@@ -60,7 +61,7 @@ RADIUS_GROWTH, RADIUS_SHRINKAGE = (
 
 
 @dataclass(frozen=True)
-class Linearized:
+class Linearized(Method):
     """Repairs any Linear or convolution layers without breaking a known passed sample, in a few
     dozen
     forward passes.

@@ -15,7 +15,8 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.evaluator import Need
-from lightning_nrl.localization import LOCALIZERS, KnownData, Localization, Localizer, on_data
+from lightning_nrl.localization import LOCALIZERS, KnownData, Localization, Localizer
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import (
     choose_samples,
@@ -87,7 +88,7 @@ class LocalSearchResult:
 
 
 @dataclass(frozen=True)
-class LocalSearch:
+class LocalSearch(Method):
     """Localises weights, then searches new values by scores on targets and passed samples (paper,
     section II).
 
@@ -119,11 +120,20 @@ class LocalSearch:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
 
-    def with_parts(self, **parts: Any) -> LocalSearch:
-        """Returns a copy with another `searcher`, `localizer` or `fitness`. A part that is None
-        stays as it is.
-        """
-        return replace(self, **{name: part for name, part in parts.items() if part is not None})
+    def with_parts(
+        self,
+        *,
+        localizer: str | Localizer | None = None,
+        fitness: str | FitnessFunction | None = None,
+        searcher: str | Searcher[Any] | None = None,
+    ) -> LocalSearch:
+        """Returns a copy with other parts. A part that is None stays as it is."""
+        return replace(
+            self,
+            localizer=self.localizer if localizer is None else localizer,
+            fitness=self.fitness if fitness is None else fitness,
+            searcher=self.searcher if searcher is None else searcher,
+        )
 
     def __call__(self, problem: Problem) -> Solution:
         """Localises and searches; raises an `EmptyLocalizationError` if the localiser finds no
@@ -177,13 +187,12 @@ def _localized_and_searched(
     failed, passed = goal.failed & choice.recorded, goal.passed & choice.representative
     with clock.stage("localize"):
         recording = record_known(problem, choice.recorded)
-        localizer = on_data(
-            problem.localizer, KnownData(problem.evaluator, problem.known, before, space)
-        )
+        known = KnownData(problem.evaluator, problem.known, before, space)
+        localizer = problem.localizer.on(known)
         localization = localizer(recording, problem.evaluator, failed=failed, passed=passed)
     where, n_constrained = localization.weights.to(space.device), int(kept.sum())
     with clock.stage("search"), torch.no_grad():
-        known = None if elites is None else elites(where, searcher.n_candidates // 2)
+        values = None if elites is None else elites(where, searcher.n_candidates // 2)
         how: dict[str, Any] = {"reserve": goal.reserve, "weighted": goal.scored is None}
         result = search(
             scorer_for(problem, recording, where, scored, kept, goal.fitness, **how),
@@ -192,7 +201,7 @@ def _localized_and_searched(
             fitness=goal.fitness,
             searcher=searcher,
             seed=problem.seed,
-            elites=known,
+            elites=values,
             deadline=goal.deadline,
             on_progress=progress(problem, searcher, n_constrained),
         )

@@ -16,6 +16,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.polish import polished
@@ -23,7 +24,7 @@ from lightning_nrl.records.steps import Step
 
 
 @dataclass(frozen=True, eq=False)
-class Polish:
+class Polish(Method):
     """Takes small steps until no known sample that the model under repair gets right is broken.
 
     By default the steps start at the model under repair and repair its targets. With `new` they

@@ -1,12 +1,10 @@
-"""`Method`, and the `Problem` that a method solves: a model, its results on known data, and what
-may change.
-"""
+"""The `Problem` that a method solves: a model, its results on known data, and what may change."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from lightning_nrl.methods.budget import (
     LEAST_EPOCHS,
     SMALL_BUDGET,
 )
-from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.records.steps import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
@@ -65,18 +63,25 @@ stop the training.
 """
 
 
-class Training(Protocol):
+class Training(ABC):
     """Continues training a model with the known failures added to its data.
 
-    A training that treats targets differently from other samples has a method
-    `for_targets(targeted)`, which returns a copy of the training. The mask `targeted`, `N` bool in
-    the order of `Problem.before`, marks the targets.
+    Attributes:
+        epochs: number of epochs of the original training.
+        origin: describes the training as JSON values. A training of another origin does not resume
+            an interrupted repair.
     """
 
-    @property
-    def epochs(self) -> int:
-        """Number of epochs of the original training."""
+    epochs: int
+    origin: object = None
 
+    def for_targets(self, targeted: Tensor) -> Training:
+        """Returns the training for the targets `targeted`, `N` bool in the order of
+        `Problem.before`. By default targets are treated like other samples.
+        """
+        return self
+
+    @abstractmethod
     def __call__(
         self,
         *,
@@ -293,31 +298,3 @@ class Problem:
             if names
             else self
         )
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A repair method. Your own method is a frozen dataclass with this `__call__`.
-
-    These members are optional. They are read before the training or the repair starts:
-
-    - `trains = True` declares that the method continues the training. The repair first checks that
-      this is possible.
-    - `needs` is a tuple of requirements on task and data (`Need` in
-      `lightning_nrl.evaluation.evaluator`).
-    - `check(model)` and `check_recording(recording)` raise a `ConfigurationError` for an unsuitable
-      argument.
-    - `fitness` and `localizer` are defaults that the user may override.
-    - `with_parts(localizer=..., fitness=...)` returns the method with the parts that the user
-      chose; others are None.
-    - If `wants_checkpoints` is True, `with_checkpoints(paths)` returns the method with the
-      Trainer's checkpoints.
-    """
-
-    def __call__(self, problem: Problem) -> Solution:
-        """Finds new weights and leaves the model unchanged.
-
-        Raises:
-            EmptyLocalizationError: there are no weights to search.
-            ConfigurationError: the method does not suit the model or the task.
-        """

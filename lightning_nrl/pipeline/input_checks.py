@@ -33,7 +33,8 @@ from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, forbid_batch_statistics
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.localization import KnownData, on_data
+from lightning_nrl.localization import KnownData
+from lightning_nrl.methods import Method
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.tasks import Task
@@ -115,7 +116,7 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
     """Raises a `ConfigurationError` if the method or `set_aside` needs margins or classes that the
     task lacks.
     """
-    check_needs(getattr(settings.method, "needs", ()), before, task)
+    check_needs(settings.needs, before, task)
     if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
         check_needs(CLASSES, before, task, f"`set_aside={DOUBTFUL!r}`", hint)
@@ -177,7 +178,7 @@ def run_sanity_check(
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             asked.answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
-        if hasattr(method, "check"):
+        if isinstance(method, Method):
             method.check(model)
         has_margins = bool(few.margin.isfinite().all())
         try:
@@ -187,7 +188,7 @@ def run_sanity_check(
         except InseparableBatchError:
             # Only methods that need `recording` and tasks without margins need batches whose
             # samples can be separated.
-            if "recording" in getattr(method, "needs", ()) or not has_margins:
+            if "recording" in settings.needs or not has_margins:
                 raise
         except ReplayError:
             # Further training does not need a layer whose output can be replaced.
@@ -212,12 +213,12 @@ def _check_recording(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
-        if hasattr(method, "check_recording"):
+        if isinstance(method, Method):
             ranks.all_or_none(
                 partial(method.check_recording, recording),
                 "the method cannot be used on another rank.",
             )
-        localizer = on_data(settings.localizer, KnownData(evaluator, sources, few, space))
+        localizer = settings.localizer.on(KnownData(evaluator, sources, few, space))
         localizer(recording, evaluator, failed=failed, passed=known & ~failed)
 
 

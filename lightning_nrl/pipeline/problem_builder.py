@@ -43,9 +43,8 @@ def build_problem(
     fields of `Problem`.
     """
     space, scope = layers
-    for_targets = getattr(training, "for_targets", None)
-    if for_targets is not None:
-        training = for_targets(before.targeted)
+    if training is not None:
+        training = training.for_targets(before.targeted)
     return Problem(
         evaluator,
         known,
@@ -120,7 +119,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
             [_table(problem.before), None if calibration is None else _table(calibration.before)]
         ),
         "settings": _text_hash([type(model).__qualname__, plain, surroundings]),
-        "training": _text_hash(getattr(training, "origin", None)),
+        "training": _text_hash(None if training is None else training.origin),
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("lightning_nrl", "torch")),
     }
 

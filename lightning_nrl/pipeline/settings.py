@@ -13,10 +13,11 @@ from lightning_nrl._utils.resume import SAVE_EVERY
 from lightning_nrl.data.targets import AllFailures, Target, parse_target
 from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
+from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.evaluation.layers import layer_names
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer, NeuRecoverLite
-from lightning_nrl.methods import METHODS, AnyMethod, Auto
+from lightning_nrl.methods import METHODS, AnyMethod, Auto, Method
 from lightning_nrl.methods.problem import N_SCORED
 from lightning_nrl.records.stats import check_confidence
 from lightning_nrl.search import FITNESSES
@@ -188,14 +189,20 @@ class Settings:
     samples: SampleOptions = field(default_factory=SampleOptions)
 
     def __post_init__(self) -> None:
+        for name, kind in OPTIONS.items():
+            value = getattr(self, name)
+            check_kind(
+                name, value, isinstance(value, kind), kind.__name__, f"{name}={kind.__name__}(...)"
+            )
         object.__setattr__(self, "target", parse_target(self.target))
         object.__setattr__(self, "gate", parse_gate(self.gate))
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
-        with_parts = getattr(self.method, "with_parts", None)
-        if with_parts is not None:
+        if isinstance(self.method, Method):
             # The user's choice overrides the method's.
-            own = with_parts(localizer=self.search.localizer, fitness=self.search.fitness)
-            object.__setattr__(self, "method", own)
+            method = self.method.with_parts(
+                localizer=self.search.localizer, fitness=self.search.fitness
+            )
+            object.__setattr__(self, "method", method)
         layer_names(self.layer)
         check_whole("seed", self.seed, 0, 2**32 - 1)
         if self.max_time is not None:
@@ -206,36 +213,32 @@ class Settings:
                 "give seconds above 0, or None for no limit.",
                 above=0,
             )
-        for name, kind in OPTIONS.items():
-            value = getattr(self, name)
-            check_kind(
-                name, value, isinstance(value, kind), kind.__name__, f"{name}={kind.__name__}(...)"
-            )
 
     @property
     def fitness(self) -> FitnessFunction:
         """The fitness in `search`. If it is None, the fitness of the method or, without one,
         `lexicographic`.
         """
-        return cast(
-            FitnessFunction,
-            self.search.fitness or getattr(self.method, "fitness", None) or Fitness(),
-        )
+        of_method = self.method.fitness if isinstance(self.method, Method) else None
+        return FITNESSES.parse("fitness", self.search.fitness or of_method or Fitness())
 
     @property
     def localizer(self) -> Localizer:
         """The localizer in `search`. If it is None, the localizer of the method or, without one,
         `neurecover-lite`.
         """
-        return cast(
-            Localizer,
-            self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite(),
-        )
+        of_method = self.method.localizer if isinstance(self.method, Method) else None
+        return LOCALIZERS.parse("localizer", self.search.localizer or of_method or NeuRecoverLite())
 
     @property
     def trains(self) -> bool:
         """True if the method can train the model further. Such a method needs no layer to search."""
-        return bool(getattr(self.method, "trains", False))
+        return isinstance(self.method, Method) and self.method.trains
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Requirements of the method on task and data."""
+        return self.method.needs if isinstance(self.method, Method) else ()
 
     @property
     def limit(self) -> Gate | None:

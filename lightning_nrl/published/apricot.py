@@ -22,6 +22,7 @@ from lightning_nrl.errors import (
     check_real,
     check_whole,
 )
+from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.solvers.polish import polished
@@ -102,7 +103,7 @@ class Apricot:
             check_whole(f"Apricot.{name}", getattr(self, name), least)
 
     @property
-    def wants_checkpoints(self) -> bool:
+    def needs_checkpoints(self) -> bool:
         return self.checkpoints is None
 
     def with_checkpoints(self, paths: Sequence[str]) -> Apricot:

@@ -26,6 +26,7 @@ from lightning_nrl.localization.impact import (
 )
 from lightning_nrl.localization.localizer import (
     Localization,
+    Localizer,
     Replay,
     check_numbers,
     make_localization,

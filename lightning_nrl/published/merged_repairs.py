@@ -25,7 +25,8 @@ from lightning_nrl.errors import (
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import LocalSearch
-from lightning_nrl.methods.problem import Method, Problem
+from lightning_nrl.methods.method import Method
+from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import choose_samples, progress, record_known, scorer_for
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.published.bundles import bundle
@@ -46,7 +47,7 @@ COEFFICIENT_SEARCHER = ParticleSwarm(particles=30, iterations=30, patience=10)
 
 
 @dataclass(frozen=True, eq=False)
-class MergedRepairs:
+class MergedRepairs(Method):
     r"""Repairs parts of the target one by one from the original weights, then searches coefficients
     to
     mix the repairs.
@@ -214,7 +215,7 @@ def _parse_method(method: Any) -> Any:
     check_kind(
         "MergedRepairs.method",
         method,
-        callable(method) or isinstance(method, Searcher),
+        isinstance(method, (Method, Searcher)),
         "method",
         "'arachne'",
     )

@@ -22,6 +22,7 @@ from lightning_nrl.localization.impact import Impact, measure
 from lightning_nrl.localization.localizer import (
     KnownData,
     Localization,
+    Localizer,
     Replay,
     check_numbers,
     default_n_weights,
@@ -32,7 +33,7 @@ from lightning_nrl.published.training_record import FolderHistory
 
 
 @dataclass(frozen=True)
-class NeuRecover:
+class NeuRecover(Localizer):
     r"""Localises weights by the history of the training.
 
     The regressions (deg) are targets (I_neg) that used to be right. The improvements (imp) are
@@ -164,14 +165,14 @@ class TrainingFlips:
 
 
 @dataclass(frozen=True)
-class HistoryLocalizer:
+class HistoryLocalizer(Localizer):
     """Localizer that `NeuRecover.on` returns. It has the history of the training."""
 
     settings: NeuRecover
     flips: TrainingFlips
 
     @property
-    def include_bias(self) -> bool:
+    def include_bias(self) -> bool:  # type: ignore[override]
         return self.settings.include_bias
 
     def __call__(

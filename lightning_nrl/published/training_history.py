@@ -15,7 +15,6 @@ from typing_extensions import override
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
 from lightning_nrl._trainer.folders import base_folder
 from lightning_nrl._trainer.lightning.packages import (
-    CallbackBase,
     LightningModule,
     Trainer,
     rank_zero_warn,
@@ -35,7 +34,7 @@ from lightning_nrl.published.training_record import TrainingRecord, forget_after
 from lightning_nrl.tasks import Task, parse_task
 
 
-class TrainingHistory(CallbackBase):
+class TrainingHistory(HistoryCallback):
     """Records in every epoch which samples are right, their losses, and the weights of some layers.
 
     `NeuRecover` localises with this history, and `TrainingRecord.read(folder)` reads it. A resumed
@@ -99,8 +98,6 @@ class TrainingHistory(CallbackBase):
         self.prefix = parse_prefix(prefix, "history")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self.folder: Path | None = None
-        self.recorded: tuple[str, ...] = ()
         self._resumed: str | None = None
         self.seconds = 0.0
         self._last: int | None = None

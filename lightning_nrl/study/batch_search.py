@@ -19,7 +19,7 @@ from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts, flip_masks
-from lightning_nrl.localization import KnownData, Localization, on_data
+from lightning_nrl.localization import KnownData, Localization
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
 from lightning_nrl.pipeline.problem_builder import passed_rows
@@ -95,11 +95,8 @@ class BatchSearch:
                 return found
         recording = self.recording
         with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
-            on = on_data(
-                localizer,
-                KnownData(problem.evaluator, problem.known, problem.before, problem.space),
-            )
-            localized = on(
+            known_data = KnownData(problem.evaluator, problem.known, problem.before, problem.space)
+            localized = localizer.on(known_data)(
                 recording, problem.evaluator, failed=problem.before.targeted, passed=passed
             )
         self._localized.append((localizer, passed, localized))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_nrl import TensorSource
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Method, Problem, Solution
 
 
 def threshold(at: float) -> nn.Linear:
@@ -31,7 +31,7 @@ TRAIN = points([-2, -1, 1, 2], [0, 0, 1, 1], "train", passed=True)
 
 
 @dataclass
-class Moved:
+class Moved(Method):
     """The threshold put elsewhere; counts how often that is done."""
 
     at: float

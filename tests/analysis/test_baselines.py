@@ -12,6 +12,7 @@ import torch
 from plane import TRAIN, Moved, points, threshold
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_problems import ByFunction
 
 from lightning_nrl import ConfigurationError, Target, TensorSource
 from lightning_nrl._utils.timing import StageTimer
@@ -234,7 +235,7 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
     ("method", "arguments", "reason"),
     [
         (FineTuning(), {"clock": StageTimer(max_time=1e-9)}, "there was no time for an epoch."),
-        (Interpolation(lambda problem: Solution(None, "nothing.")), {}, "nothing."),
+        (Interpolation(ByFunction(lambda problem: Solution(None, "nothing."))), {}, "nothing."),
         (FurtherTraining(), {}, "it is not known how the model was trained."),
         (Retraining(), {"training": lambda **_: None}, "training did not finish."),
         (

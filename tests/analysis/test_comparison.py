@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from plane import TRAIN, Moved, points, threshold
 from ranks import on_ranks
 from torch import Tensor
+from toy_problems import ByFunction
 from toy_repairs import QUICK, known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource
@@ -31,19 +32,21 @@ from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Method, Problem, Solution
 from lightning_nrl.records import hash_tensors
 
 NEW = points([0.6, 0.7, 0.5, 0.3], [0, 1, 1, 1], "new", failed=True)
 LATER = points([0.65, 0.3], [1, 0], "later")
 
 
-def nothing(problem: Problem) -> Solution:
-    return Solution(None, "nothing was found.")
+class Nothing(Method):
+    def __call__(self, problem: Problem) -> Solution:
+        return Solution(None, "nothing was found.")
 
 
-def unsuitable(problem: Problem) -> Solution:
-    raise ConfigurationError("`layer='0'` is a Conv2d.", "name a Linear.")
+class Unsuitable(Method):
+    def __call__(self, problem: Problem) -> Solution:
+        raise ConfigurationError("`layer='0'` is a Conv2d.", "name a Linear.")
 
 
 def counts(point: CurvePoint) -> tuple[Any, ...]:
@@ -106,9 +109,9 @@ def test_weights_that_are_scaled_back_break_nothing_and_no_counted_strength_abov
 
 def test_what_cannot_be_done_is_left_out_and_says_why() -> None:
     methods = {
-        "nothing": nothing,
+        "nothing": Nothing(),
         "retraining": "retraining",
-        "wrong layer": unsuitable,
+        "wrong layer": Unsuitable(),
         "move": Moved(0.65),
     }
     comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods=methods)
@@ -146,7 +149,7 @@ def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
         return found[0]
 
     comparison = compare_module(
-        model, sources, unseen=later, methods={"spied": spied, "swarm": QUICK["method"]}
+        model, sources, unseen=later, methods={"spied": ByFunction(spied), "swarm": QUICK["method"]}
     )
     assert hash_tensors(model.state_dict()) == before
     assert torch.equal(torch.get_rng_state(), random)
@@ -242,13 +245,13 @@ def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_
 
     def timed(problem: Problem) -> Solution:
         clocks.append(problem.clock)
-        return nothing(problem)
+        return Nothing()(problem)
 
     compare_module(
         threshold(0.75),
         [TRAIN, NEW],
         settings=Settings(max_time=60),
-        methods={"first": timed, "second": timed},
+        methods={"first": ByFunction(timed), "second": ByFunction(timed)},
     )
     first, second = clocks
     assert first is not second

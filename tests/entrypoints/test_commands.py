@@ -288,10 +288,10 @@ def test_a_refusal_ends_with_1(folder: Path) -> None:
 LOADED = """
 from dataclasses import dataclass
 import torch
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Method, Problem, Solution
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Method):
     path: str
 
     def __call__(self, problem: Problem) -> Solution:

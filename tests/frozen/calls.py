@@ -15,13 +15,13 @@ from lightning_nrl.entrypoints import repair
 from lightning_nrl.entrypoints.arguments import OPTION_CLASSES
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.gate import Gate
-from lightning_nrl.methods import Solution
+from lightning_nrl.methods import Method, Solution
 from lightning_nrl.pipeline import Settings, repair_module
 from lightning_nrl.tasks import parse_task
 
 
 @dataclass(frozen=True)
-class Halfway:
+class Halfway(Method):
     """A method of one's own: half of the way to other weights, whatever that breaks."""
 
     new: dict[str, Tensor]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lightning_nrl import RegressionFreeRepair
 from lightning_nrl._utils.state import State
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Method, Problem, Solution
 
 SIZES = (203, 3, 1)
 """203 samples are odd; of 3 samples one of two ranks has 1, of 1 sample none."""
@@ -99,7 +99,7 @@ def fit(
 
 
 @dataclass(frozen=True)
-class Continued:
+class Continued(Method):
     """Proposes what training gives when it goes on, and leaves the rest to the gate; every rank may
     write it down.
     """

@@ -26,7 +26,6 @@ from lightning_nrl.localization import (
     NeuRecoverLite,
     RandomWeights,
     measure,
-    on_data,
 )
 from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.published import (
@@ -259,7 +258,7 @@ def test_checkpoints_say_which_samples_were_lost(line, tmp_path):
     )
     assert torch.equal(known.evaluator.model.weight, threshold(0.75)["weight"])
     recording = record_known(problem, problem.before.targeted | problem.before.passed)
-    found = on_data(NeuRecover(history, rate=1.0, last=1), known)(
+    found = NeuRecover(history, rate=1.0, last=1).on(known)(
         recording, problem.evaluator, failed=problem.before.targeted, passed=problem.passed
     )
     assert (found.weights.tolist(), found.sizes["passed"]) == ([0, 1, 2, 3], 0)

@@ -30,7 +30,7 @@ from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, TensorSou
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Auto, Convex, Linearized, Problem, Proposal, Solution
+from lightning_nrl.methods import Auto, Convex, Linearized, Method, Problem, Proposal, Solution
 from lightning_nrl.methods import auto as auto_module
 from lightning_nrl.methods import held_out as held_out_module
 from lightning_nrl.methods.auto import RungResult, chosen_rung
@@ -160,10 +160,17 @@ def test_a_block_changes_inside_alone() -> None:
 def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no searcher"):
         Auto(50)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="is no method"):
+        Settings(method=lambda problem: Solution(None))  # type: ignore[arg-type,return-value]
+
+    class Forgetful(Method):
+        def __call__(self, problem: Problem) -> Any:
+            return None
+
     with pytest.raises(
-        ConfigurationError, match="`method`: function returned a NoneType instead of a `Solution`"
+        ConfigurationError, match="`method`: Forgetful returned a NoneType instead of a `Solution`"
     ):
-        repair_module(trained(), known(), Settings(method=lambda problem: None))  # type: ignore[arg-type,return-value]
+        repair_module(trained(), known(), Settings(method=Forgetful()))
 
 
 def test_a_task_without_margins_is_searched_by_the_swarm_alone() -> None:

@@ -20,7 +20,7 @@ from lightning_nrl import (
     Target,
     repair_module,
 )
-from lightning_nrl.methods import METHODS, Problem, Solution
+from lightning_nrl.methods import METHODS, Method, Problem, Solution
 from lightning_nrl.published import ArachneDEFitness, MergedRepairs, bundle
 from lightning_nrl.published.merged_repairs import WholeModelScorer, _scorer
 from lightning_nrl.search import Fitness
@@ -33,7 +33,7 @@ PARTS = [
 
 
 @dataclass(frozen=True)
-class Lowered:
+class Lowered(Method):
     """A method that lowers the threshold of `on_a_line`: to 0.65 for the target 0.7, to 0.45 for
     0.5.
     """

@@ -9,7 +9,7 @@ from lightning_nrl import ConfigurationError, Target
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Method, Problem, Solution
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 
 
@@ -91,11 +91,11 @@ def test_logits_that_do_not_fit_are_found() -> None:
         run_sanity_check(Evaluator(model), known(), quick())
 
 
-class Picky:
+class Picky(Method):
     """A method of a user's own that suits no model, or no layer."""
 
     def __init__(self, asked: str) -> None:
-        setattr(self, asked, self._refuse)
+        setattr(self, asked, self._refuse)  # in the place of the method with this name
 
     def _refuse(self, found: object) -> None:
         raise ConfigurationError("`method`: it does not suit this model.", "choose another one.")

@@ -23,7 +23,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Method, Problem, Solution
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline.strength import LIMIT_STATES, PatchPath, line_search
 from lightning_nrl.records import StrengthPoint
@@ -126,7 +126,7 @@ def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Method):
     """A method that knows the answer."""
 
     state: State

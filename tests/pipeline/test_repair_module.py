@@ -17,7 +17,7 @@ from lightning_nrl import ConfigurationError, Gate, Target, repair_module
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.localization import AllWeights
+from lightning_nrl.localization import AllWeights, Localizer
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.search import Fitness
 
@@ -41,7 +41,7 @@ class Never(Gate):
 
 
 @dataclass(frozen=True)
-class Nowhere:
+class Nowhere(Localizer):
     """A localizer that finds no weight."""
 
     include_bias: bool = False

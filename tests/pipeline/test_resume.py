@@ -148,10 +148,10 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
 def test_another_training_is_another_repair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.1"], raising=False)
+    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.1"])
     with pytest.raises(Death):
         repaired(tmp_path, 17, "auto")
-    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"], raising=False)
+    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"])
     with pytest.raises(Death, match="is from a repair with other training; delete it"):
         repaired(tmp_path, 3, "auto")
 

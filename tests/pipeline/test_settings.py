@@ -22,12 +22,12 @@ from lightning_nrl import (
     Settings,
     Target,
 )
-from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.localization import AllWeights, Localizer, NeuRecoverLite
 from lightning_nrl.pipeline.settings import changed_options
 from lightning_nrl.search import Fitness
 
 
-class ByHand:
+class ByHand(Localizer):
     """A localizer that is no dataclass."""
 
     include_bias = False
@@ -42,7 +42,7 @@ class ByHand:
 
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(Localizer):
     """A localizer with fields of all kinds."""
 
     include_bias: bool = True

@@ -18,7 +18,7 @@ from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Problem, Proposal, Solution
+from lightning_nrl.methods import Method, Problem, Proposal, Solution
 from lightning_nrl.pipeline.strength import sparsify
 from lightning_nrl.search import Fitness
 
@@ -90,7 +90,7 @@ def test_the_fewest_weights_that_keep_the_repairs(loss: float, kept: list[int]) 
 
 
 @dataclass(frozen=True)
-class WeightStats:
+class WeightStats(Method):
     """A method that moves every weight a little."""
 
     seed: int

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toy_repairs import known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, SampleOptions, Settings, TensorSource, repair_module
-from lightning_nrl.methods import Polish
+from lightning_nrl.methods import Method, Polish, Solution
 from lightning_nrl.updates import Oversampler
 from lightning_nrl.updates.old_model import OldModel
 
@@ -122,12 +122,10 @@ def test_nothing_that_may_not_break_breaks(keep: Any, method: Any) -> None:
 
 
 def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_alone() -> None:
-    class Worse:
+    class Worse(Method):
         """Brings one regression back, and breaks two samples that only the new model gets right."""
 
         def __call__(self, problem: Any) -> Any:
-            from lightning_nrl.methods import Solution
-
             return Solution(problem.propose("worse", {"weight": threshold(0.1).weight.detach()}))
 
     x = torch.tensor([[value, 1.0] for value in (-1.0, 0.3, 0.2, 0.25, 1.0)])
