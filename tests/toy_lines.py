@@ -15,7 +15,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Problem
-from lightning_nrl.pipeline.baseline import HeldOut
+from lightning_nrl.pipeline.baseline import EvaluatedData
 from lightning_nrl.search import Fitness
 
 PATCH: dict[str, Tensor] = {"weight": torch.tensor([[0.0], [1.0]])}
@@ -57,5 +57,5 @@ def problem(*sources: TensorSource, **changes: Any) -> Problem:
     )
 
 
-def aside(own: Problem, *sources: TensorSource) -> HeldOut:
-    return HeldOut(sources, own.evaluator.run(sources))
+def aside(own: Problem, *sources: TensorSource) -> EvaluatedData:
+    return EvaluatedData(sources, own.evaluator.run(sources))

@@ -32,7 +32,7 @@ from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.layers import find_scope, layer_names
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.methods import METHODS, AnyMethod, Problem, Solution, Training, solve
-from lightning_nrl.pipeline.baseline import HeldOut, evaluate_baseline
+from lightning_nrl.pipeline.baseline import EvaluatedData, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings

@@ -238,7 +238,7 @@ def allowance(gate: Gate, counts: FlipCounts) -> str:
     return f"{limit}, here {allowed}"
 
 
-Status = Literal["repaired", "refused", "not repaired"]
+DecisionStatus = Literal["repaired", "refused", "not repaired"]
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class GateDecision:
     (no targeted sample is right with the new weights). `counts` count all known samples.
     """
 
-    status: Status
+    status: DecisionStatus
     reason: str
     counts: TargetCounts
 

@@ -17,7 +17,7 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, Rep
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import fine_tune_and_polish, least_seconds
-from lightning_nrl.methods.held_out import estimate, held_out_rows, is_ahead, net_rate
+from lightning_nrl.methods.held_out import draw_held_out_rows, estimate, is_ahead, net_rate
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.method import Method
@@ -172,7 +172,7 @@ class _Ladder:
     def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
         self.problem, self.searcher = problem, searcher
         self.is_one_layer = _is_one_layer(problem)
-        self.held_out = None if problem.update else held_out_rows(problem)
+        self.held_out_rows = None if problem.update else draw_held_out_rows(problem)
         self.trains = not problem.update and not self.is_one_layer
         whole = problem.deadline_of_method()
         share = 1.0
@@ -258,7 +258,7 @@ class _Ladder:
         return None
 
     def _training(self) -> Solution:
-        return fine_tune_and_polish(self.problem, self.held_out)
+        return fine_tune_and_polish(self.problem, self.held_out_rows)
 
     def _polish(self) -> Solution:
         """Polishes the new model, then searches from the result. No samples are held out."""
@@ -279,15 +279,16 @@ class _Ladder:
         """If a solution has no held-out counts, solves again without the held-out samples and
         counts their flips.
         """
-        if self.held_out is None or solution.held_out is not None or solution.proposal is None:
+        if self.held_out_rows is None or solution.held_out is not None or solution.proposal is None:
             return solution
-        trial = solve(self.problem.without(self.held_out))
+        trial = solve(self.problem.without(self.held_out_rows))
         # A trial that has no time returns the original weights and a reason. Counts of these would
         # be no estimate.
         if trial.proposal is None or trial.reason:
             return solution
         return replace(
-            solution, held_out=estimate(self.problem.before, trial.proposal.after, self.held_out)
+            solution,
+            held_out=estimate(self.problem.before, trial.proposal.after, self.held_out_rows),
         )
 
     def _within(self, share: float) -> Deadline:

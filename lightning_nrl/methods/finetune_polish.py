@@ -105,11 +105,11 @@ class FineTunePolish(Method):
 
 
 def fine_tune_and_polish(
-    problem: Problem, held_out: Tensor | None = None, share: float = 1.0
+    problem: Problem, held_out_rows: Tensor | None = None, share: float = 1.0
 ) -> Solution:
     """Trains and polishes in at most `share` of the time left.
 
-    The first half of the training does not use the samples in `held_out`, `N` bool. If it breaks
+    The first half of the training does not use the samples in `held_out_rows`, `N` bool. If it breaks
     more of these samples than it repairs, the second half does not use them either.
     `Solution.held_out` counts the flips of these samples under the last weights that were trained
     without them.
@@ -118,7 +118,7 @@ def fine_tune_and_polish(
     polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
     reserve = min(polish, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
     found, steps = _fine_tuned(
-        problem, held_out, deadline.earlier(reserve if deadline.is_set else 0.0)
+        problem, held_out_rows, deadline.earlier(reserve if deadline.is_set else 0.0)
     )
     if found is None:
         needed = (
@@ -149,7 +149,7 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 
 
 def _fine_tuned(
-    problem: Problem, held_out: Tensor | None, deadline: Deadline
+    problem: Problem, held_out_rows: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
     """Tries each kind of steps until one kind does well halfway; the last kind always trains to the
     end.
@@ -165,8 +165,8 @@ def _fine_tuned(
     found: list[FineTuned] = []
     for kind in kinds:
         with problem.clock.stage("fit"):
-            halfway = Halfway(problem, held_out, is_last=kind is kinds[-1])
-            work = partial(_fine_tuned_by, problem, held_out, kind, halfway, deadline)
+            halfway = Halfway(problem, held_out_rows, is_last=kind is kinds[-1])
+            work = partial(_fine_tuned_by, problem, held_out_rows, kind, halfway, deadline)
             trained = problem.work.once("fit", work, FineTuned)
         if trained is not None:
             found.append(trained)
@@ -177,7 +177,11 @@ def _fine_tuned(
 
 
 def _fine_tuned_by(
-    problem: Problem, held_out: Tensor | None, kind: StepKind, halfway: Halfway, deadline: Deadline
+    problem: Problem,
+    held_out_rows: Tensor | None,
+    kind: StepKind,
+    halfway: Halfway,
+    deadline: Deadline,
 ) -> FineTuned | None:
     began = problem.clock.elapsed
     trained = _trained(problem, kind, halfway, deadline)
@@ -185,7 +189,9 @@ def _fine_tuned_by(
         proposal, counts = problem.propose("fit", trained.state), halfway.held_out
         if halfway.stays_held_out:
             counts = (
-                None if held_out is None else estimate(problem.before, proposal.after, held_out)
+                None
+                if held_out_rows is None
+                else estimate(problem.before, proposal.after, held_out_rows)
             )
         step = proposal.step(
             problem.clock.elapsed - began,
@@ -225,13 +231,13 @@ class Halfway:
     `is_last` is False.
     """
 
-    def __init__(self, problem: Problem, held_out: Tensor | None, *, is_last: bool) -> None:
-        self.problem, self._rows, self._is_last = problem, held_out, is_last
+    def __init__(self, problem: Problem, held_out_rows: Tensor | None, *, is_last: bool) -> None:
+        self.problem, self._rows, self._is_last = problem, held_out_rows, is_last
         self.stays_held_out = True  # stays True if the training ends before it is halfway
         self.held_out: TargetCounts | None = None
         self.note = ""  # for the report: the held-out counts halfway
         self.proposal: Proposal | None = None
-        used = problem.used if held_out is None else problem.without(held_out).used
+        used = problem.used if held_out_rows is None else problem.without(held_out_rows).used
         self.first_weight = sample_weight(problem.before).where(used, 0.0)
 
     def __call__(self, state: State) -> Tensor | None:

@@ -24,7 +24,7 @@ MAX_STANDARD_ERRORS = 2.0  # smaller differences of net rates may be chance
 FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a smaller one repairs
 
 
-def held_out_rows(problem: Problem) -> Tensor | None:
+def draw_held_out_rows(problem: Problem) -> Tensor | None:
     """Draws the samples to hold out, `N` bool. Returns None if there are too few targets or passed
     samples.
     """

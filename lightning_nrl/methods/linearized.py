@@ -89,8 +89,8 @@ class Linearized(Method):
             )
         entries = (
             MAX_PROGRAMME_ENTRIES
-            if problem.budget is None
-            else min(MAX_PROGRAMME_ENTRIES, problem.budget // 8)
+            if problem.memory_limit is None
+            else min(MAX_PROGRAMME_ENTRIES, problem.memory_limit // 8)
         )
         with clock.stage("linearize"):
             whitening = fit_whitening(

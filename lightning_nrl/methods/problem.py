@@ -131,7 +131,7 @@ class Problem:
             `SearchOptions.n_passed`.
         clock: times the stages and knows the time left.
         seed: seed of all randomness.
-        budget: bytes of device memory that a search may use; None means a share of the free memory.
+        memory_limit: bytes of device memory that a search may use; None means a share of the free memory.
         n_scored: maximum number of known samples that a search uses. The result is evaluated on all
             known samples.
         training: continues the training; None if the original training is unknown.
@@ -141,7 +141,7 @@ class Problem:
         needed: quotas, which map the name of a slice to the minimum number of its targets to
             repair.
         gate: decides how many known passed samples may break; by default none may.
-        held_out: `N` bool, known samples that a method may not use. In `before` they are neither
+        held_out_rows: `N` bool, known samples that a method may not use. In `before` they are neither
             passed nor targeted.
         unmasked: `before` with held-out samples still marked as passed or targeted; None if no
             samples are held out.
@@ -158,14 +158,14 @@ class Problem:
     passed: Tensor
     clock: StageTimer = field(default_factory=StageTimer)
     seed: int = 0
-    budget: int | None = None
+    memory_limit: int | None = None
     n_scored: int = N_SCORED
     training: Training | None = None
     whole: bool = True
     update: bool = False
     needed: Mapping[str, int] = field(default_factory=dict)
     gate: Gate = field(default_factory=Instance)
-    held_out: Tensor | None = None
+    held_out_rows: Tensor | None = None
     unmasked: SampleResults | None = None
     work: ResumeStore = field(default_factory=ResumeStore)
 
@@ -184,7 +184,11 @@ class Problem:
     @property
     def used(self) -> Tensor:
         """`N` bool, the known samples that are not held out."""
-        return torch.ones_like(self.before.passed) if self.held_out is None else ~self.held_out
+        return (
+            torch.ones_like(self.before.passed)
+            if self.held_out_rows is None
+            else ~self.held_out_rows
+        )
 
     @property
     def epochs(self) -> int:
@@ -242,20 +246,23 @@ class Problem:
         """Counts the flips from `before` to `after` among the samples that are not held out."""
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
-    def without(self, held_out: Tensor) -> Problem:
-        """Returns a problem without quotas that holds out `held_out`, `N` bool, and its samples'
-        unprotected copies.
+    def without(self, rows: Tensor) -> Problem:
+        """Returns a problem without quotas that holds out the samples in `rows`, `N` bool, and
+        their unprotected copies.
         """
-        held_out = held_out | (self.copies(held_out) & ~self.before.protected)
+        held_out = rows | (self.copies(rows) & ~self.before.protected)
         before = replace(
             self.before,
             passed=self.before.passed & ~held_out,
             targeted=self.before.targeted & ~held_out,
         )
-        unmasked = self.before if self.unmasked is None else self.unmasked
-        passed = self.passed & ~held_out
         return replace(
-            self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked
+            self,
+            before=before,
+            passed=self.passed & ~held_out,
+            needed={},
+            held_out_rows=held_out,
+            unmasked=self.before if self.unmasked is None else self.unmasked,
         )
 
     @property

@@ -142,7 +142,7 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
         batches,
         problem.space,
         keep,
-        budget=half_budget(problem),
+        budget=half_memory_limit(problem),
         draw=draw,
     )
     return problem.collective.all_or_none(work, "known data could not be recorded on another rank.")
@@ -172,7 +172,7 @@ def scorer_for(
         failed,
         passed,
         problem.evaluator,
-        budget=half_budget(problem),
+        budget=half_memory_limit(problem),
         passed_loss=needs_passed_loss(fitness),
         fragility=before.loss,
         reserve=reserve,
@@ -195,8 +195,8 @@ def progress(
     return tell
 
 
-def half_budget(problem: Problem) -> int | None:
-    """Returns half of `Problem.budget`, or None if it is None. The recording and the scorer may
+def half_memory_limit(problem: Problem) -> int | None:
+    """Returns half of `Problem.memory_limit`, or None if it is None. The recording and the scorer may
     each use half.
     """
-    return None if problem.budget is None else max(1, problem.budget // 2)
+    return None if problem.memory_limit is None else max(1, problem.memory_limit // 2)

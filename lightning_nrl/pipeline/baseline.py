@@ -1,7 +1,7 @@
 """Evaluates the original model on all data, marks the failures to repair, and finds samples that
 leaked between splits.
 
-Held-out data here are calibration data, which choose the strength, and unseen data, which are only
+Other data here are calibration data, which choose the strength, and unseen data, which are only
 counted.
 """
 
@@ -41,7 +41,7 @@ class Baseline:
         before: the results from which the search starts. They equal `known`, unless a model is
             replaced and `SampleOptions.keep` is `reference`. Then samples that the replaced model
             gets wrong do not count as passed.
-        held_out: calibration and unseen data with their results, by role. A role without data is
+        other_data: calibration and unseen data with their results, by role. A role without data is
             missing.
         set_aside: mask over the `N` known samples. It marks the failures in the target that are not
             to be repaired.
@@ -52,7 +52,7 @@ class Baseline:
 
     known: SampleResults
     before: SampleResults
-    held_out: Mapping[Role, HeldOut]
+    other_data: Mapping[Role, EvaluatedData]
     set_aside: Tensor
     update: Update | None = None
     leaked: Mapping[str, int] = field(default_factory=dict)
@@ -72,16 +72,16 @@ def evaluate_baseline(
     `repair_module`.
     """
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
-    held_out = {role: sources for role, sources in roles.items() if sources}
-    leaks = LeakCheck(known, held_out)
+    other_data = {role: sources for role, sources in roles.items() if sources}
+    leaks = LeakCheck(known, other_data)
     with clock.stage("collect"), forbid_batch_statistics(evaluator.model):
         before, set_aside = settings.samples.evaluate(
             evaluator, leaks.known, settings.target, everywhere=reference is not None
         )
     others: dict[Role, SampleResults] = {}
-    for role, sources in leaks.held_out.items():
+    for role, sources in leaks.other_data.items():
         with clock.stage("unseen"):
-            others[role] = evaluate_held_out(evaluator, sources, settings)
+            others[role] = evaluate_other_data(evaluator, sources, settings)
     leaked = leaks.leaked(evaluator.collective)
     check_losses(before)
     check_task(settings, before, evaluator.task)
@@ -89,7 +89,7 @@ def evaluate_baseline(
     if reference is not None:
         with clock.stage("reference"):
             update = evaluate_old(
-                reference, evaluator, {"known": known, **held_out}, {"known": before, **others}
+                reference, evaluator, {"known": known, **other_data}, {"known": before, **others}
             )
         own = update.regressions("known", before)
         others = {role: update.regressions(role, results) for role, results in others.items()}
@@ -101,7 +101,7 @@ def evaluate_baseline(
     return Baseline(
         before if same else _without(own, set_aside),
         before,
-        {role: HeldOut(held_out[role], results) for role, results in others.items()},
+        {role: EvaluatedData(other_data[role], results) for role, results in others.items()},
         set_aside,
         update,
         leaked,
@@ -113,7 +113,7 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvaluatedData:
     """Calibration or unseen data: this rank's `sources`, and the results of all ranks `before` the
     repair.
     """
@@ -128,10 +128,10 @@ class HeldOut:
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
-def evaluate_held_out(
+def evaluate_other_data(
     evaluator: Evaluator, sources: Sequence[Source], settings: Settings
 ) -> SampleResults:
-    """Evaluates held-out data and marks the failures in the target. These failures are only
+    """Evaluates calibration or unseen data and marks the failures in the target. These failures are only
     reported.
 
     If the target cannot be applied, for instance because these data lack a column, a warning says
@@ -159,20 +159,22 @@ class LeakCheck:
     """Finds calibration samples that are also known, and unseen samples that are also known or
     calibration data.
 
-    First run the model over the attributes `known` and `held_out`, then call `leaked`. The
+    First run the model over the attributes `known` and `other_data`, then call `leaked`. The
     attributes wrap the given sources to record a hash of each sample. Two samples are the same if
     their inputs and labels are bitwise equal, or if they have the same position in the same data
     set, even if subsets or unions wrap the data set.
     """
 
-    def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
-        watched = any(held_out.values())
+    def __init__(
+        self, known: Sequence[Source], other_data: Mapping[Role, Sequence[Source]]
+    ) -> None:
+        watched = any(other_data.values())
         self.known: Sequence[Source] = (
             [content_recorder(source) for source in known] if watched else known
         )
-        self.held_out: dict[Role, Sequence[Source]] = {
+        self.other_data: dict[Role, Sequence[Source]] = {
             role: [content_recorder(source) for source in sources]
-            for role, sources in held_out.items()
+            for role, sources in other_data.items()
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
@@ -188,7 +190,7 @@ class LeakCheck:
         for role in ("calibration", "unseen"):
             own = [
                 source
-                for source in self.held_out.get(role, ())
+                for source in self.other_data.get(role, ())
                 if isinstance(source, RecordingSource)
             ]
             for source in own:

@@ -209,7 +209,7 @@ def _check_recording(
     known = torch.arange(len(few)) < len(first.index)
     failed = known & (torch.arange(len(few)) % 2 == 0)
     batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
-    work = partial(record, evaluator, batches, space, known, budget=settings.search.budget)
+    work = partial(record, evaluator, batches, space, known, budget=settings.search.memory_limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")

@@ -56,7 +56,7 @@ def build_problem(
         passed_rows(before, known, settings),
         clock=StageTimer() if clock is None else clock,
         seed=settings.seed,
-        budget=settings.search.budget,
+        memory_limit=settings.search.memory_limit,
         n_scored=settings.search.n_scored,
         training=training,
         whole=settings.layer == "auto",
@@ -103,7 +103,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
     plain = {
         name: value for name, value in settings.plain().items() if name not in NEUTRAL_SETTINGS
     }
-    calibration = baseline.held_out.get("calibration")
+    calibration = baseline.other_data.get("calibration")
     surroundings = {
         "task": plain_value(problem.evaluator.task),
         "device": problem.device.type,

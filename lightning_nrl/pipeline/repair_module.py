@@ -244,7 +244,7 @@ def _finished(
             problem,
             patch,
             settings.gate,
-            calibration=builder.baseline.held_out.get("calibration"),
+            calibration=builder.baseline.other_data.get("calibration"),
             fixed=settings.bounds.strength,
             limit=settings.limit,
             after=proposal.after,
@@ -300,11 +300,11 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
             # must not fall.
             rest = judge(baseline.known, after, Gate.accuracy())
             decision = decision if rest.accepted else rest
-        held_out = baseline.held_out.items() if decision.accepted else ()
-        later = {role: problem.evaluator.run(data.sources) for role, data in held_out}
+        other_data = baseline.other_data.items() if decision.accepted else ()
+        later = {role: problem.evaluator.run(data.sources) for role, data in other_data}
     bounds = None
     if "calibration" in later:
-        calibration = baseline.held_out["calibration"].before, later["calibration"]
+        calibration = baseline.other_data["calibration"].before, later["calibration"]
         decision = check_protected(decision, *calibration)
         if decision.accepted:
             selection, confidence = builder.line_search.selection, settings.bounds.confidence

@@ -281,10 +281,10 @@ class ReportBuilder:
         decision: GateDecision,
         new: State,
         after: SampleResults,
-        held_out: Mapping[Role, SampleResults] = NOTHING,
+        other_results: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
-        """Returns the report on the weights `new` with the results `after` on known and `held_out`
+        """Returns the report on the weights `new` with the results `after` on known and `other_results`
         on other data.
         """
         old = {
@@ -296,7 +296,7 @@ class ReportBuilder:
         now = (hash_tensors(new), self._hash_model(new)) if decision.accepted else before
         results: Mapping[Role, SampleResults] = {
             "known": after,
-            **(held_out if decision.accepted else NOTHING),
+            **(other_results if decision.accepted else NOTHING),
         }
         refused = (
             []
@@ -374,7 +374,7 @@ class ReportBuilder:
     def _before(self) -> dict[Role, SampleResults]:
         return {
             "known": self.baseline.known,
-            **{role: data.before for role, data in self.baseline.held_out.items()},
+            **{role: data.before for role, data in self.baseline.other_data.items()},
         }
 
     @cached_property

@@ -43,8 +43,8 @@ class SearchOptions:
         n_scored: maximum number of known samples that the search uses: failed samples, samples near
             the decision boundary, and random other samples. If time is short, fewer are used. The
             gate counts all known samples.
-        budget: device memory for the search, in bytes. None takes a share of the free memory. Half
-            of the budget holds recorded activations. With a GPU, main memory holds further
+        memory_limit: device memory for the search, in bytes. None takes a share of the free memory. Half
+            of the limit holds recorded activations. With a GPU, main memory holds further
             activations. All others are recomputed.
         save_every: in a trainer, the result of each step of the repair is saved if the step took at
             least this many seconds. If the run is stopped or killed, the same call skips the saved
@@ -61,7 +61,7 @@ class SearchOptions:
     fitness: str | Fitness | FitnessFunction | None = None
     localizer: str | Localizer | None = None
     n_passed: int | None = None
-    budget: int | None = None
+    memory_limit: int | None = None
     save_every: float | None = SAVE_EVERY
     n_scored: int = N_SCORED
 
@@ -70,7 +70,7 @@ class SearchOptions:
             object.__setattr__(self, "fitness", FITNESSES.parse("fitness", self.fitness))
         if self.localizer is not None:
             object.__setattr__(self, "localizer", LOCALIZERS.parse("localizer", self.localizer))
-        for name, value in (("n_passed", self.n_passed), ("budget", self.budget)):
+        for name, value in (("n_passed", self.n_passed), ("memory_limit", self.memory_limit)):
             if value is not None:
                 check_whole(name, value, 1)
         check_whole("n_scored", self.n_scored, 2)

@@ -26,7 +26,7 @@ from lightning_nrl.methods.budget import (
     MAX_POLISHES,
 )
 from lightning_nrl.methods.solvers.polish import polish
-from lightning_nrl.pipeline.baseline import HeldOut
+from lightning_nrl.pipeline.baseline import EvaluatedData
 from lightning_nrl.records import StrengthPoint
 from lightning_nrl.records.stats import Selection
 from lightning_nrl.records.steps import Step
@@ -58,7 +58,7 @@ class PatchPath:
         problem: Problem,
         patch: State,
         gate: Gate | None = None,
-        calibration: HeldOut | None = None,
+        calibration: EvaluatedData | None = None,
     ) -> None:
         self.problem, self.patch, self.calibration = problem, patch, calibration
         self.gate = gate or Gate.instance()
@@ -126,7 +126,7 @@ class PatchPath:
         return self.broken_unpolished[strength]
 
     def within_gate(self, point: StrengthPoint) -> bool:
-        return not self.gate.excess_of(point.known, point.cost)
+        return not self.gate.excess_of(point.known, point.cost_of_known)
 
     def within_limit(self, strength: float, limit: Gate) -> bool:
         """True if the patch at a strength keeps the limit on calibration data and the gate on known
@@ -138,7 +138,7 @@ class PatchPath:
         point = self.point(strength)
         assert point.calibration is not None
         known = self.within_gate(point) or (strength < 1 and self.has_margins)
-        return known and not limit.excess_of(point.calibration, point.calibration_cost)
+        return known and not limit.excess_of(point.calibration, point.cost_of_calibration)
 
     def takes_time(self, strength: float) -> bool:
         """True if `take` must evaluate the model or polish for this strength."""
@@ -161,17 +161,19 @@ class PatchPath:
         point = StrengthPoint(strength, int(repaired.sum()), flips.counts())
         cost = self.gate.cost(before, flips.broken)
         if before.weighted:
-            point = replace(point, gain=before.value(repaired))
+            point = replace(point, value=before.value(repaired))
         if before.weighted or cost != point.known.broken:
-            point = replace(point, harm=cost)
+            point = replace(point, cost=cost)
         if self.calibration is None:
             return point
-        held_out, results = (
+        flips_of_calibration, results = (
             self.calibration.flips(problem.evaluator, state),
             self.calibration.before,
         )
-        harm = results.cost(held_out.broken) if results.weighted else None
-        return replace(point, calibration=held_out.counts(), calibration_harm=harm)
+        cost_of_broken = results.cost(flips_of_calibration.broken) if results.weighted else None
+        return replace(
+            point, calibration=flips_of_calibration.counts(), calibration_cost=cost_of_broken
+        )
 
 
 LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))  # strengths to try under a limit
@@ -200,7 +202,7 @@ def line_search(
     patch: State,
     gate: Gate,
     *,
-    calibration: HeldOut | None = None,
+    calibration: EvaluatedData | None = None,
     fixed: float | None = None,
     limit: Gate | None = None,
     after: SampleResults | None = None,
@@ -225,7 +227,7 @@ def line_search(
     if (
         limit is None
         and fixed is None
-        and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points)
+        and any(p.strength == 1 and math.isinf(p.cost_of_calibration) for p in points)
     ):
         # The patch breaks protected calibration samples. This limit allows any broken samples but
         # these.
@@ -256,9 +258,10 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
         return 1.0
     for point in _free(path):
         no_worse = (
-            point.calibration is not None and point.calibration_cost <= chosen.calibration_cost
+            point.calibration is not None
+            and point.cost_of_calibration <= chosen.cost_of_calibration
         )
-        if no_worse and point.worth > chosen.worth:
+        if no_worse and point.value_of_repairs > chosen.value_of_repairs:
             chosen = point
     return chosen.strength
 
@@ -273,7 +276,9 @@ def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
     return [
         point
         for point in path
-        if point.strength > 1 and not point.known.broken and point.worth > patch.worth
+        if point.strength > 1
+        and not point.known.broken
+        and point.value_of_repairs > patch.value_of_repairs
     ]
 
 

@@ -97,10 +97,9 @@ class Hashes:
 class StrengthPoint:
     """Counts of a patch at one strength: 0 stands for the original weights, 1 for the patch.
 
-    If `polished`, small steps restored broken samples before the count. `gain` is the value of all
-    repaired targets. `harm` is the gate's cost of the broken known samples, `calibration_harm` the
-    cost of broken calibration samples. If one of the three is None, `worth`, `cost` or
-    `calibration_cost` returns the number of these samples instead.
+    If `polished`, small steps restored broken samples before the count. `value` is the value of all
+    repaired targets, `cost` the gate's cost of the broken known samples, and `calibration_cost` the
+    cost of broken calibration samples. Each is None if it is the number of these samples.
     """
 
     strength: float
@@ -108,22 +107,22 @@ class StrengthPoint:
     known: FlipCounts
     calibration: FlipCounts | None = None
     polished: bool = False
-    gain: float | None = None
-    harm: float | None = None
-    calibration_harm: float | None = None
+    value: float | None = None
+    cost: float | None = None
+    calibration_cost: float | None = None
 
     @property
-    def worth(self) -> float:
-        return self.repaired_in_target if self.gain is None else self.gain
+    def value_of_repairs(self) -> float:
+        return self.repaired_in_target if self.value is None else self.value
 
     @property
-    def cost(self) -> float:
-        return self.known.broken if self.harm is None else self.harm
+    def cost_of_known(self) -> float:
+        return self.known.broken if self.cost is None else self.cost
 
     @property
-    def calibration_cost(self) -> float:
-        if self.calibration_harm is not None:
-            return self.calibration_harm
+    def cost_of_calibration(self) -> float:
+        if self.calibration_cost is not None:
+            return self.calibration_cost
         return 0 if self.calibration is None else self.calibration.broken
 
 

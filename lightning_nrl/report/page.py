@@ -17,14 +17,12 @@ from rich.text import Text as RichText
 
 from lightning_nrl.errors import visible
 
-Tone = Literal["", "good", "warn", "bad", "gain", "harm"]
+Tone = Literal["", "good", "warn", "bad"]
 TONE_STYLES = {
     "": "",
     "good": "green",
     "warn": "yellow",
     "bad": "red",
-    "gain": "bold green",
-    "harm": "bold red",
 }
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -249,11 +247,9 @@ def _rich_table(table: Table, box: Box) -> Grid:
         is_note = table.notes and i == len(table.columns) - 1
         grid.add_column(head, justify="left" if is_note else "right", no_wrap=not is_note)
     for row in table.rows:
-        harmless = TONE_STYLES["good"] if row.tone == "harm" else TONE_STYLES[row.tone]
-        cells = [
-            _line(cell, style=harmless if cell == "0" else TONE_STYLES[row.tone])
-            for cell in row.cells
-        ]
+        style = f"bold {TONE_STYLES[row.tone]}" if row.tone else ""
+        style_of_zero = TONE_STYLES["good"] if row.tone == "bad" else style
+        cells = [_line(cell, style=style_of_zero if cell == "0" else style) for cell in row.cells]
         grid.add_row(_line(row.label, style="bold" if row.tone else ""), *cells)
         if row.ends_group and row is not table.rows[-1]:
             grid.add_row()

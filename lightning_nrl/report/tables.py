@@ -64,16 +64,16 @@ def outcome_table(splits: Sequence[SplitReport]) -> Table:
         ("accuracy before", "accuracy_before"),
         ("accuracy after", "accuracy_after", "", True),
         ("failures to repair (the target)", "targeted"),
-        ("repaired of these", "repaired_in_target", "gain", not in_target),
+        ("repaired of these", "repaired_in_target", "good", not in_target),
     ]
     if in_target:
         rows += [
             ("right samples in the target", "passed_in_target"),
-            ("broken of these", "broken_in_target", "harm", True),
+            ("broken of these", "broken_in_target", "bad", True),
         ]
     rows += [
         ("repaired (was wrong, now right)", "repaired"),
-        ("broken (was right, now wrong)", "broken", "harm"),
+        ("broken (was right, now wrong)", "broken", "bad"),
         ("kept (right before and after)", "kept"),
         ("failing (wrong before and after)", "failing"),
     ]
@@ -109,7 +109,7 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
         ("accuracy of the new one", "trained.accuracy_after"),
         ("accuracy now", "now.accuracy_after", "", True),
         ("regressions (was right, now wrong) of the new one", "trained.broken"),
-        ("regressions now", "now.broken", "harm"),
+        ("regressions now", "now.broken", "bad"),
         ("improved (was wrong, now right) by the new one", "trained.repaired"),
         ("improved now", "now.repaired", "", True),
         ("negative flip rate of the new one", "trained.negative_flip_rate"),
@@ -181,12 +181,12 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
     """Tabulates the rungs of the default method, one per column, and marks the taken rung."""
     repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
     rows = (
-        Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "gain"),
+        Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "good"),
         Row("known samples repaired", tuple(count(rung.repaired) for rung in rungs)),
         Row(
             "known samples broken",
             tuple(count(rung.broken) for rung in rungs),
-            "harm",
+            "bad",
             ends_group=True,
         ),
         Row("held-out failures repaired", repaired),

@@ -214,7 +214,11 @@ def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[R
 
 
 def _budget(problem: Problem) -> int:
-    return default_budget(problem.space.device) if problem.budget is None else problem.budget
+    return (
+        default_budget(problem.space.device)
+        if problem.memory_limit is None
+        else problem.memory_limit
+    )
 
 
 @dataclass(frozen=True)

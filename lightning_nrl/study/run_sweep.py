@@ -84,9 +84,7 @@ def sweep_module(
         check_targets(found.before, base)
         problem = build_problem(own, known, found.before, layers, base, clock=clock)
         data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, found.before)}
-        data |= {
-            role: (held_out.sources, held_out.before) for role, held_out in found.held_out.items()
-        }
+        data |= {role: (data.sources, data.before) for role, data in found.other_data.items()}
         store = RunStore(None if dirpath is None else Path(dirpath))
         sweep = _Sweep(problem, base, data, evaluator.collective, store)
         return sweep.run([(setting, seed) for setting in tried for seed in numbers])

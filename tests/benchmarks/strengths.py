@@ -23,7 +23,7 @@ from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Problem
-from lightning_nrl.pipeline.baseline import HeldOut
+from lightning_nrl.pipeline.baseline import EvaluatedData
 from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, PatchPath, line_search
 from lightning_nrl.records import StrengthPoint
 from lightning_nrl.records.stats import (
@@ -113,7 +113,7 @@ def _counting(broken: dict[float, int]) -> Iterator[None]:
     is polished.
     """
 
-    def flips(held_out: HeldOut, evaluator: Evaluator, state: State) -> Flips:
+    def flips(data: EvaluatedData, evaluator: Evaluator, state: State) -> Flips:
         k = broken[min(LIMIT_STRENGTHS, key=lambda t: abs(t - float(state["weight"])))]
         bad, none = torch.arange(N) < k, torch.zeros(N, dtype=torch.bool)
         return Flips(~bad, bad, none, none)
@@ -124,7 +124,7 @@ def _counting(broken: dict[float, int]) -> Iterator[None]:
         repaired, drawn = round(100 * strength), flips(CALIBRATION, path.problem.evaluator, state)
         return StrengthPoint(strength, repaired, FlipCounts(100, 0, repaired, 200), drawn.counts())
 
-    with patch.object(PatchPath, "_count", count), patch.object(HeldOut, "flips", flips):
+    with patch.object(PatchPath, "_count", count), patch.object(EvaluatedData, "flips", flips):
         yield
 
 
@@ -139,7 +139,7 @@ class Scale(nn.Module):
         return torch.cat([x, self.weight.expand(len(x), 1) * 0], 1)
 
 
-def _problem() -> tuple[Problem, HeldOut]:
+def _problem() -> tuple[Problem, EvaluatedData]:
     evaluator = Evaluator(Scale())
     known = [
         TensorSource(
@@ -154,7 +154,7 @@ def _problem() -> tuple[Problem, HeldOut]:
     before = evaluator.run(known)
     space, _ = find_scope(nn.Linear(1, 2))
     parts = (space, ("weight",), NeuRecoverLite(), Fitness(), before.passed)
-    return Problem(evaluator, known, before, *parts), HeldOut(aside, evaluator.run(aside))
+    return Problem(evaluator, known, before, *parts), EvaluatedData(aside, evaluator.run(aside))
 
 
 PATCH: State = {"weight": torch.ones(1)}

@@ -68,7 +68,7 @@ CASES: dict[str, tuple[Any, Settings]] = {
     "swarm, attention": (Attention, swarm(layer="block.linear1")),
     "swarm, a small budget": (
         Conv,
-        swarm(layer="first", budget=300_000, method=ParticleSwarm(particles=6, iterations=5)),
+        swarm(layer="first", memory_limit=300_000, method=ParticleSwarm(particles=6, iterations=5)),
     ),
     "linearized, two layers": (Conv, Settings(method=Linearized(), layer=["first", "second"])),
 }

@@ -89,7 +89,7 @@ def test_memory_keeps_to_a_budget_and_little_of_it_costs_nothing(record_property
     model, data = trained(Conv).to(GPU), sources(GPU, n)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    outcome = repair_module(model, data, quick(layer="first", method=swarm, budget=budget))
+    outcome = repair_module(model, data, quick(layer="first", method=swarm, memory_limit=budget))
     peak = (torch.cuda.max_memory_allocated() - held) / budget
     record_property("found", f"peak over the budget {peak:.2f}")
     assert peak <= 1.25

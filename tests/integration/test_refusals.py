@@ -53,7 +53,7 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     ),
     "`n_passed=-1`": lambda: RegressionFreeRepair(search=SearchOptions(n_passed=-1)),
     "`n_passed=True`": lambda: RegressionFreeRepair(search=SearchOptions(n_passed=True)),
-    "`budget=0`": lambda: RegressionFreeRepair(search=SearchOptions(budget=0)),
+    "`memory_limit=0`": lambda: RegressionFreeRepair(search=SearchOptions(memory_limit=0)),
     "`seed=-1`": lambda: RegressionFreeRepair(seed=-1),
     "`failed='valid'` is no split": lambda: RegressionFreeRepair(data=DataOptions(failed="valid")),
     "`passed` data: found int, not a DataLoader": lambda: RegressionFreeRepair(

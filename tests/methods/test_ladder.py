@@ -34,7 +34,7 @@ from lightning_nrl.methods import Auto, Convex, Linearized, Method, Problem, Pro
 from lightning_nrl.methods import auto as auto_module
 from lightning_nrl.methods import held_out as held_out_module
 from lightning_nrl.methods.auto import RungResult, chosen_rung
-from lightning_nrl.methods.held_out import estimate, held_out_rows
+from lightning_nrl.methods.held_out import draw_held_out_rows, estimate
 from lightning_nrl.records.steps import CUT, Rung
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
@@ -119,7 +119,7 @@ def test_a_search_that_had_no_time_for_its_trial_has_no_estimate(
     search = auto_module.warm_started_search
 
     def short(problem: Problem, *args: Any, **rest: Any) -> Solution:
-        if problem.held_out is None:
+        if problem.held_out_rows is None:
             return search(problem, *args, **rest)
         return Solution(problem.original("base"), "no time was left for a search.")
 
@@ -228,7 +228,7 @@ def fitted(own: Problem) -> Rung:
 
 
 def test_training_begins_without_what_is_held_out_and_ends_with_it() -> None:
-    own, rows = problem(), held_out_rows(problem())
+    own, rows = problem(), draw_held_out_rows(problem())
     assert rows is not None
     training = FakeTraining(retrained(own.model))
     rung = fitted(replace(own, training=training))
@@ -362,14 +362,14 @@ def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> 
 
 def test_half_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind() -> None:
     own = make_problem(trained(), known())
-    before, rows = own.before, held_out_rows(own)
+    before, rows = own.before, draw_held_out_rows(own)
     assert rows is not None
     came = torch.zeros_like(rows)
     came[before.of("new")] = True
     assert not (rows & ~came).any()
     for kind in (before.targeted, before.passed):
         assert int((rows & kind).sum()) == int((came & kind).sum()) // 2
-    again = held_out_rows(own)
+    again = draw_held_out_rows(own)
     assert again is not None
     assert torch.equal(rows, again)
 
@@ -380,7 +380,7 @@ def test_no_more_failures_are_held_out_than_an_estimate_needs(
     own = make_problem(trained(), known())
     before, n_failures = own.before, int((~own.before.passed[own.before.of("new")]).sum())
     monkeypatch.setattr(held_out_module, "MAX_HELD_OUT_FAILURES", n_failures // 4)
-    rows = held_out_rows(own)
+    rows = draw_held_out_rows(own)
     assert rows is not None
     assert 0 < int((rows & ~before.passed).sum()) <= n_failures // 4
     came = int(before.passed[before.of("new")].sum())
@@ -399,10 +399,10 @@ def test_of_what_is_in_two_splits_both_copies_are_held_out_and_one_is_counted() 
     points, labels = blobs(60, 1.5)
     hard = Placed(points[:40], labels[:40], split="hard", failed=True)
     own = make_problem(trained(), [Placed(points, labels, split="train", passed=True), hard])
-    rows = held_out_rows(own)
+    rows = draw_held_out_rows(own)
     assert rows is not None
     assert not rows[own.before.of("train")].any()
-    out = own.without(rows).held_out
+    out = own.without(rows).held_out_rows
     assert out is not None
     assert torch.equal(out[own.before.of("hard")], rows[own.before.of("hard")])
     assert torch.equal(out[own.before.of("train")][:40], rows[own.before.of("hard")])
@@ -426,12 +426,12 @@ def test_no_fold_of_the_exact_programmes_keeps_copies_of_what_it_leaves_out() ->
 def test_what_is_protected_stays_in() -> None:
     own = make_problem(trained(), known())
     weight = torch.where(own.before.passed, torch.inf, 1.0).double()
-    assert held_out_rows(replace(own, before=replace(own.before, weight=weight))) is None
+    assert draw_held_out_rows(replace(own, before=replace(own.before, weight=weight))) is None
 
 
 def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out() -> None:
     own = make_problem(trained(), known())
-    rows = held_out_rows(own)
+    rows = draw_held_out_rows(own)
     assert rows is not None
     without = own.without(rows)
     assert not (without.before.passed & rows).any()

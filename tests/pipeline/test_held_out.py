@@ -20,7 +20,7 @@ from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.data import Batch
 from lightning_nrl.errors import DataWarning, EvaluationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.pipeline.baseline import LeakCheck, evaluate_held_out
+from lightning_nrl.pipeline.baseline import LeakCheck, evaluate_other_data
 from lightning_nrl.study import sweep_module
 
 
@@ -36,7 +36,7 @@ def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
     def run(collective: Collective) -> str:
         later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
         with pytest.raises((OSError, EvaluationError)) as error:
-            evaluate_held_out(Evaluator(mlp(), collective=collective), later, quick())
+            evaluate_other_data(Evaluator(mlp(), collective=collective), later, quick())
         return str(error.value)
 
     first, second = on_ranks(2, run)
@@ -54,7 +54,7 @@ def test_a_target_that_cannot_be_asked_is_a_warning(where: Callable[[Any], Any])
     with pytest.warns(
         DataWarning, match="in the target are not counted on held-out data: `target`: the pred"
     ):
-        results = evaluate_held_out(Evaluator(mlp()), [later], quick(target=Target.where(where)))
+        results = evaluate_other_data(Evaluator(mlp()), [later], quick(target=Target.where(where)))
     assert len(results) == 8
     assert not results.targeted.any()
 
@@ -67,7 +67,7 @@ def test_a_target_that_one_rank_cannot_ask_is_left_out_on_all() -> None:
             else lambda batch: torch.ones(len(batch[0]), dtype=torch.bool)
         )
         later = Half(*blobs(8), split="later", extras=(torch.full((8,), collective.rank),))
-        results = evaluate_held_out(
+        results = evaluate_other_data(
             Evaluator(mlp(), collective=collective), [later], quick(target=target)
         )
         return int(results.targeted.sum())
@@ -87,10 +87,10 @@ def test_whatever_else_is_wrong_is_no_warning() -> None:
     x, y = blobs(8)
     negative = TensorSource(x, y - 3, split="later")
     with pytest.raises(EvaluationError, match="have labels below 0"):
-        evaluate_held_out(Evaluator(mlp()), [negative], quick())
+        evaluate_other_data(Evaluator(mlp()), [negative], quick())
     lacking = TensorSource(x, y, split="later")
     with pytest.raises(ConfigurationError, match=r"`protected`.*no column 5"):
-        evaluate_held_out(Evaluator(mlp()), [lacking], quick(protected=5))
+        evaluate_other_data(Evaluator(mlp()), [lacking], quick(protected=5))
 
 
 def calibration() -> list[TensorSource]:
@@ -171,7 +171,7 @@ def test_samples_are_known_by_their_place_where_it_is_known() -> None:
     first = Placed(torch.randn(3, 2), zeros, "train", extras=(torch.tensor([4, 5, 6]),))
     later = Placed(torch.randn(3, 2), zeros, "later", extras=(torch.tensor([6, 7, 5]),))
     leaks = LeakCheck([first], {"unseen": [later]})
-    for source in (*leaks.known, *leaks.held_out["unseen"]):
+    for source in (*leaks.known, *leaks.other_data["unseen"]):
         assert len(list(source)) == 1
     with pytest.warns(DataWarning, match=r"\(\[0, 2\]\)"):
         assert leaks.leaked(Collective()) == {"later": 2}

@@ -79,7 +79,7 @@ def test_settings_are_told_as_plain_values() -> None:
     )
     plain = settings.plain()
     assert list(plain) == [
-        "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer", "n_passed", "budget",
+        "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer", "n_passed", "memory_limit",
         "save_every", "n_scored", "strength", "limit", "sparse", "confidence",
         "importance", "slices", "quotas", "protected", "risk", "set_aside", "keep",
     ]  # fmt: skip
@@ -161,7 +161,7 @@ def test_what_is_not_as_by_default() -> None:
         (lambda: SearchOptions(n_passed=0), "`n_passed=0` is out of range"),
         (lambda: SearchOptions(n_passed=2.5), "`n_passed=2.5` is out of range"),
         (lambda: SearchOptions(n_passed=True), "`n_passed=True` is out of range"),
-        (lambda: SearchOptions(budget=0), "`budget=0` is out of range"),
+        (lambda: SearchOptions(memory_limit=0), "`memory_limit=0` is out of range"),
         (lambda: BoundOptions(strength=0), "`strength=0` is no strength"),
         (lambda: BoundOptions(strength=2.1), r"`strength=2\.1` is no strength"),
         (lambda: BoundOptions(strength=math.nan), "`strength=nan` is no strength"),

@@ -320,7 +320,7 @@ def test_a_repair_gives_the_same_weights_and_says_what_was_computed_again() -> N
             Settings(
                 layer="2",
                 method=LocalSearch(ParticleSwarm(particles=20, iterations=10)),
-                search=SearchOptions(localizer=AllWeights(), budget=budget),
+                search=SearchOptions(localizer=AllWeights(), memory_limit=budget),
             ),
         )
         new = outcome.parameters or {}

@@ -276,7 +276,7 @@ def _recompute_stored(
         if stored is None:
             raise ReplayError(
                 "`layer`: samples that were read again took another path through the model.",
-                "raise `SearchOptions.budget`, so that no samples must be read again.",
+                "raise `SearchOptions.memory_limit`, so that no samples must be read again.",
             )
         parts.append(stored)
     return [
