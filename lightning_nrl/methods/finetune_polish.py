@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -16,27 +15,30 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
-from lightning_nrl.methods.held_out import MAX_STANDARD_ERRORS, estimate
+from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.methods.solvers.polish import polished
+from lightning_nrl.records.stats import CHANCE_STANDARD_ERRORS, net_repairs_in_standard_errors
 from lightning_nrl.records.steps import Step
 
-OWN_RATE = 1e-3  # of AdamW with the user's `training_step`, tried if the user's optimizers repair too little
+# Learning rate of AdamW with the user's `training_step`, which is tried if the user's optimizers
+# repair too little.
+OWN_RATE = 1e-3
 HEALTHY_REPAIRS = 1 / 5  # of the targets; a training that repairs fewer halfway may be stopped
 # In the second half of a training, the passed samples with the lowest losses are visited half as
 # often.
 EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
-# Failures outside the target may have wrong labels. This half visits these less, unless held-out
-# samples gain clearly.
+# Failures outside the target may have wrong labels. The second half visits these less, unless
+# held-out samples gain clearly.
 DOUBTED_VISITS = 1 / 5
 
 
 @dataclass(frozen=True)
-class StepKind:
+class Recipe:
     """A way to make training steps: `distill` if `distilled`, AdamW if `rate` is given, else the
     user's optimizers.
     """
@@ -46,8 +48,9 @@ class StepKind:
     distilled: bool = False
 
 
-CONTINUED, DISTILLED = StepKind("continued training"), StepKind("distilled steps", distilled=True)
-OWN_STEPS = StepKind(f"AdamW through training_step, rate {OWN_RATE:g}", OWN_RATE)
+CONTINUED = Recipe("continued training")
+OWN_OPTIMIZER = Recipe(f"AdamW through training_step, rate {OWN_RATE:g}", OWN_RATE)
+DISTILLED = Recipe("distilled steps", distilled=True)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,8 @@ class FineTuned:
 
     @property
     def is_harmful(self) -> bool:
-        """True if held-out regressions exceed held-out repairs by more than `MAX_STANDARD_ERRORS`
-        standard errors.
-        """
-        return self.held_out is not None and _standard_errors(self.held_out) < -MAX_STANDARD_ERRORS
+        """True if held-out regressions significantly exceed held-out repairs."""
+        return self.held_out is not None and _gain(self.held_out) < -CHANCE_STANDARD_ERRORS
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class FineTunePolish(Method):
     original weights, with the known failures added to its data. If it repairs too little by
     halfway, AdamW replaces the module's optimizers. If that repairs too little, or only some layers
     may change, AdamW trains what may change on the task's loss and holds passed samples to the
-    original model's outputs (`_solvers/distill.py`). In the second half of a training, passed
-    samples with low losses are visited less. A polish (`_solvers/polish.py`) restores known samples
+    original model's outputs (`solvers/distill.py`). In the second half of a training, passed
+    samples with low losses are visited less. A polish (`solvers/polish.py`) restores known samples
     that broke.
 
     Attributes:
@@ -109,108 +110,110 @@ def fine_tune_and_polish(
 ) -> Solution:
     """Trains and polishes in at most `share` of the time left.
 
-    The first half of the training does not use the samples in `held_out_rows`, `N` bool. If it breaks
-    more of these samples than it repairs, the second half does not use them either.
+    The first half of the training does not use the samples in `held_out_rows`, `N` bool. If it
+    breaks more of these samples than it repairs, the second half does not use them either.
     `Solution.held_out` counts the flips of these samples under the last weights that were trained
     without them.
     """
-    clock, deadline = problem.clock, problem.deadline_of_method(share)
-    polish = max(budget.POLISH_PASSES * clock.one_pass, budget.LEAST_POLISH_SECONDS)
-    reserve = min(polish, budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left())
-    found, steps = _fine_tuned(
-        problem, held_out_rows, deadline.earlier(reserve if deadline.is_set else 0.0)
-    )
-    if found is None:
-        needed = (
-            clock.elapsed
-            + (least_seconds(problem) + budget.JUDGING_PASSES * clock.one_pass) / share
-        )
+    deadline = problem.deadline_of_method(share)
+    tuned, steps = _fine_tune(problem, held_out_rows, _deadline_of_training(problem, deadline))
+    if tuned is None:
+        seconds = _needed_seconds(problem, share)
         return Solution(
             None,
-            f"no time was left for training: it needs about {needed:,.0f} s of `max_time`.",
+            f"no time was left for training: it needs about {seconds:,.0f} s of `max_time`.",
             steps,
         )
-    if found.is_harmful:
+    if tuned.is_harmful:
         reason = "continued training breaks more held-out samples than it repairs."
-        return Solution(None, reason, steps, held_out=found.held_out)
-    proposal, step, course = polished(problem, found.proposal, steered=True, deadline=deadline)
-    reason = "" if proposal.repaired else "no target was repaired without breaking what is right."
-    others = (found.proposal, proposal)
-    taken = proposal if proposal.repaired else None
-    return Solution(taken, reason, (*steps, step), others, course, held_out=found.held_out)
+        return Solution(None, reason, steps, held_out=tuned.held_out)
+    proposal, step, course = polished(problem, tuned.proposal, steered=True, deadline=deadline)
+    is_repaired = proposal.repaired > 0
+    return Solution(
+        proposal if is_repaired else None,
+        "" if is_repaired else "no target was repaired without breaking what is right.",
+        steps=(*steps, step),
+        others=(tuned.proposal, proposal),
+        tried=course,
+        held_out=tuned.held_out,
+    )
+
+
+def _deadline_of_training(problem: Problem, deadline: Deadline) -> Deadline:
+    polish_seconds = max(budget.POLISH_PASSES * problem.clock.one_pass, budget.LEAST_POLISH_SECONDS)
+    # All ranks must agree on the time left, even without a deadline.
+    most_seconds = budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left()
+    if not deadline.is_set:
+        return deadline
+    return deadline.earlier(min(polish_seconds, most_seconds))
+
+
+def _needed_seconds(problem: Problem, share: float) -> float:
+    judging_seconds = budget.JUDGING_PASSES * problem.clock.one_pass
+    return problem.clock.elapsed + (least_seconds(problem) + judging_seconds) / share
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
-    """Estimates the seconds to start a training, run its `epochs`, evaluate it halfway and end a
-    polish.
-    """
+    """Estimates the seconds to train `epochs`, evaluate halfway and end a polish."""
     passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
 
-def _fine_tuned(
+def _fine_tune(
     problem: Problem, held_out_rows: Tensor | None, deadline: Deadline
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Tries each kind of steps until one kind does well halfway; the last kind always trains to the
-    end.
+    """Tries each recipe until one does well halfway; the last one always trains to the end.
 
     Returns the weights, and a step of the report per training. If time runs out before a training
     ends, the weights are those with the most repairs halfway, or None if no training came that far.
     """
-    kinds = (
-        (CONTINUED, OWN_STEPS, DISTILLED)
-        if problem.whole and problem.training is not None
-        else (DISTILLED,)
-    )
-    found: list[FineTuned] = []
-    for kind in kinds:
+    recipes: tuple[Recipe, ...] = (DISTILLED,)
+    if problem.whole and problem.training is not None:
+        recipes = (CONTINUED, OWN_OPTIMIZER, DISTILLED)
+    trainings: list[FineTuned] = []
+    for recipe in recipes:
         with problem.clock.stage("fit"):
-            halfway = Halfway(problem, held_out_rows, is_last=kind is kinds[-1])
-            work = partial(_fine_tuned_by, problem, held_out_rows, kind, halfway, deadline)
-            trained = problem.work.once("fit", work, FineTuned)
-        if trained is not None:
-            found.append(trained)
-            if trained.is_done:
+            halfway = Halfway(problem, held_out_rows, is_last=recipe is recipes[-1])
+            work = partial(_fine_tune_by, problem, held_out_rows, recipe, halfway, deadline)
+            tuned = problem.work.once("fit", work, FineTuned)
+        if tuned is not None:
+            trainings.append(tuned)
+            if tuned.is_done:
                 break
-    best = max(found, key=lambda one: (one.is_done, one.proposal.repaired), default=None)
-    return best, tuple(one.step for one in found)
+    best = max(trainings, key=lambda tuned: (tuned.is_done, tuned.proposal.repaired), default=None)
+    return best, tuple(tuned.step for tuned in trainings)
 
 
-def _fine_tuned_by(
+def _fine_tune_by(
     problem: Problem,
     held_out_rows: Tensor | None,
-    kind: StepKind,
+    recipe: Recipe,
     halfway: Halfway,
     deadline: Deadline,
 ) -> FineTuned | None:
     began = problem.clock.elapsed
-    trained = _trained(problem, kind, halfway, deadline)
+    trained = _train(problem, recipe, halfway, deadline)
     if trained is not None:
-        proposal, counts = problem.propose("fit", trained.state), halfway.held_out
-        if halfway.stays_held_out:
-            counts = (
-                None
-                if held_out_rows is None
-                else estimate(problem.before, proposal.after, held_out_rows)
-            )
-        step = proposal.step(
-            problem.clock.elapsed - began,
-            f"{kind.name}, {trained.note}{halfway.note}",
-            was_cut=trained.was_cut,
-        )
+        proposal = problem.propose("fit", trained.state)
+        counts = halfway.held_out
+        if halfway.stays_held_out and held_out_rows is not None:
+            counts = estimate(problem.before, proposal.after, held_out_rows)
+        seconds = problem.clock.elapsed - began
+        note = f"{recipe.name}, {trained.note}{halfway.note}"
+        step = proposal.step(seconds, note, was_cut=trained.was_cut)
         return FineTuned(proposal, step, counts, is_done=True)
     if halfway.proposal is None:
         return None
-    step = halfway.proposal.step(problem.clock.elapsed - began, f"{kind.name}, ended halfway")
+    step = halfway.proposal.step(problem.clock.elapsed - began, f"{recipe.name}, ended halfway")
     return FineTuned(halfway.proposal, replace(step, name="trial"), halfway.held_out, is_done=False)
 
 
-def _trained(
-    problem: Problem, kind: StepKind, halfway: Halfway, deadline: Deadline
+def _train(
+    problem: Problem, recipe: Recipe, halfway: Halfway, deadline: Deadline
 ) -> Trained | None:
     if not deadline.leaves(problem.clock.one_pass):
         return None
-    if kind.distilled:
+    if recipe.distilled:
         return distill(problem, deadline=deadline, weight=halfway.first_weight, renew=halfway)
     assert problem.training is not None
     return problem.training(
@@ -219,7 +222,7 @@ def _trained(
         clock=problem.clock,
         weight=halfway.first_weight,
         epochs=problem.epochs,
-        rate=kind.rate,
+        rate=recipe.rate,
         renew=halfway,
     )
 
@@ -232,44 +235,53 @@ class Halfway:
     """
 
     def __init__(self, problem: Problem, held_out_rows: Tensor | None, *, is_last: bool) -> None:
-        self.problem, self._rows, self._is_last = problem, held_out_rows, is_last
+        self.problem = problem
+        self._held_out_rows = held_out_rows
+        self._is_last = is_last
         self.stays_held_out = True  # stays True if the training ends before it is halfway
         self.held_out: TargetCounts | None = None
         self.note = ""  # for the report: the held-out counts halfway
         self.proposal: Proposal | None = None
-        used = problem.used if held_out_rows is None else problem.without(held_out_rows).used
+        used = problem.used
+        if held_out_rows is not None:
+            used = problem.without(held_out_rows).used
         self.first_weight = sample_weight(problem.before).where(used, 0.0)
 
     def __call__(self, state: State) -> Tensor | None:
-        problem, before, rows = self.problem, self.problem.before, self._rows
-        self.proposal = problem.propose("fit", state)
+        before = self.problem.before
+        self.proposal = self.problem.propose("fit", state)
         after = self.proposal.after
-        if rows is not None:
-            self.held_out = estimate(before, after, rows)
-        if not (self._is_last or self._does_well()):
+        gain = 0.0
+        if self._held_out_rows is not None:
+            counts = self.held_out = estimate(before, after, self._held_out_rows)
+            gain = _gain(counts)
+        if not (self._is_last or self._does_well(self.proposal, gain)):
             return None
-        gain = 0.0 if self.held_out is None else _standard_errors(self.held_out)
         self.stays_held_out = gain < 0
-        if self.held_out is not None:
-            self.note = f"; held-out samples halfway: {self.held_out.repaired:,} repaired, {self.held_out.broken:,} broken"
-        loss = after.loss.double().where(before.passed & after.passed, torch.inf)
-        easy = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
         weight = sample_weight(before)
-        weight[easy[loss[easy].isfinite()]] *= EASY_VISITS
-        if self.held_out is not None and gain <= 1:
-            weight[~before.passed & ~before.targeted] *= (
-                0.0 if self.stays_held_out else DOUBTED_VISITS
-            )
-        return weight.where(self.first_weight > 0 if self.stays_held_out else problem.used, 0.0)
+        weight[_easy_samples(before, after)] *= EASY_VISITS
+        if self.held_out is not None:
+            flips = f"{self.held_out.repaired:,} repaired, {self.held_out.broken:,} broken"
+            self.note = f"; held-out samples halfway: {flips}"
+            if gain <= 1:
+                other_failures = ~before.passed & ~before.targeted
+                weight[other_failures] *= 0.0 if self.stays_held_out else DOUBTED_VISITS
+        used = self.first_weight > 0 if self.stays_held_out else self.problem.used
+        return weight.where(used, 0.0)
 
-    def _does_well(self) -> bool:
+    def _does_well(self, proposal: Proposal, gain: float) -> bool:
         """True if many targets are repaired, or held-out repairs minus regressions exceed a
         standard error.
         """
-        assert self.proposal is not None
         n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
-        gains = self.held_out is not None and _standard_errors(self.held_out) > 1
-        return gains or self.proposal.repaired >= HEALTHY_REPAIRS * n_used
+        return gain > 1 or proposal.repaired >= HEALTHY_REPAIRS * n_used
+
+
+def _easy_samples(before: SampleResults, after: SampleResults) -> Tensor:
+    """Returns the rows of the passed samples with the lowest finite losses."""
+    loss = after.loss.double().where(before.passed & after.passed, torch.inf)
+    rows = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
+    return rows[loss[rows].isfinite()]
 
 
 def sample_weight(before: SampleResults) -> Tensor:
@@ -279,6 +291,5 @@ def sample_weight(before: SampleResults) -> Tensor:
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 
-def _standard_errors(counts: TargetCounts) -> float:
-    """Returns repairs minus regressions in units of the standard error, if both are Poisson counts."""
-    return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.repaired + counts.broken))
+def _gain(counts: TargetCounts) -> float:
+    return net_repairs_in_standard_errors(repaired=counts.repaired, broken=counts.broken)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.methods.problem import Problem
+from lightning_nrl.records.stats import CHANCE_STANDARD_ERRORS, variance_of_net_rate
 
 HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed samples
 # Maximum share of all known passed samples. Where it applies, fewer samples of the other kinds are
@@ -20,7 +21,6 @@ HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, pa
 MAX_HELD_OUT_PASSED = 1 / 5
 MIN_HELD_OUT_FAILURES = 2  # targets; with fewer held-out targets there is no estimate
 MAX_HELD_OUT_FAILURES = 80  # enough for an estimate; training uses the others from the start
-MAX_STANDARD_ERRORS = 2.0  # smaller differences of net rates may be chance
 FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a smaller one repairs
 
 
@@ -29,20 +29,26 @@ def draw_held_out_rows(problem: Problem) -> Tensor | None:
     samples.
     """
     before = problem.before
-    came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
-    generator = torch.Generator().manual_seed(problem.seed)
-    # Protected samples are never held out.
-    kinds = (before.targeted, ~before.passed & ~before.targeted, before.passed & ~before.protected)
-    most = min(
-        MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, int((came & kinds[-1]).sum())),
-        MAX_HELD_OUT_FAILURES / max(1, int((came & ~before.passed).sum())),
+    eligible = problem.came_with_failures
+    other_failures = ~before.passed & ~before.targeted
+    unprotected = before.passed & ~before.protected  # protected samples are never held out
+    n_unprotected = int((eligible & unprotected).sum())
+    n_failures = int((eligible & ~before.passed).sum())
+    fraction = min(
+        HELD_OUT_FRACTION,
+        MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, n_unprotected),
+        MAX_HELD_OUT_FAILURES / max(1, n_failures),
     )
-    for kind in kinds:
-        rows = (came & kind).nonzero().flatten()
-        n = int(min(HELD_OUT_FRACTION, most) * len(rows))
-        chosen[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
-    enough = int((chosen & before.targeted).sum()) >= MIN_HELD_OUT_FAILURES
-    return chosen if enough and bool((chosen & before.passed).any()) else None
+    held_out = torch.zeros_like(before.passed)
+    generator = torch.Generator().manual_seed(problem.seed)
+    for kind in (before.targeted, other_failures, unprotected):
+        rows = (eligible & kind).nonzero().flatten()
+        n = int(fraction * len(rows))
+        held_out[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
+    n_targets = int((held_out & before.targeted).sum())
+    if n_targets < MIN_HELD_OUT_FAILURES or not (held_out & before.passed).any():
+        return None
+    return held_out
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
@@ -64,16 +70,19 @@ def is_ahead(
 
     A rung that repairs more (by `value`) is better unless its net rate is significantly lower. A
     rung that repairs less, but at least `FEWEST_REPAIRS_SHARE` times as much, is better if its net
-    rate is significantly higher. A difference is significant if it exceeds `MAX_STANDARD_ERRORS`
+    rate is significantly higher. A difference is significant if it exceeds `CHANCE_STANDARD_ERRORS`
     standard errors.
     """
-    ahead = net_rate(counts) - net_rate(other)
-    error = MAX_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
+    difference = net_rate(counts) - net_rate(other)
+    error = CHANCE_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
     if value > other_value:
-        return ahead >= -error
-    return ahead > error and value >= FEWEST_REPAIRS_SHARE * other_value
+        return difference >= -error
+    return difference > error and value >= FEWEST_REPAIRS_SHARE * other_value
 
 
 def _variance(counts: TargetCounts | None) -> float:
-    # Of the net rate, if repairs and regressions are Poisson counts.
-    return 0.0 if counts is None else (counts.repaired + counts.broken) / max(1, counts.passed) ** 2
+    if counts is None:
+        return 0.0
+    return variance_of_net_rate(
+        repaired=counts.repaired, broken=counts.broken, passed=counts.passed
+    )

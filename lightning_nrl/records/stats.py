@@ -1,7 +1,12 @@
 """Confidence limits and tests for unseen data.
 
 All functions take counts of repaired or broken samples. Limits bound the rate of broken samples,
-even if the data have chosen among several sets of weights. Tests tell whether the model is better.
+even if the data have chosen among several sets of weights. Three rules tell if a difference is more
+than chance:
+
+- the verdict on a repair takes the exact `sign_test`;
+- the default's training takes `net_repairs_in_standard_errors`, which is cheap and signed;
+- the default's choice between rungs takes `variance_of_net_rate`, since the rungs are two results.
 """
 
 from __future__ import annotations
@@ -31,11 +36,11 @@ __all__ = [
 Evidence = Literal["better", "no difference shown", "worse"]
 """Comparison of a model with an earlier model, by a test on repaired and broken samples."""
 EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
+CHANCE_STANDARD_ERRORS = 2.0  # smaller differences may be chance
 NEGLIGIBLE = 1e-17  # a term of this relative size no longer changes a sum in double precision
+# Share of the error probability for strengths that are accepted from weak to strong. The rest is for
+# other weights.
 ORDERED_LEVEL_SHARE = 0.8
-"""Share of the error probability for strengths that are accepted from weak to strong. The rest is
-for other weights.
-"""
 
 
 def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
@@ -62,16 +67,15 @@ def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 
 
 def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
-    """Computes the one-sided lower limit on a rate, in [0, 1). Method and arguments are as in
-    :func:`upper_limit`.
-    """
+    """Computes the one-sided lower limit on a rate, in [0, 1), like :func:`upper_limit`."""
     broken, n = _checked_counts(broken, n)
     return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
-    """Computes a Clopper-Pearson interval for the rate k / n. `choices` intervals hold jointly with
-    90 % confidence.
+    """Computes a Clopper-Pearson interval for the rate k / n.
+
+    `choices` intervals hold jointly with 90 % confidence.
     """
     confidence = 1 - 0.05 / max(1, choices)
     return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
@@ -79,8 +83,9 @@ def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def limit_at_level(broken: int, n: int, level: float) -> float:
-    """Computes `upper_limit` by bisection. The error probability `level` may be so small that 1 -
-    level rounds to 1.
+    """Computes `upper_limit` by bisection.
+
+    The error probability `level` may be so small that 1 - level rounds to 1.
     """
     if broken == n:
         return 1.0
@@ -94,14 +99,11 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """Computes the probability of at most k successes in n independent draws, each with probability
-    p in (0, 1).
-    """
+    """Computes the probability of at most k successes in n draws with probability p in (0, 1)."""
     if k >= n:
         return 1.0
-    odds = p / (
-        1 - p
-    )  # terms are summed from k away from the mean; all are positive, so no digits cancel
+    # Terms are summed from k away from the mean; all are positive, so no digits cancel.
+    odds = p / (1 - p)
     if k <= n * p:
         return min(1.0, _pmf(k, n, p) * _falling(k, n + 1 - k, 1 / odds))
     return max(0.0, 1 - _pmf(k + 1, n, p) * _falling(n - k - 1, k + 2, odds))
@@ -113,8 +115,9 @@ def _pmf(k: int, n: int, p: float) -> float:
 
 
 def _falling(top: int, bottom: int, factor: float) -> float:
-    """Sums 1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)), a binomial tail over
-    its largest term.
+    """Sums a binomial tail over its largest term.
+
+    The sum is 1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)).
     """
     total = term = 1.0
     while top and term > NEGLIGIBLE * total:
@@ -129,7 +132,8 @@ def p_worse(*, repaired: int, broken: int) -> float:
     than
     are repaired.
 
-    It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped.
+    It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped. So it is small if far
+    more samples break than are repaired.
 
     Example:
         >>> p_worse(repaired=0, broken=5)
@@ -139,10 +143,9 @@ def p_worse(*, repaired: int, broken: int) -> float:
 
 
 def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
-    """Computes the exact two-sided p-value of "a flip is as likely a repair as a break". It is 1 if
-    there are no flips.
+    """Computes the exact two-sided p-value of "a flip is as likely a repair as a break".
 
-    If the data chose among several results, `choices` is their number, for a Bonferroni correction.
+    It is 1 if there are no flips. If the data chose among several results, `choices` is their number, for a Bonferroni correction.
 
     Example:
         >>> round(sign_test(3, 20), 4)
@@ -153,9 +156,7 @@ def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
 
 
 def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
-    """Decides by `sign_test` at a level of 5 % if a model is better or worse. The arguments are
-    those
-    of `sign_test`.
+    """Decides by `sign_test` at a level of 5 % if a model is better or worse.
 
     Example:
         >>> evidence_of(14, 16), evidence_of(3, 20)
@@ -166,9 +167,19 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
     return "better" if repaired > broken else "worse"
 
 
+def net_repairs_in_standard_errors(*, repaired: int, broken: int) -> float:
+    """Returns repaired minus broken in units of its standard error, if both are Poisson counts."""
+    return (repaired - broken) / math.sqrt(max(1, repaired + broken))
+
+
+def variance_of_net_rate(*, repaired: int, broken: int, passed: int) -> float:
+    """Returns the variance of (repaired - broken) / passed, if both are Poisson counts."""
+    return (repaired + broken) / max(1, passed) ** 2
+
+
 @dataclass(frozen=True)
 class Bound:
-    """A limit on the rate at which samples like the calibration data break. `Bound.of` computes it.
+    """A limit on the rate at which samples like the calibration data break.
 
     `broken` of `n` samples that were right before are wrong after. The true rate is at most `upper`
     with `confidence`.
@@ -189,9 +200,7 @@ class Bound:
 
     @classmethod
     def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
-        """Computes the bound of Clopper and Pearson. Arguments and errors are those of
-        :func:`upper_limit`.
-        """
+        """Computes the bound of Clopper and Pearson, like :func:`upper_limit`."""
         return cls.at_level(broken, n, 1 - check_confidence(confidence))
 
     @classmethod
@@ -210,17 +219,21 @@ class Bound:
 
 
 def percent_up(rate: float) -> str:
-    """Formats a limit in percent with two decimals or, below 0.1 %, two digits. Rounds up, so that
-    it stays valid.
+    """Formats a limit in percent with two decimals or, below 0.1 %, two digits.
+
+    Rounds up, so that the limit stays valid.
     """
     percent = Decimal(repr(rate)) * 100
-    places = 2 if percent >= Decimal("0.1") or not percent else 1 - percent.adjusted()
+    places = 2
+    if 0 < percent < Decimal("0.1"):
+        places = 1 - percent.adjusted()
     return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
 
 
 def show_confidence(confidence: float) -> str:
-    """Formats a confidence in percent. Rounds its distance from 100 % to two digits: 0.9998765
-    becomes `99.988 %`.
+    """Formats a confidence in percent: 0.9998765 becomes `99.988 %`.
+
+    Rounds the distance from 100 % to two digits.
     """
     return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
 
@@ -238,20 +251,24 @@ def check_confidence(confidence: float, argument: str = "confidence") -> float:
     return float(confidence)
 
 
-def _checked_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
-    found = []
-    for argument, value in (("broken", broken), ("n", n)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or index(value) < 0:
-            raise ConfigurationError(
-                f"`{argument}={value!r}` is no count.", "give a whole number from 0."
-            )
-        found.append(index(value))
-    if found[0] > found[1]:
+def _checked_counts(broken: object, n: object) -> tuple[int, int]:
+    n_broken, n_samples = _checked_count("broken", broken), _checked_count("n", n)
+    if n_broken > n_samples:
         raise ConfigurationError(
-            f"`broken={found[0]}` is more than `n={found[1]}`.",
-            "`n` is the number of samples that were right before; `broken` counts only samples among these.",
+            f"`broken={n_broken}` is more than `n={n_samples}`.",
+            "`n` is the number of samples that were right before; "
+            "`broken` counts only samples among these.",
         )
-    return found[0], found[1]
+    return n_broken, n_samples
+
+
+def _checked_count(argument: str, value: object) -> int:
+    # Any whole number will do, such as that of NumPy; a bool is a mistake.
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or index(value) < 0:
+        raise ConfigurationError(
+            f"`{argument}={value!r}` is no count.", "give a whole number from 0."
+        )
+    return index(value)
 
 
 @dataclass(frozen=True)
@@ -273,9 +290,7 @@ class Selection:
 
 
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
-    """Computes an upper limit in (0, 1] on the rate of broken samples, from data that have also
-    chosen
-    the weights.
+    """Computes an upper limit on the rate of broken samples, from data that also chose the weights.
 
     `broken` of the `n` samples that were right before are wrong after. The limit is that of Clopper
     and Pearson for an error probability, which depends on a = 1 - confidence and C =
@@ -290,5 +305,6 @@ def limit_after(broken: int, n: int, selection: Selection, confidence: float) ->
     level = 1 - confidence
     if selection.allowed is not None:
         return limit_at_level(min(selection.allowed, n), n, level * ORDERED_LEVEL_SHARE)
-    rest = level * (1 - ORDERED_LEVEL_SHARE) if selection.ordered else level
-    return limit_at_level(broken, n, rest / selection.states)
+    if selection.ordered:
+        level *= 1 - ORDERED_LEVEL_SHARE
+    return limit_at_level(broken, n, level / selection.states)
