@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import lightning_nrl.methods.budget as budget
 from lightning_nrl._utils.device import is_out_of_memory
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.state import changed
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
@@ -29,14 +30,8 @@ from lightning_nrl.records.steps import PricePoint, Rung, Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 
 PATIENCE_OF_PRICES = 3  # `Convex.patience` in the rung `exact`
-PRICE_LEVELS = (
-    0.0,
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    1.0,
-)  # for `Solution.price`, shares of passed samples that may break
+# For `Solution.price`, shares of passed samples that may break.
+PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
 
 
 @dataclass(frozen=True)
@@ -93,29 +88,33 @@ class Auto(Method):
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
         results = _Ladder(problem, self.swarm).run()
-        number, why = chosen_rung(results)
         solutions = [result.solution for result in results]
-        taken = Solution(None, why) if number is None else solutions[number]
-        # The report shows the search of the rung taken, or the last search if no rung is taken.
-        shown = (
-            taken
-            if number is not None
-            else next((one for one in solutions[::-1] if one.result is not None), taken)
-        )
+        index, why = chosen_rung(results)
+        if index is None:
+            taken, reason, choice = Solution(None), why, ""
+            shown = _last_search(solutions)
+        else:
+            taken, reason, choice = solutions[index], "", why
+            shown = taken
         return Solution(
             taken.proposal,
-            why if number is None else "",
+            reason,
             tuple(step for solution in solutions for step in solution.steps),
             localization=shown.localization,
             result=shown.result,
             n_passed=shown.n_passed,
             held_out=taken.held_out,
-            rungs=tuple(result.record(problem, number == i) for i, result in enumerate(results)),
-            choice="" if number is None else why,
-            price=price_points(
-                both for solution in solutions for both in _counted(problem, solution)
-            ),
+            rungs=tuple(result.record(problem, i == index) for i, result in enumerate(results)),
+            choice=choice,
+            price=price_points(_counted(problem, solutions)),
         )
+
+
+def _last_search(solutions: Sequence[Solution]) -> Solution:
+    for solution in reversed(solutions):
+        if solution.result is not None:
+            return solution
+    return Solution(None)
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,9 @@ class RungResult:
     def usable(self) -> Proposal | None:
         """The proposal if it repairs a target and the gate allows what it breaks, else None."""
         proposal = self.solution.proposal
-        return (
-            proposal if proposal is not None and proposal.repaired and not proposal.excess else None
-        )
+        if proposal is None or not proposal.repaired or proposal.excess:
+            return None
+        return proposal
 
     @property
     def was_cut(self) -> bool:
@@ -144,24 +143,32 @@ class RungResult:
         return not steps or any(step.was_cut for step in steps)
 
     def record(self, problem: Problem, taken: bool) -> Rung:
-        proposal, counts = self.solution.proposal, (0, 0, 0, 0)
+        proposal = self.solution.proposal
+        counts = TargetCounts(0, 0, 0, 0)
         if proposal is not None:
-            found, live = (
-                problem.target_counts(proposal.after),
-                dict(problem.model.named_parameters()),
-            )
-            new = {
-                name: value
-                for name, value in changed(problem.model, proposal.state).items()
-                if name in live
-            }
-            n_changed = sum(
-                int((live[k].detach() != v.to(live[k].device)).sum()) for k, v in new.items()
-            )
-            counts = proposal.repaired, found.repaired, found.broken, n_changed
+            counts = problem.target_counts(proposal.after)
         return Rung(
-            self.name, *counts, round(self.seconds, 3), self.solution.held_out, taken, self.note
+            self.name,
+            0 if proposal is None else proposal.repaired,
+            counts.repaired,
+            counts.broken,
+            0 if proposal is None else _n_changed(problem, proposal),
+            round(self.seconds, 3),
+            self.solution.held_out,
+            taken,
+            self.note,
         )
+
+
+def _n_changed(problem: Problem, proposal: Proposal) -> int:
+    """Counts the parameters, without buffers, that a proposal changes."""
+    parameters = dict(problem.model.named_parameters())
+    n_changed = 0
+    for name, value in changed(problem.model, proposal.state).items():
+        if name in parameters:
+            old = parameters[name].detach()
+            n_changed += int((old != value.to(old.device)).sum())
+    return n_changed
 
 
 class _Ladder:
@@ -170,45 +177,50 @@ class _Ladder:
     """
 
     def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
-        self.problem, self.searcher = problem, searcher
+        self.problem = problem
+        self.searcher = searcher
         self.is_one_layer = _is_one_layer(problem)
         self.held_out_rows = None if problem.update else draw_held_out_rows(problem)
         self.trains = not problem.update and not self.is_one_layer
-        whole = problem.deadline_of_method()
-        share = 1.0
-        if self.trains and whole.leaves(least_seconds(problem)):
-            hurries = not whole.leaves(least_seconds(problem, budget.FEW_EPOCHS))
-            share = budget.HURRIED_SEARCH_TIME_SHARE if hurries else budget.SEARCH_TIME_SHARE
-        self.shares_time = whole.is_set and share < 1
-        self.end = whole.within(share * whole.agreed_seconds_left()) if whole.is_set else whole
+        self.end = problem.deadline_of_method()  # of the rungs before `training`
+        share = self._time_share_before_training()
+        self.shares_time = self.end.is_set and share < 1
+        self.end = self._within(share)
+
+    def _time_share_before_training(self) -> float:
+        if not self.trains or not self.end.leaves(least_seconds(self.problem)):
+            return 1.0
+        if self.end.leaves(least_seconds(self.problem, budget.FEW_EPOCHS)):
+            return budget.SEARCH_TIME_SHARE
+        return budget.HURRIED_SEARCH_TIME_SHARE
+
+    def _within(self, share: float) -> Deadline:
+        if not self.end.is_set:
+            return self.end
+        return self.end.within(share * self.end.agreed_seconds_left())
 
     def run(self) -> list[RungResult]:
         """Runs all rungs. If time is left, rungs that `max_time` cut run again, and the better
         result counts.
         """
-        problem = self.problem
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
-        if problem.update:
+        if self.problem.update:
             rungs["polish"] = self._polish
-        elif problem.whole or self.is_one_layer:
+        elif self.problem.whole or self.is_one_layer:
             rungs["exact"] = self._exact
         if self.trains:
             rungs["training"] = self._training
-        found = {name: self._run_rung(name, solve) for name, solve in rungs.items()}
-        results = {name: result for name, result in found.items() if result is not None}
+        results: dict[str, RungResult] = {}
+        for name, solve in rungs.items():
+            result = self._run_rung(name, solve)
+            if result is not None:
+                results[name] = result
         if self.shares_time:
-            self.end = problem.deadline_of_method()
-            for name in [
-                name for name, result in results.items() if name != "training" and result.was_cut
-            ]:
-                again, best = self._run_rung(name, rungs[name]), results[name].usable
-                if again is None:
-                    continue
-                is_better = again.usable is not None and (
-                    best is None or again.usable.rank > best.rank
-                )
-                if is_better or (best is None and not again.was_cut):
-                    results[name] = again
+            self.end = self.problem.deadline_of_method()
+            for name, result in list(results.items()):
+                if name != "training" and result.was_cut:
+                    again = self._run_rung(name, rungs[name])
+                    results[name] = _better_result(result, again)
         return list(results.values())
 
     def _run_rung(self, name: str, solve: Callable[[], Solution | None]) -> RungResult | None:
@@ -224,37 +236,34 @@ class _Ladder:
 
     def _search(self) -> Solution:
         def search(problem: Problem) -> Solution:
+            end = self._within(1 / 4)
             return _safely(
-                problem,
-                lambda: warm_started_search(problem, self.searcher, (), end=self._within(1 / 4)),
+                problem, partial(warm_started_search, problem, self.searcher, (), end=end)
             )
 
         solution = search(self.problem)
-        return (
-            self._add_held_out(solution, search)
-            if solution.proposal and solution.proposal.repaired
-            else solution
-        )
+        if solution.proposal is None or not solution.proposal.repaired:
+            return solution
+        return self._add_held_out(solution, search)
 
     def _exact(self) -> Solution | None:
         """Repairs the chosen layer by a solver, then searches. Returns None if no solver suits the
         layer or task.
         """
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
-        convex = Convex(PATIENCE_OF_PRICES, seconds, budget.MAX_PAIRS)
-        for method in (convex, Linearized()) if self.is_one_layer else (convex,):
-            solve = partial(_solved, method=method)
+        methods: list[Method] = [Convex(PATIENCE_OF_PRICES, seconds, budget.MAX_PAIRS)]
+        if self.is_one_layer:
+            methods.append(Linearized())
+        for method in methods:
+            solve = partial(_solve, method=method)
             try:
                 solution = self._add_held_out(solve(self.problem), solve)
             except ConfigurationError:
                 continue
-            if solution.proposal is not None:
-                last = self._searched_from(solution.proposal, self.end)
-                # The held-out samples are not counted again after the search.
-                solution = replace(
-                    last, steps=(*solution.steps, *last.steps), held_out=solution.held_out
-                )
-            return solution
+            if solution.proposal is None:
+                return solution
+            # The held-out samples are not counted again after the search.
+            return replace(self._search_from(solution, self.end), held_out=solution.held_out)
         return None
 
     def _training(self) -> Solution:
@@ -265,15 +274,21 @@ class _Ladder:
         solution = Polish(share=budget.UPDATE_TIME_SHARE)(self.problem)
         if solution.proposal is None:
             return solution
-        last = self._searched_from(solution.proposal, self.problem.deadline_of_method())
-        return replace(last, steps=(*solution.steps, *last.steps))
+        return self._search_from(solution, self.problem.deadline_of_method())
 
-    def _searched_from(self, base: Proposal, end: Deadline) -> Solution:
+    def _search_from(self, start: Solution, end: Deadline) -> Solution:
+        """Searches from the proposal of a solution. The result has the steps of both."""
+        base = start.proposal
+        assert base is not None
         search = partial(
             warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end
         )
         solution = _safely(self.problem, search, base)
-        return replace(solution, proposal=solution.proposal or base)
+        return replace(
+            solution,
+            proposal=solution.proposal or base,
+            steps=(*start.steps, *solution.steps),
+        )
 
     def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
         """If a solution has no held-out counts, solves again without the held-out samples and
@@ -286,35 +301,42 @@ class _Ladder:
         # be no estimate.
         if trial.proposal is None or trial.reason:
             return solution
-        return replace(
-            solution,
-            held_out=estimate(self.problem.before, trial.proposal.after, self.held_out_rows),
-        )
+        counts = estimate(self.problem.before, trial.proposal.after, self.held_out_rows)
+        return replace(solution, held_out=counts)
 
-    def _within(self, share: float) -> Deadline:
-        return (
-            self.end.within(share * self.end.agreed_seconds_left()) if self.end.is_set else self.end
-        )
+
+def _better_result(first: RungResult, second: RungResult | None) -> RungResult:
+    """Compares a rung that was cut with a second run."""
+    if second is None:
+        return first
+    if first.usable is None:
+        return first if second.was_cut and second.usable is None else second
+    if second.usable is None or second.usable.rank <= first.usable.rank:
+        return first
+    return second
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     """Chooses a rung by the rules of `Auto`. Returns its index, or None if no rung can be taken,
     and the reason.
     """
-    usable = {i: one for i, result in enumerate(results) if (one := result.usable) is not None}
+    usable: dict[int, Proposal] = {}
+    for i, result in enumerate(results):
+        if result.usable is not None:
+            usable[i] = result.usable
     if not usable:
-        given = (result.solution.reason for result in results if result.solution.reason)
-        reasons = dict.fromkeys(f"{reason[0].upper()}{reason[1:]}" for reason in given)
-        return None, " ".join(reasons) or "no rung repairs a target within the gate."
-    fewest = min(one.missing for one in usable.values())
-    counts = {i: results[i].solution.held_out for i, one in usable.items() if one.missing == fewest}
+        return None, _why_none(results)
+    fewest = min(proposal.missing for proposal in usable.values())
+    counts = {
+        i: results[i].solution.held_out
+        for i, proposal in usable.items()
+        if proposal.missing == fewest
+    }
     harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best_of_value: dict[
-        float, int
-    ] = {}  # from the value of repairs to the rung with the highest net rate
+    best_of_value: dict[float, int] = {}  # the rung with the highest net rate, by value of repairs
     for i in harmless:
-        other = best_of_value.get(usable[i].value)
-        if other is None or net_rate(counts[i]) > net_rate(counts[other]):
+        rival = best_of_value.setdefault(usable[i].value, i)
+        if net_rate(counts[i]) > net_rate(counts[rival]):
             best_of_value[usable[i].value] = i
     best, *larger = sorted(best_of_value.values())
     for i in larger:
@@ -323,56 +345,76 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     return best, _choice(results, best)
 
 
+def _why_none(results: Sequence[RungResult]) -> str:
+    reasons = [result.solution.reason for result in results if result.solution.reason]
+    sentences = dict.fromkeys(f"{reason[0].upper()}{reason[1:]}" for reason in reasons)
+    return " ".join(sentences) or "no rung repairs a target within the gate."
+
+
 def _choice(results: Sequence[RungResult], best: int) -> str:
     taken = results[best]
     text = f"`{taken.name}` is taken: it {_repairs(taken)}."
-    for other in (*results[:best], *results[best + 1 :]):
-        none = f"has no result: {other.solution.reason or 'it repairs no target within the gate.'}"
-        text += f" `{other.name}` {f'{_repairs(other)}.' if other.usable else none}"
+    for i, result in enumerate(results):
+        if i == best:
+            continue
+        if result.usable:
+            text += f" `{result.name}` {_repairs(result)}."
+        else:
+            reason = result.solution.reason or "it repairs no target within the gate."
+            text += f" `{result.name}` has no result: {reason}"
     return text
 
 
 def _repairs(result: RungResult) -> str:
     proposal, counts = result.solution.proposal, result.solution.held_out
     n = 0 if proposal is None else proposal.repaired
-    text = f"repairs {n:,} target{'s' * (n != 1)}"
+    text = f"repairs {plural(n, 'target')}"
     if counts is None:
         return text
-    repaired, broken = (
-        f"{counts.repaired:,} of {counts.n - counts.passed:,}",
-        f"{counts.broken:,} of {counts.passed:,}",
+    return (
+        f"{text}; of the held-out samples it repairs "
+        f"{counts.repaired:,} of {counts.n - counts.passed:,} failed "
+        f"and breaks {counts.broken:,} of {counts.passed:,} passed ones"
     )
-    return f"{text}; of the held-out samples it repairs {repaired} failed and breaks {broken} passed ones"
 
 
-Counted = tuple[
-    TargetCounts, TargetCounts | None
-]  # counts of all known samples, and of the held-out samples or None
+# Counts of all known samples, and of the held-out samples or None.
+Counted = tuple[TargetCounts, TargetCounts | None]
 
 
-def _counted(problem: Problem, solution: Solution) -> Iterator[Counted]:
-    for proposal in (solution.proposal, *solution.others):
-        if proposal is not None:
-            yield problem.target_counts(proposal.after), solution.held_out
-    for counts in solution.tried:
-        yield counts, solution.held_out
+def _counted(problem: Problem, solutions: Iterable[Solution]) -> Iterator[Counted]:
+    for solution in solutions:
+        for proposal in (solution.proposal, *solution.others):
+            if proposal is not None:
+                yield problem.target_counts(proposal.after), solution.held_out
+        for counts in solution.tried:
+            yield counts, solution.held_out
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
     """Returns, for each share in `PRICE_LEVELS`, the counts with most repairs in which at most this
     share breaks.
     """
-    counted, points = list(counted), []
+
+    def rank(pair: Counted) -> tuple[int, int, int]:
+        counts, _ = pair
+        return counts.repaired_in_target, -counts.broken, counts.repaired
+
+    ranked = sorted(counted, key=rank, reverse=True)
+    points = []
     for level in PRICE_LEVELS:
-        within = [both for both in counted if both[0].broken <= level * both[0].passed]
-        if within:
-            known, held_out = max(
-                within,
-                key=lambda both: (both[0].repaired_in_target, -both[0].broken, both[0].repaired),
-            )
-            points.append(
-                PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out)
-            )
+        for counts, held_out in ranked:
+            if counts.broken <= level * counts.passed:
+                points.append(
+                    PricePoint(
+                        level,
+                        counts.broken,
+                        counts.repaired_in_target,
+                        counts.repaired,
+                        held_out,
+                    )
+                )
+                break
     return tuple(points)
 
 
@@ -381,16 +423,14 @@ def _is_one_layer(problem: Problem) -> bool:
         return False
     site = problem.space.sites[0]
     prefix = f"{site.name}." if site.name else ""
-    return set(problem.scope) <= {
-        f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)
-    }
+    names = {f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)}
+    return set(problem.scope) <= names
 
 
-def _solved(problem: Problem, method: Method) -> Solution:
+def _solve(problem: Problem, method: Method) -> Solution:
     name = type(method).__name__.lower()
-    return problem.work.once(
-        name, partial(_safely, problem, partial(method, problem), name=name), Solution
-    )
+    work = partial(_safely, problem, partial(method, problem), name=name)
+    return problem.work.once(name, work, Solution)
 
 
 def _safely(
@@ -411,5 +451,6 @@ def _safely(
         if problem.collective.world_size > 1 or not is_out_of_memory(error):
             raise
         reason = "out of memory"
-    repaired, broken = (0, 0) if base is None else (base.repaired, base.broken)
+    repaired = 0 if base is None else base.repaired
+    broken = 0 if base is None else base.broken
     return Solution(None, f"{reason}.", (Step(name, repaired, broken, 0.0, f"not run: {reason}"),))

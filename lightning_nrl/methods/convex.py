@@ -1,12 +1,12 @@
-"""Repairs the last Linear layer by convex optimisation at several prices; cross-validation
-chooses one of them.
+"""Repairs the last Linear layer by convex optimisation at several prices; cross-validation chooses
+one of them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.method import Method
@@ -37,7 +39,6 @@ from lightning_nrl.search.scoring.replay_plan import same_values
 # Prices of a target's missing margin. At 1 the median target would just be repaired on its own.
 PRICES = tuple(2.0**power for power in range(-4, 6))
 N_FOLDS = 4  # each sample from data sets with failures to repair is held out once
-REGRESSION_PRICE = 1  # of a held-out regression, in held-out repairs
 # Parts of the change, tried in turn, since the deployed model may round differently from the
 # recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
@@ -48,18 +49,18 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 @dataclass(frozen=True)
 class Convex(Method):
     """Repairs the last Linear layer by the smallest change of the logits that breaks no known
-    passed
-    sample.
+    passed sample.
 
     The margin that a target lacks has a price: a higher price repairs more and changes more. Ten
-    prices are tried, from low to high. The price with most repairs minus regressions in cross-validation wins.
+    prices are tried, from low to high. The price with most repairs minus regressions in
+    cross-validation wins.
 
     Attributes:
-        patience: stops after this many prices in a row without a better held-out result. None
-            means no limit.
+        patience: stops after this many prices in a row without a better held-out result. None means
+            no limit.
         seconds: time limit in seconds.
-        max_pairs: stops after a price that needs more than this number of constraints. A
-            constraint is about one sample and one wrong class. None means no limit.
+        max_pairs: stops after a price that needs more than this number of constraints. A constraint
+            is about one sample and one wrong class. None means no limit.
 
     Raises:
         ConfigurationError: on construction, for a `patience` or `max_pairs` below 1; when called,
@@ -72,77 +73,103 @@ class Convex(Method):
     max_pairs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("patience", "max_pairs"):
-            if getattr(self, name) is not None:
-                check_whole(f"Convex.{name}", getattr(self, name), 1)
+        for name, number in (("patience", self.patience), ("max_pairs", self.max_pairs)):
+            if number is not None:
+                check_whole(f"Convex.{name}", number, 1)
 
     def check_recording(self, recording: ActivationCache) -> None:
         """Raises a `ConfigurationError` if the layer is not a Linear layer whose output is the
         logits.
         """
         _check_layers(recording.space)
-        if any(_read_chunk(recording, chunk) is None for chunk in recording.chunks(ROWS_PER_COPY)):
+        if not _outputs_are_logits(recording):
             raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
         """Solves at each price and takes the price that does best on held-out samples."""
-        began, before = time.perf_counter(), problem.before
+        began = time.perf_counter()
+        before, clock = problem.before, problem.clock
         _check_layers(problem.space)
-        check_needs(Convex.needs, before, problem.evaluator.task)
+        check_needs(self.needs, before, problem.evaluator.task)
         end = problem.deadline_of_method().within(self.seconds)
-        if not end.leaves(RECORDING_PASSES * problem.clock.one_pass):
+        if not end.leaves(RECORDING_PASSES * clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
-        with problem.clock.stage("record"):
+        with clock.stage("record"):
             known = _KnownHead.recorded(problem)
-        with problem.clock.stage("solve"):
+        with clock.stage("solve"):
             # Time is kept to count the chosen change in the deployed model.
-            end = end.earlier(problem.clock.one_pass)
-            changes, held_out = _path(problem, known, self, end)
-            is_cut = problem.deadline.is_set and len(changes) < len(PRICES) and end.is_over()
-            if not changes:
-                return Solution(None, NO_TIME_TO_SOLVE)
-            points = [
-                problem.counted(
-                    f"convex, price {price:g}", {}, replace(before, passed=known.right(change))
+            end = end.earlier(clock.one_pass)
+            solved = _solve(problem, known, self, end)
+            is_cut = problem.deadline.is_set and len(solved) < len(PRICES) and end.is_over()
+            is_folded = _folds(problem) >= 0
+            alternatives = [
+                _Alternative(
+                    price,
+                    change,
+                    problem.counted(
+                        f"convex, price {price:g}", {}, replace(before, passed=known.right(change))
+                    ),
+                    estimate(before, replace(before, passed=held_out_right), is_folded),
+                    _worth(problem, held_out_right),
                 )
-                for change, price in zip(changes, PRICES, strict=False)
+                for price, (change, held_out_right) in zip(PRICES, solved, strict=False)
             ]
+        if not alternatives:
+            return Solution(None, NO_TIME_TO_SOLVE)
         del known
-        seconds, folded = (time.perf_counter() - began) / len(points), _folds(problem) >= 0
-        estimates = [estimate(before, replace(before, passed=right), folded) for right in held_out]
-        steps = [
-            replace(
-                point.step(
-                    seconds,
-                    f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken",
-                ),
-                kind="alternative",
-            )
-            for point, counts in zip(points, estimates, strict=True)
-        ]
-        worth = [_worth(problem, right) for right in held_out]
-        best = max(
-            range(len(worth)),
-            key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i),
-        )
-        others = (point for i, point in enumerate(points) if i != best and point.repaired)
-        tried = tuple(problem.target_counts(point.after) for point in others)
-        with problem.clock.stage("judge"):
+        seconds = (time.perf_counter() - began) / len(alternatives)
+        best = max(alternatives, key=lambda alternative: alternative.rank)
+        with clock.stage("judge"):
             began = time.perf_counter()
-            proposal, share = _deployed(problem, changes[best])
-            seconds = time.perf_counter() - began
-            note = f"price {PRICES[best]:g} is chosen" + (
-                f", {share:.0%} of it" if share < 1 else ""
-            )
-            note += f"; higher prices were {CUT}" if is_cut else ""
-            steps.append(
-                proposal.step(seconds, note, was_cut=is_cut)
-                if proposal
-                else Step("convex", 0, 0, round(seconds, 3), note, is_cut)
-            )
-        none = "the change of the layer that is best on held-out samples repairs no target without a regression."
-        reason = "" if proposal else none
-        return Solution(proposal, reason, tuple(steps), tried=tried, held_out=estimates[best])
+            proposal, fraction = _deployed(problem, best.change)
+            note = f"price {best.price:g} is chosen"
+            if fraction < 1:
+                note += f", {fraction:.0%} of it"
+            if is_cut:
+                note += f"; higher prices were {CUT}"
+            last_step = _last_step(proposal, time.perf_counter() - began, note, is_cut)
+        reason = (
+            "the change of the layer that is best on held-out samples repairs no target "
+            "without a regression."
+        )
+        return Solution(
+            proposal,
+            "" if proposal else reason,
+            (*(alternative.step(seconds) for alternative in alternatives), last_step),
+            tried=tuple(
+                problem.target_counts(alternative.proposal.after)
+                for alternative in alternatives
+                if alternative is not best and alternative.proposal.repaired
+            ),
+            held_out=best.held_out,
+        )
+
+
+def _last_step(proposal: Proposal | None, seconds: float, note: str, is_cut: bool) -> Step:
+    if proposal is None:
+        return Step("convex", 0, 0, round(seconds, 3), note, is_cut)
+    return proposal.step(seconds, note, was_cut=is_cut)
+
+
+@dataclass(frozen=True)
+class _Alternative:
+    """The change at one price, which held-out samples may choose."""
+
+    price: float
+    change: Tensor  # C x d
+    proposal: Proposal  # counts by the recording, without weights
+    held_out: TargetCounts  # in cross-validation
+    worth: float  # repairs minus regressions in cross-validation
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """Sort key, larger is better: fewest missing repairs, most worth, any repair, low price."""
+        return -self.proposal.missing, self.worth, self.proposal.repaired > 0, -self.price
+
+    def step(self, seconds: float) -> Step:
+        counts = self.held_out
+        note = f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken"
+        return replace(self.proposal.step(seconds, note), kind="alternative")
 
 
 def _check_layers(space: ParameterSpace) -> None:
@@ -157,33 +184,32 @@ def _check_layers(space: ParameterSpace) -> None:
 
 
 def _not_last(space: ParameterSpace) -> ConfigurationError:
+    layer = space.sites[0].name
     return ConfigurationError(
-        f"`method='convex'`: the output of `layer={space.sites[0].name!r}` is not the model's logits.",
+        f"`method='convex'`: the output of `layer={layer!r}` is not the model's logits.",
         "name the last Linear layer, or use `method='linearized'`.",
     )
 
 
 @torch.no_grad()
-def _path(
+def _solve(
     problem: Problem, known: _KnownHead, method: Convex, end: Deadline
-) -> tuple[list[Tensor], list[Tensor]]:
-    collective, n, logits = problem.collective, len(PRICES), known.head.logits
-    changes = torch.zeros(
-        n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype
-    )
-    right, made = (
-        torch.zeros(n, len(known.rows), dtype=torch.uint8),
-        torch.zeros((), dtype=torch.int64),
-    )
+) -> list[tuple[Tensor, Tensor]]:
+    """Collects the results of `_path`, which runs on the first rank, on all ranks."""
+    collective, logits = problem.collective, known.head.logits
+    shape = (len(PRICES), logits.shape[1], known.head.n_features)
+    changes = torch.zeros(shape, device=logits.device, dtype=logits.dtype)
+    right = torch.zeros(len(PRICES), len(known.rows), dtype=torch.uint8)
+    n_solved = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, held_out) in enumerate(_solved(problem, known, method, end)):
-            changes[i], right[i] = change, held_out
-            made += 1
-    changes, right, made = (collective.agreed(x) for x in (changes, right, made))
-    return list(changes[: int(made)]), list(right[: int(made)].bool())
+        for i, (change, held_out_right) in enumerate(_path(problem, known, method, end)):
+            changes[i], right[i] = change, held_out_right
+            n_solved += 1
+    changes, right = collective.agreed(changes), collective.agreed(right).bool()
+    return list(zip(changes, right, strict=True))[: int(collective.agreed(n_solved))]
 
 
-def _solved(
+def _path(
     problem: Problem, known: _KnownHead, method: Convex, end: Deadline
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields for each price the change, `C x d`, and which samples are right in the
@@ -198,41 +224,52 @@ def _solved(
         return end.seconds_left <= 0  # of this rank, which solves for all ranks
 
     fold = _folds(problem)
-    kept = (~problem.copies(fold == number)[known.rows] for number in range(N_FOLDS))
-    used = [None, *(rows.to(known.head.label.device) for rows in kept)]
-    paths = [
-        regularization_path(known.head, PRICES, rows, is_over, method.max_pairs) for rows in used
+    device = known.head.label.device
+    kept_in_folds = [
+        ~problem.copies(fold == number)[known.rows].to(device) for number in range(N_FOLDS)
     ]
-    worth: list[float] = []
+    paths = [
+        regularization_path(known.head, PRICES, kept, is_over, method.max_pairs)
+        for kept in (None, *kept_in_folds)
+    ]
+    worths: list[float] = []
     for _ in PRICES:
-        made: list[Tensor | None] = []
-        for path in paths:
-            change = None if is_over() else next(path, None)
-            if change is None and (worth or not made):
-                return
-            made.append(change)
-        if worth and is_over():
+        changes = _next_changes(paths, is_over, is_first=not worths)
+        if not changes or (worths and is_over()):
             return
+        change, *changes_of_folds = changes
+        assert change is not None
         right = problem.before.passed.clone()
-        for number, change in enumerate(made[1:]):
-            if change is not None:
-                right = torch.where(fold == number, known.right(change), right)
-        assert made[0] is not None
-        yield made[0], right
-        worth.append(_worth(problem, right))
-        problem.clock.tell(len(worth), len(PRICES))
-        is_past = (
-            method.patience is not None
-            and len(worth) - 1 - worth.index(max(worth)) >= method.patience
-        )
-        if is_over() or is_past:
+        for number, change_of_fold in enumerate(changes_of_folds):
+            if change_of_fold is not None:
+                right = torch.where(fold == number, known.right(change_of_fold), right)
+        yield change, right
+        worths.append(_worth(problem, right))
+        problem.clock.tell(len(worths), len(PRICES))
+        n_stalled = len(worths) - 1 - worths.index(max(worths))
+        if is_over() or (method.patience is not None and n_stalled >= method.patience):
             return
+
+
+def _next_changes(
+    paths: Sequence[Iterator[Tensor]], is_over: Callable[[], bool], *, is_first: bool
+) -> list[Tensor | None]:
+    """Returns the next change of each path. Only at the first price, and never in the first path,
+    may a change be None because time is over. Otherwise returns an empty list.
+    """
+    changes: list[Tensor | None] = []
+    for path in paths:
+        change = None if is_over() else next(path, None)
+        if change is None and not (is_first and changes):
+            return []
+        changes.append(change)
+    return changes
 
 
 def _worth(problem: Problem, right: Tensor) -> float:
     before, weight = problem.before, problem.before.finite_weight
     lost = float(weight[before.passed & ~right].sum())
-    return float(weight[before.targeted & right].sum()) - REGRESSION_PRICE * lost
+    return float(weight[before.targeted & right].sum()) - lost
 
 
 def _folds(problem: Problem) -> Tensor:
@@ -240,11 +277,12 @@ def _folds(problem: Problem) -> Tensor:
     samples get -1.
     """
     before = problem.before
-    fold, here = torch.full_like(before.label, -1), problem.came_with_failures & problem.used
+    fold = torch.full_like(before.label, -1)
+    eligible = problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
     for kind in (before.passed, before.targeted, ~before.passed & ~before.targeted):
-        which = (here & kind).nonzero().flatten()
-        fold[which] = torch.randperm(len(which), generator=generator) % N_FOLDS
+        rows = (eligible & kind).nonzero().flatten()
+        fold[rows] = torch.randperm(len(rows), generator=generator) % N_FOLDS
     return fold
 
 
@@ -252,46 +290,43 @@ def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]
     """Finds the largest part of a change with which the deployed model breaks nothing. None if it
     repairs nothing.
     """
-    for number, share in enumerate(DEPLOYED_FRACTIONS):
-        if number and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
+    for fraction in DEPLOYED_FRACTIONS:
+        if fraction < 1 and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
             break
-        proposal = problem.propose("convex", _state(problem, share * change))
+        proposal = problem.propose("convex", _state(problem, fraction * change))
         if not proposal.broken:
-            return (proposal if proposal.repaired else None), share
+            return (proposal if proposal.repaired else None), fraction
     return None, 0.0
 
 
-def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
+def _state(problem: Problem, change: Tensor) -> State:
     site = problem.space.sites[0]
-    weight, bias = site.module.weight.detach(), _bias_name(problem)
+    layer = site.module
+    weight = layer.weight.detach()
     n_in = weight.shape[1]
     if len(weight) == 1:
         change = change[1:] - change[:1]
     state = {next(iter(site.parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
-    if bias is not None and site.module.bias is not None:
-        state[bias] = (site.module.bias.detach() + change[:, n_in]).to(weight.dtype)
+    bias = _bias_name(problem)
+    if bias is not None and layer.bias is not None:
+        state[bias] = (layer.bias.detach() + change[:, n_in]).to(weight.dtype)
     return state
 
 
 def _bias_name(problem: Problem) -> str | None:
     site = problem.space.sites[0]
     name = next(iter(site.parameters)).removesuffix("weight") + "bias"
-    return (
-        name
-        if site.module.bias is not None and (name in problem.scope or site.include_bias)
-        else None
-    )
+    may_change = name in problem.scope or site.include_bias
+    return name if site.module.bias is not None and may_change else None
 
 
 @dataclass(frozen=True)
 class _KnownHead:
-    """The layer's values: `head` has passed and targeted samples (`rows`, `N` bool), `rest` all
-    other known samples.
-    """
+    """The recorded layer on the known samples."""
 
-    rows: Tensor
-    head: ConvexHead
-    rest: ConvexHead
+    rows: Tensor  # N bool, passed and targeted samples
+    head: ConvexHead  # the layer on these samples
+    remaining: ConvexHead  # the layer on all other known samples
 
     @classmethod
     def recorded(cls, problem: Problem) -> _KnownHead:
@@ -300,31 +335,40 @@ class _KnownHead:
         """
         before = problem.before
         features, logits = _recorded(problem)
-        device, ones = features.device, _bias_name(problem) is not None
-        if ones and len(features) <= ROWS_PER_BLOCK:
-            features, ones = F.pad(features, (0, 1), value=1.0), False
+        needs_ones = _bias_name(problem) is not None
+        if needs_ones and len(features) <= ROWS_PER_BLOCK:
+            features, needs_ones = F.pad(features, (0, 1), value=1.0), False
 
         def head(rows: Tensor) -> ConvexHead:
-            own = rows.to(device)
-            weight = before.weight.to(features)[own] if before.weighted else None
-            label, targeted = before.label.to(device)[own], before.targeted.to(device)[own]
-            if bool(rows.all()):
-                return ConvexHead(features, logits, label, targeted, weight, None, ones)
-            if len(rows) <= ROWS_PER_BLOCK:
-                return ConvexHead(features[own], logits[own], label, targeted, weight, None, ones)
+            chosen = rows.to(features.device)
+            weight = before.weight.to(features)[chosen] if before.weighted else None
+            inputs, outputs, indices = features, logits, None
+            if len(rows) > ROWS_PER_BLOCK:
+                # Large data are not copied.
+                indices = None if bool(rows.all()) else chosen.nonzero().flatten()
+            elif not rows.all():
+                inputs, outputs = features[chosen], logits[chosen]
             return ConvexHead(
-                features, logits, label, targeted, weight, own.nonzero().flatten(), ones
+                inputs,
+                outputs,
+                before.label.to(chosen.device)[chosen],
+                before.targeted.to(chosen.device)[chosen],
+                weight,
+                indices,
+                needs_ones,
             )
 
         rows = before.passed | before.targeted
         return cls(rows, head(rows), head(~rows))
 
     def right(self, change: Tensor) -> Tensor:
-        right, rest = torch.zeros_like(self.rows), torch.zeros_like(self.rest.targeted)
+        right_of_remaining = torch.zeros_like(self.remaining.targeted)
+        for block in self.remaining.blocks():
+            predictions = self.remaining.changed(change, block).argmax(1)
+            right_of_remaining[block] = predictions == self.remaining.label[block]
+        right = torch.zeros_like(self.rows)
         right[self.rows] = self.head.right(change).cpu()
-        for some in self.rest.blocks():
-            rest[some] = self.rest.changed(change, some).argmax(1) == self.rest.label[some]
-        right[~self.rows] = rest.cpu()
+        right[~self.rows] = right_of_remaining.cpu()
         return right
 
 
@@ -338,15 +382,16 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
     except InseparableBatchError as error:
         raise _not_last(problem.space) from error
-    found = _inputs_and_logits(recording)
-    if collective.any(found is None):
+    recorded = _inputs_and_logits(recording)
+    if collective.any(recorded is None):
         raise _not_last(problem.space)
-    assert found is not None
+    assert recorded is not None
+    features, logits = recorded
     rows = torch.cat(collective.gather(recording.rows))
     del recording
-    features, logits = (
-        found if collective.world_size == 1 else (torch.cat(collective.gather(x)) for x in found)
-    )
+    if collective.world_size > 1:
+        features = torch.cat(collective.gather(features))
+        logits = torch.cat(collective.gather(logits))
     if not torch.equal(rows, torch.arange(len(rows))):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
@@ -354,45 +399,53 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     return features, F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
 
 
+def _outputs_are_logits(recording: ActivationCache) -> bool:
+    return all(_read_chunk(recording, chunk) for chunk in recording.chunks(ROWS_PER_COPY))
+
+
 def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    held = _recorded_tensors(recording)
+    """Returns the layer's inputs and logits, or None if its outputs are not the logits."""
+    stored = _stored_tensors(recording)
+    if stored is not None:
+        return stored if _outputs_are_logits(recording) else None
+    # Allocated once, since two copies of large data may not fit.
     n, (n_out, n_in) = len(recording.rows), recording.space.sites[0].module.weight.shape
-    x, y = held or (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
+    x = torch.empty(n, n_in, device=recording.space.device)
+    y = torch.empty(n, n_out, device=recording.space.device)
     start = 0
     for chunk in recording.chunks(ROWS_PER_COPY):
         part = _read_chunk(recording, chunk)
         if part is None:
             return None
-        if held is None:
-            x, y = x.to(part[0].dtype), y.to(part[0].dtype)
-            here = slice(start, start + len(chunk))
-            x[here], y[here] = part
-            start += len(chunk)
+        inputs, outputs = part
+        x, y = x.to(inputs.dtype), y.to(inputs.dtype)
+        rows = slice(start, start + len(chunk))
+        x[rows], y[rows] = inputs, outputs
+        start += len(chunk)
     return x, y
 
 
-def _recorded_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
+def _stored_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
     """Returns the recorded tensors, which saves a copy, or None if they cannot be used as they are."""
     if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
-    whole = next(iter(recording.chunks()), None)
-    if whole is None or not recording.is_replayable(whole):
+    chunk = next(iter(recording.chunks()), None)
+    if chunk is None or not recording.is_replayable(chunk):
         return None
-    x, y = recording.activations(whole)
-    fits = all(
-        t.ndim == 2 and t.is_contiguous() and t.dtype in (torch.float32, torch.float64)
-        for t in (x, y)
-    )
-    return (x, y) if fits and x.dtype == y.dtype else None
+    x, y = recording.activations(chunk)
+    fits = x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64)
+    is_plain = x.ndim == y.ndim == 2 and x.is_contiguous() and y.is_contiguous()
+    return (x, y) if fits and is_plain else None
 
 
 def _read_chunk(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
     """Returns the layer's inputs and outputs for a chunk, or None if the outputs are not the
     logits.
     """
-    if recording.is_replayable(chunk):
-        x, y = recording.activations(chunk)
-        logits = recording.replay(chunk, lambda site, x, y: y)
-        if x.ndim == 2 and same_values(y, logits):
-            return at_least_float32(x), at_least_float32(y)
-    return None
+    if not recording.is_replayable(chunk):
+        return None
+    x, y = recording.activations(chunk)
+    logits = recording.replay(chunk, lambda site, x, y: y)
+    if x.ndim != 2 or not same_values(y, logits):
+        return None
+    return at_least_float32(x), at_least_float32(y)
