@@ -36,7 +36,7 @@ from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
 from lightning_nrl.methods.solvers.convex_head import KEPT_MARGIN_RATIO
 from lightning_nrl.methods.solvers.qp import solve_dual
-from lightning_nrl.methods.solvers.whitening import Whitening, fit_whitening, margin_gradients
+from lightning_nrl.methods.solvers.whitening import fit_whitening, margin_gradients
 from lightning_nrl.records.steps import CUT, Step
 
 # Upper limit of a passed sample's required margin, and a target's required margin, in units of the
@@ -44,33 +44,29 @@ from lightning_nrl.records.steps import CUT, Step
 # margins.
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 MAX_STALLED_LINEARIZATIONS = 2  # rounds in a row without a better proposal
-MAX_ROWS = 1000  # samples of one programme, at most half of them targets; time grows with the square of this
-MAX_PROGRAMME_ENTRIES = (
-    2**27
-)  # samples x weights, half a GiB in float32; in larger layers only some weights change
+# Samples of one programme, at most half of them targets. Time grows with the square of this.
+MAX_ROWS = 1000
+# Samples x weights, half a GiB in float32. In larger layers only some weights change.
+MAX_PROGRAMME_ENTRIES = 2**27
 CORRECTIONS = 2  # further solutions of a round, corrected by the error of the prediction
 STEP_FRACTIONS = (0.5, 0.25)  # of the step, tried if the whole step breaks something
 REGRESSION_COST = 3  # weighs broken samples against repairs if all steps of a round break something
 # Price of a passed sample's missing margin, relative to a target's. It is finite, so that there is
 # a solution even if samples are broken or gradients contradict each other.
 PASSED_PRICE_FACTOR = 1e3
-RADIUS_GROWTH, RADIUS_SHRINKAGE = (
-    2.0,
-    0.25,
-)  # used if the whole step broke nothing, or if all steps broke something
+RADIUS_GROWTH = 2.0  # if the whole step broke nothing
+RADIUS_SHRINKAGE = 0.25  # if all steps broke something
 
 
 @dataclass(frozen=True)
 class Linearized(Method):
-    """Repairs any Linear or convolution layers without breaking a known passed sample, in a few
-    dozen
-    forward passes.
+    """Repairs any Linear or convolution layers without breaking a known passed sample.
 
-    Each step is computed from the gradients of the margins of targets and of passed samples near
-    the boundary. By these gradients, the step gives targets a fixed margin if possible. Passed
-    samples keep half of their margin, or the fixed margin if that is less. Of all such steps, the
-    smallest is taken: it changes the layers' outputs on passed data least, in the mean square. A
-    step that breaks a known sample is corrected or shortened.
+    It takes a few dozen forward passes. Each step is computed from the gradients of the margins of
+    targets and of passed samples near the boundary. By these gradients, the step gives targets a
+    fixed margin if possible. Passed samples keep half of their margin, or the fixed margin if that
+    is less. Of all such steps, the smallest is taken: it changes the layers' outputs on passed data
+    least, in the mean square. A step that breaks a known sample is corrected or shortened.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
@@ -81,124 +77,132 @@ class Linearized(Method):
         """
         check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
-        took = FIRST_ROUND_PASSES * clock.one_pass
-        if not deadline.leaves(took):
+        seconds = FIRST_ROUND_PASSES * clock.one_pass
+        if not deadline.leaves(seconds):
             return Solution(
                 None,
                 f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.",
             )
-        entries = (
-            MAX_PROGRAMME_ENTRIES
-            if problem.memory_limit is None
-            else min(MAX_PROGRAMME_ENTRIES, problem.memory_limit // 8)
-        )
         with clock.stage("linearize"):
-            whitening = fit_whitening(
-                problem, max(1, entries // min(MAX_ROWS, len(problem.before)))
-            )
-        run = _TrustRegionSteps(problem, whitening)
-        while not run.is_done and deadline.leaves(took):
+            run = _TrustRegionSteps(problem)
+        while not run.is_done and deadline.leaves(seconds):
             began = time.perf_counter()
             if not run.round():
                 return Solution(
                     None, "the margins of the targets do not depend on the layer's weights."
                 )
-            took = time.perf_counter() - began
+            seconds = time.perf_counter() - began
         if run.steps and not run.is_done:
             last = run.steps[-1]
             run.steps[-1] = replace(last, note=f"{last.note}; {CUT}", was_cut=True)
-        if not run.found:
+        if not run.proposals:
             reason = "no step along the gradients repairs a target without a regression."
             return Solution(None, reason, tuple(run.steps))
-        *others, proposal = run.found
-        return Solution(proposal, steps=tuple(run.steps), others=tuple(others))
+        *earlier, proposal = run.proposals
+        return Solution(proposal, steps=tuple(run.steps), others=tuple(earlier))
 
 
-Try = tuple[
-    Proposal, Tensor
-]  # a proposal and its change of the original weights, in `K` scaled coordinates
+@dataclass(frozen=True)
+class _Try:
+    proposal: Proposal
+    change: Tensor  # K, of the original weights, in scaled coordinates
+    is_clean: bool  # True if it breaks nothing, even at another batch size
+
+    @property
+    def worth(self) -> float:
+        return self.proposal.value - REGRESSION_COST * self.proposal.cost
 
 
 class _TrustRegionSteps:
-    """Steps from the original weights. Proposals in `found` break nothing; each is better than the
+    """Steps from the original weights. Each of `proposals` breaks nothing and is better than the
     proposal before.
     """
 
-    def __init__(self, problem: Problem, whitening: Whitening) -> None:
+    def __init__(self, problem: Problem) -> None:
         before = problem.before
-        self.problem, self.whitening = problem, whitening
+        self.problem = problem
+        entries = MAX_PROGRAMME_ENTRIES
+        if problem.memory_limit is not None:
+            entries = min(entries, problem.memory_limit // 8)
+        n_coordinates = max(1, entries // min(MAX_ROWS, len(before)))
+        self.whitening = fit_whitening(problem, n_coordinates)
         unit = before.margin_unit
-        keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
-        self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
+        kept = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
+        self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, kept)
         # Margins that an accepted step must keep: less than the required margins, which a step may
         # miss by rounding.
         rounding = coarse_rounding(problem.evaluator.precision, before)
-        self.least = (keep / 2).clamp(
-            max=max(SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN), rounding)
-        )
-        self.after, self.closest = before, before.margin
-        self.change: Tensor | None = None
-        self.radius, self.price = torch.inf, 0.0
-        self.found: list[Proposal] = []
+        safe = SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN)
+        self.least = (kept / 2).clamp(max=max(safe, rounding))
+        self.after = before  # results of the present weights
+        self.closest = before.margin  # smallest margin of each sample at any weights tried
+        self.change = torch.zeros(self.whitening.size)  # to the present weights
+        self.radius = torch.inf
+        self.price = 0.0
+        self.proposals: list[Proposal] = []
         self.steps: list[Step] = []
-        self.stalled = 0
+        self.n_stalled = 0
 
     @property
     def is_done(self) -> bool:
-        is_over = (
-            len(self.steps) >= MAX_LINEARIZATIONS or self.stalled >= MAX_STALLED_LINEARIZATIONS
-        )
-        return is_over or self._repaired >= int(self.problem.before.targeted.sum())
+        if len(self.steps) >= MAX_LINEARIZATIONS or self.n_stalled >= MAX_STALLED_LINEARIZATIONS:
+            return True
+        return self._n_repaired >= int(self.problem.before.targeted.sum())
 
     @property
-    def _repaired(self) -> int:
-        return self.found[-1].repaired if self.found else 0
+    def _n_repaired(self) -> int:
+        return self.proposals[-1].repaired if self.proposals else 0
 
     def round(self) -> bool:
         """Linearises, solves and makes a step. Returns False if no target's margin depends on the
         weights.
         """
         began = time.perf_counter()
-        with self.problem.clock.stage("linearize"):
-            self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self._repaired, 0)
-            linearized, here = self._linearized()
+        clock = self.problem.clock
+        with clock.stage("linearize"):
+            clock.tell(len(self.steps), MAX_LINEARIZATIONS, self._n_repaired, 0)
+            linearized = self._linearize()
         self.price = self.price or linearized.price
         if not self.price:
             return False
-        tries, note = self._tried(linearized, here)
-        clean = [one for one in tries if self._is_clean(one[0].after)]
-        length = float((tries[-1][1] - here).norm())
+        start = self.change.to(linearized.gradients)
+        tries, note = self._try_steps(linearized, start)
+        clean = [step for step in tries if step.is_clean]
+        length = float((tries[-1].change - start).norm())
         if not clean:
             self.radius = RADIUS_SHRINKAGE * length
         elif len(tries) == 1:
             self.radius = max(self.radius, RADIUS_GROWTH * length)
         elif len(tries) > 1 + CORRECTIONS:
             self.radius = length
-        best, place = max(clean or tries, key=lambda one: _worth(one[0]))
-        if clean or _worth(best) >= (self.found[-1].value if self.found else 0.0):
-            self.after, self.change = best.after, place
-        self.stalled += 1
-        if clean and (not self.found or best.rank > self.found[-1].rank) and best.repaired:
-            self.found.append(best)
-            self.stalled = 0
-        self.steps.append(
-            best.step(time.perf_counter() - began, f"{len(linearized.rows):,} gradients, {note}")
-        )
+        best = max(clean or tries, key=lambda step: step.worth)
+        self._accept(best)
+        note = f"{len(linearized.rows):,} gradients, {note}"
+        self.steps.append(best.proposal.step(time.perf_counter() - began, note))
         return True
 
-    def _linearized(self) -> tuple[_LinearizedMargins, Tensor]:
-        """Linearises at the present weights; also returns their change from the original weights,
-        `K` coordinates.
-        """
+    def _accept(self, step: _Try) -> None:
+        last = self.proposals[-1] if self.proposals else None
+        if step.is_clean or step.worth >= (0.0 if last is None else last.value):
+            self.after, self.change = step.proposal.after, step.change
+        self.n_stalled += 1
+        is_better = last is None or step.proposal.rank > last.rank
+        if step.is_clean and is_better and step.proposal.repaired:
+            self.proposals.append(step.proposal)
+            self.n_stalled = 0
+
+    def _linearize(self) -> _LinearizedMargins:
+        """Linearises at the present weights."""
         before = self.problem.before
-        change = torch.zeros(self.whitening.size) if self.change is None else self.change
-        state = self.whitening.state(change.to(self.problem.space.device))
+        state = self.whitening.state(self.change.to(self.problem.space.device))
         rows, gradients = margin_gradients(self.problem, self._near(), self.whitening, state)
-        margin, required = (x[rows].to(gradients) for x in (_margins(self.after), self.required))
-        targeted = before.targeted[rows].to(gradients.device)
-        weight = before.weight[rows].to(gradients) if before.weighted else None
-        return _LinearizedMargins(rows, gradients, margin, required, targeted, weight), change.to(
-            gradients
+        return _LinearizedMargins(
+            rows,
+            gradients,
+            margin=_margins(self.after)[rows].to(gradients),
+            required=self.required[rows].to(gradients),
+            targeted=before.targeted[rows].to(gradients.device),
+            weight=before.weight[rows].to(gradients) if before.weighted else None,
         )
 
     def _near(self) -> Tensor:
@@ -206,52 +210,46 @@ class _TrustRegionSteps:
         by its weight.
         """
         before, margin = self.problem.before, _margins(self.after)
-        targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
+        targets = before.targeted.nonzero().flatten()
         distance = margin[targets].abs() / before.weight[targets].to(margin)
         targets = targets[distance.argsort(stable=True)[: MAX_ROWS // 2]]
+        passed = before.passed.nonzero().flatten()
         closest = torch.minimum(self.closest, margin)[passed]
         passed = passed[closest.argsort(stable=True)[: MAX_ROWS - len(targets)]]
         return torch.cat([targets, passed]).sort().values
 
-    def _tried(self, linearized: _LinearizedMargins, here: Tensor) -> tuple[list[Try], str]:
+    def _try_steps(self, linearized: _LinearizedMargins, start: Tensor) -> tuple[list[_Try], str]:
         """Corrects, then shortens a step until it breaks nothing; returns all tries and a note for
         the report.
         """
-        tries: list[Try] = []
-        error = start = None
+        tries: list[_Try] = []
+        error = multipliers = None
         for number in range(1 + CORRECTIONS):
             with self.problem.clock.stage("solve"):
-                step, start = linearized.step(self.price, error, start)
+                step, multipliers = linearized.step(self.price, error, multipliers)
                 length = float(step.norm())
-                step = step * (self.radius / length) if length > self.radius else step
+                if length > self.radius:
+                    step = step * (self.radius / length)
                 step = self.problem.collective.agreed(step)
-            tries.append(self._proposed(here + step))
-            if self._is_clean(tries[-1][0].after):
+            tries.append(self._evaluate(start + step))
+            if tries[-1].is_clean:
                 return tries, "the whole step" + (f", corrected {number} times" if number else "")
-            real = _margins(tries[-1][0].after)[linearized.rows].to(linearized.margin)
-            error = real - (linearized.margin + linearized.gradients @ step)
+            margin = _margins(tries[-1].proposal.after)[linearized.rows].to(linearized.margin)
+            error = margin - (linearized.margin + linearized.gradients @ step)
         for fraction in STEP_FRACTIONS:
-            tries.append(self._proposed(here + fraction * step))
-            if self._is_clean(tries[-1][0].after):
+            tries.append(self._evaluate(start + fraction * step))
+            if tries[-1].is_clean:
                 return tries, f"{fraction:.0%} of the step"
         return tries, "still breaks some samples"
 
-    def _proposed(self, change: Tensor) -> Try:
+    def _evaluate(self, change: Tensor) -> _Try:
         with self.problem.clock.stage("judge"):
             proposal = self.problem.propose("linearized", self.whitening.state(change))
-        self.closest = torch.minimum(self.closest, _margins(proposal.after))
-        return proposal, change
-
-    def _is_clean(self, after: SampleResults) -> bool:
-        """True if every known passed sample passes, by a margin that rounding at another batch size
-        does not exceed.
-        """
-        right = after.passed & (_margins(after) >= self.least)
-        return not bool((self.problem.before.passed & ~right).any())
-
-
-def _worth(proposal: Proposal) -> float:
-    return proposal.value - REGRESSION_COST * proposal.cost
+        margin = _margins(proposal.after)
+        self.closest = torch.minimum(self.closest, margin)
+        # By a margin that rounding at another batch size does not exceed.
+        right = proposal.after.passed & (margin >= self.least)
+        return _Try(proposal, change, not bool((self.problem.before.passed & ~right).any()))
 
 
 def _margins(results: SampleResults) -> Tensor:
@@ -277,20 +275,23 @@ class _LinearizedMargins:
         """Price of missing margin at which the median target alone is repaired; 0 if no step can
         help a target.
         """
-        length, missing = self.gram.diagonal(), (self.required - self.margin).to(self.gram)
-        some = self.targeted & (missing > 0) & (length > 0)
-        return float((missing[some] / length[some]).median()) if some.any() else 0.0
+        length = self.gram.diagonal()
+        missing = (self.required - self.margin).to(self.gram)
+        repairable = self.targeted & (missing > 0) & (length > 0)
+        if not repairable.any():
+            return 0.0
+        return float((missing[repairable] / length[repairable]).median())
 
     def step(
         self, price: float, error: Tensor | None, start: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Returns a step, `K`, and its multipliers, `m`. `error`, `m`, is added to the predicted
-        margins.
+        margins. `start` are the multipliers to start at.
         """
-        missing = (
-            self.required - self.margin if error is None else self.required - self.margin - error
-        )
-        own = price if self.weight is None else price * self.weight
-        limit = torch.where(self.targeted, own, PASSED_PRICE_FACTOR * price).to(self.gram)
-        values = solve_dual(self.gram, missing.to(self.gram), limit, start).values
-        return self.gradients.T @ values.to(self.gradients), values
+        missing = self.required - self.margin
+        if error is not None:
+            missing = missing - error
+        of_target = price if self.weight is None else price * self.weight
+        limit = torch.where(self.targeted, of_target, PASSED_PRICE_FACTOR * price).to(self.gram)
+        multipliers = solve_dual(self.gram, missing.to(self.gram), limit, start).values
+        return self.gradients.T @ multipliers.to(self.gradients), multipliers
