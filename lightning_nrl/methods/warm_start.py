@@ -31,9 +31,8 @@ from lightning_nrl.search.fitness import FitnessFunction
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 NO_TIME_FOR_SEARCH = f"not run: {CUT}"
 KEPT_MARGIN_SHARE = 0.5  # share of its margin that a sample has to keep
-SUFFICIENT_MARGIN = (
-    0.04  # share of the median margin of passed samples that suffices; a polish reaches it
-)
+# Share of the median margin of passed samples that suffices. A polish reaches it.
+SUFFICIENT_MARGIN = 0.04
 
 
 def warm_started_search(
@@ -44,9 +43,7 @@ def warm_started_search(
     base: State = ORIGINAL_WEIGHTS,
     end: Deadline | None = None,
 ) -> Solution:
-    """Puts `base` into the network, localises weights in the chosen layers, then searches new
-    values
-    for them.
+    """Puts `base` into the network, localises weights, then searches new values for them.
 
     Returns the best of `base`, the proposals and the result of the search. In the search, a sample
     that passes with `base` must keep half of its margin, or the share `SUFFICIENT_MARGIN` of the
@@ -60,60 +57,81 @@ def warm_started_search(
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:
         start = problem.original("base")
-    end = problem.deadline_of_method() if end is None else end
+    if end is None:
+        end = problem.deadline_of_method()
     if not end.leaves(preparation_seconds(problem)):
-        best = better([start, *proposals])
-        step = (
-            Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH, was_cut=True)
-            if best is None
-            else _step(best, 0.0, NO_TIME_FOR_SEARCH, was_cut=True)
-        )
-        return Solution(best, "no time was left for a search.", (step,))
+        return _without_time(better([start, *proposals]))
     if start is None:
         with problem.clock.stage("judge"):
             start = problem.propose("base", base)
     best = better([start, *proposals]) or start
     problem = problem.steered(start.after)
-    before, passes = problem.before, start.after.passed
-    reserve = _reserve(problem, start)
-    failed = before.targeted & ~passes
-    kept = before.passed | (passes & ~before.targeted & problem.used)
-    narrow = None if failed.any() else _narrow(problem, start)
-    if narrow is not None and not narrow.any():
+    goal = _goal(problem, start, end)
+    if goal is None:
         note = "not run: no target is left to repair and no sample is near the boundary"
         return Solution(best, steps=(_step(best, 0.0, note),))
-    if narrow is not None and reserve is not None:
-        failed, kept = narrow, (kept | before.targeted) & ~narrow
-        reserve = reserve.where(~narrow, _sufficient(problem))
-    fitness = _constrained(problem, start)
-    goal = SearchGoal(failed, passes & problem.used & ~failed, kept, fitness, reserve, end, narrow)
-    original = problem.space.parameters
+    elites = partial(_elites, problem.space, problem.space.parameters, proposals)
     with temporary_weights(problem.model, base):
-        elites = partial(_elites, problem.space, original, proposals)
-        found = localize_and_search(problem, searcher, goal, elites)
-    new = None
-    if found.state is not None:
+        search = localize_and_search(problem, searcher, goal, elites)
+    final, improvement = best, "compared with its start: no change"
+    if search.state is not None:
         with problem.clock.stage("judge"):
-            new = problem.propose("swarm", {**base, **found.state})
-    final = better([best, new]) or best
-    improvement = _improvement(best, final)
-    if narrow is not None and new is not None and new.rank >= best.rank:
-        was, now = (int(_narrow(problem, one).sum()) for one in (start, new))
-        final, improvement = (
-            (new, f"{was - now:,} of {was:,} margins widened") if now < was else (best, improvement)
-        )
-    return found.solution(
-        final,
-        steps=(
-            _step(
-                final, found.search.seconds, f"{found.note}; {improvement}", was_cut=found.was_cut
-            ),
-        ),
-    )
+            new = problem.propose("swarm", {**base, **search.state})
+        final, improvement = _compared(problem, start, best, new, widens=goal.scored is not None)
+    note = f"{search.note}; {improvement}"
+    step = _step(final, search.search.seconds, note, was_cut=search.was_cut)
+    return search.solution(final, steps=(step,))
+
+
+def _without_time(best: Proposal | None) -> Solution:
+    step = Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH, was_cut=True)
+    if best is not None:
+        step = _step(best, 0.0, NO_TIME_FOR_SEARCH, was_cut=True)
+    return Solution(best, "no time was left for a search.", (step,))
 
 
 def _step(proposal: Proposal, seconds: float, note: str, *, was_cut: bool = False) -> Step:
     return replace(proposal.step(seconds, note, was_cut=was_cut), name="swarm")
+
+
+def _goal(problem: Problem, start: Proposal, end: Deadline) -> SearchGoal | None:
+    """Returns the goal of a search from `start`: to repair targets or, if all are repaired, to
+    widen small margins. None if there are none.
+    """
+    before, passes = problem.before, start.after.passed
+    failed = before.targeted & ~passes
+    kept = before.passed | (passes & ~before.targeted & problem.used)
+    reserve = _reserve(problem, start)
+    narrow = None
+    if not failed.any():
+        narrow = _narrow(problem, start)
+        if not narrow.any():
+            return None
+        if reserve is not None:
+            failed = narrow
+            kept = (kept | before.targeted) & ~narrow
+            reserve = reserve.where(~narrow, _sufficient(problem))
+    passed = passes & problem.used & ~failed
+    return SearchGoal(failed, passed, kept, _constrained(problem, start), reserve, end, narrow)
+
+
+def _compared(
+    problem: Problem, start: Proposal, best: Proposal, new: Proposal, *, widens: bool
+) -> tuple[Proposal, str]:
+    """Returns the proposal to take, and how it differs from the best proposal so far."""
+    final = better([best, new]) or best
+    differences = []
+    if final.broken != best.broken:
+        differences.append(f"{final.broken - best.broken:+,} broken")
+    if final.repaired != best.repaired:
+        differences.append(f"{final.repaired - best.repaired:+,} repaired")
+    improvement = f"compared with its start: {' and '.join(differences) or 'no change'}"
+    if not widens or new.rank < best.rank:
+        return final, improvement
+    n_before, n_after = (int(_narrow(problem, proposal).sum()) for proposal in (start, new))
+    if n_after < n_before:
+        return new, f"{n_before - n_after:,} of {n_before:,} margins widened"
+    return best, improvement
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
@@ -140,18 +158,16 @@ def _elites(
     without duplicates.
     """
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
-    states: list[State] = [*(proposal.state for proposal in ranked), {}]
-    own = space.flat()[where]
-    found: list[Tensor] = []
-    for state in states:
-        whole = {**original, **state}
-        flat = torch.cat([whole[name].detach().flatten() for name in space.parameters])
-        values = flat.to(own)[where]
-        if values.isfinite().all() and not any(
-            torch.equal(values, other) for other in (own, *found)
-        ):
-            found.append(values)
-    return torch.stack(found[:n_elites]) if found else own.new_zeros(0, len(own))
+    present = space.flat()[where]
+    rows = [present]
+    for state in (*(proposal.state for proposal in ranked), ORIGINAL_WEIGHTS):
+        tensors = {**original, **state}
+        flat = torch.cat([tensors[name].detach().flatten() for name in space.parameters])
+        values = flat.to(present)[where]
+        is_new = not any(torch.equal(values, row) for row in rows)
+        if is_new and values.isfinite().all():
+            rows.append(values)
+    return torch.stack(rows)[1 : 1 + n_elites]
 
 
 def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
@@ -161,10 +177,9 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
     margin = start.after.margin
     if margin.isnan().all():
         return None
+    rounding = coarse_rounding(problem.evaluator.precision, problem.before)
     kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0)
-    kept = kept.clamp(
-        0, max(_sufficient(problem), coarse_rounding(problem.evaluator.precision, problem.before))
-    )
+    kept = kept.clamp(0, max(_sufficient(problem), rounding))
     return torch.where(start.after.passed, kept, 0.0)
 
 
@@ -178,12 +193,3 @@ def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     counts = Flips.between(problem.before, start.after).counts(problem.used)
     constrained: FitnessFunction = fitness.as_constraint(float(problem.gate.allowed(counts)))
     return constrained
-
-
-def _improvement(best: Proposal, final: Proposal) -> str:
-    parts = []
-    if final.broken != best.broken:
-        parts.append(f"{final.broken - best.broken:+,} broken")
-    if final.repaired != best.repaired:
-        parts.append(f"{final.repaired - best.repaired:+,} repaired")
-    return f"compared with its start: {' and '.join(parts) or 'no change'}"
