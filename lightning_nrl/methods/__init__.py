@@ -1,8 +1,7 @@
 """Repair methods, one per file.
 
 In: a `Problem`. Out: a `Solution`. `solve` runs a method; it wraps a searcher in a `LocalSearch`.
-To add a method, write a frozen dataclass whose `__call__` takes a problem and returns a solution,
-and register it below.
+To add a method, write a frozen dataclass that inherits from `Method`, and register it below.
 """
 
 from typing import Any
@@ -48,16 +47,15 @@ METHODS.register("linearized")(Linearized)
 
 
 def solve(method: AnyMethod, problem: Problem) -> Solution:
-    """Runs a method on a problem; raises a `ConfigurationError` if the method does not return a
-    `Solution`.
-    """
-    solution: object = (
-        LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
-    )
+    """Runs a method on a problem; raises a `ConfigurationError` if it returns no `Solution`."""
+    solver = LocalSearch(method) if isinstance(method, Searcher) else method
+    solution: object = solver(problem)
     if not isinstance(solution, Solution):
+        kind = type(solution).__name__
         raise ConfigurationError(
-            f"`method`: {type(method).__name__} returned a {type(solution).__name__} instead of a `Solution`.",
-            "return `Solution(proposal)`, or `Solution(None, reason)` if no better weights were found.",
+            f"`method`: {type(method).__name__} returned a {kind} instead of a `Solution`.",
+            "return `Solution(proposal)`, "
+            "or `Solution(None, reason)` if no better weights were found.",
         )
     return solution
 

@@ -1,6 +1,4 @@
-"""`Auto`, the default method: tries repairs from the smallest change to the largest and takes one
-of them.
-"""
+"""`Auto`, the default method: tries repairs from the smallest to the largest and takes one."""
 
 from __future__ import annotations
 
@@ -82,8 +80,9 @@ class Auto(Method):
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Runs the rungs; raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds
-        no weights.
+        """Runs the rungs.
+
+        Raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds no weights.
         """
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
@@ -119,8 +118,9 @@ def _last_search(solutions: Sequence[Solution]) -> Solution:
 
 @dataclass(frozen=True)
 class RungResult:
-    """The result of one rung. `seconds` includes a second run of the rung, which gives the held-out
-    counts.
+    """The result of one rung.
+
+    `seconds` includes a second run of the rung, which gives the held-out counts.
     """
 
     name: str
@@ -172,8 +172,9 @@ def _n_changed(problem: Problem, proposal: Proposal) -> int:
 
 
 class _Ladder:
-    """Runs the rungs of `Auto`. Under `max_time` all rungs before `training` together get a part of
-    the time.
+    """Runs the rungs of `Auto`.
+
+    Under `max_time` all rungs before `training` together get a part of the time.
     """
 
     def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
@@ -200,8 +201,9 @@ class _Ladder:
         return self.end.within(share * self.end.agreed_seconds_left())
 
     def run(self) -> list[RungResult]:
-        """Runs all rungs. If time is left, rungs that `max_time` cut run again, and the better
-        result counts.
+        """Runs all rungs.
+
+        If time is left, rungs that `max_time` cut run again, and the better result counts.
         """
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if self.problem.update:
@@ -247,8 +249,9 @@ class _Ladder:
         return self._add_held_out(solution, search)
 
     def _exact(self) -> Solution | None:
-        """Repairs the chosen layer by a solver, then searches. Returns None if no solver suits the
-        layer or task.
+        """Repairs the chosen layer by a solver, then searches.
+
+        Returns None if no solver suits the layer or task.
         """
         seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
         methods: list[Method] = [Convex(PATIENCE_OF_PRICES, seconds, budget.MAX_PAIRS)]
@@ -291,9 +294,7 @@ class _Ladder:
         )
 
     def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
-        """If a solution has no held-out counts, solves again without the held-out samples and
-        counts their flips.
-        """
+        """Solves again without the held-out samples and counts their flips, unless that is done."""
         if self.held_out_rows is None or solution.held_out is not None or solution.proposal is None:
             return solution
         trial = solve(self.problem.without(self.held_out_rows))
@@ -317,8 +318,9 @@ def _better_result(first: RungResult, second: RungResult | None) -> RungResult:
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """Chooses a rung by the rules of `Auto`. Returns its index, or None if no rung can be taken,
-    and the reason.
+    """Chooses a rung by the rules of `Auto`.
+
+    Returns its index, or None if no rung can be taken, and the reason.
     """
     usable: dict[int, Proposal] = {}
     for i, result in enumerate(results):
@@ -392,8 +394,9 @@ def _counted(problem: Problem, solutions: Iterable[Solution]) -> Iterator[Counte
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
-    """Returns, for each share in `PRICE_LEVELS`, the counts with most repairs in which at most this
-    share breaks.
+    """Returns the counts with most repairs in which at most a share breaks.
+
+    There is a point for each share in `PRICE_LEVELS`.
     """
 
     def rank(pair: Counted) -> tuple[int, int, int]:
@@ -439,9 +442,7 @@ def _safely(
     base: Proposal | None = None,
     name: str = "swarm",
 ) -> Solution:
-    """Runs a search or method; if it finds no weights or lacks memory, returns a solution with only
-    a reason.
-    """
+    """Runs a search or method. If it finds no weights or lacks memory, returns only a reason."""
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:

@@ -6,16 +6,17 @@ pass visits all known samples once.
 
 | stage of the default | limit | share of `max_time` |
 |---|---|---|
-| search, exact solution | iterations of the searcher, `MAX_PAIRS` | `SEARCH_TIME_SHARE`, or all if no training fits |
+| search, exact solution | iterations of the searcher, `MAX_PAIRS` | `SEARCH_TIME_SHARE` |
 | training | its epochs over all known data | what is left, without the reserve for the polish |
 | polish | `POLISH_SHARE` of the visits of the training | what is left, without `JUDGING_PASSES` |
 | curve over strength | `CURVE_SHARE` of the visits of the training | what is left |
 | verdict | `JUDGING_PASSES` | |
 
 If there is time for fewer than `FEW_EPOCHS` of training, the searches get
-`HURRIED_SEARCH_TIME_SHARE`. A search that was cut runs again if the training leaves time. The
-reserve for the polish is `POLISH_PASSES`, but at most `POLISH_TIME_SHARE` of the time left. An
-update polishes for `UPDATE_TIME_SHARE` of the time left, then searches.
+`HURRIED_SEARCH_TIME_SHARE`. If no training fits, they get all time. A search that was cut runs
+again if the training leaves time. The reserve for the polish is `POLISH_PASSES`, but at most
+`POLISH_TIME_SHARE` of the time left. An update polishes for `UPDATE_TIME_SHARE` of the time left,
+then searches.
 """
 
 from __future__ import annotations
@@ -55,16 +56,14 @@ PACE_STEPS = 4  # steps of `distill` that are timed, after a first step that is 
 
 # Polish
 POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits
-STALLED_POLISH_SHARE = (
-    1 / 3
-)  # of the training's visits; a polish stops after so many without fewer violated samples
+# Of the training's visits. A polish stops after that many without fewer violated samples.
+STALLED_POLISH_SHARE = 1 / 3
 RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back
 MAX_STALLED_ROUNDS = 20  # without a result or a new low of violated samples
 MAX_ROUNDS = 100  # in total, even while fewer and fewer samples are violated
 MAX_RETREATS = 4
-FIRST_ENFORCING_ROUNDS = (
-    4  # with `max_time`, wrong targets are then not pushed; next time after twice as many
-)
+# With `max_time`, wrong targets are then not pushed; next time after twice as many.
+FIRST_ENFORCING_ROUNDS = 4
 ENFORCING_TIME_FRACTION = 0.4  # the same limit as a share of the time left
 
 # Convex and linearized

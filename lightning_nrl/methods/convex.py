@@ -1,6 +1,4 @@
-"""Repairs the last Linear layer by convex optimisation at several prices; cross-validation chooses
-one of them.
-"""
+"""Repairs the last Linear layer by convex optimisation; cross-validation chooses its price."""
 
 from __future__ import annotations
 
@@ -48,12 +46,11 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 @dataclass(frozen=True)
 class Convex(Method):
-    """Repairs the last Linear layer by the smallest change of the logits that breaks no known
-    passed sample.
+    """Repairs the last Linear layer by the smallest change of the logits that breaks no sample.
 
-    The margin that a target lacks has a price: a higher price repairs more and changes more. Ten
-    prices are tried, from low to high. The price with most repairs minus regressions in
-    cross-validation wins.
+    No known passed sample breaks. The margin that a target lacks has a price: a higher price
+    repairs more and changes more. Ten prices are tried, from low to high. The price with most
+    repairs minus regressions in cross-validation wins.
 
     Attributes:
         patience: stops after this many prices in a row without a better held-out result. None means
@@ -78,9 +75,7 @@ class Convex(Method):
                 check_whole(f"Convex.{name}", number, 1)
 
     def check_recording(self, recording: ActivationCache) -> None:
-        """Raises a `ConfigurationError` if the layer is not a Linear layer whose output is the
-        logits.
-        """
+        """Raises a `ConfigurationError` unless the logits are the output of a Linear layer."""
         _check_layers(recording.space)
         if not _outputs_are_logits(recording):
             raise _not_last(recording.space)
@@ -212,12 +207,11 @@ def _solve(
 def _path(
     problem: Problem, known: _KnownHead, method: Convex, end: Deadline
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields for each price the change, `C x d`, and which samples are right in the
-    cross-validation, `N` bool.
+    """Yields for each price the change, `C x d`, and a mask of samples, `N` bool.
 
-    The samples of a fold are predicted with the change that was fitted without them. If time runs
-    out at the first price, folds without a change are predicted with the original layer. A later
-    price is left out instead.
+    The mask marks the samples that are right in cross-validation. The samples of a fold are
+    predicted with the change that was fitted without them. If time runs out at the first price,
+    folds without a change are predicted with the original layer. A later price is left out instead.
     """
 
     def is_over() -> bool:
@@ -254,8 +248,9 @@ def _path(
 def _next_changes(
     paths: Sequence[Iterator[Tensor]], is_over: Callable[[], bool], *, is_first: bool
 ) -> list[Tensor | None]:
-    """Returns the next change of each path. Only at the first price, and never in the first path,
-    may a change be None because time is over. Otherwise returns an empty list.
+    """Returns the next change of each path, or an empty list if time is over.
+
+    At the first price, only the first path needs a change; the others may give None.
     """
     changes: list[Tensor | None] = []
     for path in paths:
@@ -273,8 +268,9 @@ def _worth(problem: Problem, right: Tensor) -> float:
 
 
 def _folds(problem: Problem) -> Tensor:
-    """Draws a fold, `N` int64, for each sample from data sets with failures to repair. Other
-    samples get -1.
+    """Draws a fold, `N` int64, for each sample from data sets with failures to repair.
+
+    Other samples get -1.
     """
     before = problem.before
     fold = torch.full_like(before.label, -1)
@@ -287,8 +283,9 @@ def _folds(problem: Problem) -> Tensor:
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
-    """Finds the largest part of a change with which the deployed model breaks nothing. None if it
-    repairs nothing.
+    """Finds the largest part of a change with which the deployed model breaks nothing.
+
+    Returns None in its place if it repairs nothing.
     """
     for fraction in DEPLOYED_FRACTIONS:
         if fraction < 1 and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
@@ -330,8 +327,9 @@ class _KnownHead:
 
     @classmethod
     def recorded(cls, problem: Problem) -> _KnownHead:
-        """Runs the model once; raises a `ConfigurationError` on all ranks if the layer's output is
-        not the logits.
+        """Runs the model once.
+
+        Raises a `ConfigurationError` on all ranks if the layer's output is not the logits.
         """
         before = problem.before
         features, logits = _recorded(problem)
@@ -374,9 +372,7 @@ class _KnownHead:
 
 @torch.no_grad()
 def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns the layer's inputs, `N x d`, and logits, `N x C`, of the known samples in order, at
-    least float32.
-    """
+    """Returns the layer's inputs, `N x d`, and logits, `N x C`, of the known samples in order."""
     collective = problem.collective
     try:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
@@ -426,7 +422,7 @@ def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | No
 
 
 def _stored_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """Returns the recorded tensors, which saves a copy, or None if they cannot be used as they are."""
+    """Returns the recorded tensors, which saves a copy, or None if they do not fit."""
     if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
     chunk = next(iter(recording.chunks()), None)
@@ -439,9 +435,7 @@ def _stored_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
 
 
 def _read_chunk(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """Returns the layer's inputs and outputs for a chunk, or None if the outputs are not the
-    logits.
-    """
+    """Returns the layer's inputs and outputs for a chunk, or None if the outputs are no logits."""
     if not recording.is_replayable(chunk):
         return None
     x, y = recording.activations(chunk)

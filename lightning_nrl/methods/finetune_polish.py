@@ -39,8 +39,9 @@ DOUBTED_VISITS = 1 / 5
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to make training steps: `distill` if `distilled`, AdamW if `rate` is given, else the
-    user's optimizers.
+    """A way to make training steps.
+
+    It is `distill` if `distilled`, AdamW if `rate` is given, else the user's optimizers.
     """
 
     name: str
@@ -270,9 +271,7 @@ class Halfway:
         return weight.where(used, 0.0)
 
     def _does_well(self, proposal: Proposal, gain: float) -> bool:
-        """True if many targets are repaired, or held-out repairs minus regressions exceed a
-        standard error.
-        """
+        """True if many targets are repaired, or held-out repairs exceed what may be chance."""
         n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
         return gain > 1 or proposal.repaired >= HEALTHY_REPAIRS * n_used
 
@@ -285,9 +284,7 @@ def _easy_samples(before: SampleResults, after: SampleResults) -> Tensor:
 
 
 def sample_weight(before: SampleResults) -> Tensor:
-    """Returns sampling weights, `N` float64. A target gets its sample weight, at most 10; other
-    samples get 1.
-    """
+    """Returns sampling weights, `N` float64: of a target its sample weight, at most 10; else 1."""
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
 
 

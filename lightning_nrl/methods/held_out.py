@@ -25,9 +25,7 @@ FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a sma
 
 
 def draw_held_out_rows(problem: Problem) -> Tensor | None:
-    """Draws the samples to hold out, `N` bool. Returns None if there are too few targets or passed
-    samples.
-    """
+    """Draws the samples to hold out, `N` bool, or None if targets or passed samples are too few."""
     before = problem.before
     eligible = problem.came_with_failures
     other_failures = ~before.passed & ~before.targeted
@@ -52,8 +50,9 @@ def draw_held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
-    """Counts the flips of the held-out samples `rows`, `N` bool. In `before`, no sample may be held
-    out.
+    """Counts the flips of the held-out samples `rows`, `N` bool.
+
+    In `before`, no sample may be held out.
     """
     return Flips.between(before, after).target_counts(before, rows)
 

@@ -1,8 +1,8 @@
-"""Repairs any layers by linearised margins. It linearises, solves, evaluates and steps in turn, and
-never trains.
+"""Repairs any layers by linearised margins.
 
-To first order, a sample's margin is linear in the weights of any layer. A round takes the gradients
-of some margins at the present weights and solves for the step x,
+It linearises, solves, evaluates and steps in turn, and never trains. To first order, a sample's
+margin is linear in the weights of any layer. A round takes the gradients of some margins at the
+present weights and solves for the step x,
 
     min over x 1/2 |x|^2 + price * (missing of targets + PASSED_PRICE_FACTOR * missing of passed
     samples).
@@ -72,8 +72,9 @@ class Linearized(Method):
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Steps from the original weights; raises a `ConfigurationError` if there are no margins or
-        gradients.
+        """Steps from the original weights.
+
+        Raises a `ConfigurationError` if there are no margins or gradients.
         """
         check_needs(self.needs, problem.before, problem.evaluator.task)
         clock, deadline = problem.clock, problem.deadline_of_method()
@@ -114,8 +115,9 @@ class _Try:
 
 
 class _TrustRegionSteps:
-    """Steps from the original weights. Each of `proposals` breaks nothing and is better than the
-    proposal before.
+    """Steps from the original weights.
+
+    Each of `proposals` breaks nothing and is better than the proposal before.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -154,8 +156,9 @@ class _TrustRegionSteps:
         return self.proposals[-1].repaired if self.proposals else 0
 
     def round(self) -> bool:
-        """Linearises, solves and makes a step. Returns False if no target's margin depends on the
-        weights.
+        """Linearises, solves and makes a step.
+
+        Returns False if no target's margin depends on the weights.
         """
         began = time.perf_counter()
         clock = self.problem.clock
@@ -206,8 +209,9 @@ class _TrustRegionSteps:
         )
 
     def _near(self) -> Tensor:
-        """Returns rows of the samples nearest to the boundary; the distance of a target is divided
-        by its weight.
+        """Returns rows of the samples nearest to the boundary.
+
+        The distance of a target is divided by its weight.
         """
         before, margin = self.problem.before, _margins(self.after)
         targets = before.targeted.nonzero().flatten()
@@ -219,8 +223,9 @@ class _TrustRegionSteps:
         return torch.cat([targets, passed]).sort().values
 
     def _try_steps(self, linearized: _LinearizedMargins, start: Tensor) -> tuple[list[_Try], str]:
-        """Corrects, then shortens a step until it breaks nothing; returns all tries and a note for
-        the report.
+        """Corrects, then shortens a step until it breaks nothing.
+
+        Returns all tries and a note for the report.
         """
         tries: list[_Try] = []
         error = multipliers = None
@@ -272,8 +277,9 @@ class _LinearizedMargins:
 
     @property
     def price(self) -> float:
-        """Price of missing margin at which the median target alone is repaired; 0 if no step can
-        help a target.
+        """Price of missing margin at which the median target alone is repaired.
+
+        0 if no step can help a target.
         """
         length = self.gram.diagonal()
         missing = (self.required - self.margin).to(self.gram)
@@ -285,8 +291,9 @@ class _LinearizedMargins:
     def step(
         self, price: float, error: Tensor | None, start: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Returns a step, `K`, and its multipliers, `m`. `error`, `m`, is added to the predicted
-        margins. `start` are the multipliers to start at.
+        """Returns a step, `K`, and its multipliers, `m`.
+
+        `error`, `m`, is added to the predicted margins. `start` are the multipliers to start at.
         """
         missing = self.required - self.margin
         if error is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -48,9 +48,8 @@ class SearchGoal:
     fitness: FitnessFunction
     reserve: Tensor | None  # N, margins that samples need to count as passing; None: no minimum
     deadline: Deadline
-    scored: Tensor | None = (
-        None  # N bool, samples that new weights should get right (I_neg); None means the targets
-    )
+    # N bool, samples that new weights should get right (I_neg); None means the targets.
+    scored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,25 @@ class LocalSearchResult:
     @property
     def note(self) -> str:
         size = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
-        cut = CUT if self.was_cut else ""
-        return "; ".join(part for part in (size, cut, *self.notes) if part)
+        notes = [size, CUT if self.was_cut else "", *self.notes]
+        return "; ".join(note for note in notes if note)
 
     def solution(
-        self, proposal: Proposal | None, reason: str = "", steps: Sequence[Step] = ()
+        self, proposal: Proposal | None, reason: str = "", steps: tuple[Step, ...] = ()
     ) -> Solution:
-        found, result = self.localization, self.search
         return Solution(
             proposal,
             reason,
-            tuple(steps),
-            localization=found,
-            result=result,
+            steps,
+            localization=self.localization,
+            result=self.search,
             n_passed=self.n_passed,
         )
 
 
 @dataclass(frozen=True)
 class LocalSearch(Method):
-    """Localises weights, then searches new values by scores on targets and passed samples (paper,
-    section II).
+    """Localises weights, then searches new values for them (paper, section II).
 
     Attributes:
         searcher: the search algorithm, by name or as an object.
@@ -104,7 +101,7 @@ class LocalSearch(Method):
         ConfigurationError: on construction, for an unknown name or an unsuitable object.
 
     Example:
-        >>> LocalSearch("differential-evolution", localizer="arachne-v2", fitness="arachne-de").fitness
+        >>> LocalSearch("swarm", fitness="arachne-de").fitness
         ArachneDEFitness(aggressiveness=10.0)
     """
 
@@ -116,9 +113,10 @@ class LocalSearch(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "searcher", SEARCHERS.parse("searcher", self.searcher))
-        for name, registry in (("localizer", LOCALIZERS), ("fitness", FITNESSES)):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
+        if self.localizer is not None:
+            object.__setattr__(self, "localizer", LOCALIZERS.parse("localizer", self.localizer))
+        if self.fitness is not None:
+            object.__setattr__(self, "fitness", FITNESSES.parse("fitness", self.fitness))
 
     def with_parts(
         self,
@@ -130,28 +128,32 @@ class LocalSearch(Method):
         """Returns a copy with other parts. A part that is None stays as it is."""
         return replace(
             self,
-            localizer=self.localizer if localizer is None else localizer,
-            fitness=self.fitness if fitness is None else fitness,
-            searcher=self.searcher if searcher is None else searcher,
+            localizer=localizer or self.localizer,
+            fitness=fitness or self.fitness,
+            searcher=searcher or self.searcher,
         )
 
     def __call__(self, problem: Problem) -> Solution:
-        """Localises and searches; raises an `EmptyLocalizationError` if the localiser finds no
-        weights.
-        """
-        searcher: Any = self.searcher
-        own: dict[str, Any] = {"localizer": self.localizer, "fitness": self.fitness}
-        problem = replace(problem, **{name: part for name, part in own.items() if part is not None})
+        """Localises and searches; raises an `EmptyLocalizationError` if no weights are found."""
+        searcher = SEARCHERS.parse("searcher", self.searcher)
+        problem = replace(
+            problem,
+            localizer=LOCALIZERS.parse("localizer", self.localizer or problem.localizer),
+            fitness=FITNESSES.parse("fitness", self.fitness or problem.fitness),
+        )
         before, clock, end = problem.before, problem.clock, problem.deadline_of_method()
         if not end.leaves(preparation_seconds(problem)):
             return Solution(
                 None,
                 f"no time was left for a search after {clock.elapsed:.1f} s; raise `max_time`.",
             )
-        reserve = rounding_reserve(problem.evaluator.precision, before)
-        end = end.within(self.seconds)
         goal = SearchGoal(
-            before.targeted, problem.passed, problem.passed, problem.fitness, reserve, end
+            failed=before.targeted,
+            passed=problem.passed,
+            constrained=problem.passed,
+            fitness=problem.fitness,
+            reserve=rounding_reserve(problem.evaluator.precision, before),
+            deadline=end.within(self.seconds),
         )
         found = localize_and_search(problem, searcher, goal)
         if found.state is None:
@@ -167,43 +169,57 @@ class LocalSearch(Method):
 def localize_and_search(
     problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
-    """Localises weights, then searches new values; raises an `EmptyLocalizationError` if no weights
-    are found.
+    """Localises weights, then searches new values.
+
+    Raises an `EmptyLocalizationError` if no weights are found.
     """
-    work = partial(_localized_and_searched, problem, searcher, goal, elites)
+    work = partial(_localize_and_search, problem, searcher, goal, elites)
     return problem.work.once("search", work, LocalSearchResult)
 
 
-def _localized_and_searched(
+def _localize_and_search(
     problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None
 ) -> LocalSearchResult:
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored
-    most = n_to_score(problem, goal.deadline)
     choice = choose_samples(
-        before, scored | goal.failed, goal.passed | goal.constrained, most, problem.seed
+        before,
+        failed=scored | goal.failed,
+        passed=goal.passed | goal.constrained,
+        most=n_to_score(problem, goal.deadline),
+        seed=problem.seed,
     )
-    scored, kept = scored & choice.recorded, goal.constrained & choice.recorded
-    failed, passed = goal.failed & choice.recorded, goal.passed & choice.representative
+    kept = goal.constrained & choice.recorded
     with clock.stage("localize"):
         recording = record_known(problem, choice.recorded)
-        known = KnownData(problem.evaluator, problem.known, before, space)
-        localizer = problem.localizer.on(known)
-        localization = localizer(recording, problem.evaluator, failed=failed, passed=passed)
-    where, n_constrained = localization.weights.to(space.device), int(kept.sum())
+        localizer = problem.localizer.on(KnownData(problem.evaluator, problem.known, before, space))
+        localization = localizer(
+            recording,
+            problem.evaluator,
+            failed=goal.failed & choice.recorded,
+            passed=goal.passed & choice.representative,
+        )
+    where, n_passed = localization.weights.to(space.device), int(kept.sum())
     with clock.stage("search"), torch.no_grad():
-        values = None if elites is None else elites(where, searcher.n_candidates // 2)
-        how: dict[str, Any] = {"reserve": goal.reserve, "weighted": goal.scored is None}
         result = search(
-            scorer_for(problem, recording, where, scored, kept, goal.fitness, **how),
+            scorer_for(
+                problem,
+                recording,
+                where,
+                scored & choice.recorded,
+                kept,
+                goal.fitness,
+                reserve=goal.reserve,
+                weighted=goal.scored is None,
+            ),
             space.flat()[where],
             stats=WeightStats.around(space, where),
             fitness=goal.fitness,
             searcher=searcher,
             seed=problem.seed,
-            elites=values,
+            elites=None if elites is None else elites(where, searcher.n_candidates // 2),
             deadline=goal.deadline,
-            on_progress=progress(problem, searcher, n_constrained),
+            on_progress=progress(problem, searcher, n_passed),
         )
     if not needs_passed_loss(goal.fitness):
         unknown = torch.full_like(result.history.loss_passed, torch.nan)
@@ -211,5 +227,5 @@ def _localized_and_searched(
     values = problem.collective.agreed(result.values)
     state = None if torch.equal(values, space.flat()[where]) else space.changed(where, values)
     return LocalSearchResult(
-        localization, result, state, n_constrained, (recording.storage, choice.note)
+        localization, result, state, n_passed, (recording.storage, choice.note)
     )

@@ -1,6 +1,4 @@
-"""`Polish`: small steps from the model's weights, or from given weights, until no known sample is
-broken.
-"""
+"""`Polish`: small steps from the model's weights, or from other ones, until nothing is broken."""
 
 from __future__ import annotations
 
@@ -51,55 +49,51 @@ class Polish(Method):
 
     def __post_init__(self) -> None:
         fits = self.new is None or isinstance(self.new, (nn.Module, Mapping, str, Path))
-        check_kind(
-            "Polish.new",
-            self.new,
-            fits,
-            "model",
-            "Polish(model), Polish('new.ckpt') or Polish(state_dict)",
-        )
+        example = "Polish(model), Polish('new.ckpt') or Polish(state_dict)"
+        check_kind("Polish.new", self.new, fits, "model", example)
 
     def check(self, model: nn.Module) -> None:
-        """Raises a `ConfigurationError` if the weights in `new` cannot be read or do not fit the
-        model.
-        """
+        """Raises a `ConfigurationError` if `new` cannot be read or does not fit the model."""
         if self.new is not None:
-            fitting("Polish.new", read_state("Polish.new", self.new), model)
+            _fitting_state(self.new, model)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Polishes; raises a `ConfigurationError` if `new` does not fit the model or the task has
-        no margins.
-        """
+        """Polishes; raises a `ConfigurationError` if `new` does not fit or there are no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
         others: tuple[Proposal, ...] = ()
-        whose, start = "small steps repair", problem.counted("original", {}, problem.before)
-        if self.new is not None:
-            whose = "the new weights repair"
-            state = fitting("Polish.new", read_state("Polish.new", self.new), problem.model)
+        if self.new is None:
+            start = problem.counted("original", {}, problem.before)
+            reason = "small steps repair no target without breaking what is right."
+        else:
+            reason = "the new weights repair no target without breaking what is right."
+            state = _fitting_state(self.new, problem.model)
             _check_scope(problem, state)
             with problem.clock.stage("judge"):
                 began = time.perf_counter()
                 start = problem.propose("given", state)
-                steps, others = (
-                    (start.step(time.perf_counter() - began, "before the polish"),),
-                    (start,),
-                )
+                steps = (start.step(time.perf_counter() - began, "before the polish"),)
+            others = (start,)
         proposal, step, _ = polished(problem, start, deadline=deadline, enforce=self.new is None)
-        reason = "" if proposal.repaired else f"{whose} no target without breaking what is right."
-        return Solution(proposal if proposal.repaired else None, reason, (*steps, step), others)
+        steps = (*steps, step)
+        if not proposal.repaired:
+            return Solution(None, reason, steps, others)
+        return Solution(proposal, steps=steps, others=others)
+
+
+def _fitting_state(new: nn.Module | State | str | Path, model: nn.Module) -> State:
+    return fitting("Polish.new", read_state("Polish.new", new), model)
 
 
 def _check_scope(problem: Problem, state: State) -> None:
     if problem.whole:
         return
-    parameters = {name for name, _ in problem.model.named_parameters()}
-    beyond = [
-        name for name in changed(problem.model, state) if name in parameters - set(problem.scope)
-    ]
-    if beyond:
-        raise ConfigurationError(
-            f"`layer` lets only {len(problem.scope)} parameters change, but `Polish.new` differs in {beyond[0]!r} too.",
-            "leave `layer` at 'auto', or give weights that differ in that layer alone.",
-        )
+    fixed = {name for name, _ in problem.model.named_parameters()} - set(problem.scope)
+    for name in changed(problem.model, state):
+        if name in fixed:
+            raise ConfigurationError(
+                f"`layer` lets only {len(problem.scope)} parameters change, "
+                f"but `Polish.new` differs in {name!r} too.",
+                "leave `layer` at 'auto', or give weights that differ in that layer alone.",
+            )

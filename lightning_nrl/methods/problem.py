@@ -32,16 +32,13 @@ from lightning_nrl.records.steps import CUT
 from lightning_nrl.search.fitness import FitnessFunction
 
 N_SCORED = 100_000  # default maximum number of known samples that a search uses
-LACKING_SLICE_FACTOR = (
-    4.0  # on the sample weights of a slice's targets while the slice misses its quota
-)
+# On the sample weights of a slice's targets while the slice misses its quota.
+LACKING_SLICE_FACTOR = 4.0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """All parameters and persistent buffers after a training, and the numbers of epochs made and
-    planned.
-    """
+    """All parameters and persistent buffers after a training, and the epochs made and planned."""
 
     state: State
     epochs: float
@@ -57,10 +54,9 @@ class Trained:
         return f"{text} of {self.planned:,.4g}, {CUT}" if self.was_cut else text
 
 
+# Takes the present weights; returns new sampling weights of the known samples, `N`, or None to stop
+# the training.
 Renew = Callable[[State], Tensor | None]
-"""Takes the present weights; returns new sampling weights of the known samples, `N`, or None to
-stop the training.
-"""
 
 
 class Training(ABC):
@@ -76,8 +72,9 @@ class Training(ABC):
     origin: object = None
 
     def for_targets(self, targeted: Tensor) -> Training:
-        """Returns the training for the targets `targeted`, `N` bool in the order of
-        `Problem.before`. By default targets are treated like other samples.
+        """Returns the training for these targets, `N` bool in the order of `Problem.before`.
+
+        By default targets are treated like other samples.
         """
         return self
 
@@ -94,8 +91,7 @@ class Training(ABC):
         rate: float | None = None,
         renew: Renew | None = None,
     ) -> Trained | None:
-        """Trains a copy of the model. Returns None if there is no time or `renew` stops the
-        training.
+        """Trains a copy of the model. Returns None if time is short or `renew` stops the training.
 
         Args:
             seconds: time limit, which may be infinite.
@@ -131,7 +127,8 @@ class Problem:
             `SearchOptions.n_passed`.
         clock: times the stages and knows the time left.
         seed: seed of all randomness.
-        memory_limit: bytes of device memory that a search may use; None means a share of the free memory.
+        memory_limit: bytes of device memory that a search may use; None means a share of the free
+            memory.
         n_scored: maximum number of known samples that a search uses. The result is evaluated on all
             known samples.
         training: continues the training; None if the original training is unknown.
@@ -141,8 +138,8 @@ class Problem:
         needed: quotas, which map the name of a slice to the minimum number of its targets to
             repair.
         gate: decides how many known passed samples may break; by default none may.
-        held_out_rows: `N` bool, known samples that a method may not use. In `before` they are neither
-            passed nor targeted.
+        held_out_rows: `N` bool, known samples that a method may not use. In `before` they are
+            neither passed nor targeted.
         unmasked: `before` with held-out samples still marked as passed or targeted; None if no
             samples are held out.
         work: saves the results of finished steps, so that an interrupted repair can resume.
@@ -184,24 +181,21 @@ class Problem:
     @property
     def used(self) -> Tensor:
         """`N` bool, the known samples that are not held out."""
-        return (
-            torch.ones_like(self.before.passed)
-            if self.held_out_rows is None
-            else ~self.held_out_rows
-        )
+        if self.held_out_rows is None:
+            return torch.ones_like(self.before.passed)
+        return ~self.held_out_rows
 
     @property
     def epochs(self) -> int:
-        """Maximum epochs of continued training: as many as in the original training, but at least
-        16 on small data.
-        """
+        """Maximum epochs of continued training: as originally, but at least 16 on small data."""
         least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
         return max(1 if self.training is None else self.training.epochs, least)
 
     @property
     def visits(self) -> float:
-        """Cost of continued training in visits, passes of one sample. A training step makes three
-        visits per sample.
+        """Cost of continued training in visits, passes of one sample.
+
+        A training step makes three visits per sample.
         """
         return FORWARD_BACKWARD * self.epochs * len(self.before)
 
@@ -211,17 +205,15 @@ class Problem:
         return self.clock.deadline(self.collective)
 
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
-        """Returns the deadline of a method that may use `share` of the time left. It leaves time to
-        judge a result.
+        """Returns the deadline of a method that may use `share` of the time left.
+
+        It leaves time to judge a result.
         """
-        return self.deadline.within(share * self.clock.left).earlier(
-            JUDGING_PASSES * self.clock.one_pass
-        )
+        end = self.deadline.within(share * self.clock.left)
+        return end.earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
-        """Returns the results of the deployed model on all known data, with the tensors of `state`
-        in place.
-        """
+        """Returns the results of the deployed model with the tensors of `state` on known data."""
         return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
@@ -230,13 +222,20 @@ class Problem:
 
     def counted(self, name: str, state: State, after: SampleResults) -> Proposal:
         """Returns a state as a proposal, given its results on known data (`after`)."""
-        before, flips = self.before, Flips.between(self.before, after)
-        repaired, broken = flips.repaired & before.targeted, flips.broken
-        missing = sum(
-            need - got for got, need in missed_quotas(before, repaired, self.needed).values()
+        flips = Flips.between(self.before, after)
+        repaired = flips.repaired & self.before.targeted
+        quotas = missed_quotas(self.before, repaired, self.needed)
+        return Proposal(
+            name,
+            state,
+            after,
+            int(repaired.sum()),
+            int(flips.broken.sum()),
+            value=self.before.value(repaired),
+            cost=self.before.cost(flips.broken),
+            missing=sum(needed - n_repaired for n_repaired, needed in quotas.values()),
+            excess=self.excess(after, flips.broken),
         )
-        worth = before.value(repaired), before.cost(broken), missing, self.excess(after, broken)
-        return Proposal(name, state, after, int(repaired.sum()), int(broken.sum()), *worth)
 
     def original(self, name: str) -> Proposal:
         """Returns the original weights as a proposal, without running the model."""
@@ -247,38 +246,39 @@ class Problem:
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, rows: Tensor) -> Problem:
-        """Returns a problem without quotas that holds out the samples in `rows`, `N` bool, and
-        their unprotected copies.
+        """Returns a problem without quotas that holds out the samples in `rows`, `N` bool.
+
+        Their unprotected copies are held out, too.
         """
-        held_out = rows | (self.copies(rows) & ~self.before.protected)
-        before = replace(
-            self.before,
-            passed=self.before.passed & ~held_out,
-            targeted=self.before.targeted & ~held_out,
-        )
+        before = self.before
+        held_out = rows | (self.copies(rows) & ~before.protected)
         return replace(
             self,
-            before=before,
+            before=replace(
+                before, passed=before.passed & ~held_out, targeted=before.targeted & ~held_out
+            ),
             passed=self.passed & ~held_out,
             needed={},
             held_out_rows=held_out,
-            unmasked=self.before if self.unmasked is None else self.unmasked,
+            unmasked=before if self.unmasked is None else self.unmasked,
         )
 
     @property
     def came_with_failures(self) -> Tensor:
-        """`N` bool, all samples of splits whose failures may be repaired. Usually these are not
-        training splits.
+        """`N` bool, all samples of splits whose failures may be repaired.
+
+        Usually these are not training splits.
         """
-        came = torch.zeros_like(self.before.passed)
+        mask = torch.zeros_like(self.before.passed)
         for source in self.known:
             if source.failed:
-                came[self.before.of(source.split)] = True
-        return came
+                mask[self.before.of(source.split)] = True
+        return mask
 
     def copies(self, rows: Tensor) -> Tensor:
-        """Marks the samples in `rows`, `N` bool, and their copies if there are several sources, all
-        `Identified`.
+        """Marks the samples in `rows`, `N` bool, and their copies.
+
+        Copies are known only if there are several sources, all `Identified`.
         """
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
@@ -287,21 +287,19 @@ class Problem:
         return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
-        """Returns how far the cost of the samples `broken`, `N` bool, exceeds the gate's limit, or
+        """Returns how far the cost of the samples `broken`, `N` bool, exceeds the gate's limit.
+
         0 if it does not.
         """
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.cost(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
-        """Returns a problem in which targets of slices that miss their quota weigh more
-        (`LACKING_SLICE_FACTOR`).
+        """Returns a problem in which targets of slices that miss their quota weigh more.
 
         `after` holds the results of the current weights. They show which slices miss their quota.
         """
         names = missed_quotas(self.before, self.before.targeted & after.passed, self.needed)
-        return (
-            replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR))
-            if names
-            else self
-        )
+        if not names:
+            return self
+        return replace(self, before=upweight_slices(self.before, names, LACKING_SLICE_FACTOR))

@@ -7,7 +7,7 @@ all known samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,12 +34,10 @@ from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.search.scoring.scorer import make_scorer
 
 MOST_REPRESENTATIVE = 20_000  # randomly drawn samples; enough for a mean over passed data
-FAILED_SHARE = (
-    0.5  # maximum share of failed samples in a search; more only if passed samples leave room
-)
-FEW_SHARE = (
-    0.25  # if less than this share of large data is recorded, only the chosen samples are read
-)
+# Maximum share of failed samples in a search. There are more only if passed samples leave room.
+FAILED_SHARE = 0.5
+# If less than this share of large data is recorded, only the chosen samples are read.
+FEW_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,13 @@ class SampleChoice:
     """The known samples that a search uses, as masks `N` bool with one value per known sample."""
 
     recorded: Tensor  # all samples that the search uses
-    representative: Tensor  # all passed ones in `recorded`, or some of them drawn at random; for means over passed data
+    # All passed ones in `recorded`, or some of them drawn at random; for means over passed data.
+    representative: Tensor
     note: str = ""  # how many samples are used, for the report; empty if all are
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:
-    """Returns how many samples a search may use: `Problem.n_scored`, or fewer if time is short. All
-    ranks agree.
-    """
+    """Returns how many samples a search may use: `Problem.n_scored`, or fewer if time is short."""
     most = problem.n_scored
     if not math.isfinite(deadline.end) or min(most, len(problem.before)) <= FEWEST_SAMPLES:
         return most
@@ -64,7 +61,7 @@ def n_to_score(problem: Problem, deadline: Deadline) -> int:
 
 
 def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
-    """Estimates the seconds to prepare a search on `n` known samples, or on all if there are fewer."""
+    """Estimates the seconds to prepare a search on `n` known samples, or all if there are fewer."""
     size = len(problem.before)
     return min(n, size) * (
         PREPARATION_PASSES * problem.clock.one_pass / max(1, size) + PREPARATION_SECONDS
@@ -74,8 +71,7 @@ def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
 def choose_samples(
     before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int
 ) -> SampleChoice:
-    """Chooses at most `most` samples for a search from those to repair (`failed`) and to keep
-    (`passed`), `N` bool.
+    """Chooses at most `most` samples to repair (`failed`) and to keep (`passed`), `N` bool.
 
     If there are more than `most`, at most half of the chosen samples (more if passed samples are
     few) are failed ones, nearest to the boundary. The rest are passed samples: half nearest to the
@@ -83,33 +79,37 @@ def choose_samples(
     """
     # If there is room, all passed samples are recorded: sums over a batch then equal those of
     # `sweep` bit for bit.
-    whole, wanted = failed | passed | before.passed, failed | passed
-    if int(whole.sum()) <= most:
-        return SampleChoice(whole, before.passed | passed)
+    wanted = failed | passed
+    with_passed = wanted | before.passed
+    if int(with_passed.sum()) <= most:
+        return SampleChoice(with_passed, before.passed | passed)
     n_wanted = int(wanted.sum())
     if n_wanted <= most:
         return SampleChoice(wanted, passed)
-    n_failed = int((failed & ~passed).sum())
-    kept_failed = min(n_failed, max(most - int(passed.sum()), int(FAILED_SHARE * most)))
-    chosen, near = torch.zeros_like(wanted), _distance(before)
-    chosen[_nearest(near, failed & ~passed, kept_failed)] = True
-    room = most - kept_failed
-    chosen[_nearest(near, passed, room - room // 2)] = True
-    others = (passed & ~chosen).nonzero().flatten()
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-    recorded, representative = chosen, passed
-    recorded[others[order[: room // 2]]] = True
+    failed = failed & ~passed
+    room_for_failed = max(most - int(passed.sum()), int(FAILED_SHARE * most))
+    n_failed = min(int(failed.sum()), room_for_failed)
+    n_passed = most - n_failed
+    n_drawn = n_passed // 2
+    distance = _distance(before)
+    recorded = torch.zeros_like(wanted)
+    recorded[_nearest(distance, failed, n_failed)] = True
+    recorded[_nearest(distance, passed, n_passed - n_drawn)] = True
+    far = (passed & ~recorded).nonzero().flatten()
+    drawn = far[torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))]
+    recorded[drawn[:n_drawn]] = True
+    representative = passed
     if bool((passed & ~recorded).any()):
         representative = torch.zeros_like(passed)
-        representative[others[order[: min(room // 2, MOST_REPRESENTATIVE)]]] = True
-    return SampleChoice(
-        recorded, representative, f"searched on {int(recorded.sum()):,} of {n_wanted:,} samples"
-    )
+        representative[drawn[: min(n_drawn, MOST_REPRESENTATIVE)]] = True
+    note = f"searched on {int(recorded.sum()):,} of {n_wanted:,} samples"
+    return SampleChoice(recorded, representative, note)
 
 
 def _distance(before: SampleResults) -> Tensor:
-    """Returns distances from the boundary, `N`, by margin or loss. Samples with a large weight
-    count as nearer.
+    """Returns distances from the boundary, `N`, by margin or loss.
+
+    Samples with a large weight count as nearer.
     """
     if bool(before.margin.isfinite().all()):
         return before.margin.abs() / before.weight.to(before.margin)
@@ -117,25 +117,22 @@ def _distance(before: SampleResults) -> Tensor:
     return torch.where(before.passed, -before.loss * weight, before.loss / weight)
 
 
-def _nearest(distance: Tensor, rows: Tensor, n: int) -> Tensor:
-    own = rows.nonzero().flatten()
-    return own if len(own) <= n else own[distance[own].argsort(stable=True)[:n]]
+def _nearest(distance: Tensor, mask: Tensor, n: int) -> Tensor:
+    rows = mask.nonzero().flatten()
+    return rows if len(rows) <= n else rows[distance[rows].argsort(stable=True)[:n]]
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
-    """Records the activations of the known samples in `keep`, `N` bool, under the model's present
-    weights.
+    """Records the activations of the known samples in `keep`, `N` bool, under the present weights.
 
     Raises:
         ReplayError: on all ranks, if one rank cannot record a layer.
     """
-    rows = problem.before.rows
-    batches: Iterable[tuple[Batch, Tensor]] = (
-        (batch, rows(source.split, batch.position)) for source in problem.known for batch in source
-    )
     draw = partial(row_batches, problem.known, problem.before)
     if len(keep) > problem.n_scored and int(keep.sum()) < FEW_SHARE * len(keep):
         batches = draw(keep.nonzero().flatten())
+    else:
+        batches = _all_batches(problem)
     work = partial(
         record,
         problem.evaluator,
@@ -146,6 +143,12 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
         draw=draw,
     )
     return problem.collective.all_or_none(work, "known data could not be recorded on another rank.")
+
+
+def _all_batches(problem: Problem) -> Iterator[tuple[Batch, Tensor]]:
+    for source in problem.known:
+        for batch in source:
+            yield batch, problem.before.rows(source.split, batch.position)
 
 
 def scorer_for(
@@ -159,11 +162,11 @@ def scorer_for(
     reserve: Tensor | None,
     weighted: bool = True,
 ) -> Scorer:
-    """Builds a scorer for new values of the weights at `where`, on the recorded samples in `failed`
-    and `passed`.
+    """Builds a scorer for new values of the weights at `where`.
 
-    If `reserve`, `N`, is given, a sample only passes if its margin is at least its entry in
-    `reserve`. If `weighted` is False, all samples weigh the same.
+    It scores the recorded samples in `failed` and `passed`. If `reserve`, `N`, is given, a sample
+    only passes if its margin is at least its entry in `reserve`. If `weighted` is False, all
+    samples weigh the same.
     """
     before = problem.before
     return make_scorer(
@@ -184,9 +187,7 @@ def scorer_for(
 def progress(
     problem: Problem, searcher: Searcher[Any], n_passed: int
 ) -> Callable[[int, SearchHistory], None]:
-    """Returns a callback that tells the clock the number of repaired samples, and of broken ones
-    among `n_passed`.
-    """
+    """Returns a callback that tells the clock how many samples the best candidate repairs."""
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_passed - int(history.intact[-1])
@@ -196,7 +197,5 @@ def progress(
 
 
 def half_memory_limit(problem: Problem) -> int | None:
-    """Returns half of `Problem.memory_limit`, or None if it is None. The recording and the scorer may
-    each use half.
-    """
+    """Returns half of `Problem.memory_limit` or None, for each of the recording and the scorer."""
     return None if problem.memory_limit is None else max(1, problem.memory_limit // 2)

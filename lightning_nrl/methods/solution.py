@@ -1,4 +1,4 @@
-"""`Solution`, the result of a method, and `Proposal`, new weights with their results on known data."""
+"""`Solution`, the result of a method, and `Proposal`, new weights with their results."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ class Proposal:
     excess: float = math.nan
 
     def __post_init__(self) -> None:
-        for name, count in (("value", self.repaired), ("cost", self.broken)):
-            if math.isnan(getattr(self, name)):
-                object.__setattr__(self, name, float(count))
+        if math.isnan(self.value):
+            object.__setattr__(self, "value", float(self.repaired))
+        if math.isnan(self.cost):
+            object.__setattr__(self, "cost", float(self.broken))
         if math.isnan(self.excess):
             object.__setattr__(self, "excess", self.cost)
 
     @property
     def rank(self) -> tuple[float, int, float, float]:
-        """Sort key, larger is better: least excess, then fewest missing repairs, most value, least
-        cost.
-        """
+        """Sort key, larger is better: least excess, missing repairs, most value, least cost."""
         return -self.excess, -self.missing, self.value, -self.cost
 
     def step(self, seconds: float, note: str = "", *, was_cut: bool = False) -> Step:
@@ -98,11 +97,6 @@ class Solution:
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
-    """Returns the proposal with the best `rank`. On a tie the first wins. Returns None if there is
-    no proposal.
-    """
-    return max(
-        (proposal for proposal in proposals if proposal is not None),
-        key=lambda one: one.rank,
-        default=None,
-    )
+    """Returns the proposal with the best `rank`, on a tie the first. None if there is none."""
+    candidates = [proposal for proposal in proposals if proposal is not None]
+    return max(candidates, key=lambda proposal: proposal.rank, default=None)

@@ -95,8 +95,9 @@ def _step(proposal: Proposal, seconds: float, note: str, *, was_cut: bool = Fals
 
 
 def _goal(problem: Problem, start: Proposal, end: Deadline) -> SearchGoal | None:
-    """Returns the goal of a search from `start`: to repair targets or, if all are repaired, to
-    widen small margins. None if there are none.
+    """Returns the goal of a search from `start`.
+
+    It is to repair targets or, if all are repaired, to widen small margins. None if there are none.
     """
     before, passes = problem.before, start.after.passed
     failed = before.targeted & ~passes
@@ -135,8 +136,9 @@ def _compared(
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
-    """`N` bool, repaired targets with too small a margin, and passed samples whose margin has
-    become too small.
+    """Marks repaired targets with too small a margin, `N` bool.
+
+    Passed samples whose margin has become too small are marked, too.
     """
     before, after, sufficient = problem.before, proposal.after, _sufficient(problem)
     was_wider = before.targeted | (before.passed & (before.margin > sufficient))
@@ -154,9 +156,7 @@ def _elites(
     where: Tensor,
     n_elites: int,
 ) -> Tensor:
-    """Returns the proposals' values of the weights at `where`, `K` int64: `M x K`, best first,
-    without duplicates.
-    """
+    """Returns the proposals' values of the weights at `where`, `K` int64: `M x K`, best first."""
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     present = space.flat()[where]
     rows = [present]
@@ -171,9 +171,7 @@ def _elites(
 
 
 def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
-    """Returns the margin each sample has to keep, `N`: part of its margin under `start`, or 0 if it
-    fails.
-    """
+    """Returns the margin each sample has to keep, `N`: part of its present one, 0 if it fails."""
     margin = start.after.margin
     if margin.isnan().all():
         return None
@@ -184,9 +182,7 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
 
 
 def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
-    """Returns the fitness with a hard constraint: no more passed samples may break than the gate
-    allows.
-    """
+    """Returns the fitness with a hard constraint: the gate limits the passed samples that break."""
     fitness = problem.fitness
     if not hasattr(fitness, "as_constraint"):
         return fitness
