@@ -62,7 +62,7 @@ class Polish(Method):
         check_needs(self.needs, problem.before, problem.evaluator.task)
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
-        others: tuple[Proposal, ...] = ()
+        starts: tuple[Proposal, ...] = ()
         if self.new is None:
             start = problem.counted("original", {}, problem.before)
             reason = "small steps repair no target without breaking what is right."
@@ -74,12 +74,12 @@ class Polish(Method):
                 began = time.perf_counter()
                 start = problem.propose("given", state)
                 steps = (start.step(time.perf_counter() - began, "before the polish"),)
-            others = (start,)
+            starts = (start,)
         proposal, step, _ = polished(problem, start, deadline=deadline, enforce=self.new is None)
         steps = (*steps, step)
         if not proposal.repaired:
-            return Solution(None, reason, steps, others)
-        return Solution(proposal, steps=steps, others=others)
+            return Solution(None, reason, steps, starts)
+        return Solution(proposal, steps=steps, others=starts)
 
 
 def _fitting_state(new: nn.Module | State | str | Path, model: nn.Module) -> State:

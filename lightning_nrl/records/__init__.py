@@ -1,6 +1,7 @@
-"""Records of a repair as data and JSON: steps, counts by split and slice, confidence limits, provenance.
+"""Records of a repair as data and JSON: steps, counts, confidence limits, provenance.
 
-In: counts and settings of a repair. Out: frozen dataclasses, which `report` shows as pages and figures.
+In: counts and settings of a repair. Out: frozen dataclasses, which `report` shows as pages and
+figures.
 """
 
 from lightning_nrl._utils.state import hash_tensors

@@ -72,9 +72,7 @@ def evidence_on(record: RepairRecord) -> RepairEvidence:
 
 
 def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """Compares several splits. Returns the one with the lowest p-value that breaks more than it
-    repairs, or None.
-    """
+    """Returns the split of several that most significantly breaks more than it repairs, or None."""
     if len(splits) < 2:
         return None
     losing = [split for split in splits if split.broken > split.repaired]

@@ -25,37 +25,32 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 
 def installed_versions() -> dict[str, str]:
     """Returns the versions of the software that a repair depends on, by name."""
-    found = {"python": python_version()}
+    versions = {"python": python_version()}
     for name in ("lightning_nrl", "torch", "pytorch-lightning"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found | ({"lightning_nrl commit": commit} if (commit := _commit()) else {})
+            versions[name] = "unknown"
+    commit = _commit()
+    if commit:
+        versions["lightning_nrl commit"] = commit
+    return versions
 
 
 @lru_cache(maxsize=1)
 def _commit() -> str:
-    """Returns the commit of a source checkout, ending in `-dirty` if files were changed, or an
-    empty string.
+    """Returns the commit of a source checkout, or an empty string.
+
+    It ends in `-dirty` if files were changed.
     """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    describe = "describe --always --dirty --abbrev=40 --exclude=*"
+    command = ["git", "-C", str(root), *describe.split()]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return git.stdout.strip()
     return ""
 
 
@@ -69,11 +64,10 @@ class DataIdentity:
     @classmethod
     def of(cls, results: SampleResults, split: str) -> Self:
         rows = results.of(split)
-        table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
-        return cls(
-            len(table),
-            hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest(),
-        )
+        table = torch.stack([results.index[rows], results.label[rows]], 1).cpu().contiguous()
+        # Little-endian on every machine.
+        data = table.numpy().astype("<i8").tobytes()
+        return cls(len(table), hashlib.sha256(data).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -94,37 +88,38 @@ class Provenance:
 
     @classmethod
     def of(cls, model: nn.Module, *results: SampleResults) -> Self:
-        """Records the time (or SOURCE_DATE_EPOCH, if set), the class of a model, and the data of
-        its results.
+        """Records the time, the class of a model, and the data of its results.
+
+        The time is SOURCE_DATE_EPOCH, if that is set.
         """
-        when = datetime.fromtimestamp(
-            float(os.environ.get("SOURCE_DATE_EPOCH", time.time())), timezone.utc
+        seconds = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+        kind = type(model)
+        data: dict[str, DataIdentity] = {}
+        for of_sources in results:
+            for split in of_sources.splits:
+                data[split] = DataIdentity.of(of_sources, split)
+        return cls(
+            datetime.fromtimestamp(seconds, timezone.utc).isoformat(sep=" ", timespec="seconds"),
+            f"{kind.__module__}.{kind.__qualname__}",
+            len({name.rpartition(".")[0] or name for name in current_state(model)}),
+            data=data,
         )
-        kind, layers = (
-            type(model),
-            {name.rpartition(".")[0] or name for name in current_state(model)},
-        )
-        data = {split: DataIdentity.of(one, split) for one in results for split in one.splits}
-        made = when.isoformat(sep=" ", timespec="seconds")
-        return cls(made, f"{kind.__module__}.{kind.__qualname__}", len(layers), data=data)
 
     def loaded_from(self, path: str | Path | None) -> Self:
-        """Returns a copy that names the checkpoint from which the weights were loaded. None means
-        no checkpoint.
-        """
+        """Returns a copy that names the checkpoint from which the weights were loaded, if any."""
         digest = hash_file(Path(path)) if path and Path(path).is_file() else ""
         return replace(self, checkpoint=str(path or ""), checkpoint_sha256=digest)
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
-        checkpoint = f"{self.checkpoint} {self.checkpoint_sha256 and f'(sha256 {self.checkpoint_sha256})'}".strip()
+        checkpoint = self.checkpoint
+        if self.checkpoint_sha256:
+            checkpoint += f" (sha256 {self.checkpoint_sha256})"
         facts = [
             ("made", self.made),
             ("class of the model", self.module),
             ("weights loaded from", checkpoint),
         ]
-        facts += [
-            (f"data: {split}", f"{one.n:,} samples, sha256 {one.sha256}")
-            for split, one in self.data.items()
-        ]
+        for split, identity in self.data.items():
+            facts.append((f"data: {split}", f"{identity.n:,} samples, sha256 {identity.sha256}"))
         return tuple((name, value) for name, value in facts if value)

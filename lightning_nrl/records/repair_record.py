@@ -1,4 +1,4 @@
-"""The data of a repair report: `RepairRecord` and the records of each stage. They hold no weights."""
+"""The data of a repair report, without weights: `RepairRecord` and the records of each stage."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class LocalizationReport:
-    """The numbers of weights in a `Localization`. `requested` (#lw) is None if no number was
-    requested.
-    """
+    """The numbers of weights in a `Localization`. `requested` (#lw) may be None."""
 
     requested: int | None
     n_g: int
@@ -54,8 +52,7 @@ class LocalizationReport:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """The course of a search for the best candidate, which is a set of new values for the searched
-    weights.
+    """The course of a search for the best new values of the searched weights.
 
     `fitness` is the fitness of the best candidate. `history` has the curves of `SearchHistory`,
     with one value per iteration. `n_failed` and `n_passed` are the numbers of samples in I_neg and
@@ -72,9 +69,7 @@ class SearchReport:
 
     @property
     def curves(self) -> dict[str, Sequence[float]]:
-        """The curves of `history`, and a curve `broken`: `n_passed` minus the curve `intact`, if
-        both are known.
-        """
+        """The curves of `history`, and `broken`: `n_passed` minus `intact`, if both are known."""
         intact = self.history.get("intact")
         if self.n_passed is None or intact is None:
             return dict(self.history)
@@ -83,9 +78,7 @@ class SearchReport:
 
 @dataclass(frozen=True)
 class Hashes:
-    """SHA-256 (`hash_tensors`) of the repaired layers and of the whole state dict, before and after
-    the repair.
-    """
+    """SHA-256 (`hash_tensors`) of the repaired layers and of the whole state dict."""
 
     layers_before: str
     layers_after: str
@@ -143,8 +136,7 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class CalibrationBounds(Bound):
-    """The number of broken calibration samples, and a limit on the rate at which similar samples
-    break.
+    """The number of broken calibration samples, and a limit on the rate for similar samples.
 
     The data could have chosen among `states` sets of weights; 1 means that they chose nothing. If
     `allowed` is given, strengths were accepted from weak to strong while at most `allowed` samples
@@ -157,9 +149,15 @@ class CalibrationBounds(Bound):
     def __str__(self) -> str:
         text = super().__str__()
         if self.allowed is not None:
-            text += f" (the limit for {self.allowed:,} broken, since strengths that break more were not accepted)"
-        elif self.states > 1:
-            text += f" (valid for each of the {self.states:,} sets of weights that these data could have chosen)"
+            return (
+                f"{text} (the limit for {self.allowed:,} broken, "
+                "since strengths that break more were not accepted)"
+            )
+        if self.states > 1:
+            return (
+                f"{text} (valid for each of the {self.states:,} sets of weights "
+                "that these data could have chosen)"
+            )
         return text
 
 
@@ -251,13 +249,14 @@ class RepairRecord(Record):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads the result of `to_dict`. Raises a `ConfigurationError` if a value is missing,
-        unknown or wrong.
+        """Reads the result of `to_dict`.
+
+        Raises a `ConfigurationError` if a value is missing, unknown or wrong.
         """
-        found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
-        if type(found) is not int or found != SCHEMA:
+        schema = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
+        if type(schema) is not int or schema != SCHEMA:
             raise ConfigurationError(
-                f"schema: expected {SCHEMA}, found {found!r}.",
+                f"schema: expected {SCHEMA}, found {schema!r}.",
                 "read the report with the version of lightning_nrl that wrote it.",
             )
         return super().from_dict(data)
@@ -271,7 +270,9 @@ class RepairRecord(Record):
         """
         if self.update:
             return tuple(split.now for split in by_role(self.update).get("unseen", ()))
-        return tuple(by_role(self.splits).get("unseen", ())) if self.status == "repaired" else ()
+        if self.status != "repaired":
+            return ()
+        return tuple(by_role(self.splits).get("unseen", ()))
 
     @property
     def unseen(self) -> SplitReport | None:
@@ -298,8 +299,9 @@ class RepairRecord(Record):
 
     @property
     def n_estimates(self) -> int:
-        """Number of results among which held-out samples chose. A taken `exact` rung counts once
-        per alternative.
+        """Number of results among which held-out samples chose.
+
+        A taken `exact` rung counts once per alternative.
         """
         rungs = [rung for rung in self.rungs if rung.held_out is not None]
         if not any(rung.taken and rung.name == "exact" for rung in rungs):
@@ -309,16 +311,20 @@ class RepairRecord(Record):
 
     @property
     def held_out(self) -> TargetCounts | None:
-        """Counts of the taken rung on known samples it did not use. None if it used all or no
-        weights changed.
+        """Counts of the taken rung on known samples it did not use.
+
+        None if it used all or no weights changed.
         """
-        return next(
-            (rung.held_out for rung in self.rungs if rung.taken and self.status == "repaired"), None
-        )
+        if self.status == "repaired":
+            for rung in self.rungs:
+                if rung.taken:
+                    return rung.held_out
+        return None
 
     def class_name(self, label: int) -> str:
-        """Returns the name of a class, or its number if the name is unknown. A label below 0 (no
-        class) becomes `-`.
+        """Returns the name of a class, or its number if the name is unknown.
+
+        A label below 0 (no class) becomes `-`.
         """
         if label < 0:
             return "-"
@@ -329,16 +335,15 @@ class RepairRecord(Record):
         """Counts by ascending strength. The first point is at strength 0, the original weights."""
         points = sorted(self.strength, key=lambda point: point.strength)
         if points and points[0].strength > 0:
-            same = FlipCounts(0, 0, 0, 0)
-            points.insert(
-                0, StrengthPoint(0.0, 0, same, None if points[0].calibration is None else same)
-            )
+            no_flips = FlipCounts(0, 0, 0, 0)
+            calibration = None if points[0].calibration is None else no_flips
+            points.insert(0, StrengthPoint(0.0, 0, no_flips, calibration))
         return points
 
     def pooled(self, role: Role) -> SplitReport | None:
-        chosen = by_role(self.splits).get(role)
-        return pool(chosen) if chosen else None
+        splits = by_role(self.splits).get(role)
+        return pool(splits) if splits else None
 
     def pooled_update(self, role: Role) -> UpdateSplit | None:
-        chosen = by_role(self.update).get(role)
-        return pool_updates(chosen) if chosen else None
+        splits = by_role(self.update).get(role)
+        return pool_updates(splits) if splits else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
@@ -13,10 +13,9 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
+# Use of a split: `known` data are for the search, `calibration` data choose a strength, `unseen`
+# data are counted.
 Role = Literal["known", "calibration", "unseen"]
-"""Use of a split: `known` data are for the search, `calibration` data choose a strength, `unseen`
-data are counted.
-"""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 Flip = Literal["repaired", "broken"]
@@ -86,8 +85,9 @@ class ClassCounts:
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """Counts of margins before and after, in B bins with B + 1 ascending edges. The outer bins are
-    open-ended.
+    """Counts of margins before and after, in B bins with B + 1 ascending edges.
+
+    The outer bins are open-ended.
     """
 
     edges: tuple[float, ...]
@@ -129,8 +129,9 @@ class SplitReport(_Counted):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN if undefined. `repair_rate`
-        counts only targets.
+        """Rates of `lightning_nrl.evaluation.metrics` by name, NaN if undefined.
+
+        `repair_rate` counts only targets.
         """
         repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
         return {**rates_of(self.counts), "repair_rate": repair_rate}
@@ -148,8 +149,9 @@ class SplitReport(_Counted):
 
 @dataclass(frozen=True)
 class UpdateSplit:
-    """One split in an update. The new model, as `trained` or repaired (`now`), is compared with the
-    replaced model.
+    """One split in an update.
+
+    The new model, as `trained` or repaired (`now`), is compared with the replaced model.
     """
 
     trained: SplitReport
@@ -166,8 +168,9 @@ class UpdateSplit:
 
 @dataclass(frozen=True)
 class SliceReport(_Counted):
-    """Counts of one slice in the data of one role. `quota` is the number of targets to repair, or
-    None for no quota.
+    """Counts of one slice in the data of one role.
+
+    `quota` is the number of targets to repair, or None for no quota.
     """
 
     name: str
@@ -182,8 +185,9 @@ class SliceReport(_Counted):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A failure not to be repaired. `id` is its position in its data set. Classes are -1 if the
-    task has no classes.
+    """A failure not to be repaired.
+
+    `id` is its position in its data set. Classes are -1 if the task has no classes.
     """
 
     split: str
@@ -195,55 +199,65 @@ class SetAside:
 
 def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
     """Groups splits by role, in the order of `ROLES`. Leaves out roles without splits."""
-    found = {role: [split for split in splits if split.role == role] for role in ROLES}
-    return {role: own for role, own in found.items() if own}
+    groups: dict[Role, list[AnySplit]] = {}
+    for role in ROLES:
+        members = [split for split in splits if split.role == role]
+        if members:
+            groups[role] = members
+    return groups
 
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
-    """Adds up several splits of one role. Leaves out samples, whose ids are valid in their own data
-    set only.
+    """Adds up several splits of one role.
+
+    Leaves out samples, whose ids are valid in their own data set only.
     """
-    counts = _sum(TargetCounts, [split.counts for split in splits])
-    parts = _pooled_confusion(splits), _pooled_classes(splits), _pooled_margins(splits)
-    return SplitReport("all", splits[0].role, counts, (), (), *parts)
+    return SplitReport(
+        "all",
+        splits[0].role,
+        _sum([split.counts for split in splits]),
+        confusion=_pooled_confusion(splits),
+        classes=_pooled_classes(splits),
+        margins=_pooled_margins(splits),
+    )
+
+
+def _sum(counts: Sequence[Counts]) -> Counts:
+    return type(counts[0])(*_column_sums([astuple(row) for row in counts]))
+
+
+def _column_sums(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sum(column) for column in zip(*rows, strict=True))
 
 
 def _pooled_confusion(splits: Sequence[SplitReport]) -> tuple[ConfusionCell, ...]:
     before, after = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
-    for cell in (cell for split in splits for cell in split.confusion):
-        before[cell.label, cell.prediction] += cell.before
-        after[cell.label, cell.prediction] += cell.after
-    return tuple(
-        ConfusionCell(*pair, before[pair], after[pair])
-        for pair in sorted(before.keys() | after.keys())
-    )
+    for split in splits:
+        for cell in split.confusion:
+            before[cell.label, cell.prediction] += cell.before
+            after[cell.label, cell.prediction] += cell.after
+    pairs = sorted(before.keys() | after.keys())
+    return tuple(ConfusionCell(*pair, before[pair], after[pair]) for pair in pairs)
 
 
 def _pooled_classes(splits: Sequence[SplitReport]) -> tuple[ClassCounts, ...]:
-    found: dict[int, list[FlipCounts]] = {}
-    for one in (one for split in splits for one in split.classes):
-        found.setdefault(one.label, []).append(one.counts)
-    return tuple(
-        ClassCounts(label, _sum(FlipCounts, counts)) for label, counts in sorted(found.items())
-    )
-
-
-def _sum(kind: type[Counts], counts: Sequence[Counts]) -> Counts:
-    return kind(*(sum(getattr(one, f.name) for one in counts) for f in fields(kind)))
+    by_label: dict[int, list[FlipCounts]] = {}
+    for split in splits:
+        for of_class in split.classes:
+            by_label.setdefault(of_class.label, []).append(of_class.counts)
+    return tuple(ClassCounts(label, _sum(counts)) for label, counts in sorted(by_label.items()))
 
 
 def _pooled_margins(splits: Sequence[SplitReport]) -> MarginHistogram | None:
-    found = [split.margins for split in splits if split.margins is not None]
-    if not found or any(one.edges != found[0].edges for one in found):
+    histograms = [split.margins for split in splits if split.margins is not None]
+    if len({histogram.edges for histogram in histograms}) != 1:
         return None
-    columns = ([one.before for one in found], [one.after for one in found])
-    return MarginHistogram(
-        found[0].edges, *(tuple(map(sum, zip(*column, strict=True))) for column in columns)
-    )
+    before = _column_sums([histogram.before for histogram in histograms])
+    after = _column_sums([histogram.after for histogram in histograms])
+    return MarginHistogram(histograms[0].edges, before, after)
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
     """Adds up several splits of one role, like `pool`."""
-    return UpdateSplit(
-        pool([split.trained for split in splits]), pool([split.now for split in splits])
-    )
+    trained = pool([split.trained for split in splits])
+    return UpdateSplit(trained, pool([split.now for split in splits]))

@@ -38,8 +38,8 @@ Evidence = Literal["better", "no difference shown", "worse"]
 EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
 CHANCE_STANDARD_ERRORS = 2.0  # smaller differences may be chance
 NEGLIGIBLE = 1e-17  # a term of this relative size no longer changes a sum in double precision
-# Share of the error probability for strengths that are accepted from weak to strong. The rest is for
-# other weights.
+# Share of the error probability for strengths that are accepted from weak to strong. The rest is
+# for other weights.
 ORDERED_LEVEL_SHARE = 0.8
 
 
@@ -132,8 +132,8 @@ def p_worse(*, repaired: int, broken: int) -> float:
     than
     are repaired.
 
-    It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped. So it is small if far
-    more samples break than are repaired.
+    It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped. So it is small if
+    far more samples break than are repaired.
 
     Example:
         >>> p_worse(repaired=0, broken=5)
@@ -145,7 +145,8 @@ def p_worse(*, repaired: int, broken: int) -> float:
 def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
     """Computes the exact two-sided p-value of "a flip is as likely a repair as a break".
 
-    It is 1 if there are no flips. If the data chose among several results, `choices` is their number, for a Bonferroni correction.
+    It is 1 if there are no flips. If the data chose among several results, `choices` is their
+    number, for a Bonferroni correction.
 
     Example:
         >>> round(sign_test(3, 20), 4)
@@ -212,9 +213,10 @@ class Bound:
     def __str__(self) -> str:
         if self.n == 0:
             return "broken 0 of 0; nothing is known of such samples"
+        confidence = show_confidence(self.confidence)
         return (
-            f"broken {self.broken:,} of {self.n:,} ({100 * self.rate:.2f} %); with {show_confidence(self.confidence)} "
-            f"confidence at most {percent_up(self.upper)} of such samples"
+            f"broken {self.broken:,} of {self.n:,} ({100 * self.rate:.2f} %); "
+            f"with {confidence} confidence at most {percent_up(self.upper)} of such samples"
         )
 
 

@@ -1,4 +1,4 @@
-"""The course of a method: its steps, the rungs of the default, and the price of no broken sample."""
+"""The course of a method: its steps, the rungs of the default, the price of no broken sample."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ CUT = "cut by `max_time`"
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a method, such as `fit`. Afterwards `repaired` targets pass, and `broken` known
-    passed samples fail.
+    """A step of a method, such as `fit`.
 
-    `was_cut` is True if `max_time` shortened the step. Steps of the kind `alternative` are results
-    of which held-out samples choose one.
+    Afterwards `repaired` targets pass, and `broken` known passed samples fail. `was_cut` is True if
+    `max_time` shortened the step. Steps of the kind `alternative` are results of which held-out
+    samples choose one.
     """
 
     name: str
@@ -31,11 +31,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung of the default method, which tries up to three changes, from the smallest to the largest (the ladder).
+    """One rung of the default method, which tries up to three changes (the ladder).
 
-    `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, `training` for further training,
-    or `polish` in an update. `held_out` counts known samples that the rung did not use. It is None if the rung used all
-    known samples. The other counts are of all known samples. The rung that is `taken` becomes the repair.
+    `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, `training`
+    for further training, or `polish` in an update. `held_out` counts known samples that the rung
+    did not use. It is None if the rung used all known samples. The other counts are of all known
+    samples. The rung that is `taken` becomes the repair.
     """
 
     name: str
@@ -51,7 +52,10 @@ class Rung:
 
 @dataclass(frozen=True)
 class PricePoint:
-    """The best result if at most the share `allowed` of known passed samples may break. Counts are as in `Rung`."""
+    """The best result if at most the share `allowed` of known passed samples may break.
+
+    Counts are as in `Rung`.
+    """
 
     allowed: float
     broken: int
