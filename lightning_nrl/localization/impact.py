@@ -1,6 +1,4 @@
-"""Backward and forward impacts of weights (paper, section II.1, step i), and the localizer
-`ByGradient`.
-"""
+"""Impacts of weights (paper, section II.1, step i), and the localizer `ByGradient`."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +34,7 @@ from lightning_nrl.evaluation.layer_gradients import (
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.localization.localizer import (
     LOCALIZERS,
+    Chunk,
     Localization,
     Localizer,
     Replay,
@@ -44,13 +43,16 @@ from lightning_nrl.localization.localizer import (
     make_localization,
 )
 
+# Backward impact as the absolute value of the samples' mean gradient, or as the mean of their
+# absolute gradients.
 Aggregation = Literal["mean_gradient", "per_sample"]
-"""Backward impact as the absolute value of the samples' mean gradient, or as the mean of their
-absolute gradients.
-"""
 
+# Number of samples in a forward and backward pass; it is halved if memory runs out.
 SAMPLES_PER_PASS = 64
-"""Number of samples in a forward and backward pass; it is halved if memory runs out."""
+
+# Adds the values of a chunk to sums, in place. The last argument is True only for the first chunk
+# of more than one sample.
+AddChunk = Callable[[Sequence[Tensor], Chunk, bool], None]
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,14 @@ def measure(
     aggregation: Aggregation = "mean_gradient",
     weight: Tensor | None = None,
 ) -> Impact:
-    """Measures the backward and forward impact of every weight on the marked samples (paper,
-    section
-    II.1, step i).
+    """Measures the backward and forward impact of every weight (paper, section II.1, step i).
 
-    The weight w_ij leads from a layer's input o_i to its output o_j. L is the loss of a sample. The
-    backward impact is |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined over samples as `aggregation`
-    says. The forward impact is the mean of |o_i * w_ij| over samples. A convolution uses a weight
-    at many positions: the gradient is summed over them, and |o_i * w_ij| is averaged over them,
-    padding included. The forward impact of a bias is its absolute value.
+    Only the marked samples count. The weight w_ij leads from a layer's input o_i to its output o_j.
+    L is the loss of a sample. The backward impact is |dL/dw_ij| = |dL/do_j * do_j/dw_ij|, combined
+    over samples as `aggregation` says. The forward impact is the mean of |o_i * w_ij| over samples.
+    A convolution uses a weight at many positions: the gradient is summed over them, and |o_i *
+    w_ij| is averaged over them, padding included. The forward impact of a bias is its absolute
+    value.
 
     Args:
         recording: recording of the model on the known data of this rank.
@@ -144,26 +145,75 @@ def measure(
     return _mean(space, *accumulate(recording, evaluator, rows_mask, sizes, add))
 
 
+def _add_impacts(
+    recording: Replay,
+    evaluator: Evaluator,
+    by_sample: bool,
+    weights: Tensor | None,
+    sums: Sequence[Tensor],
+    chunk: Chunk,
+    first: bool,
+) -> None:
+    gradient, inputs, positions, mixed, samples = sums
+    n = len(chunk.rows)
+    weight = None if weights is None else weights[chunk.rows.to(weights.device)].to(gradient)
+
+    def losses(logits: Tensor) -> Tensor:
+        loss = _differentiable(evaluator, logits, chunk.target)
+        return loss if weight is None else loss * weight.to(loss)
+
+    needs_samples = by_sample or weight is not None
+    calls_by_site, is_mixed = _calls(recording, chunk, losses, check=first and needs_samples)
+    samples.add_(n if weight is None else weight.sum())
+    mixed.add_(is_mixed)
+    with no_autocast(gradient.device):
+        for i, site in enumerate(recording.space.sites):
+            calls = calls_by_site[i]
+            if needs_samples and calls and not is_by_sample(calls, n):
+                mixed[i] += 1
+                continue
+            part = slice(site.offset, site.offset + site.size)
+            for call in calls:
+                absolute_inputs, n_uses = _forward_impact(site, call, weight)
+                inputs[part] += absolute_inputs
+                positions[i] += n_uses
+            if by_sample:
+                gradient[part] += _absolute_gradients(site, calls, n)
+                continue
+            for x, g in calls:
+                of_weight = weight_gradient(site.module, x, g)
+                gradient[part] += flat_part(site, of_weight, bias_gradient(g))
+
+
+def _forward_impact(site: LayerRef, call: LayerCall, weight: Tensor | None) -> tuple[Tensor, float]:
+    """Sums the absolute inputs of a site's weights over a call; also returns the number of uses."""
+    x, g = call
+    n_uses: float = uses_per_weight(site.module, g)
+    if weight is not None:
+        of_rows = weight.to(x).repeat_interleave(len(x) // len(weight))
+        x = x * of_rows.view(-1, *[1] * (x.ndim - 1))
+        n_uses *= float(weight.mean())
+    of_bias = x.new_full((g.shape[1],), n_uses)
+    return flat_part(site, absolute_input(site.module, x), of_bias), n_uses
+
+
 def accumulate(
     recording: Replay,
     evaluator: Evaluator,
     rows_mask: Tensor,
     sizes: Sequence[int],
-    add: Callable[[Sequence[Tensor], Any, bool], None],
+    add: AddChunk,
 ) -> tuple[Tensor, ...]:
-    """Sums vectors, whose lengths are `sizes`, over the marked samples of all ranks, and returns
-    the
-    sums.
+    """Sums vectors, whose lengths are `sizes`, over the marked samples of all ranks.
 
-    `add(sums, chunk, first)` is called for each chunk of at most `SAMPLES_PER_PASS` samples. It
-    must add the values of the chunk to the vectors `sums` in place. The last vector must count the
-    samples; an `EvaluationError` is raised if it stays 0. `first` is True only for the first chunk
-    of more than one sample.
+    `add(sums, chunk, first)` is called for each chunk of at most `SAMPLES_PER_PASS` samples. The
+    last vector must count the samples; an `EvaluationError` is raised if it stays 0.
     """
-    space = recording.space
+    device = recording.space.device
 
-    def work(size: int) -> Tensor:
-        flat, first = torch.zeros(sum(sizes), dtype=widest(space.device), device=space.device), True
+    def sum_chunks(size: int) -> Tensor:
+        flat = torch.zeros(sum(sizes), dtype=widest(device), device=device)
+        first = True
         with repeatable_gradients():
             for chunk in recording.chunks(size, rows_mask):
                 several = len(chunk.rows) > 1
@@ -171,12 +221,12 @@ def accumulate(
                 first = first and not several
         return flat
 
-    found, size = None, SAMPLES_PER_PASS
-    while found is None:
+    of_rank, size = None, SAMPLES_PER_PASS
+    while of_rank is None:
         # Ranks do not communicate here, so each may reduce its own pass size.
-        found = none_if_out_of_memory(partial(work, size), last_try=size == 1)
+        of_rank = none_if_out_of_memory(partial(sum_chunks, size), last_try=size == 1)
         size //= 2
-    sums: tuple[Tensor, ...] = evaluator.collective.sum(found).split(sizes)
+    sums: tuple[Tensor, ...] = evaluator.collective.sum(of_rank).split(sizes)
     if not sums[-1].item():
         raise EvaluationError(
             "`rows_mask` marks no sample.", "mark at least one sample on one rank."
@@ -184,58 +234,55 @@ def accumulate(
     return sums
 
 
-def _scaled(x: Tensor, weight: Tensor) -> Tensor:
-    return x * weight.to(x).repeat_interleave(len(x) // len(weight)).view(-1, *[1] * (x.ndim - 1))
-
-
 def _calls(
-    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], *, check: bool
+    recording: Replay, chunk: Chunk, values_of: Callable[[Tensor], Tensor], *, check: bool
 ) -> tuple[list[list[LayerCall]], Tensor]:
-    """Returns the calls of each site, with gradients of `values(logits).sum()`, and a mask of sites
-    that mix samples.
+    """Returns the calls of each site, with gradients of the values, and a mask of sites.
 
-    A site mixes samples if the value of one sample has a gradient at the rows of another. With
-    `check` this is tested.
+    The mask marks sites that mix samples: the value of one sample has a gradient at the rows of
+    another. With `check` this is tested.
     """
     sites = recording.space.sites
-    probe, made = replay_with_probe(recording, chunk, values)
-    mixed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
+    probe, values = replay_with_probe(recording, chunk, values_of)
+    mixed = torch.zeros(len(sites), dtype=torch.bool, device=values.device)
     if check:
-        half, order = len(made) // 2, {site.name: i for i, site in enumerate(sites)}
-        first = (torch.arange(len(made), device=made.device) < half).to(made.dtype)
-        for name, gradient in zip(
-            probe.called, probe.gradients(made, first, retain_graph=True), strict=True
-        ):
-            g = as_rows(sites[order[name]].module, gradient)
-            mixed[order[name]] |= (g[len(g) * half // len(made) :].abs() > 0).any()
-    calls = probe.calls(made)
+        half = len(values) // 2
+        in_first_half = torch.arange(len(values), device=values.device) < half
+        gradients = probe.gradients(values, in_first_half.to(values.dtype), retain_graph=True)
+        index = {site.name: i for i, site in enumerate(sites)}
+        for name, gradient in zip(probe.called, gradients, strict=True):
+            i = index[name]
+            rows = as_rows(sites[i].module, gradient)
+            in_second_half = rows[len(rows) * half // len(values) :]
+            mixed[i] |= (in_second_half.abs() > 0).any()
+    calls = probe.calls(values)
     return [calls[site.name] for site in sites], mixed
 
 
 def replay_with_probe(
-    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor]
+    recording: Replay, chunk: Chunk, values_of: Callable[[Tensor], Tensor]
 ) -> tuple[OutputProbe, Tensor]:
-    """Computes the logits of a chunk. Returns a probe for the gradients at all sites, and
-    `values(logits)`.
-    """
+    """Returns `values_of(logits)` of a chunk, and a probe for their gradients at all sites."""
     probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
         logits = recording.replay(
             chunk, lambda site, x, output: probe.add_zero(site.name, x, output)
         )
         with no_autocast(logits.device):
-            made = values(logits)
-    if probe.called and not made.requires_grad:
+            values = values_of(logits)
+    if probe.called and not values.requires_grad:
         raise ReplayError(
             f"`layer`: the loss has no gradient with respect to the outputs of {probe.called}.",
-            "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
+            "the model's forward must neither detach what these layers return "
+            "nor run under `torch.no_grad()`.",
         )
-    return probe, made
+    return probe, values
 
 
-def _differentiable(evaluator: Evaluator, logits: Tensor, target: Any) -> Tensor:
-    """Returns the losses, `n`. If they have no gradient, returns the negative margins or the mean
-    squared logits.
+def _differentiable(evaluator: Evaluator, logits: Tensor, target: object) -> Tensor:
+    """Returns the losses, `n`, or other values if these have no gradient.
+
+    The other values are the negative margins, or else the mean squared logits.
     """
     task = evaluator.task
     loss = task.loss(logits, target)
@@ -243,16 +290,16 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: Any) -> Tensor
         return loss
     margin = task.margin(logits, target)
     if margin is not None and margin.requires_grad:
-        other, name = -margin, "margin"
+        substitute, name = -margin, "margin"
     else:
-        other, name = at_least_float32(logits.flatten(1)).square().mean(1), "mean squared output"
+        substitute = at_least_float32(logits.flatten(1)).square().mean(1)
+        name = "mean squared output"
     problem = (
         f"`task`: its loss has no gradient, so weights are localised by the gradient of the {name}."
     )
-    warnings.warn(
-        DataWarning(problem, "give a differentiable loss to localise by it."), stacklevel=2
-    )
-    return other
+    hint = "give a differentiable loss to localise by it."
+    warnings.warn(DataWarning(problem, hint), stacklevel=2)
+    return substitute
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
@@ -269,20 +316,17 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
 
 
 def check_called(site: LayerRef, count: float) -> None:
-    """Raises a `ReplayError` if a layer was never called: `count`, how often each weight was used,
-    is then 0.
-    """
+    """Raises a `ReplayError` if each weight of a layer was used `count` = 0 times."""
     if not count:
         raise ReplayError(
             f"`layer={site.name!r}` is never called when the model runs.",
-            "name a layer whose own forward is called; attention uses the weights of its `out_proj` directly.",
+            "name a layer whose own forward is called; "
+            "attention uses the weights of its `out_proj` directly.",
         )
 
 
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
-    """Returns a site's part of a flat weight vector: the values for its weight and, if it is
-    searched, for its bias.
-    """
+    """Returns a site's part of a flat vector: values for its weight and, if searched, its bias."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
@@ -297,8 +341,10 @@ def _mean(
     for site, count, is_mixed in zip(space.sites, positions.tolist(), mixed.tolist(), strict=True):
         if is_mixed:
             raise ReplayError(
-                f"`aggregation='per_sample'`: input rows of `layer={site.name!r}` do not belong to one sample each.",
-                "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
+                f"`aggregation='per_sample'`: input rows of `layer={site.name!r}` "
+                "do not belong to one sample each.",
+                "use `aggregation='mean_gradient'`; "
+                "NeuRecover needs a layer with samples in the first dimension.",
             )
         check_called(site, count)
     size = torch.tensor([site.size for site in space.sites], device=gradient.device)
@@ -307,7 +353,8 @@ def _mean(
     if not bool((backward + forward).isfinite().all()):
         raise EvaluationError(
             "`layer`: impacts are not finite.",
-            "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
+            "look for samples with a NaN or infinite loss, "
+            "or for gradients that overflow half precision.",
         )
     return Impact(backward, forward, int(samples))
 
@@ -315,8 +362,7 @@ def _mean(
 @LOCALIZERS.register("gradient")
 @dataclass(frozen=True)
 class ByGradient(Localizer):
-    """Localises the weights with the largest absolute gradient of the mean loss on the failed
-    samples.
+    """Localises the weights with the largest gradient of the mean loss on the failed samples.
 
     Attributes:
         n_weights: number of weights to localise; None: `default_n_weights`.
@@ -332,8 +378,9 @@ class ByGradient(Localizer):
     def __call__(
         self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
     ) -> Localization:
-        """Returns the weights with the largest nonzero gradients. Weights with equal gradients keep
-        their order.
+        """Returns the weights with the largest nonzero gradients.
+
+        Weights with equal gradients keep their order.
         """
         gradient = measure(recording, evaluator, failed).backward
         wanted = self.n_weights or default_n_weights(len(gradient))

@@ -1,13 +1,11 @@
-"""The interface of a localizer, its result, the registry, and two baselines: all weights and random
-weights.
-"""
+"""The base class of localizers, their result, the registry, and two baselines."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +16,9 @@ from lightning_nrl.errors import EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.evaluation.sample_results import SampleResults
+
+Chunk: TypeAlias = Any
+"""Some samples of a recording: `rows`, their rows in the results, and `target`, their targets."""
 
 
 @dataclass(frozen=True)
@@ -30,38 +31,36 @@ class Localization:
     give the sizes of both sets and of the intersection (`both`).
     """
 
-    weights: Tensor  # K int64: ascending positions of the localised weights in the flat vector (`ParameterSpace`)
-    n_g: int  # number of weights with top impacts that were compared; for `NeuRecoverLite` the size N_g of each set
+    weights: Tensor  # K int64: ascending positions in the flat vector (`ParameterSpace`)
+    # Number of weights with top impacts that were compared; for `NeuRecoverLite` the size N_g of
+    # each set.
+    n_g: int
     requested: int | None  # requested number of weights (#lw); None if no number was requested
     sizes: dict[str, int]
 
 
 class Replay(Protocol):
-    """Recording of the model on known data, from which logits are computed again with edited layer
-    outputs.
-    """
+    """Recording of the model on known data, to compute logits again with edited layer outputs."""
 
     @property
     def space(self) -> ParameterSpace:
         """The layers to repair."""
 
-    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """Yields chunks of at most `size` samples. `keep`, `N` bool, marks samples (rows of the
-        results) to include.
+    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Chunk]:
+        """Yields chunks of at most `size` samples; None means no maximum size.
 
-        If `keep` is None, all samples are included. If `size` is None, chunks have no maximum size.
+        `keep`, `N` bool, marks the samples (rows of the results) to include; None means all.
         """
 
     def replay(
-        self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1
+        self, chunk: Chunk, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1
     ) -> Tensor:
-        """Computes the logits of a chunk of n samples. `edit(site, input, output)` replaces the
-        output
-        of each layer.
+        """Computes the logits of a chunk of n samples.
 
-        At the first layer `edit` gets tensors of n samples and must return an output for `copies *
-        n` samples, copy by copy. At later layers it gets and returns tensors of `copies * n`
-        samples. The logits have `copies * n` rows.
+        `edit(site, input, output)` replaces the output of each layer. At the first layer it gets
+        tensors of n samples and must return an output for `copies * n` samples, copy by copy. At
+        later layers it gets and returns tensors of `copies * n` samples. The logits have `copies *
+        n` rows.
         """
 
 
@@ -76,8 +75,9 @@ class KnownData:
 
 
 class Localizer(ABC):
-    """Base class of localizers, which choose the weights to search. Your own localizer is a frozen
-    dataclass with a `__call__`.
+    """Base class of localizers, which choose the weights to search.
+
+    Your own localizer is a frozen dataclass with a `__call__`.
 
     Attributes:
         include_bias: True if biases may be chosen too. `recording.space` then contains the biases.
@@ -133,17 +133,14 @@ LOCALIZERS: Registry[Localizer] = Registry(
 
 
 def make_localization(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
-    """Builds a `Localization` of `weights`. Raises an `EmptyLocalizationError` if `weights` is
-    empty.
-    """
+    """Builds a `Localization`; raises an `EmptyLocalizationError` if `weights` is empty."""
     if not len(weights):
         raise EmptyLocalizationError(
             "`localizer` leaves no weight: none has an impact on the failed data.",
             "choose another layer: this one does not affect the predictions of these samples.",
         )
-    return Localization(
-        weights.to(torch.int64), n_g, requested, {"localized": len(weights), "total": total}
-    )
+    sizes = {"localized": len(weights), "total": total}
+    return Localization(weights.to(torch.int64), n_g, requested, sizes)
 
 
 def check_numbers(**numbers: int | None) -> None:
@@ -154,8 +151,7 @@ def check_numbers(**numbers: int | None) -> None:
 
 
 def default_n_weights(total: int) -> int:
-    """Returns the default number of weights to localise: a tenth of `total`, but at least 32 and at
-    most 309.
+    """Returns the default number of weights to localise: a tenth of `total`, from 32 to 309.
 
     The limits are from Table II of the paper (32 in EXP-C1, 309 in EXP-A1). The result may exceed a
     small `total`.
@@ -206,10 +202,9 @@ class RandomWeights(Localizer):
     def __call__(
         self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
     ) -> Localization:
+        space = recording.space
+        wanted = self.n_weights or default_n_weights(space.size)
         # On the CPU, so that every device and every rank draws the same weights.
-        total = recording.space.size
-        wanted = self.n_weights or default_n_weights(total)
-        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:wanted]
-        return make_localization(
-            drawn.sort().values.to(recording.space.device), len(drawn), wanted, total
-        )
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(space.size, generator=generator)[:wanted].sort().values
+        return make_localization(drawn.to(space.device), len(drawn), wanted, space.size)

@@ -1,11 +1,10 @@
-"""NeuRecoverLite's localisation: weights with a high impact on failed but not on passed data
-(paper,
-section II.1).
+"""NeuRecoverLite's localisation (paper, section II.1).
 
-With increasing N_g (see `localize`) a weight enters `B_failed & F_failed` once N_g reaches the
-worse of its ranks by backward and by forward impact. From then on the weight is localised, until it
-enters `B_passed & F_passed` likewise. So the number of localised weights may rise and fall with
-N_g, and is computed for all N_g at once.
+It chooses weights with a high impact on failed but not on passed data. With increasing N_g (see
+`localize`) a weight enters `B_failed & F_failed` once N_g reaches the worse of its ranks by
+backward and by forward impact. From then on the weight is localised, until it enters `B_passed &
+F_passed` likewise. So the number of localised weights may rise and fall with N_g, and is computed
+for all N_g at once.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ from lightning_nrl.localization.localizer import (
 @LOCALIZERS.register("neurecover-lite")
 @dataclass(frozen=True)
 class NeuRecoverLite(Localizer):
-    """Localises weights with a high impact on the failed samples but not on the passed samples (see
-    `localize`).
+    """Localises weights with a high impact on the failed, but not on the passed samples.
+
+    `localize` defines the weights.
 
     Attributes:
         n_weights: number of weights to localise (#lw), or the nearest reachable number; by default
@@ -57,11 +57,12 @@ class NeuRecoverLite(Localizer):
     def __call__(
         self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor
     ) -> Localization:
-        of_failed, of_passed = (
-            measure(recording, evaluator, rows, aggregation=self.aggregation)
-            for rows in (failed, passed)
+        return localize(
+            measure(recording, evaluator, failed, aggregation=self.aggregation),
+            measure(recording, evaluator, passed, aggregation=self.aggregation),
+            n_weights=self.n_weights,
+            n_g=self.n_g,
         )
-        return localize(of_failed, of_passed, n_weights=self.n_weights, n_g=self.n_g)
 
 
 def localize(
@@ -96,35 +97,38 @@ def localize(
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     sizes = sizes_at(enter, leave, torch.arange(total + 1, device=enter.device))
     if n_g is None:
-        candidates = sizes["localized"] if sizes["localized"].any() else sizes["failed"]
         n_weights = n_weights or default_n_weights(total)
-        chosen = nearest(candidates[1:], n_weights) + 1
-    else:
-        chosen = n_g
-    at = {name: int(size[chosen]) for name, size in sizes.items()} | {"total": total}
+        # If no N_g leaves a weight, the error is about a set of that size.
+        candidates = sizes["localized"] if sizes["localized"].any() else sizes["failed"]
+        n_g = nearest(candidates[1:], n_weights) + 1
+    at = {name: int(size[n_g]) for name, size in sizes.items()} | {"total": total}
     if not at["localized"]:
-        raise _empty_error(sizes["localized"], chosen, at)
-    weights = ((enter <= chosen) & (leave > chosen)).nonzero().squeeze(1)
-    return Localization(weights, chosen, n_weights, at)
+        raise _empty_error(sizes["localized"], n_g, at)
+    weights = ((enter <= n_g) & (leave > n_g)).nonzero().squeeze(1)
+    return Localization(weights, n_g, n_weights, at)
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Returns `Localization.sizes`, without `total`, as int64 tensors. Entry i of each tensor is
-    for N_g = i.
+    """Returns `Localization.sizes`, without `total`, as int64 tensors.
+
+    Entry i of each tensor is for N_g = i.
     """
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     return sizes_at(enter, leave, torch.arange(len(enter) + 1, device=enter.device))
 
 
 def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
-    """Returns `Localization.sizes` for each t in `at`. `failed` counts `enter <= t`, `passed`
-    counts `leave <= t`.
+    """Returns `Localization.sizes` for each t in `at`.
+
+    `failed` counts `enter <= t`, `passed` counts `leave <= t`.
     """
-    failed, passed, both = (
-        torch.searchsorted(x.sort().values, at, right=True)
-        for x in (enter, leave, torch.maximum(enter, leave))
-    )
-    return {"failed": failed, "passed": passed, "both": both, "localized": failed - both}
+    failed, passed = _count_up_to(enter, at), _count_up_to(leave, at)
+    shared = _count_up_to(torch.maximum(enter, leave), at)
+    return {"failed": failed, "passed": passed, "both": shared, "localized": failed - shared}
+
+
+def _count_up_to(values: Tensor, limits: Tensor) -> Tensor:
+    return torch.searchsorted(values.sort().values, limits, right=True)
 
 
 def _first_n_g(impact: Impact) -> Tensor:
@@ -132,32 +136,32 @@ def _first_n_g(impact: Impact) -> Tensor:
 
 
 def rank_impacts(impact: Tensor) -> Tensor:
-    """Returns the rank of each impact, 1 for the largest. Of equal impacts, an earlier one has a
-    smaller rank.
-    """
+    """Returns the rank of each impact, 1 for the largest. Equal impacts keep their order."""
     order = impact.argsort(descending=True, stable=True)
-    return torch.empty_like(order).scatter_(
-        0, order, torch.arange(1, len(order) + 1, device=order.device)
-    )
+    ranks = torch.arange(1, len(order) + 1, device=order.device)
+    return torch.empty_like(order).scatter_(0, order, ranks)
 
 
 def nearest(sizes: Tensor, size: int) -> int:
-    """Returns the index of the nonzero entry of `sizes` that is nearest to `size`. On a tie it is
-    the first index.
-    """
+    """Returns the first index of the nonzero entry of `sizes` that is nearest to `size`."""
     return int((sizes - size).abs().masked_fill(sizes == 0, 2**62).argmin())
 
 
 def _empty_error(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalizationError:
     candidates = localized.nonzero().squeeze(1)
     if len(candidates):
-        nearest = int(candidates[(candidates - n_g).abs().argmin()])
-        hint = f"N_g = {nearest} is the nearest that leaves weights ({int(localized[nearest])}); or give `n_weights`."
+        best = int(candidates[(candidates - n_g).abs().argmin()])
+        n_left = int(localized[best])
+        hint = f"N_g = {best} is the nearest that leaves weights ({n_left}); or give `n_weights`."
     else:
-        hint = "no N_g leaves a weight: failed and passed data rank the weights alike; choose another layer or target."
+        hint = (
+            "no N_g leaves a weight: failed and passed data rank the weights alike; "
+            "choose another layer or target."
+        )
     return EmptyLocalizationError(
-        f"`localizer` leaves no weight at N_g = {n_g} of {at['total']}: |B_failed & F_failed| = {at['failed']}, "
-        f"|B_passed & F_passed| = {at['passed']}, |intersection of the two| = {at['both']}, |W_localized| = 0.",
+        f"`localizer` leaves no weight at N_g = {n_g} of {at['total']}: "
+        f"|B_failed & F_failed| = {at['failed']}, |B_passed & F_passed| = {at['passed']}, "
+        f"|intersection of the two| = {at['both']}, |W_localized| = 0.",
         hint,
     )
 
