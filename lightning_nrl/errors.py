@@ -1,5 +1,6 @@
-"""Errors and warnings. In general, a message names the faulty argument, describes the problem, and
-ends with a hint.
+"""Errors and warnings.
+
+In general, a message names the faulty argument, describes the problem, and ends with a hint.
 """
 
 from __future__ import annotations
@@ -36,12 +37,11 @@ __all__ = [
     "explain",
 ]
 
+# Lone surrogates, marks that set the direction of writing, and control characters except tab and
+# newline.
 CONTROL_CHARACTERS = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Matches lone surrogates, marks that set the direction of writing, and control characters except
-tab and newline.
-"""
 
 
 class Explained(Exception):
@@ -79,8 +79,9 @@ class EvaluationError(RepairError):
 
 
 class UnusableSamplesError(EvaluationError):
-    """Some samples have no class or no finite loss. `samples` maps a split to their data-set
-    positions.
+    """Some samples have no class or no finite loss.
+
+    `samples` maps a split to their data-set positions.
     """
 
     def __init__(
@@ -103,14 +104,13 @@ class EmptyLocalizationError(RepairError):
 
 
 class ReplayError(RepairError):
-    """The layers after the layer to repair cannot be run separately, or their input cannot be
-    recorded.
-    """
+    """The layers after the repaired one cannot be run alone, or their input cannot be recorded."""
 
 
 class InseparableBatchError(ReplayError):
-    """A batch, such as one of graphs, cannot be split into samples, and the layer to repair is not
-    the last layer.
+    """A batch, such as one of graphs, cannot be split into samples.
+
+    The layer to repair is not the last layer.
     """
 
 
@@ -135,8 +135,9 @@ class PerformanceWarning(RepairWarning):
 
 
 class FilesWarning(RepairWarning):
-    """A file could not be written, or was damaged and ignored. The result of the repair is not
-    affected.
+    """A file could not be written, or was damaged and ignored.
+
+    The result of the repair is not affected.
     """
 
 
@@ -145,17 +146,13 @@ class LoggingWarning(RepairWarning):
 
 
 def explain(problem: str, hint: str) -> str:
-    """Returns a message of the problem and, on a new line, the hint. Escapes the same characters as
-    `visible`.
-    """
+    """Returns a message of the problem and, on a new line, the hint, both `visible`."""
     return visible(f"{problem}\nHINT: {hint}")
 
 
 def visible(text: str) -> str:
-    """Escapes lone surrogates, and control characters that a terminal would interpret; keeps tabs
-    and newlines.
-    """
-    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escapes what a terminal would interpret, except tabs and newlines, and lone surrogates."""
+    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def first_line(error: object) -> str:
@@ -164,37 +161,35 @@ def first_line(error: object) -> str:
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """Raises `ConfigurationError` if `value` is not in `choices`. The hint names the most similar
-    choice.
-    """
+    """Raises `ConfigurationError` if `value` is not in `choices`; the hint names the nearest."""
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     known = "one of " + ", ".join(repr(choice) for choice in choices)
-    raise ConfigurationError(
-        f"`{argument}={value!r}` is unknown.",
-        f"did you mean {near[0]!r}? It is {known}." if near else f"use {known}.",
-    )
+    hint = f"use {known}."
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    if near:
+        hint = f"did you mean {near[0]!r}? It is {known}."
+    raise ConfigurationError(f"`{argument}={value!r}` is unknown.", hint)
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Refuses a `value` for which `fits` is false, or which is a class. The message says that it is
-    no `kind`.
-    """
+    """Refuses a `value` for which `fits` is false, or which is a class, as no `kind`."""
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 
 
 def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Raises `ConfigurationError` if `value` is not a whole number from `least` to `most` (None: no
-    upper limit).
+    """Raises `ConfigurationError` if `value` is not a whole number from `least` to `most`.
+
+    None means no upper limit.
     """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
-        limits = f"from {least}" + (f" to {most}" if most is not None else "")
-        raise ConfigurationError(
-            f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}."
-        )
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and least <= value <= (math.inf if most is None else most):  # type: ignore[operator]
+        return
+    limits = f"from {least}" if most is None else f"from {least} to {most}"
+    raise ConfigurationError(
+        f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}."
+    )
 
 
 def check_real(
@@ -208,11 +203,13 @@ def check_real(
     most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raises `ConfigurationError` unless `value` is finite, `least <= value <= most` and `above <
-    value < below`.
+    """Raises `ConfigurationError` unless `value` is finite and within all limits.
 
-    The message says that `value` is no `kind`, and ends with `hint`.
+    The limits are `least <= value <= most` and `above < value < below`. The message says that
+    `value` is no `kind`, and ends with `hint`.
     """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and least <= number <= most and above < number < below):
-        raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number) and least <= number <= most and above < number < below:
+            return
+    raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)
