@@ -38,10 +38,10 @@ from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning, first_line
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.layers import find_scope
+from lightning_nrl.gate import Gate
 from lightning_nrl.methods import METHODS, AnyMethod
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
-from lightning_nrl.pipeline.settings import AnyGate, parse_gate
 from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference, parse_reference
@@ -135,7 +135,7 @@ class RegressionFreeRepair(RepairCallback):
         self,
         target: Target | str | None = None,
         layer: str | list[str] = "auto",
-        gate: AnyGate = "instance",
+        gate: str | Gate = "instance",
         method: str | AnyMethod = "auto",
         task: str | Task | None = None,
         reference: nn.Module | str | Path | State | Reference | None = None,
@@ -154,7 +154,7 @@ class RegressionFreeRepair(RepairCallback):
         self.settings = Settings(
             target=parse_target("all" if target is None else target),
             layer=layer,
-            gate=parse_gate(gate),
+            gate=Gate.parse(gate),
             method=METHODS.parse("method", method),
             max_time=max_time,
             seed=seed,

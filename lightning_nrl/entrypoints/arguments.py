@@ -15,7 +15,7 @@ from lightning_nrl._trainer.lightning.packages import LightningModule
 from lightning_nrl._trainer.lightning.private_parts import original_module
 from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.pipeline.settings import OPTIONS, changed_options
+from lightning_nrl.pipeline.options import OPTIONS, changed_options
 
 OPTION_CLASSES: Mapping[str, type] = {"data": DataOptions, **OPTIONS}
 """Classes of option objects by the argument of `RegressionFreeRepair` that takes them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.records.steps import PricePoint, Rung, Step
-from lightning_nrl.search import ParticleSwarm, Searcher
+from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
 
 PATIENCE_OF_PRICES = 3  # `Convex.patience` in the rung `exact`
 # For `Solution.price`, shares of passed samples that may break.
@@ -64,18 +64,20 @@ class Auto(Method):
        better if its net rate is significantly higher.
 
     Attributes:
-        swarm: the searcher of the rungs that search. It may be a swarm or any other searcher.
+        swarm: the searcher of the rungs that search. It may be a swarm or any other searcher. None
+            means a `ParticleSwarm` with 60 iterations.
 
     Raises:
         ConfigurationError: on construction, if `swarm` is no searcher.
     """
 
     trains: ClassVar[bool] = True
-    swarm: ParticleSwarm | Searcher[Any] = field(
-        default_factory=partial(ParticleSwarm, iterations=60)
-    )
+    swarm: Searcher[Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.swarm is None:
+            # Not the default of the field, which a YAML parser would read as a dict.
+            object.__setattr__(self, "swarm", ParticleSwarm(iterations=60))
         fits = isinstance(self.swarm, Searcher)
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
@@ -84,9 +86,10 @@ class Auto(Method):
 
         Raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds no weights.
         """
+        searcher = SEARCHERS.parse("Auto.swarm", self.swarm)
         if not bool(problem.before.margin.isfinite().all()):
-            return LocalSearch(self.swarm)(problem)
-        results = _Ladder(problem, self.swarm).run()
+            return LocalSearch(searcher)(problem)
+        results = _Ladder(problem, searcher).run()
         solutions = [result.solution for result in results]
         index, why = chosen_rung(results)
         if index is None:

@@ -5,10 +5,11 @@ weights. `repair_module` evaluates the model, searches for new weights and judge
 the model unchanged.
 """
 
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.patch import PATCH_NAME, Patch, patch_checkpoint
 from lightning_nrl.pipeline.patch_file import TensorChange
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
-from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
+from lightning_nrl.pipeline.settings import Settings
 
 __all__ = [
     "PATCH_NAME",

@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.localization import LOCALIZERS, Localizer
-from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
+from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, changed_options
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
 from lightning_nrl.search import Fitness, ParticleSwarm
 
 

@@ -23,7 +23,7 @@ from lightning_nrl import (
     Target,
 )
 from lightning_nrl.localization import AllWeights, Localizer, NeuRecoverLite
-from lightning_nrl.pipeline.settings import changed_options
+from lightning_nrl.pipeline.options import changed_options
 from lightning_nrl.search import Fitness
 
 
