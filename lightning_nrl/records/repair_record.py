@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import Record, to_plain
+from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
@@ -132,6 +135,23 @@ class WeightChange:
     l2: float
     relative: float
     largest: float
+
+    @classmethod
+    def between(cls, old: State, new: State) -> Self:
+        """Measures the change between tensors of the same names, in float64 on the CPU."""
+        before, after = _flattened(old, old), _flattened(new, old)
+        change = after - before
+        return cls(
+            changed=int((change != 0).sum()),
+            total=len(change),
+            l2=float(change.norm()),
+            relative=float(change.norm() / before.norm()),
+            largest=float(change.abs().max()),
+        )
+
+
+def _flattened(state: State, names: Iterable[str]) -> Tensor:
+    return torch.cat([state[name].detach().flatten().cpu().double() for name in names])
 
 
 @dataclass(frozen=True)

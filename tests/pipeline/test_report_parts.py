@@ -9,8 +9,8 @@ import torch
 
 from lightning_nrl.evaluation import metrics as functional
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
-from lightning_nrl.pipeline.report_builder import split_report, weight_change
 from lightning_nrl.records import WeightChange, pool
+from lightning_nrl.records.split_reports import split_report
 from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 
 LABEL = torch.tensor([0, 0, 1, 1, 2, 0, 1])
@@ -90,8 +90,10 @@ def test_splits_are_pooled() -> None:
 def test_change_between_two_layers() -> None:
     old = {"a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor([0.0])}
     new = {"b": torch.tensor([1.0]), "a": torch.tensor([[3.0, 2.0], [0.0, 2.0]])}
-    assert weight_change(old, new) == WeightChange(
+    assert WeightChange.between(old, new) == WeightChange(
         changed=3, total=5, l2=3.0, relative=0.6, largest=2.0
     )
     half = {"a": torch.full((1000,), 100.0, dtype=torch.bfloat16)}
-    assert weight_change(half, {"a": half["a"] + 0.5}).l2 == pytest.approx(0.5 * math.sqrt(1000))
+    assert WeightChange.between(half, {"a": half["a"] + 0.5}).l2 == pytest.approx(
+        0.5 * math.sqrt(1000)
+    )
