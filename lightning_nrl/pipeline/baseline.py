@@ -1,5 +1,4 @@
-"""Evaluates the original model on all data, marks the failures to repair, and finds samples that
-leaked between splits.
+"""Evaluates the original model on all data, marks the failures to repair, and finds leaks.
 
 Other data here are calibration data, which choose the strength, and unseen data, which are only
 counted.
@@ -8,7 +7,7 @@ counted.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,7 +24,7 @@ from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
 from lightning_nrl.evaluation.layers import forbid_batch_statistics
 from lightning_nrl.evaluation.slices import normalise_weights
-from lightning_nrl.pipeline.input_checks import check_losses, check_task
+from lightning_nrl.pipeline.input_checks import check_losses, check_task, first_ids
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import Role
 from lightning_nrl.updates.old_model import Reference, Update, evaluate_old
@@ -68,40 +67,46 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Evaluates the model on all data. `clock` measures the time. Other arguments are as in
-    `repair_module`.
+    """Evaluates the model on all data.
+
+    `clock` measures the time. Other arguments are as in `repair_module`.
     """
-    roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
-    other_data = {role: sources for role, sources in roles.items() if sources}
+    other_data: dict[Role, Sequence[Source]] = {}
+    if calibration:
+        other_data["calibration"] = calibration
+    if unseen:
+        other_data["unseen"] = unseen
     leaks = LeakCheck(known, other_data)
     with clock.stage("collect"), forbid_batch_statistics(evaluator.model):
-        before, set_aside = settings.samples.evaluate(
+        results, set_aside = settings.samples.evaluate(
             evaluator, leaks.known, settings.target, everywhere=reference is not None
         )
-    others: dict[Role, SampleResults] = {}
+    other_results: dict[Role, SampleResults] = {}
     for role, sources in leaks.other_data.items():
         with clock.stage("unseen"):
-            others[role] = evaluate_other_data(evaluator, sources, settings)
+            other_results[role] = evaluate_other_data(evaluator, sources, settings)
     leaked = leaks.leaked(evaluator.collective)
-    check_losses(before)
-    check_task(settings, before, evaluator.task)
-    update, own = None, before
+    check_losses(results)
+    check_task(settings, results, evaluator.task)
+    before, update = results, None
     if reference is not None:
         with clock.stage("reference"):
-            update = evaluate_old(
-                reference, evaluator, {"known": known, **other_data}, {"known": before, **others}
-            )
-        own = update.regressions("known", before)
-        others = {role: update.regressions(role, results) for role, results in others.items()}
-        before = update.kept(own, settings.samples.keep)
+            all_results: dict[Role, SampleResults] = {"known": results, **other_results}
+            all_data: dict[Role, Sequence[Source]] = {"known": known, **other_data}
+            update = evaluate_old(reference, evaluator, all_data, all_results)
+        results = update.regressions("known", results)
+        for role in other_results:
+            other_results[role] = update.regressions(role, other_results[role])
+        before = update.kept(results, settings.samples.keep)
     if settings.samples.set_aside == DOUBTFUL:
         with clock.stage("labels"):
             set_aside = find_label_issues(evaluator, known, before)
-    same, before = own is before, _without(before, set_aside)
+    is_same = before is results
+    before = _without(before, set_aside)
     return Baseline(
-        before if same else _without(own, set_aside),
+        before if is_same else _without(results, set_aside),
         before,
-        {role: EvaluatedData(other_data[role], results) for role, results in others.items()},
+        {role: EvaluatedData(other_data[role], of_role) for role, of_role in other_results.items()},
         set_aside,
         update,
         leaked,
@@ -114,34 +119,31 @@ def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
 
 @dataclass(frozen=True)
 class EvaluatedData:
-    """Calibration or unseen data: this rank's `sources`, and the results of all ranks `before` the
-    repair.
-    """
+    """Calibration or unseen data: this rank's `sources`, and all results `before` the repair."""
 
     sources: Sequence[Source]
     before: SampleResults
 
     def flips(self, evaluator: Evaluator, state: State) -> Flips:
-        """Evaluates the model with the tensors of `state` on these data, and compares the results
-        with `before`.
-        """
+        """Compares the model with the tensors of `state` with `before`, on these data."""
         return Flips.between(self.before, evaluator.run_with(state, self.sources))
 
 
 def evaluate_other_data(
     evaluator: Evaluator, sources: Sequence[Source], settings: Settings
 ) -> SampleResults:
-    """Evaluates calibration or unseen data and marks the failures in the target. These failures are only
-    reported.
+    """Evaluates calibration or unseen data and marks the failures in the target, for the report.
 
     If the target cannot be applied, for instance because these data lack a column, a warning says
     so and no failure is marked. Any other error is raised. If it occurs on one rank only, the other
     ranks raise an error, too.
     """
+    samples = settings.samples
     try:
-        return settings.samples.evaluate(
+        results, _ = samples.evaluate(
             evaluator, sources, settings.target, everywhere=True, known=False
-        )[0]
+        )
+        return results
     except Exception as error:
         # If one rank fails, all ranks get here. They evaluate again unless a rank has an error of
         # another kind.
@@ -149,15 +151,15 @@ def evaluate_other_data(
             raise
         problem = f"the failures in the target are not counted on held-out data: {error}"
         warnings.warn(DataWarning(problem), stacklevel=3)
-    return settings.samples.evaluate(evaluator, sources, known=False)[0]
+    results, _ = samples.evaluate(evaluator, sources, known=False)
+    return results
 
 
-MAX_LISTED_IDS = 10  # ids of samples in a message
+OTHER_ROLES: tuple[Role, ...] = ("calibration", "unseen")
 
 
 class LeakCheck:
-    """Finds calibration samples that are also known, and unseen samples that are also known or
-    calibration data.
+    """Finds samples that data share: calibration with known, unseen with known or calibration.
 
     First run the model over the attributes `known` and `other_data`, then call `leaked`. The
     attributes wrap the given sources to record a hash of each sample. Two samples are the same if
@@ -168,60 +170,57 @@ class LeakCheck:
     def __init__(
         self, known: Sequence[Source], other_data: Mapping[Role, Sequence[Source]]
     ) -> None:
-        watched = any(other_data.values())
-        self.known: Sequence[Source] = (
-            [content_recorder(source) for source in known] if watched else known
-        )
-        self.other_data: dict[Role, Sequence[Source]] = {
-            role: [content_recorder(source) for source in sources]
-            for role, sources in other_data.items()
-        }
+        self.known = known
+        self.other_data = other_data
+        if any(other_data.values()):
+            self.known = [content_recorder(source) for source in known]
+            self.other_data = {
+                role: [content_recorder(source) for source in sources]
+                for role, sources in other_data.items()
+            }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """Returns the number of leaked samples for each unseen split with leaks, and warns about
-        these
-        samples.
+        """Returns the number of leaked samples by unseen split with leaks, and warns about them.
 
         Call this after a pass over all sources. Raises a `ConfigurationError` if a calibration
         sample is also known.
         """
-        found: dict[str, int] = {}
-        others = [source for source in self.known if isinstance(source, RecordingSource)]
-        for role in ("calibration", "unseen"):
-            own = [
-                source
-                for source in self.other_data.get(role, ())
-                if isinstance(source, RecordingSource)
-            ]
-            for source in own:
-                again = _leaked_rows(source, others, collective)
-                if not again.any():
+        leaked: dict[str, int] = {}
+        earlier = _recorded(self.known)
+        for role in OTHER_ROLES:
+            sources = _recorded(self.other_data.get(role, ()))
+            for source in sources:
+                mask = _leaked_rows(source, earlier, collective)
+                ids = source.index[mask].tolist()
+                if not ids:
                     continue
-                ids = source.index[again].tolist()
-                some = f"{ids[:MAX_LISTED_IDS]}{' ...' if len(ids) > MAX_LISTED_IDS else ''}"
-                what = f"{len(ids):,} of the {len(again):,} samples of `{source.split}` are"
+                count = f"{len(ids):,} of the {len(mask):,} samples of `{source.split}`"
                 if role == "calibration":
                     raise ConfigurationError(
-                        f"`calibration`: {what} known data too ({some}).",
+                        f"`calibration`: {count} are known data too ({first_ids(ids)}).",
                         "remove them from one of the two: a bound holds only for unused samples.",
                     )
-                found[source.split] = len(ids)
-                problem = f"`unseen`: {what} known or calibration data too ({some})."
+                leaked[source.split] = len(ids)
+                problem = f"`unseen`: {count} are known or calibration data too ({first_ids(ids)})."
                 hint = "remove them: they make the counts on unseen data too good."
                 warnings.warn(DataWarning(problem, hint), stacklevel=4)
-            others += own
-        return found
+            earlier += sources
+        return leaked
+
+
+def _recorded(sources: Iterable[Source]) -> list[RecordingSource]:
+    return [source for source in sources if isinstance(source, RecordingSource)]
 
 
 def _leaked_rows(
-    source: RecordingSource, others: Sequence[RecordingSource], collective: Collective
+    source: RecordingSource, earlier: Sequence[RecordingSource], collective: Collective
 ) -> Tensor:
-    """Returns a mask of the source's samples on all ranks. It is True for samples that are also in
-    `others`.
-    """
-    keys = source.gathered(collective)
-    again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
-    identified = [other.source.identity for other in others if isinstance(other.source, Identified)]
-    if isinstance(source.source, Identified) and identified:
-        again |= is_among(source.source.identity, torch.cat(identified))
-    return again
+    """Marks the source's samples on all ranks that are also in `earlier`."""
+    keys = torch.cat([recorder.gathered(collective) for recorder in earlier])
+    mask = is_among(source.gathered(collective), keys)
+    identities = [
+        recorder.source.identity for recorder in earlier if isinstance(recorder.source, Identified)
+    ]
+    if isinstance(source.source, Identified) and identities:
+        mask |= is_among(source.source.identity, torch.cat(identities))
+    return mask

@@ -1,6 +1,4 @@
-"""Checks of settings and known data before a method runs and, in a trainer, on a few samples before
-training.
-"""
+"""Checks of settings and data before a method runs, and on a few samples before training."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,44 +38,38 @@ from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import OldModel, Reference
 
 CLASSES: tuple[Need, ...] = ("classes",)
-ODD_DTYPES = (
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)  # torch cannot concatenate them with other dtypes
+# torch cannot concatenate them with other dtypes.
+ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
+MAX_LISTED_IDS = 10  # ids of samples in a message
 
 
 def given_or_default(settings: Settings | None) -> Settings:
-    """Returns the settings, or default settings if they are None. Raises a `ConfigurationError` for
-    other types.
-    """
-    settings = Settings() if settings is None else settings
-    check_kind(
-        "settings",
-        settings,
-        isinstance(settings, Settings),
-        "Settings",
-        "Settings(target=..., layer=...)",
-    )
+    """Returns the settings, or the default ones. Raises a `ConfigurationError` for other types."""
+    if settings is None:
+        return Settings()
+    example = "Settings(target=..., layer=...)"
+    check_kind("settings", settings, isinstance(settings, Settings), "Settings", example)
     return settings
 
 
+def first_ids(ids: Sequence[int]) -> str:
+    """Lists the first ids of samples, and `...` if there are more."""
+    return f"{ids[:MAX_LISTED_IDS]}{' ...' if len(ids) > MAX_LISTED_IDS else ''}"
+
+
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Raises a `ConfigurationError` if the arguments are no lists of `Source`, or if split names or
-    marks are wrong.
+    """Raises a `ConfigurationError` unless both are lists of `Source` with proper names and marks.
 
     Split names must differ. A known source must be marked `failed`. If `n_passed` is set, one must
     be marked `passed`.
     """
     for argument, sources in (("known", known), ("unseen", unseen)):
-        if not isinstance(sources, Sequence) or not all(
-            isinstance(source, Source) for source in sources
-        ):
-            problem = (
-                f"`{argument}`: found a {type(sources).__name__}, not one list of `Source` objects."
-            )
+        is_list = isinstance(sources, Sequence)
+        if not is_list or not all(isinstance(source, Source) for source in sources):
+            kind = type(sources).__name__
             raise ConfigurationError(
-                problem, f"write `{argument}=[TensorSource(inputs, targets, split=...)]`."
+                f"`{argument}`: found a {kind}, not one list of `Source` objects.",
+                f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
             )
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
@@ -89,23 +80,25 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
         raise ConfigurationError(
             "`known`: no source is marked `failed`.", "mark the source that has the failures."
         )
-    if settings.search.n_passed is not None and not any(source.passed for source in known):
+    n_passed = settings.search.n_passed
+    if n_passed is not None and not any(source.passed for source in known):
         raise ConfigurationError(
-            f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
-            "mark the source to draw samples from, or leave `n_passed` out to score every known passed sample.",
+            f"`n_passed={n_passed}`: no known source is marked `passed`.",
+            "mark the source to draw samples from, "
+            "or leave `n_passed` out to score every known passed sample.",
         )
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Raises a `ConfigurationError` if `limit` is set without calibration data or only counts
-    samples in the target.
-    """
+    """Raises a `ConfigurationError` if `limit` only counts the target or lacks calibration data."""
     limit = settings.limit
-    if limit is not None and limit.needs_target:
+    if limit is None:
+        return
+    if limit.needs_target:
         raise ConfigurationError(
             f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`."
         )
-    if limit is not None and not calibrated:
+    if not calibrated:
         raise ConfigurationError(
             f"`limit='{limit}'` needs calibration data, and there are none.",
             "give `calibration` data that the repair does not use, or leave `limit` out.",
@@ -113,8 +106,9 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
 
 
 def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
-    """Raises a `ConfigurationError` if the method or `set_aside` needs margins or classes that the
-    task lacks.
+    """Raises a `ConfigurationError` if the task lacks margins or classes that are needed.
+
+    The method or `set_aside` may need them.
     """
     check_needs(settings.needs, before, task)
     if settings.samples.set_aside == DOUBTFUL:
@@ -123,31 +117,26 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
 
 
 def check_losses(before: SampleResults) -> None:
-    """Raises an `UnusableSamplesError` if a known sample has a NaN or infinite loss. The error
-    names these samples.
-    """
+    """Raises an `UnusableSamplesError` with the samples that have a NaN or infinite loss."""
     wrong = before.non_finite()
     if wrong:
-        samples = "; ".join(
-            f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items()
-        )
+        n = sum(len(ids) for ids in wrong.values())
+        samples = "; ".join(f"{split}: {first_ids(ids)}" for split, ids in wrong.items())
         raise UnusableSamplesError(
-            f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
+            f"the model's loss is NaN or infinite on {n} known samples ({samples}).",
             "check these inputs, or the training; a model that gives NaN cannot be repaired.",
             wrong,
         )
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:
-    """Raises a `ConfigurationError` if no known sample fails in the target, or no known sample
-    passes.
-    """
-    if not (before.targeted.any() and before.passed.any()):
-        what = "fails in the target" if before.passed.any() else "passes"
-        raise ConfigurationError(
-            f"`known`: no sample {what} ({settings.target}).",
-            "give data with failures to repair and passed samples.",
-        )
+    """Raises a `ConfigurationError` if no known sample fails in the target, or none passes."""
+    hint = "give data with failures to repair and passed samples."
+    if not before.passed.any():
+        raise ConfigurationError(f"`known`: no sample passes ({settings.target}).", hint)
+    if not before.targeted.any():
+        problem = f"`known`: no sample fails in the target ({settings.target})."
+        raise ConfigurationError(problem, hint)
 
 
 @torch.no_grad()
@@ -158,25 +147,28 @@ def run_sanity_check(
     *,
     reference: Reference | None = None,
 ) -> None:
-    """Runs the first stages of a repair on a few samples, so that unsuitable settings fail before
-    training starts.
+    """Runs the first stages of a repair on a few samples, to refuse settings before training.
 
     Evaluates all `sources`, and chooses weights to search with the first source. Leaves the model
     unchanged. Raises the errors that a repair would raise for an unsuitable layer, batch, target,
     task, method or reference.
     """
     model, method = evaluator.model, settings.method
-    include_bias, trains = settings.localizer.include_bias, settings.trains
     space, _ = find_scope(
-        model, settings.layer, include_bias=include_bias, called=evaluator.called, trains=trains
+        model,
+        settings.layer,
+        include_bias=settings.localizer.include_bias,
+        called=evaluator.called,
+        trains=settings.trains,
     )
     check_saved(model, space.parameters)
     with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
-            # The cache file is not used: the predictions of these few samples would overwrite it.
-            asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
-            asked.answers(evaluator, sources, few)
+            if isinstance(reference, OldModel):
+                # The predictions of these few samples would overwrite the cache file.
+                reference = replace(reference, cache=None)
+            reference.answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
         if isinstance(method, Method):
             method.check(model)
@@ -192,7 +184,7 @@ def run_sanity_check(
                 raise
         except ReplayError:
             # Further training does not need a layer whose output can be replaced.
-            if settings.layer != "auto" or not trains or not has_margins:
+            if settings.layer != "auto" or not settings.trains or not has_margins:
                 raise
         except (EmptyLocalizationError, EvaluationError):
             return  # too few samples to judge
@@ -205,16 +197,19 @@ def _check_recording(
     few: SampleResults,
     space: ParameterSpace,
 ) -> None:
-    first, ranks, method = sources[0], evaluator.collective, settings.method
-    known = torch.arange(len(few)) < len(first.index)
-    failed = known & (torch.arange(len(few)) % 2 == 0)
+    first, collective, method = sources[0], evaluator.collective, settings.method
+    row = torch.arange(len(few))
+    known = row < len(first.index)
+    failed = known & (row % 2 == 0)
     batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
     work = partial(record, evaluator, batches, space, known, budget=settings.search.memory_limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
+        recording = collective.all_or_none(
+            work, "known data could not be recorded on another rank."
+        )
         if isinstance(method, Method):
-            ranks.all_or_none(
+            collective.all_or_none(
                 partial(method.check_recording, recording),
                 "the method cannot be used on another rank.",
             )
@@ -236,8 +231,9 @@ class _LastBatch(RecordingSource):
 def _evaluated(
     evaluator: Evaluator, sources: Sequence[Source], settings: Settings
 ) -> SampleResults:
-    """Evaluates the samples. If the model raises, a `ConfigurationError` shows the batch and
-    suggests an adapter.
+    """Evaluates the samples.
+
+    If the model raises, a `ConfigurationError` shows the batch and suggests an adapter.
     """
     watched = [_LastBatch(source) for source in sources]
     try:
@@ -246,35 +242,36 @@ def _evaluated(
     except RepairError:
         raise
     except Exception as error:
-        *_, last = [None, *(source.batch for source in watched if source.batch is not None)]
-        if last is None or is_out_of_memory(error):
+        batches = [source.batch for source in watched if source.batch is not None]
+        if not batches or is_out_of_memory(error):
             raise
+        raw = batches[-1].raw
+        kind = type(error).__name__
         raise ConfigurationError(
-            f"`adapter`: the model raised {type(error).__name__} on the first batch: {error}\n{describe(last.raw)}",
-            adapter_hint(last.raw),
+            f"`adapter`: the model raised {kind} on the first batch: {error}\n{describe(raw)}",
+            adapter_hint(raw),
         ) from error
     _check_one_form(watched)
     return few
 
 
 def _check_one_form(watched: Sequence[_LastBatch]) -> None:
-    """Raises if the labels of two splits cannot be in one batch, such as class numbers and one-hot
-    vectors.
+    """Raises if the labels of two splits cannot be in one batch.
+
+    Such labels are class numbers and one-hot vectors, for instance.
     """
-    forms: dict[str, tuple[Any, str]] = {}
+    forms = set[tuple[object, int]]()
+    texts = []
     for source in watched:
         target = None if source.batch is None else source.batch.target
         if isinstance(target, Tensor) and (source.passed or source.failed):
             kind = target.dtype if target.dtype in ODD_DTYPES else target.is_floating_point()
-            forms[source.split] = (
-                (kind, target.ndim),
-                f"{str(target.dtype)[6:]} {['n', *target.shape[1:]]}",
-            )
-    if len({form for form, _ in forms.values()}) > 1:
-        found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace(
-            "'", ""
-        )
+            forms.add((kind, target.ndim))
+            dtype = str(target.dtype).removeprefix("torch.")
+            shape = ", ".join(["n", *map(str, target.shape[1:])])
+            texts.append(f"{dtype} [{shape}] in `{source.split}`")
+    if len(forms) > 1:
         raise ConfigurationError(
-            f"the targets of the data have several forms: {found}.",
+            f"the targets of the data have several forms: {', '.join(texts)}.",
             "give all targets the form that training uses.",
         )
