@@ -39,7 +39,8 @@ from lightning_nrl.pipeline.input_checks import check_limit, check_sources, give
 from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.pipeline.strength import line_search, sparsify
+from lightning_nrl.pipeline.sparse_patch import sparsify
+from lightning_nrl.pipeline.strength import line_search
 from lightning_nrl.records import CalibrationBounds
 from lightning_nrl.records.stats import limit_after
 from lightning_nrl.records.steps import Step

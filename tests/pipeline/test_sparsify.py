@@ -19,7 +19,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Method, Problem, Proposal, Solution
-from lightning_nrl.pipeline.strength import sparsify
+from lightning_nrl.pipeline.sparse_patch import sparsify
 from lightning_nrl.search import Fitness
 
 FIRST = torch.zeros(2, 10)

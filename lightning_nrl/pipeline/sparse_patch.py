@@ -1,0 +1,144 @@
+"""Searches for a patch that changes fewer weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.state import State, changed, live_tensors
+from lightning_nrl.methods import Problem, Proposal
+from lightning_nrl.methods.budget import MAX_POLISHED_SIZES
+from lightning_nrl.methods.solvers.polish import polish
+from lightning_nrl.records.steps import Step
+
+SIZE_TOLERANCE = 1.1  # bisection ends when the size is known up to this factor
+VALUE_ROUNDING = 1e-9  # allowance for rounding in sums of sample weights
+
+
+def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
+    """Searches for a patch that changes as few weights as possible and breaks no more samples.
+
+    The patch keeps the largest weight changes of the proposal, and may lose a share `loss` of the
+    repaired targets. Bisection finds how many changes to keep; each trial takes a pass over known
+    data. Small steps of the kept weights then restore broken samples. Buffers, such as batch norm
+    statistics, are those of the proposal. Returns the patch (or the proposal if fewer changes do
+    not suffice) and the step for the report.
+    """
+    began = problem.clock.now()
+    patch = _SortedPatch(problem, proposal.state)
+    least = _least_value(problem, proposal, loss)
+    polishes = not bool(problem.before.margin.isnan().all())
+    best, best_size = proposal, patch.size
+    size, trial = _smallest(patch, proposal, least, None if polishes else proposal.cost)
+    last_factor = 0.0
+    for _ in range(MAX_POLISHED_SIZES if polishes else 1):
+        if not 0 < size < best_size or (polishes and patch.is_late()):
+            break
+        if polishes:
+            trial = patch.polished(size)
+        factor = 2.0
+        if _repairs_enough(trial, proposal, least) and trial.cost <= proposal.cost:
+            best, best_size = trial, size
+            factor = 0.5
+        if factor * last_factor == 1:
+            break  # this size has been tried
+        size = int(factor * size)
+        last_factor = factor
+    note = f"{best_size:,} of {patch.total:,} weights differ"
+    note += f", {patch.size:,} before" if best_size < patch.size else "; fewer do not suffice"
+    return best, best.step(problem.clock.now() - began, note)
+
+
+def _least_value(problem: Problem, proposal: Proposal, loss: float) -> float:
+    if problem.before.weighted:
+        return (1 - loss) * proposal.value - VALUE_ROUNDING
+    # Exact arithmetic: in binary, (1 - 0.7) * 10 is slightly more than 3.
+    return math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
+
+
+def _repairs_enough(trial: Proposal, proposal: Proposal, least: float) -> bool:
+    return trial.value >= least and trial.missing <= proposal.missing
+
+
+def _smallest(
+    patch: _SortedPatch, proposal: Proposal, least: float, most_cost: float | None
+) -> tuple[int, Proposal]:
+    """Bisects the least number of changes that repair targets worth `least`.
+
+    They cost at most `most_cost`; None means no limit.
+    """
+    low, high, best = 0, patch.size, proposal
+    while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
+        middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
+        trial = patch.problem.propose("sparse", patch.state(middle))
+        is_cheap = most_cost is None or trial.cost <= most_cost
+        if is_cheap and _repairs_enough(trial, proposal, least):
+            high, best = middle, trial
+        else:
+            low = middle
+    return high, best
+
+
+class _SortedPatch:
+    """The parameters that a patch changes, with old and new values (tied ones once).
+
+    `buffers` are the buffers that it changes.
+    """
+
+    def __init__(self, problem: Problem, state: State) -> None:
+        self.problem = problem
+        live = live_tensors(problem.model)
+        names = {id(parameter): name for name, parameter in problem.model.named_parameters()}
+        self.old: dict[str, Tensor] = {}
+        self.new: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        for name, value in changed(problem.model, state).items():
+            parameter = names.get(id(live[name]))
+            if parameter is None:
+                self.buffers[name] = value
+            else:
+                self.old[parameter] = live[name].detach()
+                self.new[parameter] = value
+
+    @property
+    def total(self) -> int:
+        return sum(value.numel() for value in self.new.values())
+
+    @cached_property
+    def size(self) -> int:
+        return sum(int((self.new[name] != self.old[name]).sum()) for name in self.new)
+
+    @cached_property
+    def order(self) -> Tensor:
+        changes = [(self.new[name].float() - self.old[name].float()).abs() for name in self.new]
+        flat = torch.cat([change.flatten() for change in changes])
+        return flat.argsort(descending=True, stable=True)
+
+    def masks(self, size: int) -> dict[str, Tensor]:
+        chosen = torch.zeros(self.total, dtype=torch.bool, device=self.order.device)
+        chosen[self.order[:size]] = True
+        parts = chosen.split([value.numel() for value in self.new.values()])
+        return {
+            name: part.view_as(value)
+            for part, (name, value) in zip(parts, self.new.items(), strict=True)
+        }
+
+    def state(self, size: int) -> State:
+        state = dict(self.buffers)
+        for name, mask in self.masks(size).items():
+            state[name] = torch.where(mask, self.new[name], self.old[name])
+        return state
+
+    def polished(self, size: int) -> Proposal:
+        masks = {name: mask for name, mask in self.masks(size).items() if mask.any()}
+        problem = replace(self.problem, scope=tuple(masks))
+        result = polish(problem, self.state(size), masks=masks, deadline=problem.deadline)
+        return problem.counted("sparse", result.state, result.after)
+
+    def is_late(self) -> bool:
+        return self.problem.deadline_of_method().is_over()
