@@ -1,0 +1,85 @@
+"""Weights to load into a model whose `train()` or `eval()` rewrites its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.preserve import has_own_modes
+from lightning_nrl._utils.state import State, changed, live_tensors, snapshot, write
+
+
+def to_be_loaded(
+    model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
+) -> tuple[State, dict[str, Tensor]]:
+    """Returns the tensors to load in training mode, and their values after the next `eval()`.
+
+    Both are the patch, unless a module overrides `train()` or `eval()`, for instance to merge LoRA
+    weights. Then `eval()` rewrites loaded tensors, so the state to load is chosen that `eval()`
+    brings closest to the patch. Tensors that do not change are left out. Call this in evaluation
+    mode inside `preserve_state`, which yields `rewritten`.
+    """
+    if not patch or not has_own_modes(model):
+        return patch, patch
+    evaluated, live = snapshot(model), live_tensors(model)
+    model.train()
+    # A tensor that `eval()` left alone may have been merged earlier; `train()` has then restored
+    # it.
+    trained = {
+        name: rewritten.get(id(live[name]), value).to(value.device)
+        for name, value in snapshot(model).items()
+    }
+    _reload(model, trained)
+    wanted = {**evaluated, **patch}
+    best: tuple[float, State, State] | None = None
+    for loaded in _candidates(model, snapshot(model), trained, wanted):
+        _reload(model, loaded)
+        result = snapshot(model)
+        gap = _gap(result, wanted)
+        if best is None or gap < best[0]:
+            best = gap, loaded, result
+        if not gap:
+            break
+    assert best is not None
+    _, to_load, after_eval = best
+    _reload(model, trained)
+    write(model, evaluated)
+    held = {
+        name: rewritten.get(id(value), evaluated[name]).to(value.device)
+        for name, value in live.items()
+    }
+    new = {name: value for name, value in to_load.items() if not torch.equal(value, held[name])}
+    return new, changed(model, after_eval)
+
+
+def _gap(state: State, wanted: State) -> float:
+    gap = 0.0
+    for name, value in wanted.items():
+        gap += float((state[name].double() - value.double()).square().sum())
+    return gap
+
+
+def _candidates(
+    model: nn.Module, evaluated: State, trained: State, wanted: State
+) -> Iterator[State]:
+    """Yields states to load.
+
+    They are `wanted` as `train()` rewrites it, `trained` plus the wanted change, and `wanted`.
+    """
+    write(model, wanted)
+    model.train()
+    yield snapshot(model)
+    moved = dict(wanted)
+    for name, value in evaluated.items():
+        if not torch.equal(value, trained[name]):
+            moved[name] = (trained[name] + (wanted[name] - value)).to(value.dtype)
+    yield moved
+    yield wanted
+
+
+def _reload(model: nn.Module, saved: State) -> None:
+    model.train()
+    write(model, saved)
+    model.eval()
