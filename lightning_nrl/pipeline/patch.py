@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,29 @@ from torch import Tensor, nn
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.preserve import loading_mode
-from lightning_nrl._utils.state import hash_tensors, saved_names, write
+from lightning_nrl._utils.state import State, hash_tensors, saved_names, write
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.pipeline.patch_file import TensorChange, hash_tensor, read_patch, write_patch
-from lightning_nrl.records import installed_versions
+from lightning_nrl.pipeline.patch_file import (
+    PatchContents,
+    TensorChange,
+    hash_tensor,
+    read_patch,
+    write_patch,
+)
 from lightning_nrl.report import RepairReport
 
+# Name of the patch file that a repair writes next to its checkpoint.
 PATCH_NAME = "repair.patch.safetensors"
-"""Name of the patch file that a repair writes next to its checkpoint."""
 
 Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
-class Patch:
-    """The change from one state of a model to another. It is applied to the first state and
-    reverted
-    on the second.
+class Patch(PatchContents):
+    """The change from one state of a model to another.
 
-    A patch may start from the result of an earlier patch. Then revert the later patch first.
+    It is applied to the first state and reverted on the second. A patch may start from the result
+    of an earlier patch. Then revert the later patch first.
 
     Attributes:
         changes: a `TensorChange` for each changed tensor, by name in the state dict. Tied tensors
@@ -54,12 +58,6 @@ class Patch:
         True
     """
 
-    changes: Mapping[str, TensorChange]
-    base: str
-    result: str
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
-    report_json: str = ""
-
     @classmethod
     def between(
         cls,
@@ -78,7 +76,8 @@ class Patch:
             ConfigurationError: the states are equal or of different models, or a checkpoint cannot
                 be read.
         """
-        before, after = _tensors(read_state("old", old)), _tensors(read_state("new", new))
+        before = _tensors(read_state("old", old))
+        after = _tensors(read_state("new", new))
         if before.keys() != after.keys():
             name = min(before.keys() ^ after.keys())
             raise ConfigurationError(
@@ -108,109 +107,118 @@ class Patch:
 
     @property
     def report(self) -> RepairReport | None:
-        """The stored report, or None. Raises a `ConfigurationError` if an incompatible version
-        wrote it.
+        """The stored report, or None.
+
+        Raises a `ConfigurationError` if an incompatible version wrote it.
         """
         return RepairReport.from_json(self.report_json) if self.report_json else None
 
     def apply(self, to: Weights) -> Weights:
-        """Writes the new values to a module and returns the module, or returns a changed copy of a
-        state dict.
+        """Writes the new values to a module and returns it, or returns a changed copy of a dict.
 
         Raises a `ConfigurationError`, before any change, if the patch was made for other weights.
         """
-        found: Weights = self._changed(to, undo=False)
-        return found
+        return self._changed(to, undo=False)
 
     def revert(self, to: Weights) -> Weights:
         """Restores the old values bit for bit. Arguments and errors are those of `apply`."""
-        found: Weights = self._changed(to, undo=True)
-        return found
+        return self._changed(to, undo=True)
 
     def save(self, path: str | Path) -> None:
         """Writes the patch to a safetensors file, atomically."""
-        write_patch(path, **vars(self))
+        write_patch(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Reads a file that `save` wrote. Raises a `ConfigurationError` if it is missing, damaged
-        or no patch.
-        """
-        return cls(**read_patch(path))
+        """Reads a file that `save` wrote.
 
-    def _changed(self, to: Any, undo: bool) -> Any:
-        if not isinstance(to, (nn.Module, Mapping)):
-            found = type(to).__name__
+        Raises a `ConfigurationError` if it is missing, damaged or no patch.
+        """
+        read = read_patch(path)
+        return cls(read.changes, read.base, read.result, read.versions, read.report_json)
+
+    def _changed(self, to: Weights, undo: bool) -> Weights:
+        if isinstance(to, nn.Module):
+            _write(to, self._new_values(_tensors(to.state_dict()), undo))
+            return to
+        if not isinstance(to, Mapping):
             raise ConfigurationError(
-                f"`to`: found a {found}, not a module or state dict.", "load the model first."
+                f"`to`: found a {type(to).__name__}, not a module or state dict.",
+                "load the model first.",
             )
-        state = _tensors(to.state_dict() if isinstance(to, nn.Module) else to)
+        new = self._new_values(_tensors(to), undo)
+        # A copy keeps attributes such as `_metadata`.
+        copied = copy(to) if isinstance(to, dict) else dict(to)
+        copied.update(new)
+        return cast(Weights, copied)
+
+    def _new_values(self, state: Mapping[str, Tensor], undo: bool) -> dict[str, Tensor]:
         self._check_state(state, undo)
-        made: dict[tuple[int, ...], Tensor] = {}
+        values: dict[tuple[int, ...], Tensor] = {}
         new: dict[str, Tensor] = {}
         for name, change in self.changes.items():
             # Tensors that share memory still share it afterwards.
             place = (id(change), state[name].data_ptr(), *state[name].stride())
-            if place not in made:
-                made[place] = change.applied(state[name], undo)
-            new[name] = made[place]
+            if place not in values:
+                values[place] = change.applied(state[name], undo)
+            new[name] = values[place]
         if hash_tensors({**state, **new}) != (self.base if undo else self.result):
             problem = "`patch` yields other weights than its hash says."
             raise ConfigurationError(problem, "create the patch again; nothing was changed.")
-        if not isinstance(to, nn.Module):
-            copied = (
-                copy(to) if isinstance(to, dict) else dict(to)
-            )  # keeps attributes such as `_metadata`
-            copied.update(new)
-            return copied
-        live = saved_names(to)
-        unknown = [name for name in new if name not in live]
-        if unknown:
-            raise ConfigurationError(
-                f"`{unknown[0]}` in the state dict of {type(to).__name__} is none of the module's own tensors.",
-                "apply the patch to the state dict, and load that into the module.",
-            )
-        with loading_mode(to):
-            write(to, {live[name]: value for name, value in new.items()})
-        return to
+        return new
 
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:
-        wanted, other = (self.result, self.base) if undo else (self.base, self.result)
-        found, problem = hash_tensors(state), self._difference(state, undo)
-        if found == wanted and not problem:
+        digest, problem = hash_tensors(state), self._difference(state, undo)
+        if digest == (self.result if undo else self.base) and not problem:
             return
-        hint = "a patch fits only the weights that it was made for; apply patches in the order they were made."
+        hint = (
+            "a patch fits only the weights that it was made for; "
+            "apply patches in the order they were made."
+        )
         if undo:
             hint = "revert the later patches first."
-        if found == other:
+        if digest == (self.base if undo else self.result):
             problem = f"the weights {'do not' if undo else 'already'} contain this change"
             hint = "there is nothing to do."
-        problem = (
-            problem or "the tensors that it changes fit, but other tensors of the model differ"
-        )
+        if not problem:
+            problem = "the tensors that it changes fit, but other tensors of the model differ"
         raise ConfigurationError(
             f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint
         )
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
-        """Describes why the tensors to change do not fit the patch. Returns an empty string if they
-        all fit.
-        """
+        """Describes why the tensors to change do not fit the patch; "" if they all fit."""
         wrong = []
         for name, change in self.changes.items():
             if name not in state:
                 return f"the model has no tensor `{name}`"
-            own, fits = (
-                (state[name].dtype, list(state[name].shape)),
-                (change.old.dtype, list(change.shape)),
-            )
-            if own != fits:
-                return f"`{name}` is {own[0]} {own[1]} in the model and {fits[0]} {fits[1]} in the patch"
-            if hash_tensor(state[name]) != (change.sha256_new if undo else change.sha256_old):
+            tensor = state[name]
+            if tensor.dtype != change.old.dtype or tensor.shape != change.shape:
+                return (
+                    f"`{name}` is {tensor.dtype} {list(tensor.shape)} in the model "
+                    f"and {change.old.dtype} {list(change.shape)} in the patch"
+                )
+            if hash_tensor(tensor) != (change.sha256_new if undo else change.sha256_old):
                 wrong.append(name)
         if not wrong:
             return ""
-        return f"{len(wrong)} of the {len(self.changes)} tensors that it changes have other values, such as `{wrong[0]}`"
+        return (
+            f"{len(wrong)} of the {len(self.changes)} tensors that it changes have other values, "
+            f"such as `{wrong[0]}`"
+        )
+
+
+def _write(model: nn.Module, new: State) -> None:
+    live = saved_names(model)
+    for name in new:
+        if name not in live:
+            raise ConfigurationError(
+                f"`{name}` in the state dict of {type(model).__name__} "
+                "is none of the module's own tensors.",
+                "apply the patch to the state dict, and load that into the module.",
+            )
+    with loading_mode(model):
+        write(model, {live[name]: value for name, value in new.items()})
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -225,9 +233,9 @@ def patch_checkpoint(
     undo: bool = False,
     weights_only: bool = True,
 ) -> None:
-    """Applies a patch to a checkpoint and writes the result. Everything else in the checkpoint
-    stays
-    unchanged.
+    """Applies a patch to a checkpoint and writes the result.
+
+    Everything else in the checkpoint stays unchanged.
 
     Args:
         patch: the patch to apply.
@@ -240,10 +248,16 @@ def patch_checkpoint(
     Raises:
         ConfigurationError: the checkpoint cannot be read, or the patch was made for other weights.
     """
-    hint = "give a checkpoint of tensors and plain values, or say `weights_only=False` if you trust the file."
-    found = load_mapping("checkpoint", checkpoint, hint, weights_only=weights_only)
-    inside: Any = found.get("state_dict")
-    state = inside if isinstance(inside, Mapping) else found
+    hint = (
+        "give a checkpoint of tensors and plain values, "
+        "or say `weights_only=False` if you trust the file."
+    )
+    content: Mapping[str, Any] = load_mapping(
+        "checkpoint", checkpoint, hint, weights_only=weights_only
+    )
+    inner = content.get("state_dict")
+    state = inner if isinstance(inner, Mapping) else content
     new = patch.revert(state) if undo else patch.apply(state)
-    whole = {**found, "state_dict": new} if state is inside else new
-    replacing(out, lambda part: torch.save(whole, part))
+    if state is inner:
+        new = {**content, "state_dict": new}
+    replacing(out, lambda part: torch.save(new, part))

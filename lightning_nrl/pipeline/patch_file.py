@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,7 +22,8 @@ from torch import Tensor
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.json_records import Record, parse_json
 from lightning_nrl._utils.state import hash_tensors
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, first_line
+from lightning_nrl.records import installed_versions
 
 WHOLE_TENSOR_SHARE = 1 / 3  # if a larger share of a tensor changed, all its values are stored
 # Integer dtypes by size in bytes. Values are compared and copied as integers, so that NaN and -0.0
@@ -35,8 +35,7 @@ PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it 
 
 @dataclass(frozen=True, eq=False)
 class TensorChange:
-    """The change of one tensor of the given `shape`. All attributes that are tensors are on the
-    CPU.
+    """The change of one tensor of the given `shape`. Its tensors are on the CPU.
 
     If `index` is None, `old` and `new` are the whole tensor before and after the change. Otherwise
     they are vectors of the values at the flat positions `index`, which ascend and are int32, or
@@ -53,9 +52,7 @@ class TensorChange:
 
     @classmethod
     def between(cls, name: str, old: Tensor, new: Tensor) -> TensorChange | None:
-        """Compares two tensors and returns the change from `old` to `new`, or None if they are
-        bitwise
-        equal.
+        """Returns the change from `old` to `new`, or None if they are bitwise equal.
 
         Raises a `ConfigurationError` if the tensors differ in shape or dtype, or are not plain
         dense tensors.
@@ -64,41 +61,41 @@ class TensorChange:
             return None
         for value in (old, new):
             if value.layout != torch.strided or value.is_quantized or value.is_meta:
-                found = f"{value.layout}, {value.dtype} on {value.device.type}"
+                kind = f"{value.layout}, {value.dtype} on {value.device.type}"
                 raise ConfigurationError(
-                    f"`{name}` is no plain tensor ({found}).", "give dense tensors with values."
+                    f"`{name}` is no plain tensor ({kind}).", "give dense tensors with values."
                 )
         if old.shape != new.shape or old.dtype != new.dtype:
             pair = " and ".join(f"{value.dtype} {list(value.shape)}" for value in (old, new))
             raise ConfigurationError(f"`{name}` is {pair}.", "give two states of the same model.")
-        old, new = (value.detach().resolve_conj().cpu().contiguous() for value in (old, new))
+        old, new = _plain(old), _plain(new)
         differs = _words(old) != _words(new)
-        at = (differs.any(1) if old.is_complex() else differs).nonzero().flatten()
-        if not len(at):
+        if old.is_complex():
+            differs = differs.any(1)
+        index = differs.nonzero().flatten()
+        if not len(index):
             return None
         hashes = hash_tensor(old), hash_tensor(new)
-        if len(at) > WHOLE_TENSOR_SHARE * old.numel():
+        if len(index) > WHOLE_TENSOR_SHARE * old.numel():
             return cls(tuple(old.shape), None, old.clone(), new.clone(), *hashes)
-        index = at.int() if old.numel() < 2**31 else at
-        return cls(tuple(old.shape), index, _values(old, at), _values(new, at), *hashes)
+        values = _values(old, index), _values(new, index)
+        if old.numel() < 2**31:
+            index = index.int()
+        return cls(tuple(old.shape), index, *values, *hashes)
 
     @property
     def n_changed(self) -> int:
-        """Number of stored values: all values if more than a third of them changed, otherwise the
-        changed values.
-        """
+        """Number of stored values: the changed ones, or all if more than a third changed."""
         return self.old.numel()
 
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
-        """Returns a copy of the tensor on its device, with the new values or, if `undo` is True,
-        the old values.
-        """
+        """Returns a copy of the tensor on its device with the new or, if `undo`, the old values."""
         values = self.old if undo else self.new
         if self.index is None:
             return values.clone().to(tensor.device)
-        found = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        _words(found)[self.index.long()] = _words(values)
-        return found.to(tensor.device)
+        copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        _words(copied)[self.index.long()] = _words(values)
+        return copied.to(tensor.device)
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -106,26 +103,39 @@ def hash_tensor(tensor: Tensor) -> str:
     return hash_tensors({"": tensor})
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().cpu().contiguous()
+
+
 def _values(tensor: Tensor, index: Tensor) -> Tensor:
-    """Returns the values at flat positions of a contiguous tensor. Indexes bytes, since torch may
-    not index float8.
+    """Returns the values at flat positions of a contiguous tensor.
+
+    Indexes bytes, since torch may not index float8.
     """
-    return (
-        tensor.reshape(-1)
-        .view(torch.uint8)
-        .view(-1, tensor.element_size())[index]
-        .view(tensor.dtype)
-        .flatten()
-    )
+    rows = tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
+    return rows[index].view(tensor.dtype).flatten()
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """Returns a flat view of a contiguous tensor's bits as integers: one per real number, two per
-    complex number.
+    """Returns a flat view of a contiguous tensor's bits as integers.
+
+    There is one per real number, and two per complex number.
     """
     flat = tensor.reshape(-1)
-    flat = torch.view_as_real(flat) if flat.is_complex() else flat
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
     return flat.view(WORD_DTYPES[flat.element_size()])
+
+
+@dataclass(frozen=True, eq=False)
+class PatchContents:
+    """What a patch file holds; `Patch` explains the attributes."""
+
+    changes: Mapping[str, TensorChange]
+    base: str
+    result: str
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+    report_json: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,60 +164,57 @@ class PatchHeader(Record):
     tensors: Mapping[str, ChangeRecord]
 
 
-def write_patch(
-    path: str | Path,
-    changes: Mapping[str, TensorChange],
-    base: str,
-    result: str,
-    versions: Mapping[str, str],
-    report_json: str,
-) -> None:
-    """Writes a patch to a file, atomically. The other arguments are the attributes of `Patch`."""
+def write_patch(path: str | Path, patch: PatchContents) -> None:
+    """Writes a patch to a file, atomically."""
     records: dict[str, ChangeRecord] = {}
     tensors: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    for name, change in changes.items():
-        own = first.setdefault(id(change), name)
-        dtype = str(change.old.dtype).removeprefix("torch.")
-        sparse = change.index is not None
+    names: dict[int, str] = {}  # under which a change is stored
+    for name, change in patch.changes.items():
+        stored_name = names.setdefault(id(change), name)
         records[name] = ChangeRecord(
-            change.shape, dtype, sparse, change.sha256_old, change.sha256_new, own
+            change.shape,
+            str(change.old.dtype).removeprefix("torch."),
+            change.index is not None,
+            change.sha256_old,
+            change.sha256_new,
+            stored_name,
         )
-        tensors |= {f"old/{own}": _stored(change.old), f"new/{own}": _stored(change.new)}
+        tensors[f"old/{stored_name}"] = _stored(change.old)
+        tensors[f"new/{stored_name}"] = _stored(change.new)
         if change.index is not None:
-            tensors[f"index/{own}"] = change.index
-    header = PatchHeader(base, result, versions, records).to_json()
-    texts = {"format": PATCH_FORMAT, "patch": header, "report": report_json}
-    texts["sha256"] = _digest(header, report_json, tensors)
+            tensors[f"index/{stored_name}"] = change.index
+    header = PatchHeader(patch.base, patch.result, patch.versions, records).to_json()
+    texts = {
+        "format": PATCH_FORMAT,
+        "patch": header,
+        "report": patch.report_json,
+        "sha256": _digest(header, patch.report_json, tensors),
+    }
     replacing(path, lambda part: save_file(tensors, part, texts))
 
 
-def read_patch(path: str | Path) -> dict[str, Any]:
-    """Reads the attributes of a `Patch` by name. Raises a `ConfigurationError` if the file is
-    damaged or no patch.
-    """
+def read_patch(path: str | Path) -> PatchContents:
+    """Reads a patch. Raises a `ConfigurationError` if the file is damaged or no patch."""
     tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
-        problem = f"`patch={str(path)!r}` has the format {texts.get('format', 'none')!r}, not {PATCH_FORMAT!r}."
+        file_format = texts.get("format", "none")
         raise ConfigurationError(
-            problem, "give a patch, and read it with the version of the package that wrote it."
+            f"`patch={str(path)!r}` has the format {file_format!r}, not {PATCH_FORMAT!r}.",
+            "give a patch, and read it with the version of the package that wrote it.",
         )
     try:
         return _parse(tensors, texts)
     except (ConfigurationError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
         raise ConfigurationError(
-            f"`patch={str(path)!r}` is damaged: {reason}", PATCH_FILE_HINT
+            f"`patch={str(path)!r}` is damaged: {first_line(error)}", PATCH_FILE_HINT
         ) from error
 
 
 def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), "pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name).clone() for name in names}, dict(
-                file.metadata() or {}
-            )
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except Exception as error:  # foreign bytes can raise anything
         raise ConfigurationError(
             f"`patch={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
@@ -215,38 +222,32 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> dict[str, Any]:
+def _parse(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> PatchContents:
     header, report = texts["patch"], texts["report"]
     if texts["sha256"] != _digest(header, report, tensors):
         raise ValueError("its content does not match its hash.")
-    read = PatchHeader.from_json(header)
     if report:
         parse_json(report)
-    own = {
-        name: _change(name, record, tensors)
-        for name, record in read.tensors.items()
-        if record.values_of == name
-    }
-    changes = {name: own[record.values_of] for name, record in read.tensors.items()}
-    rest = {
-        "base": read.base,
-        "result": read.result,
-        "versions": read.versions,
-        "report_json": report,
-    }
-    return {"changes": changes, **rest}
+    read = PatchHeader.from_json(header)
+    stored: dict[str, TensorChange] = {}
+    for name, record in read.tensors.items():
+        if record.values_of == name:
+            stored[name] = _change(name, record, tensors)
+    changes = {name: stored[record.values_of] for name, record in read.tensors.items()}
+    return PatchContents(changes, read.base, read.result, read.versions, report)
 
 
 def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> TensorChange:
-    index = tensors[f"index/{name}"] if record.sparse else None
-    old, new = (_restored(tensors[f"{part}/{name}"], record.dtype) for part in ("old", "new"))
-    shape = record.shape if index is None else (len(index),)
+    old = _restored(tensors[f"old/{name}"], record.dtype)
+    new = _restored(tensors[f"new/{name}"], record.dtype)
+    index, shape = None, record.shape
+    if record.sparse:
+        index = tensors[f"index/{name}"]
+        shape = (len(index),)
+        if not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
+            raise ValueError(f"`{name}` has positions out of range.")
     if not tuple(old.shape) == tuple(new.shape) == tuple(shape) or old.dtype != new.dtype:
         raise ValueError(f"the values of `{name}` do not have its shape.")
-    if index is not None and not 0 <= int(index.min()) <= int(index.max()) < math.prod(
-        record.shape
-    ):
-        raise ValueError(f"`{name}` has positions out of range.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 
 
