@@ -70,7 +70,10 @@ class FineTuned:
     @property
     def is_harmful(self) -> bool:
         """True if held-out regressions significantly exceed held-out repairs."""
-        return self.held_out is not None and _gain(self.held_out) < -CHANCE_STANDARD_ERRORS
+        return (
+            self.held_out is not None
+            and net_repairs_in_standard_errors(self.held_out) < -CHANCE_STANDARD_ERRORS
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def fine_tune_and_polish(
     deadline = problem.deadline_of_method(share)
     tuned, steps = _fine_tune(problem, held_out_rows, _deadline_of_training(problem, deadline))
     if tuned is None:
-        seconds = _needed_seconds(problem, share)
+        needed = least_seconds(problem) + budget.JUDGING_PASSES * problem.clock.one_pass
+        seconds = problem.clock.elapsed + needed / share
         return Solution(
             None,
             f"no time was left for training: it needs about {seconds:,.0f} s of `max_time`.",
@@ -147,11 +151,6 @@ def _deadline_of_training(problem: Problem, deadline: Deadline) -> Deadline:
     if not deadline.is_set:
         return deadline
     return deadline.earlier(min(polish_seconds, most_seconds))
-
-
-def _needed_seconds(problem: Problem, share: float) -> float:
-    judging_seconds = budget.JUDGING_PASSES * problem.clock.one_pass
-    return problem.clock.elapsed + (least_seconds(problem) + judging_seconds) / share
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
@@ -255,7 +254,7 @@ class Halfway:
         gain = 0.0
         if self._held_out_rows is not None:
             counts = self.held_out = estimate(before, after, self._held_out_rows)
-            gain = _gain(counts)
+            gain = net_repairs_in_standard_errors(counts)
         if not (self._is_last or self._does_well(self.proposal, gain)):
             return None
         self.stays_held_out = gain < 0
@@ -286,7 +285,3 @@ def _easy_samples(before: SampleResults, after: SampleResults) -> Tensor:
 def sample_weight(before: SampleResults) -> Tensor:
     """Returns sampling weights, `N` float64: of a target its sample weight, at most 10; else 1."""
     return torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).double()
-
-
-def _gain(counts: TargetCounts) -> float:
-    return net_repairs_in_standard_errors(repaired=counts.repaired, broken=counts.broken)

@@ -73,15 +73,8 @@ def is_ahead(
     standard errors.
     """
     difference = net_rate(counts) - net_rate(other)
-    error = CHANCE_STANDARD_ERRORS * math.sqrt(_variance(counts) + _variance(other))
+    variance = sum(variance_of_net_rate(rung) for rung in (counts, other) if rung is not None)
+    error = CHANCE_STANDARD_ERRORS * math.sqrt(variance)
     if value > other_value:
         return difference >= -error
     return difference > error and value >= FEWEST_REPAIRS_SHARE * other_value
-
-
-def _variance(counts: TargetCounts | None) -> float:
-    if counts is None:
-        return 0.0
-    return variance_of_net_rate(
-        repaired=counts.repaired, broken=counts.broken, passed=counts.passed
-    )

@@ -11,7 +11,6 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleRes
 from lightning_nrl.records.splits import (
     ClassCounts,
     ConfusionCell,
-    Flip,
     FlippedSample,
     MarginHistogram,
     Role,
@@ -50,36 +49,21 @@ def _flipped_samples(
 ) -> tuple[FlippedSample, ...]:
     flipped = (flips.repaired | flips.broken).nonzero().flatten()
     flipped = flipped[(flipped >= rows.start) & (flipped < rows.stop)]
-    columns = (
-        before.index,
-        flips.repaired,
-        before.in_target,
-        before.label,
-        before.prediction,
-        after.prediction,
-        before.margin.double(),
-        after.margin.double(),
-        before.group,
+    slices = (*before.names, "")  # group -1 is no slice
+    return tuple(
+        FlippedSample(
+            id=int(before.index[row]),
+            flip="repaired" if flips.repaired[row] else "broken",
+            in_target=bool(before.in_target[row]),
+            label=int(before.label[row]),
+            predicted_before=int(before.prediction[row]),
+            predicted_after=int(after.prediction[row]),
+            margin_before=float(before.margin[row]),
+            margin_after=float(after.margin[row]),
+            slice=slices[int(before.group[row])],
+        )
+        for row in flipped.tolist()
     )
-    values = [column[flipped].tolist() for column in columns]
-    return tuple(_flipped_sample(before.names, *row) for row in zip(*values, strict=True))
-
-
-def _flipped_sample(
-    names: tuple[str, ...],
-    index: int,
-    is_repaired: bool,
-    in_target: bool,
-    label: int,
-    old: int,
-    new: int,
-    old_margin: float,
-    new_margin: float,
-    group: int,
-) -> FlippedSample:
-    flip: Flip = "repaired" if is_repaired else "broken"
-    name = names[group] if group >= 0 else ""
-    return FlippedSample(index, flip, in_target, label, old, new, old_margin, new_margin, name)
 
 
 def _confusion_cells(

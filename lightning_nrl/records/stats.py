@@ -19,6 +19,7 @@ from operator import index
 from typing import Literal, SupportsIndex
 
 from lightning_nrl.errors import ConfigurationError, check_real
+from lightning_nrl.evaluation.sample_results import FlipCounts
 
 __all__ = [
     "Bound",
@@ -168,14 +169,14 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
     return "better" if repaired > broken else "worse"
 
 
-def net_repairs_in_standard_errors(*, repaired: int, broken: int) -> float:
+def net_repairs_in_standard_errors(counts: FlipCounts) -> float:
     """Returns repaired minus broken in units of its standard error, if both are Poisson counts."""
-    return (repaired - broken) / math.sqrt(max(1, repaired + broken))
+    return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.repaired + counts.broken))
 
 
-def variance_of_net_rate(*, repaired: int, broken: int, passed: int) -> float:
+def variance_of_net_rate(counts: FlipCounts) -> float:
     """Returns the variance of (repaired - broken) / passed, if both are Poisson counts."""
-    return (repaired + broken) / max(1, passed) ** 2
+    return (counts.repaired + counts.broken) / max(1, counts.passed) ** 2
 
 
 @dataclass(frozen=True)
