@@ -43,9 +43,8 @@ from lightning_nrl.localization.localizer import (
     make_localization,
 )
 
-# Backward impact as the absolute value of the samples' mean gradient, or as the mean of their
-# absolute gradients.
 Aggregation = Literal["mean_gradient", "per_sample"]
+"""Backward impact as the absolute mean gradient of samples, or the mean of absolute gradients."""
 
 # Number of samples in a forward and backward pass; it is halved if memory runs out.
 SAMPLES_PER_PASS = 64

@@ -25,8 +25,8 @@ from lightning_nrl.pipeline.patch_file import (
 )
 from lightning_nrl.report import RepairReport
 
-# Name of the patch file that a repair writes next to its checkpoint.
 PATCH_NAME = "repair.patch.safetensors"
+"""Name of the patch file that a repair writes next to its checkpoint."""
 
 Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
 

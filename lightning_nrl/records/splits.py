@@ -13,9 +13,8 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
-# Use of a split: `known` data are for the search, `calibration` data choose a strength, `unseen`
-# data are counted.
 Role = Literal["known", "calibration", "unseen"]
+"""Use of a split: `known` to search, `calibration` to choose a strength, `unseen` to count."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 Flip = Literal["repaired", "broken"]
