@@ -146,20 +146,18 @@ class RungResult:
         return not steps or any(step.was_cut for step in steps)
 
     def record(self, problem: Problem, taken: bool) -> Rung:
-        proposal = self.solution.proposal
-        counts = TargetCounts(0, 0, 0, 0)
-        if proposal is not None:
-            counts = problem.target_counts(proposal.after)
-        return Rung(
-            self.name,
-            0 if proposal is None else proposal.repaired,
-            counts.repaired,
-            counts.broken,
-            0 if proposal is None else _n_changed(problem, proposal),
-            round(self.seconds, 3),
-            self.solution.held_out,
-            taken,
-            self.note,
+        proposal, held_out = self.solution.proposal, self.solution.held_out
+        seconds = round(self.seconds, 3)
+        rung = Rung(self.name, 0, 0, 0, 0, seconds, held_out, taken, self.note)
+        if proposal is None:
+            return rung
+        counts = problem.target_counts(proposal.after)
+        return replace(
+            rung,
+            repaired_in_target=proposal.repaired,
+            repaired=counts.repaired,
+            broken=counts.broken,
+            weights_changed=_n_changed(problem, proposal),
         )
 
 
@@ -455,6 +453,7 @@ def _safely(
         if problem.collective.world_size > 1 or not is_out_of_memory(error):
             raise
         reason = "out of memory"
-    repaired = 0 if base is None else base.repaired
-    broken = 0 if base is None else base.broken
-    return Solution(None, f"{reason}.", (Step(name, repaired, broken, 0.0, f"not run: {reason}"),))
+    step = Step(name, 0, 0, 0.0, f"not run: {reason}")
+    if base is not None:
+        step = replace(step, repaired=base.repaired, broken=base.broken)
+    return Solution(None, f"{reason}.", (step,))

@@ -162,29 +162,36 @@ class Patch(PatchContents):
             if place not in values:
                 values[place] = change.applied(state[name], undo)
             new[name] = values[place]
-        if hash_tensors({**state, **new}) != (self.base if undo else self.result):
+        _, wanted = self._digests(undo)
+        if hash_tensors({**state, **new}) != wanted:
             problem = "`patch` yields other weights than its hash says."
             raise ConfigurationError(problem, "create the patch again; nothing was changed.")
         return new
 
+    def _digests(self, undo: bool) -> tuple[str, str]:
+        """Returns the hashes of the state to change and of the state after it."""
+        return (self.result, self.base) if undo else (self.base, self.result)
+
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:
         digest, problem = hash_tensors(state), self._difference(state, undo)
-        if digest == (self.result if undo else self.base) and not problem:
+        before, after = self._digests(undo)
+        if digest == before and not problem:
             return
-        hint = (
-            "a patch fits only the weights that it was made for; "
-            "apply patches in the order they were made."
-        )
         if undo:
+            action, is_done = "reverted", "do not"
             hint = "revert the later patches first."
-        if digest == (self.base if undo else self.result):
-            problem = f"the weights {'do not' if undo else 'already'} contain this change"
+        else:
+            action, is_done = "applied", "already"
+            hint = (
+                "a patch fits only the weights that it was made for; "
+                "apply patches in the order they were made."
+            )
+        if digest == after:
+            problem = f"the weights {is_done} contain this change"
             hint = "there is nothing to do."
         if not problem:
             problem = "the tensors that it changes fit, but other tensors of the model differ"
-        raise ConfigurationError(
-            f"`patch` cannot be {'reverted' if undo else 'applied'}: {problem}.", hint
-        )
+        raise ConfigurationError(f"`patch` cannot be {action}: {problem}.", hint)
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
         """Describes why the tensors to change do not fit the patch; "" if they all fit."""
