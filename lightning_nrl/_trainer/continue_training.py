@@ -53,7 +53,7 @@ Augment = Callable[[RawBatch], RawBatch]
 
 
 @dataclass(frozen=True)
-class ContinuedTraining:
+class ContinuedTraining(Training):
     """Training of a copy of a module by the module's own step and optimizers.
 
     See `lightning_nrl.methods.Training`.

@@ -443,8 +443,8 @@ def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ..
                 sample_index(check_loader(loader, name))
                 recorded.append(name)
             except ConfigurationError as error:
-                problem, _, hint = str(error).partition("\nHINT: ")
-                rank_zero_warn(DataWarning(f"`TrainingHistory` does not record {problem}", hint))
+                problem = f"`TrainingHistory` does not record {error.problem}"
+                rank_zero_warn(DataWarning(problem, error.hint))
     if not recorded:
         raise ConfigurationError(
             "`splits='auto'`: no training or validation data can be recorded.",
@@ -488,4 +488,4 @@ def find_one(
         return _single_loader(find_data(argument, choice, loaders))
     except ConfigurationError as error:
         hint = f"give one DataLoader over map-style data as `{argument}=`{do_without}."
-        raise ConfigurationError(found, hint) from error
+        raise ConfigurationError(error.problem, hint) from error

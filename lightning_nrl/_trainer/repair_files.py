@@ -33,8 +33,6 @@ PAGE_KINDS = ("html", "markdown", "json")
 So if `report.json` exists, all other files exist.
 """
 
-NOT_JUDGED = "it would not hold"
-
 
 class SavedFiles(AbstractContextManager["SavedFiles"]):
     """Files of one report, which the first rank stages in a hidden folder before `commit`.
@@ -79,6 +77,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             yield
         except Exception as error:
             self._problems[kind] = short_message(error)
+            self._holds_other_weights |= isinstance(error, _OtherWeightsError)
 
     def patch(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
         """Stages the patch that changes the current weights of the model to `parameters`."""
@@ -236,7 +235,7 @@ def _difference(
         return ""
     for name in parameters:
         if name not in saved and not any(_is_same(value, judged[name]) for value in unnamed):
-            return f"{NOT_JUDGED} the repaired {name!r}"
+            return f"the repaired {name!r}"
     wrong = [name for name, value in saved.items() if not _is_same(value, judged[name])]
     if not wrong:
         return ""
@@ -246,7 +245,7 @@ def _difference(
         difference = f"is {saved[name].dtype}, not {judged[name].dtype}"
     if len(wrong) > 1:
         difference += f", and {len(wrong) - 1} more differ"
-    return f"{NOT_JUDGED} the weights that were judged: {name!r} {difference}"
+    return f"the weights that were judged: {name!r} {difference}"
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

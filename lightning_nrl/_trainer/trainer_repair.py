@@ -63,9 +63,8 @@ class TrainedModel:
         known = _without(self.known, error)
         unseen = _without(self.unseen, error)
         calibration = _without(self.calibration, error)
-        problem, _, hint = str(error).partition("\nHINT: ")
-        rank_zero_warn(DataWarning(f"left out: {problem}", hint))
-        notes = f"Left out: {problem} {self.notes}".rstrip()
+        rank_zero_warn(DataWarning(f"left out: {error.problem}", error.hint))
+        notes = f"Left out: {error.problem} {self.notes}".rstrip()
         return replace(
             self,
             known=known,

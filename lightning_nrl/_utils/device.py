@@ -55,7 +55,7 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
         text = first_line(error)
     raise DeviceMemoryError(
         f"memory ran out while {doing}: {text}",
-        "free memory of the device, give `SearchOptions.budget`, name a later `layer`, or take "
+        "free memory of the device, give `SearchOptions.memory_limit`, name a later `layer`, or take "
         "smaller batches.",
     )
 

@@ -106,8 +106,10 @@ class Collective:
         is_foreign = error is not None and not isinstance(error, RepairError)
         if self.any(is_foreign):
             raise error if error is not None and is_foreign else elsewhere
-        text = "" if error is None else f"{_package_class(error).__name__}\n{error}"
-        name, _, message = self.first_text(text).partition("\n")
+        text = ""
+        if isinstance(error, RepairError):
+            text = json.dumps([_package_class(error).__name__, error.problem, error.hint])
+        name, problem, hint = json.loads(self.first_text(text))
         if error is not None and type(error).__name__ == name:
             raise error
         raise PACKAGE_ERRORS[name](problem, hint) from (error or elsewhere)

@@ -39,7 +39,7 @@ TIMED = 4  # the time per step is first estimated after this many steps
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Method):
     """Fine-tunes on all known data, with more weight on the targeted failures.
 
     Nothing limits regressions. AdamW minimises the task's loss, starting from the model's weights.
@@ -170,7 +170,7 @@ def _steps_left(problem: Problem, pace: float) -> int:
 
 
 @dataclass(frozen=True)
-class Retraining:
+class Retraining(Method):
     """Repeats the model's own training from random weights, with the known failures added.
 
     Needs `problem.training`, which runs this training. `fresh` returns an untrained network. If it
@@ -191,7 +191,7 @@ class Retraining:
 
 
 @dataclass(frozen=True)
-class FurtherTraining:
+class FurtherTraining(Method):
     """Continues the model's own training, `problem.training`, with the known failures added."""
 
     def __call__(self, problem: Problem) -> Solution:
@@ -248,7 +248,7 @@ def _reset(name: str, module: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Interpolation:
+class Interpolation(Method):
     """Interpolates to the weights w of the method `new` from the model's w0: (1 - a) w0 + a w.
 
     Compared with w, the mixed weights break fewer samples and repair fewer, too. Schumann et al.

@@ -122,15 +122,15 @@ def compare_module(
                 clock.seconds.update(collecting.seconds)  # methods estimate passes from it
                 run = _run_method(method, replace(problem, clock=clock), runs)
                 runs.append(run)
-                entries.append(_entry(problem, baseline.held_out.get("unseen"), name, run))
-    held_out = [data.before for data in baseline.held_out.values()]
+                entries.append(_entry(problem, baseline.other_data.get("unseen"), name, run))
+    other_data = [data.before for data in baseline.other_data.values()]
     return Comparison(
         tuple(entries),
         int(problem.before.targeted.sum()),
         str(settings.target),
         ", ".join(layer_names(settings.layer)),
         settings.seed,
-        provenance=Provenance.of(model, baseline.known, *held_out),
+        provenance=Provenance.of(model, baseline.known, *other_data),
     )
 
 
@@ -182,14 +182,14 @@ def _run_method(method: AnyMethod, problem: Problem, earlier: Sequence[_Run]) ->
     except OtherRankError:
         raise  # the other rank has stopped
     except (ConfigurationError, EmptyLocalizationError, ReplayError, EvaluationError) as error:
-        solution = Solution(None, str(error).partition("\n")[0])
+        solution = Solution(None, error.problem)
     seconds = time.perf_counter() - start
     if reused is not None:
         seconds += reused.seconds
     return _Run(method, solution, seconds)
 
 
-def _entry(problem: Problem, unseen: HeldOut | None, name: str, run: _Run) -> Entry:
+def _entry(problem: Problem, unseen: EvaluatedData | None, name: str, run: _Run) -> Entry:
     solution = run.solution
     if solution.proposal is None:
         return Entry(name, run.seconds, note=solution.reason)
@@ -207,7 +207,9 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, run: _Run) -> En
     return Entry(name, run.seconds, tuple(curve), scaled, scaling, note)
 
 
-def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
+def _scale_back(
+    path: PatchPath, unseen: EvaluatedData | None, curve: Sequence[CurvePoint]
+) -> CurvePoint:
     """Bisects for the largest strength that breaks no known sample.
 
     Assumes that a larger strength always breaks more.
@@ -228,7 +230,7 @@ def _scale_back(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePo
     return _point(path, unseen, path.point(bottom))
 
 
-def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> CurvePoint:
+def _point(path: PatchPath, unseen: EvaluatedData | None, counted: StrengthPoint) -> CurvePoint:
     unseen_counts = NOTHING_UNSEEN
     if unseen is not None:
         flips = unseen.flips(path.problem.evaluator, path.state(counted.strength))
@@ -248,9 +250,7 @@ class CurvePoint:
     @property
     def gain(self) -> float:
         """Change of accuracy on unseen data, in percentage points. NaN without unseen data."""
-        if not self.unseen.n:
-            return math.nan
-        return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n
+        return self.unseen.points
 
     def counts(self, role: Role) -> FlipCounts:
         if role == "unseen":

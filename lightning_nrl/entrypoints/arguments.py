@@ -33,7 +33,7 @@ SEARCH_OPTION_NAMES = (
     "fitness",
     "localizer",
     "n_passed",
-    "budget",
+    "memory_limit",
 )
 USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "compare": (*SEARCH_OPTION_NAMES, "augment", "n_scored", "max_time", "seed"),

@@ -282,7 +282,7 @@ def judge(
     flips = Flips.between(before, after)
     counts = flips.target_counts(before)
     missed = missed_quotas(before, flips.repaired, needed)
-    status: Status = "repaired"
+    status: DecisionStatus = "repaired"
     if counts.repaired_in_target == 0:
         status, missed = "not repaired", {}  # the quotas of an unrepaired model say nothing new
     elif missed or gate.excess_of(counts, gate.cost(before, flips.broken)):
@@ -328,7 +328,7 @@ def _weight_sentence(before: SampleResults, flips: Flips) -> str:
 
 
 def _main_sentences(
-    status: Status, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]
+    status: DecisionStatus, gate: Gate, counts: TargetCounts, broken: Mapping[str, list[int]]
 ) -> list[str]:
     """Says what new weights repair and what they break, the reason for the decision first."""
     if counts.targeted == 0:

@@ -101,46 +101,9 @@ def measure(
             of samples.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
-    space, sites = recording.space, len(recording.space.sites)
-    by_sample = aggregation == "per_sample"
-
-    def add(sums: Sequence[Tensor], chunk: Any, first: bool) -> None:
-        gradient, inputs, positions, mixed, samples = sums
-        n = len(chunk.rows)
-        own = None if weight is None else weight[chunk.rows.to(weight.device)].to(gradient)
-
-        def losses(logits: Tensor) -> Tensor:
-            each = _differentiable(evaluator, logits, chunk.target)
-            return each if own is None else each * own.to(each)
-
-        calls, is_mixed = _calls(
-            recording, chunk, losses, check=first and (by_sample or own is not None)
-        )
-        samples.add_(n if own is None else own.sum())
-        mixed.add_(is_mixed)
-        with no_autocast(gradient.device):
-            for i, site in enumerate(space.sites):
-                here, layer = slice(site.offset, site.offset + site.size), site.module
-                if (by_sample or own is not None) and calls[i] and not is_by_sample(calls[i], n):
-                    mixed[i] += 1
-                    continue
-                for x, g in calls[i]:
-                    count: float = uses_per_weight(layer, g)
-                    if own is not None:
-                        x, count = _scaled(x, own), count * float(own.mean())
-                    inputs[here] += flat_part(
-                        site, absolute_input(layer, x, g), x.new_full((g.shape[1],), count)
-                    )
-                    positions[i] += count
-                if by_sample:
-                    gradient[here] += _absolute_gradients(site, calls[i], n)
-                    continue
-                for x, g in calls[i]:
-                    gradient[here] += flat_part(
-                        site, weight_gradient(layer, x, g), bias_gradient(g)
-                    )
-
-    sizes = [space.size, space.size, sites, sites, 1]
+    space, n_sites = recording.space, len(recording.space.sites)
+    add = partial(_add_impacts, recording, evaluator, aggregation == "per_sample", weight)
+    sizes = [space.size, space.size, n_sites, n_sites, 1]
     return _mean(space, *accumulate(recording, evaluator, rows_mask, sizes, add))
 
 
@@ -193,7 +156,7 @@ def _forward_impact(site: LayerRef, call: LayerCall, weight: Tensor | None) -> t
         x = x * of_rows.view(-1, *[1] * (x.ndim - 1))
         n_uses *= float(weight.mean())
     of_bias = x.new_full((g.shape[1],), n_uses)
-    return flat_part(site, absolute_input(site.module, x), of_bias), n_uses
+    return flat_part(site, absolute_input(site.module, x, g), of_bias), n_uses
 
 
 def accumulate(

@@ -39,7 +39,7 @@ NO_CHECKPOINTS_HINT = (
 
 
 @dataclass(frozen=True, eq=False)
-class Apricot:
+class Apricot(Method):
     r"""Moves weights toward checkpoints that get targets right, away from wrong ones, and trains.
 
     A round moves the weights by a sum over the targets x that still fail. w_x is the sample weight

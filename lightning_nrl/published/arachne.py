@@ -38,7 +38,7 @@ TOP_PER_FAILURE = 20  # weights per failed sample from which Arachne chooses
 
 
 @dataclass(frozen=True)
-class Arachne:
+class Arachne(Localizer):
     """Localises weights with a large gradient and forward impact on failed samples (Arachne, 2019).
 
     The gradient of a weight w_ij is |dL/dw_ij| of the mean loss L. Its forward impact is the mean
@@ -74,7 +74,7 @@ class Arachne:
 
 
 @dataclass(frozen=True)
-class ArachneV2:
+class ArachneV2(Localizer):
     r"""Localises weights with more impact on failed than on passed samples (Arachne, TOSEM 2022).
 
     The result is the Pareto front of two scores, `impact on failed / (1 + impact on passed)`. The

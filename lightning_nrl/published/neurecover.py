@@ -88,8 +88,7 @@ class NeuRecover(Localizer):
         _history_of(self.history)
 
     @property
-    def wants_history(self) -> bool:
-        """True if `with_history` must be called with the folder of a `TrainingHistory`."""
+    def needs_history(self) -> bool:
         return self.history is None
 
     def with_history(self, folder: str) -> NeuRecover:

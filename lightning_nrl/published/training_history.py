@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
 from lightning_nrl._trainer.folders import base_folder
+from lightning_nrl._trainer.history_callback import HistoryCallback
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,

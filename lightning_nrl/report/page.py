@@ -55,7 +55,7 @@ class Text:
 class Row:
     """One row of a table.
 
-    Tone `gain` highlights all of its cells, tone `harm` only the cells that are not 0.
+    Tone `good` highlights all of its cells, tone `bad` only the cells that are not 0.
     """
 
     label: str

@@ -91,19 +91,6 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     return (("unseen data", text),)
 
 
-def unseen_limit(report: RepairRecord) -> float | None:
-    """Computes an upper limit in (0, 1] on the rate at which samples like the unseen ones break.
-
-    The rate is among samples that the model got right before the repair or, in an update, that the
-    replaced model gets right. The confidence is `UNSEEN_CONFIDENCE`. Returns None if
-    `RepairRecord.unseen` counts no such sample.
-    """
-    unseen = report.unseen
-    if unseen is None or not unseen.passed:
-        return None
-    return upper_limit(unseen.broken, unseen.passed, UNSEEN_CONFIDENCE)
-
-
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
     """Lists the first failures that were set aside, with the reasons, and counts the others."""
     facts = []
@@ -173,7 +160,7 @@ def _estimate(counts: TargetCounts, choices: int) -> str:
         f"{_rate(counts.repaired, n_failed, 'failures repaired', choices)}, "
         f"{_rate(counts.broken, counts.passed, 'passed samples broken', choices)}"
     )
-    return f"{parts}, {points_of(counts):+.1f} points"
+    return f"{parts}, {counts.points:+.1f} points"
 
 
 def _rate(k: int, n: int, samples: str, choices: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from textwrap import shorten, wrap
 from typing import TYPE_CHECKING, NamedTuple

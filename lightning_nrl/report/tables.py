@@ -173,7 +173,7 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
             label += ", polished"
         if taken:
             label += ", taken"
-        rows.append(Row(label, tuple(map(count, cells)), "gain" if taken else ""))
+        rows.append(Row(label, tuple(map(count, cells)), "good" if taken else ""))
     return Table(tuple(columns), tuple(rows))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 from lightning_nrl._utils.formatting import count, plural
 from lightning_nrl.records.evidence import (
@@ -82,93 +81,45 @@ class Verdict:
         return "none: the weights are unchanged"
 
 
-class JudgedData(NamedTuple):
-    """Counts of the data that judge a repair."""
-
-    source: EvidenceSource
-    counts: TargetCounts
-    repaired: int = 0  # in the sign test, against `counts.broken`
-    choices: int = 1  # number of results among which the data chose
-    split: str = ""  # name of the split, if one split alone is judged
-
-    @property
-    def evidence(self) -> Evidence:
-        return evidence_of(self.repaired, self.counts.broken, self.choices)
-
-
 def verdict_on(report: RepairRecord) -> Verdict:
     """Derives the verdict on a repair from the counts of its report."""
-    data = _judged_data(report)
     kept = report.status == "repaired"
-    tone = EVIDENCE_TONES[data.evidence]
-    if report.status == "nothing to repair" and data.source == "none":
+    evidence = evidence_on(report)
+    tone = EVIDENCE_TONES[evidence.evidence]
+    if report.status == "nothing to repair" and evidence.source == "none":
         tone = "good"
     elif report.status in ("refused", "not repaired") and tone != "bad":
         tone = "warn"
-    answers = _answers(report, data)
+    answers = _answers(report, evidence)
     return Verdict(
         headline=f"{report.status.capitalize()}: {answers}",
         answers=answers,
         kept=kept,
         promise=_promise(report),
-        evidence=data.evidence,
-        source=data.source,
-        repaired=data.counts.repaired,
-        broken=data.counts.broken,
-        n=data.counts.n,
-        p_value=sign_test(data.repaired, data.counts.broken, data.choices),
-        advice=_advice(report, data),
+        evidence=evidence.evidence,
+        source=evidence.source,
+        repaired=evidence.counts.repaired,
+        broken=evidence.counts.broken,
+        n=evidence.counts.n,
+        p_value=evidence.p_value,
+        advice=_advice(report, evidence),
         tone=tone,
     )
 
 
-def _judged_data(report: RepairRecord) -> JudgedData:
-    if report.unseen is None:
-        held_out = report.held_out
-        if held_out is None or report.update:
-            return JudgedData("none", NOT_COUNTED)
-        return JudgedData("held-out", held_out, held_out.repaired, report.n_estimates)
-    counts = report.unseen.counts
-    # Leaked samples are no evidence of repairs, but they do not make a repair worse.
-    n_unleaked = counts.repaired - sum(report.leaked.values())
-    data = JudgedData("unseen", counts, max(n_unleaked, min(counts.repaired, counts.broken)))
-    splits = report.unseen_splits
-    worst = _worst_split(splits)
-    if worst is None or data.evidence == "worse":
-        return data
-    worst_data = JudgedData(
-        "unseen", worst.counts, worst.repaired, choices=len(splits), split=worst.split
-    )
-    # The sum over all unseen splits would hide that one of them is worse.
-    return worst_data if worst_data.evidence == "worse" else data
-
-
-def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """Returns the split that loses most, by p-value, or None. A single split is not compared."""
-    if len(splits) < 2:
-        return None
-    losing = [split for split in splits if split.broken > split.repaired]
-    return min(losing, key=lambda split: sign_test(split.repaired, split.broken), default=None)
-
-
-def _answers(report: RepairRecord, data: JudgedData) -> str:
+def _answers(report: RepairRecord, evidence: RepairEvidence) -> str:
     kept = report.status == "repaired"
     answers = "promise kept" if kept else "the weights are unchanged"
-    if data.source == "none":
+    if evidence.source == "none":
         return f"{answers}, not counted on unseen data" if kept else answers
-    name = "unseen data" if data.source == "unseen" else "held-out samples"
-    if data.split:
-        name += f" ({data.split})"
-    answers += f", {data.evidence} on {name}"
+    name = "unseen data" if evidence.source == "unseen" else "held-out samples"
+    if evidence.worse_split:
+        name += f" ({evidence.worse_split})"
+    answers += f", {evidence.evidence} on {name}"
     if report.update:
-        than = "from" if data.evidence == "no difference shown" else "than"
+        than = "from" if evidence.evidence == "no difference shown" else "than"
         answers += f" {than} the replaced model"
     return answers
-
-
-def _known(report: RepairRecord) -> TargetCounts:
-    known = report.pooled("known")
-    return NOT_COUNTED if known is None else known.counts
 
 
 def _promise(report: RepairRecord) -> str:
@@ -186,28 +137,28 @@ def _promise(report: RepairRecord) -> str:
     return f"not kept: {change}; the weights are unchanged, so nothing broke"
 
 
-def _advice(report: RepairRecord, data: JudgedData) -> str:
-    if data.evidence == "worse":
+def _advice(report: RepairRecord, evidence: RepairEvidence) -> str:
+    if evidence.evidence == "worse":
         if report.update:
             return "do not ship the new model; keep the one that it would replace"
         return f"do not ship it; {_revert_hint(report)}"
     if report.status == "nothing to repair":
         return "keep the model as it is"
-    return _advice_unless_worse(report, data) + _looser_gate_hint(report)
+    return _advice_unless_worse(report, evidence) + _looser_gate_hint(report)
 
 
-def _advice_unless_worse(report: RepairRecord, data: JudgedData) -> str:
+def _advice_unless_worse(report: RepairRecord, evidence: RepairEvidence) -> str:
     if report.status != "repaired":
         return "keep the model as it is; `diagnose` says which failures can be repaired"
-    if data.evidence == "better":
-        first = "" if data.source == "unseen" else f"; first {GIVE_UNSEEN}"
+    if evidence.evidence == "better":
+        first = "" if evidence.source == "unseen" else f"; first {GIVE_UNSEEN}"
         return f"it may ship, as far as these data go{first}"
-    if data.source != "unseen":
+    if evidence.source != "unseen":
         return GIVE_UNSEEN
     if report.leaked:
         return "remove the known samples from the unseen data and count again"
     for times in range(2, MOST_TIMES_MORE + 1):
-        if evidence_of(times * data.repaired, times * data.counts.broken) != data.evidence:
+        if evidence.evidence_with(times) != evidence.evidence:
             return (
                 f"give more unseen data: {times} times as many would show a difference of this size"
             )
@@ -225,21 +176,16 @@ def _revert_hint(report: RepairRecord) -> str:
 
 def _looser_gate_hint(report: RepairRecord) -> str:
     """Suggests a gate with twice as many repaired targets, or more gain on held-out data."""
-    known = _known(report)
-    gained = None if report.held_out is None else points_of(report.held_out)
-    for point in report.price:
-        if point.held_out is None or point.broken <= known.broken:
-            continue
-        more = points_of(point.held_out) - (gained or 0.0)
-        doubled = point.repaired_in_target >= max(1, 2 * known.repaired_in_target) and more >= 0
-        if doubled or (gained is not None and more >= LARGE_GAIN):
-            limit = f"{100 * point.allowed:g}%" if point.allowed < 1 else str(point.broken)
-            targets = plural(point.repaired_in_target, "target")
-            targets += f" instead of {count(known.repaired_in_target)}"
-            price = f"broken {plural(point.broken, 'known sample')}"
-            gain = f"gained {more:.1f} points more on held-out samples"
-            return (
-                f". A looser gate would have repaired {targets}, {price} and {gain}: "
-                f'`gate="tolerance:{limit}"`'
-            )
-    return ""
+    worthwhile = worthwhile_price(report)
+    if worthwhile is None:
+        return ""
+    point, gain = worthwhile
+    limit = f"{100 * point.allowed:g}%" if point.allowed < 1 else str(point.broken)
+    n_targets = report.known_counts.repaired_in_target
+    targets = f"{plural(point.repaired_in_target, 'target')} instead of {count(n_targets)}"
+    price = f"broken {plural(point.broken, 'known sample')}"
+    gained = f"gained {gain:.1f} points more on held-out samples"
+    return (
+        f". A looser gate would have repaired {targets}, {price} and {gained}: "
+        f'`gate="tolerance:{limit}"`'
+    )

@@ -103,7 +103,7 @@ class InterpolationChoice(Renderable):
         )
         label = f"strength {point.strength:.2f}"
         if point == self.chosen:
-            return Row(f"{label}, taken", cells, "gain")
+            return Row(f"{label}, taken", cells, "good")
         return Row(label, cells)
 
 

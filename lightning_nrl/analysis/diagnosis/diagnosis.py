@@ -223,6 +223,6 @@ def _layers(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
     rows = []
     for layer in sorted(diagnosis.layers, key=lambda layer: layer.change):
         cells = (layer.kind, f"{layer.weights:,}", rough_percent(layer.change))
-        rows.append(Row(layer.layer, cells, "gain" if layer == diagnosis.easiest_layer else ""))
+        rows.append(Row(layer.layer, cells, "good" if layer == diagnosis.easiest_layer else ""))
     columns = (("kind", ""), ("weights", ""), ("change", "needed"))
     return Text(text), Table(columns, _truncated(rows, most))

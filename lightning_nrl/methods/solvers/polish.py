@@ -127,7 +127,8 @@ def polished(
             deadline = problem.deadline_of_method()
         result = polish(aim, start.state, deadline=deadline, after=start.after, enforce=enforce)
     proposal = problem.counted("polish", result.state, result.after)
-    return proposal, proposal.step(clock.elapsed - began, result.note), result.course
+    step = proposal.step(clock.elapsed - began, result.note, was_cut=result.was_cut)
+    return proposal, step, result.course
 
 
 class Phase(Protocol):

@@ -34,7 +34,7 @@ class LoadedRepair:
     def summary(self) -> Plain:
         report = self.report
         splits = by_role(flipped_splits(report))
-        limit = unseen_limit(report)
+        limit = report.unseen_limit
         verdict = report.verdict
         return {
             "name": self.folder.name,
