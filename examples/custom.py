@@ -50,15 +50,19 @@ def loss(logits: Tensor, digits: Tensor) -> Tensor:
     return F.cross_entropy(logits, digits, reduction="none")
 
 
-def balance(after: object, before: object) -> Tensor:
-    """Returns the fitness of each candidate, `searches x candidates`; larger is better.
+class Balance(FitnessFunction):
+    """Counts repaired minus broken samples."""
 
-    `after.patched` counts failed samples that pass with the candidate's weights, `after.intact`
-    passed samples that still pass. `after.loss_failed` is a mean loss. `before` has the same
-    numbers for the original weights.
-    """
-    broken = after.n_passed - after.intact
-    return after.patched - broken - 0.1 * after.loss_failed  # the loss decides between equal counts
+    def __call__(self, after: Scores, before: Scores) -> Tensor:
+        """Returns the fitness of each candidate, `candidates`; larger is better.
+
+        `after.patched` counts failed samples that pass with the candidate's weights, `after.intact`
+        passed samples that still pass. `after.loss_failed` is a mean loss. `before` has the same
+        numbers for the original weights.
+        """
+        broken = after.n_passed - after.intact
+        # The loss decides between equal counts.
+        return after.patched - broken - 0.1 * after.loss_failed
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ REPAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "task": {
         "own_task": {"task": Custom(passed=among_two, loss=loss, margin=margin), "max_time": 10}
     },
-    "fitness": {"default": SWARM, "balance": {**SWARM, "search": SearchOptions(fitness=balance)}},
+    "fitness": {"default": SWARM, "balance": {**SWARM, "search": SearchOptions(fitness=Balance())}},
     "method": {
         "bias": {"method": RaiseBias(label=0), "target": SLASHED},
         "swarm": {"method": "swarm", "target": SLASHED},

@@ -8,55 +8,44 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl.search import RandomStreams, SearchOrigin
+from lightning_nrl.search import RandomStream, Searcher, SearchOrigin
 
 
 class Walk(NamedTuple):
-    """A random local search in mid-flight."""
+    """State of a random local search."""
 
-    candidates: Tensor  # S x P x K
-    best: Tensor  # S x 1 x K
-    best_fitness: Tensor  # S x 1
-    searched: Tensor  # S x 1 x K, False at padding
+    candidates: Tensor  # P x K
+    best: Tensor  # K
+    best_fitness: Tensor  # 1
 
     @property
     def threshold(self) -> Tensor:
-        return self.best_fitness.expand(-1, self.candidates.shape[1])
+        return self.best_fitness.expand(len(self.candidates))
 
 
 @dataclass(frozen=True)
-class RandomLocalSearch:
-    """Candidates are drawn around the best one so far (Rastrigin 1963)."""
+class RandomLocalSearch(Searcher):
+    """Draws candidates around the best one so far (Rastrigin 1963)."""
 
     step: float = 0.3
     n_candidates: int = 12
     iterations: int = 40
     patience: int = 20
 
-    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Walk:
-        original, first = origin.original[:, None], origin.first_candidates
-        searched = (
-            torch.ones_like(original, dtype=torch.bool)
-            if origin.searched is None
-            else origin.searched
-        )
-        worst = torch.full(original.shape[:2], -torch.inf, dtype=torch.float64)
-        drawn = self._around(original, searched, streams)[:, first.shape[1] :]
-        return Walk(torch.cat([first, drawn], 1), original, worst, searched)
+    def init(self, origin: SearchOrigin, random: RandomStream) -> Walk:
+        first = origin.first_candidates
+        drawn = self.around(origin.original, random)[len(first) :]
+        worst = torch.full((1,), -torch.inf, dtype=torch.float64)
+        return Walk(torch.cat([first, drawn]), origin.original, worst)
 
-    def ask(self, state: Walk, streams: RandomStreams) -> Walk:
-        return state._replace(candidates=self._around(state.best, state.searched, streams))
+    def ask(self, state: Walk, random: RandomStream) -> Walk:
+        return state._replace(candidates=self.around(state.best, random))
 
     def tell(self, state: Walk, fitness: Tensor) -> Walk:
-        top, which = fitness.max(1, keepdim=True)
-        better = top > state.best_fitness
-        best = torch.where(
-            better[..., None], state.candidates.take_along_dim(which[..., None], 1), state.best
-        )
-        return state._replace(best=best, best_fitness=torch.where(better, top, state.best_fitness))
+        top, leader = fitness.max(0, keepdim=True)
+        if top <= state.best_fitness:
+            return state
+        return state._replace(best=state.candidates[leader][0], best_fitness=top)
 
-    def _around(self, centre: Tensor, searched: Tensor, streams: RandomStreams) -> Tensor:
-        return (
-            centre
-            + self.step * streams.normal(centre, self.n_candidates, centre.shape[-1]) * searched
-        )
+    def around(self, centre: Tensor, random: RandomStream) -> Tensor:
+        return centre + self.step * random.normal(centre, self.n_candidates, len(centre))

@@ -4,8 +4,6 @@ In: a `Problem`. Out: a `Solution`. `solve` runs a method; it wraps a searcher i
 To add a method, write a frozen dataclass that inherits from `Method`, and register it below.
 """
 
-from typing import Any
-
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods.auto import Auto
@@ -20,7 +18,7 @@ from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.search import SEARCHERS, Searcher
 
-AnyMethod = Method | Searcher[Any]
+AnyMethod = Method | Searcher
 """A method, or a searcher, which `solve` runs as a `LocalSearch`."""
 
 METHODS: Registry[AnyMethod] = Registry(

@@ -29,7 +29,7 @@ from lightning_nrl.methods.search_samples import (
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchResult, WeightStats, search
-from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.loop import TIME_WAS_OVER
 
 Elites = Callable[[Tensor, int], Tensor]
@@ -106,7 +106,7 @@ class LocalSearch(Method):
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("recording",)
-    searcher: str | Searcher[Any] = "swarm"
+    searcher: str | Searcher = "swarm"
     seconds: float = math.inf
     localizer: str | Localizer | None = None
     fitness: str | FitnessFunction | None = None
@@ -167,7 +167,7 @@ class LocalSearch(Method):
 
 
 def localize_and_search(
-    problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None = None
+    problem: Problem, searcher: Searcher, goal: SearchGoal, elites: Elites | None = None
 ) -> LocalSearchResult:
     """Localises weights, then searches new values.
 
@@ -221,7 +221,7 @@ def _localize_and_search(
             deadline=goal.deadline,
             on_progress=progress(problem, searcher, n_passed),
         )
-    if not needs_passed_loss(goal.fitness):
+    if not goal.fitness.uses_passed_loss:
         unknown = torch.full_like(result.history.loss_passed, torch.nan)
         result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from lightning_nrl.methods.budget import (
 )
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.search import Searcher, SearchHistory
-from lightning_nrl.search.fitness import FitnessFunction, needs_credit, needs_passed_loss
+from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.recording import record
@@ -180,12 +179,12 @@ def scorer_for(
         fragility=before.loss,
         reserve=reserve,
         weight=before.finite_weight if before.weighted and weighted else None,
-        credit=needs_credit(fitness),
+        credit=fitness.uses_credit,
     )
 
 
 def progress(
-    problem: Problem, searcher: Searcher[Any], n_passed: int
+    problem: Problem, searcher: Searcher, n_passed: int
 ) -> Callable[[int, SearchHistory], None]:
     """Returns a callback that tells the clock how many samples the best candidate repairs."""
 

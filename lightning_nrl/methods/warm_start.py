@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ SUFFICIENT_MARGIN = 0.04
 
 def warm_started_search(
     problem: Problem,
-    searcher: Searcher[Any],
+    searcher: Searcher,
     proposals: Sequence[Proposal],
     *,
     base: State = ORIGINAL_WEIGHTS,

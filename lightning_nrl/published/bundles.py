@@ -64,7 +64,7 @@ def bundle(
     *,
     localizer: str | Localizer | None = None,
     fitness: str | FitnessFunction | None = None,
-    searcher: str | Searcher[Any] | None = None,
+    searcher: str | Searcher | None = None,
 ) -> LocalSearch:
     """Returns a published method with other parts, given by name or as objects.
 

@@ -1,7 +1,6 @@
 """CMA-ES (Hansen 2016), from the optional library `cmaes`: `pip install lightning_nrl[cmaes]`.
 
-The library runs on the CPU, one search at a time. The candidates of all searches are still scored
-in one call.
+The library runs on the CPU.
 """
 
 from __future__ import annotations
@@ -15,33 +14,26 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.search.first_positions import broadcast_stat
-from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, check_numbers
+from lightning_nrl.search.searcher import RandomStream, Searcher, SearchOrigin, check_counts
 
 Covariance = Literal["auto", "full", "diagonal"]
-MAX_FULL = (
-    320  # largest number of weights for which `auto` is `full`; `default_n_weights` returns fewer
-)
+# Largest number of weights for which `auto` is `full`; `default_n_weights` returns fewer.
+MAX_FULL = 320
 
 
 class Evolution(NamedTuple):
-    """State of S independent searches by CMA-ES. `CmaEs.tell` changes the objects in `strategies`
-    in place.
-    """
+    """State of CMA-ES. `CmaEs.tell` changes the object in `strategy` in place."""
 
-    candidates: Tensor  # S x P x K: searches x candidates x weights
-    original: Tensor  # S x K, the weights before the repair
-    step: Tensor  # S x K, standard deviation of the layer's weights: the library's unit of length
-    seeds: tuple[int, ...]  # one per search
-    strategies: (
-        tuple[Any, ...] | None
-    )  # the library's optimisers, one per search; None before the first `tell`
-    sizes: tuple[int, ...]  # number of weights of each search, without padding
+    candidates: Tensor  # P x K
+    original: Tensor  # K, the weights before the repair
+    step: Tensor  # broadcasts to K, standard deviation of the layer's weights: the unit of length
+    seed: int
+    strategy: Any  # the library's optimiser; None before the first `tell`
     threshold: None = None  # None because the rank of every candidate matters
 
 
 @dataclass(frozen=True)
-class CmaEs:
+class CmaEs(Searcher):
     """Search by covariance matrix adaptation.
 
     The first candidates are the original weights, the elites (known good candidates), and random
@@ -66,7 +58,7 @@ class CmaEs:
     covariance: Covariance = "auto"
 
     def __post_init__(self) -> None:
-        check_numbers(self, population=4)
+        check_counts(self, "population", least=4)
         check_real("CmaEs.sigma", self.sigma, "step", "give a finite number above 0.", above=0)
         check_choice("CmaEs.covariance", self.covariance, get_args(Covariance))
         _library()
@@ -75,67 +67,49 @@ class CmaEs:
     def n_candidates(self) -> int:
         return self.population
 
-    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Evolution:
+    def init(self, origin: SearchOrigin, random: RandomStream) -> Evolution:
         original, first = origin.original, origin.first_candidates
-        step = broadcast_stat(origin.stats.std, origin).clamp_min(torch.finfo(original.dtype).tiny)
-        drawn = (
-            self.sigma
-            * step
-            * streams.normal(original[:, None], self.population, original.shape[1])
-        )
-        if origin.searched is not None:
-            drawn = drawn.masked_fill(~origin.searched, 0.0)
-        candidates = torch.cat([first, (original[:, None] + drawn)[:, first.shape[1] :]], 1)
-        seeds = tuple(streams.seeds())
-        sizes = streams.sizes or (original.shape[1],) * len(original)
-        flat_step = (step[:, 0] if step.ndim == 3 else step).expand_as(original)
-        return Evolution(candidates, original, flat_step, seeds, None, sizes)
+        step = origin.tensor(origin.stats.std).clamp_min(torch.finfo(original.dtype).tiny)
+        drawn = self.sigma * step * random.normal(original, self.population, len(original))
+        candidates = torch.cat([first, (original + drawn)[len(first) :]])
+        return Evolution(candidates, original, step, random.seed(), None)
 
-    def ask(self, state: Evolution, streams: RandomStreams) -> Evolution:
-        candidates = state.original[:, None].repeat(1, self.population, 1)
-        for s, strategy in enumerate(state.strategies or ()):
-            own = slice(state.sizes[s])
-            drawn = torch.stack([torch.from_numpy(strategy.ask()) for _ in range(self.population)])
-            candidates[s, :, own] += state.step[s, own] * drawn.to(candidates)
-        return state._replace(candidates=candidates)
+    def ask(self, state: Evolution, random: RandomStream) -> Evolution:
+        drawn = [torch.from_numpy(state.strategy.ask()) for _ in range(self.population)]
+        change = state.step * torch.stack(drawn).to(state.original)
+        return state._replace(candidates=state.original + change)
 
     def tell(self, state: Evolution, fitness: Tensor) -> Evolution:
-        """Adapts `strategies` to `fitness`, `S x P`. The first call creates the strategies. NaN
-        ranks last.
-        """
-        worth = fitness.double().cpu()
-        worth = worth.masked_fill(worth.isnan(), -math.inf)
-        if state.strategies is None:
-            best = state.candidates.take_along_dim(
-                worth.argmax(1).to(state.candidates.device)[:, None, None], 1
-            )[:, 0]
-            return state._replace(
-                strategies=tuple(self._strategy(state, s, best[s]) for s in range(len(best)))
-            )
-        for s, strategy in enumerate(state.strategies):
-            if not bool(worth[s].isfinite().any()):
-                continue  # the search has ended, or no candidate has a fitness
-            own = slice(state.sizes[s])
-            points = self._units(state, s, state.candidates[s, :, own]).numpy()
-            # The library minimises and accepts finite numbers only.
-            costs = (-worth[s]).clamp(max=torch.finfo(torch.float64).max).tolist()
-            strategy.tell(list(zip(points, costs, strict=True)))
+        """Adapts `strategy` to `fitness`, `P`. The first call creates it. NaN ranks last."""
+        fitness = fitness.double().cpu()
+        fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
+        if state.strategy is None:
+            best = state.candidates[int(fitness.argmax())]
+            return state._replace(strategy=self._strategy(state, best))
+        if not bool(fitness.isfinite().any()):
+            return state  # the search has ended, or no candidate has a fitness
+        points = _in_steps(state, state.candidates)
+        # The library minimises and accepts finite numbers only.
+        costs = (-fitness).clamp(max=torch.finfo(torch.float64).max).tolist()
+        state.strategy.tell(list(zip(points, costs, strict=True)))
         return state
 
-    def _strategy(self, state: Evolution, s: int, start: Tensor) -> Any:
-        n_weights = state.sizes[s]
-        limit = {"full": n_weights, "auto": MAX_FULL}.get(
-            self.covariance, 1
-        )  # for 1 weight `full` is `diagonal`
-        strategy = _library().CMA if n_weights <= limit else _library().SepCMA
-        mean = self._units(state, s, start[:n_weights]).numpy()
+    def _strategy(self, state: Evolution, start: Tensor) -> Any:
+        n_weights = len(start)
+        # For 1 weight `full` is `diagonal`.
+        most_full = {"full": n_weights, "auto": MAX_FULL}.get(self.covariance, 1)
+        strategy = _library().CMA if n_weights <= most_full else _library().SepCMA
         return strategy(
-            mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population
+            mean=_in_steps(state, start),
+            sigma=self.sigma,
+            seed=state.seed,
+            population_size=self.population,
         )
 
-    def _units(self, state: Evolution, s: int, weights: Tensor) -> Tensor:
-        own = slice(state.sizes[s])
-        return ((weights - state.original[s, own]).double() / state.step[s, own].double()).cpu()
+
+def _in_steps(state: Evolution, weights: Tensor) -> Any:
+    """Returns changes of weights in units of `state.step`, as an array."""
+    return ((weights - state.original).double() / state.step.double()).cpu().numpy()
 
 
 def _library() -> Any:

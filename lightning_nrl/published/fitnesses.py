@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_nrl.errors import check_real
+from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scores
 
 
 @dataclass(frozen=True)
-class ArachneFitness:
+class ArachneFitness(FitnessFunction):
     r"""Arachne's fitness (L: mean loss): :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
@@ -20,7 +22,7 @@ class ArachneFitness:
 
 
 @dataclass(frozen=True)
-class NeuRecoverFitness:
+class NeuRecoverFitness(FitnessFunction):
     r"""NeuRecover's fitness: like `ArachneFitness`, but with rates instead of counts.
 
     .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
@@ -44,7 +46,7 @@ class NeuRecoverFitness:
 
 
 @dataclass(frozen=True)
-class ArachneDEFitness:
+class ArachneDEFitness(FitnessFunction):
     r"""Fitness of Arachne's second version: a weighted sum of the credits c of all samples.
 
     .. math:: \sum_{I_{pos}} c + a \sum_{I_{neg}} c
@@ -55,7 +57,7 @@ class ArachneDEFitness:
         aggressiveness: a, the weight of a failed sample relative to a passed sample, at least 0.
     """
 
-    uses_credit = True
+    uses_credit: ClassVar[bool] = True
     aggressiveness: float = 10.0
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class ArachneDEFitness:
         check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """Returns the fitness of each candidate, `S x P`. Raises a `ValueError` if the scores have no credits."""
+        """Returns the fitness of each candidate, `P`. Raises a `ValueError` if the scores have no credits."""
         if scores.credit_failed is None or scores.credit_passed is None:
             raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
         return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)

@@ -23,6 +23,7 @@ from lightning_nrl.errors import (
     check_whole,
 )
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.method import Method
@@ -81,8 +82,8 @@ class MergedRepairs(Method):
 
     parts: Literal["confusion", "label"] | Sequence[Target | str] = "confusion"
     most: int = 8
-    method: str | Method | Searcher[Any] = "arachne"
-    searcher: str | Searcher[Any] | None = None
+    method: str | Method | Searcher = "arachne"
+    searcher: str | Searcher | None = None
     fitness: str | FitnessFunction | None = None
 
     def __post_init__(self) -> None:
@@ -223,7 +224,7 @@ def _parse_method(method: Any) -> Any:
 
 
 def search_coefficients(
-    problem: Problem, states: Sequence[State], searcher: Searcher[Any], fitness: FitnessFunction
+    problem: Problem, states: Sequence[State], searcher: Searcher, fitness: FitnessFunction
 ) -> tuple[Tensor, SearchResult]:
     """Searches the best coefficients of K states; returns the coefficients, `K`, and the log of the
     search.
@@ -252,19 +253,15 @@ def search_coefficients(
 def _scorer(
     problem: Problem, states: Sequence[State], fitness: FitnessFunction
 ) -> tuple[Scorer, int]:
-    """Returns a scorer of coefficients (on recorded activations if possible), and the number of
-    passed samples.
+    """Returns a scorer of coefficients, and the number of passed samples that it scores.
+
+    It runs on recorded activations if possible.
     """
     space, before = problem.space, problem.before
-    parameters = space.parameters
-    if any(name not in parameters for state in states for name in state):
+    if any(name not in space.parameters for state in states for name in state):
         return WholeModelScorer(problem, states), int(before.passed.sum())
-    own = space.flat().to(widest(space.device))
-    flats = [
-        torch.cat([{**parameters, **state}[name].detach().flatten() for name in parameters])
-        for state in states
-    ]
-    change = torch.stack([flat.to(own) - own for flat in flats])
+    original = space.flat().to(widest(space.device))
+    change = torch.stack([_flat(space, state).to(original) - original for state in states])
     where = (change != 0).any(0).nonzero().flatten()
     recorded = choose_samples(
         before, before.targeted, before.passed, problem.n_scored, problem.seed
@@ -273,16 +270,31 @@ def _scorer(
     failed, passed = before.targeted & recorded, before.passed & recorded
     reserve = rounding_reserve(problem.evaluator.precision, before)
     scorer = scorer_for(problem, recording, where, failed, passed, fitness, reserve=reserve)
-    own, change = own[where], change[:, where]
+    mixed = MixScorer(scorer, original[where], change[:, where], space.dtype)
+    return mixed, int(passed.sum())
 
-    def score(values: Tensor) -> Scores:
-        return scorer((own + values.clamp(0, 1).to(change) @ change).to(space.dtype))
 
-    return score, int(passed.sum())
+def _flat(space: ParameterSpace, state: State) -> Tensor:
+    parameters = {**space.parameters, **state}
+    return torch.cat([parameters[name].detach().flatten() for name in space.parameters])
 
 
 @dataclass(frozen=True)
-class WholeModelScorer:
+class MixScorer(Scorer):
+    """Scores coefficients of merged repairs on recorded activations."""
+
+    weights: Scorer  # scores the weights that differ between the states
+    original: Tensor  # K, these weights before the repair
+    change: Tensor  # n x K, their changes in n states
+    dtype: torch.dtype  # of the model
+
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        mixed = self.original + values.clamp(0, 1).to(self.change) @ self.change
+        return self.weights(mixed.to(self.dtype))
+
+
+@dataclass(frozen=True)
+class WholeModelScorer(Scorer):
     """Scores coefficients of merged repairs by passes of the whole model over all known data.
 
     A sample passes only if its margin is larger than any change by rounding in the deployed
@@ -292,40 +304,45 @@ class WholeModelScorer:
     problem: Problem
     states: Sequence[State]
 
-    def __call__(self, values: Tensor) -> Scores:
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         before = self.problem.before
         n_failed, n_passed = int(before.targeted.sum()), int(before.passed.sum())
-        rows = [self._row(one) for one in values.clamp(0, 1).flatten(0, 1)]
-        table = torch.tensor(rows, dtype=widest(values.device), device=values.device)
-        columns = table.view(*values.shape[:2], -1).movedim(-1, 0)
-        patched, intact, loss_failed, loss_passed, gain, harm, *credits = columns
-        return Scores(
+        rows = [self._row(coefficients) for coefficients in values.clamp(0, 1)]
+        columns = torch.tensor(rows, dtype=widest(values.device), device=values.device).T
+        patched, intact, loss_failed, loss_passed, value, cost, credit_failed, credit_passed = (
+            columns
+        )
+        scores = Scores(
             patched.float(),
             intact.float(),
             (loss_failed / max(1, n_failed)).float(),
             (loss_passed / max(1, n_passed)).float(),
             n_failed,
             n_passed,
-            gain if before.weighted else None,
-            harm if before.weighted else None,
-            min(1.0, float(before.weight[before.targeted].min())) if before.weighted else 1.0,
-            *credits,
+            credit_failed=credit_failed,
+            credit_passed=credit_passed,
         )
+        if not before.weighted:
+            return scores
+        least = min(1.0, float(before.weight[before.targeted].min()))
+        return replace(scores, value=value, cost=cost, least=least)
 
     def _row(self, coefficients: Tensor) -> list[float]:
-        """Counts passing samples, sums losses, sample weights and credits: first of targets, then
-        of passed samples.
+        """Returns counts of passing samples, and sums of losses, sample weights and credits.
+
+        Each quantity comes first for targets, then for passed samples.
         """
         problem, before = self.problem, self.problem.before
         after = problem.evaluate(combined(current_state(problem.model), self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight
         reserve = rounding_reserve(problem.evaluator.precision, before)
-        passes = after.passed if reserve is None else after.passed & (after.margin >= reserve)
-        loss, credit = (
-            after.loss.double() * weight,
-            torch.where(passes, 1.0, 1 / (after.loss.double() + 1)),
-        )
-        counts = [float((rows & passes).sum()) for rows in (failed, passed)]
-        weights = [weight[failed & passes], weight[passed & ~passes]]
-        sums = [loss[failed], loss[passed], *weights, credit[failed], credit[passed]]
-        return [*counts, *(float(values.sum()) for values in sums)]
+        passes = after.passed
+        if reserve is not None:
+            passes = passes & (after.margin >= reserve)
+        loss = after.loss.double() * weight
+        credit = torch.where(passes, 1.0, 1 / (after.loss.double() + 1))
+        counts = [(failed & passes).sum(), (passed & passes).sum()]
+        losses = [loss[failed].sum(), loss[passed].sum()]
+        weights = [weight[failed & passes].sum(), weight[passed & ~passes].sum()]
+        credits = [credit[failed].sum(), credit[passed].sum()]
+        return [float(total) for total in (*counts, *losses, *weights, *credits)]

@@ -5,17 +5,13 @@ statistics of the layer's weights. Out: a `SearchResult`. To add an algorithm, w
 and register it in `SEARCHERS`.
 """
 
-from lightning_nrl.search.fitness import (
-    FITNESSES,
-    Fitness,
-    exchange_rate,
-)
-from lightning_nrl.search.loop import search, search_many
+from lightning_nrl.search.fitness import FITNESSES, Fitness, FitnessFunction, exchange_rate
+from lightning_nrl.search.loop import search
 from lightning_nrl.search.pso import ParticleSwarm, Swarm
 from lightning_nrl.search.search_log import SearchHistory, SearchResult
 from lightning_nrl.search.searcher import (
     SEARCHERS,
-    RandomStreams,
+    RandomStream,
     Searcher,
     SearchOrigin,
     SearchState,
@@ -26,8 +22,9 @@ __all__ = [
     "FITNESSES",
     "SEARCHERS",
     "Fitness",
+    "FitnessFunction",
     "ParticleSwarm",
-    "RandomStreams",
+    "RandomStream",
     "SearchHistory",
     "SearchOrigin",
     "SearchResult",
@@ -37,5 +34,4 @@ __all__ = [
     "WeightStats",
     "exchange_rate",
     "search",
-    "search_many",
 ]

@@ -1,8 +1,4 @@
-"""Particle swarm optimisation (paper, section II.2).
-
-S independent swarms run in one batch. A swarm gives bit for bit the same result in a batch and
-alone.
-"""
+"""Particle swarm optimisation (paper, section II.2)."""
 
 from __future__ import annotations
 
@@ -15,43 +11,47 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.search.first_positions import Start, broadcast_stat, check_start, first_positions
-from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
+from lightning_nrl.search.first_positions import Start, check_start, first_positions
+from lightning_nrl.search.searcher import (
+    SEARCHERS,
+    RandomStream,
+    Searcher,
+    SearchOrigin,
+    check_counts,
+)
 
 CHI = 0.7298  # 2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)
 
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of a step; speeds are multiples of the range of the layer's weights."""
+
+    inertia: float
+    cognitive: float
+    social: float
+    min_speed: float
+    max_speed: float
+
+
 COEFFICIENTS = {
-    "clerc": {
-        "inertia": CHI,
-        "cognitive": CHI * 2.05,
-        "social": CHI * 2.05,
-        "min_speed": 0.0,
-        "max_speed": 0.2,
-    },
-    "arachne": {
-        "inertia": CHI,
-        "cognitive": CHI * 4.1,
-        "social": CHI * 4.1,
-        "min_speed": 0.2,
-        "max_speed": 5.0,
-    },
+    "clerc": Coefficients(CHI, 2.05 * CHI, 2.05 * CHI, min_speed=0.0, max_speed=0.2),
+    "arachne": Coefficients(CHI, 4.1 * CHI, 4.1 * CHI, min_speed=0.2, max_speed=5.0),
 }
-"""Coefficients by the value of `ParticleSwarm.constants`; speeds are multiples of the range of the
-layer's weights.
-"""
+"""Coefficients by the value of `ParticleSwarm.constants`."""
 
 
 class Swarm(NamedTuple):
-    """State of S independent swarms of P particles over K weights."""
+    """State of a swarm of P particles over K weights."""
 
-    position: Tensor  # S x P x K
-    velocity: Tensor  # S x P x K
-    best_position: Tensor  # S x P x K, best position of each particle so far
-    best_fitness: Tensor  # S x P, fitness of the best positions
-    leader: Tensor  # S x K, best position of the swarm so far; initially the original weights
-    leader_fitness: Tensor  # S, fitness of the leaders
-    free: Tensor  # bool, broadcasts to S x P x K, False where a weight must not move (the first particle, padding)
-    range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
+    position: Tensor  # P x K
+    velocity: Tensor  # P x K
+    best_position: Tensor  # P x K, best position of each particle so far
+    best_fitness: Tensor  # P, fitness of the best positions
+    leader: Tensor  # K, best position of the swarm so far; initially the original weights
+    leader_fitness: Tensor  # 1, fitness of the leader
+    free: Tensor  # P x 1 bool, False for a particle that must not move
+    range: Tensor  # broadcasts to P x K, max - min of the layer's weights
 
     @property
     def candidates(self) -> Tensor:
@@ -59,15 +59,16 @@ class Swarm(NamedTuple):
 
     @property
     def threshold(self) -> Tensor:
-        """Best fitness of each particle so far, `S x P`. A particle must exceed this to change any
-        best position.
+        """Best fitness of each particle so far, `P`.
+
+        A particle must exceed this to change any best position.
         """
         return self.best_fitness
 
 
 @SEARCHERS.register("swarm")
 @dataclass(frozen=True)
-class ParticleSwarm:
+class ParticleSwarm(Searcher):
     """Search by particle swarm optimisation. The defaults need no tuning.
 
     Attributes:
@@ -113,93 +114,95 @@ class ParticleSwarm:
     max_speed: float | None = None
 
     def __post_init__(self) -> None:
-        check_start(self, particles=2)
+        check_counts(self, "particles", least=2)
+        check_start(type(self).__name__, self.start, self.scale_min, self.scale_max)
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
-        for name in COEFFICIENTS[self.constants]:
-            check_real(
-                f"ParticleSwarm.{name}",
-                self._coefficient(name),
-                "number",
-                "give a finite number >= 0.",
-                least=0,
-            )
-        slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
+        for name, value in vars(self.coefficients).items():
+            hint = "give a finite number >= 0."
+            check_real(f"ParticleSwarm.{name}", value, "number", hint, least=0)
+        slow, fast = self.coefficients.min_speed, self.coefficients.max_speed
         if not slow <= fast or not fast:
             raise ConfigurationError(
                 f"`ParticleSwarm.min_speed={slow!r}` and `max_speed={fast!r}` are not a range.",
                 "give 0 <= min_speed <= max_speed, and max_speed above 0.",
             )
 
-    def _coefficient(self, name: str) -> float:
-        given: float | None = getattr(self, name)
-        return COEFFICIENTS[self.constants][name] if given is None else given
+    @property
+    def coefficients(self) -> Coefficients:
+        """The coefficients of this swarm, with defaults from `constants`."""
+        default = COEFFICIENTS[self.constants]
+        return Coefficients(
+            _first_known(self.inertia, default.inertia),
+            _first_known(self.cognitive, default.cognitive),
+            _first_known(self.social, default.social),
+            _first_known(self.min_speed, default.min_speed),
+            _first_known(self.max_speed, default.max_speed),
+        )
 
     @property
     def n_candidates(self) -> int:
         return self.particles
 
-    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:
-        original, n = origin.original, self.particles
-        position = first_positions(origin, streams, n, self.start, self.scale_min, self.scale_max)
-        free = torch.arange(n, device=position.device)[:, None] >= (
-            0 if self.start == "paper" else 1
-        )
-        if origin.searched is not None:
-            free = free & origin.searched
+    def init(self, origin: SearchOrigin, random: RandomStream) -> Swarm:
+        n = self.particles
+        position = first_positions(origin, random, n, self.start, self.scale_min, self.scale_max)
         device = position.device
-        lowest, highest = (
-            broadcast_stat(x, origin) for x in (origin.stats.lowest, origin.stats.highest)
-        )
-        worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
+        n_fixed = 0 if self.start == "paper" else 1
+        worst = torch.full((n,), -math.inf, dtype=widest(device), device=device)
         return Swarm(
             position=position,
             velocity=torch.zeros_like(position),
             best_position=position,
             best_fitness=worst,
-            leader=original,
-            leader_fitness=worst[:, 0],
-            free=free,
-            range=highest - lowest,
+            leader=origin.original,
+            leader_fitness=worst[:1],
+            free=torch.arange(n, device=device)[:, None] >= n_fixed,
+            range=origin.tensor(origin.stats.highest) - origin.tensor(origin.stats.lowest),
         )
 
-    def ask(self, state: Swarm, streams: RandomStreams) -> Swarm:
+    def ask(self, state: Swarm, random: RandomStream) -> Swarm:
         """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1).
 
         v = inertia v + cognitive r_1 (particle's best - x) + social r_2 (swarm's best - x), with
         random numbers r_1 and r_2 from [0, 1). The speed is limited (`min_speed`, `max_speed`).
         Then x = x + v.
         """
-        x = state.position
-        _, n, n_weights = x.shape
-        inertia, cognitive, social, slow, fast = map(
-            self._coefficient, COEFFICIENTS[self.constants]
-        )
-        r_own, r_leader = streams.uniform(x, 2, n, n_weights if self.constants == "clerc" else 1)
-        to_own, to_leader = state.best_position - x, state.leader[:, None] - x
+        x, step = state.position, self.coefficients
+        n, n_weights = x.shape
+        n_factors = n_weights if self.constants == "clerc" else 1
+        r_1, r_2 = random.uniform(x, 2, n, n_factors)
         velocity = (
-            inertia * state.velocity + cognitive * r_own * to_own + social * r_leader * to_leader
+            step.inertia * state.velocity
+            + step.cognitive * r_1 * (state.best_position - x)
+            + step.social * r_2 * (state.leader - x)
         )
-        limit = fast * state.range
-        if slow:
-            velocity = velocity.abs().clamp(slow * state.range, limit).copysign(velocity)
+        limit = step.max_speed * state.range
+        if step.min_speed:
+            speed = velocity.abs().clamp(step.min_speed * state.range, limit)
+            velocity = speed.copysign(velocity)
         else:
             velocity = velocity.clamp(-limit, limit)
         velocity = velocity.masked_fill(~state.free, 0.0)
         return state._replace(position=x + velocity, velocity=velocity)
 
     def tell(self, state: Swarm, fitness: Tensor) -> Swarm:
-        """Updates the best positions by `fitness`, `S x P`. NaN ranks last. On a tie the earlier
-        position stays.
+        """Updates the best positions by `fitness`, `P`.
+
+        NaN ranks last. On a tie the earlier position stays.
         """
         fitness = fitness.to(state.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         better = fitness > state.best_fitness
-        top, which = fitness.max(1)
+        top, leader = fitness.max(0, keepdim=True)
         leads = top > state.leader_fitness
-        candidate = state.position.take_along_dim(which[:, None, None], 1)[:, 0]
+        candidate = state.position.index_select(0, leader)[0]
         return state._replace(
-            best_position=torch.where(better[..., None], state.position, state.best_position),
+            best_position=torch.where(better[:, None], state.position, state.best_position),
             best_fitness=torch.where(better, fitness, state.best_fitness),
-            leader=torch.where(leads[:, None], candidate, state.leader),
+            leader=torch.where(leads, candidate, state.leader),
             leader_fitness=torch.where(leads, top, state.leader_fitness),
         )
+
+
+def _first_known(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -3,52 +3,53 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 
 
+class Columns(NamedTuple):
+    """What a fitness compares, `P` each."""
+
+    repaired: Tensor  # number, or total sample weight, of repaired samples
+    kept: Tensor  # number, or total sample weight, of kept samples
+    loss_failed: Tensor  # mean loss over I_neg
+    loss_passed: Tensor  # mean loss over I_pos
+
+
 @dataclass(frozen=True)
 class Scores:
-    """Scores of P candidates in each of S independent searches, over the data of all ranks.
+    """Scores of P candidates, over the data of all ranks.
 
     I_neg are the failed samples to repair, and I_pos are the passed samples that a search must not
     break.
     """
 
-    patched: Tensor  # S x P float, number of samples of I_neg that pass under the candidate
-    intact: Tensor  # S x P float, number of samples of I_pos that still pass
-    loss_failed: Tensor  # S x P, mean loss over I_neg
-    loss_passed: Tensor  # S x P, mean loss over I_pos
-    n_failed: int | Tensor  # |I_neg|, a number or S x 1
-    n_passed: int | Tensor  # |I_pos|, a number or S x 1
-    value: Tensor | None = (
-        None  # S x P, total sample weight of the patched samples, at most |I_neg|; None: no weights
-    )
-    cost: Tensor | None = (
-        None  # S x P whole numbers, total sample weight of broken samples of I_pos; None: no weights
-    )
+    patched: Tensor  # P float, number of samples of I_neg that pass under the candidate
+    intact: Tensor  # P float, number of samples of I_pos that still pass
+    loss_failed: Tensor  # P, mean loss over I_neg
+    loss_passed: Tensor  # P, mean loss over I_pos
+    n_failed: int  # |I_neg|
+    n_passed: int  # |I_pos|
+    # P, total sample weight of the patched samples, at most |I_neg|; None: no weights
+    value: Tensor | None = None
+    # P whole numbers, total sample weight of broken samples of I_pos; None: no weights
+    cost: Tensor | None = None
     least: float = 1.0  # smallest weight of a sample of I_neg, from 0 to 1
-    credit_failed: Tensor | None = (
-        None  # S x P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not computed
-    )
-    credit_passed: Tensor | None = None  # S x P, the same sum over I_pos
+    # P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not computed
+    credit_failed: Tensor | None = None
+    credit_passed: Tensor | None = None  # P, the same sum over I_pos
 
-    def columns(self) -> tuple[Tensor, ...]:
-        """Returns four tensors `S x P` in float64, or float32 on MPS. The last two are
-        `loss_failed`
-        and `loss_passed`.
-
-        The first two are the numbers (or the total sample weights) of repaired samples and of kept
-        samples.
-        """
+    def columns(self) -> Columns:
+        """Returns what a fitness compares, in float64, or float32 on MPS."""
+        dtype = widest(self.patched.device)
         repaired = self.patched if self.value is None else self.value
         kept = self.intact if self.cost is None else self.n_passed - self.cost
-        dtype = widest(self.patched.device)
-        return (
+        return Columns(
             repaired.to(dtype),
             kept.to(dtype),
             self.loss_failed.to(dtype),
@@ -56,21 +57,36 @@ class Scores:
         )
 
     def finite(self, value: Tensor) -> Tensor:
-        """Returns a copy of `value`, `S x P`, with minus infinity where `value` or a loss is NaN or
-        infinite.
-        """
+        """Returns `value`, `P`, with minus infinity where it or a loss is NaN or infinite."""
         finite = self.loss_failed.isfinite() & self.loss_passed.isfinite() & value.isfinite()
         return value.masked_fill(~finite, -math.inf)
 
+    def of_original(self) -> Scores:
+        """Returns counts and losses of candidate 0, in tensors of length 1."""
+        return Scores(
+            self.patched[:1],
+            self.intact[:1],
+            self.loss_failed[:1],
+            self.loss_passed[:1],
+            self.n_failed,
+            self.n_passed,
+        )
 
-class Scorer(Protocol):
-    """Scores candidates on I_neg and I_pos.
 
-    A scorer with the attribute `gives_up = True` may stop early. It takes a second argument
-    `most_broken`, `S x P`: the total sample weight of I_pos that each candidate may break. A
-    candidate that breaks more, or whose `most_broken` is negative, may get NaN losses and
-    meaningless counts.
+class Scorer(ABC):
+    """Base class of objects that score candidates on I_neg and I_pos.
+
+    Attributes:
+        gives_up: True if scoring may stop early for candidates that break too many samples.
     """
 
-    def __call__(self, values: Tensor) -> Scores:
-        """Scores candidates `S x P x K`: searches x candidates x values of the localised weights."""
+    gives_up: bool = False
+
+    @abstractmethod
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        """Scores candidates `P x K`, values of the localised weights.
+
+        A scorer that gives up may get `most_broken`, `P`: the total sample weight of I_pos that
+        each candidate may break. A candidate that breaks more may get NaN losses and meaningless
+        counts.
+        """

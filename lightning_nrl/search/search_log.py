@@ -1,11 +1,8 @@
-"""Results of a search, and `SearchLog`, which records searches on their device and does not wait
-for the device.
-"""
+"""Results of a search, and `SearchLog`, which records a search without waiting for its device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,8 +14,9 @@ from lightning_nrl.search.scores import Scores
 
 @dataclass(frozen=True)
 class SearchHistory:
-    """Course of a search. Each tensor has one entry per iteration, on the CPU. Entry 0 is the
-    initial population.
+    """Course of a search. Each tensor has one entry per iteration, on the CPU.
+
+    Entry 0 is the initial population.
     """
 
     best: Tensor  # best fitness so far
@@ -26,8 +24,8 @@ class SearchHistory:
     patched: Tensor  # number of repaired samples of I_neg under the best candidate so far
     intact: Tensor  # number of kept samples of I_pos under the best candidate so far
     loss_failed: Tensor  # mean loss on I_neg under the best candidate so far
-    loss_passed: Tensor  # mean loss on I_pos under the best candidate so far; NaN or 0 if the fitness does not use it
-    diversity: Tensor  # standard deviation of a weight over the iteration's candidates, averaged over the weights
+    loss_passed: Tensor  # the same on I_pos; NaN or 0 if the fitness does not use it
+    diversity: Tensor  # standard deviation over the candidates, averaged over the weights
 
     def __len__(self) -> int:
         return len(self.best)
@@ -46,89 +44,67 @@ class SearchResult:
     seconds: float  # wall time
 
 
-N_COLUMNS = (
-    len(fields(SearchHistory)) + 1
-)  # fields of `SearchHistory`, and iterations since the last improvement
+# The fields of `SearchHistory`, and the number of iterations since the last improvement.
+N_COLUMNS = len(fields(SearchHistory)) + 1
 
 
 class SearchLog:
-    """Best candidates so far and the history of S searches, on the device of the search.
+    """Best candidate so far and the history of a search, on the device of the search.
+
+    A search ends once `patience` iterations in a row were no improvement. Later iterations may be
+    recorded, and change nothing.
 
     Args:
-        original: `S x K`, the weights before the repair, in the dtype of the search.
+        original: `K`, the weights before the repair, in the dtype of the search.
         iterations: maximum number of steps after the initial population.
-        patience: iterations without improvement after which a search has ended.
-        sizes: number of weights of each search; further columns of `original` are padding. None: K
-            per search.
+        patience: iterations without improvement after which the search has ended.
     """
 
-    def __init__(
-        self, original: Tensor, iterations: int, patience: int, sizes: Sequence[int] | None
-    ) -> None:
-        n_searches, n_weights = original.shape
+    def __init__(self, original: Tensor, iterations: int, patience: int) -> None:
         device, dtype = original.device, widest(original.device)
         self.done = -1
         self.patience = patience
         self.best = original
-        self.best_fitness = torch.full((n_searches,), -math.inf, dtype=dtype, device=device)
-        self.stale = torch.zeros_like(self.best_fitness)
-        self.sizes = torch.tensor(
-            [n_weights] * n_searches if sizes is None else list(sizes), device=device
-        )
-        self._best_scores = torch.zeros(4, n_searches, dtype=dtype, device=device)
-        self._rows = torch.zeros(iterations + 1, N_COLUMNS, n_searches, dtype=dtype, device=device)
-
-    @property
-    def frozen(self) -> Tensor:
-        """Mask of the searches that have ended, `S` bool. The best candidate of such a search no
-        longer changes.
-        """
-        return self.stale >= self.patience
+        self.best_fitness = torch.full((1,), -math.inf, dtype=dtype, device=device)
+        self._stale = torch.zeros_like(self.best_fitness)
+        self._best_scores = torch.zeros(4, 1, dtype=dtype, device=device)
+        self._rows = torch.zeros(iterations + 1, N_COLUMNS, dtype=dtype, device=device)
 
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
-        """Records one iteration: candidates, `S x P x K`, with their scores and fitness, `S x P`.
+        """Records one iteration: candidates, `P x K`, with their scores and fitness, `P`.
 
         Returns the fitness, with minus infinity where it is NaN or the search has ended.
         """
         fitness = fitness.to(self.best_fitness.dtype)
-        fitness = fitness.masked_fill(fitness.isnan() | self.frozen[:, None], -math.inf)
-        top, which = fitness.max(1)
+        has_ended = self._stale >= self.patience
+        fitness = fitness.masked_fill(fitness.isnan() | has_ended, -math.inf)
+        # Everything about the leader keeps a dimension of size 1: a plain index would wait.
+        top, leader = fitness.max(0, keepdim=True)
         better = top > self.best_fitness
-        leader = candidates.take_along_dim(which[:, None, None], 1)[:, 0]
         columns = (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
-        leading = torch.stack(
-            [x.gather(1, which[:, None])[:, 0].to(fitness.dtype) for x in columns]
-        )
-        self.best = torch.where(better[:, None], leader, self.best)
+        leading = torch.stack([x.index_select(0, leader).to(fitness.dtype) for x in columns])
+        self.best = torch.where(better, candidates.index_select(0, leader)[0], self.best)
         self.best_fitness = torch.where(better, top, self.best_fitness)
         self._best_scores = torch.where(better, leading, self._best_scores)
-        self.stale = torch.where(better, 0.0, self.stale + 1)
+        self._stale = torch.where(better, 0.0, self._stale + 1)
         self.done += 1
         finite = fitness.isfinite()
-        mean = fitness.masked_fill(~finite, 0.0).sum(1) / finite.sum(1)
-        std = (candidates - candidates.mean(1, keepdim=True)).square().mean(1).sqrt()
-        diversity = (std.sum(1) / self.sizes).to(fitness.dtype)
-        self._rows[self.done] = torch.stack(
-            [self.best_fitness, mean, *self._best_scores, diversity, self.stale]
+        mean = fitness.masked_fill(~finite, 0.0).sum(0, keepdim=True) / finite.sum()
+        std = (candidates - candidates.mean(0)).square().mean(0).sqrt()
+        diversity = std.mean(0, keepdim=True).to(fitness.dtype)
+        self._rows[self.done] = torch.cat(
+            [self.best_fitness, mean, self._best_scores[:, 0], diversity, self._stale]
         )
         return fitness
 
-    def read(self) -> Tensor:
-        """Copies the rows of T iterations to the CPU, `T x N_COLUMNS x S`. Only this method waits
-        for the device.
+    def read(self) -> tuple[SearchHistory, int]:
+        """Returns the history up to the end of the search, and iterations since an improvement.
+
+        Only this method waits for the device.
         """
-        return self._rows[: self.done + 1].cpu()
-
-
-def histories(rows: Tensor, patience: int) -> list[SearchHistory]:
-    """Splits `rows`, the result of `SearchLog.read`, into one history per search, up to the end of
-    that search.
-    """
-    stale = rows[:, -1]
-    length = torch.arange(1, len(rows) + 1, device=rows.device)[:, None]
-    ends = torch.where(stale < patience, len(rows), length).amin(0).tolist()
-    columns = rows[:, :-1].double().unbind(2)
-    return [
-        SearchHistory(*(column[:end].clone() for column in search.unbind(1)))
-        for search, end in zip(columns, ends, strict=True)
-    ]
+        rows = self._rows[: self.done + 1].cpu()
+        ends = (rows[:, -1] >= self.patience).nonzero().flatten().tolist()
+        n_rows = ends[0] + 1 if ends else len(rows)
+        columns = rows[:n_rows, :-1].double().unbind(1)
+        history = SearchHistory(*(column.clone() for column in columns))
+        return history, int(rows[n_rows - 1, -1])

@@ -1,11 +1,8 @@
-"""Many runs at once: each is what a single repair is, and its counts are those of the deployed
-model.
-"""
+"""Many runs: each is what a single repair is, and its counts are those of the deployed model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +29,8 @@ from lightning_nrl.errors import DataWarning, RepairError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.records import hash_tensors
-from lightning_nrl.study import Run, SweepResult, sweep_module
-from lightning_nrl.study import batch_search as recount
-from lightning_nrl.study import run_sweep as study
+from lightning_nrl.study import Run, SweepResult, recount, sweep_module
+from lightning_nrl.study.recorded_search import RecordedSearch, RunRequest
 
 GRID = Grid(
     fitness=["lexicographic", "eq1", "eq2"],
@@ -216,23 +212,12 @@ def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.Mon
 
     exact = recount.exact_batches
     monkeypatch.setattr(recount, "exact_batches", reading)
-    monkeypatch.setattr(recount, "STATES_MEMORY", 0)
     run(model, grid)
     assert len(passes) == 3  # Each role once.
     passes.clear()
     monkeypatch.setattr(recount, "default_budget", lambda device: 2000)
     assert timeless(run(model, grid)) == expected
-    assert len(passes) == 3 * len(expected.runs)  # Swarms do not fit beside each other either.
-
-
-def before_each_batch(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any], None]) -> None:
-    find = study.BatchSearch.run
-
-    def noted(self: Any, jobs: Any, on_progress: Any = None) -> Any:
-        note(jobs)
-        return find(self, jobs, on_progress)
-
-    monkeypatch.setattr(study.BatchSearch, "run", noted)
+    assert len(passes) == 3 * len(expected.runs)
 
 
 def test_a_second_call_makes_only_what_is_missing(
@@ -240,13 +225,15 @@ def test_a_second_call_makes_only_what_is_missing(
 ) -> None:
     model, folder = trained(), tmp_path / "sweep"
     made: list[int] = []
+    search = RecordedSearch.run
 
-    def counting(jobs: Any) -> None:
-        made.extend(job.seed for job in jobs)
+    def counting(self: RecordedSearch, request: RunRequest, on_progress: Any) -> Any:
+        made.append(request.seed)
         if len(made) > interrupt:
             raise KeyboardInterrupt
+        return search(self, request, on_progress)
 
-    before_each_batch(monkeypatch, counting)
+    monkeypatch.setattr(RecordedSearch, "run", counting)
     grid, interrupt = Grid(fitness="eq1", alpha=[4, 5, 6]), 4
     with pytest.raises(KeyboardInterrupt):
         run(model, grid, dirpath=folder)
@@ -305,11 +292,14 @@ def test_an_observer_is_told_how_much_of_the_work_is_done() -> None:
 
 
 def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(jobs: Any) -> None:
-        if any(job.seed == 1 for job in jobs):
-            raise RuntimeError("broken")
+    search = RecordedSearch.run
 
-    before_each_batch(monkeypatch, failing)
+    def failing(self: RecordedSearch, request: RunRequest, on_progress: Any) -> Any:
+        if request.seed == 1:
+            raise RuntimeError("broken")
+        return search(self, request, on_progress)
+
+    monkeypatch.setattr(RecordedSearch, "run", failing)
 
     def work(collective: Any) -> str:
         with pytest.raises((RuntimeError, RepairError)) as caught:

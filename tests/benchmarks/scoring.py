@@ -67,7 +67,7 @@ def head() -> None:
         )
         for name, scale in (("spread widely", 1.0), ("near the original", 0.02)):
             values = space.flat()[where] + scale * torch.randn(100, 50)
-            ways = (lean, lambda v, s=full: s(v[None]), lambda v, s=counts: s(v[None]))
+            ways = (lean, lambda v, s=full: s(v), lambda v, s=counts: s(v))
             lean_s, full_s, counts_s = compare(
                 [lambda w=way, v=values: w(v) for way in ways], times=21
             )
@@ -127,9 +127,7 @@ def sequences() -> None:
     rows = []
     for name, scale in (("spread widely", 0.02), ("near the original", 0.002)):
         values = space.flat()[where] + scale * torch.randn(20, 100)
-        lean_s, ours_s = compare(
-            [lambda v=values: lean(v), lambda v=values: scorer(v[None])], times=5
-        )
+        lean_s, ours_s = compare([lambda v=values: lean(v), lambda v=values: scorer(v)], times=5)
         rows.append(
             [name, milliseconds(lean_s), milliseconds(ours_s), f"{ratio(ours_s, lean_s):.2f}"]
         )
@@ -172,17 +170,17 @@ def layers() -> None:
             values = space.flat()[where] + 0.1 * torch.randn(n_particles, n_weights)
             scorer = make_scorer(recording, where, failed, ~failed, EVALUATOR)
             floors, ours, wholes = [], [], []
-            scorer(values[:5].unsqueeze(0))
+            scorer(values[:5])
             for _ in range(5):
                 floors.append(statistics.median(run_floor() for _ in range(5)) * n)
                 began = time.process_time()
-                scorer(values.unsqueeze(0))
+                scorer(values)
                 ours.append(time.process_time() - began)
                 began = time.process_time()
                 with torch.no_grad():
                     functional_call(model, space.changed(where, values[0]), (x[:30],))
                 wholes.append((time.process_time() - began) * n_particles * n / 30)
-            units = len(scorer.groups[0].passed[0].deltas[0].units)
+            units = len(scorer.passed[0].deltas[0].units)
             times = [milliseconds(s) for s in (floors, ours, wholes)]
             ratios = f"{ratio(ours, floors):.2f}", f"{ratio(wholes, ours):.0f} x"
             rows.append([f"{name}, {kind} ({units})", str(n), *times, *ratios])
@@ -327,11 +325,9 @@ def memory() -> None:
         for budget in (8 << 20, 64 << 20):
             peaks = []
             for p in (100, 400, 1600):
-                values = (space.flat()[where] + 0.1 * torch.randn(p, len(where))).unsqueeze(0)
+                values = space.flat()[where] + 0.1 * torch.randn(p, len(where))
                 scorer = make_scorer(recording, where, failed, ~failed, EVALUATOR, budget=budget)
-                kept = sum(
-                    part.nbytes for part in (*scorer.groups[0].failed, *scorer.groups[0].passed)
-                )
+                kept = sum(part.nbytes for part in (*scorer.failed, *scorer.passed))
                 peaks.append(kept + measure_allocations(lambda s=scorer, v=values: s(v))[0])
             row = [f"{peak / 2**20:.1f} MiB" for peak in peaks]
             rows.append([layer, f"{budget >> 20} MiB", *row, f"{max(peaks) / budget:.2f}"])

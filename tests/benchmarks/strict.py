@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import strict_cuda  # before torch
+import torch
 from device_repairs import CASES, GPU, sources
-from measure import show
-from swarms import study
+from measure import EVALUATOR, recorded, show
+from torch import Tensor, nn
 from toy_repairs import trained
 
 from lightning_nrl import repair_module
-from lightning_nrl.search.scoring import chunk_scorer, scorer
-
-FEWER = 20
-"""A share of the particles in blocks of that share of the bytes: as many launches as with all, in
-minutes on a CPU.
-"""
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search.scoring.scorer import make_scorer
 
 
-def launches(*swarms: str) -> None:
-    """An iteration of the paper's study."""
-    scorer.GPU_BLOCK_BYTES = chunk_scorer.GPU_BLOCK_BYTES // FEWER
-
-    def counted(n: int, iterations: int) -> tuple[int, int]:
-        found = []
-
-        @contextmanager
-        def around() -> Iterator[None]:
-            with strict_cuda.watch() as seen:
-                yield
-            found.append((seen.n_launches, seen.n_waits))
-
-        study(n, 200 // FEWER, iterations, 500, "cuda", around)
-        return found[0]
-
+def launches() -> None:
+    """One call of a scorer: 100 particles, 50 weights, weighted samples."""
+    torch.manual_seed(0)
+    head = nn.Linear(64, 10)
+    convolution = nn.Sequential(
+        nn.Conv1d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 10)
+    )
     rows = []
-    for n in swarms or ("660",):
-        (few, waits), (more, more_waits) = counted(int(n), 10), counted(int(n), 20)
-        rows.append([n, f"{(more - few) / 10:,.0f}", f"{(more_waits - waits) / 10:.1f}"])
-    show("An iteration of 200 particles a swarm", ["swarms", "launches", "waits"], rows)
+    for name, model, layer, shape, n in (
+        ("last Linear 64 -> 10", head, "", (64,), 4289),
+        ("convolution 8 -> 16", convolution, "0", (8, 16), 257),
+        ("convolution 8 -> 16", convolution, "0", (8, 16), 1000),
+        ("convolution 8 -> 16", convolution, "0", (8, 16), 4289),
+    ):
+        x, y = torch.randn(n, *shape, device=GPU), torch.randint(10, (n,), device=GPU)
+        n_waits, n_launches = _of_one_call(model.eval().to(GPU), layer, x, y)
+        rows.append([name, f"{n:,}", str(n_waits), f"{n_launches:,}"])
+    show("One call, 100 particles", ["layer", "samples", "waits", "launches"], rows)
+
+
+def _of_one_call(model: nn.Module, layer: str, x: Tensor, y: Tensor) -> tuple[int, int]:
+    space = find_layers(model, layer)
+    where = torch.randperm(space.size)[:50]
+    failed = torch.arange(len(x)) % 5 == 0
+    weight = torch.arange(len(x), dtype=torch.float64)
+    cache = recorded(model, space, x, y)
+    scorer = make_scorer(cache, where, failed, ~failed, EVALUATOR, weight=weight)
+    values = space.flat()[where.to(GPU)] + 0.1 * torch.randn(100, 50, device=GPU)
+    with strict_cuda.watch() as seen:
+        scorer(values)
+    return seen.n_waits, seen.n_launches
 
 
 def device(*names: str) -> None:

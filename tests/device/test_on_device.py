@@ -18,7 +18,6 @@ from lightning_nrl import Gate, Grid, OldModel, Target, TensorSource, repair_mod
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.evaluation.metrics import NegativeFlipRate
-from lightning_nrl.search.scoring import scorer
 from lightning_nrl.study import sweep_module
 from lightning_nrl.updates import release
 
@@ -33,8 +32,6 @@ pytestmark = [
 def test_a_repair_there_is_what_it_is_on_the_cpu(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The same sums: what is as good but for rounding would else come out otherwise.
-    monkeypatch.setattr(scorer, "is_stacked_on", lambda device: True)
     monkeypatch.setattr(
         torch.backends.cudnn, "allow_tf32", False
     )  # for which searches keep a reserve

@@ -70,11 +70,11 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
         weight = torch.tensor([1, 1, 1, 1, 3, 1.5, 0.5], dtype=torch.float64)
         problem = replace(problem, before=replace(problem.before, weight=weight))
     states = [threshold(0.65), threshold(0.45)]
-    values = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.3]]])
+    values = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.3]])
     whole = WholeModelScorer(problem, states)(values)
     fast = _scorer(problem, states, ArachneDEFitness())[0](values)
-    assert whole.patched.tolist() == [[0, 1, 2, 1, 1]]
-    assert whole.intact.tolist() == [[5, 5, 4, 5, 5]]
+    assert whole.patched.tolist() == [0, 1, 2, 1, 1]
+    assert whole.intact.tolist() == [5, 5, 4, 5, 5]
     for name in (
         "patched",
         "intact",
@@ -90,7 +90,7 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
         if one is not None:
             torch.testing.assert_close(one.double(), other.double(), atol=1e-5, rtol=1e-5)
     if weighted:
-        assert whole.cost.tolist() == [[0, 0, 3, 0, 0]]
+        assert whole.cost.tolist() == [0, 0, 3, 0, 0]
 
 
 def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
@@ -98,7 +98,7 @@ def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
     for context, patched in ((nullcontext, 1), (partial(torch.autocast, "cpu", torch.bfloat16), 0)):
         problem, states = on_a_line(context=context), [threshold(0.69)]
         for scorer in (_scorer(problem, states, Fitness())[0], WholeModelScorer(problem, states)):
-            found = scorer(torch.ones(1, 1, 1))
+            found = scorer(torch.ones(1, 1))
             assert (int(found.patched), int(found.intact)) == (patched, 5)
 
 

@@ -60,7 +60,7 @@ from lightning_nrl.published import (
     NeuRecoverFitness,
     bundle,
 )
-from lightning_nrl.search import FITNESSES, SEARCHERS, Fitness, RandomStreams, SearchOrigin
+from lightning_nrl.search import FITNESSES, SEARCHERS, Fitness, RandomStream, SearchOrigin
 from lightning_nrl.study import paper_arguments
 
 QUICK = ParticleSwarm(particles=12, iterations=12)
@@ -109,7 +109,7 @@ OWN = """
 from dataclasses import dataclass
 from lightning_nrl.localization import RandomWeights
 from lightning_nrl.published import bundle
-from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search import FitnessFunction, ParticleSwarm
 
 @dataclass(frozen=True)
 class Mine(RandomWeights):
@@ -121,8 +121,9 @@ class Small(ParticleSwarm):
 def method():
     return bundle("arachne", localizer=Mine())
 
-def fitness():
-    return lambda scores, original: scores.patched
+class Counting(FitnessFunction):
+    def __call__(self, scores, original):
+        return scores.patched
 
 nothing = 3
 """
@@ -138,9 +139,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (info / "entry_points.txt").write_text(
         "[lightning_nrl.methods]\nours = nrl_plugin:method\nauto = nrl_plugin:method\n"
         "[lightning_nrl.localizers]\nmine = nrl_plugin:Mine\nbroken = nrl_plugin:missing\n"
-        "no-localizer = nrl_plugin:fitness\n"
+        "no-localizer = nrl_plugin:method\n"
         "[lightning_nrl.searchers]\nsmall = nrl_plugin:Small\n"
-        "[lightning_nrl.fitnesses]\ncounting = nrl_plugin:fitness\n"
+        "[lightning_nrl.fitnesses]\ncounting = nrl_plugin:Counting\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     registries: tuple[Any, ...] = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
@@ -173,7 +174,7 @@ def test_other_distributions_add_names_by_entry_points() -> None:
             "broken",
             r"entry point 'nrl_plugin:missing' of nrl-plugin cannot be loaded \(AttributeError",
         ),
-        ("no-localizer", "gave a function, which is no Localizer"),
+        ("no-localizer", "gave a LocalSearch, which is no Localizer"),
         ("min", "did you mean 'mine'"),
     ],
 )
@@ -229,8 +230,8 @@ def test_weights_are_localised_on_the_passed_samples_that_are_scored() -> None:
 
 
 class Forgetful(RandomLocalSearch):
-    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Walk:
-        state = super().init(origin, streams)
+    def init(self, origin: SearchOrigin, random: RandomStream) -> Walk:
+        state = super().init(origin, random)
         return state._replace(candidates=state.candidates + 1)
 
 

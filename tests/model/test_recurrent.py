@@ -105,13 +105,13 @@ def test_candidates_score_as_in_the_whole_model(layer: Any) -> None:
         warnings.simplefilter("error")  # nothing is run as a whole
         cache = record(evaluator, batches, space, torch.ones(24, dtype=torch.bool))
     where = torch.randperm(space.size)[:12].sort().values
-    values = space.flat()[where] + torch.randn(1, 5, 12)
+    values = space.flat()[where] + torch.randn(5, 12)
     scores = make_scorer(cache, where, ~results.passed, results.passed, evaluator)(values)
     for p in range(5):
-        with temporary_weights(model, space.changed(where, values[0, p])), torch.no_grad():
+        with temporary_weights(model, space.changed(where, values[p])), torch.no_grad():
             right = model(x).argmax(1) == y
-        assert int((right & ~results.passed).sum()) == int(scores.patched[0, p])
-        assert int((right & results.passed).sum()) == int(scores.intact[0, p])
+        assert int((right & ~results.passed).sum()) == int(scores.patched[p])
+        assert int((right & results.passed).sum()) == int(scores.intact[p])
 
 
 def test_what_cannot_be_taken_apart_is_refused() -> None:

@@ -19,12 +19,14 @@ from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.localization import AllWeights, Localizer
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.search import Fitness
+from lightning_nrl.search import Fitness, FitnessFunction
 
 
-def mute(scores: Any, original: Any) -> Tensor:
+class Mute(FitnessFunction):
     """A fitness by which no candidate is better than another."""
-    return torch.zeros_like(scores.patched)
+
+    def __call__(self, scores: Any, original: Any) -> Tensor:
+        return torch.zeros_like(scores.patched)
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def test_an_empty_localisation_is_a_report_with_a_warning() -> None:
 
 
 def test_a_search_that_finds_nothing_better_says_so() -> None:
-    outcome = repair_module(trained(), known(), quick(fitness=mute))
+    outcome = repair_module(trained(), known(), quick(fitness=Mute()))
     assert outcome.report.status == "not repaired"
     assert "nothing better than the original weights" in outcome.report.reason
     assert list(outcome.report.seconds) == ["collect", "localize", "search"]

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
@@ -56,8 +55,9 @@ class Learned(Localizer):
         raise NotImplementedError
 
 
-def my_fitness(scores: Any, original: Any) -> Any:
-    return scores.patched
+class MyFitness(FitnessFunction):
+    def __call__(self, scores: Any, original: Any) -> Any:
+        return scores.patched
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,7 @@ def test_settings_are_told_as_plain_values() -> None:
 
 
 @pytest.mark.parametrize("localizer", [NeuRecoverLite(), AllWeights(), ByHand(), Learned()])
-@pytest.mark.parametrize(
-    "fitness", [Fitness("eq1"), my_fitness, partial(my_fitness, original=None)]
-)
+@pytest.mark.parametrize("fitness", [Fitness("eq1"), MyFitness()])
 def test_plain_values_are_json_and_the_same_for_equal_settings(
     localizer: Any, fitness: Any
 ) -> None:
@@ -156,7 +154,7 @@ def test_what_is_not_as_by_default() -> None:
         (lambda: SearchOptions(fitness=3), "`fitness=3` is no Fitness"),
         (lambda: SearchOptions(fitness=Fitness), "is no Fitness"),
         (lambda: SearchOptions(localizer="al"), "`localizer='al'` is unknown"),
-        (lambda: SearchOptions(localizer=my_fitness), "is no Localizer"),
+        (lambda: SearchOptions(localizer=MyFitness()), "is no Localizer"),
         (lambda: SearchOptions(localizer=NeuRecoverLite), "is no Localizer"),
         (lambda: SearchOptions(n_passed=0), "`n_passed=0` is out of range"),
         (lambda: SearchOptions(n_passed=2.5), "`n_passed=2.5` is out of range"),

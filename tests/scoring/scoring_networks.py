@@ -390,16 +390,12 @@ def _to(data: Any, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def by_sample(scorer: SwarmScorer, values: Tensor, swarm: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a swarm's samples, and what each candidate, `P x K`, does on them: passes and losses,
+def by_sample(scorer: SwarmScorer, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the samples, and what each candidate, `P x K`, does on them: passes and losses,
     `P x n`.
     """
-    group = next(group for group in scorer.groups if swarm in group.swarms)
-    parts = [*group.failed, *group.passed]
-    found = [part.evaluate(values[:, group.columns]) for part in parts]
+    parts = [*scorer.failed, *scorer.passed]
+    results = [part.evaluate(values) for part in parts]
     rows = torch.cat([part.chunk.rows for part in parts])
-    return (
-        rows,
-        torch.cat([passed for passed, _ in found], 1),
-        torch.cat([loss for _, loss in found], 1).double(),
-    )
+    passed = torch.cat([passed for passed, _ in results], 1)
+    return rows, passed, torch.cat([loss for _, loss in results], 1).double()

@@ -59,7 +59,7 @@ def test_an_iteration_never_waits_for_the_device_whatever_samples_weigh(name: st
     failed = torch.arange(N) % 3 == 0
     weight = torch.arange(N, dtype=torch.float64)
     scorer = make_scorer(problem.recording(N), where, failed, ~failed, EVALUATOR, weight=weight)
-    values = values.to(GPU).unsqueeze(0)
+    values = values.to(GPU)
     with no_waits():
         scores = scorer(values)
     assert scores.cost is not None
@@ -70,7 +70,7 @@ def test_all_samples_in_front_of_a_last_layer_are_one_chunk() -> None:
     where, _ = problem.candidates(1, 6)
     failed = torch.arange(N) % 3 == 0
     scorer = make_scorer(problem.recording(N), where, failed, ~failed, EVALUATOR)
-    assert ([role for role, _ in scorer.stacks], scorer.groups) == ([0, 1], ())
+    assert (len(scorer.failed), len(scorer.passed)) == (1, 1)
 
 
 def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pins_the_rest() -> (
@@ -89,7 +89,7 @@ def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pin
     ]
     assert all(x.is_pinned() for parts in parted.groups[1].parts.values() for x in parts)
     expected, actual = (
-        make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU).unsqueeze(0))
+        make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU))
         for cache in (whole, parted)
     )
     assert actual.patched.tolist() == expected.patched.tolist()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.study.batch_search import exact_batches
+from lightning_nrl.study.recount import exact_batches
 from lightning_nrl.tasks import Multiclass
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -38,14 +38,14 @@ def check(problem: Problem, tolerance: float, reason: str | None = None) -> None
     order = rows.argsort()
     assert torch.equal(found[:, order], passed)
     torch.testing.assert_close(losses[:, order], loss, rtol=tolerance, atol=tolerance)
-    scores = scorer(values.unsqueeze(0))
-    assert scores.patched.tolist() == [passed[:, failed].sum(1).tolist()]
-    assert scores.intact.tolist() == [passed[:, ~failed].sum(1).tolist()]
+    scores = scorer(values)
+    assert scores.patched.tolist() == passed[:, failed].sum(1).tolist()
+    assert scores.intact.tolist() == passed[:, ~failed].sum(1).tolist()
     torch.testing.assert_close(
-        scores.loss_failed[0].double(), loss[:, failed].mean(1), rtol=tolerance, atol=tolerance
+        scores.loss_failed.double(), loss[:, failed].mean(1), rtol=tolerance, atol=tolerance
     )
     torch.testing.assert_close(
-        scores.loss_passed[0].double(), loss[:, ~failed].mean(1), rtol=tolerance, atol=tolerance
+        scores.loss_passed.double(), loss[:, ~failed].mean(1), rtol=tolerance, atol=tolerance
     )
 
 

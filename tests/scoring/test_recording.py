@@ -280,7 +280,7 @@ def test_what_is_computed_again_counts_the_same(name: str, share: float) -> None
     full = sum(group.nbytes for group in whole.groups)
     cache = recomputed(problem, 24, int(share * full))
     expected, scores = (
-        problem.scorer(where, failed, ~failed, recording=x)(values[None]) for x in (whole, cache)
+        problem.scorer(where, failed, ~failed, recording=x)(values) for x in (whole, cache)
     )
     assert torch.equal(scores.patched, expected.patched)
     assert torch.equal(scores.intact, expected.intact)

@@ -1,6 +1,4 @@
-"""Counts and losses: near ties, memory, swarms that differ, samples left out, ranks, tasks of the
-user.
-"""
+"""Counts and losses: near ties, memory, samples left out, ranks, tasks of the user."""
 
 from __future__ import annotations
 
@@ -16,15 +14,12 @@ from hypothesis import given, settings
 from scoring_networks import REPLAYED, WHOLE, Problem, by_sample, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search.scores import Scores
 from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer
-from lightning_nrl.search.scoring.scorer import stacked
 from lightning_nrl.tasks import Multiclass, Task
 
 N = 24
@@ -55,17 +50,17 @@ def test_by_hand() -> None:
     problem = linear(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 0.0]]), [1, 1, 0])
     failed = torch.tensor([True, False, False])
     scores = problem.scorer(torch.tensor([2]), failed, ~failed)(
-        torch.tensor([[[0.0], [0.75], [2.0]]])
+        torch.tensor([[0.0], [0.75], [2.0]])
     )
     # The second logit is x1 + value * x0.
-    assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
-    assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
+    assert scores.patched.tolist() == [0.0, 1.0, 1.0]
+    assert scores.intact.tolist() == [2.0, 2.0, 1.0]
     gaps = torch.tensor([-1.0, 0.5, 3.0])  # second minus first logit of the failed sample
-    torch.testing.assert_close(scores.loss_failed[0], F.softplus(-gaps))
+    torch.testing.assert_close(scores.loss_failed, F.softplus(-gaps))
     passed = (
         F.softplus(-torch.tensor([2.0, 2.75, 4.0])) + F.softplus(torch.tensor([-1.0, -0.25, 1.0]))
     ) / 2
-    torch.testing.assert_close(scores.loss_passed[0], passed)
+    torch.testing.assert_close(scores.loss_passed, passed)
     assert (scores.n_failed, scores.n_passed) == (1, 2)
 
 
@@ -82,9 +77,9 @@ def test_small_whole_numbers_are_exact_down_to_ties(
     values = torch.randint(-2, 3, (6, len(where)), generator=g).float()
     mask = torch.arange(30) % 2 == 0
     hits = problem.oracle(where, values).argmax(2) == problem.target
-    scores = problem.scorer(where, mask, ~mask, passed_loss=passed_loss)(values.unsqueeze(0))
-    assert scores.patched[0].tolist() == hits[:, mask].sum(1).tolist()
-    assert scores.intact[0].tolist() == hits[:, ~mask].sum(1).tolist()
+    scores = problem.scorer(where, mask, ~mask, passed_loss=passed_loss)(values)
+    assert scores.patched.tolist() == hits[:, mask].sum(1).tolist()
+    assert scores.intact.tolist() == hits[:, ~mask].sum(1).tolist()
 
 
 @settings(max_examples=40, deadline=None)
@@ -94,13 +89,13 @@ def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
     where, values = problem.candidates(20, 12, seed, scale)
     none = torch.zeros(N, dtype=torch.bool)
     scorer = problem.scorer(where, none, ~none, passed_loss=False)
-    (chunk_scorer,) = scorer.groups[0].passed
+    (chunk_scorer,) = scorer.passed
     assert chunk_scorer.head is not None
     passes, fails = chunk_scorer.head.decided(values)
     hits = problem.oracle(where, values).argmax(2) == problem.target
     assert hits[:, passes].all()
     assert not hits[:, fails].any()
-    assert scorer(values.unsqueeze(0)).intact[0].tolist() == hits.sum(1).tolist()
+    assert scorer(values).intact.tolist() == hits.sum(1).tolist()
 
 
 @pytest.mark.parametrize("budget", [1, 10_000, 1_000_000])
@@ -111,7 +106,7 @@ def test_any_budget_gives_the_same(name: str, budget: int) -> None:
         recording = problem.recording(7, 17)
     where, values = problem.candidates(9, 6)
     tight, roomy = (
-        problem.scorer(where, FAILED, ~FAILED, recording=recording, budget=b)(values[None])
+        problem.scorer(where, FAILED, ~FAILED, recording=recording, budget=b)(values)
         for b in (budget, 1 << 30)
     )
     same(tight, roomy)
@@ -121,7 +116,7 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(9, 6)
     scorer = problem.scorer(where, FAILED, ~FAILED)
-    expected = scorer(values.unsqueeze(0))
+    expected = scorer(values)
     run, sizes = ChunkScorer.outputs, []
 
     def tight(self: ChunkScorer, chunk: Any, taps: Any, values: Tensor, *rest: Any) -> Any:
@@ -131,7 +126,7 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
         return run(self, chunk, taps, values, *rest)
 
     monkeypatch.setattr(ChunkScorer, "outputs", tight)
-    same(scorer(values.unsqueeze(0)), expected)
+    same(scorer(values), expected)
     assert max(sizes) > 8
 
 
@@ -150,34 +145,10 @@ def test_where_memory_runs_out_chunks_are_halved_and_nothing_is_kept(
     problem = make_problem(REPLAYED[name], n=12)
     everyone = torch.ones(12, dtype=torch.bool)
     where, _ = problem.candidates(1, 6)
-    parts = problem.scorer(where, everyone, ~everyone).groups[0].failed
+    parts = problem.scorer(where, everyone, ~everyone).failed
     assert torch.cat([part.chunk.rows for part in parts]).tolist() == list(range(12))
     assert {part.nbytes for part in parts} == {0}
     assert len(parts[0].chunk) == 6
-
-
-@pytest.mark.parametrize("name", ["head", "residual, second"])
-def test_a_swarm_among_many_scores_as_alone(name: str) -> None:
-    problem = make_problem(REPLAYED[name], n=N)
-    where, values = problem.candidates(12, 8)
-    values = values.view(3, 4, 8)
-    wheres = torch.stack([where, where, torch.where(torch.arange(8) % 2 == 0, where, -1)])
-    failed = torch.stack([FAILED, FAILED, torch.arange(N) < 5])
-    passed = torch.stack([~FAILED, ~FAILED, torch.arange(N) > 9])
-    together = problem.scorer(wheres, failed, passed)
-    assert len(together.groups) == 2
-    scores = together(values)
-    assert isinstance(scores.n_failed, Tensor)
-    assert scores.n_failed.tolist() == [[8], [8], [5]]
-    for s in range(3):
-        own = wheres[s] >= 0
-        alone = problem.scorer(wheres[s][own], failed[s], passed[s])(values[s : s + 1, :, own])
-        for field in ("patched", "intact", "loss_failed", "loss_passed"):
-            torch.testing.assert_close(
-                getattr(scores, field)[s : s + 1], getattr(alone, field), rtol=1e-6, atol=0
-            )
-    with pytest.raises(ConfigurationError, match=r"for \[2, 3\] swarms"):
-        problem.scorer(wheres[:2], failed, passed)
 
 
 class TwoRanks(Collective):
@@ -190,14 +161,14 @@ class TwoRanks(Collective):
 def test_counts_are_sums_over_ranks_and_one_without_samples_adds_nothing() -> None:
     problem = make_problem(REPLAYED["head"], n=N)
     where, values = problem.candidates(4, 6)
-    one = problem.scorer(where, FAILED, ~FAILED)(values[None])
+    one = problem.scorer(where, FAILED, ~FAILED)(values)
     ranks = problem.recording(N, evaluator=Evaluator(problem.model, collective=TwoRanks()))
-    two = problem.scorer(where, FAILED, ~FAILED, recording=ranks)(values[None])
+    two = problem.scorer(where, FAILED, ~FAILED, recording=ranks)(values)
     assert (two.patched.tolist(), two.n_failed) == ((2 * one.patched).tolist(), 16)
     torch.testing.assert_close(two.loss_failed, one.loss_failed)
     nothing = problem.recording(N, keep=torch.zeros(N, dtype=torch.bool))
-    scores = problem.scorer(where, FAILED, ~FAILED, recording=nothing)(values[None])
-    assert (scores.patched.tolist(), scores.loss_passed.tolist()) == ([[0.0] * 4], [[0.0] * 4])
+    scores = problem.scorer(where, FAILED, ~FAILED, recording=nothing)(values)
+    assert (scores.patched.tolist(), scores.loss_passed.tolist()) == ([0.0] * 4, [0.0] * 4)
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "conv2d"])
@@ -205,11 +176,11 @@ def test_candidates_that_are_not_numbers_have_no_finite_loss(name: str) -> None:
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(3, 6)
     values[1, 0], values[2] = torch.nan, 1e30
-    scores = problem.scorer(where, FAILED, ~FAILED)(values[None])
+    scores = problem.scorer(where, FAILED, ~FAILED)(values)
     logits = problem.oracle(where, values)
     expected = torch.stack([F.cross_entropy(x[FAILED], problem.target[FAILED]) for x in logits])
-    assert scores.loss_failed[0].isnan().tolist() == expected.isnan().tolist()
-    assert scores.loss_failed[0, 0].isfinite()
+    assert scores.loss_failed.isnan().tolist() == expected.isnan().tolist()
+    assert scores.loss_failed[0].isfinite()
 
 
 class Positive(Task):
@@ -228,11 +199,11 @@ def test_tasks_of_the_user_see_outputs_and_targets(name: str) -> None:
     problem = replace(make_problem(REPLAYED[name], n=N), target=wanted)
     recording = problem.recording(N, evaluator=Evaluator(problem.model, Positive()))
     where, values = problem.candidates(5, 6)
-    scores = problem.scorer(where, FAILED, ~FAILED, recording=recording)(values[None])
+    scores = problem.scorer(where, FAILED, ~FAILED, recording=recording)(values)
     first = problem.oracle(where, values)[..., 0]
-    assert scores.patched[0].tolist() == (first >= 0)[:, FAILED].sum(1).tolist()
+    assert scores.patched.tolist() == (first >= 0)[:, FAILED].sum(1).tolist()
     expected = (first - wanted).square()[:, ~FAILED].mean(1)
-    torch.testing.assert_close(scores.loss_passed[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.loss_passed, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["head", "conv2d", "residual, second"])
@@ -240,12 +211,11 @@ def test_without_losses_of_passed_samples_the_rest_is_the_same(name: str) -> Non
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 6, scale=0.2)
     full, lean = (
-        problem.scorer(where, FAILED, ~FAILED, passed_loss=flag)(values[None])
-        for flag in (True, False)
+        problem.scorer(where, FAILED, ~FAILED, passed_loss=flag)(values) for flag in (True, False)
     )
     assert torch.equal(full.intact, lean.intact)
     assert torch.equal(full.loss_failed, lean.loss_failed)
-    assert lean.loss_passed.tolist() == [[0.0] * 9]
+    assert lean.loss_passed.tolist() == [0.0] * 9
 
 
 class OneHot(Multiclass):
@@ -271,9 +241,9 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
     failed = torch.tensor([True, False, False])
     recording = problem.recording(3, evaluator=Evaluator(problem.model, task))
     scorer = problem.scorer(torch.tensor([3]), failed, ~failed, recording=recording)
-    scores = scorer(torch.tensor([[[0.0], [0.75], [2.0]]]))  # second logit: x1 + value * x0
-    assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
-    assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
+    scores = scorer(torch.tensor([[0.0], [0.75], [2.0]]))  # second logit: x1 + value * x0
+    assert scores.patched.tolist() == [0.0, 1.0, 1.0]
+    assert scores.intact.tolist() == [2.0, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "residual, both"])
@@ -286,11 +256,11 @@ def test_only_who_breaks_more_than_told_is_given_up(
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))
     make = partial(problem.scorer, where, FAILED, ~FAILED, passed_loss=passed_loss)
-    whole = make()(values[None])
+    whole = make()(values)
     broken = whole.n_passed - whole.intact
     limit = broken.clone()
-    limit[0, ::2] -= 1  # every second candidate breaks one too many
-    scores = make(fragility=fragility)(values[None], limit)
+    limit[::2] -= 1  # every second candidate breaks one too many
+    scores = make(fragility=fragility)(values, limit)
     out = broken > limit
     assert out.sum() == 5
     assert torch.equal(scores.loss_failed.isnan(), out)
@@ -303,8 +273,7 @@ def test_the_most_fragile_samples_come_first() -> None:
     mask = torch.arange(200) % 20 == 0
     fragility = torch.arange(200) % 150 * 1.0
     rows = [
-        part.chunk.rows
-        for part in problem.scorer(where, mask, ~mask, fragility=fragility).groups[0].passed
+        part.chunk.rows for part in problem.scorer(where, mask, ~mask, fragility=fragility).passed
     ]
     assert len(torch.cat(rows).unique()) == 190
     assert fragility[rows[0]].min() >= fragility[torch.cat(rows[1:])].max()
@@ -328,11 +297,11 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: boo
     make = partial(
         problem.scorer, where, FAILED, ~FAILED, recording=recording, passed_loss=passed_loss
     )
-    kept, plain = (make(reserve=x)(values[None]) for x in (reserve, None))
+    kept, plain = (make(reserve=x)(values) for x in (reserve, None))
     logits = problem.oracle(where, values)
     hits = torch.stack([Multiclass().margin(x, problem.target) > reserve for x in logits])
-    assert kept.patched[0].tolist() == hits[:, FAILED].sum(1).tolist()
-    assert kept.intact[0].tolist() == hits[:, ~FAILED].sum(1).tolist()
+    assert kept.patched.tolist() == hits[:, FAILED].sum(1).tolist()
+    assert kept.intact.tolist() == hits[:, ~FAILED].sum(1).tolist()
     assert (kept.intact < plain.intact).any()
     torch.testing.assert_close(kept.loss_failed, plain.loss_failed)
     torch.testing.assert_close(kept.loss_passed, plain.loss_passed)
@@ -343,128 +312,11 @@ def test_credits_of_wrong_samples_by_their_loss(budget: int | None) -> None:
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(9, 6)
     scorer = problem.scorer(where, FAILED, ~FAILED, budget=budget, credit=True)
-    scores = scorer(values[None])
+    scores = scorer(values)
     _, passed, losses = by_sample(scorer, values)
     credit = torch.where(passed, 1.0, 1 / (losses + 1))
     n_failed = int(FAILED.sum())
     assert scores.credit_failed is not None
     assert scores.credit_passed is not None
-    torch.testing.assert_close(scores.credit_failed[0].double(), credit[:, :n_failed].sum(1))
-    torch.testing.assert_close(scores.credit_passed[0].double(), credit[:, n_failed:].sum(1))
-
-
-# Swarms in front of a last layer as one stack, as a device scores them, against each swarm by
-# itself.
-
-P, K = 7, 9
-SIZES = (9, 2, 5, 9, 1)
-LARGE = 1 << 20
-"""Bytes of a block that takes all at once."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "without losses on I_pos": {"passed_loss": False},
-    "weights": {"weight": torch.arange(N, dtype=torch.float64)},
-    "credits": {"credit": True},
-    "reserves": {"reserve": torch.arange(N) % 3 / 2.0},
-}
-
-
-def swarms() -> tuple[Problem, Tensor, Tensor, Tensor]:
-    """A layer whose logits are often equal; weights, I_pos and candidates of swarms that differ in
-    all of these.
-    """
-    g = torch.Generator().manual_seed(0)
-    model = nn.Linear(6, 5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randint(-2, 3, parameter.shape, generator=g))
-    x = torch.randint(-2, 3, (N, 6), generator=g).float()
-    own = Problem(
-        model.eval(), find_layers(model, "", include_bias=True), (x,), torch.arange(N) % 5
-    )
-    where = torch.stack([torch.randperm(own.space.size, generator=g)[:K] for _ in SIZES])
-    where[torch.arange(K) >= torch.tensor(SIZES)[:, None]] = -1
-    passed = torch.stack(
-        [~FAILED & (torch.rand(N, generator=g) < 0.2 + 0.15 * s) for s in range(len(SIZES))]
-    )
-    values = own.space.flat()[where.clamp_min(0)][:, None] + torch.randint(
-        -2, 3, (len(SIZES), P, K), generator=g
-    )
-    values[:, 0] = own.space.flat()[where.clamp_min(0)]
-    return own, where, passed, values
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("block_bytes", [1, 700, LARGE])
-def test_a_stack_scores_each_swarm_as_it_is_scored_by_itself(
-    options: dict[str, Any], block_bytes: int
-) -> None:
-    own, where, passed, values = swarms()
-    make = partial(own.scorer, where, FAILED, passed, **options)
-    scorer = stacked(make(), K, block_bytes)
-    assert not scorer.groups
-    same(scorer(values), make()(values))
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_swarm_among_many_in_a_stack_scores_as_alone_to_the_bit(options: dict[str, Any]) -> None:
-    own, where, passed, values = swarms()
-    values = values + 0.1 * torch.randn(
-        len(SIZES), P, K, generator=torch.Generator().manual_seed(2)
-    )
-
-    def scored(rows: slice) -> Scores:
-        return stacked(own.scorer(where[rows], FAILED, passed[rows], **options), K, LARGE)(
-            values[rows]
-        )
-
-    together = scored(slice(None))
-    for s in range(len(SIZES)):
-        columns = {n: x[s : s + 1] for n, x in vars(together).items() if isinstance(x, Tensor)}
-        same(scored(slice(s, s + 1)), replace(together, **columns), exactly=True)
-
-
-def test_what_is_in_front_of_another_layer_or_has_no_room_is_left_to_its_group() -> None:
-    own = swarms()[0]
-    model = nn.Sequential(own.model, nn.ReLU())
-    inner = replace(own, model=model, space=find_layers(model, "0"))
-    left = stacked(inner.scorer(torch.arange(K), FAILED, ~FAILED), K, LARGE)
-    assert (len(left.stacks), len(left.groups)) == (0, 1)
-
-    g = torch.Generator().manual_seed(0)
-    problem = linear(
-        torch.randn(20, 64, generator=g), torch.randn(N, 64, generator=g), torch.arange(N) % 20
-    )
-    where = torch.cat(
-        [torch.arange(64), torch.arange(1, 20) * 64]
-    )  # all weights of class 0, one of each other
-    values = problem.space.flat()[where] + torch.randn(1, P, len(where), generator=g)
-    make = partial(problem.scorer, where, FAILED, ~FAILED)
-    few, many = (stacked(make(), len(where), LARGE, room) for room in (60_000, LARGE))
-    assert [len(one.groups) for one in (few, many)] == [1, 0]
-    for one in (few, many):
-        same(one(values), make()(values))
-
-
-class Operations(TorchDispatchMode):
-    """Counts them."""
-
-    n = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.n += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_many_swarms_take_as_many_operations_as_few() -> None:
-    own = swarms()[0]
-    where = torch.stack([torch.arange(6) + 6 * (s % 5) for s in range(30)])
-
-    def operations(n: int) -> int:
-        passed = torch.stack([~FAILED & (torch.arange(N) != 1 + 3 * (s % 6)) for s in range(n)])
-        scorer = stacked(own.scorer(where[:n], FAILED, passed), 6, LARGE)
-        with Operations() as counted:
-            scorer(own.space.flat()[where[:n]][:, None].repeat(1, P, 1))
-        return counted.n
-
-    assert operations(30) == operations(10)
+    torch.testing.assert_close(scores.credit_failed.double(), credit[:, :n_failed].sum(1))
+    torch.testing.assert_close(scores.credit_passed.double(), credit[:, n_failed:].sum(1))

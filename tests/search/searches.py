@@ -3,79 +3,81 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.search import SearchResult, WeightStats
-from lightning_nrl.search.scores import Scores
+from lightning_nrl.search.scores import Scorer, Scores
 
 WIDE = WeightStats(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
 N = 50
 
 
-def sphere(values: Tensor) -> Scores:
-    """The loss is the mean square; nothing is ever repaired or broken."""
-    loss = values.double().square().mean(-1)
-    none = torch.zeros_like(loss)
-    return Scores(none, none + N, loss, loss, N, N)
+class Plain(Scorer):
+    """Scores by a function, and remembers the candidates of each call."""
+
+    def __init__(self, score: Callable[[Tensor], Scores]) -> None:
+        self.score = score
+        self.seen: list[Tensor] = []
+
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        self.seen.append(values.clone())
+        return self.score(values)
 
 
-def wall(values: Tensor) -> Scores:
-    """Each weight below 0 breaks a passed sample, each weight within 1/4 of 1/2 repairs a failed
-    one.
-    """
-    values = values.double()
-    loss = (values - 0.5).abs().mean(-1)
-    patched = ((values - 0.5).abs() < 0.25).sum(-1)
-    return Scores(
-        patched.double(), N - (values < 0).sum(-1).double(), loss, loss, values.shape[-1], N
-    )
-
-
-def first_weight(values: Tensor) -> Scores:
-    """Looks at the first weight only, which no search has as padding."""
-    return wall(values[..., :1])
-
-
-class Quitting:
-    """`wall`, which gives up whom it may."""
+class Quitting(Plain):
+    """Gives up all candidates that it may, and counts them."""
 
     gives_up = True
-
-    def __init__(self, score: Any = wall) -> None:
-        self.score = score
-        self.given_up = 0
-        self.over: list[list[bool]] = []
+    given_up = 0
 
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         scores = self.score(values)
         if most_broken is None:
             return scores
-        self.over.append((most_broken < 0).all(1).tolist())
-        out = N - scores.intact > most_broken
-        self.given_up += int(out.sum())
-        losses = (
-            loss.masked_fill(out, math.nan) for loss in (scores.loss_failed, scores.loss_passed)
-        )
+        hopeless = N - scores.intact > most_broken
+        self.given_up += int(hopeless.sum())
         return Scores(
-            scores.patched + 99 * out, scores.intact, *losses, scores.n_failed, scores.n_passed
+            scores.patched + 99 * hopeless,
+            scores.intact,
+            scores.loss_failed.masked_fill(hopeless, math.nan),
+            scores.loss_passed.masked_fill(hopeless, math.nan),
+            scores.n_failed,
+            scores.n_passed,
         )
 
 
-def original(n_searches: int = 1, n_weights: int = 4, seed: int = 0, least: float = 1.0) -> Tensor:
-    return torch.rand(n_searches, n_weights, generator=torch.Generator().manual_seed(seed)) + least
+@Plain
+def sphere(values: Tensor) -> Scores:
+    """The loss is the mean square; nothing is ever repaired or broken."""
+    loss = values.double().square().mean(-1)
+    nothing = torch.zeros_like(loss)
+    return Scores(nothing, nothing + N, loss, loss, N, N)
+
+
+@Plain
+def wall(values: Tensor) -> Scores:
+    """Each weight below 0 breaks a sample, each weight within 1/4 of 1/2 repairs one."""
+    values = values.double()
+    loss = (values - 0.5).abs().mean(-1)
+    patched = ((values - 0.5).abs() < 0.25).double().sum(-1)
+    intact = N - (values < 0).double().sum(-1)
+    return Scores(patched, intact, loss, loss, values.shape[-1], N)
+
+
+def original(n_weights: int = 4, seed: int = 0, least: float = 1.0) -> Tensor:
+    return torch.rand(n_weights, generator=torch.Generator().manual_seed(seed)) + least
 
 
 def same(a: SearchResult, b: SearchResult) -> bool:
-    """The same but for the mean fitness, which leaves out candidates that were given up."""
+    """True if all is the same but the mean fitness, which leaves out candidates given up."""
     return (
         torch.equal(a.values, b.values)
         and (a.fitness, a.iterations, a.stopped) == (b.fitness, b.iterations, b.stopped)
-        and all(
-            torch.equal(getattr(a.history, name), getattr(b.history, name))
-            for name in ("best", "patched", "intact")
-        )
+        and torch.equal(a.history.best, b.history.best)
+        and torch.equal(a.history.patched, b.history.patched)
+        and torch.equal(a.history.intact, b.history.intact)
         and torch.equal(a.history.loss_failed, b.history.loss_failed)
     )

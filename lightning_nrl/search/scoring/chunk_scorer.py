@@ -1,10 +1,10 @@
-"""`ChunkScorer`: scores many candidates on a chunk of the known data, sized for a memory budget and
-the CPU cache.
+"""`ChunkScorer`: scores many candidates on a chunk of the known data.
+
+Chunks and blocks of candidates are sized for a memory budget and the CPU cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,15 +16,29 @@ from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor
 from lightning_nrl.search.scoring.last_layer_scorer import (
     HeadScorer,
-    Sums,
     is_plain_multiclass,
     make_head_scorer,
-    summed,
+    sum_over_samples,
 )
-from lightning_nrl.search.scoring.memory import in_blocks, measure_allocations
+from lightning_nrl.search.scoring.memory import measure_allocations
 from lightning_nrl.search.scoring.sample_layout import repeat_all
-from lightning_nrl.search.scoring.sparse_delta import GatheredInputs, LayerDelta, edit_layers
+from lightning_nrl.search.scoring.sparse_delta import (
+    GatheredInputs,
+    LayerDelta,
+    edit_layers,
+    make_layer_deltas,
+)
 from lightning_nrl.tasks import Task
+
+# Bytes of the first site's output, or of a last layer's logits, per pass: what the CPU caches hold.
+CPU_CACHE_BYTES = 1 << 20
+# Bytes of all tensors that a pass creates on a CPU; smaller passes are mostly overhead.
+CPU_BLOCK_BYTES = 16 << 20
+# Bytes of all tensors, or of a last layer's logits, per pass on a GPU.
+GPU_BLOCK_BYTES = 256 << 20
+# Samples per chunk; a GPU is slow if a kernel gets few samples.
+MAX_SAMPLES_CPU = 512
+MAX_SAMPLES_GPU = 16_384
 
 
 @dataclass
@@ -41,9 +55,7 @@ class ChunkScorer:
     weight: Tensor | None = None  # n, sample weights; None: equal weights
     total_weight: float = 0.0
     is_head: bool = False  # True if the layer's outputs are the logits of a plain classifier
-    gathered: GatheredInputs | None = (
-        None  # inputs of the first site's delta; None: gathered at each call
-    )
+    gathered: GatheredInputs | None = None  # inputs of the first delta; None: gathered at each call
     head: HeadScorer | None = None  # scorer of a last layer; None: built at each call
 
     @property
@@ -51,9 +63,7 @@ class ChunkScorer:
         return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
-        """Sets `head` (for a last layer) or `gathered` for later calls, unless this takes more than
-        `room` bytes.
-        """
+        """Sets `head` or `gathered` for later calls, unless this takes more than `room` bytes."""
         if self.is_head:
             self.head = self._make_head()
         elif len(self.first_delta.units):
@@ -61,21 +71,29 @@ class ChunkScorer:
         if self.nbytes > room:
             self.head = self.gathered = None
 
-    def sums(
-        self, values: Tensor, with_loss: bool = True, with_credit: bool = False
-    ) -> Iterator[tuple[slice, Sums]]:
-        """Scores candidates `P x K` in blocks of candidates. Yields each block's slice of dimension
-        P and its sums.
-        """
+    def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Tensor:
+        """Returns the result of `sum_over_samples`, `4 x P`, for candidates `P x K`."""
+        parts: list[Tensor] = []
+        start = 0
+        while start < len(values):
+            block = values[start : start + max(1, self.rows // len(self.chunk))]
+            work = partial(self._sums_of_block, block, with_loss, with_credit)
+            sums = none_if_out_of_memory(work, last_try=self.rows <= 1)
+            if sums is None:
+                self.rows //= 2
+                continue
+            parts.append(sums)
+            start += len(block)
+        return torch.cat(parts, 1)
 
-        def work(_: slice, own: Tensor) -> Sums:
-            # On a GPU, `count_passed` would have to wait for the device to know which samples are
-            # decided.
-            if self.is_head and not with_loss and values.device.type == "cpu":
-                return Sums(*(self.head or self._make_head()).count_passed(own[0], self.weight))
-            return summed(*self.evaluate(own[0], with_loss), self.weight, with_credit)
-
-        yield from in_blocks(self, values[None], len(self.chunk), work)
+    def _sums_of_block(self, values: Tensor, with_loss: bool, with_credit: bool) -> Tensor:
+        # On a GPU, `count_passed` would have to wait for the device to know which samples are
+        # decided.
+        if self.is_head and not with_loss and values.device.type == "cpu":
+            head = self.head or self._make_head()
+            return head.count_passed(values, self.weight)
+        passed, loss = self.evaluate(values, with_loss)
+        return sum_over_samples(passed, loss, self.weight, with_credit)
 
     @property
     def first_delta(self) -> LayerDelta:
@@ -86,27 +104,29 @@ class ChunkScorer:
         x, y = self.cache.activations(self.chunk)
         label = self.task.label(self.chunk.target)
         assert label is not None
-        return make_head_scorer(
-            self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve
-        )
+        gathered = self.first_delta.gather(x, y)
+        return make_head_scorer(self.first_delta, gathered, y, label, self.reserve)
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Returns the mask of passed samples and the losses, `P x n` each. The losses are None
-        unless `with_loss`.
+        """Returns the mask of passed samples and the losses, `P x n` each.
+
+        The losses are None unless `with_loss`.
         """
         if self.is_head:
-            return (self.head or self._make_head()).evaluate(values, with_loss)
-        whole = self.rows >= len(self.chunk)
-        chunks = [self.chunk] if whole else list(self.cache.split(self.chunk, self.rows))
-        reserves = [None] * len(chunks) if self.reserve is None else self.reserve.split(self.rows)
-        parts = [
-            self.outputs(chunk, self.gathered if whole else None, values, with_loss, reserve)
-            for chunk, reserve in zip(chunks, reserves, strict=True)
-        ]
-        losses = [loss for _, loss in parts if loss is not None]
-        return torch.cat([passed for passed, _ in parts], 1), torch.cat(
-            losses, 1
-        ) if losses else None
+            head = self.head or self._make_head()
+            return head.evaluate(values, with_loss)
+        if self.rows >= len(self.chunk):
+            return self.outputs(self.chunk, self.gathered, values, with_loss, self.reserve)
+        masks, losses, start = [], [], 0
+        for chunk in self.cache.split(self.chunk, self.rows):
+            stop = start + len(chunk)
+            reserve = None if self.reserve is None else self.reserve[start:stop]
+            passed, loss = self.outputs(chunk, None, values, with_loss, reserve)
+            masks.append(passed)
+            if loss is not None:
+                losses.append(loss)
+            start = stop
+        return torch.cat(masks, 1), torch.cat(losses, 1) if losses else None
 
     def outputs(
         self,
@@ -117,126 +137,152 @@ class ChunkScorer:
         reserve: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns what `evaluate` returns, for the samples of `chunk` in one pass."""
-        p = len(values)
+        n_candidates = len(values)
         if self.cache.is_replayable(chunk):
-            logits = self.cache.replay(chunk, edit_layers(self.deltas, values, gathered), copies=p)
-            logits = logits.dense_view() if isinstance(logits, CandidateTensor) else logits
+            edit = edit_layers(self.deltas, values, gathered)
+            logits = self.cache.replay(chunk, edit, copies=n_candidates)
+            if isinstance(logits, CandidateTensor):
+                logits = logits.dense_view()
         else:
             logits = self.cache.rerun(chunk, self.where, values)
-        own_reserve = None if reserve is None else reserve.repeat(p)
-        passed, loss = self.task.passed_and_loss(
-            logits, repeat_all(chunk.target, p), own_reserve, with_loss
-        )
-        return passed.view(p, -1), None if loss is None else loss.view(p, -1)
+        target = repeat_all(chunk.target, n_candidates)
+        if reserve is not None:
+            reserve = reserve.repeat(n_candidates)
+        passed, loss = self.task.passed_and_loss(logits, target, reserve, with_loss)
+        passed = passed.view(n_candidates, -1)
+        return passed, None if loss is None else loss.view(n_candidates, -1)
 
 
-CPU_CACHE_BYTES = 1 << 20
-"""Bytes of the first site's output, or of a last layer's logits, per pass on a CPU. They fit in the
-CPU's cache.
-"""
-CPU_BLOCK_BYTES = (
-    16 << 20
-)  # bytes of all tensors that a pass creates on a CPU; smaller passes are mostly overhead
-GPU_BLOCK_BYTES = 256 << 20  # bytes of all tensors, or of a last layer's logits, per pass on a GPU
-MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = (
-    512,
-    16_384,
-)  # samples per chunk; a GPU is slow if a kernel gets few samples
+class ChunkScorerFactory:
+    """Builds scorers of samples for one choice of weights.
 
-
-@torch.no_grad()
-def make_chunk_scorers(
-    cache: ActivationCache,
-    deltas: tuple[LayerDelta, ...],  # one per repaired layer
-    where: Tensor,  # K int64, flat positions of the changed weights
-    mask: Tensor,  # N bool, the samples to score; entry i belongs to row i of the results, as in `reserve`, `weight`
-    task: Task,
-    *,
-    budget: int,  # bytes per pass
-    room: int,  # bytes that may be kept between calls
-    reserve: Tensor | None = None,  # N, minimum margin to pass; None: no minimum
-    weight: Tensor | None = None,  # N float64, sample weights; None: equal weights
-) -> list[ChunkScorer]:
-    """Builds one scorer per chunk. If memory runs out, smaller chunks are built, which store
-    nothing between calls.
+    Args:
+        cache: the recorded data.
+        where: `K` int64, flat positions of the changed weights.
+        task: decides when a sample passes.
+        budget: bytes per pass.
+        reserve: `N`, minimum margin to pass; None: no minimum. Entry i belongs to row i of the
+            results, also in `weight`.
+        weight: `N` float64, sample weights; None: equal weights.
     """
-    device = cache.space.device
-    weight = None if weight is None else weight.to("cpu", widest(device))
 
-    def scorer_of(chunk: Chunk, rows: int, is_head: bool = False) -> ChunkScorer:
-        own_reserve, own = (None if x is None else x[chunk.rows] for x in (reserve, weight))
-        total = len(chunk) if own is None else float(own.sum())
-        own_reserve, own = (None if x is None else x.to(device) for x in (own_reserve, own))
-        return ChunkScorer(
-            cache, chunk, deltas, where, task, rows, own_reserve, own, total, is_head
-        )
+    def __init__(
+        self,
+        cache: ActivationCache,
+        where: Tensor,
+        task: Task,
+        budget: int,
+        reserve: Tensor | None,
+        weight: Tensor | None,
+    ) -> None:
+        self.cache = cache
+        self.where = where
+        self.task = task
+        self.budget = budget
+        self.reserve = reserve
+        self.device = cache.space.device
+        self.deltas = make_layer_deltas(cache.space, where)
+        self.weight = None if weight is None else weight.to("cpu", widest(self.device))
 
-    def cut(
-        group: Chunk, samples: int, make: Callable[[Chunk], ChunkScorer], room: int
-    ) -> list[ChunkScorer]:
-        scorers = []
-        for chunk in cache.split(group, samples):
-            scorers.append(make(chunk))
-            if room > 0:
-                scorers[-1].keep(room)
-                room -= scorers[-1].nbytes
+    @torch.no_grad()
+    def scorers_of(self, mask: Tensor, room: int) -> list[ChunkScorer]:
+        """Builds one scorer per chunk of the samples in `mask`, `N` bool.
+
+        The scorers keep at most `room` bytes between calls. If memory runs out, smaller chunks are
+        built, which keep nothing.
+        """
+        scorers: list[ChunkScorer] = []
+        for group in self.cache.chunks(None, mask):
+            scorers_of_group = self._scorers_of_group(group, room)
+            room -= sum(scorer.nbytes for scorer in scorers_of_group)
+            scorers += scorers_of_group
         return scorers
 
-    scorers: list[ChunkScorer] = []
-    for group in cache.chunks(None, mask):
-        whole = scorer_of(group, 1)
+    def _scorers_of_group(self, group: Chunk, room: int) -> list[ChunkScorer]:
+        cache, budget = self.cache, self.budget
+        scorer = self._scorer(group, 1, is_head=False)
         if not cache.is_replayable(group):
-            whole.rows = _rows_per_pass(whole, budget, 0)
-            scorers.append(whole)
-            continue
+            scorer.rows = _rows_per_pass(scorer, budget, 0)
+            return [scorer]
         _, y = cache.activations(next(iter(cache.split(group, 1))))
-        n_units = len(whole.first_delta.units)
-        is_last = (
+        n_units = len(scorer.first_delta.units)
+        is_head = (
             cache.plan(group).is_last_layer
             and n_units > 0
             and y.dtype in (torch.float32, torch.float64)
+            and y.ndim == 2
+            and is_plain_multiclass(self.task)
         )
-        is_head = is_last and y.ndim == 2 and is_plain_multiclass(task)
+        on_cpu = self.device.type == "cpu"
         if is_head:
-            block = CPU_CACHE_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
-            rows = max(1, min(block, budget // 6) // (n_units * y.element_size()))
+            block_bytes = CPU_CACHE_BYTES if on_cpu else GPU_BLOCK_BYTES
+            rows = max(1, min(block_bytes, budget // 6) // (n_units * y.element_size()))
+            samples = rows
         else:
-            rows = _rows_per_pass(whole, budget, y.nbytes)
-        most = MAX_SAMPLES_CPU if device.type == "cpu" else MAX_SAMPLES_GPU
-        samples = max(1, min(most, len(group), rows if is_head else int(rows**0.5)))
-        make = partial(scorer_of, rows=rows, is_head=is_head)
-        made = none_if_out_of_memory(partial(cut, group, samples, make, room))
-        while made is None:
-            samples, room = max(1, samples // 2), 0
-            made = none_if_out_of_memory(
-                partial(cut, group, samples, make, 0), last_try=samples == 1
+            rows = _rows_per_pass(scorer, budget, y.nbytes)
+            samples = int(rows**0.5)  # a block of as many candidates as samples
+        most_samples = MAX_SAMPLES_CPU if on_cpu else MAX_SAMPLES_GPU
+        samples = max(1, min(most_samples, len(group), samples))
+        scorers = none_if_out_of_memory(
+            partial(self._scorers_of_chunks, group, samples, rows, is_head, room)
+        )
+        while scorers is None:
+            samples = max(1, samples // 2)
+            scorers = none_if_out_of_memory(
+                partial(self._scorers_of_chunks, group, samples, rows, is_head, room=0),
+                last_try=samples == 1,
             )
-        scorers += made
-        room -= sum(scorer.nbytes for scorer in made)
-    return scorers
+        return scorers
+
+    def _scorers_of_chunks(
+        self, group: Chunk, samples: int, rows: int, is_head: bool, room: int
+    ) -> list[ChunkScorer]:
+        scorers = []
+        for chunk in self.cache.split(group, samples):
+            scorer = self._scorer(chunk, rows, is_head)
+            if room > 0:
+                scorer.keep(room)
+                room -= scorer.nbytes
+            scorers.append(scorer)
+        return scorers
+
+    def _scorer(self, chunk: Chunk, rows: int, is_head: bool) -> ChunkScorer:
+        scorer = ChunkScorer(self.cache, chunk, self.deltas, self.where, self.task, rows)
+        scorer.is_head = is_head
+        if self.reserve is not None:
+            scorer.reserve = self.reserve[chunk.rows].to(self.device)
+        if self.weight is not None:
+            weight = self.weight[chunk.rows]
+            scorer.total_weight = float(weight.sum())
+            scorer.weight = weight.to(self.device)
+        return scorer
 
 
 def _rows_per_pass(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
-    """Chooses the rows (candidates times samples) per pass from the sizes of the tensors for a few
-    rows.
+    """Chooses the rows (candidates times samples) per pass, by the memory that a few rows take.
+
+    `y_bytes` is the size of the first site's output for one sample, 0 if it is not recorded.
     """
     few = next(iter(scorer.cache.split(scorer.chunk, 2)))
     original = scorer.deltas[0].original
 
-    def measure(p: int) -> tuple[int, int]:
-        return measure_allocations(
-            partial(scorer.outputs, few, None, original.expand(p, -1), True, None)
-        )
+    def measure(n_candidates: int) -> tuple[int, int]:
+        values = original.expand(n_candidates, -1)
+        return measure_allocations(partial(scorer.outputs, few, None, values, True, None))
 
     measures = none_if_out_of_memory(lambda: (measure(4), measure(8)))
     if measures is None:
         return 1
     (_, total_of_4), (peak, total_of_8) = measures
-    together = len(few) * (8 if scorer.cache.is_replayable(scorer.chunk) else 1)
-    peak_of_row, total_of_row = peak / together, (total_of_8 - total_of_4) / (4 * len(few))
+    is_batched = scorer.cache.is_replayable(scorer.chunk)
+    n_rows = len(few) * 8 if is_batched else len(few)
+    peak_of_row = peak / n_rows
+    total_of_row = (total_of_8 - total_of_4) / (4 * len(few))
     fitting = int(budget / max(1, peak_of_row))
     if original.device.type != "cpu" or not y_bytes:
         return max(1, min(fitting, int(GPU_BLOCK_BYTES / max(1, peak_of_row))))
     wanted = int(CPU_BLOCK_BYTES / max(1, total_of_row))
-    wanted = min(max(wanted, CPU_CACHE_BYTES // y_bytes), 8 * CPU_CACHE_BYTES // y_bytes)
+    # From one to eight times the rows whose output the cache holds.
+    cached = CPU_CACHE_BYTES // y_bytes
+    wanted = min(max(wanted, cached), 8 * CPU_CACHE_BYTES // y_bytes)
     return max(1, min(fitting, wanted))

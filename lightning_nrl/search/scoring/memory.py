@@ -8,16 +8,13 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from lightning_nrl._utils.device import none_if_out_of_memory
 
 T = TypeVar("T")
 
@@ -64,36 +61,6 @@ def _container_limit() -> list[int]:
     except (OSError, IndexError, ValueError):
         return []
     return [max(0, limit - used + int(files))]
-
-
-class InBlocks(Protocol):
-    """Object with a block size, which `in_blocks` halves permanently when memory runs out."""
-
-    rows: int  # block size: candidates times samples
-
-
-def in_blocks(
-    worker: InBlocks, values: Tensor, n: int, work: Callable[[slice, Tensor], T]
-) -> Iterator[tuple[slice, T]]:
-    """Calls `work` for blocks of the candidates `values`, `S x P x K`, each on all `n` samples.
-
-    A block has all candidates of several swarms, or some candidates of one swarm. `work` gets the
-    slice of the block's swarms and the block's values. For each block, yields its slice of
-    dimension P and the result of `work`.
-    """
-    start, candidate, (s, p, _) = 0, 0, values.shape
-    while start < s and p:
-        many = max(1, worker.rows // n)
-        part = slice(candidate, min(p, candidate + many))
-        which = slice(start, min(s, start + (1 if candidate else max(1, many // p))))
-        done = none_if_out_of_memory(
-            partial(work, which, values[which, part]), last_try=worker.rows <= 1
-        )
-        if done is None:
-            worker.rows //= 2
-            continue
-        yield part, done
-        start, candidate = (which.stop, 0) if part.stop == p else (start, part.stop)
 
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
