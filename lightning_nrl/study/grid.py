@@ -15,10 +15,8 @@ from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 
+# Parts of a setting. Each can be given as an object, or field by field except for `n_passed`.
 SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
-"""Parts of a setting. Each can be given as a whole; fields of the first three can be given one by
-one.
-"""
 
 
 class Grid:
@@ -37,13 +35,11 @@ class Grid:
     """
 
     def __init__(self, **axes: Any) -> None:
-        lists = (list, tuple, range)
-        self.axes = {
-            name: tuple(values) if isinstance(values, lists) else (values,)
-            for name, values in axes.items()
-        }
-        for name, values in self.axes.items():
-            if not values:
+        self.axes: dict[str, tuple[Any, ...]] = {}
+        for name, values in axes.items():
+            is_list = isinstance(values, (list, tuple, range))
+            self.axes[name] = tuple(values) if is_list else (values,)
+            if not self.axes[name]:
                 raise ConfigurationError(
                     f"`{name}` has no value.", f"give a list, such as `{name}=[...]`."
                 )
@@ -55,9 +51,8 @@ class Grid:
 
     def settings(self) -> list[dict[str, Any]]:
         """Returns a mapping of argument names to values for each combination."""
-        return [
-            dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())
-        ]
+        combinations = product(*self.axes.values())
+        return [dict(zip(self.axes, values, strict=True)) for values in combinations]
 
     def __repr__(self) -> str:
         return f"Grid({', '.join(f'{name}={list(values)}' for name, values in self.axes.items())})"
@@ -69,8 +64,9 @@ Sweepable = Grid | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Setting:
-    """A named setting of the paper's search. With `n_passed=None` the search scores all passed
-    samples.
+    """A named setting of the paper's search.
+
+    With `n_passed=None` the search scores all passed samples.
     """
 
     name: str = field(compare=False)
@@ -80,32 +76,38 @@ class Setting:
     n_passed: int | None
 
     def arguments(self) -> dict[str, Any]:
-        """Returns arguments of `repair` and `Settings` for this search. Their `strength=1` applies
-        its whole change.
+        """Returns arguments of `repair` and `Settings` for this search.
+
+        Their `strength=1` applies its whole change.
         """
         search = SearchOptions(self.fitness, self.localizer, self.n_passed)
         return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
     def plain(self) -> dict[str, Any]:
         """Returns all fields except the name as dicts, lists, text and numbers."""
-        said = Settings(**self.arguments()).plain()
-        return {name: said[name] for name in SETTING_PARTS}
+        settings = Settings(**self.arguments()).plain()
+        return {part: settings[part] for part in SETTING_PARTS}
 
     def columns(self) -> dict[str, Any]:
         """Returns the columns of the paper's table, as fields of `Run`."""
-        fitness: Any = self.fitness
-        kind = str(
-            getattr(fitness, "kind", None) or getattr(fitness, "__name__", type(fitness).__name__)
-        )
-        alpha = None if kind == "lexicographic" else getattr(fitness, "alpha", None)
+        fitness = _fields(self.fitness)
+        kind = fitness.get("kind", type(self.fitness).__name__)
+        alpha = None if kind == "lexicographic" else fitness.get("alpha")
         return {
             "fitness": kind,
             "alpha": None if alpha is None else float(alpha),
-            "perfect_intact": bool(getattr(fitness, "perfect_intact", False)),
-            "n_weights": getattr(self.localizer, "n_weights", None),
+            "perfect_intact": fitness.get("perfect_intact", False),
+            "n_weights": _fields(self.localizer).get("n_weights"),
             "n_passed": self.n_passed,
             "particles": self.method.particles,
         }
+
+
+def _fields(part: object) -> dict[str, Any]:
+    """Returns the fields of a dataclass by name, and nothing for any other object."""
+    if not is_dataclass(part):
+        return {}
+    return {f.name: getattr(part, f.name) for f in fields(part)}
 
 
 def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
@@ -117,120 +119,125 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
     if not isinstance(base.method, ParticleSwarm):
         problem = f"`method` is a {type(base.method).__name__}: a sweep runs the paper's search."
         raise ConfigurationError(problem, "give `method=ParticleSwarm(...)`, or leave it out.")
-    start = Setting("", base.fitness, base.method, base.localizer, base.search.n_passed)
-    given: Any = settings.settings() if isinstance(settings, Grid) else settings
-    given = [given] if isinstance(given, Mapping) else given
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    check_kind(
-        "settings", settings, several, "list of settings", "Grid(alpha=[4, 5]), or [{'alpha': 5}]"
-    )
-    found: list[Setting] = []
-    for one in given:
-        made = _setting(one, start)
-        if made not in found:
-            found.append(made)
-    names = [one.name for one in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigurationError(
-            f"`settings`: two settings have the name {twice!r}.", "give each a `name` of its own."
-        )
-    if not found:
-        raise ConfigurationError(
-            "`settings` is empty.", "give a Grid, or a list such as [{'alpha': 5}]."
-        )
-    return tuple(found)
+    default = Setting("", base.fitness, base.method, base.localizer, base.search.n_passed)
+    if isinstance(settings, Grid):
+        settings = settings.settings()
+    elif isinstance(settings, Mapping):
+        settings = [settings]
+    is_list = isinstance(settings, Sequence) and not isinstance(settings, str)
+    example = "Grid(alpha=[4, 5]), or [{'alpha': 5}]"
+    check_kind("settings", settings, is_list, "list of settings", example)
+    parsed: list[Setting] = []
+    for mapping in settings:
+        setting = _setting(mapping, default)
+        if setting not in parsed:
+            parsed.append(setting)
+    names = [setting.name for setting in parsed]
+    for name in names:
+        if names.count(name) > 1:
+            problem = f"`settings`: two settings have the name {name!r}."
+            raise ConfigurationError(problem, "give each a `name` of its own.")
+    if not parsed:
+        hint = "give a Grid, or a list such as [{'alpha': 5}]."
+        raise ConfigurationError("`settings` is empty.", hint)
+    return tuple(parsed)
 
 
-def _setting(given: Any, start: Setting) -> Setting:
-    check_kind("settings", given, isinstance(given, Mapping), "setting", "{'alpha': 5}")
-    said, made = dict(given), start
-    name = said.pop("name", None)
-    for whole in SETTING_PARTS:
-        if whole in said:
-            made = replace(made, **{whole: _whole(whole, said.pop(whole), made)})
-    changes: dict[str, dict[str, Any]] = {}
-    for argument, value in said.items():
-        changes.setdefault(_owner(argument, made), {})[argument] = value
-    for one, other in (("n_weights", "n_g"), ("n_g", "n_weights")):
-        # Each of the two determines the other, so the default of the other does not count.
-        if said.get(one) is not None and other not in said and hasattr(made.localizer, other):
-            changes["localizer"][other] = None
-    for part, values in changes.items():
-        made = replace(made, **{part: replace(getattr(made, part), **values)})
-    if isinstance(made.fitness, Fitness) and made.fitness.kind == "lexicographic":
-        # The fields that this fitness ignores are reset, so that a grid does not repeat equal
-        # settings.
-        plain = Fitness(delta=made.fitness.delta)
-        if made.fitness.perfect_intact and made.fitness.infeasible == "zero":
-            plain = replace(plain, perfect_intact=True, infeasible="zero")
-        made = replace(made, fitness=plain)
-    if made.localizer.include_bias != start.localizer.include_bias:
+def _setting(mapping: Mapping[str, Any], default: Setting) -> Setting:
+    check_kind("settings", mapping, isinstance(mapping, Mapping), "setting", "{'alpha': 5}")
+    arguments = dict(mapping)
+    name = arguments.pop("name", None)
+    setting = default
+    for part in SETTING_PARTS:
+        if part in arguments:
+            value = _parse_part(part, arguments.pop(part), setting)
+            setting = replace(setting, **{part: value})
+    setting = _with_fields(setting, arguments)
+    if isinstance(setting.fitness, Fitness) and setting.fitness.kind == "lexicographic":
+        setting = replace(setting, fitness=_without_ignored(setting.fitness))
+    if setting.localizer.include_bias != default.localizer.include_bias:
         raise ConfigurationError(
             "`settings`: some search biases and others do not.",
             "set `include_bias` for all, in `search`.",
         )
-    Settings(**made.arguments())  # Raises for invalid values.
-    return replace(made, name=_label(made, start) if name is None else str(name))
+    Settings(**setting.arguments())  # raises for invalid values
+    return replace(setting, name=_label(setting, default) if name is None else str(name))
 
 
-def _whole(argument: str, value: Any, made: Setting) -> Any:
-    if argument == "fitness" and isinstance(value, str):
-        if isinstance(made.fitness, Fitness) and value in FITNESS_KINDS:
-            return replace(made.fitness, kind=value)  # type: ignore[arg-type]
+def _parse_part(part: str, value: Any, setting: Setting) -> Any:
+    if part == "fitness" and isinstance(value, str):
+        if isinstance(setting.fitness, Fitness) and value in FITNESS_KINDS:
+            return replace(setting.fitness, kind=value)  # type: ignore[arg-type]
         return FITNESSES.parse("fitness", value)
-    if argument == "localizer":
+    if part == "localizer":
         return LOCALIZERS.parse("localizer", value)
-    if argument == "method":
+    if part == "method":
         if value == "swarm":
-            return made.method
-        check_kind(
-            "method",
-            value,
-            isinstance(value, ParticleSwarm),
-            "ParticleSwarm",
-            "ParticleSwarm(particles=200)",
-        )
+            return setting.method
+        is_swarm = isinstance(value, ParticleSwarm)
+        check_kind("method", value, is_swarm, "ParticleSwarm", "ParticleSwarm(particles=200)")
     return value
 
 
-def _owner(argument: str, made: Setting) -> str:
-    parts = {part: getattr(made, part) for part in SETTING_PARTS}
-    known = {
-        f.name: part for part, value in parts.items() if is_dataclass(value) for f in fields(value)
-    }
-    if argument not in known:
-        choices = [name for name in (*SETTING_PARTS, *known) if name != "kind"]
-        near = difflib.get_close_matches(str(argument), choices, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"it is one of {choices}."
-        raise ConfigurationError(f"`settings`: `{argument}` is no argument of a search.", hint)
-    return known[argument]
+def _with_fields(setting: Setting, arguments: Mapping[str, Any]) -> Setting:
+    """Replaces fields of the parts of a setting."""
+    parts = _fields(setting)
+    owners = {name: part for part in SETTING_PARTS for name in _fields(parts[part])}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in SETTING_PARTS}
+    for argument, value in arguments.items():
+        if argument not in owners:
+            raise _unknown(argument, [*SETTING_PARTS, *owners])
+        changes[owners[argument]][argument] = value
+    # Each of the two determines the other, so the default of the other does not count.
+    for argument, implied in (("n_weights", "n_g"), ("n_g", "n_weights")):
+        if arguments.get(argument) is not None and implied in _fields(setting.localizer):
+            changes["localizer"].setdefault(implied, None)
+    for part, values in changes.items():
+        if values:
+            setting = replace(setting, **{part: replace(parts[part], **values)})
+    return setting
 
 
-def _label(made: Setting, start: Setting) -> str:
-    """Returns a short unique name: the columns of the paper's table, then other differences from
-    `start`.
+def _unknown(argument: str, names: Sequence[str]) -> ConfigurationError:
+    choices = [name for name in names if name != "kind"]
+    near = difflib.get_close_matches(str(argument), choices, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"it is one of {choices}."
+    return ConfigurationError(f"`settings`: `{argument}` is no argument of a search.", hint)
+
+
+def _without_ignored(fitness: Fitness) -> Fitness:
+    """Resets the fields that `lexicographic` ignores, so that a grid repeats no equal setting."""
+    plain = Fitness(delta=fitness.delta)
+    if fitness.perfect_intact and fitness.infeasible == "zero":
+        return replace(plain, perfect_intact=True, infeasible="zero")
+    return plain
+
+
+def _label(setting: Setting, default: Setting) -> str:
+    """Returns a short unique name.
+
+    It has the columns of the paper's table, then other differences from the default.
     """
-    shown = made.columns()
-    words = [shown["fitness"]]
-    if shown["alpha"] is not None:
-        words.append(f"alpha={shown['alpha']:g}")
-    words += ["pi"] * shown["perfect_intact"]
-    words.append(
-        f"lw={shown['n_weights'] or ('auto' if hasattr(made.localizer, 'n_weights') else 'all')}"
-    )
-    words += [
-        f"pos={'all' if made.n_passed is None else made.n_passed}",
-        f"p={made.method.particles}",
-    ]
-    for part in ("fitness", "method", "localizer"):
-        own, first = getattr(made, part), getattr(start, part)
-        if type(own) is not type(first) and part == "localizer":
-            words.append(type(own).__name__)
-        elif is_dataclass(own) and type(own) is type(first):
-            words += [
-                f"{f.name}={getattr(own, f.name)}"
-                for f in fields(own)
-                if f.name not in ("kind", *shown) and getattr(own, f.name) != getattr(first, f.name)
-            ]
+    columns = setting.columns()
+    words = [columns["fitness"]]
+    if columns["alpha"] is not None:
+        words.append(f"alpha={columns['alpha']:g}")
+    if columns["perfect_intact"]:
+        words.append("pi")
+    chooses_number = "n_weights" in _fields(setting.localizer)
+    n_weights = columns["n_weights"] or ("auto" if chooses_number else "all")
+    n_passed = "all" if setting.n_passed is None else setting.n_passed
+    words += [f"lw={n_weights}", f"pos={n_passed}", f"p={setting.method.particles}"]
+    for part, start in (
+        (setting.fitness, default.fitness),
+        (setting.method, default.method),
+        (setting.localizer, default.localizer),
+    ):
+        if type(part) is type(start):
+            start_fields = _fields(start)
+            for name, value in _fields(part).items():
+                if name not in ("kind", *columns) and value != start_fields[name]:
+                    words.append(f"{name}={value}")
+        elif part is setting.localizer:
+            words.append(type(part).__name__)
     return " ".join(words)

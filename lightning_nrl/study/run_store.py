@@ -6,11 +6,10 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +23,12 @@ from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.records.splits import ROLES, Role
 
 NO_COUNTS = TargetCounts(0, 0, 0, 0)
-DERIVED_COUNTS = ("n", "accuracy_before", "accuracy_after")
-DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "in_target", "weight")
+ACCURACIES = ("accuracy_before", "accuracy_after")
 
 
 @dataclass(frozen=True)
 class Run(Derives):
-    """One search with one setting and one seed, and counts of what the found weights repair and
-    break.
+    """One search with one setting and one seed, and counts of what its weights repair and break.
 
     Attributes:
         setting: name of the setting. Its values are the fields from `fitness` to `particles`. A
@@ -43,7 +40,7 @@ class Run(Derives):
         intact: number of passed samples scored by the search that stay right.
         known: counts of known samples: columns such as `known_broken` in the table. calibration,
         unseen: the same counts of calibration and unseen samples; None without such data.
-        seconds: wall time; runs that were searched and counted together share it equally.
+        seconds: wall time of search and counts.
     """
 
     setting: str
@@ -68,57 +65,66 @@ class Run(Derives):
 
     @property
     def regression_free(self) -> bool:
-        """True if at least one known sample is repaired and none is broken, whether in the target
-        or not.
-        """
+        """True if at least one known sample is repaired and none broken, in the target or not."""
         return self.known.broken == 0 and self.known.repaired > 0
 
+    @property
+    def counts_by_role(self) -> dict[Role, TargetCounts | None]:
+        return {"known": self.known, "calibration": self.calibration, "unseen": self.unseen}
+
     def has(self, role: Role) -> bool:
-        return getattr(self, role) is not None
+        return self.counts_by_role[role] is not None
 
     def counts(self, role: Role) -> TargetCounts:
-        """Returns the counts for `known`, `calibration` or `unseen` data. Without such data, the
-        counts are all 0.
-        """
-        counts: TargetCounts | None = getattr(self, role)
-        return counts or NO_COUNTS
+        """Returns the counts for a role; all 0 without such data."""
+        return self.counts_by_role[role] or NO_COUNTS
 
     @property
     def derived(self) -> Mapping[str, object]:
-        return {
-            f"{role}_{name}": getattr(self.counts(role), name) if self.has(role) else None
-            for role in ROLES
-            for name in DERIVED_COUNTS
-        }
+        derived: dict[str, object] = {}
+        for role in ROLES:
+            counts = self.counts(role)
+            for name, number in (
+                ("n", counts.n),
+                ("accuracy_before", counts.accuracy_before),
+                ("accuracy_after", counts.accuracy_after),
+            ):
+                derived[f"{role}_{name}"] = number if self.has(role) else None
+        return derived
 
 
-_first, *_later = DERIVED_COUNTS
-RUN_COLUMNS = (
-    *(f.name for f in fields(Run) if f.name not in (*ROLES, "seconds")),
-    *(
-        f"{role}_{name}"
-        for role in ROLES
-        for name in (_first, *(f.name for f in fields(TargetCounts)), *_later)
-    ),
-    "seconds",
-)
+def _columns() -> Iterator[str]:
+    for f in fields(Run):
+        if f.name in ROLES:
+            counts = (count.name for count in fields(TargetCounts))
+            yield from (f"{f.name}_{name}" for name in ("n", *counts, *ACCURACIES))
+        elif f.name != "seconds":
+            yield f.name
+    yield "seconds"
+
+
+RUN_COLUMNS = tuple(_columns())
 """Columns of the table of a sweep."""
 
 
 def run_of_text(row: Mapping[str, str]) -> Run:
-    """Reads a run from a row of `csv.DictReader`. Raises `ConfigurationError` for an invalid row."""
-    words = ("setting", "fitness", "layer")
-    return from_plain(
-        Run, {name: text if name in words else _value(text) for name, text in row.items()}
-    )
+    """Reads a run from a row of `csv.DictReader`.
+
+    Raises:
+        ConfigurationError: the row is invalid.
+    """
+    values: dict[str, object] = {}
+    for name, text in row.items():
+        values[name] = text if name in ("setting", "fitness", "layer") else _value(text)
+    return from_plain(Run, values)
 
 
 def _value(text: str) -> object:
-    for kind in ({"": None, "True": True, "False": False}.__getitem__, int, float):
-        with suppress(
-            KeyError, ValueError, TypeError
-        ):  # rows of the wrong length have cells that are not text
-            return kind(text)
+    constants = {"": None, "True": True, "False": False}
+    for parse in (constants.__getitem__, int, float):
+        # Rows of the wrong length have cells that are no text.
+        with suppress(KeyError, ValueError, TypeError):
+            return parse(text)
     return text
 
 
@@ -127,16 +133,15 @@ class StoredRun:
     """A run and the weights that it found, on the CPU."""
 
     run: Run
-    where: (
-        Tensor  # int64, positions of the searched weights in the flattened parameters of the layers
-    )
+    where: Tensor  # int64, positions of the searched weights in the layers' flattened parameters
     values: Tensor  # new values of these weights
 
 
 @dataclass(frozen=True)
 class RunStore:
-    """Folder with files of runs, created with the first file. If `folder` is None, nothing is
-    stored.
+    """Folder with files of runs, created with the first file.
+
+    If `folder` is None, nothing is stored.
     """
 
     folder: Path | None
@@ -150,20 +155,16 @@ class RunStore:
                 f"`dirpath={str(self.folder)!r}` is a file.",
                 "name a folder; it is created if necessary.",
             )
-        found: dict[str, StoredRun] = {}
+        stored: dict[str, StoredRun] = {}
         for path in sorted(self.folder.glob("runs-*.pt")):
             try:
-                checksum, _, data = path.read_bytes().partition(b"\n")
-                if checksum.decode(errors="replace") != hashlib.sha256(data).hexdigest():
-                    raise ConfigurationError("its checksum does not match")
-                found |= _unpacked(data)
+                stored |= _read_file(path)
             except (OSError, ConfigurationError) as error:
                 why = str(error).partition("\n")[0]
                 problem = f"`dirpath`: {path} cannot be used ({why}); its runs are made again."
                 hint = "delete the file; check the disk if this happens again."
                 warnings.warn(DataWarning(problem, hint), stacklevel=2)
-        keys = set(wanted)
-        return {key: run for key, run in found.items() if key in keys}
+        return {key: stored[key] for key in wanted if key in stored}
 
     def write(self, runs: Mapping[str, StoredRun]) -> None:
         if self.folder is None or not runs:
@@ -171,63 +172,73 @@ class RunStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         data = _packed(runs)
         content = hashlib.sha256(data).hexdigest().encode() + b"\n" + data
-        replacing(
-            self.folder / f"runs-{digest(sorted(runs))[:16]}.pt",
-            lambda part: part.write_bytes(content),
-        )
+        path = self.folder / f"runs-{digest(sorted(runs))[:16]}.pt"
+        replacing(path, lambda part: part.write_bytes(content))
 
 
-def digest(value: Any) -> str:
+def _read_file(path: Path) -> dict[str, StoredRun]:
+    checksum, _, data = path.read_bytes().partition(b"\n")
+    if checksum.decode(errors="replace") != hashlib.sha256(data).hexdigest():
+        raise ConfigurationError("its checksum does not match")
+    return _unpacked(data)
+
+
+def digest(value: object) -> str:
     """Returns the SHA-256 of a value made of dicts, lists, text and numbers."""
     return hashlib.sha256(json.dumps(to_plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def results_digest(results: SampleResults) -> str:
-    """Returns the SHA-256 of samples and results. Losses are first rounded to about three digits."""
-    found = hashlib.sha256(repr((results.splits, results.sizes)).encode())
-    for name in DIGESTED_RESULTS:
-        found.update(getattr(results, name).numpy().tobytes())
-    found.update(results.loss.half().numpy().tobytes())
-    return found.hexdigest()
+    """Returns the SHA-256 of samples and results, with losses rounded to about three digits."""
+    sha = hashlib.sha256(repr((results.splits, results.sizes)).encode())
+    for column in (
+        results.index,
+        results.label,
+        results.prediction,
+        results.passed,
+        results.targeted,
+        results.in_target,
+        results.weight,
+        results.loss.half(),
+    ):
+        sha.update(column.numpy().tobytes())
+    return sha.hexdigest()
 
 
-def gather_runs(mine: Mapping[str, StoredRun], collective: Collective) -> dict[str, StoredRun]:
+def gather_runs(runs: Mapping[str, StoredRun], collective: Collective) -> dict[str, StoredRun]:
     """Gathers the runs of all ranks."""
     if collective.world_size == 1:
-        return dict(mine)
-    packed = torch.frombuffer(bytearray(_packed(mine)), dtype=torch.uint8)
-    return {
-        key: run
-        for rank in collective.gather(packed)
-        for key, run in _unpacked(rank.numpy().tobytes()).items()
-    }
+        return dict(runs)
+    packed = torch.frombuffer(bytearray(_packed(runs)), dtype=torch.uint8)
+    gathered: dict[str, StoredRun] = {}
+    for packed_on_rank in collective.gather(packed):
+        gathered |= _unpacked(packed_on_rank.numpy().tobytes())
+    return gathered
 
 
 def _packed(runs: Mapping[str, StoredRun]) -> bytes:
     out = io.BytesIO()
-    torch.save(
-        {key: {**vars(stored), "run": to_plain(stored.run)} for key, stored in runs.items()}, out
-    )
+    plain = {}
+    for key, stored in runs.items():
+        run = to_plain(stored.run)
+        plain[key] = {"run": run, "where": stored.where, "values": stored.values}
+    torch.save(plain, out)
     return out.getvalue()
 
 
 def _unpacked(data: bytes) -> dict[str, StoredRun]:
     """Reads runs as data, never as code. Raises `ConfigurationError` for any other content."""
     try:
-        found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        return {str(key): _stored_run(**one) for key, one in found.items()}
+        plain = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        return {str(key): _stored_run(**stored) for key, stored in plain.items()}
     except ConfigurationError:
         raise
     except Exception as error:
         raise ConfigurationError(f"it holds no runs ({reason(error)})") from error
 
 
-def _stored_run(run: Any, where: Any, values: Any) -> StoredRun:
-    if (
-        where.dtype != torch.int64
-        or where.ndim != 1
-        or where.shape != values.shape
-        or not values.is_floating_point()
-    ):
+def _stored_run(run: object, where: Tensor, values: Tensor) -> StoredRun:
+    are_positions = where.dtype == torch.int64 and where.ndim == 1
+    if not are_positions or where.shape != values.shape or not values.is_floating_point():
         raise ConfigurationError("its weights and their positions do not match")
     return StoredRun(from_plain(Run, run), where, values)

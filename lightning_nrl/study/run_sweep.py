@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_scope, layer_names
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import Auto, Problem
 from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
@@ -86,7 +86,7 @@ def sweep_module(
         data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, found.before)}
         data |= {role: (data.sources, data.before) for role, data in found.other_data.items()}
         store = RunStore(None if dirpath is None else Path(dirpath))
-        sweep = _Sweep(problem, base, data, evaluator.collective, store)
+        sweep = _Sweep(problem, base, recounts, evaluator.collective, store)
         return sweep.run(parsed_settings, parsed_seeds)
 
 
@@ -142,14 +142,11 @@ def _check_undivided(sources: Sequence[Source]) -> None:
 
 @dataclass
 class _Sweep:
-    """Sweep over one problem.
-
-    `data` has the sources of each role and the results of the original model on them.
-    """
+    """Sweep over one problem."""
 
     problem: Problem
     base: Settings
-    data: Mapping[Role, tuple[Sequence[Source], SampleResults]]
+    recounts: Mapping[Role, Recount]
     collective: Collective
     store: RunStore
 
@@ -163,57 +160,54 @@ class _Sweep:
         stored = self._on_each_rank(lambda: self.store.read(keys))
         missing = [request for request in requests if request.key not in stored]
         share = missing[self.collective.rank :: self.collective.world_size]
-        made = self._on_each_rank(lambda: self._made(share, requests, stored))
-        return self._result(requests, stored | made)
+        new = self._on_each_rank(lambda: self._make(share, requests, stored))
+        return self._result(requests, stored | new)
 
     def _requests(self, settings: Sequence[Setting], seeds: Sequence[int]) -> list[RunRequest]:
         # The key of a run also depends on model, data and target.
-        evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
+        evidence = {role: results_digest(data.before) for role, data in self.recounts.items()}
         passed = [source.split for source in self.problem.known if source.passed]
         model = hash_tensors(self.problem.model.state_dict())
         layer, task = self.base.plain()["layer"], repr(self.problem.evaluator.task)
         ground = digest([model, evidence, passed, layer, task])
-        return [
-            RunRequest(digest([ground, setting.plain(), seed]), setting, seed)
-            for setting in settings
-            for seed in seeds
-        ]
+        requests = []
+        for setting, seed in product(settings, seeds):
+            key = digest([ground, setting.plain(), seed])
+            requests.append(RunRequest(key, setting, seed))
+        return requests
 
     def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
         """Calls `work` on each rank and returns the runs of all ranks.
 
         If `work` fails on one rank, all ranks fail.
         """
-        runs = self.collective.all_or_none(
-            work, "another rank could not make its runs of the sweep."
-        )
-        return gather_runs(runs, self.collective)
+        failure = "another rank could not make its runs of the sweep."
+        return gather_runs(self.collective.all_or_none(work, failure), self.collective)
 
-    def _made(
+    def _make(
         self,
         share: Sequence[RunRequest],
         requests: Sequence[RunRequest],
         stored: Mapping[str, StoredRun],
     ) -> dict[str, StoredRun]:
-        made: dict[str, StoredRun] = {}
+        new: dict[str, StoredRun] = {}
         clock = self.problem.clock
         recorded = RecordedSearch(self.problem, self.base)
-        recounts = {
-            role: Recount(self.problem, sources, before)
-            for role, (sources, before) in self.data.items()
-        }
         work, done = sum(request.work for request in share), 0
         with clock.stage("sweep"):
             clock.expect({"sweep": 0.0})
-            for request in share:
-                progress = partial(self._tell, request, done, work)
-                run = _with_counts(recorded.run(request, progress), recounts)
-                self.store.write({request.key: run})
-                made[request.key] = run
-                self._write_table(requests, {**stored, **made})
-                done += request.work
-                clock.tell(done, work)
-        return made
+            # Stored by setting: a file and a table for each run would take longer than small runs.
+            for _, requests_of_setting in groupby(share, lambda request: request.setting.name):
+                runs: dict[str, StoredRun] = {}
+                for request in requests_of_setting:
+                    progress = partial(self._tell, request, done, work)
+                    runs[request.key] = self._with_counts(recorded.run(request, progress))
+                    done += request.work
+                    clock.tell(done, work)
+                self.store.write(runs)
+                new |= runs
+                self._write_table(requests, {**stored, **new})
+        return new
 
     def _tell(
         self, request: RunRequest, done: int, work: int, iterations: int, _: SearchHistory
@@ -221,19 +215,34 @@ class _Sweep:
         share = iterations / max(1, request.setting.method.iterations)
         self.problem.clock.tell(round(done + request.work * share), work)
 
-    def _write_table(self, requests: Sequence[RunRequest], stored: Mapping[str, StoredRun]) -> None:
+    def _with_counts(self, stored: StoredRun) -> StoredRun:
+        began = time.perf_counter()
+        counts: dict[str, Any] = {role: recount(stored) for role, recount in self.recounts.items()}
+        seconds = round(stored.run.seconds + time.perf_counter() - began, 4)
+        return replace(stored, run=replace(stored.run, seconds=seconds, **counts))
+
+    def _write_table(
+        self, requests: Sequence[RunRequest], stored: Mapping[str, StoredRun]
+    ) -> dict[tuple[str, int], StoredRun]:
+        """Writes the table, and returns the runs by setting and seed in the order of `requests`."""
+        runs = {}
+        for request in requests:
+            if request.key in stored:
+                run = stored[request.key]
+                name = request.setting.name  # the stored run may have another one
+                runs[name, request.seed] = replace(run, run=replace(run.run, setting=name))
         folder = self.store.folder
         if folder is not None and self.collective.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            runs = _runs_by_setting(requests, stored)
             SweepResult(tuple(run.run for run in runs.values())).to_csv(folder / "sweep.csv")
+        return runs
 
     def _result(
         self, requests: Sequence[RunRequest], stored: Mapping[str, StoredRun]
     ) -> SweepResult:
-        self._write_table(requests, stored)
-        runs = _runs_by_setting(requests, stored)
-        results = [before for _, before in self.data.values()]
+        runs = self._write_table(requests, stored)
+        results = [data.before for data in self.recounts.values()]
+        parameters = self.problem.space.parameters.items()
         return SweepResult(
             tuple(run.run for run in runs.values()),
             str(self.base.target),
@@ -241,29 +250,5 @@ class _Sweep:
             settings={request.setting.name: request.setting for request in requests},
             weights=runs,
             provenance=Provenance.of(self.problem.model, *results),
-            original={
-                name: value.detach().cpu().clone()
-                for name, value in self.problem.space.parameters.items()
-            },
+            original={name: value.detach().cpu().clone() for name, value in parameters},
         )
-
-
-def _runs_by_setting(
-    requests: Sequence[RunRequest], stored: Mapping[str, StoredRun]
-) -> dict[tuple[str, int], StoredRun]:
-    """Returns the stored runs by setting and seed, in the order of the requests."""
-    runs = {}
-    for request in requests:
-        if request.key in stored:
-            run = stored[request.key]
-            # The stored run may have another name for the setting.
-            named = replace(run, run=replace(run.run, setting=request.setting.name))
-            runs[request.setting.name, request.seed] = named
-    return runs
-
-
-def _with_counts(stored: StoredRun, recounts: Mapping[Role, Recount]) -> StoredRun:
-    began = time.perf_counter()
-    counts: dict[str, Any] = {role: recount(stored) for role, recount in recounts.items()}
-    seconds = stored.run.seconds + time.perf_counter() - began
-    return replace(stored, run=replace(stored.run, seconds=round(seconds, 4), **counts))

@@ -56,111 +56,117 @@ class SweepResult(Report):
 
     def page(self, full: bool = False) -> Page:
         blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(self))]
-        blocks += [_table(self), Text(SWEEP_NOTE)] if self.runs else []
-        facts = tuple(
-            (name, value)
-            for name, value in (("target", self.target), ("layer", self.layer))
-            if value
-        )
-        return Page((*blocks, FactList(facts)) if facts else tuple(blocks))
+        if self.runs:
+            blocks += [_table(self), Text(SWEEP_NOTE)]
+        facts = [("target", self.target), ("layer", self.layer)]
+        facts = [(name, value) for name, value in facts if value]
+        if facts:
+            blocks.append(FactList(tuple(facts)))
+        return Page(tuple(blocks))
+
+    @property
+    def setting_names(self) -> tuple[str, ...]:
+        """The names of the settings, in the order of `runs`."""
+        return tuple(dict.fromkeys(run.setting for run in self.runs))
 
     def of(self, setting: str) -> tuple[Run, ...]:
-        """Returns the runs of one setting. For an unknown name, a `ConfigurationError` suggests the
-        nearest name.
+        """Returns the runs of one setting.
+
+        For an unknown name, a `ConfigurationError` suggests the nearest name.
         """
-        check_choice("setting", setting, tuple(dict.fromkeys(run.setting for run in self.runs)))
+        check_choice("setting", setting, self.setting_names)
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
-        """Returns the Pareto front (few broken, many repaired), fewest broken first. Do not choose
-        by `unseen` data.
+        """Returns the Pareto front (few broken, many repaired), fewest broken first.
+
+        Do not choose by `unseen` data.
         """
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
             raise ConfigurationError(
                 f"`role={role!r}`: the sweep had no {role} data.", f"give `sweep` {role} data."
             )
+
+        def best_first(run: Run) -> tuple[int, int]:
+            counts = run.counts(role)
+            return counts.broken, -counts.repaired
+
         front: list[Run] = []
-        for run in sorted(
-            self.runs, key=lambda run: (run.counts(role).broken, -run.counts(role).repaired)
-        ):
+        for run in sorted(self.runs, key=best_first):
             if not front or run.counts(role).repaired > front[-1].counts(role).repaired:
                 front.append(run)
         return tuple(front)
 
     def best(self, under: str | Gate = "instance") -> Run | None:
-        """Returns the best run by known and calibration data, or None if no run can win. Ignores
-        unseen data.
+        """Returns the best run by known and calibration data, or None if no run can win.
 
-        Only runs that repair a target and pass the gate `under` on known data can win. The first
-        criterion is the number of calibration samples repaired minus broken. Ties are decided by
-        fewer broken calibration samples, more repaired targets, fewer broken known samples, more
-        repaired known samples, and last by the order of `runs`.
+        Ignores unseen data. Only runs that repair a target and pass the gate `under` on known data
+        can win. The first criterion is the number of calibration samples repaired minus broken.
+        Ties are decided by fewer broken calibration samples, more repaired targets, fewer broken
+        known samples, more repaired known samples, and last by the order of `runs`.
         """
         gate = Gate.parse(under, "under")
 
         def worth(run: Run) -> tuple[int, ...]:
             known, calibration = run.known, run.counts("calibration")
             gain = calibration.repaired - calibration.broken
-            return (
-                gain,
-                -calibration.broken,
-                known.repaired_in_target,
-                -known.broken,
-                known.repaired,
-            )
+            ties = (known.repaired_in_target, -known.broken, known.repaired)
+            return gain, -calibration.broken, *ties
 
-        fit = [
-            run
-            for run in self.runs
-            if run.known.repaired_in_target and not gate.excess_of(run.known)
-        ]
-        return max(fit, key=worth, default=None)
+        candidates = [run for run in self.runs if run.known.repaired_in_target]
+        candidates = [run for run in candidates if not gate.excess_of(run.known)]
+        return max(candidates, key=worth, default=None)
 
     def hparams_rows(
         self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
     ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-        """Returns rows of TensorBoard's HParams tab by name: one per `setting`, with means, or one
-        per `run`.
+        """Returns rows of TensorBoard's HParams tab by name.
+
+        A row is for one `setting`, with means, or for one `run`.
         """
         check_choice("each", each, ("setting", "run"))
-        if each == "run":
-            return {
-                f"{run.setting} seed={run.seed}": _hparams([run], name, seed=run.seed)
-                for run in self.runs
-            }
-        return {
-            one: _hparams(self.of(one), name)
-            for one in dict.fromkeys(run.setting for run in self.runs)
-        }
+        if each == "setting":
+            return {setting: _hparams(self.of(setting), name) for setting in self.setting_names}
+        rows = {}
+        for run in self.runs:
+            options, measures = _hparams([run], name)
+            rows[f"{run.setting} seed={run.seed}"] = {**options, "seed": run.seed}, measures
+        return rows
 
     def arguments(self, run: Run) -> dict[str, Any]:
-        """Returns the arguments of `repair` for the same run. Raises `ConfigurationError` for a
-        result from a file.
+        """Returns the arguments of `repair` for the same run.
+
+        Raises:
+            ConfigurationError: the result was read from a file, which has no settings.
         """
         self._stored(run)
         return {**self.settings[run.setting].arguments(), "seed": run.seed}
 
     def state(self, run: Run) -> dict[str, Tensor]:
-        """Returns all parameters of the searched layers with the weights of a run, by dotted name,
-        on
-        the CPU.
+        """Returns all parameters of the searched layers with the weights of a run, by dotted name.
+
+        The tensors are on the CPU.
 
         Raises:
             ConfigurationError: the result was read from a file, which has no weights.
         """
-        kept = self._stored(run)
+        stored = self._stored(run)
         flat = torch.cat([value.flatten() for value in self.original.values()])
-        flat[kept.where] = kept.values
-        parts = flat.split([value.numel() for value in self.original.values()])
-        named = zip(parts, self.original.items(), strict=True)
-        return {name: part.view_as(value).clone() for part, (name, value) in named}
+        flat[stored.where] = stored.values
+        state, start = {}, 0
+        for name, value in self.original.items():
+            stop = start + value.numel()
+            state[name] = flat[start:stop].view_as(value).clone()
+            start = stop
+        return state
 
     def _stored(self, run: Run) -> StoredRun:
         if (run.setting, run.seed) not in self.weights:
             raise ConfigurationError(
                 f"`run`: this result has no weights of {run.setting!r} with seed {run.seed}.",
-                "a table has no weights; call `sweep` again with the same `dirpath`, which repeats no run.",
+                "a table has no weights; call `sweep` again with the same `dirpath`, which repeats "
+                "no run.",
             )
         return self.weights[run.setting, run.seed]
 
@@ -169,8 +175,9 @@ class SweepResult(Report):
         write(model, self.state(run))
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """Returns a CSV table with a line per run and empty cells for missing values. Writes it to
-        `path`, if given.
+        """Returns a CSV table with a line per run and empty cells for missing values.
+
+        Writes it to `path`, if given.
         """
         out = io.StringIO()
         table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
@@ -180,16 +187,17 @@ class SweepResult(Report):
 
     @classmethod
     def from_csv(cls, source: str | Path) -> SweepResult:
-        """Reads a table, which has no weights, from a file or text. Raises `ConfigurationError` for
-        other content.
+        """Reads a table, which has no weights, from a file or text.
+
+        Raises:
+            ConfigurationError: the file or text has other content.
         """
-        text = (
-            source
-            if isinstance(source, str) and "\n" in source
-            else Path(source).read_text(encoding="utf-8")
-        )
+        text = str(source)
+        if "\n" not in text or isinstance(source, Path):
+            text = Path(source).read_text(encoding="utf-8")
         try:
-            return cls(tuple(map(run_of_text, csv.DictReader(io.StringIO(text), strict=True))))
+            rows = csv.DictReader(io.StringIO(text), strict=True)
+            return cls(tuple(run_of_text(row) for row in rows))
         except (csv.Error, ConfigurationError) as error:
             problem = str(error).partition("\n")[0]
             raise ConfigurationError(
@@ -209,17 +217,18 @@ def _written(text: str, path: str | Path | None) -> str:
 
 
 SWEEP_NOTE = (
-    "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs that repair something "
-    "known and break nothing known. No gate judged."
+    "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs "
+    "that repair something known and break nothing known. No gate judged."
 )
 
 
 def _summary(result: SweepResult) -> str:
     if not result.runs:
         return "No run."
-    first, names = result.runs[0], {run.setting for run in result.runs}
-    text = f"{plural(len(result.runs), 'run')} of {plural(len(names), 'setting')}"
-    text += f" in {sum(run.seconds for run in result.runs):,.0f} s. {first.known.targeted:,} failures to repair"
+    first = result.runs[0]
+    seconds = sum(run.seconds for run in result.runs)
+    text = f"{plural(len(result.runs), 'run')} of {plural(len(result.setting_names), 'setting')}"
+    text += f" in {seconds:,.0f} s. {first.known.targeted:,} failures to repair"
     for role in ROLES:
         if first.has(role):
             counts = first.counts(role)
@@ -235,16 +244,19 @@ def _table(result: SweepResult) -> Table:
         ("broken", "known"),
         ("free of", "regr."),
     ]
-    later = [role for role in ROLES[1:] if first.has(role)]
-    for role in later:
+    held_out = [role for role in ROLES[1:] if first.has(role)]
+    for role in held_out:
         columns += [("repaired", role), ("broken", role), ("accuracy", "points")]
     rows = []
-    for name in dict.fromkeys(run.setting for run in result.runs):
-        runs = result.of(name)
-        free = sum(run.regression_free for run in runs) / len(runs)
-        cells = [count(len(runs)), _mean(run.known.repaired_in_target for run in runs)]
-        cells += [_mean(run.known.broken for run in runs), f"{free:.0%}"]
-        for role in later:
+    for setting in result.setting_names:
+        runs = result.of(setting)
+        cells = [
+            count(len(runs)),
+            _mean(run.known.repaired_in_target for run in runs),
+            _mean(run.known.broken for run in runs),
+            f"{mean(run.regression_free for run in runs):.0%}",
+        ]
+        for role in held_out:
             counts = [run.counts(role) for run in runs]
             cells += [_mean(one.repaired for one in counts), _mean(one.broken for one in counts)]
             cells.append(_mean((one.points for one in counts), sign="+"))
@@ -254,17 +266,11 @@ def _table(result: SweepResult) -> Table:
 
 def _mean(numbers: Iterable[float], sign: str = "") -> str:
     values = list(numbers)
-    middle = f"{mean(values):{sign},.1f}"
-    return f"{middle} ({stdev(values):,.1f})" if len(values) > 1 else middle
+    text = f"{mean(values):{sign},.1f}"
+    return f"{text} ({stdev(values):,.1f})" if len(values) > 1 else text
 
 
-SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
-MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
-
-
-def _hparams(
-    runs: Sequence[Run], name: str, **further: int
-) -> tuple[dict[str, Any], dict[str, float]]:
+def _hparams(runs: Sequence[Run], name: str) -> tuple[dict[str, Any], dict[str, float]]:
     first = runs[0]
     asked: dict[str, Any] = {"setting": first.setting, **further}
     for column in SWEPT_COLUMNS:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
@@ -18,8 +18,9 @@ from lightning_nrl.search import Fitness, ParticleSwarm
 class PaperRow:
     """One row of Table II of the paper.
 
-    `equation` is the fitness, in which `alpha` is the weight of kept samples. If `perfect_intact` (pi) is True, one
-    regression makes the fitness 0. `n_weights` is #lw in the paper, `n_passed` is #pos, and `particles` is #p.
+    `equation` is the fitness, in which `alpha` is the weight of kept samples. If `perfect_intact`
+    (pi) is True, one regression makes the fitness 0. `n_weights` is #lw in the paper, `n_passed` is
+    #pos, and `particles` is #p.
     """
 
     equation: Literal["eq1", "eq2"]
@@ -48,13 +49,15 @@ TABLE_II: dict[str, PaperRow] = {
 
 
 def paper_row(row: str) -> PaperRow:
-    """Returns the row of Table II with an ID such as `EXP-A1`. Raises a `ConfigurationError` for an unknown ID."""
+    """Returns the row of Table II with an ID such as `EXP-A1`.
+
+    Raises:
+        ConfigurationError: the ID is unknown.
+    """
     if row not in TABLE_II:
-        near = difflib.get_close_matches(str(row).upper(), TABLE_II, n=3, cutoff=0.3) or list(
-            TABLE_II
-        )
+        near = difflib.get_close_matches(str(row).upper(), TABLE_II, n=3, cutoff=0.3)
         raise ConfigurationError(
-            explain(f"`row={row!r}` is not in Table II.", f"the nearest rows are {near}.")
+            f"`row={row!r}` is not in Table II.", f"the nearest rows are {near or list(TABLE_II)}."
         )
     return TABLE_II[row]
 
@@ -62,37 +65,48 @@ def paper_row(row: str) -> PaperRow:
 def paper_arguments(row: str) -> dict[str, Any]:
     """Returns the arguments of `RegressionFreeRepair`, or of `Settings`, for one row of Table II.
 
-    Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original weights (section II.2),
-    and with pi one regression makes the fitness 0 (section IV.B). The strength is 1: the weights become exactly what
-    the swarm finds. The gate is `accuracy`, the weaker of the paper's two levels (section III).
+    Weights are localised on I_neg and I_pos. Half of the swarm starts exactly at the original
+    weights (section II.2), and with pi one regression makes the fitness 0 (section IV.B). The
+    strength is 1: the weights become exactly what the swarm finds. The gate is `accuracy`, the
+    weaker of the paper's two levels (section III).
 
-    The paper does not say how the swarm moves nor when it stops. Here it moves as in `ParticleSwarm`. It stops after
-    100 iterations, or after 10 without a better fitness, as in Arachne (Sohn et al. 2023), on which NeuRecover builds.
+    The paper does not say how the swarm moves nor when it stops. Here it moves as in
+    `ParticleSwarm`. It stops after 100 iterations, or after 10 without a better fitness, as in
+    Arachne (Sohn et al. 2023), on which NeuRecover builds.
     """
-    found = paper_row(row)
-    fitness = Fitness(
-        found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero"
-    )
     return {
-        "method": ParticleSwarm(
-            particles=found.particles, iterations=100, patience=10, start="paper"
-        ),
+        "method": _method(row),
         "gate": Gate.accuracy(),
-        "search": SearchOptions(fitness, NeuRecoverLite(n_weights=found.n_weights), found.n_passed),
+        "search": _search_options(row),
         "bounds": BoundOptions(strength=1.0),
     }
+
+
+def _method(row: str) -> ParticleSwarm:
+    particles = paper_row(row).particles
+    return ParticleSwarm(particles=particles, iterations=100, patience=10, start="paper")
+
+
+def _search_options(row: str) -> SearchOptions:
+    paper = paper_row(row)
+    fitness = Fitness(
+        paper.equation, alpha=paper.alpha, perfect_intact=paper.perfect_intact, infeasible="zero"
+    )
+    return SearchOptions(fitness, NeuRecoverLite(n_weights=paper.n_weights), paper.n_passed)
 
 
 def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a row of Table II, overridden by `arguments`.
 
-    In `search` and `bounds`, only options that differ from their defaults override the options of the row.
+    In `search` and `bounds`, only options that differ from their defaults override the options of
+    the row.
     """
-    made = {**paper_arguments(row), **arguments}
-    search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
+    merged = {**paper_arguments(row), **arguments}
     if "search" in arguments:
-        made["search"] = replace(search, **changed_options(arguments["search"]))
+        changes = changed_options(arguments["search"])
+        merged["search"] = replace(_search_options(row), **changes)
     if "bounds" in arguments:
-        own = changed_options(arguments["bounds"])
-        made["bounds"] = replace(bounds, **({"strength": None} if "limit" in own else {}), **own)
-    return made
+        changes = changed_options(arguments["bounds"])
+        strength = None if "limit" in changes else 1.0
+        merged["bounds"] = replace(BoundOptions(strength=strength), **changes)
+    return merged
