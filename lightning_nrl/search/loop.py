@@ -1,4 +1,4 @@
-"""The search loop asks a searcher for candidates, scores them, and tells the searcher their fitness.
+"""The search loop: it asks a searcher for candidates, scores them and tells it their fitness.
 
 A search ends when its fitness stops improving. On a GPU the loop checks only once in ten iterations
 whether the search has ended, because a check waits for the device. The best candidate of a search

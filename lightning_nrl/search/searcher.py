@@ -21,7 +21,7 @@ from lightning_nrl.evaluation.layers import ParameterSpace
 
 @dataclass(frozen=True)
 class WeightStats:
-    """Statistics of a layer's weights: floats, or tensors `K` with one value per searched weight."""
+    """Statistics of a layer's weights: floats, or tensors `K` with a value per searched weight."""
 
     mean: float | Tensor
     std: float | Tensor
@@ -35,7 +35,7 @@ class WeightStats:
 
     @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
-        """Computes statistics `K` of whole tensors. Value k is of the tensor with weight `where[k]`."""
+        """Computes statistics `K`; value k is of the whole tensor with the weight `where[k]`."""
         parameters = space.parameters.values()
         ends = torch.tensor([p.numel() for p in parameters], device=where.device).cumsum(0)
         number = torch.bucketize(where, ends, right=True).to(space.device)
@@ -114,9 +114,9 @@ class SearchState(Protocol):
         """
 
 
-# LightningCLI builds searchers from YAML. It merges their arguments with those of a default searcher
-# unless all base classes are dataclasses, and it does not build subclasses of a generic class: hence
-# a dataclass without fields, and `Any` for the `SearchState` of a subclass.
+# LightningCLI builds searchers from YAML. It merges their arguments with those of a default
+# searcher unless all base classes are dataclasses, and it does not build subclasses of a generic
+# class: hence a dataclass without fields, and `Any` for the `SearchState` of a subclass.
 @dataclass(frozen=True)
 class Searcher(metaclass=ABCMeta):
     """Base class of search algorithms. A subclass is a frozen dataclass with its settings.

@@ -1,144 +1,140 @@
-"""Operations on `CandidateTensor`: one run for the shared base, and one for the differing channels
-of
-all candidates.
+"""Operations on `CandidateTensor`: one run for the shared base, one for the differing channels.
 
 Channelwise operations come first, then Linear and convolution, which mix channels, then sums and
-products. A handler gets the torch function and its arguments. If a handler returns
-`NotImplemented`, the function gets whole tensors.
+products. A handler gets the torch function and its arguments. If a handler returns None, the
+function gets whole tensors.
 """
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl.search.scoring.candidate_tensor import OP_HANDLERS, CandidateTensor
-
-Handler = Callable[..., Any]
-
-
-def _named(owner: Any, names: str) -> tuple[Any, ...]:
-    return tuple(getattr(owner, name) for name in names.split())
-
+from lightning_nrl.search.scoring.candidate_tensor import (
+    OP_HANDLERS,
+    CandidateTensor,
+    Handler,
+    TorchFunction,
+    named,
+)
 
 RELU = (F.relu, torch.relu, Tensor.relu)
-ACTIVATIONS = RELU + _named(
+ACTIVATIONS = RELU + named(
     F,
-    "relu6 gelu silu mish elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish hardsigmoid sigmoid tanh "
-    "threshold",
+    "relu6 gelu silu mish elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish "
+    "hardsigmoid sigmoid tanh threshold",
 )
-INPLACE_METHODS = (torch.relu_, *_named(Tensor, "relu_ sigmoid_ tanh_ clamp_"))
+INPLACE_METHODS = (torch.relu_, *named(Tensor, "relu_ sigmoid_ tanh_ clamp_"))
 POINTWISE = (
-    *(
-        *ACTIVATIONS,
-        *INPLACE_METHODS,
-        *_named(torch, "sigmoid tanh clamp exp sqrt square abs clone"),
-    ),
-    *_named(
-        Tensor,
-        "sigmoid tanh clamp exp sqrt square abs pow __pow__ __neg__ float double half bfloat16 to type",
-    ),
-    *_named(Tensor, "detach clone contiguous"),
+    *ACTIVATIONS,
+    *INPLACE_METHODS,
+    *named(torch, "sigmoid tanh clamp exp sqrt square abs clone"),
+    *named(Tensor, "sigmoid tanh clamp exp sqrt square abs pow __pow__ __neg__ float double half"),
+    *named(Tensor, "bfloat16 to type detach clone contiguous"),
 )
-ADAPTIVE_MEANS = _named(F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
+ADAPTIVE_MEANS = named(F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
 POOLS = (
     *ADAPTIVE_MEANS,
-    *_named(F, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d interpolate"),
-    *(
-        *_named(F, "adaptive_max_pool1d adaptive_max_pool2d"),
-        *_named(torch, "max_pool1d max_pool2d max_pool3d"),
-    ),
+    *named(F, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d interpolate"),
+    *named(F, "adaptive_max_pool1d adaptive_max_pool2d"),
+    *named(torch, "max_pool1d max_pool2d max_pool3d"),
 )
 MEANS = (torch.mean, Tensor.mean)
 REDUCTIONS = (*MEANS, torch.sum, torch.amax, Tensor.sum, Tensor.amax)
-ADDITIONS = (torch.add, *_named(Tensor, "add __add__ __radd__"))
+ADDITIONS = (operator.add, torch.add, *named(Tensor, "add __add__ __radd__"))
 OPERATIONS = (
-    *(
-        *ADDITIONS,
-        *_named(torch, "sub mul div true_divide"),
-        *_named(Tensor, "sub __sub__ __rsub__ mul __mul__"),
-    ),
-    *_named(Tensor, "__rmul__ div true_divide __truediv__ __rtruediv__"),
+    *ADDITIONS,
+    *named(torch, "sub mul div true_divide"),
+    *named(Tensor, "sub __sub__ __rsub__ mul __mul__ __rmul__"),
+    *named(Tensor, "div true_divide __truediv__ __rtruediv__"),
 )
-IN_PLACE = {
-    **{
-        getattr(Tensor, f"__i{name}__"): getattr(operator, name)
-        for name in ("add", "sub", "mul", "truediv")
-    },
-    **{getattr(Tensor, f"{name}_"): getattr(torch, name) for name in ("add", "sub", "mul")},
+# In-place operations and their out-of-place versions.
+IN_PLACE: dict[TorchFunction, TorchFunction] = {
+    Tensor.__iadd__: operator.add,
+    Tensor.__isub__: operator.sub,
+    Tensor.__imul__: operator.mul,
+    Tensor.__itruediv__: operator.truediv,
+    Tensor.add_: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.mul_: torch.mul,
 }
-"""Maps each in-place operation to its out-of-place version."""
 
 
-def _inplace_position(function: Any) -> int | None:
-    try:
-        return list(inspect.signature(function).parameters).index("inplace")
-    except (ValueError, TypeError):
-        return None
-
-
-INPLACE_POSITIONS = {function: _inplace_position(function) for function in ACTIVATIONS}
-
-
-def handles(
-    *functions: Any, alone: bool = True, axis: int | None = None
-) -> Callable[[Handler], Handler]:
+def handles(*functions: TorchFunction, axis: int | None = None) -> Callable[[Handler], Handler]:
     """Returns a decorator that registers a handler for some torch functions.
 
-    With `alone`, the handler is called only if the first argument, but no other, is a
-    `CandidateTensor`. If `axis` is given, the channels of this tensor must also be in that
-    dimension. Otherwise the torch function gets whole tensors. Without `alone`, the handler is
-    called if any argument is a `CandidateTensor`, and `axis` has no effect.
+    The handler is called only if the first argument, but no other, is a `CandidateTensor`, with its
+    channels in `axis` if given.
     """
 
     def register(handler: Handler) -> Handler:
-        def checked(func: Any, *args: Any, **kwargs: Any) -> Any:
-            x, *others = args or (None,)
-            if not isinstance(x, CandidateTensor) or (axis is not None and x.axis != axis):
-                return NotImplemented
-            if any(isinstance(a, CandidateTensor) for a in (*others, *kwargs.values())):
-                return NotImplemented
+        def checked(func: TorchFunction, *args: Any, **kwargs: Any) -> Tensor | None:
+            if not args or not isinstance(args[0], CandidateTensor):
+                return None
+            if axis is not None and args[0].axis != axis:
+                return None
+            if any(isinstance(value, CandidateTensor) for value in (*args[1:], *kwargs.values())):
+                return None
             return handler(func, *args, **kwargs)
 
-        OP_HANDLERS.update(dict.fromkeys(functions, checked if alone else handler))
+        return handles_any(*functions)(checked)
+
+    return register
+
+
+def handles_any(*functions: TorchFunction) -> Callable[[Handler], Handler]:
+    """Returns a decorator that registers a handler for any `CandidateTensor` in the arguments."""
+
+    def register(handler: Handler) -> Handler:
+        OP_HANDLERS.update(dict.fromkeys(functions, handler))
         return handler
 
     return register
 
 
 @handles(*POINTWISE)
-def _pointwise(func: Any, x: CandidateTensor, *rest: Any, **kwargs: Any) -> Any:
-    if any(isinstance(a, Tensor) for a in (*rest, *kwargs.values())):
-        return NotImplemented
-    position = INPLACE_POSITIONS.get(func)
-    flagged = position is not None and (kwargs.get("inplace") or any(rest[position - 1 : position]))
-    if flagged or func in INPLACE_METHODS:
-        return x.assign(
-            x.map_channels(
-                lambda t, units: func(t.clone() if units is None else t, *rest, **kwargs)
-            )
-        )
+def _pointwise(
+    func: TorchFunction, x: CandidateTensor, *args: object, **kwargs: object
+) -> Tensor | None:
+    if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        return None
+    if func in INPLACE_METHODS or _asks_for_in_place(func, args, kwargs):
+
+        def on_copy(t: Tensor, units: Tensor | None) -> Tensor:
+            # All candidates share the base, which must stay.
+            result: Tensor = func(t.clone() if units is None else t, *args, **kwargs)
+            return result
+
+        return x.assign(x.map_channels(on_copy))
     if func in RELU and x.pending is not None:
-        return CandidateTensor(torch.relu(x.base), x.copies, x.axis, x.units, x.evaluated().relu_())
-    return x.map_channels(lambda t, _: func(t, *rest, **kwargs))
+        changed = x.evaluated().relu_()
+        return CandidateTensor(torch.relu(x.base), x.copies, x.axis, x.units, changed)
+    return x.map_channels(lambda t, _: func(t, *args, **kwargs))
+
+
+def _asks_for_in_place(
+    func: TorchFunction, args: Sequence[object], kwargs: Mapping[str, object]
+) -> bool:
+    # No activation has another flag than `inplace`.
+    flags = (*args, kwargs.get("inplace"))
+    return func in ACTIVATIONS and any(value is True for value in flags)
 
 
 @handles(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
 def _dropout(
-    func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Any:
-    return NotImplemented if training and p else x
+    func: TorchFunction, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor | None:
+    return None if training and p else x
 
 
 @handles(F.batch_norm, axis=1)
 def _batch_norm(
-    func: Any,
+    func: TorchFunction,
     x: CandidateTensor,
     mean: Tensor | None,
     var: Tensor | None,
@@ -147,46 +143,59 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Any:
+) -> Tensor | None:
     if training:
-        return NotImplemented
+        return None
 
     def normalised(t: Tensor, units: Tensor | None) -> Tensor:
-        vectors = [
-            v if v is None or units is None else v.index_select(0, units)
-            for v in (mean, var, weight, bias)
-        ]
-        return F.batch_norm(t, vectors[0], vectors[1], vectors[2], vectors[3], False, momentum, eps)
+        return F.batch_norm(
+            t,
+            _select(mean, 0, units),
+            _select(var, 0, units),
+            _select(weight, 0, units),
+            _select(bias, 0, units),
+            False,
+            momentum,
+            eps,
+        )
 
-    if x.pending is not None and var is not None:
-        factor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
-        pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
-        return CandidateTensor(normalised(x.base, None), x.copies, x.axis, x.units, pending)
-    return x.map_channels(normalised)
+    if x.pending is None or var is None:
+        return x.map_channels(normalised)
+    factor = (var + eps).rsqrt()
+    if weight is not None:
+        factor = weight * factor
+    pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
+    return CandidateTensor(normalised(x.base, None), x.copies, x.axis, x.units, pending)
+
+
+def _select(x: Tensor | None, dim: int, units: Tensor | None) -> Tensor | None:
+    return x if x is None or units is None else x.index_select(dim, units)
 
 
 @handles(*POOLS, axis=1)
-def _pool(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("return_indices") or any(a is True for a in args[5:]):
-        return NotImplemented
+def _pool(
+    func: TorchFunction, x: CandidateTensor, *args: object, **kwargs: object
+) -> Tensor | None:
+    if kwargs.get("return_indices") or any(value is True for value in args[5:]):
+        return None
     if func in ADAPTIVE_MEANS and not kwargs and args in ((1,), ((1,) * (x.ndim - 2),)):
         return _spatial_mean(x, keepdim=True)
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
 @handles(*REDUCTIONS)
-def _reduce(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
+def _reduce(func: TorchFunction, x: CandidateTensor, *args: Any, **kwargs: Any) -> Tensor | None:
     dims = args[0] if args else kwargs.get("dim")
-    places = {d % x.ndim for d in ((dims,) if isinstance(dims, int) else dims or (0,))}
-    if min(places) <= x.axis:
-        return NotImplemented
-    if (
-        func in MEANS
-        and len(args) < 3
-        and kwargs.keys() <= {"dim", "keepdim"}
-        and len(places) == x.ndim - 1 - x.axis
-    ):
-        return _spatial_mean(x, keepdim=bool(args[1] if len(args) > 1 else kwargs.get("keepdim")))
+    if isinstance(dims, int):
+        dims = (dims,)
+    reduced = {dim % x.ndim for dim in dims or (0,)}
+    if min(reduced) <= x.axis:
+        return None
+    n_spatial = x.ndim - 1 - x.axis
+    is_plain = len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"}
+    if func in MEANS and is_plain and len(reduced) == n_spatial:
+        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim")
+        return _spatial_mean(x, keepdim=bool(keepdim))
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
@@ -194,74 +203,77 @@ def _spatial_mean(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
     dims = tuple(range(x.axis + 1, x.ndim))
 
     def mean(t: Tensor, units: Tensor | None) -> Tensor:
-        flat = t.movedim(x.axis, 0).flatten(2) if units is not None and x.axis == 1 else None
-        fits = (
-            flat is not None
-            and flat.is_contiguous()
-            and t.numel()
-            and t.dtype in (torch.float32, torch.float64)
-        )
-        if flat is None or not fits or t.device.type != "cpu":
+        is_exact = t.dtype in (torch.float32, torch.float64) and t.device.type == "cpu"
+        if units is None or x.axis != 1 or not is_exact or not t.numel():
+            return t.mean(dims, keepdim)
+        flat = t.movedim(1, 0).flatten(2)
+        if not flat.is_contiguous():
             return t.mean(dims, keepdim)
         n = flat.shape[-1]
         # For few contiguous numbers this product is several times as fast as `mean`.
-        found = torch.mv(flat.view(-1, n), flat.new_full((n,), 1 / n)).view(flat.shape[:2]).t()
-        return found.view(*found.shape, *[1] * len(dims)) if keepdim else found
+        means = torch.mv(flat.view(-1, n), flat.new_full((n,), 1 / n)).view(flat.shape[:2]).t()
+        return means.view(*means.shape, *[1] * len(dims)) if keepdim else means
 
     return x.map_channels(mean)
 
 
 @handles(torch.flatten, Tensor.flatten)
-def _flatten(func: Any, x: CandidateTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if end_dim % x.ndim != x.ndim - 1:
-        return NotImplemented
+def _flatten(
+    func: TorchFunction, x: CandidateTensor, start_dim: int = 0, end_dim: int = -1
+) -> Tensor | None:
     start = start_dim % x.ndim
-    if start == 1 and x.axis == 1:
-        return _flatten_channels(x)
-    return x.map_channels(lambda t, _: t.flatten(start)) if start > x.axis else NotImplemented
+    if end_dim % x.ndim != x.ndim - 1 or start < x.axis:
+        return None
+    if start > x.axis:
+        return x.map_channels(lambda t, _: t.flatten(start))
+    return _flatten_channels(x) if start == 1 else None
 
 
 @handles(Tensor.view, Tensor.reshape, torch.reshape, axis=1)
-def _view(func: Any, x: CandidateTensor, *shape: Any) -> Any:
+def _view(func: TorchFunction, x: CandidateTensor, *shape: Any) -> Tensor | None:
     if not shape or isinstance(shape[0], torch.dtype):
-        return NotImplemented
-    sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
-    features = x.base[0].numel()
-    if sizes in ((x.shape[0], -1), (-1, features), (x.shape[0], features)):
+        return None
+    sizes = tuple(shape[0]) if isinstance(shape[0], (tuple, list)) else shape
+    n_features = x.base[0].numel()
+    if sizes in ((x.shape[0], -1), (-1, n_features), (x.shape[0], n_features)):
         return _flatten_channels(x)
     if len(sizes) > 2 and sizes[:2] == tuple(x.shape[:2]):
         return x.map_channels(lambda t, _: t.reshape(*t.shape[:2], *sizes[2:]))
-    return NotImplemented
+    return None
 
 
 def _flatten_channels(x: CandidateTensor) -> CandidateTensor:
     base = x.base.flatten(1)
     if x.identical:
         return CandidateTensor.repeated(base, x.copies)
-    places = x.base[0, 0].numel()
-    units = (x.units.unsqueeze(1) * places + torch.arange(places, device=base.device)).flatten()
-    return CandidateTensor(
-        base, x.copies, 1, units if places > 1 else x.units, x.changed.flatten(2)
-    )
+    n_places = x.base[0, 0].numel()
+    units = x.units
+    if n_places > 1:
+        place = torch.arange(n_places, device=base.device)
+        units = (units.unsqueeze(1) * n_places + place).flatten()
+    return CandidateTensor(base, x.copies, 1, units, x.changed.flatten(2))
 
 
 @handles(F.linear)
-def _linear(func: Any, x: CandidateTensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _linear(
+    func: TorchFunction, x: CandidateTensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
     if x.identical:
-        return CandidateTensor.repeated(func(x.base, weight, bias), x.copies)
+        return CandidateTensor.repeated(F.linear(x.base, weight, bias), x.copies)
     if x.axis != x.ndim - 1:
-        return NotImplemented
+        return None
+    weight_of_units = weight.index_select(1, x.units)
     if x.all_differ:
-        return func(x.changed, weight.index_select(1, x.units), bias).flatten(0, 1)
+        return F.linear(x.changed, weight_of_units, bias).flatten(0, 1)
     if not _is_exact_in_parts(x):
-        return NotImplemented
-    delta = (x.changed - x.base.index_select(x.axis, x.units)) @ weight.index_select(1, x.units).t()
-    return delta.add_(func(x.base, weight, bias)).flatten(0, 1)
+        return None
+    delta = (x.changed - x.base.index_select(x.axis, x.units)) @ weight_of_units.t()
+    return delta.add_(F.linear(x.base, weight, bias)).flatten(0, 1)
 
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d)
 def _conv(
-    func: Any,
+    func: TorchFunction,
     x: CandidateTensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -269,138 +281,116 @@ def _conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Any:
+) -> Tensor | None:
+    def convolve(t: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        result: Tensor = func(t, weight, bias, stride, padding, dilation, groups)
+        return result
+
     if x.identical:
-        return CandidateTensor.repeated(
-            func(x.base, weight, bias, stride, padding, dilation, groups), x.copies
-        )
-    if groups == x.shape[1] == len(weight) and x.axis == 1:
+        return CandidateTensor.repeated(convolve(x.base, weight, bias, groups), x.copies)
+    if x.axis != 1:
+        return None
+    if groups == x.shape[1] == len(weight):  # a depthwise convolution
 
         def depthwise(t: Tensor, units: Tensor | None) -> Tensor:
-            own = [
-                w if w is None or units is None else w.index_select(0, units)
-                for w in (weight, bias)
-            ]
-            out: Tensor = func(t, *own, stride, padding, dilation, t.shape[1])
-            return out
+            weight_of_units = weight if units is None else weight.index_select(0, units)
+            return convolve(t, weight_of_units, _select(bias, 0, units), t.shape[1])
 
         return x.map_channels(depthwise)
-    if groups != 1 or x.axis != 1:
-        return NotImplemented
+    if groups != 1:
+        return None
+    weight_of_units = weight.index_select(1, x.units)
     if x.all_differ:
-        return func(
-            x.changed.flatten(0, 1),
-            weight.index_select(1, x.units),
-            bias,
-            stride,
-            padding,
-            dilation,
-        )
+        return convolve(x.changed.flatten(0, 1), weight_of_units, bias)
     if not _is_exact_in_parts(x):
-        return NotImplemented
-    base = func(x.base, weight, bias, stride, padding, dilation)
+        return None
+    base = convolve(x.base, weight, bias)
     change = (x.changed - x.base.index_select(1, x.units)).flatten(0, 1)
-    delta = func(change, weight.index_select(1, x.units), None, stride, padding, dilation)
-    return delta.unflatten(0, (x.copies, -1)).add_(base).flatten(0, 1)
-
-
-@handles(F.layer_norm, F.group_norm, F.embedding, F.prelu)
-def _samplewise(func: Any, x: CandidateTensor, *args: Any, **kwargs: Any) -> Any:
-    return (
-        CandidateTensor.repeated(func(x.base, *args, **kwargs), x.copies)
-        if x.identical
-        else NotImplemented
-    )
-
-
-@handles(torch.cat, torch.concat, torch.concatenate, alone=False)
-def _cat(func: Any, tensors: Any, dim: int = 0) -> Any:
-    first = tensors[0]
-    if not all(
-        isinstance(t, CandidateTensor) and t.materialized is None and t.copies == first.copies
-        for t in tensors
-    ):
-        return NotImplemented
-    dim %= first.ndim
-    if dim == 0 or any(not t.identical and t.axis != dim for t in tensors):
-        return NotImplemented
-    base = torch.cat([t.base for t in tensors], dim)
-    if all(t.identical for t in tensors):
-        return CandidateTensor.repeated(base, first.copies)
-    offset, units, changed = 0, [], []
-    for t in tensors:
-        if not t.identical:
-            units.append(t.units + offset)
-            changed.append(t.changed)
-        offset += t.shape[dim]
-    return CandidateTensor(base, first.copies, dim, torch.cat(units), torch.cat(changed, dim + 1))
+    delta: Tensor = convolve(change, weight_of_units, None).unflatten(0, (x.copies, -1))
+    return delta.add_(base).flatten(0, 1)
 
 
 def _is_exact_in_parts(x: CandidateTensor) -> bool:
-    """True if a product may be computed as the sum of two products: in float32 or float64, without
-    autocast.
-    """
-    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
-        x.device.type
-    )
+    """True if a product may be computed as the sum of two products."""
+    is_wide = x.dtype in (torch.float32, torch.float64)
+    return is_wide and not torch.is_autocast_enabled(x.device.type)
 
 
-@handles(*OPERATIONS, *IN_PLACE, alone=False)
-def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+@handles_any(torch.cat, torch.concat, torch.concatenate)
+def _cat(func: TorchFunction, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    parts = [t for t in tensors if isinstance(t, CandidateTensor) and t.materialized is None]
+    if len(parts) < len(tensors):
+        return None
+    copies = parts[0].copies
+    dim %= parts[0].ndim
+    differing = [part for part in parts if not part.identical]
+    if dim == 0 or any(part.copies != copies for part in parts):
+        return None
+    if any(part.axis != dim for part in differing):
+        return None
+    base = torch.cat([part.base for part in parts], dim)
+    if not differing:
+        return CandidateTensor.repeated(base, copies)
+    offset, units = 0, []
+    for part in parts:
+        units.append(part.units + offset)
+        offset += part.shape[dim]
+    changed = torch.cat([part.changed for part in differing], dim + 1)
+    return CandidateTensor(base, copies, dim, torch.cat(units), changed)
+
+
+@handles_any(*OPERATIONS, *IN_PLACE)
+def _binary(func: TorchFunction, a: Any, b: Any, **kwargs: Any) -> Tensor | None:
     if "out" in kwargs:
-        return NotImplemented
-    in_place, apply = func in IN_PLACE, IN_PLACE.get(func, func)
+        return None
+
+    def apply(s: Any, t: Any) -> Tensor:
+        result: Tensor = IN_PLACE.get(func, func)(s, t, **kwargs)
+        return result
+
+    is_sum = not kwargs and IN_PLACE.get(func, func) in ADDITIONS
     if not isinstance(a, CandidateTensor):
-        return (
-            _onto_plain(apply, a, b, in_place, kwargs) if isinstance(a, Tensor) else NotImplemented
-        )
+        return _onto_plain(apply, a, b, func in IN_PLACE) if isinstance(a, Tensor) else None
+    result: Tensor | None
     if isinstance(b, CandidateTensor):
-        out = _add_identical(apply, a, b, kwargs)
-        if out is NotImplemented:
-            out = _both_candidates(lambda s, t: apply(s, t, **kwargs), a, b)
+        result = _add_shared(a, b) if is_sum else None
+        if result is None:
+            result = _of_two(apply, a, b)
     elif isinstance(b, Tensor) and b.ndim:
-        out = _with_plain(lambda s, t: apply(s, t, **kwargs), a, b)
+        result = _with_plain(apply, a, b)
     else:
-        out = a.map_channels(lambda t, _: apply(t, b, **kwargs))
-    if out is NotImplemented or not in_place:
-        return out
-    return a.assign(out) if out.shape == a.shape and out.dtype == a.dtype else NotImplemented
+        result = a.map_channels(lambda t, _: apply(t, b))
+    if result is None or func not in IN_PLACE:
+        return result
+    fits = result.shape == a.shape and result.dtype == a.dtype
+    return a.assign(result) if fits else None
 
 
-def _add_identical(
-    apply: Callable[..., Any], a: CandidateTensor, b: CandidateTensor, kwargs: dict[str, Any]
-) -> Any:
-    """Adds a tensor that all candidates share to a tensor with a pending difference, which stays
-    pending.
-    """
-    if (
-        kwargs
-        or apply not in (*ADDITIONS, operator.add)
-        or a.shape != b.shape
-        or a.copies != b.copies
-    ):
-        return NotImplemented
-    for x, other in ((a, b), (b, a)):
-        if x.pending is not None and other.identical and x.dtype == other.dtype:
+def _add_shared(a: CandidateTensor, b: CandidateTensor) -> CandidateTensor | None:
+    """Adds a tensor that all candidates share to a pending difference, which stays pending."""
+    if a.shape != b.shape or a.copies != b.copies or a.dtype != b.dtype:
+        return None
+    for x, shared in ((a, b), (b, a)):
+        if x.pending is not None and shared.identical:
             return CandidateTensor(a.base + b.base, a.copies, x.axis, x.units, x.pending)
-    return NotImplemented
+    return None
 
 
-def _both_candidates(
+def _of_two(
     apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: CandidateTensor
-) -> Any:
+) -> CandidateTensor | None:
     if a.copies != b.copies or a.ndim != b.ndim or len(a.base) != len(b.base):
-        return NotImplemented
+        return None
     if a.identical and b.identical:
         return CandidateTensor.repeated(apply(a.base, b.base), a.copies)
-    dim = b.axis if a.identical else a.axis
-    if (not a.identical and not b.identical and a.axis != b.axis) or a.base.shape[
-        dim
-    ] != b.base.shape[dim]:
-        return NotImplemented
-    units = b.units if a.identical else a.units
-    if not a.identical and not b.identical and a.units is not b.units:
-        units = torch.cat([a.units, b.units]).unique()
+    dim, units = (b.axis, b.units) if a.identical else (a.axis, a.units)
+    if a.base.shape[dim] != b.base.shape[dim]:
+        return None
+    if not a.identical and not b.identical:
+        if a.axis != b.axis:
+            return None
+        if a.units is not b.units:
+            units = torch.cat([a.units, b.units]).unique()
     changed = apply(_channels(a, dim, units), _channels(b, dim, units))
     return CandidateTensor(apply(a.base, b.base), a.copies, dim, units, changed)
 
@@ -411,38 +401,37 @@ def _channels(x: CandidateTensor, dim: int, units: Tensor) -> Tensor:
     base = x.base.index_select(dim, units).unsqueeze(0)
     if x.identical:
         return base
-    whole = base.expand(x.copies, *base.shape[1:]).clone()
-    return whole.index_copy_(dim + 1, (units.unsqueeze(1) == x.units).int().argmax(0), x.changed)
+    channels = base.expand(x.copies, *base.shape[1:]).clone()
+    place = (units.unsqueeze(1) == x.units).int().argmax(0)
+    return channels.index_copy_(dim + 1, place, x.changed)
 
 
-def _with_plain(apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: Tensor) -> Any:
+def _with_plain(
+    apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: Tensor
+) -> Tensor | None:
     if b.shape == a.shape and len(b) != 1:
         if not a.identical:
-            return NotImplemented
+            return None
         return apply(a.base.unsqueeze(0), b.unflatten(0, (a.copies, -1))).flatten(0, 1)
     if b.ndim > a.ndim or (b.ndim == a.ndim and len(b) != 1):
-        return NotImplemented
-    place = a.axis - (a.ndim - b.ndim)
+        return None
+    if torch.broadcast_shapes(a.shape, b.shape) != a.shape:
+        return None
+    axis = a.axis - (a.ndim - b.ndim)  # the channel dimension of `b`
+    has_channels = axis >= 0 and b.shape[axis] != 1
 
-    def one(t: Tensor, units: Tensor | None) -> Tensor:
-        return apply(
-            t,
-            b
-            if units is None or place < 0 or b.shape[place] == 1
-            else b.index_select(place, units),
-        )
+    def with_channels(t: Tensor, units: Tensor | None) -> Tensor:
+        if units is None or not has_channels:
+            return apply(t, b)
+        return apply(t, b.index_select(axis, units))
 
-    return (
-        a.map_channels(one)
-        if torch.broadcast_shapes(a.shape, b.shape) == a.shape
-        else NotImplemented
-    )
+    return a.map_channels(with_channels)
 
 
 def _onto_plain(
-    apply: Any, a: Tensor, b: CandidateTensor, in_place: bool, kwargs: dict[str, Any]
-) -> Any:
+    apply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: CandidateTensor, in_place: bool
+) -> Tensor | None:
     if not b.identical or a.shape != b.shape:
-        return NotImplemented
-    out = apply(a.unflatten(0, (b.copies, -1)), b.base.unsqueeze(0), **kwargs).flatten(0, 1)
+        return None
+    out = apply(a.unflatten(0, (b.copies, -1)), b.base.unsqueeze(0)).flatten(0, 1)
     return a.copy_(out) if in_place else out

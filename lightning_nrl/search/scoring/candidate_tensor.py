@@ -1,6 +1,4 @@
-"""`CandidateTensor`: activations of many candidates as one shared base plus the channels in which
-they
-differ.
+"""`CandidateTensor`: activations of many candidates as a shared base plus the differing channels.
 
 For P candidates and n samples, the model's code sees a tensor of `P * n` samples. Only n samples
 and the channels that differ between candidates are stored. Channelwise operations (activations,
@@ -11,28 +9,45 @@ the whole tensor, so that its result is that of a plain tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-OP_HANDLERS: dict[
-    Any, Callable[..., Any]
-] = {}  # by torch function; `candidate_ops` registers handlers
+TorchFunction: TypeAlias = Callable[..., Any]
+
+# Computes the result of a torch function; None: the function gets whole tensors instead.
+Handler: TypeAlias = Callable[..., Tensor | None]
+
+# Handlers by torch function; `candidate_ops` registers them.
+OP_HANDLERS: dict[TorchFunction, Handler] = {}
+
+
+def named(owner: object, names: str) -> tuple[Any, ...]:
+    """Returns attributes of a module or class. `names` are separated by spaces."""
+    return tuple(getattr(owner, name) for name in names.split())
+
+
+PROPERTIES = "shape dtype device ndim layout is_cuda is_nested requires_grad is_sparse"
+METADATA_FUNCTIONS = {
+    *(attribute.__get__ for attribute in named(Tensor, PROPERTIES)),
+    *named(Tensor, "size dim numel is_floating_point is_complex __len__"),
+    torch.is_floating_point,
+    torch.numel,
+}
 
 
 @dataclass(frozen=True)
 class LazyDelta:
-    """Change of U channels under P candidates. It is computed late, so that a scale per channel can
-    be
-    included.
+    """Change of U channels under P candidates.
 
-    For n samples `onto(base, scale)` returns `base + scale * change` as a new tensor `U x P x n x
-    ...`. `base` is `U x n x ...`, the part of `CandidateTensor.base` in the U channels. `scale` is
-    a factor per channel, `U`, or None.
+    It is computed late, so that a scale per channel can be included. For n samples `onto(base,
+    scale)` returns `base + scale * change` as a new tensor `U x P x n x ...`. `base` is `U x n x
+    ...`, the part of `CandidateTensor.base` in the U channels. `scale` is a factor per channel,
+    `U`, or None.
     """
 
     onto: Callable[[Tensor, Tensor | None], Tensor]
@@ -43,21 +58,16 @@ class LazyDelta:
 
 
 class CandidateTensor(Tensor):
-    """Activations of n samples under P candidates, `P * n x ...`: n rows for each candidate in
-    turn.
-    """
+    """Activations of n samples under P candidates, `P * n x ...`: n rows for each candidate."""
 
     base: Tensor  # n x ..., values that all candidates share; never changed in place
     axis: int  # channel dimension of `base`, not negative
     units: Tensor  # U int64, the channels in which candidates differ, each once
     copies: int  # P
     pending: LazyDelta | None  # difference of the U channels from the base; None if it is computed
-    computed: (
-        Tensor | None
-    )  # P x n x ..., values of the U channels; None if they are not computed yet
-    materialized: (
-        Tensor | None
-    )  # the whole tensor, which replaces all fields above; None before it is requested
+    computed: Tensor | None  # P x n x ..., values of the U channels; None: not computed yet
+    # The whole tensor, which replaces all fields above; None before it is requested.
+    materialized: Tensor | None
 
     @staticmethod
     def __new__(
@@ -65,34 +75,28 @@ class CandidateTensor(Tensor):
     ) -> CandidateTensor:
         shape = (copies * base.shape[0], *base.shape[1:])
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=base.dtype, device=base.device)
-        new.base, new.copies, new.axis, new.units, new.materialized = (
-            base,
-            copies,
-            axis,
-            units,
-            None,
-        )
-        new.pending = changed if isinstance(changed, LazyDelta) else None
-        new.computed = None if isinstance(changed, LazyDelta) else changed
+        new.base = base
+        new.copies = copies
+        new.axis = axis
+        new.units = units
+        new.pending = new.computed = new.materialized = None
+        if isinstance(changed, LazyDelta):
+            new.pending = changed
+        else:
+            new.computed = changed
         return new
 
     @classmethod
     def repeated(cls, base: Tensor, copies: int) -> CandidateTensor:
-        return cls(
-            base,
-            copies,
-            min(1, base.ndim - 1),
-            torch.empty(0, dtype=torch.int64, device=base.device),
-            None,
-        )
+        nothing = torch.empty(0, dtype=torch.int64, device=base.device)
+        return cls(base, copies, min(1, base.ndim - 1), nothing, None)
 
     @property
     def changed(self) -> Tensor:
-        """Values of the differing channels, `P x n x ...`. Dimension `axis + 1` stands for the U
-        channels.
-        """
+        """Values of the U differing channels, `P x n x ...` with channels in `axis + 1`."""
         if self.computed is None:
-            self.computed, self.pending = self.evaluated(), None
+            self.computed = self.evaluated()
+            self.pending = None
         return self.computed
 
     def evaluated(self) -> Tensor:
@@ -111,16 +115,14 @@ class CandidateTensor(Tensor):
     def dense(self) -> Tensor:
         """Returns the whole tensor. In-place changes of the result change this tensor."""
         if self.materialized is None:
-            base, dim = self.base, self.axis
             if self.all_differ:
-                whole = self._all_changed().contiguous()
+                dense = self._all_changed().contiguous()
             else:
-                whole = base.expand(self.copies, *base.shape).clone(
-                    memory_format=torch.contiguous_format
-                )
+                shared = self.base.expand(self.copies, *self.base.shape)
+                dense = shared.clone(memory_format=torch.contiguous_format)
                 if not self.identical:
-                    whole.index_copy_(dim + 1, self.units, self.changed)
-            self.materialized = whole.flatten(0, 1)
+                    dense.index_copy_(self.axis + 1, self.units, self.changed)
+            self.materialized = dense.flatten(0, 1)
         return self.materialized
 
     def dense_view(self) -> Tensor:
@@ -133,22 +135,21 @@ class CandidateTensor(Tensor):
         dim = self.axis + 1
         return self.changed.movedim(dim, 0).index_select(0, self.units.argsort()).movedim(0, dim)
 
-    def assign(self, other: Any) -> CandidateTensor:
-        if isinstance(other, CandidateTensor):
-            self.base, self.axis, self.units = other.base, other.axis, other.units
-            self.pending, self.computed, self.materialized = (
-                other.pending,
-                other.computed,
-                other.materialized,
-            )
-        else:
-            self.materialized = other
+    def assign(self, result: Tensor) -> CandidateTensor:
+        """Sets this tensor to the result of an in-place operation."""
+        if not isinstance(result, CandidateTensor):
+            self.materialized = result
+            return self
+        self.base = result.base
+        self.axis = result.axis
+        self.units = result.units
+        self.pending = result.pending
+        self.computed = result.computed
+        self.materialized = result.materialized
         return self
 
     def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
-        """Applies a channelwise `function(values, channels)`. `channels` are indices; None means
-        all channels.
-        """
+        """Applies a channelwise `function(values, channels)`; None stands for all channels."""
         base = function(self.base, None)
         if self.identical:
             return CandidateTensor.repeated(base, self.copies)
@@ -157,55 +158,50 @@ class CandidateTensor(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: TorchFunction,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in METADATA_FUNCTIONS:
                 return func(*args, **kwargs)
             handler = OP_HANDLERS.get(func)
-            if handler is not None and not any(
-                isinstance(a, CandidateTensor) and a.materialized is not None for a in args
-            ):
+            if handler is not None and not any(_is_materialized(value) for value in args):
                 result = handler(func, *args, **kwargs)
-                if result is not NotImplemented:
+                if result is not None:
                     return result
-            whole = pytree.tree_map_only(CandidateTensor, CandidateTensor.dense, (args, kwargs))
-            out = func(*whole[0], **whole[1])
-            if args and isinstance(args[0], CandidateTensor) and out is args[0].materialized:
+            result = _on_whole_tensors(func, args, kwargs)
+            if args and isinstance(args[0], CandidateTensor) and result is args[0].materialized:
                 return args[0]
-            return out
+            return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: TorchFunction,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        whole = pytree.tree_map_only(CandidateTensor, CandidateTensor.dense, (args, kwargs or {}))
-        return func(*whole[0], **whole[1])
+        return _on_whole_tensors(func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"CandidateTensor({list(self.shape)}, copies={self.copies}, differing={self.units.numel()} at {self.axis})"
+        differing = f"differing={self.units.numel()} at {self.axis}"
+        return f"CandidateTensor({list(self.shape)}, copies={self.copies}, {differing})"
 
 
-METADATA_FUNCTIONS = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in (
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "layout",
-            "is_cuda",
-            "is_nested",
-            "requires_grad",
-            "is_sparse",
-        )
-    ),
-    *(
-        getattr(Tensor, name)
-        for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__")
-    ),
-    torch.is_floating_point,
-    torch.numel,
-}
+def as_dense(x: Tensor) -> Tensor:
+    """Returns the whole tensor of a `CandidateTensor`, and any other tensor as it is."""
+    return x.dense() if isinstance(x, CandidateTensor) else x
+
+
+def _is_materialized(value: object) -> bool:
+    return isinstance(value, CandidateTensor) and value.materialized is not None
+
+
+def _on_whole_tensors(func: TorchFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    dense = pytree.tree_map_only(CandidateTensor, CandidateTensor.dense, (args, dict(kwargs)))
+    return func(*dense[0], **dense[1])

@@ -6,7 +6,7 @@ Chunks and blocks of candidates are sized for a memory budget and the CPU cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -153,36 +153,25 @@ class ChunkScorer:
         return passed, None if loss is None else loss.view(n_candidates, -1)
 
 
+@dataclass
 class ChunkScorerFactory:
-    """Builds scorers of samples for one choice of weights.
+    """Builds scorers of samples for one choice of weights."""
 
-    Args:
-        cache: the recorded data.
-        where: `K` int64, flat positions of the changed weights.
-        task: decides when a sample passes.
-        budget: bytes per pass.
-        reserve: `N`, minimum margin to pass; None: no minimum. Entry i belongs to row i of the
-            results, also in `weight`.
-        weight: `N` float64, sample weights; None: equal weights.
-    """
+    cache: ActivationCache
+    where: Tensor  # K int64, flat positions of the changed weights
+    task: Task
+    budget: int  # bytes per pass
+    # By row of the results; None: no minimum margin to pass, equal sample weights (float64).
+    reserve: Tensor | None
+    weight: Tensor | None
 
-    def __init__(
-        self,
-        cache: ActivationCache,
-        where: Tensor,
-        task: Task,
-        budget: int,
-        reserve: Tensor | None,
-        weight: Tensor | None,
-    ) -> None:
-        self.cache = cache
-        self.where = where
-        self.task = task
-        self.budget = budget
-        self.reserve = reserve
-        self.device = cache.space.device
-        self.deltas = make_layer_deltas(cache.space, where)
-        self.weight = None if weight is None else weight.to("cpu", widest(self.device))
+    @property
+    def device(self) -> torch.device:
+        return self.cache.space.device
+
+    @cached_property
+    def deltas(self) -> tuple[LayerDelta, ...]:
+        return make_layer_deltas(self.cache.space, self.where)
 
     @torch.no_grad()
     def scorers_of(self, mask: Tensor, room: int) -> list[ChunkScorer]:
@@ -252,7 +241,7 @@ class ChunkScorerFactory:
         if self.reserve is not None:
             scorer.reserve = self.reserve[chunk.rows].to(self.device)
         if self.weight is not None:
-            weight = self.weight[chunk.rows]
+            weight = self.weight[chunk.rows].to("cpu", widest(self.device))
             scorer.total_weight = float(weight.sum())
             scorer.weight = weight.to(self.device)
         return scorer

@@ -1,6 +1,4 @@
-"""Finds the free memory of a device, runs work in blocks that fit into it, and measures
-allocations.
-"""
+"""Finds the free memory of a device, and measures allocations."""
 
 from __future__ import annotations
 
@@ -9,14 +7,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-
-T = TypeVar("T")
 
 
 def default_budget(device: torch.device) -> int:
@@ -25,20 +21,24 @@ def default_budget(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the free memory of a device in bytes. A container's limit bounds the free main
-    memory.
+    """Returns the free memory of a device in bytes.
+
+    A container's limit bounds the free main memory.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     try:
-        available = 1024 * int(
-            Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
-        )
+        available = 1024 * _number_after("MemAvailable:", Path("/proc/meminfo"))
     except (OSError, IndexError, ValueError):
         available = _installed_memory() // 2
-    return min([available, *_container_limit()])
+    limit = _container_limit()
+    return available if limit is None else min(available, limit)
+
+
+def _number_after(word: str, file: Path) -> int:
+    return int(file.read_text().split(word)[1].split()[0])
 
 
 def _installed_memory() -> int:
@@ -48,22 +48,20 @@ def _installed_memory() -> int:
         return 8 << 30
 
 
-def _container_limit() -> list[int]:
-    """Returns the bytes left below a container's limit (control groups, version 2), or [] without a
-    limit.
-    """
+def _container_limit() -> int | None:
+    """Returns the bytes left below a container's limit (control groups, version 2), if any."""
     folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = (
-            int((folder / name).read_text()) for name in ("memory.max", "memory.current")
-        )
-        files = (folder / "memory.stat").read_text().split("\ninactive_file ")[1].split()[0]
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        # Cached files count as used, but are dropped when memory runs short.
+        cached = _number_after("\ninactive_file ", folder / "memory.stat")
     except (OSError, IndexError, ValueError):
-        return []
-    return [max(0, limit - used + int(files))]
+        return None
+    return max(0, limit - used + cached)
 
 
-def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
+def measure_allocations(work: Callable[[], object]) -> tuple[int, int]:
     """Returns the peak and the total number of bytes of the tensors that `work` creates."""
     meter = AllocationMeter()
     with meter:
@@ -79,20 +77,26 @@ class AllocationMeter(TorchDispatchMode):
         self.held: dict[int, int] = {}  # bytes of each live storage, by address
         self.peak = self.total = 0  # bytes
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
-        for storage in _storages(out):
-            key, size = storage.data_ptr(), storage.nbytes()
-            if key and key not in given and key not in self.held:
-                self.held[key] = size
-                weakref.finalize(storage, self.held.pop, key)
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            address, size = storage.data_ptr(), storage.nbytes()
+            if address and address not in inputs and address not in self.held:
+                self.held[address] = size
+                weakref.finalize(storage, self.held.pop, address)
                 self.total += size
                 self.peak = max(self.peak, sum(self.held.values()))
-        return out
+        return result
 
 
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+def _storages(values: object) -> Iterator[torch.UntypedStorage]:
     for x in pytree.tree_leaves(values):
         if isinstance(x, Tensor):
             with suppress(RuntimeError, NotImplementedError):  # tensors without storage

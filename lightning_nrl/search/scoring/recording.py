@@ -1,6 +1,4 @@
-"""Runs a model once over known data and stores the tensors from which its passes resume at the
-first
-repaired layer.
+"""Runs a model once over known data and stores the tensors from which its passes resume.
 
 Passes with the same calls and shapes form a group. Each resumed pass is compared with the whole
 model: under changed weights for the first pass of a group, under the original weights for later
@@ -32,6 +30,8 @@ from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, ReplayGroup, split_inputs
 from lightning_nrl.search.scoring.memory import free_memory
 from lightning_nrl.search.scoring.replay_plan import (
+    OTHER_ORDER,
+    NotReplayableError,
     ReplayPlan,
     find_replay_plan,
     perturbed,
@@ -44,31 +44,37 @@ from lightning_nrl.search.scoring.traced_model import EditableModel, Inputs
 OTHER_OUTPUTS = "for some samples a resumed pass gives other outputs than the whole model"
 
 Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
-"""Reads samples again, given their rows in the results in ascending order; yields batches and their
-samples' rows.
+"""Reads samples again, given their rows in the results in ascending order.
+
+Yields batches and their samples' rows.
 """
 
 
 @torch.no_grad()
 def record(
     evaluator: Evaluator,
-    batches: Iterable[
-        tuple[Batch, Tensor]
-    ],  # this rank's batches and their samples' rows in the results, int64
+    batches: Iterable[tuple[Batch, Tensor]],
     space: ParameterSpace,
-    keep: Tensor,  # N bool, the samples to store; entry i belongs to row i of the results
+    keep: Tensor,
     *,
-    budget: int | None = None,  # bytes on the model's device; None: half of the free memory
-    draw: Draw
-    | None = None,  # reads samples again whose tensors do not fit in memory; None: all tensors are stored
+    budget: int | None = None,
+    draw: Draw | None = None,
 ) -> ActivationCache:
-    """Records the known data for a repair of `space`. Warns if some samples must run through the
-    whole
-    model.
+    """Records the known data for a repair of `space`.
 
-    On a GPU, tensors beyond `budget` are stored in main memory, but at most in half of its free
-    part. Raises a `ReplayError` if `space` has no layer, or if the model never calls one of its
-    layers.
+    Warns if some samples must run through the whole model. On a GPU, tensors beyond `budget` are
+    stored in main memory, but at most in half of its free part.
+
+    Args:
+        evaluator: the model and its task.
+        batches: this rank's batches and their samples' rows in the results, int64.
+        space: the repaired layers.
+        keep: `N` bool, the samples to store; entry i belongs to row i of the results.
+        budget: bytes on the model's device; None: half of the free memory.
+        draw: reads samples again whose tensors do not fit in memory; None: all tensors are stored.
+
+    Raises:
+        ReplayError: `space` has no layer, or the model never calls one of its layers.
     """
     if not space.sites:
         raise ReplayError(space.obstacle)
@@ -78,26 +84,27 @@ def record(
         memory[space.device] = budget
     can_recompute = draw is not None
     n_wanted = -(-int(keep.sum()) // evaluator.collective.world_size)
-    sliceable: bool | None = None  # not known before the first batch
+    can_cut: bool | None = None  # not known before the first batch
     for batch, rows in batches:
         poll()
         index = keep.cpu()[rows].nonzero().flatten()
         if not len(index):
             continue
         inputs: Inputs = (batch.args, batch.kwargs)
-        target = batch.target
-        if sliceable is None:
-            sliceable = can_be_cut(cache.model, inputs, len(rows))
+        target, n = batch.target, len(rows)
+        if can_cut is None:
+            can_cut = can_be_cut(cache.model, inputs, n)
             # Inputs that cannot be sliced might be collated differently in the batches that are
             # read again.
-            can_recompute &= sliceable and is_sliceable(inputs, len(rows))
-        if len(index) < len(rows):
-            target = index_batch(target, index, len(rows))
-            inputs = index_batch(inputs, index, len(rows)) if sliceable else inputs
-        if sliceable:
+            can_recompute &= can_cut and is_sliceable(inputs, n)
+        if len(index) < n:
+            target = index_batch(target, index, n)
+        if can_cut:
+            if len(index) < n:
+                inputs = index_batch(inputs, index, n)
             group, stored = find_group(cache, inputs, len(index), space.device)
         else:
-            group, stored = find_head_group(cache, inputs, len(rows), space.device)
+            group, stored = find_head_group(cache, inputs, n, space.device)
             stored = [x.index_select(0, index.to(x.device)) for x in stored]
         again = None if draw is None else partial(_recompute_stored, cache.model, group, draw)
         group = _choose_group(cache, group, stored, memory, n_wanted, len(index), can_recompute)
@@ -106,9 +113,10 @@ def record(
         group.finish(pin=space.device.type == "cuda" and group.device.type == "cpu")
     cache.rows = torch.cat([cache.rows, *(group.rows[0] for group in cache.groups)])
     if cache.fallback_reason is not None:
+        reason = cache.fallback_reason
         warnings.warn(
             PerformanceWarning(
-                f"`layer`: {cache.fallback_reason}, so every candidate is run through the whole model.",
+                f"`layer`: {reason}, so every candidate is run through the whole model.",
                 "the result is the same, only slower; another layer may be faster.",
             ),
             stacklevel=2,
@@ -119,102 +127,107 @@ def record(
 def find_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Runs a batch of `n` samples. Returns its group, which may be new, and the tensors to store."""
+    """Runs a batch of `n` samples; returns its group, which may be new, and tensors to store."""
     model = cache.model
     planned = [(group, group.plan) for group in cache.groups if group.plan is not None]
-    live = {name for _, plan in planned for name in plan.live_calls}
-    trace, logits = model.trace(inputs, live.__contains__)
+    live_calls = {name for _, plan in planned for name in plan.live_calls}
+    trace, logits = model.trace(inputs, live_calls.__contains__)
 
     def replays(plan: ReplayPlan, stored: list[Tensor]) -> bool:
-        return same_values(
-            plan.resume(model, stored, n, lambda site, x, y: y), logits, stored[-1].dtype
-        )
+        resumed = plan.resume(model, stored, n, lambda site, x, y: y)
+        return same_values(resumed, logits, stored[-1].dtype)
 
     for group, plan in planned:
         stored = plan.match(trace, inputs, n)
+        if stored is not None and replays(plan, stored):
+            return group, stored
         if stored is not None:
-            if replays(plan, stored):
-                return group, stored
             return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
     if planned and all(tuple(trace.calls) != plan.calls for _, plan in planned):
-        reason = "the order in which modules are called depends on the data"
-        return find_whole_group(cache, inputs, n, device, reason)
-    found = find_replay_plan(model, inputs, n)
-    if isinstance(found, str):
+        return find_whole_group(cache, inputs, n, device, OTHER_ORDER)
+    try:
+        plan = find_replay_plan(model, inputs, n)
+    except NotReplayableError as error:
         try:
             return find_head_group(cache, inputs, n, device)
         except InseparableBatchError:
-            return find_whole_group(cache, inputs, n, device, found)
-    trace, logits = model.trace(inputs, found.live_calls.__contains__)
-    stored = found.match(trace, inputs, n)
-    if stored is None or not replays(found, stored):
+            return find_whole_group(cache, inputs, n, device, str(error))
+    trace, logits = model.trace(inputs, plan.live_calls.__contains__)
+    stored = plan.match(trace, inputs, n)
+    if stored is None or not replays(plan, stored):
         return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
-    cache.groups.append(ReplayGroup(found, found.layouts, device))
+    cache.groups.append(ReplayGroup(plan, plan.layouts, device))
     return cache.groups[-1], stored
 
 
 def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
-    """True if samples can be run without their batch. If the inputs do not show this, it runs a few
-    samples.
+    """True if samples can be run without their batch.
+
+    If the inputs do not show this, it runs a few samples.
     """
     if is_sliceable(inputs, n):
         return True
-    some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
+    few = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
     try:
-        few, whole = model.logits(index_batch(inputs, some, n), {}), model.logits(inputs, {})
+        logits_of_few = model.logits(index_batch(inputs, few, n), {})
+        logits = model.logits(inputs, {})
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         if is_out_of_memory(error):
             raise
         return False
-    return len(whole) == n and same_values(few, whole[some.to(whole.device)])
+    return len(logits) == n and same_values(logits_of_few, logits[few.to(logits.device)])
 
 
 def find_head_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Replaces `find_group` for a batch that cannot be cut into samples. The repaired layer must
-    return the logits.
+    """Replaces `find_group` for a batch that cannot be cut into samples.
 
-    Raises a `ConfigurationError` if the model does not return one row of logits per sample, and an
-    `InseparableBatchError` if more than one layer is repaired or if the layer's output is not the
-    logits.
+    Raises:
+        ConfigurationError: the model does not return one row of logits per sample.
+        InseparableBatchError: more than one layer is repaired, or its output is not the logits.
     """
     model = cache.model
     trace, logits = model.trace(inputs, lambda name: False)
     if len(logits) != n:
         raise ConfigurationError(
             f"`task`: the model returned logits {list(logits.shape)} for a batch of {n} samples.",
-            "return one row per sample, or give an `adapter` that selects the inputs and the target of a batch.",
+            "return one row per sample, or give an `adapter` that selects the inputs and the "
+            "target of a batch.",
         )
-    stored = [] if trace.input is None or trace.output is None else [trace.input, trace.output]
-    first = model.sites[trace.layer_order[0]]
-    flat = model.space.flat()
-    changed = model.space.changed(torch.arange(len(flat), device=flat.device), perturbed(flat))
-    if (
-        len(trace.layer_order) > 1
-        or any(len(x) != n for x in stored)
-        or not same_values(stored[1], logits)
-        or not same_values(output_under(changed, first, stored[0]), model.logits(inputs, changed))
-    ):
+    site = model.sites[trace.layer_order[0]]
+    x, y = trace.input, trace.output
+    is_head = len(trace.layer_order) == 1 and x is not None and y is not None
+    if x is None or y is None or not is_head or not _gives_logits(model, inputs, x, y, logits):
         raise InseparableBatchError(
-            f"`layer={first.name!r}`: samples cannot be taken out of these batches, and the layer does not return the "
-            "model's logits, so no new weights can be searched for it.",
+            f"`layer={site.name!r}`: samples cannot be taken out of these batches, and the layer "
+            "does not return the model's logits, so no new weights can be searched for it.",
             "name the last Linear layer, or use a method that trains, such as `finetune-polish`.",
         )
-    plan = ReplayPlan.of_last_layer(first, *stored)
+    plan = ReplayPlan.of_last_layer(site, x, y)
     for group in cache.groups:
         if group.plan is not None and group.plan.is_like(plan):
-            return group, stored
+            return group, [x, y]
     cache.groups.append(ReplayGroup(plan, plan.layouts, device))
-    return cache.groups[-1], stored
+    return cache.groups[-1], [x, y]
+
+
+def _gives_logits(
+    model: EditableModel, inputs: Inputs, x: Tensor, y: Tensor, logits: Tensor
+) -> bool:
+    """True if the only layer maps rows `x` to the logits, also under changed weights."""
+    if len(x) != len(logits) or not same_values(y, logits):
+        return False
+    (site,), flat = model.space.sites, model.space.flat()
+    everywhere = torch.arange(len(flat), device=flat.device)
+    changed = model.space.changed(everywhere, perturbed(flat))
+    return same_values(output_under(changed, site, x), model.logits(inputs, changed))
 
 
 def find_whole_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Does the work of `find_group` for a batch that must run through the whole model. `reason`
-    says why.
-    """
+    """Replaces `find_group` for a batch that must run through the whole model, for a `reason`."""
     cache.fallback_reason = cache.fallback_reason or reason
     new, stored = split_inputs(inputs, n, device)
     for group in cache.groups:
@@ -233,32 +246,40 @@ def _choose_group(
     n: int,  # number of samples in this batch
     can_recompute: bool,
 ) -> ReplayGroup:
-    """Chooses the memory for a batch. Returns the group like `group` in that memory, and creates it
-    if needed.
-    """
-    # Equal tensors are stored once, such as the input of a residual block, which is also the input
-    # of its shortcut.
-    same = tuple(
-        next(
-            j for j, y in enumerate(stored) if y is x or (y.dtype == x.dtype and torch.equal(y, x))
-        )
-        for x in stored
-    )
-    nbytes = sum(stored[i].nbytes for i in set(same))
-    fitting = next((device for device, left in memory.items() if nbytes <= left), None)
-    device, recomputed = fitting or list(memory)[-1], fitting is None and can_recompute
+    """Chooses the memory for a batch, and returns the group like `group` in that memory."""
+    first_equal = _first_equal(stored)
+    nbytes = sum(stored[i].nbytes for i in set(first_equal))
+    fitting = [device for device, room in memory.items() if nbytes <= room]
+    device = fitting[0] if fitting else list(memory)[-1]
+    recomputed = not fitting and can_recompute
     if not recomputed:
         memory[device] -= nbytes
     if not group.rows:
-        group.device, group.recomputed, group.same = device, recomputed, same
-        fits = nbytes * (n_wanted / n - 1) <= memory[device]
-        group.expected = n_wanted if len(cache.groups) == 1 and fits else 0
-    for other in cache.groups:
-        place = other.device, other.recomputed, other.same
-        if other.constants is group.constants and place == (device, recomputed, same):
-            return other
-    cache.groups.append(group.empty_like(device, recomputed, same))
+        group.device, group.recomputed, group.first_equal = device, recomputed, first_equal
+        all_fit = nbytes * (n_wanted / n - 1) <= memory[device]
+        if all_fit and len(cache.groups) == 1:
+            group.expected = n_wanted
+    place = (device, recomputed, first_equal)
+    for known in cache.groups:
+        is_like = known.constants is group.constants
+        if is_like and (known.device, known.recomputed, known.first_equal) == place:
+            return known
+    cache.groups.append(group.empty_like(device, recomputed, first_equal))
     return cache.groups[-1]
+
+
+def _first_equal(stored: list[Tensor]) -> tuple[int, ...]:
+    """Returns for each tensor the index of the first equal tensor, which alone is stored.
+
+    The input of a residual block, for example, is also the input of its shortcut.
+    """
+    first_equal: list[int] = []
+    for i, x in enumerate(stored):
+        equal = (
+            j for j in set(first_equal) if x.dtype == stored[j].dtype and torch.equal(x, stored[j])
+        )
+        first_equal.append(next(equal, i))
+    return tuple(first_equal)
 
 
 @torch.no_grad()
@@ -266,20 +287,20 @@ def _recompute_stored(
     model: EditableModel, group: ReplayGroup, draw: Draw, rows: Tensor
 ) -> list[Tensor]:
     parts = []
-    for batch, own in draw(rows):
+    for batch, rows_of_batch in draw(rows):
         inputs: Inputs = (batch.args, batch.kwargs)
+        n = len(rows_of_batch)
+        stored: list[Tensor] | None
         if group.plan is None:
-            stored: list[Tensor] | None = split_inputs(inputs, len(own), group.device)[1]
+            _, stored = split_inputs(inputs, n, group.device)
         else:
             trace, _ = model.trace(inputs, group.plan.live_calls.__contains__)
-            stored = group.plan.match(trace, inputs, len(own))
+            stored = group.plan.match(trace, inputs, n)
         if stored is None:
             raise ReplayError(
                 "`layer`: samples that were read again took another path through the model.",
                 "raise `SearchOptions.memory_limit`, so that no samples must be read again.",
             )
         parts.append(stored)
-    return [
-        torch.cat(xs, layout.dim)
-        for xs, layout in zip(zip(*parts, strict=True), group.layouts, strict=True)
-    ]
+    columns = zip(*parts, strict=True)
+    return [torch.cat(x, layout.dim) for x, layout in zip(columns, group.layouts, strict=True)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lightning_nrl._utils.device import is_out_of_memory, may_use_tf32
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.layers import LayerRef
-from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor, as_dense
 from lightning_nrl.search.scoring.sample_layout import SampleLayout, index_batch, infer_layout
 from lightning_nrl.search.scoring.sparse_delta import edit_layers, make_layer_deltas, output_under
 from lightning_nrl.search.scoring.traced_model import (
@@ -28,52 +27,54 @@ from lightning_nrl.search.scoring.traced_model import (
 )
 
 
+class NotReplayableError(Exception):
+    """No plan can resume the passes of a batch; the message says why."""
+
+
 @dataclass(frozen=True)
 class LeafSpec:
-    """Leaf of the tree of inputs and outputs that a resumed pass needs: a tensor of all samples, or
-    a constant.
-    """
+    """Leaf of the tree of inputs and outputs that a resumed pass needs."""
 
-    layout: SampleLayout | None  # None for a constant
+    layout: SampleLayout | None  # where a tensor has its samples; None for a constant
     live: bool  # False if the logits depend only on the shape of the tensor
-    value: Any  # the constant, or one sample of the tensor
+    value: object  # the constant, or one sample of the tensor
     repeats: bool = True  # False for the first site's input and output, which all copies share
 
     @property
     def stored(self) -> bool:
         return self.layout is not None and self.live
 
-    def matches(self, x: Any, n: int) -> bool:
+    def matches(self, x: object, n: int) -> bool:
         if not isinstance(self.value, Tensor) or not isinstance(x, Tensor):
-            return type(x) is type(self.value) and (
-                not isinstance(x, (int, float, str, bool)) or x == self.value
-            )
+            is_plain = isinstance(x, (int, float, str, bool))
+            return type(x) is type(self.value) and (not is_plain or x == self.value)
         if x.dtype != self.value.dtype:
             return False
         if self.layout is None:
             return x.shape == self.value.shape and (x.is_meta or torch.equal(x, self.value))
         return self.layout.matches(x.shape, self.value.shape, n)
 
-    def rebuild(self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device) -> Any:
-        """Returns the leaf for `copies * n` samples. A leaf whose values are stored takes the next
-        tensor of `stored`.
+    def rebuild(
+        self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device
+    ) -> object:
+        """Returns the leaf for `copies * n` samples; a stored leaf takes the next of `stored`.
 
         The model may change the leaf in place, unless it is the first site's input or output.
         """
+        if not isinstance(self.value, Tensor):
+            return self.value
         if self.layout is None:
-            return self.value.clone() if isinstance(self.value, Tensor) else self.value
+            return self.value.clone()
         if not self.repeats:
             return next(stored).to(device)
-        if copies == 1:
-            if not self.live:
-                return self.layout.expand(self.value, n).clone()
+        if copies == 1 and self.live:
             return next(stored).to(device, copy=True)
         base = next(stored).to(device) if self.live else self.layout.expand(self.value, n)
-        return (
-            CandidateTensor.repeated(base, copies)
-            if self.layout.dim == 0
-            else self.layout.expand(base, copies)
-        )
+        if copies == 1:
+            return base.clone()
+        if self.layout.dim == 0:
+            return CandidateTensor.repeated(base, copies)
+        return self.layout.expand(base, copies)
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,7 @@ class ReplayPlan:
     modules: Mapping[str, nn.Module]  # modules of the frontier by name
     first: LayerRef  # the repaired layer (site) that is called first
     dims: Mapping[str, int]  # sample dimension of each site's output
-    spec: (
-        pytree.TreeSpec
-    )  # structure of the tree (inputs, outputs of the frontier, input and output of the first site)
+    spec: pytree.TreeSpec  # structure of the tree that `flatten_trace` flattens
     leaves: tuple[LeafSpec, ...]  # leaves of that tree
     is_last_layer: bool = False  # True if the model returns the first site's output unchanged
 
@@ -97,8 +96,9 @@ class ReplayPlan:
         return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
 
     def is_like(self, other: ReplayPlan) -> bool:
-        """True if both plans are for a last layer whose input and output have equal dtypes and
-        shapes per sample.
+        """True if both plans are for the same kind of last layer.
+
+        Its input and output have equal dtypes and shapes per sample.
         """
         if not self.is_last_layer or self.spec != other.spec:
             return False
@@ -107,24 +107,31 @@ class ReplayPlan:
     @property
     def live_calls(self) -> frozenset[str]:
         _, outputs, _ = pytree.tree_unflatten(list(self.leaves), self.spec)
-        pairs = zip(self.calls, outputs, strict=True)
-        return frozenset(
-            name for name, tree in pairs if any(leaf.live for leaf in pytree.tree_leaves(tree))
-        )
+        names = set()
+        for name, output in zip(self.calls, outputs, strict=True):
+            if any(leaf.live for leaf in pytree.tree_leaves(output)):
+                names.add(name)
+        return frozenset(names)
 
     @property
     def layouts(self) -> list[SampleLayout]:
-        return [leaf.layout for leaf in self.leaves if leaf.stored and leaf.layout is not None]
+        return [leaf.layout for leaf in self.leaves if leaf.live and leaf.layout is not None]
 
     def match(self, trace: ForwardTrace, inputs: Inputs, n: int) -> list[Tensor] | None:
+        """Returns the tensors of a pass to store; None if the pass has another structure."""
         if tuple(trace.calls) != self.calls or trace.layer_order[0] != self.first.name:
             return None
-        leaves, spec = flatten_trace(inputs, trace)
-        if spec != self.spec or not all(
-            leaf.matches(x, n) for leaf, x in zip(self.leaves, leaves, strict=True)
-        ):
+        values, spec = flatten_trace(inputs, trace)
+        if spec != self.spec:
             return None
-        return [x for leaf, x in zip(self.leaves, leaves, strict=True) if leaf.stored]
+        leaves = list(zip(self.leaves, values, strict=True))
+        if not all(leaf.matches(value, n) for leaf, value in leaves):
+            return None
+        return self.stored_among(values)
+
+    def stored_among(self, values: Sequence[object]) -> list[Tensor]:
+        leaves = zip(self.leaves, values, strict=True)
+        return [value for leaf, value in leaves if leaf.stored and isinstance(value, Tensor)]
 
     def resume(
         self,
@@ -134,115 +141,127 @@ class ReplayPlan:
         edit: LayerEdit,
         copies: int = 1,
     ) -> Tensor:
-        """Resumes the passes of `n` samples from their `stored` tensors, as
-        `ActivationCache.replay` explains.
+        """Resumes the passes of `n` samples from their `stored` tensors.
+
+        `ActivationCache.replay` explains the other arguments.
         """
+        device = model.space.device
         if self.is_last_layer:
-            x, y = (t.to(model.space.device) for t in stored[-2:])
+            x, y = stored[-2].to(device), stored[-1].to(device)
             return _copy_if_recorded(edit(self.first, x, y), y)
         source = iter(stored)
-        leaves = [leaf.rebuild(source, n, copies, model.space.device) for leaf in self.leaves]
+        leaves = [leaf.rebuild(source, n, copies, device) for leaf in self.leaves]
         inputs, outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
 
-        def samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        def edit_samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
             dim = self.dims[site.name]
             if dim == 0:
                 return edit(site, x, y)
             return edit(site, x.movedim(dim, 0), y.movedim(dim, 0)).movedim(0, dim)
 
         def first_output() -> Tensor:
-            return _copy_if_recorded(samples_first(self.first, x, y), y)
+            return _copy_if_recorded(edit_samples_first(self.first, x, y), y)
 
         later = [site for site in model.space.sites if site is not self.first]
         with (
-            edit_outputs(later, samples_first),
+            edit_outputs(later, edit_samples_first),
             with_cached_outputs(self.calls, self.modules, outputs, self.first.module, first_output),
         ):
             return model.forward(inputs)
 
 
-def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[Any], pytree.TreeSpec]:
-    """Flattens the tree `(inputs, outputs of the frontier, input and output of the first site)` of
-    a traced pass.
-    """
+def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[object], pytree.TreeSpec]:
+    """Flattens a tree of inputs, outputs of the frontier, and the first site's input and output."""
     args, kwargs = inputs
-    return pytree.tree_flatten(
-        ((tuple(args), dict(kwargs)), list(trace.outputs), (trace.input, trace.output))
-    )
+    first_site = (trace.input, trace.output)
+    return pytree.tree_flatten(((tuple(args), dict(kwargs)), list(trace.outputs), first_site))
 
 
 def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
     """Copies `new` if it is the recorded tensor, since later code may change it in place."""
-    return (
-        new.clone()
-        if new is recorded or (type(new) is Tensor and new.data_ptr() == recorded.data_ptr())
-        else new
-    )
+    is_view = type(new) is Tensor and new.data_ptr() == recorded.data_ptr()
+    return new.clone() if new is recorded or is_view else new
 
 
-def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
-    """Returns a plan for passes with the structure of this batch of `n` samples, or the reason why
-    none is possible.
+def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan:
+    """Returns a plan for passes with the structure of this batch of `n` samples.
 
     The plan has been tested: under changed weights, a resumed pass gives the same logits as the
     whole model.
+
+    Raises:
+        NotReplayableError: no plan passes the test.
     """
+    # What depends on the number of samples shows where a tensor has its samples.
     small = max(2, min(n, 6))
-    few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
-    (trace, _), (other, _) = model.trace(few), model.trace(more)
-    first_name = trace.layer_order[0]
-    if trace.layer_order.count(first_name) > 1:
-        return f"layer {first_name!r} is called {trace.layer_order.count(first_name)} times in one pass"
-    if trace.calls != other.calls or trace.layer_order != other.layer_order:
-        return "the order in which modules are called depends on the data"
-    if is_packed(trace.outputs):
-        return "a module returns a packed sequence"
+    few = index_batch(inputs, torch.arange(small) % n, n)
+    more = index_batch(inputs, torch.arange(small + 1) % n, n)
+    trace, _ = model.trace(few)
+    trace_of_more, _ = model.trace(more)
+    _check_calls(trace, trace_of_more)
     leaves, spec = flatten_trace(few, trace)
-    others, other_spec = flatten_trace(more, other)
-    if spec != other_spec:
-        return "the structure of what modules return depends on the data"
+    leaves_of_more, spec_of_more = flatten_trace(more, trace_of_more)
+    if spec != spec_of_more:
+        raise NotReplayableError("the structure of what modules return depends on the data")
     try:
-        layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
-        of_calls = [
-            infer_layout(a, b, small, small + 1)
-            for a, b in zip(trace.layer_shapes, other.layer_shapes, strict=True)
-        ]
+        layouts = [_layout(*pair, small) for pair in zip(leaves, leaves_of_more, strict=True)]
+        dims = _sample_dims(trace, trace_of_more, small)
     except ValueError as error:
-        return f"no dimension of a module's output stands for the samples: {error}"
-    called = [
-        (name, layout.dim)
-        for name, layout in zip(trace.layer_order, of_calls, strict=True)
-        if layout
-    ]
-    if len(called) < len(of_calls) or layouts[-2] is None:
-        return "the size of a layer's input or output does not depend on the number of samples"
-    dims = dict(called)
-    if len(set(called)) > len(dims):
-        return "calls of a layer have the samples in different dimensions"
-    first = model.sites[first_name]
-    modules = {name: model.model.get_submodule(name) for name in trace.calls}
-    alive = _liveness(model, trace, few)
+        raise NotReplayableError(
+            f"no dimension of a module's output stands for the samples: {error}"
+        ) from error
+    if layouts[-2] is None:
+        raise NotReplayableError(FIXED_SIZE)
+    plan = ReplayPlan(
+        tuple(trace.calls),
+        {name: model.model.get_submodule(name) for name in trace.calls},
+        model.sites[trace.layer_order[0]],
+        dims,
+        spec,
+        (),
+    )
     problem = ""
-    for live in (alive, [True] * len(leaves)):
-        made = [_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True)]
-        made[-2:] = (replace(leaf, live=True, repeats=False) for leaf in made[-2:])
-        plan = ReplayPlan(tuple(trace.calls), modules, first, dims, spec, tuple(made))
-        stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
-        try:
-            problem = _check(model, plan, stored, few, small)
-        except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
-            if is_out_of_memory(error):
-                raise
-            problem = f"resuming a pass failed: {error}".splitlines()[0]
+    for live in (_liveness(model, trace, few), [True] * len(leaves)):
+        specs = [_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True)]
+        first_site = [replace(leaf, live=True, repeats=False) for leaf in specs[-2:]]
+        plan = replace(plan, leaves=(*specs[:-2], *first_site))
+        stored = plan.stored_among(leaves)
+        problem = _test(model, plan, stored, few, small)
         if not problem:
             return replace(plan, is_last_layer=_is_last_layer(model, plan, stored, small))
-    return problem
+    raise NotReplayableError(problem)
+
+
+FIXED_SIZE = "the size of a layer's input or output does not depend on the number of samples"
+OTHER_ORDER = "the order in which modules are called depends on the data"
+
+
+def _check_calls(trace: ForwardTrace, trace_of_more: ForwardTrace) -> None:
+    first = trace.layer_order[0]
+    n_calls = trace.layer_order.count(first)
+    if n_calls > 1:
+        raise NotReplayableError(f"layer {first!r} is called {n_calls} times in one pass")
+    if trace.calls != trace_of_more.calls or trace.layer_order != trace_of_more.layer_order:
+        raise NotReplayableError(OTHER_ORDER)
+    if is_packed(trace.outputs):
+        raise NotReplayableError("a module returns a packed sequence")
+
+
+def _sample_dims(trace: ForwardTrace, trace_of_more: ForwardTrace, small: int) -> dict[str, int]:
+    """Returns the sample dimension of each site's output."""
+    dims: dict[str, int] = {}
+    shapes = zip(trace.layer_order, trace.layer_shapes, trace_of_more.layer_shapes, strict=True)
+    for name, shape, shape_of_more in shapes:
+        layout = infer_layout(shape, shape_of_more, small, small + 1)
+        if layout is None:
+            raise NotReplayableError(FIXED_SIZE)
+        if dims.setdefault(name, layout.dim) != layout.dim:
+            raise NotReplayableError("calls of a layer have the samples in different dimensions")
+    return dims
 
 
 def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> bool:
-    """True if two tensors are equal up to rounding errors in `precision`, by default in their
-    dtype.
-    """
+    """True if two tensors are equal up to rounding in `precision`, by default in their dtype."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     are_equal = torch.equal(a, b)
@@ -256,38 +275,46 @@ def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> b
     return torch.allclose(a, b, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
 
 
-def _check(
+def _test(
     model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int
 ) -> str:
-    """Compares resumed passes with the whole model, with all or a few weights changed; returns the
-    problem, or "".
-    """
-    flat = model.space.flat()
+    """Compares resumed passes with the whole model; returns the problem, or ""."""
+    try:
+        agrees = _agrees(model, plan, stored, inputs, n)
+    except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
+        if is_out_of_memory(error):
+            raise
+        return f"resuming a pass failed: {error}".splitlines()[0]
+    return (
+        "" if agrees else "resuming a pass after the layer gives other outputs than the whole model"
+    )
+
+
+def _agrees(
+    model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int
+) -> bool:
+    """True if resumed passes give the whole model's logits, with all or a few weights changed."""
+    space, flat = model.space, model.space.flat()
     changed = perturbed(flat)
-    whole = model.space.changed(torch.arange(len(flat), device=flat.device), changed)
+    all_changed = space.changed(torch.arange(len(flat), device=flat.device), changed)
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         if site is not plan.first:
             x, y = x[len(x) // 2 :], y[: len(y) // 2]
-        return torch.cat([y, output_under(whole, site, x)])
+        return torch.cat([y, output_under(all_changed, site, x)])
 
-    where = (
-        torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64)
-        .long()
-        .unique()
-        .to(flat.device)
-    )
+    spread = torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64)
+    where = spread.long().unique().to(flat.device)
     values = torch.stack([flat, changed])[:, where]
-    sparse = edit_layers(make_layer_deltas(model.space, where), values)
-    unchanged, few = (model.space.changed(where, v) for v in values)
-    for some_edit, weights in ((edit, ({}, whole)), (sparse, (unchanged, few))):
-        resumed = plan.resume(model, stored, n, some_edit, copies=2)
-        precision = min((stored[-1].dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
-        halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
-        for half, parameters in zip(halves, weights, strict=True):
-            if not same_values(half, model.logits(inputs, parameters), precision):
-                return "resuming a pass after the layer gives other outputs than the whole model"
-    return ""
+    sparse_edit = edit_layers(make_layer_deltas(space, where), values)
+    few_changed = [space.changed(where, candidate) for candidate in values]
+    for layer_edit, weights in ((edit, [{}, all_changed]), (sparse_edit, few_changed)):
+        resumed = plan.resume(model, stored, n, layer_edit, copies=2)
+        precision = min(stored[-1].dtype, resumed.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        for logits, parameters in zip(as_dense(resumed).chunk(2), weights, strict=True):
+            if not same_values(logits, model.logits(inputs, parameters), precision):
+                return False
+    return True
 
 
 def perturbed(flat: Tensor) -> Tensor:
@@ -297,55 +324,55 @@ def perturbed(flat: Tensor) -> Tensor:
 
 
 def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], n: int) -> bool:
-    given: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
-        given.append(y.clone())
-        return given[-1]
+        outputs.append(y.clone())
+        return outputs[-1]
 
     logits = plan.resume(model, stored, n, edit)
-    return len(given) == 1 and logits is given[0]
+    return len(outputs) == 1 and logits is outputs[0]
 
 
 def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
     """Returns True for each leaf that affects the logits other than through the first site.
-    Gradients decide this.
+
+    Gradients decide this, so that it is True for everything but floats.
     """
     leaves, spec = flatten_trace(inputs, trace)
-    floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
+    floats: dict[int, Tensor] = {}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            floats[i] = leaf.detach().clone().requires_grad_()
+    gradients: Sequence[Tensor | None] = [None] * len(floats)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wanted = [
-                x.detach().clone().requires_grad_()
-                for x, f in zip(leaves, floats, strict=True)
-                if f
-            ]
-            source = iter(wanted)
-            given = [next(source).clone() if f else x for x, f in zip(leaves, floats, strict=True)]
-            inputs, outputs, (_, y) = pytree.tree_unflatten(given, spec)
+            copies = [floats[i].clone() if i in floats else x for i, x in enumerate(leaves)]
+            inputs, outputs, (_, y) = pytree.tree_unflatten(copies, spec)
             y = y.detach()
             first = model.sites[trace.layer_order[0]].module
             modules = dict(model.model.named_modules())
             with with_cached_outputs(trace.calls, modules, outputs, first, lambda: y):
                 logits = model.forward(inputs)
-            found: Iterator[Tensor | None] = iter([None] * len(wanted))
             if logits.requires_grad:
-                found = iter(torch.autograd.grad(logits.sum(), wanted, allow_unused=True))
+                wanted = list(floats.values())
+                gradients = torch.autograd.grad(logits.sum(), wanted, allow_unused=True)
     except (RuntimeError, ReplayError) as error:
         if is_out_of_memory(error):
             raise
         return [True] * len(leaves)
-    return [next(found) is not None if f else True for f in floats]
+    dead = {i for i, gradient in zip(floats, gradients, strict=True) if gradient is None}
+    return [i not in dead for i in range(len(leaves))]
 
 
-def _leaf(x: Any, layout: SampleLayout | None, live: bool) -> LeafSpec:
-    if layout is None:
-        return LeafSpec(None, True, x)
-    return LeafSpec(layout, live, layout.take(x, slice(0, 1)).clone())
+def _leaf(value: object, layout: SampleLayout | None, live: bool) -> LeafSpec:
+    if layout is None or not isinstance(value, Tensor):
+        return LeafSpec(None, True, value)
+    return LeafSpec(layout, live, layout.take(value, slice(0, 1)).clone())
 
 
-def _layout(a: Any, b: Any, small: int) -> SampleLayout | None:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+def _layout(value: object, value_of_more: object, small: int) -> SampleLayout | None:
+    if not isinstance(value, Tensor) or not isinstance(value_of_more, Tensor):
         return None
-    return infer_layout(a.shape, b.shape, small, small + 1)
+    return infer_layout(value.shape, value_of_more.shape, small, small + 1)

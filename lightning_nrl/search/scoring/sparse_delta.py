@@ -21,46 +21,37 @@ from torch.nn import functional as F
 from lightning_nrl._utils.device import no_autocast
 from lightning_nrl.evaluation.layer_gradients import pad_input
 from lightning_nrl.evaluation.layers import Convolution, LayerRef, ParameterSpace, layer_output
-from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor, LazyDelta
+from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor, LazyDelta, as_dense
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+# Above this many candidates per changed weight of a unit, inputs are copied instead of outputs.
 COPIED_INPUTS = 2
-"""Above this many candidates per changed weight of a unit, `_products` copies inputs instead of
-outputs on a CPU.
-"""
-MIN_SHARE_OF_ALL_UNITS = (
-    0.9  # above this share of changed units, all units count as changed, which saves a copy
-)
+# Above this share of changed units, all units count as changed, which saves a copy.
+MIN_SHARE_OF_ALL_UNITS = 0.9
 
 
 @dataclass(frozen=True)
 class UnitBucket:
     """Group of u output units with up to m changed weights each, padded with unchanged weights."""
 
-    columns: Tensor  # u x m int64, position of each weight among the K values; K: the weight is unchanged
+    columns: Tensor  # u x m int64, position of each weight among the K values; K: unchanged
     kernel_index: Tensor  # u x m int64, position in the unit's flattened kernel
     channels: Tensor  # int64, input channels of the weights, ascending
     channel: Tensor  # u x m int64, index of each weight's channel in `channels`
 
-    def to(self, device: torch.device) -> UnitBucket:
-        return UnitBucket(
-            *(x.to(device) for x in (self.columns, self.kernel_index, self.channels, self.channel))
-        )
-
     def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
-        """Returns the input of each weight of a Linear, `u x copies x m x R`, where `x` has R rows
-        per copy.
+        """Returns the input of each weight of a Linear, `u x copies x m x R`.
+
+        `x` has R rows per copy.
         """
         u, m = self.kernel_index.shape
-        met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
-        return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
+        inputs = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
+        return inputs.view(*inputs.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
 
     def convolution_inputs(
         self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int
     ) -> Tensor:
-        """Returns the input of each weight of a convolution at each output position, `u x copies x
-        m x
-        R`.
+        """Returns the input of each weight of a convolution, `u x copies x m x R`.
 
         `x`, `copies * n x C x ...`, is the layer's input, and `out` is the spatial shape of its
         output. R is the number of output positions of n samples, n times the product of `out`.
@@ -68,18 +59,19 @@ class UnitBucket:
         u, m = self.kernel_index.shape
         x = pad_input(conv, x.index_select(1, self.channels))
         size, kernel = x.shape[2:], conv.kernel_size
-        index = self.channel.view(u, m, 1)
-        position = torch.zeros(1, dtype=torch.int64, device=x.device)
-        within = self.kernel_index % math.prod(kernel)
+        # Positions in a flattened sample: of the weight's input at output position 0, and by how
+        # much each output position moves it.
+        first = self.channel.view(u, m, 1)
+        step = torch.zeros(1, dtype=torch.int64, device=x.device)
+        in_kernel = self.kernel_index % math.prod(kernel)
         for d in range(len(size)):
-            inner = math.prod(kernel[d + 1 :])
-            at = within // inner % kernel[d] * conv.dilation[d]
-            index = index * size[d] + at.unsqueeze(2)
-            step = torch.arange(out[d], device=x.device) * conv.stride[d]
-            position = (position.unsqueeze(1) * size[d] + step).flatten()
-        places = (index + position).flatten()
-        flat = x.flatten(1).index_select(1, places).view(copies, -1, u, m, len(position))
-        return flat.permute(2, 0, 3, 1, 4).flatten(3)
+            place = in_kernel // math.prod(kernel[d + 1 :]) % kernel[d] * conv.dilation[d]
+            first = first * size[d] + place.unsqueeze(2)
+            stride = torch.arange(out[d], device=x.device) * conv.stride[d]
+            step = (step.unsqueeze(1) * size[d] + stride).flatten()
+        position = (first + step).flatten()
+        inputs = x.flatten(1).index_select(1, position).view(copies, -1, u, m, len(step))
+        return inputs.permute(2, 0, 3, 1, 4).flatten(3)
 
 
 @dataclass(frozen=True)
@@ -89,30 +81,25 @@ class GatheredInputs:
     In the shapes, B is 1 if all P candidates have the same layer input, else P.
     """
 
-    x: tuple[
-        Tensor, ...
-    ]  # per bucket: u x B x m x R, inputs of changed weights at R output positions of all samples
-    base: Tensor  # B x n x U x ..., original outputs; if the layer has half precision, in float32
+    # Per bucket: u x B x m x R, inputs of changed weights at R output positions of all samples.
+    x: tuple[Tensor, ...]
+    base: Tensor  # B x n x U x ..., original outputs; in float32 if the layer has half precision
     rounded: Tensor  # B x n x U x ..., original outputs in the layer's dtype
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.x, self.base))
+        return sum(x.nbytes for x in self.x) + self.base.nbytes
 
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """Computes a layer's output for any values of K weights, from the layer's input and output
-    before the change.
-    """
+    """Computes a layer's output for any values of K weights, from its original output."""
 
     site: LayerRef
     original: Tensor  # K, original values, in the deployed dtype
     units: Tensor  # U int64, changed output units, bucket by bucket
     buckets: tuple[UnitBucket, ...]
-    bias: (
-        Tensor  # U int64, position of each unit's bias among the K values; K: the bias is unchanged
-    )
+    bias: Tensor  # U int64, position of each unit's bias among the K values; K: unchanged
 
     @property
     def unit_dim(self) -> int:
@@ -126,92 +113,84 @@ class LayerDelta:
         copies: int = 1,
         gathered: GatheredInputs | None = None,
     ) -> Tensor:
-        """Returns the layer's output under candidates `P x K`: `P * n` samples, candidate by
-        candidate.
+        """Returns the layer's output under candidates `P x K`: `P * n` samples, in turn.
 
         `x` is the layer's input and `y` is its output under the original weights, for `copies * n`
         samples. `copies` is 1 if all candidates share the input, else P. `gathered` may be an
         earlier result of `gather(x, y, copies)`.
         """
-        p, dim = values.shape[0], self.unit_dim % y.ndim
-        if not self.units.shape[0]:
-            return CandidateTensor.repeated(y, p) if copies != p else y
-        if copies == 1 and y.dtype not in HALF_PRECISIONS:
-            gathered = self.gather(x, y) if gathered is None else gathered
-            delta = LazyDelta(partial(self._onto, self.weight_delta(values, y.dtype), gathered))
-            return CandidateTensor(y, p, dim, self.units, delta)
+        n_candidates, dim = len(values), self.unit_dim % y.ndim
+        if not len(self.units):
+            return CandidateTensor.repeated(y, n_candidates) if copies != n_candidates else y
         with no_autocast(y.device):
-            gathered = self.gather(x, y, copies) if gathered is None else gathered
+            if gathered is None:
+                gathered = self.gather(x, y, copies)
+            if copies == 1 and y.dtype not in HALF_PRECISIONS:
+                change = self.weight_delta(values, y.dtype)
+                delta = LazyDelta(partial(self._onto, change, gathered))
+                return CandidateTensor(y, n_candidates, dim, self.units, delta)
             units = self.unit_outputs(values, gathered).movedim(2, dim + 1)
             if copies == 1:
-                return CandidateTensor(y, p, dim, self.units, units)
-            changed: Tensor = y.unflatten(0, (p, -1)).index_copy(dim + 1, self.units, units)
-            return changed.flatten(0, 1)
+                return CandidateTensor(y, n_candidates, dim, self.units, units)
+            y = y.unflatten(0, (n_candidates, -1))
+            return y.index_copy(dim + 1, self.units, units).flatten(0, 1)
 
     def gather(self, x: Tensor, y: Tensor, copies: int = 1) -> GatheredInputs:
-        """Selects the inputs of changed weights from `x`, and the outputs of changed units from `y`
-        (see `output`).
-        """
+        """Selects the inputs of changed weights, and the outputs of changed units, see `output`."""
         module = self.site.module
+        rounded = base = self._units_of(y, copies)
+        compute = y.dtype
+        if y.dtype in HALF_PRECISIONS:
+            base = self._units_of(self._in_float32(x, y.dtype), copies)
+            compute = torch.float32
+        inputs = []
+        for bucket in self.buckets:
+            if isinstance(module, nn.Linear):
+                x_of_bucket = bucket.linear_inputs(x, copies)
+            else:
+                x_of_bucket = bucket.convolution_inputs(module, x, y.shape[2:], copies)
+            inputs.append(x_of_bucket.to(y.dtype).to(compute))
+        return GatheredInputs(tuple(inputs), base, rounded)
 
-        def units_of(y: Tensor) -> Tensor:
-            chosen: Tensor = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
-            return chosen.movedim(self.unit_dim, 2) if self.unit_dim < 0 else chosen
-
-        rounded = units_of(y)
-        half = y.dtype in HALF_PRECISIONS
-        base = units_of(self._in_float32(x, y.dtype)) if half else rounded
-        compute = torch.float32 if half else y.dtype
-        if isinstance(module, nn.Linear):
-            met = (bucket.linear_inputs(x, copies) for bucket in self.buckets)
-        else:
-            met = (
-                bucket.convolution_inputs(module, x, y.shape[2:], copies) for bucket in self.buckets
-            )
-        return GatheredInputs(
-            tuple(inputs.to(y.dtype).to(compute) for inputs in met), base, rounded
-        )
+    def _units_of(self, y: Tensor, copies: int) -> Tensor:
+        units: Tensor = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
+        return units.movedim(-1, 2) if self.unit_dim == -1 else units
 
     def unit_outputs(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """Returns the outputs of the changed units, `P x n x U x ...`, in the dtype of the layer's
-        output.
-        """
+        """Returns the outputs of the changed units, `P x n x U x ...`, in the layer's dtype."""
         change = self.weight_delta(values, gathered.rounded.dtype)
-        p, (_, n, u, *rest) = values.shape[0], gathered.base.shape
-        delta = (
-            self._products(change, gathered)
-            .view(u, p, n, *rest)
-            .permute(1, 2, 0, *range(3, 3 + len(rest)))
-        )
-        new = torch.add(gathered.base, delta, out=gathered.base.new_empty(p, n, u, *rest))
-        if gathered.rounded.dtype in HALF_PRECISIONS:
-            same = (change == 0).all(1).view(p, *[1] * (new.ndim - 1))
-            new = torch.where(same, gathered.rounded, new.to(gathered.rounded.dtype))
-        return new
+        _, n, n_units, *spatial = gathered.base.shape
+        shape = (len(values), n, n_units, *spatial)
+        delta = self._products(change, gathered).view(n_units, len(values), n, *spatial)
+        delta = delta.movedim(0, 2)
+        outputs = torch.add(gathered.base, delta, out=gathered.base.new_empty(shape))
+        if gathered.rounded.dtype not in HALF_PRECISIONS:
+            return outputs
+        # Unchanged candidates keep the recorded output to the bit.
+        is_unchanged = (change == 0).all(1).view(-1, *[1] * (outputs.ndim - 1))
+        return torch.where(is_unchanged, gathered.rounded, outputs.to(gathered.rounded.dtype))
 
     def weight_delta(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the weight changes of candidates `P x K` and a zero column: `P x (K + 1)`, in
-        float32 or float64.
+        """Returns the weight changes of candidates `P x K` and a zero column, `P x (K + 1)`.
+
+        They are rounded like a layer of `dtype` rounds them, and are in float32 or float64.
         """
         compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
-        new, old = (
-            w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original)
-        )
-        return F.pad(new - old, (0, 1))
+        deployed = values.to(self.original.dtype).to(dtype).to(compute)
+        return F.pad(deployed - self.original.to(dtype).to(compute), (0, 1))
 
     def output_delta(self, values: Tensor, gathered: GatheredInputs) -> Tensor:
-        """Returns the output changes of U units under candidates `P x K`, as `U x P x R` (see
-        `GatheredInputs`).
-        """
+        """Returns the output changes of U units under candidates `P x K`, as `U x P x R`."""
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
     def _onto(
         self, change: Tensor, gathered: GatheredInputs, base: Tensor, scale: Tensor | None
     ) -> Tensor:
+        n_units, *shape = base.shape
         with no_autocast(change.device):
-            out = self._products(change, gathered, scale, base.reshape(base.shape[0], 1, -1))
-        return out.view(base.shape[0], change.shape[0], *base.shape[1:])
+            outputs = self._products(change, gathered, scale, base.reshape(n_units, 1, -1))
+        return outputs.view(n_units, len(change), *shape)
 
     def _products(
         self,
@@ -220,121 +199,132 @@ class LayerDelta:
         scale: Tensor | None = None,
         base: Tensor | None = None,
     ) -> Tensor:
-        delta = change.new_empty(
-            self.units.shape[0], change.shape[0], gathered.base[0, :, 0].numel()
-        )
+        n_rows = gathered.base[0, :, 0].numel()
+        outputs = change.new_empty(len(self.units), len(change), n_rows)
         start = 0
         for bucket, x in zip(self.buckets, gathered.x, strict=True):
-            d = change[:, bucket.columns].transpose(0, 1)  # u x P x m
-            stop = start + d.shape[0]
+            weights = change[:, bucket.columns].transpose(0, 1)  # u x P x m
+            units = slice(start, start + len(weights))
             if scale is not None:
-                d = d * scale[start:stop].view(-1, 1, 1)
-            if x.shape[1] != 1:
-                torch.matmul(d.unsqueeze(2), x, out=delta[start:stop].unsqueeze(2))
-            elif base is None:
-                torch.bmm(d, x[:, 0], out=delta[start:stop])
-            elif d.device.type == "cpu" and d.shape[1] > COPIED_INPUTS * d.shape[2]:
-                # The base is appended as an input with weight 1, so that it is not copied for each
-                # candidate.
-                d, met = F.pad(d, (0, 1), value=1.0), torch.cat([x[:, 0], base[start:stop]], 1)
-                torch.bmm(d, met, out=delta[start:stop])
-            else:
-                torch.baddbmm(base[start:stop], d, x[:, 0], out=delta[start:stop])
-            start = stop
+                weights = weights * scale[units].view(-1, 1, 1)
+            _multiply(weights, x, None if base is None else base[units], outputs[units])
+            start = units.stop
         if self.site.include_bias:
             bias = change[:, self.bias].t()
-            delta += (bias if scale is None else bias * scale.unsqueeze(1)).unsqueeze(2)
-        return delta
+            if scale is not None:
+                bias = bias * scale.unsqueeze(1)
+            outputs += bias.unsqueeze(2)
+        return outputs
 
     def _in_float32(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         module = self.site.module
+        weight = module.weight.detach().to(dtype).float()
         bias = None if module.bias is None else module.bias.detach().to(dtype).float()
         with no_autocast(x.device):
-            return layer_output(
-                module, x.to(dtype).float(), module.weight.detach().to(dtype).float(), bias
-            )
+            return layer_output(module, x.to(dtype).float(), weight, bias)
+
+
+def _multiply(weights: Tensor, x: Tensor, base: Tensor | None, out: Tensor) -> None:
+    """Writes `weights`, `u x P x m`, times inputs, plus a base `u x 1 x R`, to `u x P x R`."""
+    if x.shape[1] != 1:  # each candidate has its own inputs, and no base
+        torch.matmul(weights.unsqueeze(2), x, out=out.unsqueeze(2))
+    elif base is None:
+        torch.bmm(weights, x[:, 0], out=out)
+    elif weights.device.type == "cpu" and weights.shape[1] > COPIED_INPUTS * weights.shape[2]:
+        # The base is appended as an input with weight 1, so that it is not copied per candidate.
+        inputs = torch.cat([x[:, 0], base], 1)
+        torch.bmm(F.pad(weights, (0, 1), value=1.0), inputs, out=out)
+    else:
+        torch.baddbmm(base, weights, x[:, 0], out=out)
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
-    """Computes the output of a site (repaired layer) under other parameters, which are given by
-    dotted name.
-    """
-    new = {name.rpartition(".")[2].split("_")[0]: parameters[name] for name in site.parameters}
-    return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
+    """Computes the output of a site (repaired layer) under parameters by dotted name."""
+    # A gate of a recurrent layer has names such as `rnn.weight_ih_l0`.
+    kinds = {name.rpartition(".")[2].split("_")[0]: name for name in site.parameters}
+    bias = parameters[kinds["bias"]] if "bias" in kinds else site.module.bias
+    return layer_output(site.module, x, parameters[kinds["weight"]], bias)
 
 
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
-    """Returns an `edit` function that applies candidates `P x K` in one call of
-    `ReplayPlan.resume`.
+    """Returns an `edit` that applies candidates `P x K` in one call of `ReplayPlan.resume`.
 
     `gathered` is the result of `LayerDelta.gather` for the first site. Without it, `edit` calls
     `gather`.
     """
     by_site = {id(delta.site): delta for delta in deltas}
-    first = True
+    is_first = True
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
-        nonlocal first
-        if first:
-            first = False
-            return by_site[id(site)].output(values, x, y, 1, gathered)
-        x, y = (t.dense() if isinstance(t, CandidateTensor) else t for t in (x, y))
-        return by_site[id(site)].output(values, x, y, len(values))
+        nonlocal is_first
+        delta = by_site[id(site)]
+        if is_first:
+            is_first = False
+            return delta.output(values, x, y, 1, gathered)
+        return delta.output(values, as_dense(x), as_dense(y), len(values))
 
     return edit
 
 
 def make_layer_deltas(space: ParameterSpace, where: Tensor) -> tuple[LayerDelta, ...]:
-    """Builds one `LayerDelta` per site. `where`, `K` int64, are the flat positions of the changed
-    weights.
-    """
+    """Builds one `LayerDelta` per site. `where`, `K` int64, are positions of changed weights."""
     original, where = space.flat()[where.to(space.device)], where.cpu()
     return tuple(_layer_delta(site, where - site.offset, original) for site in space.sites)
 
 
 def _layer_delta(site: LayerRef, where: Tensor, original: Tensor) -> LayerDelta:
-    """Groups the changed weights of a layer. `where`, `K` on the CPU, may have positions of weights
-    of other layers.
+    """Groups the changed weights of a layer.
+
+    `where`, `K` on the CPU, are positions in the layer; those outside belong to other layers.
     """
-    k, out = len(where), site.weight_shape[0]
-    size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
-    is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)
-    unit, index, column = (
-        where[is_weight] // per_unit,
-        where[is_weight] % per_unit,
-        is_weight.nonzero().flatten(),
-    )
-    units = torch.cat([unit, where[is_bias] - size]).unique()
-    if len(units) > MIN_SHARE_OF_ALL_UNITS * out:
-        units = torch.arange(out, device=where.device)
-    bias = torch.full((len(units),), k, device=where.device)
-    bias[torch.searchsorted(units, where[is_bias] - size)] = is_bias.nonzero().flatten()
+    n_units, *unit_shape = site.weight_shape
+    size, unit_size = site.weight_shape.numel(), math.prod(unit_shape)
+    is_weight = (where >= 0) & (where < size)
+    is_bias = (where >= size) & (where < site.size)
+    unit, kernel_index = where[is_weight] // unit_size, where[is_weight] % unit_size
+    bias_unit = where[is_bias] - size
+    units = torch.cat([unit, bias_unit]).unique()
+    if len(units) > MIN_SHARE_OF_ALL_UNITS * n_units:
+        units = torch.arange(n_units, device=where.device)
+    bias = torch.full((len(units),), len(where), device=where.device)
+    bias[torch.searchsorted(units, bias_unit)] = is_bias.nonzero().flatten()
+
+    # The weights sorted by unit: unit s has the entries first[s] to first[s] + counts[s] - 1. The
+    # entry behind all of them is an unchanged weight.
     slot = torch.searchsorted(units, unit)
     counts = torch.bincount(slot, minlength=len(units))
-    level = counts.clamp_min(1).double().log2().ceil().long()
-    groups = 1 if isinstance(site.module, nn.Linear) else site.module.groups
-    kernel = math.prod(site.weight_shape[2:])
-    by_unit, first = slot.argsort(stable=True), counts.cumsum(0) - counts
-    buckets, order = [], []
-    for size_class in level.unique().tolist():
-        slots = (level == size_class).nonzero().flatten()
-        places = torch.arange(max(1, int(counts[slots].max())), device=where.device)
-        stays = places >= counts[slots].unsqueeze(1)
-        own = torch.where(stays, 0, first[slots].unsqueeze(1) + places)
-        columns, kernel_index = (
-            F.pad(x[by_unit], (0, 1))[own].masked_fill(stays, fill)
-            for x, fill in ((column, k), (index, 0))
-        )
-        group = units[slots] // (out // groups)
-        met = group.unsqueeze(1) * site.weight_shape[1] + kernel_index // kernel
-        buckets.append(
-            UnitBucket(columns, kernel_index, *met.unique(return_inverse=True)).to(original.device)
-        )
-        order.append(slots)
-    if order:
-        units, bias = units[torch.cat(order)], bias[torch.cat(order)]
-    return LayerDelta(
-        site, original, units.to(original.device), tuple(buckets), bias.to(original.device)
+    first = counts.cumsum(0) - counts
+    order = slot.argsort(stable=True)
+    columns = F.pad(is_weight.nonzero().flatten()[order], (0, 1), value=len(where))
+    kernel_index = F.pad(kernel_index[order], (0, 1))
+    size_class = counts.clamp_min(1).double().log2().ceil().long()
+    buckets, slots_of_buckets = [], []
+    for number in size_class.unique().tolist():
+        slots = (size_class == number).nonzero().flatten()
+        place = torch.arange(max(1, int(counts[slots].max())), device=where.device)
+        is_padding = place >= counts[slots, None]
+        entry = torch.where(is_padding, len(order), first[slots, None] + place)
+        bucket = _unit_bucket(site, units[slots], columns[entry], kernel_index[entry])
+        buckets.append(bucket)
+        slots_of_buckets.append(slots)
+    if buckets:
+        slots = torch.cat(slots_of_buckets)
+        units, bias = units[slots], bias[slots]
+    device = original.device
+    return LayerDelta(site, original, units.to(device), tuple(buckets), bias.to(device))
+
+
+def _unit_bucket(
+    site: LayerRef, units: Tensor, columns: Tensor, kernel_index: Tensor
+) -> UnitBucket:
+    module, device = site.module, site.module.weight.device
+    n_units, group_channels, *kernel = site.weight_shape
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    group = units // (n_units // groups)
+    channel = group.unsqueeze(1) * group_channels + kernel_index // math.prod(kernel)
+    channels, index = channel.unique(return_inverse=True)
+    return UnitBucket(
+        columns.to(device), kernel_index.to(device), channels.to(device), index.to(device)
     )

@@ -1,5 +1,4 @@
-"""The model under repair: trace its passes, resume them from stored outputs, or run them with other
-weights.
+"""The model under repair: its passes are traced, resumed, or run with other weights.
 
 When the first repaired layer is called, some modules have finished, and their outputs do not depend
 on the repaired weights. Of these modules, those that are not part of another finished module are
@@ -13,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,35 +26,29 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
 from lightning_nrl.evaluation.recurrent import patched_forward, unroll
 
-Inputs = tuple[
-    tuple[object, ...], Mapping[str, object]
-]  # positional and keyword arguments of a model
-LayerEdit = Callable[
-    [LayerRef, Tensor, Tensor], Tensor
-]  # maps a site, its input and its output to a new output
+# Positional and keyword arguments of a model.
+Inputs = tuple[tuple[object, ...], Mapping[str, object]]
+
+# Maps a site, its input and its output to a new output.
+LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
 
 
 @runtime_checkable
 class _Clonable(Protocol):
-    def clone(self) -> Any: ...
+    def clone(self) -> object: ...
 
 
 @dataclass
 class ForwardTrace:
-    """Record of a forward pass up to its first call of a repaired layer, and of all calls of
-    repaired layers.
+    """Record of a forward pass up to its first call of a repaired layer.
+
+    All calls of repaired layers are in `layer_order` and `layer_shapes`.
     """
 
-    calls: list[str] = field(
-        default_factory=list
-    )  # names of the frontier's modules in order, one per call
-    outputs: list[Any] = field(default_factory=list)  # outputs of these calls
-    layer_order: list[str] = field(
-        default_factory=list
-    )  # names of the repaired layers in order, one per call
-    layer_shapes: list[torch.Size] = field(
-        default_factory=list
-    )  # output shapes of the calls in `layer_order`
+    calls: list[str] = field(default_factory=list)  # names of the frontier's modules, one per call
+    outputs: list[object] = field(default_factory=list)  # outputs of these calls
+    layer_order: list[str] = field(default_factory=list)  # names of the layers, one per call
+    layer_shapes: list[torch.Size] = field(default_factory=list)  # output shapes of these calls
     input: Tensor | None = None  # input of the first repaired layer
     output: Tensor | None = None  # output of the first repaired layer, before the user's hooks
 
@@ -90,7 +83,8 @@ class EditableModel:
         for name in self.sites:
             if name not in trace.layer_order:
                 raise ReplayError(
-                    f"`layer={name!r}` is never called in the model's forward pass, so it has no input to measure.",
+                    f"`layer={name!r}` is never called in the model's forward pass, so it has no "
+                    "input to measure.",
                     "name a layer that is called as a module; parts of fused modules, such as "
                     "`MultiheadAttention.out_proj`, are not.",
                 )
@@ -117,14 +111,14 @@ def trace_forward(
 ) -> Iterator[ForwardTrace]:
     """Records the passes in this context. `keep` is as in `EditableModel.trace`."""
     trace = ForwardTrace()
-    open_calls: list[list[tuple[str, Any]]] = [[]]
+    open_calls: list[list[tuple[str, object]]] = [[]]
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: object) -> None:
         if not trace.layer_order:
             open_calls.append([])
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if not trace.layer_order:
                 open_calls.pop()
                 # A packed sequence contains indices, whose values are needed.
@@ -135,8 +129,10 @@ def trace_forward(
 
     def note(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         if not trace.layer_order:
-            frontier = [call for calls in open_calls for call in calls]
-            trace.calls, trace.outputs = [c for c, _ in frontier], [o for _, o in frontier]
+            for calls in open_calls:
+                for name, output in calls:
+                    trace.calls.append(name)
+                    trace.outputs.append(output)
             trace.input, trace.output = _clone(x), _clone(y)
         trace.layer_order.append(site.name)
         trace.layer_shapes.append(y.shape)
@@ -144,30 +140,29 @@ def trace_forward(
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(
-                module, torch.jit.ScriptModule
-            ):  # has no hooks; runs like code between modules
-                continue
-            for handle in (
-                module.register_forward_pre_hook(enter),
-                module.register_forward_hook(leave(name)),
-            ):
-                stack.callback(handle.remove)
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # has no hooks; runs like code between modules
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave(name)).remove)
         stack.enter_context(edit_outputs(sites, note))
         stack.enter_context(force_eager())
         yield trace
 
 
-def is_packed(output: Any) -> bool:
+def is_packed(output: object) -> bool:
     """True if an output contains a packed sequence."""
-    leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, PackedSequence))
-    return any(isinstance(x, PackedSequence) for x in leaves)
+
+    def is_sequence(x: object) -> bool:
+        return isinstance(x, PackedSequence)
+
+    return any(map(is_sequence, pytree.tree_leaves(output, is_leaf=is_sequence)))
 
 
 @contextmanager
 def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
-    """Replaces each site's output by `edit(site, input, output)` in this context. Forward hooks get
-    the new output.
+    """Replaces each site's output by `edit(site, input, output)` in this context.
+
+    Forward hooks get the new output.
     """
 
     def edited(site: LayerRef, forward: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -183,39 +178,38 @@ def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
 def with_cached_outputs(
     calls: Sequence[str],
     modules: Mapping[str, nn.Module],
-    outputs: Sequence[Any],
+    outputs: Sequence[object],
     first: nn.Module,
     result: Callable[[], Tensor],
 ) -> Iterator[None]:
-    """Makes call i of the frontier return `outputs[i]`, and the layer `first` return `result()`, in
-    this context.
+    """Makes call i of the frontier return `outputs[i]`, and the layer `first` return `result()`.
 
     Raises a `ReplayError` if the pass calls the frontier's modules in another order than `calls`.
     """
-    left = Counter(calls)
+    n_open = Counter(calls)
     patches: dict[str, ExitStack] = {}
-    at = 0
+    position = 0
 
-    def recorded(name: str) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal at
-            if at >= len(calls) or calls[at] != name:
+    def recorded(name: str) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            nonlocal position
+            if position >= len(calls) or calls[position] != name:
                 raise _out_of_order(name)
-            left[name] -= 1
-            if not left[name]:
+            n_open[name] -= 1
+            if not n_open[name]:
                 patches[name].close()
-            at += 1
-            return outputs[at - 1]
+            position += 1
+            return outputs[position - 1]
 
         return forward
 
-    def live(*args: Any, **kwargs: Any) -> Tensor:
-        if at != len(calls):
-            raise _out_of_order(calls[at])
+    def live(*args: object, **kwargs: object) -> Tensor:
+        if position != len(calls):
+            raise _out_of_order(calls[position])
         return result()
 
     with ExitStack() as stack:
-        for name in left:
+        for name in n_open:
             patches[name] = stack.enter_context(ExitStack())
             patches[name].enter_context(patched_forward(modules[name], recorded(name), hooks=False))
         stack.enter_context(patched_forward(first, live))
