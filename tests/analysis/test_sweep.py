@@ -88,15 +88,7 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
         assert torch.equal(state[name], value)
     for role in ("known", "calibration", "unseen"):
         splits = [split for split in report.splits if split.role == role]
-        for name in (
-            "n",
-            "targeted",
-            "repaired_in_target",
-            "passed_in_target",
-            "broken_in_target",
-            "repaired",
-            "broken",
-        ):
+        for name in COUNTED:
             assert sum(getattr(split, name) for split in splits) == getattr(
                 chosen.counts(role), name
             )

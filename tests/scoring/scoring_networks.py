@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
@@ -38,17 +39,69 @@ class Residual(nn.Module):
         return self.head(self.act(h).mean((2, 3)))
 
 
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.gate = nn.Linear(6, 4), nn.Linear(6, 3), nn.Linear(3, 7)
-        self.norm, self.head = nn.LayerNorm(7), nn.Linear(13, 5)
+class Net(nn.Module):
+    """Layers by name, and a function of them and of the inputs."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        b = torch.tanh(self.b(x))
-        a = F.gelu(self.a(x))
-        joint = self.norm(torch.cat([a, b], 1)) * torch.sigmoid(self.gate(b))
-        return self.head(torch.cat([joint, x], 1))
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+def linears(function: Callable[..., Any], **sizes: tuple[int, int]) -> Callable[[], nn.Module]:
+    return lambda: Net(function, **{name: nn.Linear(*size) for name, size in sizes.items()})
+
+
+def branches(net: Any, x: Tensor) -> Tensor:
+    b = torch.tanh(net.b(x))
+    a = F.gelu(net.a(x))
+    joint = F.layer_norm(torch.cat([a, b], 1), (7,)) * torch.sigmoid(net.gate(b))
+    return net.head(torch.cat([joint, x], 1))
+
+
+def two_inputs(net: Any, *, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    h = F.silu(net.left(left)) + net.right(right)
+    return {"features": h, "logits": net.head(h)}
+
+
+def folded(net: Any, x: Tensor) -> Tensor:
+    n, t, d = x.shape
+    h = F.relu(net.frame(x.reshape(n * t, d)))
+    h = h + torch.tanh(net.mix(h))
+    return net.head(h.view(n, t, -1).mean(1))
+
+
+def twice(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.mix(torch.tanh(net.mix(x)))))
+
+
+def wandering(net: Any, x: Tensor) -> Tensor:
+    """An expert is only called if some sample of the batch needs it."""
+    h, needed = net.common(x), x[:, :1] > 0
+    if needed.any():
+        h = torch.where(needed, net.expert(h), h)
+    return net.head(h)
+
+
+def hard_mask(net: Any, x: Tensor) -> Tensor:
+    """What comes before `mix` reaches the output through a comparison, where no gradient goes."""
+    h = net.stem(x)
+    return net.head(net.mix(h) * (h > 0).to(h.dtype))
+
+
+def shortcut(net: Any, x: Tensor) -> Tensor:
+    """Something that is not plain Python stands between two layers, with a shortcut over it."""
+    h = net.first(x)
+    h = h + net.between(h)
+    return net.head(h.flatten(1, -2).mean(1) if h.ndim > 2 else h)
+
+
+def between(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: Net(shortcut, first=nn.Linear(6, 6), between=make(), head=nn.Linear(6, 5))
 
 
 class Encoder(nn.Module):
@@ -66,63 +119,6 @@ class Encoder(nn.Module):
         return self.head(h.mean(1 if self.batch_first else 0))
 
 
-class Convolution(nn.Module):
-    def __init__(self, conv: nn.Module, dims: int, out: int = 4) -> None:
-        super().__init__()
-        self.conv = conv
-        self.norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](out)
-        self.rest = nn.Sequential(nn.ReLU(), nn.Flatten(2))
-        self.head = nn.Linear(out, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rest(self.norm(self.conv(x))).amax(2))
-
-
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 5)
-
-    def forward(self, *, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-        h = F.silu(self.left(left)) + self.right(right)
-        return {"features": h, "logits": self.head(h)}
-
-
-class Folded(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.frame, self.mix, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        h = F.relu(self.frame(x.reshape(n * t, d)))
-        h = h + torch.tanh(self.mix(h))
-        return self.head(h.view(n, t, -1).mean(1))
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mix(torch.tanh(self.mix(x)))))
-
-
-class Wandering(nn.Module):
-    """An expert that is only called if some sample of the batch needs it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.common, self.expert, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h, needed = self.common(x), x[:, :1] > 0
-        if needed.any():
-            h = torch.where(needed, self.expert(h), h)
-        return self.head(h)
-
-
 def experts(n: int, g: torch.Generator) -> tuple[Tensor, ...]:
     """The first five samples need no expert."""
     x = torch.randn(n, 6, generator=g)
@@ -137,32 +133,6 @@ class Standardized(nn.Linear):
         return F.linear(x, self.weight / self.weight.std(), self.bias)
 
 
-class HardMask(nn.Module):
-    """What comes before the layer reaches the output through a comparison, where no gradient goes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
-        return self.head(self.mix(h) * (h > 0).to(h.dtype))
-
-
-class Between(nn.Module):
-    """Something that is not plain Python stands between two layers, with a shortcut over it."""
-
-    def __init__(self, between: nn.Module) -> None:
-        super().__init__()
-        self.first, self.between, self.head = nn.Linear(6, 6), between, nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)
-        return self.head(
-            (h + self.between(h)).flatten(1, -2).mean(1) if h.ndim > 2 else h + self.between(h)
-        )
-
-
 class Doubled(torch.autograd.Function):
     """A function that only the dispatcher sees."""
 
@@ -175,27 +145,17 @@ class Doubled(torch.autograd.Function):
         return grad * 2
 
 
-class Custom(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return Doubled.apply(x)
+def _custom() -> nn.Module:
+    return Net(lambda net, x: Doubled.apply(x))
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.norm = nn.MultiheadAttention(6, 2, batch_first=True), nn.LayerNorm(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.attention(x, x, x, need_weights=False)[0])
+def attention() -> nn.Module:
+    layer = nn.MultiheadAttention(6, 2, batch_first=True)
+    return Net(lambda net, x: net.layer(x, x, x, need_weights=False)[0], layer=layer)
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(6, 6, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lstm(x)[0]
+def _recurrent() -> nn.Module:
+    return Net(lambda net, x: net.layer(x)[0], layer=nn.LSTM(6, 6, batch_first=True))
 
 
 def _scripted() -> nn.Module:
@@ -221,7 +181,7 @@ def tokens(top: int, length: int) -> Callable[[int, torch.Generator], tuple[Tens
     return lambda n, g: (torch.randint(0, top, (n, length), generator=g),)
 
 
-def two_inputs(n: int, g: torch.Generator) -> dict[str, Tensor]:
+def left_and_right(n: int, g: torch.Generator) -> dict[str, Tensor]:
     return {"left": torch.randn(n, 4, generator=g), "right": torch.randn(n, 3, generator=g)}
 
 
@@ -231,57 +191,50 @@ def _mlp() -> nn.Module:
     )
 
 
+def _convolution() -> nn.Module:
+    conv = nn.Conv2d(2, 4, 3, dilation=2, padding="same")
+    pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), pool, nn.Linear(4, 5))
+
+
+BRANCHES = linears(branches, a=(6, 4), b=(6, 3), gate=(3, 7), head=(13, 5))
+FOLDED = linears(folded, frame=(4, 6), mix=(6, 6), head=(6, 5))
 REPLAYED: dict[str, Case] = {
     "head": Case(_mlp, floats(6), "5"),
     "only layer": Case(lambda: nn.Linear(6, 5), floats(6), ""),
     "middle linear": Case(_mlp, floats(6), "2"),
-    "first linear": Case(_mlp, floats(6), "0"),
-    "head and middle": Case(_mlp, floats(6), ["5", "2"]),
     "all layers": Case(_mlp, floats(6), ["0", "5", "2"]),
-    "conv1d": Case(
-        lambda: Convolution(nn.Conv1d(3, 4, 3, stride=2, padding=1), 1), floats(3, 9), "conv"
-    ),
-    "conv2d": Case(
-        lambda: Convolution(nn.Conv2d(2, 4, 3, dilation=2, padding="same"), 2),
-        floats(2, 6, 5),
-        "conv",
-    ),
-    "conv2d grouped": Case(
-        lambda: Convolution(nn.Conv2d(4, 4, 2, groups=2, bias=False), 2), floats(4, 5, 4), "conv"
-    ),
-    "conv2d depthwise": Case(
-        lambda: Convolution(nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"), 2),
-        floats(4, 5, 4),
-        "conv",
-    ),
-    "conv3d": Case(
-        lambda: Convolution(nn.Conv3d(2, 4, (2, 1, 3), stride=(1, 2, 1)), 3),
-        floats(2, 4, 3, 5),
-        "conv",
-    ),
+    "conv2d": Case(_convolution, floats(2, 6, 5), "0"),
     "residual, first": Case(Residual, floats(2, 5, 5), "conv1"),
     "residual, second": Case(Residual, floats(2, 5, 5), "conv2"),
     "residual, both": Case(Residual, floats(2, 5, 5), ["conv1", "conv2"]),
-    "branch run first": Case(Branches, floats(6), "b"),
-    "branch run second": Case(Branches, floats(6), "a"),
+    "branch run first": Case(BRANCHES, floats(6), "b"),
+    "branch run second": Case(BRANCHES, floats(6), "a"),
     "attention, batch first": Case(Encoder, tokens(11, 6), "block.linear1"),
     "attention, batch second": Case(
         lambda: Encoder(batch_first=False), tokens(11, 6), "block.linear2"
     ),
-    "two inputs": Case(TwoInputs, two_inputs, "left"),
-    "folded": Case(Folded, floats(3, 4), "frame"),
-    "folded, with shortcut": Case(Folded, floats(3, 4), "mix"),
-    "after a script": Case(lambda: Between(_scripted()), floats(6), "head"),
-    "before a custom function": Case(lambda: Between(Custom()), floats(6), "first"),
-    "before attention": Case(lambda: Between(Attention()), floats(4, 6), "first"),
-    "after attention": Case(lambda: Between(Attention()), floats(4, 6), "head"),
-    "before an LSTM": Case(lambda: Between(Recurrent()), floats(4, 6), "first"),
-    "hard mask": Case(HardMask, floats(6), "mix"),
+    "two inputs": Case(
+        linears(two_inputs, left=(4, 6), right=(3, 6), head=(6, 5)), left_and_right, "left"
+    ),
+    "folded": Case(FOLDED, floats(3, 4), "frame"),
+    "folded, with shortcut": Case(FOLDED, floats(3, 4), "mix"),
+    "after a script": Case(between(_scripted), floats(6), "head"),
+    "before a custom function": Case(between(_custom), floats(6), "first"),
+    "before attention": Case(between(attention), floats(4, 6), "first"),
+    "before an LSTM": Case(between(_recurrent), floats(4, 6), "first"),
+    "hard mask": Case(linears(hard_mask, stem=(6, 6), mix=(6, 6), head=(6, 5)), floats(6), "mix"),
 }
 
 WHOLE: dict[str, tuple[Case, str]] = {
-    "called twice": (Case(Twice, floats(6), "mix"), "called 2 times"),
-    "data-dependent": (Case(Wandering, experts, "head"), "order in which modules are called"),
+    "called twice": (
+        Case(linears(twice, mix=(6, 6), head=(6, 5)), floats(6), "mix"),
+        "called 2 times",
+    ),
+    "data-dependent": (
+        Case(linears(wandering, common=(6, 6), expert=(6, 6), head=(6, 5)), experts, "head"),
+        "order in which modules are called",
+    ),
     "not linear": (
         Case(lambda: nn.Sequential(Standardized(6, 6), nn.Tanh(), nn.Linear(6, 5)), floats(6), "0"),
         "other outputs than the whole model",
@@ -306,9 +259,8 @@ class Problem:
         return out
 
     def _inputs(self, rows: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        if isinstance(self.data, dict):
-            return (), {k: v[rows] for k, v in self.data.items()}
-        return tuple(v[rows] for v in self.data), {}
+        inputs = pytree.tree_map(lambda x: x[rows], self.data)
+        return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
 
     def scorer(
         self,
@@ -374,19 +326,10 @@ def make_problem(
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.3, generator=g)
             module.running_var.uniform_(0.5, 2.0, generator=g)
-    data = case.data(n, g)
-    data = _to(data, dtype)
+    data = pytree.tree_map(lambda x: x.to(dtype) if x.is_floating_point() else x, case.data(n, g))
     target = torch.randint(0, 5, (n,), generator=g)
     model = model.eval().to(dtype)
     return Problem(model, find_layers(model, case.layer, include_bias=include_bias), data, target)
-
-
-def _to(data: Any, dtype: torch.dtype) -> Any:
-    if isinstance(data, dict):
-        return {k: _to(v, dtype) for k, v in data.items()}
-    if isinstance(data, tuple):
-        return tuple(_to(v, dtype) for v in data)
-    return data.to(dtype) if data.is_floating_point() else data
 
 
 @torch.no_grad()

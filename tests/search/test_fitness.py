@@ -54,24 +54,19 @@ def test_lexicographic_by_hand():
     close(value, [1 + loss[0], 4 + loss[1] - 1 * 5])
 
 
-def test_perfect_intact_zero_is_the_papers():
-    value = Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero")(AFTER, BEFORE)
-    assert value[0] == Fitness("eq2", alpha=8)(AFTER, BEFORE)[0]
-    assert value[1] == 0
-    assert Fitness(perfect_intact=True, infeasible="zero")(AFTER, BEFORE)[1] == 0
-
-
 def test_under_perfect_intact_a_candidate_that_breaks_is_worth_less_than_any_that_does_not():
     # Loss of I_neg 2 -> 162.001 and 2 -> 322.002: the terms are -79.96 and -159.92 (d = 1e-3), a
     # quarter of them against alpha = 8: -11.99 and -31.98. The third breaks one.
     after = scores([0, 0, 4], [10, 10, 9], [162.00095, 322.00195, 0.0], [0.5, 0.5, 0.5])
     plain = Fitness("eq2", alpha=8)(after, BEFORE)
     close(plain[:2], [8 - 19.99, 8 - 39.98], rtol=1e-4, atol=0)
-    value = Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero")(after, BEFORE)
+    strict = Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero")
+    value = strict(after, BEFORE)
     raised = [2**-20 / (2**-9 + 11.99), 2**-20 / (2**-9 + 31.98)]
     close(value[:2], raised, rtol=1e-4, atol=0)
     assert value.tolist() == sorted(value.tolist(), reverse=True)
     assert value[2] == 0
+    assert strict(AFTER, BEFORE)[0] == Fitness("eq2", alpha=8)(AFTER, BEFORE)[0]
 
 
 def test_perfect_intact_ranked_orders_the_infeasible_below_the_feasible():
@@ -120,21 +115,12 @@ def test_lexicographic_numbers_compare_as_the_tuples_do(candidates, loss_before)
                 assert v1 >= v2
 
 
-def test_lexicographic_tells_losses_apart_with_a_million_repaired():
-    after = scores([N, N], [N, N], [1.0, 1.0 + 1e-8], [0.0, 0.0], n_failed=N, n_passed=N)
-    better, worse = Fitness()(after, replace(BEFORE, n_failed=N, n_passed=N))
-    assert better > worse
-
-
 @pytest.mark.parametrize(
     ("arguments", "problem", "hint"),
     [
         ({"kind": "lexicografic"}, "`fitness.kind='lexicografic'`", "did you mean 'lexicographic'"),
-        ({"kind": "zzz"}, "`fitness.kind='zzz'`", "'lexicographic', 'eq1', 'eq2'"),
-        ({"loss_term": "bound"}, "`fitness.loss_term='bound'`", "'bounded'"),
         ({"infeasible": None}, "`fitness.infeasible=None`", "'ranked', 'zero'"),
         ({"alpha": "6"}, "`fitness.alpha='6'`", "at least 0"),
-        ({"alpha": -1.0}, "`fitness.alpha=-1.0`", "at least 0"),
         ({"beta": math.nan}, "`fitness.beta=nan`", "at least 0"),
         ({"delta": 0.0}, "`fitness.delta=0.0`", "above 0"),
         ({"tolerated": -1}, "`fitness.tolerated=-1`", "at least 0"),
@@ -150,10 +136,9 @@ def test_bad_arguments_are_told(arguments, problem, hint):
 
 def test_exchange_rate_is_where_the_paper_is_indifferent():
     assert exchange_rate(n_failed=4, n_passed=10, alpha=0.5) == 5
-    one_for_five = scores([0, 1], [10, 5], [2.0, 2.0], [0.5, 0.5])
-    untouched, traded = Fitness("eq2", alpha=0.5)(one_for_five, BEFORE)
-    assert untouched == traded
     assert exchange_rate(n_failed=4, n_passed=10, alpha=0) == math.inf
+    one_for_five = scores([0, 1], [10, 5], [2.0, 2.0], [0.5, 0.5])
+    assert Fitness("eq2", alpha=0.5)(one_for_five, BEFORE).diff() == 0
 
 
 @pytest.mark.parametrize("kind", ["lexicographic", "eq1", "eq2"])

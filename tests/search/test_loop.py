@@ -3,8 +3,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from searches import WIDE, N, Plain, Quitting, original, same, sphere, wall
 
 from lightning_nrl._utils.timing import Deadline
@@ -29,6 +27,7 @@ def test_history_is_what_was_found():
     assert history.loss_failed[-1] == scores.loss_failed
     assert history.loss_passed[-1] == scores.loss_passed
     assert history.best[-1] == result.fitness > result.original_fitness == 0.25
+    assert (history.best.diff() >= 0).all()
     assert result.seconds > 0
 
 
@@ -194,29 +193,6 @@ def test_giving_up_finds_what_finishing_finds(fitness, seed):
     late = search(wall, original(), WIDE, fitness=fitness, searcher=swarm, seed=seed)
     assert same(early, late)
     assert (quitting.given_up > 0) == (fitness.most_broken(torch.zeros(1), 4) is not None)
-
-
-@given(
-    seed=st.integers(0, 2**32),
-    n=st.integers(0, 4),
-    kind=st.sampled_from(["lexicographic", "eq1", "eq2"]),
-)
-@settings(max_examples=25, deadline=None)
-def test_nothing_is_worth_less_than_an_elite(seed, n, kind):
-    begin = original(seed=seed)
-    elites = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
-    fitness = Fitness(kind)
-    before = wall(begin[None])
-    worth = fitness(wall(torch.cat([begin[None], elites])), before).max()
-    for iterations in (0, 5):
-        swarm = ParticleSwarm(particles=6, iterations=iterations)
-        result = search(
-            wall, begin, WIDE, searcher=swarm, fitness=fitness, seed=seed, elites=elites
-        )
-        assert result.fitness >= worth
-        assert (result.history.best.diff() >= 0).all()
-        value = fitness(wall(result.values[None]), before)
-        assert value.item() == pytest.approx(result.fitness)
 
 
 @pytest.mark.parametrize("n_iterations", [0, 3])
