@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,20 +60,21 @@ class SwarmScorer(Scorer):
             for scorer in self.failed:
                 failed += scorer.sums(values, with_credit=self.credit)
         failed, passed = self.collective.sum(sums)
-        loss_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        return Scores(
+        loss_dtype = torch.promote_types(values.dtype, torch.float32)
+        scores = Scores(
             failed[PASSED].float(),
             passed[PASSED].float(),
             (failed[LOSS] / max(1, self.n_failed)).to(loss_dtype),
             (passed[LOSS] / max(1, self.n_passed)).to(loss_dtype),
             self.n_failed,
             self.n_passed,
-            value=failed[WEIGHT] if self.weighted else None,
-            cost=passed[WEIGHT] if self.weighted else None,
             least=self.least,
-            credit_failed=failed[CREDIT] if self.credit else None,
-            credit_passed=passed[CREDIT] if self.credit else None,
         )
+        if self.weighted:
+            scores = replace(scores, value=failed[WEIGHT], cost=passed[WEIGHT])
+        if self.credit:
+            scores = replace(scores, credit_failed=failed[CREDIT], credit_passed=passed[CREDIT])
+        return scores
 
     def _score_hopeful(
         self, values: Tensor, most_broken: Tensor, failed: Tensor, passed: Tensor

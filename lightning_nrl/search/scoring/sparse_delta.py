@@ -139,10 +139,9 @@ class LayerDelta:
         """Selects the inputs of changed weights, and the outputs of changed units, see `output`."""
         module = self.site.module
         rounded = base = self._units_of(y, copies)
-        compute = y.dtype
+        compute = torch.promote_types(y.dtype, torch.float32)
         if y.dtype in HALF_PRECISIONS:
             base = self._units_of(self._in_float32(x, y.dtype), copies)
-            compute = torch.float32
         inputs = []
         for bucket in self.buckets:
             if isinstance(module, nn.Linear):
@@ -175,7 +174,7 @@ class LayerDelta:
 
         They are rounded like a layer of `dtype` rounds them, and are in float32 or float64.
         """
-        compute = torch.float32 if dtype in HALF_PRECISIONS else dtype
+        compute = torch.promote_types(dtype, torch.float32)
         deployed = values.to(self.original.dtype).to(dtype).to(compute)
         return F.pad(deployed - self.original.to(dtype).to(compute), (0, 1))
 
