@@ -28,6 +28,8 @@ from torch.nn import functional as F
 
 from lightning_nrl import SearchOptions, Target, repair
 from lightning_nrl.methods import Method, Problem, Solution, better
+from lightning_nrl.search import FitnessFunction
+from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Custom
 
 

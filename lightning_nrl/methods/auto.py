@@ -72,7 +72,7 @@ class Auto(Method):
     """
 
     trains: ClassVar[bool] = True
-    swarm: Searcher[Any] | None = None
+    swarm: Searcher | None = None
 
     def __post_init__(self) -> None:
         if self.swarm is None:
@@ -178,7 +178,7 @@ class _Ladder:
     Under `max_time` all rungs before `training` together get a part of the time.
     """
 
-    def __init__(self, problem: Problem, searcher: Searcher[Any]) -> None:
+    def __init__(self, problem: Problem, searcher: Searcher) -> None:
         self.problem = problem
         self.searcher = searcher
         self.is_one_layer = _is_one_layer(problem)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class LocalSearch(Method):
         *,
         localizer: str | Localizer | None = None,
         fitness: str | FitnessFunction | None = None,
-        searcher: str | Searcher[Any] | None = None,
+        searcher: str | Searcher | None = None,
     ) -> LocalSearch:
         """Returns a copy with other parts. A part that is None stays as it is."""
         return replace(
@@ -161,7 +161,7 @@ class LocalSearch(Method):
                 None, "the search found nothing better than the original weights."
             )
         with clock.stage("judge"):
-            proposal = problem.propose(getattr(searcher, "label", "swarm"), found.state)
+            proposal = problem.propose(searcher.label, found.state)
         step = proposal.step(found.search.seconds, found.note, was_cut=found.was_cut)
         return found.solution(proposal, steps=(step,))
 
@@ -178,7 +178,7 @@ def localize_and_search(
 
 
 def _localize_and_search(
-    problem: Problem, searcher: Searcher[Any], goal: SearchGoal, elites: Elites | None
+    problem: Problem, searcher: Searcher, goal: SearchGoal, elites: Elites | None
 ) -> LocalSearchResult:
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored

@@ -175,7 +175,7 @@ def scorer_for(
         passed,
         problem.evaluator,
         budget=half_memory_limit(problem),
-        passed_loss=needs_passed_loss(fitness),
+        passed_loss=fitness.uses_passed_loss,
         fragility=before.loss,
         reserve=reserve,
         weight=before.finite_weight if before.weighted and weighted else None,

@@ -182,9 +182,5 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
 
 def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     """Returns the fitness with a hard constraint: the gate limits the passed samples that break."""
-    fitness = problem.fitness
-    if not hasattr(fitness, "as_constraint"):
-        return fitness
     counts = Flips.between(problem.before, start.after).counts(problem.used)
-    constrained: FitnessFunction = fitness.as_constraint(float(problem.gate.allowed(counts)))
-    return constrained
+    return problem.fitness.as_constraint(float(problem.gate.allowed(counts)))

@@ -6,7 +6,6 @@ docs/published_methods.md has their equations and the differences from the paper
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from lightning_nrl.errors import check_choice
 from lightning_nrl.localization import Localizer, NeuRecoverLite

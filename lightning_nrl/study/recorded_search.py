@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
-from lightning_nrl.localization import KnownData, Localization, Localizer, on_data
+from lightning_nrl.localization import KnownData, Localization, Localizer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
 from lightning_nrl.pipeline.problem_builder import passed_rows
@@ -127,7 +127,7 @@ class RecordedSearch:
         problem, recording = self.problem, self.recording
         known = KnownData(problem.evaluator, problem.known, problem.before, problem.space)
         with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
-            localize = on_data(localizer, known)
+            localize = localizer.on(known)
             return localize(
                 recording, problem.evaluator, failed=problem.before.targeted, passed=passed
             )

@@ -133,8 +133,10 @@ class Recount:
             yield from self._kept
             return
         problem = self.problem
-        budget = default_budget(problem.space.device) if problem.budget is None else problem.budget
-        room = budget // 2
+        memory_limit = problem.memory_limit
+        if memory_limit is None:
+            memory_limit = default_budget(problem.space.device)
+        room = memory_limit // 2
         kept: list[ExactBatch] = []
         batches = (
             (batch, self.before.rows(source.split, batch.position))

@@ -81,10 +81,11 @@ def sweep_module(
         baseline = evaluate_baseline(
             alone, known, base, unseen=unseen, calibration=calibration, clock=clock
         )
-        check_targets(found.before, base)
-        problem = build_problem(own, known, found.before, layers, base, clock=clock)
-        data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, found.before)}
-        data |= {role: (data.sources, data.before) for role, data in found.other_data.items()}
+        check_targets(baseline.before, base)
+        problem = build_problem(alone, known, baseline.before, layers, base, clock=clock)
+        recounts: dict[Role, Recount] = {"known": Recount(problem, known, baseline.before)}
+        for role, data in baseline.other_data.items():
+            recounts[role] = Recount(problem, data.sources, data.before)
         store = RunStore(None if dirpath is None else Path(dirpath))
         sweep = _Sweep(problem, base, recounts, evaluator.collective, store)
         return sweep.run(parsed_settings, parsed_seeds)

@@ -258,9 +258,10 @@ def _table(result: SweepResult) -> Table:
         ]
         for role in held_out:
             counts = [run.counts(role) for run in runs]
-            cells += [_mean(one.repaired for one in counts), _mean(one.broken for one in counts)]
-            cells.append(_mean((one.points for one in counts), sign="+"))
-        rows.append(Row(name, tuple(cells)))
+            cells.append(_mean(c.repaired for c in counts))
+            cells.append(_mean(c.broken for c in counts))
+            cells.append(_mean((c.points for c in counts), sign="+"))
+        rows.append(Row(setting, tuple(cells)))
     return Table(tuple(columns), tuple(rows))
 
 
@@ -272,17 +273,38 @@ def _mean(numbers: Iterable[float], sign: str = "") -> str:
 
 def _hparams(runs: Sequence[Run], name: str) -> tuple[dict[str, Any], dict[str, float]]:
     first = runs[0]
-    asked: dict[str, Any] = {"setting": first.setting, **further}
-    for column in SWEPT_COLUMNS:
-        value = getattr(first, column)
-        asked[column] = "auto" if value is None else value
-    found = {
-        "regression_free": mean(run.regression_free for run in runs),
-        "seconds": mean(run.seconds for run in runs),
+    options = {
+        "setting": first.setting,
+        "fitness": first.fitness,
+        "alpha": first.alpha,
+        "perfect_intact": first.perfect_intact,
+        "n_weights": first.n_weights,
+        "n_passed": first.n_passed,
+        "particles": first.particles,
     }
-    for role in filter(first.has, ROLES):
-        for measure in MEASURED_COUNTS:
-            tag = ROLE_NUMBER.format(role=role, number=measure)
-            found[tag] = mean(getattr(run.counts(role), measure) for run in runs)
-    finite = {number: float(value) for number, value in found.items() if math.isfinite(value)}
-    return asked, tagged(NUMBER_TAG, finite, name=name)
+    for option, value in options.items():
+        if value is None:
+            options[option] = "auto"
+    measures = [_measures(run) for run in runs]
+    means: dict[str, float] = {}
+    for tag in measures[0]:
+        value = float(mean(measures_of_run[tag] for measures_of_run in measures))
+        if math.isfinite(value):
+            means[tag] = value
+    return options, tagged(NUMBER_TAG, means, name=name)
+
+
+def _measures(run: Run) -> dict[str, float]:
+    measures = {"regression_free": float(run.regression_free), "seconds": run.seconds}
+    for role in ROLES:
+        if run.has(role):
+            counts = run.counts(role)
+            numbers = {
+                "repaired_in_target": counts.repaired_in_target,
+                "broken_in_target": counts.broken_in_target,
+                "repaired": counts.repaired,
+                "broken": counts.broken,
+                "accuracy_after": counts.accuracy_after,
+            }
+            measures |= tagged(ROLE_NUMBER, numbers, role=role)
+    return measures

@@ -23,7 +23,7 @@ from lightning_nrl import (
 )
 from lightning_nrl.localization import AllWeights, Localizer, NeuRecoverLite
 from lightning_nrl.pipeline.options import changed_options
-from lightning_nrl.search import Fitness
+from lightning_nrl.search import Fitness, FitnessFunction
 
 
 class ByHand(Localizer):

@@ -270,26 +270,9 @@ def test_what_is_equal_is_kept_once() -> None:
 
 
 def test_a_repair_gives_the_same_weights_and_says_what_was_computed_again() -> None:
-    problem = make_problem(REPLAYED["middle linear"], n=60)
-    (x,) = problem.data
-    first, second = problem.model(x).detach().topk(2).indices.T
-    margin = problem.model(x).detach().topk(2).values.diff(dim=1).flatten().abs()
-    label = torch.where(margin <= margin.kthvalue(6).values, second, first)
-
-    def repaired(budget: int) -> tuple[Tensor, str]:
-        outcome = repair_module(
-            problem.model,
-            [TensorSource(x, label, split="train", passed=True, failed=True, batch_size=20)],
-            Settings(
-                layer="2",
-                method=LocalSearch(ParticleSwarm(particles=20, iterations=10)),
-                search=SearchOptions(localizer=AllWeights(), memory_limit=budget),
-            ),
-        )
-        new = outcome.parameters or {}
-        return torch.cat(
-            [torch.zeros(0), *(value.flatten() for value in new.values())]
-        ), outcome.report.steps[0].note
+    def repaired(budget: int) -> tuple[dict[str, Tensor], str]:
+        outcome = repair_module(trained(), known(), quick(layer="0", budget=budget))
+        return dict(outcome.parameters or {}), outcome.report.steps[0].note
 
     (expected, silent), (weights, note) = repaired(1 << 20), repaired(2_000)
     assert torch.equal(weights["0.weight"], expected["0.weight"])
