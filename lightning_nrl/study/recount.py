@@ -18,16 +18,12 @@ from lightning_nrl.evaluation.sample_results import (
     flip_masks,
 )
 from lightning_nrl.methods import Problem
-from lightning_nrl.search.scoring.activation_cache import (
-    ActivationCache,
-    Chunk,
-    ReplayGroup,
-    split_inputs,
-)
-from lightning_nrl.search.scoring.memory import default_budget
-from lightning_nrl.search.scoring.recording import can_be_cut, find_group
+from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk, ReplayGroup
+from lightning_nrl.search.scoring.memory import free_memory
+from lightning_nrl.search.scoring.recording import PassRecorder
+from lightning_nrl.search.scoring.replay_plan import Plan
 from lightning_nrl.search.scoring.sparse_delta import output_under
-from lightning_nrl.search.scoring.traced_model import EditableModel, Inputs
+from lightning_nrl.search.scoring.traced_model import EditableModel, inputs_of
 from lightning_nrl.study.run_store import StoredRun
 
 
@@ -57,9 +53,7 @@ class ExactBatch:
 
         if self.cache.is_replayable(self.chunk):
             return self.cache.replay(self.chunk, edit)
-        group = self.cache.groups[0]
-        stored = group.take(self.chunk.samples, model.space.device)
-        return model.logits(group.inputs(stored), parameters)
+        return self.cache.rerun(self.chunk, parameters)
 
 
 @torch.no_grad()
@@ -67,35 +61,27 @@ def exact_batches(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
     """Records each batch. `batches` has pairs of a batch and its rows in the results, `n` int64."""
-    model = EditableModel(evaluator, space)
+    recorder = PassRecorder(EditableModel(evaluator, space))
     original = {name: parameter.detach() for name, parameter in space.parameters.items()}
-    planned: list[ReplayGroup] = []  # groups of earlier batches that can be replayed
-    can_cut: bool | None = None  # unknown before the first batch
     for batch, rows in batches:
-        inputs: Inputs = (batch.args, batch.kwargs)
-        n = len(rows)
-        if can_cut is None:
-            can_cut = can_be_cut(model, inputs, n)
+        inputs, n = inputs_of(batch), len(rows)
         exact: ExactBatch | None = None
-        if can_cut:
-            cache = ActivationCache(model, list(planned), rows)
-            group, stored = find_group(cache, inputs, n, space.device)
-            exact = _of_one_batch(model, group, stored, batch, rows)
-            planned = [group for group in cache.groups if group.plan is not None]
-        if exact is None or not torch.equal(exact.logits(original), model.logits(inputs, {})):
-            group, stored = split_inputs(inputs, n, space.device)
-            exact = _of_one_batch(model, group, stored, batch, rows)
+        if recorder.can_cut(inputs, n):
+            exact = _exact_batch(recorder, *recorder.record(inputs, n), batch, rows)
+        if exact is None or not torch.equal(
+            exact.logits(original), recorder.model.logits(inputs, {})
+        ):
+            exact = _exact_batch(recorder, *recorder.record_whole(inputs, n), batch, rows)
         yield exact
 
 
-def _of_one_batch(
-    model: EditableModel, group: ReplayGroup, stored: list[Tensor], batch: Batch, rows: Tensor
+def _exact_batch(
+    recorder: PassRecorder, plan: Plan, stored: list[Tensor], batch: Batch, rows: Tensor
 ) -> ExactBatch:
-    # Every tensor keeps its own layout: another layout may round differently.
-    group = group.empty_like(model.space.device, False, ())
+    group = ReplayGroup(plan, recorder.model.space.device)
     group.add(stored, batch.target, rows)
     group.finish()
-    cache = ActivationCache(model, [group], rows)
+    cache = ActivationCache(recorder.model, [group], rows)
     (chunk,) = cache.chunks()
     return ExactBatch(cache, chunk)
 
@@ -135,7 +121,7 @@ class Recount:
         problem = self.problem
         memory_limit = problem.memory_limit
         if memory_limit is None:
-            memory_limit = default_budget(problem.space.device)
+            memory_limit = free_memory(problem.space.device) // 4
         room = memory_limit // 2
         kept: list[ExactBatch] = []
         batches = (

@@ -20,7 +20,7 @@ from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search import ParticleSwarm, SearchResult, WeightStats
 from lightning_nrl.search import search as search_weights
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
-from lightning_nrl.search.scoring.memory import measure_allocations
+from lightning_nrl.search.scoring.memory import peak_allocation
 from lightning_nrl.search.scoring.scorer import make_scorer
 from lightning_nrl.search.scoring.traced_model import with_cached_outputs
 from lightning_nrl.tasks import Sequence
@@ -328,7 +328,7 @@ def memory() -> None:
                 values = space.flat()[where] + 0.1 * torch.randn(p, len(where))
                 scorer = make_scorer(recording, where, failed, ~failed, EVALUATOR, budget=budget)
                 kept = sum(part.nbytes for part in (*scorer.failed, *scorer.passed))
-                peaks.append(kept + measure_allocations(lambda s=scorer, v=values: s(v))[0])
+                peaks.append(kept + peak_allocation(lambda s=scorer, v=values: s(v)))
             row = [f"{peak / 2**20:.1f} MiB" for peak in peaks]
             rows.append([layer, f"{budget >> 20} MiB", *row, f"{max(peaks) / budget:.2f}"])
     show(

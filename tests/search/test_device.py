@@ -87,7 +87,7 @@ def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pin
         [0, 1, 2, 3],
         [4, 5, 6, 7, 8, 9, 10, 11],
     ]
-    assert all(x.is_pinned() for parts in parted.groups[1].parts.values() for x in parts)
+    assert all(x.is_pinned() for parts in parted.groups[1].parts for x in parts)
     expected, actual = (
         make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU))
         for cache in (whole, parted)

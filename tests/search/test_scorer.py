@@ -141,21 +141,6 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
     assert max(sizes) > 8
 
 
-@pytest.mark.parametrize("name", ["head", "middle linear"])
-def test_where_memory_runs_out_chunks_are_halved_and_nothing_is_kept(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tight(self: ChunkScorer, room: int) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(ChunkScorer, "keep", tight)
-    problem = make_problem(REPLAYED[name], n=N)
-    parts = problem.scorer(problem.candidates(1, 6)[0], ALL, ~ALL).failed
-    assert torch.cat([part.chunk.rows for part in parts]).tolist() == list(range(N))
-    assert {part.nbytes for part in parts} == {0}
-    assert len(parts[0].chunk) == N // 2
-
-
 class TwoRanks(Collective):
     """Adds what another rank, simulated here, has to add."""
 

@@ -116,7 +116,9 @@ class CandidateTensor(Tensor):
         """Returns the whole tensor. In-place changes of the result change this tensor."""
         if self.materialized is None:
             if self.all_differ:
-                dense = self._all_changed().contiguous()
+                changed = self.changed.movedim(self.axis + 1, 0)
+                changed = changed.index_select(0, self.units.argsort())
+                dense = changed.movedim(0, self.axis + 1).contiguous()
             else:
                 shared = self.base.expand(self.copies, *self.base.shape)
                 dense = shared.clone(memory_format=torch.contiguous_format)
@@ -124,16 +126,6 @@ class CandidateTensor(Tensor):
                     dense.index_copy_(self.axis + 1, self.units, self.changed)
             self.materialized = dense.flatten(0, 1)
         return self.materialized
-
-    def dense_view(self) -> Tensor:
-        """Returns the whole tensor, which need not be contiguous and must not be changed."""
-        if self.materialized is None and self.all_differ:
-            return self._all_changed().flatten(0, 1)
-        return self.dense()
-
-    def _all_changed(self) -> Tensor:
-        dim = self.axis + 1
-        return self.changed.movedim(dim, 0).index_select(0, self.units.argsort()).movedim(0, dim)
 
     def assign(self, result: Tensor) -> CandidateTensor:
         """Sets this tensor to the result of an in-place operation."""

@@ -6,35 +6,34 @@ Chunks and blocks of candidates are sized for a memory budget and the CPU cache.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory, widest
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
-from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search.scoring.candidate_tensor import as_dense
 from lightning_nrl.search.scoring.last_layer_scorer import (
     HeadScorer,
     is_plain_multiclass,
     make_head_scorer,
     sum_over_samples,
 )
-from lightning_nrl.search.scoring.memory import measure_allocations
+from lightning_nrl.search.scoring.memory import peak_allocation
 from lightning_nrl.search.scoring.sample_layout import repeat_all
 from lightning_nrl.search.scoring.sparse_delta import (
     GatheredInputs,
     LayerDelta,
     edit_layers,
-    make_layer_deltas,
 )
 from lightning_nrl.tasks import Task
 
-# Bytes of the first site's output, or of a last layer's logits, per pass: what the CPU caches hold.
+# Bytes of a last layer's logits per pass: what the CPU caches hold.
 CPU_CACHE_BYTES = 1 << 20
-# Bytes of all tensors that a pass creates on a CPU; smaller passes are mostly overhead.
+# Bytes of all tensors that are alive at once in a pass; smaller passes are mostly overhead.
 CPU_BLOCK_BYTES = 16 << 20
-# Bytes of all tensors, or of a last layer's logits, per pass on a GPU.
+# The same on a GPU, also for a last layer's logits.
 GPU_BLOCK_BYTES = 256 << 20
 # Samples per chunk; a GPU is slow if a kernel gets few samples.
 MAX_SAMPLES_CPU = 512
@@ -64,10 +63,13 @@ class ChunkScorer:
 
     def keep(self, room: int) -> None:
         """Sets `head` or `gathered` for later calls, unless this takes more than `room` bytes."""
+        if room <= 0 or not self.cache.is_replayable(self.chunk):
+            return
         if self.is_head:
-            self.head = self._make_head()
+            self.head = none_if_out_of_memory(self._make_head)
         elif len(self.first_delta.units):
-            self.gathered = self.first_delta.gather(*self.cache.activations(self.chunk))
+            x, y = self.cache.activations(self.chunk)
+            self.gathered = none_if_out_of_memory(partial(self.first_delta.gather, x, y))
         if self.nbytes > room:
             self.head = self.gathered = None
 
@@ -77,23 +79,14 @@ class ChunkScorer:
         start = 0
         while start < len(values):
             block = values[start : start + max(1, self.rows // len(self.chunk))]
-            work = partial(self._sums_of_block, block, with_loss, with_credit)
-            sums = none_if_out_of_memory(work, last_try=self.rows <= 1)
-            if sums is None:
+            evaluate = partial(self.evaluate, block, with_loss)
+            results = none_if_out_of_memory(evaluate, last_try=self.rows <= 1)
+            if results is None:
                 self.rows //= 2
                 continue
-            parts.append(sums)
+            parts.append(sum_over_samples(*results, self.weight, with_credit))
             start += len(block)
         return torch.cat(parts, 1)
-
-    def _sums_of_block(self, values: Tensor, with_loss: bool, with_credit: bool) -> Tensor:
-        # On a GPU, `count_passed` would have to wait for the device to know which samples are
-        # decided.
-        if self.is_head and not with_loss and values.device.type == "cpu":
-            head = self.head or self._make_head()
-            return head.count_passed(values, self.weight)
-        passed, loss = self.evaluate(values, with_loss)
-        return sum_over_samples(passed, loss, self.weight, with_credit)
 
     @property
     def first_delta(self) -> LayerDelta:
@@ -112,10 +105,10 @@ class ChunkScorer:
 
         The losses are None unless `with_loss`.
         """
-        if self.is_head:
-            head = self.head or self._make_head()
-            return head.evaluate(values, with_loss)
         if self.rows >= len(self.chunk):
+            if self.is_head:
+                head = self.head or self._make_head()
+                return head.evaluate(values, with_loss)
             return self.outputs(self.chunk, self.gathered, values, with_loss, self.reserve)
         masks, losses, start = [], [], 0
         for chunk in self.cache.split(self.chunk, self.rows):
@@ -140,11 +133,10 @@ class ChunkScorer:
         n_candidates = len(values)
         if self.cache.is_replayable(chunk):
             edit = edit_layers(self.deltas, values, gathered)
-            logits = self.cache.replay(chunk, edit, copies=n_candidates)
-            if isinstance(logits, CandidateTensor):
-                logits = logits.dense_view()
+            logits = as_dense(self.cache.replay(chunk, edit, copies=n_candidates))
         else:
-            logits = self.cache.rerun(chunk, self.where, values)
+            changed = [self.cache.space.changed(self.where, candidate) for candidate in values]
+            logits = torch.cat([self.cache.rerun(chunk, parameters) for parameters in changed])
         target = repeat_all(chunk.target, n_candidates)
         if reserve is not None:
             reserve = reserve.repeat(n_candidates)
@@ -153,11 +145,12 @@ class ChunkScorer:
         return passed, None if loss is None else loss.view(n_candidates, -1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChunkScorerFactory:
     """Builds scorers of samples for one choice of weights."""
 
     cache: ActivationCache
+    deltas: tuple[LayerDelta, ...]
     where: Tensor  # K int64, flat positions of the changed weights
     task: Task
     budget: int  # bytes per pass
@@ -169,71 +162,49 @@ class ChunkScorerFactory:
     def device(self) -> torch.device:
         return self.cache.space.device
 
-    @cached_property
-    def deltas(self) -> tuple[LayerDelta, ...]:
-        return make_layer_deltas(self.cache.space, self.where)
-
     @torch.no_grad()
     def scorers_of(self, mask: Tensor, room: int) -> list[ChunkScorer]:
         """Builds one scorer per chunk of the samples in `mask`, `N` bool.
 
-        The scorers keep at most `room` bytes between calls. If memory runs out, smaller chunks are
-        built, which keep nothing.
+        The scorers keep at most `room` bytes between calls.
         """
         scorers: list[ChunkScorer] = []
         for group in self.cache.chunks(None, mask):
-            scorers_of_group = self._scorers_of_group(group, room)
-            room -= sum(scorer.nbytes for scorer in scorers_of_group)
-            scorers += scorers_of_group
+            for scorer in self._scorers_of_group(group):
+                scorer.keep(room)
+                room -= scorer.nbytes
+                scorers.append(scorer)
         return scorers
 
-    def _scorers_of_group(self, group: Chunk, room: int) -> list[ChunkScorer]:
-        cache, budget = self.cache, self.budget
+    def _scorers_of_group(self, group: Chunk) -> list[ChunkScorer]:
         scorer = self._scorer(group, 1, is_head=False)
-        if not cache.is_replayable(group):
-            scorer.rows = _rows_per_pass(scorer, budget, 0)
+        if not self.cache.is_replayable(group):
+            scorer.rows = _rows_per_pass(scorer, self.budget, GPU_BLOCK_BYTES)
             return [scorer]
-        _, y = cache.activations(next(iter(cache.split(group, 1))))
+        _, y = self.cache.activations(next(iter(self.cache.split(group, 1))))
         n_units = len(scorer.first_delta.units)
         is_head = (
-            cache.plan(group).is_last_layer
+            self.cache.plan(group).is_last_layer
             and n_units > 0
             and y.dtype in (torch.float32, torch.float64)
             and y.ndim == 2
             and is_plain_multiclass(self.task)
         )
-        on_cpu = self.device.type == "cpu"
+        logit_bytes, block_bytes, most_samples = GPU_BLOCK_BYTES, GPU_BLOCK_BYTES, MAX_SAMPLES_GPU
+        if self.device.type == "cpu":
+            logit_bytes, block_bytes, most_samples = (
+                CPU_CACHE_BYTES,
+                CPU_BLOCK_BYTES,
+                MAX_SAMPLES_CPU,
+            )
         if is_head:
-            block_bytes = CPU_CACHE_BYTES if on_cpu else GPU_BLOCK_BYTES
-            rows = max(1, min(block_bytes, budget // 6) // (n_units * y.element_size()))
+            rows = max(1, min(logit_bytes, self.budget // 6) // (n_units * y.element_size()))
             samples = rows
         else:
-            rows = _rows_per_pass(scorer, budget, y.nbytes)
-            samples = int(rows**0.5)  # a block of as many candidates as samples
-        most_samples = MAX_SAMPLES_CPU if on_cpu else MAX_SAMPLES_GPU
-        samples = max(1, min(most_samples, len(group), samples))
-        scorers = none_if_out_of_memory(
-            partial(self._scorers_of_chunks, group, samples, rows, is_head, room)
-        )
-        while scorers is None:
-            samples = max(1, samples // 2)
-            scorers = none_if_out_of_memory(
-                partial(self._scorers_of_chunks, group, samples, rows, is_head, room=0),
-                last_try=samples == 1,
-            )
-        return scorers
-
-    def _scorers_of_chunks(
-        self, group: Chunk, samples: int, rows: int, is_head: bool, room: int
-    ) -> list[ChunkScorer]:
-        scorers = []
-        for chunk in self.cache.split(group, samples):
-            scorer = self._scorer(chunk, rows, is_head)
-            if room > 0:
-                scorer.keep(room)
-                room -= scorer.nbytes
-            scorers.append(scorer)
-        return scorers
+            rows = _rows_per_pass(scorer, self.budget, block_bytes)
+            samples = max(1, int(rows**0.5))  # a block of as many candidates as samples
+        chunks = self.cache.split(group, min(most_samples, samples))
+        return [self._scorer(chunk, rows, is_head) for chunk in chunks]
 
     def _scorer(self, chunk: Chunk, rows: int, is_head: bool) -> ChunkScorer:
         scorer = ChunkScorer(self.cache, chunk, self.deltas, self.where, self.task, rows)
@@ -247,31 +218,15 @@ class ChunkScorerFactory:
         return scorer
 
 
-def _rows_per_pass(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
-    """Chooses the rows (candidates times samples) per pass, by the memory that a few rows take.
-
-    `y_bytes` is the size of the first site's output for one sample, 0 if it is not recorded.
-    """
+def _rows_per_pass(scorer: ChunkScorer, budget: int, block_bytes: int) -> int:
+    """Chooses the rows (candidates times samples) per pass, by the memory that a few rows take."""
     few = next(iter(scorer.cache.split(scorer.chunk, 2)))
-    original = scorer.deltas[0].original
-
-    def measure(n_candidates: int) -> tuple[int, int]:
-        values = original.expand(n_candidates, -1)
-        return measure_allocations(partial(scorer.outputs, few, None, values, True, None))
-
-    measures = none_if_out_of_memory(lambda: (measure(4), measure(8)))
-    if measures is None:
+    values = scorer.deltas[0].original.expand(8, -1)
+    work = partial(scorer.outputs, few, None, values, True, None)
+    peak = none_if_out_of_memory(partial(peak_allocation, work))
+    if peak is None:
         return 1
-    (_, total_of_4), (peak, total_of_8) = measures
-    is_batched = scorer.cache.is_replayable(scorer.chunk)
-    n_rows = len(few) * 8 if is_batched else len(few)
-    peak_of_row = peak / n_rows
-    total_of_row = (total_of_8 - total_of_4) / (4 * len(few))
-    fitting = int(budget / max(1, peak_of_row))
-    if original.device.type != "cpu" or not y_bytes:
-        return max(1, min(fitting, int(GPU_BLOCK_BYTES / max(1, peak_of_row))))
-    wanted = int(CPU_BLOCK_BYTES / max(1, total_of_row))
-    # From one to eight times the rows whose output the cache holds.
-    cached = CPU_CACHE_BYTES // y_bytes
-    wanted = min(max(wanted, cached), 8 * CPU_CACHE_BYTES // y_bytes)
-    return max(1, min(fitting, wanted))
+    n_rows = len(few)
+    if scorer.cache.is_replayable(few):
+        n_rows *= len(values)
+    return max(1, min(budget, block_bytes) * n_rows // max(1, peak))

@@ -1,12 +1,11 @@
 """Scores candidates of a last layer from its inputs.
 
-Only the logits of classes whose weights change are computed. On a CPU, samples that pass under all
-candidates, or fail under all, are *decided* and skipped.
+Only the logits of classes whose weights change are computed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,19 +14,13 @@ from lightning_nrl._utils.device import widest
 from lightning_nrl.search.scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task, class_logits
 
-# If a larger share of the samples is undecided, no sample is skipped: selecting them costs more.
-MAX_UNDECIDED_SHARE = 0.75
-
 
 def is_plain_multiclass(task: Task) -> bool:
     """True if a task defines passed, margin and loss exactly as `Multiclass` does."""
     kind = type(task)
-    return (
-        kind.passed is Multiclass.passed
-        and kind.loss is Multiclass.loss
-        and kind.prediction is Multiclass.prediction
-        and kind.margin is Multiclass.margin
-    )
+    methods = (kind.passed, kind.margin, kind.prediction, kind.loss)
+    plain = Multiclass
+    return methods == (plain.passed, plain.margin, plain.prediction, plain.loss)
 
 
 def sum_over_samples(
@@ -102,85 +95,6 @@ class HeadScorer:
         total = logits.exp_().sum(0).add_((true - most).exp_())
         total.addcmul_(self.fixed_sum, (self.fixed_max - most).exp_())
         return passed, total.log_().add_(most).sub_(true)
-
-    def count_passed(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Returns `sum_over_samples` without losses, faster if many samples are decided."""
-        pass_all, fail_all = self.decided(values)
-        undecided = (~(pass_all | fail_all)).nonzero().flatten()
-        if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
-            passed, _ = self.evaluate(values, with_loss=False)
-            return sum_over_samples(passed, None, weight)
-        sums = sum_over_samples(pass_all[None], None, weight)
-        if len(undecided):
-            passed, _ = self.subset(undecided).evaluate(values, with_loss=False)
-            undecided_weight = None if weight is None else weight[undecided]
-            sums = sums + sum_over_samples(passed, None, undecided_weight)
-        return sums.expand(-1, len(values))
-
-    def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns masks, `n` bool, of samples that pass under all candidates, and that fail.
-
-        Interval arithmetic turns the range of the candidates' weights into ranges of the logits. A
-        sample is decided if the ranges of its true class and of its best other class are further
-        apart than the rounding error. In sums of m products this error is at most `2 * eps * (m +
-        8)` times the sum of all magnitudes.
-        """
-        change = self.delta.weight_delta(values, self.true_logit.dtype)
-        least, most = change.aminmax(dim=0)
-        ends = torch.stack([least, most, torch.maximum(most, -least)])  # 3 x (K + 1)
-        below, above, magnitude = self._logit_ranges(ends)
-        rivals, unit = self.rivals[:, 0], self.true_unit[0]
-        true_below = self.true_logit + self.true_changes * below.gather(0, unit)[0]
-        true_above = self.true_logit + self.true_changes * above.gather(0, unit)[0]
-        best_below = (rivals + below).amax(0).maximum(self.fixed_max)
-        best_above = (rivals + above).amax(0).maximum(self.fixed_max)
-        scale = magnitude.amax(0) + self.true_logit.abs() + best_below.abs() + best_above.abs()
-        if self.reserve is not None:
-            scale = scale + self.reserve.abs()
-        n_products = max(bucket.columns.shape[1] for bucket in self.delta.buckets)
-        rounding = scale * (2 * (n_products + 8) * torch.finfo(scale.dtype).eps)
-        return true_below > best_above + rounding, true_above + rounding < best_below
-
-    def _logit_ranges(self, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the least and the largest change of each logit, and its size, `U x n` each.
-
-        `ends`, `3 x (K + 1)`, has the least, the largest and the absolutely largest change of each
-        weight.
-        """
-        low, high, size = [], [], []
-        for bucket, x in zip(self.delta.buckets, self.gathered.x, strict=True):
-            weight_ends = ends[:, bucket.columns].transpose(0, 1)
-            by_positive = weight_ends @ x[:, 0].clamp_min(0)  # u x 3 x n
-            by_negative = weight_ends @ x[:, 0].clamp_max(0)
-            low.append(by_positive[:, 0] + by_negative[:, 1])
-            high.append(by_positive[:, 1] + by_negative[:, 0])
-            size.append(by_positive[:, 2] - by_negative[:, 2])
-        below, above, magnitude = torch.cat(low), torch.cat(high), torch.cat(size)
-        if not self.delta.site.include_bias:
-            return below, above, magnitude
-        bias_ends = ends[:, self.delta.bias].unsqueeze(2)
-        return below + bias_ends[0], above + bias_ends[1], magnitude + bias_ends[2]
-
-    def subset(self, samples: Tensor) -> HeadScorer:
-        def select(x: Tensor) -> Tensor:
-            return x.index_select(-1, samples)
-
-        x, base, rounded = self.gathered.x, self.gathered.base, self.gathered.rounded
-        return replace(
-            self,
-            gathered=GatheredInputs(
-                tuple(select(inputs) for inputs in x), base[:, samples], rounded[:, samples]
-            ),
-            rivals=select(self.rivals),
-            true_unit=select(self.true_unit),
-            true_logit=select(self.true_logit),
-            true_changes=select(self.true_changes),
-            fixed_max=select(self.fixed_max),
-            fixed_sum=select(self.fixed_sum),
-            fixed_max_before=select(self.fixed_max_before),
-            is_before=select(self.is_before),
-            reserve=None if self.reserve is None else select(self.reserve),
-        )
 
 
 def make_head_scorer(

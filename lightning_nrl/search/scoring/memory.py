@@ -15,11 +15,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def default_budget(device: torch.device) -> int:
-    """Returns a quarter of the free memory of a device, in bytes."""
-    return free_memory(device) // 4
-
-
 def free_memory(device: torch.device) -> int:
     """Returns the free memory of a device in bytes.
 
@@ -61,12 +56,12 @@ def _container_limit() -> int | None:
     return max(0, limit - used + cached)
 
 
-def measure_allocations(work: Callable[[], object]) -> tuple[int, int]:
-    """Returns the peak and the total number of bytes of the tensors that `work` creates."""
+def peak_allocation(work: Callable[[], object]) -> int:
+    """Returns the peak number of bytes of the tensors that `work` creates."""
     meter = AllocationMeter()
     with meter:
         work()
-    return meter.peak, meter.total
+    return meter.peak
 
 
 class AllocationMeter(TorchDispatchMode):
@@ -75,7 +70,7 @@ class AllocationMeter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held: dict[int, int] = {}  # bytes of each live storage, by address
-        self.peak = self.total = 0  # bytes
+        self.peak = 0
 
     def __torch_dispatch__(
         self,
@@ -91,7 +86,6 @@ class AllocationMeter(TorchDispatchMode):
             if address and address not in inputs and address not in self.held:
                 self.held[address] = size
                 weakref.finalize(storage, self.held.pop, address)
-                self.total += size
                 self.peak = max(self.peak, sum(self.held.values()))
         return result
 

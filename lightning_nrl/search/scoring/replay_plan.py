@@ -1,8 +1,12 @@
-"""`ReplayPlan`: resumes passes with the same structure at the first repaired layer."""
+"""Plans of passes with the same structure: what is stored of a pass, and how it runs again.
+
+A `ReplayPlan` resumes passes at the first repaired layer, and a `WholePlan` runs the whole model.
+"""
 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,12 +37,18 @@ class NotReplayableError(Exception):
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """Leaf of the tree of inputs and outputs that a resumed pass needs."""
+    """Leaf of the tree of inputs and outputs that a pass needs."""
 
     layout: SampleLayout | None  # where a tensor has its samples; None for a constant
     live: bool  # False if the logits depend only on the shape of the tensor
     value: object  # the constant, or one sample of the tensor
     repeats: bool = True  # False for the first site's input and output, which all copies share
+
+    @classmethod
+    def of(cls, value: object, layout: SampleLayout | None, live: bool = True) -> LeafSpec:
+        if layout is None or not isinstance(value, Tensor):
+            return cls(None, True, value)
+        return cls(layout, live, layout.take(value, slice(0, 1)).clone())
 
     @property
     def stored(self) -> bool:
@@ -78,31 +88,118 @@ class LeafSpec:
 
 
 @dataclass(frozen=True)
-class ReplayPlan:
-    """Plan to resume passes with the same structure. `traced_model` explains the frontier."""
+class Plan(ABC):
+    """Base class of plans. It stores some leaves of a tree."""
+
+    spec: pytree.TreeSpec  # structure of the tree
+    leaves: tuple[LeafSpec, ...]
+
+    @property
+    def layouts(self) -> list[SampleLayout]:
+        """Layouts of the stored tensors."""
+        return [leaf.layout for leaf in self.leaves if leaf.live and leaf.layout is not None]
+
+    def stored_among(self, values: Sequence[object]) -> list[Tensor]:
+        leaves = zip(self.leaves, values, strict=True)
+        return [value for leaf, value in leaves if leaf.stored and isinstance(value, Tensor)]
+
+    def select(
+        self, values: Sequence[object], spec: pytree.TreeSpec, n: int
+    ) -> list[Tensor] | None:
+        """Returns the leaves of a tree to store; None if the tree has another structure."""
+        if spec != self.spec:
+            return None
+        leaves = zip(self.leaves, values, strict=True)
+        if not all(leaf.matches(value, n) for leaf, value in leaves):
+            return None
+        return self.stored_among(values)
+
+    def rebuilt(
+        self, stored: Sequence[Tensor], n: int, copies: int, device: torch.device
+    ) -> list[object]:
+        source = iter(stored)
+        return [leaf.rebuild(source, n, copies, device) for leaf in self.leaves]
+
+    @abstractmethod
+    def record(self, model: EditableModel, inputs: Inputs, n: int) -> list[Tensor] | None:
+        """Returns the tensors of a pass to store; None if the pass has another structure."""
+
+    @abstractmethod
+    def resume(
+        self,
+        model: EditableModel,
+        stored: Sequence[Tensor],
+        n: int,
+        edit: LayerEdit,
+        copies: int = 1,
+    ) -> Tensor:
+        """Runs the passes of `n` samples from their `stored` tensors.
+
+        `ActivationCache.replay` explains the other arguments.
+        """
+
+
+@dataclass(frozen=True)
+class WholePlan(Plan):
+    """Plan to run the whole model. The tree is that of the model's inputs."""
+
+    @classmethod
+    def of(cls, inputs: Inputs, n: int) -> WholePlan:
+        values, spec = pytree.tree_flatten(inputs)
+        leaves = []
+        for value in values:
+            has_samples = isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+            leaves.append(LeafSpec.of(value, SampleLayout(0) if has_samples else None))
+        return cls(spec, tuple(leaves))
+
+    def record(self, model: EditableModel, inputs: Inputs, n: int) -> list[Tensor] | None:
+        values, spec = pytree.tree_flatten(inputs)
+        stored = self.select(values, spec, n)
+        if stored is None:
+            return None
+        # No comparison of logits follows, so constants must be equal, not only alike.
+        for leaf, value in zip(self.leaves, values, strict=True):
+            is_constant = not isinstance(value, Tensor)
+            if is_constant and value is not leaf.value and value != leaf.value:
+                return None
+        return stored
+
+    def inputs(self, model: EditableModel, stored: Sequence[Tensor], n: int) -> Inputs:
+        leaves = self.rebuilt(stored, n, 1, model.space.device)
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def resume(
+        self,
+        model: EditableModel,
+        stored: Sequence[Tensor],
+        n: int,
+        edit: LayerEdit,
+        copies: int = 1,
+    ) -> Tensor:
+        with edit_outputs(model.space.sites, edit):
+            return model.forward(self.inputs(model, stored, n))
+
+
+@dataclass(frozen=True)
+class ReplayPlan(Plan):
+    """Plan to resume passes at the first repaired layer. `traced_model` explains the frontier.
+
+    The tree holds the model's inputs, the outputs of the frontier, and the input and the output of
+    the first repaired layer.
+    """
 
     calls: tuple[str, ...]  # calls of the frontier, as in `ForwardTrace`
     modules: Mapping[str, nn.Module]  # modules of the frontier by name
     first: LayerRef  # the repaired layer (site) that is called first
     dims: Mapping[str, int]  # sample dimension of each site's output
-    spec: pytree.TreeSpec  # structure of the tree that `flatten_trace` flattens
-    leaves: tuple[LeafSpec, ...]  # leaves of that tree
     is_last_layer: bool = False  # True if the model returns the first site's output unchanged
 
     @classmethod
     def of_last_layer(cls, site: LayerRef, x: Tensor, y: Tensor) -> ReplayPlan:
-        leaves = [LeafSpec(SampleLayout(0), True, t[:1].clone(), repeats=False) for t in (x, y)]
-        spec = pytree.tree_structure((((), {}), [], (x, y)))
-        return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
-
-    def is_like(self, other: ReplayPlan) -> bool:
-        """True if both plans are for the same kind of last layer.
-
-        Its input and output have equal dtypes and shapes per sample.
-        """
-        if not self.is_last_layer or self.spec != other.spec:
-            return False
-        return all(a.matches(b.value, 1) for a, b in zip(self.leaves, other.leaves, strict=True))
+        values, spec = flatten_last_layer(x, y)
+        leaves = [replace(LeafSpec.of(t, SampleLayout(0)), repeats=False) for t in values]
+        return cls(spec, tuple(leaves), (), {}, site, {site.name: 0}, is_last_layer=True)
 
     @property
     def live_calls(self) -> frozenset[str]:
@@ -113,25 +210,15 @@ class ReplayPlan:
                 names.add(name)
         return frozenset(names)
 
-    @property
-    def layouts(self) -> list[SampleLayout]:
-        return [leaf.layout for leaf in self.leaves if leaf.live and leaf.layout is not None]
+    def record(self, model: EditableModel, inputs: Inputs, n: int) -> list[Tensor] | None:
+        trace, _ = model.trace(inputs, self.live_calls.__contains__)
+        return self.match(trace, inputs, n)
 
     def match(self, trace: ForwardTrace, inputs: Inputs, n: int) -> list[Tensor] | None:
-        """Returns the tensors of a pass to store; None if the pass has another structure."""
+        """Returns the tensors of a traced pass to store; None if it has another structure."""
         if tuple(trace.calls) != self.calls or trace.layer_order[0] != self.first.name:
             return None
-        values, spec = flatten_trace(inputs, trace)
-        if spec != self.spec:
-            return None
-        leaves = list(zip(self.leaves, values, strict=True))
-        if not all(leaf.matches(value, n) for leaf, value in leaves):
-            return None
-        return self.stored_among(values)
-
-    def stored_among(self, values: Sequence[object]) -> list[Tensor]:
-        leaves = zip(self.leaves, values, strict=True)
-        return [value for leaf, value in leaves if leaf.stored and isinstance(value, Tensor)]
+        return self.select(*flatten_trace(inputs, trace), n)
 
     def resume(
         self,
@@ -141,16 +228,11 @@ class ReplayPlan:
         edit: LayerEdit,
         copies: int = 1,
     ) -> Tensor:
-        """Resumes the passes of `n` samples from their `stored` tensors.
-
-        `ActivationCache.replay` explains the other arguments.
-        """
         device = model.space.device
         if self.is_last_layer:
             x, y = stored[-2].to(device), stored[-1].to(device)
             return _copy_if_recorded(edit(self.first, x, y), y)
-        source = iter(stored)
-        leaves = [leaf.rebuild(source, n, copies, device) for leaf in self.leaves]
+        leaves = self.rebuilt(stored, n, copies, device)
         inputs, outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
 
         def edit_samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -171,10 +253,13 @@ class ReplayPlan:
 
 
 def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[object], pytree.TreeSpec]:
-    """Flattens a tree of inputs, outputs of the frontier, and the first site's input and output."""
-    args, kwargs = inputs
-    first_site = (trace.input, trace.output)
-    return pytree.tree_flatten(((tuple(args), dict(kwargs)), list(trace.outputs), first_site))
+    """Flattens the tree of a `ReplayPlan`."""
+    return pytree.tree_flatten((inputs, list(trace.outputs), (trace.input, trace.output)))
+
+
+def flatten_last_layer(x: Tensor, y: Tensor) -> tuple[list[object], pytree.TreeSpec]:
+    """Flattens the tree of a `ReplayPlan` without inputs of the model."""
+    return pytree.tree_flatten((((), {}), [], (x, y)))
 
 
 def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
@@ -213,16 +298,16 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
     if layouts[-2] is None:
         raise NotReplayableError(FIXED_SIZE)
     plan = ReplayPlan(
+        spec,
+        (),
         tuple(trace.calls),
         {name: model.model.get_submodule(name) for name in trace.calls},
         model.sites[trace.layer_order[0]],
         dims,
-        spec,
-        (),
     )
     problem = ""
     for live in (_liveness(model, trace, few), [True] * len(leaves)):
-        specs = [_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True)]
+        specs = [LeafSpec.of(*parts) for parts in zip(leaves, layouts, live, strict=True)]
         first_site = [replace(leaf, live=True, repeats=False) for leaf in specs[-2:]]
         plan = replace(plan, leaves=(*specs[:-2], *first_site))
         stored = plan.stored_among(leaves)
@@ -364,12 +449,6 @@ def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list
         return [True] * len(leaves)
     dead = {i for i, gradient in zip(floats, gradients, strict=True) if gradient is None}
     return [i not in dead for i in range(len(leaves))]
-
-
-def _leaf(value: object, layout: SampleLayout | None, live: bool) -> LeafSpec:
-    if layout is None or not isinstance(value, Tensor):
-        return LeafSpec(None, True, value)
-    return LeafSpec(layout, live, layout.take(value, slice(0, 1)).clone())
 
 
 def _layout(value: object, value_of_more: object, small: int) -> SampleLayout | None:

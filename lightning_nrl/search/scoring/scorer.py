@@ -13,7 +13,8 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer, ChunkScorerFactory
-from lightning_nrl.search.scoring.memory import default_budget
+from lightning_nrl.search.scoring.memory import free_memory
+from lightning_nrl.search.scoring.sparse_delta import make_layer_deltas
 
 # Number of samples of I_pos that are scored first, because they break most easily.
 N_MOST_FRAGILE = 128
@@ -143,14 +144,20 @@ def make_scorer(
     device, collective = cache.space.device, evaluator.collective
     # Giving up asks the device after each chunk, and a GPU would have to be waited for.
     gives_up = device.type == "cpu"
-    budget = default_budget(device) if budget is None else budget
+    budget = free_memory(device) // 4 if budget is None else budget
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
     counts = torch.stack([failed[cache.rows].sum(), passed[cache.rows].sum()])
     n_failed, n_passed = collective.sum(counts).tolist()
     # A quarter of the budget is for what the scorers keep, half of it for each of I_neg and I_pos.
     room = budget // 4 // 2
     factory = ChunkScorerFactory(
-        cache, where, evaluator.task, budget - budget // 4, reserve, weight
+        cache,
+        make_layer_deltas(cache.space, where),
+        where,
+        evaluator.task,
+        budget - budget // 4,
+        reserve,
+        weight,
     )
     first = torch.zeros_like(passed)
     if gives_up and fragility is not None:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_nrl._utils.state import temporary_weights
-from lightning_nrl.data.batch import run_model
+from lightning_nrl.data.batch import Batch, run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
@@ -100,9 +100,10 @@ class EditableModel:
         with temporary_weights(self.model, parameters):
             return self.forward(_cloned(inputs))
 
-    def edited_logits(self, inputs: Inputs, edit: LayerEdit) -> Tensor:
-        with edit_outputs(self.space.sites, edit):
-            return self.forward(_cloned(inputs))
+
+def inputs_of(batch: Batch) -> Inputs:
+    """Returns the arguments of the model's forward."""
+    return tuple(batch.args), dict(batch.kwargs)
 
 
 @contextmanager
@@ -219,9 +220,7 @@ def with_cached_outputs(
 
 def _cloned(inputs: Inputs) -> Inputs:
     """Copies tensors and graph objects in the inputs, since a model may change them in place."""
-    args, kwargs = pytree.tree_map_only(
-        (Tensor, _Clonable), lambda x: x.clone(), (tuple(inputs[0]), dict(inputs[1]))
-    )
+    args, kwargs = pytree.tree_map_only((Tensor, _Clonable), lambda x: x.clone(), inputs)
     return args, kwargs
 
 
