@@ -29,11 +29,6 @@ class WeightStats:
     highest: float | Tensor
 
     @classmethod
-    def of(cls, weights: Tensor) -> WeightStats:
-        """Computes the statistics of one layer's weights, a tensor of any shape."""
-        return cls(*_moments(weights))
-
-    @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
         """Computes statistics `K`; value k is of the whole tensor with the weight `where[k]`."""
         parameters = space.parameters.values()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -15,11 +13,12 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
-from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.json_records import Derives, flat, from_plain, to_plain
+from lightning_nrl._utils.json_records import Derives, flat, from_plain
+from lightning_nrl._utils.resume import from_bytes, to_bytes
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
+from lightning_nrl.pipeline.plain_values import text_hash
 from lightning_nrl.records.splits import ROLES, Role
 
 NO_COUNTS = TargetCounts(0, 0, 0, 0)
@@ -158,10 +157,9 @@ class RunStore:
         stored: dict[str, StoredRun] = {}
         for path in sorted(self.folder.glob("runs-*.pt")):
             try:
-                stored |= _read_file(path)
-            except (OSError, ConfigurationError) as error:
-                why = str(error).partition("\n")[0]
-                problem = f"`dirpath`: {path} cannot be used ({why}); its runs are made again."
+                stored |= _unpacked(path.read_bytes())
+            except (OSError, ValueError) as error:
+                problem = f"`dirpath`: {path} cannot be used ({error}); its runs are made again."
                 hint = "delete the file; check the disk if this happens again."
                 warnings.warn(DataWarning(problem, hint), stacklevel=2)
         return {key: stored[key] for key in wanted if key in stored}
@@ -170,22 +168,9 @@ class RunStore:
         if self.folder is None or not runs:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        data = _packed(runs)
-        content = hashlib.sha256(data).hexdigest().encode() + b"\n" + data
-        path = self.folder / f"runs-{digest(sorted(runs))[:16]}.pt"
+        content = to_bytes(dict(runs))
+        path = self.folder / f"runs-{text_hash(sorted(runs))[:16]}.pt"
         replacing(path, lambda part: part.write_bytes(content))
-
-
-def _read_file(path: Path) -> dict[str, StoredRun]:
-    checksum, _, data = path.read_bytes().partition(b"\n")
-    if checksum.decode(errors="replace") != hashlib.sha256(data).hexdigest():
-        raise ConfigurationError("its checksum does not match")
-    return _unpacked(data)
-
-
-def digest(value: object) -> str:
-    """Returns the SHA-256 of a value made of dicts, lists, text and numbers."""
-    return hashlib.sha256(json.dumps(to_plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def results_digest(results: SampleResults) -> str:
@@ -209,36 +194,13 @@ def gather_runs(runs: Mapping[str, StoredRun], collective: Collective) -> dict[s
     """Gathers the runs of all ranks."""
     if collective.world_size == 1:
         return dict(runs)
-    packed = torch.frombuffer(bytearray(_packed(runs)), dtype=torch.uint8)
+    packed = torch.frombuffer(bytearray(to_bytes(dict(runs))), dtype=torch.uint8)
     gathered: dict[str, StoredRun] = {}
     for packed_on_rank in collective.gather(packed):
         gathered |= _unpacked(packed_on_rank.numpy().tobytes())
     return gathered
 
 
-def _packed(runs: Mapping[str, StoredRun]) -> bytes:
-    out = io.BytesIO()
-    plain = {}
-    for key, stored in runs.items():
-        run = to_plain(stored.run)
-        plain[key] = {"run": run, "where": stored.where, "values": stored.values}
-    torch.save(plain, out)
-    return out.getvalue()
-
-
 def _unpacked(data: bytes) -> dict[str, StoredRun]:
-    """Reads runs as data, never as code. Raises `ConfigurationError` for any other content."""
-    try:
-        plain = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        return {str(key): _stored_run(**stored) for key, stored in plain.items()}
-    except ConfigurationError:
-        raise
-    except Exception as error:
-        raise ConfigurationError(f"it holds no runs ({reason(error)})") from error
-
-
-def _stored_run(run: object, where: Tensor, values: Tensor) -> StoredRun:
-    are_positions = where.dtype == torch.int64 and where.ndim == 1
-    if not are_positions or where.shape != values.shape or not values.is_floating_point():
-        raise ConfigurationError("its weights and their positions do not match")
-    return StoredRun(from_plain(Run, run), where, values)
+    runs: dict[str, StoredRun] = from_bytes(data, dict[str, StoredRun])
+    return runs

@@ -23,6 +23,7 @@ from lightning_nrl.evaluation.layers import find_scope, layer_names
 from lightning_nrl.methods import Auto, Problem
 from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
+from lightning_nrl.pipeline.plain_values import text_hash
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import Provenance, Role
@@ -30,7 +31,7 @@ from lightning_nrl.search import ParticleSwarm, SearchHistory
 from lightning_nrl.study.grid import Setting, Sweepable, parse_settings
 from lightning_nrl.study.recorded_search import RecordedSearch, RunRequest
 from lightning_nrl.study.recount import Recount
-from lightning_nrl.study.run_store import RunStore, StoredRun, digest, gather_runs, results_digest
+from lightning_nrl.study.run_store import RunStore, StoredRun, gather_runs, results_digest
 from lightning_nrl.study.sweep_result import SweepResult
 
 Seeds = int | Sequence[int]
@@ -170,10 +171,10 @@ class _Sweep:
         passed = [source.split for source in self.problem.known if source.passed]
         model = hash_tensors(self.problem.model.state_dict())
         layer, task = self.base.plain()["layer"], repr(self.problem.evaluator.task)
-        ground = digest([model, evidence, passed, layer, task])
+        ground = text_hash([model, evidence, passed, layer, task])
         requests = []
         for setting, seed in product(settings, seeds):
-            key = digest([ground, setting.plain(), seed])
+            key = text_hash([ground, setting.plain(), seed])
             requests.append(RunRequest(key, setting, seed))
         return requests
 

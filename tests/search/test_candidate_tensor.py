@@ -56,7 +56,6 @@ CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "amax": ((5,), lambda x: torch.amax(x, 2)),
     "flatten": ((3, 2), lambda x: torch.flatten(x, 1)),
     "view": ((3, 2), lambda x: x.view(x.size(0), -1)),
-    "view in channels": ((6,), lambda x: x.view(len(x), C, 2, 3)),
     "number": ((5,), lambda x: 2 * x + 1 - x / 3),
     "parameter": ((5,), lambda x: x * torch.arange(C, dtype=torch.float64).view(C, 1)),
     "depthwise convolution": ((5, 5), _module(nn.Conv2d(C, C, 3, padding=1, groups=C))),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.published import ArachneDEFitness, ArachneFitness, NeuRecoverFitness
 from lightning_nrl.search import FITNESSES, FitnessFunction
-from lightning_nrl.search.fitness import FEASIBLE_FLOOR, Fitness, exchange_rate
+from lightning_nrl.search.fitness import FEASIBLE_FLOOR, Fitness
 from lightning_nrl.search.scores import Scores
 
 
@@ -134,13 +134,6 @@ def test_bad_arguments_are_told(arguments, problem, hint):
     assert hint in told_hint
 
 
-def test_exchange_rate_is_where_the_paper_is_indifferent():
-    assert exchange_rate(n_failed=4, n_passed=10, alpha=0.5) == 5
-    assert exchange_rate(n_failed=4, n_passed=10, alpha=0) == math.inf
-    one_for_five = scores([0, 1], [10, 5], [2.0, 2.0], [0.5, 0.5])
-    assert Fitness("eq2", alpha=0.5)(one_for_five, BEFORE).diff() == 0
-
-
 @pytest.mark.parametrize("kind", ["lexicographic", "eq1", "eq2"])
 @pytest.mark.parametrize("perfect_intact", [False, True])
 @pytest.mark.parametrize("infeasible", ["ranked", "zero"])
@@ -172,17 +165,6 @@ def test_who_breaks_more_than_the_most_is_worth_no_more(
     limit = fitness.most_broken(value, 4)
     if limit is not None and 10 - challenger[1] > limit.item():
         assert fitness(scores(*([x] for x in challenger)), BEFORE) <= value
-
-
-def test_the_most_broken_by_hand():
-    value = Fitness()(AFTER, BEFORE)
-    assert Fitness().most_broken(value, 4).tolist() == [0.0, 1.0]
-    assert Fitness().most_broken(torch.tensor([-math.inf]), 4).tolist() == [math.inf]
-    assert Fitness("eq1").most_broken(value, 4) is None
-    strict = Fitness("eq1", perfect_intact=True)
-    assert strict.most_broken(strict(AFTER, BEFORE), 4).tolist() == [0.0, 1.0]
-    zero = Fitness("eq2", perfect_intact=True, infeasible="zero")
-    assert zero.most_broken(zero(AFTER, BEFORE), 4).tolist() == [0.0, 0.0]
 
 
 def test_what_a_gate_allows_to_break_costs_nothing():

@@ -166,7 +166,6 @@ class Odd(nn.Module):
 
 PRECISE = ("head", "middle linear", "residual, both", "two inputs")
 EXACT: dict[str, tuple[Case, torch.dtype, bool | None]] = {
-    **{name: (case, torch.float32, None) for name, case in REPLAYED.items()},
     **{name: (case, torch.float32, None) for name, (case, _) in WHOLE.items()},
     **{f"{name}, double": (REPLAYED[name], torch.float64, True) for name in PRECISE},
     **{f"{name}, bfloat16": (REPLAYED[name], torch.bfloat16, None) for name in PRECISE},

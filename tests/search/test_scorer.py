@@ -102,17 +102,7 @@ def test_small_whole_numbers_are_exact_down_to_ties(
     assert scores.intact.tolist() == hits[:, ~FAILED].sum(1).tolist()
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.floats(1e-3, 2.0))
-def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
-    problem = make_problem(REPLAYED["head"], n=N, seed=seed % 7)
-    where, values = problem.candidates(20, 12, seed, scale)
-    hits = problem.oracle(where, values).argmax(2) == problem.target
-    scores = scored(problem, where, values, passed_loss=False)
-    assert scores.intact.tolist() == hits[:, ~FAILED].sum(1).tolist()
-
-
-@pytest.mark.parametrize("budget", [1, 10_000, 1_000_000])
+@pytest.mark.parametrize("budget", [1, 10_000])
 @pytest.mark.parametrize("name", ["head", "middle linear", "residual, both", "called twice"])
 def test_any_budget_gives_the_same(name: str, budget: int) -> None:
     problem = make_problem(WHOLE[name][0] if name in WHOLE else REPLAYED[name], n=N)
@@ -194,14 +184,6 @@ def test_tasks_of_the_user_see_outputs_and_targets(name: str) -> None:
     assert scores.patched.tolist() == (first >= 0)[:, FAILED].sum(1).tolist()
     expected = (first - wanted).square()[:, ~FAILED].mean(1)
     torch.testing.assert_close(scores.loss_passed, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["head", "conv2d", "residual, second"])
-def test_without_losses_of_passed_samples_the_rest_is_the_same(name: str) -> None:
-    problem = make_problem(REPLAYED[name], n=N)
-    arguments = problem, *problem.candidates(9, 6, scale=0.2)
-    full, lean = scored(*arguments), scored(*arguments, passed_loss=False)
-    close(lean, replace(full, loss_passed=torch.zeros(9)))
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "residual, both"])

@@ -207,7 +207,7 @@ def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.Mon
     run(model, grid)
     assert len(passes) == 3  # Each role once.
     passes.clear()
-    monkeypatch.setattr(recount, "default_budget", lambda device: 2000)
+    monkeypatch.setattr(recount, "free_memory", lambda device: 8000)
     assert timeless(run(model, grid)) == expected
     assert len(passes) == 3 * len(expected.runs)
 

@@ -237,8 +237,6 @@ def _view(func: TorchFunction, x: CandidateTensor, *shape: Any) -> Tensor | None
     n_features = x.base[0].numel()
     if sizes in ((x.shape[0], -1), (-1, n_features), (x.shape[0], n_features)):
         return _flatten_channels(x)
-    if len(sizes) > 2 and sizes[:2] == tuple(x.shape[:2]):
-        return x.map_channels(lambda t, _: t.reshape(*t.shape[:2], *sizes[2:]))
     return None
 
 
