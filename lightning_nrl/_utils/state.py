@@ -149,6 +149,13 @@ def current_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in live_tensors(model).items()}
 
 
+def completed(model: nn.Module, state: State) -> dict[str, Tensor]:
+    """Returns the `live_tensors`, detached, with those of `state` under all their names."""
+    live = live_tensors(model)
+    new = {id(live[name]): value for name, value in state.items()}
+    return {name: new.get(id(tensor), tensor).detach() for name, tensor in live.items()}
+
+
 @torch.no_grad()
 def saved_names(model: nn.Module) -> dict[str, str]:
     """Maps each name in `model.state_dict()` to the name of the same tensor in `live_tensors`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,11 +25,7 @@ from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.methods.solvers.convex_head import (
-    ROWS_PER_BLOCK,
-    ConvexHead,
-    regularization_path,
-)
+from lightning_nrl.methods.solvers.convex_head import ConvexHead, regularization_path
 from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search.scoring.replay_plan import same_values
@@ -96,23 +92,14 @@ class Convex(Method):
             end = end.earlier(clock.one_pass)
             solved = _solve(problem, known, self, end)
             is_cut = problem.deadline.is_set and len(solved) < len(PRICES) and end.is_over()
-            is_folded = _folds(problem) >= 0
-            alternatives = [
-                _Alternative(
-                    price,
-                    change,
-                    problem.counted(
-                        f"convex, price {price:g}", {}, replace(before, passed=known.right(change))
-                    ),
-                    estimate(before, replace(before, passed=held_out_right), is_folded),
-                    _worth(problem, held_out_right),
-                )
-                for price, (change, held_out_right) in zip(PRICES, solved, strict=False)
-            ]
+            alternatives = []
+            for price, (change, held_out_right) in zip(PRICES, solved, strict=False):
+                alternatives.append(_alternative(problem, known, price, change, held_out_right))
         if not alternatives:
             return Solution(None, NO_TIME_TO_SOLVE)
         del known
         seconds = (time.perf_counter() - began) / len(alternatives)
+        steps = [alternative.step(seconds) for alternative in alternatives]
         best = max(alternatives, key=lambda alternative: alternative.rank)
         with clock.stage("judge"):
             began = time.perf_counter()
@@ -122,28 +109,21 @@ class Convex(Method):
                 note += f", {fraction:.0%} of it"
             if is_cut:
                 note += f"; higher prices were {CUT}"
-            last_step = _last_step(proposal, time.perf_counter() - began, note, is_cut)
-        reason = (
-            "the change of the layer that is best on held-out samples repairs no target "
-            "without a regression."
-        )
-        return Solution(
-            proposal,
-            "" if proposal else reason,
-            (*(alternative.step(seconds) for alternative in alternatives), last_step),
-            tried=tuple(
-                problem.target_counts(alternative.proposal.after)
-                for alternative in alternatives
-                if alternative is not best and alternative.proposal.repaired
-            ),
-            held_out=best.held_out,
-        )
-
-
-def _last_step(proposal: Proposal | None, seconds: float, note: str, is_cut: bool) -> Step:
-    if proposal is None:
-        return Step("convex", 0, 0, round(seconds, 3), note, is_cut)
-    return proposal.step(seconds, note, was_cut=is_cut)
+            seconds = time.perf_counter() - began
+        reason = ""
+        if proposal is None:
+            steps.append(Step("convex", 0, 0, round(seconds, 3), note, is_cut))
+            reason = (
+                "the change of the layer that is best on held-out samples repairs no target "
+                "without a regression."
+            )
+        else:
+            steps.append(proposal.step(seconds, note, was_cut=is_cut))
+        tried = []
+        for alternative in alternatives:
+            if alternative is not best and alternative.proposal.repaired:
+                tried.append(problem.target_counts(alternative.proposal.after))
+        return Solution(proposal, reason, tuple(steps), tried=tuple(tried), held_out=best.held_out)
 
 
 @dataclass(frozen=True)
@@ -165,6 +145,16 @@ class _Alternative:
         counts = self.held_out
         note = f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken"
         return replace(self.proposal.step(seconds, note), kind="alternative")
+
+
+def _alternative(
+    problem: Problem, known: _KnownHead, price: float, change: Tensor, held_out_right: Tensor
+) -> _Alternative:
+    before = problem.before
+    after = replace(before, passed=known.right(change))
+    proposal = problem.counted(f"convex, price {price:g}", {}, after)
+    counts = estimate(before, replace(before, passed=held_out_right), _folds(problem) >= 0)
+    return _Alternative(price, change, proposal, counts, _worth(problem, held_out_right))
 
 
 def _check_layers(space: ParameterSpace) -> None:
@@ -191,17 +181,18 @@ def _solve(
     problem: Problem, known: _KnownHead, method: Convex, end: Deadline
 ) -> list[tuple[Tensor, Tensor]]:
     """Collects the results of `_path`, which runs on the first rank, on all ranks."""
-    collective, logits = problem.collective, known.head.logits
-    shape = (len(PRICES), logits.shape[1], known.head.n_features)
-    changes = torch.zeros(shape, device=logits.device, dtype=logits.dtype)
+    collective = problem.collective
+    head = known.head
+    changes = head.logits.new_zeros(len(PRICES), head.n_classes, head.n_features)
     right = torch.zeros(len(PRICES), len(known.rows), dtype=torch.uint8)
     n_solved = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
         for i, (change, held_out_right) in enumerate(_path(problem, known, method, end)):
-            changes[i], right[i] = change, held_out_right
+            changes[i] = change
+            right[i] = held_out_right
             n_solved += 1
-    changes, right = collective.agreed(changes), collective.agreed(right).bool()
-    return list(zip(changes, right, strict=True))[: int(collective.agreed(n_solved))]
+    solved = zip(collective.agreed(changes), collective.agreed(right).bool(), strict=True)
+    return list(solved)[: int(collective.agreed(n_solved))]
 
 
 def _path(
@@ -210,55 +201,36 @@ def _path(
     """Yields for each price the change, `C x d`, and a mask of samples, `N` bool.
 
     The mask marks the samples that are right in cross-validation. The samples of a fold are
-    predicted with the change that was fitted without them. If time runs out at the first price,
-    folds without a change are predicted with the original layer. A later price is left out instead.
+    predicted with the change that was fitted without them. If time runs out at a price after the
+    first, this price is left out.
     """
 
     def is_over() -> bool:
         return end.seconds_left <= 0  # of this rank, which solves for all ranks
 
+    if is_over():
+        return
+    head = known.head
+    max_pairs = math.inf if method.max_pairs is None else method.max_pairs
     fold = _folds(problem)
-    device = known.head.label.device
-    kept_in_folds = [
-        ~problem.copies(fold == number)[known.rows].to(device) for number in range(N_FOLDS)
-    ]
-    paths = [
-        regularization_path(known.head, PRICES, kept, is_over, method.max_pairs)
-        for kept in (None, *kept_in_folds)
-    ]
+    kept = [torch.ones_like(head.targeted)]
+    for number in range(N_FOLDS):
+        in_fold = problem.copies(fold == number)[known.rows]
+        kept.append(~in_fold.to(head.label.device))
+    paths = [regularization_path(head, PRICES, used, is_over, max_pairs) for used in kept]
     worths: list[float] = []
-    for _ in PRICES:
-        changes = _next_changes(paths, is_over, is_first=not worths)
-        if not changes or (worths and is_over()):
+    for change, *changes_of_folds in zip(*paths, strict=False):
+        if worths and is_over():
             return
-        change, *changes_of_folds = changes
-        assert change is not None
         right = problem.before.passed.clone()
         for number, change_of_fold in enumerate(changes_of_folds):
-            if change_of_fold is not None:
-                right = torch.where(fold == number, known.right(change_of_fold), right)
+            right = torch.where(fold == number, known.right(change_of_fold), right)
         yield change, right
         worths.append(_worth(problem, right))
         problem.clock.tell(len(worths), len(PRICES))
         n_stalled = len(worths) - 1 - worths.index(max(worths))
         if is_over() or (method.patience is not None and n_stalled >= method.patience):
             return
-
-
-def _next_changes(
-    paths: Sequence[Iterator[Tensor]], is_over: Callable[[], bool], *, is_first: bool
-) -> list[Tensor | None]:
-    """Returns the next change of each path, or an empty list if time is over.
-
-    At the first price, only the first path needs a change; the others may give None.
-    """
-    changes: list[Tensor | None] = []
-    for path in paths:
-        change = None if is_over() else next(path, None)
-        if change is None and not (is_first and changes):
-            return []
-        changes.append(change)
-    return changes
 
 
 def _worth(problem: Problem, right: Tensor) -> float:
@@ -303,18 +275,21 @@ def _state(problem: Problem, change: Tensor) -> State:
     n_in = weight.shape[1]
     if len(weight) == 1:
         change = change[1:] - change[:1]
-    state = {next(iter(site.parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
-    bias = _bias_name(problem)
-    if bias is not None and layer.bias is not None:
-        state[bias] = (layer.bias.detach() + change[:, n_in]).to(weight.dtype)
+    name = next(iter(site.parameters))
+    state = {name: (weight + change[:, :n_in]).to(weight.dtype)}
+    if layer.bias is not None and _may_change_bias(problem):
+        state[_bias_of(name)] = (layer.bias.detach() + change[:, n_in]).to(weight.dtype)
     return state
 
 
-def _bias_name(problem: Problem) -> str | None:
+def _may_change_bias(problem: Problem) -> bool:
     site = problem.space.sites[0]
-    name = next(iter(site.parameters)).removesuffix("weight") + "bias"
-    may_change = name in problem.scope or site.include_bias
-    return name if site.module.bias is not None and may_change else None
+    is_in_scope = _bias_of(next(iter(site.parameters))) in problem.scope
+    return site.module.bias is not None and (is_in_scope or site.include_bias)
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
 
 
 @dataclass(frozen=True)
@@ -333,40 +308,28 @@ class _KnownHead:
         """
         before = problem.before
         features, logits = _recorded(problem)
-        needs_ones = _bias_name(problem) is not None
-        if needs_ones and len(features) <= ROWS_PER_BLOCK:
-            features, needs_ones = F.pad(features, (0, 1), value=1.0), False
+        label = before.label.to(features.device)
+        targeted = before.targeted.to(features.device)
+        weight = before.weight.to(features)
+        has_bias = _may_change_bias(problem)
 
-        def head(rows: Tensor) -> ConvexHead:
-            chosen = rows.to(features.device)
-            weight = before.weight.to(features)[chosen] if before.weighted else None
-            inputs, outputs, indices = features, logits, None
-            if len(rows) > ROWS_PER_BLOCK:
-                # Large data are not copied.
-                indices = None if bool(rows.all()) else chosen.nonzero().flatten()
-            elif not rows.all():
-                inputs, outputs = features[chosen], logits[chosen]
+        def head(mask: Tensor) -> ConvexHead:
+            rows = mask.nonzero().flatten().to(features.device)
             return ConvexHead(
-                inputs,
-                outputs,
-                before.label.to(chosen.device)[chosen],
-                before.targeted.to(chosen.device)[chosen],
-                weight,
-                indices,
-                needs_ones,
+                features, logits, rows, label[rows], targeted[rows], weight[rows], has_bias
             )
 
-        rows = before.passed | before.targeted
-        return cls(rows, head(rows), head(~rows))
+        mask = before.passed | before.targeted
+        return cls(mask, head(mask), head(~mask))
 
     def right(self, change: Tensor) -> Tensor:
-        right_of_remaining = torch.zeros_like(self.remaining.targeted)
-        for block in self.remaining.blocks():
-            predictions = self.remaining.changed(change, block).argmax(1)
-            right_of_remaining[block] = predictions == self.remaining.label[block]
+        """Marks the known samples that are right, `N` bool, after a change of the weights."""
         right = torch.zeros_like(self.rows)
         right[self.rows] = self.head.right(change).cpu()
-        right[~self.rows] = right_of_remaining.cpu()
+        remaining = self.remaining
+        blocks = remaining.blocks(remaining.all)
+        predicted = torch.cat([remaining.changed(change, block).argmax(1) for block in blocks])
+        right[~self.rows] = (predicted == remaining.label).cpu()
         return right
 
 
@@ -405,19 +368,18 @@ def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | No
     if stored is not None:
         return stored if _outputs_are_logits(recording) else None
     # Allocated once, since two copies of large data may not fit.
-    n, (n_out, n_in) = len(recording.rows), recording.space.sites[0].module.weight.shape
-    x = torch.empty(n, n_in, device=recording.space.device)
-    y = torch.empty(n, n_out, device=recording.space.device)
+    weight = at_least_float32(recording.space.sites[0].module.weight.detach())
+    n_out, n_in = weight.shape
+    x = weight.new_empty(len(recording.rows), n_in)
+    y = weight.new_empty(len(recording.rows), n_out)
     start = 0
     for chunk in recording.chunks(ROWS_PER_COPY):
         part = _read_chunk(recording, chunk)
         if part is None:
             return None
-        inputs, outputs = part
-        x, y = x.to(inputs.dtype), y.to(inputs.dtype)
-        rows = slice(start, start + len(chunk))
-        x[rows], y[rows] = inputs, outputs
-        start += len(chunk)
+        end = start + len(chunk)
+        x[start:end], y[start:end] = part
+        start = end
     return x, y
 
 

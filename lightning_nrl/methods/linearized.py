@@ -32,7 +32,7 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.solvers.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
 from lightning_nrl.methods.solvers.convex_head import KEPT_MARGIN_RATIO
 from lightning_nrl.methods.solvers.qp import solve_dual
@@ -42,7 +42,8 @@ from lightning_nrl.records.steps import CUT, Step
 # Upper limit of a passed sample's required margin, and a target's required margin, in units of the
 # median margin of passed data. Both are larger than in `Convex`, since gradients only approximate
 # margins.
-MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
+MAX_KEPT_MARGIN_OF_LAYERS = 0.2
+TARGET_MARGIN_OF_LAYERS = 0.2
 MAX_STALLED_LINEARIZATIONS = 2  # rounds in a row without a better proposal
 # Samples of one programme, at most half of them targets. Time grows with the square of this.
 MAX_ROWS = 1000
@@ -77,7 +78,8 @@ class Linearized(Method):
         Raises a `ConfigurationError` if there are no margins or gradients.
         """
         check_needs(self.needs, problem.before, problem.evaluator.task)
-        clock, deadline = problem.clock, problem.deadline_of_method()
+        clock = problem.clock
+        deadline = problem.deadline_of_method()
         seconds = FIRST_ROUND_PASSES * clock.one_pass
         if not deadline.leaves(seconds):
             return Solution(
@@ -185,13 +187,14 @@ class _TrustRegionSteps:
         return True
 
     def _accept(self, step: _Try) -> None:
-        last = self.proposals[-1] if self.proposals else None
-        if step.is_clean or step.worth >= (0.0 if last is None else last.value):
-            self.after, self.change = step.proposal.after, step.change
+        proposal = step.proposal
+        last = better(self.proposals[-1:])
+        if step.is_clean or step.worth >= (last.value if last else 0.0):
+            self.after = proposal.after
+            self.change = step.change
         self.n_stalled += 1
-        is_better = last is None or step.proposal.rank > last.rank
-        if step.is_clean and is_better and step.proposal.repaired:
-            self.proposals.append(step.proposal)
+        if step.is_clean and proposal.repaired and better([last, proposal]) is proposal:
+            self.proposals.append(proposal)
             self.n_stalled = 0
 
     def _linearize(self) -> _LinearizedMargins:
@@ -205,7 +208,7 @@ class _TrustRegionSteps:
             margin=_margins(self.after)[rows].to(gradients),
             required=self.required[rows].to(gradients),
             targeted=before.targeted[rows].to(gradients.device),
-            weight=before.weight[rows].to(gradients) if before.weighted else None,
+            weight=before.weight[rows].float().to(gradients.device),
         )
 
     def _near(self) -> Tensor:
@@ -213,7 +216,8 @@ class _TrustRegionSteps:
 
         The distance of a target is divided by its weight.
         """
-        before, margin = self.problem.before, _margins(self.after)
+        before = self.problem.before
+        margin = _margins(self.after)
         targets = before.targeted.nonzero().flatten()
         distance = margin[targets].abs() / before.weight[targets].to(margin)
         targets = targets[distance.argsort(stable=True)[: MAX_ROWS // 2]]
@@ -228,7 +232,8 @@ class _TrustRegionSteps:
         Returns all tries and a note for the report.
         """
         tries: list[_Try] = []
-        error = multipliers = None
+        error = torch.zeros_like(linearized.margin)
+        multipliers = torch.zeros_like(linearized.margin)
         for number in range(1 + CORRECTIONS):
             with self.problem.clock.stage("solve"):
                 step, multipliers = linearized.step(self.price, error, multipliers)
@@ -238,7 +243,10 @@ class _TrustRegionSteps:
                 step = self.problem.collective.agreed(step)
             tries.append(self._evaluate(start + step))
             if tries[-1].is_clean:
-                return tries, "the whole step" + (f", corrected {number} times" if number else "")
+                note = "the whole step"
+                if number:
+                    note += f", corrected {number} times"
+                return tries, note
             margin = _margins(tries[-1].proposal.after)[linearized.rows].to(linearized.margin)
             error = margin - (linearized.margin + linearized.gradients @ step)
         for fraction in STEP_FRACTIONS:
@@ -269,7 +277,7 @@ class _LinearizedMargins:
     margin: Tensor  # m, at the present weights
     required: Tensor  # m, margins that the step should reach
     targeted: Tensor  # m bool, True for targets, False for passed samples
-    weight: Tensor | None  # m, relative prices of targets; None if all are equal
+    weight: Tensor  # m float32, relative prices of targets
 
     @cached_property
     def gram(self) -> Tensor:
@@ -288,17 +296,12 @@ class _LinearizedMargins:
             return 0.0
         return float((missing[repairable] / length[repairable]).median())
 
-    def step(
-        self, price: float, error: Tensor | None, start: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, price: float, error: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a step, `K`, and its multipliers, `m`.
 
         `error`, `m`, is added to the predicted margins. `start` are the multipliers to start at.
         """
-        missing = self.required - self.margin
-        if error is not None:
-            missing = missing - error
-        of_target = price if self.weight is None else price * self.weight
-        limit = torch.where(self.targeted, of_target, PASSED_PRICE_FACTOR * price).to(self.gram)
-        multipliers = solve_dual(self.gram, missing.to(self.gram), limit, start).values
+        missing = (self.required - self.margin - error).to(self.gram)
+        limit = torch.where(self.targeted, price * self.weight, PASSED_PRICE_FACTOR * price)
+        multipliers = solve_dual(self.gram, missing, limit.to(self.gram), start)
         return self.gradients.T @ multipliers.to(self.gradients), multipliers

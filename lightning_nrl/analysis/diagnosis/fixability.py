@@ -21,7 +21,7 @@ from lightning_nrl.methods.solvers.convex_head import (
     pair_sides,
     sum_of_pairs,
 )
-from lightning_nrl.methods.solvers.qp import solve_dual
+from lightning_nrl.methods.solvers.qp import solve_duals
 
 # A fixed target gets this margin; a passed sample keeps it, or half of its own if less.
 REQUIRED_MARGIN = 1e-3
@@ -139,15 +139,13 @@ class _FixProgramme:
         places = rows.sample.clamp_min(0)
         features, logits, label = self._samples.at(places)
         sides = pair_sides(label, rows.rival, logits) * is_used[:, :, None]
-        solution = solve_dual(
-            pair_gram(features, sides),
-            torch.where(is_used, self._missing[places, rows.rival], 0.0),
-            start=rows.multiplier,
-            max_value=0.5 * self.limit**2,
-        )
-        self._rows = rows._replace(multiplier=solution.values)
-        self._is_beyond = (~solution.is_feasible).to(self._open.device)
-        self._solution = sum_of_pairs(features, sides, solution.values)
+        missing = torch.where(is_used, self._missing[places, rows.rival], 0.0)
+        max_value = 0.5 * self.limit**2
+        gram = pair_gram(features, sides)
+        multipliers, value = solve_duals(gram, missing, rows.multiplier, max_value)
+        self._rows = rows._replace(multiplier=multipliers)
+        self._is_beyond = (value > max_value).to(self._open.device)
+        self._solution = sum_of_pairs(features, sides, multipliers)
 
     def add_violated(self) -> bool:
         """Stores fixes and adds constraints for the targets without. False if no target is left."""

@@ -21,7 +21,7 @@ from lightning_nrl.evaluation.layer_gradients import (
 )
 from lightning_nrl.evaluation.layers import Layer, layers_of
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods.solvers.qp import solve_dual
+from lightning_nrl.methods.solvers.qp import solve_duals
 
 SKETCH_SIZE = 16_384  # gradients of layers with more weights are projected to this size at random
 MAX_RELATIVE_CHANGE = 10.0  # relative to the layer's norm; larger changes count as impossible
@@ -65,11 +65,13 @@ def _needed_change(layer: Layer, gradient: Tensor, missing: Tensor, members: Ten
     unit = gradient / length[:, None]
     # The matrices are so small that a CPU is as fast.
     gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norm
-    value = solve_dual(
+    required = (missing / length)[members]
+    _, value = solve_duals(
         gram[members[:, :, None], members[:, None, :]],
-        (missing / length)[members],
+        required,
+        start=torch.zeros_like(required),
         max_value=0.5 * MAX_RELATIVE_CHANGE**2,
-    ).value
+    )
     change = (2 * value.clamp_min(0)).sqrt()
     return torch.where(change > MAX_RELATIVE_CHANGE, torch.inf, change).float()
 

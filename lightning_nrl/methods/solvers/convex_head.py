@@ -46,26 +46,26 @@ class ConvexHead:
     """The last Linear layer, `d` inputs and `C` outputs, recorded on `n` of `N` samples.
 
     Attributes:
-        features: inputs, `N x d`, with a column of ones if the bias may change and `ones` is False.
+        features: inputs, `N x d`, without a column of ones.
         logits: outputs, `N x C`.
+        rows: the samples' rows in `features` and `logits`, `n` int64.
         label: the true classes, `n` int64.
         targeted: samples to repair, `n` bool; all others are passed samples to keep.
-        weight: relative prices of targets, `n`; None if all are equal.
-        rows: the samples' rows in `features` and `logits`, `n` int64; None means all rows.
-        ones: True if a column of ones is to be appended to the features on use.
+        weight: relative prices of targets, `n`.
+        has_bias: True if the bias may change; then d includes a column of ones.
     """
 
     features: Tensor
     logits: Tensor
+    rows: Tensor
     label: Tensor
     targeted: Tensor
-    weight: Tensor | None = None
-    rows: Tensor | None = None
-    ones: bool = False
+    weight: Tensor
+    has_bias: bool
 
     @property
     def n_features(self) -> int:
-        return self.features.shape[1] + int(self.ones)
+        return self.features.shape[1] + int(self.has_bias)
 
     @property
     def n_classes(self) -> int:
@@ -76,30 +76,28 @@ class ConvexHead:
         n = len(self.label)
         return n > ROWS_PER_BLOCK or n * self.n_classes > LOGITS_PER_BLOCK
 
-    def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
-        """Yields the indices `chosen`, int64, in blocks, or slices that cover all samples."""
-        n = len(self.label) if chosen is None else len(chosen)
-        size = ROWS_OF_MANY if self.is_large else ROWS_PER_BLOCK
-        for start in range(0, n, size):
-            block = slice(start, min(start + size, n))
-            yield block if chosen is None else chosen[block]
+    @cached_property
+    def all(self) -> Tensor:
+        return torch.arange(len(self.label), device=self.label.device)
 
-    def inputs(self, block: Tensor | slice) -> Tensor:
-        features = self.features[self._rows(block)]
-        return F.pad(features, (0, 1), value=1.0) if self.ones else features
+    def blocks(self, chosen: Tensor) -> Sequence[Tensor]:
+        """Splits the indices `chosen`, int64, into blocks that fit the cache."""
+        blocks: Sequence[Tensor] = chosen.split(ROWS_OF_MANY if self.is_large else ROWS_PER_BLOCK)
+        return blocks
 
-    def outputs(self, block: Tensor | slice) -> Tensor:
-        return self.logits[self._rows(block)]
+    def inputs(self, block: Tensor) -> Tensor:
+        features = self.features[self.rows[block]]
+        return F.pad(features, (0, 1), value=1.0) if self.has_bias else features
 
-    def _rows(self, block: Tensor | slice) -> Tensor | slice:
-        return block if self.rows is None else self.rows[block]
+    def outputs(self, block: Tensor) -> Tensor:
+        return self.logits[self.rows[block]]
 
-    def margins(self, block: Tensor | slice) -> Tensor:
+    def margins(self, block: Tensor) -> Tensor:
         return margins_over_rivals(self.outputs(block), self.label[block])
 
     @cached_property
     def narrowest(self) -> Tensor:
-        return torch.cat([self.margins(block).amin(1) for block in self.blocks()])
+        return torch.cat([self.margins(block).amin(1) for block in self.blocks(self.all)])
 
     @cached_property
     def unit(self) -> float:
@@ -116,7 +114,7 @@ class ConvexHead:
         dtype = widest(self.features.device)
         passed = ~self.targeted
         moment = self.features.new_zeros(self.n_features, self.n_features, dtype=dtype)
-        for block in self.blocks():
+        for block in self.blocks(self.all):
             features = self.inputs(block)[passed[block]].to(dtype)
             moment += features.T @ features
         moment /= passed.sum()
@@ -126,13 +124,16 @@ class ConvexHead:
         root: Tensor = (vectors * values.rsqrt()) @ vectors.T
         return root
 
-    def white(self, rows: Tensor) -> Tensor:
+    def white(self, block: Tensor) -> Tensor:
         """Returns whitened features, `m x d`; passed samples have the identity as second moment."""
-        return self.inputs(rows).to(self.root.dtype) @ self.root
+        return self.inputs(block).to(self.root.dtype) @ self.root
 
-    def changed(self, change: Tensor, block: Tensor | slice) -> Tensor:
+    def changed(self, change: Tensor, block: Tensor) -> Tensor:
         """Returns the logits, `m x C`, after `change`, `C x d`, is added to the weights."""
         return self.outputs(block) + self.inputs(block) @ change.T.to(self.features)
+
+    def changed_margins(self, change: Tensor, block: Tensor) -> Tensor:
+        return margins_over_rivals(self.changed(change, block), self.label[block])
 
     @cached_property
     def reach(self) -> Tensor:
@@ -144,16 +145,17 @@ class ConvexHead:
         root = self.root.to(self.features)
         # Cauchy-Schwarz: a margin changes by at most this distance times the length of the whitened
         # features.
-        length = torch.cat([(self.inputs(block) @ root).norm(dim=1) for block in self.blocks()])
-        return (self.narrowest - self.required) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        lengths = [(self.inputs(block) @ root).norm(dim=1) for block in self.blocks(self.all)]
+        length = torch.cat(lengths).clamp_min(torch.finfo(root.dtype).tiny)
+        return (self.narrowest - self.required) / length
 
-    def reached(self, change: Tensor, among: Tensor) -> Tensor | None:
+    def reached(self, change: Tensor, among: Tensor) -> Tensor:
         """Returns the samples in `among`, `n` bool, whose `reach` a change exceeds.
 
-        None stands for all samples.
+        If there are few samples, all are returned, whether in `among` or not.
         """
         if not self.is_large:
-            return None
+            return self.all
         white = torch.linalg.solve(self.root, change.T.to(self.root)).T
         apart = REACH_SLACK * torch.cdist(white, white).amax(1).to(self.reach)
         return (among & (self.reach <= apart[self.label])).nonzero().flatten()
@@ -169,9 +171,9 @@ class ConvexHead:
 def regularization_path(
     head: ConvexHead,
     strengths: Sequence[float],
-    used: Tensor | None = None,
-    is_over: Callable[[], bool] = lambda: False,
-    max_pairs: int | None = None,
+    used: Tensor,
+    is_over: Callable[[], bool],
+    max_pairs: float,
 ) -> Iterator[Tensor]:
     """Yields the best change of the weights, `C x d`, at each of the `strengths`.
 
@@ -181,26 +183,19 @@ def regularization_path(
     optimal but still break nothing. After the first change that takes more than `max_pairs`
     constraints (one per pair of a sample and a wrong class), the path ends.
     """
-    if used is None:
-        used = torch.ones_like(head.targeted)
-    targets = used & head.targeted
+    targets = (used & head.targeted).nonzero().flatten()
     missing = (head.required - head.narrowest)[targets]
     unit = float((missing / (2 * head.white(targets).square().sum(1))).median())
     programme = _PairProgramme(head, used, is_over)
 
-    def is_full() -> bool:
-        return max_pairs is not None and programme.n_pairs > max_pairs
+    def ends() -> bool:
+        return programme.n_pairs > max_pairs or is_over()
 
     for strength in strengths:
         programme.begin(strength * unit)
-        add_cutting_planes(
-            programme.solve,
-            programme.add_violated,
-            MAX_PATH_ROUNDS,
-            lambda: is_full() or is_over(),
-        )
+        add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, ends)
         yield _scale_back(head, programme.change @ head.root, used)
-        if is_full():
+        if programme.n_pairs > max_pairs:
             return
 
 
@@ -239,14 +234,12 @@ class _PairProgramme:
         margin = head.margins(sample).gather(1, rival[:, None]).squeeze(1)
         required = (head.required[sample] - margin).to(features.dtype)
         # Huge inputs give prices beyond single precision.
-        price = features.new_full((len(sample),), self.price)
-        if head.weight is not None:
-            price *= head.weight[sample]
+        # In double precision, since huge inputs give huge prices.
+        price = self.price * head.weight[sample].to(features)
         limit = torch.where(head.targeted[sample], price, torch.inf)
         sides = pair_sides(head.label[sample], rival, head.logits).to(features.dtype)
         gram = pair_gram(features, sides)
-        solution = solve_dual(gram, required, limit, self._multipliers, is_over=self.is_over)
-        self._multipliers = solution.values
+        self._multipliers = solve_dual(gram, required, limit, self._multipliers, self.is_over)
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:
@@ -256,12 +249,10 @@ class _PairProgramme:
         codes = [self._codes[:0]]
         lacks = [head.required[:0]]
         for block in head.blocks(head.reached(change, self.used)):
-            margins = margins_over_rivals(head.changed(change, block), head.label[block])
-            missing = head.required[block][:, None] - margins
+            missing = head.required[block][:, None] - head.changed_margins(change, block)
             missing[~self.used[block]] = -torch.inf
             row, rival = (missing > VIOLATION_TOLERANCE * head.unit).nonzero().unbind(1)
-            sample = row + block.start if isinstance(block, slice) else block[row]
-            codes.append(sample * head.n_classes + rival)
+            codes.append(block[row] * head.n_classes + rival)
             lacks.append(missing[row, rival])
         code = torch.cat(codes)
         new = ~torch.isin(code, self._codes)
@@ -277,14 +268,12 @@ def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
     passed = used & ~head.targeted
     scale = 1.0
     for block in head.blocks(head.reached(change, passed)):
-        kept = passed[block]
-        old = head.margins(block)[kept]
-        if not len(old):
-            continue
-        new = margins_over_rivals(head.changed(change, block), head.label[block])[kept]
-        floor = LEAST_KEPT_MARGIN * head.required[block][kept][:, None]
-        part = torch.where(new < floor, (old - floor) / (old - new), 1)
-        scale = min(scale, float(part.amin().clamp(0, 1)))
+        old = head.margins(block)
+        new = head.changed_margins(change, block)
+        floor = LEAST_KEPT_MARGIN * head.required[block, None]
+        is_short = passed[block, None] & (new < floor)
+        part = ((old - floor) / (old - new))[is_short].clamp(0, 1)
+        scale = min([scale, *part.tolist()])
     return change * scale
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory, repeatable_gradients
-from lightning_nrl._utils.state import State, live_tensors, temporary_weights
+from lightning_nrl._utils.state import State, completed, live_tensors, temporary_weights
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods.problem import Problem
@@ -44,30 +44,19 @@ class Descent:
     ) -> None:
         self.problem = problem
         live = live_tensors(problem.model)
-        parameters = dict(problem.model.named_parameters())
-        initial = {id(live[name]): value for name, value in state.items()}
-        moving = {id(parameters[name]) for name in problem.scope}
-        self._kept = {
-            name: value.detach().clone()
-            for name, value in state.items()
-            if id(live[name]) not in moving
-        }
-        # Detached, or gradients would accumulate in the live parameters.
-        frozen = {
-            name: parameter.detach()
-            for name, parameter in parameters.items()
-            if id(parameter) not in moving
-        }
-        self._frozen = frozen | self._kept
-        self._dtypes = {name: parameters[name].dtype for name in problem.scope}
+        start = completed(problem.model, state)
+        moving = {id(live[name]) for name in problem.scope}
+        self._fixed = {name: start[name] for name in live if id(live[name]) not in moving}
+        self._kept = {name: value for name, value in self._fixed.items() if name in state}
+        self._dtypes = {name: live[name].dtype for name in problem.scope}
         self._copies: dict[str, Tensor] = {}
         for name, dtype in self._dtypes.items():
-            value = initial.get(id(parameters[name]), parameters[name]).detach()
-            copy = value.to(torch.promote_types(dtype, torch.float32), copy=True)
+            copy = start[name].to(torch.promote_types(dtype, torch.float32), copy=True)
             self._copies[name] = copy.requires_grad_()
         self._masked = []
         for name, mask in (masks or {}).items():
-            self._masked.append((self._copies[name], mask.to(self._copies[name].device)))
+            copy = self._copies[name]
+            self._masked.append((copy, mask.to(copy.device)))
         self._samples_at_once = BATCH_SIZE
         self.optimizer = optimizer(list(self._copies.values()))
 
@@ -84,7 +73,7 @@ class Descent:
     def running(self) -> Iterator[None]:
         """Gives the model the copies in its dtypes for a block; gradients reach the copies."""
         cast = {name: copy.to(self._dtypes[name]) for name, copy in self._copies.items()}
-        with temporary_weights(self.problem.model, {**self._frozen, **cast}):
+        with temporary_weights(self.problem.model, {**self._fixed, **cast}):
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
@@ -146,10 +135,10 @@ class Descent:
     def _sum_gradients(self, has_fitted: bool) -> bool:
         """Sums gradients over ranks; returns False if `has_fitted` is False on a rank."""
         copies = list(self._copies.values())
-        sizes = [copy.numel() for copy in copies]
-        values = [_flat_gradient(copy) for copy in copies]
         flags = [copy.grad is not None for copy in copies]
-        table = torch.cat([*values, torch.tensor([*flags, not has_fitted]).to(values[0])])
+        gradients = torch.cat([_flat_gradient(copy) for copy in copies])
+        table = torch.cat([gradients, torch.tensor([*flags, not has_fitted]).to(gradients)])
+        sizes = [copy.numel() for copy in copies]
         *sums, counts = self.problem.collective.sum(table).split([*sizes, len(copies) + 1])
         *n_gradients, n_failed = counts.tolist()
         for copy, total, n in zip(copies, sums, n_gradients, strict=True):

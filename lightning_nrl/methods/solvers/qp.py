@@ -12,83 +12,28 @@ constrained only by bounds,
 and x = A' a. The dual's value at any a within the bounds is a lower bound of the minimum. The dual
 is unbounded exactly if the hard rows contradict each other.
 
-There are two solvers (below), each too slow for the other's task. One programme of 955 rows takes
-0.2 s with the Newton method and 22 s with the active-set method; 208 programmes of up to 64 rows
-take 0.86 s and 0.08 s, in this order. Both solvers run on the CPU: a GPU would wait for the host
-some 30,000 times per repair.
+There are two solvers, each too slow for the other's task. One programme of 955 rows takes 0.2 s
+with the Newton method and 22 s with the active-set method; 208 programmes of up to 64 rows take
+0.86 s and 0.08 s, in this order. Both solvers run in float64 on the CPU: a GPU would wait for the
+host some 30,000 times per repair. If a row of A is zero, its `required` must be 0.
 
-- `solve_one` solves one large dual, singular if there are more rows than unknowns. It makes
+- `solve_dual` solves one large dual, singular if there are more rows than unknowns. It makes
   proximal steps (Rockafellar 1976), each by a semismooth Newton method with an exact line search
   (Li, Sun and Toh 2018).
-- `solve_batch` solves many small duals with hard rows. Its active-set method (Lawson and Hanson
-  1974) adds or drops one row at a time. If `max_value` limits the dual's value, K + bb' / (2
-  max_value) with b = required replaces K. Then the optimum is bounded, and the optimal a is only
-  scaled.
+- `solve_duals` solves many small duals with hard rows. Its active-set method (Lawson and Hanson
+  1974) adds or drops one row at a time. To limit the dual's value, K + bb' / (2 max_value) with b =
+  required replaces K. Then the optimum is bounded, and the optimal a is only scaled.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.interrupts import poll
-
-
-class DualSolution(NamedTuple):
-    """The solution of a programme with `m` rows, or of a batch of `T` programmes, `T x ...`."""
-
-    values: Tensor  # m, multipliers a from 0 to the limits, on the device of `gram`; x = A' a
-    value: Tensor  # the dual's value at `values`, a lower bound of the minimum
-    is_solved: Tensor  # bool, False if `values` are only the best found, not optimal up to rounding
-    is_feasible: Tensor  # bool, False if the hard rows contradict each other; then ignore `values`
-
-
-@torch.no_grad()
-def solve_dual(
-    gram: Tensor,
-    required: Tensor,
-    limit: Tensor | None = None,
-    start: Tensor | None = None,
-    *,
-    max_value: float = math.inf,
-    is_over: Callable[[], bool] = lambda: False,
-) -> DualSolution:
-    """Solves the dual of one programme, or of `T` small ones, in float64 on the CPU.
-
-    Args:
-        gram: K = A A', `m x m` or `T x m x m`. If a row of A is zero, its `required` must be 0.
-        required: lower bound of each row, `m` or `T x m`.
-        limit: upper bounds of the multipliers, `m`, infinite for hard rows. None, as a batch needs,
-            makes all hard.
-        start: initial multipliers, shaped like `required`, such as those of a similar programme;
-            None means 0.
-        max_value: for a batch only: programmes with a larger optimum count as infeasible. By
-            default none does.
-        is_over: is called at each step; if it returns True, the best `values` so far are returned.
-            Not for batches.
-    """
-    device = gram.device
-    dtype = gram.dtype
-    exact = partial(torch.Tensor.to, device="cpu", dtype=torch.float64)
-    gram = exact(gram)
-    required = exact(required)
-    values = torch.zeros_like(required) if start is None else exact(start)
-    if gram.ndim == 3:
-        values, value, is_solved = solve_batch(gram, required, values, max_value)
-        return DualSolution(values.to(device, dtype), value, is_solved, ~(value > max_value))
-    limit = torch.full_like(required, torch.inf) if limit is None else exact(limit)
-    values, solved, feasible = solve_one(gram, required, limit, values, is_over)
-    value = required @ values - 0.5 * (values @ (gram @ values))
-    return DualSolution(
-        values.to(device, dtype), value, torch.tensor(solved), torch.tensor(feasible)
-    )
-
 
 # Violation of the optimality conditions, relative to the largest of `required`.
 CONDITIONS_TOLERANCE = 1e-7
@@ -104,28 +49,37 @@ MIN_PROXIMAL_WEIGHT = 1e-6
 MAX_PROXIMAL_STEPS = 60
 MAX_NEWTON_STEPS = 400
 MAX_STALLED_STEPS = 10
-# Hard rows are contradictory if x must be this many times as long as for a single row.
-CONTRADICTION_RATIO = 1e6
 
 
-def solve_one(
-    gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool]
-) -> tuple[Tensor, bool, bool]:
-    """Solves the dual of one programme.
+@torch.no_grad()
+def solve_dual(
+    gram: Tensor,
+    required: Tensor,
+    limit: Tensor,
+    start: Tensor,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Returns the optimal multipliers of one programme, `m`, on the device of `gram`.
 
-    Returns:
-        the multipliers, True if they are optimal up to rounding, and True if all rows without limit
-        can hold.
+    Args:
+        gram: K = A A', `m x m`.
+        required: lower bound of each row, `m`.
+        limit: upper bounds of the multipliers, `m`, infinite for hard rows, which must not
+            contradict each other.
+        start: initial multipliers, `m`, such as those of a similar programme.
+        is_over: is called at each step; if it returns True, the best multipliers so far are
+            returned.
     """
     if not len(required):
-        return required, True, True
+        return start
+    exact = gram.to("cpu", torch.float64)
     # Rows are scaled to norm 1, so that one tolerance and one proximal weight suit all. Zero rows
     # stay.
-    norm = gram.diagonal().clamp_min(0).sqrt()
+    norm = exact.diagonal().clamp_min(0).sqrt()
     norm = torch.where(norm > 1e-12 * norm.amax(), norm, 1)
-    box = _Box(gram / norm / norm[:, None], required / norm, limit * norm)
-    values, is_solved, is_feasible = _proximal(box, box.project(start * norm), is_over)
-    return values / norm, is_solved, is_feasible
+    box = _Box(exact / norm / norm[:, None], required.to(norm) / norm, limit.to(norm) * norm)
+    values = _proximal(box, box.project(start.to(norm) * norm), is_over)
+    return (values / norm).to(gram)
 
 
 @dataclass(frozen=True)
@@ -148,19 +102,8 @@ class _Box:
         at_bound = ((values <= 0) & (gradient > 0)) | ((values >= self.limit) & (gradient < 0))
         return float(gradient.masked_fill(at_bound, 0).abs().amax())
 
-    def is_contradictory(self, change: Tensor) -> bool:
-        """True if a change of the multipliers proves that the hard rows contradict each other.
 
-        This is Farkas' lemma. If d are the increases at hard rows, an x that meets these has
-        |A' d| |x| >= d' A x >= d' required: |x| is huge.
-        """
-        d = torch.where(self.limit.isinf(), change.clamp_min(0), 0)
-        needed = float(self.required @ d)
-        length = math.sqrt(max(float(d @ self.gram @ d), 0.0))
-        return needed > CONTRADICTION_RATIO * length * self.scale()
-
-
-def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[Tensor, bool, bool]:
+def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> Tensor:
     """Solves the programme in steps, with a shrinking penalty on the distance that a step moves."""
     scale = box.scale()
     best = values
@@ -171,7 +114,6 @@ def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[T
     for _ in range(MAX_PROXIMAL_STEPS):
         if least <= CONDITIONS_TOLERANCE * scale or steps_left <= 0 or is_over():
             break
-        old = values
         tolerance = max(tolerance * 0.1, 0.5 * CONDITIONS_TOLERANCE * scale)
         values, n_steps = _newton(box, values, weight, tolerance, steps_left, is_over)
         steps_left -= n_steps
@@ -179,10 +121,8 @@ def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[T
         if residual < least:
             best = values
             least = residual
-        if box.is_contradictory(values - old):
-            return values, False, False
         weight = max(weight * PROXIMAL_DECAY, MIN_PROXIMAL_WEIGHT)
-    return best, least <= CONDITIONS_TOLERANCE * scale, True
+    return best
 
 
 def _newton(
@@ -257,17 +197,28 @@ MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding 
 RESIDUAL_TOLERANCE = 1e-6  # relative to the largest of `required`
 
 
-def solve_batch(
-    gram: Tensor, required: Tensor, values: Tensor, max_value: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solves the duals of `T` small programmes.
+@torch.no_grad()
+def solve_duals(
+    gram: Tensor, required: Tensor, start: Tensor, max_value: float
+) -> tuple[Tensor, Tensor]:
+    """Solves the duals of `T` small programmes whose rows are all hard.
+
+    Args:
+        gram: K = A A' of each programme, `T x m x m`.
+        required: lower bound of each row, `T x m`.
+        start: initial multipliers, `T x m`.
+        max_value: programmes with a larger optimum count as infeasible.
 
     Returns:
-        the multipliers, `T x m`, each dual's value, `T`, and a mask, `T` bool, False where steps
-        ran out.
+        the multipliers, `T x m`, on the device of `gram`, and each dual's value, `T`, on the CPU. A
+        value above `max_value` shows that the rows contradict each other or need a larger change.
     """
+    original = gram
+    gram = gram.to("cpu", torch.float64)
+    required = required.to(gram)
+    values = start.to(gram)
     if not required.numel():
-        return values, required.sum(1), torch.ones(len(gram), dtype=torch.bool)
+        return values.to(original), required.sum(1)
     mean = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
     jitter = (RELATIVE_JITTER * mean)[:, None]
     gram = gram + torch.diag_embed(jitter.expand_as(required))
@@ -300,9 +251,7 @@ def solve_batch(
         if not len(going):
             break
     values = _best_multiple(values, gram, required)
-    is_solved = torch.ones(len(gram), dtype=torch.bool)
-    is_solved[going] = False
-    return values, _value(gram, required, values), is_solved
+    return values.to(original), _value(gram, required, values)
 
 
 def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.state import State, live_tensors, temporary_weights
+from lightning_nrl._utils.state import State, completed, temporary_weights
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.logit_cache import LogitCache
@@ -24,8 +24,8 @@ class Teacher:
     """
 
     def __init__(self, problem: Problem, states: Sequence[State], numbers: Tensor) -> None:
-        live = live_tensors(problem.model)
-        self._states = [_completed(live, state) for state in states]
+        # All tensors, since the model may hold other weights when the teacher runs.
+        self._states = [completed(problem.model, state) for state in states]
         self._problem = problem
         self._numbers = numbers
         self._cache = LogitCache(len(numbers))
@@ -51,22 +51,17 @@ class Teacher:
         if cached is not None:
             return cached
         numbers = self._numbers[rows]
-        logits = torch.zeros(0)
+        logits: Tensor | None = None
         for number, state in enumerate(self._states):
             chosen = numbers == number
             if not chosen.any():
                 continue
             with temporary_weights(self._problem.model, state):
                 output = self._problem.evaluator.output(batch)
-            if len(logits):
+            if logits is not None:
                 mask = chosen.to(output.device, non_blocking=True)
                 output = torch.where(mask.view(-1, *[1] * (output.ndim - 1)), output, logits)
             logits = output
+        assert logits is not None
         self._cache.put(rows, logits)
         return logits
-
-
-def _completed(live: State, state: State) -> State:
-    """Returns all tensors, since the model may hold other weights when the teacher runs."""
-    new = {id(live[name]): value for name, value in state.items()}
-    return {name: new.get(id(value), value) for name, value in live.items()}
