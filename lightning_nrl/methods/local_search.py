@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
@@ -69,8 +70,8 @@ class LocalSearchResult:
     @property
     def note(self) -> str:
         size = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
-        notes = [size, CUT if self.was_cut else "", *self.notes]
-        return "; ".join(note for note in notes if note)
+        cut = [CUT] if self.was_cut else []
+        return "; ".join(filter(None, [size, *cut, *self.notes]))
 
     def solution(
         self, proposal: Proposal | None, reason: str = "", steps: tuple[Step, ...] = ()
@@ -83,6 +84,17 @@ class LocalSearchResult:
             result=self.search,
             n_passed=self.n_passed,
         )
+
+
+def parse_parts(method: Method, prefix: str, /, **registries: Registry[Any]) -> None:
+    """Replaces parts of a method that are given by name, by keyword the registry of each.
+
+    An argument is named with `prefix` in messages. A part that is None stays.
+    """
+    for name, registry in registries.items():
+        part = vars(method)[name]
+        if part is not None:
+            object.__setattr__(method, name, registry.parse(prefix + name, part))
 
 
 @dataclass(frozen=True)
@@ -112,11 +124,7 @@ class LocalSearch(Method):
     fitness: str | FitnessFunction | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "searcher", SEARCHERS.parse("searcher", self.searcher))
-        if self.localizer is not None:
-            object.__setattr__(self, "localizer", LOCALIZERS.parse("localizer", self.localizer))
-        if self.fitness is not None:
-            object.__setattr__(self, "fitness", FITNESSES.parse("fitness", self.fitness))
+        parse_parts(self, "", searcher=SEARCHERS, localizer=LOCALIZERS, fitness=FITNESSES)
 
     def with_parts(
         self,
@@ -141,7 +149,9 @@ class LocalSearch(Method):
             localizer=LOCALIZERS.parse("localizer", self.localizer or problem.localizer),
             fitness=FITNESSES.parse("fitness", self.fitness or problem.fitness),
         )
-        before, clock, end = problem.before, problem.clock, problem.deadline_of_method()
+        before = problem.before
+        clock = problem.clock
+        end = problem.deadline_of_method()
         if not end.leaves(preparation_seconds(problem)):
             return Solution(
                 None,
@@ -155,15 +165,13 @@ class LocalSearch(Method):
             reserve=rounding_reserve(problem.evaluator.precision, before),
             deadline=end.within(self.seconds),
         )
-        found = localize_and_search(problem, searcher, goal)
-        if found.state is None:
-            return found.solution(
-                None, "the search found nothing better than the original weights."
-            )
+        best = localize_and_search(problem, searcher, goal)
+        if best.state is None:
+            return best.solution(None, "the search found nothing better than the original weights.")
         with clock.stage("judge"):
-            proposal = problem.propose(searcher.label, found.state)
-        step = proposal.step(found.search.seconds, found.note, was_cut=found.was_cut)
-        return found.solution(proposal, steps=(step,))
+            proposal = problem.propose(searcher.label, best.state)
+        step = proposal.step(best.search.seconds, best.note, was_cut=best.was_cut)
+        return best.solution(proposal, steps=(step,))
 
 
 def localize_and_search(
@@ -180,7 +188,9 @@ def localize_and_search(
 def _localize_and_search(
     problem: Problem, searcher: Searcher, goal: SearchGoal, elites: Elites | None
 ) -> LocalSearchResult:
-    space, clock, before = problem.space, problem.clock, problem.before
+    space = problem.space
+    clock = problem.clock
+    before = problem.before
     scored = before.targeted if goal.scored is None else goal.scored
     choice = choose_samples(
         before,
@@ -199,19 +209,21 @@ def _localize_and_search(
             failed=goal.failed & choice.recorded,
             passed=goal.passed & choice.representative,
         )
-    where, n_passed = localization.weights.to(space.device), int(kept.sum())
+    where = localization.weights.to(space.device)
+    n_passed = int(kept.sum())
     with clock.stage("search"), torch.no_grad():
+        scorer = scorer_for(
+            problem,
+            recording,
+            where,
+            scored & choice.recorded,
+            kept,
+            goal.fitness,
+            reserve=goal.reserve,
+            weighted=goal.scored is None,
+        )
         result = search(
-            scorer_for(
-                problem,
-                recording,
-                where,
-                scored & choice.recorded,
-                kept,
-                goal.fitness,
-                reserve=goal.reserve,
-                weighted=goal.scored is None,
-            ),
+            scorer,
             space.flat()[where],
             stats=WeightStats.around(space, where),
             fitness=goal.fitness,

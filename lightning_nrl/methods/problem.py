@@ -50,8 +50,11 @@ class Trained:
 
     @property
     def note(self) -> str:
-        text = f"{self.epochs:,.4g} epoch{'' if self.epochs == 1 else 's'}"
-        return f"{text} of {self.planned:,.4g}, {CUT}" if self.was_cut else text
+        unit = "epoch" if self.epochs == 1 else "epochs"
+        text = f"{self.epochs:,.4g} {unit}"
+        if self.was_cut:
+            text += f" of {self.planned:,.4g}, {CUT}"
+        return text
 
 
 # Takes the present weights; returns new sampling weights of the known samples, `N`, or None to stop
@@ -239,7 +242,7 @@ class Problem:
 
     def original(self, name: str) -> Proposal:
         """Returns the original weights as a proposal, without running the model."""
-        return self.counted(name, {}, self.before if self.unmasked is None else self.unmasked)
+        return self.counted(name, {}, self.unmasked or self.before)
 
     def target_counts(self, after: SampleResults) -> TargetCounts:
         """Counts the flips from `before` to `after` among the samples that are not held out."""
@@ -252,15 +255,15 @@ class Problem:
         """
         before = self.before
         held_out = rows | (self.copies(rows) & ~before.protected)
+        used = ~held_out
+        masked = replace(before, passed=before.passed & used, targeted=before.targeted & used)
         return replace(
             self,
-            before=replace(
-                before, passed=before.passed & ~held_out, targeted=before.targeted & ~held_out
-            ),
-            passed=self.passed & ~held_out,
+            before=masked,
+            passed=self.passed & used,
             needed={},
             held_out_rows=held_out,
-            unmasked=before if self.unmasked is None else self.unmasked,
+            unmasked=self.unmasked or before,
         )
 
     @property

@@ -72,7 +72,8 @@ def warm_started_search(
     elites = partial(_elites, problem.space, problem.space.parameters, proposals)
     with temporary_weights(problem.model, base):
         search = localize_and_search(problem, searcher, goal, elites)
-    final, improvement = best, "compared with its start: no change"
+    final = best
+    improvement = "compared with its start: no change"
     if search.state is not None:
         with problem.clock.stage("judge"):
             new = problem.propose("swarm", {**base, **search.state})
@@ -98,7 +99,8 @@ def _goal(problem: Problem, start: Proposal, end: Deadline) -> SearchGoal | None
 
     It is to repair targets or, if all are repaired, to widen small margins. None if there are none.
     """
-    before, passes = problem.before, start.after.passed
+    before = problem.before
+    passes = start.after.passed
     failed = before.targeted & ~passes
     kept = before.passed | (passes & ~before.targeted & problem.used)
     reserve = _reserve(problem, start)
@@ -128,7 +130,8 @@ def _compared(
     improvement = f"compared with its start: {' and '.join(differences) or 'no change'}"
     if not widens or new.rank < best.rank:
         return final, improvement
-    n_before, n_after = (int(_narrow(problem, proposal).sum()) for proposal in (start, new))
+    n_before = int(_narrow(problem, start).sum())
+    n_after = int(_narrow(problem, new).sum())
     if n_after < n_before:
         return new, f"{n_before - n_after:,} of {n_before:,} margins widened"
     return best, improvement
@@ -139,7 +142,9 @@ def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
 
     Passed samples whose margin has become too small are marked, too.
     """
-    before, after, sufficient = problem.before, proposal.after, _sufficient(problem)
+    before = problem.before
+    after = proposal.after
+    sufficient = _sufficient(problem)
     was_wider = before.targeted | (before.passed & (before.margin > sufficient))
     return was_wider & after.passed & (after.margin < sufficient)
 
@@ -159,7 +164,7 @@ def _elites(
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     present = space.flat()[where]
     rows = [present]
-    for state in (*(proposal.state for proposal in ranked), ORIGINAL_WEIGHTS):
+    for state in [*[proposal.state for proposal in ranked], ORIGINAL_WEIGHTS]:
         tensors = {**original, **state}
         flat = torch.cat([tensors[name].detach().flatten() for name in space.parameters])
         values = flat.to(present)[where]

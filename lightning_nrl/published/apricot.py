@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.formatting import plural
-from lightning_nrl._utils.state import State, combined, current_state
+from lightning_nrl._utils.state import changed, combined, current_state
 from lightning_nrl.errors import (
     ConfigurationError,
     check_choice,
@@ -28,6 +28,7 @@ from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.records.steps import Step
 
+ARGUMENT = "Apricot.checkpoints"  # in messages
 Strategy = Literal["both", "right", "wrong"]  # `both` and its two parts; 1 to 3 in the paper
 
 # Maximum sum of a round's factors; otherwise a round would move far if many samples fail.
@@ -86,21 +87,19 @@ class Apricot(Method):
     polish: bool = True
 
     def __post_init__(self) -> None:
-        check_kind(
-            "Apricot.checkpoints",
-            self.checkpoints,
-            self.checkpoints is None or isinstance(self.checkpoints, (str, Path, Sequence)),
-            "list of checkpoints",
-            "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])",
-        )
-        if self.checkpoints is not None and not self.checkpoints:
-            raise ConfigurationError(
-                "`Apricot.checkpoints` is an empty list.", "give at least one checkpoint."
-            )
+        if self.checkpoints is not None:
+            is_list = isinstance(self.checkpoints, (str, Path, Sequence))
+            example = "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])"
+            check_kind(ARGUMENT, self.checkpoints, is_list, "list of checkpoints", example)
+            if not self.checkpoints:
+                raise ConfigurationError(
+                    f"`{ARGUMENT}` is an empty list.", "give at least one checkpoint."
+                )
         check_choice("Apricot.strategy", self.strategy, get_args(Strategy))
         check_real("Apricot.rate", self.rate, "rate", "give a finite number above 0.", above=0)
-        for name, least in (("rounds", 1), ("patience", 1), ("epochs", 0)):
-            check_whole(f"Apricot.{name}", getattr(self, name), least)
+        check_whole("Apricot.rounds", self.rounds, 1)
+        check_whole("Apricot.patience", self.patience, 1)
+        check_whole("Apricot.epochs", self.epochs, 0)
 
     @property
     def needs_checkpoints(self) -> bool:
@@ -117,9 +116,7 @@ class Apricot(Method):
         with clock.stage("checkpoints"):
             states = self._states(problem)
             if not states:
-                return Solution(
-                    None, "all `Apricot.checkpoints` have the same weights as the model."
-                )
+                return Solution(None, f"all `{ARGUMENT}` have the same weights as the model.")
             passed = torch.stack([problem.evaluate(state).passed for state in states])
         best = ahead = current = problem.original("apricot")
         live = current_state(problem.model)
@@ -153,27 +150,22 @@ class Apricot(Method):
         trained = self._train_and_polish(problem, ahead, steps)
         best = better([best, *trained]) or best
         alternatives = [proposal for proposal in (ahead, *trained) if proposal is not best]
-        solution = Solution(
-            best,
-            steps=tuple(steps),
-            others=tuple(proposal for proposal in alternatives if proposal.state),
-        )
+        others = tuple(proposal for proposal in alternatives if proposal.state)
         if best.repaired:
-            return solution
+            return Solution(best, steps=tuple(steps), others=others)
         reason = "no move toward the checkpoints repairs a target within the gate."
-        return replace(solution, proposal=None, reason=reason)
+        return Solution(None, reason, tuple(steps), others)
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
         """Returns the tensors that may change, of each checkpoint that differs from the model."""
-        argument = "Apricot.checkpoints"
         checkpoints = self.checkpoints
         if checkpoints is None:
-            raise ConfigurationError(f"`{argument}` is missing.", NO_CHECKPOINTS_HINT)
+            raise ConfigurationError(f"`{ARGUMENT}` is missing.", NO_CHECKPOINTS_HINT)
         if isinstance(checkpoints, (str, Path)):
             checkpoints = sorted(Path(checkpoints).glob("*.ckpt"))
             if not checkpoints:
                 raise ConfigurationError(
-                    f"`{argument}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
+                    f"`{ARGUMENT}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
                     "give a folder that holds `*.ckpt` files, or a list of paths.",
                 )
         old = current_state(problem.model)
@@ -183,16 +175,13 @@ class Apricot(Method):
         def read() -> list[dict[str, Tensor]]:
             states = []
             for checkpoint in checkpoints:
-                state = fitting(argument, read_state(argument, checkpoint), problem.model)
+                state = fitting(ARGUMENT, read_state(ARGUMENT, checkpoint), problem.model)
                 states.append({name: value for name, value in state.items() if name in moving})
             return states
 
-        def differs(state: State) -> bool:
-            return not all(torch.equal(value, old[name]) for name, value in state.items())
-
         failed = "a checkpoint could not be read on another rank."
         states = problem.collective.all_or_none(read, failed)
-        return [state for state in states if differs(state)]
+        return [state for state in states if changed(problem.model, state)]
 
     def _train_and_polish(
         self, problem: Problem, moved: Proposal, steps: list[Step]
@@ -211,7 +200,9 @@ class Apricot(Method):
                     epochs=self.epochs,
                     start={**current_state(problem.model), **moved.state},
                 )
-                trained = problem.work.once("training", work, Trained) if seconds > 0 else None
+                trained = None
+                if seconds > 0:
+                    trained = problem.work.once("training", work, Trained)
                 if trained is not None:
                     proposal = problem.propose("fit", trained.state)
                     proposals.append(proposal)

@@ -132,42 +132,40 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     """
     space = recording.space
     numbers = {site.name: i for i, site in enumerate(space.sites)}
-    n_neurons = 0
-    neurons = []  # of each site
-    for site in space.sites:
-        start = n_neurons
-        n_neurons += len(site.module.weight)
-        neurons.append(slice(start, n_neurons))
+    n_weights = [site.size for site in space.sites]
+    n_neurons = [len(site.module.weight) for site in space.sites]
 
     def add(sums: Sequence[Tensor], chunk: Chunk, first: bool) -> None:
         share, influence, positions, samples = sums
         probe, outputs = replay_with_probe(recording, chunk, _largest)
         samples.add_(len(chunk.rows))
+        shares = share.split(n_weights)
+        influences = influence.split(n_neurons)
         with no_autocast(share.device):
             for column in outputs.unbind(1):
                 gradients = probe.gradients(column, torch.ones_like(column), retain_graph=True)
                 for name, gradient in zip(probe.called, gradients, strict=True):
                     i = numbers[name]
                     rows = at_least_float32(as_rows(space.sites[i].module, gradient)).abs()
-                    influence[neurons[i]] += bias_gradient(rows)
+                    influences[i].add_(bias_gradient(rows))
             for name, x, output in probe.seen:
                 i = numbers[name]
                 site = space.sites[i]
                 rows = at_least_float32(as_rows(site.module, x)).abs()
-                share[site.offset : site.offset + site.size] += _share(site, rows)
+                shares[i].add_(_share(site, rows))
                 positions[i] += uses_per_weight(site.module, output)
 
-    sizes = [space.size, n_neurons, len(space.sites), 1]
+    sizes = [space.size, sum(n_neurons), len(space.sites), 1]
     share, influence, positions, _ = accumulate(recording, evaluator, rows_mask, sizes, add)
-    impact = torch.zeros_like(share)
-    for site, outputs, uses in zip(space.sites, neurons, positions.tolist(), strict=True):
+    columns = (space.sites, share.split(n_weights), influence.split(n_neurons), positions.tolist())
+    impacts = []
+    for site, shares, influences, uses in zip(*columns, strict=True):
         check_called(site, uses)
         weight = site.module.weight
-        mean = influence[outputs] / uses
+        mean = influences / uses
         by_weight = mean.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
-        weights = slice(site.offset, site.offset + site.size)
-        impact[weights] = share[weights] / uses * flat_part(site, by_weight, mean)
-    return impact
+        impacts.append(shares / uses * flat_part(site, by_weight, mean))
+    return torch.cat(impacts)
 
 
 def _largest(logits: Tensor) -> Tensor:
@@ -200,18 +198,13 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
         >>> pareto_front(torch.tensor([3.0, 2.0, 1.0, 1.0]), torch.tensor([1.0, 2.0, 3.0, 2.0]))
         tensor([ True,  True,  True, False])
     """
-    by_other = other.argsort(descending=True, stable=True)
-    order = by_other[one[by_other].argsort(descending=True, stable=True)]
-    a = one[order]
-    b = other[order]
-    best_before = torch.cat([b.new_full((1,), -torch.inf), b.cummax(0).values[:-1]])
-    leads = b > best_before
-    # Of weights with equal scores only the first leads; the others are on the front if they equal
-    # the last leader.
-    rows = torch.arange(len(order), device=order.device)
-    leader = torch.where(leads, rows, 0).cummax(0).values
-    front = leads | ((a == a[leader]) & (b == b[leader]))
-    return torch.zeros_like(front).scatter_(0, order, front)
+    pairs, numbers = torch.stack([one, other], 1).unique(dim=0, return_inverse=True)
+    # From the largest score `one`, and of equal ones from the largest `other`.
+    descending = pairs[:, 1].flip(0)
+    best_before = descending.cummax(0).values.roll(1)
+    best_before[:1] = -torch.inf
+    front: Tensor = (descending > best_before).flip(0)[numbers]
+    return front
 
 
 def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
@@ -228,9 +221,8 @@ def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
     worse_rank = torch.maximum(rank_impacts(one), rank_impacts(other))
     taken = left[:0]
     while len(taken) < n_weights and len(left):
-        front = pareto_front(one[left], other[left])
-        new = left[front]
-        new = new[worse_rank[new].argsort(stable=True)][: n_weights - len(taken)]
-        taken = torch.cat([taken, new])
-        left = left[~front]
-    return taken.sort().values
+        is_on_front = pareto_front(one[left], other[left])
+        front = left[is_on_front]
+        taken = torch.cat([taken, front[worse_rank[front].argsort(stable=True)]])
+        left = left[~is_on_front]
+    return taken[:n_weights].sort().values

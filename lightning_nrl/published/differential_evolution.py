@@ -71,7 +71,7 @@ class DifferentialEvolution(Searcher):
     def __post_init__(self) -> None:
         name = "DifferentialEvolution"
         check_counts(self, "population", least=4)
-        check_start(type(self).__name__, self.start, self.scale_min, self.scale_max)
+        check_start(name, self.start, self.scale_min, self.scale_max)
         hint = "give a share from 0 to 1."
         check_real(f"{name}.crossover", self.crossover, "share", hint, least=0, most=1)
         hint = "give a finite number of at least 1."
@@ -81,7 +81,8 @@ class DifferentialEvolution(Searcher):
         check_real(f"{name}.factor_max", self.factor_max, "number", hint, least=0)
         if self.factor_min > self.factor_max:
             raise ConfigurationError(
-                f"`{name}.factor_min={self.factor_min!r}` is above `factor_max={self.factor_max!r}`.",
+                f"`{name}.factor_min={self.factor_min!r}` is above "
+                f"`factor_max={self.factor_max!r}`.",
                 "give 0 <= factor_min <= factor_max.",
             )
 
@@ -94,10 +95,9 @@ class DifferentialEvolution(Searcher):
         members = first_positions(origin, random, n, self.start, self.scale_min, self.scale_max)
         lowest = origin.tensor(origin.stats.lowest)
         highest = origin.tensor(origin.stats.highest)
-        device = members.device
         return Population(
             members=members,
-            fitness=torch.full((n,), -math.inf, dtype=widest(device), device=device),
+            fitness=members.new_full((n,), -math.inf, dtype=widest(members.device)),
             candidates=members,
             lowest=torch.minimum(lowest, self.reach * lowest),
             highest=torch.maximum(highest, self.reach * highest),

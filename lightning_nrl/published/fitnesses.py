@@ -14,7 +14,10 @@ from lightning_nrl.search.scores import Scores
 
 @dataclass(frozen=True)
 class ArachneFitness(FitnessFunction):
-    r"""Arachne's fitness (L: mean loss): :math:`(N_{patched}+1)/(L(I_{neg})+1) + (N_{intact}+1)/(L(I_{pos})+1)`."""
+    r"""Arachne's fitness; L is a mean loss.
+
+    .. math:: \frac{N_{patched}+1}{L(I_{neg})+1} + \frac{N_{intact}+1}{L(I_{pos})+1}
+    """
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         patched, intact, failed, passed = scores.columns()
@@ -25,7 +28,8 @@ class ArachneFitness(FitnessFunction):
 class NeuRecoverFitness(FitnessFunction):
     r"""NeuRecover's fitness: like `ArachneFitness`, but with rates instead of counts.
 
-    .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1} + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
+    .. math:: \frac{N_{patched}/|I_{neg}|+1}{L(I_{neg})+1}
+        + \alpha \frac{N_{intact}/|I_{pos}|+1}{L(I_{pos})+1}
 
     Attributes:
         alpha: factor of the second term, at least 0.
@@ -34,9 +38,8 @@ class NeuRecoverFitness(FitnessFunction):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        check_real(
-            "fitness.alpha", self.alpha, "weight", "give a finite number of at least 0.", least=0
-        )
+        hint = "give a finite number of at least 0."
+        check_real("fitness.alpha", self.alpha, "weight", hint, least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         patched, intact, failed, passed = scores.columns()
@@ -51,7 +54,8 @@ class ArachneDEFitness(FitnessFunction):
 
     .. math:: \sum_{I_{pos}} c + a \sum_{I_{neg}} c
 
-    The credit of a sample is 1 if it is right under the candidate, else 1/(loss + 1). Sample weights are ignored.
+    The credit of a sample is 1 if it is right under the candidate, else 1/(loss + 1). Sample
+    weights are ignored.
 
     Attributes:
         aggressiveness: a, the weight of a failed sample relative to a passed sample, at least 0.
@@ -65,7 +69,10 @@ class ArachneDEFitness(FitnessFunction):
         check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """Returns the fitness of each candidate, `P`. Raises a `ValueError` if the scores have no credits."""
+        """Returns the fitness of each candidate, `P`.
+
+        Raises a `ValueError` if the scores have no credits.
+        """
         if scores.credit_failed is None or scores.credit_passed is None:
             raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
         return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)

@@ -42,12 +42,13 @@ class Learning:
     @property
     def classes(self) -> list[int]:
         """The classes for separate curves: none if there is one, or more than `MOST_CLASSES`."""
-        classes = self.label.unique().tolist()
-        return classes if 1 < len(classes) <= MOST_CLASSES and classes[0] >= 0 else []
+        classes: list[int] = self.label.unique().tolist()
+        if len(classes) == 1 or len(classes) > MOST_CLASSES:
+            return []
+        return classes
 
     def by_class(self, mask: Tensor) -> list[int]:
-        counts = torch.bincount(self.label[mask], minlength=int(self.label.max()) + 1).tolist()
-        return [counts[label] for label in self.classes]
+        return [int((self.label[mask] == label).sum()) for label in self.classes]
 
     def numbers(self, prefix: str, split: str) -> dict[str, float]:
         """Returns counts by tag, such as `<prefix>/<split>/learned`.
@@ -56,11 +57,10 @@ class Learning:
         """
         totals = {name: float(mask.sum()) for name, mask in self.masks.items()}
         numbers = tagged(PART_TAG, totals, name=prefix, part=split)
-        if self.classes:
-            for name, mask in self.masks.items():
-                for label, n in zip(self.classes, self.by_class(mask), strict=True):
-                    tag = CLASS_TAG.format(name=prefix, split=split, number=name, label=label)
-                    numbers[tag] = float(n)
+        for name, mask in self.masks.items():
+            for label, n in zip(self.classes, self.by_class(mask), strict=True):
+                tag = CLASS_TAG.format(name=prefix, split=split, number=name, label=label)
+                numbers[tag] = float(n)
         return numbers
 
 
@@ -108,20 +108,19 @@ def _bars(last: Learning, split: str) -> Any:
     figure = new_figure(*HISTORY_CARD)
     axes = figure.subplots()
     classes = [str(label) for label in last.classes]
-    below = [0.0] * len(classes)
-    sizes = last.by_class(torch.ones_like(last.right))
+    sizes = torch.tensor(last.by_class(torch.ones_like(last.right)))
+    below = torch.zeros(len(classes))
     for name in ("forgotten", "never_learned"):
-        counts = last.by_class(last.masks[name])
-        shares = [100 * count / size for count, size in zip(counts, sizes, strict=True)]
+        shares = 100 * torch.tensor(last.by_class(last.masks[name])) / sizes
         axes.bar(
             classes,
-            shares,
-            bottom=below,
+            shares.tolist(),
+            bottom=below.tolist(),
             color=LEARNING_COLOURS[name],
             label=name.replace("_", " "),
         )
-        below = [a + b for a, b in zip(below, shares, strict=True)]
-    axes.set_ylim(0, 1.25 * max(*below, 1.0))
+        below += shares
+    axes.set_ylim(0, 1.25 * max(float(below.max()), 1.0))
     axes.set_title(f"{split}: wrong at the end, by class", color=INK, fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     style_axes(axes, "class", "% of the class")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from lightning_nrl.localization.localizer import (
     default_n_weights,
 )
 from lightning_nrl.localization.neurecover_lite import nearest, rank_impacts, sizes_at
-from lightning_nrl.published.history import CheckpointHistory, History, HistoryPoint
+from lightning_nrl.published.history import ARGUMENT, CheckpointHistory, History, HistoryPoint
 from lightning_nrl.published.training_record import FolderHistory
 
 
@@ -73,13 +73,11 @@ class NeuRecover(Localizer):
 
     def __post_init__(self) -> None:
         check_numbers(n_weights=self.n_weights, last=self.last)
-        check_real(
-            "decay", self.decay, "number", "give a number above 0 and at most 1.", above=0, most=1
-        )
+        hint = "give a number above 0 and at most 1."
+        check_real("decay", self.decay, "number", hint, above=0, most=1)
         if self.rate is not None:
-            check_real(
-                "rate", self.rate, "share", "give a share above 0 and at most 1.", above=0, most=1
-            )
+            hint = "give a share above 0 and at most 1."
+            check_real("rate", self.rate, "share", hint, above=0, most=1)
             if self.n_weights is not None:
                 raise ConfigurationError(
                     f"`n_weights={self.n_weights}` and `rate={self.rate}` are both given.",
@@ -154,10 +152,8 @@ class TrainingFlips:
         total = 0.0
         for age, (old, new) in enumerate(zip(points[-2::-1], points[:0:-1], strict=True)):
             step_weight = decay**age
-            old_passed = old.passed.cpu()
-            new_passed = new.passed.cpu()
-            regressed += step_weight * ((old_passed == 1) & (new_passed == 0))
-            improved += step_weight * ((old_passed == 0) & (new_passed == 1))
+            regressed += step_weight * ((old.passed == 1) & (new.passed == 0))
+            improved += step_weight * ((old.passed == 0) & (new.passed == 1))
             change += step_weight * (new.weights.cpu().double() - old.weights.cpu().double()).abs()
             total += step_weight
         return cls(regressed, improved, change / total)
@@ -228,12 +224,12 @@ def localize_by_history(
     change = change.to(deg.forward)
     enter = torch.full_like(deg.forward, torch.inf)
     leave = torch.full_like(deg.forward, torch.inf)
-    layers = [slice(site.offset, site.offset + site.size) for site in space.sites]
-    suspicious = suspiciousness(deg, imp, layers, change).tolist()
-    for layer, s in zip(layers, suspicious, strict=True):
+    suspicious = suspiciousness(space, deg, imp, change).tolist()
+    for site, s in zip(space.sites, suspicious, strict=True):
         if not s:
             continue
-        per_rank = 1 / (s * (layer.stop - layer.start))
+        layer = slice(site.offset, site.offset + site.size)
+        per_rank = 1 / (s * site.size)
         # A weight of rank k enters its set at the rate at which round(n * s * rate) = k.
         worst = _worst_rank(deg.forward[layer], deg.backward[layer], change[layer])
         enter[layer] = (worst - 0.5) * per_rank
@@ -264,15 +260,13 @@ def localize_by_history(
 
 
 def suspiciousness(
-    deg: Impact, imp: Impact | None, layers: Sequence[slice], change: Tensor
+    space: ParameterSpace, deg: Impact, imp: Impact | None, change: Tensor
 ) -> Tensor:
-    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`).
-
-    `layers` are slices of the weights.
-    """
+    """Returns the suspiciousness of each layer, from 0 to 1 (see `NeuRecover`)."""
+    sizes = [site.size for site in space.sites]
 
     def means(x: Tensor) -> Tensor:
-        return torch.stack([x[layer].mean() for layer in layers])
+        return torch.stack([weights.mean() for weights in x.split(sizes)])
 
     of_deg = means(deg.forward)
     moved = means(change)
@@ -281,20 +275,20 @@ def suspiciousness(
     return torch.nan_to_num(share / share.max()) * torch.nan_to_num(moved / moved.max())
 
 
-def _history_of(given: object) -> History | None:
-    if isinstance(given, (str, Path)):
-        return FolderHistory(Path(given))
-    if given is None or (isinstance(given, History) and not isinstance(given, type)):
-        return given
-    argument = "NeuRecover.history"
-    is_list = isinstance(given, Sequence) and not isinstance(given, bytes)
-    check_kind(argument, given, is_list, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
-    checkpoints = tuple(cast(Sequence[Any], given))
-    if not checkpoints:
+def _history_of(history: str | Path | Sequence[Any] | History | None) -> History | None:
+    if isinstance(history, (str, Path)):
+        return FolderHistory(Path(history))
+    if history is None:
+        return None
+    example = f"{ARGUMENT}=['epoch1.ckpt', 'epoch2.ckpt']"
+    check_kind(ARGUMENT, history, isinstance(history, (History, Sequence)), "history", example)
+    if isinstance(history, History):
+        return history
+    if not history:
         raise ConfigurationError(
-            f"`{argument}` is an empty list.", "give at least one earlier checkpoint."
+            f"`{ARGUMENT}` is an empty list.", "give at least one earlier checkpoint."
         )
-    return CheckpointHistory(checkpoints)
+    return CheckpointHistory(history)
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:

@@ -94,8 +94,10 @@ class TrainingHistory(HistoryCallback):
         check_whole("every_n_epochs", every_n_epochs, 1)
         if every_n_steps is not None:
             check_whole("every_n_steps", every_n_steps, 1)
-        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.layers, self.dirpath = layers, dirpath
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.layers = layers
+        self.dirpath = dirpath
         self.prefix = parse_prefix(prefix, "history")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
@@ -126,10 +128,10 @@ class TrainingHistory(HistoryCallback):
 
         def read_earlier_record() -> None:
             if trainer.is_global_zero:
-                forget_after(folder, trainer.global_step if trainer.global_step else -1)
-                if any(folder.glob("point-*.pt")):
-                    splits = TrainingRecord.read(folder).splits
-                    self._ever_right = {name: split.passed.any(0) for name, split in splits.items()}
+                forget_after(folder, trainer.global_step or -1)
+                if _has_points(folder):
+                    for name, split in TrainingRecord.read(folder).splits.items():
+                        self._ever_right[name] = ~split.never_learned
 
         Collective.current(pl_module.device).all_or_none(
             read_earlier_record,
@@ -156,14 +158,11 @@ class TrainingHistory(HistoryCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or self.folder is None:
+        if not trainer.is_global_zero or self.folder is None or find_spec("matplotlib") is None:
             return
-        if not any(self.folder.glob("point-*.pt")):
-            return
-        record = TrainingRecord.read(self.folder)
-        if find_spec("matplotlib") is not None:
+        if _has_points(self.folder):
             track_figures(
-                record_figures(record),
+                record_figures(TrainingRecord.read(self.folder)),
                 trainer.loggers,
                 step=trainer.global_step,
                 name=self.prefix,
@@ -231,3 +230,7 @@ class TrainingHistory(HistoryCallback):
             learning = Learning(results.label[rows], right, self._ever_right[split])
             numbers |= learning.numbers(self.prefix, split)
         return numbers
+
+
+def _has_points(folder: Path) -> bool:
+    return any(folder.glob("point-*.pt"))

@@ -7,7 +7,7 @@ split (`samples.pt`). All files load with `weights_only=True`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -69,7 +69,7 @@ class TrainingRecord:
     def read(cls, folder: str | Path) -> TrainingRecord:
         """Reads a folder; refuses a folder without a record, or with a damaged record."""
         files = _point_files(Path(folder))
-        if not files or not (Path(folder) / SAMPLES_FILE).exists():
+        if not files:
             raise ConfigurationError(
                 f"`history`: {str(folder)!r} contains no training record.", RECORD_HINT
             )
@@ -78,8 +78,14 @@ class TrainingRecord:
         try:
             splits = {}
             for split, columns in samples.items():
-                splits[split] = _recorded_split(split, columns, contents)
-            return cls(tuple(_recorded_point(content) for content in contents), splits)
+                results = [content["splits"][split] for content in contents]
+                passed = torch.stack([result["passed"] for result in results])
+                loss = torch.stack([result["loss"] for result in results])
+                splits[split] = RecordedSplit(columns["index"], columns["label"], passed, loss)
+            points = []
+            for content in contents:
+                points.append(RecordedPoint(content["step"], content["epoch"], content["weights"]))
+            return cls(tuple(points), splits)
         except Exception as error:  # files with other contents can raise anything
             raise ConfigurationError(
                 f"`history`: {str(folder)!r} is damaged ({reason(error)}).",
@@ -99,8 +105,15 @@ class TrainingRecord:
                 f"`history` records {list(self.splits)}, but the targets are in {failing}.",
                 f"record these: `TrainingHistory(splits={[*self.splits, *failing]})`.",
             )
-        rows = {split: self._rows(before, split) for split in before.splits if split in self.splits}
-        return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
+        passed = torch.full((len(self.points), len(before)), -1, dtype=torch.int8)
+        for split in before.splits:
+            if split in self.splits:
+                rows, positions = self._rows(before, split)
+                passed[:, rows] = self.splits[split].passed[:, positions].to(torch.int8)
+        points = []
+        for point, results in zip(self.points, passed, strict=True):
+            points.append(HistoryPoint(results, _flat_weights(point, known)))
+        return points
 
     def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
         """Returns the rows of a split's recorded samples, and their positions in the record."""
@@ -111,26 +124,6 @@ class TrainingRecord:
         positions = position_of[known]
         is_recorded = positions >= 0
         return is_recorded.nonzero().squeeze(1) + before.start(split), positions[is_recorded]
-
-    def _point(
-        self,
-        i: int,
-        point: RecordedPoint,
-        known: KnownData,
-        rows: Mapping[str, tuple[Tensor, Tensor]],
-    ) -> HistoryPoint:
-        weights = []
-        for name in known.space.parameters:
-            if name not in point.weights:
-                raise ConfigurationError(
-                    f"`history` has no weights of {name!r}.",
-                    "record that layer: `TrainingHistory(layers=[...])`, or `layers='all'`.",
-                )
-            weights.append(point.weights[name].flatten())
-        passed = torch.full((len(known.before),), -1, dtype=torch.int8)
-        for split, (row, position) in rows.items():
-            passed[row] = self.splits[split].passed[i, position].to(torch.int8)
-        return HistoryPoint(passed, torch.cat(weights))
 
 
 @dataclass(frozen=True)
@@ -152,21 +145,17 @@ def write_point(
     points = {}
     for split in results.splits:
         rows = results.of(split)
-        samples[split] = {
-            "index": results.index[rows].clone(),
-            "label": results.label[rows].clone(),
-        }
-        points[split] = {
-            "passed": results.passed[rows].clone(),
-            "loss": results.loss[rows].to(torch.float16),
-        }
+        # Copies, since saving a slice would save the whole table.
+        index = results.index[rows].clone()
+        label = results.label[rows].clone()
+        passed = results.passed[rows].clone()
+        samples[split] = {"index": index, "label": label}
+        points[split] = {"passed": passed, "loss": results.loss[rows].to(torch.float16)}
     if not (folder / SAMPLES_FILE).exists():
         _replace(samples, folder / SAMPLES_FILE)
     kept = {name: value.detach().cpu().clone() for name, value in weights.items()}
-    _replace(
-        {"step": step, "epoch": epoch, "splits": points, "weights": kept},
-        folder / f"point-{step:08d}.pt",
-    )
+    content = {"step": step, "epoch": epoch, "splits": points, "weights": kept}
+    _replace(content, folder / f"point-{step:08d}.pt")
 
 
 def forget_after(folder: Path, step: int) -> None:
@@ -178,29 +167,16 @@ def forget_after(folder: Path, step: int) -> None:
         (folder / SAMPLES_FILE).unlink(missing_ok=True)
 
 
-def _recorded_point(content: Mapping[str, Any]) -> RecordedPoint:
-    weights = dict(content["weights"])
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("its weights are not tensors")
-    return RecordedPoint(int(content["step"]), int(content["epoch"]), weights)
-
-
-def _recorded_split(
-    split: str, samples: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]
-) -> RecordedSplit:
-    index = samples["index"]
-    label = samples["label"]
-    passed = torch.stack([point["splits"][split]["passed"] for point in points])
-    loss = torch.stack([point["splits"][split]["loss"] for point in points])
-    kinds = (
-        index.dtype == label.dtype == torch.int64
-        and passed.dtype == torch.bool
-        and loss.is_floating_point()
-    )
-    shapes = index.ndim == 1 and index.shape == label.shape == passed.shape[1:] == loss.shape[1:]
-    if not kinds or not shapes or bool((index < 0).any()):
-        raise ValueError(f"the columns of `{split}` differ in length or have a wrong type")
-    return RecordedSplit(index, label, passed, loss)
+def _flat_weights(point: RecordedPoint, known: KnownData) -> Tensor:
+    weights = []
+    for name in known.space.parameters:
+        if name not in point.weights:
+            raise ConfigurationError(
+                f"`history` has no weights of {name!r}.",
+                "record that layer: `TrainingHistory(layers=[...])`, or `layers='all'`.",
+            )
+        weights.append(point.weights[name].flatten())
+    return torch.cat(weights)
 
 
 def _point_files(folder: Path) -> dict[int, Path]:

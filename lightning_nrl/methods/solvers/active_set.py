@@ -27,6 +27,7 @@ from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods.solvers.mini_batches import (
     BATCH_SIZE,
     load_batches,
+    load_rows,
     merge_measurements,
     shuffled_batches,
 )
@@ -117,7 +118,8 @@ class ActiveSet:
     @property
     def violated(self) -> Tensor:
         """`N` bool, broken samples, and enforced targets that are still wrong."""
-        return self.broken | (self.enforced & ~(self.margin >= self._required))
+        wanted = self.problem.before.passed | self.enforced
+        return wanted & ~(self.margin >= self._required)
 
     @property
     def infeasible(self) -> Tensor:
@@ -154,9 +156,9 @@ class ActiveSet:
         rehearsed = self._drawn(inactive, len(active))
         is_pushed = before.passed | self.enforced
         weight = self._weight * torch.where(is_pushed, self.multiplier, attempted.float())
+        is_taught = (self._right | before.passed).float()
         # One transfer to the device per round.
-        table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1)
-        table = table.to(self.problem.device)
+        table = torch.stack([weight, self._hinge, is_taught], 1).to(self.problem.device)
         measured = []
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
@@ -172,8 +174,8 @@ class ActiveSet:
         rate = self._rate()
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)
-        batches = shuffled_batches(rows, self._generator)
-        while 0 < len(batches) < MIN_STEPS_PER_ROUND:
+        batches: list[Tensor] = []
+        while len(rows) and len(batches) < MIN_STEPS_PER_ROUND:
             batches += shuffled_batches(rows, self._generator)
         visits = FORWARD_BACKWARD * sum(map(len, batches))
         for parts in load_batches(self.problem, batches):
@@ -216,12 +218,11 @@ class ActiveSet:
         evaluator = self.problem.evaluator
         measured = []
         with temporary_weights(self.problem.model, state):
-            for parts in load_batches(self.problem, rows.split(BATCH_SIZE)):
-                for batch, places in parts:
-                    output = evaluator.output(batch)
-                    is_finite = evaluator.task.loss(output, batch.target).isfinite()
-                    margin = torch.where(is_finite, self._margin(output, batch), torch.nan)
-                    measured.append((places, margin))
+            for batch, places in load_rows(self.problem, rows):
+                output = evaluator.output(batch)
+                is_finite = evaluator.task.loss(output, batch.target).isfinite()
+                margin = torch.where(is_finite, self._margin(output, batch), torch.nan)
+                measured.append((places, margin))
         return measured
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -18,14 +19,12 @@ Part = tuple[Batch, Tensor]
 """A batch from one split, and the rows of its samples among the known samples, `n` int64."""
 
 
-def shuffled_batches(
-    rows: Tensor, generator: torch.Generator, size: int = BATCH_SIZE
-) -> list[Tensor]:
-    """Splits rows in random order into mini-batches of similar size, at most `size`."""
+def shuffled_batches(rows: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Splits rows in random order into mini-batches of similar size, at most `BATCH_SIZE`."""
     if not len(rows):
         return []
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
-    return list(shuffled.tensor_split(-(-len(rows) // size)))
+    return list(shuffled.tensor_split(math.ceil(len(rows) / BATCH_SIZE)))
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
@@ -41,11 +40,17 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
         yield [part for stream in streams for part in next(stream)]
 
 
+def load_rows(problem: Problem, rows: Tensor) -> Iterator[Part]:
+    """Yields this rank's samples among `rows` in mini-batches."""
+    for parts in load_batches(problem, rows.split(BATCH_SIZE)):
+        yield from parts
+
+
 def _load_from(source: Source, start: int, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
     """Yields the parts of each mini-batch from a split whose first row is `start`."""
     is_here = torch.zeros(len(source.index), dtype=torch.bool)
     is_here[source.positions] = True
-    size = min(BATCH_SIZE, _batch_size(source) or BATCH_SIZE)
+    size = _batch_size(source)
     n_parts = []
     chosen: list[Tensor] = []
     for rows in batches:
@@ -61,7 +66,8 @@ def _load_from(source: Source, start: int, batches: Sequence[Tensor]) -> Iterato
 
 def _batch_size(source: Source) -> int:
     # Reading a batch to find out is slow if workers must start.
-    return getattr(source, "batch_size", None) or len(next(iter(source), ()))
+    size: int = getattr(source, "batch_size", None) or len(next(iter(source), ()))
+    return min(size, BATCH_SIZE) or BATCH_SIZE
 
 
 def merge_measurements(

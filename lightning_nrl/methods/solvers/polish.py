@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
@@ -70,7 +71,7 @@ class PolishResult(Proposal):
 
     @property
     def note(self) -> str:
-        note = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
+        note = plural(self.rounds, "round")
         if self.stopped:
             note += f", {self.stopped}"
         if self.strength < 1:

@@ -11,7 +11,7 @@ from lightning_nrl._utils.state import State, completed, temporary_weights
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.logit_cache import LogitCache
-from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, load_batches
+from lightning_nrl.methods.solvers.mini_batches import load_rows
 
 # Weight of the divergence of a sample's logits from the teacher's, relative to the sample's loss.
 DISTILLATION_WEIGHT = 5.0
@@ -34,9 +34,8 @@ class Teacher:
         """Caches the missing logits of `rows`: a batch that lacks a few later runs as a whole."""
         if self._cache.is_empty or self._cache.has_varied:
             return
-        for parts in load_batches(self._problem, self._cache.unknown(rows).split(BATCH_SIZE)):
-            for batch, places in parts:
-                self(batch, places)
+        for batch, places in load_rows(self._problem, self._cache.unknown(rows)):
+            self(batch, places)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:

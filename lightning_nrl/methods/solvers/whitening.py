@@ -27,7 +27,7 @@ from lightning_nrl.evaluation.layer_gradients import (
 )
 from lightning_nrl.evaluation.layers import LayerRef
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, load_batches
+from lightning_nrl.methods.solvers.mini_batches import load_rows
 
 # Share of the mean eigenvalue, added to each; limits changes where passed samples hardly vary.
 MOMENT_RIDGE = 0.1
@@ -191,14 +191,11 @@ def _traced(
     modules = {site.name: site.module for site in problem.space.sites}
     evaluator = problem.evaluator
     missed: set[str] = set()
-    for parts in load_batches(problem, chosen.split(BATCH_SIZE)):
-        for batch, rows in parts:
-            _, calls = margin_calls(
-                problem.model, modules, batch, evaluator.task, evaluator.context
-            )
-            missed.update(name for name in modules if not is_by_sample(calls[name], len(rows)))
-            if not missed:
-                yield rows, calls
+    for batch, rows in load_rows(problem, chosen):
+        _, calls = margin_calls(problem.model, modules, batch, evaluator.task, evaluator.context)
+        missed.update(name for name in modules if not is_by_sample(calls[name], len(rows)))
+        if not missed:
+            yield rows, calls
     for name in modules:
         if problem.collective.any(name in missed):
             raise ConfigurationError(
@@ -215,10 +212,10 @@ def _gradients(
     """Yields rows of this rank and gradients of their margins, `n x outputs x d` per layer."""
     for rows, calls in _traced(problem, chosen):
         with no_autocast(problem.space.device):
-            yield (
-                rows,
-                [layer.gradients(calls[layer.site.name], len(rows)) for layer in whitening.layers],
-            )
+            gradients = []
+            for layer in whitening.layers:
+                gradients.append(layer.gradients(calls[layer.site.name], len(rows)))
+            yield rows, gradients
 
 
 def _has_bias(site: LayerRef) -> bool:
@@ -228,10 +225,10 @@ def _has_bias(site: LayerRef) -> bool:
 def _zero_moment(site: LayerRef) -> Tensor:
     layer = site.module
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    d = layer.weight[0].numel()
-    if _has_bias(site):
-        d += 1
-    shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
+    d = layer.weight[0].numel() + int(_has_bias(site))
+    shape = [groups, d, d]
+    if d > MAX_FULL_MOMENT:
+        shape = [groups, d]
     return layer.weight.new_zeros(shape, dtype=widest(layer.weight.device))
 
 
@@ -244,10 +241,10 @@ def _add_to_moment(moment: Tensor, site: LayerRef, x: Tensor) -> None:
 
 
 def _inverse_root(moment: Tensor) -> Tensor:
+    diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1).clamp_min(1e-30)
     if moment.ndim == 2:
-        mean = moment.mean(1).clamp_min(1e-30)
         return (moment / mean[:, None] + MOMENT_RIDGE).rsqrt()
-    mean = moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     values, vectors = torch.linalg.eigh(moment / mean[:, None, None])
     scales = (values.clamp_min(0) + MOMENT_RIDGE).rsqrt()
     root: Tensor = (vectors * scales[:, None, :]) @ vectors.mT
