@@ -15,7 +15,7 @@ from lightning_nrl.localization.localizer import (
     RandomWeights,
     default_n_weights,
 )
-from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, localize, set_sizes
+from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, localize
 
 __all__ = [
     "LOCALIZERS",
@@ -31,5 +31,4 @@ __all__ = [
     "default_n_weights",
     "localize",
     "measure",
-    "set_sizes",
 ]

@@ -101,7 +101,8 @@ def measure(
             of samples.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
-    space, n_sites = recording.space, len(recording.space.sites)
+    space = recording.space
+    n_sites = len(space.sites)
     add = partial(_add_impacts, recording, evaluator, aggregation == "per_sample", weight)
     sizes = [space.size, space.size, n_sites, n_sites, 1]
     return _mean(space, *accumulate(recording, evaluator, rows_mask, sizes, add))
@@ -118,7 +119,9 @@ def _add_impacts(
 ) -> None:
     gradient, inputs, positions, mixed, samples = sums
     n = len(chunk.rows)
-    weight = None if weights is None else weights[chunk.rows.to(weights.device)].to(gradient)
+    weight = None
+    if weights is not None:
+        weight = weights[chunk.rows.to(weights.device)].to(gradient)
 
     def losses(logits: Tensor) -> Tensor:
         loss = _differentiable(evaluator, logits, chunk.target)
@@ -183,7 +186,8 @@ def accumulate(
                 first = first and not several
         return flat
 
-    of_rank, size = None, SAMPLES_PER_PASS
+    of_rank = None
+    size = SAMPLES_PER_PASS
     while of_rank is None:
         # Ranks do not communicate here, so each may reduce its own pass size.
         of_rank = none_if_out_of_memory(partial(sum_chunks, size), last_try=size == 1)
@@ -211,9 +215,9 @@ def _calls(
         half = len(values) // 2
         in_first_half = torch.arange(len(values), device=values.device) < half
         gradients = probe.gradients(values, in_first_half.to(values.dtype), retain_graph=True)
-        index = {site.name: i for i, site in enumerate(sites)}
+        names = [site.name for site in sites]
         for name, gradient in zip(probe.called, gradients, strict=True):
-            i = index[name]
+            i = names.index(name)
             rows = as_rows(sites[i].module, gradient)
             in_second_half = rows[len(rows) * half // len(values) :]
             mixed[i] |= (in_second_half.abs() > 0).any()
@@ -251,17 +255,18 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: object) -> Ten
     if loss.requires_grad or not logits.requires_grad:
         return loss
     margin = task.margin(logits, target)
+    substitute = "mean squared output"
+    values = at_least_float32(logits.flatten(1)).square().mean(1)
     if margin is not None and margin.requires_grad:
-        substitute, name = -margin, "margin"
-    else:
-        substitute = at_least_float32(logits.flatten(1)).square().mean(1)
-        name = "mean squared output"
+        substitute = "margin"
+        values = -margin
     problem = (
-        f"`task`: its loss has no gradient, so weights are localised by the gradient of the {name}."
+        "`task`: its loss has no gradient, "
+        f"so weights are localised by the gradient of the {substitute}."
     )
     hint = "give a differentiable loss to localise by it."
     warnings.warn(DataWarning(problem, hint), stacklevel=2)
-    return substitute
+    return values
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
@@ -269,8 +274,9 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
         # With one row per sample |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are
         # needed.
-        x, g = calls[0].input.abs(), calls[0].gradient.abs()
-        return flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
+        gradient = calls[0].gradient.abs()
+        of_weight = weight_gradient(layer, calls[0].input.abs(), gradient)
+        return flat_part(site, of_weight, bias_gradient(gradient))
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
     for weight, bias in sample_gradients(layer, calls, n):
         total = total + flat_part(site, weight.abs().sum(0), bias.abs().sum(0))

@@ -94,7 +94,8 @@ def localize(
             f"`n_g={n_g}` is more than the {total} weights of the layer.",
             f"choose 1 to {total}, or give `n_weights`.",
         )
-    enter, leave = _first_n_g(failed), _first_n_g(passed)
+    enter = _first_n_g(failed)
+    leave = _first_n_g(passed)
     sizes = sizes_at(enter, leave, torch.arange(total + 1, device=enter.device))
     if n_g is None:
         n_weights = n_weights or default_n_weights(total)
@@ -108,21 +109,13 @@ def localize(
     return Localization(weights, n_g, n_weights, at)
 
 
-def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Returns `Localization.sizes`, without `total`, as int64 tensors.
-
-    Entry i of each tensor is for N_g = i.
-    """
-    enter, leave = _first_n_g(failed), _first_n_g(passed)
-    return sizes_at(enter, leave, torch.arange(len(enter) + 1, device=enter.device))
-
-
 def sizes_at(enter: Tensor, leave: Tensor, at: Tensor) -> dict[str, Tensor]:
     """Returns `Localization.sizes` for each t in `at`.
 
     `failed` counts `enter <= t`, `passed` counts `leave <= t`.
     """
-    failed, passed = _count_up_to(enter, at), _count_up_to(leave, at)
+    failed = _count_up_to(enter, at)
+    passed = _count_up_to(leave, at)
     shared = _count_up_to(torch.maximum(enter, leave), at)
     return {"failed": failed, "passed": passed, "both": shared, "localized": failed - shared}
 

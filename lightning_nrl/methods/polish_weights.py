@@ -89,9 +89,9 @@ def _fitting_state(new: nn.Module | State | str | Path, model: nn.Module) -> Sta
 def _check_scope(problem: Problem, state: State) -> None:
     if problem.whole:
         return
-    fixed = {name for name, _ in problem.model.named_parameters()} - set(problem.scope)
+    parameters = dict(problem.model.named_parameters())
     for name in changed(problem.model, state):
-        if name in fixed:
+        if name in parameters and name not in problem.scope:
             raise ConfigurationError(
                 f"`layer` lets only {len(problem.scope)} parameters change, "
                 f"but `Polish.new` differs in {name!r} too.",

@@ -118,7 +118,7 @@ def _distance(before: SampleResults) -> Tensor:
 
 def _nearest(distance: Tensor, mask: Tensor, n: int) -> Tensor:
     rows = mask.nonzero().flatten()
-    return rows if len(rows) <= n else rows[distance[rows].argsort(stable=True)[:n]]
+    return rows[distance[rows].argsort(stable=True)[:n]]
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
@@ -128,10 +128,9 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
         ReplayError: on all ranks, if one rank cannot record a layer.
     """
     draw = partial(row_batches, problem.known, problem.before)
+    batches = _all_batches(problem)
     if len(keep) > problem.n_scored and int(keep.sum()) < FEW_SHARE * len(keep):
         batches = draw(keep.nonzero().flatten())
-    else:
-        batches = _all_batches(problem)
     work = partial(
         record,
         problem.evaluator,

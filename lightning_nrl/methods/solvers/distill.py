@@ -118,9 +118,8 @@ class _Distillation:
         self.margin = merge_measurements(self.problem, self.margin, self._measured)
         self._plan()
         before = self.problem.before
-        passes = self.margin > 0
-        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
-        n_repaired = int((before.targeted & passes).sum())
+        n_broken = int((before.passed & (self.margin <= 0)).sum())
+        n_repaired = int((before.targeted & (self.margin > 0)).sum())
         self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)
         return self.visits < self.planned
 
