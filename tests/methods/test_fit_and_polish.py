@@ -42,7 +42,6 @@ from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods import problem as problem_module
 from lightning_nrl.methods.solvers import distill as module
-from lightning_nrl.methods.solvers import polish as polish_module
 from lightning_nrl.methods.solvers.descent import Descent
 from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.methods.solvers.polish import PolishResult, polish
@@ -84,8 +83,7 @@ def by_hand(
 ALL = Target.all()
 
 
-@pytest.mark.parametrize("target", [ALL, Target.label(0)], ids=str)
-@pytest.mark.parametrize("layer", ["auto", "0", "4"])
+@pytest.mark.parametrize(("layer", "target"), [("auto", ALL), ("0", Target.label(0)), ("4", ALL)])
 def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EASY_FRACTION", 1.1)  # every epoch looks at all
     model = trained(normed).eval()
@@ -98,19 +96,16 @@ def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(state[name], value, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precisions_are_fitted_in_their_own(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 60)
-    problem = make_problem(trained().to(dtype), cast(known(), dtype))
+def test_half_precision_is_fitted_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 30)
+    problem = make_problem(trained().half(), cast(known(), torch.float16))
     with left_alone(problem.model):
         state = distill(problem).state
-    assert {value.dtype for value in state.values()} == {dtype}
+    assert {value.dtype for value in state.values()} == {torch.float16}
     assert problem.propose("fit", state).repaired > 0
 
 
-@pytest.mark.parametrize("seconds", [8.0, 20.0, 100.0])
+@pytest.mark.parametrize("seconds", [8.0, 100.0])
 def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now, rates = [0.0], []
     monkeypatch.setattr(module, "EASY_FRACTION", 1.1)
@@ -151,13 +146,13 @@ def test_halfway_it_is_asked_which_samples_to_train_on_from_there(
         asked.append(state)
         return torch.ones(60)
 
-    found = distill(problem, weight=first, renew=renew)
-    assert found is not None
+    result = distill(problem, weight=first, renew=renew)
+    assert result is not None
     # The half of 360 visits is over after the fourth epoch of 50; then all 60 are trained on.
     assert sizes == [50] * 4 + [60] * 3
     assert len(asked) == 1
-    assert found.note == "6.333 epochs"  # 380 visits of 60 samples
-    assert not same(asked[0], found.state)
+    assert result.note == "6.333 epochs"  # 380 visits of 60 samples
+    assert not same(asked[0], result.state)
     assert distill(problem, weight=first, renew=lambda state: None) is None
 
 
@@ -171,17 +166,17 @@ def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
     assert same(first, second)
 
 
-def checked(problem: Problem, found: PolishResult) -> PolishResult:
-    """What must be true of every polish, counted again by a forward pass of its own."""
-    assert broken(problem, found.state) == found.broken == 0
-    now, before = right(problem, found.state), problem.before
-    assert found.repaired == int((before.targeted & now).sum())
-    assert torch.equal(found.after.passed & found.after.loss.isfinite(), now)
-    assert same_evidence(problem.evaluate(found.state), found.after)
-    own = problem.model.state_dict()
-    assert all(value.dtype == own[name].dtype for name, value in found.state.items())
-    assert 0 <= found.strength <= 1
-    return found
+def checked(problem: Problem, result: PolishResult) -> PolishResult:
+    """What must be true of every polish, counted again by a forward pass of its live."""
+    assert broken(problem, result.state) == result.broken == 0
+    now, before = right(problem, result.state), problem.before
+    assert result.repaired == int((before.targeted & now).sum())
+    assert torch.equal(result.after.passed & result.after.loss.isfinite(), now)
+    assert same_evidence(problem.evaluate(result.state), result.after)
+    live = problem.model.state_dict()
+    assert all(value.dtype == live[name].dtype for name, value in result.state.items())
+    assert 0 <= result.strength <= 1
+    return result
 
 
 def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired() -> None:
@@ -191,34 +186,34 @@ def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired() -> None:
     told: list[tuple[int | None, ...]] = []
     observer: Any = SimpleNamespace(search=lambda *counts: told.append(counts))
     with left_alone(problem.model):
-        found = polish(replace(problem, clock=StageTimer(observer)), given.state)
-    checked(problem, found)
-    assert (found.repaired, found.broken, found.strength) == (1, 0, 1.0)
+        result = polish(replace(problem, clock=StageTimer(observer)), given.state)
+    checked(problem, result)
+    assert (result.repaired, result.broken, result.strength) == (1, 0, 1.0)
     # Of the one sample that was broken, each round says whether it is back.
-    assert len(told) == found.rounds
+    assert len(told) == result.rounds
     assert told[-1] == (1, 1, None, 0)
     assert set(told) <= {(0, 1, None, 1), (1, 1, None, 0)}
-    assert found.rounds > 0
+    assert result.rounds > 0
     # Small steps: the weights are near those that were given.
-    torch.testing.assert_close(found.state["weight"], given.state["weight"], rtol=0, atol=0.05)
+    torch.testing.assert_close(result.state["weight"], given.state["weight"], rtol=0, atol=0.05)
 
 
 def test_where_steps_do_not_get_there_the_way_is_gone_back_as_far_as_needed() -> None:
     problem = on_a_line()
     given = problem.propose("given", threshold(-3.0))
     assert (given.repaired, given.broken) == (2, 3)
-    found = checked(problem, polish(problem, given.state))
+    result = checked(problem, polish(problem, given.state))
     # The threshold has to be between 0.6 and 0.7: back from -3 to there.
-    assert found.repaired == 1
-    assert 0 < found.strength < 0.9
+    assert result.repaired == 1
+    assert 0 < result.strength < 0.9
 
 
 def test_a_margin_of_next_to_nothing_is_not_enough() -> None:
     problem = on_a_line()
     # 0.6 keeps a margin of 1e-6, which another batch size or device may turn around.
-    found = checked(problem, polish(problem, threshold(0.6 + 1e-6)))
-    assert float(found.after.margin[4]) > 1e-5
-    assert found.repaired == 1
+    result = checked(problem, polish(problem, threshold(0.6 + 1e-6)))
+    assert float(result.after.margin[4]) > 1e-5
+    assert result.repaired == 1
 
 
 def tied(rows: list[list[float]], labels: list[int]) -> Problem:
@@ -241,8 +236,8 @@ def test_a_tie_that_was_right_is_kept_too(margin: float) -> None:
         "weight": torch.tensor([[1.0, 1.0, 0.0], [5.0, 0.0, 0.0], [1.0, 0.0, 2.0]]).T.contiguous()
     }
     assert problem.propose("new", new).broken == 1
-    found = checked(problem, polish(problem, new))
-    assert found.repaired == 1
+    result = checked(problem, polish(problem, new))
+    assert result.repaired == 1
 
 
 class Spiked(nn.Module):
@@ -269,14 +264,14 @@ def test_a_loss_that_is_not_finite_counts_as_broken() -> None:
     after = problem.evaluate(new)
     assert after.passed.tolist() == [True, True, True, True]
     assert after.loss.isfinite().tolist() == [True, True, True, False]
-    found = checked(problem, polish(problem, new))
-    assert found.after.loss.isfinite().all()
+    result = checked(problem, polish(problem, new))
+    assert result.after.loss.isfinite().all()
     # The way back leads along the weights that were given, at most a third of it, and to 0.7 by
     # half.
-    assert 0 < found.strength < 0.35
+    assert 0 < result.strength < 0.35
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     net=st.sampled_from(["linear", "mlp", "deep", "normed"]),
     layer=st.sampled_from(["auto", "0"]),
@@ -301,12 +296,12 @@ def test_whatever_the_new_weights_are_nothing_known_is_broken(
     )
     new = jittered(problem.model, seed, scale)
     with left_alone(problem.model):
-        found = checked(problem, polish(problem, new))
-    assert set(found.state) == set(new)
+        result = checked(problem, polish(problem, new))
+    assert set(result.state) == set(new)
     outside = [name for name in new if name not in problem.scope]
-    if found.strength == 1:
+    if result.strength == 1:
         assert same(
-            {name: found.state[name] for name in outside}, {name: new[name] for name in outside}
+            {name: result.state[name] for name in outside}, {name: new[name] for name in outside}
         )
 
 
@@ -318,27 +313,27 @@ def test_masked_weights_stay_as_they_are(seconds: float) -> None:
     new["0.weight"] = torch.where(mask, new["0.weight"], old["0.weight"])
     given = problem.propose("given", {"0.weight": new["0.weight"]})
     assert given.broken > 0
-    found = checked(
+    result = checked(
         problem,
         polish(
             problem, given.state, masks={"0.weight": mask}, deadline=in_seconds(problem, seconds)
         ),
     )
-    after = found.state["0.weight"]
+    after = result.state["0.weight"]
     assert torch.equal(after[~mask], old["0.weight"][~mask])
     assert not torch.equal(after[mask], new["0.weight"][mask])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_it_is_the_deployed_precision_that_counts(dtype: torch.dtype) -> None:
     model = trained().to(dtype)
     problem = make_problem(model, cast(known(), dtype))
     new = {name: value.to(dtype) for name, value in retrained(trained()).items()}
     assert problem.propose("new", new).broken > 0
     with left_alone(model):
-        found = checked(problem, polish(problem, new))
-    assert {value.dtype for value in found.state.values()} == {dtype}
-    assert found.repaired > 0
+        result = checked(problem, polish(problem, new))
+    assert {value.dtype for value in result.state.values()} == {dtype}
+    assert result.repaired > 0
 
 
 def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,49 +346,39 @@ def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     problem.model.register_forward_hook(pass_time)
     took = {}
-    for seconds in (0, 30, 100, 1000):
+    for seconds in (0, 30, 100):
         now[0] = 0.0
-        found = checked(
+        result = checked(
             problem,
             polish(problem, threshold(-3.0), deadline=Deadline(seconds, now=lambda: now[0])),
         )
-        took[seconds] = found.rounds
+        took[seconds] = result.rounds
     assert took[0] == 1
-    assert took[0] < took[30] < took[100] <= took[1000]
+    assert took[0] < took[30] < took[100]
 
 
-@pytest.mark.parametrize(("epochs", "rounds"), [(1, 1), (6, 3), (16, 6)])
-def test_it_stops_at_twice_the_visits_of_the_training(
-    epochs: int, rounds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", epochs)
+def test_it_stops_at_twice_the_visits_of_the_training() -> None:
     problem = on_a_line()
-    found = checked(problem, polish(problem, threshold(-3.0)))
+    result = checked(problem, polish(problem, threshold(-3.0)))
     # A round is 8 steps of 3 visits on 5 samples, and a look at 3 of them: 123; the share is 2 * 3
     # * 7 visits an epoch.
-    assert (found.rounds, found.stopped) == (rounds, "stopped at its limit of forward passes")
-    assert found.note.startswith(f"{rounds} round")
-    assert found.repaired == 1
+    assert (result.rounds, result.stopped) == (3, "stopped at its limit of forward passes")
+    assert result.note.startswith("3 rounds")
+    assert result.repaired == 1
 
 
-def crowded(contradicting: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
-    """A network that has learned by heart, and some of it wrongly: of 400 points 60 are to be
-    learned
-    anew.
+def crowded(n_copies: int = 0) -> Problem:
+    """A network that has learned 400 points by heart, 60 of them wrongly.
 
-    Some of these are where passed ones are, and cannot be right too.
+    Some of these are copies of passed points and cannot be right too.
     """
     generator = torch.Generator().manual_seed(0)
-    x, y = (
-        torch.randn(400, 16, generator=generator),
-        torch.randint(0, 3, (400,), generator=generator),
-    )
+    x = torch.randn(400, 16, generator=generator)
+    y = torch.randint(0, 3, (400,), generator=generator)
     learned = torch.cat([(y[:60] + 1) % 3, y[60:]])
-    x[:contradicting], y[60 : 60 + contradicting] = (
-        x[60 : 60 + contradicting],
-        learned[:contradicting],
-    )
-    learned[60 : 60 + contradicting] = learned[:contradicting]
+    copied = slice(60, 60 + n_copies)
+    x[:n_copies] = x[copied]
+    y[copied] = learned[copied] = learned[:n_copies]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 3))
@@ -402,37 +387,17 @@ def crowded(contradicting: int = 0, dtype: torch.dtype = torch.float32) -> Probl
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), learned).backward()
         optimizer.step()
-    return make_problem(
-        model.to(dtype), [TensorSource(x.to(dtype), y, "all", passed=True, failed=True)]
-    )
+    return make_problem(model, [TensorSource(x, y, "all", passed=True, failed=True)])
 
 
-def test_many_targets_that_are_out_of_reach_are_repaired_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_many_targets_that_are_out_of_reach_are_repaired_all() -> None:
     problem = crowded()
-    counts = int(problem.before.targeted.sum()), int(problem.before.passed.sum())
-    assert counts == (60, 340)
-    found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
-    assert found.repaired == 60
-    monkeypatch.setattr("lightning_nrl.methods.solvers.active_set.MAX_RATE_FACTOR", 1.0)
-    assert polish(problem, {}, after=problem.before, enforce=True).repaired < 30
+    assert int(problem.before.targeted.sum()) == 60
+    result = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
+    assert result.repaired == 60
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_targets_that_contradict_what_passes_are_let_go(dtype: torch.dtype) -> None:
-    problem = crowded(5, dtype)
-    counts = int(problem.before.targeted.sum()), int(problem.before.passed.sum())
-    assert counts == (60, 340)
-    found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
-    assert 50 <= found.repaired <= 55
-
-
-def test_without_a_new_low_it_stops_and_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_that_contradict_what_passes_are_let_go() -> None:
     problem = crowded(5)
-    to_the_end = polish(problem, {}, after=problem.before, enforce=True)
-    monkeypatch.setattr(polish_module, "STALLED_POLISH_SHARE", 0.02)
-    found = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
-    assert (to_the_end.stopped, found.stopped) == ("", "stopped without progress")
-    assert same(found.state, to_the_end.state)
-    assert len(found.course) < len(to_the_end.course)
+    result = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
+    assert 50 <= result.repaired <= 55

@@ -40,7 +40,6 @@ from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.solvers.descent import Descent
 from lightning_nrl.methods.solvers.distill import distill
-from lightning_nrl.methods.solvers.logit_cache import LogitCache
 from lightning_nrl.methods.solvers.mini_batches import load_batches
 from lightning_nrl.methods.solvers.polish import polish
 from lightning_nrl.methods.solvers.teacher import Teacher
@@ -91,12 +90,7 @@ def test_a_plain_step_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "optimizer",
-    [
-        SGD,
-        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        partial(torch.optim.Adam, lr=0.1),
-        partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5),
-    ],
+    [SGD, partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)],
 )
 @pytest.mark.parametrize("slope", [1.0, torch.inf])
 def test_masks_keep_weights_bit_for_bit(optimizer: Callable[..., Any], slope: float) -> None:
@@ -134,23 +128,13 @@ def test_over_all_ranks_each_row_of_a_mini_batch_comes_once(
     problem = make_problem(two_weights(), whole)
     got: list[list[int]] = [[] for _ in batches]
     for rank in range(world_size):
-        own = replace(problem, known=shares(whole, rank, world_size, batch_size))
-        for at, parts in enumerate(load_batches(own, batches)):
+        share = replace(problem, known=shares(whole, rank, world_size, batch_size))
+        for at, parts in enumerate(load_batches(share, batches)):
             for batch, rows in parts:
                 assert len(rows) <= batch_size
                 assert torch.equal(batch.args[0].flatten(), value[rows])
                 got[at] += rows.tolist()
     assert [sorted(rows) for rows in got] == [sorted(batch.tolist()) for batch in batches]
-
-
-def teacher_problem(**rest: Any) -> tuple[Problem, list[int]]:
-    """With weights w, the logits are w x and 0; the runs of the model are counted."""
-    problem, runs = (
-        make_problem(two_weights(), [numbers(1, 2, 3), numbers(4, split="new")], **rest),
-        [],
-    )
-    problem.model.register_forward_hook(lambda module, args, output: runs.append(len(args[0])))
-    return problem, runs
 
 
 STATES = ({"weight": torch.tensor([[10.0], [0.0]])}, {})
@@ -160,46 +144,18 @@ WHICH = torch.tensor([0, 1, 0, 1])
 
 
 def test_each_sample_is_asked_of_its_own_teacher() -> None:
-    problem, _ = teacher_problem()
+    problem = make_problem(two_weights(), [numbers(1, 2, 3), numbers(4, split="new")])
+    passes = []
+    problem.model.register_forward_hook(lambda module, args, output: passes.append(output))
     teacher = Teacher(problem, STATES, WHICH)
     (train, rows), (new, last) = parts_of(problem, 0, 1, 2, 3)
     assert teacher(train, rows).tolist() == [[10.0, 0.0], [2.0, 0.0], [30.0, 0.0]]
     assert teacher(new, last).tolist() == [[4.0, 0.0]]
     assert not teacher(new, last).requires_grad
-
-
-@pytest.mark.parametrize(("room", "again"), [(2**20, []), (0, [2, 2])])
-def test_what_was_said_is_remembered_where_there_is_room(
-    room: int, again: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_nrl.methods.solvers.logit_cache.MAX_CACHED_BYTES", room)
-    problem, runs = teacher_problem()
-    teacher = Teacher(problem, STATES, WHICH)
-    batch, rows = parts_of(problem, 2, 1)[0]
-    said = teacher(batch, rows)
-    assert said.tolist() == [[30.0, 0.0], [2.0, 0.0]]
-    assert runs == [2, 2]
-    runs.clear()
-    assert torch.equal(teacher(batch, rows), said)
-    assert runs == again
-    # Row 0 was not asked before.
-    batch, rows = parts_of(problem, 1, 0)[0]
-    assert teacher(batch, rows).tolist() == [[2.0, 0.0], [10.0, 0.0]]
-
-
-def test_a_cache_without_a_number_of_samples_grows() -> None:
-    cache = LogitCache()
-    assert cache.get(torch.tensor([0])) is None
-    cache.put(torch.tensor([1]), torch.tensor([[1.0, 2.0]]))
-    cache.put(torch.tensor([9, 0]), torch.tensor([[9.0, 9.0], [0.0, 1.0]]))
-    found = cache.get(torch.tensor([9, 1, 0]))
-    assert found is not None
-    assert found.tolist() == [[9.0, 9.0], [1.0, 2.0], [0.0, 1.0]]
-    assert cache.get(torch.tensor([2])) is None
-    assert cache.get(torch.tensor([99])) is None
-    assert cache.get(torch.tensor([1]), torch.Size([1, 3])) is None
-    cache.put(torch.tensor([2]), torch.zeros(1, 3))
-    assert cache.has_varied
+    # A cached answer takes no pass.
+    n_passes = len(passes)
+    assert teacher(train, rows).tolist() == [[10.0, 0.0], [2.0, 0.0], [30.0, 0.0]]
+    assert len(passes) == n_passes
 
 
 ROWS = torch.arange(100)
@@ -241,7 +197,7 @@ def stepped(problem: Problem) -> dict[str, Tensor]:
     return descent.state()
 
 
-@pytest.mark.parametrize("most", [1, 3, 20])
+@pytest.mark.parametrize("most", [1, 20])
 def test_a_step_that_does_not_fit_is_made_of_smaller_passes(most: int) -> None:
     whole = stepped(make_problem(trained(), known()))
     small = stepped(make_problem(trained(), known(), task=Cramped(most)))
@@ -282,10 +238,10 @@ def test_a_polish_scales_back() -> None:
         for name, value in problem.model.state_dict().items()
     }
     assert problem.propose("new", new).broken > 0
-    found = polish(problem, new)
-    assert (found.broken, found.rounds) == (0, 0)
-    assert 0 <= found.strength < 1
-    assert math.isfinite(found.value)
+    polished = polish(problem, new)
+    assert (polished.broken, polished.rounds) == (0, 0)
+    assert 0 <= polished.strength < 1
+    assert math.isfinite(polished.value)
 
 
 def results(problem: Problem) -> dict[str, Any]:
@@ -312,15 +268,8 @@ def work(folder: str) -> None:
 def test_both_ranks_have_the_weights_and_counts_of_one_process(tmp_path: Path) -> None:
     in_two_processes(work, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # as the two: Adam makes much of a difference in rounding where a weight has no effect
-    try:
-        problem = make_problem(trained(normed), known())
-        alone = results(problem)
-    finally:
-        torch.set_num_threads(threads)
+    problem = make_problem(trained(normed), known())
+    alone = results(problem)
     for part in ("fit", "polish", "apricot"):
         assert same(first[part], second[part])
         for name, value in alone[part].items():
