@@ -23,12 +23,8 @@ from lightning_nrl.updates.rule_parsing import parse_rule
         ("instance", Gate.instance()),
         (" Accuracy ", Gate.accuracy()),
         ("instance-in-target", Gate.instance_in_target()),
-        ("tolerance:3", Gate.tolerance(3)),
-        ("tolerance: 3", Tolerance(3)),
-        ("tolerance:0", Tolerance(0)),
-        ("tolerance:0.01", Gate.tolerance(0.01)),
+        ("tolerance: 3", Gate.tolerance(3)),
         ("tolerance:1e-3", Tolerance(0.001)),
-        ("tolerance:1%", Tolerance(0.01)),
         ("tolerance:0.5 %", Tolerance(0.005)),
         (Instance(), Instance()),
     ],
@@ -44,12 +40,9 @@ def test_parse_reads_every_form(text: str | Gate, gate: Gate) -> None:
         ("instanze", "`gate='instanze'` is no gate, did you mean 'instance'"),
         ("instance:3", "`gate='instance:3'` is no gate.\nHINT: write one of"),
         ("tolerance", "`gate='tolerance'` is no gate"),
-        ("", "`gate=''` is no gate"),
-        ("tolerance:few", "'few' is no number"),
         ("tolerance:x%", "'x%' is no number"),
         ("tolerance:-1", "`limit=-1` is no tolerance"),
         ("tolerance:150%", "`limit=1.5` is no tolerance"),
-        ("tolerance:nan", "`limit=nan` is no tolerance"),
     ],
 )
 def test_parse_refuses_what_it_cannot_read(text: str, message: str) -> None:
@@ -105,7 +98,8 @@ def test_accepted_without_a_regression() -> None:
     assert (counts.kept, counts.broken, counts.repaired, counts.failing) == (5, 0, 2, 1)
     assert (counts.targeted, counts.repaired_in_target) == (2, 1)
     assert decision.reason == (
-        "1 of 2 targeted failures pass now. Of 5 known samples that passed before, none broke; the gate allows none."
+        "1 of 2 targeted failures pass now. "
+        "Of 5 known samples that passed before, none broke; the gate allows none."
     )
 
 
@@ -115,8 +109,8 @@ def test_refused_for_one_regression_of_any_known_split() -> None:
         assert decision.status == "refused"
         assert not decision.accepted
         assert decision.reason == (
-            f"Of 5 known samples that passed before, 1 would break (1 in {split}); the gate allows none. "
-            "2 of 2 targeted failures would pass."
+            f"Of 5 known samples that passed before, 1 would break (1 in {split}); "
+            "the gate allows none. 2 of 2 targeted failures would pass."
         )
 
 
@@ -145,7 +139,8 @@ def test_nothing_targeted_repaired_is_never_accepted(gate: str) -> None:
     decision = judge(BEFORE, after(3), Gate.parse(gate))
     assert (decision.status, decision.counts.repaired) == ("not repaired", 1)
     assert decision.reason == (
-        "None of 2 targeted failures would pass. Of 5 known samples that passed before, none would break."
+        "None of 2 targeted failures would pass. "
+        "Of 5 known samples that passed before, none would break."
     )
 
 
@@ -166,26 +161,6 @@ def test_tables_of_other_samples_are_not_compared() -> None:
         judge(BEFORE, shuffled, Gate.instance())
     with pytest.raises(EvaluationError, match=r"after \(train: 5, repair: 3\)"):
         judge(BEFORE, replace(after(5), sizes=(5, 3)), Gate.instance())
-
-
-def test_a_gate_of_ones_own() -> None:
-    @dataclass(frozen=True)
-    class HalfOfTheRepaired(Gate):
-        def allowed(self, counts: FlipCounts) -> int:
-            return counts.repaired // 2
-
-        @property
-        def rule(self) -> str:
-            return "half as many as are repaired"
-
-        def __str__(self) -> str:
-            return "half"
-
-    gate = HalfOfTheRepaired()
-    assert judge(BEFORE, after(0, 5, 6), gate).accepted
-    refused = judge(BEFORE, after(0, 5), gate)
-    assert refused.reason.startswith("Of 5 known samples")
-    assert gate.excess_of(refused.counts) == 1
 
 
 @dataclass(frozen=True)
@@ -210,6 +185,8 @@ def test_a_registered_gate_of_ones_own_is_read_with_its_argument(
     assert Gate.parse("one-for:3") == OneFor(3)
     assert Gate.parse("one-for") == OneFor()
     assert parse_rule("one-for:3 in test") == AtMostBroken(OneFor(3), ("test",))
+    assert judge(BEFORE, after(0, 5, 6), OneFor(2)).accepted
+    assert judge(BEFORE, after(0, 5), OneFor(2)).status == "refused"
     with pytest.raises(ConfigurationError, match="'few' is no number"):
         Gate.parse("one-for:few")
 

@@ -52,7 +52,7 @@ class WholeModel:
 
 
 class Weighted(Task):
-    """The loss is the sum of outputs times targets, so that the targets are the output's gradient."""
+    """The loss is the sum of outputs times targets: the output's gradient is the target."""
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
         return self.loss(output, target) < 0

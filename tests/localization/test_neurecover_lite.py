@@ -17,7 +17,6 @@ from lightning_nrl.localization import (
     default_n_weights,
     localize,
     measure,
-    set_sizes,
 )
 
 EVALUATOR = Evaluator(nn.Identity())
@@ -33,20 +32,6 @@ def impact(backward: list[float], forward: list[float]) -> Impact:
 # Ranks: B_failed 0 1 2 3, F_failed 1 0 2 3, B_passed 3 2 1 0, F_passed 3 2 0 1.
 FAILED = impact([4.0, 3.0, 2.0, 1.0], [3.0, 4.0, 2.0, 1.0])
 PASSED = impact([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0])
-
-
-@pytest.mark.parametrize(("n_g", "weights"), [(2, [0, 1]), (3, [0])])
-def test_given_n_g_by_hand(n_g, weights):
-    found = localize(FAILED, PASSED, n_g=n_g)
-    assert found.weights.tolist() == weights
-    assert found.weights.dtype == torch.int64
-    assert (found.n_g, found.requested) == (n_g, None)
-
-
-def test_request_by_hand():
-    found = localize(FAILED, PASSED, n_weights=1)
-    assert (found.weights.tolist(), found.n_g, found.requested) == ([0], 3, 1)
-    assert found.sizes == {"failed": 3, "passed": 3, "both": 2, "localized": 1, "total": 4}
 
 
 def naive(failed: Impact, passed: Impact, n_g: int) -> tuple[set[int], set[int]]:
@@ -66,17 +51,15 @@ def two_impacts(draw):
 @settings(max_examples=60, deadline=None)
 @given(two_impacts())
 def test_every_n_g_gives_the_paper_s_sets(impacts):
-    tabled = set_sizes(*impacts)
     total = len(impacts[0].backward)
     for n_g in range(1, total + 1):
         failed, passed = naive(*impacts, n_g)
         sizes = {"failed": len(failed), "passed": len(passed), "both": len(failed & passed)}
         sizes |= {"localized": len(failed - passed)}
-        assert {name: int(size[n_g]) for name, size in tabled.items()} == sizes
         if failed - passed:
-            found = localize(*impacts, n_g=n_g)
-            assert found.weights.tolist() == sorted(failed - passed)
-            assert found.sizes == sizes | {"total": total}
+            localization = localize(*impacts, n_g=n_g)
+            assert localization.weights.tolist() == sorted(failed - passed)
+            assert localization.sizes == sizes | {"total": total}
         else:
             with pytest.raises(EmptyLocalizationError):
                 localize(*impacts, n_g=n_g)
@@ -95,15 +78,20 @@ def test_n_g_is_the_smallest_of_those_nearest_to_the_request(impacts, n_weights)
             localize(*impacts, n_weights=n_weights)
         return
     best = min(some, key=lambda n_g: (abs(some[n_g] - n_weights), n_g))
-    found = localize(*impacts, n_weights=n_weights)
-    assert (found.n_g, len(found.weights), found.requested) == (best, some[best], n_weights)
+    localization = localize(*impacts, n_weights=n_weights)
+    assert (localization.n_g, len(localization.weights), localization.requested) == (
+        best,
+        some[best],
+        n_weights,
+    )
 
 
 def test_empty_names_the_set_sizes_and_the_nearest_n_g():
     with pytest.raises(EmptyLocalizationError) as caught:
         localize(FAILED, PASSED, n_g=4)
     assert str(caught.value) == (
-        "`localizer` leaves no weight at N_g = 4 of 4: |B_failed & F_failed| = 4, |B_passed & F_passed| = 4, "
+        "`localizer` leaves no weight at N_g = 4 of 4: "
+        "|B_failed & F_failed| = 4, |B_passed & F_passed| = 4, "
         "|intersection of the two| = 4, |W_localized| = 0.\n"
         "HINT: N_g = 3 is the nearest that leaves weights (1); or give `n_weights`."
     )
@@ -113,26 +101,22 @@ def test_default_is_within_the_paper_s_range():
     generator = torch.Generator().manual_seed(0)
     for total, reached in ((640, 64), (40_000, 309)):
         failed, passed = (Impact(*torch.rand(2, total, generator=generator), 1) for _ in range(2))
-        found = localize(failed, passed)
-        assert found.requested == default_n_weights(total) == reached
-        assert abs(len(found.weights) - reached) <= 1
+        localization = localize(failed, passed)
+        assert localization.requested == default_n_weights(total) == reached
+        assert abs(len(localization.weights) - reached) <= 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "found"),
+    ("arguments", "message"),
     [
-        ({"n_weights": -3}, "`n_weights=-3`"),
         ({"n_weights": 0}, "`n_weights=0`"),
-        ({"n_weights": 2.5}, "`n_weights=2.5`"),
-        ({"n_weights": True}, "`n_weights=True`"),
-        ({"n_g": 0}, "`n_g=0`"),
         ({"n_g": "all"}, "`n_g='all'`"),
         ({"n_g": 3, "n_weights": 3}, "both given"),
         ({"aggregation": "sum"}, "`aggregation='sum'`"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(arguments, found):
-    with pytest.raises(ConfigurationError, match=f"{found}.*\nHINT: "):
+def test_settings_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ConfigurationError, match=f"{message}.*\nHINT: "):
         NeuRecoverLite(**arguments)
 
 
@@ -148,15 +132,14 @@ def test_localizer_measures_failed_and_passed(recorded):
         model, torch.randn(40, 6), torch.arange(40) % 4, ["0", "2"], include_bias=True
     )
     failed = torch.arange(40) < 9
-    for aggregation in ("mean_gradient", "per_sample"):
-        localizer = NeuRecoverLite(n_weights=20, aggregation=aggregation, include_bias=True)
-        found = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
-        expected = localize(
-            *(measure(recording, EVALUATOR, m, aggregation=aggregation) for m in (failed, ~failed)),
-            n_weights=20,
-        )
-        assert torch.equal(found.weights, expected.weights)
-        assert (found.n_g, found.requested, found.sizes) == (expected.n_g, 20, expected.sizes)
+    localizer = NeuRecoverLite(n_weights=20, aggregation="per_sample", include_bias=True)
+    localization = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
+    of_failed, of_passed = (
+        measure(recording, EVALUATOR, rows, aggregation="per_sample") for rows in (failed, ~failed)
+    )
+    expected = localize(of_failed, of_passed, n_weights=20)
+    assert torch.equal(localization.weights, expected.weights)
+    assert (localization.n_g, localization.sizes) == (expected.n_g, expected.sizes)
     everything = AllWeights(include_bias=True)(recording, EVALUATOR, failed=failed, passed=~failed)
     assert everything.weights.tolist() == list(range(6 * 16 + 16 + 16 * 4 + 4))
     assert everything.sizes["localized"] == everything.sizes["total"] == 180

@@ -34,9 +34,7 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("aggregation", ["mean_gradient", "per_sample"])
-@pytest.mark.parametrize(
-    "layers", [["stem.0", "block.1", "head"], ["head"], ["block.1"], ["step"]], ids=str
-)
+@pytest.mark.parametrize("layers", [["stem.0", "block.1", "head"], ["step"]], ids=str)
 def test_backward_is_that_of_autograd_through_the_whole_model(layers, aggregation):
     generator = torch.Generator().manual_seed(0)
     model = Residual().double().eval()
