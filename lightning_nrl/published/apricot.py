@@ -149,12 +149,14 @@ class Apricot(Method):
         steps = [best.step(time.perf_counter() - began, note)]
         trained = self._train_and_polish(problem, ahead, steps)
         best = better([best, *trained]) or best
-        alternatives = [proposal for proposal in (ahead, *trained) if proposal is not best]
-        others = tuple(proposal for proposal in alternatives if proposal.state)
+        alternatives = []
+        for proposal in (ahead, *trained):
+            if proposal is not best and proposal.state:
+                alternatives.append(proposal)
         if best.repaired:
-            return Solution(best, steps=tuple(steps), others=others)
+            return Solution(best, steps=tuple(steps), others=tuple(alternatives))
         reason = "no move toward the checkpoints repairs a target within the gate."
-        return Solution(None, reason, tuple(steps), others)
+        return Solution(None, reason, tuple(steps), tuple(alternatives))
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
         """Returns the tensors that may change, of each checkpoint that differs from the model."""

@@ -53,8 +53,8 @@ class MergedRepairs(Method):
     .. math:: \theta = \theta_0 + \sum_k c_k (\theta_k - \theta_0), \quad c_k \in [0, 1]
 
     The model has the parameters :math:`\theta_0` before and :math:`\theta_k` after the repair of
-    part k. A search finds the coefficients. Its fitness counts all targets and known passed samples by sample weight
-    (`SampleOptions.risk`, `importance`, `protected`).
+    part k. A search finds the coefficients. Its fitness counts all targets and known passed samples
+    by sample weight (`SampleOptions.risk`, `importance`, `protected`).
 
     Attributes:
         parts: `confusion` makes a part of each pair of true and predicted class, `label` of each
