@@ -28,7 +28,7 @@ from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.records.steps import Step
 
-ARGUMENT = "Apricot.checkpoints"  # in messages
+CHECKPOINTS_ARGUMENT = "Apricot.checkpoints"  # in messages
 Strategy = Literal["both", "right", "wrong"]  # `both` and its two parts; 1 to 3 in the paper
 
 # Maximum sum of a round's factors; otherwise a round would move far if many samples fail.
@@ -90,10 +90,12 @@ class Apricot(Method):
         if self.checkpoints is not None:
             is_list = isinstance(self.checkpoints, (str, Path, Sequence))
             example = "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])"
-            check_kind(ARGUMENT, self.checkpoints, is_list, "list of checkpoints", example)
+            check_kind(
+                CHECKPOINTS_ARGUMENT, self.checkpoints, is_list, "list of checkpoints", example
+            )
             if not self.checkpoints:
                 raise ConfigurationError(
-                    f"`{ARGUMENT}` is an empty list.", "give at least one checkpoint."
+                    f"`{CHECKPOINTS_ARGUMENT}` is an empty list.", "give at least one checkpoint."
                 )
         check_choice("Apricot.strategy", self.strategy, get_args(Strategy))
         check_real("Apricot.rate", self.rate, "rate", "give a finite number above 0.", above=0)
@@ -116,7 +118,9 @@ class Apricot(Method):
         with clock.stage("checkpoints"):
             states = self._states(problem)
             if not states:
-                return Solution(None, f"all `{ARGUMENT}` have the same weights as the model.")
+                return Solution(
+                    None, f"all `{CHECKPOINTS_ARGUMENT}` have the same weights as the model."
+                )
             passed = torch.stack([problem.evaluate(state).passed for state in states])
         best = ahead = current = problem.original("apricot")
         live = current_state(problem.model)
@@ -162,12 +166,12 @@ class Apricot(Method):
         """Returns the tensors that may change, of each checkpoint that differs from the model."""
         checkpoints = self.checkpoints
         if checkpoints is None:
-            raise ConfigurationError(f"`{ARGUMENT}` is missing.", NO_CHECKPOINTS_HINT)
+            raise ConfigurationError(f"`{CHECKPOINTS_ARGUMENT}` is missing.", NO_CHECKPOINTS_HINT)
         if isinstance(checkpoints, (str, Path)):
             checkpoints = sorted(Path(checkpoints).glob("*.ckpt"))
             if not checkpoints:
                 raise ConfigurationError(
-                    f"`{ARGUMENT}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
+                    f"`{CHECKPOINTS_ARGUMENT}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
                     "give a folder that holds `*.ckpt` files, or a list of paths.",
                 )
         old = current_state(problem.model)
@@ -177,7 +181,11 @@ class Apricot(Method):
         def read() -> list[dict[str, Tensor]]:
             states = []
             for checkpoint in checkpoints:
-                state = fitting(ARGUMENT, read_state(ARGUMENT, checkpoint), problem.model)
+                state = fitting(
+                    CHECKPOINTS_ARGUMENT,
+                    read_state(CHECKPOINTS_ARGUMENT, checkpoint),
+                    problem.model,
+                )
                 states.append({name: value for name, value in state.items() if name in moving})
             return states
 

@@ -14,7 +14,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.localization.localizer import KnownData
 
-ARGUMENT = "NeuRecover.history"  # in messages
+HISTORY_ARGUMENT = "NeuRecover.history"  # in messages
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class CheckpointHistory:
         """Evaluates each checkpoint; refuses one that cannot be read or does not fit."""
         points = []
         for checkpoint in self.checkpoints:
-            state = fitting(ARGUMENT, read_state(ARGUMENT, checkpoint), known.evaluator.model)
+            state = fitting(
+                HISTORY_ARGUMENT, read_state(HISTORY_ARGUMENT, checkpoint), known.evaluator.model
+            )
             passed = known.evaluator.run_with(state, known.sources).passed.to(torch.int8)
             weights = torch.cat([state[name].flatten() for name in known.space.parameters])
             points.append(HistoryPoint(passed, weights))

@@ -28,7 +28,12 @@ from lightning_nrl.localization.localizer import (
     default_n_weights,
 )
 from lightning_nrl.localization.neurecover_lite import nearest, rank_impacts, sizes_at
-from lightning_nrl.published.history import ARGUMENT, CheckpointHistory, History, HistoryPoint
+from lightning_nrl.published.history import (
+    HISTORY_ARGUMENT,
+    CheckpointHistory,
+    History,
+    HistoryPoint,
+)
 from lightning_nrl.published.training_record import FolderHistory
 
 
@@ -280,13 +285,15 @@ def _history_of(history: str | Path | Sequence[Any] | History | None) -> History
         return FolderHistory(Path(history))
     if history is None:
         return None
-    example = f"{ARGUMENT}=['epoch1.ckpt', 'epoch2.ckpt']"
-    check_kind(ARGUMENT, history, isinstance(history, (History, Sequence)), "history", example)
+    example = f"{HISTORY_ARGUMENT}=['epoch1.ckpt', 'epoch2.ckpt']"
+    check_kind(
+        HISTORY_ARGUMENT, history, isinstance(history, (History, Sequence)), "history", example
+    )
     if isinstance(history, History):
         return history
     if not history:
         raise ConfigurationError(
-            f"`{ARGUMENT}` is an empty list.", "give at least one earlier checkpoint."
+            f"`{HISTORY_ARGUMENT}` is an empty list.", "give at least one earlier checkpoint."
         )
     return CheckpointHistory(history)
 
