@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-CHECKS = [TESTS / "device", TESTS / "scoring" / "test_device.py"]
+CHECKS = [TESTS / "device", TESTS / "search" / "test_device.py"]
 NO_CARD = """\
 There is no CUDA device here, so nothing was checked (torch {version}).
 On a machine with a card: install this package with a CUDA build of torch, then `python tests/gpu_check.py`.
@@ -29,24 +29,19 @@ class Rows:
     def pytest_runtest_logreport(self, report) -> None:
         if report.when != "call" and report.passed:
             return
-        found = "; ".join(str(value) for _, value in report.user_properties)
+        words = "; ".join(str(value) for _, value in report.user_properties)
         if report.skipped:
-            found = (
-                report.longrepr[2].removeprefix("Skipped: ")
-                if isinstance(report.longrepr, tuple)
-                else ""
-            )
-        elif report.failed:
-            found = report.longreprtext.strip().splitlines()[-1]
+            words = report.longrepr[2].removeprefix("Skipped: ")
+        if report.failed:
+            words = report.longreprtext.strip().splitlines()[-1]
         name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
-        self.lines.append(
-            (name, found[:90], {"passed": "yes", "failed": "NO"}.get(report.outcome, ""))
-        )
+        holds = {"passed": "yes", "failed": "NO", "skipped": ""}[report.outcome]
+        self.lines.append((name, words[:90], holds))
 
     def show(self) -> None:
         width = max(len(name) for name, *_ in self.lines)
-        for name, found, holds in self.lines:
-            print(f"{name:{width}}  {holds:3}  {found}".rstrip())
+        for name, words, holds in self.lines:
+            print(f"{name:{width}}  {holds:3}  {words}".rstrip())
 
 
 def main() -> int:
@@ -56,9 +51,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "strict"), default="cuda")
     parser.add_argument("--only", nargs="+", help="checks whose names have one of these words")
     options = parser.parse_args()
-    sys.path[:0] = [
-        str(path) for path in (TESTS.parent, TESTS, TESTS / "device", TESTS / "scoring")
-    ]
+    sys.path[:0] = [str(path) for path in (TESTS.parent, TESTS, TESTS / "device", TESTS / "search")]
     if options.device == "strict":
         import strict_cuda  # noqa: F401  (before torch)
     import pytest
@@ -71,8 +64,8 @@ def main() -> int:
     print(
         f"torch {torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {total:.0f} GiB"
     )
-    rows, chosen = Rows(), ["-k", " or ".join(options.only)] if options.only else []
-    plain = [
+    rows = Rows()
+    arguments = [
         "-p",
         "no:cacheprovider",
         "-p",
@@ -83,9 +76,10 @@ def main() -> int:
         "ignore",
         "-m",
         "gpu",
-        *chosen,
     ]
-    status = pytest.main([*plain, *map(str, CHECKS)], plugins=[rows])
+    if options.only:
+        arguments += ["-k", " or ".join(options.only)]
+    status = pytest.main([*arguments, *map(str, CHECKS)], plugins=[rows])
     if rows.lines:
         rows.show()
     failed = sum(holds == "NO" for _, _, holds in rows.lines)

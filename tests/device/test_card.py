@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_repairs import CASES, GPU, METHODS, Conv, counted, sources
+from device_repairs import GPU, METHODS, Conv, counted, sources
 from lightning_package import Trainer
 from repository import ROOT
 from torch import nn
@@ -151,14 +151,6 @@ trainer.fit(model, datamodule=Digits())
 own = hash_tensors({name: value.cpu() for name, value in model.state_dict().items()})
 print("RANK", trainer.global_rank, repair.report.status, own, flush=True)
 """
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one card")
-@pytest.mark.parametrize("name", ["swarm", "convex", "finetune-polish"])
-def test_a_repair_on_the_second_card_while_the_first_is_current(name: str) -> None:
-    make, settings = CASES[name]
-    outcome = repair_module(trained(make).to("cuda:1"), sources("cuda:1"), settings)
-    assert {str(value.device) for value in (outcome.parameters or {}).values()} <= {"cuda:1"}
 
 
 @on_a_card

@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 import torch
 from device_repairs import CASES, GPU, Conv, counted, sources
-from toy_problems import make_problem
 from toy_repairs import mlp, quick, trained
 
 from lightning_nrl import ParticleSwarm, repair_module
 from lightning_nrl.methods import local_search
 from lightning_nrl.methods.solvers.descent import Descent
-from lightning_nrl.methods.solvers.mini_batches import load_batches
 from lightning_nrl.search.search_log import SearchLog
 
 STRICT = sys.modules.get("strict_cuda")
@@ -86,20 +84,6 @@ def test_a_step_of_training_never_waits(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Descent, "step", watched)
     repair_module(trained().to(GPU), sources(GPU), CASES["finetune-polish"][1])
     assert len(steps) > 10
-
-
-def test_a_step_that_moves_some_weights_never_waits() -> None:
-    problem = make_problem(trained().to(GPU), sources(GPU))
-    masks = {name: torch.rand_like(p) > 0.5 for name, p in problem.model.named_parameters()}
-    descent = Descent(problem, {}, torch.optim.AdamW, masks)
-    rows = torch.arange(40)
-    for number, parts in enumerate(load_batches(problem, [rows] * 3)):
-        waits_raise(number > 0)
-        descent.step(
-            parts,
-            lambda batch, rows, output: problem.evaluator.task.loss(output, batch.target).sum(),
-        )
-        waits_raise(False)
 
 
 @contextmanager
