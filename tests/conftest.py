@@ -17,5 +17,3 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     import torch
 
     torch.set_num_threads(1)
-
-collect_ignore = ["benchmarks/strict.py"]  # needs a stand-in for CUDA that is there before torch is

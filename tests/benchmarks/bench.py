@@ -6,21 +6,17 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "device")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CASES = {
     "head": ("scoring", "last layer against the leanest torch code"),
-    "sequences": ("scoring", "tokens in front of a last layer, the same"),
     "layers": (
         "scoring",
         "convolutions against a plain forward pass, and against `functional_call`",
     ),
-    "search": ("scoring", "a whole search with and without giving up"),
     "memory": ("scoring", "peak memory of scoring"),
     "samples": ("whole_repairs", "repairs of very many samples [method samples seconds]"),
     "sweep": ("study", "the paper's study by `sweep_module`; long [iterations]"),
-    "launches": ("strict", "launches and waits of one call of a scorer; needs g++"),
-    "device": ("strict", "launches and waits of repairs, by place; needs g++ [repair ...]"),
     "history": ("history", "what `TrainingHistory` adds to an epoch"),
     "bounds": ("bounds", "how often each bound is missed"),
     "strengths": ("strengths", "how often the limit of a chosen strength is missed"),
@@ -34,8 +30,6 @@ def main() -> None:
         raise SystemExit(
             "\n".join([__doc__ or "", "", *(f"{n:12} {words}" for n, (_, words) in CASES.items())])
         )
-    if CASES[name][0] == "strict":
-        import_module("strict_cuda")  # before torch
     import_module("torch").set_num_threads(1)
     module = import_module(CASES[name][0])
     getattr(module, name)(*given)

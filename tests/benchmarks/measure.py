@@ -17,7 +17,6 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.recording import record
-from lightning_nrl.tasks import Task
 
 EVALUATOR = Evaluator(nn.Identity())  # for scorers, to which the task and the ranks alone matter
 
@@ -67,12 +66,10 @@ class ResNet27(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def recorded(
-    model: nn.Module, space: ParameterSpace, x: Tensor, y: Tensor, task: Task = EVALUATOR.task
-) -> ActivationCache:
+def recorded(model: nn.Module, space: ParameterSpace, x: Tensor, y: Tensor) -> ActivationCache:
     """All samples recorded, in batches of 100."""
     batches = [(Batch((x[r],), y[r], r), r) for r in torch.arange(len(x)).split(100)]
-    return record(Evaluator(model, task), batches, space, torch.ones(len(x), dtype=torch.bool))
+    return record(Evaluator(model), batches, space, torch.ones(len(x), dtype=torch.bool))
 
 
 def compare(runs: Sequence[Callable[[], object]], times: int = 7) -> list[list[float]]:

@@ -1,29 +1,22 @@
-"""Scoring of candidates: time against lean code and plain passes, a whole search, memory."""
+"""Scoring of candidates: time against lean code and plain passes, memory."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from measure import EVALUATOR, ResNet27, compare, milliseconds, ratio, recorded, show
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
-from lightning_nrl.search import ParticleSwarm, SearchResult, WeightStats
-from lightning_nrl.search import search as search_weights
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.memory import peak_allocation
 from lightning_nrl.search.scoring.scorer import make_scorer
 from lightning_nrl.search.scoring.traced_model import with_cached_outputs
-from lightning_nrl.tasks import Sequence
 
 
 def head() -> None:
@@ -91,51 +84,6 @@ def head() -> None:
         "ratio, no passed loss",
     ]
     show("Last Linear 64 -> 10, 50 weights, 100 particles", header, rows)
-
-
-@torch.no_grad()
-def sequences() -> None:
-    """3,700 sequences of 60 tokens, half of them padding, 96 -> 7, 100 weights, 20 particles.
-
-    What is counted is who keeps a margin. The lean code makes one batched product, then asks
-    `Sequence`.
-    """
-    n, tokens, classes = 3_700, 60, 7
-    torch.manual_seed(0)
-    model, task = nn.Linear(96, classes).eval(), Sequence()
-    x = torch.randn(n, tokens, 96)
-    y = model(x).argmax(2)
-    y[torch.arange(tokens) >= torch.randint(8, tokens, (n, 1))] = -100
-    reserve = task.margin(model(x), y).clamp_max(0.01) / 2
-    everyone, space = torch.ones(n, dtype=torch.bool), find_layers(model, "")
-    recording = recorded(model, space, x, y, task)
-    where = torch.randperm(space.size)[:100]
-    evaluator = Evaluator(model, task)
-    scorer = make_scorer(
-        recording, where, ~everyone, everyone, evaluator, passed_loss=False, reserve=reserve
-    )
-
-    def lean(values: Tensor) -> Tensor:
-        kept = []
-        for value in values:
-            weights = torch.cat([model.weight.flatten(), model.bias]).index_put((where,), value)
-            weight, bias = weights.split([model.weight.numel(), classes])
-            logits = F.linear(x, weight.view_as(model.weight), bias)
-            kept.append((task.passed(logits, y) & (task.margin(logits, y) >= reserve)).sum())
-        return torch.stack(kept)
-
-    rows = []
-    for name, scale in (("spread widely", 0.02), ("near the original", 0.002)):
-        values = space.flat()[where] + scale * torch.randn(20, 100)
-        lean_s, ours_s = compare([lambda v=values: lean(v), lambda v=values: scorer(v)], times=5)
-        rows.append(
-            [name, milliseconds(lean_s), milliseconds(ours_s), f"{ratio(ours_s, lean_s):.2f}"]
-        )
-    show(
-        "3,700 sequences of 60 tokens, 20 particles",
-        ["particles", "lean", "scoring", "ratio"],
-        rows,
-    )
 
 
 def layers() -> None:
@@ -232,79 +180,6 @@ def floor(recording: ActivationCache, rows: int, particles: int) -> Callable[[],
             return (time.process_time() - began) * particles / (n * copies)
 
     return run
-
-
-def search() -> None:
-    """A whole search with and without giving up candidates that break too many: both find the same
-    repair.
-
-    A small convolutional network learns scikit-learn's digits, then meets noise.
-    """
-    torch.manual_seed(0)
-    convolutions = (
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-    )
-    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 10))
-    data = load_digits()
-    x, y = (
-        torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16,
-        torch.tensor(data.target),
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(20):
-        for part in torch.randperm(300).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[part]), y[part]).backward()
-            optimizer.step()
-    model.eval()
-    x, y = x[:500].clone(), y[:500]
-    x[300:] += 0.4 * torch.randn(x[300:].shape)
-    with torch.no_grad():
-        loss = F.cross_entropy(model(x), y, reduction="none")
-        right = model(x).argmax(1) == y
-    failed = ~right & (torch.arange(len(x)) >= 300)
-    rows = []
-    for layer in ("5", "2"):
-        space = find_layers(model, layer)
-        where = torch.randperm(space.size)[:64].sort().values
-        scorer = make_scorer(
-            recorded(model, space, x, y), where, failed, right, EVALUATOR, fragility=loss
-        )
-
-        def run(gives_up: bool, scorer=scorer, space=space, where=where) -> SearchResult:  # type: ignore[no-untyped-def]
-            stats = WeightStats.around(space, where)
-            candidates = replace(scorer, gives_up=gives_up)
-            return search_weights(
-                candidates, space.flat()[where], stats, searcher=ParticleSwarm(iterations=100)
-            )
-
-        quitting, finishing = run(True), run(False)
-        finish_s, quit_s = compare([lambda r=run: r(False), lambda r=run: r(True)], times=5)
-        found = [
-            f"{int(r.history.patched[-1])} of {int(failed.sum())}" for r in (finishing, quitting)
-        ]
-        name = f"{layer}: {type(space.sites[0].module).__name__}"
-        rows.append(
-            [
-                name,
-                milliseconds(finish_s),
-                milliseconds(quit_s),
-                f"{ratio(quit_s, finish_s):.2f}",
-                *found,
-            ]
-        )
-    header = [
-        "layer",
-        "all finished",
-        "giving up",
-        "ratio",
-        "repaired, all finished",
-        "repaired, giving up",
-    ]
-    show(f"100 iterations of 100 particles, {int(right.sum())} passed samples", header, rows)
 
 
 def memory() -> None:

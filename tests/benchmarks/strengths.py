@@ -7,7 +7,7 @@ strength is drawn from a world where the true rates are known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from lightning_nrl import Gate, TensorSource
-from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
@@ -40,6 +39,7 @@ N, ALLOWED = 915, 9
 LIMIT = limit_at_level(ALLOWED, N, (1 - CONFIDENCE) * ORDERED_LEVEL_SHARE)
 """What is said of a strength that a walk accepts: the rate of which 9 of 915 are the limit."""
 
+State = Mapping[str, torch.Tensor]
 Rates = Callable[[float], float]  # the true rate of broken samples by strength; it never falls
 
 
