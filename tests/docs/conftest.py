@@ -156,22 +156,21 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "__init__.py").write_text("def is_dark(batch): return batch[0].mean(1) > 0.3\n")
     for name, text in MODULES.items():
         (package / f"{name}.py").write_text(text)
-    for seed, epochs, names in (
-        (0, 4, ("old.ckpt", "best.ckpt")),
-        (1, 8, ("new.ckpt", "retrained.ckpt")),
-    ):
+    for seed, names in enumerate((("old.ckpt", "best.ckpt"), ("new.ckpt", "retrained.ckpt"))):
         lightning.seed_everything(seed, verbose=False)
-        trainer = lightning.Trainer(max_epochs=epochs, enable_checkpointing=False, **QUIET)
+        trainer = lightning.Trainer(max_epochs=4, enable_checkpointing=False, **QUIET)
         trainer.fit(Net(), datamodule=Data())
         for name in names:
             trainer.save_checkpoint(folder / name)
-    source: dict[str, Any] = {"datamodule": Data(), "ckpt_path": folder / "best.ckpt"}
-    how: dict[str, Any] = {
-        "method": "convex",
-        "dirpath": folder / "lightning_logs/version_0/repair",
-        "verbose": False,
-    }
-    lightning_nrl.repair(lightning.Trainer(**QUIET), Net(), **source, **how)
+    lightning_nrl.repair(
+        lightning.Trainer(**QUIET),
+        Net(),
+        datamodule=Data(),
+        ckpt_path=folder / "best.ckpt",
+        method="convex",
+        dirpath=folder / "lightning_logs/version_0/repair",
+        verbose=False,
+    )
     return folder
 
 

@@ -22,13 +22,16 @@ LINK = re.compile(
 
 def prose(page: Path) -> str:
     """A page without its code."""
-    text = re.sub(
+    return re.sub(r"`[^`\n]*`", "", without_blocks(page))
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(
         r"^([ ]*)```.*?^\1```[ ]*$",
         "",
         page.read_text(encoding="utf-8"),
         flags=re.DOTALL | re.MULTILINE,
     )
-    return re.sub(r"`[^`\n]*`", "", text)
 
 
 def links(page: Path) -> list[str]:
@@ -38,12 +41,7 @@ def links(page: Path) -> list[str]:
 @cache
 def anchors(page: Path) -> set[str]:
     """Those that GitHub and the site make of a page's headings, where both agree."""
-    text = re.sub(
-        r"^([ ]*)```.*?^\1```[ ]*$",
-        "",
-        page.read_text(encoding="utf-8"),
-        flags=re.DOTALL | re.MULTILINE,
-    )
+    text = without_blocks(page)
     found = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
     for heading in re.findall(r"^#{1,6} (.+?)\s*$", text, re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")

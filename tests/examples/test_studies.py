@@ -5,7 +5,6 @@ by hand.
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import ablation  # noqa: E402
 import congruent  # noqa: E402
 import default_problems  # noqa: E402
 import defaults  # noqa: E402
-import fashion_mnist  # noqa: E402
 import problems  # noqa: E402
 import updates  # noqa: E402
 
@@ -117,15 +115,6 @@ def test_a_problem_has_the_same_data_for_the_same_seed_and_a_network_for_them(na
         )
 
 
-def test_held_out_estimates_are_beside_what_happened():
-    close = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (12, 20, 2, 20, 1))
-    far = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (2, 20, 4, 20, 2))
-    assert "repaired samples in 1, for broken ones in 2 of 2 runs" in defaults.estimates(
-        [close, far]
-    )
-    assert close.points == 25
-
-
 def run(localizer: str = "gradient", seed: int = 0, layer: str = "last", repaired: int = 5) -> Run:
     known, unseen = (
         TargetCounts(80, 1, 9, 10, 10, repaired, 40, 0),
@@ -161,19 +150,3 @@ def test_statistics_by_hand():
     assert ablation.difference([1.0]) == "-"
     assert problems.interval([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
     assert problems.interval([1.0]) == "1.0"
-
-
-def test_without_garments_it_says_how_to_get_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
-    with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
-        fashion_mnist.DriftingFashion(0)
-
-
-@pytest.mark.parametrize("script", COMMANDS)
-def test_a_study_starts(script: str) -> None:
-    subprocess.run(
-        [sys.executable, str(STUDIES / script), "--help"],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
