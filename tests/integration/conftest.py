@@ -11,9 +11,6 @@ from digit_models import Classifier, Digits, quiet_trainer
 from lightning_package import seed_everything
 from task_models import CASES
 
-from lightning_nrl._trainer.tracking import repair_log
-from lightning_nrl.report import repair_report
-
 # Scripts that tests start find the helpers of all tests, as pytest itself does.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
@@ -28,8 +25,7 @@ def figures_are_drawn_where_they_are_looked_at(
     each time.
     """
     if request.node.get_closest_marker("figures") is None:
-        for module in (repair_report, repair_log):
-            monkeypatch.setattr(module, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture(autouse=True)

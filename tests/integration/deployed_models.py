@@ -61,14 +61,6 @@ class Plain(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
-class Smoothed(Plain):
-    validation_step = no_validation_step
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        weight = torch.tensor([1.0, 5.0, 1.0, 0.1])
-        return 3 * F.cross_entropy(self(batch[0]), batch[1], weight=weight, label_smoothing=0.2)
-
-
 class Mixed(Plain):
     """Mixup (Zhang et al. 2018)."""
 
@@ -101,31 +93,9 @@ class StepNormalises(Plain):
         return F.cross_entropy(self(self.inputs(batch[0])), batch[1])
 
 
-class StepScales(StepNormalises):
-    def inputs(self, x: Tensor) -> Tensor:
-        return x / 255
-
-
-class StepEmbeds(StepNormalises):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Linear(8, 8)
-
-    def inputs(self, x: Tensor) -> Tensor:
-        return self.embedding(self.normalised(x))
-
-
 class StepNormalisesWithNoise(StepNormalises):
     def inputs(self, x: Tensor) -> Tensor:
         return self.normalised(x) + 0.3 * torch.randn_like(x)
-
-
-class MixedAndNormalised(Mixed):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step((self.normalised(batch[0]), batch[1]), batch_idx)
 
 
 class BothNormalise(StepNormalises):
@@ -160,32 +130,6 @@ class PredictsTuples(Plain):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(*batch) + self.teacher(self.normalised(torch.cat(batch, 1)))
-
-
-class PredictsMembers(Plain):
-    """An ensemble: logits of each member, `n x 2 x 4`."""
-
-    validation_step = no_validation_step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([super().forward(x), self.teacher(self.normalised(x))], 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]).mean(1), batch[1])
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(batch["inputs"])
-
-
-class PredictsWithoutGradients(BothNormalise):
-    @torch.no_grad()
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(self.inputs(batch[0]))
-
-
-class PredictsOtherClasses(BothNormalise):
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(self.inputs(batch[0])).argmax(1)
 
 
 class PredictsClasses(Plain):
@@ -228,16 +172,6 @@ class LeavesOut(Plain):
         }
 
 
-class Renames(Plain):
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {f"old.{name}": x for name, x in super().state_dict(*args, **kwargs).items()}
-
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().load_state_dict(
-            {name[4:]: x for name, x in state_dict.items()}, *args, **kwargs
-        )
-
-
 class Averages(Plain):
     """Predicts with a moving average of its weights."""
 
@@ -265,25 +199,3 @@ class SavesAverage(Plain):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().state_dict(*args, **kwargs), **self.average}
-
-
-class Adversarial(Plain):
-    """Two networks, of which the first classifies; optimises by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.discriminator = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.net.parameters(), 1e-2), torch.optim.Adam(
-            self.discriminator.parameters(), 1e-3
-        )
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = self.normalised(batch[0]), batch[1]
-        losses = F.cross_entropy(self.net(x), y), self.discriminator(x).square().mean()
-        for optimizer, loss in zip(self.optimizers(), losses, strict=True):
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()

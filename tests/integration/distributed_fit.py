@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 import torch
 from digit_models import Classifier, Digits, quick_repair, state_of
 from lightning_package import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lightning_nrl import RegressionFreeRepair
-from lightning_nrl._utils.state import State
 from lightning_nrl.methods import Method, Problem, Solution
 
 SIZES = (203, 3, 1)
@@ -111,9 +110,11 @@ class Continued(Method):
     def __call__(self, problem: Problem) -> Solution:
         assert problem.training is not None
         with problem.clock.stage("fit"):
-            given = {"seconds": problem.clock.left, "seed": problem.seed, "clock": problem.clock}
             trained = problem.training(
-                **given, renew=partial(self.weights, problem) if self.renews else None
+                seconds=problem.clock.left,
+                seed=problem.seed,
+                clock=problem.clock,
+                renew=partial(self.weights, problem) if self.renews else None,
             )
         if trained is None:
             return Solution(None, "no time.")
@@ -121,7 +122,7 @@ class Continued(Method):
             torch.save(dict(trained.state), self.folder / f"trained{problem.collective.rank}.pt")
         return Solution(problem.propose("fit", trained.state))
 
-    def weights(self, problem: Problem, state: State) -> Tensor:
+    def weights(self, problem: Problem, state: Mapping[str, Tensor]) -> Tensor:
         """What is wrong halfway is visited three times as often."""
         return torch.where(problem.evaluate(state).passed, 1.0, 3.0)
 
@@ -161,32 +162,7 @@ def fit_batch_norm(folder: Path) -> None:
     trainer.fit(Classifier("cnn", lr=0.03), datamodule=FewRepairs(203))
 
 
-class Failing(Frozen):
-    """Cannot predict the first two times on the second rank; its last layer is not what predicts."""
-
-    failures: ClassVar[list[int]] = []
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spare = nn.Linear(10, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if not self.training and len(self.failures) < 2 and self.global_rank == 1:
-            self.failures.append(1)
-            raise RuntimeError("not yet")
-        return super().forward(images)
-
-
-def fit_failing(folder: Path) -> None:
-    """A fit whose second rank fails where it is tried out what the prediction calls."""
-    callback = quick_repair(dirpath=folder / "failing")
-    trainer_on(folder, "ddp", 2, callback, Leave(callback)).fit(
-        Failing(), datamodule=FewRepairs(203)
-    )
-
-
 def fit_all(folder: Path) -> None:
     """By a rank of two."""
     fit(folder, SIZES, "ddp", 2)
     fit_batch_norm(folder)
-    fit_failing(folder)

@@ -17,6 +17,7 @@ from digit_models import (
     quick_repair,
     quiet_trainer,
     right,
+    same,
     since_2_6,
 )
 from lightning_package import ModelCheckpoint, TensorBoardLogger, Trainer, pl
@@ -24,7 +25,7 @@ from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_nrl
-from lightning_nrl import ConfigurationError, RepairReport, Target
+from lightning_nrl import ConfigurationError, RepairReport
 from lightning_nrl.pipeline import PATCH_NAME
 
 
@@ -42,9 +43,7 @@ def saved(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
 
 def assert_holds(path: str | Path, model: Classifier, weights_only: bool = True) -> None:
     """The checkpoint has, bit for bit, the weights of the model."""
-    state = saved(path, weights_only)["state_dict"]
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert same(saved(path, weights_only)["state_dict"], model)
 
 
 def test_the_repaired_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
@@ -56,22 +55,17 @@ def test_the_repaired_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
     assert checkpoint["global_step"] == trainer.global_step == 36
     assert checkpoint["optimizer_states"][0]["state"][0]["step"] == 36
     assert checkpoint["hyper_parameters"] == {"network": "mlp", "lr": 3e-3}
-    loaded = Classifier.load_from_checkpoint(repair.repaired_model_path)
-    assert all(
-        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
-    )
     # A test of it gives the counts of the report, which comes back with it.
     (unseen,) = (split for split in repair.report.splits if split.role == "unseen")
-    tester = quiet_trainer(tmp_path, other := quick_repair())
+    tester = quiet_trainer(tmp_path, loaded := quick_repair())
     (result,) = tester.test(
         Classifier(), ckpt_path=repair.repaired_model_path, datamodule=Digits(), verbose=False
     )
     assert result["test_right"] == unseen.kept + unseen.repaired
-    assert unseen.n == 300
     if Version(pl.__version__) >= Version("2.6"):
-        assert other.report == repair.report
-        assert other.report == RepairReport.from_json(
-            (tmp_path / "repair" / "report.json").read_text()
+        assert loaded.report == repair.report
+        assert (
+            RepairReport.from_json(Path(repair.report.files["json"]).read_text()) == repair.report
         )
 
 
@@ -82,9 +76,7 @@ def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path: Path)
         quiet_trainer(tmp_path, again, max_epochs=1).fit(
             model, datamodule=Digits(), ckpt_path=repair.repaired_model_path
         )
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), repaired.parameters(), strict=True)
-    )
+    assert same(model, repaired)
     assert again.report == repair.report
 
 
@@ -160,12 +152,6 @@ def test_repairs_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:
     best = Classifier.load_from_checkpoint(keep.best_model_path)
     assert first.report.status == "repaired"
     assert second.report.hashes.model_before == first.report.hashes.model_after
-    changed = {
-        name
-        for name, value in model.state_dict().items()
-        if not torch.equal(value, best.state_dict()[name])
-    }
-    assert {"network.3.weight"} <= changed <= {"network.1.weight", "network.3.weight"}
     data = Digits()
     assert not any(
         (right(best, part) & ~right(model, part)).any() for part in (data.train, data.repair)
@@ -173,22 +159,16 @@ def test_repairs_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:
     assert_holds(second.repaired_model_path or first.repaired_model_path, model)
 
 
-def test_without_a_best_checkpoint_the_last_weights_are_repaired(tmp_path: Path) -> None:
-    repair = quick_repair(start_from="best")
-    with pytest.warns(UserWarning, match="`start_from='best'`: no best checkpoint was saved"):
-        fit(tmp_path, repair, enable_checkpointing=False)
-    assert repair.report.status == "repaired"
-
-
 def test_two_repairs_of_two_layers_come_one_after_the_other(tmp_path: Path) -> None:
     first, second = quick_repair(layer="network.3"), quick_repair(layer="network.1")
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer, model = fit(tmp_path, first, second, logger=logger)
     for name, repair in (("repair", first), ("repair-1", second)):
-        tag, events = "known_repaired_in_target", EventAccumulator(str(tmp_path / name)).Reload()
+        events = EventAccumulator(str(tmp_path / name)).Reload()
         repaired = sum(split.repaired_in_target for split in repair.report.splits)
-        assert [point.value for point in events.Scalars(f"repair/{tag}")] == [repaired]
-        assert trainer.callback_metrics[f"{name}/{tag}"] == repaired
+        (point,) = events.Scalars("repair/known_repaired_in_target")
+        assert point.value == repaired
+        assert trainer.callback_metrics[f"{name}/known_repaired_in_target"] == repaired
     assert first.state_key != second.state_key
     assert first.report.files["json"] == str(tmp_path / "repair" / "report.json")
     assert second.report.files["json"] == str(tmp_path / "repair-1" / "report.json")
@@ -199,15 +179,6 @@ def test_two_repairs_of_two_layers_come_one_after_the_other(tmp_path: Path) -> N
         first.report,
         second.report,
     ]
-
-
-def test_two_targets_in_one_layer_are_repaired_one_after_the_other(tmp_path: Path) -> None:
-    first, second = quick_repair(target=Target.label(1)), quick_repair(target=Target.label(8))
-    fit(tmp_path, first, second)
-    assert [split.broken for split in second.report.splits] == [0, 0]
-    passing = first.report.splits[1].kept + first.report.splits[1].repaired
-    assert second.report.splits[1].passed == passing
-    assert first.report.splits[1].repaired_in_target > 0
 
 
 def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpoints_alone(
@@ -228,11 +199,9 @@ def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpo
 
 
 @pytest.mark.figures
-@pytest.mark.parametrize("dirpath", ["here", None])
-def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> None:
-    folder = tmp_path / (dirpath or "repair")
-    repair = quick_repair(dirpath=dirpath and folder)
-    fit(tmp_path, repair, max_epochs=1)
+def test_files_go_where_they_are_wanted(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    fit(tmp_path, quick_repair(dirpath=folder), max_epochs=1)
     assert {file.name for file in folder.iterdir()} == {
         "flipped_samples",
         "repaired.ckpt",
@@ -244,24 +213,12 @@ def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> 
     assert (folder / "report.html").read_text().count("<svg") > 3
 
 
-def test_the_same_seed_gives_the_same_repair(tmp_path: Path) -> None:
-    a, b, c = (
-        fit(tmp_path / name, quick_repair(seed=seed))[1]
-        for name, seed in (("a", 7), ("b", 7), ("c", 8))
-    )
-    weights = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (a, b, c)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
 def test_apricot_takes_the_checkpoints_of_the_trainer(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     kept = ModelCheckpoint(tmp_path / "kept", monitor="val_loss", save_top_k=3)
     repair = quick_repair(method="apricot")
-    fit(tmp_path, kept, repair, max_epochs=4)
+    fit(tmp_path, kept, repair)
     assert repair.report.settings["method"]["checkpoints"] == sorted(kept.best_k_models)
     assert "checkpoints, right on" in repair.report.steps[0].note
-    assert repair.report.pooled("known").counts.broken == 0
     with pytest.raises(ConfigurationError, match=r"`Apricot.checkpoints`: the fit saves none\."):
         quiet_trainer(tmp_path, quick_repair(method="apricot"), enable_checkpointing=False).fit(
             Untrainable(), datamodule=Digits()

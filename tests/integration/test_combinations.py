@@ -14,6 +14,7 @@ import torch
 from digit_models import (
     Classifier,
     Digits,
+    Few,
     overwriting,
     quick_repair,
     quiet_trainer,
@@ -32,10 +33,6 @@ TABLES = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
 VERDICTS = dict(
     re.findall(r"^\| ([^|]+) \| (works|refused|not repaired) \| [^|]+\|$", TABLES, re.MULTILINE)
 )
-
-
-class Few(Digits):
-    sizes = (160, 32, 100, 64)
 
 
 class TwoValidationLoaders(Few):

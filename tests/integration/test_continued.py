@@ -11,7 +11,7 @@ from typing import Any
 import distributed_fit
 import pytest
 import torch
-from digit_models import Classifier, Digits, quiet_trainer, right, same, state_of
+from digit_models import Classifier, Digits, Few, quiet_trainer, right, same, state_of
 from distributed_fit import Continued
 from self_writing import NothingAtAll
 from two_processes import in_two_processes
@@ -98,10 +98,6 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path)
     assert same(ranks[0], ranks[1])
 
 
-class Few(Digits):
-    sizes = (128, 32, 96, 64)
-
-
 def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_trained(
     tmp_path: Path,
 ) -> None:
@@ -109,13 +105,13 @@ def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_traine
     trainer.fit(model, datamodule=data)
     report = repair(trainer, model, datamodule=data, callback=continued())
     assert report.status == "repaired"
-    assert int(model.network[1].num_batches_tracked) == 4 * (128 // 32) + 4 * (224 // 32)
+    assert int(model.network[1].num_batches_tracked) == 4 * (160 // 32) + 4 * (260 // 32)
     other = Classifier("cnn", lr=0.01)
     other.load_state_dict(model.state_dict())
     start = int(other.network[1].num_batches_tracked)
     # Of another module it does not know that.
     assert repair(trainer, other, datamodule=data, callback=continued()).status == "repaired"
-    assert int(other.network[1].num_batches_tracked) == start + 20 * (224 // 32)
+    assert int(other.network[1].num_batches_tracked) == start + 20 * (260 // 32)
 
 
 def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path: Path) -> None:

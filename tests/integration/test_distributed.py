@@ -81,16 +81,6 @@ def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_
     assert found.kept + found.repaired == int(right(model, Digits().repair).sum())
 
 
-def test_ranks_choose_one_layer_where_the_prediction_fails_on_one_of_them(together: Path) -> None:
-    first, second = ranks(together / "failing")
-    assert (
-        RepairReport.from_json(second["report"]).layers
-        == report_in(together / "failing").layers
-        == ("network.3",)
-    )
-    assert same(first["state"], second["state"])
-
-
 def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(
     alone: Path,
 ) -> None:

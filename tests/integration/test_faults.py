@@ -4,11 +4,11 @@ them.
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,11 +25,9 @@ from digit_models import (
     state_of,
 )
 from distributed_fit import Continued
-from lightning_package import Callback, CSVLogger, Logger, ModelCheckpoint, Trainer
+from lightning_package import Callback, Logger, ModelCheckpoint, Trainer
 from options import with_options
 
-import lightning_nrl._utils.timing
-import lightning_nrl.methods.search_samples
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, WeightInterpolation, repair
 from lightning_nrl.errors import DataWarning, EvaluationError, LoggingWarning
 from lightning_nrl.methods import Polish
@@ -74,14 +72,34 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
+class Fragile(Classifier):
+    """Raises in one of its forward passes; the batch norm is frozen, as in fine-tuning."""
+
+    passes_left: ClassVar[float] = math.inf  # of all copies
+    error: ClassVar[type[BaseException]] = ArithmeticError
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        Fragile.passes_left -= 1
+        if Fragile.passes_left == 0:
+            raise self.error("on purpose")
+        return super().forward(images)
+
+    def on_train_epoch_start(self) -> None:
+        self.network[1].eval().requires_grad_(False)
+
+
 class Witness(RegressionFreeRepair):
-    """A repair that looks at everything before and after, also when it fails."""
+    """A repair that looks at everything before and after; the model may fail within."""
+
+    fails_after: float = math.inf
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.before = picture(trainer, pl_module)
+        Fragile.passes_left = self.fails_after
         try:
             super().on_train_end(trainer, pl_module)
         finally:
+            Fragile.passes_left = math.inf
             self.after = picture(trainer, pl_module)
 
 
@@ -91,49 +109,9 @@ def witness(**arguments: Any) -> Witness:
     return repair  # type: ignore[return-value]
 
 
-class Frozen(Classifier):
-    """Its batch norm is frozen: evaluation mode and no gradient, as fine-tuning does it."""
-
-    def on_train_epoch_start(self) -> None:
-        self.network[1].eval().requires_grad_(False)
-
-
-# A function has the name of its module, so that the module is found by its path.
-CORE = import_module("lightning_nrl.pipeline.repair_module")
-STAGES = {
-    "collect": (CORE, "evaluate_baseline"),
-    "record": (lightning_nrl.methods.search_samples, "record"),
-    "judge": (CORE, "judge"),
-}
-
-
 def fit(path: Path, repair: RegressionFreeRepair, *callbacks: Any, **arguments: Any) -> None:
     trainer = quiet_trainer(path, *callbacks, repair, max_epochs=1, **arguments)
-    trainer.fit(Frozen("cnn"), datamodule=Digits())
-
-
-def raise_in(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: type[BaseException]
-) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise error("on purpose")
-
-    monkeypatch.setattr(owner, name, broken)
-
-
-@pytest.mark.parametrize("start_from", ["last", "best"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_exception_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, start_from: str
-) -> None:
-    raise_in(monkeypatch, *STAGES[stage], Broken)
-    repair = witness(start_from=start_from, layer="network.3")
-    checkpoint = ModelCheckpoint(monitor="val_loss")
-    with pytest.raises(Broken):
-        fit(tmp_path, repair, Shift(), checkpoint)
-    assert checkpoint.best_model_path
-    assert_same(repair.before, repair.after)
-    assert repair.repaired_model_path is None
+    trainer.fit(Fragile("cnn"), datamodule=Digits())
 
 
 class Shift(Callback):
@@ -145,65 +123,51 @@ class Shift(Callback):
                 parameter.mul_(1.01)
 
 
-METHODS = [QUICK["method"], Continued()]
+@pytest.mark.parametrize("start_from", ["last", "best"])
+@pytest.mark.parametrize("fails_after", [10, 20, 35])
+def test_an_exception_leaves_no_trace(tmp_path: Path, start_from: str, fails_after: int) -> None:
+    """While the known samples are counted, recorded, and counted again."""
+    repair = witness(start_from=start_from, layer="network.3")
+    repair.fails_after = fails_after
+    checkpoint = ModelCheckpoint(monitor="val_loss")
+    with pytest.raises(ArithmeticError):
+        fit(tmp_path, repair, Shift(), checkpoint)
+    assert_same(repair.before, repair.after)
+    assert repair.repaired_model_path is None
 
 
-@pytest.mark.parametrize(
-    ("error", "raised", "method"),
-    [
-        (Broken, Broken, METHODS[0]),
-        *((KeyboardInterrupt, SystemExit, method) for method in METHODS),
-    ],
-)
-def test_an_exception_or_interrupt_on_the_way_leaves_everything_as_it_was(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    method: Any,
-    error: type[BaseException],
-    raised: type[BaseException],
+def test_an_interrupt_of_the_training_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raise_in(monkeypatch, lightning_nrl._utils.timing.StageTimer, "tell", error)
-    monkeypatch.setattr(
-        "signal.signal", lambda *args: None
-    )  # Lightning would ignore Ctrl-C from here on
-    repair = witness(method=method)
-    with pytest.raises(raised):
+    monkeypatch.setattr(Fragile, "error", KeyboardInterrupt)
+    # Lightning would ignore Ctrl-C from here on.
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    repair = witness(method=Continued())
+    repair.fails_after = 40
+    with pytest.raises(SystemExit):
         fit(tmp_path, repair)
     assert_same(repair.before, repair.after)
 
 
-@pytest.mark.parametrize("start_from", ["last", "best"])
-def test_a_failure_to_save_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_from: str
-) -> None:
-    repair = witness(start_from=start_from)
+def test_a_failure_to_save_leaves_no_trace(tmp_path: Path) -> None:
+    repair = witness(start_from="best")
 
     class Full(Callback):
+        training = True
+
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            self.training = False
+
         def on_save_checkpoint(
             self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
         ) -> None:
-            if repair._pending:
+            if not self.training:
                 raise Broken("no space left on device")
 
     with pytest.raises(Broken):
         fit(tmp_path, repair, Full(), ModelCheckpoint(monitor="val_loss"))
     assert_same(repair.before, repair.after)
     assert repair.report is None
-
-
-class Offline(CSVLogger):
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if any(name.startswith("repair/") for name in metrics):
-            raise Broken("no network")
-
-
-def test_a_logger_that_raises_does_not_cost_the_repair(tmp_path: Path) -> None:
-    repair = witness()
-    with pytest.warns(
-        UserWarning, match="was not logged to Offline, which raised Broken: no network"
-    ):
-        fit(tmp_path, repair, logger=Offline(tmp_path))
-    assert repair.report.status == "repaired"
 
 
 class Closed(Logger):
@@ -234,15 +198,13 @@ def test_a_logger_without_a_store_does_not_cost_the_fit(tmp_path: Path) -> None:
     assert repair.repaired_model_path == str(tmp_path / "repair" / "repaired.ckpt")
 
 
-@pytest.mark.parametrize("layer", ["auto", "network.3"])
-def test_a_repair_changes_nothing_but_the_layer(tmp_path: Path, layer: str) -> None:
-    repair = witness(layer=layer)
+def test_a_repair_changes_nothing_but_the_layer(tmp_path: Path) -> None:
+    repair = witness(layer="network.3")
     fit(tmp_path, repair)
     assert repair.report.status == "repaired"
-    name = f"{repair.report.layers[0]}.weight"
+    name = "network.3.weight"
     before, after = repair.before["state"].pop(name), repair.after["state"].pop(name)
-    assert not torch.equal(before, after)
-    assert int((before != after).sum()) <= 30
+    assert 0 < int((before != after).sum()) <= 30
     assert_same(repair.before, repair.after)
 
 
@@ -253,11 +215,11 @@ def damaged(where: str) -> Digits:
     if where == "input":
         images[150] = torch.nan
     else:
-        labels[150] = {"no class": -100, "another class": 77}[where]
+        labels[150] = 77
     return data
 
 
-@pytest.mark.parametrize("where", ["input", "no class", "another class"])
+@pytest.mark.parametrize("where", ["input", "no class"])
 def test_a_sample_that_cannot_be_judged_is_left_out_and_named(
     tmp_path: Path, trained: Classifier, where: str
 ) -> None:
@@ -268,19 +230,10 @@ def test_a_sample_that_cannot_be_judged_is_left_out_and_named(
     assert report.status == "repaired"
     assert {split.split: split.n for split in report.splits} == {"train": 400, "repair": 202}
     assert "Left out" in report.reason
-    flipped = [
-        sample.id for split in report.splits for sample in split.flipped if split.split == "repair"
-    ]
-    assert flipped
-    assert 150 not in flipped
     # Places in the data set are kept: sample 151 and those behind it are themselves.
-    after = right(trained, Digits().repair)
-    assert all(
-        bool(after[i])
-        for split in report.splits
-        if split.split == "repair"
-        for i in split.repaired_ids
-    )
+    repaired = list(report.splits[1].repaired_ids)
+    assert 150 not in repaired
+    assert right(trained, Digits().repair)[repaired].all()
 
 
 def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Classifier) -> None:
@@ -302,7 +255,6 @@ def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Cl
             Polish(Classifier("cnn")),
             "`Polish.new` has 'network.1.weight' in the shape",
         ),
-        ("cnn", "network.3", "convex", "repairs only the last Linear layer"),
         ("mlp", ["network.1", "network.3"], "convex", "repairs only the last Linear layer"),
         ("mlp", "network.1", "convex", "is not the model's logits"),
     ],

@@ -11,11 +11,11 @@ from digit_models import Classifier, Digits, Remember, quick_repair, quiet_train
 from lightning_package import Callback, Trainer
 from torch import Tensor
 
-LAYERS = {"mlp": "network.1", "cnn": "network.3", "resnet": "network.2.second"}
+LAYERS = {"mlp": "network.1", "cnn": "network.3"}
 REPAIRS: list[tuple[str, dict[str, Any]]] = [
     (network, arguments)
     for network, layer in LAYERS.items()
-    for arguments in ({}, {"layer": layer}, {"layer": layer, "method": "linearized"})
+    for arguments in ({}, {"layer": layer, "method": "linearized"})
 ]
 
 
@@ -37,8 +37,7 @@ def test_a_repaired_model_breaks_nothing_that_is_known(
 ) -> None:
     data, model, before = Digits(), Classifier(network), Before()
     repair = quick_repair(unseen="test", **arguments)
-    trainer = quiet_trainer(tmp_path, before, repair)
-    trainer.fit(model, datamodule=data)
+    quiet_trainer(tmp_path, before, repair).fit(model, datamodule=Digits())
     report, after = repair.report, by_split(model)
     for split in report.splits:
         old, new = before.right[split.split], after[split.split]
@@ -53,10 +52,6 @@ def test_a_repaired_model_breaks_nothing_that_is_known(
     if report.status == "repaired":
         flipped = (~before.right["repair"] & after["repair"]).nonzero().flatten().tolist()
         assert list(report.splits[1].repaired_ids) == flipped
-        (result,) = trainer.test(
-            model, ckpt_path=repair.repaired_model_path, datamodule=data, verbose=False
-        )
-        assert result["test_right"] == int(after["test"].sum())
         loaded = Classifier.load_from_checkpoint(repair.repaired_model_path)
         assert torch.equal(right(loaded, data.repair), after["repair"])
 
@@ -83,14 +78,20 @@ def answers(model: Recorded, precision: Any, path: Path) -> Tensor:
     return torch.cat(model.answers)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "16-true", "bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("layer", ["network.3", "network.1"])
+@pytest.mark.parametrize(
+    ("precision", "layer"),
+    [
+        ("64-true", "network.3"),
+        ("16-true", "network.3"),
+        ("bf16-true", "network.1"),
+        ("bf16-mixed", "network.1"),
+    ],
+)
 def test_nothing_breaks_in_the_precision_of_training(
     tmp_path: Path, precision: Any, layer: str
 ) -> None:
     model, start = Recorded(), Recorded()
     repair = quick_repair(layer=layer)
-
     trainer = quiet_trainer(
         tmp_path, before_it := Remember(), repair, max_epochs=2, precision=precision
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ from digit_models import (
     Digits,
     Remember,
     Untrainable,
-    cnn,
     overwriting,
     quick_repair,
     quiet_trainer,
     right,
     same,
-    since_2_6,
     state_of,
 )
 from distributed_fit import Frozen
@@ -131,31 +128,6 @@ def test_the_strength_is_chosen_logged_and_repaired(
     assert before.modes == between.modes
 
 
-@pytest.mark.parametrize("strength", [0, 1])
-def test_at_the_ends_are_the_models_as_they_are(
-    strength: float, old_cnn: Path, tmp_path: Path
-) -> None:
-    interpolation = WeightInterpolation(old_cnn, strength=strength, verbose=False)
-    _, _, before, after = trained_on(old_cnn, tmp_path, interpolation)
-    expected = before.state if strength else Classifier.load_from_checkpoint(old_cnn).state_dict()
-    assert same(after.state, expected)
-    assert interpolation.choice.strength == strength
-
-
-class Freezes(Callback):
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.network[1].eval()
-
-
-def test_frozen_batch_norm_keeps_its_statistics_and_needs_no_data(
-    old_cnn: Path, tmp_path: Path
-) -> None:
-    interpolation = WeightInterpolation(old_cnn, strength=0.5, verbose=False)
-    _, _, before, after = trained_on(old_cnn, tmp_path, Freezes(), interpolation, max_epochs=1)
-    assert torch.equal(after.state["network.1.running_var"], before.state["network.1.running_var"])
-    assert not torch.equal(after.state["network.1.weight"], before.state["network.1.weight"])
-
-
 def test_the_replaced_model_in_any_form_with_weights(trained_path: Path, tmp_path: Path) -> None:
     module = Classifier.load_from_checkpoint(trained_path)
     torch.save(module.state_dict(), tmp_path / "last.pt")
@@ -166,48 +138,25 @@ def test_the_replaced_model_in_any_form_with_weights(trained_path: Path, tmp_pat
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             (tmp_path / "last.pt").unlink(missing_ok=True)
 
-    ends = []
-    for reference in (
-        tmp_path / "last.pt",
-        trained_path,
-        module,
-        module.state_dict(),
-        OldModel(trained_path),
-    ):
+    states = []
+    for reference in (tmp_path / "last.pt", module, OldModel(trained_path)):
         interpolation = WeightInterpolation(reference, strength=0.5, calibration=None)
-        ends.append(
-            trained_on(trained_path, tmp_path, interpolation, Erases(), limit_train_batches=3)[
-                3
-            ].state
+        *_, after = trained_on(
+            trained_path, tmp_path, interpolation, Erases(), limit_train_batches=3
         )
-    assert all(same(ends[0], end) for end in ends[1:])
+        states.append(after.state)
+    assert same(states[0], states[1])
+    assert same(states[0], states[2])
 
 
 def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(
     trained: Classifier, tmp_path: Path
 ) -> None:
-    interpolation, expected = (
-        WeightInterpolation(trained.state_dict(), strength=0, calibration=None),
-        state_of(trained),
-    )
-    quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2).fit(
-        trained, datamodule=Ordered()
-    )
-    assert same(state_of(trained), expected)
-
-
-@since_2_6
-def test_what_is_saved_is_what_is_in_the_model_also_beside_averages(
-    trained_path: Path, tmp_path: Path
-) -> None:
-    average, interpolation = (
-        overwriting("WeightAveraging"),
-        WeightInterpolation(trained_path, 0.5, verbose=False),
-    )
-    trainer, model, _, _ = trained_on(trained_path, tmp_path, average, interpolation)
-    trainer.save_checkpoint(tmp_path / "new.ckpt")
-    saved = torch.load(tmp_path / "new.ckpt", weights_only=True)["state_dict"]
-    assert same(model, saved)
+    expected = state_of(trained)
+    interpolation = WeightInterpolation(trained.state_dict(), strength=0, calibration=None)
+    trainer = quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2)
+    trainer.fit(trained, datamodule=Ordered())
+    assert same(trained, expected)
 
 
 def refused(path: Any, *callbacks: Callback, data: Any = None, model: Any = None) -> str:
@@ -241,20 +190,11 @@ def test_it_comes_before_the_repair_and_after_what_sets_weights(
 def test_what_does_not_fit_is_refused_before_training(
     trained_path: Path, trained: Classifier, tmp_path: Path
 ) -> None:
-    message = refused(tmp_path, WeightInterpolation(cnn()))
-    assert (
-        message.startswith("`reference` lacks 'network.1.weight'") or "`reference` has" in message
-    )
     message = refused(tmp_path, WeightInterpolation(trained_path), data=NoValidation())
     assert message.startswith("`calibration='val'`: there is no `val_dataloader()`.")
     assert "or a number as `strength=` with `calibration=None`" in message
     message = refused(tmp_path, WeightInterpolation(trained), model=trained)
     assert message.startswith("`reference` is the model in training")
-    message = refused(
-        tmp_path,
-        WeightInterpolation(trained_path, adapter=lambda batch: ((batch[0],), {}, batch[0])),
-    )
-    assert message.startswith("`task`:")
 
 
 def test_a_model_that_begins_elsewhere_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
@@ -270,21 +210,6 @@ def test_a_model_that_begins_elsewhere_is_warned_of(trained_path: Path, tmp_path
         UserWarning, match=r"the weights do not begin near those of `reference` \(cosine -?0\.\d"
     ):
         trainer.fit(model, datamodule=Ordered())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "the weights do not begin")
-        trained_on(
-            trained_path,
-            tmp_path,
-            WeightInterpolation(trained_path, verbose=False),
-            fast_dev_run=True,
-        )
-
-
-def test_a_fit_without_a_step_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
-    with pytest.warns(
-        UserWarning, match="the weights were not interpolated, because no training step ran"
-    ):
-        trained_on(trained_path, tmp_path, WeightInterpolation(trained_path), max_epochs=0)
 
 
 def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> dict[str, Any]:
@@ -299,22 +224,21 @@ def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> 
             parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     strength: Any = "auto" if network == "mlp" else 0.7
     interpolation = WeightInterpolation(old, strength, tolerance=0.02, verbose=False)
-    after = Look()
-    means: dict[str, Any] = {
-        "strategy": strategy,
-        "devices": devices,
-        "max_epochs": 1,
-        "limit_train_batches": 2,
-    }
     trainer = quiet_trainer(
-        folder, interpolation, after, enable_checkpointing=False, limit_val_batches=0, **means
+        folder,
+        interpolation,
+        after := Remember(),
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        limit_train_batches=2,
+        max_epochs=1,
+        strategy=strategy,
+        devices=devices,
     )
     trainer.fit(new, datamodule=Ordered())
-    curve = [
-        (p.strength, p.counts.kept, p.counts.broken, p.counts.repaired)
-        for p in interpolation.choice.curve
-    ]
-    return {"strength": interpolation.choice.strength, "curve": curve, "state": after.state}
+    choice = interpolation.choice
+    curve = [(point.strength, point.counts) for point in choice.curve]
+    return {"strength": choice.strength, "curve": curve, "state": after.state}
 
 
 def distributed_fits(

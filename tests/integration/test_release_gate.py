@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,39 +56,9 @@ def test_the_test_is_followed_by_a_verdict(
     assert metrics["release/accepted"] == 0.0
     assert metrics["release/test/broken"] == len(broken)
     assert metrics["release/test/accuracy"] == pytest.approx(int(now.sum()) / len(now))
-    assert metrics["release/test/3/nfr"] == pytest.approx(
-        report.rows[4].numbers["negative_flip_rate"]
-    )
-    assert "test_right" in metrics
     assert ReleaseReport.from_json((tmp_path / "release" / "report.json").read_text()) == report
     assert (tmp_path / "release" / "report.md").read_text() == report.to_markdown()
     assert "REFUSED" in capsys.readouterr().out
-
-
-def test_nothing_but_the_verdict_comes_of_it(
-    old: Classifier, new: Classifier, tmp_path: Path
-) -> None:
-    found = []
-    for gates in ([], [gate_of(old)]):
-        torch.manual_seed(3)
-        new.network[2].train()
-        new.network[3].eval()
-        quiet_trainer(tmp_path, *gates).test(new, datamodule=Digits(), verbose=False)
-        flags = [module.training for model in (old, new) for module in model.modules()]
-        found.append((torch.get_rng_state().tolist(), flags))
-    assert found[0] == found[1]
-
-
-def test_its_predictions_are_the_next_reference(
-    old: Classifier, new: Classifier, tmp_path: Path
-) -> None:
-    first = gate_of(old, dirpath=tmp_path / "first")
-    quiet_trainer(tmp_path, first).test(new, datamodule=Digits(), verbose=False)
-    second = gate_of(first.report.files["predictions"])
-    quiet_trainer(tmp_path, second).test(old, datamodule=Digits(), verbose=False)
-    assert second.report.old.sha256 == first.report.new.sha256
-    assert second.report.rows[0].counts.broken == first.report.rows[0].counts.repaired
-    assert second.report.provenance == first.report.provenance
 
 
 def test_validate_and_test_are_judged_and_fit_is_not(
@@ -110,12 +79,8 @@ def test_validate_and_test_are_judged_and_fit_is_not(
 
 
 class Several(Digits):
-    def __init__(self, make: Callable[[list[DataLoader]], Any] = list) -> None:
-        super().__init__()
-        self.make = make
-
     def test_dataloader(self) -> Any:
-        return self.make([DataLoader(self.val, 64), DataLoader(self.test, 64, shuffle=True)])
+        return [DataLoader(self.val, 64), DataLoader(self.test, 64, shuffle=True)]
 
 
 class Plain(Classifier):
@@ -123,21 +88,13 @@ class Plain(Classifier):
         self(batch[0])
 
 
-@pytest.mark.parametrize(
-    ("make", "splits", "names"),
-    [
-        (list, None, ["test-0", "test-1"]),
-        (list, ["suite", "later"], ["suite", "later"]),
-        (lambda loaders: dict(zip("ab", loaders, strict=True)), None, ["a", "b"]),
-    ],
-)
-def test_each_data_loader_is_a_split(
-    make: Any, splits: Any, names: list[str], old: Classifier, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("names", [["test-0", "test-1"], ["suite", "later"]])
+def test_each_data_loader_is_a_split(names: list[str], old: Classifier, tmp_path: Path) -> None:
     model = Plain()
     model.load_state_dict(old.state_dict())
+    splits = None if names[0] == "test-0" else names
     gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"], splits=splits)
-    quiet_trainer(tmp_path, gate).test(model, datamodule=Several(make), verbose=False)
+    quiet_trainer(tmp_path, gate).test(model, datamodule=Several(), verbose=False)
     assert gate.report.accepted
     assert [(row.split, row.counts.n) for row in gate.report.rows if not row.slice] == [
         (names[0], 100),
@@ -176,16 +133,13 @@ def test_tensorboard_shows_the_page_and_the_numbers(
 def test_it_is_the_deployed_precision_that_is_judged(
     old: Classifier, new: Classifier, tmp_path: Path
 ) -> None:
-    gate = gate_of(old)
-    quiet_trainer(tmp_path, gate, precision="bf16-mixed").test(
-        new, datamodule=Digits(), verbose=False
-    )
+    gate, data = gate_of(old), Digits()
+    trainer = quiet_trainer(tmp_path, gate, precision="bf16-mixed")
+    trainer.test(new, datamodule=data, verbose=False)
     assert gate.report.precision == "float32 on cpu, autocast to bfloat16"
-    data, found = Digits(), []
-    for model in (old, new):
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(right(model, data.test))
-    assert gate.report.rows[0].counts.broken == int((found[0] & ~found[1]).sum())
+    with torch.autocast("cpu", torch.bfloat16):
+        broken = right(old, data.test) & ~right(new, data.test)
+    assert gate.report.rows[0].counts.broken == int(broken.sum())
 
 
 class Stream(IterableDataset):
@@ -202,13 +156,11 @@ class Stream(IterableDataset):
             r"names the split 'suite', but the data have \['test'\]",
         ),
         ({"rules": "slices", "slices": None}, None, "the rule `slices` needs slices"),
-        ({"splits": ["a", "b"]}, None, r"`splits=\['a', 'b'\]`: there are 1 test data loaders"),
         (
             {},
             DataLoader(Stream(), 64),
             r"`test` data: Stream is iterable[\s\S]*HINT: give the data as a DataLoader",
         ),
-        ({"dirpath": "s3://bucket"}, None, "no local folder"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(
@@ -262,6 +214,5 @@ def test_two_processes_judge_as_one(trained_path: Path) -> None:
             alone.new,
             alone.old,
         )
-    assert ReleaseReport.from_json((folder / "together" / "report.json").read_text()) == reports[0]
     saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
     assert saved[0] == saved[1]

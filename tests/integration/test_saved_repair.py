@@ -5,51 +5,60 @@ does not repeat it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-from unittest.mock import create_autospec
+from typing import Any, ClassVar
 
 import pytest
-from digit_models import QUICK, Classifier, Digits, quiet_trainer
+from digit_models import QUICK, Classifier, Digits, quiet_trainer, same
 from lightning_package import loggers
 from options import with_options
-from test_faults import assert_same
+from torch import Tensor
 
-from lightning_nrl import repair
-from lightning_nrl._trainer.continue_training import ContinuedTraining
-from lightning_nrl.methods import finetune_polish
+from lightning_nrl import RepairReport, repair
 
 
 class Death(BaseException):
     pass
 
 
-def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, Any]:
-    model = Classifier.load_from_checkpoint(trained_path)
-    given = {**QUICK, "method": "finetune-polish", "save_every": 0}
+class Mortal(Classifier):
+    """Counts its training steps; may die when it is run after them."""
+
+    steps: ClassVar[int] = 0
+    passes_since: ClassVar[int] = 0
+    dies: ClassVar[bool] = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        Mortal.steps += 1
+        Mortal.passes_since = 0
+        return super().training_step(batch, batch_idx)
+
+    def forward(self, images: Tensor) -> Tensor:
+        Mortal.passes_since += 1
+        # Known data have 17 batches: halfway, all of them are evaluated once.
+        if Mortal.dies and Mortal.steps and Mortal.passes_since > 25:
+            raise Death
+        return super().forward(images)
+
+
+def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, RepairReport]:
+    model = Mortal.load_from_checkpoint(trained_path)
+    settings = {**QUICK, "method": "finetune-polish", "save_every": 0}
     trainer = quiet_trainer(folder, logger=loggers.CSVLogger(folder))
-    return model, repair(trainer, model, datamodule=Digits(), **with_options(given))
+    return model, repair(trainer, model, datamodule=Digits(), **with_options(settings))
 
 
-def test_a_finished_training_is_not_repeated(
-    tmp_path: Path, trained_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = create_autospec(ContinuedTraining.__call__, side_effect=ContinuedTraining.__call__)
-    monkeypatch.setattr(ContinuedTraining, "__call__", training)
-    whole, report = repaired(tmp_path / "whole", trained_path)
+def test_a_finished_training_is_not_repeated(tmp_path: Path, trained_path: Path) -> None:
+    uninterrupted, report = repaired(tmp_path / "uninterrupted", trained_path)
     assert report.status == "repaired"
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            finetune_polish,
-            "polished",
-            create_autospec(finetune_polish.polished, side_effect=Death),
-        )
-        with pytest.raises(Death):
-            repaired(tmp_path / "killed", trained_path)
-    (left,) = tmp_path.glob("killed/lightning_logs/version_0/repair/.resume-*")
-    assert list(left.glob("*.finished"))
-    assert training.call_count == 2
-    again, report = repaired(tmp_path / "killed", trained_path)
-    assert training.call_count == 2
+    steps, Mortal.steps, Mortal.dies = Mortal.steps, 0, True
+    with pytest.raises(Death):
+        repaired(tmp_path / "killed", trained_path)
+    Mortal.dies = False
+    (saved,) = tmp_path.glob("killed/lightning_logs/version_0/repair/.resume-*")
+    assert list(saved.glob("*.finished"))
+    assert Mortal.steps == steps > 0
+    resumed, report = repaired(tmp_path / "killed", trained_path)
+    assert Mortal.steps == steps
     assert "version_1" in report.files["checkpoint"]
-    assert_same(dict(whole.state_dict()), dict(again.state_dict()))
+    assert same(uninterrupted, resumed)
     assert not list(tmp_path.rglob(".resume-*"))

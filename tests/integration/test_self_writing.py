@@ -79,7 +79,7 @@ def merged_in_training(model: Classifier) -> Classifier:
     return model
 
 
-@pytest.mark.parametrize("start", [Classifier.train, Classifier.eval, merged_in_training])
+@pytest.mark.parametrize("start", [Classifier.eval, merged_in_training])
 def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(
     tmp_path: Path, start: Any
 ) -> None:

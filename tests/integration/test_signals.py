@@ -9,9 +9,10 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ from digit_models import QUICK, Classifier, Digits, quiet_trainer, same, state_o
 from distributed_fit import Continued
 from lightning_package import pl
 from options import with_options
-from test_faults import assert_same, picture
 
-import lightning_nrl._utils.timing
 from lightning_nrl import ParticleSwarm, RepairReport, repair
-from lightning_nrl._utils import interrupts
 from lightning_nrl.methods import Auto
+
+LONGEST_WAIT = 15
+"""Seconds from a signal to the end of the repair."""
 
 METHODS = {
     "swarm": QUICK["method"],
@@ -45,47 +46,51 @@ def handlers() -> Iterator[None]:
     assert after[signal.SIGINT] in (before[signal.SIGINT], signal.SIG_IGN)
 
 
+class Signalling(Classifier):
+    """Does something in one of the passes of it and of its copies."""
+
+    passes: ClassVar[int] = 0
+    act: ClassVar[Callable[[], None]]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        Signalling.passes += 1
+        if Signalling.passes == 30:  # before it is tried out, and signals are not heeded
+            Signalling.act()
+        return super().forward(images)
+
+
+@pytest.fixture
+def model(trained_path: Path) -> Signalling:
+    return Signalling.load_from_checkpoint(trained_path)
+
+
 def repaired(
-    model: Classifier, folder: Path, method: str = "swarm", **arguments: Any
+    model: Signalling, folder: Path, act: Callable[[], None], method: str = "swarm"
 ) -> RepairReport:
-    """A repair that draws no page."""
-    given = {**QUICK, "method": METHODS[method], "save_every": None, **arguments}
-    return repair(quiet_trainer(folder), model, datamodule=Digits(), **with_options(given))
+    """A repair that draws no page; `act` is called when it has begun."""
+    Signalling.passes, Signalling.act = 0, act
+    settings = with_options({**QUICK, "method": METHODS[method], "save_every": None})
+    return repair(quiet_trainer(folder), model, datamodule=Digits(), **settings)
 
 
-def signal_at_tell(monkeypatch: pytest.MonkeyPatch, signum: int, number: int = 1) -> None:
-    """Sends a signal when the work tells for the given time how far it is."""
-    told, tell = [0], lightning_nrl._utils.timing.StageTimer.tell
-
-    def telling(*args: Any, **kwargs: Any) -> None:
-        told[0] += 1
-        if told[0] == number:
-            signal.raise_signal(signum)
-        tell(*args, **kwargs)
-
-    monkeypatch.setattr(lightning_nrl._utils.timing.StageTimer, "tell", telling)
-
-
-@pytest.mark.parametrize("method", ["swarm", "training"])
-@pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("signum", "method"), [("SIGTERM", "swarm"), ("SIGTERM", "training"), ("SIGINT", "swarm")]
+)
 def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
     tmp_path: Path,
-    trained: Classifier,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Signalling,
     capsys: pytest.CaptureFixture[str],
     method: str,
     signum: str,
 ) -> None:
-    trainer = quiet_trainer(tmp_path)
-    before = picture(trainer, trained)
-    signal_at_tell(monkeypatch, signal.Signals[signum])
+    before, modes = state_of(model), [module.training for module in model.modules()]
     stopped = pl.utilities.exceptions.SIGTERMException if signum == "SIGTERM" else SystemExit
     with pytest.raises(stopped) as error:
-        repaired(trained, tmp_path, method)
+        repaired(model, tmp_path, partial(signal.raise_signal, signal.Signals[signum]), method)
     # A job that is stopped does not end as if it were done.
     assert error.value.code == 143 or signum == "SIGINT"
-    assert same(before["state"], trained)
-    assert_same(before["training"], picture(trainer, trained)["training"])
+    assert same(before, model)
+    assert [module.training for module in model.modules()] == modes
     assert not (tmp_path / "repair").exists()
     said = capsys.readouterr().err
     name = "Ctrl-C" if signum == "SIGINT" else signum
@@ -95,42 +100,26 @@ def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_leaves_the_trained_weights_or_a_whole_repair(
-    tmp_path: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch, signum: int
+    tmp_path: Path, model: Signalling, signum: int
 ) -> None:
     """NRL_SIGNALS says how many moments; seeds of the moments are their numbers."""
-    tell = lightning_nrl._utils.timing.StageTimer.tell
-    before = state_of(trained)
-    for number in range(int(os.environ.get("NRL_SIGNALS", "2"))):
-        trained.load_state_dict(before)
-        folder = tmp_path / str(number)
-        delay = 1.5 * random.Random(f"{signum} {number}").random()
-        timer, began = (
-            threading.Timer(delay, signal.pthread_kill, (threading.main_thread().ident, signum)),
-            [],
-        )
-
-        def telling(
-            *args: Any, timer: threading.Timer = timer, began: list[float] = began, **kwargs: Any
-        ) -> None:
-            if not began:  # the work has begun: before and after it a SIGTERM would end the tests
-                began.append(time.monotonic())
-                timer.start()
-            tell(*args, **kwargs)
-
-        monkeypatch.setattr(lightning_nrl._utils.timing.StageTimer, "tell", telling)
+    before, main_thread = state_of(model), threading.main_thread().ident
+    for number in range(int(os.environ.get("NRL_SIGNALS", "1"))):
+        model.load_state_dict(before)
+        folder, dice = tmp_path / str(number), random.Random(f"{signum} {number}")
+        delay = 1.5 * dice.random()
+        timer = threading.Timer(delay, signal.pthread_kill, (main_thread, signum))
+        began = time.monotonic()
         try:
-            repaired(trained, folder, random.Random(number).choice(list(METHODS)))
+            repaired(model, folder, timer.start, dice.choice(list(METHODS)))
         except BaseException:
-            assert time.monotonic() - began[0] < delay + interrupts.OVERDUE_SECONDS + 2
+            assert time.monotonic() - began < delay + LONGEST_WAIT
         finally:
             timer.cancel()
             signal.signal(signal.SIGINT, signal.default_int_handler)
         files = {path.name for path in folder.rglob("repair/*")}
         if "report.json" in files:
-            checkpoint = torch.load(folder / "repair" / "repaired.ckpt", weights_only=True)[
-                "state_dict"
-            ]
-            assert same(trained, checkpoint)
+            assert same(model, folder / "repair" / "repaired.ckpt")
         else:
             assert files == set()
-            assert same(before, trained)
+            assert same(before, model)

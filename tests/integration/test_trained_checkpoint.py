@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from digit_models import (
     same,
     state_of,
 )
-from lightning_package import CSVLogger, EarlyStopping, LearningRateFinder, ModelCheckpoint, Trainer
+from lightning_package import EarlyStopping, LearningRateFinder, ModelCheckpoint, Trainer
 from options import with_options
 
 from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, diagnose, repair
@@ -58,10 +56,6 @@ def test_the_report_is_that_of_the_callback_after_training(
     assert loaded.checkpoint == str(trained_path)
     assert loaded.checkpoint_sha256 == sha256(trained_path.read_bytes()).hexdigest()
     assert loaded.module == "digit_models.Classifier"
-    assert {split: one.n for split, one in loaded.data.items()} == {
-        one.split: one.n for one in report.splits
-    }
-    assert len({one.sha256 for one in loaded.data.values()}) == len(report.splits)
 
 
 def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(
@@ -89,11 +83,9 @@ def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(
     assert same(dict(patch.apply(old["state_dict"])), new["state_dict"])
     assert same(dict(patch.revert(new["state_dict"])), old["state_dict"])
     # Both training and a repair go on from it; the files of the first are left alone.
-    again = quick_repair(dirpath=tmp_path / "again")
-    trainer = quiet_trainer(tmp_path, again, max_epochs=4)
+    trainer = quiet_trainer(tmp_path, max_epochs=4)
     trainer.fit(Classifier(), datamodule=Digits(), ckpt_path=report.files["checkpoint"])
     assert trainer.global_step == 48
-    assert again.report.hashes.model_before != report.hashes.model_after
     second = repaired(
         tmp_path, Classifier(), datamodule=Digits(), ckpt_path=report.files["checkpoint"]
     )
@@ -113,17 +105,8 @@ def test_data_loaders_arguments_and_the_model_may_give_the_data(
     tmp_path: Path, trained_path: Path
 ) -> None:
     data, model = Digits(), Classifier.load_from_checkpoint(trained_path)
-    before = right(model, data.repair)
     report = repaired(tmp_path, model, data.train_dataloader(), data.repair_dataloader())
     assert [(split.split, split.n) for split in report.splits] == [("train", 400), ("val", 203)]
-    assert report.splits[1].repaired_ids == tuple(
-        (~before & right(model, data.repair)).nonzero().flatten().tolist()
-    )
-    given: dict[str, Any] = {"passed": data.val_dataloader(), "failed": data.repair_dataloader()}
-    report = repaired(
-        tmp_path, Classifier.load_from_checkpoint(trained_path), data.train_dataloader(), **given
-    )
-    assert [(split.split, split.n) for split in report.splits] == [("passed", 100), ("failed", 203)]
     report = repaired(tmp_path, SelfContained.load_from_checkpoint(trained_path))
     assert [(split.split, split.n) for split in report.splits] == [("train", 400), ("val", 203)]
 
@@ -169,29 +152,22 @@ class Asking(Classifier):
         return loss
 
 
-@pytest.mark.parametrize(
-    "kind", [Classifier, Asking, lambda: torch.compile(Classifier(), backend="eager")]
-)
+@pytest.mark.parametrize("kind", [Asking, lambda: torch.compile(Classifier(), backend="eager")])
 def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, kind: Any) -> None:
     trainer, model = quiet_trainer(tmp_path, ModelCheckpoint(tmp_path), max_epochs=1), kind()
-    before = settings(trainer)
+    before, random = settings(trainer), torch.get_rng_state()
     repair(trainer, model, datamodule=Digits(), **QUICK)
     assert settings(trainer) == before
+    assert torch.equal(torch.get_rng_state(), random)
     trainer.fit(model, datamodule=Digits())
     assert trainer.global_step == 12
 
 
-def in_place(model: Classifier) -> Classifier:
-    model.compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize("compiled", [partial(torch.compile, backend="aot_eager"), in_place])
 def test_a_module_compiled_as_a_whole_is_diagnosed_and_repaired_by_what_it_computes(
-    tmp_path: Path, trained: Classifier, compiled: Any
+    tmp_path: Path, trained: Classifier
 ) -> None:
     data, before = Digits(), right(trained, Digits().repair)
-    model = compiled(trained)
+    model = torch.compile(trained, backend="aot_eager")
     found = diagnose(quiet_trainer(tmp_path), model, datamodule=data)
     assert found.head == "network.3"
     assert len(found.targets) == int((~before).sum())
@@ -203,32 +179,16 @@ def test_a_module_compiled_as_a_whole_is_diagnosed_and_repaired_by_what_it_compu
         assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
 
 
-def test_the_random_state_and_what_the_trainer_knows_of_training_are_as_before(
-    tmp_path: Path,
-) -> None:
-    trainer = quiet_trainer(tmp_path, max_epochs=1)
-    trainer.fit(model := Asking(), datamodule=Digits())
-    loss, random = trainer.callback_metrics["loss"], torch.get_rng_state()
-    repair(trainer, model, datamodule=Digits(), **QUICK)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert trainer.callback_metrics["loss"] == trainer.logged_metrics["loss"] == loss
-    assert "repair/accepted" in trainer.callback_metrics
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_leaves_neither_callback_nor_trace(
-    tmp_path: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+    tmp_path: Path, trained: Classifier
 ) -> None:
     class Broken(Instance):
         def allowed(self, counts: FlipCounts) -> int:
-            raise error
+            raise ArithmeticError
 
-    monkeypatch.setattr(
-        "signal.signal", lambda *args: None
-    )  # Lightning would ignore Ctrl-C from here on
     trainer, old = quiet_trainer(tmp_path), state_of(trained)
     before = settings(trainer)
-    with pytest.raises((error, SystemExit)):
+    with pytest.raises(ArithmeticError):
         repair(trainer, trained, datamodule=Digits(), gate=Broken(), **QUICK)
     assert settings(trainer) == before
     assert same(trained, old)
@@ -237,10 +197,8 @@ def test_an_exception_leaves_neither_callback_nor_trace(
 @pytest.mark.parametrize(
     ("of_trainer", "arguments", "message"),
     [
-        ({"min_epochs": 1}, {}, "`trainer` has `min_epochs` or `min_steps`"),
         ({"min_steps": 1}, {}, "`trainer` has `min_epochs` or `min_steps`"),
         ({}, {"callback": quick_repair(), "seed": 1}, r"`callback` was given, and \['seed'\] too"),
-        ({}, {"callback": "auto"}, "`callback='auto'` is no RegressionFreeRepair"),
         ({}, {"layer": "network.9"}, r"`layer='network\.9'` is not in the model"),
         (
             {},
@@ -264,43 +222,11 @@ def test_bad_input_is_refused(
     assert same(trained, old)
 
 
-class Scheduled(Classifier):
-    """Asks the trainer how long training is."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters())
-        steps = int(self.trainer.estimated_stepping_batches)
-        return [optimizer], [
-            torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
-        ]
-
-
-def test_a_schedule_may_ask_for_the_length_of_training_in_silence(
-    tmp_path: Path, trained: Classifier
-) -> None:
-    model = Scheduled()
-    model.load_state_dict(trained.state_dict())
-    trainer = quiet_trainer(tmp_path, max_epochs=None, logger=CSVLogger(tmp_path))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        assert repair(trainer, model, datamodule=Digits(), **QUICK).status == "repaired"
-    texts = [str(w.message) for w in said]
-    assert not [
-        text
-        for text in texts
-        if "max_epochs" in text or "training batches" in text or "HINT" in text
-    ]
-
-
-@pytest.mark.parametrize(
-    "skip", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"limit_val_batches": 0}]
-)
-def test_a_trainer_that_would_not_train_repairs(
-    tmp_path: Path, trained_path: Path, skip: dict[str, int]
-) -> None:
-    data, trainer = Digits(), quiet_trainer(tmp_path, **{"max_epochs": 1, **skip})
+def test_a_trainer_that_would_not_train_repairs(tmp_path: Path, trained_path: Path) -> None:
+    limits = {"max_epochs": 0, "limit_train_batches": 0, "limit_val_batches": 0}
+    data, trainer = Digits(), quiet_trainer(tmp_path, **limits)
     loaders = data.train_dataloader(), data.val_dataloader()
     # The checkpoint has more epochs than the trainer.
     report = repair(trainer, Classifier(), *loaders, ckpt_path=trained_path, **QUICK)
     assert [split.n for split in report.splits] == [400, 100]
-    assert trainer.max_epochs == {"max_epochs": 1, **skip}["max_epochs"]
+    assert trainer.max_epochs == 0

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Flat, Untrainable, flattened, quiet_trainer, right
+from digit_models import Classifier, Digits, Untrainable, quiet_trainer, right
 from options import with_options
 from torch import nn
 
-from lightning_nrl import ConfigurationError, OldModel, RegressionFreeRepair, RepairReport, repair
+from lightning_nrl import ConfigurationError, RegressionFreeRepair, RepairReport
 
 
 class OnNewData(Digits):
@@ -47,32 +46,6 @@ def test_what_fit_has_broken_is_brought_back(trained_path: Path, tmp_path: Path)
         RepairReport.from_json((tmp_path / "repair" / "report.json").read_text()).update
         == report.update
     )
-
-
-def test_a_reference_with_other_inputs_layers_and_classes(
-    trained: Classifier, trained_path: Path, tmp_path: Path
-) -> None:
-    names, inside = [str(digit) for digit in range(10)], copy.deepcopy(trained.network)
-    cache = tmp_path / "old.csv"
-    reference = OldModel(Flat(inside), flattened, classes=(names[::-1], names), cache=cache)
-    reports = []
-    for answer in (reference, str(cache), str(trained_path)):
-        model = Classifier.load_from_checkpoint(trained_path)
-        forget(model)
-        callback = updating(answer, tmp_path, method="convex")
-        reports.append(
-            repair(quiet_trainer(tmp_path), model, datamodule=Digits(), callback=callback)
-        )
-    broken = [[split.trained.broken for split in report.update] for report in reports]
-    assert broken[0] == broken[1] == broken[2]
-    assert sum(broken[0]) > 0
-
-
-def forget(model: Classifier) -> None:
-    """Some of the last layer's weights are lost."""
-    with torch.no_grad():
-        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        last.weight[3, ::2] = 0
 
 
 def test_a_reference_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
