@@ -50,14 +50,14 @@ def test_reports_of_another_day_are_equal_and_say_when_they_were_made(
         monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)
         report = repair_module(trained(), known(), quick(seed=3)).report
         reports.append(replace(report, seconds={}, steps=()))
-    assert [report.provenance.made for report in reports] == [
+    assert [report.provenance.created for report in reports] == [
         "1970-01-01 00:00:00+00:00",
         "1970-01-02 00:00:00+00:00",
     ]
     assert reports[0] == reports[1]
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     made = datetime.fromisoformat(
-        repair_module(trained(), known(), quick(seed=3)).report.provenance.made
+        repair_module(trained(), known(), quick(seed=3)).report.provenance.created
     )
     assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 600
 

@@ -127,7 +127,7 @@ def row(name: str, reports: Sequence[RepairReport], first: Sequence[RepairReport
     first row.
     """
     cells = []
-    for which in ("trained", "now"):
+    for which in ("trained", "final"):
         splits, plain = (
             [getattr(one.pooled_update("unseen"), which) for one in of] for of in (reports, first)
         )

@@ -146,9 +146,9 @@ def _repair(folder: Path, model: LightningModule, in_use: InUse) -> None:
 def _rows(name: str, folder: Path) -> dict[str, Row]:
     """Returns rows for a model before and after its repair."""
     report, rows = RepairReport.from_json((folder / "report.json").read_text()), {}
-    for row, which in ((name, "trained"), (f"{name}, repaired", "now")):
+    for row, which in ((name, "trained"), (f"{name}, repaired", "final")):
         known, unseen = (getattr(report.pooled_update(role), which) for role in ("known", "unseen"))
-        seconds = sum(report.seconds.values()) if which == "now" else float("nan")
+        seconds = sum(report.seconds.values()) if which == "final" else float("nan")
         rows[row] = (
             unseen.accuracy_after,
             unseen.repaired,

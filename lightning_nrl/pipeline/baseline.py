@@ -7,7 +7,7 @@ counted.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -101,12 +101,10 @@ def evaluate_baseline(
     if settings.samples.set_aside == DOUBTFUL:
         with clock.stage("labels"):
             set_aside = find_label_issues(evaluator, known, before)
-    is_same = before is results
-    before = _without(before, set_aside)
     return Baseline(
-        before if is_same else _without(results, set_aside),
-        before,
-        {role: EvaluatedData(other_data[role], of_role) for role, of_role in other_results.items()},
+        _without(results, set_aside),
+        _without(before, set_aside),
+        {role: EvaluatedData(other_data[role], other_results[role]) for role in other_data},
         set_aside,
         update,
         leaked,
@@ -155,9 +153,6 @@ def evaluate_other_data(
     return results
 
 
-OTHER_ROLES: tuple[Role, ...] = ("calibration", "unseen")
-
-
 class LeakCheck:
     """Finds samples that data share: calibration with known, unseen with known or calibration.
 
@@ -171,13 +166,12 @@ class LeakCheck:
         self, known: Sequence[Source], other_data: Mapping[Role, Sequence[Source]]
     ) -> None:
         self.known = known
-        self.other_data = other_data
-        if any(other_data.values()):
-            self.known = [content_recorder(source) for source in known]
-            self.other_data = {
-                role: [content_recorder(source) for source in sources]
-                for role, sources in other_data.items()
-            }
+        self.other_data: dict[Role, list[RecordingSource]] = {}
+        self._earlier: list[RecordingSource] = []
+        if other_data:
+            self.known = self._earlier = list(map(content_recorder, known))
+        for role, sources in other_data.items():
+            self.other_data[role] = list(map(content_recorder, sources))
 
     def leaked(self, collective: Collective) -> dict[str, int]:
         """Returns the number of leaked samples by unseen split with leaks, and warns about them.
@@ -186,9 +180,8 @@ class LeakCheck:
         sample is also known.
         """
         leaked: dict[str, int] = {}
-        earlier = _recorded(self.known)
-        for role in OTHER_ROLES:
-            sources = _recorded(self.other_data.get(role, ()))
+        earlier = self._earlier
+        for role, sources in self.other_data.items():
             for source in sources:
                 mask = _leaked_rows(source, earlier, collective)
                 ids = source.index[mask].tolist()
@@ -204,12 +197,8 @@ class LeakCheck:
                 problem = f"`unseen`: {count} are known or calibration data too ({first_ids(ids)})."
                 hint = "remove them: they make the counts on unseen data too good."
                 warnings.warn(DataWarning(problem, hint), stacklevel=4)
-            earlier += sources
+            earlier = earlier + sources
         return leaked
-
-
-def _recorded(sources: Iterable[Source]) -> list[RecordingSource]:
-    return [source for source in sources if isinstance(source, RecordingSource)]
 
 
 def _leaked_rows(
@@ -218,9 +207,8 @@ def _leaked_rows(
     """Marks the source's samples on all ranks that are also in `earlier`."""
     keys = torch.cat([recorder.gathered(collective) for recorder in earlier])
     mask = is_among(source.gathered(collective), keys)
-    identities = [
-        recorder.source.identity for recorder in earlier if isinstance(recorder.source, Identified)
-    ]
-    if isinstance(source.source, Identified) and identities:
-        mask |= is_among(source.source.identity, torch.cat(identities))
+    if isinstance(source.source, Identified):
+        for recorder in earlier:
+            if isinstance(recorder.source, Identified):
+                mask |= is_among(source.source.identity, recorder.source.identity)
     return mask

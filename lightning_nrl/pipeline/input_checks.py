@@ -27,7 +27,7 @@ from lightning_nrl.errors import (
     check_kind,
 )
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
-from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.evaluator import check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, forbid_batch_statistics
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import KnownData
@@ -37,7 +37,6 @@ from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import OldModel, Reference
 
-CLASSES: tuple[Need, ...] = ("classes",)
 # torch cannot concatenate them with other dtypes.
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 MAX_LISTED_IDS = 10  # ids of samples in a message
@@ -54,7 +53,10 @@ def given_or_default(settings: Settings | None) -> Settings:
 
 def first_ids(ids: Sequence[int]) -> str:
     """Lists the first ids of samples, and `...` if there are more."""
-    return f"{ids[:MAX_LISTED_IDS]}{' ...' if len(ids) > MAX_LISTED_IDS else ''}"
+    text = str(ids[:MAX_LISTED_IDS])
+    if len(ids) > MAX_LISTED_IDS:
+        text += " ..."
+    return text
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
@@ -92,13 +94,11 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 def check_limit(settings: Settings, calibrated: bool) -> None:
     """Raises a `ConfigurationError` if `limit` only counts the target or lacks calibration data."""
     limit = settings.limit
-    if limit is None:
-        return
-    if limit.needs_target:
+    if limit is not None and limit.needs_target:
         raise ConfigurationError(
             f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`."
         )
-    if not calibrated:
+    if limit is not None and not calibrated:
         raise ConfigurationError(
             f"`limit='{limit}'` needs calibration data, and there are none.",
             "give `calibration` data that the repair does not use, or leave `limit` out.",
@@ -113,14 +113,14 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
     check_needs(settings.needs, before, task)
     if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
-        check_needs(CLASSES, before, task, f"`set_aside={DOUBTFUL!r}`", hint)
+        check_needs(["classes"], before, task, f"`set_aside={DOUBTFUL!r}`", hint)
 
 
 def check_losses(before: SampleResults) -> None:
     """Raises an `UnusableSamplesError` with the samples that have a NaN or infinite loss."""
     wrong = before.non_finite()
     if wrong:
-        n = sum(len(ids) for ids in wrong.values())
+        n = sum(map(len, wrong.values()))
         samples = "; ".join(f"{split}: {first_ids(ids)}" for split, ids in wrong.items())
         raise UnusableSamplesError(
             f"the model's loss is NaN or infinite on {n} known samples ({samples}).",
@@ -139,6 +139,17 @@ def check_targets(before: SampleResults, settings: Settings) -> None:
         raise ConfigurationError(problem, hint)
 
 
+def scope_of(settings: Settings, evaluator: Evaluator) -> tuple[ParameterSpace, tuple[str, ...]]:
+    """Returns the layers to search and the parameters that may change, as `find_scope` does."""
+    return find_scope(
+        evaluator.model,
+        settings.layer,
+        include_bias=settings.localizer.include_bias,
+        called=evaluator.called,
+        trains=settings.trains,
+    )
+
+
 @torch.no_grad()
 def run_sanity_check(
     evaluator: Evaluator,
@@ -154,20 +165,14 @@ def run_sanity_check(
     task, method or reference.
     """
     model, method = evaluator.model, settings.method
-    space, _ = find_scope(
-        model,
-        settings.layer,
-        include_bias=settings.localizer.include_bias,
-        called=evaluator.called,
-        trains=settings.trains,
-    )
+    space, _ = scope_of(settings, evaluator)
     check_saved(model, space.parameters)
     with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
+        if isinstance(reference, OldModel):
+            # The predictions of these few samples would overwrite the cache file.
+            reference = replace(reference, cache=None)
         if reference is not None:
-            if isinstance(reference, OldModel):
-                # The predictions of these few samples would overwrite the cache file.
-                reference = replace(reference, cache=None)
             reference.answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
         if isinstance(method, Method):
@@ -197,7 +202,8 @@ def _check_recording(
     few: SampleResults,
     space: ParameterSpace,
 ) -> None:
-    first, collective, method = sources[0], evaluator.collective, settings.method
+    first = sources[0]
+    all_or_none = evaluator.collective.all_or_none
     row = torch.arange(len(few))
     known = row < len(first.index)
     failed = known & (row % 2 == 0)
@@ -205,14 +211,10 @@ def _check_recording(
     work = partial(record, evaluator, batches, space, known, budget=settings.search.memory_limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        recording = collective.all_or_none(
-            work, "known data could not be recorded on another rank."
-        )
-        if isinstance(method, Method):
-            collective.all_or_none(
-                partial(method.check_recording, recording),
-                "the method cannot be used on another rank.",
-            )
+        recording = all_or_none(work, "known data could not be recorded on another rank.")
+        if isinstance(settings.method, Method):
+            check = partial(settings.method.check_recording, recording)
+            all_or_none(check, "the method cannot be used on another rank.")
         localizer = settings.localizer.on(KnownData(evaluator, sources, few, space))
         localizer(recording, evaluator, failed=failed, passed=known & ~failed)
 
@@ -242,14 +244,13 @@ def _evaluated(
     except RepairError:
         raise
     except Exception as error:
-        batches = [source.batch for source in watched if source.batch is not None]
-        if not batches or is_out_of_memory(error):
+        read = [source.batch.raw for source in watched if source.batch is not None]
+        if not read or is_out_of_memory(error):
             raise
-        raw = batches[-1].raw
         kind = type(error).__name__
         raise ConfigurationError(
-            f"`adapter`: the model raised {kind} on the first batch: {error}\n{describe(raw)}",
-            adapter_hint(raw),
+            f"`adapter`: the model raised {kind} on the first batch: {error}\n{describe(read[-1])}",
+            adapter_hint(read[-1]),
         ) from error
     _check_one_form(watched)
     return few
@@ -263,9 +264,13 @@ def _check_one_form(watched: Sequence[_LastBatch]) -> None:
     forms = set[tuple[object, int]]()
     texts = []
     for source in watched:
-        target = None if source.batch is None else source.batch.target
-        if isinstance(target, Tensor) and (source.passed or source.failed):
-            kind = target.dtype if target.dtype in ODD_DTYPES else target.is_floating_point()
+        if source.batch is None or not isinstance(source.batch.target, Tensor):
+            continue
+        if source.passed or source.failed:
+            target = source.batch.target
+            kind: object = target.is_floating_point()
+            if target.dtype in ODD_DTYPES:
+                kind = target.dtype
             forms.add((kind, target.ndim))
             dtype = str(target.dtype).removeprefix("torch.")
             shape = ", ".join(["n", *map(str, target.shape[1:])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -27,31 +28,32 @@ def to_be_loaded(
     model.train()
     # A tensor that `eval()` left alone may have been merged earlier; `train()` has then restored
     # it.
-    trained = {
-        name: rewritten.get(id(live[name]), value).to(value.device)
-        for name, value in snapshot(model).items()
-    }
+    trained = _earlier(live, snapshot(model), rewritten)
     _reload(model, trained)
     wanted = {**evaluated, **patch}
-    best: tuple[float, State, State] | None = None
+    best_gap = math.inf
+    to_load: State = {}
+    after_eval: State = {}
     for loaded in _candidates(model, snapshot(model), trained, wanted):
         _reload(model, loaded)
         result = snapshot(model)
         gap = _gap(result, wanted)
-        if best is None or gap < best[0]:
-            best = gap, loaded, result
+        if gap < best_gap:
+            best_gap, to_load, after_eval = gap, loaded, result
         if not gap:
             break
-    assert best is not None
-    _, to_load, after_eval = best
     _reload(model, trained)
     write(model, evaluated)
-    held = {
-        name: rewritten.get(id(value), evaluated[name]).to(value.device)
-        for name, value in live.items()
-    }
+    held = _earlier(live, evaluated, rewritten)
     new = {name: value for name, value in to_load.items() if not torch.equal(value, held[name])}
     return new, changed(model, after_eval)
+
+
+def _earlier(live: State, state: State, rewritten: Mapping[int, Tensor]) -> State:
+    """Returns `state` with the earlier values of the tensors that `eval()` has rewritten."""
+    return {
+        name: rewritten.get(id(live[name]), value).to(value.device) for name, value in state.items()
+    }
 
 
 def _gap(state: State, wanted: State) -> float:

@@ -123,16 +123,13 @@ class BoundOptions:
 OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOptions}
 
 
-def changed_options(options: Any) -> dict[str, Any]:
+def changed_options(options: object) -> dict[str, Any]:
     """Returns the fields of an option object that differ from the defaults."""
     defaults = fields_of(type(options)())
-    return {
-        name: value
-        for name, value in fields_of(options).items()
-        if not _is_same(value, defaults[name])
-    }
-
-
-def _is_same(value: object, default: object) -> bool:
-    # 0 and False are equal, but not the same option.
-    return value is default or (type(value) is type(default) and bool(value == default))
+    changed = {}
+    for name, value in fields_of(options).items():
+        default = defaults[name]
+        # 0 and False are equal, but not the same option.
+        if (type(value), value) != (type(default), default):
+            changed[name] = value
+    return changed

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lightning_nrl.report import RepairReport
 PATCH_NAME = "repair.patch.safetensors"
 """Name of the patch file that a repair writes next to its checkpoint."""
 
-Weights = TypeVar("Weights", bound=nn.Module | Mapping[str, Any])
+Weights = TypeVar("Weights", bound=nn.Module | dict[str, Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Patch(PatchContents):
             raise ConfigurationError(
                 f"`{name}` is in only one of the states.", "give two states of the same model."
             )
-        changes: dict[str, TensorChange] = {}
+        changes = {}
         shared: dict[tuple[str, str], TensorChange] = {}
         for name, value in before.items():
             change = TensorChange.between(name, value, after[name])
@@ -93,7 +93,9 @@ class Patch(PatchContents):
             raise ConfigurationError(
                 "`new` is the same as `old`, bit for bit.", "give the state after a change."
             )
-        json = "" if report is None else report.to_json()
+        json = ""
+        if report is not None:
+            json = report.to_json()
         return cls(changes, hash_tensors(before), hash_tensors(after), report_json=json)
 
     @property
@@ -103,7 +105,8 @@ class Patch(PatchContents):
     @property
     def n_changed(self) -> int:
         """Number of stored values (see `TensorChange.n_changed`). Tied tensors are counted once."""
-        return sum({id(change): change.n_changed for change in self.changes.values()}.values())
+        changes = {id(change): change for change in self.changes.values()}
+        return sum(change.n_changed for change in changes.values())
 
     @property
     def report(self) -> RepairReport | None:
@@ -111,7 +114,9 @@ class Patch(PatchContents):
 
         Raises a `ConfigurationError` if an incompatible version wrote it.
         """
-        return RepairReport.from_json(self.report_json) if self.report_json else None
+        if not self.report_json:
+            return None
+        return RepairReport.from_json(self.report_json)
 
     def apply(self, to: Weights) -> Weights:
         """Writes the new values to a module and returns it, or returns a changed copy of a dict.
@@ -134,28 +139,25 @@ class Patch(PatchContents):
 
         Raises a `ConfigurationError` if it is missing, damaged or no patch.
         """
-        read = read_patch(path)
-        return cls(read.changes, read.base, read.result, read.versions, read.report_json)
+        return cls(**vars(read_patch(path)))
 
     def _changed(self, to: Weights, undo: bool) -> Weights:
         if isinstance(to, nn.Module):
             _write(to, self._new_values(_tensors(to.state_dict()), undo))
             return to
-        if not isinstance(to, Mapping):
+        if not isinstance(to, dict):
             raise ConfigurationError(
                 f"`to`: found a {type(to).__name__}, not a module or state dict.",
                 "load the model first.",
             )
-        new = self._new_values(_tensors(to), undo)
-        # A copy keeps attributes such as `_metadata`.
-        copied = copy(to) if isinstance(to, dict) else dict(to)
-        copied.update(new)
-        return cast(Weights, copied)
+        copied = copy(to)  # with attributes such as `_metadata`
+        copied.update(self._new_values(_tensors(to), undo))
+        return copied
 
     def _new_values(self, state: Mapping[str, Tensor], undo: bool) -> dict[str, Tensor]:
         self._check_state(state, undo)
         values: dict[tuple[int, ...], Tensor] = {}
-        new: dict[str, Tensor] = {}
+        new = {}
         for name, change in self.changes.items():
             # Tensors that share memory still share it afterwards.
             place = (id(change), state[name].data_ptr(), *state[name].stride())
@@ -164,33 +166,38 @@ class Patch(PatchContents):
             new[name] = values[place]
         _, wanted = self._digests(undo)
         if hash_tensors({**state, **new}) != wanted:
-            problem = "`patch` yields other weights than its hash says."
-            raise ConfigurationError(problem, "create the patch again; nothing was changed.")
+            raise ConfigurationError(
+                "`patch` yields other weights than its hash says.",
+                "create the patch again; nothing was changed.",
+            )
         return new
 
     def _digests(self, undo: bool) -> tuple[str, str]:
         """Returns the hashes of the state to change and of the state after it."""
-        return (self.result, self.base) if undo else (self.base, self.result)
+        if undo:
+            return self.result, self.base
+        return self.base, self.result
 
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:
-        digest, problem = hash_tensors(state), self._difference(state, undo)
+        digest = hash_tensors(state)
+        problem = self._difference(state, undo)
         before, after = self._digests(undo)
         if digest == before and not problem:
             return
+        action, is_done = "applied", "already"
+        hint = (
+            "a patch fits only the weights that it was made for; "
+            "apply patches in the order they were made."
+        )
         if undo:
             action, is_done = "reverted", "do not"
             hint = "revert the later patches first."
-        else:
-            action, is_done = "applied", "already"
-            hint = (
-                "a patch fits only the weights that it was made for; "
-                "apply patches in the order they were made."
-            )
         if digest == after:
             problem = f"the weights {is_done} contain this change"
             hint = "there is nothing to do."
-        if not problem:
-            problem = "the tensors that it changes fit, but other tensors of the model differ"
+        problem = (
+            problem or "the tensors that it changes fit, but other tensors of the model differ"
+        )
         raise ConfigurationError(f"`patch` cannot be {action}: {problem}.", hint)
 
     def _difference(self, state: Mapping[str, Tensor], undo: bool) -> str:
@@ -205,7 +212,7 @@ class Patch(PatchContents):
                     f"`{name}` is {tensor.dtype} {list(tensor.shape)} in the model "
                     f"and {change.old.dtype} {list(change.shape)} in the patch"
                 )
-            if hash_tensor(tensor) != (change.sha256_new if undo else change.sha256_old):
+            if hash_tensor(tensor) != change.sha256(after=undo):
                 wrong.append(name)
         if not wrong:
             return ""
@@ -259,12 +266,12 @@ def patch_checkpoint(
         "give a checkpoint of tensors and plain values, "
         "or say `weights_only=False` if you trust the file."
     )
-    content: Mapping[str, Any] = load_mapping(
-        "checkpoint", checkpoint, hint, weights_only=weights_only
-    )
-    inner = content.get("state_dict")
-    state = inner if isinstance(inner, Mapping) else content
-    new = patch.revert(state) if undo else patch.apply(state)
-    if state is inner:
-        new = {**content, "state_dict": new}
-    replacing(out, lambda part: torch.save(new, part))
+    content: Any = load_mapping("checkpoint", checkpoint, hint, weights_only=weights_only)
+    change = patch.apply
+    if undo:
+        change = patch.revert
+    if isinstance(content.get("state_dict"), dict):
+        content = {**content, "state_dict": change(content["state_dict"])}
+    else:
+        content = change(content)
+    replacing(out, lambda part: torch.save(content, part))

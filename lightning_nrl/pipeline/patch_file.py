@@ -26,9 +26,6 @@ from lightning_nrl.errors import ConfigurationError, first_line
 from lightning_nrl.records import installed_versions
 
 WHOLE_TENSOR_SHARE = 1 / 3  # if a larger share of a tensor changed, all its values are stored
-# Integer dtypes by size in bytes. Values are compared and copied as integers, so that NaN and -0.0
-# are preserved.
-WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PATCH_FORMAT = "lightning_nrl.patch.1"
 PATCH_FILE_HINT = "give a file that `Patch.save` or a repair wrote, or write it again."
 
@@ -69,32 +66,38 @@ class TensorChange:
             pair = " and ".join(f"{value.dtype} {list(value.shape)}" for value in (old, new))
             raise ConfigurationError(f"`{name}` is {pair}.", "give two states of the same model.")
         old, new = _plain(old), _plain(new)
-        differs = _words(old) != _words(new)
-        if old.is_complex():
-            differs = differs.any(1)
-        index = differs.nonzero().flatten()
+        index = (_bytes(old) != _bytes(new)).any(1).nonzero().flatten()
         if not len(index):
             return None
-        hashes = hash_tensor(old), hash_tensor(new)
+        shape, hashes = tuple(old.shape), (hash_tensor(old), hash_tensor(new))
         if len(index) > WHOLE_TENSOR_SHARE * old.numel():
-            return cls(tuple(old.shape), None, old.clone(), new.clone(), *hashes)
-        values = _values(old, index), _values(new, index)
+            return cls(shape, None, old.clone(), new.clone(), *hashes)
+        old_values = _bytes(old)[index].view(old.dtype).flatten()
+        new_values = _bytes(new)[index].view(new.dtype).flatten()
         if old.numel() < 2**31:
             index = index.int()
-        return cls(tuple(old.shape), index, *values, *hashes)
+        return cls(shape, index, old_values, new_values, *hashes)
 
     @property
     def n_changed(self) -> int:
         """Number of stored values: the changed ones, or all if more than a third changed."""
         return self.old.numel()
 
+    def sha256(self, after: bool) -> str:
+        """Returns the hash of the whole tensor before or after the change."""
+        if after:
+            return self.sha256_new
+        return self.sha256_old
+
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
         """Returns a copy of the tensor on its device with the new or, if `undo`, the old values."""
-        values = self.old if undo else self.new
+        values = self.new
+        if undo:
+            values = self.old
         if self.index is None:
             return values.clone().to(tensor.device)
         copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        _words(copied)[self.index.long()] = _words(values)
+        _bytes(copied)[self.index.long()] = _bytes(values)
         return copied.to(tensor.device)
 
 
@@ -107,24 +110,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().cpu().contiguous()
 
 
-def _values(tensor: Tensor, index: Tensor) -> Tensor:
-    """Returns the values at flat positions of a contiguous tensor.
+def _bytes(tensor: Tensor) -> Tensor:
+    """Returns a view of a contiguous tensor with the bytes of each value in a row.
 
-    Indexes bytes, since torch may not index float8.
+    As bytes, NaN and -0.0 are compared and copied exactly.
     """
-    rows = tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
-    return rows[index].view(tensor.dtype).flatten()
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """Returns a flat view of a contiguous tensor's bits as integers.
-
-    There is one per real number, and two per complex number.
-    """
-    flat = tensor.reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat)
-    return flat.view(WORD_DTYPES[flat.element_size()])
+    return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +157,8 @@ class PatchHeader(Record):
 
 def write_patch(path: str | Path, patch: PatchContents) -> None:
     """Writes a patch to a file, atomically."""
-    records: dict[str, ChangeRecord] = {}
-    tensors: dict[str, Tensor] = {}
+    records = {}
+    tensors = {}
     names: dict[int, str] = {}  # under which a change is stored
     for name, change in patch.changes.items():
         stored_name = names.setdefault(id(change), name)
@@ -196,8 +187,8 @@ def write_patch(path: str | Path, patch: PatchContents) -> None:
 def read_patch(path: str | Path) -> PatchContents:
     """Reads a patch. Raises a `ConfigurationError` if the file is damaged or no patch."""
     tensors, texts = _read_tensors(path)
-    if texts.get("format") != PATCH_FORMAT:
-        file_format = texts.get("format", "none")
+    file_format = texts.get("format", "none")
+    if file_format != PATCH_FORMAT:
         raise ConfigurationError(
             f"`patch={str(path)!r}` has the format {file_format!r}, not {PATCH_FORMAT!r}.",
             "give a patch, and read it with the version of the package that wrote it.",
@@ -223,40 +214,48 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parse(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> PatchContents:
-    header, report = texts["patch"], texts["report"]
+    header = texts["patch"]
+    report = texts["report"]
     if texts["sha256"] != _digest(header, report, tensors):
         raise ValueError("its content does not match its hash.")
     if report:
         parse_json(report)
     read = PatchHeader.from_json(header)
-    stored: dict[str, TensorChange] = {}
+    changes: dict[str, TensorChange] = {}
     for name, record in read.tensors.items():
+        # The first of several tied tensors has the values.
         if record.values_of == name:
-            stored[name] = _change(name, record, tensors)
-    changes = {name: stored[record.values_of] for name, record in read.tensors.items()}
+            changes[name] = _change(name, record, tensors)
+        else:
+            changes[name] = changes[record.values_of]
     return PatchContents(changes, read.base, read.result, read.versions, report)
 
 
 def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> TensorChange:
     old = _restored(tensors[f"old/{name}"], record.dtype)
     new = _restored(tensors[f"new/{name}"], record.dtype)
-    index, shape = None, record.shape
+    index = None
+    shape = record.shape
     if record.sparse:
         index = tensors[f"index/{name}"]
         shape = (len(index),)
         if not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
             raise ValueError(f"`{name}` has positions out of range.")
-    if not tuple(old.shape) == tuple(new.shape) == tuple(shape) or old.dtype != new.dtype:
+    if not old.shape == new.shape == shape or old.dtype != new.dtype:
         raise ValueError(f"the values of `{name}` do not have its shape.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 
 
 def _stored(values: Tensor) -> Tensor:
-    return torch.view_as_real(values).contiguous() if values.is_complex() else values
+    if values.is_complex():
+        return torch.view_as_real(values).contiguous()
+    return values
 
 
 def _restored(values: Tensor, dtype: str) -> Tensor:
-    return torch.view_as_complex(values) if dtype.startswith("complex") else values
+    if dtype.startswith("complex"):
+        return torch.view_as_complex(values)
+    return values
 
 
 def _digest(header: str, report: str, tensors: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lightning_nrl._utils.state import hash_file, hash_tensors
 from lightning_nrl.data.targets import Target
 from lightning_nrl.gate import Gate
 
-SCALARS = (bool, int, float, str)
+SCALARS = (NoneType, bool, int, float, str)
 NAMED = (type, FunctionType, BuiltinFunctionType, MethodType)
 
 
@@ -32,7 +32,7 @@ def plain_value(value: Any) -> Any:
 
     Nothing in it depends on memory addresses.
     """
-    if value is None or isinstance(value, SCALARS):
+    if isinstance(value, SCALARS):
         return value
     if isinstance(value, (Target, Gate)):
         return str(value)
@@ -41,48 +41,43 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         if value and all(isinstance(item, Tensor) for item in value.values()):
             return f"{len(value)} tensors"
-        return {str(key): plain_value(item) for key, item in value.items()}
+        return _plain_items(value)
     if isinstance(value, (list, tuple)):
-        return [plain_value(item) for item in value]
+        return list(map(plain_value, value))
     if isinstance(value, (set, frozenset)):
-        return sorted((plain_value(item) for item in value), key=str)
+        return sorted(map(plain_value, value), key=str)
     if isinstance(value, NAMED):
         return f"{value.__module__}.{value.__qualname__}"
     if is_dataclass(value):
-        items = {name: plain_value(item) for name, item in fields_of(value).items()}
-        return {"class": type(value).__name__, **items}
+        return {"class": type(value).__name__, **_plain_items(fields_of(value))}
     representation: object = type(value).__repr__
     if representation is object.__repr__:
-        return {"class": type(value).__name__, **_scalar_attributes(value)}
+        scalars = {name: item for name, item in vars(value).items() if isinstance(item, SCALARS)}
+        return {"class": type(value).__name__, **scalars}
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def _scalar_attributes(value: object) -> dict[str, Any]:
-    attributes = getattr(value, "__dict__", {})
-    return {
-        name: item for name, item in attributes.items() if item is None or isinstance(item, SCALARS)
-    }
+def _plain_items(items: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): plain_value(item) for key, item in items.items()}
 
 
-def content_hashes(value: Any) -> Any:
-    """Returns hashes of the models, states, files and folders in a value.
+def content_hashes(value: object) -> object:
+    """Returns hashes of the models, tensors, files and folders in a value.
 
     `plain_value` leaves out their contents.
     """
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
+    if isinstance(value, Tensor):
+        return hash_tensors({"": value})
     if isinstance(value, Mapping):
-        items = {str(key): item for key, item in value.items()}
-        nested = {
-            key: content_hashes(item) for key, item in items.items() if isinstance(item, Mapping)
-        }
-        return [hash_tensors(items), nested]
+        return {str(key): content_hashes(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [content_hashes(item) for item in value]
+        return list(map(content_hashes, value))
     if isinstance(value, (str, Path)):
         return _file_hashes(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: content_hashes(item) for name, item in fields_of(value).items()}
+        return content_hashes(fields_of(value))
     return None
 
 
@@ -91,8 +86,8 @@ def _file_hashes(path: str | Path) -> object:
     with suppress(OSError, ValueError):
         if Path(path).is_file():
             return hash_file(Path(path))
-        if str(path) and Path(path).is_dir():
-            files = [file for file in Path(path).iterdir() if file.is_file()]
+        if str(path):
+            files = filter(Path.is_file, Path(path).iterdir())
             return sorted((file.name, hash_file(file)) for file in files)
     return None
 

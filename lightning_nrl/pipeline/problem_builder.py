@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import current_state, hash_tensors
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
@@ -36,15 +35,14 @@ def build_problem(
     *,
     clock: StageTimer | None = None,
     training: Training | None = None,
-    update: bool = False,
-    needed: Mapping[str, int] | None = None,
-    work: ResumeStore | None = None,
 ) -> Problem:
     """Builds the problem for a method.
 
     `layers` is the result of `find_scope`. The other arguments are fields of `Problem`.
     """
     space, scope = layers
+    if training is not None:
+        training = training.for_targets(before.targeted)
     return Problem(
         evaluator,
         known,
@@ -58,12 +56,9 @@ def build_problem(
         seed=settings.seed,
         memory_limit=settings.search.memory_limit,
         n_scored=settings.search.n_scored,
-        training=None if training is None else training.for_targets(before.targeted),
+        training=training,
         whole=settings.layer == "auto",
-        update=update,
-        needed=needed or {},
         gate=settings.gate,
-        work=work or ResumeStore(),
     )
 
 
@@ -73,15 +68,14 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     if n_passed is None:
         return before.passed
     mask = torch.zeros_like(before.passed)
-    for source in known:
-        if source.passed:
-            rows_of_split = before.of(source.split)
-            mask[rows_of_split] = before.passed[rows_of_split]
-    rows = mask.nonzero().flatten()
+    splits = [source.split for source in known if source.passed]
+    for split in splits:
+        mask[before.of(split)] = True
+    rows = (mask & before.passed).nonzero().flatten()
     if 0 < len(rows) < n_passed:
-        splits = " and ".join(source.split for source in known if source.passed)
+        names = " and ".join(splits)
         problem = (
-            f"`n_passed={n_passed}`: only {len(rows):,} samples of {splits} pass; all are scored."
+            f"`n_passed={n_passed}`: only {len(rows):,} samples of {names} pass; all are scored."
         )
         hint = (
             "leave `n_passed` out to score every known passed sample, "
@@ -94,42 +88,39 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     return drawn
 
 
-NEUTRAL_SETTINGS = ("save_every",)  # settings that do not affect the result
-
-
 def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[str, str]:
     """Returns hashes of everything that a repair depends on, by name.
 
     Steps saved with the same hashes can be reused. Instead of samples, the model's results on them
     are hashed: if the input of a sample changes, its loss changes, too.
     """
-    training = problem.training
     plain = settings.plain()
-    for name in NEUTRAL_SETTINGS:
-        del plain[name]
-    tables = [_plain_table(problem.before), None]
+    del plain["save_every"]  # does not affect the result
+    tables = [_plain_table(problem.before)]
     if "calibration" in baseline.other_data:
-        tables[1] = _plain_table(baseline.other_data["calibration"].before)
+        tables.append(_plain_table(baseline.other_data["calibration"].before))
     surroundings = {
+        "model": type(problem.model).__qualname__,
         "task": plain_value(problem.evaluator.task),
         "device": problem.device.type,
         "ranks": problem.collective.world_size,
-        "scope": list(problem.scope),
-        "training": None if training is None else training.epochs,
+        "scope": problem.scope,
         "update": problem.update,
         "tensors of the method": content_hashes((settings.method, settings.localizer)),
     }
+    training: object = None
+    if problem.training is not None:
+        training = problem.training.epochs, problem.training.origin
     versions = installed_versions()
     return {
         "weights": hash_tensors(current_state(problem.model)),
         "data": text_hash(tables),
-        "settings": text_hash([type(problem.model).__qualname__, plain, surroundings]),
-        "training": text_hash(None if training is None else training.origin),
-        "versions": ", ".join(f"{name} {versions[name]}" for name in ("lightning_nrl", "torch")),
+        "settings": text_hash([plain, surroundings]),
+        "training": text_hash(training),
+        "versions": f"lightning_nrl {versions['lightning_nrl']}, torch {versions['torch']}",
     }
 
 
 def _plain_table(results: SampleResults) -> list[object]:
-    columns = fields_of(results)
-    plain = {name: value for name, value in columns.items() if not isinstance(value, Tensor)}
-    return [hash_tensors(columns), plain]
+    digest = hash_tensors(fields_of(results))
+    return [digest, results.splits, results.sizes, results.names]

@@ -21,14 +21,18 @@ from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.layers import find_scope
-from lightning_nrl.evaluation.sample_results import Flips, SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
-from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
+from lightning_nrl.pipeline.input_checks import (
+    check_limit,
+    check_sources,
+    given_or_default,
+    scope_of,
+)
 from lightning_nrl.pipeline.loaded_weights import to_be_loaded
 from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
 from lightning_nrl.pipeline.report_builder import ReportBuilder
@@ -36,7 +40,7 @@ from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparse_patch import sparsify
 from lightning_nrl.pipeline.strength import line_search
 from lightning_nrl.records import CalibrationBounds, Role
-from lightning_nrl.records.stats import limit_after
+from lightning_nrl.records.stats import Selection, limit_after
 from lightning_nrl.records.steps import Step
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
@@ -134,13 +138,7 @@ def repair_module(
     clock = StageTimer(observer, settings.max_time)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
-    layers = find_scope(
-        evaluator.model,
-        settings.layer,
-        include_bias=settings.localizer.include_bias,
-        called=evaluator.called,
-        trains=settings.trains,
-    )
+    layers = scope_of(settings, evaluator)
     with preserve_state(evaluator.model) as rewritten:
         evaluate = partial(
             evaluate_baseline,
@@ -161,23 +159,16 @@ def repair_module(
             return Outcome(builder.without_candidate("nothing to repair", reason))
         quotas, impossible = required_repairs(baseline.before, settings.samples.quotas or {})
         problem = build_problem(
-            evaluator,
-            known,
-            baseline.before,
-            layers,
-            settings,
-            clock=clock,
-            training=training,
-            update=baseline.update is not None,
-            needed=quotas,
-            work=work,
+            evaluator, known, baseline.before, layers, settings, clock=clock, training=training
         )
+        problem = replace(problem, update=baseline.update is not None, needed=quotas)
         obstacle = impossible or _nothing_passes(problem)
         if obstacle:
             return _give_up(builder, obstacle)
         if work is not None:
             origin = origin_of(problem, baseline, settings)
             work.begin(origin, clock, evaluator.collective, problem.device)
+            problem = replace(problem, work=work)
         return _repair(problem, builder, rewritten)
 
 
@@ -227,12 +218,13 @@ def _finish(
             work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)
             sparse, step = problem.work.once("sparse", work, tuple[Proposal, Step])
         solution = replace(solution, proposal=sparse, steps=(*solution.steps, step))
-    n_passed = solution.n_passed
-    if n_passed is None:
-        n_passed = int(problem.passed.sum())
-    builder = replace(builder, solution=solution, n_passed=n_passed)
+    if solution.n_passed is None:
+        solution = replace(solution, n_passed=int(problem.passed.sum()))
+    builder = replace(builder, solution=solution)
     proposal = solution.proposal
-    patch = {} if proposal is None else changed(model, proposal.state)
+    patch: State = {}
+    if proposal is not None:
+        patch = changed(model, proposal.state)
     if proposal is None or not patch:
         reason = solution.reason or "the search found nothing better than the original weights."
         return Outcome(builder.without_candidate("not repaired", reason))
@@ -256,7 +248,10 @@ def _finish(
         reason = f"at strength {result.chosen:g} no weight changes."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judge(problem, patch, builder)
-    changes = _changes(current_state(model), patch)
+    old = current_state(model)
+    changes = {
+        name: (new.cpu().double() - old[name].cpu().double()).float() for name, new in patch.items()
+    }
     if report.status == "repaired":
         return Outcome(report, loaded, patch, changes)
     return Outcome(report, changes=changes)
@@ -271,16 +266,20 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
     if not problem.needed:
         return solution
     for _ in range(QUOTA_ROUNDS):
-        best, began = solution.proposal, problem.clock.elapsed
-        steered = problem.steered(problem.before if best is None else best.after)
-        if steered is problem or not problem.deadline.leaves(began):
+        best, after = solution.proposal, problem.before
+        if best is not None:
+            after = best.after
+        steered = problem.steered(after)
+        if steered is problem or not problem.deadline.leaves(problem.clock.elapsed):
             break
         problem = steered
         work = partial(solve, settings.method, problem)
         again = problem.work.once("method for quotas", work, Solution)
         new_steps = [replace(step, name=f"{step.name}, for quotas") for step in again.steps]
-        chosen = solution if better([best, again.proposal]) is best else again
-        solution = replace(chosen, steps=(*solution.steps, *new_steps))
+        steps = (*solution.steps, *new_steps)
+        if better([best, again.proposal]) is not best:
+            solution = again
+        solution = replace(solution, steps=steps)
     return solution
 
 
@@ -291,11 +290,12 @@ def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRepo
     with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
-        if decision.accepted and baseline.known is not problem.before:
+        if decision.accepted and problem.update and settings.samples.keep == "reference":
             # Samples that the replaced model gets wrong may break, but the accuracy on known data
             # must not fall.
             by_accuracy = judge(baseline.known, after, Gate.accuracy())
-            decision = decision if by_accuracy.accepted else by_accuracy
+            if not by_accuracy.accepted:
+                decision = by_accuracy
         if decision.accepted:
             for role, data in baseline.other_data.items():
                 other_results[role] = problem.evaluator.run(data.sources)
@@ -305,22 +305,16 @@ def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRepo
         patched = other_results["calibration"]
         decision = check_protected(decision, before, patched)
         if decision.accepted:
-            selection, confidence = builder.line_search.selection, settings.bounds.confidence
             counts = Flips.between(before, patched).counts()
-            upper = limit_after(counts.broken, counts.passed, selection, confidence)
-            bounds = CalibrationBounds(
-                counts.broken,
-                counts.passed,
-                confidence,
-                upper,
-                selection.states,
-                selection.allowed,
-            )
+            selection = builder.line_search.selection
+            bounds = _bounds(counts, selection, settings.bounds.confidence)
     return builder.with_candidate(decision, patch, after, other_results, bounds)
 
 
-def _changes(old: State, new: State) -> State:
-    return {name: (new[name].cpu().double() - old[name].cpu().double()).float() for name in new}
+def _bounds(counts: FlipCounts, selection: Selection, confidence: float) -> CalibrationBounds:
+    broken, n = counts.broken, counts.passed
+    upper = limit_after(broken, n, selection, confidence)
+    return CalibrationBounds(broken, n, confidence, upper, selection.states, selection.allowed)
 
 
 def _nothing_passes(problem: Problem) -> str:
@@ -340,15 +334,18 @@ def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Set
             "and wrong under the new one."
         )
     results = baseline.known
-    with_failures = [source.split for source in known if source.failed]
-    names = " and ".join(with_failures)
-    if not any(results.in_target[results.of(split)].any() for split in with_failures):
-        return f"no sample of {names}, right or wrong, is in the target ({target})."
-    failed = ~results.passed
-    counts = ", ".join(
-        f"{int(failed[results.of(source.split)].sum())} in {source.split}" for source in known
-    )
-    return f"no failed sample of {names} is in the target ({target}); failures in all: {counts}."
+    names, counts, in_target = [], [], False
+    for source in known:
+        rows = results.of(source.split)
+        counts.append(f"{int((~results.passed[rows]).sum())} in {source.split}")
+        if source.failed:
+            names.append(source.split)
+            in_target |= bool(results.in_target[rows].any())
+    splits = " and ".join(names)
+    if not in_target:
+        return f"no sample of {splits}, right or wrong, is in the target ({target})."
+    failures = ", ".join(counts)
+    return f"no failed sample of {splits} is in the target ({target}); failures in all: {failures}."
 
 
 def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcome:

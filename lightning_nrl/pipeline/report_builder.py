@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
 from lightning_nrl._utils.state import State, current_state, hash_tensors
@@ -45,12 +46,12 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
         return ""
     update = pool_updates(known)
     sentence = (
-        f"Of {update.now.passed:,} known samples that the replaced model gets right, "
+        f"Of {update.final.passed:,} known samples that the replaced model gets right, "
         f"the new one got {update.trained.broken:,} wrong"
     )
-    if update.now == update.trained:
+    if update.final == update.trained:
         return f"{sentence}."
-    return f"{sentence} and gets {update.now.broken:,} wrong now."
+    return f"{sentence} and gets {update.final.broken:,} wrong now."
 
 
 def set_aside_samples(before: SampleResults, mask: Tensor, why: str) -> tuple[SetAside, ...]:
@@ -58,15 +59,13 @@ def set_aside_samples(before: SampleResults, mask: Tensor, why: str) -> tuple[Se
     samples = []
     for split in before.splits:
         rows = before.of(split)
-        for row in (mask[rows].nonzero().flatten() + rows.start).tolist():
-            label, prediction = int(before.label[row]), int(before.prediction[row])
-            samples.append(SetAside(split, int(before.index[row]), label, prediction, why))
+        columns = torch.stack([before.index, before.label, before.prediction], 1)
+        for position, label, prediction in columns[rows][mask[rows]].tolist():
+            samples.append(SetAside(split, position, label, prediction, why))
     return tuple(samples)
 
 
-def search_report(
-    result: SearchResult, n_failed: int | None = None, n_passed: int | None = None
-) -> SearchReport:
+def search_report(result: SearchResult, n_failed: int, n_passed: int | None) -> SearchReport:
     """Returns the report of a search on `n_failed` failed and `n_passed` passed samples."""
     return SearchReport(
         iterations=result.iterations,
@@ -80,6 +79,7 @@ def search_report(
 
 
 NOTHING: Mapping[Role, SampleResults] = {}
+NO_SOLUTION = Solution(None)
 UNDECIDED = LineSearchResult(chosen=None)
 
 
@@ -89,7 +89,6 @@ class ReportBuilder:
 
     Attributes:
         seconds: seconds by stage, in a mapping that is updated while the repair runs.
-        n_passed: number of passed samples that the search scored (|I_pos|).
     """
 
     evaluator: Evaluator
@@ -97,13 +96,13 @@ class ReportBuilder:
     settings: Settings
     baseline: Baseline
     seconds: Mapping[str, float]
-    solution: Solution | None = None
-    n_passed: int | None = None
+    solution: Solution = NO_SOLUTION
     line_search: LineSearchResult = UNDECIDED
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
         """Returns the report of a repair without new weights."""
-        layers, model = hash_tensors(self.space.parameters), self._hash_model({})
+        layers = hash_tensors(self.space.parameters)
+        model = self._hash_model({})
         return replace(
             self._report(status, reason, NOTHING),
             slices=self._slices(NOTHING),
@@ -115,33 +114,36 @@ class ReportBuilder:
         decision: GateDecision,
         new: State,
         after: SampleResults,
-        other_results: Mapping[Role, SampleResults] = NOTHING,
-        bounds: CalibrationBounds | None = None,
+        other_results: Mapping[Role, SampleResults],
+        bounds: CalibrationBounds | None,
     ) -> RepairReport:
         """Returns the report on the weights `new`.
 
         They have the results `after` on known data and `other_results` on other data.
         """
         state = current_state(self.evaluator.model)
-        old = {name: value for name, value in state.items() if name in new}
-        layers_before, model_before = hash_tensors(old), self._hash_model({})
-        hashes = Hashes(layers_before, layers_before, model_before, model_before)
+        old = {name: state[name] for name in new}
         results: dict[Role, SampleResults] = {"known": after}
-        candidate: tuple[SplitReport, ...] = ()
         if decision.accepted:
             results |= other_results
-            hashes = Hashes(layers_before, hash_tensors(new), model_before, self._hash_model(new))
+            report = self._report(decision.status, decision.reason, results)
+            written = new
         else:
-            candidate = tuple(by_role(self._splits(results))["known"])
-        results_of_model = results if decision.accepted else NOTHING
+            report = self._report(decision.status, decision.reason, NOTHING)
+            report = replace(report, candidate=tuple(by_role(self._splits(results))["known"]))
+            written = old
         return replace(
-            self._report(decision.status, decision.reason, results_of_model),
+            report,
             layers=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in new)),
-            candidate=candidate,
             slices=self._slices(results),
             change=WeightChange.between(old, new),
             bounds=bounds,
-            hashes=hashes,
+            hashes=Hashes(
+                hash_tensors(old),
+                hash_tensors(written),
+                self._hash_model({}),
+                self._hash_model(written),
+            ),
         )
 
     def _report(
@@ -151,12 +153,12 @@ class ReportBuilder:
 
         `after` has the results after the repair by role. It is empty if no weights changed.
         """
-        known, settings = self.baseline.known, self.settings
-        solution = self.solution or Solution(None)
+        known, settings, solution = self.baseline.known, self.settings, self.solution
         update = self._updates(after)
         search = None
         if solution.result is not None:
-            search = search_report(solution.result, int(known.targeted.sum()), self.n_passed)
+            n_failed = int(known.targeted.sum())
+            search = search_report(solution.result, n_failed, solution.n_passed)
         why_aside = "chosen by `set_aside`"
         if settings.samples.set_aside == DOUBTFUL:
             why_aside = "its label looks wrong"
@@ -205,11 +207,12 @@ class ReportBuilder:
         return margin_edges(self.baseline.known.margin)
 
     def _splits(self, after: Mapping[Role, SampleResults]) -> tuple[SplitReport, ...]:
-        return tuple(
-            split_report(split, role, before, after.get(role, before), self._margin_edges)
-            for role, before in self._before.items()
-            for split in before.splits
-        )
+        splits = []
+        for role, before in self._before.items():
+            results = after.get(role, before)
+            for split in before.splits:
+                splits.append(split_report(split, role, before, results, self._margin_edges))
+        return tuple(splits)
 
     def _slices(self, after: Mapping[Role, SampleResults]) -> tuple[SliceReport, ...]:
         quotas, _ = required_repairs(self.baseline.known, self.settings.samples.quotas or {})
@@ -217,9 +220,12 @@ class ReportBuilder:
         for role, before in self._before.items():
             flips = Flips.between(before, after.get(role, before))
             for number, name in enumerate(before.names):
-                counts = flips.target_counts(before, before.group == number)
-                quota = quotas.get(name) if role == "known" else None
-                reports.append(SliceReport(name, role, counts, quota))
+                report = SliceReport(
+                    name, role, flips.target_counts(before, before.group == number)
+                )
+                if role == "known":
+                    report = replace(report, quota=quotas.get(name))
+                reports.append(report)
         return tuple(reports)
 
     def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
@@ -228,14 +234,9 @@ class ReportBuilder:
         updates = []
         for role, old in self.baseline.update.answers.items():
             trained = self._before[role]
-            now = after.get(role, trained)
             for split in old.splits:
-                updates.append(
-                    UpdateSplit(
-                        split_report(split, role, old, trained, self._margin_edges),
-                        split_report(split, role, old, now, self._margin_edges),
-                    )
-                )
+                compare = partial(split_report, split, role, old, margin_edges=self._margin_edges)
+                updates.append(UpdateSplit(compare(trained), compare(after.get(role, trained))))
         return tuple(updates)
 
     def _hash_model(self, changed: State) -> str:

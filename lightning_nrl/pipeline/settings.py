@@ -61,10 +61,11 @@ class Settings:
     samples: SampleOptions = field(default_factory=SampleOptions)
 
     def __post_init__(self) -> None:
-        options = (self.search, self.bounds, self.samples)
-        for (name, kind), value in zip(OPTIONS.items(), options, strict=True):
-            example = f"{name}={kind.__name__}(...)"
-            check_kind(name, value, isinstance(value, kind), kind.__name__, example)
+        for name, value in fields_of(self).items():
+            if name in OPTIONS:
+                kind = OPTIONS[name]
+                example = f"{name}={kind.__name__}(...)"
+                check_kind(name, value, isinstance(value, kind), kind.__name__, example)
         object.__setattr__(self, "target", parse_target(self.target))
         object.__setattr__(self, "gate", Gate.parse(self.gate))
         method = METHODS.parse("method", self.method)
@@ -81,14 +82,18 @@ class Settings:
     @property
     def fitness(self) -> FitnessFunction:
         """The fitness of `search`, else of the method, else `lexicographic`."""
-        of_method = self.method.fitness if isinstance(self.method, Method) else None
-        return FITNESSES.parse("fitness", self.search.fitness or of_method or Fitness())
+        fitness = self.search.fitness
+        if fitness is None and isinstance(self.method, Method):
+            fitness = self.method.fitness
+        return FITNESSES.parse("fitness", fitness or Fitness())
 
     @property
     def localizer(self) -> Localizer:
         """The localizer of `search`, else of the method, else `neurecover-lite`."""
-        of_method = self.method.localizer if isinstance(self.method, Method) else None
-        return LOCALIZERS.parse("localizer", self.search.localizer or of_method or NeuRecoverLite())
+        localizer = self.search.localizer
+        if localizer is None and isinstance(self.method, Method):
+            localizer = self.method.localizer
+        return LOCALIZERS.parse("localizer", localizer or NeuRecoverLite())
 
     @property
     def trains(self) -> bool:
@@ -98,19 +103,26 @@ class Settings:
     @property
     def needs(self) -> tuple[Need, ...]:
         """Requirements of the method on task and data."""
-        return self.method.needs if isinstance(self.method, Method) else ()
+        if isinstance(self.method, Method):
+            return self.method.needs
+        return ()
 
     @property
     def limit(self) -> Gate | None:
-        return None if self.bounds.limit is None else Gate.parse(self.bounds.limit)
+        limit = self.bounds.limit
+        assert not isinstance(limit, str)  # `BoundOptions` has parsed it
+        return limit
 
     def plain(self) -> dict[str, Any]:
         """Returns settings and options by name, in one dict of JSON-like values.
 
         Equal settings give equal dicts.
         """
-        flat = {name: value for name, value in fields_of(self).items() if name not in OPTIONS}
-        for options in (self.search, self.bounds, self.samples):
-            flat |= fields_of(options)
-        flat |= {"fitness": self.fitness, "localizer": self.localizer}
-        return {name: plain_value(value) for name, value in flat.items()}
+        plain: dict[str, Any] = {}
+        for name, value in fields_of(self).items():
+            if name in OPTIONS:
+                plain |= fields_of(value)
+            else:
+                plain[name] = value
+        plain |= {"fitness": self.fitness, "localizer": self.localizer}
+        return {name: plain_value(value) for name, value in plain.items()}

@@ -32,25 +32,30 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
     least = _least_value(problem, proposal, loss)
-    polishes = not bool(problem.before.margin.isnan().all())
     best, best_size = proposal, patch.size
-    size, trial = _smallest(patch, proposal, least, None if polishes else proposal.cost)
-    last_factor = 0.0
-    for _ in range(MAX_POLISHED_SIZES if polishes else 1):
-        if not 0 < size < best_size or (polishes and patch.is_late()):
-            break
-        if polishes:
+    if problem.before.margin.isnan().all():
+        # Without margins there is no polish.
+        best_size, best = _smallest(patch, proposal, least, proposal.cost)
+    else:
+        size, _ = _smallest(patch, proposal, least, math.inf)
+        last_factor = 0.0
+        for _ in range(MAX_POLISHED_SIZES):
+            if not 0 < size < best_size or patch.is_late():
+                break
             trial = patch.polished(size)
-        factor = 2.0
-        if _repairs_enough(trial, proposal, least) and trial.cost <= proposal.cost:
-            best, best_size = trial, size
-            factor = 0.5
-        if factor * last_factor == 1:
-            break  # this size has been tried
-        size = int(factor * size)
-        last_factor = factor
+            factor = 2.0
+            if _repairs_enough(trial, proposal, least) and trial.cost <= proposal.cost:
+                best, best_size = trial, size
+                factor = 0.5
+            if factor * last_factor == 1:
+                break  # this size has been tried
+            size = int(factor * size)
+            last_factor = factor
     note = f"{best_size:,} of {patch.total:,} weights differ"
-    note += f", {patch.size:,} before" if best_size < patch.size else "; fewer do not suffice"
+    if best_size < patch.size:
+        note += f", {patch.size:,} before"
+    else:
+        note += "; fewer do not suffice"
     return best, best.step(problem.clock.now() - began, note)
 
 
@@ -66,18 +71,17 @@ def _repairs_enough(trial: Proposal, proposal: Proposal, least: float) -> bool:
 
 
 def _smallest(
-    patch: _SortedPatch, proposal: Proposal, least: float, most_cost: float | None
+    patch: _SortedPatch, proposal: Proposal, least: float, most_cost: float
 ) -> tuple[int, Proposal]:
     """Bisects the least number of changes that repair targets worth `least`.
 
-    They cost at most `most_cost`; None means no limit.
+    They cost at most `most_cost`.
     """
     low, high, best = 0, patch.size, proposal
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
         trial = patch.problem.propose("sparse", patch.state(middle))
-        is_cheap = most_cost is None or trial.cost <= most_cost
-        if is_cheap and _repairs_enough(trial, proposal, least):
+        if trial.cost <= most_cost and _repairs_enough(trial, proposal, least):
             high, best = middle, trial
         else:
             low = middle
@@ -107,7 +111,7 @@ class _SortedPatch:
 
     @property
     def total(self) -> int:
-        return sum(value.numel() for value in self.new.values())
+        return len(self.order)
 
     @cached_property
     def size(self) -> int:
@@ -115,18 +119,18 @@ class _SortedPatch:
 
     @cached_property
     def order(self) -> Tensor:
-        changes = [(self.new[name].float() - self.old[name].float()).abs() for name in self.new]
-        flat = torch.cat([change.flatten() for change in changes])
-        return flat.argsort(descending=True, stable=True)
+        changes = [(self.new[name].float() - self.old[name].float()).flatten() for name in self.new]
+        return torch.cat(changes).abs().argsort(descending=True, stable=True)
 
     def masks(self, size: int) -> dict[str, Tensor]:
         chosen = torch.zeros(self.total, dtype=torch.bool, device=self.order.device)
         chosen[self.order[:size]] = True
-        parts = chosen.split([value.numel() for value in self.new.values()])
-        return {
-            name: part.view_as(value)
-            for part, (name, value) in zip(parts, self.new.items(), strict=True)
-        }
+        masks = {}
+        start = 0
+        for name, value in self.new.items():
+            masks[name] = chosen[start : start + value.numel()].view_as(value)
+            start += value.numel()
+        return masks
 
     def state(self, size: int) -> State:
         state = dict(self.buffers)

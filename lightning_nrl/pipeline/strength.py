@@ -53,7 +53,7 @@ class PatchPath:
 
     @property
     def has_margins(self) -> bool:
-        return not bool(self.problem.before.margin.isnan().all())
+        return not self.problem.before.margin.isnan().all()
 
     def state(self, strength: float) -> State:
         return between(current_state(self.problem.model), self.patch, strength)
@@ -68,28 +68,31 @@ class PatchPath:
         strength 1, if they are available.
         """
         clock, seconds, strongest = self.problem.clock, 0.0, math.inf
+        if after is not None:
+            self._add(1.0, self.patch, after)
         for number, strength in enumerate(strengths):
             if number and not self.leaves_time_for(seconds):
                 break
             if strength > strongest:
                 continue
             began = clock.now()
-            known = after if strength == 1 else None
-            point = self.point(strength, known)
-            seconds = clock.now() - began
-            if known is not None:
-                seconds = max(seconds, clock.one_pass)
+            point = self.point(strength)
+            seconds = max(clock.now() - began, clock.one_pass)
             if strength > 1 and not self.within_gate(point):
                 strongest = strength
         return self.points
 
-    def point(self, strength: float, after: SampleResults | None = None) -> StrengthPoint:
+    def point(self, strength: float) -> StrengthPoint:
         if strength not in self.counted:
-            point = self._count(self.state(strength), strength, after)
-            self.counted[strength] = point
-            if point.calibration is not None:
-                self.broken_unpolished[strength] = point.calibration.broken
+            state = self.state(strength)
+            self._add(strength, state, self.problem.evaluate(state))
         return self.counted[strength]
+
+    def _add(self, strength: float, state: State, after: SampleResults) -> None:
+        point = self._count(strength, state, after)
+        self.counted[strength] = point
+        if point.calibration is not None:
+            self.broken_unpolished[strength] = point.calibration.broken
 
     def take(self, strength: float) -> State:
         """Returns the weights at a strength.
@@ -98,8 +101,10 @@ class PatchPath:
         """
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
-            state = polish(self.problem, state, deadline=self.problem.deadline).state
-            self.counted[strength] = replace(self._count(state, strength), polished=True)
+            result = polish(self.problem, state, deadline=self.problem.deadline)
+            state = result.state
+            point = self._count(strength, state, result.after)
+            self.counted[strength] = replace(point, polished=True)
         return state
 
     def count_broken_unpolished(self, strength: float) -> int:
@@ -134,12 +139,8 @@ class PatchPath:
         """True if every rank has time for work of this duration and a pass over the data."""
         return self.problem.deadline.leaves(seconds + self.problem.clock.one_pass)
 
-    def _count(
-        self, state: State, strength: float, after: SampleResults | None = None
-    ) -> StrengthPoint:
+    def _count(self, strength: float, state: State, after: SampleResults) -> StrengthPoint:
         before = self.problem.before
-        if after is None:
-            after = self.problem.evaluate(state)
         flips = Flips.between(before, after)
         repaired = flips.repaired & before.targeted
         point = StrengthPoint(strength, int(repaired.sum()), flips.counts())
@@ -151,9 +152,11 @@ class PatchPath:
         if self.calibration is None:
             return point
         flips = self.calibration.flips(self.problem.evaluator, state)
-        results = self.calibration.before
-        cost_of_broken = results.cost(flips.broken) if results.weighted else None
-        return replace(point, calibration=flips.counts(), calibration_cost=cost_of_broken)
+        point = replace(point, calibration=flips.counts())
+        if self.calibration.before.weighted:
+            cost_of_broken = self.calibration.before.cost(flips.broken)
+            point = replace(point, calibration_cost=cost_of_broken)
+        return point
 
 
 # Strengths to try under a limit.
@@ -205,21 +208,21 @@ def line_search(
             n_affordable = int(CURVE_SHARE * problem.visits / len(problem.before))
             strengths = strengths[: max(2, n_affordable)]
     points = path.count(strengths, after=after)
-    if limit is None and fixed is None:
-        patched = _whole_patch(points)
-        if patched is not None and math.isinf(patched.cost_of_calibration):
-            # The patch breaks protected calibration samples. This limit allows any broken samples
-            # but these.
-            limit = Gate.tolerance(1.0)
+    if limit is None and fixed is None and math.isinf(_whole_patch(points).cost_of_calibration):
+        # The patch breaks protected calibration samples. This limit allows any broken samples but
+        # these.
+        limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return _strongest_within(path, limit)
-    strength, selection = fixed, Selection()
-    if strength is None:
-        strength = choose_strength(points)
+    if fixed is not None:
+        state = path.take(fixed)
+        return LineSearchResult(path.points, fixed, state)
+    selection = Selection(1 + len(_free(points)))
+    if calibration is not None and calibration.before.weighted:
         # With protected samples the data decide which weights are tried, so all that could be tried
         # count.
-        is_weighted = calibration is not None and calibration.before.weighted
-        selection = Selection(LIMIT_STATES if is_weighted else 1 + len(_free(points)))
+        selection = Selection(LIMIT_STATES)
+    strength = choose_strength(points)
     state = path.take(strength)
     return LineSearchResult(path.points, strength, state, selection)
 
@@ -231,8 +234,6 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
     strength 1.
     """
     chosen = _whole_patch(path)
-    if chosen is None:
-        return 1.0
     for point in _free(path):
         is_better = point.value_of_repairs > chosen.value_of_repairs
         if is_better and point.cost_of_calibration <= chosen.cost_of_calibration:
@@ -243,19 +244,18 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
 def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
     """Returns the points above strength 1 that repair more than it and break no known sample."""
     patch = _whole_patch(path)
-    if patch is None or patch.calibration is None:
-        return []
-    return [
-        point
-        for point in path
-        if point.strength > 1
-        and not point.known.broken
-        and point.value_of_repairs > patch.value_of_repairs
-    ]
+    free: list[StrengthPoint] = []
+    if patch.calibration is None:
+        return free
+    for point in path:
+        is_better = point.value_of_repairs > patch.value_of_repairs
+        if point.strength > 1 and not point.known.broken and is_better:
+            free.append(point)
+    return free
 
 
-def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint | None:
-    return next((point for point in path if point.strength == 1), None)
+def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint:
+    return next(point for point in path if point.strength == 1)
 
 
 def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:

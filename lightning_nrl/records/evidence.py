@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.repair_record import RepairRecord
-from lightning_nrl.records.splits import SplitReport
 from lightning_nrl.records.stats import Evidence, evidence_of, sign_test
 from lightning_nrl.records.steps import PricePoint
 
@@ -54,29 +52,24 @@ def evidence_on(record: RepairRecord) -> RepairEvidence:
     """Derives the evidence on a repair from unseen data or, without these, held-out samples."""
     unseen = record.unseen
     if unseen is None:
-        held_out = None if record.update else record.held_out
-        if held_out is None:
+        held_out = record.held_out
+        if record.update or held_out is None:
             return RepairEvidence("none", NOTHING_COUNTED, 0)
         return RepairEvidence("held-out", held_out, held_out.repaired, record.n_estimates)
     counts = unseen.counts
     not_leaked = counts.repaired - sum(record.leaked.values())
     n_repaired = max(not_leaked, min(counts.repaired, counts.broken))
     evidence = RepairEvidence("unseen", counts, n_repaired)
-    worst = _worst_split(record.unseen_splits)
-    if worst is None or evidence.evidence == "worse":
+    if evidence.evidence == "worse":
         return evidence
     # The sum over all unseen splits would hide that one of them is worse.
-    n_splits = len(record.unseen_splits)
-    alone = RepairEvidence("unseen", worst.counts, worst.repaired, n_splits, worst.split)
-    return alone if alone.evidence == "worse" else evidence
-
-
-def _worst_split(splits: Sequence[SplitReport]) -> SplitReport | None:
-    """Returns the split of several that most significantly breaks more than it repairs, or None."""
-    if len(splits) < 2:
-        return None
-    losing = [split for split in splits if split.broken > split.repaired]
-    return min(losing, key=lambda split: sign_test(split.repaired, split.broken), default=None)
+    worse = []
+    splits = record.unseen_splits
+    for split in splits:
+        alone = RepairEvidence("unseen", split.counts, split.repaired, len(splits), split.split)
+        if alone.evidence == "worse":
+            worse.append(alone)
+    return min(worse, key=lambda alone: alone.p_value, default=evidence)
 
 
 def worthwhile_price(record: RepairRecord) -> tuple[PricePoint, float] | None:

@@ -74,12 +74,12 @@ class DataIdentity:
 class Provenance:
     """The time at which a result was made, and the model and the data from which it was made.
 
-    `made` is a time in UTC (see `of`); comparisons ignore it. `module` is the class of the model.
-    `n_layers` counts the modules that have own parameters or buffers. `checkpoint` is the file from
-    which the weights were loaded.
+    `created` is a time in UTC (see `of`); comparisons ignore it. `module` is the class of the
+    model. `n_layers` counts the modules that have own parameters or buffers. `checkpoint` is the
+    file from which the weights were loaded.
     """
 
-    made: str = field(default="", compare=False)
+    created: str = field(default="", compare=False)
     module: str = ""
     n_layers: int = 0
     checkpoint: str = ""
@@ -94,7 +94,7 @@ class Provenance:
         """
         seconds = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
         kind = type(model)
-        data: dict[str, DataIdentity] = {}
+        data = {}
         for of_sources in results:
             for split in of_sources.splits:
                 data[split] = DataIdentity.of(of_sources, split)
@@ -111,15 +111,15 @@ class Provenance:
         return replace(self, checkpoint=str(path or ""), checkpoint_sha256=digest)
 
     @property
-    def facts(self) -> tuple[tuple[str, str], ...]:
+    def facts(self) -> list[tuple[str, str]]:
         checkpoint = self.checkpoint
         if self.checkpoint_sha256:
             checkpoint += f" (sha256 {self.checkpoint_sha256})"
         facts = [
-            ("made", self.made),
+            ("made", self.created),
             ("class of the model", self.module),
             ("weights loaded from", checkpoint),
         ]
         for split, identity in self.data.items():
             facts.append((f"data: {split}", f"{identity.n:,} samples, sha256 {identity.sha256}"))
-        return tuple((name, value) for name, value in facts if value)
+        return [(name, value) for name, value in facts if value]

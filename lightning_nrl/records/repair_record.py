@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -109,17 +109,21 @@ class StrengthPoint:
 
     @property
     def value_of_repairs(self) -> float:
-        return self.repaired_in_target if self.value is None else self.value
+        return _or_count(self.value, self.repaired_in_target)
 
     @property
     def cost_of_known(self) -> float:
-        return self.known.broken if self.cost is None else self.cost
+        return _or_count(self.cost, self.known.broken)
 
     @property
     def cost_of_calibration(self) -> float:
-        if self.calibration_cost is not None:
-            return self.calibration_cost
-        return 0 if self.calibration is None else self.calibration.broken
+        if self.calibration is None:
+            return 0
+        return _or_count(self.calibration_cost, self.calibration.broken)
+
+
+def _or_count(weighted: float | None, number: int) -> float:
+    return number if weighted is None else weighted
 
 
 @dataclass(frozen=True)
@@ -273,10 +277,9 @@ class RepairRecord(Record):
 
         Raises a `ConfigurationError` if a value is missing, unknown or wrong.
         """
-        schema = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
-        if type(schema) is not int or schema != SCHEMA:
+        if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:
             raise ConfigurationError(
-                f"schema: expected {SCHEMA}, found {schema!r}.",
+                f"schema: expected {SCHEMA}, found {data['schema']!r}.",
                 "read the report with the version of lightning_nrl that wrote it.",
             )
         return super().from_dict(data)
@@ -288,15 +291,17 @@ class RepairRecord(Record):
         In an update, the reports compare with the replaced model. Otherwise the result is empty if
         no weights changed.
         """
+        splits: Iterable[SplitReport] = ()
         if self.update:
-            return tuple(split.now for split in by_role(self.update).get("unseen", ()))
-        if self.status != "repaired":
-            return ()
-        return tuple(by_role(self.splits).get("unseen", ()))
+            splits = (split.final for split in self.update)
+        elif self.status == "repaired":
+            splits = self.splits
+        return tuple(split for split in splits if split.role == "unseen")
 
     @property
     def unseen(self) -> SplitReport | None:
-        return pool(self.unseen_splits) if self.unseen_splits else None
+        splits = self.unseen_splits
+        return pool(splits) if splits else None
 
     @property
     def unseen_limit(self) -> float | None:
@@ -315,7 +320,9 @@ class RepairRecord(Record):
     def known_counts(self) -> TargetCounts:
         """Counts of all known data. All are 0 if there are none."""
         known = self.pooled("known")
-        return TargetCounts(0, 0, 0, 0) if known is None else known.counts
+        if known is None:
+            return TargetCounts(0, 0, 0, 0)
+        return known.counts
 
     @property
     def n_estimates(self) -> int:
@@ -323,11 +330,15 @@ class RepairRecord(Record):
 
         A taken `exact` rung counts once per alternative.
         """
-        rungs = [rung for rung in self.rungs if rung.held_out is not None]
-        if not any(rung.taken and rung.name == "exact" for rung in rungs):
-            return len(rungs)
-        n_alternatives = sum(step.kind == "alternative" for step in self.steps)
-        return len(rungs) + max(0, n_alternatives - 1)
+        n = 0
+        n_alternatives = [step.kind for step in self.steps].count("alternative")
+        for rung in self.rungs:
+            if rung.held_out is None:
+                continue
+            n += 1
+            if rung.taken and rung.name == "exact":
+                n += max(0, n_alternatives - 1)
+        return n
 
     @property
     def held_out(self) -> TargetCounts | None:
@@ -335,10 +346,9 @@ class RepairRecord(Record):
 
         None if it used all or no weights changed.
         """
-        if self.status == "repaired":
-            for rung in self.rungs:
-                if rung.taken:
-                    return rung.held_out
+        for rung in self.rungs:
+            if rung.taken and self.status == "repaired":
+                return rung.held_out
         return None
 
     def class_name(self, label: int) -> str:
@@ -348,16 +358,19 @@ class RepairRecord(Record):
         """
         if label < 0:
             return "-"
-        return self.class_names[label] if label < len(self.class_names) else str(label)
+        if label < len(self.class_names):
+            return self.class_names[label]
+        return str(label)
 
     @property
     def path(self) -> list[StrengthPoint]:
         """Counts by ascending strength. The first point is at strength 0, the original weights."""
         points = sorted(self.strength, key=lambda point: point.strength)
         if points and points[0].strength > 0:
-            no_flips = FlipCounts(0, 0, 0, 0)
-            calibration = None if points[0].calibration is None else no_flips
-            points.insert(0, StrengthPoint(0.0, 0, no_flips, calibration))
+            original = StrengthPoint(0.0, 0, FlipCounts(0, 0, 0, 0))
+            if points[0].calibration is not None:
+                original = replace(original, calibration=original.known)
+            points.insert(0, original)
         return points
 
     def pooled(self, role: Role) -> SplitReport | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from lightning_nrl.records.splits import (
     ConfusionCell,
     FlippedSample,
     MarginHistogram,
+    Pairs,
     Role,
     SplitReport,
+    confusion_cells,
 )
 
 REPORTED_MARGIN_BINS = 40
@@ -32,23 +35,35 @@ def split_report(
 ) -> SplitReport:
     """Builds the report of one split. `margin_edges` bound the bins of the margin histogram."""
     flips, rows = Flips.between(before, after), before.of(split)
+    label, prediction = before.label[rows], before.prediction[rows]
+    confusion: tuple[ConfusionCell, ...] = ()
+    classes: tuple[ClassCounts, ...] = ()
+    if len(label) and bool((label >= 0).all()) and bool((prediction >= 0).all()):
+        confusion = confusion_cells(
+            _pairs(label, prediction), _pairs(label, after.prediction[rows])
+        )
+        classes = _class_counts(label, flips, rows)
+    margins = None
+    if margin_edges:
+        counts_before = _bin_counts(before.margin[rows], margin_edges)
+        counts_after = _bin_counts(after.margin[rows], margin_edges)
+        margins = MarginHistogram(margin_edges, counts_before, counts_after)
     return SplitReport(
         split=split,
         role=role,
         counts=flips.target_counts(before, rows),
         targeted_ids=tuple(before.ids(before.targeted)[split]),
         flipped=_flipped_samples(before, after, flips, rows),
-        confusion=_confusion_cells(before, after, rows),
-        classes=_class_counts(before, flips, rows),
-        margins=_margin_histogram(before, after, rows, margin_edges),
+        confusion=confusion,
+        classes=classes,
+        margins=margins,
     )
 
 
 def _flipped_samples(
     before: SampleResults, after: SampleResults, flips: Flips, rows: slice
 ) -> tuple[FlippedSample, ...]:
-    flipped = (flips.repaired | flips.broken).nonzero().flatten()
-    flipped = flipped[(flipped >= rows.start) & (flipped < rows.stop)]
+    flipped = (flips.repaired | flips.broken)[rows].nonzero().flatten() + rows.start
     slices = (*before.names, "")  # group -1 is no slice
     return tuple(
         FlippedSample(
@@ -66,38 +81,16 @@ def _flipped_samples(
     )
 
 
-def _confusion_cells(
-    before: SampleResults, after: SampleResults, rows: slice
-) -> tuple[ConfusionCell, ...]:
-    """Counts samples by label and prediction. Returns () if the task has no classes."""
-    label, old, new = before.label[rows], before.prediction[rows], after.prediction[rows]
-    if not _has_classes(label, old):
-        return ()
-    n_classes = 1 + max(int(old.max()), int(new.max()))
-    n_before, n_after = _pair_counts(label, old, n_classes), _pair_counts(label, new, n_classes)
-    return tuple(
-        ConfusionCell(*divmod(pair, n_classes), n_before.get(pair, 0), n_after.get(pair, 0))
-        for pair in sorted(n_before.keys() | n_after.keys())
-    )
+def _pairs(label: Tensor, prediction: Tensor) -> Pairs:
+    return Pairs(zip(label.tolist(), prediction.tolist(), strict=True))
 
 
-def _pair_counts(label: Tensor, prediction: Tensor, n_classes: int) -> dict[int, int]:
-    # A pair is one number here, since sorting rows of two numbers takes ten times as long.
-    pairs, counts = (label * n_classes + prediction).unique(return_counts=True)
-    return dict(zip(pairs.tolist(), counts.tolist(), strict=True))
-
-
-def _class_counts(before: SampleResults, flips: Flips, rows: slice) -> tuple[ClassCounts, ...]:
-    """Counts flips by class. Returns () if the task has no classes."""
-    label = before.label[rows]
-    if not _has_classes(label, before.prediction[rows]):
-        return ()
+def _class_counts(label: Tensor, flips: Flips, rows: slice) -> tuple[ClassCounts, ...]:
     n_classes = int(label.max()) + 1
     masks = (flips.kept, flips.broken, flips.repaired, flips.failing)
     columns = [label[mask[rows]].bincount(minlength=n_classes) for mask in masks]
-    counts = torch.stack(columns, 1)
-    present = counts.sum(1).nonzero().flatten().tolist()
-    return tuple(ClassCounts(label, FlipCounts(*counts[label].tolist())) for label in present)
+    counts = enumerate(torch.stack(columns, 1).tolist())
+    return tuple(ClassCounts(number, FlipCounts(*row)) for number, row in counts if any(row))
 
 
 def margin_edges(margin: Tensor) -> tuple[float, ...]:
@@ -116,21 +109,7 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
     return tuple(width * (first + i) for i in range(REPORTED_MARGIN_BINS + 1))
 
 
-def _margin_histogram(
-    before: SampleResults, after: SampleResults, rows: slice, edges: tuple[float, ...]
-) -> MarginHistogram | None:
-    if not edges:
-        return None
-    return MarginHistogram(
-        edges, _bin_counts(before.margin[rows], edges), _bin_counts(after.margin[rows], edges)
-    )
-
-
-def _bin_counts(margin: Tensor, edges: tuple[float, ...]) -> tuple[int, ...]:
+def _bin_counts(margin: Tensor, edges: Sequence[float]) -> tuple[int, ...]:
     inner = torch.tensor(edges[1:-1], dtype=torch.float64)
     bins = torch.bucketize(margin[margin.isfinite()].double(), inner, right=True)
     return tuple(bins.bincount(minlength=len(edges) - 1).tolist())
-
-
-def _has_classes(labels: Tensor, predictions: Tensor) -> bool:
-    return len(labels) > 0 and bool((labels >= 0).all()) and bool((predictions >= 0).all())

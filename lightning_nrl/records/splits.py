@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
@@ -18,9 +19,9 @@ Role = Literal["known", "calibration", "unseen"]
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 Flip = Literal["repaired", "broken"]
+Pairs = Counter[tuple[int, int]]  # number of samples by label and prediction
 Counts = TypeVar("Counts", bound=FlipCounts)
 AnySplit = TypeVar("AnySplit", "SplitReport", "UpdateSplit")
-COUNTS = tuple(field.name for field in fields(TargetCounts))
 
 
 def _from_counts(name: str) -> Any:
@@ -73,6 +74,10 @@ class ConfusionCell:
     before: int
     after: int
 
+    @property
+    def change(self) -> int:
+        return self.after - self.before
+
 
 @dataclass(frozen=True)
 class ClassCounts:
@@ -118,13 +123,17 @@ class SplitReport(_Counted):
     classes: tuple[ClassCounts, ...] = ()
     margins: MarginHistogram | None = None
 
+    def flipped_as(self, flip: Flip) -> tuple[FlippedSample, ...]:
+        """Returns the samples that were repaired or that were broken."""
+        return tuple(sample for sample in self.flipped if sample.flip == flip)
+
     @property
     def repaired_ids(self) -> tuple[int, ...]:
-        return tuple(sample.id for sample in self.flipped if sample.flip == "repaired")
+        return tuple(sample.id for sample in self.flipped_as("repaired"))
 
     @property
     def broken_ids(self) -> tuple[int, ...]:
-        return tuple(sample.id for sample in self.flipped if sample.flip == "broken")
+        return tuple(sample.id for sample in self.flipped_as("broken"))
 
     @property
     def rates(self) -> dict[str, float]:
@@ -132,37 +141,44 @@ class SplitReport(_Counted):
 
         `repair_rate` counts only targets.
         """
-        repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
-        return {**rates_of(self.counts), "repair_rate": repair_rate}
+        rates = rates_of(self.counts)
+        rates["repair_rate"] = math.nan
+        if self.targeted:
+            rates["repair_rate"] = self.repaired_in_target / self.targeted
+        return rates
 
     @property
     def numbers(self) -> dict[str, float]:
         """Counts, accuracies and rates by name, for loggers."""
-        counts = ("n", *COUNTS, "accuracy_before", "accuracy_after")
-        return {name: getattr(self, name) for name in counts} | self.rates
+        return {**asdict(self.counts), **self.derived}
 
     @property
-    def derived(self) -> Mapping[str, object]:
-        return {name: value for name, value in self.numbers.items() if name not in COUNTS}
+    def derived(self) -> Mapping[str, float]:
+        return {
+            "n": self.n,
+            "accuracy_before": self.accuracy_before,
+            "accuracy_after": self.accuracy_after,
+            **self.rates,
+        }
 
 
 @dataclass(frozen=True)
 class UpdateSplit:
     """One split in an update.
 
-    The new model, as `trained` or repaired (`now`), is compared with the replaced model.
+    The new model, as `trained` or repaired (`final`), is compared with the replaced model.
     """
 
     trained: SplitReport
-    now: SplitReport
+    final: SplitReport
 
     @property
     def split(self) -> str:
-        return self.now.split
+        return self.final.split
 
     @property
     def role(self) -> Role:
-        return self.now.role
+        return self.final.role
 
 
 @dataclass(frozen=True)
@@ -199,10 +215,8 @@ class SetAside:
 def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
     """Groups splits by role, in the order of `ROLES`. Leaves out roles without splits."""
     groups: dict[Role, list[AnySplit]] = {}
-    for role in ROLES:
-        members = [split for split in splits if split.role == role]
-        if members:
-            groups[role] = members
+    for split in sorted(splits, key=lambda split: ROLES.index(split.role)):
+        groups.setdefault(split.role, []).append(split)
     return groups
 
 
@@ -222,21 +236,26 @@ def pool(splits: Sequence[SplitReport]) -> SplitReport:
 
 
 def _sum(counts: Sequence[Counts]) -> Counts:
-    return type(counts[0])(*_column_sums([astuple(row) for row in counts]))
+    return type(counts[0])(*_column_sums(map(astuple, counts)))
 
 
-def _column_sums(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(sum(column) for column in zip(*rows, strict=True))
+def _column_sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*rows, strict=True)))
+
+
+def confusion_cells(before: Pairs, after: Pairs) -> tuple[ConfusionCell, ...]:
+    """Builds the cells from the number of samples by label and prediction."""
+    pairs = sorted(before.keys() | after.keys())
+    return tuple(ConfusionCell(*pair, before[pair], after[pair]) for pair in pairs)
 
 
 def _pooled_confusion(splits: Sequence[SplitReport]) -> tuple[ConfusionCell, ...]:
-    before, after = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    before, after = Pairs(), Pairs()
     for split in splits:
         for cell in split.confusion:
             before[cell.label, cell.prediction] += cell.before
             after[cell.label, cell.prediction] += cell.after
-    pairs = sorted(before.keys() | after.keys())
-    return tuple(ConfusionCell(*pair, before[pair], after[pair]) for pair in pairs)
+    return confusion_cells(before, after)
 
 
 def _pooled_classes(splits: Sequence[SplitReport]) -> tuple[ClassCounts, ...]:
@@ -251,12 +270,13 @@ def _pooled_margins(splits: Sequence[SplitReport]) -> MarginHistogram | None:
     histograms = [split.margins for split in splits if split.margins is not None]
     if len({histogram.edges for histogram in histograms}) != 1:
         return None
-    before = _column_sums([histogram.before for histogram in histograms])
-    after = _column_sums([histogram.after for histogram in histograms])
+    before = _column_sums(histogram.before for histogram in histograms)
+    after = _column_sums(histogram.after for histogram in histograms)
     return MarginHistogram(histograms[0].edges, before, after)
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
     """Adds up several splits of one role, like `pool`."""
     trained = pool([split.trained for split in splits])
-    return UpdateSplit(trained, pool([split.now for split in splits]))
+    final = pool([split.final for split in splits])
+    return UpdateSplit(trained, final)

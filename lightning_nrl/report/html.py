@@ -109,8 +109,8 @@ class Report(Record, Renderable):
 
     def full_page(self) -> Page:
         """Builds the page for a reviewer. It ends with the provenance."""
-        facts = FactList((*self.provenance.facts, *self.versions.items()))
-        return Page((*self.page(full=True).blocks, Heading("Provenance"), facts))
+        facts = FactList([*self.provenance.facts, *self.versions.items()])
+        return Page([*self.page(full=True).blocks, Heading("Provenance"), facts])
 
     def to_table(self) -> Page:
         return self.page()

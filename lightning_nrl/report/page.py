@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,12 +18,7 @@ from rich.text import Text as RichText
 from lightning_nrl.errors import visible
 
 Tone = Literal["", "good", "warn", "bad"]
-TONE_STYLES = {
-    "": "",
-    "good": "green",
-    "warn": "yellow",
-    "bad": "red",
-}
+TONE_STYLES = {"": "", "good": "green", "warn": "yellow", "bad": "red"}
 COLUMN_GAP = 2  # characters
 PLAIN_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 # Code in backticks stays as written, unless it has a `|`, which ends a table cell, or a `<`, which
@@ -59,7 +54,7 @@ class Row:
     """
 
     label: str
-    cells: tuple[str, ...]
+    cells: Sequence[str]
     tone: Tone = ""
     ends_group: bool = False  # True: a gap follows
 
@@ -73,8 +68,8 @@ class Table:
     words and is aligned to the left.
     """
 
-    columns: tuple[tuple[str, str], ...]
-    rows: tuple[Row, ...]
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[Row]
     notes: bool = False
 
     @property
@@ -93,7 +88,7 @@ class Table:
             stop = start + 1
             while stop < len(widths) and label_width + sum(widths[start : stop + 1]) <= width:
                 stop += 1
-            rows = tuple(replace(row, cells=row.cells[start:stop]) for row in self.rows)
+            rows = [replace(row, cells=row.cells[start:stop]) for row in self.rows]
             yield Table(self.columns[start:stop], rows, self.notes and stop == len(widths))
             start = stop
 
@@ -102,7 +97,7 @@ class Table:
 class FactList:
     """A list of facts, each a name and a short statement."""
 
-    items: tuple[tuple[str, str], ...]
+    items: Sequence[tuple[str, str]]
 
 
 Block = Heading | Text | Table | FactList
@@ -112,7 +107,7 @@ Block = Heading | Text | Table | FactList
 class Page:
     """A page: its blocks from top to bottom."""
 
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
     @property
     def title(self) -> str:
@@ -131,22 +126,22 @@ class Page:
             width=WIDEST, color_system=None, force_jupyter=False, legacy_windows=False
         )
         with console.capture() as capture:
-            for i, block in enumerate(self.blocks):
-                if i:
-                    console.print()
-                for part in _rich(block, width, plain=True):
-                    block_width = WIDEST
-                    if not isinstance(block, Table):
-                        longest_word = Measurement.get(console, console.options, part).minimum
-                        block_width = max(width, longest_word)
-                    console.print(part, width=block_width)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+            for part in self._parts(width, plain=True):
+                part_width = WIDEST
+                if not isinstance(part, Padding):  # no table
+                    longest_word = Measurement.get(console, console.options, part).minimum
+                    part_width = max(width, longest_word)
+                console.print(part, width=part_width)
+        return "\n".join(map(str.rstrip, capture.get().splitlines())) + "\n"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self._parts(options.max_width)
+
+    def _parts(self, width: int, plain: bool = False) -> Iterator[RenderableType]:
         for i, block in enumerate(self.blocks):
             if i:
                 yield ""
-            yield from _rich(block, options.max_width)
+            yield from _rich(block, width, plain)
 
 
 class Renderable(ABC):
@@ -171,10 +166,9 @@ def _markdown(block: Block) -> str:
         return f"{'#' * block.level} {_escaped(block.text)}"
     if isinstance(block, Text):
         return _escaped(block.text)
-    if isinstance(block, FactList):
-        lines = [f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items]
-        return "\n".join(lines)
-    return _markdown_table(block)
+    if isinstance(block, Table):
+        return _markdown_table(block)
+    return "\n".join(f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items)
 
 
 def _markdown_table(table: Table) -> str:
@@ -206,10 +200,10 @@ def _line(text: str, style: str = "") -> RichText:
     return RichText(visible(text), style)
 
 
-def _rich(block: Block, width: int, plain: bool = False) -> Iterator[RenderableType]:
+def _rich(block: Block, width: int, plain: bool) -> Iterator[RenderableType]:
     if isinstance(block, Heading):
         style = f"bold {TONE_STYLES[block.tone]}".strip()
-        yield _line(block.text.upper() if block.level == 1 else block.text, style=style)
+        yield _line(block.text.upper() if block.level == 1 else block.text, style)
         if plain and block.level > 1:
             yield _line("-" * min(len(block.text), width))
     elif isinstance(block, Text):
@@ -224,9 +218,10 @@ def _rich(block: Block, width: int, plain: bool = False) -> Iterator[RenderableT
             yield grid
     else:
         box = PLAIN_HEAD if plain else SIMPLE_HEAD
-        for i, part in enumerate(block.within(width)):
-            gap = 1 if i else 0
+        gap = 0
+        for part in block.within(width):
             yield Padding(_rich_table(part, box), (gap, 0, 0, 0))
+            gap = 1
 
 
 def _rich_table(table: Table, box: Box) -> Grid:
@@ -240,17 +235,22 @@ def _rich_table(table: Table, box: Box) -> Grid:
     )
     grid.add_column("", no_wrap=True)
     with_kinds = any(kind for _, kind in table.columns)
-    for i, (name, kind) in enumerate(table.columns):
+    for name, kind in table.columns:
         head = RichText().append(visible(name), "bold")
         if with_kinds:
             head.append("\n").append(visible(kind), "not bold dim")
-        is_note = table.notes and i == len(table.columns) - 1
-        grid.add_column(head, justify="left" if is_note else "right", no_wrap=not is_note)
+        grid.add_column(head, justify="right", no_wrap=True)
+    if table.notes:
+        grid.columns[-1].justify = "left"
+        grid.columns[-1].no_wrap = False
     for row in table.rows:
-        style = f"bold {TONE_STYLES[row.tone]}" if row.tone else ""
-        style_of_zero = TONE_STYLES["good"] if row.tone == "bad" else style
-        cells = [_line(cell, style=style_of_zero if cell == "0" else style) for cell in row.cells]
-        grid.add_row(_line(row.label, style="bold" if row.tone else ""), *cells)
+        bold = "bold" if row.tone else ""
+        style = f"{bold} {TONE_STYLES[row.tone]}".strip()
+        cells = []
+        for cell in row.cells:
+            is_fine = row.tone == "bad" and cell == "0"
+            cells.append(_line(cell, TONE_STYLES["good"] if is_fine else style))
+        grid.add_row(_line(row.label, bold), *cells)
         if row.ends_group and row is not table.rows[-1]:
             grid.add_row()
     return grid

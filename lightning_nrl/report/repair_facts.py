@@ -26,7 +26,7 @@ LISTED_LAYERS = 4
 LISTED_SAMPLES = 50  # failures set aside that Markdown lists
 
 
-def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
+def repair_facts(report: RepairRecord) -> list[Fact]:
     """Lists what the repair was asked for, what it searched and found, and the limit."""
     facts = [("target", report.target), ("layer", layer_text(report)), ("gate", report.gate)]
     if report.task != USUAL_TASK:
@@ -43,7 +43,8 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.held_out is not None:
         facts.append(("held-out estimate", _estimate(report.held_out, report.n_estimates)))
     cut = dict.fromkeys(step.name for step in report.steps if step.was_cut)
-    facts += [(CUT, ", ".join(cut))] if cut else []
+    if cut:
+        facts.append((CUT, ", ".join(cut)))
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.judge is not None and report.judge.n_borderline:
@@ -53,14 +54,14 @@ def repair_facts(report: RepairRecord) -> tuple[Fact, ...]:
     if report.change is not None:
         name = "weights changed" if report.status == "repaired" else "would change"
         facts.append((name, _change(report.change)))
-    return tuple(facts)
+    return facts
 
 
 def _borderline(judge: Judge) -> str:
-    n = judge.n_borderline
-    are = "is" if n == 1 else "are"
+    are = "is" if judge.n_borderline == 1 else "are"
     return (
-        f"{plural(n, 'known sample')} {are} right by less than {judge.rounding or 0.0:.2g}; "
+        f"{plural(judge.n_borderline, 'known sample')} {are} right by less than "
+        f"{judge.rounding or 0.0:.2g}; "
         "another device or batch size may get them wrong"
     )
 
@@ -76,11 +77,11 @@ def layer_text(report: RepairRecord) -> str:
     return names
 
 
-def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
-    """Returns the fact that states `RepairRecord.unseen_limit`, or () if there is no limit."""
+def unseen_facts(report: RepairRecord) -> list[Fact]:
+    """Returns the fact that states `RepairRecord.unseen_limit`, or [] if there is no limit."""
     limit = report.unseen_limit
     if limit is None:
-        return ()
+        return []
     text = (
         f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of new "
         "samples like these that were right will break"
@@ -88,10 +89,10 @@ def unseen_facts(report: RepairRecord) -> tuple[Fact, ...]:
     n_leaked = sum(report.leaked.values())
     if n_leaked:
         text += f" (too optimistic: {n_leaked:,} of them are known)"
-    return (("unseen data", text),)
+    return [("unseen data", text)]
 
 
-def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
+def set_aside_facts(samples: Sequence[SetAside]) -> list[Fact]:
     """Lists the first failures that were set aside, with the reasons, and counts the others."""
     facts = []
     for sample in samples[:LISTED_SAMPLES]:
@@ -100,33 +101,37 @@ def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
     further = len(samples) - LISTED_SAMPLES
     if further > 0:
         facts.append(("further", f"{further:,}, all in report.json"))
-    return tuple(facts)
+    return facts
 
 
-def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
+def hash_facts(hashes: Hashes) -> list[Fact]:
     """Lists the SHA-256 of the weights before and after the repair, once if both are equal."""
-    layers = _hash_facts("layers", hashes.layers_before, hashes.layers_after)
-    return *layers, *_hash_facts("whole model", hashes.model_before, hashes.model_after)
+    facts = []
+    for name, before, after in (
+        ("layers", hashes.layers_before, hashes.layers_after),
+        ("whole model", hashes.model_before, hashes.model_after),
+    ):
+        if before is None or after is None:
+            continue
+        if before == after:
+            facts.append((f"sha256 of the {name}, unchanged", before))
+        else:
+            facts.append((f"sha256 of the {name} before", before))
+            facts.append((f"sha256 of the {name} after", after))
+    return facts
 
 
-def _hash_facts(name: str, before: str | None, after: str | None) -> tuple[Fact, ...]:
-    if before is None or after is None:
-        return ()
-    if before == after:
-        return ((f"sha256 of the {name}, unchanged", before),)
-    return (f"sha256 of the {name} before", before), (f"sha256 of the {name} after", after)
-
-
-def run_facts(report: RepairRecord) -> tuple[Fact, ...]:
+def run_facts(report: RepairRecord) -> list[Fact]:
     """Lists the seed and the precision of the run, and the seconds of each stage."""
-    facts = [("seed", str(report.seed))]
+    facts = []
     if report.task == USUAL_TASK:
-        facts.insert(0, ("task", report.task))
+        facts.append(("task", report.task))
+    facts.append(("seed", str(report.seed)))
     if report.judge is not None:
         facts.append(("judged in", str(report.judge.precision)))
     for stage, seconds in report.seconds.items():
         facts.append((f"seconds to {stage}", f"{seconds:,.2f}"))
-    return tuple(facts)
+    return facts
 
 
 def _localization(localization: LocalizationReport) -> str:

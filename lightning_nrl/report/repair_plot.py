@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from lightning_nrl._utils.formatting import count, percent
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.records.repair_record import (
     LocalizationReport,
     RepairRecord,
@@ -44,8 +45,8 @@ from lightning_nrl.report.figures import (
     shorten_name,
     style_axes,
 )
-from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.tables import confusion_changes
+from lightning_nrl.report.sample_views import SampleView, by_flip
+from lightning_nrl.report.tables import ClassName, confusion_changes
 from lightning_nrl.report.verdicts import verdict_on
 
 if TYPE_CHECKING:
@@ -74,23 +75,14 @@ Draw = Callable[["Axes"], None]
 """Function that draws one panel."""
 
 
-class SearchPanel(NamedTuple):
-    """A panel of the search. Its curves are those of `SearchHistory`, with their labels."""
-
-    title: str
-    labels: Mapping[str, str]
-    ylabel: str = ""
-
-
-COUNTS_PANEL = SearchPanel(
-    "best so far: samples", {"patched": "repaired", "broken": "broken"}, "scored samples"
-)
-SEARCH_PANELS = (
-    COUNTS_PANEL,
-    SearchPanel("fitness", {"best": "best so far", "mean": "mean of the swarm"}),
-    SearchPanel("best so far: mean loss", {"loss_failed": "on failed", "loss_passed": "on passed"}),
-    SearchPanel("diversity of the swarm", {"diversity": "diversity"}),
-)
+COUNTS_TITLE = "best so far: samples"
+SEARCH_PANELS = {
+    COUNTS_TITLE: {"patched": "repaired", "broken": "broken"},
+    "fitness": {"best": "best so far", "mean": "mean of the swarm"},
+    "best so far: mean loss": {"loss_failed": "on failed", "loss_passed": "on passed"},
+    "diversity of the swarm": {"diversity": "diversity"},
+}
+"""Labels of the curves of `SearchHistory`, by title of the panel that shows them."""
 
 
 def repair_figures(report: RepairRecord) -> dict[str, Figure]:
@@ -123,10 +115,7 @@ def gallery_figures(views: Sequence[SampleView]) -> dict[str, Figure]:
 
     Skips samples shown as text.
     """
-    galleries: dict[str, list[SampleView]] = {}
-    for view in views:
-        if view.pixels is not None:
-            galleries.setdefault(f"{view.flip} in {view.split}", []).append(view)
+    galleries = by_flip([view for view in views if view.pixels is not None])
     return {title: _gallery(gallery) for title, gallery in galleries.items()}
 
 
@@ -141,7 +130,7 @@ def _gallery(views: Sequence[SampleView]) -> Figure:
     # many times longer.
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    for i, (view, caption) in enumerate(zip(views, captions, strict=True)):
+    for i, view in enumerate(views):
         row, column = divmod(i, n_columns)
         x = GALLERY_CELL * (column + 0.5)
         y = cell_height * (row + 1) - GALLERY_CELL / 2
@@ -150,7 +139,7 @@ def _gallery(views: Sequence[SampleView]) -> Figure:
         up, across = PICTURE_SHARE * GALLERY_CELL / 2 * sides / max(sides)
         extent = (x - across, x + across, y + up, y - up)
         axes.imshow(pixels, interpolation="nearest", extent=extent)
-        text = escape_dollars("\n".join(caption))
+        text = escape_dollars("\n".join(captions[i]))
         axes.text(x, y - up - CAPTION_GAP, text, color=INK, fontsize=8, ha="center", va="bottom")
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
@@ -167,9 +156,7 @@ def draw_repair(report: RepairRecord) -> Figure:
 def search_figure(search: SearchReport) -> Figure | None:
     """Draws all curves of a search in panels of one figure. Returns None without curves."""
     panels = _search_panels(search)
-    if not panels:
-        return None
-    return _draw_together(panels, SEARCH_WIDTH, SEARCH_ROW)
+    return _draw_together(panels, SEARCH_WIDTH, SEARCH_ROW) if panels else None
 
 
 def _draw_together(panels: Mapping[str, Draw], width: float, height: float) -> Figure:
@@ -180,31 +167,26 @@ def _draw_together(panels: Mapping[str, Draw], width: float, height: float) -> F
     return figure
 
 
-def _panels(report: RepairRecord) -> Mapping[str, Draw]:
+def _panels(report: RepairRecord) -> dict[str, Draw]:
     panels: dict[str, Draw] = {}
-    for splits in by_role(report.candidate or report.splits).values():
-        panels |= _role_panels(pool(splits), report.class_name)
+    for role, splits in by_role(report.candidate or report.splits).items():
+        split = pool(splits)
+        changed = [cell for cell in split.confusion if cell.change]
+        if split.margins is not None and split.n:
+            panels[f"Margins of {role} data"] = partial(_draw_margins, split.margins)
+        if len(_classes(changed)) > MATRIX_CLASSES:
+            draw = partial(_draw_confusions, changed, report.class_name)
+            panels[f"Confusions that changed, {role} data"] = draw
+        elif confusion_changes(changed):
+            draw = partial(_draw_matrix, changed, report.class_name)
+            panels[f"Change of the confusion matrix, {role} data"] = draw
     if len(report.strength) > 1:
         draw = partial(_draw_strengths, report.path, report.chosen_strength)
         panels["How far to go, samples by strength"] = draw
     if report.search is not None:
         search_panels = _search_panels(report.search)
-        if COUNTS_PANEL.title in search_panels:
-            panels[SEARCH_TITLE] = search_panels[COUNTS_PANEL.title]
-    return panels
-
-
-def _role_panels(split: SplitReport, class_name: Callable[[int], str]) -> dict[str, Draw]:
-    panels: dict[str, Draw] = {}
-    data, cells = f"{split.role} data", split.confusion
-    if split.margins is not None and split.n:
-        panels[f"Margins of {data}"] = partial(_draw_margins, split.margins)
-    if len(_changed_classes(cells)) > MATRIX_CLASSES:
-        draw = partial(_draw_confusions, cells, class_name)
-        panels[f"Confusions that changed, {data}"] = draw
-    elif confusion_changes(cells):
-        draw = partial(_draw_matrix, cells, class_name)
-        panels[f"Change of the confusion matrix, {data}"] = draw
+        if COUNTS_TITLE in search_panels:
+            panels[SEARCH_TITLE] = search_panels[COUNTS_TITLE]
     return panels
 
 
@@ -217,45 +199,34 @@ def _draw_margins(histogram: MarginHistogram, axes: Axes) -> None:
     _finish_curves(axes, "margin: wrong below 0, right above", "samples")
 
 
-def _draw_confusions(
-    cells: Sequence[ConfusionCell], class_name: Callable[[int], str], axes: Axes
-) -> None:
-    names, changes, counts, colours = [], [], [], []
+def _draw_confusions(cells: Sequence[ConfusionCell], class_name: ClassName, axes: Axes) -> None:
+    names = []
     # The first bar is drawn at the bottom.
-    for cell in reversed(confusion_changes(cells)[:PLOTTED_CONFUSIONS]):
+    for i, cell in enumerate(reversed(confusion_changes(cells)[:PLOTTED_CONFUSIONS])):
         label, prediction = class_name(cell.label), class_name(cell.prediction)
         names.append(escape_dollars(f"{label} taken for {prediction}"))
-        changes.append(cell.after - cell.before)
-        counts.append(f"{cell.before} -> {cell.after}")
-        colours.append(RED if cell.after > cell.before else GREEN)
-    places = range(len(names))
-    bars = axes.barh(places, changes, color=colours)
-    axes.bar_label(bars, counts, padding=3, fontsize=8)
-    axes.set_yticks(places, names, fontsize=8)
+        bar = axes.barh(i, cell.change, color=RED if cell.change > 0 else GREEN)
+        axes.bar_label(bar, [f"{cell.before} -> {cell.after}"], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.axvline(0, color=INK, linewidth=1)
     axes.margins(x=0.25)
     axes.locator_params(axis="x", integer=True)
     style_axes(axes, "wrong predictions, after less before", "")
 
 
-def _changed_classes(cells: Sequence[ConfusionCell]) -> list[int]:
+def _classes(cells: Sequence[ConfusionCell]) -> list[int]:
     classes = set[int]()
     for cell in cells:
-        if cell.before != cell.after:
-            classes |= {cell.label, cell.prediction}
+        classes |= {cell.label, cell.prediction}
     return sorted(classes)
 
 
-def _draw_matrix(
-    cells: Sequence[ConfusionCell], class_name: Callable[[int], str], axes: Axes
-) -> None:
+def _draw_matrix(cells: Sequence[ConfusionCell], class_name: ClassName, axes: Axes) -> None:
     """Draws the change of the confusion matrix. An increase is good only on the diagonal."""
-    classes = _changed_classes(cells)
+    classes = _classes(cells)
     change = np.zeros((len(classes), len(classes)), dtype=int)
     for cell in cells:
-        if cell.before != cell.after:
-            place = classes.index(cell.label), classes.index(cell.prediction)
-            change[place] = cell.after - cell.before
+        change[classes.index(cell.label), classes.index(cell.prediction)] = cell.change
     improvement = np.where(np.eye(len(classes), dtype=bool), change, -change)
     # The root makes a change of 1 visible beside 50.
     shade = np.sign(improvement) * np.sqrt(np.abs(improvement))
@@ -272,44 +243,47 @@ def _draw_matrix(
 
 
 def _draw_strengths(path: Sequence[StrengthPoint], chosen: float | None, axes: Axes) -> None:
-    strengths = [point.strength for point in path]
-    axes.plot(
-        strengths, [point.known.repaired for point in path], "o-", color=GREEN, label="repaired"
-    )
-    axes.plot(strengths, [point.known.broken for point in path], "s--", color=RED, label="broken")
-    strengths, repaired, broken = [], [], []
-    for point in path:
-        if point.calibration is not None:
-            strengths.append(point.strength)
-            repaired.append(point.calibration.repaired)
-            broken.append(point.calibration.broken)
-    if strengths:
-        axes.plot(strengths, repaired, "x:", color=GREEN, label="repaired, calibration")
-        axes.plot(strengths, broken, "x:", color=RED, label="broken, calibration")
+    known = [(point.strength, point.known) for point in path]
+    calibration = [(point.strength, point.calibration) for point in path if point.calibration]
+    _draw_flips(axes, known, ("o-", "s--"), "")
+    if calibration:
+        _draw_flips(axes, calibration, ("x:", "x:"), ", calibration")
     if chosen is not None:
         axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
     across = "strength: 0 the original weights, 1 the patch"
-    _finish_curves(axes, across, "samples" if strengths else "known samples")
+    _finish_curves(axes, across, "samples" if calibration else "known samples")
+
+
+def _draw_flips(
+    axes: Axes, points: Sequence[tuple[float, FlipCounts]], lines: tuple[str, str], data: str
+) -> None:
+    strengths = [strength for strength, _ in points]
+    repaired = [counts.repaired for _, counts in points]
+    broken = [counts.broken for _, counts in points]
+    axes.plot(strengths, repaired, lines[0], color=GREEN, label=f"repaired{data}")
+    axes.plot(strengths, broken, lines[1], color=RED, label=f"broken{data}")
 
 
 def _search_panels(search: SearchReport) -> dict[str, Draw]:
     panels: dict[str, Draw] = {}
-    for panel in SEARCH_PANELS:
-        curves = {name: search.curves.get(name, ()) for name in panel.labels}
-        # A single value is no curve.
-        curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    for title, labels in SEARCH_PANELS.items():
+        curves = {}
+        for name, label in labels.items():
+            curve = search.curves.get(name, ())
+            if len(curve) > 1:  # a single value is no curve
+                curves[label] = curve
         if curves:
-            panels[panel.title] = partial(_draw_search, panel, curves)
+            panels[title] = partial(_draw_search, title, curves)
     return panels
 
 
-def _draw_search(panel: SearchPanel, curves: Mapping[str, Sequence[float]], axes: Axes) -> None:
+def _draw_search(title: str, curves: Mapping[str, Sequence[float]], axes: Axes) -> None:
     styles = ((GREEN, "-"), (RED, "--"))
-    for (name, curve), (colour, line) in zip(curves.items(), styles, strict=False):
-        axes.plot(curve, line, color=colour, label=panel.labels[name])
-    _finish_curves(axes, "iteration", panel.ylabel)
-    if "best" in curves:  # hides the start, where the mean is far below the best
-        values = [value for value in curves["best"] if math.isfinite(value)] or [0.0]
+    for (label, curve), (colour, line) in zip(curves.items(), styles, strict=False):
+        axes.plot(curve, line, color=colour, label=label)
+    _finish_curves(axes, "iteration", "scored samples" if title == COUNTS_TITLE else "")
+    if "best so far" in curves:  # hides the start, where the mean is far below the best
+        values = [value for value in curves["best so far"] if math.isfinite(value)] or [0.0]
         axes.set_ylim(bottom=min(values) - 0.15 * (max(values) - min(values)))
 
 
@@ -327,20 +301,23 @@ def weight_figures(
     `changes` has new minus old values, whole tensors by state-dict name. If all values are 0, there
     is no figure.
     """
-    changed = {}
-    norms = {}
-    for name, change in changes.items():
-        if bool((change != 0).any()):
-            changed[name] = change.detach().cpu()
-            norms[name] = float(torch.linalg.vector_norm(changed[name], dtype=torch.float64))
-    if not changed:
+    norms = {name: float(change.double().norm()) for name, change in changes.items()}
+    names = sorted((name for name in norms if norms[name]), key=lambda name: -norms[name])
+    if not names:
         return {}
-    names = sorted(changed, key=lambda name: -norms[name])
     bars = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
     axes = bars.subplots()
+    labels = []
     # The first bar is drawn at the bottom.
-    shown = names[:PLOTTED_TENSORS][::-1]
-    _draw_norms(axes, {name: changed[name] for name in shown}, [norms[name] for name in shown])
+    for i, name in enumerate(reversed(names[:PLOTTED_TENSORS])):
+        labels.append(shorten_name(name, LABEL_CHARACTERS))
+        bar = axes.barh(i, norms[name], color=BLUE)
+        n_changed = int((changes[name] != 0).sum())
+        axes.bar_label(bar, [f"{n_changed:,} of {changes[name].numel():,}"], padding=3, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.margins(x=0.3)
+    axes.set_ylim(-0.6, max(len(labels), 4) - 0.4)
+    style_axes(axes, "Euclidean norm of the change; weights changed", "")
     if localization is not None and "localized" in localization.sizes:
         sizes = localization.sizes
         searched = f"searched: {sizes['localized']:,}"
@@ -348,19 +325,8 @@ def weight_figures(
             searched += f" of {sizes['total']:,}"
         axes.set_title(f"{searched} weights", color=INK, fontsize=9, loc="left")
     picture = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
-    _draw_change(picture, changed[names[0]])
+    _draw_change(picture, changes[names[0]])
     return {"Weights, change by tensor": bars, f"Weights, change of {names[0]}": picture}
-
-
-def _draw_norms(axes: Axes, changes: Mapping[str, Tensor], norms: Sequence[float]) -> None:
-    places = range(len(changes))
-    bars = axes.barh(places, norms, color=BLUE)
-    counts = [f"{int((x != 0).sum()):,} of {x.numel():,}" for x in changes.values()]
-    axes.bar_label(bars, counts, padding=3, fontsize=8)
-    axes.set_yticks(places, [shorten_name(name, LABEL_CHARACTERS) for name in changes], fontsize=8)
-    axes.margins(x=0.3)
-    axes.set_ylim(-0.6, max(len(changes), 4) - 0.4)
-    style_axes(axes, "Euclidean norm of the change; weights changed", "")
 
 
 def _draw_change(figure: Figure, change: Tensor) -> None:
@@ -371,11 +337,11 @@ def _draw_change(figure: Figure, change: Tensor) -> None:
         grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest"
     )
     figure.colorbar(image, ax=axes, label="added to the weight")
+    across = up = ""
     if change.ndim > 1:
         shape = " x ".join(map(str, change.shape))
-        label_axes(axes, f"inputs ({shape}; blank: as before)", "outputs")
-    else:
-        label_axes(axes, "", "")
+        across, up = f"inputs ({shape}; blank: as before)", "outputs"
+    label_axes(axes, across, up)
 
 
 def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
@@ -400,22 +366,12 @@ class SummaryCell(NamedTuple):
     is_bad: bool = False
 
 
-def summary_rows(
-    report: RepairRecord,
-) -> tuple[tuple[Role, ...], list[tuple[str, tuple[SummaryCell, ...]]]]:
-    """Returns the roles that have data, and the rows of the summary: a label, a cell per role."""
-    splits_by_role = by_role(report.candidate or report.splits)
-    columns = [
-        _summary_column(pool(splits), report.pooled_update(role))
-        for role, splits in splits_by_role.items()
-    ]
-    # Data that the replaced model was not counted on have no regressions.
-    labels = max(columns, key=len, default={})
-    rows = []
-    for label in labels:
-        cells = [column.get(label, SummaryCell("-")) for column in columns]
-        rows.append((label, tuple(cells)))
-    return tuple(splits_by_role), rows
+def summary_columns(report: RepairRecord) -> dict[Role, dict[str, SummaryCell]]:
+    """Returns the cells of the summary by role and label."""
+    columns = {}
+    for role, splits in by_role(report.candidate or report.splits).items():
+        columns[role] = _summary_column(pool(splits), report.pooled_update(role))
+    return columns
 
 
 def _summary_column(split: SplitReport, update: UpdateSplit | None) -> dict[str, SummaryCell]:
@@ -427,16 +383,14 @@ def _summary_column(split: SplitReport, update: UpdateSplit | None) -> dict[str,
     }
     judged = split
     if update is not None:
-        judged = update.now
+        judged = update.final
         regressions = f"{update.trained.broken:,} -> {judged.broken:,}"
         cells["regressions"] = SummaryCell(regressions, judged.broken > 0)
     nfr = judged.rates["negative_flip_rate"]
-    return {
-        **cells,
-        "negative flip rate (NFR)": SummaryCell(percent(nfr)),
-        "accuracy before": SummaryCell(percent(split.accuracy_before)),
-        "accuracy after": SummaryCell(percent(split.accuracy_after)),
-    }
+    cells["negative flip rate (NFR)"] = SummaryCell(percent(nfr))
+    cells["accuracy before"] = SummaryCell(percent(split.accuracy_before))
+    cells["accuracy after"] = SummaryCell(percent(split.accuracy_after))
+    return cells
 
 
 def _share(part: int, total: int) -> str:
@@ -444,10 +398,12 @@ def _share(part: int, total: int) -> str:
 
 
 def summary_figure(report: RepairRecord) -> Figure:
-    """Draws the verdict above the table of `summary_rows`. The figure is legible at small size."""
-    roles, rows = summary_rows(report)
-    n_lines = len(rows) + HEAD_ROWS + 1
-    width = LABEL_WIDTH + COLUMN_WIDTH * len(roles)
+    """Draws the verdict above a table of `summary_columns`. The figure is legible at small size."""
+    columns = summary_columns(report)
+    # Data that the replaced model was not counted on have no regressions.
+    labels = max(columns.values(), key=len, default={})
+    n_lines = len(labels) + HEAD_ROWS + 1
+    width = LABEL_WIDTH + COLUMN_WIDTH * len(columns)
     figure = new_figure(width, ROW_HEIGHT * n_lines, layout=None)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -462,17 +418,17 @@ def summary_figure(report: RepairRecord) -> Figure:
     axes.text(0.03, 1.85, answers, color=colour, fontsize=9, va="center")
     about = _one_line(f"{report.target}; gate {report.gate}")
     axes.text(0.03, 2.6, about, color=MUTED_COLOUR, fontsize=9, va="center")
-    ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
-    y = HEAD_ROWS + 0.45
-    for role, x in zip(roles, ends, strict=True):
-        axes.text(x, y, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center")
-    for label, cells in rows:
-        y += 1
-        axes.axhline(y - 0.5, 0.03, 0.97, color=RULE_COLOUR, linewidth=0.6)
-        axes.text(0.03, y, label, color=INK, fontsize=10, va="center")
-        for (text, is_bad), x in zip(cells, ends, strict=True):
-            colour = HARM_COLOUR if is_bad else INK
-            axes.text(x, y, text, color=colour, fontsize=10, weight="bold", ha="right", va="center")
+    first = HEAD_ROWS + 0.45
+    for y, label in enumerate(labels, 1):
+        axes.axhline(first + y - 0.5, 0.03, 0.97, color=RULE_COLOUR, linewidth=0.6)
+        axes.text(0.03, first + y, label, color=INK, fontsize=10, va="center")
+    end = partial(axes.text, fontsize=10, ha="right", va="center")
+    for i, (role, cells) in enumerate(reversed(columns.items())):
+        x = 0.97 - i * COLUMN_WIDTH / width
+        end(x, first, role, color=MUTED_COLOUR)
+        for y, label in enumerate(labels, 1):
+            text, is_bad = cells.get(label, SummaryCell("-"))
+            end(x, first + y, text, color=HARM_COLOUR if is_bad else INK, weight="bold")
     return figure
 
 

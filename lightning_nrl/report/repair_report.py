@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from lightning_nrl.report.repair_facts import (
     unseen_facts,
 )
 from lightning_nrl.report.repair_plot import draw_repair, reviewer_figures
-from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.sample_views import SampleView, by_flip
 from lightning_nrl.report.tables import (
     FLIPPED_COLUMNS,
     Fact,
@@ -67,15 +67,20 @@ class RepairReport(RepairRecord, Report, Plotted):
 
     def page(self, full: bool = False) -> Page:
         verdict = self.verdict
-        answers = FactList((*verdict.facts, *unseen_facts(self)))
-        first = Heading(verdict.headline, 1, verdict.tone), answers, Text(sentence(self.reason))
+        blocks: list[Block] = [
+            Heading(verdict.headline, 1, verdict.tone),
+            FactList([*verdict.facts, *unseen_facts(self)]),
+            Text(sentence(self.reason)),
+            *_tables(self),
+        ]
         if full:
-            return Page((*first, *_tables(self), *sample_blocks(self), *_details(self)))
-        course = _ladder(self)
-        if not course and len(self.steps) > 1:
-            course = _steps(self)
-        facts = FactList((*repair_facts(self), *_files(self, relative_to_cwd)))
-        return Page((*first, *_tables(self), *course, facts))
+            return Page([*blocks, *sample_blocks(self), *_details(self)])
+        if self.rungs:
+            blocks += _ladder(self)
+        elif len(self.steps) > 1:
+            blocks += _steps(self)
+        facts = FactList([*repair_facts(self), *_files(self, relative_to_cwd)])
+        return Page([*blocks, facts])
 
     def figure(self) -> Figure:
         return draw_repair(self)
@@ -88,13 +93,11 @@ class RepairReport(RepairRecord, Report, Plotted):
             hint = (
                 "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
             )
-            page = Page((*page.blocks, Text(hint)))
+            page = Page([*page.blocks, Text(hint)])
         else:
             for title, figure in reviewer_figures(self, changes).items():
                 figures[title] = svg_of(figure)
-        galleries: dict[str, list[SampleView]] = {}
-        for view in views:
-            galleries.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append(view)
+        galleries = {f"Inputs of samples {title}": group for title, group in by_flip(views).items()}
         tables = []
         rows = [list(map(_cell, row)) for row in flipped_rows(self)]
         if rows:
@@ -112,50 +115,46 @@ def _cell(value: str | float) -> str:
     return str(value)
 
 
-def _tables(report: RepairRecord) -> tuple[Block, ...]:
-    blocks = _outcome(report)
+def _tables(report: RepairRecord) -> Iterator[Block]:
     if report.update:
-        against = Heading("Against the model that it replaces"), update_table(report.update)
-        blocks = (*against, Heading("Against the new model as it was trained"), *blocks)
-    if report.slices:
-        blocks = (*blocks, Heading("By slice"), slice_table(report.slices))
-    return blocks
-
-
-def _outcome(report: RepairRecord) -> tuple[Block, ...]:
+        yield Heading("Against the model that it replaces")
+        yield update_table(report.update)
+        yield Heading("Against the new model as it was trained")
+    if report.candidate:
+        yield Heading("Effect of the refused weights")
+        yield outcome_table(report.candidate)
+        yield Heading("The unchanged model")
     if report.status == "repaired":
-        return (outcome_table(report.splits),)
-    unchanged = unchanged_table(report.splits)
-    if not report.candidate:
-        return (unchanged,)
-    refused = Heading("Effect of the refused weights"), outcome_table(report.candidate)
-    return (*refused, Heading("The unchanged model"), unchanged)
+        yield outcome_table(report.splits)
+    else:
+        yield unchanged_table(report.splits)
+    if report.slices:
+        yield Heading("By slice")
+        yield slice_table(report.slices)
 
 
-def _ladder(report: RepairRecord) -> tuple[Block, ...]:
-    if not report.rungs:
-        return ()
-    title = "The ladder, from the least change to the most"
-    ladder = Heading(title), rungs_table(report.rungs)
-    if not report.choice:
-        return ladder
-    return (*ladder, Text(sentence(report.choice)))
+def _ladder(report: RepairRecord) -> Iterator[Block]:
+    yield Heading("The ladder, from the least change to the most")
+    yield rungs_table(report.rungs)
+    if report.choice:
+        yield Text(sentence(report.choice))
 
 
-def _steps(report: RepairRecord) -> tuple[Block, ...]:
-    return Heading("What the method did"), steps_table(report.steps)
+def _steps(report: RepairRecord) -> list[Block]:
+    return [Heading("What the method did"), steps_table(report.steps)]
 
 
-def _files(report: RepairRecord, show: Callable[[str], str] = str) -> tuple[Fact, ...]:
-    return tuple((FILE_KINDS.get(kind, kind), show(path)) for kind, path in report.files.items())
+def _files(report: RepairRecord, show: Callable[[str], str] = str) -> list[Fact]:
+    return [(FILE_KINDS.get(kind, kind), show(path)) for kind, path in report.files.items()]
 
 
-def _details(report: RepairRecord) -> tuple[Block, ...]:
+def _details(report: RepairRecord) -> list[Block]:
     blocks: list[Block] = [
         Heading("What was done"),
-        FactList((*repair_facts(report), *_files(report))),
+        FactList([*repair_facts(report), *_files(report)]),
     ]
-    blocks += _ladder(report)
+    if report.rungs:
+        blocks += _ladder(report)
     if report.price:
         blocks += [Heading("The price of no broken known sample"), price_table(report.price)]
     if report.steps:
@@ -171,6 +170,6 @@ def _details(report: RepairRecord) -> tuple[Block, ...]:
         blocks += [Heading("Weights"), FactList(hash_facts(report.hashes))]
     blocks += [Heading("Run"), FactList(run_facts(report))]
     if report.settings:
-        settings = tuple((name, format_setting(value)) for name, value in report.settings.items())
+        settings = [(name, format_setting(value)) for name, value in report.settings.items()]
         blocks += [Heading("Settings"), FactList(settings)]
-    return tuple(blocks)
+    return blocks

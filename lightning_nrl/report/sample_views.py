@@ -5,7 +5,6 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
@@ -34,7 +33,7 @@ class SampleView:
     pixels: npt.NDArray[np.uint8] | None = None
     text: str = ""
 
-    @cached_property
+    @property
     def png(self) -> bytes:
         from PIL import Image
 
@@ -48,6 +47,14 @@ class SampleView:
         return f"data:image/png;base64,{b64encode(self.png).decode()}"
 
 
+def by_flip(views: Sequence[SampleView]) -> dict[str, list[SampleView]]:
+    """Groups views under titles such as `broken in test`."""
+    groups: dict[str, list[SampleView]] = {}
+    for view in views:
+        groups.setdefault(f"{view.flip} in {view.split}", []).append(view)
+    return groups
+
+
 def caption_of(sample: FlippedSample, class_name: Callable[[int], str]) -> str:
     """Returns the sample's position, class, predictions and margins as text."""
     before, after = class_name(sample.predicted_before), class_name(sample.predicted_after)
@@ -55,7 +62,7 @@ def caption_of(sample: FlippedSample, class_name: Callable[[int], str]) -> str:
     return f"{sample.id}: true {class_name(sample.label)}, {before} -> {after}, margin {margins}"
 
 
-def sample_name(split: str, position: int, kind: str = "picture") -> str:
+def sample_name(split: str, position: int, kind: str) -> str:
     """Returns the file name of a sample, such as `test-17.png`; `kind` is in `SAMPLE_KINDS`."""
     return f"{quote(split, safe='')}-{position}{SAMPLE_KINDS[kind]}"
 
@@ -66,8 +73,7 @@ def write_sample_files(folder: Path, views: Sequence[SampleView]) -> None:
     if views:
         samples.mkdir(exist_ok=True)
     for view in views:
+        kind, content = "text", view.text.encode()
         if view.pixels is not None:
-            (samples / sample_name(view.split, view.id)).write_bytes(view.png)
-        else:
-            path = samples / sample_name(view.split, view.id, "text")
-            path.write_text(view.text, encoding="utf-8")
+            kind, content = "picture", view.png
+        (samples / sample_name(view.split, view.id, kind)).write_bytes(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_nrl._utils.formatting import count, number, percent
@@ -17,7 +18,6 @@ from lightning_nrl.records.splits import (
     ConfusionCell,
     Flip,
     FlippedSample,
-    Role,
     SliceReport,
     SplitReport,
     UpdateSplit,
@@ -26,10 +26,11 @@ from lightning_nrl.records.splits import (
     pool_updates,
 )
 from lightning_nrl.records.steps import PricePoint, Rung, Step
-from lightning_nrl.report.page import Block, Heading, Row, Table
+from lightning_nrl.report.page import Block, Heading, Row, Table, Tone
 
 Fact = tuple[str, str]
 SHOWN_RATES = (
+    "break_rate",
     "negative_flip_rate",
     "positive_flip_rate",
     "negative_flip_impact",
@@ -40,6 +41,7 @@ SHOWN_RATES = (
 ClassName = Callable[[int], str]
 
 LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
+RUNG_TONES: Mapping[str, Tone] = {"targets repaired": "good", "known samples broken": "bad"}
 LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
 MARGINS = ("margin before", "margin after")
 FLIPPED_COLUMNS = (
@@ -58,25 +60,22 @@ FLIPPED_COLUMNS = (
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
     """Tabulates counts by split, with a total for each role that has several splits."""
-    in_target = any(0 < s.passed_in_target < s.passed for s in splits)
+    in_target = any(0 < split.passed_in_target < split.passed for split in splits)
     rows = [
         ("samples", "n"),
         ("accuracy before", "accuracy_before"),
         ("accuracy after", "accuracy_after", "", True),
         ("failures to repair (the target)", "targeted"),
         ("repaired of these", "repaired_in_target", "good", not in_target),
-    ]
-    if in_target:
-        rows += [
-            ("right samples in the target", "passed_in_target"),
-            ("broken of these", "broken_in_target", "bad", True),
-        ]
-    rows += [
+        ("right samples in the target", "passed_in_target"),
+        ("broken of these", "broken_in_target", "bad", True),
         ("repaired (was wrong, now right)", "repaired"),
         ("broken (was right, now wrong)", "broken", "bad"),
         ("kept (right before and after)", "kept"),
         ("failing (wrong before and after)", "failing"),
     ]
+    if not in_target:
+        del rows[5:7]
     return _table(_with_totals(splits, pool), rows)
 
 
@@ -95,66 +94,59 @@ def unchanged_table(splits: Sequence[SplitReport]) -> Table:
 def rates_table(splits: Sequence[SplitReport]) -> Table:
     """Tabulates the repair rate, the break rate and published rates for model updates, by split."""
     columns = _with_totals(splits, pool)
-    named = [(RATES[name].label, name) for name in ("break_rate", *SHOWN_RATES)]
-    table = _table(columns, [("repair rate: repaired of the targeted", "repair_rate"), *named])
+    rates = [(RATES[name].label, name) for name in SHOWN_RATES]
+    table = _table(columns, [("repair rate: repaired of the targeted", "repair_rate"), *rates])
     relative = RATES["relative_negative_flip_rate"]
-    last = Row(relative.label, tuple(number(split.rates[relative.name]) for split in columns))
-    return Table(table.columns, (*table.rows, last))
+    last = Row(relative.label, [number(split.rates[relative.name]) for split in columns])
+    return Table(table.columns, [*table.rows, last])
 
 
 def update_table(splits: Sequence[UpdateSplit]) -> Table:
     """Tabulates the new model, before and after the repair, against the replaced model."""
     rows = [
-        ("accuracy of the replaced model", "now.accuracy_before"),
+        ("accuracy of the replaced model", "final.accuracy_before"),
         ("accuracy of the new one", "trained.accuracy_after"),
-        ("accuracy now", "now.accuracy_after", "", True),
+        ("accuracy now", "final.accuracy_after", "", True),
         ("regressions (was right, now wrong) of the new one", "trained.broken"),
-        ("regressions now", "now.broken", "bad"),
+        ("regressions now", "final.broken", "bad"),
         ("improved (was wrong, now right) by the new one", "trained.repaired"),
-        ("improved now", "now.repaired", "", True),
+        ("improved now", "final.repaired", "", True),
         ("negative flip rate of the new one", "trained.negative_flip_rate"),
-        ("negative flip rate now", "now.negative_flip_rate"),
+        ("negative flip rate now", "final.negative_flip_rate"),
     ]
     return _table(_with_totals(splits, pool_updates), rows)
 
 
 def slice_table(slices: Sequence[SliceReport]) -> Table:
     """Tabulates targeted, repaired and broken samples: a row per slice, columns per role."""
-    reports = {(report.name, report.role): report for report in slices}
-    with_quotas = any(report.quota is not None for report in slices)
-    columns: list[tuple[str, Role]] = []
-    for role in sorted({report.role for report in slices}, key=ROLES.index):
-        columns += [("targeted", role), ("repaired", role), ("broken", role)]
-        if with_quotas and role == "known":
-            columns.append(("quota", role))
+    columns: dict[tuple[str, str], None] = {}
+    table: dict[str, dict[tuple[str, str], str]] = {}
+    for report in sorted(slices, key=lambda report: ROLES.index(report.role)):
+        counts = {
+            "targeted": report.targeted,
+            "repaired": report.repaired_in_target,
+            "broken": report.broken,
+        }
+        if report.quota is not None:
+            counts["quota"] = report.quota
+        row = table.setdefault(report.name, {})
+        for column, n in counts.items():
+            columns[column, report.role] = None
+            row[column, report.role] = count(n)
     rows = []
-    for name in dict.fromkeys(report.name for report in slices):
-        cells = [_slice_cell(reports.get((name, role)), column) for column, role in columns]
-        rows.append(Row(name, tuple(cells)))
-    return Table(tuple(columns), tuple(rows))
-
-
-def _slice_cell(report: SliceReport | None, column: str) -> str:
-    if report is None:
-        return "-"
-    counts = {
-        "targeted": report.targeted,
-        "repaired": report.repaired_in_target,
-        "broken": report.broken,
-        "quota": report.quota,
-    }
-    n = counts[column]
-    return "-" if n is None else count(n)
+    for name, row in table.items():
+        rows.append(Row(name, [row.get(column, "-") for column in columns]))
+    return Table(list(columns), rows)
 
 
 def steps_table(steps: Sequence[Step]) -> Table:
     """Tabulates the steps of a method."""
     columns = (("repaired", "of the target"), ("broken", "known"), ("seconds", ""), ("", ""))
-    rows = [
-        Row(s.name, (count(s.repaired), count(s.broken), f"{s.seconds:,.1f}", s.note))
-        for s in steps
-    ]
-    return Table(columns, tuple(rows), notes=True)
+    rows = []
+    for step in steps:
+        cells = count(step.repaired), count(step.broken), f"{step.seconds:,.1f}", step.note
+        rows.append(Row(step.name, cells))
+    return Table(columns, rows, notes=True)
 
 
 def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
@@ -167,35 +159,42 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
         cells = [point.repaired_in_target, point.known.repaired, point.known.broken]
         if point.calibration is not None:
             cells += [point.calibration.repaired, point.calibration.broken]
-        taken = point.strength == chosen
         label = f"strength {point.strength:g}"
         if point.polished:
             label += ", polished"
-        if taken:
-            label += ", taken"
-        rows.append(Row(label, tuple(map(count, cells)), "good" if taken else ""))
-    return Table(tuple(columns), tuple(rows))
+        row = Row(label, list(map(count, cells)))
+        if point.strength == chosen:
+            row = replace(row, label=f"{label}, taken", tone="good")
+        rows.append(row)
+    return Table(columns, rows)
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
     """Tabulates the rungs of the default method, one per column, and marks the taken rung."""
-    repaired, broken, points = zip(*(_held_out(rung.held_out) for rung in rungs), strict=True)
-    rows = (
-        Row("targets repaired", tuple(count(rung.repaired_in_target) for rung in rungs), "good"),
-        Row("known samples repaired", tuple(count(rung.repaired) for rung in rungs)),
-        Row(
-            "known samples broken",
-            tuple(count(rung.broken) for rung in rungs),
-            "bad",
-            ends_group=True,
-        ),
-        Row("held-out failures repaired", repaired),
-        Row("held-out passed samples broken", broken),
-        Row("held-out accuracy, points", points, ends_group=True),
-        Row("weights changed", tuple(count(rung.weights_changed) for rung in rungs)),
-        Row("seconds", tuple(f"{rung.seconds:,.1f}" for rung in rungs)),
-    )
-    return Table(tuple((rung.name, "taken" * rung.taken) for rung in rungs), rows)
+    columns, cells = [], []
+    for rung in rungs:
+        columns.append((rung.name, "taken" if rung.taken else ""))
+        cells.append(_rung_cells(rung))
+    rows = []
+    for label in cells[0]:
+        ends_group = label in ("known samples broken", "held-out accuracy, points")
+        tone = RUNG_TONES.get(label, "")
+        rows.append(Row(label, [column[label] for column in cells], tone, ends_group))
+    return Table(columns, rows)
+
+
+def _rung_cells(rung: Rung) -> dict[str, str]:
+    repaired, broken, points = _held_out(rung.held_out)
+    return {
+        "targets repaired": count(rung.repaired_in_target),
+        "known samples repaired": count(rung.repaired),
+        "known samples broken": count(rung.broken),
+        "held-out failures repaired": repaired,
+        "held-out passed samples broken": broken,
+        "held-out accuracy, points": points,
+        "weights changed": count(rung.weights_changed),
+        "seconds": f"{rung.seconds:,.1f}",
+    }
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
@@ -206,10 +205,10 @@ def price_table(price: Sequence[PricePoint]) -> Table:
     for point in price:
         counts = point.repaired_in_target, point.repaired, point.broken
         if counts != previous:
-            cells = (*map(count, counts), *_held_out(point.held_out))
+            cells = [*map(count, counts), *_held_out(point.held_out)]
             rows.append(Row(_allowance(point.allowed), cells))
         previous = counts
-    return Table(columns, tuple(rows))
+    return Table(columns, rows)
 
 
 def _allowance(share: float) -> str:
@@ -223,12 +222,11 @@ def _allowance(share: float) -> str:
 def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
     if counts is None:
         return "-", "-", "-"
-    failed = counts.repaired + counts.failing
-    shares = (
-        f"{count(counts.repaired)} of {count(failed)}",
-        f"{count(counts.broken)} of {count(counts.passed)}",
+    return (
+        f"{counts.repaired:,} of {counts.repaired + counts.failing:,}",
+        f"{counts.broken:,} of {counts.passed:,}",
+        f"{counts.points:+.1f}",
     )
-    return *shares, f"{counts.points:+.1f}"
 
 
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
@@ -246,7 +244,7 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
             yield _confusion_table(pooled.confusion, report.class_name)
     for split in splits:
         for flip, most in LISTED_FLIPS.items():
-            samples = [sample for sample in most_telling(split.flipped) if sample.flip == flip]
+            samples = most_telling(split.flipped_as(flip))
             if samples:
                 title = f"{flip.capitalize()} in {split.split}, by position in the data set"
                 if len(samples) > most:
@@ -255,10 +253,10 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
                 yield _sample_table(samples[:most], report.class_name)
 
 
-def flipped_splits(report: RepairRecord) -> tuple[SplitReport, ...]:
+def flipped_splits(report: RepairRecord) -> Sequence[SplitReport]:
     """Returns the splits whose flips are shown: of an update, of refused weights or the repair."""
     if report.update:
-        return tuple(split.now for split in report.update)
+        return [split.final for split in report.update]
     return report.candidate or report.splits
 
 
@@ -267,35 +265,42 @@ def flipped_rows(report: RepairRecord) -> list[list[str | float]]:
     rows: list[list[str | float]] = []
     for split in flipped_splits(report):
         for sample in split.flipped:
-            classes = _class_names(sample, report.class_name)
-            margins = sample.margin_before, sample.margin_after
-            where = sample.in_target, sample.slice
-            rows.append([split.split, sample.id, sample.flip, *classes, *margins, *where])
+            rows.append(
+                [
+                    split.split,
+                    sample.id,
+                    sample.flip,
+                    *_class_names(sample, report.class_name),
+                    sample.margin_before,
+                    sample.margin_after,
+                    sample.in_target,
+                    sample.slice,
+                ]
+            )
     return rows
 
 
-def _class_names(sample: FlippedSample, class_name: ClassName) -> list[str]:
-    labels = (sample.label, sample.predicted_before, sample.predicted_after)
-    return list(map(class_name, labels))
+def _class_names(sample: FlippedSample, class_name: ClassName) -> Iterable[str]:
+    return map(class_name, (sample.label, sample.predicted_before, sample.predicted_after))
 
 
 def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
     """Sorts broken samples by rising margin, then repaired samples by falling gain in margin."""
+    return sorted(samples, key=_flip_order)
 
-    def key(sample: FlippedSample) -> tuple[bool, float]:
-        margin = sample.margin_after
-        if sample.flip == "repaired":
-            margin = sample.margin_before - sample.margin_after
-        return sample.flip == "repaired", 0.0 if math.isnan(margin) else margin
 
-    return sorted(samples, key=key)
+def _flip_order(sample: FlippedSample) -> tuple[bool, float]:
+    is_repaired = sample.flip == "repaired"
+    margin = sample.margin_after
+    if is_repaired:
+        margin = sample.margin_before - sample.margin_after
+    return is_repaired, 0.0 if math.isnan(margin) else margin
 
 
 def _sample_table(samples: Sequence[FlippedSample], class_name: ClassName) -> Table:
-    columns = ["true", "before", "after", *MARGINS, "in target"]
-    with_slices = any(sample.slice for sample in samples)
-    if with_slices:
-        columns.append("slice")
+    columns = _named(*FLIPPED_COLUMNS[3:])
+    if not any(sample.slice for sample in samples):
+        columns.pop()
     rows = []
     for sample in samples:
         cells = [
@@ -303,46 +308,42 @@ def _sample_table(samples: Sequence[FlippedSample], class_name: ClassName) -> Ta
             number(sample.margin_before),
             number(sample.margin_after),
             "yes" if sample.in_target else "",
+            sample.slice,
         ]
-        if with_slices:
-            cells.append(sample.slice)
-        rows.append(Row(str(sample.id), tuple(cells)))
-    return Table(_named(*columns), tuple(rows))
+        rows.append(Row(str(sample.id), cells[: len(columns)]))
+    return Table(columns, rows)
 
 
 def _class_table(classes: Sequence[ClassCounts], class_name: ClassName) -> Table:
-    flipped = [row for row in classes if row.counts.broken or row.counts.repaired]
-    flipped.sort(key=lambda row: (-row.counts.broken, -row.counts.repaired, row.label))
     rows = []
-    for class_counts in flipped[:LISTED_CLASSES]:
-        counts = class_counts.counts
-        cells = (
-            count(counts.n),
-            percent(counts.accuracy_before),
-            percent(counts.accuracy_after),
-            count(counts.repaired),
-            count(counts.broken),
-        )
-        rows.append(Row(class_name(class_counts.label), cells))
-    return Table(_named("samples", "accuracy before", "after", "repaired", "broken"), tuple(rows))
+    for row in sorted(classes, key=lambda row: (-row.counts.broken, -row.counts.repaired)):
+        counts = row.counts
+        if counts.broken or counts.repaired:
+            cells = (
+                count(counts.n),
+                percent(counts.accuracy_before),
+                percent(counts.accuracy_after),
+                count(counts.repaired),
+                count(counts.broken),
+            )
+            rows.append(Row(class_name(row.label), cells))
+    columns = _named("samples", "accuracy before", "after", "repaired", "broken")
+    return Table(columns, rows[:LISTED_CLASSES])
 
 
 def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
     """Returns the cells of wrong predictions whose number changed, the largest change first."""
-    errors = [cell for cell in cells if cell.label != cell.prediction]
-    changed = [cell for cell in errors if cell.before != cell.after]
-    return sorted(
-        changed, key=lambda cell: (-abs(cell.after - cell.before), cell.label, cell.prediction)
-    )
+    changed = [cell for cell in cells if cell.label != cell.prediction and cell.change]
+    return sorted(changed, key=lambda cell: -abs(cell.change))
 
 
 def _confusion_table(cells: Sequence[ConfusionCell], class_name: ClassName) -> Table:
     rows = []
     for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]:
-        counts = count(cell.before), count(cell.after), f"{cell.after - cell.before:+,}"
+        counts = count(cell.before), count(cell.after), f"{cell.change:+,}"
         label, prediction = class_name(cell.label), class_name(cell.prediction)
         rows.append(Row(f"{label} taken for {prediction}", counts))
-    return Table(_named("before", "after", "change"), tuple(rows))
+    return Table(_named("before", "after", "change"), rows)
 
 
 def _with_totals(
@@ -361,23 +362,22 @@ def _table(columns: Sequence[AnySplit], rows: Iterable[tuple[Any, ...]]) -> Tabl
     """Builds a table with a column per split.
 
     Each of `rows` has a label, a key of `numbers`, and options of `Row`. In an update, `trained.`
-    or `now.` precedes the key.
+    or `final.` precedes the key.
     """
-    heads = tuple((split.split, split.role) for split in columns)
+    heads = [(split.split, split.role) for split in columns]
     lines = []
     for label, key, *options in rows:
-        cells = tuple(_cell(split, key) for split in columns)
-        lines.append(Row(label, cells, *options))
-    return Table(heads, tuple(lines))
+        lines.append(Row(label, [_cell(split, key) for split in columns], *options))
+    return Table(heads, lines)
 
 
 def _cell(split: SplitReport | UpdateSplit, key: str) -> str:
     if isinstance(split, UpdateSplit):
         part, _, key = key.partition(".")
-        split = split.trained if part == "trained" else split.now
+        split = {"trained": split.trained, "final": split.final}[part]
     value = split.numbers[key]
     return count(value) if isinstance(value, int) else percent(value)
 
 
-def _named(*names: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, "") for name in names)
+def _named(*names: str) -> list[tuple[str, str]]:
+    return [(name, "") for name in names]

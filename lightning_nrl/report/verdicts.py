@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from lightning_nrl._utils.formatting import count, plural
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.evidence import (
     EvidenceSource,
     RepairEvidence,
@@ -23,6 +24,7 @@ EVIDENCE_TONES: dict[Evidence, Tone] = {
     "no difference shown": "warn",
     "worse": "bad",
 }
+EVIDENCE_NAMES = {"unseen": "unseen data", "held-out": "held-out samples"}
 MOST_TIMES_MORE = 10  # advice asks for at most this many times as many unseen data
 GIVE_UNSEEN = 'count it on data that the repair never looks at: `unseen="test"`'
 
@@ -112,10 +114,9 @@ def _answers(report: RepairRecord, evidence: RepairEvidence) -> str:
     answers = "promise kept" if kept else "the weights are unchanged"
     if evidence.source == "none":
         return f"{answers}, not counted on unseen data" if kept else answers
-    name = "unseen data" if evidence.source == "unseen" else "held-out samples"
+    answers += f", {evidence.evidence} on {EVIDENCE_NAMES[evidence.source]}"
     if evidence.worse_split:
-        name += f" ({evidence.worse_split})"
-    answers += f", {evidence.evidence} on {name}"
+        answers += f" ({evidence.worse_split})"
     if report.update:
         than = "from" if evidence.evidence == "no difference shown" else "than"
         answers += f" {than} the replaced model"
@@ -125,16 +126,19 @@ def _answers(report: RepairRecord, evidence: RepairEvidence) -> str:
 def _promise(report: RepairRecord) -> str:
     if report.status == "nothing to repair":
         return "none was needed: the weights are unchanged"
-    counts = pool(report.candidate).counts if report.candidate else report.known_counts
-    n_broken = count(counts.broken) if counts.broken else "none"
-    broken = f"{n_broken} of {count(counts.passed)} known samples that were right"
     if report.status == "repaired":
+        counts = report.known_counts
         within = f", within the gate `{report.gate}`" if counts.broken else ""
-        return f"kept: {broken} broke{within}"
+        return f"kept: {_broken(counts)} broke{within}"
     change = "no repair was found"
     if report.candidate:
-        change = f"the change found would break {broken}"
+        change = f"the change found would break {_broken(pool(report.candidate).counts)}"
     return f"not kept: {change}; the weights are unchanged, so nothing broke"
+
+
+def _broken(counts: TargetCounts) -> str:
+    n_broken = count(counts.broken) if counts.broken else "none"
+    return f"{n_broken} of {count(counts.passed)} known samples that were right"
 
 
 def _advice(report: RepairRecord, evidence: RepairEvidence) -> str:

@@ -147,7 +147,7 @@ def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path: Path, lea
     quiet_trainer(tmp_path, callback, max_epochs=12).fit(new, datamodule=data)
     was, now = by_split(case, old, data), by_split(case, new, data)
     for split in callback.report.update:
-        assert split.now.broken == int((was[split.split] & ~now[split.split]).sum())
+        assert split.final.broken == int((was[split.split] & ~now[split.split]).sum())
     assert (tmp_path / "old.csv").read_text().startswith("# weights ")
 
 

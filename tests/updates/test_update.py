@@ -51,11 +51,11 @@ def test_regressions_are_repaired_wherever_they_are_known() -> None:
     assert known is not None
     assert aside is not None
     assert (known.trained.kept, known.trained.broken, known.trained.repaired) == (4, 1, 0)
-    assert (known.now.kept, known.now.broken) == (5, 0)
+    assert (known.final.kept, known.final.broken) == (5, 0)
     assert known.trained.broken_ids == ()  # pooled; by split they are named
     assert report.update[0].trained.broken_ids == (2,)
     assert aside.trained.broken == 1
-    assert aside.now.broken <= 1  # measured, not promised
+    assert aside.final.broken <= 1  # measured, not promised
     assert (
         "Of 5 known samples that the replaced model gets right, the new one got 1 wrong and gets 0 wrong now."
         in (report.reason)
@@ -70,7 +70,7 @@ def test_what_the_replaced_model_got_wrong_too_is_no_target() -> None:
     assert report.reason.startswith(
         "no known sample in the target (all failures) is right under the replaced model"
     )
-    assert report.pooled_update("known").now.broken == 0  # type: ignore[union-attr]
+    assert report.pooled_update("known").final.broken == 0  # type: ignore[union-attr]
 
 
 def updated(old: nn.Module, steps: int = 30) -> nn.Module:
@@ -115,9 +115,9 @@ def test_nothing_that_may_not_break_breaks(keep: Any, method: Any) -> None:
     update = outcome.report.pooled_update("known")
     assert update is not None
     assert update.trained.broken == int((was & ~trained_new).sum())
-    assert update.now.broken == int((was & ~now).sum())
+    assert update.final.broken == int((was & ~now).sum())
     assert outcome.report.status == (
-        "repaired" if update.now.broken < update.trained.broken else "not repaired"
+        "repaired" if update.final.broken < update.trained.broken else "not repaired"
     )
 
 

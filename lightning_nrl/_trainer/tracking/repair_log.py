@@ -24,7 +24,7 @@ from lightning_nrl.report.repair_plot import (
     reviewer_figures,
     summary_figure,
 )
-from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.sample_views import SampleView, by_flip
 from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
@@ -81,11 +81,11 @@ class RepairLog:
 
     @cached_property
     def pictures(self) -> dict[str, list[SampleView]]:
-        return _grouped([view for view in self.views if view.pixels is not None])
+        return by_flip([view for view in self.views if view.pixels is not None])
 
     @cached_property
     def texts(self) -> dict[str, list[SampleView]]:
-        return _grouped([view for view in self.views if view.pixels is None])
+        return by_flip([view for view in self.views if view.pixels is None])
 
     @cached_property
     def flipped(self) -> list[list[Any]]:
@@ -109,10 +109,3 @@ def next_free(folder: Path, pattern: str) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
-
-
-def _grouped(views: Sequence[SampleView]) -> dict[str, list[SampleView]]:
-    groups: dict[str, list[SampleView]] = {}
-    for view in views:
-        groups.setdefault(f"{view.flip} in {view.split}", []).append(view)
-    return groups

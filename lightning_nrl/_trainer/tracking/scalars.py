@@ -62,8 +62,8 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
         if update is not None:
             regressions: Scalars = {
                 "regressions_before": update.trained.broken,
-                "regressions": update.now.broken,
-                "nfr": update.now.rates["negative_flip_rate"],
+                "regressions": update.final.broken,
+                "nfr": update.final.rates["negative_flip_rate"],
             }
             numbers |= tagged(ROLE_NUMBER, regressions, role=role)
     if report.candidate:

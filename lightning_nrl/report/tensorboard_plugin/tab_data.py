@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,12 @@ from lightning_nrl.report.page import Table
 from lightning_nrl.report.repair_facts import layer_text, unseen_facts
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
-from lightning_nrl.report.tables import confusion_changes, flipped_splits, most_telling
+from lightning_nrl.report.tables import (
+    LISTED_FLIPS,
+    confusion_changes,
+    flipped_splits,
+    most_telling,
+)
 from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder
 
 Plain = dict[str, Any]
@@ -48,7 +54,7 @@ class LoadedRepair:
             "at_most": "" if limit is None else percent_up(limit),
             "weights_changed": None if report.change is None else report.change.changed,
             "seconds": sum(report.seconds.values()),
-            "made": report.provenance.made,
+            "made": report.provenance.created,
             "known": _numbers(splits.get("known", ())),
             "unseen": _numbers(splits.get("unseen", ())),
         }
@@ -57,54 +63,52 @@ class LoadedRepair:
     def details(self) -> Plain:
         report = self.report
         splits, verdict = flipped_splits(report), report.verdict
-        facts = list(verdict.facts)
+        facts = [*verdict.facts]
         if report.bounds is not None:
             facts.append(("calibration", str(report.bounds)))
         # The headline, the verdict and the reason are shown by themselves.
         blocks = report.full_page().blocks[3:]
-        tables = [i for i, block in enumerate(blocks) if isinstance(block, Table)]
-        first = tables[0] + 1 if tables else len(blocks)
+        n_first = 1 + next(i for i, block in enumerate(blocks) if isinstance(block, Table))
         against = "the model that it replaces" if report.update else "the model as it was trained"
         return {
             **self.summary,
             "reason": sentence(report.reason),
             "verdict": verdict.headline,
-            "answers": [list(fact) for fact in (*facts, *unseen_facts(report))],
+            "answers": [*facts, *unseen_facts(report)],
             "calibrated": report.bounds is not None,
             "against": against,
             "accepted": report.status == "repaired",
             "changes": report.status == "repaired" or bool(report.candidate),
-            "outcome": html_blocks(blocks[:first]),
-            "more": html_blocks(blocks[first:]),
-            "classes": list(report.class_names),
+            "outcome": html_blocks(blocks[:n_first]),
+            "more": html_blocks(blocks[n_first:]),
+            "classes": report.class_names,
             "splits": [{"name": split.split, "role": split.role, "n": split.n} for split in splits],
-            "origin": "" if report.hashes is None else report.hashes.model_before or "",
+            "origin": report.hashes.model_before if report.hashes else None,
             "confusion": _confusion(splits),
             "flips": self._flips(splits),
             "search": _search(report),
-            "strength": [_point(point) for point in report.path],
+            "strength": list(map(_point, report.path)),
             "chosen_strength": report.chosen_strength,
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
         """Returns the path of a sample's file, or None if there is no such file of a flip."""
-        if kind not in SAMPLE_KINDS or (split, position) not in self._positions:
+        if kind not in SAMPLE_KINDS:
             return None
-        return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))
-
-    @cached_property
-    def _positions(self) -> set[tuple[str, int]]:
-        splits = flipped_splits(self.report)
-        return {(split.split, sample.id) for split in splits for sample in split.flipped}
+        for flipped in flipped_splits(self.report):
+            if flipped.split == split and any(sample.id == position for sample in flipped.flipped):
+                return os.path.join(SAMPLES_FOLDER, sample_name(split, position, kind))
+        return None
 
     def _flips(self, splits: Sequence[SplitReport]) -> Plain:
-        flipped = [sample for split in splits for sample in split.flipped]
-        slices = list(dict.fromkeys(sample.slice for sample in flipped if sample.slice))
+        slices = {"": -1}
+        for split in splits:
+            for sample in split.flipped:
+                slices.setdefault(sample.slice, len(slices) - 1)
         rows: list[list[object]] = []
-        for flip in ("broken", "repaired"):
+        for flip in LISTED_FLIPS:
             for i, split in enumerate(splits):
-                samples = [sample for sample in split.flipped if sample.flip == flip]
-                for sample in most_telling(samples):
+                for sample in most_telling(split.flipped_as(flip)):
                     rows.append(
                         [
                             i,
@@ -116,11 +120,11 @@ class LoadedRepair:
                             _finite(sample.margin_before),
                             _finite(sample.margin_after),
                             sample.in_target,
-                            slices.index(sample.slice) if sample.slice else -1,
+                            slices[sample.slice],
                             self._kind_of(split.split, sample.id),
                         ]
                     )
-        return {"rows": rows, "slices": slices}
+        return {"rows": rows, "slices": list(slices)[1:]}
 
     @cached_property
     def _files(self) -> set[str]:
@@ -160,9 +164,7 @@ def _confusion(splits: Sequence[SplitReport]) -> Plain:
     for role, role_splits in by_role(splits).items():
         cells = confusion_changes(pool(role_splits).confusion)
         if cells:
-            changes[role] = [
-                [cell.label, cell.prediction, cell.before, cell.after] for cell in cells
-            ]
+            changes[role] = list(map(astuple, cells))
     return changes
 
 
