@@ -69,7 +69,7 @@ class PatchPath:
         """
         clock, seconds, strongest = self.problem.clock, 0.0, math.inf
         if after is not None:
-            self._add(1.0, self.patch, after)
+            self._add(1.0, after)
         for number, strength in enumerate(strengths):
             if number and not self.leaves_time_for(seconds):
                 break
@@ -84,12 +84,11 @@ class PatchPath:
 
     def point(self, strength: float) -> StrengthPoint:
         if strength not in self.counted:
-            state = self.state(strength)
-            self._add(strength, state, self.problem.evaluate(state))
+            self._add(strength)
         return self.counted[strength]
 
-    def _add(self, strength: float, state: State, after: SampleResults) -> None:
-        point = self._count(strength, state, after)
+    def _add(self, strength: float, after: SampleResults | None = None) -> None:
+        point = self._count(strength, self.state(strength), after)
         self.counted[strength] = point
         if point.calibration is not None:
             self.broken_unpolished[strength] = point.calibration.broken
@@ -139,8 +138,12 @@ class PatchPath:
         """True if every rank has time for work of this duration and a pass over the data."""
         return self.problem.deadline.leaves(seconds + self.problem.clock.one_pass)
 
-    def _count(self, strength: float, state: State, after: SampleResults) -> StrengthPoint:
+    def _count(
+        self, strength: float, state: State, after: SampleResults | None = None
+    ) -> StrengthPoint:
         before = self.problem.before
+        if after is None:
+            after = self.problem.evaluate(state)
         flips = Flips.between(before, after)
         repaired = flips.repaired & before.targeted
         point = StrengthPoint(strength, int(repaired.sum()), flips.counts())

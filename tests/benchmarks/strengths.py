@@ -119,7 +119,7 @@ def _counting(broken: dict[float, int]) -> Iterator[None]:
         return Flips(~bad, bad, none, none)
 
     def count(
-        path: PatchPath, state: State, strength: float, after: SampleResults | None = None
+        path: PatchPath, strength: float, state: State, after: SampleResults | None = None
     ) -> StrengthPoint:
         repaired, drawn = round(100 * strength), flips(CALIBRATION, path.problem.evaluator, state)
         return StrengthPoint(strength, repaired, FlipCounts(100, 0, repaired, 200), drawn.counts())

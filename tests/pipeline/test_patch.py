@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, repair_module
 from lightning_nrl.pipeline import Patch, patch_checkpoint
+from lightning_nrl.records import hash_tensors
 
 DTYPES = (
     torch.float64,
@@ -31,12 +30,8 @@ DTYPES = (
 )
 
 
-def raw(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(raw(a[name]) == raw(b[name]) for name in a)
+    return hash_tensors(a) == hash_tensors(b)
 
 
 def of_bytes(content: bytes, dtype: torch.dtype) -> Tensor:
@@ -60,40 +55,20 @@ def changed(state: dict[str, Tensor], name: str, at: int, value: float) -> dict[
     return new
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(DTYPES), st.data())
-def test_every_bit_of_every_dtype_goes_there_and_back(
-    dtype: torch.dtype, data: st.DataObject
-) -> None:
-    size = 24 * dtype.itemsize
-    old = data.draw(st.binary(min_size=size, max_size=size))
-    at, n = data.draw(st.integers(0, size - 1)), data.draw(st.integers(1, size))
-    new = bytes(x ^ 1 if at <= i < at + n else x for i, x in enumerate(old))
-    before, after = ({"w": of_bytes(content, dtype).view(4, 6)} for content in (old, new))
-    patch = Patch.between(before, after)
-    assert same(patch.apply(before), after)
-    assert same(patch.revert(after), before)
-
-
+@pytest.mark.parametrize(("n_changed", "n_stored"), [(1, 1), (20, 24)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 20])
-def test_a_file_keeps_every_bit(tmp_path: Path, dtype: torch.dtype, n: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    old = (
-        torch.randint(0, 256, (24 * dtype.itemsize,), generator=generator, dtype=torch.uint8)
-        .numpy()
-        .tobytes()
-    )
-    new = bytes(x ^ 1 for x in old[: n * dtype.itemsize]) + old[n * dtype.itemsize :]
+def test_a_file_keeps_every_bit(
+    tmp_path: Path, dtype: torch.dtype, n_changed: int, n_stored: int
+) -> None:
+    old = bytes(torch.arange(24 * dtype.itemsize).mul(37).remainder(256).tolist())
+    n_bytes = n_changed * dtype.itemsize
+    new = bytes(x ^ 1 for x in old[:n_bytes]) + old[n_bytes:]
     empty = torch.zeros(0, 3, dtype=dtype)  # such as an unused embedding
-    before, after = (
-        {"a.b": of_bytes(content, dtype).view(2, 12), "none": empty.clone()}
-        for content in (old, new)
-    )
+    before = {"a.b": of_bytes(old, dtype).view(2, 12), "none": empty}
+    after = {"a.b": of_bytes(new, dtype).view(2, 12), "none": empty.clone()}
     Patch.between(before, after).save(tmp_path / "p.safetensors")
     patch = Patch.load(tmp_path / "p.safetensors")
-    assert patch.n_changed == (1 if n == 1 else 24)
-    assert (patch.changes["a.b"].index is None) == (n == 20)
+    assert patch.n_changed == n_stored
     assert same(patch.apply(before), after)
     assert same(patch.revert(after), before)
 
@@ -107,10 +82,9 @@ def test_a_module_is_changed_in_place_and_a_state_dict_is_copied() -> None:
     assert same(copied(model), new)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert same(copied(patch.revert(model)), old)
-    given_state = model.state_dict()
-    found = patch.apply(given_state)
-    assert same(dict(given_state), old)
-    assert found._metadata == given_state._metadata  # type: ignore[attr-defined]
+    state = model.state_dict()
+    assert patch.apply(state)._metadata == state._metadata  # type: ignore[attr-defined]
+    assert same(state, old)
 
 
 def test_another_model_is_refused_and_stays() -> None:
@@ -119,25 +93,17 @@ def test_another_model_is_refused_and_stays() -> None:
     other = network()
     nn.init.zeros_(other[0].bias)
     before = copied(other)
+    smaller = {**old, "3.weight": torch.zeros(2, 8)}
     for state, problem in (
         (other, "but other tensors of the model differ"),
-        (
-            changed(old, "3.weight", 3, 1.0),
-            "1 of the 1 tensors that it changes have other values, such as `3.weight`",
-        ),
+        (changed(old, "3.weight", 3, 1.0), "1 of the 1 tensors .* have other values, such as `3.w"),
         ({"w": torch.zeros(3)}, "the model has no tensor `3.weight`"),
         (
-            {name: value.double() for name, value in old.items()},
-            "is torch.float64 .3, 8. in the model and torch.f",
-        ),
-        (
-            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 4)),
-            r"32 \[4, 8\] .*32 \[3, 8\] in",
+            smaller,
+            r"is torch.float32 \[2, 8\] in the model and torch.float32 \[3, 8\] in the patch",
         ),
     ):
-        with pytest.raises(
-            ConfigurationError, match=rf"(?s)`patch` cannot be applied: .*{problem}.*HINT"
-        ):
+        with pytest.raises(ConfigurationError, match=rf"`patch` cannot be applied: .*{problem}"):
             patch.apply(state)
     assert same(copied(other), before)
     with pytest.raises(ConfigurationError, match="found a str, not a module"):
@@ -148,23 +114,20 @@ def test_patches_stack_and_come_off_in_order() -> None:
     first = copied(network())
     second = changed(first, "3.weight", 2, 1.0)
     third = changed(second, "3.weight", 2, 2.0)
-    one, two = Patch.between(first, second), Patch.between(second, third)
-    assert one.result == two.base
+    early, late = Patch.between(first, second), Patch.between(second, third)
     model = network()
+    with pytest.raises(ConfigurationError, match=r"(?s)be applied.*in the order they were made"):
+        late.apply(model)
+    late.apply(early.apply(model))
     with pytest.raises(
-        ConfigurationError, match=r"(?s)cannot be applied.*in the order they were made"
+        ConfigurationError, match=r"(?s)be reverted.*revert the later patches first"
     ):
-        two.apply(model)
-    two.apply(one.apply(model))
-    with pytest.raises(
-        ConfigurationError, match=r"(?s)cannot be reverted.*revert the later patches first"
-    ):
-        one.revert(model)
+        early.revert(model)
     with pytest.raises(ConfigurationError, match="the weights already contain this change"):
-        two.apply(model)
-    assert same(copied(one.revert(two.revert(model))), first)
+        late.apply(model)
+    assert same(copied(early.revert(late.revert(model))), first)
     with pytest.raises(ConfigurationError, match="the weights do not contain this change"):
-        one.revert(model)
+        early.revert(model)
 
 
 class Tied(nn.Module):
@@ -196,19 +159,13 @@ def test_tied_parameters_stay_tied_and_are_kept_once(tmp_path: Path) -> None:
 def test_a_repair_is_a_patch_with_its_report(tmp_path: Path) -> None:
     model = trained()
     outcome = repair_module(model, known(), quick())
-    assert outcome.parameters
     state = copied(model)
-    patch = Patch.between(state, {**state, **outcome.parameters}, outcome.report)
-    patch.save(tmp_path / "p.safetensors")
+    outcome.write(model)
+    Patch.between(state, model, outcome.report).save(tmp_path / "p.safetensors")
     patch = Patch.load(tmp_path / "p.safetensors")
     assert patch.report == outcome.report
-    assert outcome.report.hashes is not None
-    assert (patch.base, patch.result) == (
-        outcome.report.hashes.model_before,
-        outcome.report.hashes.model_after,
-    )
-    patch.apply(model)
-    assert same(copied(model), {**state, **outcome.parameters})
+    hashes = outcome.report.hashes
+    assert (patch.base, patch.result) == (hashes.model_before, hashes.model_after)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +189,12 @@ def test_states_that_make_no_patch_are_refused(old: Any, new: Any, problem: str)
 
 
 class Saving(nn.Linear):
-    """A module with a state dict of its own: copies under other names, and what is no tensor of it."""
+    """A layer whose state dict renames, copies and adds tensors."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        own = super().state_dict(*args, **kwargs)
-        return OrderedDict(
-            saved=own["weight"], bias=own["bias"].clone(), mean=own["weight"].mean(0)
-        )
+        state = super().state_dict(*args, **kwargs)
+        weight, bias = state["weight"], state["bias"]
+        return OrderedDict(saved=weight, bias=bias.clone(), mean=weight.mean(0))
 
 
 def test_a_patch_has_the_names_of_the_state_dict() -> None:
@@ -260,41 +216,29 @@ ONE_CHANGE = Patch.between(ZEROS, THREE)
 
 
 def test_all_else_in_a_checkpoint_stays(tmp_path: Path) -> None:
-    whole = {
-        "state_dict": ZEROS,
-        "epoch": 3,
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(6)}}}],
-    }
-    torch.save(whole, tmp_path / "old.ckpt")
-    patch_checkpoint(ONE_CHANGE, tmp_path / "old.ckpt", tmp_path / "new.ckpt")
-    found = torch.load(tmp_path / "new.ckpt", weights_only=True)
-    assert torch.equal(found["state_dict"]["w"].view(torch.int32), THREE["w"].view(torch.int32))
-    assert found["epoch"] == 3
-    assert torch.equal(found["optimizer_states"][0]["state"][0]["exp_avg"], torch.ones(6))
-    assert torch.equal(torch.load(tmp_path / "old.ckpt")["state_dict"]["w"], ZEROS["w"])
-    patch_checkpoint(ONE_CHANGE, tmp_path / "new.ckpt", tmp_path / "new.ckpt", undo=True)
-    found = torch.load(tmp_path / "new.ckpt", weights_only=True)
-    assert torch.equal(found["state_dict"]["w"].view(torch.int32), ZEROS["w"].view(torch.int32))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.ckpt", "old.ckpt"]
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": ZEROS, "epoch": 3}, path)
+    for undo, state in ((False, THREE), (True, ZEROS)):
+        patch_checkpoint(ONE_CHANGE, path, path, undo=undo)
+        content = torch.load(path, weights_only=True)
+        assert same(content["state_dict"], state)
+        assert content["epoch"] == 3
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:
+def test_a_refused_checkpoint_writes_nothing(tmp_path: Path) -> None:
+    out, objects = tmp_path / "out.ckpt", tmp_path / "objects.ckpt"
     torch.save({"state_dict": THREE}, tmp_path / "new.ckpt")
     torch.save([1], tmp_path / "list.ckpt")
-    torch.save({"state_dict": ZEROS, "hyper_parameters": Namespace(a=1)}, tmp_path / "objects.ckpt")
+    torch.save({"state_dict": ZEROS, "hyper_parameters": Namespace(a=1)}, objects)
     for name, problem in (
         ("new.ckpt", "the weights already contain this change"),
         ("list.ckpt", "holds a list"),
-        (
-            "objects.ckpt",
-            r"(?s)UnpicklingError: it holds objects, such as a `argparse.Namespace`\).*weights_only=False",
-        ),
+        ("objects.ckpt", r"(?s)holds objects, such as a `argparse.Namespace`.*weights_only=False"),
         ("nowhere.ckpt", "cannot be read"),
     ):
         with pytest.raises(ConfigurationError, match=problem):
-            patch_checkpoint(ONE_CHANGE, tmp_path / name, tmp_path / "out.ckpt")
-    assert not (tmp_path / "out.ckpt").exists()
-    patch_checkpoint(
-        ONE_CHANGE, tmp_path / "objects.ckpt", tmp_path / "out.ckpt", weights_only=False
-    )
-    assert torch.load(tmp_path / "out.ckpt", weights_only=False)["hyper_parameters"].a == 1
+            patch_checkpoint(ONE_CHANGE, tmp_path / name, out)
+    assert not out.exists()
+    patch_checkpoint(ONE_CHANGE, objects, out, weights_only=False)
+    assert torch.load(out, weights_only=False)["hyper_parameters"].a == 1

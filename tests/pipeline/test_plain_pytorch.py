@@ -131,9 +131,3 @@ def test_an_outcome_is_written_whole_or_not_at_all() -> None:
     assert hash_tensors(other.state_dict()) == before
     assert outcome.write(model.double())
     assert torch.equal(model[2].weight, outcome.parameters["2.weight"].double())
-
-
-def test_defaults_need_no_settings() -> None:
-    outcome = repair_module(trained(), [replace(source, failed=True) for source in known(n=30)])
-    assert outcome.report.settings == Settings().plain()
-    assert outcome.report.target == "all failures"

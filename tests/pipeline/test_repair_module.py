@@ -19,6 +19,7 @@ from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.localization import AllWeights, Localizer
 from lightning_nrl.pipeline import Outcome
+from lightning_nrl.records import Hashes
 from lightning_nrl.search import Fitness, FitnessFunction
 
 
@@ -48,14 +49,12 @@ class Nowhere(Localizer):
 
     include_bias: bool = False
 
-    def __call__(self, recording: Any, evaluator: Any, **rest: Any) -> Any:
-        raise EmptyLocalizationError(
-            "`localizer` leaves no weight at N_g = 5 of 36.", "another layer."
-        )
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        raise EmptyLocalizationError("`localizer` leaves no weight.", "another layer.")
 
 
 class Aliased(nn.Module):
-    """One head under two names, as a model that shares modules has it."""
+    """A model whose head has two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,32 +65,33 @@ class Aliased(nn.Module):
         return self.exit(self.body(x))
 
 
-@pytest.mark.parametrize("layer", ["auto", "0", ["0", "2"]])
-@pytest.mark.parametrize("include_bias", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "include_bias", "names"),
+    [
+        ("auto", True, ["2.weight", "2.bias"]),
+        ("0", False, ["0.weight"]),
+        (["0", "2"], False, ["0.weight", "2.weight"]),
+    ],
+)
 def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(
-    layer: Any, include_bias: bool
+    layer: Any, include_bias: bool, names: list[str]
 ) -> None:
-    model, sources, later = trained(), known(), unseen()
-    before = [right(model, source) for source in (*sources, *later)]
-    outcome = repair_module(
-        model,
-        sources,
-        quick(layer=layer, localizer=AllWeights(include_bias=include_bias)),
-        unseen=later,
-    )
+    model, sources = trained(), [*known(), *unseen()]
+    before = [right(model, source) for source in sources]
+    settings = quick(layer=layer, localizer=AllWeights(include_bias=include_bias))
+    outcome = repair_module(model, sources[:2], settings, unseen=sources[2:])
     assert outcome.report.status == "repaired"
     assert outcome.write(model)
-    for source, old, split in zip((*sources, *later), before, outcome.report.splits, strict=True):
+    for source, old, split in zip(sources, before, outcome.report.splits, strict=True):
         new = right(model, source)
-        assert split.role == ("unseen" if source in later else "known")
-        assert (split.split, split.n, split.passed) == (source.split, len(source), int(old.sum()))
+        assert (split.split, split.n) == (source.split, len(source))
+        assert FlipCounts.of(old, new) == FlipCounts(
+            split.kept, split.broken, split.repaired, split.failing
+        )
         assert split.repaired_ids == tuple((~old & new).nonzero().flatten().tolist())
         assert split.broken_ids == tuple((old & ~new).nonzero().flatten().tolist())
-        assert (split.kept, split.failing) == (int((old & new).sum()), int((~old & ~new).sum()))
         assert split.broken == 0 or split.role == "unseen"
-    names = {"0": ["0"], "auto": ["2"]}.get(str(layer), ["0", "2"])
-    kinds = ["weight", "bias"] if include_bias else ["weight"]
-    assert list(outcome.parameters or ()) == [f"{name}.{kind}" for name in names for kind in kinds]
+    assert list(outcome.parameters) == names
 
 
 @settings(max_examples=12, deadline=None)
@@ -114,17 +114,13 @@ def test_an_accepted_repair_has_broken_nothing_that_is_known(
 
 
 def test_unseen_failures_of_the_target_are_counted_and_never_searched() -> None:
-    model, later = trained(), unseen()
-    wrong = ~right(model, later[0]) & (later[0].targets == 0)
-    outcome = repair_module(model, known(), quick(target=Target.label(0)), unseen=later)
-    without = repair_module(model, known(), quick(target=Target.label(0)))
-    split = outcome.report.splits[2]
-    assert split.targeted_ids == tuple(wrong.nonzero().flatten().tolist())
+    model, settings = trained(), quick(target=Target.label(0))
+    (later,) = (replace(source, passed=True, failed=True) for source in unseen())
+    wrong = ~right(model, later) & (later.targets == 0)
+    outcome = repair_module(model, known(), settings, unseen=[later])
+    without = repair_module(model, known(), settings)
+    assert outcome.report.splits[2].targeted_ids == tuple(wrong.nonzero().flatten().tolist())
     assert torch.equal(outcome.change, without.change)
-    marked = [replace(source, passed=True, failed=True) for source in later]
-    assert repair_module(
-        model, known(), quick(target=Target.label(0)), unseen=marked
-    ).report.splits == (outcome.report.splits)
 
 
 def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> None:
@@ -137,17 +133,9 @@ def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> No
     assert [(split.repaired, split.broken) for split in report.splits] == [(0, 0)] * 3
     assert [split.split for split in report.candidate] == ["train", "new"]
     assert report.candidate[1].repaired_in_target > 0
-    assert report.hashes is not None
-    assert (
-        report.hashes.layers_before
-        == report.hashes.layers_after
-        == hash_tensors({"2.weight": model[2].weight})
-    )
-    assert (
-        report.hashes.model_before == report.hashes.model_after == hash_tensors(model.state_dict())
-    )
-    assert report.change is not None
-    assert report.change.changed == int((outcome.change != 0).sum())
+    layer, state = hash_tensors({"2.weight": model[2].weight}), hash_tensors(model.state_dict())
+    assert report.hashes == Hashes(layer, layer, state, state)
+    assert report.change.changed == len(outcome.change)
 
 
 @pytest.mark.parametrize("layer", ["auto", "head", "exit"])
@@ -156,11 +144,10 @@ def test_the_hash_after_is_that_of_the_written_model_under_all_its_names(layer: 
     before = hash_tensors(model.state_dict())
     outcome = repair_module(model, known(), quick(layer=layer, localizer=AllWeights()))
     hashes = outcome.report.hashes
-    assert hashes is not None
     assert hashes.model_before == before == hash_tensors(model.state_dict())
     assert outcome.write(model)
     assert hashes.model_after == hash_tensors(model.state_dict()) != before
-    assert sorted(outcome.parameters or ()) == ["exit.weight", "head.weight"]
+    assert sorted(outcome.parameters) == ["exit.weight", "head.weight"]
 
 
 def test_without_failures_there_is_nothing_to_repair() -> None:
@@ -172,12 +159,8 @@ def test_without_failures_there_is_nothing_to_repair() -> None:
     outcome = repair_module(model, known(), quick(target=Target.where(is_passed)))
     assert outcome == Outcome(outcome.report)
     assert outcome.report.status == "nothing to repair"
-    assert (
-        "no failed sample of new is in the target (where is_passed); failures in all:"
-        in outcome.report.reason
-    )
-    assert list(outcome.report.seconds) == ["collect"]
-    assert outcome.report.localization is outcome.report.search is None
+    reason = "no failed sample of new is in the target (where is_passed); failures in all:"
+    assert outcome.report.reason.startswith(reason)
 
 
 def test_a_class_that_does_not_occur_or_that_the_model_does_not_have_is_named() -> None:
@@ -185,23 +168,16 @@ def test_a_class_that_does_not_occur_or_that_the_model_does_not_have_is_named() 
     report = repair_module(trained(), sources, quick(target=Target.label(2))).report
     assert report.status == "nothing to repair"
     assert report.reason == "no sample of new, right or wrong, is in the target (label 2)."
-    for target in (Target.label(7), Target.label(0) & ~Target.confusion(1, 7)):
-        with pytest.raises(
-            ConfigurationError,
-            match=r"there is no class 7.\nHINT: the model has the classes 0 to 2",
-        ):
-            repair_module(trained(), known(), quick(target=target))
+    with pytest.raises(ConfigurationError, match=r"no class 7.\nHINT: .* classes 0 to 2"):
+        repair_module(trained(), known(), quick(target=Target.label(7)))
 
 
 def test_without_passed_samples_a_warning_says_why() -> None:
-    always_wrong = [
-        replace(source, targets=torch.full_like(source.targets, 2)) for source in known()
-    ]
-    model = nn.Sequential(nn.Linear(4, 3))
-    nn.init.zeros_(model[0].weight)
-    model[0].bias.data = torch.tensor([1.0, 0, 0])
+    model = trained()
+    model[2].bias.data[0] = 100.0
+    sources = [replace(source, targets=torch.full((len(source),), 2)) for source in known()]
     with pytest.warns(UserWarning, match="not repaired: no known sample passes"):
-        outcome = repair_module(model, always_wrong, quick())
+        outcome = repair_module(model, sources, quick())
     assert outcome.report.status == "not repaired"
 
 
@@ -210,8 +186,6 @@ def test_an_empty_localisation_is_a_report_with_a_warning() -> None:
         outcome = repair_module(trained(), known(), quick(localizer=Nowhere()), unseen=unseen())
     assert caught[0].filename == __file__
     assert outcome.report.status == "not repaired"
-    assert outcome.report.localization is None
-    assert list(outcome.report.seconds) == ["collect", "unseen", "localize"]
     assert [split.role for split in outcome.report.splits] == ["known", "known", "unseen"]
 
 
@@ -219,8 +193,6 @@ def test_a_search_that_finds_nothing_better_says_so() -> None:
     outcome = repair_module(trained(), known(), quick(fitness=Mute()))
     assert outcome.report.status == "not repaired"
     assert "nothing better than the original weights" in outcome.report.reason
-    assert list(outcome.report.seconds) == ["collect", "localize", "search"]
-    assert outcome.report.search is not None
     assert outcome.change is outcome.parameters is None
 
 
@@ -234,47 +206,40 @@ def test_a_loss_that_is_not_finite_names_the_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sources", "arguments", "found"),
+    ("sources", "arguments", "problem"),
     [
-        ([], {}, "`known`: no source is marked `failed`"),
         (known()[:1], {}, "`known`: no source is marked `failed`"),
         (known()[1:], {"n_passed": 3}, "`n_passed=3`: no known source is marked `passed`"),
         ([*known(), known()[0]], {}, r"the splits \['train', 'new', 'train'\]"),
         (known(), {"layer": "4"}, "`layer='4'` is not in the model"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_model_runs(
-    sources: Any, arguments: Any, found: str
+def test_wrong_data_or_layers_are_refused_before_the_model_runs(
+    sources: Any, arguments: Any, problem: str
 ) -> None:
     model = trained()
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(ConfigurationError, match=found):
+    with pytest.raises(ConfigurationError, match=problem):
         repair_module(model, sources, quick(**arguments))
 
 
 def test_stages_and_progress_are_told_in_order() -> None:
-    told: list[Any] = []
-    expected: list[Any] = []
+    events: list[Any] = []
 
     class Listener:
         @contextmanager
         def stage(self, name: str) -> Iterator[None]:
-            told.append(name)
+            events.append(name)
             yield
-            told.append(f"{name} done")
 
         def expect(self, seconds: Mapping[str, float], most: float) -> None:
-            expected.append((set(seconds), most))
+            events.append((set(seconds), most))
 
         def search(self, done: int, total: int, repaired: int, broken: int) -> None:
-            told.append((done, total))
+            events.append((done, total))
 
     outcome = repair_module(trained(), known(), quick(), observer=Listener())
-    stages = ["collect", "localize", "search", "judge", "strength", "judge"]
-    assert [word for word in told if isinstance(word, str)] == [
-        w for s in stages for w in (s, f"{s} done")
-    ]
-    assert [word for word in told if isinstance(word, tuple)] == [(10, 12), (12, 12)]
-    assert told.index("search") < told.index((10, 12)) < told.index("search done")
-    assert list(outcome.report.seconds) == stages[:-1]
-    assert expected == [({"strength", "judge"}, math.inf)]
+    expected = ({"strength", "judge"}, math.inf)
+    search = ["localize", "search", (10, 12), (12, 12)]
+    assert events == ["collect", expected, *search, "judge", "strength", "judge"]
+    assert list(outcome.report.seconds) == ["collect", "localize", "search", "judge", "strength"]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
-import pytest
 import torch
 
-from lightning_nrl.evaluation import metrics as functional
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
 from lightning_nrl.records import WeightChange, pool
 from lightning_nrl.records.split_reports import split_report
@@ -19,16 +15,16 @@ EDGES = (-1.0, 0.0, 1.0, 2.0)
 
 def results(prediction: list[int], margin: list[float]) -> SampleResults:
     """Five samples of `train` and two of `val`; labels as above."""
-    found = torch.tensor(prediction)
+    predicted = torch.tensor(prediction)
     return SampleResults(
         splits=("train", "val"),
         sizes=(5, 2),
         index=torch.tensor([10, 11, 12, 13, 14, 0, 1]),
         label=LABEL,
-        prediction=found,
+        prediction=predicted,
         loss=torch.zeros(7),
-        passed=found == LABEL,
-        targeted=(found != LABEL) & (LABEL == 0),
+        passed=predicted == LABEL,
+        targeted=(predicted != LABEL) & (LABEL == 0),
         margin=torch.tensor(margin),
         names=("night",),
         group=torch.tensor([-1, 0, -1, -1, -1, -1, -1]),
@@ -62,7 +58,7 @@ def test_a_split_by_hand() -> None:
         ClassCounts(1, FlipCounts(0, 1, 0, 1)),
         ClassCounts(2, FlipCounts(1, 0, 0, 0)),
     )
-    # What lies outside is counted in the outer bins.
+    # Margins beyond the edges are counted in the outer bins.
     assert train.margins == MarginHistogram(EDGES, (2, 1, 2), (2, 1, 2))
     val = split_report("val", "unseen", BEFORE, AFTER, EDGES)
     assert (val.repaired_ids, val.broken_ids, val.targeted_ids) == ((0,), (), (0,))
@@ -74,17 +70,14 @@ def test_a_split_by_hand() -> None:
 
 
 def test_splits_are_pooled() -> None:
-    both = pool([split_report(split, "known", BEFORE, AFTER, EDGES) for split in ("train", "val")])
-    assert both.counts == TargetCounts(
+    pooled = pool([split_report(split, "known", BEFORE, AFTER, EDGES) for split in BEFORE.splits])
+    assert pooled.counts == TargetCounts(
         3, 1, 2, 1, targeted=2, repaired_in_target=2, passed_in_target=1
     )
-    assert both.classes[0] == ClassCounts(0, FlipCounts(1, 0, 2, 0))
-    assert both.confusion[1] == ConfusionCell(0, 1, 2, 0)
-    assert both.margins == MarginHistogram(EDGES, (3, 1, 3), (2, 2, 2))
-    assert both.flipped == ()
-    for name in set(both.rates) - {"repair_rate"}:
-        rate = getattr(functional, name)(BEFORE.prediction, AFTER.prediction, LABEL)
-        assert both.rates[name] == pytest.approx(rate.item())
+    assert pooled.classes[0] == ClassCounts(0, FlipCounts(1, 0, 2, 0))
+    assert pooled.confusion[1] == ConfusionCell(0, 1, 2, 0)
+    assert pooled.margins == MarginHistogram(EDGES, (3, 1, 3), (2, 2, 2))
+    assert (pooled.rates["negative_flip_rate"], pooled.rates["repair_rate"]) == (1 / 7, 1)
 
 
 def test_change_between_two_layers() -> None:
@@ -92,8 +85,4 @@ def test_change_between_two_layers() -> None:
     new = {"b": torch.tensor([1.0]), "a": torch.tensor([[3.0, 2.0], [0.0, 2.0]])}
     assert WeightChange.between(old, new) == WeightChange(
         changed=3, total=5, l2=3.0, relative=0.6, largest=2.0
-    )
-    half = {"a": torch.full((1000,), 100.0, dtype=torch.bfloat16)}
-    assert WeightChange.between(half, {"a": half["a"] + 0.5}).l2 == pytest.approx(
-        0.5 * math.sqrt(1000)
     )
