@@ -12,7 +12,6 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records import PricePoint, Rung, SplitReport, Step, UpdateSplit
 from lightning_nrl.records.stats import sign_test
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.page import TONE_STYLES
 
 KNOWN = SplitReport("train", "known", TargetCounts(1038, 0, 5, 15, 20, 5))
 REPORT = RepairReport(
@@ -60,22 +59,11 @@ def test_unseen_data_decide_and_harm_is_never_green(
 ) -> None:
     report = judged(unseen(*flips), rungs=(held_out(60, 0),))
     verdict = report.verdict
-    assert (verdict.evidence, verdict.tone, report.tone, verdict.source) == (
-        evidence,
-        tone,
-        tone,
-        "unseen",
-    )
+    assert (verdict.evidence, verdict.tone, verdict.source) == (evidence, tone, "unseen")
     assert (verdict.repaired, verdict.broken, verdict.n) == (*flips, 400)
-    assert (verdict.kept, verdict.promise) == (
-        True,
-        "kept: none of 1,038 known samples that were right broke",
-    )
+    assert verdict.promise == "kept: none of 1,038 known samples that were right broke"
     assert verdict.headline == f"Repaired: promise kept, {evidence} on unseen data"
-    assert report.render().startswith(verdict.headline.upper())
-    assert report.to_markdown().startswith(f"# {verdict.headline}\n")
     assert f'<h1 class="{tone}">{verdict.headline}</h1>' in report.to_html()
-    assert tone in TONE_STYLES
 
 
 def test_unseen_splits_are_counted_together() -> None:
@@ -86,57 +74,35 @@ def test_unseen_splits_are_counted_together() -> None:
 
 def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others() -> None:
     verdict = judged(unseen(40, 2), unseen(1, 12, "night")).verdict
-    assert (verdict.evidence, verdict.tone, verdict.repaired, verdict.broken) == (
-        "worse",
-        "bad",
-        1,
-        12,
-    )
+    assert (verdict.evidence, verdict.repaired, verdict.broken) == ("worse", 1, 12)
     assert verdict.headline == "Repaired: promise kept, worse on unseen data (night)"
     assert verdict.p_value == pytest.approx(2 * 2 * (1 + 13) / 2**13)  # of two splits
     assert judged(unseen(40, 2), unseen(2, 3, "night")).verdict.evidence == "better"
 
 
 def test_prices_of_the_exact_solution_count_as_choices() -> None:
-    steps = tuple(
-        Step(f"convex, price {price:g}", 1, 0, 0.1, kind="alternative") for price in (0.5, 1, 2)
-    )
-    report = judged(
-        rungs=(held_out(3, 0, taken=False), replace(held_out(9, 0), name="exact")), steps=steps
-    )
-    assert report.n_estimates == 4
-    assert report.verdict.p_value == pytest.approx(4 * 2 / 2**9)
-    assert (
-        replace(
-            report, rungs=(report.rungs[0], replace(report.rungs[1], name="training"))
-        ).n_estimates
-        == 2
-    )
+    steps = 3 * (Step("convex", 1, 0, 0.1, kind="alternative"),)
+    for name, choices in (("exact", 4), ("training", 2)):
+        rungs = held_out(3, 0, taken=False), replace(held_out(9, 0), name=name)
+        verdict = judged(rungs=rungs, steps=steps).verdict
+        assert verdict.p_value == pytest.approx(choices * 2 / 2**9)
 
 
 def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
     verdict = judged(unseen(14, 2), leaked={"test": 12}).verdict
     assert (verdict.evidence, verdict.p_value, verdict.repaired) == ("no difference shown", 1.0, 14)
     assert "remove the known samples" in verdict.advice
-    assert (
-        judged(unseen(24, 2), leaked={"test": 12}).verdict.evidence == "better"
-    )  # 12 to 2 without them
+    # 12 to 2 without them.
+    assert judged(unseen(24, 2), leaked={"test": 12}).verdict.evidence == "better"
 
 
 def test_without_unseen_data_the_held_out_samples_of_the_taken_rung_are_the_evidence() -> None:
     verdict = judged(rungs=(held_out(0, 50, taken=False), held_out(12, 1))).verdict
     assert (verdict.source, verdict.evidence, verdict.tone) == ("held-out", "better", "good")
-    assert verdict.p_value == pytest.approx(
-        2 * 2 * (1 + 13) / 2**13
-    )  # of two rungs that they chose among
+    assert verdict.p_value == pytest.approx(2 * 2 * (1 + 13) / 2**13)  # one of two rungs
     assert 'unseen="test"' in verdict.advice
     verdict = judged().verdict
-    assert (verdict.source, verdict.evidence, verdict.n, verdict.tone) == (
-        "none",
-        "no difference shown",
-        0,
-        "warn",
-    )
+    assert (verdict.source, verdict.n, verdict.tone) == ("none", 0, "warn")
     assert 'unseen="test"' in verdict.advice
     assert "no unseen data were given" in dict(verdict.facts)["evidence"]
 
@@ -165,49 +131,38 @@ def test_unchanged_weights_are_no_repair_and_no_evidence(status: Any, tone: str)
     assert verdict.headline == f"{status.capitalize()}: the weights are unchanged"
 
 
-def test_a_refusal_says_what_would_have_broken() -> None:
-    candidate = (replace(KNOWN, counts=TargetCounts(1035, 3, 5, 15, 20, 5)),)
-    verdict = judged(status="refused", candidate=candidate).verdict
-    assert "would break 3 of 1,038 known samples" in verdict.promise
-
-
-def test_a_looser_gate_says_what_broke_within_it() -> None:
+def test_the_promise_says_what_breaks() -> None:
     known = replace(KNOWN, counts=TargetCounts(1028, 10, 5, 15, 20, 5))
-    verdict = replace(REPORT, splits=(known, unseen(9, 0)), gate="tolerance:1%").verdict
-    assert (
-        verdict.promise
-        == "kept: 10 of 1,038 known samples that were right broke, within the gate `tolerance:1%`"
+    refused = judged(status="refused", candidate=(known,)).verdict
+    assert "would break 10 of 1,038 known samples" in refused.promise
+    promise = replace(REPORT, splits=(known,), gate="tolerance:1%").verdict.promise
+    assert promise == (
+        "kept: 10 of 1,038 known samples that were right broke, within the gate `tolerance:1%`"
     )
-    assert verdict.tone == "good"
 
 
 @pytest.mark.parametrize(
     ("point", "named"),
     [
-        (
-            PricePoint(0.01, 9, 10, 10, held_out(30, 10).held_out),
-            True,
-        ),  # twice as many targets, as many points
+        # Twice as many targets and as many points; one target or one repair fewer.
+        (PricePoint(0.01, 9, 10, 10, held_out(30, 10).held_out), True),
         (PricePoint(0.01, 9, 9, 9, held_out(30, 10).held_out), False),
-        (PricePoint(0.01, 9, 10, 10, held_out(29, 10).held_out), False),  # fewer points
-        (
-            PricePoint(0.01, 9, 6, 6, held_out(34, 10).held_out),
-            True,
-        ),  # 24 net of 200 for 20: two points more
+        (PricePoint(0.01, 9, 10, 10, held_out(29, 10).held_out), False),
+        # Two points more, since 24 of 200 instead of 20 are net repairs; less.
+        (PricePoint(0.01, 9, 6, 6, held_out(34, 10).held_out), True),
         (PricePoint(0.01, 9, 6, 6, held_out(33, 10).held_out), False),
-        (PricePoint(0.01, 0, 20, 20, held_out(90, 0).held_out), False),  # within the gate
+        # Within the gate; not held out.
+        (PricePoint(0.01, 0, 20, 20, held_out(90, 0).held_out), False),
         (PricePoint(0.01, 9, 20, 20), False),
     ],
 )
 def test_a_dear_promise_names_the_gate_that_repairs_more(point: PricePoint, named: bool) -> None:
-    rung = held_out(30, 10)
-    report = judged(
-        unseen(9, 0), rungs=(rung,), price=(PricePoint(0.0, 0, 5, 5, rung.held_out), point)
-    )
-    assert ('`gate="tolerance:1%"`' in report.verdict.advice) is named
-    unlimited = judged(unseen(9, 0), rungs=(rung,), price=(replace(point, allowed=1.0),))
-    assert ('`gate="tolerance:9"`' in unlimited.verdict.advice) is named
-    assert "looser" not in judged(unseen(3, 20), rungs=(rung,), price=(point,)).verdict.advice
+    rungs = (held_out(30, 10),)
+    for allowed, gate in ((0.01, "tolerance:1%"), (1.0, "tolerance:9")):
+        price = (replace(point, allowed=allowed),)
+        advice = judged(unseen(9, 0), rungs=rungs, price=price).verdict.advice
+        assert (f'`gate="{gate}"`' in advice) is named
+    assert "looser" not in judged(unseen(3, 20), rungs=rungs, price=(point,)).verdict.advice
 
 
 def test_a_difference_that_more_data_would_show_says_how_many() -> None:
