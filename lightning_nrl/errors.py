@@ -178,18 +178,14 @@ def check_kind(argument: str, value: object, fits: bool, kind: str, example: str
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
 
 
-def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Raises `ConfigurationError` if `value` is not a whole number from `least` to `most`.
-
-    None means no upper limit.
-    """
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if is_whole and least <= value <= (math.inf if most is None else most):  # type: ignore[operator]
+def check_whole(argument: str, value: object, least: int, most: float = math.inf) -> None:
+    """Raises `ConfigurationError` if `value` is not a whole number from `least` to `most`."""
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
         return
-    limits = f"from {least}" if most is None else f"from {least} to {most}"
-    raise ConfigurationError(
-        f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}."
-    )
+    hint = f"give a whole number from {least}."
+    if most < math.inf:
+        hint = f"give a whole number from {least} to {most}."
+    raise ConfigurationError(f"`{argument}={value!r}` is out of range.", hint)
 
 
 def check_real(
