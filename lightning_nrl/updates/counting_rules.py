@@ -46,13 +46,13 @@ class AtMostBroken(SplitRule):
         return Gate.parse(self.gate).excess_of(counts) > 0
 
     def sentences(self, parts: Sequence[Part]) -> list[str]:
-        return [self._sentence(part.name, part.counts) for part in parts]
-
-    def _sentence(self, name: str, counts: FlipCounts) -> str:
-        broken = f"{counts.broken:,} of {counts.passed:,} that were right broke"
-        return (
-            f"{name}: {broken}; {allowance(Gate.parse(self.gate), counts)} ({accuracies(counts)})"
-        )
+        sentences = []
+        for part in parts:
+            counts = part.counts
+            broken = f"{counts.broken:,} of {counts.passed:,} that were right broke"
+            limit = allowance(Gate.parse(self.gate), counts)
+            sentences.append(f"{part.name}: {broken}; {limit} ({accuracies(counts)})")
+        return sentences
 
     @property
     def text(self) -> str:
@@ -95,7 +95,9 @@ class ProtectedIntact(Rule):
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        return (self.where,) if isinstance(self.where, Target) else ()
+        if isinstance(self.where, Target):
+            return (self.where,)
+        return ()
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
         check_splits("ids", tuple(self._by_split(splits)), splits)
@@ -106,8 +108,9 @@ class ProtectedIntact(Rule):
         reason = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
         n_wrong = counts.failing + counts.repaired
         if n_wrong:
-            reason += f"; {n_wrong:,} more were wrong before, {counts.repaired:,} of these "
-            reason += "are right now"
+            reason += (
+                f"; {n_wrong:,} more were wrong before, {counts.repaired:,} of these are right now"
+            )
         ids = broken_ids(pair, protected)
         return RuleResult(str(self), not counts.broken, f"{reason}.", ids)
 
@@ -147,10 +150,10 @@ class ProtectedIntact(Rule):
         return protected
 
     def __str__(self) -> str:
-        listed = []
-        n_ids = sum(len(ids) for ids in self._ids.values())
+        protected = list(map(str, self.targets))
+        n_ids = sum(map(len, self._ids.values()))
         if isinstance(self.ids, (str, Path)):
-            listed.append(str(self.ids))
+            protected.insert(0, str(self.ids))
         elif n_ids:
-            listed.append(plural(n_ids, "sample"))
-        return f"protected:{' and '.join([*listed, *map(str, self.targets)])}"
+            protected.insert(0, plural(n_ids, "sample"))
+        return f"protected:{' and '.join(protected)}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -86,19 +87,20 @@ class InterpolationChoice(Renderable):
     def to_table(self) -> Page:
         rule = "As given"
         if self.tolerance is not None:
-            near = f"within {100 * self.tolerance:g} points of the best accuracy"
-            rule = f"The smallest that breaks no more than strength 1, {near}"
+            rule = (
+                "The smallest that breaks no more than strength 1, "
+                f"within {100 * self.tolerance:g} points of the best accuracy"
+            )
         columns = (("accuracy", ""), ("repaired", ""), ("broken", ""), ("negative flip rate", ""))
-        rows = tuple(self._row(point) for point in self.curve)
         heading = Heading("Strength of the new weights", 1)
-        return Page((heading, Text(f"{rule}: {self.strength:.2f}."), Table(columns, rows)))
+        table = Table(columns, tuple(map(self._row, self.curve)))
+        return Page((heading, Text(f"{rule}: {self.strength:.2f}."), table))
 
     def _row(self, point: InterpolationPoint) -> Row:
-        counts = point.counts
         cells = (
             percent(point.accuracy),
-            f"{counts.repaired:,}",
-            f"{counts.broken:,}",
+            f"{point.counts.repaired:,}",
+            f"{point.counts.broken:,}",
             percent(point.negative_flip_rate),
         )
         label = f"strength {point.strength:.2f}"
@@ -145,11 +147,10 @@ def interpolate(
     """
     check_part("strength", strength, "strength")
     evaluator = Evaluator.of(new)
-    start = fitting("old", read_state("old", old), evaluator.model)
-    weights = between(start, snapshot(evaluator.model), strength)
-    if 0 < strength < 1:
-        weights |= _statistics(evaluator, weights, training, batches, seed, adapter)
-    return weights
+    statistics = partial(
+        estimate_statistics, evaluator, training, batches=batches, seed=seed, adapter=adapter
+    )
+    return _Path(old, evaluator.model, statistics).weights(strength)
 
 
 @torch.no_grad()
@@ -192,25 +193,44 @@ def choose_interpolation(
     for strength in strengths:
         check_part("strengths", strength, "strength")
     evaluator = Evaluator.of(new)
-    start = fitting("old", read_state("old", old), evaluator.model)
-    end = snapshot(evaluator.model)
-    old_answers = _answers(evaluator, start, data, adapter)
+    statistics = partial(
+        estimate_statistics, evaluator, training, batches=batches, seed=seed, adapter=adapter
+    )
+    path = _Path(old, evaluator.model, statistics)
+    old_answers = _answers(evaluator, path.start, data, adapter)
     curve = []
-    # Kept in memory, so that the chosen strength needs no second pass over the training data.
-    statistics: dict[float, dict[str, Tensor]] = {}
     for strength in sorted({1.0, *map(float, strengths)}, reverse=True):
-        weights = between(start, end, strength)
-        if 0 < strength < 1:
-            statistics[strength] = _statistics(evaluator, weights, training, batches, seed, adapter)
-            weights |= statistics[strength]
-        answers = _answers(evaluator, weights, data, adapter)
+        answers = _answers(evaluator, path.weights(strength), data, adapter)
         flips = _count_flips(old_answers, answers, evaluator.collective)
         curve.append(InterpolationPoint(strength, flips))
     chosen = _chosen_point(curve, tolerance)
     state: State = {}
     if chosen.strength < 1:
-        state = between(start, end, chosen.strength) | statistics.get(chosen.strength, {})
+        state = path.weights(chosen.strength)
     return InterpolationChoice(chosen, tuple(curve), tolerance, state)
+
+
+class _Path:
+    """Weights between the old and the new model, with matching batch norm statistics."""
+
+    def __init__(
+        self, old: OldWeights, new: nn.Module, statistics: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        self.model = new
+        self.start: State = fitting("old", read_state("old", old), new)
+        self.end = snapshot(new)
+        self.statistics = statistics
+        # Kept in memory, so that the chosen strength needs no second pass over the training data.
+        self.estimated: dict[float, dict[str, Tensor]] = {}
+
+    def weights(self, strength: float) -> dict[str, Tensor]:
+        weights = between(self.start, self.end, strength)
+        if strength in (0, 1):
+            return weights
+        if strength not in self.estimated:
+            with temporary_weights(self.model, weights):
+                self.estimated[strength] = self.statistics()
+        return weights | self.estimated[strength]
 
 
 def _chosen_point(
@@ -220,9 +240,10 @@ def _chosen_point(
         return curve[-1]
     # Counts are compared, since the difference of two rounded accuracies could be slightly above
     # the tolerance.
-    new_model, best = curve[0].counts, max(point.counts.right for point in curve)
-    most_lost = tolerance * new_model.n + ROUNDING_SLACK
-    accurate = [point for point in curve if best - point.counts.right <= most_lost]
+    new_model = curve[0].counts
+    best = max(point.counts.right for point in curve)
+    least = best - tolerance * new_model.n - ROUNDING_SLACK
+    accurate = [point for point in curve if point.counts.right >= least]
     # A smaller strength can break more if the new model was not trained from the old weights.
     safe = [point for point in accurate if point.counts.broken <= new_model.broken]
     return (safe or accurate)[-1]
@@ -239,16 +260,14 @@ def alignment(old: State, new: nn.Module) -> float:
     It is 1 for a copy, and about 0 if the models were trained independently. Parameters with one
     dimension are left out, because some of them, such as norm scales, are alike in all models.
     """
-    sums = []
+    old_parts, new_parts = [], []
     for name, parameter in new.named_parameters():
         if parameter.ndim > 1 and parameter.is_floating_point():
-            a, b = old[name].detach().float(), parameter.detach().float()
-            sums.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]))
-    if not sums:
+            old_parts.append(old[name].detach().float().flatten())
+            new_parts.append(parameter.detach().float().flatten())
+    if not new_parts:
         return 1.0
-    product, old_square, new_square = torch.stack(sums).sum(0).tolist()
-    size = (old_square * new_square) ** 0.5
-    return product / size if size else 1.0
+    return float(torch.cosine_similarity(torch.cat(old_parts), torch.cat(new_parts), dim=0))
 
 
 class _Answers(NamedTuple):
@@ -262,7 +281,8 @@ def _answers(evaluator: Evaluator, weights: State, data: Data, adapter: Adapter)
     task = evaluator.task
 
     def read() -> _Answers:
-        rights, labels = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
+        rights = [torch.zeros(0, dtype=torch.bool)]
+        labels = [torch.zeros(0, dtype=torch.int64)]
         for output, target in evaluator.outputs(data, adapter):
             right, label = task.right(output, target), task.label(target)
             if label is None:
@@ -287,27 +307,6 @@ def _count_flips(old: _Answers, new: _Answers, collective: Collective) -> FlipCo
     return FlipCounts(*counts.tolist())
 
 
-def _statistics(
-    evaluator: Evaluator,
-    weights: State,
-    training: Data | None,
-    batches: int | None,
-    seed: int,
-    adapter: Adapter,
-) -> dict[str, Tensor]:
-    layers = batch_norms(evaluator.model)
-    if not layers:
-        return {}
-    if training is None:
-        name = next(iter(layers))
-        raise ConfigurationError(
-            f"`training` is missing, but the batch norm layer {name!r} needs new statistics.",
-            "give the data that the new model was trained on, best without augmentation.",
-        )
-    with temporary_weights(evaluator.model, weights):
-        return estimate_statistics(evaluator, training, batches=batches, seed=seed, adapter=adapter)
-
-
 DEFAULT_BATCH_SIZE = 256  # for a source without `batch_size`
 MIN_BATCH_SIZE = 4
 """With less, a rank could get a batch of one sample, for which batch norm raises an error."""
@@ -321,9 +320,9 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """
     layers = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
             is_frozen = model.training and not layer.training
-            if layer.track_running_stats and not is_frozen:
+            if layer.running_mean is not None and not is_frozen:
                 layers[name] = layer
     return layers
 
@@ -331,7 +330,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 @torch.no_grad()
 def estimate_statistics(
     model: nn.Module | Evaluator,
-    data: Data,
+    data: Data | None,
     *,
     batches: int | None = None,
     seed: int = 0,
@@ -349,7 +348,7 @@ def estimate_statistics(
             batch of each rank counts the same.
         data: a source, read in random order because batches of sorted data have unlike means; or
             batches from a data loader, read in their order, where no batch should be much smaller
-            than the others.
+            than the others. Needed if the model has batch norm.
         batches: number of batches to read; None: all batches.
         seed: seed of the random order.
         adapter: converts a raw batch into `(args, kwargs, target)`.
@@ -362,6 +361,12 @@ def estimate_statistics(
     layers, collective = batch_norms(evaluator.model), evaluator.collective
     if not layers:
         return {}
+    if data is None:
+        raise ConfigurationError(
+            f"`training` is missing, but the batch norm layer {next(iter(layers))!r} needs new "
+            "statistics.",
+            "give the data that the new model was trained on, best without augmentation.",
+        )
     if isinstance(data, Source):
         data = _random_batches(data, batches, seed, collective)
     else:
@@ -391,7 +396,7 @@ def _random_batches(
 ) -> Iterator[Any]:
     """Reads this rank's samples as shuffled batches of similar size, equally many on all ranks."""
     positions = source.positions
-    batch_size = int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE)
+    batch_size: int = getattr(source, "batch_size", DEFAULT_BATCH_SIZE)
     per_rank = torch.cat(collective.gather(torch.tensor([len(positions)])))
     n_batches = -(-int(per_rank.max()) // max(batch_size, MIN_BATCH_SIZE))  # rounded up
     generator = torch.Generator().manual_seed(seed)

@@ -24,7 +24,7 @@ from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import bind_adapter, unpack
-from lightning_nrl.data.batch import Adapter, run_model
+from lightning_nrl.data.batch import Adapter, Args, Kwargs, run_model
 from lightning_nrl.errors import (
     ConfigurationError,
     DataWarning,
@@ -122,10 +122,10 @@ class FocalDistillation(Term):
                 "map the old classes to the new ones: `OldModel(old, classes=...)`.",
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
-        known = teacher.isfinite()[:, None].flatten(1).all(1)
-        # Comparing the new output with itself gives the divergence 0 without NaN gradients.
-        known_rows = known.view(-1, *[1] * (teacher.ndim - 1))
-        teacher = torch.where(known_rows, teacher, taught.detach())
+        is_finite = teacher.isfinite()
+        known = is_finite[:, None].flatten(1).all(1)
+        # Comparing the new output with itself gives no NaN gradients.
+        teacher = torch.where(is_finite, teacher, taught.detach())
         distance = task.divergence(taught / self.temperature, teacher / self.temperature, target)
         focal = self.base + self.focus * old.passed.to(distance)
         return self.weight * self.temperature**2 * focal * distance * known
@@ -173,7 +173,7 @@ class MarginHinge(Term):
         if old.margin is not None:
             goal = (self.share * old.margin).to(margin).clamp(max=self.most)
         has_goal = old.passed & goal.isfinite()
-        return self.weight * F.relu(torch.where(has_goal, goal - margin, torch.zeros_like(margin)))
+        return self.weight * F.relu(torch.where(has_goal, goal - margin, 0.0))
 
 
 def _check_above_0(argument: str, value: float) -> None:
@@ -186,8 +186,9 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     Raises:
         ConfigurationError: there is no term, or two terms have the same name.
     """
-    listed = term if isinstance(term, (list, tuple)) else [term]
-    terms = tuple(TERMS.parse("term", part) for part in listed)
+    if isinstance(term, (str, Term)) or not isinstance(term, Sequence):
+        term = [term]
+    terms = tuple(TERMS.parse("term", part) for part in term)
     names = [part.name for part in terms]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
@@ -201,11 +202,7 @@ OUTPUT_TOLERANCE = 0.02
 """Times the largest output. Differences by rounding are smaller in any precision."""
 Index = Callable[[Any], object]
 """Returns the data-set positions of the n samples of a raw batch, as n whole numbers."""
-Arguments = tuple[object, ...]
-Keywords = Mapping[str, object]
-
-
-ReferenceTeacher = Callable[[Arguments, Keywords, object, object, Tensor], OldAnswers]
+ReferenceTeacher = Callable[[Args, Kwargs, object, object, Tensor], OldAnswers]
 """Returns the old model's outputs for a batch. The arguments are the args and kwargs of the new
 model, the target, the raw batch, and the new model's logits.
 """
@@ -237,7 +234,7 @@ class ModelTeacher:
 
     @torch.no_grad()
     def __call__(
-        self, args: Arguments, kwargs: Keywords, target: object, raw: object, like: Tensor
+        self, args: Args, kwargs: Kwargs, target: object, raw: object, like: Tensor
     ) -> OldAnswers:
         output = self._output(args, kwargs, raw, like)
         if self.classes is None:
@@ -248,7 +245,7 @@ class ModelTeacher:
         passed = self.task.passed(wide, target) & output.isfinite().all(1)
         return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
 
-    def _output(self, args: Arguments, kwargs: Keywords, raw: object, like: Tensor) -> Tensor:
+    def _output(self, args: Args, kwargs: Kwargs, raw: object, like: Tensor) -> Tensor:
         """Returns outputs from the cache if they are known, else runs the old model."""
         n = len(like)
         if self.index is None:
@@ -256,7 +253,10 @@ class ModelTeacher:
         rows = rows_of(self.index, raw, n)
         # Outputs of two dimensions are not compared in shape, since the models may have different
         # numbers of classes.
-        cached = self.cache.get(rows, like.shape if like.ndim > 2 else None)
+        shape = None
+        if like.ndim > 2:
+            shape = like.shape
+        cached = self.cache.get(rows, shape)
         if cached is not None and self._is_checked:
             return cached
         output = self._run(args, kwargs, raw, n)
@@ -270,7 +270,7 @@ class ModelTeacher:
         """Switches the cache off if samples that repeat have other outputs than before."""
         self._is_checked = True
         distance = (cached - output).float().abs().nan_to_num().max()
-        if bool(distance > OUTPUT_TOLERANCE * output.float().abs().nan_to_num().max()):
+        if distance > OUTPUT_TOLERANCE * output.float().abs().nan_to_num().max():
             self.index = None
             problem = (
                 "`index`: samples change between epochs, so the old model's outputs are not cached."
@@ -278,7 +278,7 @@ class ModelTeacher:
             hint = "leave `index` out where samples are augmented."
             warnings.warn(DataWarning(problem, hint), stacklevel=2)
 
-    def _run(self, args: Arguments, kwargs: Keywords, raw: object, n: int) -> Tensor:
+    def _run(self, args: Args, kwargs: Kwargs, raw: object, n: int) -> Tensor:
         if self.adapter is not None:
             args, kwargs, _ = self.adapter(raw)
         args = tuple(self._cast(value) for value in args)
@@ -290,7 +290,7 @@ class ModelTeacher:
                 f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
                 "give the old model its own inputs with `OldModel(old, adapter=...)`.",
             ) from error
-        if not output.ndim or len(output) != n:
+        if output.shape[:1] != (n,):
             raise ConfigurationError(
                 f"`reference`: the old model returned {list(output.shape)} for a batch of {n} "
                 "samples.",
@@ -321,20 +321,21 @@ class PredictedTeacher:
             )
 
     def __call__(
-        self, args: Arguments, kwargs: Keywords, target: object, raw: object, like: Tensor
+        self, args: Args, kwargs: Kwargs, target: object, raw: object, like: Tensor
     ) -> OldAnswers:
         ids = rows_of(self.index, raw, len(like)).tolist()
         missing = [at for at in ids if at not in self.rows]
         if missing:
             raise self._lacking(f"no prediction for the samples {missing[:5]} of")
+        predicted, passed = zip(*[self.rows[at] for at in ids], strict=True)
         label = self.task.label(target)
         if label is not None:
-            predicted = torch.tensor([self.rows[at][0] for at in ids])
-            return OldAnswers((predicted == label.cpu()).to(like.device))
-        passed = [self.rows[at][1] for at in ids]
-        if None in passed:
+            right = torch.tensor(predicted) == label.cpu()
+        elif None in passed:
             raise self._lacking("no column `passed` for")
-        return OldAnswers(torch.tensor(passed, dtype=torch.bool).to(like.device))
+        else:
+            right = torch.tensor(passed)
+        return OldAnswers(right.to(like.device))
 
     def _lacking(self, lacks: str) -> ConfigurationError:
         return ConfigurationError(
@@ -370,7 +371,7 @@ def _reorder_classes(
     n_old = output.shape[1]
     shared = [(new, old) for old, new in table.items() if old < n_old and new < n_classes]
     new, old = torch.tensor(shared, device=output.device).view(-1, 2).unbind(1)
-    only_old = sorted(set(range(n_old)) - {old for _, old in shared})
+    only_old = sorted(set(range(n_old)) - set(old.tolist()))
     wide = output.new_full((len(output), n_classes + len(only_old)), -torch.inf)
     wide[:, new] = output[:, old]
     wide[:, n_classes:] = output[:, only_old]
@@ -403,9 +404,8 @@ class Oversampler(Sampler[int]):
         self, passed: Tensor, margin: Tensor | None = None, oversample: int = 3, seed: int = 0
     ) -> None:
         is_mask = isinstance(passed, Tensor) and passed.ndim == 1 and passed.dtype == torch.bool
-        fits = is_mask and len(passed) > 0
         example = "a bool tensor, or use `Oversampler.of`"
-        check_kind("passed", passed, fits, "tensor with one bool per sample", example)
+        check_kind("passed", passed, is_mask, "tensor with one bool per sample", example)
         check_whole("oversample", oversample, 1)
         if margin is not None and margin.shape != passed.shape:
             raise ConfigurationError(
@@ -413,9 +413,10 @@ class Oversampler(Sampler[int]):
                 "give one margin per sample.",
             )
         hard = ~passed.cpu()
-        if margin is not None and bool(passed.any()):
-            known = margin.cpu().float()
-            hard |= known < EASY_MARGIN * known[passed.cpu()].nanmedian()
+        if margin is not None:
+            margin = margin.cpu().float()
+            # Without a passed sample, the median is NaN and no comparison true.
+            hard |= margin < EASY_MARGIN * margin[~hard].nanmedian()
         self.times = 1 + (oversample - 1) * hard.long()
         self.seed, self.epoch = seed, 0
 

@@ -80,20 +80,23 @@ def evaluate_pair(
     """
     slice_recorders = [SliceRecorder(source, slices, new.task) for source in data]
     target_recorders: dict[Target, list[SliceRecorder]] = {}
-    recorders: Sequence[Source] = slice_recorders
+    recorders = slice_recorders
     for target in targets:
         # Each recorder reads from the one before, so that a single pass records all targets.
-        chained = [SliceRecorder(source, target, new.task, "where") for source in recorders]
-        recorders = target_recorders[target] = chained
+        recorders = [SliceRecorder(source, target, new.task, "where") for source in recorders]
+        target_recorders[target] = recorders
     with preserve_state(new.model):
         after = new.run(recorders)
         before = old.answers(new, data, after)
-    ranks = new.collective
-    names, group = common_names([recorder.named(ranks) for recorder in slice_recorders])
+    names, group = _gathered(slice_recorders, new)
     marked = {}
-    for target, chained in target_recorders.items():
-        marked[target] = torch.cat([recorder.named(ranks)[1] >= 0 for recorder in chained])
+    for target, recorders in target_recorders.items():
+        marked[target] = _gathered(recorders, new)[1] >= 0
     return ModelPair(before, after, names, group, marked)
+
+
+def _gathered(recorders: Sequence[SliceRecorder], new: Evaluator) -> tuple[tuple[str, ...], Tensor]:
+    return common_names([recorder.named(new.collective) for recorder in recorders])
 
 
 def pair_from_files(
@@ -111,25 +114,32 @@ def pair_from_files(
             than in `old`.
     """
     slices = slices or {}
-    for split in sorted({split for split, _ in slices}):
-        sliced = {at for name, at in slices if name == split}
-        if apart := sorted(sliced ^ old.splits.get(split, {}).keys()):
+    _check_sliced(slices, old)
+    after = new.alone()
+    before = old.results(after)
+    names = sorted(filter(str.strip, set(slices.values())))
+    numbers = dict(zip(names, range(len(names)), strict=True))
+    group = torch.full_like(after.index, -1)
+    for split in after.splits:
+        for row, at in enumerate(after.index[after.of(split)].tolist(), after.start(split)):
+            group[row] = numbers.get(slices.get((split, at), ""), -1)
+    marked = {target: _marked(target, before, after) for target in targets}
+    return ModelPair(before, after, tuple(names), group, marked)
+
+
+def _check_sliced(slices: Mapping[tuple[str, int], str], old: Predictions) -> None:
+    sliced: dict[str, set[int]] = {}
+    for split, at in slices:
+        sliced.setdefault(split, set()).add(at)
+    for split in sorted(sliced):
+        apart = sorted(sliced[split] ^ old.splits.get(split, {}).keys())
+        if apart:
             raise ConfigurationError(
                 f"`slices`: {len(apart):,} samples of `{split}` are in only one of the files "
                 f"`slices` and `old` ({', '.join(map(str, apart[:5]))}).",
                 "give a line for each sample that `old` predicts; "
                 "leave `slice` empty for a sample in no slice.",
             )
-    after = new.alone()
-    before = old.results(after)
-    names = tuple(sorted({name for name in slices.values() if name.strip()}))
-    number = {name: i for i, name in enumerate(names)}
-    groups: list[int] = []
-    for split in after.splits:
-        ids = after.index[after.of(split)].tolist()
-        groups += [number.get(slices.get((split, at), ""), -1) for at in ids]
-    marked = {target: _marked(target, before, after) for target in targets}
-    return ModelPair(before, after, names, torch.tensor(groups, dtype=torch.int64), marked)
 
 
 def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tensor:

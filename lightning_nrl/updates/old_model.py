@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +24,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.records import Role
-from lightning_nrl.tasks import Multiclass, Task, class_logits
+from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.updates.predictions import Predictions
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
@@ -82,10 +84,7 @@ class OldModel:
                 f"`reference={str(self.model)!r}` does not exist.", "give a checkpoint's path."
             )
         if isinstance(self.model, Mapping):
-            state = dict(read_state("reference", self.model))
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    state[name] = value.detach().clone()
+            state = copy.deepcopy(dict(read_state("reference", self.model)))
             object.__setattr__(self, "model", state)
         class_table(self.classes)
 
@@ -93,18 +92,17 @@ class OldModel:
         self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults
     ) -> SampleResults:
         """Runs the old model over the data, or reads its predictions from the cache."""
-        weights, key = self.weights(evaluator.model), ""
-        if self.cache is not None:
-            key, cached = self._cache_key(evaluator, weights, like), None
-            if Path(self.cache).is_file():
-                cached = Predictions.read(self.cache)
-            # The model runs on all ranks if one of them cannot use the file.
-            is_stale = evaluator.collective.any(cached is None or cached != cached.sealed(key))
-            if cached is not None and not is_stale:
-                return cached.results(like)
-        results = self._run(evaluator, weights, sources)
-        results = replace(results, label=like.label, loss=(~results.passed).to(results.loss))
-        if self.cache is not None and evaluator.collective.rank == 0:
+        weights = self.weights(evaluator.model)
+        if self.cache is None:
+            return self._run(evaluator, weights, sources, like)
+        key, cached = self._cache_key(evaluator, weights, like), Predictions({})
+        if Path(self.cache).is_file():
+            cached = Predictions.read(self.cache)
+        # The model runs on all ranks if one of them cannot use the file.
+        if not evaluator.collective.any(cached != cached.sealed(key)):
+            return cached.results(like)
+        results = self._run(evaluator, weights, sources, like)
+        if evaluator.collective.rank == 0:
             Predictions.of(results, weights).sealed(key).save(self.cache)
         return results
 
@@ -122,13 +120,14 @@ class OldModel:
         return fitting("reference", read_state("reference", self.model), model)
 
     def _run(
-        self, evaluator: Evaluator, weights: State, sources: Sequence[Source]
+        self, evaluator: Evaluator, weights: State, sources: Sequence[Source], like: SampleResults
     ) -> SampleResults:
         table = class_table(self.classes, evaluator.task)
         if table is not None:
             evaluator = replace(evaluator, task=_MappedMulticlass(table))
-        new_model = evaluator.model
-        model = self.model if isinstance(self.model, nn.Module) else new_model
+        model = evaluator.model
+        if isinstance(self.model, nn.Module):
+            model, weights = self.model, {}
         adapted = sources
         if self.adapter is not None:
             adapter = bind_adapter(self.adapter, model)
@@ -136,10 +135,8 @@ class OldModel:
         home = device_of(model)
         try:
             with preserve_state(model):
-                evaluator = replace(evaluator, model=model.to(device_of(new_model)))
-                if model is self.model:
-                    return evaluator.run(adapted)
-                return evaluator.run_with(weights, adapted)
+                evaluator = replace(evaluator, model=model.to(device_of(evaluator.model)))
+                results = evaluator.run_with(weights, adapted)
         except Exception as error:
             if isinstance(error, RepairError) or is_out_of_memory(error):
                 raise
@@ -151,6 +148,7 @@ class OldModel:
             ) from error
         finally:
             model.to(home)
+        return replace(results, label=like.label, loss=(~results.passed).to(results.loss))
 
 
 def parse_reference(reference: Any) -> Reference | None:
@@ -221,11 +219,10 @@ class _MappedMulticlass(Multiclass):
 
     def prediction(self, output: Tensor) -> Tensor:
         old_class = super().prediction(output)
-        n_classes = max(class_logits(output).shape[1], max(self.table) + 1)
-        new_class = torch.full((n_classes,), -1, device=old_class.device)
+        new_class = torch.full_like(old_class, -1)
         for old, new in self.table.items():
-            new_class[old] = new
-        return new_class[old_class]
+            new_class[old_class == old] = new
+        return new_class
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return (~self.passed(output, target)).float()
@@ -266,7 +263,7 @@ def evaluate_old(
     """
     # One call evaluates all roles, since a cache is a single file. The names of splits are unique
     # over all roles.
-    all_sources = [source for role in sources for source in sources[role]]
-    all_results = SampleResults.concat([results[role] for role in sources])
+    all_sources = list(chain.from_iterable(sources.values()))
+    all_results = SampleResults.concat(list(results.values()))
     answers = reference.answers(evaluator, all_sources, all_results)
-    return Update({role: answers.only(results[role].splits) for role in sources})
+    return Update({role: answers.only(table.splits) for role, table in results.items()})

@@ -21,8 +21,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 WEIGHTS = "# weights "
-LARGEST_INT64 = 2**63 - 1
-WHOLE_NUMBER = re.compile(r"[0-9]{1,19}", re.ASCII)  # `int` would accept `1_0` and other digits
+WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")  # `int` would accept `1_0` and more than an int64
 
 
 class Line(NamedTuple):
@@ -34,7 +33,7 @@ class Line(NamedTuple):
 
     def whole_number(self, column: str) -> int:
         text = self.values[column].strip(" ")
-        if not WHOLE_NUMBER.fullmatch(text) or int(text) > LARGEST_INT64:
+        if not WHOLE_NUMBER.fullmatch(text):
             raise self.error(f"`{column}` is {text[:40]!r}, not a whole number from 0 on")
         return int(text)
 
@@ -72,11 +71,11 @@ def read_csv(
             continue
         line = Line(f"{file}, line {number:,}", hint, dict.fromkeys(optional, ""))
         try:
-            (values,) = csv.reader([text.removesuffix("\r")], strict=True)
+            (values,) = csv.reader([text], strict=True)
         except (csv.Error, ValueError) as error:
             raise ConfigurationError(f"{line.place} cannot be read ({error}).", hint) from error
         if not header:
-            header = [value.strip() for value in values]
+            header = list(map(str.strip, values))
             _check_header(line, header, columns)
             continue
         if len(values) != len(header):
@@ -160,12 +159,16 @@ class Predictions:
 
     def _table(self) -> str:
         file = io.StringIO()
-        writer = csv.writer(file)
-        writer.writerow(["split", "id", "prediction", "passed"])
+        writer = csv.DictWriter(file, ["split", "id", "prediction", "passed"])
+        writer.writeheader()
         for split, rows in self.splits.items():
             for at, (predicted, passed) in rows.items():
-                prediction = predicted if predicted >= 0 else ""
-                writer.writerow([split, at, prediction, None if passed is None else int(passed)])
+                line: dict[str, object] = {"split": split, "id": at}
+                if predicted >= 0:
+                    line["prediction"] = predicted
+                if passed is not None:
+                    line["passed"] = int(passed)
+                writer.writerow(line)
         return file.getvalue()
 
     def sealed(self, key: str) -> Predictions:
@@ -197,20 +200,17 @@ class Predictions:
         """
         predicted, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
         for split in like.splits:
-            rows = self.splits.get(split, {})
-            ids = like.index[like.of(split)].tolist()
-            self._check_complete(split, ids)
-            for i, at in enumerate(ids, like.start(split)):
+            rows = self._complete_rows(split, like)
+            for i, at in enumerate(like.index[like.of(split)].tolist(), like.start(split)):
                 predicted[i], right = rows[at]
                 if like.label[i] >= 0:
-                    passed[i] = predicted[i] == like.label[i]
-                elif right is not None:
-                    passed[i] = right
-                else:
+                    right = bool(predicted[i] == like.label[i])
+                if right is None:
                     raise ConfigurationError(
                         "`reference`: the task has no classes to compare.",
                         "add a column `passed`, 1 or 0.",
                     )
+                passed[i] = right
         return replace(
             like,
             prediction=predicted,
@@ -221,8 +221,9 @@ class Predictions:
             in_target=torch.zeros_like(passed),
         )
 
-    def _check_complete(self, split: str, ids: Sequence[int]) -> None:
-        missing = [at for at in ids if at not in self.splits.get(split, {})]
+    def _complete_rows(self, split: str, like: SampleResults) -> Rows:
+        rows, ids = self.splits.get(split, {}), like.index[like.of(split)].tolist()
+        missing = [at for at in ids if at not in rows]
         if missing:
             raise ConfigurationError(
                 f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no "
@@ -230,6 +231,7 @@ class Predictions:
                 "give one prediction for each known and unseen sample; "
                 "ids are positions in the data set.",
             )
+        return rows
 
     @property
     def listed_splits(self) -> str:
@@ -241,29 +243,30 @@ class Predictions:
         Raises:
             ConfigurationError: `passed` is missing.
         """
-        samples = [(split, at) for split, rows in self.splits.items() for at in sorted(rows)]
-        unknown = [(split, at) for split, at in samples if self.splits[split][at][1] is None]
+        ids: list[int] = []
+        unknown = []
+        for split, rows in self.splits.items():
+            ids += sorted(rows)
+            unknown += [(split, at) for at in sorted(rows) if rows[at][1] is None]
         hint = "give the column `passed`, 1 or 0, for each sample."
-        if not samples:
+        if not ids:
             raise ConfigurationError("`new` has no samples.", hint)
         if unknown:
             lacking = f"{len(unknown):,} samples, such as {unknown[0]}"
             raise ConfigurationError(f"`new` has no value of `passed` for {lacking}.", hint)
-        index = torch.tensor([at for _, at in samples])
-        classless, zeros = torch.full_like(index, -1), torch.zeros(len(samples))
-        nothing = zeros.bool()
-        sizes = tuple(len(rows) for rows in self.splits.values())
+        index, zeros = torch.tensor(ids), torch.zeros(len(ids))
+        unlabeled, unmarked = torch.full_like(index, -1), zeros.bool()
         return self.results(
             SampleResults(
                 tuple(self.splits),
-                sizes,
+                tuple(map(len, self.splits.values())),
                 index,
-                classless,
-                classless,
-                zeros,
-                nothing,
-                nothing,
-                zeros,
+                label=unlabeled,
+                prediction=unlabeled,
+                loss=zeros,
+                passed=unmarked,
+                targeted=unmarked,
+                margin=zeros,
             )
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lightning_nrl._utils.json_records import Derives
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
+from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
@@ -82,20 +83,23 @@ def release(
         (1, {'test': [1]})
     """
     check_kind("new", new, isinstance(new, (nn.Module, Evaluator)), "model", "new=model")
-    sources = [data] if isinstance(data, Source) else data
-    is_list = isinstance(sources, Sequence) and len(sources) > 0
-    if not is_list or not all(isinstance(source, Source) for source in sources):
+    sources = data
+    if isinstance(data, Source):
+        sources = [data]
+    if not (isinstance(sources, Sequence) and sources and isinstance(sources[0], Source)):
         raise ConfigurationError(
             f"`data`: found a {type(data).__name__}, not a list of sources.",
             "write `data=[TensorSource(inputs, targets, split='test')]`, "
             "or use the callback `ReleaseGate`.",
         )
+    if slices is not None:
+        slices = find_column("slices", slices)
     _, report = judge_pair(
         check_reference("old", old),
         Evaluator.of(new),
         sources,
         parse_rules(rules, require),
-        slices=None if slices is None else find_column("slices", slices),
+        slices=slices,
         seeds=dict(seeds or {}),
     )
     return report
@@ -115,9 +119,10 @@ def judge_pair(
 
     `name` is the new model's name in the report.
     """
+    targets: list[Target] = []
     for rule in rules:
         rule.check_data([source.split for source in data], slices is not None)
-    targets = [target for rule in rules for target in rule.targets]
+        targets += rule.targets
     pair = evaluate_pair(old, new, data, slices=slices, targets=targets)
     report = make_report(
         pair,
@@ -185,7 +190,9 @@ class ReleaseRow(Derives):
             "accuracy_before": self.counts.accuracy_before,
             "accuracy_after": self.counts.accuracy_after,
         }
-        return numbers | {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
+        for rate in UPDATE_RATES:
+            numbers[rate.name] = rate.of(self.counts)
+        return numbers
 
     @property
     def derived(self) -> Mapping[str, object]:
@@ -237,7 +244,7 @@ class ReleaseReport(Report):
     @property
     def exit_status(self) -> int:
         """Exit status for `sys.exit`: 0 if accepted, 1 if refused."""
-        return 0 if self.accepted else 1
+        return int(not self.accepted)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -253,9 +260,12 @@ class ReleaseReport(Report):
     def page(self, full: bool = False) -> Page:
         tone: Tone = "good" if self.accepted else "warn"
         rules = []
+        violations = []
         for finding in self.findings:
             verdict = "satisfied" if finding.passed else "NOT satisfied"
             rules.append((finding.rule, f"{verdict}: {finding.reason}"))
+            for split, ids in finding.ids.items():
+                violations.append((f"{finding.rule}: {split}", list_ids(ids, "the JSON")))
         blocks: list[Block] = [
             Heading(self.status.capitalize(), 1, tone),
             Text(_verdict(self)),
@@ -265,34 +275,28 @@ class ReleaseReport(Report):
             _counts_table(self.rows, self.confidence),
             _rates_table(self.rows),
         ]
-        violations = [
-            (f"{finding.rule}: {split}", list_ids(ids, "the JSON"))
-            for finding in self.findings
-            for split, ids in finding.ids.items()
-        ]
         if violations:
             title = "Samples that the rules object to, by position in their data set"
             blocks += [Heading(title), FactList(tuple(violations))]
-        facts = _facts(self, str if full else relative_to_cwd)
-        return Page((*blocks, Heading("Decided on"), FactList(tuple(facts))))
+        return Page((*blocks, Heading("Decided on"), _facts(self, full)))
 
 
 def _verdict(report: ReleaseReport) -> str:
     n, n_failed = len(report.findings), len(report.reasons)
     if n_failed:
         verb = "is" if n_failed == 1 else "are"
-        sentence = f"may not replace the old one: {n_failed} of {n} rules {verb} not satisfied"
+        verdict = f"may not replace the old one: {n_failed} of {n} rules {verb} not satisfied"
     elif n > 1:
-        sentence = f"may replace the old one: all {n} rules are satisfied"
+        verdict = f"may replace the old one: all {n} rules are satisfied"
     else:
-        sentence = "may replace the old one: the rule is satisfied"
-    text = f"The new model {sentence}."
+        verdict = "may replace the old one: the rule is satisfied"
+    text = f"The new model {verdict}."
     if report.missing:
         text += f" {sum(report.missing.values()):,} samples were NOT compared."
     return text
 
 
-def _facts(report: ReleaseReport, show_path: Callable[[str], str]) -> list[tuple[str, str]]:
+def _facts(report: ReleaseReport, full: bool) -> FactList:
     facts = [
         ("new model", report.new.name),
         ("sha256 of its weights", report.new.sha256 or "not known"),
@@ -301,10 +305,13 @@ def _facts(report: ReleaseReport, show_path: Callable[[str], str]) -> list[tuple
         ("right means", report.task),
         ("precision", report.precision),
     ]
-    facts += [(f"NOT compared: {split}", f"{n:,} samples") for split, n in report.missing.items()]
-    facts += [(f"seed: {name}", str(seed)) for name, seed in report.seeds.items()]
-    facts += [(f"file: {kind}", show_path(path)) for kind, path in report.files.items()]
-    return facts
+    for split, n in report.missing.items():
+        facts.append((f"NOT compared: {split}", f"{n:,} samples"))
+    for name, seed in report.seeds.items():
+        facts.append((f"seed: {name}", str(seed)))
+    for kind, path in report.files.items():
+        facts.append((f"file: {kind}", path if full else relative_to_cwd(path)))
+    return FactList(tuple(facts))
 
 
 def make_report(
@@ -322,8 +329,10 @@ def make_report(
     without such a rule.
     """
     findings = tuple(rule.check(pair) for rule in rules)
-    confidences = [rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)]
-    confidence = confidences[0] if confidences else 0.95
+    confidence = 0.95
+    for rule in reversed(rules):
+        if isinstance(rule, MaxNegativeFlipRate):
+            confidence = rule.confidence
     rows = []
     for split in pair.splits:
         rows += _rows(pair, split, confidence)
@@ -342,22 +351,23 @@ def make_report(
 
 
 def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
-    def row(name: str, counts: FlipCounts, level: float) -> ReleaseRow:
+    rows = []
+    slices = pair.slices_of(split)
+    for name, mask in {"": pair.rows(split), **slices}.items():
+        level = 1 - confidence
+        if name:
+            level /= len(slices)  # all limits of slices hold together (Bonferroni)
+        counts = pair.flips.counts(mask)
         upper = Bound.at_level(counts.broken, counts.n, level).upper
         p = p_worse(repaired=counts.repaired, broken=counts.broken)
-        return ReleaseRow(split, name, counts, upper, p)
-
-    level = 1 - confidence
-    rows = [row("", pair.flips.counts(pair.rows(split)), level)]
-    slices = pair.slices_of(split)
-    # All limits of slices hold together (Bonferroni).
-    for name, mask in slices.items():
-        rows.append(row(name, pair.flips.counts(mask), level / len(slices)))
+        rows.append(ReleaseRow(split, name, counts, upper, p))
     return rows
 
 
 def _label(row: ReleaseRow) -> str:
-    return f"{row.split}, slice {row.slice}" if row.slice else row.split
+    if row.slice:
+        return f"{row.split}, slice {row.slice}"
+    return row.split
 
 
 def _counts_table(rows: Sequence[ReleaseRow], confidence: float) -> Table:
@@ -396,6 +406,6 @@ def _rates_table(rows: Sequence[ReleaseRow]) -> Table:
 
 def _rate_cell(rate: Rate, counts: FlipCounts) -> str:
     value = rate.of(counts)
-    if rate.short != "relative_nfr":  # the only rate that is no share
+    if rate.short != "relative_nfr" or not math.isfinite(value):
         return percent(value)
-    return f"{value:.3g}" if math.isfinite(value) else "-"
+    return f"{value:.3g}"  # the only rate that is no share

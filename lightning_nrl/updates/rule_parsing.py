@@ -54,12 +54,13 @@ def parse_rules(
         ConfigurationError: there is no rule, or a rule cannot be read.
     """
     check_choice("require", require, tuple(REQUIRED))
-    listed = [rules] if isinstance(rules, (str, Rule)) else rules
-    if not isinstance(listed, (list, tuple)) or not listed:
+    if isinstance(rules, (str, Rule)):
+        rules = [rules]
+    if not isinstance(rules, (list, tuple)) or not rules:
         raise ConfigurationError(
             f"`rules={rules!r}` contains no rule.", "give at least one, such as ['instance']."
         )
-    parsed = [parse_rule(rule) for rule in listed]
+    parsed = list(map(parse_rule, rules))
     required = REQUIRED[require]
     if required is not None and required not in parsed:
         parsed.append(required)
@@ -81,14 +82,16 @@ def parse_rule(rule: str | Rule) -> Rule:
     """
     if isinstance(rule, Rule):
         return rule
-    condition, _, split_names = str(rule).partition(" in ")
-    name, *arguments = [part.strip() for part in condition.split(":")]
-    splits = tuple(split.strip() for split in split_names.split(",")) if split_names else ()
+    condition, _, split_names = rule.partition(" in ")
+    name, *arguments = map(str.strip, condition.split(":"))
+    splits: tuple[str, ...] = ()
+    if split_names:
+        splits = tuple(map(str.strip, split_names.split(",")))
     if name in GATES:
         return AtMostBroken(condition, splits)
     parsed = None
     if name in RULES:
-        parsed = RULES.factory("rules", name)(RuleText(str(rule), name, arguments, splits))
+        parsed = RULES.factory("rules", name)(RuleText(rule, name, arguments, splits))
     if parsed is None:
         raise RULES.unreadable(f"`rules`: {rule!r}", name)
     return parsed
@@ -96,17 +99,21 @@ def parse_rule(rule: str | Rule) -> Rule:
 
 @RULES.register("better")
 def _is_better(text: RuleText) -> Rule | None:
-    return None if text.arguments else IsBetter(text.splits)
+    if text.arguments:
+        return None
+    return IsBetter(text.splits)
 
 
 @RULES.register("slice-nfr", "slice-nfr:5%")
 @RULES.register("nfr", "nfr:1%", "nfr:1%:99%")
 def _max_nfr(text: RuleText) -> Rule | None:
     numbers = text.numbers()
-    if len(numbers) not in (1, 2):
+    if len(numbers) == 1:
+        numbers.append(0.95)
+    if len(numbers) != 2:
         return None
-    confidence = numbers[1] if len(numbers) == 2 else 0.95
-    return MaxNegativeFlipRate(numbers[0], confidence, text.name == "slice-nfr", text.splits)
+    limit, confidence = numbers
+    return MaxNegativeFlipRate(limit, confidence, text.name == "slice-nfr", text.splits)
 
 
 @RULES.register("slices", "slices", "slices:count")
@@ -115,8 +122,10 @@ def _no_slice_worse(text: RuleText) -> Rule | None:
         return NoSliceWorse("count", splits=text.splits)
     if len(text.arguments) > 1:
         return None
-    numbers = text.numbers()
-    return NoSliceWorse("test", numbers[0] if numbers else 0.05, text.splits)
+    level = 0.05
+    if text.arguments:
+        (level,) = text.numbers()
+    return NoSliceWorse("test", level, text.splits)
 
 
 @RULES.register("protected", "protected:ids.csv", "protected:label 3")

@@ -84,10 +84,9 @@ class SplitRule(Rule):
         """The rule as text, without the names of its splits."""
 
     def __post_init__(self) -> None:
-        names = (self.splits,) if isinstance(self.splits, str) else self.splits
-        fits = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+        fits = isinstance(self.splits, (tuple, list))
         check_kind("splits", self.splits, fits, "list of splits", "splits=('test',)")
-        object.__setattr__(self, "splits", tuple(names))
+        object.__setattr__(self, "splits", tuple(self.splits))
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
         check_splits(str(self), self.splits, splits)
@@ -110,46 +109,51 @@ class SplitRule(Rule):
         """Returns sentences about the parts, without full stops. `RuleResult.reason` joins them."""
 
     def check(self, pair: ModelPair) -> RuleResult:
-        parts = self._parts(pair)
-        worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
-        violating = torch.zeros(len(pair.after), dtype=torch.bool)
-        for part in worse:
-            violating |= part.rows
-        sentences = self.sentences(parts)
-        splits = {part.split for part in parts}
-        n_in_splits = sum(int(pair.rows(split).sum()) for split in splits)
-        n_unchecked = n_in_splits - sum(part.counts.n for part in parts)
-        if n_unchecked > 0:
-            sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
-        ids = broken_ids(pair, violating)
-        return RuleResult(str(self), not worse, f"{'. '.join(sentences)}.", ids)
-
-    def _parts(self, pair: ModelPair) -> list[Part]:
-        parts = []
+        parts: list[Part] = []
+        unchecked = torch.zeros(len(pair.after), dtype=torch.bool)
         for split in check_splits(str(self), self.splits, pair.splits):
-            for name, rows in self._masks(pair, split).items():
-                parts.append(Part(split, name, rows, pair.flips.counts(rows)))
-        return parts
+            parts += self._parts(pair, split)
+            unchecked |= pair.rows(split)
+        violating = torch.zeros_like(unchecked)
+        for part in parts:
+            unchecked &= ~part.rows
+            if self.is_worse(part.counts, len(parts)):
+                violating |= part.rows
+        sentences = self.sentences(parts)
+        n_unchecked = int(unchecked.sum())
+        if n_unchecked:
+            sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
+        is_satisfied = not violating.any()
+        ids = broken_ids(pair, violating)
+        return RuleResult(str(self), is_satisfied, f"{'. '.join(sentences)}.", ids)
 
-    def _masks(self, pair: ModelPair, split: str) -> dict[str, Tensor]:
-        """Returns masks of the parts of a split by name."""
-        all_rows, slices = pair.rows(split), pair.slices_of(split)
-        if not (slices if self.each_slice else all_rows.any()):
-            sample = "sample in a slice" if self.each_slice else "sample"
-            raise ConfigurationError(
-                f"the rule `{self}` has nothing to check: `{split}` has no {sample}.",
-                f"leave the rule out, or name the splits that it is for: `{self.text} in SPLIT`.",
-            )
+    def _parts(self, pair: ModelPair, split: str) -> list[Part]:
         masks = {}
         if self.whole_splits:
-            masks[split] = all_rows
+            masks[split] = pair.rows(split)
         if self.each_slice:
+            slices = pair.slices_of(split)
+            if not slices:
+                raise self._has_nothing_to_check(f"`{split}` has no sample in a slice")
             for name, rows in slices.items():
                 masks[f"{split}, slice {name!r}"] = rows
-        return masks
+        parts = []
+        for name, rows in masks.items():
+            parts.append(Part(split, name, rows, pair.flips.counts(rows)))
+        if not parts[0].counts.n:
+            raise self._has_nothing_to_check(f"`{split}` has no sample")
+        return parts
+
+    def _has_nothing_to_check(self, reason: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"the rule `{self}` has nothing to check: {reason}.",
+            f"leave the rule out, or name the splits that it is for: `{self.text} in SPLIT`.",
+        )
 
     def __str__(self) -> str:
-        return f"{self.text} in {', '.join(self.splits)}" if self.splits else self.text
+        if self.splits:
+            return f"{self.text} in {', '.join(self.splits)}"
+        return self.text
 
 
 def broken_ids(pair: ModelPair, rows: Tensor) -> Ids:

@@ -81,22 +81,24 @@ class MaxNegativeFlipRate(SplitRule):
         return self._bound(counts).upper > self.limit
 
     def sentences(self, parts: Sequence[Part]) -> list[str]:
-        sentences = []
-        for _, group in groupby(parts, lambda part: part.split):
-            bounds = {part.name: self._bound(part.counts) for part in group}
-            above = [name for name, bound in bounds.items() if bound.upper > self.limit]
-            highest = max(bounds, key=lambda name: bounds[name].upper)
-            sentences += [self._sentence(name, bounds[name]) for name in above or [highest]]
-            if not above and len(bounds) > 1:
+        sentences: list[str] = []
+        for _, parts_of_split in groupby(parts, lambda part: part.split):
+            group = list(parts_of_split)
+            highest = max(group, key=lambda part: self._bound(part.counts).upper)
+            above = [part for part in group if self.is_worse(part.counts, len(parts))]
+            sentences += map(self._sentence, above or [highest])
+            if not above and len(group) > 1:
                 sentences[-1] += ", the highest"
         return sentences
 
     def _bound(self, counts: FlipCounts) -> Bound:
         return Bound.of(counts.broken, counts.n, self.confidence)
 
-    def _sentence(self, name: str, bound: Bound) -> str:
+    def _sentence(self, part: Part) -> str:
+        bound = self._bound(part.counts)
         sentence = (
-            f"{name}: negative flip rate {percent(bound.rate)} ({bound.broken:,} of {bound.n:,}), "
+            f"{part.name}: negative flip rate {percent(bound.rate)} "
+            f"({bound.broken:,} of {bound.n:,}), "
             f"with {show_confidence(self.confidence)} confidence at most {percent_up(bound.upper)}"
         )
         if bound.upper <= self.limit:
@@ -155,39 +157,36 @@ class NoSliceWorse(SplitRule):
 
     def sentences(self, parts: Sequence[Part]) -> list[str]:
         n = len(parts)
-        worse = [part for part in parts if self.is_worse(part.counts, n)]
-        sentences = [self._sentence(part.name, part.counts, n) for part in worse]
-        if not worse:
+        sentences = []
+        too_small = []
+        for part in parts:
+            counts = part.counts
+            if self.is_worse(counts, n):
+                flips = f"{counts.broken:,} broke, {counts.repaired:,} repaired"
+                evidence = accuracies(counts)
+                if self.by == "test":
+                    evidence += f"; p = {_p_of(counts):.2g}, below {self.level / n:.2g}"
+                sentences.append(f"{part.name} is worse: {flips} ({evidence})")
+            # Not even if all its right samples broke would the test find such a slice worse.
+            if p_worse(repaired=0, broken=counts.passed) >= self.level / n:
+                too_small.append(part.name)
+        if not sentences:
             sentences.append(f"none of {n:,} slices is worse by {self.by}")
-        if self.by == "test":
-            sentences += self._too_small(parts)
+        if too_small and self.by == "test":
+            names = "; ".join(too_small[:LISTED_SLICES])
+            if len(too_small) > LISTED_SLICES:
+                names += f" and {len(too_small) - LISTED_SLICES:,} more"
+            slices = f"{len(too_small):,} slices with too few samples ({names})"
+            sentences.append(f"the test can say nothing about {slices}")
         return sentences
-
-    def _too_small(self, parts: Sequence[Part]) -> list[str]:
-        level = self.level / len(parts)
-        # Not even if all its right samples broke would the test find such a slice worse.
-        names = [
-            part.name for part in parts if p_worse(repaired=0, broken=part.counts.passed) >= level
-        ]
-        if not names:
-            return []
-        listed = "; ".join(names[:LISTED_SLICES])
-        if len(names) > LISTED_SLICES:
-            listed += f" and {len(names) - LISTED_SLICES:,} more"
-        slices = f"{len(names):,} slices with too few samples ({listed})"
-        return [f"the test can say nothing about {slices}"]
-
-    def _sentence(self, name: str, counts: FlipCounts, n_parts: int) -> str:
-        shown = accuracies(counts)
-        if self.by == "test":
-            shown += f"; p = {_p_of(counts):.2g}, below {self.level / n_parts:.2g}"
-        return f"{name} is worse: {counts.broken:,} broke, {counts.repaired:,} repaired ({shown})"
 
     @property
     def text(self) -> str:
         if self.by == "count":
             return "slices:count"
-        return "slices" if self.level == 0.05 else f"slices:{exact_percent(self.level)}"
+        if self.level == 0.05:
+            return "slices"
+        return f"slices:{exact_percent(self.level)}"
 
 
 def _p_of(counts: FlipCounts) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.diagnosis.findings import (
     Binding,
@@ -38,11 +40,11 @@ MAX_PASSED_COMPARED = 2_000  # passed samples whose own neighbours are found
 
 class LastLayer(NamedTuple):
     targets: tuple[TargetFinding, ...]
-    binding: tuple[Binding, ...]
-    check: HeldOutCheck | None
-    mixing: NeighbourMixing
-    doubts: tuple[DoubtfulLabel, ...]
-    seconds: float  # estimated time to try every target
+    binding: tuple[Binding, ...] = ()
+    check: HeldOutCheck | None = None
+    mixing: NeighbourMixing | None = None
+    doubts: tuple[DoubtfulLabel, ...] = ()
+    seconds: float = math.nan  # estimated time to try every target
 
 
 def analyze_last_layer(
@@ -60,7 +62,7 @@ def analyze_last_layer(
         return "the last Linear does not return the logits."
     label, passed = results.label[features.rows], results.passed[features.rows]
     prediction = features.logits.argmax(1).cpu()
-    if bool((label < 0).any()) or not torch.equal(prediction == label, passed):
+    if (label < 0).any() or not torch.equal(prediction == label, passed):
         return "the task does not predict the class of the largest logit."
     # A sample that passes in a tie of two classes has no margin to keep.
     top = features.logits.topk(2, dim=1).values
@@ -71,7 +73,10 @@ def analyze_last_layer(
     if not len(kept):
         return "no known sample passes."
     generator = torch.Generator().manual_seed(seed)
-    samples = LayerSamples(features.inputs, features.logits, label.to(features.inputs.device))
+    device = features.inputs.device
+    if widest(device) != torch.float64:
+        device = torch.device("cpu")
+    samples = LayerSamples(features.inputs.to(device), features.logits.to(device), label.to(device))
     affine = samples
     if layer.bias is not None:
         ones = samples.features.new_ones(len(label), 1)
@@ -85,8 +90,8 @@ def analyze_last_layer(
         fixed = tried[fixes.fixable.cpu()]
         checked = targets[fixed[sample_places(len(fixed), MAX_FIXES_CHECKED, generator)]]
         failing = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
-        may_break = failing[features.rows][kept]
-        check = _check_held_out(affine, kept, may_break, checked, targets, generator)
+        held_out = failing[features.rows][kept].nonzero().flatten()
+        check = _check_held_out(affine, kept, held_out, checked, targets, generator)
     findings = untried_targets(results)
     with clock.stage("neighbours"):
         mixing, doubts = _compare_labels(samples.at(targets), samples.at(kept), findings, generator)
@@ -113,12 +118,11 @@ def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
 
 
 def untried_targets(results: SampleResults) -> tuple[TargetFinding, ...]:
-    return tuple(
-        TargetFinding(
-            *_sample(results, row), int(results.prediction[row]), float(results.margin[row])
-        )
-        for row in results.targeted.nonzero().flatten().tolist()
-    )
+    targets = []
+    for row in results.targeted.nonzero().flatten().tolist():
+        prediction, margin = int(results.prediction[row]), float(results.margin[row])
+        targets.append(TargetFinding(*_sample(results, row), prediction, margin))
+    return tuple(targets)
 
 
 def _sample(results: SampleResults, row: int) -> tuple[str, int, int]:
@@ -144,26 +148,26 @@ def _add_fixes(
 def _binding_samples(
     results: SampleResults, passed: Tensor, n_targets: Tensor
 ) -> tuple[Binding, ...]:
-    order = n_targets.argsort(descending=True, stable=True)[: int((n_targets > 0).sum())]
-    return tuple(
-        Binding(*_sample(results, row), float(results.margin[row]), n)
-        for row, n in zip(passed[order].tolist(), n_targets[order].tolist(), strict=True)
-    )
+    binding = []
+    for i in n_targets.argsort(descending=True, stable=True).tolist():
+        row, n = int(passed[i]), int(n_targets[i])
+        if n:
+            binding.append(Binding(*_sample(results, row), float(results.margin[row]), n))
+    return tuple(binding)
 
 
 def _check_held_out(
     samples: LayerSamples,
     kept: Tensor,
-    may_break: Tensor,
+    held_out: Tensor,
     checked: Tensor,
     targets: Tensor,
     generator: torch.Generator,
 ) -> HeldOutCheck | None:
-    """Fixes each checked target twice, each time without half of `kept[may_break]`.
+    """Fixes each checked target twice, each time without half of `kept[held_out]`.
 
     Counts what breaks in this half.
     """
-    held_out = may_break.nonzero().flatten()
     if len(held_out) < 2 or not len(checked):
         return None
     halves = held_out[torch.randperm(len(held_out), generator=generator)].chunk(2)
@@ -220,15 +224,7 @@ def _compare_labels(
     doubts = []
     for i in is_doubtful.nonzero().flatten().tolist():
         target = findings[i]
-        doubts.append(
-            DoubtfulLabel(
-                target.split,
-                target.id,
-                target.label,
-                target.prediction,
-                float(near.share[i]),
-                float(lead[i]),
-            )
-        )
+        sample = target.split, target.id, target.label, target.prediction
+        doubts.append(DoubtfulLabel(*sample, float(near.share[i]), float(lead[i])))
     doubts.sort(key=lambda doubt: (-doubt.agreed, -doubt.lead))
     return mixing, tuple(doubts)

@@ -33,23 +33,18 @@ def estimate_costs(
     """
     swarm = ParticleSwarm()
     search = budget.SCORED_SHARE * swarm.particles * swarm.iterations * head
+    seconds = {"swarm": search, "auto": search}
     if has_margins:
-        convex = budget.CONVEX_SOLVES * alone
         passes = (epochs or budget.LEAST_EPOCHS) * budget.FORWARD_BACKWARD + budget.POLISH_PASSES
-        fit = passes * one_pass
-        layer_searches = (budget.LADDER_SEARCHES * search, convex)
-        seconds = {
-            "swarm": search,
-            "convex": convex,
-            "linearized": budget.LINEARIZED_PASSES * one_pass,
-            "finetune-polish": fit,
-            "auto": fit + sum(cost for cost in layer_searches if not math.isnan(cost)),
-        }
-    else:
-        seconds = {"swarm": search, "auto": search}
+        seconds["convex"] = budget.CONVEX_SOLVES * alone
+        seconds["linearized"] = budget.LINEARIZED_PASSES * one_pass
+        seconds["finetune-polish"] = seconds["auto"] = passes * one_pass
+        for cost in (budget.LADDER_SEARCHES * search, seconds["convex"]):
+            if not math.isnan(cost):
+                seconds["auto"] += cost
     around = PASSES_AROUND_SEARCH * one_pass
-    known = {method: around + cost for method, cost in seconds.items() if not math.isnan(cost)}
-    return dict(sorted(known.items(), key=lambda item: item[1]))
+    known = [(around + cost, method) for method, cost in seconds.items() if not math.isnan(cost)]
+    return {method: cost for cost, method in sorted(known)}
 
 
 def advise(diagnosis: Diagnosis) -> str:

@@ -67,10 +67,22 @@ def diagnose_module(
         results = seen.results
         check_losses(results)
         last = analyze_last_layer(layer, seen, known, settings.seed, clock)
+        notes = []
+        about = "What the last layer can fix, and neighbourhoods"
+        if isinstance(last, str):
+            notes.append(f"{about}: {last}")
+            last, head = LastLayer(untried_targets(results)), None
+        if seen.features is not None and len(seen.features.rows) < len(results):
+            notes.append(
+                f"{about}: only {len(seen.features.rows):,} of {len(results):,} known samples, "
+                "those nearest to failing, were looked at."
+            )
         with clock.stage("layers"):
             rows = _rows_for_layers(results, settings.seed)
             batches = row_batches(known, results, rows, LAYER_BATCH)
             layers = layer_capacities(evaluator, batches, results, settings.seed)
+        if not layers:
+            notes.append("Change by layer: there is no target, no margin or no layer to compare.")
         diagnosis = Diagnosis(
             advice="",
             target=str(settings.target),
@@ -81,34 +93,18 @@ def diagnose_module(
                 "failed": int((~results.passed).sum()),
                 "targeted": int(results.targeted.sum()),
             },
-            targets=untried_targets(results),
-            layers=layers,
-            costs=_costs(evaluator, seen, layer, last, epochs),
-            seconds=rounded_seconds(clock.seconds),
-            provenance=Provenance.of(evaluator.model, results),
-        )
-    notes = []
-    about = "What the last layer can fix, and neighbourhoods"
-    if isinstance(last, LastLayer):
-        diagnosis = replace(
-            diagnosis,
             head=head,
             targets=last.targets,
             binding=last.binding,
             check=last.check,
             mixing=last.mixing,
             doubts=last.doubts,
+            layers=layers,
+            costs=_costs(evaluator, seen, layer, last.seconds, epochs),
+            notes=tuple(notes),
+            seconds=rounded_seconds(clock.seconds),
+            provenance=Provenance.of(evaluator.model, results),
         )
-    else:
-        notes.append(f"{about}: {last}")
-    if seen.features is not None and len(seen.features.rows) < len(results):
-        notes.append(
-            f"{about}: only {len(seen.features.rows):,} of {len(results):,} known samples, those "
-            "nearest to failing, were looked at."
-        )
-    if not layers:
-        notes.append("Change by layer: there is no target, no margin or no layer to compare.")
-    diagnosis = replace(diagnosis, notes=tuple(notes))
     return replace(diagnosis, advice=advise(diagnosis))
 
 
@@ -127,21 +123,19 @@ def _costs(
     evaluator: Evaluator,
     seen: HeadFeatures,
     layer: nn.Linear | None,
-    last: LastLayer | str,
+    alone: float,
     epochs: int | None,
 ) -> dict[str, float]:
     """Estimates costs from times on the first rank."""
-    n_samples, collective = len(seen.results), evaluator.collective
     head = math.nan
     if layer is not None:
         inputs = layer.weight.new_zeros(TIMED_ROWS, layer.in_features)
         layer(inputs).sum().item()  # warm up
         start = time.perf_counter()
         layer(inputs).sum().item()
-        per_sample = (time.perf_counter() - start) / TIMED_ROWS
-        head = per_sample * n_samples / collective.world_size
-    alone = last.seconds if isinstance(last, LastLayer) else math.nan
+        n_batches = len(seen.results) / TIMED_ROWS / evaluator.collective.world_size
+        head = n_batches * (time.perf_counter() - start)
     measured = torch.tensor([seen.seconds, head, alone], dtype=torch.float64)
-    one_pass, head, alone = collective.agreed(measured).tolist()
+    one_pass, head, alone = evaluator.collective.agreed(measured).tolist()
     has_margins = not bool(seen.results.margin.isnan().all())
     return estimate_costs(one_pass, head, alone, has_margins, epochs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_high
@@ -92,7 +93,7 @@ class Diagnosis(Report, figures.Plotted):
         return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}
 
     def page(self, full: bool = False) -> Page:
-        most = 10**9 if full else LISTED_ROWS
+        most = sys.maxsize if full else LISTED_ROWS
         blocks: list[Block] = [Heading("Before a repair", 1), Text(self.advice), _facts(self)]
         if self.n_tried:
             blocks += [Heading("Each target alone"), *_targets_alone(self)]
@@ -119,8 +120,10 @@ class Diagnosis(Report, figures.Plotted):
         axes.set_title(title.format(**self.known), fontsize=10, color=figures.INK, loc="left")
         values, colours, labels = [], [], []
         for verdict, (name, colour) in VERDICT_STYLES.items():
-            targets = [target for target in self.targets if target.fixable == verdict]
-            margins = [target.margin for target in targets if math.isfinite(target.margin)]
+            margins = []
+            for target in self.targets:
+                if target.fixable == verdict and math.isfinite(target.margin):
+                    margins.append(target.margin)
             if margins:
                 values.append(margins)
                 colours.append(colour)
@@ -131,26 +134,25 @@ class Diagnosis(Report, figures.Plotted):
         else:
             axes.text(0.5, 0.5, "no margin is known", color=figures.GREY, ha="center")
         axes.locator_params(axis="y", integer=True)
-        figures.style_axes(
-            axes, "margin: label's logit above the largest other", "targets", grid="y"
-        )
+        across = "margin: label's logit above the largest other"
+        figures.style_axes(axes, across, "targets", grid="y")
         return figure
 
 
-def _truncated(rows: Sequence[Row], most: int) -> tuple[Row, ...]:
-    if len(rows) <= most:
-        return tuple(rows)
-    empty = [""] * len(rows[0].cells)
-    return (*rows[:most], Row(f"and {len(rows) - most:,} more", tuple(empty)))
+def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Row], most: int) -> Table:
+    shown = list(rows[:most])
+    if len(rows) > most:
+        shown.append(Row(f"and {len(rows) - most:,} more", ("",) * len(columns)))
+    return Table(tuple(columns), tuple(shown))
 
 
 def _facts(diagnosis: Diagnosis) -> FactList:
-    counts = (
-        "{samples:,}: {passed:,} passed, {failed:,} failed, {targeted:,} of these to be repaired"
-    )
     facts = [("target", diagnosis.target)]
     if diagnosis.task != "Multiclass":
         facts.append(("right means", diagnosis.task))
+    counts = (
+        "{samples:,}: {passed:,} passed, {failed:,} failed, {targeted:,} of these to be repaired"
+    )
     facts.append(("known samples", counts.format(**diagnosis.known)))
     mixing, check = diagnosis.mixing, diagnosis.check
     if mixing is not None:
@@ -198,7 +200,7 @@ def _binding(binding: Sequence[Binding], most: int) -> tuple[Block, ...]:
         cells = (str(sample.label), f"{sample.margin:.2g}", f"{sample.targets:,}")
         rows.append(Row(f"{sample.split} {sample.id}", cells))
     columns = (("class", ""), ("margin", "logits"), ("limits", "targets"))
-    return Text(text), Table(columns, _truncated(rows, most))
+    return Text(text), _table(columns, rows, most)
 
 
 def _doubts(doubts: Sequence[DoubtfulLabel], most: int) -> tuple[Block, ...]:
@@ -212,7 +214,7 @@ def _doubts(doubts: Sequence[DoubtfulLabel], most: int) -> tuple[Block, ...]:
         cells = (str(doubt.label), str(doubt.prediction), agreed, f"{doubt.lead:.1f}")
         rows.append(Row(f"{doubt.split} {doubt.id}", cells))
     columns = (("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits"))
-    return Text(text), Table(columns, _truncated(rows, most))
+    return Text(text), _table(columns, rows, most)
 
 
 def _layers(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
@@ -223,6 +225,6 @@ def _layers(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
     rows = []
     for layer in sorted(diagnosis.layers, key=lambda layer: layer.change):
         cells = (layer.kind, f"{layer.weights:,}", rough_percent(layer.change))
-        rows.append(Row(layer.layer, cells, "good" if layer == diagnosis.easiest_layer else ""))
+        rows.append(Row(layer.layer, cells, "" if rows else "good"))
     columns = (("kind", ""), ("weights", ""), ("change", "needed"))
-    return Text(text), Table(columns, _truncated(rows, most))
+    return Text(text), _table(columns, rows, most)

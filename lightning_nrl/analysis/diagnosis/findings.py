@@ -73,7 +73,7 @@ class HeldOutCheck:
         """Other targets repaired per broken sample: infinite if none breaks, NaN if both are 0."""
         if self.broken:
             return self.repaired / self.broken
-        return math.inf if self.repaired else math.nan
+        return math.inf * self.repaired
 
 
 @dataclass(frozen=True)

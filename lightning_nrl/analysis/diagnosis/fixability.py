@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.device import widest
 from lightning_nrl.methods.solvers.convex_head import (
     add_cutting_planes,
     margins_over_rivals,
@@ -73,28 +72,27 @@ class _Constraints(NamedTuple):
 
 @torch.no_grad()
 def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
-    """Finds for each target, which must be wrong, the smallest change that fixes it alone."""
-    device = passed.features.device
-    home = device if widest(device) == torch.float64 else torch.device("cpu")
-    root = _whitening(passed.features.to(home, torch.float64))
+    """Finds for each target, which must be wrong, the smallest change that fixes it alone.
 
-    def whitened(samples: LayerSamples) -> LayerSamples:
-        return LayerSamples(
-            samples.features.to(root) @ root, samples.logits.to(root), samples.label.to(home)
-        )
-
-    programme = _FixProgramme(whitened(passed), whitened(targets))
+    The samples must be on a device that knows float64.
+    """
+    root = _whitening(passed.features.double())
+    programme = _FixProgramme(_whitened(passed, root), _whitened(targets, root))
     add_cutting_planes(programme.solve, programme.add_violated, MAX_FIX_ROUNDS)
     fixable, change = programme.fixable, programme.change
     size = torch.where(fixable, change.square().sum((1, 2)).sqrt(), torch.nan)
     return Fixability(
-        fixable.to(device),
-        (programme.unfixable & ~fixable).to(device),
-        size.float().to(device),
+        fixable,
+        programme.unfixable & ~fixable,
+        size.float(),
         programme.limit,
-        programme.binds.to(device),
-        (change @ root.T).float().to(device),
+        programme.binds,
+        (change @ root.T).float(),
     )
+
+
+def _whitened(samples: LayerSamples, root: Tensor) -> LayerSamples:
+    return LayerSamples(samples.features.double() @ root, samples.logits.double(), samples.label)
 
 
 def _whitening(features: Tensor) -> Tensor:
@@ -102,8 +100,10 @@ def _whitening(features: Tensor) -> Tensor:
     moment = features.T @ features / len(features)
     mean_variance = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
     moment.diagonal().add_(FEATURE_RIDGE * mean_variance)
-    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(moment).T, eye, upper=True)
+    factor = torch.linalg.cholesky(moment).T
+    root: Tensor = torch.linalg.solve_triangular(
+        factor, torch.eye(len(moment)).to(moment), upper=True
+    )
     return root
 
 
@@ -111,23 +111,21 @@ class _FixProgramme:
     """Quadratic programmes, one for each target without a verdict (`_open`), solved together."""
 
     def __init__(self, passed: LayerSamples, targets: LayerSamples) -> None:
-        self.passed = passed
-        self.targets = targets
+        self.passed, self.targets = passed, targets
         # A target is the sample `P` plus its own index.
         self._samples = LayerSamples(*map(torch.cat, zip(passed, targets, strict=True)))
         self._n_passed = len(passed.label)
-        n_targets, device = len(targets.label), passed.features.device
+        n_targets, n_classes = targets.logits.shape
         centred = passed.logits - passed.logits.mean(1, keepdim=True)
         self.limit = float(centred.square().sum(1).mean().sqrt())
-        margins = margins_over_rivals(self._samples.logits, self._samples.label)
+        self._margins = margins = margins_over_rivals(self._samples.logits, self._samples.label)
         required = (0.5 * margins).clamp_max(REQUIRED_MARGIN)
         required[self._n_passed :] = REQUIRED_MARGIN
         self._missing = required - margins
-        n_classes, n_features = targets.logits.shape[1], targets.features.shape[1]
-        self.change = passed.features.new_zeros(n_targets, n_classes, n_features)
-        self.fixable, self.unfixable = torch.zeros(2, n_targets, dtype=torch.bool, device=device)
-        self.binds = torch.zeros(n_targets, self._n_passed, dtype=torch.bool, device=device)
-        self._open = torch.arange(n_targets, device=device)
+        self.change = passed.features.new_zeros(n_targets, n_classes, passed.features.shape[1])
+        self.binds = margins.new_zeros(n_targets, self._n_passed, dtype=torch.bool)
+        self.fixable, self.unfixable = margins.new_zeros(2, n_targets, dtype=torch.bool)
+        self._open = torch.arange(n_targets, device=margins.device)
         # The first constraint of each target is that its label must beat the predicted class.
         sample = self._n_passed + self._open[:, None]
         rival = margins[self._n_passed :].argmin(1, keepdim=True)
@@ -144,7 +142,7 @@ class _FixProgramme:
         gram = pair_gram(features, sides)
         multipliers, value = solve_duals(gram, missing, rows.multiplier, max_value)
         self._rows = rows._replace(multiplier=multipliers)
-        self._is_beyond = (value > max_value).to(self._open.device)
+        self._is_beyond = value > max_value
         self._solution = sum_of_pairs(features, sides, multipliers)
 
     def add_violated(self) -> bool:
@@ -155,11 +153,9 @@ class _FixProgramme:
         self.change[targets[works]] = strength[works, None, None] * self._solution[works]
         self.fixable[targets[works]] = True
         self.unfixable[targets[self._is_beyond]] = True
-        # A last column, dropped at once, takes all rows that do not bind and those of the targets.
-        columns = self._rows.sample.clamp(0, self._n_passed)
-        columns[self._rows.multiplier <= 0] = self._n_passed
-        binds = self.binds.new_zeros(len(targets), self._n_passed + 1).scatter_(1, columns, True)
-        self.binds[targets] = binds[:, : self._n_passed]
+        is_binding = (self._rows.multiplier > 0) & (self._rows.sample < self._n_passed)
+        self.binds[targets] = False
+        self.binds[targets[is_binding.nonzero()[:, 0]], self._rows.sample[is_binding]] = True
         is_open = (violated.sample >= 0).any(1) & ~self._is_beyond
         self._rows = _join(self._rows.at(is_open), violated.at(is_open))
         self._open = targets[is_open]
@@ -167,15 +163,12 @@ class _FixProgramme:
 
     def _separate(self) -> tuple[Tensor, _Constraints]:
         """Returns the largest fraction of each solution that is a fix, and the worst violations."""
-        passed, targets, change = self.passed, self.targets.at(self._open), self._solution
-        before = margins_over_rivals(passed.logits, passed.label).float()
-        required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
+        targets, change = self.targets.at(self._open), self._solution
+        before = self._margins[: self._n_passed].float()
         at_once = max(1, MAX_LOGITS_AT_ONCE // before.numel())
-        parts = [
-            _violated_by(part.float(), passed, before, required) for part in change.split(at_once)
-        ]
+        parts = [_violated_by(part.float(), self.passed, before) for part in change.split(at_once)]
         breaks_at, lack, sample, rival = map(torch.cat, zip(*parts, strict=True))
-        old = margins_over_rivals(targets.logits, targets.label)
+        old = self._margins[self._n_passed + self._open]
         moved = torch.einsum("tcd,td->tc", change, targets.features)
         gain = margins_over_rivals(moved, targets.label).nan_to_num(posinf=0)
         strength = torch.where(breaks_at > 1, 1.0, BACKOFF * breaks_at.double())
@@ -192,9 +185,7 @@ class _FixProgramme:
         return torch.where(is_fixed, strength, 0.0), violated
 
 
-def _violated_by(
-    change: Tensor, passed: LayerSamples, before: Tensor, required: Tensor
-) -> tuple[Tensor, ...]:
+def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor) -> tuple[Tensor, ...]:
     """Returns the fraction at which each change breaks a sample, and its worst rows.
 
     The rows are three tensors: how far each margin lies above what is required, sample, rival.
@@ -203,7 +194,8 @@ def _violated_by(
     label = passed.label.expand(len(change), -1)[:, :, None]
     gain = moved.gather(2, label) - moved
     breaks_at = (before / (-gain).clamp_min(torch.finfo(gain.dtype).tiny)).amin((1, 2))
-    lack, rival = (gain.add_(before - required)).min(2)
+    required = (0.5 * before).clamp_max(REQUIRED_MARGIN) * FULFILLED_FRACTION
+    lack, rival = (gain + (before - required)).min(2)
     lack, sample = lack.topk(min(ROWS_PER_ROUND, lack.shape[1]), largest=False)
     return breaks_at, lack, sample, rival.gather(1, sample)
 
@@ -212,6 +204,6 @@ def _join(rows: _Constraints, new: _Constraints) -> _Constraints:
     """Joins constraints, without columns that are empty for every target."""
     joined = _Constraints(*(torch.cat(columns, 1) for columns in zip(rows, new, strict=True)))
     is_empty = joined.sample < 0
-    width = int((~is_empty).sum(1).amax()) if len(is_empty) else 0
-    order = is_empty.long().argsort(dim=1, stable=True)[:, :width]
+    n_used = (~is_empty).sum(1)
+    order = is_empty.long().argsort(dim=1, stable=True)[:, : max(n_used.tolist(), default=0)]
     return _Constraints(*(column.gather(1, order) for column in joined))

@@ -41,25 +41,25 @@ def layer_capacities(
     layers = layers_of(evaluator.model)
     rows, margin, gradients = _margin_gradients(evaluator, layers, batches, seed)
     is_target = results.targeted[rows]
-    targets, passed = is_target.nonzero().flatten(), (~is_target).nonzero().flatten()
-    if not gradients or not len(targets):
+    if not gradients or not is_target.any():
         return ()
     margin = margin.double()
     kept = (0.5 * margin).clamp_max(REQUIRED_MARGIN)
     missing = torch.where(is_target, REQUIRED_MARGIN, kept) - margin
-    members = torch.cat([targets[:, None], passed.expand(len(targets), -1)], 1)
+    targets, passed = is_target.nonzero(), (~is_target).nonzero().flatten()
+    members = torch.cat([targets, passed.expand(len(targets), -1)], 1)
     capacities = []
     for name, gradient in gradients.items():
-        layer = layers[name]
-        change = _needed_change(layer, gradient.flatten(1).float(), missing, members)
-        kind, n_weights = type(layer).__name__, layer.weight.numel()
-        capacities.append(LayerCapacity(name, kind, n_weights, float(change.median())))
+        weight = layers[name].weight
+        change = _needed_change(weight, gradient.flatten(1).float(), missing, members)
+        kind = type(layers[name]).__name__
+        capacities.append(LayerCapacity(name, kind, weight.numel(), float(change.median())))
     return tuple(capacities)
 
 
-def _needed_change(layer: Layer, gradient: Tensor, missing: Tensor, members: Tensor) -> Tensor:
-    """Returns the smallest change, relative to the layer's norm, for each row of `members`."""
-    norm = max(float(layer.weight.detach().float().norm()), 1e-12)
+def _needed_change(weight: Tensor, gradient: Tensor, missing: Tensor, members: Tensor) -> Tensor:
+    """Returns the smallest change, relative to the norm of `weight`, for each row of `members`."""
+    norm = max(float(weight.float().norm()), 1e-12)
     # Rows get unit length so that one tolerance suits all.
     length = gradient.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     unit = gradient / length[:, None]
@@ -114,8 +114,7 @@ def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tens
     size, device = layer.weight.numel(), layer.weight.device
     generator = torch.Generator().manual_seed(seed)
     bucket = torch.randint(SKETCH_SIZE, (size,), generator=generator).to(device)
-    sign = torch.randint(2, (size,), generator=generator) * 2 - 1
-    sign = sign.to(device, torch.float32)
+    sign = (torch.randint(2, (size,), generator=generator) * 2 - 1).to(device, torch.float32)
     parts = []
     with no_autocast(device):
         for weight, _ in sample_gradients(layer, calls, n):
@@ -128,6 +127,8 @@ def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tens
 
 
 def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
-    mine = torch.cat(list(parts)) if parts else torch.zeros(0)
-    shares = [share for share in collective.gather(mine) if len(share)]
-    return torch.cat(shares) if shares else mine
+    local = torch.zeros(0)
+    if parts:
+        local = torch.cat(list(parts))
+    shares = [share for share in collective.gather(local) if len(share)]
+    return torch.cat(shares or [local])
