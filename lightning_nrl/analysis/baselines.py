@@ -104,9 +104,8 @@ class DistilledFineTuning(FineTuning):
             old = at_least_float32(teacher(batch, rows, output.shape)) / temperature
             new = at_least_float32(output) / temperature
             distance = temperature**2 * task.divergence(new, old, batch.target)
-            return (
-                task_loss(batch, rows, output) + (weight[rows].to(output.device) * distance).sum()
-            )
+            weighted = weight[rows].to(output.device) * distance
+            return task_loss(batch, rows, output) + weighted.sum()
 
         return _fine_tune(problem, self, loss)
 
@@ -163,10 +162,8 @@ def _train_epochs(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[S
 def _steps_left(problem: Problem, pace: float) -> int:
     """Estimates how many steps all ranks have time for before a final pass over the data."""
     left = problem.clock.left - problem.clock.one_pass
-    steps = int(min(max(0.0, left) / max(pace, 1e-9), 1e9))
-    if math.isinf(left):
-        return steps
-    return int(problem.collective.agreed(torch.tensor(steps)))
+    steps = min(max(0.0, left) / max(pace, 1e-9), 1e9)
+    return int(problem.collective.agreed(torch.tensor(int(steps))))
 
 
 @dataclass(frozen=True)
@@ -237,9 +234,9 @@ def fresh_weights(
 def _reset(name: str, module: nn.Module) -> None:
     # MultiheadAttention and Transformer have the second name.
     reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-    if callable(reset):
+    if reset is not None:
         reset()
-    elif any(True for _ in module.parameters(recurse=False)):
+    elif list(module.parameters(recurse=False)):
         raise ConfigurationError(
             f"`model`: {name or 'it'} ({type(module).__name__}) has weights, but no "
             "`reset_parameters`.",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_nrl._utils.atomic_files import write_text
-from lightning_nrl._utils.formatting import count, plural
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.timing import Observer, StageTimer
@@ -113,6 +113,10 @@ def compare_module(
         problem = build_problem(
             evaluator, known, baseline.before, layers, settings, training=training
         )
+        unseen_data = baseline.other_data.get("unseen")
+        evaluated = [baseline.known]
+        if unseen_data is not None:
+            evaluated.append(unseen_data.before)
         entries: list[Entry] = []
         runs: list[_Run] = []
         for name, method in methods_by_name.items():
@@ -120,17 +124,15 @@ def compare_module(
                 torch.manual_seed(settings.seed)
                 clock = StageTimer(observer, settings.max_time)
                 clock.seconds.update(collecting.seconds)  # methods estimate passes from it
-                run = _run_method(method, replace(problem, clock=clock), runs)
-                runs.append(run)
-                entries.append(_entry(problem, baseline.other_data.get("unseen"), name, run))
-    other_data = [data.before for data in baseline.other_data.values()]
+                runs.append(_run_method(method, replace(problem, clock=clock), runs))
+                entries.append(_entry(problem, unseen_data, name, runs[-1]))
     return Comparison(
         tuple(entries),
         int(problem.before.targeted.sum()),
         str(settings.target),
         ", ".join(layer_names(settings.layer)),
         settings.seed,
-        provenance=Provenance.of(model, baseline.known, *other_data),
+        provenance=Provenance.of(model, *evaluated),
     )
 
 
@@ -140,20 +142,20 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
         methods = COMPARED_BY_DEFAULT
     if isinstance(methods, str):
         methods = (methods,)
-    if isinstance(methods, Mapping):
-        items = [(str(name), method) for name, method in methods.items()]
-    elif isinstance(methods, Sequence):
-        items = [(_name(method), method) for method in methods]
-    else:
+    if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(
             f"`methods={methods!r}` is no list.", "give a list of names or of objects."
         )
-    if not items or len(dict(items)) < len(items):
+    names = list(map(_name, methods))
+    if not names or len(set(names)) < len(names):
         raise ConfigurationError(
-            f"`methods` are {[name for name, _ in items]}.",
+            f"`methods` are {names}.",
             "name each method once; the keys of a mapping are names of methods.",
         )
-    return {name: ALL_METHODS.parse("methods", method) for name, method in items}
+    if isinstance(methods, Mapping):
+        methods = list(methods.values())
+    parsed = [ALL_METHODS.parse("methods", method) for method in methods]
+    return dict(zip(names, parsed, strict=True))
 
 
 def _name(method: str | AnyMethod) -> str:
@@ -171,22 +173,18 @@ class _Run(NamedTuple):
 def _run_method(method: AnyMethod, problem: Problem, earlier: Sequence[_Run]) -> _Run:
     """Runs and times a method. An `Interpolation` reuses the earlier run of its method `new`."""
     start = time.perf_counter()
-    reused = None
     if isinstance(method, Interpolation):
-        reused = next((run for run in earlier if run.method == method.new), None)
+        for run in earlier:
+            if run.method == method.new:
+                solution = method.towards(problem, run.solution)
+                return _Run(method, solution, run.seconds + time.perf_counter() - start)
     try:
-        if isinstance(method, Interpolation) and reused is not None:
-            solution = method.towards(problem, reused.solution)
-        else:
-            solution = solve(method, problem)
+        solution = solve(method, problem)
     except OtherRankError:
         raise  # the other rank has stopped
     except (ConfigurationError, EmptyLocalizationError, ReplayError, EvaluationError) as error:
         solution = Solution(None, error.problem)
-    seconds = time.perf_counter() - start
-    if reused is not None:
-        seconds += reused.seconds
-    return _Run(method, solution, seconds)
+    return _Run(method, solution, time.perf_counter() - start)
 
 
 def _entry(problem: Problem, unseen: EvaluatedData | None, name: str, run: _Run) -> Entry:
@@ -199,11 +197,14 @@ def _entry(problem: Problem, unseen: EvaluatedData | None, name: str, run: _Run)
         unseen_before = FlipCounts.of(unseen.before.right, unseen.before.right)
     known_before = FlipCounts.of(problem.before.right, problem.before.right)
     curve = [CurvePoint(0.0, 0, known_before, unseen_before)]
-    curve += [_point(path, unseen, point) for point in path.count(COMPARED_STRENGTHS)]
+    for point in path.count(COMPARED_STRENGTHS):
+        curve.append(_point(path, unseen, point))
     start = time.perf_counter()
     scaled = _scale_back(path, unseen, curve)
     scaling = time.perf_counter() - start
-    note = solution.steps[-1].note if solution.steps else ""
+    note = ""
+    if solution.steps:
+        note = solution.steps[-1].note
     return Entry(name, run.seconds, tuple(curve), scaled, scaling, note)
 
 
@@ -215,10 +216,9 @@ def _scale_back(
     Assumes that a larger strength always breaks more.
     """
     best = [point for point in curve if not point.known.broken][-1]
-    larger = [point.strength for point in curve if point.strength > best.strength]
-    if not larger:
-        return best
-    bottom, top = best.strength, larger[0]
+    bottom = top = best.strength
+    if best is not curve[-1]:
+        top = curve[curve.index(best) + 1].strength
     while top - bottom > SCALING_STEP:
         middle = (bottom + top) / 2
         if path.point(middle).known.broken:
@@ -246,11 +246,6 @@ class CurvePoint:
     targeted: int  # number of repaired targets
     known: FlipCounts
     unseen: FlipCounts
-
-    @property
-    def gain(self) -> float:
-        """Change of accuracy on unseen data, in percentage points. NaN without unseen data."""
-        return self.unseen.points
 
     def counts(self, role: Role) -> FlipCounts:
         if role == "unseen":
@@ -281,7 +276,9 @@ class Entry:
     @property
     def given(self) -> CurvePoint | None:
         """Counts under the method's weights, at strength 1. None if the method failed."""
-        return self.curve[-1] if self.curve else None
+        if self.curve:
+            return self.curve[-1]
+        return None
 
     @property
     def scaled_back(self) -> CurvePoint | None:
@@ -311,11 +308,16 @@ class Comparison(Report, Plotted):
         blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(self, shown))]
         if shown:
             blocks.append(_table(self, shown))
-            if any(entry.scaled_back for entry in shown):
-                blocks.append(Text(SCALED_NOTE))
-        left_out = tuple((entry.method, entry.note) for entry in self.entries if not entry.curve)
+        left_out = []
+        is_scaled = False
+        for entry in self.entries:
+            is_scaled = is_scaled or entry.scaled_back is not None
+            if not entry.curve:
+                left_out.append((entry.method, entry.note))
+        if is_scaled:
+            blocks.append(Text(SCALED_NOTE))
         if left_out:
-            blocks += [Heading("Left out"), FactList(left_out)]
+            blocks += [Heading("Left out"), FactList(tuple(left_out))]
         facts = (("target", self.target), ("layer", self.layer), ("seed", str(self.seed)))
         return Page((*blocks, FactList(facts)))
 
@@ -397,7 +399,7 @@ def _csv_line(method: str, weights: str, seconds: float, point: CurvePoint) -> t
         unseen.repaired,
         unseen.broken,
         unseen.n,
-        f"{point.gain:.3f}",
+        f"{unseen.points:.3f}",
     )
 
 
@@ -429,9 +431,9 @@ def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
 
     def row(label: str, seconds: float, point: CurvePoint) -> Row:
         known, unseen = point.known, point.unseen
-        cells = [count(point.targeted), count(known.repaired), count(known.broken)]
+        cells = [f"{point.targeted:,}", f"{known.repaired:,}", f"{known.broken:,}"]
         if with_unseen:
-            cells += [count(unseen.repaired), count(unseen.broken), f"{point.gain:+.1f}"]
+            cells += [f"{unseen.repaired:,}", f"{unseen.broken:,}", f"{unseen.points:+.1f}"]
         return Row(label, (*cells, f"{seconds:,.1f}"))
 
     rows = []
@@ -455,8 +457,10 @@ LEGEND = (
 
 
 def _panel(axes: Axes, role: Role, entries: Sequence[Entry]) -> None:
-    ends = [entry.curve[-1].counts(role) for entry in entries]
-    right = 1.12 * max([1, *(flips.broken for flips in ends)])
+    right = 1.0
+    for entry in entries:
+        right = max(right, entry.curve[-1].counts(role).broken)
+    right *= 1.12
     top = 1.0
     for entry in entries:
         for point in entry.curve:
@@ -476,26 +480,22 @@ def _panel(axes: Axes, role: Role, entries: Sequence[Entry]) -> None:
 
 
 def _draw_entry(axes: Axes, role: Role, entry: Entry, colour: str, right: float) -> None:
-    curve = [point.counts(role) for point in entry.curve]
-    x, y = [flips.broken for flips in curve], [flips.repaired for flips in curve]
+    x, y = [], []
+    for point in entry.curve:
+        flips = point.counts(role)
+        x.append(flips.broken)
+        y.append(flips.repaired)
     if max(x) <= right:  # the curve of a retrained network leaves the panel
         style = "--" if entry.method in BASELINES else "-"
         axes.plot(x, y, color=colour, linestyle=style, linewidth=1.6)
-    axes.plot(
-        x[-1],
-        y[-1],
-        "o",
-        color=colour,
-        markersize=6,
-        clip_on=False,
-        zorder=3,
-        label=escape_dollars(entry.method),
-    )
+    label = escape_dollars(entry.method)
+    axes.plot(x[-1], y[-1], "o", color=colour, clip_on=False, zorder=3, label=label)
     scaled = entry.scaled_back
     if scaled is not None and scaled.strength > 0:
+        flips = scaled.counts(role)
         axes.plot(
-            scaled.counts(role).broken,
-            scaled.counts(role).repaired,
+            flips.broken,
+            flips.repaired,
             "o",
             markerfacecolor="white",
             markeredgecolor=colour,

@@ -43,8 +43,8 @@ def estimate_costs(
             if not math.isnan(cost):
                 seconds["auto"] += cost
     around = PASSES_AROUND_SEARCH * one_pass
-    known = [(around + cost, method) for method, cost in seconds.items() if not math.isnan(cost)]
-    return {method: cost for cost, method in sorted(known)}
+    known = {method: around + cost for method, cost in seconds.items() if not math.isnan(cost)}
+    return dict(sorted(known.items(), key=lambda item: item[1]))
 
 
 def advise(diagnosis: Diagnosis) -> str:

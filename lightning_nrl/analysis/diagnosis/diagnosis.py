@@ -222,7 +222,7 @@ def _layers(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
         "The smallest change that fixes a typical target, relative to the layer's norm: a "
         "first-order estimate. Less is better."
     )
-    rows = []
+    rows: list[Row] = []
     for layer in sorted(diagnosis.layers, key=lambda layer: layer.change):
         cells = (layer.kind, f"{layer.weights:,}", rough_percent(layer.change))
         rows.append(Row(layer.layer, cells, "" if rows else "good"))

@@ -73,7 +73,9 @@ class HeldOutCheck:
         """Other targets repaired per broken sample: infinite if none breaks, NaN if both are 0."""
         if self.broken:
             return self.repaired / self.broken
-        return math.inf * self.repaired
+        if self.repaired:
+            return math.inf
+        return math.nan
 
 
 @dataclass(frozen=True)
