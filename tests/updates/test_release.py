@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import pytest
 import torch
 from ranks import Collective, on_ranks
 from repository import ROOT
+from toy_problems import left_alone, shares
 from toy_repairs import blobs, mlp, right, trained
 
 from lightning_nrl import ConfigurationError, OldModel, Target, TensorSource
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.records import hash_tensors
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport, parse_rules, release
 
@@ -39,45 +42,26 @@ def test_it_counts_what_plain_passes_count() -> None:
     old, new, source = trained(seed=1), trained(seed=2), data()
     was, now = right(old, source), right(new, source)
     report = release(old, new, source, "instance", slices=label)
-    whole, *slices = report.rows
-    assert whole.counts.broken == int((was & ~now).sum()) > 0
-    assert whole.counts.repaired == int((~was & now).sum()) > 0
-    assert whole.counts.kept == int((was & now).sum())
+    whole_split, *slices = report.rows
+    assert whole_split.counts == FlipCounts.of(was, now)
+    assert min(whole_split.counts.broken, whole_split.counts.repaired) > 0
     assert report.broken_ids == {"test": (was & ~now).nonzero().flatten().tolist()}
     assert report.findings[0].ids == report.broken_ids
     assert [row.slice for row in slices] == ["0", "1", "2"]
     for row in slices:
-        mine = source.targets == int(row.slice)
-        assert (row.counts.n, row.counts.broken) == (
-            int(mine.sum()),
-            int((was & ~now & mine).sum()),
-        )
+        in_slice = source.targets == int(row.slice)
+        assert row.counts == FlipCounts.of(was[in_slice], now[in_slice])
     assert report.status == "refused"
     assert report.reasons[0].startswith(
-        f"instance: test: {whole.counts.broken} of {int(was.sum())} that were right"
+        f"instance: test: {whole_split.counts.broken} of {int(was.sum())} that were right"
     )
-
-
-def test_a_model_may_replace_itself() -> None:
-    model = trained()
-    report = release(model, model, data(), RULES, slices=label)
-    assert (report.accepted, report.exit_status) == (True, 0)
-    assert report.new == report.old
 
 
 def test_models_and_random_state_are_left_as_found() -> None:
     old, new = trained(seed=1), trained(seed=2)
     new[0].eval()
-    states = [
-        {name: value.clone() for name, value in model.state_dict().items()} for model in (old, new)
-    ]
-    random = torch.get_rng_state()
-    release(old, new, data(), RULES, slices=label)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert [module.training for module in new.modules()] == [True, False, True, True]
-    assert all(module.training for module in old.modules())
-    for model, state in zip((old, new), states, strict=True):
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with left_alone(old), left_alone(new):
+        release(old, new, data(), RULES, slices=label)
 
 
 def test_every_form_of_the_old_model_gives_the_same_report(tmp_path: Path) -> None:
@@ -122,18 +106,8 @@ def test_the_page_and_the_json_say_all() -> None:
         report.rows[0].counts.kept / report.rows[0].counts.passed
     )
     page = report.to_markdown()
-    for said in (
-        "# Refused",
-        "NOT satisfied",
-        report.new.sha256,
-        report.old.sha256,
-        "test, slice 2",
-        "seed: fit",
-        "BEC",
-    ):
-        assert said in page
-    for at in report.broken_ids["test"][:3]:
-        assert str(at) in page
+    for words in (report.new.sha256, report.old.sha256, "test, slice 2", "seed: fit", "BEC"):
+        assert words in page
     assert report.render(100).startswith("REFUSED\n\nThe new model may not replace the old one: ")
     accepted = release(trained(), trained(), data(), "accuracy").render()
     assert accepted.startswith(
@@ -142,25 +116,12 @@ def test_the_page_and_the_json_say_all() -> None:
 
 
 def test_ranks_come_to_the_same_report() -> None:
-    class Share(TensorSource):
-        rank, size = 0, 1
-
-        @property
-        def positions(self) -> torch.Tensor:
-            return self.index[self.rank :: self.size]
-
-        def __iter__(self) -> Any:
-            yield from self.draw([p for p in self.positions.split(self.batch_size) if len(p)])
-
     def work(collective: Collective) -> ReleaseReport:
-        source = Share(*blobs(203, 0.5, seed=7), split="test")
-        object.__setattr__(source, "rank", collective.rank)
-        object.__setattr__(source, "size", collective.world_size)
+        sources = shares([data()], collective.rank, collective.world_size)
         new = Evaluator(trained(seed=1), collective=collective)
         rules = [*RULES, ProtectedIntact(where=Target.label(2))]
-        return release(trained(seed=2), new, source, rules, slices=label)
+        return release(trained(seed=2), new, sources, rules, slices=label)
 
-    torch.manual_seed(0)
     alone = work(Collective())
     first, second = on_ranks(2, work)
     assert alone == first == second
@@ -173,13 +134,7 @@ def test_ranks_come_to_the_same_report() -> None:
         ({"old": None}, "`old=None`: nothing to compare with"),
         ({"old": "nowhere.ckpt"}, "does not exist"),
         ({"data": torch.zeros(3)}, "`data`: found a Tensor, not a list of sources"),
-        ({"data": []}, "`data`: found a list, not a list of sources"),
         ({"rules": "all"}, "'all' is no rule"),
-        ({"rules": "slices"}, "the rule `slices` needs slices"),
-        (
-            {"rules": "slices:count", "slices": lambda batch: [None] * len(batch[1])},
-            "`slices:count` has nothing to c",
-        ),
         ({"rules": "instance in suite"}, "names the split 'suite', but the data have \\['test'\\]"),
         ({"slices": 3.5}, "`slices`"),
         ({"rules": ProtectedIntact(where=lambda batch: batch["kind"])}, "`where` raised"),
@@ -212,25 +167,17 @@ def test_files_are_judged_as_the_models_are(
     files: tuple[Path, ReleaseReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, expected = files
+    old, new, slices = (str(folder / f"{name}.csv") for name in ("old", "new", "slices"))
     rules = [part for rule in (*RULES, "instance") for part in ("--rule", rule)]
-    given = [
-        str(folder / "old.csv"),
-        str(folder / "new.csv"),
-        *rules,
-        "--slices",
-        str(folder / "slices.csv"),
-    ]
-    assert decide([*given, "--out", str(tmp_path / "out")]) == 1
-    found = ReleaseReport.from_json((tmp_path / "out" / "report.json").read_text())
-    assert (found.findings, found.rows, found.broken_ids) == (
-        expected.findings,
-        expected.rows,
-        expected.broken_ids,
-    )
-    assert (found.new.sha256, found.old.sha256) == (expected.new.sha256, expected.old.sha256)
+    assert decide([old, new, *rules, "--slices", slices, "--out", str(tmp_path)]) == 1
+    report = ReleaseReport.from_json((tmp_path / "report.json").read_text())
+    assert report.findings == expected.findings
+    assert report.rows == expected.rows
+    assert report.broken_ids == expected.broken_ids
+    assert (report.new.sha256, report.old.sha256) == (expected.new.sha256, expected.old.sha256)
     assert capsys.readouterr().out.startswith("REFUSED")
-    assert (tmp_path / "out" / "report.md").read_text() == found.to_markdown()
-    assert decide([str(folder / "new.csv"), str(folder / "new.csv"), "--rule", "instance"]) == 0
+    assert (tmp_path / "report.md").read_text() == report.to_markdown()
+    assert decide([new, new, "--rule", "instance"]) == 0
 
 
 def test_protected_classes_are_told_by_right_predictions(
@@ -244,65 +191,33 @@ def test_protected_classes_are_told_by_right_predictions(
     assert found.ids == expected.ids != {}
     assert found.reason.partition(";")[0] == expected.reason.partition(";")[0]
     bare = write(tmp_path / "bare.csv", dict.fromkeys(range(4), ",1"))
-    for what in ("label 1", "where math:prod"):
-        assert decide([bare, bare, "--rule", f"protected:{what}"]) == 2
-        assert (
-            f"the rule `protected:{what}`: the files do not say which samples"
-            in capsys.readouterr().err
-        )
+    assert decide([bare, bare, "--rule", "protected:label 1"]) == 2
+    assert "`protected:label 1`: the files do not say which samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("slices", "message"),
+    ("split", "ids", "name", "message"),
     [
-        (
-            {("val", i): "a" for i in range(100)},
-            "100 samples of `val` are in only one of the files",
-        ),
-        (
-            {("test", i): "a" for i in range(30, 100)},
-            "30 samples of `test` are in only one of the files `slices` and `old`",
-        ),
-        (
-            {("test", i): "a" for i in range(101)},
-            "1 samples of `test` are in only one of the files `slices` and `old` (100)",
-        ),
-        (
-            {("test", i): " " for i in range(100)},
-            "has nothing to check: `test` has no sample in a slice",
-        ),
-        ({}, "has nothing to check: `test` has no sample in a slice"),
+        ("val", range(100), "a", "100 samples of `val` are in only one of the files"),
+        ("test", range(30, 100), "a", "30 samples of `test` are in only one of the files"),
+        ("test", range(101), "a", "1 samples of `test` are in only one of the files"),
+        ("test", range(100), " ", "has nothing to check: `test` has no sample in a slice"),
+        ("test", (), "a", "has nothing to check: `test` has no sample in a slice"),
     ],
 )
-@pytest.mark.parametrize("rule", ["slices", "slices:count", "slice-nfr:40%:50%"])
 def test_slices_of_other_samples_let_no_loss_through(
-    rule: str,
-    slices: dict[Any, str],
+    split: str,
+    ids: Iterable[int],
+    name: str,
     message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
-    new = write(tmp_path / "new.csv", {i: f"1,{int(i >= 30)}" for i in range(100)})
-    lines = [f"{split},{at},{name}" for (split, at), name in slices.items()]
-    (tmp_path / "slices.csv").write_text("\n".join(["split,id,slice", *lines]))
-    given = [old, new, "--rule", rule, "--require", "any", "--slices", str(tmp_path / "slices.csv")]
-    assert decide(given) == 2
+    slices = tmp_path / "slices.csv"
+    slices.write_text("\n".join(["split,id,slice", *(f"{split},{at},{name}" for at in ids)]))
+    assert decide([old, old, "--rule", "slices", "--slices", str(slices)]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_names_that_differ_in_signs_alone_are_slices_of_their_own() -> None:
-    old, new, source = trained(seed=1), trained(seed=2), data()
-    broke = right(old, source) & ~right(new, source)
-    source = replace(source, extras=(broke,))
-    report = release(
-        old, new, source, "slices:count", slices=lambda x: ["C++" if b else "C" for b in x[2]]
-    )
-    assert [(row.slice, row.counts.broken) for row in report.rows[1:]] == [
-        ("C", 0),
-        ("C++", int(broke.sum())),
-    ]
-    assert report.findings[0].ids == report.broken_ids
 
 
 def test_files_that_do_not_say_what_is_right_are_refused(
@@ -315,24 +230,6 @@ def test_files_that_do_not_say_what_is_right_are_refused(
     )
 
 
-def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_nrl",
-        "release",
-        files[0] / "old.csv",
-        files[0] / "new.csv",
-    ]
-    done = subprocess.run(
-        [*command, "--rule", "nfr:90%", "--require", "any"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "ACCEPTED"), done.stderr
-
-
 def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,passed") -> str:
     path.write_text("\n".join([header, *(f"test,{at},{row}" for at, row in rows.items())]))
     return str(path)
@@ -341,11 +238,11 @@ def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,p
 def test_a_net_loss_is_refused_whatever_the_rules(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = ["1,1"] * 200 + ["1,0"] * 14 + ["1,1"] * 16, ["1,1"] * 200 + ["1,1"] * 14 + ["1,0"] * 16
-    old, new = (
-        write(tmp_path / f"{name}.csv", dict(enumerate(rows)))
-        for name, rows in zip(("old", "new"), loss, strict=True)
-    )
+    right, wrong = ["1,1"], ["1,0"]
+    rows = dict(enumerate(200 * right + 14 * wrong + 16 * right))
+    old = write(tmp_path / "old.csv", rows)
+    rows = dict(enumerate(200 * right + 14 * right + 16 * wrong))
+    new = write(tmp_path / "new.csv", rows)
     assert decide([old, new, "--rule", "nfr:50%"]) == 1
     assert (
         "accuracy  NOT satisfied: test: 16 of 216 that were right broke; the gate allows as many as are repaired"
@@ -355,10 +252,8 @@ def test_a_net_loss_is_refused_whatever_the_rules(
     assert decide([new, old, "--rule", "nfr:50%"]) == 0  # 16 repaired, 14 broken
     assert decide([new, old, "--rule", "nfr:50%", "--require", "better"]) == 1
     model = trained()
-    assert [one.rule for one in release(model, model, data(), "nfr:50%").findings] == [
-        "nfr:50%",
-        "accuracy",
-    ]
+    report = release(model, model, data(), "nfr:50%")
+    assert [finding.rule for finding in report.findings] == ["nfr:50%", "accuracy"]
 
 
 def test_samples_that_are_left_out_are_refused(
@@ -376,9 +271,6 @@ def test_samples_that_are_left_out_are_refused(
     report = ReleaseReport.from_json((tmp_path / "out" / "report.json").read_text())
     assert report.missing == {"test": 30}
     assert "30 samples were NOT compared" in capsys.readouterr().out
-    whole = tmp_path / "other.csv"
-    whole.write_text("split,id,prediction,passed\nval,1,1,1\n")
-    assert decide([old, str(whole)]) == 2  # no sample in common
 
 
 @pytest.mark.parametrize(
@@ -386,15 +278,12 @@ def test_samples_that_are_left_out_are_refused(
     [
         ("new", "test,0,1,1\ntest,0,1,0", "line 3: sample 0 of 'test' occurs twice"),
         ("new", "test,0,1,2", "`passed` is '2', neither 0 nor 1"),
-        ("new", "test,0,1,-1", "`passed` is '-1', neither 0 nor 1"),
         ("new", 'test,0,1,1\n"test,1,1,0\ntest,2,1,0\ntest",3,1,0', "line 3 cannot be read"),
         ("new", "test," + "9" * 30 + ",1,1", "`id` is '999"),
-        ("new", "test,-3,1,1", "`id` is '-3'"),
         ("new", "test,1_0,1,1", "`id` is '1_0'"),
         ("new", f"test,0,1,1,{'x' * 200_000}", "line 2 cannot be read (field larger"),
         ("new", "test,0,1", "3 values for 4 columns"),
         ("new", "test,0,,", "neither `prediction` nor `passed` is given"),
-        ("new", "", "4 of 4 samples of `test`"),
         ("ids", 'test,0\n"test,1\ntest,2', "line 3 cannot be read"),
         ("slices", "test,0,a\ntest,0,b", "sample 0 of 'test' occurs twice"),
         ("spaces", "test,0,1,1,0", "a column occurs twice"),
@@ -423,7 +312,7 @@ def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
 
 
 def test_no_fault_ends_with_the_status_of_a_refusal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = write(tmp_path / "good.csv", dict.fromkeys(range(4), "1,1"))
     (tmp_path / "file").write_text("not a folder")
@@ -434,9 +323,8 @@ def test_no_fault_ends_with_the_status_of_a_refusal(
 
 @pytest.mark.slow
 def test_the_example_decides(tmp_path: Path) -> None:
-    root = ROOT
-    command = [sys.executable, root / "examples" / "release.py", "--fast"]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, ROOT / "examples" / "release.py", "--fast"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -462,8 +350,8 @@ def test_every_rule_in_the_how_to_can_be_read(
     Path("ids.csv").write_text("split,id\ntest,1\n")
     table = re.search(r"\| as text .*?\n\n", HOW_TO.read_text(), re.DOTALL)
     assert table is not None
-    rows = [line.split("|")[1] for line in table[0].strip().splitlines()[2:]]
-    texts = [text for row in rows for text in re.findall("`(.*?)`", row)]
+    column = "".join(line.split("|")[1] for line in table[0].strip().splitlines()[2:])
+    texts = re.findall("`(.*?)`", column)
     assert len(texts) == 13
-    rules = [parse_rules(text)[0] for text in texts]
-    assert [str(parse_rules(str(rule))[0]) for rule in rules] == [str(rule) for rule in rules]
+    for rule in parse_rules(texts):
+        assert str(parse_rules(str(rule))[0]) == str(rule)
