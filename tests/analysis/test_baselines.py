@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +12,9 @@ import torch
 from plane import TRAIN, Moved, points, threshold
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_problems import ByFunction
+from toy_problems import ByFunction, left_alone, make_problem
 
-from lightning_nrl import ConfigurationError, Target, TensorSource
+from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis import baselines as module
 from lightning_nrl.analysis.baselines import (
@@ -26,13 +26,9 @@ from lightning_nrl.analysis.baselines import (
     Retraining,
     fresh_weights,
 )
-from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.layers import find_scope
-from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Solution
 from lightning_nrl.methods.problem import Trained
 from lightning_nrl.records import hash_tensors
-from lightning_nrl.search import Fitness
 
 
 @pytest.fixture(autouse=True)
@@ -42,29 +38,6 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 KNOWN = [TRAIN, points([0.6, 0.7, 0.5], [0, 1, 1], "new", failed=True)]
 """With the threshold at 0.75 the sample 0.6 passes, and 0.7 and 0.5 are to be repaired."""
-
-
-def make_problem(
-    model: nn.Module, sources: Sequence[Any] = KNOWN, layer: Any = "auto", **rest: Any
-) -> Problem:
-    """The model in evaluation mode on known data, all failures of the marked sources to be
-    repaired.
-    """
-    evaluator = Evaluator(model.eval())
-    space, scope = find_scope(model, layer)
-    before = evaluator.run(sources, Target.all())
-    given: dict[str, Any] = {"whole": layer == "auto", **rest}
-    return Problem(
-        evaluator,
-        sources,
-        before,
-        space,
-        scope,
-        NeuRecoverLite(),
-        Fitness("lexicographic"),
-        before.passed,
-        **given,
-    )
 
 
 def network() -> nn.Sequential:
@@ -107,12 +80,6 @@ def tuned_by_hand(model: nn.Module, names: list[str], rate: float = 3e-4) -> dic
     return {name: value.detach() for name, value in moving.items()}
 
 
-def assert_same(state: Any, expected: dict[str, Tensor]) -> None:
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(state[name], value, rtol=0, atol=2e-6)
-
-
 @pytest.mark.parametrize(
     ("method", "layer", "names", "rate"),
     [
@@ -126,21 +93,18 @@ def test_fine_tuning_is_adamw_on_the_deployed_network(
     method: Any, layer: str, names: list[str], rate: float
 ) -> None:
     model = network()
-    assert_same(
-        method(make_problem(model, SOURCES, layer)).proposal.state,
-        tuned_by_hand(model, names, rate),
-    )
+    state = method(make_problem(model, SOURCES, layer)).proposal.state
+    torch.testing.assert_close(state, tuned_by_hand(model, names, rate), rtol=0, atol=2e-6)
 
 
 def test_what_it_breaks_is_counted_and_does_not_stop_it() -> None:
     # 0.6 is of class 0 and 0.5 of class 1: whoever repairs 0.5 breaks 0.6.
-    solution = FineTuning(epochs=60, learning_rate=0.1, emphasis=9.0)(make_problem(threshold(0.75)))
-    assert (solution.proposal.repaired, solution.proposal.broken) == (2, 1)
-    assert (solution.steps[0].repaired, solution.steps[0].broken, solution.steps[0].note) == (
-        2,
-        1,
-        "60 epochs",
+    solution = FineTuning(epochs=60, learning_rate=0.1, emphasis=9.0)(
+        make_problem(threshold(0.75), KNOWN)
     )
+    assert (solution.proposal.repaired, solution.proposal.broken) == (2, 1)
+    (step,) = solution.steps
+    assert (step.repaired, step.broken, step.note) == (2, 1, "60 epochs")
 
 
 @pytest.mark.parametrize(("label", "held"), [(1, True), (0, False)])
@@ -163,13 +127,10 @@ def test_the_model_is_left_as_found(method: Any) -> None:
     model = network()
     model[0].bias.requires_grad_(False)
     problem = make_problem(model, SOURCES)
-    before, random = hash_tensors(model.state_dict()), torch.get_rng_state()
-    first, again = method(problem), method(problem)
-    assert hash_tensors(model.state_dict()) == before
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    with left_alone(model):
+        first, again = method(problem), method(problem)
     assert "0.bias" not in first.proposal.state
-    assert_same(again.proposal.state, dict(first.proposal.state))
+    torch.testing.assert_close(first.proposal.state, again.proposal.state)
 
 
 def test_where_time_is_short_the_learning_rate_falls_all_the_same(
@@ -204,7 +165,7 @@ def test_where_time_is_short_the_learning_rate_falls_all_the_same(
 def test_interpolation_lies_between_the_old_weights_and_the_new(
     share: float, at: float, repaired: int, broken: int
 ) -> None:
-    solution = Interpolation(Moved(0.0), share)(make_problem(threshold(0.75)))
+    solution = Interpolation(Moved(0.0), share)(make_problem(threshold(0.75), KNOWN))
     assert torch.equal(solution.proposal.state["weight"], threshold(at).weight)
     assert (solution.proposal.repaired, solution.proposal.broken) == (repaired, broken)
     assert [other.name for other in solution.others] == ["moved"]
@@ -220,7 +181,7 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
 
     given, model, clock = dict[str, Any](), threshold(0.75), StageTimer(max_time=50.0)
     clock.seconds["collect"] = 8.0
-    problem = make_problem(model, training=training, seed=5, clock=clock)
+    problem = make_problem(model, KNOWN, training=training, seed=5, clock=clock)
     solution = Retraining()(problem)
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
     assert (given["seconds"], given["seed"]) == (math.inf, 5)
@@ -246,7 +207,7 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
     ],
 )
 def test_why_there_may_be_no_proposal(method: Any, arguments: dict[str, Any], reason: str) -> None:
-    solution = method(make_problem(threshold(0.75), **arguments))
+    solution = method(make_problem(threshold(0.75), KNOWN, **arguments))
     assert solution.proposal is None
     assert solution.reason.startswith(reason)
 
@@ -270,38 +231,30 @@ def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(
     used(torch.randn(8, 1, 4))
     for parameter in used.to(dtype).parameters():
         parameter.data += 1
-    before, random = hash_tensors(used.state_dict()), torch.get_rng_state()
-    fresh = fresh_weights(used, seed=3, make=make)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert hash_tensors(used.state_dict()) == before
+    with left_alone(used):
+        fresh = fresh_weights(used, seed=3, make=make)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         assert hash_tensors(fresh) == hash_tensors(made_anew().to(dtype).state_dict())
 
 
-def test_what_cannot_be_used_is_refused() -> None:
-    refused: dict[str, Any] = {
-        r"`model`: 1 \(ParameterList\) has weights, but no `reset_parameters`": lambda: (
-            fresh_weights(
-                nn.Sequential(nn.Linear(2, 2), nn.ParameterList([torch.zeros(2)])), seed=0
-            )
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: fresh_weights(nn.ParameterList([torch.zeros(2)]), seed=0),
+            r"`model`: it \(ParameterList\) has weights, but no `reset_parameters`",
         ),
-        "`fresh` lacks '0.weight'": lambda: fresh_weights(network(), 0, lambda: nn.Linear(2, 2)),
-        r"`fresh` has '0.weight' in the shape \[1, 1\]": lambda: fresh_weights(
-            network(), 0, lambda: nn.Sequential(nn.Linear(1, 1))
-        ),
-        r"`fresh=Sequential[\s\S]*is no function that makes a network": lambda: Retraining(
-            fresh=network()
-        ),  # type: ignore[arg-type]
-        "`new='fine-tuning'` is no method": lambda: Interpolation("fine-tuning"),  # type: ignore[arg-type]
-        **{
-            f"`a={share!r}` is no share": lambda share=share: Interpolation(a=share)
-            for share in (0, 1.5, "half", True)
-        },
-        "`epochs=0`": lambda: FineTuning(epochs=0),
-        "`learning_rate='a'`": lambda: FineTuning(learning_rate="a"),  # type: ignore[arg-type]
-        "`emphasis=nan`": lambda: FineTuning(emphasis=math.nan),
-    }
-    for message, make in refused.items():
-        with pytest.raises(ConfigurationError, match=message):
-            make()
+        (lambda: fresh_weights(network(), 0, lambda: nn.Linear(2, 2)), "`fresh` lacks '0.weight'"),
+        (lambda: Retraining(fresh=network()), "is no function that makes a network"),
+        (lambda: Interpolation("fine-tuning"), "`new='fine-tuning'` is no method"),
+        (lambda: Interpolation(a=0), "`a=0` is no share"),
+        (lambda: Interpolation(a=1.5), "`a=1.5` is no share"),
+        (lambda: FineTuning(epochs=0), "`epochs=0`"),
+        (lambda: FineTuning(learning_rate="a"), "`learning_rate='a'`"),
+        (lambda: FineTuning(emphasis=math.nan), "`emphasis=nan`"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make()

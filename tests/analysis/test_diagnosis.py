@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_problems import left_alone
 from toy_repairs import Within, known, trained
 
 from lightning_nrl import Settings, Target, TensorSource
@@ -29,7 +30,6 @@ from lightning_nrl.analysis.diagnosis.advice import advise, estimate_costs
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation import head_features as features
-from lightning_nrl.records import hash_tensors
 
 
 def by_score(*weights: float) -> nn.Linear:
@@ -59,15 +59,10 @@ def toy() -> Diagnosis:
 def test_what_can_be_fixed_alone_and_which_passed_sample_stands_in_the_way() -> None:
     found = toy()
     assert found.known == {"samples": 7, "passed": 4, "failed": 3, "targeted": 3}
-    assert [(t.split, t.id, t.label, t.prediction, t.fixable) for t in found.targets] == [
-        ("new", 0, 1, 0, "yes"),
-        ("new", 1, 1, 0, "no"),
-        ("new", 3, 1, 0, "yes"),
-    ]
+    assert [(t.id, t.fixable) for t in found.targets] == [(0, "yes"), (1, "no"), (3, "yes")]
     assert [t.margin for t in found.targets] == pytest.approx([-0.1, -0.2, -0.6])
     (first,) = found.binding
     assert (first.split, first.id, first.label, first.targets) == ("train", 0, 0, 2)
-    assert first.margin == pytest.approx(0.1)
     assert (found.count("yes"), found.count("no"), found.head) == (2, 1, "")
 
 
@@ -79,10 +74,8 @@ class Squashed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.head = nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)
-        self.first.weight.data, self.head.weight.data = (
-            torch.tensor([[1.0, 0.0]]),
-            torch.tensor([[1.0], [-1.0]]),
-        )
+        self.first.weight.data = torch.tensor([[1.0, 0.0]])
+        self.head.weight.data = torch.tensor([[1.0], [-1.0]])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.first(x))
@@ -103,26 +96,16 @@ def test_the_layer_that_can_tell_samples_apart_is_advised() -> None:
 
 def test_a_wrong_label_is_found() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat(
-        [
-            centre + 0.3 * torch.randn(20, 2, generator=generator)
-            for centre in torch.tensor([[-2.0, 0], [2.0, 0]])
-        ]
-    )
-    labels = (torch.arange(40) // 20).tolist()
+    x = 0.3 * torch.randn(40, 2, generator=generator)
+    x[:, 0] += torch.tensor([-2.0, 2.0]).repeat_interleave(20)
+    labels = [0] * 20 + [1] * 20
     labels[5] = 1  # a sample from the middle of class 0
     x[5] = torch.tensor([-3.0, 0.0])
     found = diagnose_module(
         by_score(1.0, 0.0), [points(x.tolist(), labels, "all", passed=True, failed=True)]
     )
     (doubt,) = found.doubts
-    assert (doubt.split, doubt.id, doubt.label, doubt.prediction, doubt.agreed) == (
-        "all",
-        5,
-        1,
-        0,
-        1.0,
-    )
+    assert replace(doubt, lead=0.0) == DoubtfulLabel("all", 5, 1, 0, agreed=1.0, lead=0.0)
     assert doubt.lead == pytest.approx(3.0)
     assert found.advice.startswith("Look at labels first: those of 1 of 1 targets")
     assert (found.mixing.k, found.mixing.targets, found.mixing.passed) == (10, 0.0, 1.0)
@@ -130,14 +113,10 @@ def test_a_wrong_label_is_found() -> None:
 
 def test_the_model_is_left_as_found() -> None:
     model = trained()
-    before, random = hash_tensors(model.state_dict()), torch.get_rng_state()
-    found = diagnose_module(model, known())
-    assert hash_tensors(model.state_dict()) == before
-    assert torch.equal(torch.get_rng_state(), random)
-    assert model.training
-    assert not any(parameter.grad is not None for parameter in model.parameters())
+    with left_alone(model):
+        diagnosis = diagnose_module(model, known())
     assert not any(module._forward_hooks for module in model.modules())
-    assert found.known["targeted"] > 10
+    assert diagnosis.known["targeted"] > 10
 
 
 def test_json_gives_all_of_it_back() -> None:
@@ -145,22 +124,19 @@ def test_json_gives_all_of_it_back() -> None:
         text = found.to_json()
         again = Diagnosis.from_json(text)
         assert again.to_json() == text
-        for name in ("layers", "binding", "check", "mixing", "costs", "notes"):
-            assert getattr(again, name) == getattr(found, name)
+        assert (again.layers, again.check, again.notes) == (found.layers, found.check, found.notes)
         assert json.loads(text)["fixable"]["yes"] == found.count("yes")
 
 
 def test_pages_fit_their_width_and_name_what_was_found() -> None:
     found = diagnose_module(trained(), known())
-    for width in (56, 80, 120):
-        lines = found.render(width).splitlines()
-        assert max(map(len, lines)) <= width
+    for width in (56, 120):
+        assert max(map(len, found.render(width).splitlines())) <= width
     assert found.render().isascii()
     page = toy().render()
     assert re.search(r"^can be fixed +2$", page, re.MULTILINE)
     assert re.search(r"^cannot be fixed +1$", page, re.MULTILINE)
     assert re.search(r"^train 0 +0 +0.1 +2$", page, re.MULTILINE)
-    assert "| train 0 | 0 | 0.1 | 2 |" in toy().to_markdown()
     # Long tables are cut, unless the page is for a reviewer.
     many = replace(found, doubts=tuple(replace(DOUBT, id=i) for i in range(24)))
     assert re.search(r"^new 7 .*\nand 16 more$", many.render(120), re.MULTILINE)

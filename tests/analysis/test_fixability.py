@@ -36,24 +36,18 @@ def smallest(passed: LayerSamples, target: LayerSamples, root: Tensor, share: fl
     """The smallest change under all rows at once, each of which is to give this share of what is
     asked of it.
     """
-    rows, asked = [], []
+    rows, missing = [], []
     for features, logits, label in (passed, target):
         for h, z, y in zip(features @ root, logits, label.tolist(), strict=True):
-            for rival in (c for c in range(len(z)) if c != y):
+            for rival in {*range(len(z))} - {y}:
                 row = torch.zeros(len(z), len(h), dtype=torch.float64)
                 row[y], row[rival] = h, -h
                 rows.append(row.flatten())
-                margin = float(z[y] - z[rival])
-                asked.append(
-                    share
-                    * (
-                        min(REQUIRED_MARGIN, 0.5 * margin)
-                        if features is passed[0]
-                        else REQUIRED_MARGIN
-                    )
-                    - margin
-                )
-    a, b = torch.stack(rows), torch.tensor(asked, dtype=torch.float64)
+                margin = required = float(z[y] - z[rival])
+                if features is not passed.features:
+                    required = math.inf
+                missing.append(share * min(REQUIRED_MARGIN, 0.5 * required) - margin)
+    a, b = torch.stack(rows), torch.tensor(missing, dtype=torch.float64)
     change = a.T @ solve_dual(a @ a.T, b, torch.full_like(b, torch.inf), torch.zeros_like(b))
     is_feasible = bool((a @ change > b - 1e-5 * b.abs().max()).all())
     return float(change.norm()) if is_feasible else math.inf
