@@ -22,6 +22,7 @@ LIGHTNING = (
     "lightning.",
     "lightning_nrl._trainer.lightning",
 )
+OWN = ("self", "cls", "super()")
 OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_get_file_writer", "_version"}
 """Private parts of torch, which other modules may touch."""
 
@@ -35,16 +36,11 @@ def definitions(kind: str) -> Iterator[tuple[str, str]]:
         for node in ast.parse(path.read_text()).body:
             if kind == "class" and isinstance(node, ast.ClassDef):
                 yield node.name, where
-            targets = (
-                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            )
-            for target in targets:
-                if (
-                    kind == "constant"
-                    and isinstance(target, ast.Name)
-                    and target.id.strip("_").isupper()
-                ):
-                    yield target.id, where
+            elif kind == "constant" and isinstance(node, ast.Assign | ast.AnnAssign):
+                for name in ast.walk(node):
+                    is_assigned = isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+                    if is_assigned and name.id.strip("_").isupper():
+                        yield name.id, where
 
 
 def test_imports_go_down_only_and_never_in_circles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +55,7 @@ def test_no_name_stands_for_two_things(kind: str) -> None:
         places[name].append(where)
     assert places
     # Single-letter type variables are declared where they are used.
-    assert {name: found for name, found in places.items() if len(found) > 1 and len(name) > 1} == {}
+    assert {name for name, where in places.items() if len(where) > 1 and len(name) > 1} == set()
 
 
 def test_the_root_holds_six_modules_at_most() -> None:
@@ -83,19 +79,13 @@ def test_the_map_names_every_package() -> None:
 
 def private_uses(source: str) -> list[str]:
     """Private attributes of other objects, and private names of Lightning's packages, in a module."""
-    found = []
+    names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(LIGHTNING):
-            found += [alias.name for alias in node.names if alias.name.startswith("_")]
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in (
-            "self",
-            "cls",
-            "super()",
-        ):
-            found += (
-                [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
-            )
-    return [name for name in found if name not in OF_TORCH]
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in OWN:
+            names.append(node.attr)
+    return [name for name in names if re.match("_[^_]", name) and name not in OF_TORCH]
 
 
 def test_the_search_for_private_uses_finds_them() -> None:
@@ -118,21 +108,12 @@ def test_one_package_alone_touches_private_parts_of_lightning_and_one_module_alo
                 "_on_before_batch_transfer",
             } < set(uses)
         else:
-            assert uses == (
-                ["_load", "_WrappingCheckpointIO"] if path == home / "packages.py" else []
-            ), path
-        imported = [
-            name
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for name in (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-            )
-            if name.split(".")[0] in ("lightning", "lightning_fabric", "pytorch_lightning")
-        ]
-        assert bool(imported) == (path == home / "packages.py"), path
+            allowed = ["_load", "_WrappingCheckpointIO"] if path == home / "packages.py" else []
+            assert uses == allowed, path
+        imports = re.search(
+            r"^ *(import|from) (pytorch_lightning|lightning(_fabric)?)\b", source, re.MULTILINE
+        )
+        assert bool(imports) == (path == home / "packages.py"), path
 
 
 def _known_names() -> set[str]:
@@ -157,3 +138,23 @@ def test_every_name_on_the_map_exists() -> None:
             assert (PACKAGE / quoted).exists() or (ROOT / quoted).exists(), quoted
         elif re.fullmatch(r"[A-Za-z_][\w.]*", quoted):
             assert set(quoted.split(".")) <= known | {"__init__", "fit"}, quoted
+
+
+NAMELESS = re.compile(
+    "found|own|one|others?|both|given|made|how|whole|rest|what|which|who|whose|such|same|those|these"
+    "|this|that|all|some|here|there|now|then|it|them|each|things?"
+)
+"""Words that name nothing: a reader of such a variable has to look back for what it holds."""
+
+
+def test_every_variable_has_a_name() -> None:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                assert not NAMELESS.fullmatch(node.id), f"{path}:{node.lineno}"
+
+
+def test_attributes_are_rarely_looked_up_by_name() -> None:
+    source = "".join(path.read_text() for path in MODULES)
+    n_lookups = len(re.findall(r"\b(getattr|hasattr)\(", source))
+    assert 1000 * n_lookups <= 2 * source.count("\n")

@@ -41,7 +41,6 @@ FABRIC = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightni
 
 TELLING = (
     "test_trained_checkpoint.py::test_the_report_is_that_of_the_callback_after_training",
-    "test_regression_metrics.py::test_every_validation_counts_as_two_plain_passes_do",
     "test_regression_metrics.py::test_two_processes_count_as_one",
     "test_cli.py::test_words_in_a_file_make_a_repair",
 )
@@ -97,20 +96,11 @@ def trainer_of(package: str, folder: Path, *callbacks: Any, **arguments: Any) ->
     )
 
 
-def fitted(package: str, folder: Path) -> tuple[Any, RegressionFreeRepair]:
-    """A module and the callback that repaired it in a fit, by default: training goes on in an inner
-    trainer.
-    """
-    model, callback = net(package)(), RegressionFreeRepair(verbose=False)
-    trainer_of(package, folder, callback).fit(model, **DATA)
-    return model, callback
-
-
-@pytest.fixture(scope="module", params=PACKAGES)
-def repaired(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Any, Any]:
-    return request.param, *fitted(request.param, tmp_path_factory.mktemp("fit"))
+def fitted(package: str, folder: Path) -> RegressionFreeRepair:
+    """The callback that repaired a module in a fit: training goes on in an inner trainer."""
+    callback = RegressionFreeRepair(verbose=False)
+    trainer_of(package, folder, callback).fit(net(package)(), **DATA)
+    return callback
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +111,6 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> str:
     trainer.fit(net(OTHER)(), **DATA)
     trainer.save_checkpoint(folder / "old.ckpt")
     return str(folder / "old.ckpt")
-
-
-def test_a_fit_is_repaired_and_goes_on_in_a_trainer_of_the_same_package(
-    repaired: tuple[str, Any, Any],
-) -> None:
-    _, _, callback = repaired
-    assert callback.report.status == "repaired"
-    assert callback.report.splits[0].broken == callback.report.splits[1].broken == 0
-    assert {rung.name for rung in callback.report.rungs} == {"search", "exact", "training"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -144,28 +125,18 @@ def test_a_checkpoint_is_read_whichever_package_saved_it(
     ).entries
     report = repair(trainer, model, **quick, **QUICK, verbose=False)
     assert report.status == "repaired"
-    assert (
-        torch.load(report.files["checkpoint"], weights_only=True)["state_dict"].keys()
-        == model.state_dict().keys()
-    )
+    saved = torch.load(report.files["checkpoint"], weights_only=True)
+    assert saved["state_dict"].keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_an_update_is_trained_counted_interpolated_and_released(
     package: str, old: str, tmp_path: Path
 ) -> None:
-    metrics, gate = (
-        RegressionMetrics(old),
-        ReleaseGate(reference=old, rules=["nfr:50%"], verbose=False),
-    )
-    trainer = trainer_of(
-        package,
-        tmp_path,
-        PositiveCongruentTraining(old),
-        metrics,
-        WeightInterpolation(old, verbose=False),
-        gate,
-    )
+    gate = ReleaseGate(reference=old, rules=["nfr:50%"], verbose=False)
+    training, metrics = PositiveCongruentTraining(old), RegressionMetrics(old)
+    interpolation = WeightInterpolation(old, verbose=False)
+    trainer = trainer_of(package, tmp_path, training, metrics, interpolation, gate)
     model = net(package)()
     trainer.fit(model, **DATA)
     assert "regression/nfr" in trainer.callback_metrics
@@ -178,20 +149,18 @@ def test_what_is_of_the_other_package_is_refused_before_anything_runs(
     own: str, other: str, tmp_path: Path
 ) -> None:
     theirs, model = import_module(other), net(own)()
-    foreign = {
-        "callbacks": ("Timer", {"callbacks": [theirs.callbacks.Timer()]}),
-        "logger": ("CSVLogger", {"logger": theirs.loggers.CSVLogger(tmp_path)}),
-    }
-    for argument, (name, arguments) in foreign.items():
-        callbacks = [RegressionFreeRepair(), *arguments.pop("callbacks", [])]
-        kind, refusal = (
-            ConfigurationError,
-            f"`{argument}`: {name} is of `{other}`, the Trainer of `{own}`",
+    logger = theirs.loggers.CSVLogger(tmp_path)
+    with pytest.raises(
+        ConfigurationError, match=f"`logger`: CSVLogger is of `{other}`, the Trainer of `{own}`"
+    ):
+        trainer_of(own, tmp_path, RegressionFreeRepair(), logger=logger).fit(model, **DATA)
+    kind, refusal = ConfigurationError, f"`callbacks`: Timer is of `{other}`"
+    if Version(import_module(own).__version__) < Version("2.6"):
+        kind, refusal = TypeError, "single import style"  # Lightning's own
+    with pytest.raises(kind, match=refusal):
+        trainer_of(own, tmp_path, RegressionFreeRepair(), theirs.callbacks.Timer()).fit(
+            model, **DATA
         )
-        if argument == "callbacks" and Version(import_module(own).__version__) < Version("2.6"):
-            kind, refusal = TypeError, "single import style"  # Lightning's own
-        with pytest.raises(kind, match=refusal):
-            trainer_of(own, tmp_path, *callbacks, **arguments).fit(model, **DATA)
     trainer = trainer_of(own, tmp_path)
     for work in (repair, diagnose, compare, partial(sweep, settings=[{}])):
         with pytest.raises(
@@ -211,17 +180,12 @@ import sys
 from pathlib import Path
 sys.modules[{other!r}] = sys.modules[{FABRIC[other]!r}] = None
 from test_lightning_packages import fitted
-assert fitted({name!r}, Path({str(tmp_path)!r}))[1].report.status == "repaired"
+report = fitted({name!r}, Path({str(tmp_path)!r})).report
+assert report.status == "repaired"
+assert {{rung.name for rung in report.rungs}} == {{"search", "exact", "training"}}
 assert sys.modules[{other!r}] is None
 """
     run(["-c", script], name)
-
-
-def test_messages_stay_with_the_package_that_was_imported_first() -> None:
-    script = (
-        f"import {OTHER}, lightning_nrl, lightning_utilities.core.rank_zero as r; print(r.log.name)"
-    )
-    assert run(["-c", script], OTHER).startswith(OTHER)
 
 
 @pytest.mark.slow

@@ -49,9 +49,8 @@ def test_what_the_paper_says_outside_the_table() -> None:
 
 def test_the_callback_takes_a_row_and_what_the_user_adds() -> None:
     repair = RegressionFreeRepair.from_paper("EXP-B4", gate="instance", seed=3)
-    assert repair.settings == Settings(
-        **{**paper_arguments("EXP-B4"), "gate": repair.settings.gate, "seed": 3}
-    )
+    arguments = {**paper_arguments("EXP-B4"), "gate": repair.settings.gate, "seed": 3}
+    assert repair.settings == Settings(**arguments)
     assert str(repair.settings.gate) == "instance"
 
 

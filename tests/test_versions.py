@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import sys
@@ -55,11 +54,6 @@ def test_both_packages_of_lightning_are_tested() -> None:
     }
 
 
-def test_the_scripts_that_it_calls_are_there() -> None:
-    for command in {row["command"] for row in MATRIX["include"]}:
-        assert os.access(ROOT / command.split()[0], os.X_OK), command
-
-
 def test_they_may_only_read_save_where_something_is_published() -> None:
     assert set(WORKFLOWS) == {"ci", "docs", "release"}
     for workflow in WORKFLOWS.values():
@@ -69,17 +63,9 @@ def test_they_may_only_read_save_where_something_is_published() -> None:
 
 
 def test_actions_are_taken_by_their_major_version() -> None:
-    steps = [
-        step
-        for workflow in WORKFLOWS.values()
-        for job in workflow["jobs"].values()
-        for step in job["steps"]
-    ]
-    actions = {step["uses"] for step in steps if "uses" in step}
-    assert "pypa/gh-action-pypi-publish@release/v1" in actions
-    assert [
-        name for name in actions if not re.fullmatch(r"(actions|pypa)/[\w-]+@(release/)?v\d+", name)
-    ] == []
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        for action in re.findall(r"uses: (\S+)", path.read_text()):
+            assert re.fullmatch(r"(actions|pypa)/[\w-]+@(release/)?v\d+", action)
 
 
 def test_the_version_stands_in_one_place() -> None:
@@ -121,10 +107,6 @@ def test_every_lower_bound_is_a_floor() -> None:
 def test_what_has_no_lower_bound_is_refused(requirement: str) -> None:
     with pytest.raises(ValueError, match="no lower bound"):
         lowest([requirement])
-
-
-def test_a_patch_can_be_written_without_extras() -> None:
-    assert "safetensors" in {floor.partition("==")[0] for floor in lowest(PROJECT["dependencies"])}
 
 
 def test_every_requirement_has_one_lower_bound() -> None:

@@ -44,17 +44,8 @@ def problem(*sources: TensorSource, **changes: Any) -> Problem:
     evaluator = Evaluator(Line().eval())
     before = evaluator.run(sources, AllFailures())
     space, _ = find_scope(nn.Linear(1, 2))
-    return Problem(
-        evaluator,
-        sources,
-        before,
-        space,
-        ("weight",),
-        NeuRecoverLite(),
-        Fitness(),
-        before.passed,
-        **changes,
-    )
+    settings = ("weight",), NeuRecoverLite(), Fitness(), before.passed
+    return Problem(evaluator, sources, before, space, *settings, **changes)
 
 
 def aside(own: Problem, *sources: TensorSource) -> EvaluatedData:

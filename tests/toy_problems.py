@@ -72,9 +72,15 @@ def make_problem(
     space, scope = find_scope(model.eval(), layer, include_bias=bias)
     evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
     before = evaluator.run(sources, Target.all() if target is None else target)
-    given: dict[str, Any] = {"scope": scope, "whole": layer == "auto", **rest}
-    given = {"localizer": NeuRecoverLite(), "fitness": Fitness(), "passed": before.passed, **given}
-    return Problem(evaluator, sources, before, space, **given)
+    settings = {
+        "scope": scope,
+        "whole": layer == "auto",
+        "localizer": NeuRecoverLite(),
+        "fitness": Fitness(),
+        "passed": before.passed,
+        **rest,
+    }
+    return Problem(evaluator, sources, before, space, **settings)
 
 
 @dataclass(frozen=True)
@@ -104,25 +110,9 @@ class FakeTraining(Training):
     renewed: list[Tensor | None] = field(default_factory=list)
 
     def __call__(
-        self,
-        *,
-        seconds: float,
-        seed: int,
-        clock: StageTimer,
-        start: State | None = None,
-        weight: Tensor | None = None,
-        epochs: int | None = None,
-        rate: float | None = None,
-        renew: Renew | None = None,
+        self, *, clock: StageTimer, renew: Renew | None = None, **arguments: Any
     ) -> Trained | None:
-        call = {
-            "seconds": seconds,
-            "seed": seed,
-            "start": start,
-            "weight": weight,
-            "epochs": epochs,
-            "rate": rate,
-        }
+        call = {"start": None, "weight": None, "epochs": None, "rate": None, **arguments}
         self.calls.append(call)
         state = self.state if self.gives is None else self.gives(**call)
         if state is None:
@@ -131,7 +121,7 @@ class FakeTraining(Training):
             self.renewed.append(renew(state if self.halfway is None else self.halfway))
             if self.renewed[-1] is None:
                 return None
-        done = float(self.epochs if epochs is None else epochs)
+        done = float(call["epochs"] or self.epochs)
         return Trained(state, done, done)
 
 
@@ -145,8 +135,8 @@ def cast(sources: Sequence[TensorSource], dtype: torch.dtype) -> list[TensorSour
 def shares(
     sources: Sequence[TensorSource], rank: int, world_size: int, batch_size: int = 16
 ) -> list[Share]:
-    given: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
-    return [Share(s.inputs, s.targets, s.split, s.passed, s.failed, **given) for s in sources]
+    changes = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+    return [Share(**{**vars(source), **changes}) for source in sources]
 
 
 def together(
@@ -200,10 +190,8 @@ def retrained(model: nn.Module, seed: int = 0, steps: int = 60) -> State:
     """Weights and statistics after training on what is known and on more of the new, as somebody
     else would do it.
     """
-    x, y = (
-        torch.cat(column)
-        for column in zip(blobs(60, seed=seed), blobs(60, 1.5, seed + 1), strict=True)
-    )
+    (x, y), (x_new, y_new) = blobs(60, seed=seed), blobs(60, 1.5, seed + 1)
+    x, y = torch.cat([x, x_new]), torch.cat([y, y_new])
     new = copy.deepcopy(model).train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -218,12 +206,11 @@ def retrained(model: nn.Module, seed: int = 0, steps: int = 60) -> State:
 def jittered(model: nn.Module, seed: int, scale: float) -> State:
     """Every weight moved at random."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (value.detach().float() + scale * torch.randn(value.shape, generator=generator)).to(
-            value.dtype
-        )
-        for name, value in model.named_parameters()
-    }
+    state = {}
+    for name, value in model.named_parameters():
+        noise = scale * torch.randn(value.shape, generator=generator)
+        state[name] = (value.detach().float() + noise).to(value.dtype)
+    return state
 
 
 def barely(problem: Problem, state: State) -> State:
@@ -232,9 +219,10 @@ def barely(problem: Problem, state: State) -> State:
     assert broken(problem, state)
     for _ in range(10):
         middle = (low + high) / 2
-        low, high = (
-            (low, middle) if broken(problem, between(old, state, middle)) else (middle, high)
-        )
+        if broken(problem, between(old, state, middle)):
+            high = middle
+        else:
+            low = middle
     return between(old, state, high)
 
 
@@ -243,13 +231,13 @@ def right(problem: Problem, state: State) -> Tensor:
     """Which known samples the model gets right with other weights, its loss finite, by a forward
     pass of its own.
     """
-    found = []
+    masks = []
     with temporary_weights(problem.model, state):
         for source in problem.known:
             output, target = problem.model(source.inputs), source.targets
             loss = nn.functional.cross_entropy(output.float(), target, reduction="none")
-            found.append((output.argmax(1) == target) & loss.isfinite())
-    return torch.cat(found)
+            masks.append((output.argmax(1) == target) & loss.isfinite())
+    return torch.cat(masks)
 
 
 def broken(problem: Problem, state: State) -> int:
@@ -287,17 +275,13 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     """Fails if the model inside is not given back as it was: tensors and objects, modes, gradients,
     random numbers.
     """
-    before, objects = snapshot(model), [id(x) for x in (*model.parameters(), *model.buffers())]
-    modes = [
-        (module.training, [p.requires_grad for p in module.parameters()])
-        for module in model.modules()
-    ]
-    random = torch.get_rng_state()
+
+    def flags() -> list[object]:
+        parameters = [(id(x), x.requires_grad, x.grad) for x in model.parameters()]
+        return [*parameters, *map(id, model.buffers()), *(m.training for m in model.modules())]
+
+    weights, before, random = snapshot(model), flags(), torch.get_rng_state()
     yield
-    assert same(snapshot(model), before)
-    assert [id(x) for x in (*model.parameters(), *model.buffers())] == objects
-    assert [
-        (m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()
-    ] == modes
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert same(snapshot(model), weights)
+    assert flags() == before
     assert torch.equal(torch.get_rng_state(), random)

@@ -185,7 +185,7 @@ def _check_held_out(
         repairs=len(checked),
         passed=len(held_out),
         broken=float(broken.mean()),
-        others=len(targets) - 1,
+        other_targets=len(targets) - 1,
         repaired=float(repaired.mean()),
         harmless=float((broken == 0).float().mean()),
     )

@@ -165,8 +165,9 @@ def _facts(diagnosis: Diagnosis) -> FactList:
     if check is not None:
         text = (
             f"fixing one target by the last layer repairs {check.repaired:.1f} of "
-            f"{check.others:,} others and breaks {check.broken:.1f} of {check.passed:,} passed "
-            f"samples left out of the fix; {rough_percent(check.harmless)} of such fixes break none"
+            f"{check.other_targets:,} others and breaks {check.broken:.1f} of {check.passed:,} "
+            f"passed samples left out of the fix; {rough_percent(check.harmless)} of such fixes "
+            "break none"
         )
         facts.append(("held out", text))
     return FactList(tuple(facts))

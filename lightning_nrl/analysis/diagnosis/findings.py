@@ -57,14 +57,14 @@ class HeldOutCheck:
     """Effect of fixes on held-out samples. Each fix changes the last layer for one target.
 
     `repairs` is the number of fixes. On average, a fix breaks `broken` of `passed` passed samples
-    and repairs `repaired` of the `others` other targets. `harmless` is the share of the fixes that
+    and repairs `repaired` of the `other_targets`. `harmless` is the share of the fixes that
     break no sample.
     """
 
     repairs: int
     passed: int  # only samples of splits whose failures may be repaired
     broken: float
-    others: int
+    other_targets: int
     repaired: float
     harmless: float
 
