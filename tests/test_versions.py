@@ -7,7 +7,6 @@ import runpy
 import sys
 from typing import Any
 
-import pytest
 import yaml
 from lightning_package import NAME, OTHER
 from repository import ROOT
@@ -101,12 +100,6 @@ def test_every_lower_bound_is_a_floor() -> None:
         'torch>=2.6; extra == "other"',
     ]
     assert lowest(requirements) == ["jsonargparse==4.34.1", "pytorch-lightning==2.5", "torch==2.6"]
-
-
-@pytest.mark.parametrize("requirement", ["numpy", "numpy<3", 'numpy==2.0; extra == "other"'])
-def test_what_has_no_lower_bound_is_refused(requirement: str) -> None:
-    with pytest.raises(ValueError, match="no lower bound"):
-        lowest([requirement])
 
 
 def test_every_requirement_has_one_lower_bound() -> None:

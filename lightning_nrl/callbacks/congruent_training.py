@@ -217,7 +217,7 @@ class PositiveCongruentTraining(CallbackBase):
             model = reference_module(trainer, pl_module, old.model, self._held)
             return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
         assert self.index is not None
-        return PredictedTeacher(old, "train", self.task, self.index)
+        return PredictedTeacher(old, self.task, self.index)
 
     @torch.no_grad()
     def _check_first_batch(

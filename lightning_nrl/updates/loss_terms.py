@@ -306,17 +306,17 @@ class ModelTeacher:
 
 
 class PredictedTeacher:
-    """Finds the samples that the old model gets right, by its predictions for one split.
+    """Finds the training samples that the old model gets right, by its predictions for `train`.
 
     Logits stay unknown.
     """
 
-    def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
-        self.task, self.index, self.split = task, index, split
-        self.rows = predictions.splits.get(split, {})
+    def __init__(self, predictions: Predictions, task: Task, index: Index) -> None:
+        self.task, self.index = task, index
+        self.rows = predictions.splits.get("train", {})
         if not self.rows:
             raise ConfigurationError(
-                f"`reference` has predictions for {predictions.listed_splits}, not for `{split}`.",
+                f"`reference` has predictions for {predictions.listed_splits}, not for `train`.",
                 "add these.",
             )
 
@@ -339,7 +339,7 @@ class PredictedTeacher:
 
     def _lacking(self, lacks: str) -> ConfigurationError:
         return ConfigurationError(
-            f"`reference` has {lacks} `{self.split}`.", "give one for each data-set position."
+            f"`reference` has {lacks} `train`.", "give one for each data-set position."
         )
 
 

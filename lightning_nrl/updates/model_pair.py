@@ -146,7 +146,7 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
     """Selects the samples of a target. A label is known only where a model is right."""
     known_after = torch.where(after.passed, after.prediction, -1)
     label: Tensor | None = torch.where(before.passed, before.prediction, known_after)
-    if (before.passed & (before.prediction < 0)).any():
+    if (before.prediction[before.passed] < 0).any():
         label = None  # the files have no classes
     try:
         return target.select(Batch((), None, torch.arange(len(after))), label, None)

@@ -202,13 +202,13 @@ def class_table(classes: Classes | None, task: Task | None = None) -> dict[int, 
 def _table_of(classes: Classes) -> dict[int, int]:
     """Returns an empty table if `classes` has a wrong form."""
     if isinstance(classes, Mapping):
-        is_table = all(map(is_class, (*classes, *classes.values())))
-        return dict(classes) if is_table else {}
-    is_pair = isinstance(classes, (tuple, list)) and len(classes) == 2
-    if not is_pair or not all(isinstance(names, (tuple, list)) for names in classes):
-        return {}
-    old, new = classes
-    return {i: new.index(name) for i, name in enumerate(old) if name in new}
+        if all(map(is_class, (*classes, *classes.values()))):
+            return dict(classes)
+    elif isinstance(classes, (tuple, list)) and len(classes) == 2:
+        old, new = classes
+        if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
+            return {i: new.index(name) for i, name in enumerate(old) if name in new}
+    return {}
 
 
 class _MappedMulticlass(Multiclass):

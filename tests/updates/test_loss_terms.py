@@ -220,12 +220,12 @@ def test_classes_in_another_order_and_classes_that_only_one_model_has() -> None:
 
 def test_predictions_say_what_was_right() -> None:
     predictions = Predictions({"train": {3: (0, None), 7: (2, None)}})
-    teacher = PredictedTeacher(predictions, "train", TASK, ids)
+    teacher = PredictedTeacher(predictions, TASK, ids)
     assert asked(teacher, where=[3, 7]).passed.tolist() == [True, False]
     with pytest.raises(ConfigurationError, match=r"the samples \[4, 90\] of `train`"):
         asked(teacher, where=[4, 90])
-    with pytest.raises(ConfigurationError, match=r"has predictions for `train`, not for `val`"):
-        PredictedTeacher(predictions, "val", TASK, ids)
+    with pytest.raises(ConfigurationError, match=r"has predictions for no split, not for `train`"):
+        PredictedTeacher(Predictions({}), TASK, ids)
 
 
 @pytest.mark.parametrize(
