@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from rich import get_console
 
-from lightning_nrl._trainer.lightning.packages import ModelCheckpoint, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import logged_hparams
 from lightning_nrl._trainer.tracking.loggers import track
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
 from lightning_nrl._trainer.tracking.scalars import outcome
+from lightning_nrl._trainer.trainer_state import best_checkpoint
 from lightning_nrl._utils.formatting import relative_to_cwd
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import LoggingWarning
@@ -60,8 +61,7 @@ def announce(
 
 def _about_best(report: RepairReport, trainer: Trainer) -> str:
     """Returns how to test the repair if `trainer.test()` would test another checkpoint."""
-    checkpoint = trainer.checkpoint_callback
-    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    best = best_checkpoint(trainer)
     path = report.files.get("checkpoint", "")
     if report.status != "repaired" or not best or best == path:
         return ""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._trainer.lightning.private_parts import RawBatch
 from lightning_nrl._trainer.step_outputs import forward_hooks
 from lightning_nrl._utils.preserve import preserve_attributes, preserve_state, seed_all
-from lightning_nrl.data.batch import Adapter, run_model
+from lightning_nrl.data.batch import Adapter, RawBatch, run_model
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import force_eager, layers_of
 
@@ -50,8 +49,6 @@ def called_layers(
     for name, layer in layers_of(model).items():
         if name in called and isinstance(layer, nn.Linear):
             linear[name] = layer
-    if len(linear) < 2:
-        return called
     with evaluation_context(model, evaluator):
         unused = _unused_last_layers(model, linear, lambda: evaluator.task.logits(run()))
     return [name for name in called if name not in unused]
@@ -68,16 +65,14 @@ def call_order(model: nn.Module, run: Callable[[], object]) -> list[str]:
 def _unused_last_layers(
     model: nn.Module, linear: Mapping[str, nn.Linear], run: Callable[[], Tensor]
 ) -> set[str]:
-    logits = _logits_in(nullcontext(), model, run)
-    needed = set()
-    unused: set[str] = set()
+    needed, unused = set[str](), set[str]()
+    logits = _changed_logits(nn.Identity(), {}, model, run)
     if logits is None:
         return unused
 
     def is_unused(name: str) -> bool:
         for change in OUTPUT_CHANGES:
-            hook = forward_hooks({name: linear[name]}, partial(_change_output, change))
-            changed = _logits_in(hook, model, run)
+            changed = _changed_logits(change, {name: linear[name]}, model, run)
             if changed is None or changed.shape != logits.shape:
                 return False
             if not torch.allclose(changed, logits):
@@ -96,16 +91,14 @@ def _unused_last_layers(
     return unused
 
 
-def _change_output(
-    change: Callable[[Tensor], Tensor], name: str, args: object, output: Tensor
-) -> Tensor:
-    return change(output)
-
-
-def _logits_in(
-    context: AbstractContextManager[None], model: nn.Module, run: Callable[[], Tensor]
+def _changed_logits(
+    change: Callable[[Tensor], Tensor],
+    layers: Mapping[str, nn.Module],
+    model: nn.Module,
+    run: Callable[[], Tensor],
 ) -> Tensor | None:
-    with preserve_attributes(model), context:
+    hooks = forward_hooks(layers, lambda name, args, output: change(output))
+    with preserve_attributes(model), hooks:
         seed_all(0)
         try:
             return run().clone()  # a model may reuse the memory of its outputs

@@ -26,7 +26,6 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     Loaders,
-    RawBatch,
     callbacks_of,
     combined_like,
     data_module_of,
@@ -44,6 +43,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import eval_mode, random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.data.batch import RawBatch
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
 from lightning_nrl.methods.problem import Renew, Trained, Training
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -128,12 +129,15 @@ class NamedLoader(NamedTuple):
     def split(self) -> str:
         return split_and_loader(self.name)[0]
 
+    def identity(self, *, as_read: bool = False) -> Tensor:
+        """Returns the identity of each sample that the loader can draw, see `base_samples`."""
+        return base_samples(self.loader.dataset, sample_index(self.loader), as_read=as_read)
+
     def has_data_of(self, known: NamedLoader) -> bool:
         """True if both names are equal, or both loaders read the same samples."""
-        samples = _sample_identity(self.loader, as_read=True)
-        return self.name == known.name or torch.equal(
-            samples, _sample_identity(known.loader, as_read=True)
-        )
+        if self.name == known.name:
+            return True
+        return torch.equal(self.identity(as_read=True), known.identity(as_read=True))
 
 
 @dataclass(frozen=True)
@@ -145,20 +149,13 @@ class DataRequest:
     calibration: DataChoice = None
 
     def __post_init__(self) -> None:
-        check_kind(
-            "data",
-            self.known,
-            isinstance(self.known, DataOptions),
-            "DataOptions",
-            "data=DataOptions(...)",
-        )
+        fits = isinstance(self.known, DataOptions)
+        check_kind("data", self.known, fits, "DataOptions", "data=DataOptions(...)")
         for argument, choice in (("unseen", self.unseen), ("calibration", self.calibration)):
             object.__setattr__(self, argument, check_data(argument, choice, optional=True))
 
-    def find(
-        self, loaders: SplitLoaders
-    ) -> tuple[list[NamedLoader], list[NamedLoader], NamedLoader | None, NamedLoader | None]:
-        """Returns the passed, failed, unseen and calibration data, or None for unrequested data.
+    def find(self, loaders: SplitLoaders) -> tuple[list[NamedLoader], ...]:
+        """Returns the passed, failed, unseen and calibration data; the last two may be empty.
 
         Refuses unseen data if all samples are known, and calibration data that share a sample with
         other data.
@@ -176,8 +173,7 @@ class DataRequest:
             )
         used = [("known", loader) for loader in (*passed, *failed)]
         unseen = self._find_held_out("unseen", self.unseen, used, loaders)
-        if unseen is not None:
-            used.append(("unseen", unseen))
+        used += [("unseen", loader) for loader in unseen]
         calibration = self._find_held_out("calibration", self.calibration, used, loaders)
         return passed, failed, unseen, calibration
 
@@ -187,7 +183,7 @@ class DataRequest:
         value: DataChoice,
         used: Sequence[tuple[str, NamedLoader]],
         loaders: SplitLoaders,
-    ) -> NamedLoader | None:
+    ) -> list[NamedLoader]:
         """Finds unseen or calibration data; refuses data that share samples with `used` data.
 
         Calibration data must share no sample with other data, or the bounds computed from them
@@ -195,23 +191,23 @@ class DataRequest:
         that share all samples are refused.
         """
         if value is None:
-            return None
+            return []
         held_out = _single_loader(find_data(argument, value, loaders, optional=True))
-        samples = _sample_identity(held_out.loader)
-        for kind, (loader, name) in used:
-            if name == held_out.name:
+        samples = held_out.identity()
+        for kind, loader in used:
+            if loader.name == held_out.name:
                 raise ConfigurationError(
                     f"`{argument}={value!r}` is {kind} data too.",
                     "name a split that is used for nothing else.",
                 )
-            n_common = int(is_among(samples, _sample_identity(loader)).sum())
+            n_common = int(is_among(samples, loader.identity()).sum())
             if n_common and (argument == "calibration" or n_common == len(samples)):
                 raise ConfigurationError(
-                    f"`{argument}`: {n_common} of its {len(samples)} samples are in `{name}` too, "
-                    f"which is {kind} data.",
+                    f"`{argument}`: {n_common} of its {len(samples)} samples are in "
+                    f"`{loader.name}` too, which is {kind} data.",
                     "give data that are used for nothing else.",
                 )
-        return held_out
+        return [held_out]
 
     def sources(
         self, loaders: SplitLoaders, *, seed: int, limit: int | None, whole: bool = False
@@ -252,11 +248,7 @@ class DataRequest:
             named = _best_named(passed_loader, same_data)
             known.append(make(named, passed=True, failed=bool(same_data)))
         known += [make(loader, failed=True) for loader in failed]
-        return (
-            known,
-            [] if unseen is None else [make(unseen)],
-            [] if calibration is None else [make(calibration)],
-        )
+        return known, [make(loader) for loader in unseen], [make(loader) for loader in calibration]
 
 
 def _best_named(passed: NamedLoader, same_data: Sequence[NamedLoader]) -> NamedLoader:
@@ -295,8 +287,11 @@ class SplitLoaders:
         return by_key[key]
 
     def named(self, split: str) -> list[NamedLoader]:
-        """Returns the loaders of a split (one None if missing); several are named `val:key`."""
-        by_key = loaders_in(self.get(split))
+        """Returns the loaders of a split, none if it is missing; several are named `val:key`."""
+        loaders = self.get(split)
+        if loaders is None:
+            return []
+        by_key = loaders_in(loaders)
         if len(by_key) == 1:
             return [NamedLoader(loader, split) for loader in by_key.values()]
         return [NamedLoader(loader, f"{split}:{key}") for key, loader in by_key.items()]
@@ -306,16 +301,13 @@ class SplitLoaders:
         counted = torch.cat([source.identity for source in sources])
         names = [source.split for source in sources]
         missing = []
-        for loader, name in (*self.named("train"), *self.named("val")):
-            if loader is None or name in names:
-                continue
-            try:
-                samples = _sample_identity(check_loader(loader, name))
-                is_counted = bool(is_among(samples, counted).all())
-            except Exception:  # it cannot be read by index
-                is_counted = False
+        for named in (*self.named("train"), *self.named("val")):
+            is_counted = named.name in names
+            with suppress(Exception):  # it cannot be read by index
+                check_loader(*named)
+                is_counted |= bool(is_among(named.identity(), counted).all())
             if not is_counted:
-                missing.append(f"`{name}`")
+                missing.append(f"`{named.name}`")
         if not missing:
             return ""
         return f"Not counted, so it is unknown what breaks in them: {', '.join(missing)}."
@@ -369,14 +361,13 @@ def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
     for source in known:
         n = len(source.index)
         split, _ = split_and_loader(source.split)
+        limit = limits.get(split, 1.0)
+        full = 1.0 if isinstance(limit, float) else -(-n // source.batch_size)
         if overfit_batches(trainer):
             sentences.append(
                 f"`overfit_batches`: known data are {n:,} samples of `{source.split}`."
             )
-            continue
-        limit = limits.get(split, 1.0)
-        full = 1.0 if isinstance(limit, float) else -(-n // source.batch_size)
-        if limit is not None and limit < full:
+        elif limit < full:
             sentences.append(
                 f"All {n:,} samples of `{source.split}` are known data, whatever "
                 f"`limit_{split}_batches` says."
@@ -406,28 +397,20 @@ def find_data(
         return [NamedLoader(value, argument)]
     splits = automatic if value == "auto" else (value,)
     for split in splits:
-        if loaders.get(split) not in (None, []):
-            return [
-                NamedLoader(check_loader(loader, name), name)
-                for loader, name in loaders.named(split)
-            ]
+        if named := loaders.named(split):
+            return [NamedLoader(check_loader(loader, name), name) for loader, name in named]
     hooks = " or ".join(f"`{split}_dataloader()`" for split in splits)
-    hint = (
+    do_without = f", or do without: `{argument}=None`" if optional else ""
+    raise ConfigurationError(
+        f"`{argument}={value!r}`: there is no {hooks}.",
         "add it to the data module (on the command line: `--data`), or pass a DataLoader as "
-        f"`{argument}=`"
+        f"`{argument}=`{do_without}.",
     )
-    if optional:
-        hint += f", or do without: `{argument}=None`"
-    raise ConfigurationError(f"`{argument}={value!r}`: there is no {hooks}.", f"{hint}.")
 
 
 def _single_loader(named: Sequence[NamedLoader]) -> NamedLoader:
     by_key = {split_and_loader(name)[1]: loader for loader, name in named}
     return NamedLoader(check_loader(by_key, named[0].split), named[0].name)
-
-
-def _sample_identity(loader: DataLoader[Any], *, as_read: bool = False) -> Tensor:
-    return base_samples(loader.dataset, sample_index(loader), as_read=as_read)
 
 
 def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
@@ -438,13 +421,12 @@ def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ..
         return splits
     recorded = []
     for loader, name in (*loaders.named("train"), *loaders.named("val")):
-        if loader is not None:
-            try:
-                sample_index(check_loader(loader, name))
-                recorded.append(name)
-            except ConfigurationError as error:
-                problem = f"`TrainingHistory` does not record {error.problem}"
-                rank_zero_warn(DataWarning(problem, error.hint))
+        try:
+            sample_index(check_loader(loader, name))
+            recorded.append(name)
+        except ConfigurationError as error:
+            problem = f"`TrainingHistory` does not record {error.problem}"
+            rank_zero_warn(DataWarning(problem, error.hint))
     if not recorded:
         raise ConfigurationError(
             "`splits='auto'`: no training or validation data can be recorded.",
@@ -470,7 +452,7 @@ def find_calibration(
     choice: DataChoice, loaders: SplitLoaders, *, needed: bool
 ) -> NamedLoader | None:
     """Returns the calibration data, or None if they are missing and not `needed`."""
-    is_missing = choice is None or (isinstance(choice, str) and loaders.get(choice) in (None, []))
+    is_missing = choice is None or (isinstance(choice, str) and not loaders.named(choice))
     if is_missing and not needed:
         return None
     do_without = "a number as `strength=` with `calibration=None`" if needed else "None"

@@ -58,7 +58,7 @@ def display(
         return _longest_text(sample) or _tokens(x)
     if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) < FEWEST_PIXELS):
         return _table(x.flatten())
-    has_channels = x.ndim > 2 and any(size in (1, 3) for size in x.shape)
+    has_channels = x.ndim > 2 and not {1, 3}.isdisjoint(x.shape)
     if not (convolves or has_channels or x.dtype == torch.uint8):
         return None
     image = _as_image(x)
@@ -67,7 +67,7 @@ def display(
     original = _denormalized(image, normalization)
     if original is not None:
         return to_pixels(original)
-    in_range = image.is_floating_point() and float(image.min()) >= 0 and float(image.max()) <= 1
+    in_range = image.is_floating_point() and image.min() >= 0 and image.max() <= 1
     return to_pixels(image, stretched=not in_range)
 
 
@@ -81,8 +81,6 @@ def to_pixels(image: object, stretched: bool = False) -> Pixels | None:
     x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
     if x.is_complex() or x.ndim not in (2, 3):
         return None
-    if x.ndim == 2:
-        x = x[None]
     x = _channels_first(x)
     if x.shape[0] not in (1, 3) or min(x.shape[1:]) < FEWEST_PIXELS:
         return None
@@ -100,9 +98,8 @@ def find_normalization(dataset: object) -> Normalization | None:
     normalization = None
     for item in _nested_objects(dataset):
         if type(item).__name__ == "Normalize":  # of torchvision or another library
-            mean = _numbers(getattr(item, "mean", None))
-            std = _numbers(getattr(item, "std", None))
-            if mean and std and len(mean) == len(std):
+            mean, std = (_numbers(getattr(item, name, None)) for name in ("mean", "std"))
+            if mean and len(mean) == len(std):
                 normalization = mean, std
     return normalization
 
@@ -137,41 +134,38 @@ def _numbers(values: Any) -> tuple[float, ...]:
     if not isinstance(values, (Sequence, Tensor)):
         values = [values]
     try:
-        return tuple(float(value) for value in values)
+        return tuple(map(float, values))
     except (TypeError, ValueError):
         return ()
 
 
 def _channels_first(x: Tensor) -> Tensor:
+    if x.ndim == 2:
+        return x[None]
     if x.shape[0] not in (1, 3) and x.shape[2] in (1, 3):
         return x.permute(2, 0, 1)
     return x
 
 
 def _as_image(x: Tensor) -> Tensor | None:
-    if x.ndim == 2:
-        return x
-    if x.ndim == 3:
-        x = _channels_first(x)
-        if x.shape[0] not in (1, 3):
-            x = x[:3] if x.shape[0] > 3 else x[:1]
-        return x if min(x.shape[1:]) >= FEWEST_PIXELS else None
-    if x.ndim == 4:
-        if x.shape[0] in (1, 3):
-            return _as_image(x[:, x.shape[1] // 2])
-        return _as_image(x[x.shape[0] // 2])
-    return None
+    if x.ndim == 4:  # the middle frame
+        x = x[:, x.shape[1] // 2] if x.shape[0] in (1, 3) else x[x.shape[0] // 2]
+    if x.ndim > 3:
+        return None
+    x = _channels_first(x)
+    if x.shape[0] not in (1, 3):
+        x = x[:3] if x.shape[0] > 3 else x[:1]
+    return x if min(x.shape[1:]) >= FEWEST_PIXELS else None
 
 
 def _denormalized(image: Tensor, normalization: Normalization | None) -> Tensor | None:
     if normalization is None or not image.is_floating_point():
         return None
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalization)
-    channels = image[None] if image.ndim == 2 else image
-    if len(mean) not in (1, len(channels)):
+    if len(mean) not in (1, len(image)):
         return None
-    original = channels.double() * std[:, None, None] + mean[:, None, None]
-    if float(original.min()) < -ROUNDING or float(original.max()) > 1 + ROUNDING:
+    original = image.double() * std[:, None, None] + mean[:, None, None]
+    if original.min() < -ROUNDING or original.max() > 1 + ROUNDING:
         return None
     return original
 
@@ -184,10 +178,10 @@ def _longest_text(sample: object) -> str:
 
 
 def _tokens(x: Tensor) -> str:
-    text = "tokens: " + " ".join(f"{value:.4g}" for value in x[:TOKENS].tolist())
-    if x.numel() > TOKENS:
-        text += f" ... {x.numel():,} in all"
-    return text
+    values = [f"{value:.4g}" for value in x[:TOKENS].tolist()]
+    if len(x) > TOKENS:
+        values.append(f"... {len(x):,} in all")
+    return f"tokens: {' '.join(values)}"
 
 
 def _table(x: Tensor) -> str:
@@ -221,9 +215,13 @@ def sample_views(
                 samples = [sample for sample in telling if sample.flip == flip][:n]
                 views += _views(report, source, samples, render, convolves)
     except Exception as error:  # of the user's code; a missing picture must not end the repair
-        problem = f"`render`: samples cannot be shown: {type(error).__name__}: {first_line(error)}"
-        hint = "pass `data=DataOptions(render=f)` with f(sample) -> image or text."
-        rank_zero_warn(DataWarning(f"{problem}.", hint))
+        raised = f"{type(error).__name__}: {first_line(error)}"
+        rank_zero_warn(
+            DataWarning(
+                f"`render`: samples cannot be shown: {raised}.",
+                "pass `data=DataOptions(render=f)` with f(sample) -> image or text.",
+            )
+        )
     return tuple(views)
 
 
@@ -234,7 +232,7 @@ def _views(
     render: Render | None,
     convolves: bool,
 ) -> Iterator[SampleView]:
-    normalization = find_normalization(source.samples) if render is None else None
+    normalization = find_normalization(source.samples)
     for flip in flipped:
         sample = source.samples[flip.id]
         if render is not None:

@@ -35,7 +35,7 @@ from lightning_nrl._utils.preserve import (
 )
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.adapters import adapter_hint, as_adapter, bind_adapter, describe, unpack
-from lightning_nrl.data.batch import Adapter, Batch, Unpacked
+from lightning_nrl.data.batch import Adapter, Batch, RawBatch, Unpacked
 from lightning_nrl.data.sample_identity import base_samples
 from lightning_nrl.errors import ConfigurationError, RepairError
 
@@ -43,8 +43,6 @@ Loader: TypeAlias = DataLoader[Any]
 AnyDataset: TypeAlias = Dataset[Any]
 Sample: TypeAlias = Any
 """What a data set returns for an index."""
-RawBatch: TypeAlias = Any
-"""What a collate function returns."""
 
 
 class SeededDataset(Dataset[Any]):
@@ -87,8 +85,7 @@ class SeededDataset(Dataset[Any]):
         read_batch = getattr(self.dataset, "__getitems__", None)
         if read_batch is None:
             return [self.dataset[i] for i in index]
-        samples: list[Sample] = read_batch(index)
-        return samples
+        return cast(list[Sample], read_batch(index))
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:
@@ -162,14 +159,11 @@ class LoaderSource:
             yield Batch(args, target, position, kwargs, raw)
 
     def _read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, RawBatch]]:
-        init = None
-        if self.loader.num_workers:
-            init = partial(init_worker, self.loader.worker_init_fn)
         loader = loader_like(
             self.loader,
             self.samples,
             batch_sampler=[self._draw_indices(position) for position in batches],
-            worker_init_fn=init,
+            worker_init_fn=partial(init_worker, self.loader.worker_init_fn),
             generator=torch.Generator().manual_seed(self.seed),
         )
         for position, raw in zip(batches, loader, strict=True):
@@ -230,41 +224,45 @@ def make_source(
     positions = torch.arange(len(index))
     if not whole:
         positions = positions[trainer.global_rank :: trainer.world_size]
-    transfer = partial(prepare_batch, trainer, model)
-    samples = SeededDataset(loader.dataset, seed)
-    adapter = bind_adapter(adapter, model)
     return LoaderSource(
-        split, passed, failed, index, positions, loader, samples, transfer, adapter, seed
+        split,
+        passed,
+        failed,
+        index,
+        positions,
+        loader,
+        SeededDataset(loader.dataset, seed),
+        partial(prepare_batch, trainer, model),
+        bind_adapter(adapter, model),
+        seed,
     )
 
 
 def batch_size_of(loader: Loader) -> int:
     """Returns the batch size, or the average of a batch sampler without a `batch_size`."""
-    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    size: int | None = loader.batch_size or getattr(sampler, "batch_size", None)
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    size = loader.batch_size or getattr(sampler, "batch_size", None)
     if size:
-        return size
+        return int(size)
     if isinstance(sampler, Sized) and len(sampler):
         return -(-len(sample_index(loader)) // len(sampler))
     return 1
 
 
-def loader_like(loader: Loader, dataset: AnyDataset | None = None, **arguments: Any) -> Loader:
+def loader_like(loader: Loader, dataset: AnyDataset, **arguments: Any) -> Loader:
     """Returns a loader with the collate function, workers and pinning of `loader`.
 
     `arguments` go to `DataLoader`.
     """
-    arguments.setdefault("collate_fn", loader.collate_fn)
-    arguments.setdefault("worker_init_fn", loader.worker_init_fn)
-    if loader.num_workers:
-        arguments["num_workers"] = loader.num_workers
-        arguments["prefetch_factor"] = loader.prefetch_factor
-        arguments["multiprocessing_context"] = loader.multiprocessing_context
-    return DataLoader(
-        loader.dataset if dataset is None else dataset,
-        pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        **arguments,
-    )
+    shared = {
+        "collate_fn": loader.collate_fn,
+        "worker_init_fn": loader.worker_init_fn,
+        "pin_memory": loader.pin_memory and torch.cuda.is_available(),
+        "num_workers": loader.num_workers,
+        "prefetch_factor": loader.prefetch_factor,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
+    return DataLoader(dataset, **(shared | arguments))
 
 
 def split_and_loader(name: str) -> tuple[str, str]:
@@ -292,12 +290,10 @@ def check_loader(data: Any, split: str, hint: str = "") -> Loader:
     `hint` replaces the hint of the error.
     """
     loaders = loaders_in(data)
-    loader = next(iter(loaders.values()), None)
+    name, loader = next(iter(loaders.items()), ("", None))
     if len(loaders) != 1:
         problem = f"{len(loaders)} data loaders at once"
-        example = ""
-        if split in SPLITS and loaders:
-            example = f", such as '{split}:{next(iter(loaders))}'"
+        example = f", such as '{split}:{name}'" if split in SPLITS and name else ""
         advice = f"name one of them{example}, or pass a single DataLoader."
     elif not isinstance(loader, DataLoader):
         problem = f"found {type(loader).__name__}, not a DataLoader"
@@ -342,6 +338,10 @@ def check_data(
     raise ConfigurationError(f"`{argument}={value!r}` is no split.", hint)
 
 
+DRAWING_ALL = (DistributedSampler, SequentialSampler, RandomSampler, WeightedRandomSampler)
+"""Samplers that can draw all samples."""
+
+
 def sample_index(loader: Loader) -> Tensor:
     """Returns the data-set positions that a loader's sampler can draw, in ascending order.
 
@@ -359,26 +359,24 @@ def sample_index(loader: Loader) -> Tensor:
     if outer is sampler and type(loader.batch_sampler) is not BatchSampler:
         sampler = loader.batch_sampler  # makes batches in its own way
     # With several ranks, a sampler may draw only the share of this rank.
-    is_shared = isinstance(sampler, DistributedSampler) or (
-        is_initialized() and get_world_size() > 1
-    )
-    draws_all = (SequentialSampler, RandomSampler, WeightedRandomSampler)
-    if is_shared or isinstance(sampler, draws_all):
+    if isinstance(sampler, DRAWING_ALL) or (is_initialized() and get_world_size() > 1):
         return torch.arange(n)
     with random_state():
-        first, second = _drawn_positions(sampler, n), _drawn_positions(sampler, n)
-    return torch.tensor(sorted(first)) if first and first == second else torch.arange(n)
+        drawn = _drawn_positions(sampler, n)
+        if drawn and drawn == _drawn_positions(sampler, n):
+            return torch.tensor(sorted(drawn))
+    return torch.arange(n)
 
 
-def _drawn_positions(sampler: Any, n: int) -> set[int] | None:
+def _drawn_positions(sampler: Any, n: int) -> set[int]:
     positions: set[int] = set()
     try:
         # The sampler is copied, since its state must not change; it may be endless.
         for item in islice(copy.deepcopy(sampler), n):
             positions |= {int(i) for i in item} if isinstance(item, Iterable) else {int(item)}
     except Exception:
-        return None
-    return positions if all(0 <= i < n for i in positions) else None
+        return set()
+    return positions if positions <= set(range(n)) else set()
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:

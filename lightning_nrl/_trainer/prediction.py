@@ -9,28 +9,34 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._trainer.called_layers import call_order, called_layers, evaluation_context
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._trainer.lightning.private_parts import RawBatch, overrides
+from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
-from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model, tensors_in
+from lightning_nrl.data.batch import (
+    Adapter,
+    ModelCall,
+    ModelOutput,
+    RawBatch,
+    Unpacked,
+    run_model,
+    tensors_in,
+)
 from lightning_nrl.errors import ConfigurationError, DataWarning, first_line
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import layers_of
 from lightning_nrl.tasks import Task, class_logits
-
-Output: TypeAlias = Any  # as a model returns it
 
 # Largest difference of outputs that count as equal, relative to the largest output.
 SAME_OUTPUT_TOLERANCE = 1e-3
@@ -50,7 +56,7 @@ def open_sources(
     ranks = evaluator.collective
     first = next(chain.from_iterable(splits), None)
     if first is None:
-        return evaluator, tuple(list(sources) for sources in splits)
+        return evaluator, tuple([] for _ in splits)
     failed = "the prediction could not be tried on another rank."
     raw = ranks.all_or_none(first.first_batch, failed)
     adapter = first.adapter
@@ -58,7 +64,7 @@ def open_sources(
     choice = _by_first_rank(ranks, ranks.all_or_none(choose, failed))
     if choice is not None:
         adapter = partial(_adapt_raw, PredictStep(adapter, task, *choice), adapter)
-    opened = tuple(_with_adapter(sources, adapter) for sources in splits)
+    opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
     layers = _by_first_rank(ranks, called_layers(model, evaluator, adapter, raw))
     evaluator = replace(evaluator, called=layers)
 
@@ -66,12 +72,12 @@ def open_sources(
         if not _is_random(model, evaluator, adapter, raw):
             check_step(trainer, model, evaluator, opened[0])
             return
-        hint = "all counts hold for one fixed draw; draw only `if self.training`, or "
         rank_zero_warn(
             DataWarning(
                 "`model`: its predictions are random in evaluation mode, for instance by dropout "
                 "that stays on.",
-                hint + ADAPTER_HINT,
+                "all counts hold for one fixed draw; draw only `if self.training`, or "
+                + ADAPTER_HINT,
             )
         )
 
@@ -81,11 +87,7 @@ def open_sources(
 
 def _by_first_rank(ranks: Collective, choice: Any) -> Any:
     # The prediction may fail or differ on a single rank, so the first rank chooses for all.
-    return json.loads(ranks.first_bytes(json.dumps(choice).encode()))
-
-
-def _with_adapter(sources: Sequence[LoaderSource], adapter: Adapter) -> list[LoaderSource]:
-    return [replace(source, adapter=adapter) for source in sources]
+    return json.loads(ranks.first_text(json.dumps(choice)))
 
 
 @torch.no_grad()
@@ -119,7 +121,7 @@ class PredictStep(ModelCall):
     on_inputs: bool = False
     gives_probabilities: bool = False
 
-    def __call__(self, model: nn.Module, raw: RawBatch) -> Output:
+    def __call__(self, model: nn.Module, raw: RawBatch) -> ModelOutput:
         if not isinstance(model, LightningModule) or not overrides(model, "predict_step"):
             args, kwargs, _ = self.adapter(raw)
             return run_model(model, args, kwargs)
@@ -130,9 +132,10 @@ class PredictStep(ModelCall):
         if not self.gives_probabilities:
             return output
         probabilities = self.task.logits(output)
+        limits = torch.finfo(probabilities.dtype)
         if probabilities.shape[1] == 1:
-            return probabilities.logit(torch.finfo(probabilities.dtype).eps)
-        return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+            return probabilities.logit(limits.eps)
+        return probabilities.clamp_min(limits.tiny).log()
 
 
 def _adapt_raw(call: ModelCall, adapter: Adapter, raw: RawBatch) -> Unpacked:
@@ -154,7 +157,7 @@ def choose_prediction(
     name = type(model).__name__
     args, kwargs, target = adapter(raw)
 
-    def result_or_error(call: Callable[[], Output]) -> Output:
+    def result_or_error(call: Callable[[], ModelOutput]) -> ModelOutput:
         try:
             with evaluation_context(model, evaluator):
                 return call()
@@ -172,7 +175,7 @@ def choose_prediction(
         return None  # the evaluation reports any other problem
     call = PredictStep(adapter, task)
     output = result_or_error(partial(call, model, raw))
-    if isinstance(output, Exception) and args:
+    if isinstance(output, Exception):
         call = PredictStep(adapter, task, on_inputs=True)
         output = result_or_error(partial(call, model, raw))
     if isinstance(output, Exception):
@@ -184,9 +187,7 @@ def choose_prediction(
             ) from forward
         _warn("raises an error on these batches")
         return None
-    forward_logits = None
-    if not isinstance(forward, Exception):
-        forward_logits = _logits(task, forward, target)
+    forward_logits = _logits(task, forward, target)
     logits = _logits(task, output, target)
     if logits is None:
         kind = type(output).__name__
@@ -212,17 +213,15 @@ def choose_prediction(
     return call.on_inputs, are_probabilities
 
 
-def _logits(task: Task, output: Output, target: Any) -> Tensor | None:
+def _logits(task: Task, output: ModelOutput, target: Any) -> Tensor | None:
     """Returns the logits in an output, or None if the task cannot judge the output."""
-    try:
+    with suppress(Exception):
         logits = task.logits(output)
         task.check(logits, target)
-        passed = task.passed(logits, target)
-        loss = task.loss(logits, target)
-    except Exception:
-        return None
-    is_by_sample = passed.shape == loss.shape == (len(logits),)
-    return logits if is_by_sample and logits.is_floating_point() else None
+        shapes = {task.passed(logits, target).shape, task.loss(logits, target).shape}
+        if shapes == {(len(logits),)} and logits.is_floating_point():
+            return logits
+    return None
 
 
 def _is_close(x: Tensor, expected: Tensor) -> bool:
@@ -238,7 +237,7 @@ def _are_probabilities(x: Tensor, task: Task) -> bool:
     return x.ndim > 1 and bool((x >= 0).all()) and bool(((x.sum(1) - 1).abs() < 1e-2).all())
 
 
-def _predicts(output: Output, prediction: Tensor | None) -> bool:
+def _predicts(output: ModelOutput, prediction: Tensor | None) -> bool:
     """True if a tensor in the output equals the prediction."""
     if prediction is None:
         return False
@@ -249,7 +248,7 @@ def _warn(problem: str) -> None:
     rank_zero_warn(
         DataWarning(
             f"`model`: its `predict_step` {problem}, so `forward` is used instead.",
-            "to have other outputs judged, " + ADAPTER_HINT,
+            f"to have other outputs judged, {ADAPTER_HINT}",
         )
     )
 

@@ -6,15 +6,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
-from torch.utils.data import DataLoader
+
 
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import data_module_of
 from lightning_nrl._trainer.module_copy import copied_module
+from lightning_nrl._trainer.random_transforms import innermost_datasets
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import eval_mode
-from lightning_nrl._utils.state import State, write
+from lightning_nrl._utils.state import State, device_of, write
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.updates.old_model import OldModel, parse_reference
 from lightning_nrl.updates.predictions import Predictions
@@ -28,8 +29,10 @@ def parse_teacher(reference: object) -> OldModel | Predictions:
     problem = "it cannot be asked for outputs"
     if parsed is None:
         problem = "there is no model to compare with"
-    hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
-    raise ConfigurationError(f"`reference={reference!r}`: {problem}.", hint)
+    raise ConfigurationError(
+        f"`reference={reference!r}`: {problem}.",
+        "give a checkpoint, a module, an OldModel or a CSV file of predictions.",
+    )
 
 
 def parse_with_weights(reference: object) -> OldModel:
@@ -39,16 +42,27 @@ def parse_with_weights(reference: object) -> OldModel:
         problem = "it has no weights"
         if parsed is None:
             problem = "there are no weights to interpolate with"
-        hint = "give a checkpoint, a module, a state dict or an OldModel."
-        raise ConfigurationError(f"`reference={reference!r}`: {problem}.", hint)
-    for name, value in (("adapter", parsed.adapter), ("classes", parsed.classes)):
-        if value is not None:
+        raise ConfigurationError(
+            f"`reference={reference!r}`: {problem}.",
+            "give a checkpoint, a module, a state dict or an OldModel.",
+        )
+    for name in ("adapter", "classes"):
+        if vars(parsed)[name] is not None:
             raise ConfigurationError(
                 f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new "
                 "model.",
                 "only weights with the same inputs and outputs can be interpolated.",
             )
     return parsed
+
+
+def check_other_model(reference: object, module: LightningModule) -> None:
+    """Refuses the module in training as the replaced model."""
+    if isinstance(reference, OldModel) and reference.model is module:
+        raise ConfigurationError(
+            "`reference` is the model in training.",
+            "give its checkpoint, or a copy: `copy.deepcopy(model)`.",
+        )
 
 
 def reference_module(
@@ -64,9 +78,7 @@ def reference_module(
     model = reference
     if not isinstance(model, nn.Module):
         model = _copy(trainer, module, model)
-    tensors = (*model.parameters(), *model.buffers())
-    home = tensors[0].device if tensors else module.device
-    stack.callback(model.to, home)
+    stack.callback(model.to, device_of(model))
     stack.enter_context(eval_mode(model.to(module.device)))
     return model
 
@@ -75,10 +87,9 @@ def _copy(
     trainer: Trainer, module: LightningModule, weights: State | str | Path
 ) -> LightningModule:
     state = fitting("reference", read_state("reference", weights), module)
-    data = find_loader("train", trainer, module)
-    dataset = data.dataset if isinstance(data, DataLoader) else None
-    candidates = [trainer, data_module_of(trainer), *trainer.loggers, data, dataset]
-    shared = [part for part in candidates if part is not None]
+    loaders = find_loader("train", trainer, module)
+    data_sets = innermost_datasets(loaders)
+    shared = (trainer, data_module_of(trainer), *trainer.loggers, loaders, *data_sets)
     modes = [False for _ in module.modules()]
     try:
         new = copied_module(module, state, modes, shared=shared)

@@ -50,10 +50,10 @@ def check_step(
         return
     layers = {name: model.get_submodule(name) for name in evaluator.called[-1:]}
     steps = _Steps(trainer, model, evaluator, layers)
-    if overrides(model, "validation_step"):
-        has_shown = steps.compare("validation_step", model.validation_step, known[-1])
-        if has_shown:
-            return
+    if overrides(model, "validation_step") and steps.compare(
+        "validation_step", model.validation_step, known[-1]
+    ):
+        return
     if overrides(model, "training_step") and model.automatic_optimization:
         steps.compare("training_step", model.training_step, known[0])
 
@@ -97,7 +97,7 @@ class _Steps:
                 rank_zero_warn(
                     DataWarning(
                         f"`model`: `{name}` may not predict as the repair does: {losses}.",
-                        "if so, " + ADAPTER_HINT,
+                        f"if so, {ADAPTER_HINT}",
                     )
                 )
             return is_suspicious
@@ -108,7 +108,7 @@ class _Steps:
             f"prediction that would be repaired (relative distance {apart:.2g}); {losses}."
         )
         if not is_model_adapter:
-            hint = "move what the step does to a batch into `forward`, or " + ADAPTER_HINT
+            hint = f"move what the step does to a batch into `forward`, or {ADAPTER_HINT}"
             raise ConfigurationError(problem, hint)
         rank_zero_warn(
             DataWarning(problem, "make sure that the adapter predicts as the deployed model does.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,8 +31,8 @@ class Call(NamedTuple):
         """True if the arguments of the call are identical to these."""
         if len(self.args) != len(args) or self.kwargs.keys() != kwargs.keys():
             return False
-        pairs = [*zip(self.args, args, strict=True), *((self.kwargs[k], kwargs[k]) for k in kwargs)]
-        return all(a is b for a, b in pairs)
+        has_args = all(map(operator.is_, self.args, args))
+        return has_args and all(value is kwargs[name] for name, value in self.kwargs.items())
 
 
 ONE_LINE = (
@@ -66,17 +67,14 @@ class _RecordedCalls:
     active: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)
 
+    def add(self, name: str, module: nn.Module, *call: Any) -> None:
+        if self.active:
+            self.calls[name].append(Call(*call))
 
-def _record_call(
-    recorded: _RecordedCalls,
-    name: str,
-    module: nn.Module,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    output: object,
-) -> None:
-    if recorded.active:
-        recorded.calls[name].append(Call(args, kwargs, output))
+    def take(self) -> dict[str, list[Call]]:
+        calls = self.calls
+        self.calls = {name: [] for name in calls}
+        return calls
 
 
 class OutputCapture:
@@ -98,8 +96,8 @@ class OutputCapture:
         for name in names:
             if name not in self._handles:
                 self._recorded.calls[name] = []
-                hook = partial(_record_call, self._recorded, name)
                 submodule = model.get_submodule(name)
+                hook = partial(self._recorded.add, name)
                 self._handles[name] = submodule.register_forward_hook(hook, with_kwargs=True)
 
     def detach(self) -> None:
@@ -109,8 +107,7 @@ class OutputCapture:
         self._recorded = _RecordedCalls()
 
     def begin(self) -> None:
-        for calls in self._recorded.calls.values():
-            calls.clear()
+        self._recorded.take()
         self._recorded.active = True
 
     def end(
@@ -134,14 +131,12 @@ class OutputCapture:
         call is left out.
         """
         self._recorded.active = False
-        first: tuple[str, list[Call]] = "", []
-        for name, recorded in self._recorded.calls.items():
-            # The call of the step itself ends last.
-            calls = recorded[:-1] if redirected and not name else list(recorded)
-            recorded.clear()
-            if not first[1]:
-                first = name, calls
-        return first
+        for name, calls in self._recorded.take().items():
+            if redirected and not name:
+                calls = calls[:-1]  # the call of the step itself ends last
+            if calls:
+                return name, calls
+        return "", []
 
 
 class Probe:
@@ -159,15 +154,10 @@ class Probe:
         if self.parts is not None:
             return run_model(self.model, args, kwargs)
         outputs: dict[str, object] = {}
-
-        def record(name: str, args: tuple[Any, ...], output: object) -> None:
-            outputs[name] = output
-
-        with forward_hooks(dict(_parts(self.model)), record):
+        parts = dict(_parts(self.model))
+        with forward_hooks(parts, lambda name, _, output: outputs.update({name: output})):
             output = run_model(self.model, args, kwargs)
-        self.parts = tuple(name for name, _ in _parts(self.model) if outputs.get(name) is output)[
-            :1
-        ]
+        self.parts = tuple(name for name in parts if outputs.get(name) is output)[:1]
         return output
 
 
@@ -215,10 +205,9 @@ def find_forward_pass(
     for call in calls:
         logits = logits_of(call.output, n, task)
         if logits is not None:
-            forward_pass = ForwardPass(call.args, call.kwargs, logits)
-            passes.append(forward_pass)
+            passes.append(ForwardPass(call.args, call.kwargs, logits))
             if call.takes(args, kwargs):
-                exact.append(forward_pass)
+                exact.append(passes[-1])
     if len(exact) == 1:
         return exact[0]
     # Other inputs are accepted for the module itself only, since a submodule may get something else
@@ -226,13 +215,14 @@ def find_forward_pass(
     if len(passes) == 1 and not name:
         return passes[0]
     if not passes:
-        problem = f"`training_step` does not call `self(x)` on the {n} samples of a batch"
+        problem = f"does not call `self(x)` on the {n} samples of a batch"
     elif len(passes) == 1:
-        problem = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
+        problem = f"calls `self.{name}` with other inputs than those of the batch"
     else:
-        problem = f"`training_step` calls the model {len(passes)} times"
-    problem += ", so the logits for the loss term are ambiguous."
-    raise ConfigurationError(problem, ONE_LINE)
+        problem = f"calls the model {len(passes)} times"
+    raise ConfigurationError(
+        f"`training_step` {problem}, so the logits for the loss term are ambiguous.", ONE_LINE
+    )
 
 
 def add_to_loss(result: object, term: Tensor) -> object:
@@ -243,8 +233,10 @@ def add_to_loss(result: object, term: Tensor) -> object:
         return result + term.to(result.device)
     if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
         return {**result, "loss": result["loss"] + term.to(result["loss"].device)}
-    problem = f"`training_step` returned a {type(result).__name__} without a loss."
-    raise ConfigurationError(problem, "return the loss, or a dict with the key 'loss'.")
+    raise ConfigurationError(
+        f"`training_step` returned a {type(result).__name__} without a loss.",
+        "return the loss, or a dict with the key 'loss'.",
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,7 @@ def prepared_for_dry_fit(
         trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = limits
         trainer.should_stop = False
         for values, earlier in zip(_metrics_of(trainer), metrics, strict=True):
-            values.update({**earlier, **values})
+            values.update(earlier | values)
 
 
 def _metrics_of(trainer: Trainer) -> list[dict[str, Any]]:
@@ -90,12 +90,12 @@ def untracked(
     loggers = trainer.loggers
     callbacks = callbacks_of(trainer)
     active = []
-    checkpoints = []  # with their attributes, such as the best path
+    attributes = {}  # of checkpoint callbacks, such as the best path
     for callback in callbacks:
         if isinstance(callback, kept) or not isinstance(callback, DROPPED_CALLBACKS):
             active.append(callback)
         if isinstance(callback, Checkpoint):
-            checkpoints.append((callback, dict(vars(callback))))
+            attributes[callback] = dict(vars(callback))
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer.loggers = [NullLogger(folder) for _ in loggers]
@@ -104,9 +104,9 @@ def untracked(
     finally:
         trainer.loggers = loggers
         set_callbacks(trainer, callbacks)
-        for callback, attributes in checkpoints:
+        for callback, earlier in attributes.items():
             vars(callback).clear()
-            vars(callback).update(attributes)
+            vars(callback).update(earlier)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def starting_weights(
     stay merged. On exit, everything is restored exactly, unless the block has set `keep` of the
     yielded object.
     """
-    path = _best_path(trainer) if start_from == "best" else ""
+    path = _best_or_warn(trainer) if start_from == "best" else ""
     start = StartingWeights(path=path)
     own_modes = has_own_modes(model)
     if not path and trainer.world_size == 1 and not own_modes:
@@ -169,9 +169,14 @@ def _load_best(path: str, trainer: Trainer, model: LightningModule) -> None:
     trainer.strategy.load_model_state_dict(checkpoint, strict=model.strict_loading)
 
 
-def _best_path(trainer: Trainer) -> str:
-    checkpoint = trainer.checkpoint_callback
-    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+def best_checkpoint(trainer: Trainer) -> str:
+    """Returns the path of the best checkpoint of the fit, or an empty text."""
+    callback = trainer.checkpoint_callback
+    return callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+
+
+def _best_or_warn(trainer: Trainer) -> str:
+    path = best_checkpoint(trainer)
     if not path:
         rank_zero_warn(
             TrainingWarning(
@@ -205,38 +210,30 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
         return ASSUMED_EPOCHS
 
 
-def forward_context(
-    trainer: Trainer, model: LightningModule
-) -> Callable[[], AbstractContextManager[None]]:
-    """Returns a context for forward passes in the trainer's precision, without `self.log`.
+@contextmanager
+def forward_context(trainer: Trainer, model: LightningModule) -> Iterator[None]:
+    """Context for forward passes in the trainer's precision, without `self.log`.
 
     Lightning refuses `self.log` outside the steps that it runs. An attribute `log` that is not a
     method stays.
     """
-    modules = [part for part in model.modules() if isinstance(part, LightningModule)]
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in modules:
-                if callable(module.log):
-                    stack.enter_context(replaced(module, log=no_op, log_dict=no_op))
-            stack.enter_context(trainer.precision_plugin.forward_context())
-            yield
-
-    return context
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, LightningModule) and callable(module.log):
+                stack.enter_context(replaced(module, log=no_op, log_dict=no_op))
+        stack.enter_context(trainer.precision_plugin.forward_context())
+        yield
 
 
 def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
     """Returns an evaluator with the trainer's device, precision and ranks."""
-    return Evaluator(model, task, forward_context(trainer, model), Collective.current(model.device))
+    context = partial(forward_context, trainer, model)
+    return Evaluator(model, task, context, Collective.current(model.device))
 
 
 @contextmanager
 def handle_signals(
-    trainer: Trainer,
-    is_decided: Callable[[], bool],
-    saved_in: Callable[[], Path | None] = lambda: None,
+    trainer: Trainer, is_decided: Callable[[], bool], saved_in: Callable[[], Path | None]
 ) -> Iterator[None]:
     """Ends a repair after Ctrl-C or SIGTERM, as Lightning ends a fit, and prints its state.
 

@@ -16,7 +16,11 @@ from lightning_nrl._trainer import step_outputs
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
-from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
+from lightning_nrl._trainer.reference_copy import (
+    check_other_model,
+    parse_teacher,
+    reference_module,
+)
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagged
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
@@ -101,18 +105,16 @@ class PositiveCongruentTraining(CallbackBase):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
-        self._release()
+        self.teardown()
         if stage != "fit":
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if sum(isinstance(c, PositiveCongruentTraining) for c in callbacks_of(trainer)) > 1:
-            hint = "keep one, and give it all terms as `term=[...]`."
             raise ConfigurationError(
-                "`callbacks`: there are several PositiveCongruentTraining.", hint
+                "`callbacks`: there are several PositiveCongruentTraining.",
+                "keep one, and give it all terms as `term=[...]`.",
             )
-        if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
-            hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError("`reference` is the model in training.", hint)
+        check_other_model(self.reference, pl_module)
         self._outputs.attach(pl_module)
 
     @override
@@ -120,11 +122,7 @@ class PositiveCongruentTraining(CallbackBase):
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         if self._teacher is None:
-            try:
-                self._check_first_batch(trainer, pl_module, batch)
-            except BaseException:
-                self._release()
-                raise
+            self._check_first_batch(trainer, pl_module, batch)
         # The step is replaced only during a batch: a copy of a module with a replaced step would
         # call the original's.
         self._step.close()
@@ -132,34 +130,21 @@ class PositiveCongruentTraining(CallbackBase):
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._step.close()
 
+    # Lightning does not call `on_train_batch_end` for a skipped batch.
+    on_train_epoch_end = on_train_batch_end
+
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning does not call `on_train_batch_end` for a skipped batch.
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._step.close()
+        self._outputs.detach()
+        self._held.close()
+        self._teacher = None
+        self._called = False
 
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
-
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._release()
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+    on_train_end = on_exception = teardown
 
     def loss(self, pl_module: LightningModule, batch: object, output: object) -> Tensor:
         """Logs each term's mean over a batch; returns the sum of means (see `regression_loss`)."""
@@ -185,8 +170,10 @@ class PositiveCongruentTraining(CallbackBase):
         if self._called or (result is None and pl_module.automatic_optimization):
             return result
         if not pl_module.automatic_optimization:
-            problem = "uses manual optimisation, so the callback cannot add to its loss."
-            raise ConfigurationError(f"`training_step` {problem}", step_outputs.ONE_LINE)
+            raise ConfigurationError(
+                "`training_step` uses manual optimisation, so the callback cannot add to its loss.",
+                step_outputs.ONE_LINE,
+            )
         inputs, named_inputs, target = bind_adapter(self.adapter, pl_module)(batch)
         call = step_outputs.find_forward_pass(
             part, calls, inputs, named_inputs, length_of(target), self.task
@@ -205,11 +192,10 @@ class PositiveCongruentTraining(CallbackBase):
         with validating(pl_module.trainer):
             old = self._teacher(call.args, call.kwargs, target, raw, logits)
         means = {term.name: term(self.task, logits, target, old).mean() for term in self.terms}
-        total = torch.stack(list(means.values())).sum()
-        logged = {name: mean.detach() for name, mean in means.items()}
-        tags = tagged(NUMBER_TAG, logged, name=self.prefix)
+        tags = tagged(NUMBER_TAG, means, name=self.prefix)
+        # Lightning detaches the values that it logs.
         pl_module.log_dict(tags, on_step=False, on_epoch=True, batch_size=len(logits))
-        return total
+        return torch.stack(list(means.values())).sum()
 
     def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceTeacher:
         old = self.reference
@@ -226,13 +212,13 @@ class PositiveCongruentTraining(CallbackBase):
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         teacher = self._make_teacher(trainer, pl_module)
         probe = step_outputs.Probe(pl_module)
-        with preserve_state(pl_module), forward_context(trainer, pl_module)(), validating(trainer):
+        with preserve_state(pl_module), forward_context(trainer, pl_module), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
             except Exception as error:
-                raised = f"{type(error).__name__} on the first batch ({error})"
                 raise ConfigurationError(
-                    f"`adapter`: the model raised {raised}.",
+                    f"`adapter`: the model raised {type(error).__name__} on the first batch "
+                    f"({error}).",
                     "give `adapter=f`, where f(batch) returns (args, kwargs, target) "
                     "for your batches.",
                 ) from error
@@ -244,12 +230,6 @@ class PositiveCongruentTraining(CallbackBase):
                 check_per_sample(f"`term`: {term.name}", values, len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
-
-    def _release(self) -> None:
-        self._step.close()
-        self._outputs.detach()
-        self._held.close()
-        self._teacher, self._called = None, False
 
 
 def regression_loss(module: LightningModule, batch: object, output: object) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ class ReferenceResults:
 
     loader: DataLoader[Any]
     order: list[list[int]]  # data-set positions of the samples of each batch
-    starts: tuple[int, ...]  # row of the first sample of each batch; the last entry is `n`
     passed: Tensor  # `n` bool, True where the replaced model is right
     label: Tensor  # `n` int64, true classes; -1 if the task has no classes
     # `n` bool, False for samples that a distributed sampler repeats, to give each rank equally many
@@ -78,13 +78,17 @@ class ReferenceResults:
 def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
     validation = validation_loaders(trainer)
     if validation is None:
-        hint = "add a `val_dataloader` and a `validation_step`."
-        raise ConfigurationError("`RegressionMetrics`: nothing is validated.", hint)
+        raise ConfigurationError(
+            "`RegressionMetrics`: nothing is validated.",
+            "add a `val_dataloader` and a `validation_step`.",
+        )
     loaders, limits, mode = validation
     n = len(loaders)
     if dataloader >= n:
-        problem = f"`dataloader={dataloader}`: there are {n} validation data loaders."
-        raise ConfigurationError(problem, "count them from 0.")
+        raise ConfigurationError(
+            f"`dataloader={dataloader}`: there are {n} validation data loaders.",
+            "count them from 0.",
+        )
     if n > 1 and mode != "sequential":
         raise ConfigurationError(
             f"`dataloader`: a CombinedLoader in the mode {mode!r} mixes {n} loaders in one batch.",
@@ -95,9 +99,9 @@ def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[An
         "give the validation data as a DataLoader with a `batch_size`, "
         "over a data set with an index."
     )
-    loader = check_loader(loaders[dataloader], "val", hint)
     limit = limits[dataloader]
-    return loader, None if limit == float("inf") else int(limit)
+    n_batches = None if limit == math.inf else int(limit)
+    return check_loader(loaders[dataloader], "val", hint), n_batches
 
 
 def evaluate_reference(
@@ -120,7 +124,9 @@ def evaluate_reference(
         # The source sorts the positions.
         sampler = SubsetRandomSampler(torch.cat(by_rank).tolist())
         batch_size = max(map(len, batches), default=1)
-        loader_in_order = loader_like(loader, batch_size=batch_size, sampler=sampler)
+        loader_in_order = loader_like(
+            loader, loader.dataset, batch_size=batch_size, sampler=sampler
+        )
         source = make_source(loader_in_order, "val", trainer=trainer, model=model, adapter=adapter)
         evaluator, ((source,),) = open_sources(trainer, model, task, [source])
         recorder = SliceRecorder(source, slices, task)
@@ -133,7 +139,6 @@ def evaluate_reference(
     return ReferenceResults(
         loader,
         order=batches,
-        starts=(0, *accumulate(map(len, batches))),
         passed=answers.passed[rows],
         label=new.label[rows],
         once=_first_occurrences(by_rank)[collective.rank],
@@ -191,19 +196,15 @@ class FlipCounter:
     Only `counts` synchronises ranks.
     """
 
-    def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
+    def __init__(self, reference: ReferenceResults) -> None:
         self.reference = reference
-        self.new = torch.zeros(len(reference.passed), dtype=torch.bool, device=device)
-        self.counted = torch.zeros_like(self.new)
-        self.label = reference.label.to(device)
-        self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
+        self.right = [torch.zeros(0, dtype=torch.bool)]  # by batch
+        self.label = [torch.zeros(0, dtype=torch.int64)]
 
     def size(self, batch_idx: int) -> int:
         """Returns the number of samples that a batch had before, or 0 after the last batch."""
-        starts = self.reference.starts
-        if batch_idx + 1 >= len(starts):
-            return 0
-        return starts[batch_idx + 1] - starts[batch_idx]
+        order = self.reference.order
+        return len(order[batch_idx]) if batch_idx < len(order) else 0
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
         """Adds a batch: marks of the samples that the new model gets right, and true classes."""
@@ -214,12 +215,9 @@ class FlipCounter:
                 "validate the same samples each time; "
                 "a collate function must neither drop nor add any.",
             )
-        start = self.reference.starts[batch_idx]
-        rows = slice(start, start + n)
-        self.new[rows] = right.to(self.new.device)
-        self.counted[rows] = True
+        self.right.append(right)
         if label is not None:
-            self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
+            self.label.append(label)
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """Returns slice names and counts: a row for all data, then a row per slice.
@@ -227,17 +225,22 @@ class FlipCounter:
         The columns are kept, broken, repaired and failing.
         """
         old = self.reference
-        counted = old.once & self.counted.cpu()
-        masks = torch.stack(flip_masks(old.passed, self.new.cpu()), 1) & counted[:, None]
+        right, label = (
+            torch.cat([x.cpu() for x in batches]) for batches in (self.right, self.label)
+        )
+        # A validation that was stopped has only the first batches.
+        n = len(right)
+        masks = torch.stack(flip_masks(old.passed[:n], right), 1) & old.once[:n, None]
         flips = torch.zeros(len(old.names) + 1, 4, dtype=torch.int64)
         # Samples in no slice go into the first row, which is overwritten.
-        flips.index_add_(0, old.group + 1, masks.long())
+        flips.index_add_(0, old.group[:n] + 1, masks.long())
         flips[0] = masks.sum(0)
-        total = collective.sum(torch.cat([flips.flatten(), self.label_mismatches.cpu()[None]]))
+        mismatches = (label != old.label[: len(label)]).sum()
+        total = collective.sum(torch.cat([flips.flatten(), mismatches[None]]))
         if total[-1]:
-            n = int(total[-1])
             raise ConfigurationError(
-                f"`val` data: {n} samples have another label than when training began.",
+                f"`val` data: {int(total[-1])} samples have another label than when training "
+                "began.",
                 "validate the same samples in the same order each time.",
             )
         return old.names, total[:-1].view(-1, 4)
@@ -297,18 +300,16 @@ class RegressionMetrics(CallbackBase):
         check_packages(trainer)
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if stage in ("fit", "validate"):
-            self._reset()
+            self.teardown()
             self._outputs.attach(pl_module)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._reset()
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        self._outputs.detach()
+        self._reference_results = self._counter = None
+        self._warned = False
 
-    @override
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._reset()
+    on_exception = teardown
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -323,7 +324,7 @@ class RegressionMetrics(CallbackBase):
         # Lightning may create the data loaders again during training.
         if known is None or not is_same_validation(known, trainer, self.dataloader):
             known = self._evaluate_reference(trainer, pl_module)
-        self._counter = FlipCounter(known, pl_module.device)
+        self._counter = FlipCounter(known)
 
     @override
     def on_validation_batch_start(
@@ -360,12 +361,14 @@ class RegressionMetrics(CallbackBase):
         if logits is None:
             if is_forward and not self._warned:
                 self._warned = True
-                problem = (
-                    "`validation_step` does not call the model on the whole batch, "
-                    "so each batch costs one more pass."
+                rank_zero_warn(
+                    PerformanceWarning(
+                        "`validation_step` does not call the model on the whole batch, "
+                        "so each batch costs one more pass.",
+                        "call `self(x)` in `validation_step`.",
+                    )
                 )
-                rank_zero_warn(PerformanceWarning(problem, "call `self(x)` in `validation_step`."))
-            with random_state(), forward_context(trainer, pl_module)():
+            with random_state(), forward_context(trainer, pl_module):
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
         right = self.task.right(logits, target)
         self._counter.add(batch_idx, right, self.task.label(target))
@@ -397,8 +400,3 @@ class RegressionMetrics(CallbackBase):
         self._outputs.attach(pl_module, results.parts)
         self._reference_results = results
         return results
-
-    def _reset(self) -> None:
-        self._outputs.detach()
-        self._reference_results = self._counter = None
-        self._warned = False

@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.folders import check_folder, report_files
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
-from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
+from lightning_nrl._trainer.loaders import (
+    LoaderSource,
+    check_loader,
+    loaders_in,
+    make_source,
+    parse_adapter,
+)
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
@@ -34,8 +42,6 @@ from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import check_reference, judge_pair
 from lightning_nrl.updates.rule_parsing import Require
-
-Stage = Literal["test", "val"]
 
 
 class ReleaseGate(CallbackBase):
@@ -111,39 +117,28 @@ class ReleaseGate(CallbackBase):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check(trainer, pl_module, "test")
-
-    @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run(trainer, pl_module, "test")
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._check(trainer, pl_module, "val")
-
-    @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Validations during `fit` do not decide.
-        if trainer.state.fn == "validate":
-            self._run(trainer, pl_module, "val")
-
-    def _check(self, trainer: Trainer, model: LightningModule, stage: Stage) -> None:
+        if trainer.state.fn == "fit":  # its validations do not decide
+            return
         self.report = None
         check_folder(self.dirpath, trainer, "release")
-        splits = [source.split for source in self._sources(trainer, model, stage)]
+        splits = [source.split for source in self._sources(trainer, pl_module)]
         for rule in self.rules:
             rule.check_data(splits, self.slices is not None)
 
-    def _run(self, trainer: Trainer, model: LightningModule, stage: Stage) -> None:
-        name = type(model).__name__
+    on_validation_start = on_test_start
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            return
+        name = type(pl_module).__name__
         if trainer.ckpt_path:
             name += f" from {trainer.ckpt_path}"
         with random_state():
             pair, report = judge_pair(
                 self.reference,
-                make_evaluator(trainer, model, self.task),
-                self._sources(trainer, model, stage),
+                make_evaluator(trainer, pl_module, self.task),
+                self._sources(trainer, pl_module),
                 self.rules,
                 slices=self.slices,
                 seeds={"data": self.seed, **_global_seed()},
@@ -153,48 +148,45 @@ class ReleaseGate(CallbackBase):
         files, log_name = report_files(self.dirpath, trainer, "release", kinds)
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
-            predictions = Predictions.of(pair.after, model.state_dict())
+            predictions = Predictions.of(pair.after, pl_module.state_dict())
             self.report = write_report(self.report, others={"predictions": predictions.save})
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.verbose:
                 show(self.report)
         # The numbers are the same on every rank; `sync_dist` only silences a warning of Lightning.
         numbers = release_numbers(self.report, log_name)
-        model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+        pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _sources(
-        self, trainer: Trainer, model: LightningModule, stage: Stage
-    ) -> list[LoaderSource]:
-        loaders: object = trainer.test_dataloaders
-        if stage == "val":
-            loaders = trainer.val_dataloaders
-        sources = []
-        for name, loader in _loaders_by_name(loaders, stage, self.splits).items():
-            source = make_source(
-                loader,
-                name,
-                trainer=trainer,
-                model=model,
-                adapter=self.adapter,
-                seed=self.seed,
-                limit=batch_limit(trainer),
-            )
-            sources.append(source)
+    on_validation_epoch_end = on_test_epoch_end
+
+    def _sources(self, trainer: Trainer, model: LightningModule) -> list[LoaderSource]:
+        stage, loaders = "test", trainer.test_dataloaders
+        if trainer.state.fn == "validate":
+            stage, loaders = "val", trainer.val_dataloaders
+        make = partial(
+            make_source,
+            trainer=trainer,
+            model=model,
+            adapter=self.adapter,
+            seed=self.seed,
+            limit=batch_limit(trainer),
+        )
+        by_name = _loaders_by_name(loaders, stage, self.splits)
+        sources = [make(loader, name) for name, loader in by_name.items()]
         with random_state():
             _, (sources,) = open_sources(trainer, model, self.task, sources)
         return sources
 
 
 def _loaders_by_name(
-    given: object, stage: Stage, splits: Sequence[str] | None
-) -> dict[str, object]:
-    if isinstance(given, Mapping):
-        names, loaders = list(map(str, given)), list(given.values())
-    else:
-        loaders = list(given) if isinstance(given, (list, tuple)) else [given]
-        names = [f"{stage}-{i}" for i in range(len(loaders))]
-        if len(loaders) == 1:
-            names = [stage]
+    data: object, stage: str, splits: Sequence[str] | None
+) -> dict[str, DataLoader[Any]]:
+    loaders = loaders_in(data)
+    names = [f"{stage}-{i}" for i in loaders]
+    if isinstance(data, Mapping):
+        names = list(loaders)
+    elif len(loaders) == 1:
+        names = [stage]
     if splits is not None:
         names = list(splits)
     if len(names) != len(loaders) or len(set(names)) < len(names):
@@ -203,10 +195,8 @@ def _loaders_by_name(
             "give each data loader a name of its own, in order, or leave `splits` out.",
         )
     hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
-    by_name = dict(zip(names, loaders, strict=True))
-    for name, loader in by_name.items():
-        check_loader(loader, name, hint)
-    return by_name
+    pairs = zip(names, loaders.values(), strict=True)
+    return {name: check_loader(loader, name, hint) for name, loader in pairs}
 
 
 def _global_seed() -> dict[str, int]:

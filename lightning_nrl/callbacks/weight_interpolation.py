@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from lightning_nrl._trainer.lightning.packages import (
 from lightning_nrl._trainer.lightning.private_parts import batch_limit, validating
 from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.reference_copy import parse_with_weights
+from lightning_nrl._trainer.reference_copy import check_other_model, parse_with_weights
 from lightning_nrl._trainer.tracking.loggers import track_numbers
 from lightning_nrl._trainer.tracking.scalars import interpolation_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagged
@@ -117,13 +117,13 @@ class WeightInterpolation(CallbackBase):
             check_part("strength", strength, "strength")
         check_part("tolerance", tolerance, "share")
         self.strength, self.tolerance = strength, tolerance
-        self.calibration: Any = check_data("calibration", calibration, optional=True)
+        self.calibration = check_data("calibration", calibration, optional=True)
         if calibration is None and strength == "auto":
-            hint = "give `calibration` data that were not trained on, or a number as `strength=`."
             raise ConfigurationError(
-                "`strength='auto'` needs calibration data, and there are none.", hint
+                "`strength='auto'` needs calibration data, and there are none.",
+                "give `calibration` data that were not trained on, or a number as `strength=`.",
             )
-        self.statistics: Any = check_data("statistics", statistics)
+        self.statistics = check_data("statistics", statistics)
         if batches is not None:
             check_whole("batches", batches, 1)
         check_whole("seed", seed, 0, 2**32 - 1)
@@ -142,9 +142,7 @@ class WeightInterpolation(CallbackBase):
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         check_order(self, trainer, change="the interpolation")
-        if self.reference.model is pl_module:
-            hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError("`reference` is the model in training.", hint)
+        check_other_model(self.reference, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,10 +165,14 @@ class WeightInterpolation(CallbackBase):
                 estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
         if cosine < MIN_COSINE:
-            where = f"the weights do not begin near those of `reference` (cosine {cosine:.2f})"
-            problem = f"{where}, and an interpolation of two trainings from scratch is useless."
-            hint = "start from the old weights: `model.load_state_dict(...)` before `fit`."
-            rank_zero_warn(TrainingWarning(problem, hint))
+            rank_zero_warn(
+                TrainingWarning(
+                    "the weights do not begin near those of `reference` "
+                    f"(cosine {cosine:.2f}), and an interpolation of two trainings from scratch "
+                    "is useless.",
+                    "start from the old weights: `model.load_state_dict(...)` before `fit`.",
+                )
+            )
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,21 +187,20 @@ class WeightInterpolation(CallbackBase):
             old, batches, seed = self._reference_state, self.batches, self.seed
             state: State = {}
             if validation is not None:
-                is_auto = self.strength == "auto"
                 self.choice = choose_interpolation(
                     old,
                     evaluator,
                     validation,
                     training,
-                    tolerance=self.tolerance if is_auto else None,
-                    strengths=DEFAULT_STRENGTHS if is_auto else [float(self.strength)],
+                    tolerance=self.tolerance if self.strength == "auto" else None,
+                    strengths=self._strengths,
                     batches=batches,
                     seed=seed,
                 )
                 state = self.choice.state
                 self._log(trainer, interpolation_numbers(self.choice))
             else:
-                strength = float(self.strength)
+                (strength,) = self._strengths
                 if strength < 1:
                     state = interpolate(
                         old, evaluator, strength, training, batches=batches, seed=seed
@@ -213,12 +214,14 @@ class WeightInterpolation(CallbackBase):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `on_train_end` does not run in a fit without a training step.
         if self._reference_state and not trainer.should_stop:
-            problem = (
-                "the weights were not interpolated, because no training step ran "
-                "(fit complete or skipped)."
+            rank_zero_warn(
+                TrainingWarning(
+                    "the weights were not interpolated, because no training step ran "
+                    "(fit complete or skipped).",
+                    "for a trained model, call "
+                    "`lightning_nrl.updates.choose_interpolation(old, new, val, train)`.",
+                )
             )
-            call = "lightning_nrl.updates.choose_interpolation(old, new, val, train)"
-            rank_zero_warn(TrainingWarning(problem, f"for a trained model, call `{call}`."))
         self._reference_state = {}
 
     @override
@@ -228,26 +231,32 @@ class WeightInterpolation(CallbackBase):
         if self._changed:  # otherwise weight averaging would save its average
             checkpoint["state_dict"].update(pl_module.state_dict())
 
+    @property
+    def _strengths(self) -> Sequence[float]:
+        return DEFAULT_STRENGTHS if self.strength == "auto" else [float(self.strength)]
+
     def _sources(
         self, trainer: Trainer, pl_module: LightningModule, limit: int | None
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
         """Returns calibration data and data for batch norm statistics, as far as needed."""
         loaders = SplitLoaders(trainer, pl_module)
         calibration = find_calibration(self.calibration, loaders, needed=self.strength == "auto")
-        named = [] if calibration is None else [calibration]
-        needs_statistics = self.strength not in (0, 1) and bool(batch_norms(pl_module))
-        if needs_statistics:
-            named.insert(0, find_one("statistics", self.statistics, loaders))
+        statistics = None
+        if self.strength not in (0, 1) and batch_norms(pl_module):
+            statistics = find_one("statistics", self.statistics, loaders)
         make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter)
-        sources = [make(*loader, seed=self.seed, limit=limit) for loader in named]
+        sources = [
+            make(*loader, seed=self.seed, limit=limit)
+            for loader in (statistics, calibration)
+            if loader is not None
+        ]
         _, (opened,) = open_sources(trainer, pl_module, self.task, sources)
-        validation = None if calibration is None else opened[-1]
-        return validation, opened[0] if needs_statistics else None
+        validation = opened[-1] if calibration else None
+        return validation, opened[0] if statistics else None
 
     def _log(self, trainer: Trainer, numbers: Mapping[str, float]) -> None:
         tags = tagged(NUMBER_TAG, numbers, name=self.prefix)
-        if trainer.is_global_zero:
-            track_numbers(tags, trainer.loggers, step=trainer.global_step, what="interpolation")
-            if self.verbose and self.choice is not None:
-                show(self.choice)
+        track_numbers(tags, trainer.loggers, step=trainer.global_step, what="interpolation")
+        if trainer.is_global_zero and self.verbose and self.choice is not None:
+            show(self.choice)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tags.items()})

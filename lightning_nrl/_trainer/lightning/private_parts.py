@@ -21,9 +21,8 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     class_for,
 )
-from lightning_nrl.data.batch import with_plain_tensors
+from lightning_nrl.data.batch import RawBatch, with_plain_tensors
 
-RawBatch: TypeAlias = Any  # a batch as a data loader returns it
 Loaders: TypeAlias = Any  # a data loader, or loaders in lists, mappings or a CombinedLoader
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
