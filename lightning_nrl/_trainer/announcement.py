@@ -12,8 +12,6 @@ from lightning_nrl._trainer.lightning.private_parts import logged_hparams
 from lightning_nrl._trainer.tracking.loggers import track
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
 from lightning_nrl._trainer.tracking.scalars import outcome
-from lightning_nrl._trainer.trainer_state import best_checkpoint
-from lightning_nrl._utils.formatting import relative_to_cwd
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.report import RepairReport
@@ -45,8 +43,6 @@ def announce(
             track(log, trainer.loggers)
             if verbose:
                 show(report)
-                if text := _about_best(report, trainer):
-                    print(text)
         # Lightning passes on tensors, but no numbers, from processes that a strategy has started.
         numbers = {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}
         trainer.callback_metrics.update(numbers)
@@ -57,16 +53,3 @@ def announce(
                 "the repair and its files are not affected; print `report`.",
             )
         )
-
-
-def _about_best(report: RepairReport, trainer: Trainer) -> str:
-    """Returns how to test the repair if `trainer.test()` would test another checkpoint."""
-    best = best_checkpoint(trainer)
-    path = report.files.get("checkpoint", "")
-    if report.status != "repaired" or not best or best == path:
-        return ""
-    argument = f"ckpt_path={relative_to_cwd(path)!r}" if path else "the model as an argument"
-    return (
-        "`trainer.test()` tests the best checkpoint, from before the repair; to test the repair, "
-        f"give {argument}."
-    )

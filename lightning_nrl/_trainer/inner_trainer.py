@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from typing_extensions import override
-
 from lightning_nrl._trainer.lightning.packages import (
     LOGGER_NAMES,
     Callback,
@@ -95,20 +93,16 @@ class NullLogger(DummyLoggerBase):
         self._folder = folder
 
     @property
-    @override
     def save_dir(self) -> str:
         return self._folder
 
     @property
-    @override
     def log_dir(self) -> str:
         return self._folder
 
     @property
-    @override
     def experiment(self) -> Any:
         return NullExperiment()
 
-    @override
     def __getattr__(self, name: str) -> NullExperiment:
         return NullExperiment().__getattr__(name)

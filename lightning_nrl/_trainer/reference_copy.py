@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import data_module_of

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from typing_extensions import override
 
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._utils.distributed import Collective
@@ -113,7 +112,6 @@ class TimeBudget(CallbackBase):
         check_ranks(self._collective, failure)
         return result
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
             # Schedules may ask for validation metrics, which do not exist here.
@@ -123,14 +121,12 @@ class TimeBudget(CallbackBase):
             # have read it by now.
             trainer.fit_loop.epoch_loop.max_steps = -1
 
-    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages all gradients over ranks, which changes nothing if they are equal already."""
         if self._collective.world_size > 1:
             self.meet()
             _average_gradients(pl_module, self._collective)
 
-    @override
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -149,7 +145,6 @@ class TimeBudget(CallbackBase):
         if math.isfinite(self._end) and self.meet(is_over=self._is_over(pl_module.device)):
             trainer.should_stop = True
 
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         half = max(1, int(trainer.max_epochs or 1) // 2)
         is_half = trainer.current_epoch + 1 == half
@@ -180,7 +175,6 @@ class TrainingTrial(TimeBudget):
         self._ends: list[float] = []
         self._epoch = 0
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._epoch = int(trainer.num_training_batches)

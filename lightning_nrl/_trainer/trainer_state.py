@@ -121,7 +121,7 @@ def starting_weights(
     stay merged. On exit, everything is restored exactly, unless the block has set `keep` of the
     yielded object.
     """
-    path = _best_or_warn(trainer) if start_from == "best" else ""
+    path = _best_path(trainer) if start_from == "best" else ""
     start = StartingWeights(path=path)
     own_modes = has_own_modes(model)
     if not path and trainer.world_size == 1 and not own_modes:
@@ -169,14 +169,9 @@ def _load_best(path: str, trainer: Trainer, model: LightningModule) -> None:
     trainer.strategy.load_model_state_dict(checkpoint, strict=model.strict_loading)
 
 
-def best_checkpoint(trainer: Trainer) -> str:
-    """Returns the path of the best checkpoint of the fit, or an empty text."""
-    callback = trainer.checkpoint_callback
-    return callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
-
-
-def _best_or_warn(trainer: Trainer) -> str:
-    path = best_checkpoint(trainer)
+def _best_path(trainer: Trainer) -> str:
+    checkpoint = trainer.checkpoint_callback
+    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     if not path:
         rank_zero_warn(
             TrainingWarning(

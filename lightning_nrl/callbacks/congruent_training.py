@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_nrl._trainer import step_outputs
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
@@ -102,7 +101,6 @@ class PositiveCongruentTraining(CallbackBase):
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         self.teardown()
@@ -117,7 +115,6 @@ class PositiveCongruentTraining(CallbackBase):
         check_other_model(self.reference, pl_module)
         self._outputs.attach(pl_module)
 
-    @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
@@ -129,14 +126,12 @@ class PositiveCongruentTraining(CallbackBase):
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
         self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
 
-    @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._step.close()
 
     # Lightning does not call `on_train_batch_end` for a skipped batch.
     on_train_epoch_end = on_train_batch_end
 
-    @override
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._step.close()
         self._outputs.detach()

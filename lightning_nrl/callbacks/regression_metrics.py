@@ -19,7 +19,6 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-from typing_extensions import override
 
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
@@ -295,7 +294,6 @@ class RegressionMetrics(CallbackBase):
         self._counter: FlipCounter | None = None
         self._warned = False
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
@@ -303,7 +301,6 @@ class RegressionMetrics(CallbackBase):
             self.teardown()
             self._outputs.attach(pl_module)
 
-    @override
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._outputs.detach()
         self._reference_results = self._counter = None
@@ -311,12 +308,10 @@ class RegressionMetrics(CallbackBase):
 
     on_exception = teardown
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.limit_val_batches != 0:
             self._evaluate_reference(trainer, pl_module)
 
-    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
@@ -326,7 +321,6 @@ class RegressionMetrics(CallbackBase):
             known = self._evaluate_reference(trainer, pl_module)
         self._counter = FlipCounter(known)
 
-    @override
     def on_validation_batch_start(
         self,
         trainer: Trainer,
@@ -338,7 +332,6 @@ class RegressionMetrics(CallbackBase):
         if self._counter is not None and dataloader_idx == self.dataloader:
             self._outputs.begin()
 
-    @override
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -373,7 +366,6 @@ class RegressionMetrics(CallbackBase):
         right = self.task.right(logits, target)
         self._counter.add(batch_idx, right, self.task.label(target))
 
-    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._counter is None:
             return

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.folders import check_folder, report_files
@@ -107,7 +106,6 @@ class ReleaseGate(CallbackBase):
         self.seed, self.dirpath, self.verbose = seed, dirpath, verbose
         self.report: ReleaseReport | None = None
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         if stage in ("test", "validate"):
@@ -115,7 +113,6 @@ class ReleaseGate(CallbackBase):
                 trainer, "which are needed whole", "test with a single device or with ddp."
             )
 
-    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":  # its validations do not decide
             return
@@ -127,7 +124,6 @@ class ReleaseGate(CallbackBase):
 
     on_validation_start = on_test_start
 
-    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
             return

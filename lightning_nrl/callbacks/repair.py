@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_nrl._trainer import announcement, folders, repair_files, trainer_checks
 from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
@@ -57,7 +56,6 @@ class RepairCallback(CallbackBase):
     def state_key(self) -> str:
         return state_key_of(self, layer=self.settings.layer, target=str(self.settings.target))
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer_checks.check_packages(trainer)
         if stage == "fit":
@@ -158,11 +156,11 @@ class RegressionFreeRepair(RepairCallback):
             method=METHODS.parse("method", method),
             max_time=max_time,
             seed=seed,
-            search=SearchOptions() if search is None else search,
-            bounds=BoundOptions() if bounds is None else bounds,
-            samples=SampleOptions() if samples is None else samples,
+            search=search or SearchOptions(),
+            bounds=bounds or BoundOptions(),
+            samples=samples or SampleOptions(),
         )
-        self.data = DataOptions() if data is None else data
+        self.data = data or DataOptions()
         check_limit(self.settings, calibration is not None)
         self.repair = TrainerRepair(
             settings=self.settings,
@@ -217,7 +215,6 @@ class RegressionFreeRepair(RepairCallback):
         """Path of the weight change, which `Patch.load` reads. None if no repair was accepted."""
         return None if self.report is None else self.report.files.get("patch")
 
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer_checks.check_whole(pl_module)
         if self.settings.layer != "auto":
@@ -226,35 +223,34 @@ class RegressionFreeRepair(RepairCallback):
             )
         self._ran = False
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ran = True
         self.report = self._parameters = None
         folders.check_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
 
-    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `trainer.test()` without a model loads the best checkpoint of the fit, from before the
         # repair.
         if self._is_changed(pl_module):
-            loaded = trainer.ckpt_path or "nothing"
-            problem = f"the test uses other weights than the repaired ones (loaded: {loaded})."
             call = "`trainer.test(model)`, with the model as the fit left it"
             if self.repaired_model_path:
                 call = f"`ckpt_path={self.repaired_model_path!r}`"
-            rank_zero_warn(TrainingWarning(problem, f"test the repair by {call}."))
+            rank_zero_warn(
+                TrainingWarning(
+                    "the test uses other weights than the repaired ones "
+                    f"(loaded: {trainer.ckpt_path or 'nothing'}).",
+                    f"test the repair by {call}.",
+                )
+            )
 
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair_now(trainer, pl_module, self.data.start_from)
 
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._ran:
             trainer_checks.warn_without_step()
 
-    @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -282,17 +278,19 @@ class RegressionFreeRepair(RepairCallback):
                 if value is not None:
                     state[key] = value.to(state.get(key, value).device, copy=True)
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before
         # `setup` can say why.
-        if isinstance(state_dict, dict) and "report" in state_dict:
+        if "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
             except ConfigurationError as error:
-                problem = f"the report in the checkpoint cannot be read ({first_line(error)})"
-                hint = "training continues without it; the weights are those of the checkpoint."
-                rank_zero_warn(DataWarning(f"{problem}.", hint))
+                rank_zero_warn(
+                    DataWarning(
+                        f"the report in the checkpoint cannot be read ({first_line(error)}).",
+                        "training continues without it; the weights are those of the checkpoint.",
+                    )
+                )
 
     def repair_now(
         self,
@@ -330,9 +328,7 @@ class RegressionFreeRepair(RepairCallback):
         """
         save_every = self.settings.search.save_every
         self._work = folders.resume_store(self._folder, trainer, save_every, self._name)
-        if epochs is None:
-            epochs = epochs_of(trainer)
-        return self.repair.run(trainer, pl_module, epochs, self._work)
+        return self.repair.run(trainer, pl_module, epochs or epochs_of(trainer), self._work)
 
     def save_outcome(
         self,
@@ -346,11 +342,8 @@ class RegressionFreeRepair(RepairCallback):
         Returns the repair's name in loggers.
         """
         parameters = outcome.parameters
-        kinds, checkpoint = repair_files.REPORT_FILES, trainer.ckpt_path
-        if parameters is not None:
-            kinds = repair_files.REPAIRED_FILES
-        if start is not None:
-            checkpoint = start.path
+        kinds = repair_files.REPORT_FILES if parameters is None else repair_files.REPAIRED_FILES
+        checkpoint = trainer.ckpt_path if start is None else start.path
         files, name = folders.report_files(self._folder, trainer, self._name, kinds)
         provenance = outcome.report.provenance.loaded_from(checkpoint)
         report = self.report = replace(outcome.report, files=files, provenance=provenance)

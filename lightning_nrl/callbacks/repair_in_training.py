@@ -6,8 +6,6 @@ import math
 from functools import partial
 from typing import Any, Literal
 
-from typing_extensions import override
-
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import rerun_validation
 from lightning_nrl._trainer.step_outputs import follow_hook, release_hook
@@ -16,7 +14,6 @@ from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import (
     ConfigurationError,
-    DataWarning,
     TrainingWarning,
     check_choice,
     check_kind,
@@ -108,36 +105,30 @@ class RepairInTraining(RepairCallback):
     def patch_path(self) -> str | None:
         return self.repair.patch_path
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._best = None  # before a checkpoint is loaded, which may set it
 
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_fit_start(trainer, pl_module)
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_train_start(trainer, pl_module)
         # It may be left from a training that ended without calling a hook.
         release_hook(pl_module, HOOK)
         self.reports, self._last_step, self._warned = [], None, False
 
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning calls this hook before the module's hook of the same name, which may still
         # change weights.
         follow_hook(pl_module, HOOK, partial(self._repair_if_due, trainer, pl_module))
 
-    @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         release_hook(pl_module, HOOK)
 
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end and self._last_step != trainer.global_step:
             self.repair.on_train_end(trainer, pl_module)
@@ -145,15 +136,12 @@ class RepairInTraining(RepairCallback):
         else:
             self.repair.forget_stale_weights(pl_module)
 
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_fit_end(trainer, pl_module)
 
-    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_test_start(trainer, pl_module)
 
-    @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -164,21 +152,9 @@ class RepairInTraining(RepairCallback):
             states = checkpoint.setdefault("callbacks", {})
             states.setdefault(self.state_key, {})["best"] = self._best
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.repair.load_state_dict(state_dict)
-        self._best = None
-        best: object = state_dict
-        if isinstance(state_dict, dict):
-            if "best" not in state_dict:
-                return
-            best = state_dict["best"]
-        if isinstance(best, float) and math.isfinite(best):
-            self._best = best
-            return
-        problem = f"`best` in the checkpoint is no finite number (found a {type(best).__name__})"
-        hint = "training continues, and the metrics of earlier validations do not count."
-        rank_zero_warn(DataWarning(f"`RepairInTraining`: {problem}.", hint))
+        self._best = state_dict.get("best")
 
     def _repair_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Metrics may differ between ranks; the first rank decides.

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_calibration, find_one
@@ -135,7 +134,6 @@ class WeightInterpolation(CallbackBase):
         self._reference_state: Mapping[str, Any] = {}
         self._changed = False
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         if stage != "fit":
@@ -144,14 +142,12 @@ class WeightInterpolation(CallbackBase):
         check_order(self, trainer, change="the interpolation")
         check_other_model(self.reference, pl_module)
 
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Read before training, which may overwrite the file.
         self._reference_state = read_state("reference", self.reference.model)
         fitting("reference", self._reference_state, pl_module)
         self.choice, self._changed = None, False
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with random_state(), validating(trainer):
             # A few batches show whether the data fit the model; batch norm needs several samples on
@@ -174,7 +170,6 @@ class WeightInterpolation(CallbackBase):
                 )
             )
 
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         evaluator = make_evaluator(trainer, pl_module, self.task)
         limit = (batch_limit(trainer) or 0) * trainer.world_size or None
@@ -210,7 +205,6 @@ class WeightInterpolation(CallbackBase):
             self._reference_state, self._changed = {}, bool(state)
             start.keep = self._changed
 
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `on_train_end` does not run in a fit without a training step.
         if self._reference_state and not trainer.should_stop:
@@ -224,7 +218,6 @@ class WeightInterpolation(CallbackBase):
             )
         self._reference_state = {}
 
-    @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:

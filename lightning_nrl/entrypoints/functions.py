@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
@@ -66,9 +65,9 @@ def dry_fit(
     """
     check_packages(trainer, model=model, datamodule=datamodule)
     if starts_own_processes(trainer):
-        problem = "starts processes of its own, which cannot return the results."
         raise ConfigurationError(
-            f"`strategy`: {type(trainer.strategy).__name__} {problem}",
+            f"`strategy`: {type(trainer.strategy).__name__} starts processes of its own, which "
+            "cannot return the results.",
             "use one device, or `strategy='ddp'`.",
         )
     results: list[Result] = []
@@ -131,13 +130,11 @@ class _WithoutTraining(CallbackBase):
     def state_key(self) -> str:
         return self.callback.state_key
 
-    @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._saved_epochs = epochs_saved(checkpoint)
 
-    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # No limit, since a checkpoint may have reached it. Not set earlier, since schedules read
         # the limit when optimizers are configured.
@@ -153,7 +150,6 @@ class _WithoutTraining(CallbackBase):
             self.outcome = self.work(trainer, pl_module, epochs)
         trainer.should_stop = True
 
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the outcome. Lightning has loaded optimizer states and the step count by then."""
         if self.outcome is not None:
@@ -161,7 +157,6 @@ class _WithoutTraining(CallbackBase):
                 name = self.callback.save_outcome(trainer, pl_module, self.outcome)
             self.callback.announce(trainer, self.outcome, name)
 
-    @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -217,8 +212,10 @@ def repair(
     if callback is None:
         callback = callback_with("repair", **arguments)
     elif arguments:
-        hint = "give the arguments to the callback itself."
-        raise ConfigurationError(f"`callback` was given, and {sorted(arguments)} too.", hint)
+        raise ConfigurationError(
+            f"`callback` was given, and {sorted(arguments)} too.",
+            "give the arguments to the callback itself.",
+        )
     else:
         fits = isinstance(callback, RegressionFreeRepair)
         check_kind("callback", callback, fits, "RegressionFreeRepair", "RegressionFreeRepair(...)")

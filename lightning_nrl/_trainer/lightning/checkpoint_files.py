@@ -9,7 +9,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from typing_extensions import override
 
 from lightning_nrl._trainer.lightning.packages import (
     AsyncCheckpointIO,
@@ -83,12 +82,10 @@ class _CheckpointReader(WrappingCheckpointIOBase):
         self._otherwise = otherwise
         self.path = ""  # path of the checkpoint that was read last
 
-    @override
     def teardown(self) -> None:
         if self.checkpoint_io is not None:
             self.checkpoint_io.teardown()
 
-    @override
     def load_checkpoint(
         self,
         path: str | Path,
@@ -130,7 +127,6 @@ class CheckpointWriter(WrappingCheckpointIOBase):
         self.error: Exception | None = None
         self.state_dict: object = None  # state dict of the checkpoint to write
 
-    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
