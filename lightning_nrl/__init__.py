@@ -35,13 +35,13 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> object:
     if name in _HOMES:
-        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     elif name.startswith("__") or find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     else:
-        found = import_module(f"{__name__}.{name}")
-    globals()[name] = found
-    return found
+        value = import_module(f"{__name__}.{name}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

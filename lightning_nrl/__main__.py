@@ -7,16 +7,12 @@ from platform import python_version
 
 
 def main() -> int:
-    """Runs the command line. The option `--version` does not import torch, which would take
-    seconds.
-    """
+    """Runs the command line. `--version` does not import torch, which would take seconds."""
     if sys.argv[1:] == ["--version"]:
         with suppress(PackageNotFoundError):
-            found = [
-                f"{name} {version(name)}"
-                for name in ("lightning_nrl", "torch", "pytorch-lightning")
-            ]
-            print(", ".join([f"python {python_version()}", *found]))
+            packages = ("lightning_nrl", "torch", "pytorch-lightning")
+            versions = [f"{name} {version(name)}" for name in packages]
+            print(", ".join([f"python {python_version()}", *versions]))
             return 0
     from lightning_nrl.entrypoints.command_line import main as run
 

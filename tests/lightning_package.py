@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from typing import Any
 
 NAME = os.environ.get("NRL_LIGHTNING", "pytorch_lightning")
 OTHER = {"pytorch_lightning": "lightning.pytorch", "lightning.pytorch": "pytorch_lightning"}[NAME]
@@ -43,3 +44,16 @@ SingleDeviceStrategy = pl.strategies.SingleDeviceStrategy
 CombinedLoader = pl.utilities.CombinedLoader
 rank_zero_only = pl.utilities.rank_zero.rank_zero_only
 DistributedSamplerWrapper = pl.trainer.connectors.data_connector.DistributedSamplerWrapper
+
+
+def quiet_trainer(**arguments: Any) -> Any:
+    """A trainer on the CPU that shows and saves nothing by itself."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**(defaults | arguments))

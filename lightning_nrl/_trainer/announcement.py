@@ -39,7 +39,7 @@ def announce(
     try:
         if trainer.is_global_zero:
             hparams = logged_hparams(trainer)
-            log = RepairLog(report, trainer.global_step, name, changes, views, hparams)
+            log = RepairLog(report, trainer.global_step, name, changes or {}, views, hparams)
             track(log, trainer.loggers)
             if verbose:
                 show(report)

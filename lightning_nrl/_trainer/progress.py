@@ -63,14 +63,14 @@ class _ActiveStage:
 class RepairProgress:
     """Progress bar of a repair, with the current stage, and the time left if known."""
 
-    now: Clock = staticmethod(time.perf_counter)
+    clock: Clock = staticmethod(time.perf_counter)
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._line = _progress_line(trainer)
         self._open: list[_ActiveStage] = []
         self._expected: dict[str, float] = {}
-        self._began = self.now()
+        self._began = self.clock()
         self._end = math.inf
         self._share = 0.0
 
@@ -81,7 +81,7 @@ class RepairProgress:
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
         """Stores the expected seconds of the coming stages; announces their sum, at most `most`."""
         self._expected = dict(seconds)
-        self._end = self.now() + most
+        self._end = self.clock() + most
         total = min(sum(seconds.values()), most)
         if total >= MIN_ANNOUNCED_SECONDS:
             self.announce(f"Repair: {rough_time(total)} from now on; `max_time` sets a limit.")
@@ -93,7 +93,7 @@ class RepairProgress:
             # Stages before it are over or were skipped.
             while next(iter(self._expected)) != name:
                 del self._expected[next(iter(self._expected))]
-        self._open.append(_ActiveStage(name, self.now()))
+        self._open.append(_ActiveStage(name, self.clock()))
         self._draw()
         try:
             yield
@@ -138,7 +138,7 @@ class RepairProgress:
             return
         left = self._seconds_left()
         if left is not None:
-            elapsed = self.now() - self._began
+            elapsed = self.clock() - self._began
             self._share = max(self._share, min(elapsed / max(elapsed + left, 1e-9), MOST_SHARE))
             text += f", {rough_time(left)} left"
         self._line.show(text, self._share)
@@ -147,14 +147,14 @@ class RepairProgress:
         active = [stage.name for stage in self._open]
         left = sum(seconds for name, seconds in self._expected.items() if name not in active)
         for stage in self._open:
-            spent = self.now() - stage.began
+            spent = self.clock() - stage.began
             if stage.done:
                 left += spent * (stage.total - stage.done) / stage.done
             elif stage.name in self._expected:
                 left += max(0.0, self._expected[stage.name] - spent)
             elif stage is self._open[-1]:
                 return None
-        return min(left, max(0.0, self._end - self.now()))
+        return min(left, max(0.0, self._end - self.clock()))
 
 
 def _progress_line(trainer: Trainer) -> _RichLine | _TqdmLine | None:

@@ -84,9 +84,11 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
 
         def write(path: Path) -> None:
             old = model.state_dict()
-            keys = {key: name for key, name in saved_names(model).items() if name in parameters}
-            new = {key: parameters[name] for key, name in keys.items()}
-            Patch.between(old, {**old, **new}, report).save(path)
+            new = dict(old)
+            for key, name in saved_names(model).items():
+                if name in parameters:
+                    new[key] = parameters[name]
+            Patch.between(old, new, report).save(path)
 
         self.write("patch", write)
 
@@ -157,16 +159,15 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             state = "the result is not affected"
             if accepted:
                 state = "the repair was accepted and is in the model"
-            hint = "make room, and write the report with `report.to_json()`"
+            hint = "make room, and write the report with `report.to_json()`."
             if self._holds_other_weights:
                 hint = (
-                    "look at what `on_save_checkpoint` of the module does; the patch has the change"
+                    "look at what `on_save_checkpoint` of the module does; "
+                    "the patch has the change."
                 )
             elif accepted and "checkpoint" in self._problems:
-                hint = "make room, and save the model now: `trainer.save_checkpoint(path)`"
-            rank_zero_warn(
-                FilesWarning(f"{state}, but {self._folder} lacks {missing}.", f"{hint}.")
-            )
+                hint = "make room, and save the model now: `trainer.save_checkpoint(path)`."
+            rank_zero_warn(FilesWarning(f"{state}, but {self._folder} lacks {missing}.", hint))
         kinds = list(self._named(report).files)
         if self._trainer is not None and self._files:
             kinds = self._trainer.strategy.broadcast(kinds)
@@ -200,11 +201,8 @@ def _check_checkpoint(
 def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]:
     # A file of another format, or with objects, is not loaded; the state dict given to the writer
     # is returned instead.
-    written: Mapping[str, Any] = {}
-    if isinstance(writer.state_dict, Mapping):
-        written = writer.state_dict
     if path is None:
-        return written
+        return writer.state_dict
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return cast(Mapping[str, Any], checkpoint["state_dict"])
@@ -216,7 +214,7 @@ def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]
             broken = file.testzip()
         if broken is not None:
             raise OSError(f"{broken} in it is damaged") from error
-        return written
+        return writer.state_dict
 
 
 def _difference(
@@ -264,16 +262,12 @@ def short_message(error: Exception) -> str:
 def write_report(
     report: AnyReport,
     views: Sequence[SampleView] = (),
-    others: Mapping[str, Callable[[Path], object]] | None = None,
+    predictions: Callable[[Path], object] | None = None,
 ) -> AnyReport:
-    """Writes a report, and each file in `others` by its function.
-
-    Returns:
-        the report with the paths of these files.
-    """
+    """Writes a report, and predictions by a function; returns it with the paths of the files."""
     with SavedFiles(report.files) as files:
-        for kind, write in (others or {}).items():
-            files.write(kind, write)
+        if predictions is not None:
+            files.write("predictions", predictions)
         written = files.reports(report, views)
         files.commit()
         return files.warn_missing(written)

@@ -145,7 +145,7 @@ class ReleaseGate(CallbackBase):
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
             predictions = Predictions.of(pair.after, pl_module.state_dict())
-            self.report = write_report(self.report, others={"predictions": predictions.save})
+            self.report = write_report(self.report, predictions=predictions.save)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.verbose:
                 show(self.report)

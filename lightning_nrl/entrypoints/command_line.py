@@ -110,9 +110,8 @@ def _page_of_patch(patch: Patch) -> Page:
     rows = []
     for name, change in patch.changes.items():
         shape, dtype = str(list(change.shape)), str(change.old.dtype).removeprefix("torch.")
-        kept_as = "all values" if change.index is None else "positions"
-        rows.append(Row(name, (shape, dtype, f"{change.n_changed:,}", kept_as)))
-    columns = (("shape", ""), ("dtype", ""), ("values", ""), ("kept as", ""))
+        rows.append(Row(name, (shape, dtype, f"{change.n_changed:,}")))
+    columns = (("shape", ""), ("dtype", ""), ("values", ""))
     facts = (
         ("weights before", patch.base),
         ("weights after", patch.result),
@@ -222,14 +221,16 @@ def repair_project(project: Project) -> int:
     if _meets(require, report):
         return 0
     verdict = report.verdict
-    counts = f"{verdict.repaired:,} repaired, {verdict.broken:,} broken of {verdict.n:,}"
-    test = f"unseen samples (sign test, p = {verdict.p_value:.2g})"
-    problem = f"not accepted: `--require {require}` is not met: {counts} {test}."
     old = project.source["ckpt_path"] or "the old weights"
     if report.update:
         old = "the model that it replaces"
-    hint = f"do not ship {report.files.get('checkpoint', 'the new model')}; keep {old}."
-    print(explain(problem, hint), file=sys.stderr)
+    message = explain(
+        f"not accepted: `--require {require}` is not met: {verdict.repaired:,} repaired, "
+        f"{verdict.broken:,} broken of {verdict.n:,} unseen samples "
+        f"(sign test, p = {verdict.p_value:.2g}).",
+        f"do not ship {report.files.get('checkpoint', 'the new model')}; keep {old}.",
+    )
+    print(message, file=sys.stderr)
     return 1
 
 

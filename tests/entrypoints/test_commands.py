@@ -23,6 +23,7 @@ from lightning_nrl.entrypoints.command_project import read_project
 from lightning_nrl.errors import FilesWarning
 
 PAGE = (ROOT / "docs" / "command_line.md").read_text()
+PROJECT = ["--config", "config.yaml", "--ckpt_path", "best.ckpt"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:[\\s\\S]*deprecated"),
@@ -32,6 +33,10 @@ pytestmark = [
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def report_in(folder: Path) -> RepairReport:
+    return RepairReport.from_json((folder / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.syspath_prepend(str(folder))
         module = import_module("my_project")
         torch.manual_seed(0)
-        trainer = lightning.Trainer(
-            max_epochs=5,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=False,
-        )
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", **quiet)
         trainer.fit(module.Classifier(24), datamodule=module.Digits())
         trainer.save_checkpoint("best.ckpt", weights_only=False)
         yield folder
@@ -74,7 +74,7 @@ def test_the_commands_of_the_page_work_as_they_stand(
     assert "target  " in shown[lines[1]]
     assert "not label 1 and not where my_project:is_dark" in " ".join(shown[lines[1]].split())
     assert "accuracy  " in shown[lines[5]]
-    report = RepairReport.from_json((folder / "three" / "report.json").read_text())
+    report = report_in(folder / "three")
     assert (report.target, report.layers, report.settings["seed"]) == ("label 3", ("network.3",), 0)
     assert [split.split for split in report.splits if split.role == "unseen"] == ["test"]
     old, patched, reverted, repaired = (
@@ -113,9 +113,11 @@ def test_the_whole_help_is_that_of_lightning_cli(capsys: pytest.CaptureFixture[s
 
 def test_versions_are_printed_without_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "lightning_nrl", "--version"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.search(r"lightning_nrl \S+, torch \S+, pytorch-lightning ", found.stdout)
-    assert re.findall(r"\| +(torch|lightning|pytorch_lightning)$", found.stderr, re.MULTILINE) == []
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"lightning_nrl \S+, torch \S+, pytorch-lightning ", result.stdout)
+    assert (
+        re.findall(r"\| +(torch|lightning|pytorch_lightning)$", result.stderr, re.MULTILINE) == []
+    )
     assert (
         '\nlightning-nrl = "lightning_nrl.__main__:main"\n' in (ROOT / "pyproject.toml").read_text()
     )
@@ -141,16 +143,12 @@ def failing(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 
 
 def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
-    assert "found `three`" in failing(folder, capsys, *project, "--repair.target", "label three")
-    assert "HINT: write `label 3`" in failing(
-        folder, capsys, *project, "--repair.target", "label three"
-    )
-    assert "nowhere.ckpt" in failing(
-        folder, capsys, "--config", "config.yaml", "--ckpt_path", "nowhere.ckpt"
-    )
+    message = failing(folder, capsys, *PROJECT, "--repair.target", "label three")
+    assert "found `three`" in message
+    assert "HINT: write `label 3`" in message
+    assert "nowhere.ckpt" in failing(folder, capsys, *PROJECT, "--ckpt_path", "nowhere.ckpt")
     assert "nowhere.yaml" in failing(folder, capsys, "--config", "nowhere.yaml")
-    assert "no_such" in failing(folder, capsys, *project, "--model", "no_such.Model")
+    assert "no_such" in failing(folder, capsys, *PROJECT, "--model", "no_such.Model")
     assert "HINT" in failing(folder, capsys, "--ckpt_path", "nowhere.ckpt")
 
 
@@ -184,45 +182,31 @@ def test_values_that_cannot_be_used_have_no_traceback(
         blocks("yaml")[0].replace("unseen: test", "search: {n_scored: -1}")
     )
     torch.save(torch.load(folder / "best.ckpt")["state_dict"], folder / "state.pt")
-    project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
-    assert f"error: {message}" in failing(folder, capsys, *project, *arguments.split())
+    assert f"error: {message}" in failing(folder, capsys, *PROJECT, *arguments.split())
 
 
 def test_options_of_the_callback_of_the_trainer_are_heeded(folder: Path) -> None:
     nested = "data: {failed: train}\n        method: {class_path: lightning_nrl.ParticleSwarm}"
     (folder / "options.yaml").write_text(blocks("yaml")[0].replace("unseen: test", nested))
-    options = read_project(
-        "repair", "", ["--config", "options.yaml", "--ckpt_path", "best.ckpt"]
-    ).options
+    options = read_project("repair", "", [*PROJECT, "--config", "options.yaml"]).options
     assert (options["data"].failed, type(options["method"]).__name__) == ("train", "ParticleSwarm")
 
 
-@pytest.mark.parametrize("command", ["repair", "diagnose", "compare"])
+@pytest.mark.parametrize("command", ["repair", "compare"])
 def test_weights_that_nobody_has_trained_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert main([command, "--config", "config.yaml"]) == 2
-    assert "error: `ckpt_path` is not given" in (said := capsys.readouterr().err)
-    assert "--ckpt_path model if its own code loads them" in said
+    message = capsys.readouterr().err
+    assert "error: `ckpt_path` is not given" in message
+    assert "--ckpt_path model if its own code loads them" in message
     assert main([command, "--ckpt_path", "model"]) == 2
     assert "required: model.\nHINT: name a project by --config" in capsys.readouterr().err
-    assert (
-        read_project(command, "", ["--config", "config.yaml", "--ckpt_path", "model"]).source[
-            "ckpt_path"
-        ]
-        is None
-    )
+    project = read_project(command, "", [*PROJECT, "--ckpt_path", "model"])
+    assert project.source["ckpt_path"] is None
 
 
-CONVEX = [
-    "--config",
-    "config.yaml",
-    "--ckpt_path",
-    "best.ckpt",
-    "--repair.method",
-    "convex",
-    "--repair.dirpath",
-]
+CONVEX = [*PROJECT, "--repair.method", "convex", "--repair.dirpath"]
 
 
 def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(
@@ -238,7 +222,7 @@ def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(
 def test_a_repair_that_cannot_be_saved_ends_with_3_and_claims_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: object, **how: object) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -255,34 +239,18 @@ def test_a_fault_of_the_project_ends_with_2_and_its_traceback(
     (folder / "faulty.py").write_text(
         "from my_project import *\nclass Faulty(Digits):\n  def setup(self, stage): 1 / 0\n"
     )
-    arguments = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--data", "faulty.Faulty"]
-    assert main(["diagnose", *arguments]) == 2
+    assert main(["diagnose", *PROJECT, "--data", "faulty.Faulty"]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_refusal_ends_with_1(folder: Path) -> None:
-    arguments = [
-        "--config",
-        "config.yaml",
-        "--ckpt_path",
-        "best.ckpt",
-        "--repair.dirpath",
-        "refused",
-    ]
-    quick = ["--repair.method", "lightning_nrl.ParticleSwarm", "--repair.method.iterations", "1"]
-    tiny = [
-        "--repair.method.particles",
-        "2",
-        "--repair.verbose",
-        "false",
-        "--repair.bounds.strength",
-        "0.000001",
-    ]
-    assert main(["repair", *arguments, *quick, *tiny]) == 1
-    assert (
-        RepairReport.from_json((folder / "refused" / "report.json").read_text()).status
-        != "repaired"
+    options = (
+        "--repair.dirpath refused --repair.method lightning_nrl.ParticleSwarm "
+        "--repair.method.iterations 1 --repair.method.particles 2 --repair.verbose false "
+        "--repair.bounds.strength 0.000001"
     )
+    assert main(["repair", *PROJECT, *options.split()]) == 1
+    assert report_in(folder / "refused").status != "repaired"
 
 
 LOADED = """
@@ -309,45 +277,30 @@ def test_a_repair_that_is_not_what_is_required_ends_with_1(
     torch.save(
         last | {"bias": last["bias"] + 3 * torch.eye(10)[3]}, "harm.pt"
     )  # all that is doubtful is a 3
-    project = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--repair.target", "label 3"]
-    loaded = [
-        "--repair.method",
-        "loaded.Loaded",
-        "--repair.method.path",
-        "harm.pt",
-        "--repair.gate",
-        "tolerance:100%",
-    ]
-    said = {}
+    loaded = (
+        "--repair.method loaded.Loaded --repair.method.path harm.pt --repair.gate tolerance:100% "
+        "--repair.dirpath"
+    )
+    messages = {}
     for require in ("any", "not-worse", "better"):
-        status = main(
-            ["repair", *project, *loaded, "--repair.dirpath", require, "--require", require]
-        )
-        assert status == (require != "any"), require
-        said[require] = capsys.readouterr().err
-    assert "not accepted" not in said["any"]
-    verdict = RepairReport.from_json((folder / "better" / "report.json").read_text()).verdict
+        options = ["--repair.target", "label 3", *loaded.split(), require, "--require", require]
+        assert main(["repair", *PROJECT, *options]) == (require != "any"), require
+        messages[require] = capsys.readouterr().err
+    assert "not accepted" not in messages["any"]
+    verdict = report_in(folder / "better").verdict
     assert (verdict.evidence, verdict.source) == ("worse", "unseen")
     counts = f"{verdict.repaired} repaired, {verdict.broken} broken of 1,097 unseen samples"
-    assert f"not accepted: `--require not-worse` is not met: {counts}" in said["not-worse"]
-    assert f"not accepted: `--require better` is not met: {counts}" in said["better"]
-    assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt." in said["better"]
+    assert f"not accepted: `--require not-worse` is not met: {counts}" in messages["not-worse"]
+    assert f"not accepted: `--require better` is not met: {counts}" in messages["better"]
+    assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt." in messages["better"]
 
 
 def test_what_is_required_needs_unseen_data(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "seen.yaml").write_text(blocks("yaml")[0].replace("        unseen: test\n", ""))
-    arguments = [
-        "repair",
-        "--config",
-        "seen.yaml",
-        "--ckpt_path",
-        "best.ckpt",
-        "--require",
-        "better",
-    ]
-    assert main(arguments) == 2
+    arguments = "repair --config seen.yaml --ckpt_path best.ckpt --require better"
+    assert main(arguments.split()) == 2
     assert "`require=better`" in capsys.readouterr().err
 
 
@@ -370,11 +323,8 @@ def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = torch.load("best.ckpt", weights_only=True)
-    checkpoint["hyper_parameters"] = {
-        "_class_path": "my_project.Classifier",
-        "hidden": 24,
-        "_instantiator": "x",
-    }
+    hparams = {"_class_path": "my_project.Classifier", "hidden": 24, "_instantiator": "x"}
+    checkpoint["hyper_parameters"] = hparams
     checkpoint["datamodule_hyper_parameters"] = {"_class_path": "my_project.Digits"}
     torch.save(checkpoint, "named.ckpt")
     quiet = ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
@@ -399,6 +349,6 @@ def test_without_jsonargparse_the_error_says_what_to_install(
 def test_the_configuration_of_the_page_is_one_of_lightning_cli(folder: Path) -> None:
     from lightning.pytorch.cli import LightningCLI
 
-    made = LightningCLI(args=["--config", "config.yaml"], run=False, save_config_callback=None)
-    assert type(made.model).__name__ == "Classifier"
-    assert yaml.safe_load(blocks("yaml")[0])["trainer"]["max_epochs"] == made.trainer.max_epochs
+    project = LightningCLI(args=["--config", "config.yaml"], run=False, save_config_callback=None)
+    assert type(project.model).__name__ == "Classifier"
+    assert yaml.safe_load(blocks("yaml")[0])["trainer"]["max_epochs"] == project.trainer.max_epochs

@@ -249,13 +249,10 @@ def test_two_of_the_same_layer_and_target_are_refused(tmp_path: Path) -> None:
     [
         ({"best": 0.25}, 0.25, None),
         ({}, None, None),
-        ({"best": "0.25"}, None, "`best` in the checkpoint is no finite number (found a str)"),
-        ({"best": float("nan")}, None, "(found a float)"),
-        (["best"], None, "(found a list)"),
         ({"report": 3}, None, "the report in the checkpoint cannot be read"),
     ],
 )
-def test_a_state_that_is_none_of_its_own_is_said_and_costs_nothing(
+def test_a_state_is_read_or_warned_of_and_costs_nothing(
     state: Any, best: Any, said: str | None
 ) -> None:
     repair = in_training(monitor="slice")

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning_package import Callback, LightningModule, Trainer
+from lightning_package import Callback, LightningModule, Trainer, quiet_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -86,47 +87,39 @@ class Continue(Callback):
         self.folder = folder
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        outcomes = {}
-        for failure in FAILURES:
-            for seconds in (math.inf, 60.0):
-                outcomes[f"{failure}, {seconds}"] = self.outcome(
-                    trainer, pl_module, failure, seconds
-                )
+        outcomes = {
+            f"{failure}, {seconds}": self.outcome(trainer, pl_module, failure, seconds)
+            for failure, seconds in product(FAILURES, (math.inf, 60.0))
+        }
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(outcomes))
 
     def outcome(self, trainer: Trainer, model: Any, failure: str, seconds: float) -> str:
         data = DataLoader(TensorDataset(*blobs(32, 1.5)), 4, collate_fn=collate)
         Net.failure = failure
         with validating(trainer), preserve_state(model):
-            known = [
-                make_source(data, "train", trainer=trainer, model=model, passed=True, failed=True)
-            ]
+            source = make_source(
+                data, "train", trainer=trainer, model=model, passed=True, failed=True
+            )
+            training = ContinuedTraining(trainer, model, [source], 3)
             try:
-                training = ContinuedTraining(trainer, model, known, 3)
                 state = training(seconds=seconds, seed=0, clock=StageTimer(), renew=look)
+                result = "nothing" if state is None else "weights"
             except (OtherRankError, ZeroDivisionError) as error:
-                said = type(error).__name__
-            else:
-                said = "nothing" if state is None else "weights"
+                result = type(error).__name__
         # If a rank were elsewhere, this would not add up.
         together = Collective.current(model.device).sum(torch.tensor([100 + trainer.global_rank]))
-        return f"{said}, {int(together)}"
+        return f"{result}, {int(together)}"
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_all_ranks_leave_a_training_in_one_way(tmp_path: Path) -> None:
-    shown = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    where = {
-        "accelerator": "cpu",
-        "devices": 2,
-        "strategy": spawning(),
-        "default_root_dir": tmp_path,
-    }
-    trainer = Trainer(max_epochs=1, logger=False, callbacks=[Continue(tmp_path)], **where, **shown)
+    trainer = quiet_trainer(
+        max_epochs=1,
+        devices=2,
+        strategy=spawning(),
+        default_root_dir=tmp_path,
+        callbacks=[Continue(tmp_path)],
+    )
     trainer.fit(Net(), DataLoader(TensorDataset(*blobs(32)), 4, collate_fn=collate))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert list(ranks[0]) == list(ranks[1])

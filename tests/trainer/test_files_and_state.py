@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning_package import BoringModel, LightningModule, ModelCheckpoint, RandomDataset, Trainer
+from lightning_package import (
+    BoringModel,
+    LightningModule,
+    ModelCheckpoint,
+    RandomDataset,
+    quiet_trainer,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 from toy_repairs import known, quick, trained
@@ -27,15 +33,12 @@ from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
 from lightning_nrl.report.sample_views import SampleView
 
 
-def trainer_in(
-    folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True, logger: Any = None
-) -> Any:
-    logger = SimpleNamespace(log_dir=str(log_dir)) if log_dir else logger
+def trainer_in(folder: Any, logger: Any = None) -> Any:
     return SimpleNamespace(
         loggers=[logger] if logger else [],
         default_root_dir=folder,
-        fast_dev_run=fast,
-        is_global_zero=first,
+        fast_dev_run=0,
+        is_global_zero=True,
         strategy=SimpleNamespace(broadcast=lambda x: x),
     )
 
@@ -48,21 +51,15 @@ def folder_of(dirpath: Any, trainer: Any, name: str = "repair") -> tuple[Path, s
 
 
 def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
-    assert folder_of(None, trainer_in(tmp_path))[0] == tmp_path / "repair"
-    assert (
-        folder_of(None, trainer_in(tmp_path, tmp_path / "version_0"))[0]
-        == tmp_path / "version_0" / "repair"
-    )
     remote = SimpleNamespace(log_dir=None, save_dir=None, name="digits", version="x7k2")
-    assert (
-        folder_of(None, trainer_in(tmp_path, logger=remote))[0]
-        == tmp_path / "digits" / "x7k2" / "repair"
-    )
     local = SimpleNamespace(log_dir=None, save_dir=str(tmp_path / "runs"), name=None, version=3)
-    assert (
-        folder_of(None, trainer_in(tmp_path, logger=local))[0]
-        == tmp_path / "runs" / "version_3" / "repair"
-    )
+    for logger, folder in (
+        (None, "repair"),
+        (SimpleNamespace(log_dir=str(tmp_path / "version_0")), "version_0/repair"),
+        (remote, "digits/x7k2/repair"),
+        (local, "runs/version_3/repair"),
+    ):
+        assert folder_of(None, trainer_in(tmp_path, logger))[0] == tmp_path / folder
 
 
 def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path: Path) -> None:
@@ -72,14 +69,6 @@ def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path:
         (folder / "report.json").touch()
         assert folder_of(tmp_path / "mine", trainer_in(tmp_path)) == (tmp_path / "mine", "repair")
         (tmp_path / "mine" / "report.json").touch()
-
-
-def test_a_fast_run_has_no_files_and_the_first_rank_makes_the_folder(tmp_path: Path) -> None:
-    assert report_files(
-        tmp_path / "mine", trainer_in(tmp_path, fast=1), "repair", REPORT_FILES
-    ) == ({}, "repair")
-    report_files(None, trainer_in(tmp_path, first=False), "repair", REPORT_FILES)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("dirpath", "root"), [("s3://bucket/a", "."), (None, "gs://bucket/a")])
@@ -115,20 +104,18 @@ def test_a_text_of_another_process_is_taken_once_and_no_file_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    box, own = ResultBox(), os.getpid()
+    box, process = ResultBox(), os.getpid()
     box.put(lambda: pytest.fail("nobody waits for it"))
-    assert not list(tmp_path.iterdir())
-    for _ in range(2):
-        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: process + 1)
         box.put(lambda: "of another")
         assert box.take() == ""
-        monkeypatch.setattr(os, "getpid", lambda: own)
     assert (box.take(), box.take()) == ("of another", "")
     assert not list(tmp_path.iterdir())
 
 
 class Slim(LightningModule):
-    """Leaves its frozen part out of checkpoints, and has a state that is no tensor."""
+    """Leaves its frozen part out of checkpoints."""
 
     strict_loading = False
 
@@ -136,12 +123,6 @@ class Slim(LightningModule):
         super().__init__()
         self.head, self.frozen = nn.Linear(2, 2), nn.BatchNorm1d(2)
         nn.init.constant_(self.head.weight, value)
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"version": 1}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        pass
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {
@@ -183,20 +164,11 @@ def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(
 
 @pytest.mark.parametrize(
     ("limits", "epochs"),
-    [
-        ({}, 3),
-        ({"limit_train_batches": 2}, 2),
-        ({"max_steps": 1}, 1),
-        ({"max_steps": 7}, 2),
-        ({"max_steps": 9}, 2),
-    ],
+    [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 9}, 2)],
 )
 def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
     """An epoch has 4 batches."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits
-    )
+    trainer = quiet_trainer(max_epochs=3, **limits)
     four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
     trainer.fit(BoringModel(), four_batches)
     assert epochs_of(trainer) == epochs

@@ -69,29 +69,6 @@ def test_a_second_head_that_adds_to_the_logits_is_one() -> None:
     ]
 
 
-class Smoothed(nn.Module):
-    """Keeps a mean of its logits in a plain attribute, and a head that nothing comes of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.classes, self.idle = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-        self.mean, self.noted = torch.zeros(3), [torch.zeros(3)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.body(x))
-        self.noted[0] += 0.1 * self.idle(features).mean(0)
-        logits: Tensor = self.classes(features)
-        self.mean = 0.9 * self.mean + 0.1 * logits.mean(0)
-        return logits
-
-
-def test_what_a_model_holds_in_plain_attributes_does_not_become_nan() -> None:
-    model, raw = Smoothed(), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
-    assert called_layers(model, Evaluator(model), first, raw) == ["body", "classes"]
-    assert model.mean.isfinite().all()
-    assert model.noted[0].isfinite().all()
-
-
 def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_have_a_part() -> None:
     model, raw = FirstOutput(Heads()), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     model.net.get_submodule("classes").requires_grad_(False)

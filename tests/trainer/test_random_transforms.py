@@ -86,16 +86,6 @@ def test_random_samples_stand_still_with_numbers_of_their_own(
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_other_generators_and_collate_functions_that_draw_are_noticed() -> None:
-    def collate(batch: list[Any]) -> Any:
-        x, y = default_collate(batch)
-        return x + torch.rand(()), y
-
-    own = Numbers(lambda i: by_own_generator(i) if i % 2 else float(i))
-    assert check_stability(SeededDataset(own, 0), range(8), default_collate) == 4
-    assert check_stability(SeededDataset(Numbers(float), 0), range(8), collate) == 8
-
-
 def test_what_cannot_be_read_again_is_named_with_its_split() -> None:
     sources = [source(float), source(by_own_generator, "repair"), source(by_all, "test")]
     with pytest.warns(
@@ -201,12 +191,12 @@ def viewed(train: Dataset[Any], *validation: Dataset[Any]) -> LoaderSource:
 def test_two_data_sets_over_the_same_images_split_by_position() -> None:
     train, val = Images(0, 6, jitter), Images(0, 6, clean)
     data = Subset(train, [5, 0, 2])
-    found = viewed(data, Subset(val, [1, 3, 4]))
-    assert found.has_validation_view
-    assert inputs(found) == [150.0, 100.0, 120.0]
+    view = viewed(data, Subset(val, [1, 3, 4]))
+    assert view.has_validation_view
+    assert inputs(view) == [150.0, 100.0, 120.0]
     # The training goes on with what the user made.
-    assert found.loader.dataset is data
-    assert found.identity.tolist() == [[id(train), 5], [id(train), 0], [id(train), 2]]
+    assert view.loader.dataset is data
+    assert view.identity.tolist() == [[id(train), 5], [id(train), 0], [id(train), 2]]
     assert train.transform is jitter
 
 
@@ -236,6 +226,4 @@ JITTERED = Images(0, 6, jitter)
     ],
 )
 def test_a_view_that_may_show_other_samples_is_not_taken(train: Any, validation: Any) -> None:
-    found = viewed(train, *validation)
-    assert not found.has_validation_view
-    assert found.samples.dataset is train
+    assert not viewed(train, *validation).has_validation_view

@@ -55,24 +55,11 @@ def views(
 
 
 def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
-    found = views(IMAGES, REPAIRED, BROKEN)
-    assert [(view.split, view.id, view.flip) for view in found] == [
-        ("val", 0, "broken"),
-        ("val", 2, "repaired"),
-    ]
-    assert found[0].caption == "0: true cat, cat -> dog, margin 0.5 -> -1"
-    for view in found:
-        assert (view.pixels.shape, view.pixels.dtype) == ((4, 4, 3), np.uint8)
-        assert (view.pixels[0, 0].tolist(), view.pixels[3, 3].tolist()) == ([0] * 3, [255] * 3)
-
-
-def test_a_series_of_features_is_no_picture_unless_the_model_convolves() -> None:
-    series = torch.arange(3 * 6 * 5.0).reshape(3, 6, 5)
-    assert views(series, BROKEN) == ()
-    (image,) = views(series, BROKEN, model=nn.Sequential(nn.Conv2d(1, 1, 3)))
-    assert image.pixels.shape == (6, 5, 3)
-    (image,) = views(series.byte(), BROKEN)
-    assert image.pixels.shape == (6, 5, 3)
+    broken, repaired = views(IMAGES, REPAIRED, BROKEN)
+    assert (broken.id, broken.flip, repaired.id) == (0, "broken", 2)
+    assert broken.caption == "0: true cat, cat -> dog, margin 0.5 -> -1"
+    assert (broken.pixels.shape, broken.pixels.dtype) == ((4, 4, 3), np.uint8)
+    assert (broken.pixels[0, 0].tolist(), broken.pixels[3, 3].tolist()) == ([0] * 3, [255] * 3)
 
 
 def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
@@ -83,6 +70,13 @@ def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
     assert (image.pixels.shape, image.pixels.min(), image.pixels.max()) == ((5, 6, 3), 128, 128)
     with pytest.warns(DataWarning, match=r"`render`: .*ZeroDivisionError"):
         assert views(rows, BROKEN, render=lambda sample: 1 / 0) == ()
+
+
+def test_names_of_classes_are_found_in_subsets_and_unions() -> None:
+    plain, named = TensorDataset(torch.zeros(4)), TensorDataset(torch.zeros(4))
+    named.classes = ["cat", "dog"]
+    union = ConcatDataset([plain, Subset(named, [1])])
+    assert class_names([source(plain), source(union)]) == ("cat", "dog")
 
 
 BANDS = torch.arange(5.0)[:, None, None] / 10
@@ -100,15 +94,15 @@ ROWS = torch.tensor([[0.5, 2.0, -1.0]])
         (BANDS[:, None].expand(5, 3, 4, 4), [51] * 3),  # the middle of a film
         (torch.zeros(0), None),
         (torch.zeros(3, 2, 2), None),
-        (torch.zeros(2, 4, 4, dtype=torch.complex64), None),
         (ROWS, "0: 0.5\n1: 2\n2: -1"),
-        (ROWS.T.expand(3, 2), "0: 0.5\n1: 0.5\n2: 2\n3: 2\n4: -1\n5: -1"),
         (torch.tensor([7, 42, 0]), "tokens: 7 42 0"),
     ],
 )
 def test_an_input_is_shown_as_what_it_looks_like(x: Tensor, shown: Any) -> None:
-    found = display(x)
-    assert (found[0, 0].tolist() if isinstance(found, np.ndarray) else found) == shown
+    view = display(x)
+    if isinstance(view, np.ndarray):
+        view = view[0, 0].tolist()
+    assert view == shown
 
 
 def test_long_rows_are_cut_and_words_go_before_tokens() -> None:
@@ -129,16 +123,11 @@ def test_a_normalisation_is_found_in_wrapped_data_sets_and_nested_transforms() -
             transforms=[object(), Normalize([0.5, 0.4, 0.3], torch.tensor([0.2, 0.2, 0.1]))]
         )
     )
-    found = find_normalization(ConcatDataset([Subset(inner, [0])]))
-    assert found == (pytest.approx((0.5, 0.4, 0.3)), pytest.approx((0.2, 0.2, 0.1)))
+    mean, std = (pytest.approx((0.5, 0.4, 0.3)), pytest.approx((0.2, 0.2, 0.1)))
+    assert find_normalization(ConcatDataset([Subset(inner, [0])])) == (mean, std)
     assert find_normalization(images(Normalize(0.5, 0.25))) == ((0.5,), (0.25,))
-    for other in (
-        images(None),
-        images(Normalize("mean", None)),
-        images(Normalize([0.5], [0.1, 0.2])),
-        object(),
-    ):
-        assert find_normalization(other) is None
+    assert find_normalization(images(None)) is None
+    assert find_normalization(images(Normalize([0.5], [0.1, 0.2]))) is None
 
 
 def test_a_normalisation_is_undone_if_it_can_be_that_of_the_image() -> None:
@@ -147,21 +136,5 @@ def test_a_normalisation_is_undone_if_it_can_be_that_of_the_image() -> None:
     normalised = (true - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     shown, expected = display(normalised, normalization=(mean, std)), to_pixels(true)
     assert abs(shown.astype(int) - expected.astype(int)).max() <= 1  # type: ignore[union-attr]
-    other = display(10 * normalised, normalization=(mean, std))
-    assert (other.min(), other.max()) == (0, 255)  # type: ignore[union-attr]  # stretched
-
-
-class Named(TensorDataset):
-    def __init__(self, classes: Any) -> None:
-        super().__init__(torch.zeros(4))
-        self.classes = classes
-
-
-def test_names_of_classes_are_found_in_subsets_and_unions() -> None:
-    plain, named = TensorDataset(torch.zeros(4)), Named(["cat", "dog"])
-    assert class_names([source(plain), source(ConcatDataset([plain, Subset(named, [1])]))]) == (
-        "cat",
-        "dog",
-    )
-    for classes in (None, [], 10, ["cat", 3], "cats", torch.arange(2)):
-        assert class_names([source(plain), source(Named(classes))]) == ()
+    stretched = display(10 * normalised, normalization=(mean, std))
+    assert (stretched.min(), stretched.max()) == (0, 255)  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -125,12 +125,12 @@ class CheckpointWriter(WrappingCheckpointIOBase):
         # True if `torch.load` reads the file.
         self.is_plain = type(inner) in classes("pytorch.plugins.io.TorchCheckpointIO")
         self.error: Exception | None = None
-        self.state_dict: object = None  # state dict of the checkpoint to write
+        self.state_dict: Mapping[str, Any] = {}  # of the checkpoint to write
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        self.state_dict = checkpoint.get("state_dict")
+        self.state_dict = checkpoint.get("state_dict", {})
         if self.error is not None:  # no folder to write to
             return
         try:
@@ -145,11 +145,9 @@ class CheckpointWriter(WrappingCheckpointIOBase):
 @contextmanager
 def writing_checkpoint(trainer: Trainer) -> Iterator[CheckpointWriter]:
     """Replaces the trainer's checkpoint plugin by a `CheckpointWriter` for a block."""
-    strategy = trainer.strategy
-    stored = strategy.checkpoint_io
-    writer = CheckpointWriter(stored)
-    strategy.checkpoint_io = writer
+    stored = trainer.strategy.checkpoint_io
+    trainer.strategy.checkpoint_io = writer = CheckpointWriter(stored)
     try:
         yield writer
     finally:
-        strategy.checkpoint_io = stored
+        trainer.strategy.checkpoint_io = stored

@@ -235,18 +235,15 @@ def _write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
             facts = FactList(tuple((view.caption, view.text) for view in views))
             text = Page((Heading(title), facts)).markdown()
             run.add_text(tag(SAMPLES_TAG, name, title), text, step)
-        tensors = (log.changes or {}).values()
-        changes = [tensor.detach().float().flatten().cpu() for tensor in tensors]
+        changes = [change.detach().float().flatten().cpu() for change in log.changes.values()]
         change = torch.cat([torch.zeros(0), *changes])
         if change.any():
             run.add_histogram(tag(WEIGHTS_TAG, name), change[change != 0], step)
-        trained = log.hparams or {}
-        _, start, end = hparams({**_flat(trained), **_asked(log.report)}, {})
-        for summary in (_experiment(trained), start, end):
+        _, start, end = hparams(_flat(log.hparams) | _asked(log.report), {})
+        for summary in (_experiment(log.hparams), start, end):
             run._get_file_writer().add_summary(summary)
         if log.drawn:  # last, since a figure may fail
-            image = image_of(log.summary)
-            run.add_image(tag(SUMMARY_TAG, name), image, step, dataformats="HWC")
+            _add_figures(run, {"": log.summary}, SUMMARY_TAG, name, step)
             _add_figures(run, log.figures, FIGURE_TAG, name, step)
             _add_figures(run, log.galleries, SAMPLES_TAG, name, step)
         else:

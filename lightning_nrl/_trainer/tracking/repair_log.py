@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,9 +40,11 @@ class RepairLog:
     report: RepairReport
     step: int  # training step of the repair
     name: str = "repair"  # prefix of tags and sub-runs
-    changes: Mapping[str, Tensor] | None = None  # changes of whole tensors by name
+    changes: Mapping[str, Tensor] = field(default_factory=dict)  # changes of whole tensors by name
     views: Sequence[SampleView] = ()
-    hparams: Mapping[str, Any] | None = None  # hyperparameters that the training logged
+    hparams: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # hyperparameters that the training logged
 
     @property
     def points(self) -> list[tuple[int, Scalars]]:

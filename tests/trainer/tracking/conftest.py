@@ -96,18 +96,3 @@ def refused() -> RepairReport:
         seed=3,
         **ASKED,
     )
-
-
-@pytest.fixture
-def nothing() -> RepairReport:
-    """No failure to repair: neither localisation nor search was reached."""
-    return RepairReport(
-        status="nothing to repair",
-        reason="no failed sample of val is in the target (label 3).",
-        splits=(
-            SplitReport(
-                "val", "known", TargetCounts(100, 0, 0, 0, targeted=0, repaired_in_target=0)
-            ),
-        ),
-        **ASKED,
-    )
