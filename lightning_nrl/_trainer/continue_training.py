@@ -26,7 +26,7 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     Loaders,
-    callbacks_of,
+    callbacks_of_class,
     combined_like,
     data_module_of,
 )
@@ -105,7 +105,7 @@ class ContinuedTraining(Training):
         return ranks.first_text(ranks.all_or_none(self._obstacle_here, failed))
 
     def _obstacle_here(self) -> str:
-        if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
+        if callbacks_of_class(self.trainer, ModelPruning):
             return "pruned weights would not stay 0"
         if len(loaders_in(self.trained_on)) > 1:
             return ""  # several loaders are used as they are

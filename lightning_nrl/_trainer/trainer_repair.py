@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from lightning_nrl._trainer.continue_training import Augment, ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
-from lightning_nrl._trainer.flipped_samples import class_names, sample_views
+from lightning_nrl._trainer.flipped_samples import Render, class_names, sample_views
 from lightning_nrl._trainer.history_callback import HistoryCallback
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
@@ -17,7 +17,11 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     rank_zero_warn,
 )
-from lightning_nrl._trainer.lightning.private_parts import batch_limit, callbacks_of, validating
+from lightning_nrl._trainer.lightning.private_parts import (
+    batch_limit,
+    callbacks_of_class,
+    validating,
+)
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.progress import RepairProgress
@@ -32,7 +36,6 @@ from lightning_nrl.methods import Method
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import Reference
 
@@ -61,18 +64,16 @@ class TrainedModel:
         Raises the error if it names over half of a split.
         """
         known = _without(self.known, error)
-        unseen = _without(self.unseen, error)
-        calibration = _without(self.calibration, error)
-        rank_zero_warn(DataWarning(f"left out: {error.problem}", error.hint))
-        notes = f"Left out: {error.problem} {self.notes}".rstrip()
-        return replace(
+        reduced = replace(
             self,
             known=known,
-            unseen=unseen,
-            calibration=calibration,
+            unseen=_without(self.unseen, error),
+            calibration=_without(self.calibration, error),
             training=replace(self.training, known=known),
-            notes=notes,
+            notes=f"Left out: {error.problem} {self.notes}".rstrip(),
         )
+        rank_zero_warn(DataWarning(f"left out: {error.problem}", error.hint))
+        return reduced
 
 
 def _without(sources: Sequence[LoaderSource], error: UnusableSamplesError) -> list[LoaderSource]:
@@ -155,11 +156,11 @@ class TrainerRepair:
                     trained = trained.without(error)
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             report = replace(outcome.report, reason=reason, class_names=class_names(trained.known))
-            views: tuple[SampleView, ...] = ()
             if trainer.is_global_zero:
-                render = cast(Callable[[Any], Any] | None, self.data.known.render)
+                render = cast(Render | None, self.data.known.render)
                 views = sample_views(report, trained.sources, render, model=trained.model)
-            return replace(outcome, report=report, views=views)
+                outcome = replace(outcome, views=views)
+            return replace(outcome, report=report)
 
     @contextmanager
     def opened(
@@ -177,7 +178,7 @@ class TrainerRepair:
                 describe_limits(trainer, trained.known),
                 report_stability(trained.sources),
             ]
-            notes = " ".join(sentence for sentence in sentences if sentence)
+            notes = " ".join(filter(None, sentences))
             yield replace(trained, observer=progress, notes=notes)
 
     def _open_data(
@@ -203,10 +204,7 @@ class TrainerRepair:
 def _history_callback(settings: Settings, trainer: Trainer) -> HistoryCallback | None:
     if not settings.localizer.needs_history:
         return None
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, HistoryCallback):
-            return callback
-    return None
+    return next(iter(callbacks_of_class(trainer, HistoryCallback)), None)
 
 
 def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
@@ -216,19 +214,16 @@ def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
         settings = replace(settings, search=replace(settings.search, localizer=localizer))
     method = settings.method
     if isinstance(method, Method) and method.needs_checkpoints:
-        paths = [
-            path
-            for callback in _best_checkpoint_callbacks(trainer)
-            for path in sorted(callback.best_k_models)
-        ]
-        settings = replace(settings, method=method.with_checkpoints(paths)) if paths else settings
+        paths: list[str] = []
+        for callback in _best_checkpoint_callbacks(trainer):
+            paths += sorted(callback.best_k_models)
+        if paths:
+            settings = replace(settings, method=method.with_checkpoints(paths))
     return settings
 
 
 def _best_checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
-    callbacks = [
-        callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)
-    ]
+    callbacks = callbacks_of_class(trainer, ModelCheckpoint)
     return [best for best in callbacks if best.monitor is not None and best.save_top_k != 0]
 
 

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from lightning_nrl._trainer import step_outputs
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
-from lightning_nrl._trainer.lightning.private_parts import callbacks_of, trainer_of, validating
+from lightning_nrl._trainer.lightning.private_parts import (
+    callbacks_of_class,
+    trainer_of,
+    validating,
+)
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
 from lightning_nrl._trainer.reference_copy import (
     check_other_model,
@@ -107,7 +111,7 @@ class PositiveCongruentTraining(CallbackBase):
         if stage != "fit":
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
-        if sum(isinstance(c, PositiveCongruentTraining) for c in callbacks_of(trainer)) > 1:
+        if len(callbacks_of_class(trainer, PositiveCongruentTraining)) > 1:
             raise ConfigurationError(
                 "`callbacks`: there are several PositiveCongruentTraining.",
                 "keep one, and give it all terms as `term=[...]`.",
@@ -249,7 +253,6 @@ def regression_loss(module: LightningModule, batch: object, output: object) -> T
     """
     trainer = trainer_of(module)
     if trainer is not None and trainer.training:
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, PositiveCongruentTraining):
-                return callback.loss(module, batch, output)
+        for callback in callbacks_of_class(trainer, PositiveCongruentTraining):
+            return callback.loss(module, batch, output)
     return torch.zeros((), device=module.device)

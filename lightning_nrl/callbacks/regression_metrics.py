@@ -46,7 +46,7 @@ from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
-from lightning_nrl.evaluation.slices import SliceRecorder, Slices, slice_tags
+from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.release import check_reference
@@ -69,8 +69,6 @@ class ReferenceResults:
     once: Tensor
     group: Tensor  # `n` int64, index of the sample's slice in `names`, or -1
     names: tuple[str, ...]  # names of the slices, the same on every rank
-    # `Probe.parts`: name of the submodule that returns the new model's output; may be empty
-    parts: tuple[str, ...]
     adapter: Adapter  # the user's adapter, bound to the new model
 
 
@@ -101,51 +99,6 @@ def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[An
     limit = limits[dataloader]
     n_batches = None if limit == math.inf else int(limit)
     return check_loader(loaders[dataloader], "val", hint), n_batches
-
-
-def evaluate_reference(
-    reference: Reference,
-    trainer: Trainer,
-    model: LightningModule,
-    *,
-    dataloader: int = 0,
-    slices: Slices | None = None,
-    task: Task,
-    adapter: Adapter,
-) -> ReferenceResults:
-    """Evaluates the replaced and the new model on validation data. Neither model changes."""
-    collective = Collective.current(model.device)
-    loader, limit = _validation_loader(trainer, dataloader)
-    with random_state(), validating(trainer):
-        batches = _batches_in_order(loader, limit)
-        positions = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
-        by_rank = collective.gather(positions)
-        # The source sorts the positions.
-        sampler = SubsetRandomSampler(torch.cat(by_rank).tolist())
-        batch_size = max(map(len, batches), default=1)
-        loader_in_order = loader_like(
-            loader, loader.dataset, batch_size=batch_size, sampler=sampler
-        )
-        source = make_source(loader_in_order, "val", trainer=trainer, model=model, adapter=adapter)
-        evaluator, ((source,),) = open_sources(trainer, model, task, [source])
-        recorder = SliceRecorder(source, slices, task)
-        probe = Probe(model)
-        with preserve_state(model):
-            new = evaluator.run([recorder], forward=probe)
-        answers = reference.answers(evaluator, [source], new)
-    names, group = recorder.named(collective)
-    rows = torch.searchsorted(source.index, positions)
-    return ReferenceResults(
-        loader,
-        order=batches,
-        passed=answers.passed[rows],
-        label=new.label[rows],
-        once=_first_occurrences(by_rank)[collective.rank],
-        group=group[rows],
-        names=names,
-        parts=probe.parts or (),
-        adapter=source.adapter,
-    )
 
 
 def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
@@ -379,16 +332,41 @@ class RegressionMetrics(CallbackBase):
         # The counts are the same on every rank; `sync_dist` only silences a warning of Lightning.
         pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:
-        results = evaluate_reference(
-            self.reference,
-            trainer,
-            pl_module,
-            dataloader=self.dataloader,
-            slices=self.slices,
-            task=self.task,
-            adapter=self.adapter,
+    def _evaluate_reference(self, trainer: Trainer, model: LightningModule) -> ReferenceResults:
+        """Evaluates the replaced and the new model on validation data. Neither model changes."""
+        collective = Collective.current(model.device)
+        loader, limit = _validation_loader(trainer, self.dataloader)
+        probe = Probe(model)
+        with random_state(), validating(trainer):
+            batches = _batches_in_order(loader, limit)
+            positions = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
+            by_rank = collective.gather(positions)
+            loader_in_order = loader_like(
+                loader,
+                loader.dataset,
+                batch_size=max(map(len, batches), default=1),
+                # The source sorts the positions.
+                sampler=SubsetRandomSampler(torch.cat(by_rank).tolist()),
+            )
+            source = make_source(
+                loader_in_order, "val", trainer=trainer, model=model, adapter=self.adapter
+            )
+            evaluator, ((source,),) = open_sources(trainer, model, self.task, [source])
+            recorder = SliceRecorder(source, self.slices, self.task)
+            with preserve_state(model):
+                new = evaluator.run([recorder], forward=probe)
+            answers = self.reference.answers(evaluator, [source], new)
+        self._outputs.attach(model, probe.parts or ())
+        names, group = recorder.named(collective)
+        rows = torch.searchsorted(source.index, positions)
+        self._reference_results = ReferenceResults(
+            loader,
+            order=batches,
+            passed=answers.passed[rows],
+            label=new.label[rows],
+            once=_first_occurrences(by_rank)[collective.rank],
+            group=group[rows],
+            names=names,
+            adapter=source.adapter,
         )
-        self._outputs.attach(pl_module, results.parts)
-        self._reference_results = results
-        return results
+        return self._reference_results

@@ -17,7 +17,7 @@ from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
 )
-from lightning_nrl._trainer.lightning.private_parts import callbacks_of, starts_own_processes
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of_class, starts_own_processes
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import (
@@ -93,12 +93,11 @@ def without_training(
 
     If `work` returns an outcome, saves, logs and applies it.
     """
-    for attached in callbacks_of(trainer):
-        if isinstance(attached, RepairCallback):
-            raise ConfigurationError(
-                f"`trainer` has a {type(attached).__name__} of its own.",
-                "use a trainer without it, or call `fit`.",
-            )
+    for attached in callbacks_of_class(trainer, RepairCallback):
+        raise ConfigurationError(
+            f"`trainer` has a {type(attached).__name__} of its own.",
+            "use a trainer without it, or call `fit`.",
+        )
     if trainer.min_epochs or (trainer.min_steps or 0) > 0:
         raise ConfigurationError(
             "`trainer` has `min_epochs` or `min_steps`, which make it train.",

@@ -294,10 +294,7 @@ class Talkative(Net):
 
 def test_what_is_logged_on_the_way_goes_nowhere(tmp_path: Path, capsys: Any, recwarn: Any) -> None:
     logger = CSVLogger(tmp_path)
-    state = fit(
-        Talkative(), Continue(), logger=logger, log_every_n_steps=1, enable_progress_bar=False
-    )
-    assert state is not None
+    assert fit(Talkative(), Continue(), logger=logger, log_every_n_steps=1) is not None
     (folder,) = {str(path) for (path,) in noted("log")}
     assert str(tmp_path) not in folder
     assert not Path(folder).exists()

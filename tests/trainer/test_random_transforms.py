@@ -18,7 +18,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     Subset,
-    TensorDataset,
     default_collate,
 )
 
@@ -175,10 +174,6 @@ def clean(x: Tensor) -> Tensor:
     return x + 100
 
 
-def shifted(x: Tensor) -> Tensor:
-    return x + 200
-
-
 def inputs(source: LoaderSource) -> list[float]:
     return torch.cat([batch.args[0] for batch in source]).flatten().tolist()
 
@@ -213,16 +208,14 @@ JITTERED = Images(0, 6, jitter)
     ("train", "validation"),
     [
         (Subset(JITTERED, [5, 0, 2]), [Subset(JITTERED, [1, 3, 4])]),  # one transform for both
-        (Images(0, 3, shifted), [Images(7, 2, clean)]),  # nothing is drawn
-        (JITTERED, [Images(7, 2, clean), Images(7, 2, shifted)]),  # which of the two
+        (Images(0, 3, Tensor.neg), [Images(7, 2, clean)]),  # nothing is drawn
+        (JITTERED, [Images(7, 2, clean), Images(7, 2, Tensor.neg)]),  # which of the two
         (JITTERED, [Flipped(0, 3, clean)]),
         (Flipped(0, 3, jitter), [Flipped(7, 2, clean)]),
-        *(
-            (JITTERED, [Images(7, 2, fits_not)])
-            for fits_not in (Tensor.long, lambda x: x[7], lambda x: jitter(x))
-        ),
+        (JITTERED, [Images(7, 2, Tensor.long)]),
+        (JITTERED, [Images(7, 2, lambda x: x[7])]),
+        (JITTERED, [Images(7, 2, lambda x: jitter(x))]),
         (JITTERED, [Images(7, 2, lambda x: x.expand(10, 1))]),
-        (TensorDataset(torch.zeros(2), torch.zeros(2)), [Images(7, 2, clean)]),
     ],
 )
 def test_a_view_that_may_show_other_samples_is_not_taken(train: Any, validation: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -25,6 +25,8 @@ from lightning_nrl.data.batch import RawBatch, with_plain_tensors
 
 Loaders: TypeAlias = Any  # a data loader, or loaders in lists, mappings or a CombinedLoader
 
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
+
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """Methods of a compiled module that Lightning replaces by bound functions."""
 
@@ -35,6 +37,10 @@ def _untyped(trainer: Trainer) -> Any:
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     return cast("list[Callback]", _untyped(trainer).callbacks)
+
+
+def callbacks_of_class(trainer: Trainer, kind: type[AnyCallback]) -> list[AnyCallback]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, kind)]
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
