@@ -19,6 +19,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import (
+    Loader,
     Loaders,
     batch_limit,
     data_module_of,
@@ -115,14 +116,14 @@ def _check_known(argument: str, value: object) -> object:
     return checked if len(checked) > 1 else checked[0]
 
 
-DataChoice: TypeAlias = str | DataLoader[Any] | None
+DataChoice: TypeAlias = str | Loader | None
 """The name of a split, a data loader, or no data."""
 
 
 class NamedLoader(NamedTuple):
     """A data loader and its name in reports."""
 
-    loader: DataLoader[Any]
+    loader: Loader
     name: str
 
     @property
@@ -344,7 +345,7 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Loaders
         return hook()
 
 
-def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
+def overfit_limit(trainer: Trainer, loader: Loader) -> int | None:
     """Returns the number of batches to which `overfit_batches` limits a loader, or None."""
     share = overfit_batches(trainer)
     if isinstance(share, float) and share:

@@ -25,7 +25,12 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
-from lightning_nrl._trainer.lightning.private_parts import prepare_batch, sampler_of
+from lightning_nrl._trainer.lightning.private_parts import (
+    Loader,
+    Loaders,
+    prepare_batch,
+    sampler_of,
+)
 from lightning_nrl._utils.preserve import (
     CpuRandomState,
     mixed_seed,
@@ -39,7 +44,6 @@ from lightning_nrl.data.batch import Adapter, Batch, RawBatch, Unpacked
 from lightning_nrl.data.sample_identity import base_samples
 from lightning_nrl.errors import ConfigurationError, RepairError
 
-Loader: TypeAlias = DataLoader[Any]
 AnyDataset: TypeAlias = Dataset[Any]
 Sample: TypeAlias = Any
 """What a data set returns for an index."""
@@ -200,7 +204,7 @@ class LoaderSource:
 
 
 def make_source(
-    loader: Any,
+    loader: Loaders,
     split: str,
     *,
     trainer: Trainer,
@@ -271,7 +275,7 @@ def split_and_loader(name: str) -> tuple[str, str]:
     return split, loader
 
 
-def loaders_in(data: Any) -> Mapping[str, Any]:
+def loaders_in(data: Loaders) -> Mapping[str, Loaders]:
     """Returns the loaders of a list, mapping or `CombinedLoader` by number or key, as text.
 
     A single loader is at `0`.
@@ -284,7 +288,7 @@ def loaders_in(data: Any) -> Mapping[str, Any]:
     return {str(i): loader for i, loader in enumerate(loaders)}
 
 
-def check_loader(data: Any, split: str, hint: str = "") -> Loader:
+def check_loader(data: Loaders, split: str, hint: str = "") -> Loader:
     """Returns the only loader in `data`; refuses data that cannot be read by index.
 
     `hint` replaces the hint of the error.

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nrl._trainer.lightning.packages import LightningModule
 from lightning_nrl._trainer.lightning.private_parts import is_compiled, original_module
-from lightning_nrl.data.batch import run_model
+from lightning_nrl.data.batch import Args, Kwargs, ModelOutput, run_model
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
@@ -23,11 +23,11 @@ from lightning_nrl.tasks import Task
 class Call(NamedTuple):
     """Arguments and output of a call of a module."""
 
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
+    args: Args
+    kwargs: Kwargs
     output: object
 
-    def takes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    def takes(self, args: Args, kwargs: Kwargs) -> bool:
         """True if the arguments of the call are identical to these."""
         if len(self.args) != len(args) or self.kwargs.keys() != kwargs.keys():
             return False
@@ -44,14 +44,14 @@ ONE_LINE = (
 
 @contextmanager
 def forward_hooks(
-    layers: Mapping[str, nn.Module], hook: Callable[[str, tuple[Any, ...], Any], object]
+    layers: Mapping[str, nn.Module], hook: Callable[[str, Args, ModelOutput], object]
 ) -> Iterator[None]:
     """Runs `hook(name, args, output)` after each call of a layer.
 
     A result other than None replaces the output.
     """
 
-    def run_hook(name: str, layer: nn.Module, args: tuple[Any, ...], output: object) -> object:
+    def run_hook(name: str, layer: nn.Module, args: Args, output: object) -> object:
         return hook(name, args, output)
 
     with ExitStack() as stack:
@@ -110,9 +110,7 @@ class OutputCapture:
         self._recorded.take()
         self._recorded.active = True
 
-    def end(
-        self, args: Sequence[object], kwargs: Mapping[str, object], *, redirected: bool
-    ) -> object:
+    def end(self, args: Args, kwargs: Kwargs, *, redirected: bool) -> object:
         """Ends recording. Returns the output of the call with these arguments, or of the first.
 
         Returns None if there was no call. `redirected` has the same meaning as in `calls`.
@@ -150,7 +148,7 @@ class Probe:
         self.model = model
         self.parts: tuple[str, ...] | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
         if self.parts is not None:
             return run_model(self.model, args, kwargs)
         outputs: dict[str, object] = {}
@@ -182,16 +180,16 @@ def logits_of(output: object, n: int, task: Task) -> Tensor | None:
 
 
 class ForwardPass(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: Args
+    kwargs: Kwargs
     logits: Tensor
 
 
 def find_forward_pass(
     name: str,
     calls: Sequence[Call],
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
+    args: Args,
+    kwargs: Kwargs,
     n: int,
     task: Task,
 ) -> ForwardPass:
@@ -271,7 +269,7 @@ class _FollowedHook:
             follower()
         return result
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A copy of the module has no followers.
         return {**vars(self), "followers": []}
 

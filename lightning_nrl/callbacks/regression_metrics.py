@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
-    DataLoader,
     DistributedSampler,
     RandomSampler,
     SubsetRandomSampler,
@@ -27,11 +26,17 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import (
+    Loader,
     sampler_of,
     validating,
     validation_loaders,
 )
-from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source, parse_adapter
+from lightning_nrl._trainer.loaders import (
+    check_loader,
+    loader_like,
+    make_source,
+    parse_adapter,
+)
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.tracking.scalars import update_numbers
@@ -61,7 +66,7 @@ class ReferenceResults:
     Tensors are on the CPU.
     """
 
-    loader: DataLoader[Any]
+    loader: Loader
     order: list[list[int]]  # data-set positions of the samples of each batch
     passed: Tensor  # `n` bool, True where the replaced model is right
     label: Tensor  # `n` int64, true classes; -1 if the task has no classes
@@ -72,7 +77,7 @@ class ReferenceResults:
     adapter: Adapter  # the user's adapter, bound to the new model
 
 
-def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
+def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[Loader, int | None]:
     validation = validation_loaders(trainer)
     if validation is None:
         raise ConfigurationError(
@@ -112,7 +117,7 @@ def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: in
         return _batches_in_order(loader, limit) == known.order
 
 
-def _batches_in_order(loader: DataLoader[Any], limit: int | None) -> list[list[int]]:
+def _batches_in_order(loader: Loader, limit: int | None) -> list[list[int]]:
     sampler, inner_sampler = sampler_of(loader)
     shuffles = isinstance(sampler, DistributedSampler) and sampler.shuffle
     if not shuffles and not isinstance(inner_sampler, RANDOM):
@@ -127,7 +132,7 @@ def _batches_in_order(loader: DataLoader[Any], limit: int | None) -> list[list[i
     )
 
 
-def _read_batches(loader: DataLoader[Any], limit: int | None) -> list[list[int]]:
+def _read_batches(loader: Loader, limit: int | None) -> list[list[int]]:
     return [list(map(int, batch)) for batch in islice(loader.batch_sampler or (), limit)]
 
 

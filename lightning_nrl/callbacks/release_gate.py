@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.folders import check_folder, report_files
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
-from lightning_nrl._trainer.lightning.private_parts import batch_limit
+from lightning_nrl._trainer.lightning.private_parts import Loader, batch_limit
 from lightning_nrl._trainer.loaders import (
     LoaderSource,
     check_loader,
@@ -174,9 +173,7 @@ class ReleaseGate(CallbackBase):
         return sources
 
 
-def _loaders_by_name(
-    data: object, stage: str, splits: Sequence[str] | None
-) -> dict[str, DataLoader[Any]]:
+def _loaders_by_name(data: object, stage: str, splits: Sequence[str] | None) -> dict[str, Loader]:
     loaders = loaders_in(data)
     names = [f"{stage}-{i}" for i in loaders]
     if isinstance(data, Mapping):

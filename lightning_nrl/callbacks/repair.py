@@ -18,7 +18,11 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     rank_zero_warn,
 )
-from lightning_nrl._trainer.lightning.private_parts import logged_hparams, state_key_of
+from lightning_nrl._trainer.lightning.private_parts import (
+    CheckpointState,
+    logged_hparams,
+    state_key_of,
+)
 from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
@@ -252,12 +256,12 @@ class RegressionFreeRepair(RepairCallback):
             trainer_checks.warn_without_step()
 
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
         self.add_to_checkpoint(checkpoint, pl_module, self.state_key)
 
     def add_to_checkpoint(
-        self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str
+        self, checkpoint: CheckpointState, pl_module: LightningModule, state_key: str
     ) -> None:
         """Writes the report, under `state_key`, and the repaired weights into a checkpoint.
 
@@ -269,7 +273,9 @@ class RegressionFreeRepair(RepairCallback):
             states = checkpoint.setdefault("callbacks", {})
             states.setdefault(state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not self._is_changed(pl_module)):
-            state = checkpoint.get("current_model_state", checkpoint["state_dict"])
+            state: dict[str, Tensor] = checkpoint.get(
+                "current_model_state", checkpoint["state_dict"]
+            )
             checkpoint["state_dict"] = state
             saved = saved_names(pl_module)
             unsaved = self._parameters.keys() - saved.values()

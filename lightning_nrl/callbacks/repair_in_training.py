@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._trainer.lightning.private_parts import rerun_validation
+from lightning_nrl._trainer.lightning.private_parts import CheckpointState, rerun_validation
 from lightning_nrl._trainer.step_outputs import follow_hook, release_hook
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import random_state
@@ -143,7 +143,7 @@ class RepairInTraining(RepairCallback):
         self.repair.on_test_start(trainer, pl_module)
 
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
         self.repair.add_to_checkpoint(checkpoint, pl_module, self.state_key)
         # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before

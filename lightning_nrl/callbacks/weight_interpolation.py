@@ -19,7 +19,7 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     rank_zero_warn,
 )
-from lightning_nrl._trainer.lightning.private_parts import batch_limit, validating
+from lightning_nrl._trainer.lightning.private_parts import CheckpointState, batch_limit, validating
 from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.reference_copy import check_other_model, parse_with_weights
@@ -219,7 +219,7 @@ class WeightInterpolation(CallbackBase):
         self._reference_state = {}
 
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
         if self._changed:  # otherwise weight averaging would save its average
             checkpoint["state_dict"].update(pl_module.state_dict())

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_utilities.core.imports import RequirementCache
 
@@ -20,6 +20,9 @@ from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, is_used
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.updates.rule_parsing import Require
+
+if TYPE_CHECKING:  # an optional dependency
+    import jsonargparse
 
 HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
 """Keys in a checkpoint under which LightningCLI saves the classes of model and data."""
@@ -36,6 +39,9 @@ REQUIRE = (
     "further condition on each split: not-worse (accuracy has not fallen; the default), "
     "better (sign test), any"
 )
+
+Values: TypeAlias = dict[str, Any]
+"""Values of arguments by name."""
 
 TypesAndHelp: TypeAlias = Mapping[str, tuple[Any, str]]
 """Type and help text of arguments by name."""
@@ -80,9 +86,9 @@ OWN_ARGUMENTS: Mapping[str, TypesAndHelp] = {
 class Project:
     """Model, data and options of a command."""
 
-    source: dict[str, Any]  # arguments for trainer, model, data module and checkpoint
-    options: dict[str, Any]  # arguments of `RegressionFreeRepair` that differ from the defaults
-    arguments: dict[str, Any]  # values of `PROJECT_ARGUMENTS` and `OWN_ARGUMENTS`
+    source: Values  # arguments for trainer, model, data module and checkpoint
+    options: Values  # arguments of `RegressionFreeRepair` that differ from the defaults
+    arguments: Values  # values of `PROJECT_ARGUMENTS` and `OWN_ARGUMENTS`
 
 
 def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Project:
@@ -166,10 +172,10 @@ class _ProjectArguments:
     """
 
     added: TypesAndHelp
-    config: Any
-    config_init: Any
+    config: jsonargparse.Namespace
+    config_init: jsonargparse.Namespace
 
-    def parse_arguments(self, parser: Any, args: Any) -> None:
+    def parse_arguments(self, parser: jsonargparse.ArgumentParser, args: Any) -> None:
         self.defaults = parser.get_defaults().repair
         self.config = parser.parse_args(args)
         if not any(self.config.get(name) for name in ("ckpt_path", "old", "new")):
@@ -179,7 +185,7 @@ class _ProjectArguments:
                 "if its own code loads them.",
             )
 
-    def add_arguments_to_parser(self, parser: Any) -> None:
+    def add_arguments_to_parser(self, parser: jsonargparse.ArgumentParser) -> None:
         parser.add_class_arguments(RegressionFreeRepair, "repair", instantiate=False)
         for name, (kind, purpose) in self.added.items():
             parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
@@ -200,13 +206,13 @@ class _ProjectArguments:
                 kept.append(entry)
         self.config.trainer.callbacks = kept or None
 
-    def _fill_in(self, options: Mapping[str, Any]) -> None:
+    def _fill_in(self, options: Values) -> None:
         repair = self.config.repair
         for name, value in options.items():
             if name in self.defaults and repair[name] == self.defaults[name]:
                 repair[name] = value
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Values:
         """Returns the options that differ from their defaults."""
         values, instances = self.config.repair, self.config_init.repair
         names = [name for name in vars(instances) if values[name] != self.defaults[name]]
@@ -222,7 +228,7 @@ def _early_arguments(program: str, arguments: Sequence[str]) -> dict[str, str | 
     parser.add_argument("--data", "--data.class_path")
     parser.add_argument("--ckpt_path")
     parsed = parser.parse_known_args(arguments)[0]
-    config: dict[str, Any] = {}
+    config: Values = {}
     for part in _configurations(parsed.config):
         config |= part
     return {
@@ -248,7 +254,7 @@ def _from_checkpoint(sketch: Mapping[str, str | None]) -> Iterator[str]:
             yield f"--{name}={entry}"
 
 
-def _configurations(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _configurations(paths: Sequence[str]) -> Iterator[Values]:
     import yaml
 
     for path in paths:

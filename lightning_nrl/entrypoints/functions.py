@@ -17,7 +17,12 @@ from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
 )
-from lightning_nrl._trainer.lightning.private_parts import callbacks_of_class, starts_own_processes
+from lightning_nrl._trainer.lightning.private_parts import (
+    CheckpointState,
+    Loaders,
+    callbacks_of_class,
+    starts_own_processes,
+)
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import (
@@ -53,8 +58,8 @@ def dry_fit(
     ckpt_path: str | Path | None,
     weights_only: bool,
     *,
-    train_dataloaders: Any,
-    val_dataloaders: Any,
+    train_dataloaders: Loaders,
+    val_dataloaders: Loaders,
     datamodule: LightningDataModule | None,
     whole: bool = False,
 ) -> Result:
@@ -130,7 +135,7 @@ class _WithoutTraining(CallbackBase):
         return self.callback.state_key
 
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
         self._saved_epochs = epochs_saved(checkpoint)
 
@@ -157,7 +162,7 @@ class _WithoutTraining(CallbackBase):
             self.callback.announce(trainer, self.outcome, name)
 
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
         self.callback.on_save_checkpoint(trainer, pl_module, checkpoint)
 

@@ -23,9 +23,13 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl.data.batch import RawBatch, with_plain_tensors
 
+Loader: TypeAlias = DataLoader[Any]
 Loaders: TypeAlias = Any  # a data loader, or loaders in lists, mappings or a CombinedLoader
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
+
+CheckpointState: TypeAlias = dict[str, Any]
+"""What a checkpoint file holds."""
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """Methods of a compiled module that Lightning replaces by bound functions."""
@@ -114,7 +118,7 @@ def given_loaders(trainer: Trainer, split: str) -> Loaders:
 
 
 def combined_like(
-    trainer: Trainer, loaders: Loaders, change: Callable[[DataLoader[Any]], DataLoader[Any]]
+    trainer: Trainer, loaders: Loaders, change: Callable[[Loader], Loader]
 ) -> Loaders:
     """Returns a `CombinedLoader` of the changed loaders, with the mode of the fit (`_mode`)."""
     combined = trainer.fit_loop._combined_loader
@@ -125,7 +129,7 @@ def combined_like(
     return combined
 
 
-def validation_loaders(trainer: Trainer) -> tuple[list[Any], list[int | float], str] | None:
+def validation_loaders(trainer: Trainer) -> tuple[list[Loaders], list[int | float], str] | None:
     """Returns the loaders of a validation, their batch limits and their mode, if there are any."""
     loop = trainer.validate_loop
     if trainer.state.fn == "fit":
@@ -157,7 +161,7 @@ def rerun_validation(trainer: Trainer) -> None:
         loop._seen_batches_per_dataloader.update(seen)
 
 
-def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
+def sampler_of(loader: Loader) -> tuple[Any, Any]:
     """Returns a loader's sampler twice, or one that Lightning made for ranks and its `_sampler`."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
