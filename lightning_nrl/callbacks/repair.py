@@ -273,9 +273,7 @@ class RegressionFreeRepair(RepairCallback):
             states = checkpoint.setdefault("callbacks", {})
             states.setdefault(state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not self._is_changed(pl_module)):
-            state: dict[str, Tensor] = checkpoint.get(
-                "current_model_state", checkpoint["state_dict"]
-            )
+            state = checkpoint.get("current_model_state") or checkpoint["state_dict"]
             checkpoint["state_dict"] = state
             saved = saved_names(pl_module)
             unsaved = self._parameters.keys() - saved.values()
