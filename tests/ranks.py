@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +34,12 @@ class _Group:
 class ThreadRank(Collective):
     group: _Group = field(default_factory=lambda: _Group(1))
 
-    def gather(self, x: Tensor) -> list[Tensor]:
+    def gather_objects(self, value: Any) -> list[Any]:
         # A copy, since this rank may go on and change its own tensor while others still read.
-        return self.group.exchange(self.rank, x.clone())
+        return self.group.exchange(self.rank, copy.deepcopy(value))
+
+    def of_first(self, value: Any) -> Any:
+        return self.gather_objects(value)[0]
 
     def sum(self, x: Tensor) -> Tensor:
         return torch.stack([y.long() if y.dtype == torch.bool else y for y in self.gather(x)]).sum(

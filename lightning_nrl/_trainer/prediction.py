@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import (
@@ -61,11 +59,12 @@ def open_sources(
     raw = ranks.all_or_none(first.first_batch, failed)
     adapter = first.adapter
     choose = partial(choose_prediction, model, evaluator, adapter, raw)
-    choice = _by_first_rank(ranks, ranks.all_or_none(choose, failed))
+    # The prediction may fail or differ on a single rank, so the first rank chooses for all.
+    choice = ranks.of_first(ranks.all_or_none(choose, failed))
     if choice is not None:
         adapter = partial(_adapt_raw, PredictStep(adapter, task, *choice), adapter)
     opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
-    layers = _by_first_rank(ranks, called_layers(model, evaluator, adapter, raw))
+    layers = ranks.of_first(called_layers(model, evaluator, adapter, raw))
     evaluator = replace(evaluator, called=layers)
 
     def check() -> None:
@@ -85,9 +84,6 @@ def open_sources(
     return evaluator, opened
 
 
-def _by_first_rank(ranks: Collective, choice: Any) -> Any:
-    # The prediction may fail or differ on a single rank, so the first rank chooses for all.
-    return json.loads(ranks.first_text(json.dumps(choice)))
 
 
 @torch.no_grad()

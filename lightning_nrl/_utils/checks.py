@@ -28,7 +28,9 @@ def as_tensor(value: T) -> T | Tensor:
         return value  # ragged lists, or tensors on a GPU or with gradients
     if array.shape == (0,) and isinstance(value, (list, tuple)):
         return torch.zeros(0, dtype=torch.bool)
-    return torch.as_tensor(array) if array.dtype.kind in "biuf" else value
+    if array.dtype.kind not in "biuf":
+        return value
+    return torch.as_tensor(array)
 
 
 def check_per_sample(
@@ -55,22 +57,22 @@ def check_per_sample(
 
 
 def _is_kind(value: Tensor, kind: Kind) -> bool:
-    if kind == "number":
-        return not value.is_complex()
+    is_bool = value.dtype == torch.bool
     if kind == "bool":
-        return value.dtype == torch.bool
-    is_whole = (
-        not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
-    )
-    return is_whole and not bool((value < 0).any())
+        return is_bool
+    if value.is_complex() or kind == "number":
+        return not value.is_complex()
+    return not (is_bool or value.is_floating_point() or (value < 0).any())
 
 
 def described(value: object) -> str:
     """Returns dtype and shape of a tensor or an array, or type and length of another value."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{value.dtype} {list(value.shape)}"
-    name = type(value).__name__
-    return f"{name} of length {len(value)}" if isinstance(value, Sized) else name
+    text = type(value).__name__
+    if isinstance(value, Sized):
+        text += f" of length {len(value)}"
+    return text
 
 
 def is_class(value: Any) -> bool:
@@ -93,9 +95,11 @@ def count_or_share(value: object) -> int | float | None:
     """Returns a whole number from 0 as int, a share in [0, 1] as float, None for another value."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, Integral):
-        return int(value) if int(value) >= 0 else None
-    return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None
+    if isinstance(value, Integral) and int(value) >= 0:
+        return int(value)
+    if isinstance(value, Real) and 0 <= float(value) <= 1:
+        return float(value)
+    return None
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
@@ -103,6 +107,8 @@ def read_number(where: str, text: str, hint: str) -> int | float:
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
+        if text.lstrip("+-").isdigit():
+            return int(text)
+        return float(text)
     except ValueError as error:
         raise ConfigurationError(f"{where}: {text!r} is no number.", hint) from error

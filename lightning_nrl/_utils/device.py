@@ -55,8 +55,8 @@ def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = T
         text = first_line(error)
     raise DeviceMemoryError(
         f"memory ran out while {doing}: {text}",
-        "free memory of the device, give `SearchOptions.memory_limit`, name a later `layer`, or take "
-        "smaller batches.",
+        "free memory of the device, give `SearchOptions.memory_limit`, name a later `layer`, or "
+        "take smaller batches.",
     )
 
 
@@ -65,11 +65,15 @@ Context = Callable[[], AbstractContextManager[object]]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x
 
 
 def widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    if device.type == "mps":
+        return torch.float32
+    return torch.float64
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

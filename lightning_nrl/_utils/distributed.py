@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl.errors import OtherRankError, RepairError, first_line
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 PACKAGE_ERRORS: dict[str, type[RepairError]] = {
     name: kind
     for name, kind in vars(errors).items()
@@ -62,31 +62,31 @@ class Collective:
         """Returns the tensors of all ranks, in rank order; sizes and dtypes may differ."""
         if self.world_size == 1:
             return [x]
-        rows = [x] * self.world_size
-        with _peer_errors():
-            dist.all_gather_object(rows, x.detach().to("cpu", copy=True))
+        rows = self.gather_objects(x.detach().to("cpu", copy=True))
         return [row.to(x.device) for row in rows]
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        """Returns the values of all ranks, in rank order; the values must be picklable."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            with _peer_errors():
+                dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag: bool) -> bool:
         return bool(self.sum(torch.tensor([flag])).item())
 
     def first_text(self, text: str) -> str:
         """Returns on every rank the first text in rank order that is not empty, if there is one."""
-        for row in self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8)):
-            if len(row):
-                return bytes(row.tolist()).decode()
-        return ""
+        return next(filter(None, self.gather_objects(text)), "")
 
-    def first_bytes(self, data: bytes) -> bytes:
-        """Returns, on every rank, the `data` of the first rank."""
-        if self.world_size == 1:
-            return data
-        size = int(self.agreed(torch.tensor(len(data))))
-        if not size:
-            return b""
-        buffer = bytearray(data if self.rank == 0 else size)
-        values = self.agreed(torch.frombuffer(buffer, dtype=torch.uint8))
-        return values.byte().numpy().tobytes()
+    def of_first(self, value: Value) -> Value:
+        """Returns, on every rank, the value of the first rank, which must be picklable."""
+        values = [value]
+        if self.world_size > 1:
+            with _peer_errors():
+                dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
         """Returns `work()` of this rank; if it fails on one rank, all raise, so that none waits.
@@ -95,21 +95,20 @@ class Collective:
         rank. Any other error is raised on its own rank, while the other ranks raise an
         `OtherRankError` with the message `failed`.
         """
-        error = None
+        error = foreign_error = first_failure = None
         try:
             result = work()
-        except Exception as caught:
+        except RepairError as caught:
             error = caught
-        if not self.any(error is not None):
+            first_failure = _package_class(error).__name__, error.problem, error.hint
+        except Exception as caught:
+            foreign_error = caught
+        if not self.any(error is not None or foreign_error is not None):
             return result
         elsewhere = OtherRankError(failed, "look at the error of that rank.")
-        is_foreign = error is not None and not isinstance(error, RepairError)
-        if self.any(is_foreign):
-            raise error if error is not None and is_foreign else elsewhere
-        text = ""
-        if isinstance(error, RepairError):
-            text = json.dumps([_package_class(error).__name__, error.problem, error.hint])
-        name, problem, hint = json.loads(self.first_text(text))
+        if self.any(foreign_error is not None):
+            raise foreign_error or elsewhere
+        name, problem, hint = next(filter(None, self.gather_objects(first_failure)))
         if error is not None and type(error).__name__ == name:
             raise error
         raise PACKAGE_ERRORS[name](problem, hint) from (error or elsewhere)

@@ -206,7 +206,7 @@ class ResumeStore:
         if self._folder is not None:
             with suppress(OSError, MemoryError):
                 data = (self._folder / name).read_bytes()
-        received = self._collective.first_bytes(data)
+        received = self._collective.of_first(data)
         if not received:
             return None
         result = None

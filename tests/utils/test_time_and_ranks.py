@@ -248,7 +248,7 @@ def work(folder: str) -> None:
     for table in tables:
         assert same(ranks.gather(table[rank]), table)
     assert [ranks.any(False), ranks.any(rank == 1), ranks.any(True)] == [False, True, True]
-    assert ranks.first_bytes(b"one" if rank == 0 else b"other") == b"one"
+    assert ranks.of_first(b"one" if rank == 0 else b"other") == b"one"
     if rank == 1:
         os._exit(3)  # as a rank that is killed
     began = time.monotonic()
