@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -154,22 +154,11 @@ class Evaluator:
             table = _gather_split(source, read, self.collective)
             _check_classes(source, table)
             tables.append(table)
-
-        def join(name: str) -> Tensor:
-            return torch.cat([table.pop(name) for table in tables])
-
-        return SampleResults(
-            splits,
-            tuple(len(source.index) for source in sources),
-            join("index"),
-            join("label"),
-            join("prediction"),
-            join("loss"),
-            join("passed"),
-            join("targeted"),
-            join("margin"),
-            in_target=join("in_target"),
-        )
+        sizes = tuple(len(source.index) for source in sources)
+        columns: dict[str, Any] = {
+            name: torch.cat([table[name] for table in tables]) for name in tables[0]
+        }
+        return SampleResults(splits, sizes, **columns)
 
     def outputs(
         self, batches: Iterable[RawBatch], adapter: Adapter
@@ -266,12 +255,12 @@ def _warn_of_probabilities(split: str, table: Table) -> None:
     n_right = int(((output > 0.5) == is_1).sum())
     n_1 = int(is_1.sum())
     if n_right > max(n_1, len(is_1) - n_1):
-        warning = DataWarning(
+        problem = (
             f"`task`: all outputs on `{split}` data are from 0 to 1, but count as logits: above 0 "
-            "is class 1.",
-            "if they are probabilities, return the sigmoid's inputs.",
+            "is class 1."
         )
-        warnings.warn(warning, stacklevel=2)
+        hint = "if they are probabilities, return the sigmoid's inputs."
+        warnings.warn(DataWarning(problem, hint), stacklevel=2)
 
 
 def _check_classes(source: Source, table: Table) -> None:
@@ -289,8 +278,7 @@ def _check_classes(source: Source, table: Table) -> None:
 
 def _check_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
     tensors = tensors_in((batch.args, batch.kwargs, batch.target))
-    devices = {str(x.device) for x in tensors}
-    elsewhere = sorted(devices - {str(device)})
+    elsewhere = sorted({str(x.device) for x in tensors} - {str(device)})
     if elsewhere:
         raise ConfigurationError(
             f"`{split}` data are on {' and '.join(elsewhere)}, but the model is on {device}.",
@@ -362,17 +350,14 @@ def _fill_missing_classes(
     if label is None:
         return target, None
     unusable = label < 0
-    holds_labels = (
+    if (
         isinstance(target, Tensor)
         and not target.is_floating_point()
         and target.shape == label.shape
-    )
-    if holds_labels and output.ndim == 2 and not is_first:
-        unusable |= label >= class_logits(output).shape[1]
-    if not unusable.any():
-        return target, None
-    if holds_labels:
-        target = target.masked_fill(unusable.to(target.device), 0)
+    ):
+        if output.ndim == 2 and not is_first:
+            unusable |= label >= class_logits(output).shape[1]
+        target = target.masked_fill(unusable, 0)
     return target, unusable
 
 
@@ -390,9 +375,8 @@ def _gather_split(source: Source, read: Callable[[], Table], collective: Collect
             "over all ranks, no sample may be missing or occur twice; a collate function must keep "
             "all samples.",
         )
-    if not torch.equal(position, expected):
-        table = {name: column[order] for name, column in table.items()}
-    return {"index": source.index, **table}
+    columns = {name: column[order] for name, column in table.items()}
+    return {"index": source.index, **columns}
 
 
 Need = Literal["margins", "classes", "recording"]

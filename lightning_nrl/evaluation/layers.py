@@ -37,20 +37,17 @@ class LayerRef:
     gates: Gates | None = None  # the recurrent layer of `module`; None for other layers
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, Tensor]:
         """The layer's repairable parameters by dotted name, in the order of the flat vector."""
-        module: nn.Module = self.module
         owner = self.name
         suffix = ""
         if self.gates is not None:
-            module = self.gates.module
             owner, _, end = self.name.rpartition(".")
             suffix = f"_{end}"
-        names = [f"weight{suffix}"]
-        if self.include_bias:
-            names.append(f"bias{suffix}")
-        parameters = dict(module.named_parameters(recurse=False))
-        return {_dotted(owner, name): parameters[name] for name in names if name in parameters}
+        parameters = {_dotted(owner, f"weight{suffix}"): self.module.weight}
+        if self.include_bias and self.module.bias is not None:
+            parameters[_dotted(owner, f"bias{suffix}")] = self.module.bias
+        return parameters
 
     @property
     def size(self) -> int:
@@ -77,8 +74,7 @@ class ParameterSpace:
     @property
     def gates(self) -> tuple[Gates, ...]:
         """The recurrent layers among the sites, each once, as arguments for `unroll`."""
-        gates = dict.fromkeys(site.gates for site in self.sites)
-        return tuple(layer for layer in gates if layer is not None)
+        return tuple(dict.fromkeys(site.gates for site in self.sites if site.gates is not None))
 
     @property
     def size(self) -> int:
@@ -93,9 +89,9 @@ class ParameterSpace:
         return self.sites[0].module.weight.dtype
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, Tensor]:
         """All repairable parameters by dotted name, in the order of the flat vector."""
-        parameters: dict[str, nn.Parameter] = {}
+        parameters: dict[str, Tensor] = {}
         for site in self.sites:
             parameters |= site.parameters
         return parameters
@@ -111,13 +107,12 @@ class ParameterSpace:
         """
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
-        changed = {}
-        start = 0
-        for name, parameter in self.parameters.items():
-            end = start + parameter.numel()
-            changed[name] = flat[start:end].view_as(parameter)
-            start = end
-        return changed
+        parameters = self.parameters
+        parts = flat.split([parameter.numel() for parameter in parameters.values()])
+        return {
+            name: part.view_as(parameters[name])
+            for name, part in zip(parameters, parts, strict=True)
+        }
 
 
 def find_layers(
@@ -176,7 +171,7 @@ def find_scope(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     is_auto = layer == "auto" and "auto" not in modules
-    trainable = [name for name, x in model.named_parameters() if x.requires_grad]
+    trainable = tuple(name for name, x in model.named_parameters() if x.requires_grad)
     try:
         names = [_last_inside(name, modules) for name in _names(layer, modules, called)]
         space = find_layers(model, names, include_bias=include_bias)
@@ -185,27 +180,28 @@ def find_scope(
         # not contain them.
         if not (is_auto and trains and trainable) or _outside_tree(modules):
             raise
-        return ParameterSpace((), first_line(error)), tuple(trainable)
-    scope = trainable
+        return ParameterSpace((), first_line(error)), trainable
     if not is_auto:
         prefixes = tuple(_dotted(block, "") for block in layer_names(layer))
-        scope = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
-    elif not any(x.requires_grad for x in space.parameters.values()):
-        # If all called layers are frozen, as in a moving average, training other layers would not
-        # change predictions.
-        scope = []
-    return space, tuple(scope or space.parameters)
+        scope = tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes))
+        return space, scope or tuple(space.parameters)
+    # If all called layers are frozen, as in a moving average, training other layers would not
+    # change predictions.
+    if not any(x.requires_grad for x in space.parameters.values()):
+        return space, tuple(space.parameters)
+    return space, trainable
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
     """Returns one or several names as a list; if there is none, raises a `ConfigurationError`."""
-    names = [layer] if isinstance(layer, str) else layer
-    is_list = isinstance(names, Sequence) and len(names) > 0
-    if not is_list or not all(isinstance(name, str) for name in names):
+    if isinstance(layer, str):
+        return [layer]
+    is_list = isinstance(layer, Sequence) and len(layer) > 0
+    if not is_list or not all(isinstance(name, str) for name in layer):
         raise ConfigurationError(
             f"`layer={layer!r}` names no layer.", "name one, or write `layer='auto'`."
         )
-    return list(names)
+    return list(layer)
 
 
 def _names(
@@ -241,9 +237,10 @@ def _preference(
 def _last_inside(name: str, modules: Modules) -> str:
     if name not in modules or isinstance(modules[name], Layer | Recurrent):
         return name
-    prefix = _dotted(name, "")
-    inside = [layer for layer in _layers_in(modules) if layer.startswith(prefix)]
-    return inside[-1] if inside else name
+    for layer in reversed(_layers_in(modules)):
+        if layer.startswith(_dotted(name, "")):
+            return layer
+    return name
 
 
 def _layers_in(modules: Modules) -> list[str]:
@@ -328,12 +325,8 @@ def _holds_other_layer(value: object, known: Collection[int]) -> bool:
         value = list(value.values())
     if not isinstance(value, (list, tuple)):
         return False
-    for item in value:
-        if isinstance(item, nn.Module) and any(
-            isinstance(module, Layer) and id(module) not in known for module in item.modules()
-        ):
-            return True
-    return False
+    modules = [module for item in value if isinstance(item, nn.Module) for module in item.modules()]
+    return any(isinstance(module, Layer) and id(module) not in known for module in modules)
 
 
 def _outside_error(layer: str, attribute: str) -> ConfigurationError:
@@ -346,9 +339,9 @@ def _outside_error(layer: str, attribute: str) -> ConfigurationError:
 
 
 def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:
-    n_owners = Counter(
-        id(x) for module in model.modules() for x in module.parameters(recurse=False)
-    )
+    n_owners = Counter[int]()
+    for module in model.modules():
+        n_owners.update(map(id, module.parameters(recurse=False)))
     for site in sites:
         if any(n_owners[id(parameter)] > 1 for parameter in site.parameters.values()):
             raise ConfigurationError(
@@ -400,9 +393,7 @@ def forbid_batch_statistics(model: nn.Module) -> Iterator[None]:
     """Raises a `ConfigurationError` if a batch norm without running statistics is called."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if not isinstance(module, _BatchNorm):
-                continue
-            if module.running_mean is None and module.running_var is None:
+            if isinstance(module, _BatchNorm) and module.running_mean is None:
                 stack.enter_context(module.register_forward_pre_hook(partial(_refuse, name)))
                 stack.enter_context(force_eager())
         yield
@@ -418,7 +409,7 @@ def _refuse(name: str, *_: object) -> None:
 
 def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes the output of a Linear or a convolution with other parameters."""
-    if not isinstance(module, nn.Linear):
-        output: Tensor = module._conv_forward(x, weight, bias)
-        return output
-    return F.linear(x, weight, bias)
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    output: Tensor = module._conv_forward(x, weight, bias)
+    return output

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain, count
 from types import NoneType
 from typing import Protocol, runtime_checkable
 
@@ -41,11 +41,7 @@ class SliceRecorder(RecordingSource):
     """
 
     def __init__(
-        self,
-        source: Source,
-        slices: Slices | None,
-        task: Task,
-        argument: str = "slices",
+        self, source: Source, slices: Slices | None, task: Task, argument: str = "slices"
     ) -> None:
         super().__init__(source, self._note, torch.zeros(0).long())
         self.slices = slices
@@ -88,18 +84,13 @@ class SliceRecorder(RecordingSource):
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """Returns the slice names of all ranks, and each sample's index in these (-1: no slice)."""
         own_names = list(self._numbers)
-        text = json.dumps(own_names).encode()
-        all_names: set[str] = set()
-        for row in collective.gather(torch.tensor(list(text), dtype=torch.uint8)):
-            all_names.update(json.loads(bytes(row.tolist())))
-        names = sorted(all_names)
+        names = sorted(set(chain(*collective.gather_objects(own_names))))
         if len(names) > MAX_SLICES:
             raise ConfigurationError(
                 f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
                 f"return one of at most {MAX_SLICES} names or numbers for each sample.",
             )
         self.noted = [_renumber(group, own_names, names) for group in self.noted]
-        self._numbers = {name: i for i, name in enumerate(names)}
         return tuple(names), self.gathered(collective)
 
 
@@ -116,10 +107,7 @@ def common_names(
 
     Returns all names and each sample's index in these.
     """
-    all_names: set[str] = set()
-    for part_names, _ in parts:
-        all_names.update(part_names)
-    names = sorted(all_names)
+    names = sorted(set(chain(*(part_names for part_names, _ in parts))))
     groups = [_renumber(group, part_names, names) for part_names, group in parts]
     return tuple(names), torch.cat(groups)
 
@@ -138,10 +126,9 @@ def slice_tags(names: Collection[str]) -> dict[str, str]:
     # A name that is a tag itself comes first, and keeps it.
     for name in sorted(names, key=lambda name: (_plain(name) != name, name)):
         tag = _plain(name)
-        number = 1
+        numbers = count(2)
         while tag in tags.values():
-            number += 1
-            tag = f"{_plain(name)}_{number}"
+            tag = f"{_plain(name)}_{next(numbers)}"
         tags[name] = tag
     return tags
 
@@ -214,8 +201,7 @@ def missed_quotas(
     """
     missed = {}
     for name, n_needed in needed.items():
-        is_repaired_target = before.targeted & repaired & _in_slice(before, name)
-        n_repaired = int(is_repaired_target.sum())
+        n_repaired = int((before.targeted & repaired & _in_slice(before, name)).sum())
         if n_repaired < n_needed:
             missed[name] = (n_repaired, n_needed)
     return missed
@@ -223,10 +209,9 @@ def missed_quotas(
 
 def upweight_slices(before: SampleResults, names: Collection[str], factor: float) -> SampleResults:
     """Multiplies the weights of targets in the slices `names`, then normalises all weights."""
-    inside = torch.zeros_like(before.targeted)
+    weight = before.weight.clone()
     for name in names:
-        inside |= _in_slice(before, name)
-    weight = torch.where(before.targeted & inside, factor * before.weight, before.weight)
+        weight[before.targeted & _in_slice(before, name)] *= factor
     return normalise_weights(replace(before, weight=weight))
 
 
