@@ -81,7 +81,8 @@ class ProtectedIntact(Rule):
     def __post_init__(self) -> None:
         where = self.where
         if isinstance(where, str):
-            where = target_in(where) or where
+            target = target_in(where)
+            where = where if target is None else target
         if where is not None and not isinstance(where, Target):
             where = Target.where(where)
         object.__setattr__(self, "where", where)
