@@ -91,10 +91,9 @@ class _Part(NamedTuple):
 
 def describe(raw: object, name: str = "batch") -> str:
     """Lists names, types and shapes in a batch or an output, in `MAX_STRUCTURE_LINES` at most."""
-    lines = [
-        f"    {'  ' * part.depth}{part.name}: {_kind(part.value)}"
-        for part in _parts(_Part(name, name, 0, raw))
-    ]
+    lines = []
+    for part in _parts(_Part(name, name, 0, raw)):
+        lines.append(f"    {'  ' * part.depth}{part.name}: {_kind(part.value)}")
     if len(lines) > MAX_STRUCTURE_LINES:
         n_more = len(lines) - MAX_STRUCTURE_LINES + 1
         lines[-n_more:] = [f"      ... and {n_more} more"]
@@ -153,10 +152,9 @@ def _inner_parts(part: _Part) -> Iterator[_Part]:
             key = f"[{name!r}]" if isinstance(value, Mapping) else f".{name}"
             yield _Part(part.path + key, str(name), depth, x)
     elif isinstance(value, (list, tuple)):
-        n_shown = len(value)
-        if n_shown > 2 * MAX_SHOWN_ITEMS:  # such as one item per sample
-            n_shown = MAX_SHOWN_ITEMS
-        for i, x in enumerate(value[:n_shown]):
+        if len(value) > 2 * MAX_SHOWN_ITEMS:  # such as one item per sample
+            value = value[:MAX_SHOWN_ITEMS]
+        for i, x in enumerate(value):
             yield _Part(f"{part.path}[{i}]", f"[{i}]", depth, x)
 
 
@@ -174,10 +172,10 @@ def _kind(value: object) -> str:
 class ForwardSignature:
     """Names of the parameters of a model's forward, without `*args` and `**kwargs`."""
 
-    names: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()  # names of the parameters without a default
-    takes_mapping: bool = False  # the only required parameter is a mapping or named `batch`
-    takes_keywords: bool = False  # forward has `**kwargs`
+    names: tuple[str, ...]
+    required: tuple[str, ...]  # names of the parameters without a default
+    takes_mapping: bool  # the only required parameter is a mapping or named `batch`
+    takes_keywords: bool  # forward has `**kwargs`
 
     @classmethod
     def of(cls, module: nn.Module) -> ForwardSignature | None:
@@ -189,8 +187,8 @@ class ForwardSignature:
         if parameters is None:
             return None
         names = []
-        required = {}
-        takes_keywords = False
+        required = []
+        takes_keywords = takes_mapping = False
         for name, parameter in parameters.items():
             if parameter.kind is Parameter.VAR_POSITIONAL:
                 return None
@@ -199,8 +197,8 @@ class ForwardSignature:
                 continue
             names.append(name)
             if parameter.default is Parameter.empty:
-                required[name] = parameter
-        takes_mapping = len(required) == 1 and all(map(_is_batch_parameter, required.values()))
+                required.append(name)
+                takes_mapping = len(required) == 1 and _is_batch_parameter(parameter)
         return cls(tuple(names), tuple(required), takes_mapping, takes_keywords)
 
     @property
@@ -278,8 +276,8 @@ def _unpack_named(raw: RawBatch, named: Fields, signature: ForwardSignature | No
         raise _unknown_structure(
             raw, f"a batch with the keys {keys} lacks a target key: {list(TARGET_KEYS)}"
         )
-    target = _only_value(named[target_key])
-    candidates = {name: value for name, value in named.items() if name != target_key}
+    candidates = dict(named)
+    target = _only_value(candidates.pop(target_key))
     takes_raw = signature is not None and signature.takes_one
     inner = _only_value(candidates)
     is_argument = signature is not None and set(candidates) <= set(signature.names)
@@ -357,17 +355,17 @@ def _only_value(value: Any) -> Any:
 
 
 def _target_key(named: Fields) -> object:
-    lower = [str(key).lower() for key in named]
-    for key in TARGET_KEYS:
-        if key in lower:
-            return list(named)[lower.index(key)]
+    keys = {str(key).lower(): key for key in named}
+    for name in TARGET_KEYS:
+        if name in keys:
+            return keys[name]
     return None
 
 
 def _is_batch(value: object) -> bool:
     if isinstance(value, (list, tuple)) and len(value) > 1:
         return True
-    return not isinstance(value, Tensor) and _named(value) is not None
+    return _named(value) is not None
 
 
 def _is_batch_parameter(parameter: Parameter) -> bool:

@@ -31,7 +31,9 @@ class Field:
     @property
     def __name__(self) -> str:
         """Name of the column in reports, such as `column 2`."""
-        return self.name if isinstance(self.name, str) else f"column {self.name}"
+        if isinstance(self.name, str):
+            return self.name
+        return f"column {self.name}"
 
     def __call__(self, raw: RawBatch) -> object:
         columns = "no columns"
@@ -55,11 +57,14 @@ def find_column(argument: str, value: object) -> Column:
     address (`package.module:function`), and a target, also as text (`"label 3"`). Other text with a
     colon or dot is an address.
     """
-    target = target_in(value) if isinstance(value, str) else value
-    if isinstance(target, Target):
-        return target
-    if isinstance(value, str) and (":" in value or "." in value):
-        return import_function(argument, value)
+    if isinstance(value, Target):
+        return value
+    if isinstance(value, str):
+        target = target_in(value)
+        if target is not None:
+            return target
+        if ":" in value or "." in value:
+            return import_function(argument, value)
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return Field(value)
     if callable(value) and not isinstance(value, type):

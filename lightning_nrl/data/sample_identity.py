@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.preserve import SAME_SIZE, random_state
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
 COLUMNS_AT_ONCE = 2**14  # numbers per sample converted to int64 at once, to limit memory
@@ -111,10 +111,8 @@ def _requested_positions(dataset: AnyDataset, name: str, samples: Sequence[int])
         return inner[i]
 
     with suppress(Exception), random_state():
-        watched = copy.copy(inner)
-        kind = type(inner)
-        watched.__class__ = type("Watched", (kind,), {"__getitem__": record})
-        vars(view)[name] = watched
+        watched = vars(view)[name] = copy.copy(inner)
+        watched.__class__ = type("Watched", (type(inner),), {"__getitem__": record})
         for i in samples:
             requests.clear()
             view[i]
@@ -151,8 +149,7 @@ def content_keys(batch: Batch) -> Tensor:
     tensors = tensors_in((batch.args, batch.kwargs, batch.target))
     for seed, x in enumerate(tensors):
         if x.ndim and len(x) == n:
-            hashes = _hash_rows(x.detach(), seed)
-            keys = keys.to(hashes.device) + hashes
+            keys = keys.to(x.device) + _hash_rows(x.detach(), seed)
     return keys
 
 
@@ -171,15 +168,14 @@ def _hash_rows(x: Tensor, seed: int) -> Tensor:
     if x.is_complex():
         x = torch.view_as_real(x)
     rows = x.reshape(len(x), -1)
-    n_columns = rows.shape[1]
-    weights = _hash_weights(seed, n_columns).to(x.device)
-    hashes = weights.new_zeros(len(x), 2)
-    for start in range(0, n_columns, COLUMNS_AT_ONCE):
-        columns = slice(start, start + COLUMNS_AT_ONCE)
-        numbers = _as_integers(rows[:, columns])
-        for i in range(2):
-            hashes[:, i] += (numbers * weights[i, columns]).sum(1)
-    return hashes
+    weights = _hash_weights(seed, rows.shape[1]).to(x.device)
+    hashes = weights.new_zeros(2, len(x))
+    parts = zip(rows.split(COLUMNS_AT_ONCE, 1), weights.split(COLUMNS_AT_ONCE, 1), strict=True)
+    for columns, column_weights in parts:
+        numbers = _as_integers(columns)
+        for i, weight in enumerate(column_weights):
+            hashes[i] += (numbers * weight).sum(1)
+    return hashes.T
 
 
 @lru_cache(maxsize=16)
@@ -194,8 +190,7 @@ def _hash_weights(seed: int, n: int) -> Tensor:
 def _as_integers(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         return x.long()
-    dtypes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if x.element_size() not in dtypes:
+    if x.element_size() == 1:
         x = x.float()
     x = x + 0.0  # gives -0.0 the bits of 0.0
-    return x.contiguous().view(dtypes[x.element_size()]).long()
+    return x.contiguous().view(SAME_SIZE[x.element_size()]).long()

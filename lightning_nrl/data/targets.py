@@ -229,18 +229,16 @@ class TargetPair(Target):
 
     def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
         left = self.left.select(batch, label, prediction)
-        right = self.right.select(batch, label, prediction)
-        return type(self).combine(left, right)
+        return type(self).combine(left, self.right.select(batch, label, prediction))
 
     def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
         left = self.left.covers(batch, label, prediction)
-        right = self.right.covers(batch, label, prediction)
-        return type(self).combine(left, right)
+        return type(self).combine(left, self.right.covers(batch, label, prediction))
 
     def __str__(self) -> str:
-        # A left pair with the same word is read first even without parentheses.
-        is_same_pair = isinstance(self.left, type(self))
-        left = str(self.left) if is_same_pair else _operand(self.left)
+        left = _operand(self.left)
+        if isinstance(self.left, type(self)):  # is read first even without parentheses
+            left = str(self.left)
         return f"{left} {self.word} {_operand(self.right)}"
 
 
@@ -286,7 +284,9 @@ class Not(Target):
 
 
 def _operand(target: Target) -> str:
-    return f"({target})" if isinstance(target, TargetPair) else str(target)
+    if isinstance(target, TargetPair):
+        return f"({target})"
+    return str(target)
 
 
 def _check_target(kind: type[Target], target: object) -> None:

@@ -147,9 +147,8 @@ def _gather(parts: list[Tensor], collective: Collective) -> Tensor:
 
 
 def _select_rows(results: SampleResults) -> Tensor:
-    margin = results.margin.nan_to_num(torch.inf)
-    rank = torch.where(results.passed, margin, -1.0)
-    rank = torch.where(results.targeted, -2.0, rank)
+    rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
+    rank[results.targeted] = -2.0
     return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
 
 
@@ -183,7 +182,9 @@ def neighbours(
     distances after subtraction of the mean of `passed`. If the samples are in `passed` too,
     `itself`, `n` int64, has their rows: no sample is its own neighbour.
     """
-    n_candidates = len(passed) if itself is None else len(passed) - 1
+    n_candidates = len(passed)
+    if itself is not None:
+        n_candidates -= 1
     k = min(NEIGHBOURS, n_candidates)
     if k < 1 or not len(inputs):
         agreement = torch.full_like(label, torch.nan, dtype=torch.float32)
@@ -252,13 +253,10 @@ def find_label_issues(
     rows, inputs, logits = features
     label = results.label[rows].to(logits.device)
     right = logits.argmax(1) == label
-    targeted = results.targeted[rows].to(logits.device)
-    targets = (targeted & ~right).nonzero().flatten()
-    passed = (results.passed[rows].to(logits.device) & right).nonzero().flatten()
-    if len(targets) and len(passed):
-        target_label = label[targets]
-        passed_label = label[passed]
-        near = neighbours(inputs[targets], target_label, inputs[passed], passed_label)
-        doubted = doubtful(near, target_label, logits[targets], logits[passed], passed_label)
-        is_doubtful[rows[targets[doubted].cpu()]] = True
+    targets = results.targeted[rows].to(right) & ~right
+    passed = results.passed[rows].to(right) & right
+    if targets.any() and passed.any():
+        near = neighbours(inputs[targets], label[targets], inputs[passed], label[passed])
+        doubted = doubtful(near, label[targets], logits[targets], logits[passed], label[passed])
+        is_doubtful[rows[targets.cpu()][doubted.cpu()]] = True
     return is_doubtful

@@ -123,13 +123,8 @@ class SampleOptions:
 
     def columns(self) -> SampleOptions:
         """Returns a copy with only the options read from batches, to check a few samples."""
-        columns = _columns_among(self._options())
-        return SampleOptions(
-            importance=columns.get("importance"),
-            slices=self.slices,
-            protected=columns.get("protected"),
-            set_aside=columns.get("set_aside"),
-        )
+        columns: dict[str, Any] = {**_columns_among(self._options())}
+        return SampleOptions(slices=self.slices, **columns)
 
     def _options(self, known: bool = True) -> dict[str, Any]:
         options = {"protected": self.protected}
@@ -157,20 +152,18 @@ class SampleOptions:
         """
         options = self._options(known)
         columns = _columns_among(options)
-        slices = None if self.slices is None else find_column("slices", self.slices)
-        recorders: list[RecordingSource] = []
-        if columns:
-            recorders = [_column_recorder(source, columns, evaluator.task) for source in sources]
-        slicers = [SliceRecorder(source, slices, evaluator.task) for source in recorders or sources]
+        slices = None
+        if self.slices is not None:
+            slices = find_column("slices", self.slices)
+        recorders = [_column_recorder(source, columns, evaluator.task) for source in sources]
+        slicers = [SliceRecorder(recorder, slices, evaluator.task) for recorder in recorders]
         results = evaluator.run(slicers, target, everywhere=everywhere)
         ranks = evaluator.collective
         if slices is not None:
             names, group = common_names([slicer.named(ranks) for slicer in slicers])
             results = replace(results, names=names, group=group)
-        values: dict[str, Tensor] = {}
-        if columns:
-            table = torch.cat([recorder.gathered(ranks) for recorder in recorders])
-            values = dict(zip(columns, table.T, strict=True))
+        table = torch.cat([recorder.gathered(ranks) for recorder in recorders])
+        values: dict[str, Tensor] = dict(zip(columns, table.T, strict=True))
         for name, value in options.items():
             if isinstance(value, BY_ID[name]):
                 splits = [
@@ -182,9 +175,7 @@ class SampleOptions:
     def _applied(
         self, results: SampleResults, values: Mapping[str, Tensor], known: bool
     ) -> tuple[SampleResults, Tensor]:
-        set_aside = torch.zeros_like(results.targeted)
-        if "set_aside" in values:
-            set_aside = results.targeted & (values["set_aside"] > 0)
+        set_aside = results.targeted & (values.get("set_aside", torch.zeros(1)) > 0)
         cost = _breaking_costs(results, values.get("protected"))
         importance = values.get("importance")
         if self.importance == "focal":
@@ -194,7 +185,9 @@ class SampleOptions:
         if self.risk is not None:
             worth, class_cost = _weigh_risk(self.risk, results)
             cost = torch.where(results.passed, cost * class_cost, cost)
-            importance = worth if importance is None else importance * worth
+            if importance is not None:
+                worth *= importance
+            importance = worth
         results = replace(results, targeted=results.targeted & ~set_aside, weight=cost)
         if known and importance is not None:
             results = _with_repair_worth(results, importance)
@@ -206,9 +199,8 @@ def _columns_among(options: Mapping[str, object]) -> dict[str, Column]:
     columns = {}
     for name, value in options.items():
         is_word = isinstance(value, str) and value in OPTION_WORDS[name]
-        if value is None or is_word or isinstance(value, (Focal, BY_ID[name])):
-            continue
-        columns[name] = find_column(name, value)
+        if value is not None and not is_word and not isinstance(value, (Focal, BY_ID[name])):
+            columns[name] = find_column(name, value)
     return columns
 
 
@@ -257,12 +249,12 @@ def _weigh_risk(risk: Mapping[object, int], results: SampleResults) -> tuple[Ten
 
 def _column_recorder(source: Source, columns: Mapping[str, Column], task: Task) -> RecordingSource:
     def note(batch: Batch) -> Tensor:
-        label = task.label(batch.target)
-        values = [numbers(name, columns[name], batch, label) for name in columns]
-        return torch.stack(values, 1)
+        table = torch.empty(len(batch), len(columns), dtype=torch.float64)
+        for i, (name, column) in enumerate(columns.items()):
+            table[:, i] = numbers(name, column, batch, task.label(batch.target))
+        return table
 
-    empty = torch.zeros(0, len(columns), dtype=torch.float64)
-    return RecordingSource(source, note, empty)
+    return RecordingSource(source, note, torch.empty(0, len(columns), dtype=torch.float64))
 
 
 def _with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResults:

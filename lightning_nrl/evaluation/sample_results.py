@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -59,14 +59,14 @@ class SampleResults:
 
     def __post_init__(self) -> None:
         n = len(self.passed)
-        if self.weight is NO_COLUMN:
-            ones = torch.ones(1, dtype=torch.float64).expand(n)
-            object.__setattr__(self, "weight", ones)
-        if self.group is NO_COLUMN:
-            no_slice = torch.full((1,), -1).expand(n)
-            object.__setattr__(self, "group", no_slice)
-        if self.in_target is NO_COLUMN:
-            object.__setattr__(self, "in_target", self.targeted)
+        defaults = {
+            "weight": torch.ones(n, dtype=torch.float64),
+            "group": torch.full((n,), -1),
+            "in_target": self.targeted,
+        }
+        for name, column in defaults.items():
+            if vars(self)[name] is NO_COLUMN:
+                object.__setattr__(self, name, column)
 
     def __len__(self) -> int:
         return len(self.passed)
@@ -100,15 +100,6 @@ class SampleResults:
             self.targeted,
             self.margin,
         )
-
-    def sharing(self, other: SampleResults) -> SampleResults:
-        """Returns a copy that shares equal `index` and `label` tensors with `other`."""
-        table = self
-        if torch.equal(self.index, other.index):
-            table = replace(table, index=other.index)
-        if torch.equal(self.label, other.label):
-            table = replace(table, label=other.label)
-        return table
 
     def rows(self, split: str, position: Tensor) -> Tensor:
         """Returns the rows of the samples at some positions (`Batch.position`) of a split."""
@@ -204,16 +195,19 @@ class FlipCounts:
 
     @property
     def accuracy_before(self) -> float:
-        return self.passed / self.n if self.n else math.nan
+        return self._of_all(self.passed)
 
     @property
     def accuracy_after(self) -> float:
-        return self.right / self.n if self.n else math.nan
+        return self._of_all(self.right)
 
     @property
     def points(self) -> float:
         """Change of accuracy in percentage points. NaN without samples."""
-        return 100 * (self.repaired - self.broken) / self.n if self.n else float("nan")
+        return self._of_all(100 * (self.repaired - self.broken))
+
+    def _of_all(self, count: int) -> float:
+        return count / self.n if self.n else math.nan
 
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
@@ -268,16 +262,12 @@ class Flips:
         self, before: SampleResults, rows: Tensor | slice = slice(None)
     ) -> TargetCounts:
         """Counts flips in the given rows, also within the target, which `before` tells."""
-        counts = self.counts(rows)
 
         def count(mask: Tensor) -> int:
             return int(mask[rows].sum())
 
         return TargetCounts(
-            counts.kept,
-            counts.broken,
-            counts.repaired,
-            counts.failing,
+            **vars(self.counts(rows)),
             targeted=count(before.targeted),
             repaired_in_target=count(self.repaired & before.targeted),
             passed_in_target=count((self.kept | self.broken) & before.in_target),

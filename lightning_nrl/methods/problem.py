@@ -217,7 +217,7 @@ class Problem:
 
     def evaluate(self, state: State) -> SampleResults:
         """Returns the results of the deployed model with the tensors of `state` on known data."""
-        return self.evaluator.run_with(state, self.known).sharing(self.before)
+        return self.evaluator.run_with(state, self.known)
 
     def propose(self, name: str, state: State) -> Proposal:
         """Evaluates a state on all known data and returns it as a proposal."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import NoneType
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,8 +80,6 @@ class Task(ABC):
         if isinstance(output, Tensor):
             return output
         fields = fields_of(output) or {}
-        if not fields and isinstance(output, _HasLogits):
-            fields = {"logits": output.logits}
         for key in OUTPUT_KEYS:
             logits = fields.get(key)
             if isinstance(logits, Tensor):
@@ -137,11 +134,6 @@ class Task(ABC):
     def __str__(self) -> str:
         """Describes when a sample is right, for reports."""
         return type(self).__name__
-
-
-@runtime_checkable
-class _HasLogits(Protocol):
-    logits: object
 
 
 def class_logits(output: Tensor) -> Tensor:
@@ -200,8 +192,8 @@ def parse_task(task: Task | str | None) -> Task:
     if task is None:
         task = "multiclass"
     if isinstance(task, str):
-        if task.lower() in TASKS_WITH_ARGUMENTS:
-            hint = f"write {TASKS_WITH_ARGUMENTS[task.lower()]}."
-            raise ConfigurationError(f"`task={task!r}` needs arguments.", hint)
         task = task.lower()
+        if task in TASKS_WITH_ARGUMENTS:
+            hint = f"write {TASKS_WITH_ARGUMENTS[task]}."
+            raise ConfigurationError(f"`task={task!r}` needs arguments.", hint)
     return TASKS.parse("task", task)

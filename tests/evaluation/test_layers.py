@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from lightning_nrl._utils.state import temporary_weights
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.layers import find_layers
 
@@ -65,24 +63,6 @@ def test_flat_vector_has_weights_row_by_row_then_bias(model):
     assert (space.size, space.dtype, space.device) == (43, torch.float32, torch.device("cpu"))
 
 
-def test_bias_is_left_out_unless_asked_for(model):
-    assert find_layers(model, "hidden").size == 24
-    assert list(find_layers(model, "hidden", include_bias=True).sites[0].parameters) == [
-        "hidden.weight",
-        "hidden.bias",
-    ]
-    assert list(find_layers(model, "features.0", include_bias=True).sites[0].parameters) == [
-        "features.0.weight"
-    ]
-
-
-def test_flat_is_a_copy_without_gradient(model):
-    flat = find_layers(model).flat()
-    flat.zero_()
-    assert not flat.requires_grad
-    assert model.classifier.weight.abs().sum() > 0
-
-
 def test_changed_sets_weights_by_flat_position_and_leaves_the_model(model):
     space = find_layers(model, ["features.0", "classifier"], include_bias=True)
     before = space.flat()
@@ -96,16 +76,6 @@ def test_changed_sets_weights_by_flat_position_and_leaves_the_model(model):
     assert torch.equal(space.flat(), before)
 
 
-def test_changed_suits_functional_call_and_holding(model):
-    space = find_layers(model, ["features.0", "hidden"])
-    changed = space.changed(torch.arange(5), torch.full((5,), 0.5))
-    x = torch.ones(3, 1, 3, 3)
-    expected = functional_call(model, changed, (x,))
-    with temporary_weights(model, changed):
-        assert torch.equal(model(x), expected)
-        assert (space.flat() == 0.5).sum() == 5
-
-
 def test_memory_layout_does_not_matter(model):
     before = find_layers(model, "features.0").flat()
     model.to(memory_format=torch.channels_last)
@@ -113,13 +83,6 @@ def test_memory_layout_does_not_matter(model):
     assert torch.equal(space.flat(), before)
     changed = space.changed(torch.tensor([3]), torch.tensor([9.0]))["features.0.weight"]
     assert changed.flatten()[3] == 9
-
-
-def test_dtype_is_that_of_the_deployed_weights(model):
-    space = find_layers(model.bfloat16())
-    assert space.dtype == torch.bfloat16
-    changed = space.changed(torch.tensor([0]), torch.tensor([1.001], dtype=torch.float64))
-    assert changed["classifier.weight"].dtype == torch.bfloat16
 
 
 def test_the_model_itself_may_be_the_layer():

@@ -18,8 +18,7 @@ from lightning_nrl._utils.state import temporary_weights
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.evaluation.recurrent import gates_of, unroll
-from lightning_nrl.localization.impact import measure
-from lightning_nrl.published import DifferentialEvolution, bundle
+from lightning_nrl.published import bundle
 from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.search.scoring.scorer import make_scorer
 
@@ -37,58 +36,19 @@ class Last(nn.Module):
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"bias": False},
-        {"batch_first": True, "bidirectional": True, "num_layers": 2, "dropout": 0.5},
-    ],
+    "options",
+    [{"bias": False}, {"batch_first": True, "bidirectional": True, "num_layers": 2}],
 )
-def test_it_gives_what_the_layer_gives(kind: Any, how: dict[str, Any]) -> None:
+def test_an_unrolled_layer_gives_the_same_outputs(kind: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    layer, x = kind(3, 4, **how).eval(), torch.randn(5, 6, 3)
-    states = 2 if how.get("num_layers") is None else 4
-    n = 5 if how.get("batch_first") else 6
-    h = torch.randn(states // 2 if states == 2 else states, n, 4)
+    layer, x = kind(3, 4, **options).eval(), torch.randn(5, 5, 3)
+    h = torch.randn(layer.num_layers * (1 + layer.bidirectional), 5, 4)
     start = (h, h + 1) if kind is nn.LSTM else h
-    for given in ((x,), (x, start), (x[0],)):
-        expected = torch.utils._pytree.tree_leaves(layer(*given))
+    for inputs in ((x,), (x, start), (x[0],)):
+        expected = layer(*inputs)
         with unroll([gates_of("layer", layer)]):
-            found = torch.utils._pytree.tree_leaves(layer(*given))
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(layer(*inputs), expected, atol=1e-6, rtol=1e-5)
     assert "forward" not in vars(layer)
-
-
-def test_impacts_of_two_steps_by_hand() -> None:
-    model = Last(nn.RNN(1, 1, nonlinearity="relu", bias=False, batch_first=True), classes=2).eval()
-    model.load_state_dict(
-        {
-            "rnn.weight_ih_l0": torch.tensor([[2.0]]),
-            "rnn.weight_hh_l0": torch.tensor([[0.5]]),
-            "head.weight": torch.tensor([[0.0], [1.0]]),
-            "head.bias": torch.zeros(2),
-        }
-    )
-    # Inputs 1 and 3: h1 = 2, h2 = 6 + 1 = 7, logits (0, 7), of class 0: the loss's gradient in h2
-    # is sigmoid(7).
-    source = TensorSource(torch.tensor([[[1.0], [3.0]]]), torch.tensor([0]), "one", failed=True)
-    space, evaluator = find_layers(model, "rnn"), Evaluator(model)
-    cache = record(
-        evaluator,
-        [(batch, batch.position) for batch in source],
-        space,
-        torch.ones(1, dtype=torch.bool),
-    )
-    impact = measure(cache, evaluator, torch.ones(1, dtype=torch.bool))
-    g = float(torch.sigmoid(torch.tensor(7.0)))
-    assert impact.backward.tolist() == pytest.approx(
-        [g * (3 + 0.5 * 1), g * (2 + 0.5 * 0)], rel=1e-5
-    )
-    assert impact.forward.tolist() == pytest.approx(
-        [(2 + 6) / 2, (0 + 1) / 2]
-    )  # |o w| over both steps
-    assert list(space.parameters) == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
 
 
 @pytest.mark.parametrize("layer", ["rnn", ["rnn", "head"], "first"])
@@ -127,14 +87,10 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
         find_layers(Last(nn.GRU(3, 4)), ["rnn", "rnn"])
 
 
-@pytest.fixture(scope="module")
 def rows_of_digits() -> tuple[Last, list[TensorSource]]:
     """An LSTM that has read 300 digits row by row, and 300 that came in later."""
     digits = load_digits()
-    x, y = (
-        torch.tensor(digits.images[:600], dtype=torch.float32) / 16,
-        torch.tensor(digits.target[:600]),
-    )
+    x, y = torch.tensor(digits.images[:600]).float() / 16, torch.tensor(digits.target[:600])
     torch.manual_seed(0)
     model = Last(nn.LSTM(8, 8, batch_first=True), classes=10)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
@@ -149,14 +105,10 @@ def rows_of_digits() -> tuple[Last, list[TensorSource]]:
     return model.eval(), known
 
 
-@pytest.mark.parametrize("name", ["arachne", "arachne-de"])
-def test_arachne_repairs_an_lstm_that_reads_digits_row_by_row(
-    name: str, rows_of_digits: Any
-) -> None:
-    model, known = rows_of_digits
-    small: Any = ParticleSwarm(particles=16, iterations=8)
-    small = DifferentialEvolution(population=16, iterations=8) if name == "arachne-de" else small
-    method = bundle(name, searcher=small, fitness="lexicographic")
+def test_arachne_repairs_an_lstm_that_reads_digits_row_by_row() -> None:
+    model, known = rows_of_digits()
+    swarm = ParticleSwarm(particles=16, iterations=8)
+    method = bundle("arachne", searcher=swarm, fitness="lexicographic")
     report = repair_module(model, known, Settings(method=method, layer="rnn")).report
     counts = report.pooled("known").counts
     assert report.layers == ("rnn",)
