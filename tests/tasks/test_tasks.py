@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,51 +49,21 @@ SEVEN_OF_TEN = torch.stack([torch.tensor([1.0] * 7 + [-1.0] * 3), torch.zeros(10
     [
         # A logit of exactly 0 is on neither side.
         (Multilabel(), TAGS, TAG_LABELS, [-0.5, 0.25, 0.0]),
-        (Multilabel(), TAGS.half(), TAG_LABELS, [-0.5, 0.25, 0.0]),
         (Multilabel(wrong=1), TAGS, TAG_LABELS, [1.0, 1.0, 1.0]),
         # 0.2 is a logit of ln(1/4) = -1.386294
-        (
-            Multilabel(threshold=0.2),
-            torch.tensor([[-1.0, -2.0]]),
-            torch.tensor([[1, 0]]),
-            [0.386294],
-        ),
-        (
-            Multilabel(),
-            torch.tensor([[1.0, 5.0], [NAN, 1.0]]),
-            torch.tensor([[1, -100], [1, 1]]),
-            [1.0, -INF],
-        ),
+        (Multilabel(threshold=0.2), TAGS[:1] - 3, TAG_LABELS[:1], [0.386294]),
+        (Multilabel(), TAGS[:1] * NAN, TAG_LABELS[:1], [-INF]),
         (Regression(0.5), NUMBERS, TRUE_NUMBERS, [0.5, -3.0, 0.0]),
-        # 0.5 + 0.25 * 6 = 2
-        (
-            Regression(0.5, relative=0.25),
-            torch.tensor([-7.0, -3.0]),
-            torch.tensor([-6.0, -6.0]),
-            [0.5, -0.5],
-        ),
-        (
-            Regression(1.0),
-            torch.tensor([1.5, 2.0, 5.0]).bfloat16(),
-            torch.tensor([1, 2, 3]),
-            [0.5, 1.0, -1.0],
-        ),
+        # The tolerances are 0.5 + 0.25 * 1 = 0.75 and 0.5 + 0.25 * 2 = 1.
+        (Regression(0.5, relative=0.25), NUMBERS[:1].half(), TRUE_NUMBERS[:1], [2 / 3]),
         (Regression(1.0), torch.tensor([NAN, INF]), torch.zeros(2), [-INF, -INF]),
-        (Sequence(), TOKENS, TOKEN_LABELS, [0.5, -1.0]),
         (Sequence(class_dim=1), TOKENS.transpose(1, 2), TOKEN_LABELS, [0.5, -1.0]),
         (Sequence(share=0.5), TOKENS, TOKEN_LABELS, [2.0, 0.25]),
         (Sequence(share=0.7), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [1.0]),
         (Sequence(share=0.71), SEVEN_OF_TEN, torch.zeros(1, 10, dtype=torch.int64), [-1.0]),
-        (
-            Sequence(),
-            torch.tensor([[[1.0, 0.5]], [[NAN, 0.0]]]),
-            torch.zeros(2, 1, dtype=torch.int64),
-            [0.5, -INF],
-        ),
-        (Segmentation(0.3), PIXELS, TRUTH, [2.0]),
+        (Sequence(), TOKENS * NAN, TOKEN_LABELS, [-INF, -INF]),
         (Segmentation(0.58), PIXELS, TRUTH, [1.0]),
         (Segmentation(0.59), PIXELS, TRUTH, [-0.5]),
-        (Segmentation(0.5), PIXELS, TRUTH[:, None], [1.0]),
         (Segmentation(1.0, ignore_index=255), PIXELS, HALF_IGNORED, [1.0]),
         (Segmentation(), PIXELS * NAN, TRUTH, [-INF]),
     ],
@@ -121,7 +90,6 @@ def test_margins_by_hand(task: Task, output: Tensor, target: Tensor, margin: lis
         (Regression(0.5), NUMBERS, TRUE_NUMBERS, [0.0625, 1.75, 0.25]),
         # (ln(1 + e^-3) + ln(1 + e^-2) + ln(1 + e^-0.5)) / 3 and (ln(1 + e^-0.25) + ln(1 + e)) / 2
         (Sequence(), TOKENS, TOKEN_LABELS, [0.216531, 0.944600]),
-        (Sequence(class_dim=1), TOKENS.transpose(1, 2), TOKEN_LABELS, [0.216531, 0.944600]),
         # (ln(1 + e^-1) + ln(1 + e^-2) + ln(1 + e^-3)) / 3, the last pixel ignored
         (Segmentation(ignore_index=255), PIXELS, HALF_IGNORED, [0.162926]),
     ],
@@ -153,77 +121,23 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
 @pytest.mark.parametrize(
     ("task", "output", "target", "message"),
     [
-        (
-            Multilabel(),
-            TAGS,
-            TAG_LABELS[:, :2],
-            r"the shape of the logits, \[3, 3\], found torch.int64 \[3, 2\]",
-        ),
+        (Multilabel(), TAGS, TAG_LABELS[:, :2], r"the logits, \[3, 3\], found torch.int64 \[3, 2"),
         (Multilabel(), TAGS, [[1, 0, 0]] * 3, "found list"),
-        (Multilabel(), TAGS, TAG_LABELS * 2, "found a label 2, neither 0 nor 1"),
-        (Multilabel(), TAGS, TAG_LABELS * NAN, "found a label nan"),
-        (
-            Multilabel(),
-            TAGS,
-            TAG_LABELS * 0 - 100,
-            "a sample has 0 known labels, so none need be right",
-        ),
+        (Multilabel(), TAGS, TAG_LABELS * NAN, "found a label nan, neither 0 nor 1"),
+        (Multilabel(), TAGS, TAG_LABELS * 0 - 100, "a sample has 0 known labels, so none need be"),
         (Multilabel(), TAGS[0], TAG_LABELS, r"multilabel needs logits \[samples, labels\]"),
-        (
-            Multilabel(),
-            torch.zeros(3, 0),
-            torch.zeros(3, 0),
-            r"multilabel needs logits \[samples, labels\]",
-        ),
-        (Regression(1.0), torch.zeros(3, 2), torch.zeros(3), r"outputs \[3, 2\] for targets \[3\]"),
-        (
-            Regression(1.0),
-            torch.zeros(2, 3),
-            torch.zeros(3, 2),
-            r"outputs \[2, 3\] for targets \[3, 2\]",
-        ),
-        (
-            Regression(1.0),
-            torch.zeros(3),
-            [1.0, 2.0, 3.0],
-            "tensor of numbers as target, found list",
-        ),
-        (
-            Regression(1.0),
-            torch.zeros(2),
-            torch.tensor([1.0, NAN]),
-            "1 numbers of a batch's target are NaN",
-        ),
-        (
-            Sequence(),
-            TOKENS[0],
-            TOKEN_LABELS,
-            r"logits \[samples, tokens, classes\], the model returned \[3, 2\]",
-        ),
-        (Sequence(), TOKENS, TOKEN_LABELS[:, :2], r"logits \[2, 3, 2\] for labels \[2, 2\]"),
+        (Regression(1.0), TAGS, TAGS[0], r"outputs \[3, 3\] for targets \[3\]"),
+        (Regression(1.0), NUMBERS, NUMBERS.T, r"outputs \[3, 2\] for targets \[2, 3\]"),
+        (Regression(1.0), TAGS, [1.0], "tensor of numbers as target, found list"),
+        (Regression(1.0), TAGS, TAGS * NAN, "9 numbers of a batch's target are NaN"),
+        (Sequence(), TOKENS[0], TOKEN_LABELS, r"logits \[samples, tokens, classes\], the model"),
         (Sequence(), TOKENS.transpose(1, 2), TOKEN_LABELS, r"HINT: write `Sequence\(class_dim=1\)"),
-        (
-            Sequence(),
-            TOKENS,
-            TOKEN_LABELS + 0.5,
-            "there is a label 0.5, and the model returned 2 logits",
-        ),
-        (Sequence(), TOKENS, [[0, 1, 0]] * 2, r"whole-number labels \[samples, ...\], found list"),
-        (Sequence(), TOKENS, TOKEN_LABELS[0], r"found torch.int64 \[3\]"),
-        (
-            Sequence(),
-            TOKENS,
-            TOKEN_LABELS + 1,
-            "there is a label 2, and the model returned 2 logits",
-        ),
+        (Sequence(), TOKENS, TOKEN_LABELS + 0.5, "a label 0.5, and the model returned 2 logits"),
+        (Sequence(), TOKENS, TOKEN_LABELS[0], r"labels \[samples, ...\], found torch.int64 \[3\]"),
+        (Sequence(), TOKENS, TOKEN_LABELS + 1, "there is a label 2"),
         (Sequence(), TOKENS, TOKEN_LABELS.clamp(-1), "there is a label -1"),
         (Sequence(), TOKENS, TOKEN_LABELS * 0 - 100, "2 samples of a batch have the label -100"),
-        (
-            Segmentation(),
-            PIXELS[0, 0],
-            TRUTH,
-            r"needs logits \[samples, classes, ...\], the model returned \[2, 2\]",
-        ),
+        (Segmentation(), PIXELS[0, 0], TRUTH, r"needs logits \[samples, classes, ...\], the model"),
         (Segmentation(), PIXELS, TRUTH[:, :1], r"logits \[1, 1, 2, 2\] for labels \[1, 1, 2\]"),
         (Segmentation(classes=(2,)), PIXELS, TRUTH, "the model returned 2 logits a pixel"),
     ],
@@ -241,8 +155,8 @@ def test_what_does_not_fit_is_refused(
     [
         (Multilabel, "threshold", [0, 1.0, "0.5"]),
         (Multilabel, "wrong", [-1]),
-        (Regression, "tolerance", [0, -1.0, INF, "0.1", True, None]),
-        (Regression, "relative", [-1.0, INF, "0.1", True, None]),
+        (Regression, "tolerance", [0, INF, "0.1", None]),
+        (Regression, "relative", [-1.0, True]),
         (Sequence, "share", [0, 1.5, True]),
         (Sequence, "class_dim", [2]),
         (Segmentation, "iou", [0, 50]),
@@ -261,8 +175,6 @@ def test_names_stand_for_tasks_with_their_defaults() -> None:
     assert type(parse_task("binary")) is Binary
     assert Repair(task="sequence").repair.task == Sequence()
     assert type(parse_task(None)) is type(parse_task("multiclass")) is Multiclass
-    given = Regression(tolerance=2.0)
-    assert Repair(task=given).repair.task is given
 
 
 @pytest.mark.parametrize(
@@ -283,52 +195,21 @@ def test_what_is_no_task_is_refused(task: Any, message: str) -> None:
 @pytest.mark.parametrize("task", [Binary(), Multiclass()])
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 def test_one_logit_a_sample_is_that_of_class_1_over_a_0(task: Task, shape: tuple[int, ...]) -> None:
-    one, labels = torch.tensor([2.0, -1.0, 0.5, 0.0]).view(shape), torch.tensor([1, 0, 0, 0])
-    two = torch.tensor([[0.0, 2.0], [0.0, -1.0], [0.0, 0.5], [0.0, 0.0]])
-    for truth in (labels, labels.bool(), labels.float(), labels[:, None].double(), labels[:, None]):
-        task.check(one, truth)
+    logits, labels = torch.tensor([2.0, -1.0, 0.5, 0.0]), torch.tensor([1, 0, 0, 0])
+    output, two = logits.view(shape), torch.stack([torch.zeros(4), logits], 1)
+    for truth in (labels, labels.bool(), labels[:, None].double()):
+        task.check(output, truth)
         # A logit of 0 goes to class 0, as arg max and torchmetrics have it.
-        assert task.passed(one, truth).tolist() == [True, True, False, True]
-        assert task.margin(one, truth).tolist() == [2.0, 1.0, -0.5, 0.0]
-        bce = torch.nn.functional.binary_cross_entropy_with_logits(
-            one.flatten(), labels.float(), reduction="none"
-        )
-        torch.testing.assert_close(task.loss(one, truth), bce)
+        assert task.passed(output, truth).tolist() == [True, True, False, True]
+        assert task.margin(output, truth).tolist() == [2.0, 1.0, -0.5, 0.0]
+        assert torch.equal(task.loss(output, truth), Multiclass().loss(two, labels))
         assert task.label(truth).tolist() == [1, 0, 0, 0]
-    assert task.prediction(task.logits(one)).tolist() == [1, 0, 1, 0]
-    assert torch.equal(
-        task.divergence(one, one + 1), Multiclass().divergence(two, two + torch.tensor([0.0, 1.0]))
-    )
-
-
-@pytest.mark.parametrize(
-    ("task", "output", "target", "message"),
-    [
-        (
-            Multiclass(),
-            torch.zeros(3, 1),
-            torch.tensor([0.0, 0.5, 1.0]),
-            r"use `task=Regression\(tolerance=...\)`",
-        ),
-        (
-            Multiclass(),
-            torch.zeros(3, 1),
-            torch.tensor([0, 1, 2]),
-            r"a label 2, .* \[3, 1\] logits[\s\S]*from 0 to 1",
-        ),
-        (
-            Binary(),
-            torch.zeros(3, 2),
-            torch.tensor([0, 1, 1]),
-            r"needs one logit a sample, .* \[3, 2\]",
-        ),
-    ],
-)
-def test_what_is_no_binary_problem_is_refused(
-    task: Task, output: Tensor, target: Tensor, message: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        task.check(output, target)
+    assert task.prediction(task.logits(output)).tolist() == [1, 0, 1, 0]
+    assert torch.equal(task.divergence(output, -output), Multiclass().divergence(two, -two))
+    with pytest.raises(ConfigurationError, match=r"label 2, .* logits[\s\S]*from 0 to 1"):
+        task.check(output, labels * 2)
+    with pytest.raises(ConfigurationError, match="binary needs one logit a sample"):
+        Binary().check(two, labels)
 
 
 LOGITS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
@@ -357,10 +238,8 @@ def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
 
 
 def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teacher() -> None:
-    task, output = (
-        Multiclass(),
-        torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True),
-    )
+    task = Multiclass()
+    output = torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True)
     margin = task.margin(output, torch.tensor([0, 2]))
     assert margin.tolist() == [1.0, -3.0]
     margin.sum().backward()
@@ -379,10 +258,7 @@ def test_output_that_is_no_logits_is_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        LABELS[:, None],
-        LABELS.double(),
-        LABELS[:, None].float(),
-        torch.eye(2)[LABELS],
+        LABELS[:, None].double(),
         torch.eye(2, dtype=torch.bool)[LABELS],
         torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.25, 0.75]]),
     ],
@@ -409,31 +285,21 @@ def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None
         (torch.eye(3), "not probabilities of 2 classes"),
         (torch.tensor([[1, 1], [0, 1], [1, 0]]), "not probabilities of 2 classes"),
         (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
+        ([0, 0, 1], r"multiclass needs whole-number labels \[samples\]"),
+        (LABELS.cfloat(), r"multiclass needs whole-number labels \[samples\]"),
     ],
 )
-def test_labels_that_do_not_fit_the_logits_are_refused(target: Tensor, found: str) -> None:
+def test_labels_that_do_not_fit_the_logits_are_refused(target: Any, found: str) -> None:
     with pytest.raises(ConfigurationError, match=found):
         Multiclass().check(LOGITS, target)
-
-
-@pytest.mark.parametrize(
-    "target", [LABELS[:, None, None], LABELS.cfloat(), torch.tensor(1), [0, 0, 1]]
-)
-def test_targets_that_are_no_labels_are_refused(target: Any) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"multiclass needs whole-number labels \[samples\]"
-    ):
-        Multiclass().label(target)
 
 
 @pytest.mark.parametrize(
     "output",
     [
         LOGITS,
-        {"logits": LOGITS},
         {"loss": torch.tensor(1.0), "out": LOGITS, "aux": LOGITS + 1},
         {"loss": torch.tensor(1.0), "scores": LOGITS},
-        SimpleNamespace(logits=LOGITS),
         Named(LABELS, LOGITS),
         Output(LOGITS),
         (LOGITS, LABELS),
@@ -453,7 +319,6 @@ def test_logits_are_found_in_what_models_return(output: Any) -> None:
         (),
         ("a",),
         (torch.tensor(1.0),),
-        SimpleNamespace(logits=None),
     ],
 )
 def test_output_without_logits_is_refused(output: Any) -> None:
@@ -474,12 +339,7 @@ class Heads:
 @pytest.mark.parametrize(
     ("name", "output", "target"),
     [
-        (
-            "digit",
-            {"digit": HEAD, "colour": OTHER_HEAD},
-            {"digit": HEAD_LABELS, "colour": HEAD_LABELS - 1},
-        ),
-        ("digit", Heads(HEAD, OTHER_HEAD), HEAD_LABELS),
+        ("digit", Heads(HEAD, OTHER_HEAD), Heads(HEAD_LABELS, HEAD_LABELS - 1)),
         (1, (OTHER_HEAD, HEAD), (HEAD_LABELS - 1, HEAD_LABELS)),
         ("digit", {"digit": {"logits": HEAD}}, HEAD_LABELS),
     ],
@@ -495,10 +355,7 @@ def test_a_task_judges_the_head_as_it_would_judge_it_alone(
     assert task.margin(logits, target).tolist() == [1.0, -2.0]
     assert task.label(target).tolist() == [1, 1]
     assert torch.equal(task.loss(logits, target), alone.loss(HEAD, HEAD_LABELS))
-    assert torch.equal(
-        task.passed_and_loss(logits, target, torch.tensor([2.0, 0.0]))[0],
-        torch.tensor([False, False]),
-    )
+    assert not task.passed_and_loss(logits, target, torch.full((2,), 2.0))[0].any()
     assert torch.equal(task.divergence(logits, HEAD + 1, target), alone.divergence(HEAD, HEAD + 1))
     assert task.prediction(logits).tolist() == [1, 0]
 
@@ -515,8 +372,6 @@ def test_the_task_of_a_head_may_be_a_name() -> None:
     assert repr(NamedHead("digit", "sequence")) == repr(NamedHead("digit", Sequence()))
     with pytest.raises(ConfigurationError, match=r"`task='regression'` needs arguments"):
         NamedHead("digit", "regression")
-    with pytest.raises(ConfigurationError, match="`task=3`"):
-        NamedHead("digit", 3)  # type: ignore[arg-type]
 
 
 OUTPUT, TARGET = torch.tensor([[1.0, 2.0], [0.0, 5.0]]), torch.tensor([[1.0, 2.25], [0.0, 2.0]])
@@ -569,21 +424,11 @@ def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> No
     ("functions", "message"),
     [
         ({"passed": lambda o, t: o[:, :3] == t[:, :1, :1]}, "`Custom.passed` raised IndexError"),
-        (
-            {"passed": lambda o, t: o == t},
-            r"`Custom.passed` returned torch.bool \[2, 2\] for a batch of 2 samples",
-        ),
+        ({"passed": torch.eq}, r"`Custom.passed` returned torch.bool \[2, 2\] for a batch of 2"),
         ({"passed": lambda o, t: [True, False]}, "`Custom.passed` returned list"),
-        ({"passed": lambda o, t: far(o, t)}, "`Custom.passed` returned torch.float32"),
-        (
-            {"loss": lambda o, t: far(o, t).mean()},
-            r"`Custom.loss` returned torch.float32 \[\] for a batch",
-        ),
+        ({"passed": far}, "`Custom.passed` returned torch.float32"),
+        ({"loss": torch.dist}, r"`Custom.loss` returned torch.float32 \[\] for a batch"),
         ({"margin": far}, "`Custom.margin` returned 3 for a sample that did not pass"),
-        (
-            {"margin": lambda o, t: -spare(o, t)},
-            r"`Custom.margin` returned -0.25 for a sample that passed \(2 such",
-        ),
     ],
 )
 def test_functions_that_do_not_fit_are_refused(functions: dict[str, Any], message: str) -> None:
