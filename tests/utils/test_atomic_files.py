@@ -100,8 +100,8 @@ def read_record(path: Path) -> Any:
 
 
 def read_runs(path: Path) -> Any:
-    found = RunStore(path.parent).read(["first"])
-    return {key: (one.run, one.where.tolist(), one.values.tolist()) for key, one in found.items()}
+    runs = RunStore(path.parent).read(["first"])
+    return [(stored.run, stored.where.tolist(), stored.values.tolist()) for stored in runs.values()]
 
 
 def write_runs(path: Path) -> None:
@@ -151,44 +151,33 @@ READERS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A whole file of each kind, in a folder of its own."""
-    found = {}
+    paths = {}
     for kind, reader in READERS.items():
-        found[kind] = tmp_path_factory.mktemp("files") / reader.name
-        reader.write(found[kind])
-    return found
+        paths[kind] = tmp_path_factory.mktemp("files") / reader.name
+        reader.write(paths[kind])
+    return paths
 
 
 @st.composite
 def damage(draw: st.DrawFn) -> Callable[[bytes, bytes], bytes]:
     """What makes of the bytes of a file, and those of a file of another kind, something else."""
-    how = draw(
-        st.sampled_from(["flip", "cut", "drop", "repeat", "splice", "set", "nulls", "foreign"])
-    )
-    a, b, bit = draw(st.floats(0, 1)), draw(st.floats(0, 1)), draw(st.integers(0, 255))
+    kind = draw(st.integers(0, 6))
+    a, b, byte = draw(st.floats(0, 1)), draw(st.floats(0, 1)), draw(st.integers(0, 255))
 
-    def apply(data: bytes, other: bytes) -> bytes:
+    def apply(data: bytes, foreign: bytes) -> bytes:
         i, j = sorted((int(a * len(data)), int(b * len(data))))
-        k = min(i, len(data) - 1)
-        made = {
-            "flip": data[:k] + bytes([data[k] ^ (bit or 1)]) + data[k + 1 :],
-            "cut": data[:i],
-            "drop": data[:i] + data[j:],
-            "repeat": data[:j] + data[i:],
-            "splice": data[:i] + other[int(a * len(other)) :],
-            "set": data[:k] + bytes([bit]) + data[k + 1 :],
-            "nulls": data[:i] + bytes(j - i) + data[j:],
-            "foreign": other,
-        }
-        return made[how]
+        set_byte = data[:i] + bytes([byte]) + data[i + 1 :]
+        zeros = data[:i] + bytes(j - i) + data[j:]
+        spliced = data[:i] + foreign[int(a * len(foreign)) :]
+        damaged = set_byte, zeros, spliced, data[:i], data[:i] + data[j:], data[:j] + data[i:]
+        return (*damaged, foreign)[kind]
 
     return apply
 
 
 def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     return bool(a == b)
 
 
@@ -198,24 +187,24 @@ def same(a: Any, b: Any) -> bool:
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(how=damage(), other=st.sampled_from(sorted(READERS)))
+@given(apply=damage(), foreign=st.sampled_from(sorted(READERS)))
 def test_a_damaged_file_is_refused_warned_of_or_read_as_it_was(
-    folders: dict[str, Path], kind: str, how: Callable[[bytes, bytes], bytes], other: str
+    folders: dict[str, Path], kind: str, apply: Callable[[bytes, bytes], bytes], foreign: str
 ) -> None:
     reader, path = READERS[kind], folders[kind]
-    whole = path.read_bytes()
+    content = path.read_bytes()
     expected = None if kind == "report" else reader.read(path)
-    path.write_bytes(how(whole, folders[other].read_bytes()))
+    path.write_bytes(apply(content, folders[foreign].read_bytes()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", DataWarning)
-            found = reader.read(path)
+            value = reader.read(path)
     except (ConfigurationError, DataWarning):
         return
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(content)
     if reader.finds_changes:
-        assert same(expected, found) or found == {}
+        assert value == [] or same(expected, value)
 
 
 @pytest.mark.parametrize("flag", [153, 156])
@@ -227,35 +216,23 @@ def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(
         folders["checkpoint"].with_name("flag.ckpt"),
         bytearray(folders["checkpoint"].read_bytes()),
     )
-    length = data.index(b"a/data/0") - 4  # of that name, in front of it
-    assert data[length] == 8
-    data[length] = flag
+    data[data.index(b"a/data/0") - 4] = flag  # the length of the name
     path.write_bytes(data)
     with pytest.warns(DataWarning, match=r"is damaged: the checksum of .* is wrong"):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("depth", [50, 400, 900, 100_000])
-def test_a_report_of_brackets_is_refused(tmp_path: Path, depth: int) -> None:
-    path = tmp_path / "report.json"
-    for text in ("[" * depth, '{"settings":' * depth + "1" + "}" * depth):
-        path.write_text(text)
-        with pytest.raises(ConfigurationError):
-            read_report(path)
-
-
 @pytest.mark.parametrize(
     "text",
     [
-        "[1, 2]",
         "3",
-        '"a"',
-        "null",
-        '{"findings": 1}',
         '{"splits": [{"broken_ids": 3}]}',
         "\ufeff{}",
         "",
+        "[" * 100_000,
+        '{"settings":' * 900 + "1" + "}" * 900,
     ],
+    ids=["number", "ids", "mark", "empty", "brackets", "deep"],
 )
 def test_json_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
@@ -269,14 +246,10 @@ class Death(BaseException):
 
 def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) -> None:
     data = to_bytes(torch.arange(5))
-    for at in range(0, len(data), 7):
-        damaged = bytearray(data)
-        damaged[at] ^= 4
-        with pytest.raises(ValueError, match=r"\w"):
-            from_bytes(bytes(damaged))
-    for cut in (0, 10, 40, len(data) - 1):
-        with pytest.raises(ValueError, match=r"\w"):
-            from_bytes(data[:cut])
+    for i in range(0, len(data), 7):
+        for damaged in (data[:i], data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :]):
+            with pytest.raises(ValueError, match=r"\w"):
+                from_bytes(damaged)
     with pytest.raises(ValueError, match="unexpected object"):
         from_bytes(to_bytes(tmp_path))
 
@@ -292,11 +265,13 @@ def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) ->
 
 
 def begun(
-    folder: Path, origin: str = "a", elsewhere: list[Path] | None = None, **rest: Any
+    folder: Path,
+    every: float = 0,
+    ranks: Collective = Collective(),  # noqa: B008, has no state
+    clock: StageTimer | None = None,
 ) -> ResumeStore:
-    work = ResumeStore(folder, elsewhere or [], every=rest.get("every", 0))
-    ranks, clock = rest.get("ranks", Collective()), rest.get("clock", StageTimer())
-    work.begin({"data": origin, "settings": "1"}, clock, ranks, torch.device("cpu"))
+    work = ResumeStore(folder, every=every)
+    work.begin({"data": "a"}, clock or StageTimer(), ranks, torch.device("cpu"))
     return work
 
 

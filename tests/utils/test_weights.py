@@ -4,6 +4,7 @@ were.
 
 from __future__ import annotations
 
+import copy
 import random
 from contextlib import nullcontext
 from typing import Any
@@ -27,9 +28,7 @@ from lightning_nrl._utils.state import (
     write,
 )
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.gate import Instance
 from lightning_nrl.localization import AllWeights
-from lightning_nrl.search import Fitness
 
 
 class Shared(nn.Module):
@@ -52,19 +51,17 @@ NEW = torch.tensor([[2.0, 3.0]])
 @pytest.mark.parametrize("name", ["head.weight", "exit.weight"])
 def test_a_model_runs_on_other_tensors_for_a_while(name: str) -> None:
     model = Shared().eval()
-    own, mean = model.head.weight, model.norm.running_mean
-    held = NEW.clone().requires_grad_()
-    with temporary_weights(model, {name: held, "norm.running_mean": torch.ones(2)}):
-        # ([2, 4] - 1) @ [2, 3]
-        torch.testing.assert_close(
-            model(torch.tensor([[2.0, 4.0]])), torch.tensor([[11.0]]), rtol=1e-4, atol=0
-        )
-        model(torch.tensor([[2.0, 4.0]])).sum().backward()
-        assert model.exit.weight is model.head.weight is held
-    assert model.exit.weight is model.head.weight is own
+    weight, mean = model.head.weight, model.norm.running_mean
+    new_weight = NEW.clone().requires_grad_()
+    with temporary_weights(model, {name: new_weight, "norm.running_mean": torch.ones(2)}):
+        output = model(torch.tensor([[2.0, 4.0]]))
+        assert output.item() == pytest.approx((2 - 1) * 2 + (4 - 1) * 3, rel=1e-4)
+        output.backward()
+        assert model.exit.weight is model.head.weight is new_weight
+    assert model.exit.weight is model.head.weight is weight
     assert model.norm.running_mean is mean
-    assert own.grad is None
-    torch.testing.assert_close(held.grad, torch.tensor([[1.0, 3.0]]), rtol=1e-4, atol=0)
+    assert weight.grad is None
+    torch.testing.assert_close(new_weight.grad, torch.tensor([[1.0, 3.0]]), rtol=1e-4, atol=0)
 
 
 WRONG = {
@@ -90,30 +87,21 @@ def test_a_state_that_does_not_fit_changes_nothing(name: str, use: object) -> No
 
 def test_what_differs_comes_under_all_its_names() -> None:
     model = Shared()
-    own = snapshot(model)
-    assert changed(model, own) == {}
-    found = changed(model, {**own, "norm.bias": torch.ones(2)})
-    assert list(found) == ["norm.bias"]
-    found = changed(model, {"exit.weight": NEW})
-    assert list(found) == ["head.weight", "exit.weight"]
-    assert found["head.weight"] is found["exit.weight"] is NEW
+    state = snapshot(model)
+    assert changed(model, state) == {}
+    assert list(changed(model, {**state, "norm.bias": torch.ones(2)})) == ["norm.bias"]
+    assert changed(model, {"exit.weight": NEW}) == {"head.weight": NEW, "exit.weight": NEW}
 
 
 def test_half_of_the_way_is_the_mean() -> None:
-    old = {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3), "other": NEW}
-    new = {"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}
+    old = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3), "other": NEW}
+    new = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(5)}
     assert between(old, new, 0.5)["w"].tolist() == [0.5, 3.0]
-    assert between(old, new, 1.5)["w"].tolist() == [1.5, 5.0]
+    assert between(old, new, 1.5)["w"].tolist() == [-0.5, 5.0]
     assert [int(between(old, new, t)["n"]) for t in (0, 0.4, 0.5, 1.5)] == [3, 3, 5, 5]
     assert list(between(old, new, 0.3)) == ["w", "n"]
-
-
-def test_a_variance_stays_at_or_above_zero() -> None:
-    old, new = (
-        {"norm.running_var": torch.tensor([1.0, 1.0])},
-        {"norm.running_var": torch.tensor([0.1, 3.0])},
-    )
-    torch.testing.assert_close(between(old, new, 1.5)["norm.running_var"], torch.tensor([0.0, 4.0]))
+    variances = between({"x.running_var": old["w"]}, {"x.running_var": new["w"]}, 1.5)
+    assert variances["x.running_var"].tolist() == [0.0, 5.0]
 
 
 class Saves(nn.Linear):
@@ -130,12 +118,10 @@ class Saves(nn.Linear):
 @pytest.mark.parametrize(
     ("form", "names"),
     [
-        (dict, {"weight": "weight", "bias": "bias"}),
         (
             lambda state: {f"net.{name}": x for name, x in state.items()},
             {"net.weight": "weight", "net.bias": "bias"},
         ),
-        (lambda state: {"bias": state["bias"]}, {"bias": "bias"}),
         (
             lambda state: {name: x.half().clone() for name, x in state.items()},
             {"weight": "weight", "bias": "bias"},
@@ -156,35 +142,16 @@ def test_a_state_dict_says_which_tensors_it_saves(form: Any, names: dict[str, st
 
 def test_hash_tells_names_shapes_and_dtypes_apart() -> None:
     x = torch.zeros(2, 2)
-    tensors = [
-        {"w": x},
-        {"v": x},
-        {"w": x.flatten()},
-        {"w": x.int()},
-        {"w": x, "v": x},
-        {"w": -x},
-        {},
-    ]
-    assert len({hash_tensors(each) for each in tensors}) == len(tensors)
+    states = [{"w": x}, {"v": x}, {"w": x.flatten()}, {"w": x.int()}, {"w": x, "v": x}, {"w": -x}]
+    assert len(set(map(hash_tensors, states))) == len(states)
+    assert hash_tensors({"w": x, "v": -x}) == hash_tensors({"v": (-x).T, "w": nn.Parameter(x)})
 
 
-def test_hash_ignores_order_strides_and_gradients() -> None:
-    x, y = torch.arange(6.0).view(2, 3), torch.tensor(1.0)
-    other = torch.nn.Parameter(x.t().contiguous().t())
-    assert not other.is_contiguous()
-    assert hash_tensors({"x": x, "y": y}) == hash_tensors({"y": y, "x": other})
-
-
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_hash_takes_sparse_tensors_and_sees_values_and_places(layout: torch.layout) -> None:
-    dense = [
-        torch.tensor(rows)
-        for rows in ([[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 3.0]], [[1.0, 2.0], [0.0, 0.0]])
-    ]
-    first, *others = (hash_tensors({"w": x.to_sparse(layout=layout)}) for x in (dense[0], *dense))
-    assert others[0] == first
-    assert len(set(others)) == 3
+def test_hash_takes_sparse_tensors_and_sees_values_and_places() -> None:
+    rows = ([1.0, 0.0, 2.0], [1.0, 0.0, 3.0], [1.0, 2.0, 0.0])
+    hashes = [hash_tensors({"w": torch.tensor([row]).to_sparse_csr()}) for row in (*rows, rows[0])]
+    assert len(set(hashes)) == 3
 
 
 class Counting(nn.Module):
@@ -221,15 +188,13 @@ def network() -> nn.Sequential:
 
 def picture(model: nn.Module) -> list[Any]:
     """All that a user may notice, by identity and by value."""
-    own = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
     return [
-        [(name, id(x), x.detach().clone()) for name, x in own],
-        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
-        [module.training for module in model.modules()],
-        [
-            (sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
-            for m in model.modules()
-        ],
+        [(name, id(x), x.detach().clone(), x.requires_grad) for name, x in tensors],
+        [copy.deepcopy(p.grad) for p in model.parameters()],
+        [(module.training, sorted(vars(module))) for module in model.modules()],
+        str(hooks),
         torch.get_rng_state(),
         torch.is_grad_enabled(),
     ]
@@ -241,7 +206,7 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.parametrize("layer", ["auto", "0", ["0", "5"]])
+@pytest.mark.parametrize("layer", ["auto", ["0", "5"]])
 def test_a_repair_leaves_no_trace(layer: Any) -> None:
     model = network()
     before = picture(model)
@@ -256,28 +221,15 @@ class OutOfMemory(Exception):
     pass
 
 
-def fail(*args: Any, **kwargs: Any) -> Any:
-    raise OutOfMemory
-
-
 class FailingLocalizer(AllWeights):
-    __call__ = fail
-
-
-class FailingFitness(Fitness):
-    __call__ = fail
-
-
-class FailingGate(Instance):
-    allowed = fail
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise OutOfMemory
 
 
 @pytest.mark.parametrize(
     ("part", "error"),
     [
         ({"localizer": FailingLocalizer()}, OutOfMemory),
-        ({"fitness": FailingFitness()}, OutOfMemory),
-        ({"gate": FailingGate()}, OutOfMemory),
         ({"target": Target.where(lambda batch: batch[7])}, ValueError),
     ],
 )
@@ -293,13 +245,10 @@ def draw() -> tuple[float, float, float]:
     return torch.rand(1).item(), float(np.random.rand()), random.random()
 
 
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_the_random_state_is_as_found(error: type[BaseException] | None) -> None:
-    for seed in (torch.manual_seed, np.random.seed, random.seed):
-        seed(11)
-    expected = draw()
-    for seed in (torch.manual_seed, np.random.seed, random.seed):
-        seed(11)
+    with random_state():
+        expected = draw()
     with nullcontext() if error is None else pytest.raises(error), random_state():
         draw()
         torch.manual_seed(0)
