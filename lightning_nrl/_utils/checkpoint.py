@@ -33,7 +33,9 @@ def read_state(argument: str, weights: nn.Module | State | str | Path) -> Mappin
             "itself.",
         )
     state = weights.get("state_dict")
-    return state if isinstance(state, Mapping) else weights
+    if isinstance(state, Mapping):
+        return state
+    return weights
 
 
 def load_mapping(
@@ -95,23 +97,22 @@ def fitting(argument: str, new: Mapping[str, object], model: nn.Module) -> dict[
     """
     live = live_tensors(model)
     names = saved_names(model)
-    tensors = {key: value for key, value in new.items() if isinstance(value, Tensor)}
+    unknown = {key: value for key, value in new.items() if isinstance(value, Tensor)}
     fitted = {}
     faults = []
-    unknown = dict.fromkeys(tensors)
     for key in model.state_dict():
         name = names.get(key, key)
         if name not in live:
             continue
-        unknown.pop(key, None)
+        tensor = unknown.pop(key, None)
         old = live[name]
-        if key not in tensors:
+        if tensor is None:
             faults.append(f"lacks {key!r}")
-        elif tensors[key].shape != old.shape:
-            shapes = f"{list(tensors[key].shape)}, not {list(old.shape)}"
+        elif tensor.shape != old.shape:
+            shapes = f"{list(tensor.shape)}, not {list(old.shape)}"
             faults.append(f"has {key!r} in the shape {shapes}")
         else:
-            fitted[name] = tensors[key].detach().to(old.device, old.dtype)
+            fitted[name] = tensor.detach().to(old.device, old.dtype)
     faults += [f"has {key!r}, which is not in the model" for key in unknown]
     if not faults:
         return fitted

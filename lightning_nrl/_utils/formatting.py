@@ -15,7 +15,9 @@ def count(n: int) -> str:
 
 def number(x: float) -> str:
     """Formats a number with four significant digits, or as `-` if it is NaN or infinite."""
-    return f"{x:.4g}" if math.isfinite(x) else "-"
+    if not math.isfinite(x):
+        return "-"
+    return f"{x:.4g}"
 
 
 def percent(share: float) -> str:
@@ -43,7 +45,9 @@ def rough_percent(share: float) -> str:
         return "none"
     if share >= 0.0995 or not share:
         return f"{share:.0%}"
-    return f"{share:.1%}" if share >= 0.00995 else f"{share:.2%}"
+    if share >= 0.00995:
+        return f"{share:.1%}"
+    return f"{share:.2%}"
 
 
 def rough_time(seconds: float) -> str:
@@ -57,7 +61,9 @@ def rough_time(seconds: float) -> str:
 
 
 def plural(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+    if n != 1:
+        noun += "s"
+    return f"{n:,} {noun}"
 
 
 def list_ids(ids: Sequence[int], where: str) -> str:
@@ -87,5 +93,6 @@ def relative_to_cwd(path: str) -> str:
 def sentence(text: str) -> str:
     """Capitalizes the first letter, and adds a full stop if the text has no end mark."""
     text = text.strip()
-    text = text[:1].upper() + text[1:]
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+    if not text.endswith((".", "!", "?")):
+        text += "."
+    return text[:1].upper() + text[1:]

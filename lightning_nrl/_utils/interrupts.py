@@ -49,7 +49,7 @@ class _SignalWatch:
                 self._raise()
             return
         self.noted = signum
-        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        name = signal.Signals(signum).name.replace("SIGINT", "Ctrl-C")
         self.say(f"{name}: the repair stops.")
         self.overdue = time.monotonic() + OVERDUE_SECONDS
         self.timer = threading.Timer(OVERDUE_SECONDS, _signal_main_thread, (signum,))
@@ -102,10 +102,8 @@ def interruptible(
     watch = _SignalWatch(say)
     handlers = {}
     for signum in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(signum)
-        if handler is not signal.SIG_IGN:
-            handlers[signum] = handler
-            signal.signal(signum, watch.handle)
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            handlers[signum] = signal.signal(signum, watch.handle)
     _SignalWatch.current = watch
     try:
         yield

@@ -103,9 +103,9 @@ def to_plain(value: object) -> Plain:
     """
     # Exact types: np.float64 is a subclass of float, and a checkpoint with one does not load with
     # weights_only=True.
-    if type(value) is float:
-        return math.nan if math.isinf(value) else value
-    if value is None or type(value) in (bool, int, str):
+    if type(value) is float and math.isinf(value):
+        return math.nan
+    if type(value) in (bool, int, str, float, NoneType):
         return value
     if is_dataclass(value) and not isinstance(value, type):
         return _plain_record(value)
@@ -195,27 +195,30 @@ def _refuse_constant(name: str) -> Plain:
 def _read(kind: Hint, value: Plain, path: str, null: float = math.nan) -> Any:
     origin: Hint = get_origin(kind)
     arguments = get_args(kind)
-    if kind is Any or kind is object:
+    if kind in (Any, object, NoneType):
         return value
     if origin in (Union, UnionType):
-        if value is None and NoneType in arguments:
-            return None
-        choices = [argument for argument in arguments if argument is not NoneType]
-        choice = type(value) if type(value) in choices else choices[0]
+        if type(value) in arguments:
+            return _read(type(value), value, path, null)
+        choice = next(argument for argument in arguments if argument is not NoneType)
         return _read(choice, value, path, null)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             raise _wrong(path, f"one of {list(arguments)}", value)
         return value
     if is_dataclass(kind):
-        return _read_record(kind, _object(value, path), f"{path}." if path else "")
+        prefix = f"{path}." if path else ""
+        return _read_record(kind, _object(value, path), prefix)
     if origin in (tuple, Sequence):
-        is_fixed = origin is tuple and arguments[-1] is not Ellipsis
-        items = _list(value, path, len(arguments) if is_fixed else None)
-        kinds = arguments if is_fixed else [arguments[0]] * len(items)
-        paths = [f"{path}[{i}]" for i in range(len(items))]
-        read = map(_read, kinds, items, paths)
-        return tuple(read) if origin is tuple else list(read)
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(path, "a list", value)
+        kinds = arguments
+        if origin is Sequence or arguments[-1] is Ellipsis:
+            kinds = arguments[:1] * len(value)
+        if len(value) != len(kinds):
+            raise _wrong(path, f"a list of {len(kinds)}", value)
+        items = [_read(kinds[i], item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return items if origin is Sequence else tuple(items)
     if origin is Mapping:
         data = _object(value, path)
         return {key: _read(arguments[1], item, f"{path}.{key}") for key, item in data.items()}
@@ -274,12 +277,6 @@ def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
 def _object(value: Plain, path: str) -> Mapping[str, Plain]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _wrong(path, "an object", value)
-    return value
-
-
-def _list(value: Plain, path: str, length: int | None = None) -> Sequence[Plain]:
-    if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
-        raise _wrong(path, "a list" if length is None else f"a list of {length}", value)
     return value
 
 

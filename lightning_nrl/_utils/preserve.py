@@ -94,10 +94,11 @@ def _modules_with_modes(model: nn.Module) -> list[nn.Module]:
 
 def module_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
     """Returns the bool attributes of each module, such as `training` and `merged`."""
-    return [
-        {name: value for name, value in vars(module).items() if isinstance(value, bool)}
-        for module in modules
-    ]
+    flags = []
+    for module in modules:
+        attributes = vars(module).items()
+        flags.append({name: value for name, value in attributes if isinstance(value, bool)})
+    return flags
 
 
 def has_own_modes(model: nn.Module) -> bool:
@@ -166,11 +167,8 @@ class CpuRandomState:
 
 def seed_all(seed: int) -> None:
     """Seeds torch on all devices, numpy and Python."""
+    torch.manual_seed(seed)
     seed_cpu(seed)
-    # Without such a device, torch would store the seed for later with a stack trace, which takes
-    # milliseconds.
-    if torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available():
-        torch.manual_seed(seed)
 
 
 def seed_cpu(seed: int) -> None:
@@ -208,11 +206,11 @@ class _TensorSnapshot:
 
     def overwritten(self) -> dict[int, Tensor]:
         """Maps the `id` of each changed tensor to its earlier values."""
-        return {
-            id(tensor): values
-            for tensor, memory, values in self.copies
-            if not (_is_at(tensor, memory) and _is_same(memory, values))
-        }
+        overwritten = {}
+        for tensor, memory, values in self.copies:
+            if not (_is_at(tensor, memory) and _is_same(memory, values)):
+                overwritten[id(tensor)] = values
+        return overwritten
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -249,15 +247,13 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _is_at(value: Tensor, memory: Tensor) -> bool:
-    if (value.device, value.dtype, value.layout) != (memory.device, memory.dtype, memory.layout):
-        return False
+    return _place(value) == _place(memory)
+
+
+def _place(value: Tensor) -> tuple[object, ...]:
     if value.layout != torch.strided:
-        return True
-    return (
-        value.shape == memory.shape
-        and value.stride() == memory.stride()
-        and value.data_ptr() == memory.data_ptr()
-    )
+        return value.device, value.dtype, value.layout
+    return value.device, value.dtype, value.shape, value.stride(), value.data_ptr()
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:
@@ -293,14 +289,13 @@ def _write(value: Tensor, copy: Tensor) -> None:
 
 def _restores(value: Value, depth: int = 3) -> list[Callable[[], None]]:
     if isinstance(value, Tensor):
-        copy = value.detach().clone()
-        return [partial(_write, value, copy)]
-    if not depth or type(value) not in (list, dict, set, deque, OrderedDict):
-        return []
-    if len(value) > MAX_ITEMS_KEPT:
+        return [partial(_write, value, value.detach().clone())]
+    is_container = type(value) in (list, dict, set, deque, OrderedDict)
+    if not depth or not is_container or len(value) > MAX_ITEMS_KEPT:
         return []
     restores: list[Callable[[], None]] = [partial(_set_items, value, value.copy())]
-    for item in value.values() if isinstance(value, dict) else value:
+    items = value.values() if isinstance(value, dict) else value
+    for item in items:
         restores += _restores(item, depth - 1)
     return restores
 

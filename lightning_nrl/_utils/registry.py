@@ -75,7 +75,9 @@ class Registry(Generic[T]):
         # A name of this package wins over an entry point, and the first entry point wins over a
         # later one.
         points: dict[str, EntryPoint] = {}
-        for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
+        if not self.group:
+            return points
+        for point in entry_points(group=f"lightning_nrl.{self.group}"):
             if point.name not in self._factories and point.name not in self.on_demand:
                 points.setdefault(point.name, point)
         return points
@@ -94,16 +96,16 @@ class Registry(Generic[T]):
         if name in self._factories:
             return self._factories[name]
         if name in self.on_demand:
-            factory: Callable[..., T] = load_on_demand(self.on_demand[name])
-            return factory
+            return cast(Callable[..., T], load_on_demand(self.on_demand[name]))
         if name in self._added:
             return self._loaded(argument, self._added[name])
         registry = next(registry for registry in self.include if name in registry)
         return registry.factory(argument, name)
 
     def _loaded(self, argument: str, point: EntryPoint) -> Callable[..., T]:
-        of = f" of {point.dist.name}" if point.dist is not None else ""
-        origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}{of}"
+        origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}"
+        if point.dist is not None:
+            origin += f" of {point.dist.name}"
         try:
             make = point.load()
         except Exception as error:
@@ -132,12 +134,12 @@ class Registry(Generic[T]):
 
     def unreadable(self, text: str, name: str) -> ConfigurationError:
         """Returns the error for `text`, a quoted text such as `tolerence:1%`; `name` starts it."""
-        near = difflib.get_close_matches(name, tuple(self), n=1)
-        meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
-        return ConfigurationError(
-            f"{text} is no {self.kind}{meant}",
-            f"write one of {list(self.forms)}, or {self.example}.",
-        )
+        problem = f"{text} is no {self.kind}"
+        hint = f"write one of {list(self.forms)}, or {self.example}."
+        for similar in difflib.get_close_matches(name, tuple(self), n=1):
+            if similar != name:
+                return ConfigurationError(f"{problem}, did you mean {similar!r}?", hint)
+        return ConfigurationError(f"{problem}.", hint)
 
 
 def load_on_demand(address: str) -> Any:

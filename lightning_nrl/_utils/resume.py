@@ -62,7 +62,7 @@ def from_bytes(data: bytes, hint: Hint = None, device: torch.device | None = Non
         return default_restore_location(storage, location)
 
     try:
-        add_safe_globals(list(_records(hint, {})))
+        add_safe_globals(list(_records(hint, set())))
         return torch.load(io.BytesIO(content), map_location=place, weights_only=True)
     except UnpicklingError as error:
         raise ValueError("it holds an unexpected object") from error
@@ -70,13 +70,13 @@ def from_bytes(data: bytes, hint: Hint = None, device: torch.device | None = Non
         raise ValueError(first_line(f"{type(error).__name__}: {error}")) from error
 
 
-def _records(hint: Hint, kinds: dict[type, None]) -> dict[type, None]:
+def _records(hint: Hint, kinds: set[type]) -> set[type]:
     """Adds to `kinds` the dataclasses and named tuples in a type hint, and in their fields."""
     for part in get_args(hint):
         _records(part, kinds)
     is_record = isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
     if is_record and hint not in kinds:
-        kinds[hint] = None
+        kinds.add(hint)
         for inner in get_type_hints(hint).values():
             _records(inner, kinds)
     return kinds
@@ -168,7 +168,9 @@ class ResumeStore:
 
     @property
     def place(self) -> Path | None:
-        return self._folder if self._folder is not None and self._folder.is_dir() else None
+        if self._folder is None or not self._folder.is_dir():
+            return None
+        return self._folder
 
     def done(self) -> None:
         for folder in self._folders:
@@ -206,18 +208,18 @@ class ResumeStore:
         if self._folder is not None:
             with suppress(OSError, MemoryError):
                 data = (self._folder / name).read_bytes()
-        received = self._collective.of_first(data)
-        if not received:
+        data = self._collective.of_first(data)
+        if not data:
             return None
         result = None
         problem = ""
         try:
-            result = from_bytes(received, hint, self._device)
+            result = from_bytes(data, hint, self._device)
         except ValueError as error:
             problem = str(error)
-        if not self._collective.any(bool(problem)):
-            return result
         problem = self._collective.first_text(problem)
+        if not problem:
+            return result
         if self._collective.rank == 0:
             warnings.warn(
                 FilesWarning(

@@ -19,7 +19,7 @@ State = Mapping[str, Tensor]  # parameters and buffers by their names in the mod
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Returns detached copies of all parameters and persistent buffers, on their devices."""
-    return {name: value.detach().clone() for name, value in live_tensors(model).items()}
+    return {name: value.clone() for name, value in current_state(model).items()}
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -182,13 +182,10 @@ def saved_names(model: nn.Module) -> dict[str, str]:
 def _copied_names(model: nn.Module, names: Set[str]) -> list[str]:
     """Returns the live tensors among `names` that `state_dict` copies, as changed values show."""
     live = live_tensors(model)
-    state = model.state_dict()
     shifted = {}
-    for name in names & state.keys():
+    for name in names & model.state_dict().keys():
         if live[name].is_floating_point():
             shifted[name] = live[name].detach() + 1
-    if not shifted:
-        return []
     with temporary_weights(model, shifted):
         state = model.state_dict()
     copied = []

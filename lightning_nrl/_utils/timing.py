@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
-
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 
@@ -37,7 +35,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Deadline:
-    """Moment `end` at which work must end, in seconds of the clock `now`; infinite if unlimited.
+    """Moment `end` at which work must end, in seconds of `clock`; infinite if unlimited.
 
     All ranks must call `agreed_seconds_left`, `leaves` and `is_over` together; each returns the
     same on all ranks. Without a limit, the ranks exchange nothing.
@@ -45,7 +43,7 @@ class Deadline:
 
     end: float = math.inf
     collective: Collective = field(default_factory=Collective)
-    now: Clock = time.perf_counter
+    clock: Clock = time.perf_counter
 
     @property
     def is_set(self) -> bool:
@@ -55,13 +53,13 @@ class Deadline:
     def seconds_left(self) -> float:
         """Seconds left on this rank, negative after the end."""
         poll()
-        return self.end - self.now()
+        return self.end - self.clock()
 
     def agreed_seconds_left(self) -> float:
         """Returns, on every rank, the seconds left on the first rank."""
         if not self.is_set:
             return self.seconds_left
-        return float(self.collective.agreed(torch.tensor(self.seconds_left, dtype=torch.float64)))
+        return self.collective.of_first(self.seconds_left)
 
     def leaves(self, seconds: float) -> bool:
         """True if at least `seconds` are left on every rank."""
@@ -78,7 +76,7 @@ class Deadline:
 
     def within(self, seconds: float) -> Deadline:
         """Returns a deadline in `seconds` from now, but no later than this deadline."""
-        return replace(self, end=min(self.end, self.now() + seconds))
+        return replace(self, end=min(self.end, self.clock() + seconds))
 
 
 class StageTimer:
@@ -91,11 +89,11 @@ class StageTimer:
         self,
         observer: Observer | None = None,
         max_time: float | None = None,
-        now: Clock | None = None,
+        now: Clock = time.perf_counter,
     ) -> None:
         self.observer = observer
         self.seconds: dict[str, float] = {}
-        self._clock = now or time.perf_counter
+        self._clock = now
         self._ahead = 0.0
         self._began = self.now()
         self._max_time = math.inf if max_time is None else max_time
@@ -121,7 +119,7 @@ class StageTimer:
         `max_time` limits both times together.
         """
         self._ahead += elapsed - self.elapsed
-        self.seconds.clear()
+        self.seconds.clear()  # in place, since others hold the dict
         self.seconds.update(seconds)
 
     @property
@@ -135,12 +133,12 @@ class StageTimer:
         poll()
         self.seconds.setdefault(name, 0.0)
         start = self.now()
-        earlier = sum(self.seconds.values())
+        seconds_before = sum(self.seconds.values())
         try:
             with self.observer.stage(name) if self.observer else nullcontext():
                 yield
         finally:
-            inner = sum(self.seconds.values()) - earlier
+            inner = sum(self.seconds.values()) - seconds_before
             self.seconds[name] = max(0.0, self.seconds.get(name, 0.0) + self.now() - start - inner)
 
     def tell(

@@ -31,9 +31,6 @@ from lightning_nrl.errors import ConfigurationError
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "mask", "masks")
 """Usual names of the target in a batch; the first one that the batch has is used."""
 
-FUTURE_KEYS = ("future_target", "future_values")
-"""Names of forecasting targets in batches of darts and Hugging Face."""
-
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
 """Usual names of a model's only input in a batch; the first one that the batch has is used."""
 
@@ -120,9 +117,6 @@ def adapter_hint(
 
 
 def _guess_target(tensors: Sequence[_Part]) -> str:
-    for part in tensors:
-        if part.name.lower() in FUTURE_KEYS:
-            return part.path
     for part in tensors[::-1]:
         x = part.value
         if x.ndim == 1 and x.dtype in (torch.int64, torch.int32):

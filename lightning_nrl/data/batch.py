@@ -296,8 +296,7 @@ class TensorSource:
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self), self.batch_size):
-            end = min(start + self.batch_size, len(self))
-            rows = slice(start, end)  # does not copy the tensors
+            rows = slice(start, start + self.batch_size)  # does not copy the tensors
             yield self._batch(self.index[rows], rows)
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
@@ -310,17 +309,14 @@ class TensorSource:
 
         target = take(self.targets)
         extras = [take(extra) for extra in self.extras]
-        args: Args = ()
-        kwargs: Kwargs = {}
-        inputs: Inputs
         if isinstance(self.inputs, Mapping):
-            inputs = kwargs = {name: take(x) for name, x in self.inputs.items()}
-        elif isinstance(self.inputs, tuple):
-            inputs = args = tuple(take(x) for x in self.inputs)
-        else:
-            inputs = take(self.inputs)
-            args = (inputs,)
-        return Batch(args, target, position, kwargs, raw=(inputs, target, *extras))
+            kwargs = {name: take(x) for name, x in self.inputs.items()}
+            return Batch((), target, position, kwargs, raw=(kwargs, target, *extras))
+        if isinstance(self.inputs, tuple):
+            args = tuple(map(take, self.inputs))
+            return Batch(args, target, position, raw=(args, target, *extras))
+        x = take(self.inputs)
+        return Batch((x,), target, position, raw=(x, target, *extras))
 
     def _check(self, argument: str, x: object) -> None:
         if not isinstance(x, Tensor) or x.ndim == 0:

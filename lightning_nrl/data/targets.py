@@ -93,13 +93,9 @@ class Target(ABC):
         return Where(predicate, name)
 
     def __and__(self, other: Target) -> Target:
-        if not isinstance(other, Target):
-            return NotImplemented
         return And(self, other)
 
     def __or__(self, other: Target) -> Target:
-        if not isinstance(other, Target):
-            return NotImplemented
         return Or(self, other)
 
     def __invert__(self) -> Target:

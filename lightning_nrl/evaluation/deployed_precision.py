@@ -69,10 +69,9 @@ class DeployedPrecision:
     @property
     def eps(self) -> float:
         """Machine epsilon of the coarsest number format in use."""
-        formats = [getattr(torch, name) for name in (*self.weights, self.autocast) if name]
-        eps = max(map(_eps, formats), default=0.0)
-        if self.tf32:
-            eps = max(eps, TF32_EPS)
+        eps = TF32_EPS if self.tf32 else 0.0
+        for name in filter(None, (*self.weights, self.autocast)):
+            eps = max(eps, _eps(getattr(torch, name)))
         return eps or FLOAT32_EPS
 
     def __str__(self) -> str:

@@ -60,7 +60,7 @@ def absolute_input(layer: Layer, x: Tensor, output: Tensor) -> Tensor:
     return by_group.repeat_interleave(outputs_per_group, 0)
 
 
-def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
+def windows(layer: Layer, x: Tensor, max_positions: int) -> Tensor:
     """Unfolds inputs into the values that one output channel multiplies at one position.
 
     The shape is `groups x (r * positions) x weights per output channel`. A Linear has one position
@@ -154,11 +154,7 @@ class OutputProbe:
             return ()
         with no_autocast(values.device):
             return torch.autograd.grad(
-                values,
-                zeros,
-                weights,
-                retain_graph=retain_graph,
-                materialize_grads=True,
+                values, zeros, weights, retain_graph=retain_graph, materialize_grads=True
             )
 
     def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
@@ -195,18 +191,15 @@ def margin_calls(
             output = task.logits(run_model(model, batch.args, batch.kwargs))
         margin = task.margin(output, batch.target)
         if margin is None:
-            name = type(task).__name__
-            raise ConfigurationError(
-                f"`task`: {name} has no `margin`.", "give the task a `margin`."
-            )
+            problem = f"`task`: {type(task).__name__} has no `margin`."
+            raise ConfigurationError(problem, "give the task a `margin`.")
         calls = probe.calls(margin)
     n = len(margin)
     is_separable = is_sliceable((batch.args, batch.kwargs), n)
     for name, x, _ in probe.seen:
         # In a batch of graphs, the number of nodes may be a multiple of the number of samples by
         # chance.
-        counts_samples = len(x) % n == 0 if is_separable else len(x) == n
-        if not counts_samples:
+        if len(x) != n and (len(x) % n or not is_separable):
             calls[name] = []
     return margin, calls
 
@@ -282,10 +275,5 @@ def _kernel_gradient(
     groups: int,
 ) -> Tensor:
     return KERNEL_GRADIENTS[x.ndim](
-        x,
-        shape,
-        gradient,
-        stride=layer.stride,
-        dilation=layer.dilation,
-        groups=groups,
+        x, shape, gradient, stride=layer.stride, dilation=layer.dilation, groups=groups
     )

@@ -50,9 +50,8 @@ class Gates:
     """A recurrent layer and a Linear for each of its weights."""
 
     module: Recurrent  # the layer itself, not a copy
-    linears: Mapping[
-        str, GateLinear
-    ]  # by suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`
+    # By suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`.
+    linears: Mapping[str, GateLinear]
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:
@@ -148,7 +147,9 @@ class _Unrolled:
         else:
             x, end = self._run(input.transpose(0, 1), start)
             x = x.transpose(0, 1)
-        return x, end if isinstance(module, nn.LSTM) else end[0]
+        if isinstance(module, nn.LSTM):
+            return x, end
+        return x, end[0]
 
     def _run(self, x: Tensor, start: States | None) -> tuple[Tensor, States]:
         """Runs all layers on `n x steps x features`, with states `layers x n x units`."""

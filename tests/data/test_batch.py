@@ -239,7 +239,6 @@ def test_the_structure_has_names_types_and_shapes() -> None:
         (X, X, Y),
         Graded(X, Y),
         Graphs(X, Y, Y),
-        {"future_target": Y, "past_target": X, "static": X + 1},
         {"fold": 3},
     ],
 )

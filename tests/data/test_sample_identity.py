@@ -30,8 +30,8 @@ class Noisy(Dataset):
 
     def __getitem__(self, i: int) -> Any:
         place = i if self.chosen is None else self.chosen[i]
-        x, *rest = self.data[len(self) - 1 - place if self.backwards else place]
-        return x + self.noise * torch.randn(x.shape), *rest
+        (x,) = self.data[len(self) - 1 - place if self.backwards else place]
+        return (x + self.noise * torch.randn(x.shape),)
 
 
 def places(dataset: Dataset[Any], n: int) -> list[tuple[str, int]]:

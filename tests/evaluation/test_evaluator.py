@@ -141,9 +141,9 @@ def test_one_rank_that_fails_stops_all() -> None:
             Evaluator(nn.Identity(), collective=collective).run([share], forward=forward)
         return str(error.value)
 
-    other, own = on_ranks(2, run)
-    assert "`train` data could not be read on another rank" in other
-    assert own == "no such image"
+    first, second = on_ranks(2, run)
+    assert "`train` data could not be read on another rank" in first
+    assert second == "no such image"
 
 
 def test_sources_need_names_of_their_own() -> None:

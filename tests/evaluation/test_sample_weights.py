@@ -291,8 +291,8 @@ def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> 
         results, _ = counted(SampleOptions(risk=risk))
         # All targets are alike; breaking a sample costs the highest level of its class.
         assert results.weight.tolist() == [1, 3] * 3
-    both = SampleOptions(risk={0: 2}, importance={0: 1, 2: 2, 4: 3}, protected=Target.label(1))
-    assert counted(both)[0].weight.tolist() == [0.5, math.inf, 1, math.inf, 1.5, math.inf]
+    options = SampleOptions(risk={0: 2}, importance={0: 1, 2: 2, 4: 3}, protected=Target.label(1))
+    assert counted(options)[0].weight.tolist() == [0.5, math.inf, 1, math.inf, 1.5, math.inf]
     numbers = TensorSource(torch.zeros(2, 1), torch.zeros(2, 1), "new", failed=True)
     with pytest.raises(ConfigurationError, match="`risk` is for confusions of classes"):
         SampleOptions(risk={0: 5}).evaluate(Evaluator(nn.Linear(1, 1), Regression(0.5)), [numbers])

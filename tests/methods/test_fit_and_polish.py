@@ -119,7 +119,7 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
     monkeypatch.setattr(Descent, "step", timed)
     # 1,280 samples are ten steps an epoch; in all there are six epochs.
     problem = make_problem(trained(), known(n=900)[:1] + known(n=760, seed=1)[1:])
-    distill(problem, deadline=Deadline(seconds, now=lambda: now[0]))
+    distill(problem, deadline=Deadline(seconds, clock=lambda: now[0]))
     assert now[0] <= seconds
     assert len(rates) == min(60, seconds - 2)
     assert rates == sorted(rates, reverse=True)
@@ -350,7 +350,7 @@ def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] = 0.0
         result = checked(
             problem,
-            polish(problem, threshold(-3.0), deadline=Deadline(seconds, now=lambda: now[0])),
+            polish(problem, threshold(-3.0), deadline=Deadline(seconds, clock=lambda: now[0])),
         )
         took[seconds] = result.rounds
     assert took[0] == 1

@@ -166,7 +166,7 @@ def test_the_host_waits_for_the_device_once_in_ten_iterations():
             WIDE,
             fitness=Fitness("eq2", perfect_intact=True),
             searcher=ParticleSwarm(iterations=25, patience=100),
-            deadline=Deadline(end=1.0, now=now),
+            deadline=Deadline(end=1.0, clock=now),
             on_progress=print,
         )
     finally:
@@ -197,7 +197,7 @@ def test_giving_up_finds_what_finishing_finds(fitness, seed):
 
 @pytest.mark.parametrize("n_iterations", [0, 3])
 def test_a_search_ends_when_its_time_is_over(n_iterations):
-    deadline = Deadline(end=n_iterations, now=itertools.count().__next__)
+    deadline = Deadline(end=n_iterations, clock=itertools.count().__next__)
     result = search(wall, original(), WIDE, deadline=deadline)
     assert (result.iterations, result.stopped) == (n_iterations, "time was over")
 

@@ -87,7 +87,7 @@ ALL = [multiclass, binary, multilabel, regression, sequence, segmentation]
 
 
 @pytest.mark.parametrize("make", ALL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_a_margin_is_above_0_where_a_sample_passed_and_0_only_on_ties(
     make: Callable[..., Any], data: Any, seed: int
@@ -98,7 +98,7 @@ def test_a_margin_is_above_0_where_a_sample_passed_and_0_only_on_ties(
     assert torch.equal((margin > 0)[margin != 0], passed[margin != 0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), c=st.integers(1, 4))
 def test_right_is_what_arg_max_gives_in_all_tasks_with_classes(seed: int, c: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -111,7 +111,7 @@ def test_right_is_what_arg_max_gives_in_all_tasks_with_classes(seed: int, c: int
 
 
 @pytest.mark.parametrize("make", ALL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31), class_major=st.booleans())
 def test_what_is_computed_in_one_call_is_what_each_gives(
     make: Callable[..., Any], data: Any, seed: int, class_major: bool
@@ -131,53 +131,43 @@ def test_what_is_computed_in_one_call_is_what_each_gives(
 
 
 @pytest.mark.parametrize("make", ALL)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_samples_are_judged_one_by_one(make: Callable[..., Any], data: Any, seed: int) -> None:
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
-    for judge in (
-        task.passed,
-        task.loss,
-        task.margin,
-        lambda o, t: task.divergence(o, o.flip(0), t),
-    ):
-        together = judge(output, target)
-        assert together.shape == (6,)
-        if judge in (task.passed, task.loss, task.margin):
-            one = torch.cat([judge(output[i : i + 1], target[i : i + 1]) for i in range(6)])
-            torch.testing.assert_close(together, one)
+    for judge in (task.passed, task.loss, task.margin):
+        one_by_one = torch.cat([judge(output[i : i + 1], target[i : i + 1]) for i in range(6)])
+        torch.testing.assert_close(judge(output, target), one_by_one)
 
 
 @pytest.mark.parametrize("make", ALL)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_steps_along_the_margin_make_it_grow(
     make: Callable[..., Any], data: Any, seed: int
 ) -> None:
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
-    at = output.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(task.margin(at, target).sum(), at)
-    assert slope.isfinite().all()
     for _ in range(200):
-        if bool(task.passed(output, target).all()):
-            break
         at = output.clone().requires_grad_()
         (slope,) = torch.autograd.grad(task.margin(at, target).sum(), at)
+        assert slope.isfinite().all()
+        if task.passed(output, target).all():
+            return
         output = output + 0.2 * slope.sign()
-    assert task.passed(output, target).all()
+    raise AssertionError("no step made the last sample right")
 
 
 @pytest.mark.parametrize("make", ALL)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_the_divergence_is_0_from_oneself_and_never_below(
     make: Callable[..., Any], data: Any, seed: int
 ) -> None:
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
-    other = output.roll(1, 0)
+    shifted = output.roll(1, 0)
     for truth in (None, target):
         assert (task.divergence(output, output, truth).abs() <= 1e-6).all()
-        assert (task.divergence(output, other, truth) >= -1e-6).all()
+        assert (task.divergence(output, shifted, truth) >= -1e-6).all()
 
 
 def mean_iou(prediction: Tensor, truth: Tensor, ignored: int = -100) -> float:
@@ -190,7 +180,7 @@ def mean_iou(prediction: Tensor, truth: Tensor, ignored: int = -100) -> float:
     return sum(shares) / len(shares)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_the_iou_is_that_of_sets_of_pixels(data: Any, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

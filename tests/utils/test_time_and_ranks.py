@@ -92,7 +92,7 @@ def test_without_a_limit_nothing_ends_and_nothing_is_exchanged(now: Time) -> Non
         def any(self, flag: bool) -> bool:
             raise AssertionError("nothing is to be exchanged")
 
-    deadline = Deadline(collective=Deaf(world_size=2), now=now)
+    deadline = Deadline(collective=Deaf(world_size=2), clock=now)
     assert deadline.seconds_left == deadline.agreed_seconds_left() == math.inf
     assert deadline.leaves(1e9)
     assert not deadline.is_over()
@@ -101,8 +101,8 @@ def test_without_a_limit_nothing_ends_and_nothing_is_exchanged(now: Time) -> Non
 
 def test_time_is_over_on_all_ranks_when_it_is_on_one() -> None:
     def run(collective: Collective) -> tuple[float, bool, bool, bool]:
-        soon = Deadline(10.0, collective, now=lambda: 3.0 + 6 * collective.rank)
-        late = Deadline(10.0, collective, now=lambda: 3.0 + 8 * collective.rank)
+        soon = Deadline(10.0, collective, clock=lambda: 3.0 + 6 * collective.rank)
+        late = Deadline(10.0, collective, clock=lambda: 3.0 + 8 * collective.rank)
         return soon.agreed_seconds_left(), soon.leaves(2.0), soon.is_over(), late.is_over()
 
     assert on_ranks(2, run) == [(7.0, False, False, True)] * 2

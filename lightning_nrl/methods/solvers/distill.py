@@ -142,7 +142,7 @@ class _Distillation:
 
     def _start_timing(self) -> None:
         self._timed_visits = self.visits
-        self._timed_since = self.deadline.now()
+        self._timed_since = self.deadline.clock()
 
     def _plan(self) -> None:
         """Under a deadline, plans as many visits as fit in at the pace measured."""
@@ -150,6 +150,6 @@ class _Distillation:
         if not self.deadline.is_set or not visits:
             return
         seconds_left = max(0.0, self.deadline.seconds_left)
-        more = seconds_left * visits / (self.deadline.now() - self._timed_since)
+        more = seconds_left * visits / (self.deadline.clock() - self._timed_since)
         planned = min(self.most, self.visits + int(more))
         self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))

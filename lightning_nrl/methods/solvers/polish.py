@@ -343,8 +343,8 @@ class _Polish:
         return is_better
 
     def _count(self, state: State) -> SampleResults:
-        began = self._deadline.now()
+        began = self._deadline.clock()
         after = self.problem.evaluate(state)
         self.course.append(self.problem.target_counts(after))
-        self._one_pass = self._deadline.now() - began
+        self._one_pass = self._deadline.clock() - began
         return after
