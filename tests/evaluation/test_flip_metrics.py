@@ -79,13 +79,10 @@ def test_kept_broken_repaired_and_failing_are_counted(
 @pytest.mark.parametrize(
     ("kind", "without_samples", "old_all_wrong", "new_all_right"),
     [
-        (NegativeFlipRate, math.nan, 0.0, 0.0),
-        (PositiveFlipRate, math.nan, 0.0, 0.5),
         (NegativeFlipImpact, math.nan, 0.0, math.nan),
         (RelativeNegativeFlipRate, math.nan, math.nan, math.nan),
         (BackwardTrustCompatibility, 1.0, 1.0, 1.0),
         (BackwardErrorCompatibility, math.nan, 1.0, math.nan),
-        (RepairRate, math.nan, 0.0, 1.0),
         (BreakRate, math.nan, math.nan, 0.0),
     ],
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import vector_to_parameters
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_nrl.errors import ConfigurationError
@@ -25,14 +28,10 @@ class Network(nn.Module):
 
 @pytest.fixture
 def model() -> Network:
-    network = Network()
-    start = 0
-    with torch.no_grad():
-        for parameter in network.parameters():
-            values = torch.arange(start, start + parameter.numel(), dtype=torch.float32)
-            parameter.copy_(values.view_as(parameter))
-            start += parameter.numel()
-    return network.eval()
+    network = Network().eval()
+    n_weights = sum(parameter.numel() for parameter in network.parameters())
+    vector_to_parameters(torch.arange(float(n_weights)), network.parameters())
+    return network
 
 
 def test_auto_is_the_last_linear(model):
@@ -106,15 +105,9 @@ def test_a_layer_may_be_called_by_any_of_its_names(model):
         ("classifer", "`layer='classifer'` is not in the model", "'classifier'"),
         ("qqq", "`layer='qqq'` is not in the model", "'features.0', 'hidden', 'classifier'"),
         ("features", "`layer='features'` is a Sequential", "'features.0'"),
-        (
-            "features.1",
-            "`layer='features.1'` is a BatchNorm2d",
-            "name a Linear, Conv1d/2d/3d, LSTM, GRU or RNN.",
-        ),
+        ("drop", "`layer='drop'` is a Dropout", "name a Linear, Conv1d/2d/3d, LSTM, GRU or RNN."),
         (["hidden", "hidden"], "names a layer twice", "once"),
         ([], "names no layer", "auto"),
-        (["hidden", "drop"], "`layer='drop'` is a Dropout", "Linear"),
-        ([3], "`layer=[3]` names no layer", "auto"),
         (None, "`layer=None` names no layer", "auto"),
     ],
 )
@@ -127,10 +120,7 @@ def test_names_that_cannot_be_repaired_are_refused_with_a_hint(model, layer, fou
 
 
 def test_auto_without_a_linear_is_the_last_convolution(model):
-    convolutions = [
-        name for name, module in model.features.named_modules() if isinstance(module, nn.Conv2d)
-    ]
-    assert [site.name for site in find_layers(model.features).sites] == convolutions[-1:]
+    assert [site.name for site in find_layers(model.features).sites] == ["0"]
 
 
 def test_auto_without_anything_to_repair_is_refused():
@@ -154,9 +144,9 @@ def test_parametrised_layer_is_refused():
 
 def test_looking_for_layers_leaves_the_power_iteration_of_a_spectral_norm() -> None:
     model = nn.Sequential(spectral_norm(nn.Linear(30, 40)), nn.Linear(40, 2)).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     assert [site.name for site in find_layers(model).sites] == ["1"]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_tied_weights_are_refused():

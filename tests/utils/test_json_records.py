@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -66,14 +68,12 @@ def changed(**changes: Any) -> dict[str, Any]:
     """The thing as JSON has it, with other values at some places, such as `parts.0.width`."""
     data: dict[str, Any] = json.loads(THING.to_json())
     for path, value in changes.items():
-        *way, last = path.split("__")
-        place: Any = data
-        for step in way:
-            place = place[int(step) if isinstance(place, list) else step]
+        *keys, last = (int(key) if key.isdigit() else key for key in path.split("__"))
+        place = functools.reduce(operator.getitem, keys, data)
         if value is KeyError:
             del place[last]
         else:
-            place[int(last) if isinstance(place, list) else last] = value
+            place[last] = value
     return data
 
 
