@@ -84,8 +84,6 @@ def open_sources(
     return evaluator, opened
 
 
-
-
 @torch.no_grad()
 def _is_random(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> bool:
     args, kwargs, target = adapter(raw)
