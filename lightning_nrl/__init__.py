@@ -14,8 +14,8 @@ __version__ = "0.2.0.dev0"
 # imported on first access only. Type checkers read `__init__.pyi`.
 _PACKAGES = {
     "_trainer.data_splits": "DataOptions",
-    "callbacks": "PositiveCongruentTraining RegressionFreeRepair RegressionMetrics ReleaseGate RepairInTraining"
-    " WeightInterpolation",
+    "callbacks": "PositiveCongruentTraining RegressionFreeRepair RegressionMetrics ReleaseGate "
+    "RepairInTraining WeightInterpolation",
     "data": "Target TensorSource",
     "entrypoints": "compare diagnose repair",
     "errors": "ConfigurationError",

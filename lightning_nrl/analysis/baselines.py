@@ -200,7 +200,7 @@ def _train(
 ) -> Solution:
     if problem.training is None:
         return Solution(None, "it is not known how the model was trained.")
-    if not problem.whole:
+    if not problem.whole_network:
         return Solution(None, "only some layers may change, but training changes all.")
     clock, start = problem.clock, problem.clock.elapsed
     with clock.stage(name):
@@ -272,7 +272,7 @@ class Interpolation(Method):
         start = problem.clock.elapsed
         mixed = between(snapshot(problem.model), end.proposal.state, self.a)
         solution = _propose(problem, "interpolate", mixed, start, f"a = {self.a:g}")
-        return replace(solution, steps=(*end.steps, *solution.steps), others=(end.proposal,))
+        return replace(solution, steps=(*end.steps, *solution.steps), alternatives=(end.proposal,))
 
 
 BASELINES: Registry[Method] = Registry(

@@ -209,7 +209,7 @@ class _Ladder:
         rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
         if self.problem.update:
             rungs["polish"] = self._polish
-        elif self.problem.whole or self.is_one_layer:
+        elif self.problem.whole_network or self.is_one_layer:
             rungs["exact"] = self._exact
         if self.trains:
             rungs["training"] = self._training
@@ -387,7 +387,7 @@ Counted = tuple[TargetCounts, TargetCounts | None]
 
 def _counted(problem: Problem, solutions: Iterable[Solution]) -> Iterator[Counted]:
     for solution in solutions:
-        for proposal in (solution.proposal, *solution.others):
+        for proposal in (solution.proposal, *solution.alternatives):
             if proposal is not None:
                 yield problem.target_counts(proposal.after), solution.held_out
         for counts in solution.tried:

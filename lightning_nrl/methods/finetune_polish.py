@@ -138,7 +138,7 @@ def fine_tune_and_polish(
         proposal if is_repaired else None,
         "" if is_repaired else "no target was repaired without breaking what is right.",
         steps=(*steps, step),
-        others=(tuned.proposal, proposal),
+        alternatives=(tuned.proposal, proposal),
         tried=course,
         held_out=tuned.held_out,
     )
@@ -168,7 +168,7 @@ def _fine_tune(
     ends, the weights are those with the most repairs halfway, or None if no training came that far.
     """
     recipes: tuple[Recipe, ...] = (DISTILLED,)
-    if problem.whole and problem.training is not None:
+    if problem.whole_network and problem.training is not None:
         recipes = (CONTINUED, OWN_OPTIMIZER, DISTILLED)
     trainings: list[FineTuned] = []
     for recipe in recipes:

@@ -102,7 +102,7 @@ class Linearized(Method):
             reason = "no step along the gradients repairs a target without a regression."
             return Solution(None, reason, tuple(run.steps))
         *earlier, proposal = run.proposals
-        return Solution(proposal, steps=tuple(run.steps), others=tuple(earlier))
+        return Solution(proposal, steps=tuple(run.steps), alternatives=tuple(earlier))
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Polish(Method):
         steps = (*steps, step)
         if not proposal.repaired:
             return Solution(None, reason, steps, starts)
-        return Solution(proposal, steps=steps, others=starts)
+        return Solution(proposal, steps=steps, alternatives=starts)
 
 
 def _fitting_state(new: nn.Module | State | str | Path, model: nn.Module) -> State:
@@ -87,7 +87,7 @@ def _fitting_state(new: nn.Module | State | str | Path, model: nn.Module) -> Sta
 
 
 def _check_scope(problem: Problem, state: State) -> None:
-    if problem.whole:
+    if problem.whole_network:
         return
     parameters = dict(problem.model.named_parameters())
     for name in changed(problem.model, state):

@@ -135,7 +135,7 @@ class Problem:
         n_scored: maximum number of known samples that a search uses. The result is evaluated on all
             known samples.
         training: continues the training; None if the original training is unknown.
-        whole: True if the whole network may change.
+        whole_network: True if the whole network may change.
         update: True if this model is to replace an older model, and the older model gets the
             targets right.
         needed: quotas, which map the name of a slice to the minimum number of its targets to
@@ -161,7 +161,7 @@ class Problem:
     memory_limit: int | None = None
     n_scored: int = N_SCORED
     training: Training | None = None
-    whole: bool = True
+    whole_network: bool = True
     update: bool = False
     needed: Mapping[str, int] = field(default_factory=dict)
     gate: Gate = field(default_factory=Instance)

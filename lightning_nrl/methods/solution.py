@@ -66,7 +66,7 @@ class Solution:
         proposal: the best weights; None if no weights are better than the original ones.
         reason: why the method found no better weights; empty if it found some.
         steps: the steps taken, in order.
-        others: further proposals, which `Auto` counts in `price`.
+        alternatives: further proposals, which `Auto` counts in `price`.
         tried: counts of the known samples under weights that are not kept. `Auto` uses them in
             `price` too.
         localization: the weights that a search could change; None if there was no search.
@@ -85,7 +85,7 @@ class Solution:
     proposal: Proposal | None
     reason: str = ""
     steps: tuple[Step, ...] = ()
-    others: tuple[Proposal, ...] = ()
+    alternatives: tuple[Proposal, ...] = ()
     tried: tuple[TargetCounts, ...] = ()
     localization: Localization | None = None
     result: SearchResult | None = None

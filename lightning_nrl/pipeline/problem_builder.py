@@ -57,7 +57,7 @@ def build_problem(
         memory_limit=settings.search.memory_limit,
         n_scored=settings.search.n_scored,
         training=training,
-        whole=settings.layer == "auto",
+        whole_network=settings.layer == "auto",
         gate=settings.gate,
     )
 

@@ -197,7 +197,7 @@ def _expected_seconds(problem: Problem, settings: Settings) -> dict[str, float]:
     one_pass = problem.clock.one_pass
     judging = JUDGING_PASSES * one_pass
     # The default trains only if the whole network may change.
-    may_train = problem.whole or not isinstance(settings.method, Auto)
+    may_train = problem.whole_network or not isinstance(settings.method, Auto)
     if not settings.trains or problem.update or not may_train:
         return {"strength": one_pass, "judge": judging}
     training = problem.visits / max(1, len(problem.before)) * one_pass

@@ -158,7 +158,7 @@ class Apricot(Method):
             if proposal is not best and proposal.state:
                 alternatives.append(proposal)
         if best.repaired:
-            return Solution(best, steps=tuple(steps), others=tuple(alternatives))
+            return Solution(best, steps=tuple(steps), alternatives=tuple(alternatives))
         reason = "no move toward the checkpoints repairs a target within the gate."
         return Solution(None, reason, tuple(steps), tuple(alternatives))
 
@@ -171,11 +171,12 @@ class Apricot(Method):
             checkpoints = sorted(Path(checkpoints).glob("*.ckpt"))
             if not checkpoints:
                 raise ConfigurationError(
-                    f"`{CHECKPOINTS_ARGUMENT}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
+                    f"`{CHECKPOINTS_ARGUMENT}`: {str(self.checkpoints)!r} is no folder with "
+                    "checkpoints.",
                     "give a folder that holds `*.ckpt` files, or a list of paths.",
                 )
         old = current_state(problem.model)
-        names = old if problem.whole else problem.scope
+        names = old if problem.whole_network else problem.scope
         moving = {name for name in names if old[name].is_floating_point()}
 
         def read() -> list[dict[str, Tensor]]:
@@ -198,7 +199,7 @@ class Apricot(Method):
     ) -> list[Proposal]:
         training = problem.training
         proposals = [moved]
-        if training is not None and problem.whole and self.epochs:
+        if training is not None and problem.whole_network and self.epochs:
             began = time.perf_counter()
             with problem.clock.stage("fit"):
                 seconds = problem.deadline_of_method().agreed_seconds_left()

@@ -129,9 +129,7 @@ def _falling(top: int, bottom: int, factor: float) -> float:
 
 
 def p_worse(*, repaired: int, broken: int) -> float:
-    """Computes the one-sided p-value of the sign test, which is small if far more samples break
-    than
-    are repaired.
+    """Computes the one-sided p-value of the sign test.
 
     It is P(Bin(broken + repaired, 1/2) >= broken), and 1 if no sample flipped. So it is small if
     far more samples break than are repaired.

@@ -1,6 +1,4 @@
-"""Repeats the paper's study in one call: runs many settings and seeds on one problem, and returns
-one
-table.
+"""Repeats the paper's study in one call: many settings and seeds on one problem, in one table.
 
 In: a model, its known data, settings and seeds. Out: a `SweepResult`, the table of all runs and
 their weights.

@@ -48,7 +48,7 @@ def test_no_known_sample_breaks(seed: int) -> None:
     problem = make_problem(trained(seed=seed), known(seed), "2")
     solution = checked(problem, Convex()(problem))
     assert [step.name for step in solution.steps][-1] == "convex"
-    assert all(broken(problem, other.state) == other.broken for other in solution.others)
+    assert all(broken(problem, other.state) == other.broken for other in solution.alternatives)
 
 
 def test_two_ranks_solve_what_one_does() -> None:
@@ -190,7 +190,7 @@ def test_it_never_breaks_a_known_sample(seed: int, layer: Any, shift: float) -> 
         now = right(problem, solution.proposal.state)
         assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
         assert solution.proposal.repaired == int((now & problem.before.targeted).sum()) > 0
-        assert [other.broken for other in solution.others] == [0] * len(solution.others)
+        assert [other.broken for other in solution.alternatives] == [0] * len(solution.others)
 
 
 def test_two_ranks_end_with_the_same_weights_and_repair_what_one_does() -> None:

@@ -55,7 +55,7 @@ def test_training_goes_on_and_is_polished() -> None:
     assert bool((call.pop("weight") == 1).all())
     # After fits of fewer epochs it is 16, where known data are few.
     assert call == {"seconds": math.inf, "seed": 7, "epochs": 16, "start": None, "rate": None}
-    fitted, polished = solution.others
+    fitted, polished = solution.alternatives
     assert polished is solution.proposal
     assert same(fitted.state, training.state)
     assert fitted.broken > 0
@@ -258,7 +258,7 @@ def test_a_new_model_is_polished(in_file: bool, tmp_path: Path) -> None:
     first, second = solution.steps
     assert (first.name, first.note, first.broken) == ("given", "before the polish", 1)
     assert (second.name, second.broken) == ("polish", 0)
-    assert [proposal.name for proposal in solution.others] == ["given"]
+    assert [proposal.name for proposal in solution.alternatives] == ["given"]
     assert torch.equal(solution.proposal.state["1.running_var"], state["1.running_var"])
     if isinstance(new, nn.Module):
         assert same(snapshot(new), state)
@@ -396,7 +396,7 @@ def test_the_training_goes_on_from_there_and_what_breaks_comes_back() -> None:
     assert [step.name for step in solution.steps] == ["apricot", "fit", "polish"]
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 1)
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
-    layer = on_a_line(training=training, whole=False)
+    layer = on_a_line(training=training, whole_network=False)
     assert [step.name for step in Apricot([RIGHT], rounds=1, polish=False)(layer).steps] == [
         "apricot"
     ]

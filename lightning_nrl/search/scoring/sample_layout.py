@@ -1,6 +1,4 @@
-"""`SampleLayout`: which entries of a tensor belong to a sample, and how to select and repeat
-samples.
-"""
+"""`SampleLayout`: where samples lie in a tensor, and how to select and repeat them."""
 
 from __future__ import annotations
 
