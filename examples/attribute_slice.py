@@ -1,5 +1,4 @@
-"""Repairs one slice of the data, selected by an attribute: handwritten digits that lean to the
-right.
+"""Repairs one slice of the data, selected by an attribute: digits that lean to the right.
 
     python examples/attribute_slice.py
 
@@ -35,9 +34,7 @@ def slant(images: Tensor) -> Tensor:
 
 
 class Hands(Splits):
-    """Batches of `(image, digit, slant)`. The training data are upright; the other splits are
-    mixed.
-    """
+    """Batches of `(image, digit, slant)`; the training data are upright, the other splits mixed."""
 
     def __init__(self) -> None:
         super().__init__()

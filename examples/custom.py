@@ -34,8 +34,9 @@ from lightning_nrl.tasks import Custom
 
 
 def margin(logits: Tensor, digits: Tensor) -> Tensor:
-    """Returns the logit of the true digit minus the second largest other logit: above 0 if in the
-    top two.
+    """Returns the logit of the true digit minus the second largest other logit.
+
+    The margin is above 0 if the true digit is in the top two.
     """
     truth = logits.gather(1, digits[:, None])
     others = logits.masked_fill(F.one_hot(digits, logits.shape[1]).bool(), -torch.inf)
@@ -69,8 +70,7 @@ class Balance(FitnessFunction):
 
 @dataclass(frozen=True)
 class RaiseBias(Method):
-    """Raises the bias of a class in steps and returns the step with the most repairs and no broken
-    sample.
+    """Raises the bias of a class in steps; returns the step that repairs most and breaks nothing.
 
     A method gets a `Problem` and proposes weights. `problem.propose` counts a proposal with the
     real model on all known data. The gate judges the returned weights, as for any other method.

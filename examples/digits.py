@@ -25,8 +25,9 @@ SLASHED = {
 
 
 class SlashedZeros(Splits):
-    """Batches of `(image, digit, slashed)`. `repair_dataloader` has data collected after the
-    training.
+    """Batches of `(image, digit, slashed)`.
+
+    `repair_dataloader` has data collected after the training.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -56,8 +57,9 @@ def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def slash(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a line from lower left to upper right, with random slope and shift, on `n x 1 x 8 x 8`
-    images.
+    """Draws a line from lower left to upper right on `n x 1 x 8 x 8` images.
+
+    Its slope and shift are random.
     """
     y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
     slope = torch.empty(len(images), 1, 1, 1).uniform_(0.8, 1.3, generator=generator)

@@ -34,5 +34,6 @@ if __name__ == "__main__":
             config = Path(cli.trainer.log_dir) / "config.yaml"
             print("To diagnose the failures of the model before the repair:")
             print(
-                f"PYTHONPATH={HERE} lightning-nrl diagnose --config {config} --ckpt_path {checkpoint}"
+                f"PYTHONPATH={HERE} lightning-nrl diagnose"
+                f" --config {config} --ckpt_path {checkpoint}"
             )

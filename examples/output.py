@@ -21,8 +21,9 @@ FAST = "run in a few seconds, with less data, fewer epochs and less time for the
 
 
 def start(description: str, **arguments: dict[str, Any]) -> argparse.Namespace:
-    """Parses the command line, which always has `--fast`, and silences logs and warnings of other
-    packages.
+    """Parses the command line, which always has `--fast`.
+
+    Silences logs and warnings of other packages.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help=FAST)
@@ -53,8 +54,9 @@ def quiet_trainer(epochs: int = 1, *callbacks: Callback, **arguments: Any) -> Tr
 
 
 class Splits(LightningDataModule):
-    """Loaders of the splits in `self.data`. `repair_dataloader` has data collected after the
-    training.
+    """Loaders of the splits in `self.data`.
+
+    `repair_dataloader` has data collected after the training.
     """
 
     data: dict[str, Dataset]
@@ -88,7 +90,8 @@ def counts_table(rows: Mapping[str, SplitReport | SliceReport]) -> Table:
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
-        caption="target: failures to repair. known: data used by the repair. unseen: data that is only counted.",
+        caption="target: failures to repair. known: data used by the repair. "
+        "unseen: data that is only counted.",
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)

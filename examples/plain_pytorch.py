@@ -22,8 +22,9 @@ SIZES = (800, 400, 597)  # training images, new images, and later images that ar
 
 
 def load() -> tuple[Tensor, Tensor, Tensor]:
-    """Returns images `N x 64`, digits `N` and a mask of scratched images, `N`. No training image is
-    scratched.
+    """Returns images `N x 64`, digits `N` and a mask of scratched images, `N`.
+
+    No training image is scratched.
     """
     digits = load_digits()
     generator = torch.Generator().manual_seed(0)

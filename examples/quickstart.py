@@ -1,11 +1,9 @@
-"""Repairs a digit classifier on slashed zeros without breaking what it gets right. Under a minute
-on
-two cores.
+"""Repairs a digit classifier on slashed zeros without breaking what it gets right.
 
     python examples/quickstart.py   # compares the fit, a swarm and the default
 
-The data and the network are in `digits.py`. `train_and_repair` has all the code that a repair
-needs.
+Takes less than a minute on two cores. The data and the network are in `digits.py`.
+`train_and_repair` has all the code that a repair needs.
 """
 
 from __future__ import annotations
@@ -43,9 +41,7 @@ def train_and_repair(seed: int) -> tuple[RepairReport, Trainer, float]:
 
 
 def swarm_alone(seed: int, trained: Trainer) -> RepairReport:
-    """Repairs the trained checkpoint with the paper's localisation and swarm and this package's
-    ranking.
-    """
+    """Repairs the checkpoint with the paper's localisation and swarm and this package's ranking."""
     return repair(
         Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
@@ -66,30 +62,35 @@ def one_repair(seed: int) -> None:
     default, trainer, seconds = train_and_repair(seed)
     known, unseen = default.pooled("known"), default.pooled("unseen")
     print(
-        f"\nThe fit: digits without a slashed zero. Then {known.targeted + known.passed_in_target} slashed zeros "
-        f"come in, {known.targeted} are misread: the target. A repair looks at the {known.n:,} known digits; "
+        "\nThe fit: digits without a slashed zero. "
+        f"Then {known.targeted + known.passed_in_target} slashed zeros come in, "
+        f"{known.targeted} are misread: the target. "
+        f"A repair looks at the {known.n:,} known digits; "
         f"{unseen.n:,} unseen ones are only counted.\n"
     )
     print(side_by_side(default, swarm_alone(seed, trainer), seconds))
     print(
         "\nrepaired: wrong before, right now. broken: right before, wrong now.\n"
-        "swarm: the paper's localisation and swarm in the last layer; this package's ranking accepts no broken sample "
-        '(method="swarm"). `RegressionFreeRepair.from_paper` weighs broken samples against repaired ones.\n'
-        "default: up to three rungs, from the smallest change to the largest. `search` is the swarm again, but every "
-        "known sample that was right keeps a margin. Each rung is judged on known samples that it has not used (held "
-        "out). Of the rungs that do no harm there, the one that repairs most is taken; held-out counts decide a tie.\n"
+        "swarm: the paper's localisation and swarm in the last layer; "
+        "this package's ranking accepts no broken sample "
+        '(method="swarm"). '
+        "`RegressionFreeRepair.from_paper` weighs broken samples against repaired ones.\n"
+        "default: up to three rungs, from the smallest change to the largest. "
+        "`search` is the swarm again, but every known sample that was right keeps a margin. "
+        "Each rung is judged on known samples that it has not used (held out). "
+        "Of the rungs that do no harm there, the one that repairs most is taken; "
+        "held-out counts decide a tie.\n"
     )
     print(f"The verdict         {default.verdict.headline}")
     print(f"The report          {default.files['html']}")
-    print(
-        f"The repaired model  {default.files.get('checkpoint', 'none, the weights are those of training')}"
-    )
+    checkpoint = default.files.get("checkpoint", "none, the weights are those of training")
+    print(f"The repaired model  {checkpoint}")
     print(f"Curves and charts   tensorboard --logdir {trainer.log_dir}")
     print("For your own model  README.md, Three ways to use it")
 
 
 def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> Table:
-    """Tabulates the trained model, the swarm alone and the rungs of the default, one column each."""
+    """Tabulates the trained model, the swarm alone and the rungs of the default, a column each."""
     known, unseen, rungs = swarm.pooled("known"), swarm.pooled("unseen"), default.rungs
     taken, held_out = default.pooled("unseen"), [rung.held_out for rung in rungs]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)

@@ -1,11 +1,10 @@
-"""Decides by rules whether a new model may replace the old one; writes a report and exits with a
-status.
+"""Decides by rules whether a new model may replace the old one, and writes a report.
 
-    python examples/release.py # the candidate is the old model, fine-tuned on new data python
-    examples/release.py --candidate repaired # the candidate is the old model, repaired
+    python examples/release.py                        # the old model, fine-tuned on new data
+    python examples/release.py --candidate repaired   # the old model, repaired
 
-The data and the network are in `digits.py`. The status is 0 if the candidate is accepted and 1 if
-it is refused.
+The data and the network are in `digits.py`. The exit status is 0 if the candidate is accepted and
+1 if it is refused.
 """
 
 from __future__ import annotations

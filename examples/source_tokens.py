@@ -62,8 +62,9 @@ def labels_of(line: str) -> list[int] | None:
 
 
 def prefixed(line: str, labels: list[int]) -> bool:
-    """True if a string of the line has a prefix. Text inside comments and other strings does not
-    count.
+    """True if a string of the line has a prefix.
+
+    Text inside comments and other strings does not count.
     """
     starts = (match.start() for match in PREFIXED.finditer(line))
     return any(labels[at] == STRING and (at == 0 or labels[at - 1] != STRING) for at in starts)
@@ -80,8 +81,9 @@ def lines() -> list[str]:
 
 
 class Code(Splits):
-    """Batches of `(characters, labels, prefixed)`. Lines are padded to `WIDTH`; splits do not
-    overlap.
+    """Batches of `(characters, labels, prefixed)`.
+
+    Lines are padded to `WIDTH`; splits do not overlap.
     """
 
     def __init__(self, seed: int = 0, share: float = 1.0) -> None:

@@ -1,6 +1,4 @@
-"""Repairs published modules of other packages, each in a virtual environment of its own, which is
-made
-first.
+"""Repairs published modules of other packages, each in a new virtual environment of its own.
 
     python examples/strangers.py torchgeo                        # both of torchgeo's modules
     python examples/strangers.py chemprop lightly --max_time 60
@@ -83,8 +81,9 @@ class Project:
 
 
 def digits(size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
-    """Handwritten digits of scikit-learn, `n x 1 x size x size` and their classes, for `train` and
-    `val`.
+    """Handwritten digits of scikit-learn for `train` and `val`.
+
+    Images are `n x 1 x size x size`; labels are their classes.
     """
     data, sizes = load_digits(), [TRAINED_SAMPLES, VALIDATED_SAMPLES]
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[
@@ -156,12 +155,10 @@ def torchgeo_classification() -> Project:
 
 
 def torchgeo_segmentation() -> Project:
-    """SemanticSegmentationTask, as published: ink and paper of a noisy picture, right at a mean IoU
-    of
-    0.7 or more.
+    """SemanticSegmentationTask, as published: ink and paper of a noisy picture.
 
-    The module's own validation counts pixels, so right images are counted again by torchmetrics on
-    what its own `predict_step` gives.
+    A picture is right at a mean IoU of 0.7 or more. The module's own validation counts pixels, so
+    right images are counted again by torchmetrics on what its own `predict_step` gives.
     """
     from torchgeo.trainers import SemanticSegmentationTask
     from torchmetrics.functional import jaccard_index
@@ -196,9 +193,7 @@ def torchgeo_segmentation() -> Project:
 
 
 def geometric_graphs() -> Project:
-    """A graph classifier as in torch_geometric's Lightning examples, with its own
-    `LightningDataset`.
-    """
+    """Graph classifier as in torch_geometric's Lightning examples, with its `LightningDataset`."""
     import pytorch_lightning
     from torch_geometric.data import Data
     from torch_geometric.data.lightning import LightningDataset
@@ -303,8 +298,7 @@ def chemprop_mpnn() -> Project:
 
 
 def tabular_embedding() -> Project:
-    """CategoryEmbedding and loaders, as pytorch-tabular's own `TabularModel` prepares them for
-    `fit`.
+    """CategoryEmbedding and loaders, as pytorch-tabular's `TabularModel` prepares them for `fit`.
 
     The checkpoint holds objects (configurations).
     """
@@ -346,7 +340,7 @@ def tabular_embedding() -> Project:
 
 
 def transformers_vit() -> Project:
-    """A ViT with new weights, in a module as Lightning's and Hugging Face's documentation write it."""
+    """ViT with new weights, in a module as in Lightning's and Hugging Face's documentation."""
     from transformers import ViTConfig, ViTForImageClassification
 
     size = {
@@ -368,9 +362,7 @@ def transformers_vit() -> Project:
 
 
 def transformers_bert() -> Project:
-    """A BERT with new weights; batches are `BatchEncoding`s of several lengths from its own
-    collator.
-    """
+    """BERT with new weights; its own collator makes `BatchEncoding`s of several lengths."""
     from transformers import (
         BertConfig,
         BertForSequenceClassification,
@@ -388,8 +380,9 @@ def transformers_bert() -> Project:
         encode = BertTokenizer(str(path))
 
     def reviews(n: int, seed: int) -> list[dict]:
-        """Sentences of several lengths; the label says whether good words outnumber bad ones,
-        turned over by `not`.
+        """Sentences of several lengths.
+
+        The label says if good words outnumber bad ones; `not` turns a word over.
         """
         generator, made = torch.Generator().manual_seed(seed), []
         while len(made) < n:
@@ -429,8 +422,9 @@ def lightly_linear() -> Project:
 
 
 def timm_augmented() -> Project:
-    """A timm network in a plain module, and a data set that augments at random by torchvision's
-    `transforms`.
+    """A timm network in a plain module.
+
+    The data set augments at random by torchvision's `transforms`.
     """
     import timm
     from torchvision.transforms import v2
@@ -474,8 +468,9 @@ def uncertainty_routine() -> Project:
 
 
 def braindecode_eeg() -> Project:
-    """ShallowFBCSPNet in the Lightning module of braindecode's own tutorial: no `forward`, no
-    validation.
+    """ShallowFBCSPNet in the Lightning module of braindecode's own tutorial.
+
+    It has no `forward` and no validation.
     """
     import pytorch_lightning
     from braindecode.datasets import create_from_X_y
@@ -513,7 +508,7 @@ def braindecode_eeg() -> Project:
             self.test_step(batch, batch_idx)
 
     def trials(n: int, seed: int) -> Any:
-        """Noise in eight channels; the class is the rhythm (9, 11 or 13 Hz) that two of them share."""
+        """Noise in eight channels; the class is the rhythm (9, 11 or 13 Hz) that two share."""
         chance = np.random.default_rng(seed)
         labels = chance.integers(0, 3, n)
         signals = chance.normal(0, 1, (n, n_channels, n_times))
@@ -538,8 +533,7 @@ def braindecode_eeg() -> Project:
 
 
 def forecasting_mlp() -> Project:
-    """DecoderMLP: numbers within a tolerance, and pytorch-forecasting's own data set with its own
-    loader.
+    """DecoderMLP with pytorch-forecasting's own data set and loader: numbers within a tolerance.
 
     Its validation logs errors only; forecasts within the tolerance are counted again on what the
     module's `predict` gives. The checkpoint holds objects (encoders and normalisers of the data
@@ -621,7 +615,7 @@ MODULES: dict[str, tuple[str, str, Callable[[], Project]]] = {
 
 
 class Uses:
-    """The four uses of one module, in a folder; `lightning` is the package that the module is of."""
+    """The four uses of one module, in a folder; `lightning` is the package of the module."""
 
     def __init__(self, project: Project, lightning: Any, folder: Path, **options: Any) -> None:
         self.project, self.lightning, self.folder = project, lightning, folder
@@ -674,16 +668,15 @@ class Uses:
         )
 
     def counted(self, report: Any, before: str | Path) -> str:
-        """Targets repaired and samples broken as the report says, and both counts of right
-        validation samples.
-        """
+        """Counts targets repaired and samples broken, and right validation samples in two ways."""
         val = next(split for split in report.splits if split.split == "val")
         known = report.pooled("known")
         ours = val.passed, val.kept + val.repaired
         own = self.right(before), self.right(report.files.get("checkpoint") or before)
         return (
-            f"{report.status}, {known.repaired_in_target} of {known.targeted} targets, {known.broken} broken; right of "
-            f"{val.n}: {ours[0]} -> {ours[1]}, its own validation {own[0]} -> {own[1]}: {AGREES[ours == own]}"
+            f"{report.status}, {known.repaired_in_target} of {known.targeted} targets, "
+            f"{known.broken} broken; right of {val.n}: {ours[0]} -> {ours[1]}, "
+            f"its own validation {own[0]} -> {own[1]}: {AGREES[ours == own]}"
         )
 
     def fit(self) -> str:
@@ -709,9 +702,7 @@ class Uses:
         return self.counted(report, self.trained)
 
     def update(self) -> str:
-        """A new model in the place of an old one: regressions counted while it trains, and
-        repaired.
-        """
+        """Replaces an old model: counts regressions while the new one trains, and repairs them."""
         old = self.old if self.project.weights_only else self.module(path=self.old)
         metrics = RegressionMetrics(old, task=self.project.task, adapter=self.project.adapter)
         callback = RegressionFreeRepair(
@@ -743,9 +734,7 @@ class Uses:
 
 
 def use(name: str, max_time: float, verbose: bool) -> None:
-    """Uses one module in this environment and prints a line for each use; one that fails is printed
-    too.
-    """
+    """Uses one module in this environment; prints a line for each use, also for one that fails."""
     package, lightning_name, make_project = MODULES[name]
     warnings.simplefilter("ignore")
     for logger in (

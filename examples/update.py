@@ -1,11 +1,11 @@
-"""Replaces an old model by a new one: a gate refuses the new model, a repair fixes its regressions,
-the gate accepts.
+"""Replaces an old model by a new one, whose regressions a repair fixes.
 
     python examples/update.py
 
 The old network was trained on 200 of scikit-learn's handwritten digits. A new one, trained from
 scratch on 600, is far more accurate, but it misreads some digits that the old one read correctly.
-Both models are tested on a suite of 400 digits. Later digits are only counted.
+A gate refuses the new model and accepts the repaired one. Both models are tested on a suite of 400
+digits. Later digits are only counted.
 """
 
 from __future__ import annotations
@@ -87,5 +87,6 @@ if __name__ == "__main__":
         table.add_row(name, *(str(count.broken) for count in counts), *shares, verdict.status)
     print(table)
     print(
-        f"The old model: {counts[0].accuracy_before:.2%} on the suite, {counts[1].accuracy_before:.2%} on later digits."
+        f"The old model: {counts[0].accuracy_before:.2%} on the suite, "
+        f"{counts[1].accuracy_before:.2%} on later digits."
     )

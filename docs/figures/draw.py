@@ -1,7 +1,8 @@
-"""Draws the figures of the docs that show an idea: SVG, so that they are sharp in print and need no
-plotting library.
+"""Draws the figures of the docs that show an idea.
 
 python docs/figures/draw.py
+
+They are SVG: sharp in print, and drawn without a plotting library.
 """
 
 from __future__ import annotations
@@ -55,25 +56,29 @@ def box(
     x: float, y: float, width: float, height: float, fill: str = "#fff", edge: str = FAINT
 ) -> str:
     """A rounded box."""
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}" stroke="{edge}"/>'
+    area = f'x="{x}" y="{y}" width="{width}" height="{height}"'
+    return f'<rect {area} rx="8" fill="{fill}" stroke="{edge}"/>'
 
 
 def arrow(x1: float, y1: float, x2: float, y2: float) -> str:
     """A line with a head."""
-    return f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="{FAINT}" stroke-width="2" marker-end="url(#head)"/>'
+    line = f"M{x1:g} {y1:g}L{x2:g} {y2:g}"
+    return f'<path d="{line}" stroke="{FAINT}" stroke-width="2" marker-end="url(#head)"/>'
 
 
 def picture(width: int, height: int, title: str, *parts: str) -> str:
     """The file."""
     head = (
-        '<marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
+        '<marker id="head" viewBox="0 0 10 10" refX="9" refY="5"'
+        ' markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0L10 5L0 10z" fill="{FAINT}"/></marker>'
     )
     frame = f'<rect width="{width}" height="{height}" rx="10" fill="#fff"/>'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     font = ' font-family="system-ui, -apple-system, Segoe UI, Roboto, sans-serif">'
     inside = "\n".join(part for part in parts)
-    return f"{start}{font}<title>{escape(title)}</title>\n<defs>{head}</defs>{frame}\n{inside}\n</svg>\n"
+    opening = f"{start}{font}<title>{escape(title)}</title>"
+    return f"{opening}\n<defs>{head}</defs>{frame}\n{inside}\n</svg>\n"
 
 
 def problem() -> str:
@@ -258,9 +263,7 @@ def limits() -> str:
 
 
 def defaults() -> str:
-    """Unseen samples that fine-tuning and the default repair and break, from the table that the
-    study printed.
-    """
+    """Draws unseen samples that fine-tuning and the default repair and break, from the study."""
     table = (HERE.parents[1] / "examples" / "studies" / "results" / "defaults.md").read_text(
         encoding="utf-8"
     )
@@ -279,9 +282,8 @@ def defaults() -> str:
         gained, lost = (int(count.replace(",", "")) for count in counts)
         faint = 0.45 if method == "fine-tuning" else 1
         for x, n, color in ((middle, gained, REPAIRED), (middle - per * lost, lost, BROKEN)):
-            parts.append(
-                f'<rect x="{x:g}" y="{y}" width="{per * n:g}" height="19" fill="{color}" opacity="{faint}"/>'
-            )
+            area = f'x="{x:g}" y="{y}" width="{per * n:g}" height="19"'
+            parts.append(f'<rect {area} fill="{color}" opacity="{faint}"/>')
         parts.append(
             text(
                 middle + per * gained + 6, y + 14, f"{counts[0]} : {counts[1]}", 12, "start", "#555"

@@ -1,5 +1,6 @@
-"""Shows `Example:` in docstrings as code: griffe knows that section of Google's style as
-`Examples:` alone.
+"""Shows `Example:` in docstrings as code.
+
+griffe knows this section of Google's style as `Examples:` only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Draws figures 2 to 6 of the paper, and repaired against broken samples by method, from the tables
-of
-a study.
+"""Draws figures 2 to 6 of the paper, and repaired against broken samples, from a study's tables.
 
     python examples/case_study/figures.py runs/study_vehicles_0 --out docs/figures
 
@@ -36,7 +34,8 @@ LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}
 """Marker shapes, so that the figures can be read without colour."""
 TICKS = (0, 1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)
 KEY = (
-    "Dot: a run of a setting; diamond: mean of a row of the paper's Table II, filled where it is of this experiment;\n"
+    "Dot: a run of a setting; diamond: mean of a row of the paper's Table II, "
+    "filled where it is of this experiment;\n"
     "star: this package; square: a baseline; line: as many broken as repaired"
 )
 ROLES = ("known", "unseen")
@@ -75,9 +74,7 @@ def tables_of(folder: Path) -> dict[str, tuple[Run, ...]]:
 
 
 def accuracies(tables: Tables) -> Figure:
-    """Draws figure 2: the change of unseen accuracy in the setting that breaks the fewest known
-    samples.
-    """
+    """Draws figure 2: change of unseen accuracy in the setting that breaks fewest known samples."""
     cases = _cases(tables)
     figure = _figure(
         1.5 + 1.25 * len(cases), 4.2, "Accuracy on unseen data where the fewest known samples break"
@@ -126,8 +123,9 @@ def counts(tables: Tables) -> Figure:
 
 
 def along(tables: Tables, line: Line) -> Figure | None:
-    """Draws figures 4, 5 and 6: broken and repaired by one parameter. Returns None without such
-    runs.
+    """Draws figures 4, 5 and 6: broken and repaired by one parameter.
+
+    Returns None without such runs.
     """
     own = {
         name: found
@@ -196,8 +194,9 @@ def others_of(experiment: str, seed: int, folder: Path = Path("runs")) -> list[O
 
 
 def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) -> Figure:
-    """Plots repaired against broken samples on square-root scales: runs, means of Table II, other
-    methods.
+    """Plots repaired against broken samples on square-root scales.
+
+    The marks are runs, means of Table II and other methods.
     """
     figure = _figure(11, 5.2, f"{NAMES[experiment]}: what is repaired for what breaks")
     figure.supxlabel(KEY, color=INK, fontsize=8, x=0.01, ha="left")
@@ -239,7 +238,7 @@ def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) ->
 
 
 def _square_roots(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
-    """Sets square-root scales, which show 0, 5 and 500 at once, and draws the line of equal counts."""
+    """Sets square-root scales, which show 0, 5 and 500 at once; draws the line of equal counts."""
     right, top = 1.25 * max(1, *x), 1.1 * max(1, *y)
     axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     axes.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
@@ -253,9 +252,7 @@ def _square_roots(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
 
 
 def _cases(tables: Tables) -> dict[str, list[Run]]:
-    """Selects for each experiment the setting that breaks the fewest known samples, and the
-    paper's.
-    """
+    """Selects per experiment the setting that breaks the fewest known samples, and the paper's."""
     found = {}
     for name, runs in tables.items():
         best = fewest_broken(runs)

@@ -1,5 +1,6 @@
-"""Network of the paper's kind, with 27 convolutions and one Linear layer, and its data: vehicles or
-digits.
+"""Network of the paper's kind and its data, vehicles or digits.
+
+The network has 27 convolutions and one Linear layer.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ TARGETS = {
 
 
 class Scenes(Splits):
-    """Batches of `(image, class, view, occluded)` of an experiment; images are drawn once and kept
-    in `folder`.
+    """Batches of `(image, class, view, occluded)` of an experiment.
+
+    Images are drawn once and kept in `folder`.
     """
 
     batch_size, drop_last = 128, True
@@ -95,7 +97,7 @@ class Digits(Scenes):
 
 
 class VehicleNet(LightningModule):
-    """Residual network: one convolution, three stages of four blocks of two, and two in shortcuts."""
+    """Residual network: one convolution, three stages of four blocks of two, two in shortcuts."""
 
     def __init__(
         self, width: int = 16, blocks: int = 4, classes: int = len(CLASSES), mirrored: bool = True

@@ -103,11 +103,10 @@ def fewest_broken(runs: Sequence[Run]) -> list[Run]:
 
 
 def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str) -> Interval | None:
-    """Returns the mean difference of a count, such as `known.broken`, between `high` and `low`, all
-    else equal.
+    """Returns the mean difference of a count between `high` and `low`, all else equal.
 
-    Differences are averaged within a seed, so each seed is one observation. Returns None without a
-    pair.
+    The count is a column such as `known.broken`. Differences are averaged within a seed, so each
+    seed is one observation. Returns None without a pair.
     """
     values: dict[tuple, dict[float, float]] = {}
     for run in runs:
@@ -121,17 +120,16 @@ def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Returns the mean and its 95 % interval by Student's t. The interval of a single number is
-    NaN.
-    """
+    """Returns the mean and its 95 % interval by Student's t, which is NaN for a single number."""
     mean, n = fmean(values), len(values)
     half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return Interval(mean, mean - half, mean + half)
 
 
 def count(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
-    """Says how many runs; without an interval, since the runs share a network and are not
-    independent.
+    """Says how many runs.
+
+    The count has no interval, since the runs share a network and are not independent.
     """
     return f"{sum(map(holds, runs))} of {len(runs)} runs"
 
@@ -166,8 +164,9 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     accuracy = Answer(
         question,
         f"{experiment}: suppressed at the level of accuracy",
-        f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {count(best, _no_worse)}; of all that repair "
-        f"something in {count(able, _no_worse)}",
+        f"{best[0].setting}: {gain:.2f} points of accuracy, "
+        f"not below in {count(best, _no_worse)}; "
+        f"of all that repair something in {count(able, _no_worse)}",
         True if gain.low >= 0 else False if gain.high < 0 else None,
     )
     settings = _by_setting(runs)
@@ -180,18 +179,21 @@ def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     instances = Answer(
         question,
         f"{experiment}: {'' if claimed else 'not '}suppressed at the level of instances",
-        f"of the unseen target nothing is broken and something repaired in {count(runs, _spared)}, and in all runs "
+        f"of the unseen target nothing is broken and something repaired "
+        f"in {count(runs, _spared)}, and in all runs "
         f"of {len(clean)} of {len(settings)} settings; the fewest by {fewest}: "
-        f"{broken[fewest]:.1f} broken, {repaired[fewest]:.1f} repaired. Of all known "
-        f"samples nothing is broken and something repaired in {count(runs, lambda run: run.regression_free)}",
+        f"{broken[fewest]:.1f} broken, {repaired[fewest]:.1f} repaired. "
+        f"Of all known samples nothing is broken and something repaired "
+        f"in {count(runs, lambda run: run.regression_free)}",
         bool(clean) == claimed,
     )
     return [accuracy, instances]
 
 
 def occlusion(tables: Tables) -> list[Answer]:
-    """Answers RQ3: at equal alpha, A breaks more unseen samples than B. Uses the rows that differ
-    in alpha.
+    """Answers RQ3: at equal alpha, A breaks more unseen samples than B.
+
+    Uses the rows that differ in alpha.
     """
     rows = {"A": ("EXP-A2", "EXP-A3", "EXP-A4"), "B": ("EXP-B1", "EXP-B2", "EXP-B3")}
     own = {
@@ -334,7 +336,7 @@ def _agrees(sign: int) -> bool | None:
 
 
 def _spared(run: Run) -> bool:
-    """True if a run suppresses regression at the instance level, on unseen samples of the target."""
+    """True if a run suppresses regression at the instance level on unseen samples of the target."""
     counts = run.counts("unseen")
     return counts.broken_in_target == 0 and counts.repaired_in_target > 0
 

@@ -1,15 +1,15 @@
-"""Runs the paper's case study: experiments A, B and C, 66 settings with ten seeds each, figures and
-answers.
+"""Runs the paper's case study: experiments A, B and C, 66 settings with ten seeds each.
 
-    python examples/case_study/study.py # everything python examples/case_study/study.py --quick #
-    Table II on few images, a short training, three seeds: minutes python
-    examples/case_study/study.py --layer features.15.body.3 # the last convolution instead of the
-    last layer python examples/case_study/study.py --data digits python examples/case_study/study.py
-    --loss-term inverse_ratio --delta 1 # (L + 1)/(L' + 1)
+    python examples/case_study/study.py           # everything
+    python examples/case_study/study.py --quick   # few images, short training, three seeds: minutes
+    python examples/case_study/study.py --layer features.15.body.3   # last convolution instead
+    python examples/case_study/study.py --data digits
+    python examples/case_study/study.py --loss-term inverse_ratio --delta 1   # (L + 1)/(L' + 1)
 
-Draws the scenes, trains a network per experiment and runs the settings on one of its layers. Writes
-a table per experiment, the paper's figures 2 to 6 and `answers.md` to `runs/study_<data>_<seed>/`.
-Existing files are reused. Without the sprites of the vehicles, the data are scikit-learn's digits.
+Draws the scenes, trains a network per experiment and runs the settings on one of its layers, by
+default the last; `--quick` runs those of Table II. Writes a table per experiment, the paper's
+figures 2 to 6 and `answers.md` to `runs/study_<data>_<seed>/`. Existing files are reused. Without
+the sprites of the vehicles, the data are scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
 def setting_of(
     row: PaperRow, loss_term: str = "bounded", delta: float = Fitness().delta
 ) -> dict[str, object]:
-    """Returns the arguments and the name of a setting. Arguments that the row lacks are those of
-    `from_paper`.
+    """Returns the arguments and the name of a setting.
+
+    Arguments that the row lacks are those of `from_paper`.
     """
     arguments = asdict(row)
     words = (
@@ -129,7 +130,8 @@ def main() -> None:
     name = chosen.data or ("vehicles" if PAK.exists() else "digits")
     if chosen.data is None and name == "digits":
         print(
-            f"{PAK} has no sprites of vehicles: this runs on digits.\nHINT: apt install simutrans-pak64"
+            f"{PAK} has no sprites of vehicles: this runs on digits.\n"
+            "HINT: apt install simutrans-pak64"
         )
     rows = tuple(TABLE_II.values()) if chosen.quick or chosen.table_ii else studied()
     kind = "_quick" * chosen.quick + f"_{chosen.loss_term}" * (chosen.loss_term != "bounded")

@@ -1,5 +1,4 @@
-"""Draws 10,186 scenes of seven kinds of vehicle with known view and occlusion, as many as in the
-paper.
+"""Draws 10,186 scenes, as in the paper: seven kinds of vehicle with known view and occlusion.
 
 The sprites of vehicles, trees and ground are from Debian's package simutrans-pak64 (`apt install
 simutrans-pak64`; Artistic-1.0: do not commit the sprites or images made of them). A sprite stands
@@ -167,8 +166,9 @@ def load_sprites(pak: Path, pattern: str, smallest: int = 1, largest: int = 999)
 
 
 def paste(canvas: np.ndarray, image: np.ndarray, mask: np.ndarray, y: int, x: int) -> np.ndarray:
-    """Draws an image on the canvas where `mask` is True, and returns the covered pixels, `SIZE x
-    SIZE` bool.
+    """Draws an image on the canvas where `mask` is True.
+
+    Returns the covered pixels, `SIZE x SIZE` bool.
     """
     y0, x0, y1, x1 = (
         max(0, y),
@@ -249,8 +249,9 @@ def make_split(rng, n: int, pak, p_occluded: float, p_front_back: float | None) 
 
 
 def rates(experiment: str, split: str) -> tuple[float, float | None]:
-    """Returns the shares of occluded scenes and of front and back views. None: uniform over
-    headings.
+    """Returns the shares of occluded scenes and of front and back views.
+
+    None stands for views that are uniform over headings.
     """
     later = split in ("repair", "test")
     p_occluded = {"A": 0.30 if later else 0.15, "B": 0.0, "C": 0.0}[experiment]
@@ -272,7 +273,8 @@ def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> d
     )
     if not pak[0] or not pak[1] or not pak[2]:
         raise SystemExit(
-            f"{pak_dir} has no sprites of vehicles, ground and trees.\nHINT: apt install simutrans-pak64"
+            f"{pak_dir} has no sprites of vehicles, ground and trees.\n"
+            "HINT: apt install simutrans-pak64"
         )
     rng, out = np.random.default_rng(seed), {}
     for split, share in SPLITS.items():

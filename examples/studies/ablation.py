@@ -102,9 +102,7 @@ def group_of(run: Run) -> str:
 
 
 def difference(pairs: Sequence[float]) -> str:
-    """Formats the mean difference with its 95 % t interval and the p-value of an exact sign-flip
-    test.
-    """
+    """Formats the mean difference, its 95 % t interval and the exact sign-flip p-value."""
     if len(pairs) < 2:
         return "-"
     mean, half = fmean(pairs), half_interval(pairs)
@@ -115,7 +113,7 @@ def difference(pairs: Sequence[float]) -> str:
 
 
 def paired(runs: Sequence[Run], number: Callable[[Run], float]) -> Mapping[str, list[float]]:
-    """Returns the differences of each localiser to random weights, per seed, as means over layers."""
+    """Returns differences of each localiser to random weights per seed, as means over layers."""
     cells: dict[tuple[int, str, str], list[float]] = {}
     for run in runs:
         cells.setdefault((run.seed, run.layer, group_of(run)), []).append(number(run))

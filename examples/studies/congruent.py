@@ -123,8 +123,9 @@ HEADS = (
 
 
 def row(name: str, reports: Sequence[RepairReport], first: Sequence[RepairReport]) -> list[str]:
-    """Returns means over seeds on unseen data, and the seeds with fewer and more broken than in the
-    first row.
+    """Returns means over seeds on unseen data.
+
+    Counts also the seeds with fewer and with more broken samples than in the first row.
     """
     cells = []
     for which in ("trained", "final"):
@@ -161,7 +162,8 @@ def main() -> None:
         found[name] = [updated(seed, term, given.start, between) for seed in seeds]
     first = next(iter(found.values()))
     print(
-        f"Trained from {given.start}, {len(seeds)} seeds; NFR: unseen samples that the old model alone gets right\n"
+        f"Trained from {given.start}, {len(seeds)} seeds; "
+        "NFR: unseen samples that the old model alone gets right\n"
     )
     print(markdown(HEADS, [row(name, reports, first) for name, reports in found.items()]))
 

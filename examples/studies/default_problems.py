@@ -123,8 +123,9 @@ def one_cycle(optimizer: Optimizer, trainer: Trainer) -> object:
 
 
 def drifting_sensors(seed: int) -> Small:
-    """Makes a table of 16 features and 5 classes; later, four features of a third of the samples
-    are offset.
+    """Makes a table of 16 features and 5 classes.
+
+    Later, four features of a third of the samples are offset.
     """
     inputs, labels = table(seed, 6_500, 16, 5, n_clusters_per_class=2, class_sep=2.0, flip_y=0)
     drifted = torch.rand(len(inputs), generator=torch.Generator().manual_seed(seed)) < 0.33
@@ -140,7 +141,7 @@ def sensor_net() -> Classifier:
 
 
 def waves(seed: int) -> Small:
-    """Makes series of one channel and 5 wave shapes; later, 40 % are faster than any in training."""
+    """Makes series of one channel and 5 wave shapes; later, 40 % are faster than in training."""
     n, length = 4_400, 40
     generator = torch.Generator().manual_seed(seed)
 
@@ -172,8 +173,9 @@ def wave_net() -> Classifier:
 
 
 def gestures(seed: int) -> Small:
-    """Makes few, long, noisy series of three channels; the class is the order of three pulses (6
-    classes).
+    """Makes few, long, noisy series of three channels.
+
+    The class is the order of three pulses (6 classes).
     """
     n, length, orders = (
         4_000,

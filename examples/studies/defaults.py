@@ -46,8 +46,7 @@ unseen.
 
 @dataclass(frozen=True)
 class Run:
-    """Counts of one method on repair data (targets), known and unseen data, and its processor
-    seconds.
+    """Counts of one method on repair data (targets), known and unseen data, and its CPU seconds.
 
     `held_out`: repaired, failures, broken and passed among the held-out samples of the chosen rung,
     and the number of rungs to choose from.
@@ -95,8 +94,9 @@ class Study:
         return model
 
     def run(self, method: str) -> Run:
-        """Runs fine-tuning, the default (`0.5 x`: in half of the fit's time), or the default after
-        a fit.
+        """Runs fine-tuning, the default, or the default after a fit.
+
+        `0.5 x` runs the default in half of the fit's time.
         """
         if method == "fine-tuning":
             model = self.new(self.state)
@@ -236,7 +236,7 @@ def row(name: str, runs: Sequence[Run]) -> list[str]:
 
 
 def estimates(runs: Sequence[Run]) -> str:
-    """Counts the runs whose unseen rates are within the 90 % intervals of their held-out estimates."""
+    """Counts the runs whose unseen rates are in the 90 % intervals of their held-out estimates."""
     covered, tried = [0, 0], [run for run in runs if run.held_out is not None]
     for run in tried:
         happened = (
@@ -247,7 +247,8 @@ def estimates(runs: Sequence[Run]) -> str:
             low, high = interval(*run.held_out[2 * i : 2 * i + 2], run.held_out[-1])
             covered[i] += low <= k / max(n, 1) <= high
     return (
-        f"The unseen rate is within the 90 % interval of the held-out estimate for repaired samples in {covered[0]}, "
+        "The unseen rate is within the 90 % interval of the held-out estimate "
+        f"for repaired samples in {covered[0]}, "
         f"for broken ones in {covered[1]} of {len(tried)} runs (all problems but {SHIFTED!r})."
     )
 

@@ -1,8 +1,6 @@
-"""Fashion-MNIST with drift, as in the paper's EXP-C: a view that was rare in training becomes
-common
-in operation.
+"""Fashion-MNIST with drift: a view that was rare in training becomes common in operation.
 
-2 % of the training images are upside down, and 40 % of the later images.
+As in the paper's EXP-C; 2 % of the training images are upside down, and 40 % of the later images.
 """
 
 from __future__ import annotations
@@ -43,8 +41,9 @@ def load_images() -> tuple[Tensor, Tensor]:
 
 
 class DriftingFashion(Splits):
-    """Batches of `(image, garment, upside_down)`. `repair_dataloader` has data collected after the
-    training.
+    """Batches of `(image, garment, upside_down)`.
+
+    `repair_dataloader` has data collected after the training.
     """
 
     batch_size, drop_last = 128, True
@@ -66,8 +65,9 @@ class DriftingFashion(Splits):
 
 
 class FashionNet(LightningModule):
-    """Four convolutions with batch norm and two Linear layers, trained with flips, shifts and a
-    one-cycle schedule.
+    """Four convolutions with batch norm and two Linear layers.
+
+    Trained with flips, shifts and a one-cycle schedule.
     """
 
     def __init__(self) -> None:

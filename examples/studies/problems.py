@@ -48,8 +48,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """A network to train and repair, for any seed, with data in the splits `train`, `repair` and
-    `test`.
+    """Network to train and repair, for any seed, with data in `train`, `repair` and `test`.
 
     `layers`: the last layer, the one before it that has weights, and a deeper one.
     """
@@ -109,8 +108,9 @@ class CheckpointsOfTraining(Callback):
 
 
 def trained(name: str, seed: int, epochs: int | None = None) -> tuple[Path, list[State]]:
-    """Returns the checkpoints of a problem's training, the last one first; trains if `runs/` has
-    none.
+    """Returns the checkpoints of a problem's training, the last one first.
+
+    Trains if `runs/` has none.
     """
     problem = PROBLEMS[name]
     short = "" if epochs in (None, problem.epochs) else f"_{epochs}_epochs"

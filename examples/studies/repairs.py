@@ -179,9 +179,8 @@ def main() -> None:
             reports.append(repaired(chosen.problem, seed, method, chosen.max_time))
             rows += [row(f"{method}, seed {seed}", reports[-1:])] * (len(chosen.methods) == 1)
         rows.append(row(method, reports))
-    print(
-        f"{chosen.problem}, {chosen.seeds} seeds: means with 95 % t intervals\n\n{markdown(list(NUMBERS), rows)}"
-    )
+    print(f"{chosen.problem}, {chosen.seeds} seeds: means with 95 % t intervals\n")
+    print(markdown(list(NUMBERS), rows))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 The old network has seen few front and back views, or few upside-down garments. The new one is
 trained on all data, from scratch or from the old weights, with or without focal distillation, a
 loss term that keeps it right where the old one is. A repair then fixes its regressions. Networks
-that started from the old weights are also interpolated with them, by a strength chosen on a quarter of
-the test data, and repaired again. Counts are of the rest of the test data. Earlier runs are read
+that started from the old weights are also interpolated with them, by a strength chosen on a quarter
+of the test data, and repaired again. Counts are of the rest of the test data. Earlier runs are read
 from `runs/`.
 """
 
@@ -170,7 +170,10 @@ def _against(old: LightningModule, new: LightningModule, data: Subset) -> Row:
 
 
 def table_of(rows: Sequence[dict[str, Row]]) -> str:
-    """Tabulates means over seeds, a row per model; counts are of unseen data, except known broken."""
+    """Tabulates means over seeds, a row per model.
+
+    Counts are of unseen data, except known broken.
+    """
     lines = []
     for name in rows[0]:
         accuracy, repaired, broken, n, *rest = map(
@@ -202,7 +205,8 @@ def main() -> None:
         for update in chosen.updates:
             rows[-1] |= updated(update, in_use)
     print(
-        f"Updates, means of {len(rows)} seeds, on unseen samples, against the model that is replaced\n"
+        f"Updates, means of {len(rows)} seeds, on unseen samples, "
+        "against the model that is replaced\n"
     )
     print(table_of(rows))
 

