@@ -16,8 +16,9 @@ TESTS = Path(__file__).parent
 CHECKS = [TESTS / "device", TESTS / "search" / "test_device.py"]
 NO_CARD = """\
 There is no CUDA device here, so nothing was checked (torch {version}).
-On a machine with a card: install this package with a CUDA build of torch, then `python tests/gpu_check.py`.
-Without one: `python tests/gpu_check.py --device strict` goes through the same checks on a stand-in."""
+On a machine with a card: install this package with a CUDA build of torch,
+then `python tests/gpu_check.py`.
+Without a card: `python tests/gpu_check.py --device strict` runs the same checks on a stand-in."""
 
 
 class Rows:
@@ -61,9 +62,8 @@ def main() -> int:
         print(NO_CARD.format(version=torch.__version__))
         return 2
     total = torch.cuda.mem_get_info()[1] / 2**30
-    print(
-        f"torch {torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {total:.0f} GiB"
-    )
+    cards = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    print(f"torch {torch.__version__}, {cards}, {total:.0f} GiB")
     rows = Rows()
     arguments = [
         "-p",

@@ -1,4 +1,4 @@
-"""Graphs in one batch as torch_geometric has them, without it, and a module that classifies them."""
+"""Batches of graphs as in torch_geometric, without it, and a module that classifies them."""
 
 from __future__ import annotations
 

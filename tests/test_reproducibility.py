@@ -1,4 +1,4 @@
-"""The same seed gives the same repair, whatever the batches, the process and the number of ranks."""
+"""The same seed gives the same repair, for any batches, process and number of ranks."""
 
 from __future__ import annotations
 
@@ -101,9 +101,7 @@ def test_all_ranks_go_on_with_the_values_of_the_first() -> None:
     assert [values.tolist() for values in on_ranks(3, run)] == [[1.0, -2.0]] * 3
 
 
-def test_passed_samples_are_drawn_by_seed_from_passed_sources_and_the_gate_counts_the_others_too() -> (
-    None
-):
+def test_passed_samples_are_drawn_by_seed_and_the_gate_counts_the_others_too() -> None:
     def drawn(**arguments: Any) -> Tensor:
         """The known samples that a method is to keep."""
         found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Continuous integration tests the versions that the package declares, the lowest and the newest."""
+"""Continuous integration tests the lowest and the newest version that the package declares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often each bound is missed: the true rate lies above it, in 1,000 draws from a known world."""
+"""How often each bound is missed: the true rate lies above it, in 1,000 draws of a known world."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Trial:
 
     @property
     def allowed(self) -> int:
-        """What a bound that fails as often as it may exceeds with a probability of 0.1 % at most."""
+        """Misses that a bound which keeps its confidence exceeds in at most 0.1 % of studies."""
         return next(
             k for k in range(self.draws) if binomial_cdf(k, self.draws, 1 - CONFIDENCE) >= 0.999
         )
@@ -139,5 +139,6 @@ def bounds() -> None:
         may = f"{(1 - CONFIDENCE) * trial.draws:.0f}" if trial.promised else "no promise"
         print(f"| {trial.bound} | {trial.data} | {trial.missed} | {may} |")
     print(
-        f"\nA bound that fails as often as it may is missed at most {found[0].allowed} times in 999 of 1,000 studies."
+        "\nA bound that fails as often as it may "
+        f"is missed at most {found[0].allowed} times in 999 of 1,000 studies."
     )

@@ -99,9 +99,8 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     """Prints a table in markdown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"\n{title}")
-    print(
-        f"{cores} {platform.machine()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n"
-    )
+    threads = torch.get_num_threads()
+    print(f"{cores} {platform.machine()} cores, torch {torch.__version__}, {threads} thread(s)\n")
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for row in rows:

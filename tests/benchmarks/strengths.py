@@ -164,7 +164,8 @@ PROBLEM, CALIBRATION = _problem()
 def strengths() -> None:
     may = round((1 - CONFIDENCE) * DRAWS)
     print(
-        f"| the strength is | what breaks | taken | mean strength | missed of {DRAWS:,} | its own limit missed |"
+        "| the strength is | what breaks | taken | mean strength "
+        f"| missed of {DRAWS:,} | its own limit missed |"
     )
     print("|---|---|---|---|---|---|")
     for t in trials():
@@ -173,5 +174,6 @@ def strengths() -> None:
         )
     most = next(k for k in range(DRAWS) if binomial_cdf(k, DRAWS, 1 - CONFIDENCE) >= 0.999)
     print(
-        f"\nMay be missed: {may}. What fails as often as it may stays within {most} in 999 of 1,000 studies."
+        f"\nMay be missed: {may}. "
+        f"What fails as often as it may stays within {most} in 999 of 1,000 studies."
     )

@@ -138,7 +138,10 @@ class Browser:
 
     def image_sizes(self, selector: str) -> list[tuple[int, int]]:
         """Width and height of each image that has loaded."""
-        script = "return arguments[0].filter(one => one.complete).map(one => [one.naturalWidth, one.naturalHeight])"
+        script = """
+            return arguments[0]
+                .filter(image => image.complete)
+                .map(image => [image.naturalWidth, image.naturalHeight]);"""
         return [
             tuple(size)
             for size in self.driver.execute_script(script, self.elements(selector))

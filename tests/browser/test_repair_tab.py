@@ -184,7 +184,9 @@ def test_nothing_is_cut_off_on_a_laptop_or_a_phone(
     driver = browser.driver
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     too_wide = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    tables = "return [...document.querySelectorAll('.beside .wide')].map(one => [one.scrollWidth, one.clientWidth])"
+    tables = """
+        return [...document.querySelectorAll(".beside .wide")]
+            .map(table => [table.scrollWidth, table.clientWidth]);"""
     try:
         open_tab(browser, "copy")
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -219,7 +221,8 @@ def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Brows
     assert shown.count(HOSTILE) > 20
     made = browser.driver.execute_script("""
         const own = [...document.querySelectorAll("img:not([src*='/sample?'])")];
-        return [window.hacked ?? null, own.length, document.querySelectorAll("b, script[src*=evil]").length];""")
+        const foreign = document.querySelectorAll("b, script[src*=evil]");
+        return [window.hacked ?? null, own.length, foreign.length];""")
     assert made == [None, 0, 0]
     assert browser.errors("lightning_nrl") == []
 
@@ -228,7 +231,8 @@ def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Brows
 def test_whoever_cannot_see_or_point_finds_every_control(browser: Browser) -> None:
     open_tab(browser, "version_0/repair")
     unnamed = browser.driver.execute_script("""
-        const named = one => one.getAttribute("aria-label") || one.labels?.length || one.textContent.trim();
+        const named = one =>
+            one.getAttribute("aria-label") || one.labels?.length || one.textContent.trim();
         return [...document.querySelectorAll("button, input, select, summary")]
             .filter(one => one.checkVisibility() && !named(one))
             .map(one => one.outerHTML);""")

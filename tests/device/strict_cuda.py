@@ -203,10 +203,10 @@ def _storage(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
 torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[assignment, method-assign]
 
 
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 # for tests
 class Watch:
-    """Launches and waits, by operator and by the innermost line of `package` that asked for them."""
+    """Launches and waits, by operator and by the innermost line of `package` that asked."""
 
     def __init__(self, package: str) -> None:
         self.package = package

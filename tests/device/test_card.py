@@ -144,8 +144,10 @@ from lightning_nrl import RegressionFreeRepair
 from lightning_nrl.records import hash_tensors
 folder = os.environ.setdefault("GPU_CHECK_FOLDER", tempfile.mkdtemp())
 repair = RegressionFreeRepair(dirpath=folder, verbose=False, max_time=60)
-trainer = Trainer(accelerator="gpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[repair], logger=False,
-                  enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+trainer = Trainer(
+    accelerator="gpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[repair], logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+)
 model = Classifier()
 trainer.fit(model, datamodule=Digits())
 own = hash_tensors({name: value.cpu() for name, value in model.state_dict().items()})

@@ -22,11 +22,14 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import lightning_nrl
 
+CAMERA = """\
+def camera(batch): return ["left" if place % 2 else "right" for place in batch[2].tolist()]
+"""
 MODULES = {
     "targets": "def is_occluded(batch): return batch[2] > 0\n",
-    "slices": "def camera(batch): return ['left' if place % 2 else 'right' for place in batch[2].tolist()]\n",
-    "data": "def camera(batch): return ['left' if place % 2 else 'right' for place in batch[2].tolist()]\n"
-    "def weight(batch): return batch[2] + 1.0\ndef position(batch): return batch[2]\n",
+    "slices": CAMERA,
+    "data": CAMERA
+    + "def weight(batch): return batch[2] + 1.0\ndef position(batch): return batch[2]\n",
     "adapters": "def predict(module, batch): return module(batch[0]), batch[1]\n",
     "rules": "def is_safe(output, target): return output.argmax(1) == target\n"
     "def cost(output, target): return (output.argmax(1) != target).float()\n",
@@ -41,8 +44,11 @@ SMALL: dict[str, dict[str, Any]] = {
 """Arguments of functions where a page does not say anything else."""
 QUICKEST = {"method": "convex"}
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False
-}  # fmt: skip
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 REPAIR = lightning_nrl.repair
 
 

@@ -28,7 +28,8 @@ else:
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHELL = (
-    "cd ", "git clone ", "source ", "tensorboard --logdir ", "ruff ", "mypy", "lint-imports", "zensical build ", "apt "
+    "cd ", "git clone ", "source ", "tensorboard --logdir ", "ruff ", "mypy", "lint-imports",
+    "zensical build ", "apt ",
 )  # fmt: skip
 SCRIPTS = re.compile(r"^(?:python(?:3(?:\.\d+)?)?) ((?:examples|tests|docs|\.ci)/\S+)(.*)$")
 CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml") if block.runs]

@@ -16,7 +16,8 @@ from repository import ROOT
 HOME = "https://github.com/lightning-nrl/lightning_nrl/"
 SITE = "https://lightning-nrl.github.io/lightning_nrl/"
 LINK = re.compile(
-    r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"|<a[^>]* href=\"([^\"]+)\""
+    r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)"
+    r"|<img[^>]* src=\"([^\"]+)\"|<a[^>]* href=\"([^\"]+)\""
 )
 
 

@@ -264,7 +264,8 @@ class Loaded(Method):
 
     def __call__(self, problem: Problem) -> Solution:
         state = torch.load(self.path, weights_only=True)
-        return Solution(problem.propose(self.path, {f"network.3.{name}": state[name] for name in state}))
+        patch = {f"network.3.{name}": state[name] for name in state}
+        return Solution(problem.propose(self.path, patch))
 """
 
 

@@ -41,7 +41,7 @@ def source(split: str = "train", rows: slice = slice(None), **marks: Any) -> Ten
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's share of a split, dealt out one by one, in batches of any size and in any order."""
+    """Share of a split on one rank, dealt out one by one, in batches of any size and any order."""
 
     split: str
     x: Tensor

@@ -1,4 +1,4 @@
-"""The paper's case study: its settings, its data, its answers from hand-made tables, its figures."""
+"""The paper's case study: settings, data, answers from hand-made tables, and figures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def run(
     """
     known_broken = broken if known is None else known
     found = {
-        "setting": f"{row.equation} alpha={row.alpha} lw={row.n_weights} pos={row.n_passed} p={row.particles}",
+        "setting": f"{row.equation} alpha={row.alpha} lw={row.n_weights}"
+        f" pos={row.n_passed} p={row.particles}",
         "fitness": row.equation,
         "alpha": row.alpha,
         "perfect_intact": row.perfect_intact,

@@ -1,4 +1,4 @@
-"""The notebooks have run from top to bottom and open elsewhere; `NRL_NOTEBOOKS=1` runs them again."""
+"""The notebooks have run from top to bottom and open elsewhere; `NRL_NOTEBOOKS=1` runs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published modules: the page names each, each has an environment, and the uses are counted twice."""
+"""Published modules: the page names each, each has an environment, uses are counted twice."""
 
 from __future__ import annotations
 

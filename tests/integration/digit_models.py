@@ -199,7 +199,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """True if two states, models or checkpoints by their paths have the same weights, bit for bit."""
+    """True if two states, models or checkpoints by their paths have the same weights to the bit."""
     first, second = map(_state, (one, other))
     return first.keys() == second.keys() and all(
         torch.equal(value, second[name]) for name, value in first.items()

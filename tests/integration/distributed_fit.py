@@ -83,7 +83,7 @@ def trainer_on(
 def fit(
     folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int = 1
 ) -> tuple[Trainer, Classifier]:
-    """One fit for each number of repair samples, which leaves its files in a folder of that name."""
+    """Fits once for each number of repair samples; files go to a folder of that name."""
     callback = quick_repair(unseen="test")
     trainer = trainer_on(folder, strategy, devices, callback, Leave(callback))
     for n in sizes:
@@ -138,7 +138,7 @@ class Later(Classifier):
 
 
 def fit_continued(folder: Path, strategy: Any = "auto", devices: int = 1) -> None:
-    """A repair that goes on with the training for three epochs, each of one batch of all samples."""
+    """Repairs by training three more epochs, each of one batch of all samples."""
     folder.mkdir(exist_ok=True)
     callback = RegressionFreeRepair(
         method=Continued(folder, renews=True), gate="accuracy", dirpath=folder, verbose=False

@@ -56,17 +56,23 @@ target:
       class_path: lightning_nrl.data.Not
       init_args: {target: {class_path: lightning_nrl.data.Label, init_args: {label: 1}}}
 gate: {class_path: lightning_nrl.gate.Tolerance, init_args: {limit: 3}}
-method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5, start: half, inertia: 0.6}}
+method:
+  class_path: lightning_nrl.ParticleSwarm
+  init_args: {particles: 10, iterations: 5, start: half, inertia: 0.6}
 search:
   class_path: lightning_nrl.SearchOptions
   init_args:
-    fitness: {class_path: lightning_nrl.search.Fitness, init_args: {kind: eq1, alpha: 5, perfect_intact: true}}
+    fitness:
+      class_path: lightning_nrl.search.Fitness
+      init_args: {kind: eq1, alpha: 5, perfect_intact: true}
     localizer: {class_path: lightning_nrl.localization.NeuRecoverLite, init_args: {n_weights: 12}}
 task: {class_path: lightning_nrl.tasks.Multiclass}
 unseen: test
 calibration: val
 data: {adapter: "lightning_nrl.data.adapters:unpack", start_from: best}
-bounds: {class_path: lightning_nrl.BoundOptions, init_args: {limit: "tolerance:1%", confidence: 0.9}}
+bounds:
+  class_path: lightning_nrl.BoundOptions
+  init_args: {limit: "tolerance:1%", confidence: 0.9}
 verbose: false
 """
 
@@ -174,9 +180,8 @@ PARTS: dict[str, Any] = {
     "task: {class_path: lightning_nrl.tasks.Segmentation, init_args: {iou: 0.7, classes: [1]}}": (
         Segmentation(0.7, (1,))
     ),
-    "task: {class_path: lightning_nrl.tasks.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}": (
-        Custom("torch:eq", "torch:dist")
-    ),
+    "task: {class_path: lightning_nrl.tasks.Custom,"
+    " init_args: {passed: 'torch:eq', loss: 'torch:dist'}}": Custom("torch:eq", "torch:dist"),
     "method: {class_path: toy_searcher.RandomLocalSearch, init_args: {iterations: 3}}": (
         RandomLocalSearch(iterations=3)
     ),

@@ -1,4 +1,4 @@
-"""Each row of docs/combinations.md: what it calls works is counted again, what it calls refused is."""
+"""Rows of docs/combinations.md: works is counted again, refused is refused."""
 
 from __future__ import annotations
 

@@ -279,7 +279,8 @@ class ByItself(Classifier):
     [
         (
             Twice,
-            r"calls the model 2 times, .*\nHINT: add `loss = loss \+ regression_loss\(self, batch, logits\)`",
+            r"calls the model 2 times, .*\n"
+            r"HINT: add `loss = loss \+ regression_loss\(self, batch, logits\)`",
         ),
         (ByItself, r"uses manual optimisation, .*\nHINT: add `loss = loss \+"),
     ],

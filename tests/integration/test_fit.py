@@ -1,4 +1,4 @@
-"""A repair after a real `fit` on real data, judged in the precision in which the model is deployed."""
+"""A repair after a `fit` on real data, judged in the precision in which the model is deployed."""
 
 from __future__ import annotations
 

@@ -181,10 +181,8 @@ def test_it_comes_before_the_repair_and_after_what_sets_weights(
     message = refused(tmp_path, interpolation(), overwriting("StochasticWeightAveraging"))
     assert "StochasticWeightAveraging comes after the interpolation and would undo it." in message
     message = refused(tmp_path, interpolation(), quick_repair(start_from="best"))
-    assert (
-        "`start_from='best'`: the best checkpoint lacks the change by WeightInterpolation before it."
-        in message
-    )
+    lacking = "the best checkpoint lacks the change by WeightInterpolation before it."
+    assert f"`start_from='best'`: {lacking}" in message
 
 
 def test_what_does_not_fit_is_refused_before_training(

@@ -1,4 +1,4 @@
-"""What cannot work is refused before the first training batch, with the argument's name and a hint."""
+"""What cannot work is refused before the first training batch, with argument and hint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that writes to its own weights is given back, to the bit, by all that does not repair it."""
+"""A model that writes to its own weights is restored to the bit by all that does not repair it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An update through a Trainer: the model that `fit` has trained against the one that it replaces."""
+"""Updates through a Trainer: the model that `fit` has trained against the one it replaces."""
 
 from __future__ import annotations
 

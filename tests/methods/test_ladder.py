@@ -130,7 +130,7 @@ def test_a_search_that_had_no_time_for_its_trial_has_no_estimate(
 
 
 class TimeFirst(torch.nn.Module):
-    """Its inner layer sees time first and samples second: no gradient can be told apart by sample."""
+    """Its inner layer sees time first and samples second: gradients cannot be split by sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -499,11 +499,17 @@ def test_the_rung_that_is_taken(rungs: list[RungResult], taken: int | None) -> N
 
 def test_the_choice_says_what_the_other_rungs_would_have_gained() -> None:
     narrow, wide = rung(9, counts(8, 1), "exact"), rung(9, counts(7, 1), "training")
-    gain = "repairs 9 targets; of the held-out samples it repairs {} of 20 failed and breaks 1 of 100 passed ones."
-    said = f"`exact` is taken: it {gain.format(8)} `search` repairs 1 target. `training` {gain.format(7)}"
-    assert chosen_rung([rung(1), narrow, wide])[1] == said
+    gain = (
+        "repairs 9 targets; of the held-out samples "
+        "it repairs {} of 20 failed and breaks 1 of 100 passed ones."
+    )
+    assert chosen_rung([rung(1), narrow, wide])[1] == (
+        f"`exact` is taken: it {gain.format(8)} "
+        f"`search` repairs 1 target. `training` {gain.format(7)}"
+    )
     assert chosen_rung([rung(1), rung(9, name="training", excess=1.0)])[1] == (
-        "`search` is taken: it repairs 1 target. `training` has no result: it repairs no target within the gate."
+        "`search` is taken: it repairs 1 target. "
+        "`training` has no result: it repairs no target within the gate."
     )
     cut = RungResult("training", Solution(None, "no time was left."), 1.0)
     assert chosen_rung([rung(1), cut])[1].endswith("`training` has no result: no time was left.")

@@ -56,8 +56,9 @@ def test_settings_are_told_as_plain_values() -> None:
     target = Target.label(3) | Target.confusion(1, 2)
     plain = Settings(target, layer=["a", "b"], gate="tolerance:1%", search=search).plain()  # type: ignore[arg-type]
     assert list(plain) == [
-        "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer", "n_passed", "memory_limit",
-        "save_every", "n_scored", "strength", "limit", "sparse", "confidence",
+        "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer",
+        "n_passed", "memory_limit", "save_every", "n_scored",
+        "strength", "limit", "sparse", "confidence",
         "importance", "slices", "quotas", "protected", "risk", "set_aside", "keep",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"

@@ -1,4 +1,4 @@
-"""Names and texts come from data: no picture, link or tag may come of them where a report is shown."""
+"""Names and texts come from data: a report shows no picture, link or tag made of them."""
 
 from __future__ import annotations
 

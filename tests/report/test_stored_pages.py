@@ -49,7 +49,8 @@ TEST = SplitReport(
 )
 REPAIRED = RepairReport(
     status="repaired",
-    reason="14 of 30 targeted failures pass now. Of 1,460 known samples that passed before, none broke.",
+    reason="14 of 30 targeted failures pass now. "
+    "Of 1,460 known samples that passed before, none broke.",
     layers=("classifier",),
     target="confusion 3 -> 5",
     gate="instance",
@@ -95,7 +96,8 @@ REPAIRED = RepairReport(
 REFUSED = replace(
     REPAIRED,
     status="refused",
-    reason="Of 1,460 known samples that passed before, 3 would break (3 in val); the gate allows none.",
+    reason="Of 1,460 known samples that passed before, 3 would break (3 in val); "
+    "the gate allows none.",
     splits=(
         SplitReport("train", "known", TargetCounts(1172, 0, 0, 26, 0, 0)),
         SplitReport("val", "known", TargetCounts(288, 0, 0, 30, 30, 0), tuple(range(30))),

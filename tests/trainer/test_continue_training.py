@@ -420,7 +420,8 @@ class Single(Net):
     [
         (
             Bank,
-            r"AttributeError: 'ConcatDataset' object has no attribute 'first' \(training_step, test_continue_tr.*:",
+            r"AttributeError: 'ConcatDataset' object has no attribute 'first' "
+            r"\(training_step, test_continue_tr.*:",
         ),
         (
             Single,

@@ -88,7 +88,7 @@ def nested_stages(progress: Any, look: Callable[[], None]) -> None:
 
 
 def planned_stages(progress: Any, look: Callable[[], None]) -> None:
-    """A repair by a clock of its own: 10 s of training are expected, 4 s of polish, 2 s at the end."""
+    """Repairs by a clock of its own: 10 s of training expected, 4 s of polish, 2 s at the end."""
     moment = [0.0]
     progress.clock = lambda: moment[0]
     progress._began = 0.0

@@ -88,7 +88,10 @@ def test_a_module_of_another_architecture_runs_as_deployed_and_is_left_as_found(
 @pytest.mark.parametrize("adapter", [None, lambda batch: (batch[0][:, :2], batch[1])])
 def test_an_old_model_with_other_inputs_is_told_how_to_get_them(adapter: Any) -> None:
     old = OldModel(nn.Linear(2, 3), adapter)
-    shown = r"`reference`: Linear raised (Runtime|Value)Error: [\s\S]*\[3, 3\][\s\S]*`reference=OldModel\(old, adapter=f\)`"
+    shown = (
+        r"`reference`: Linear raised (Runtime|Value)Error: [\s\S]*\[3, 3\]"
+        r"[\s\S]*`reference=OldModel\(old, adapter=f\)`"
+    )
     with pytest.raises(ConfigurationError, match=shown):
         asked(old)
 

@@ -33,7 +33,7 @@ BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": 
 
 
 def seen(slices: str | None = None, marked: Any = None, **splits: str) -> ModelPair:
-    """Splits as words: k for kept, b for broken, r for repaired, f for failing; ids begin at 100."""
+    """Splits as words: k for kept, b broken, r repaired, f failing; ids begin at 100."""
     letters = "".join(splits.values())
     names = tuple(sorted(set(slices or "")))
     group = torch.tensor([names.index(name) for name in slices] if slices else [-1] * len(letters))
@@ -50,8 +50,10 @@ def test_nothing_may_break_in_any_split() -> None:
     assert AtMostBroken().check(seen(suite="kkr", test="kf")) == RuleResult(
         "instance",
         True,
-        "suite: 0 of 2 that were right broke; the gate allows none (accuracy 66.67 %, now 100.00 %). "
-        "test: 0 of 1 that were right broke; the gate allows none (accuracy 50.00 %, now 50.00 %).",
+        "suite: 0 of 2 that were right broke; the gate allows none"
+        " (accuracy 66.67 %, now 100.00 %). "
+        "test: 0 of 1 that were right broke; the gate allows none"
+        " (accuracy 50.00 %, now 50.00 %).",
     )
     found = AtMostBroken().check(seen(suite="kkr", test="kbbr"))
     assert (found.passed, found.ids) == (False, {"test": [101, 102]})
@@ -164,7 +166,8 @@ def test_protected_samples_must_stay_right() -> None:
     assert ProtectedIntact({"suite": [100, 102], "test": [102]}).check(data) == RuleResult(
         "protected:3 samples",
         True,
-        "0 of 1 protected samples that were right broke; 2 more were wrong before, 1 of these are right now.",
+        "0 of 1 protected samples that were right broke; "
+        "2 more were wrong before, 1 of these are right now.",
     )
     ids = {"suite": [101], "test": [101]}
     assert ProtectedIntact(ids).check(data).ids == ids

@@ -1,4 +1,4 @@
-"""A new model against the one that it replaces: regressions are repaired, or trained on more often."""
+"""A new model against the one that it replaces: regressions are repaired or trained on more."""
 
 from __future__ import annotations
 

@@ -159,5 +159,6 @@ def test_a_whole_number_is_a_number() -> None:
 
 def test_json_has_lists_of_numbers_and_objects_of_scalars_in_lists_on_one_line() -> None:
     assert dumps(to_plain({"a": (1, 2.5), "b": [{"c": math.nan, "d": "e"}, {"f": [3]}]})) == (
-        '{\n  "a": [1, 2.5],\n  "b": [\n    {"c": null, "d": "e"},\n    {\n      "f": [3]\n    }\n  ]\n}'
+        '{\n  "a": [1, 2.5],\n  "b": [\n    {"c": null, "d": "e"},\n'
+        '    {\n      "f": [3]\n    }\n  ]\n}'
     )

@@ -37,7 +37,8 @@ def accepted() -> RepairReport:
     """Ten failures, seven of them repaired; nothing known broken, one unseen sample broken."""
     return RepairReport(
         status="repaired",
-        reason="7 of 10 targeted failures now pass, and none of 90 known samples that passed broke.",
+        reason="7 of 10 targeted failures now pass, "
+        "and none of 90 known samples that passed broke.",
         splits=(
             SplitReport(
                 "train", "known", TargetCounts(80, 0, 2, 8, targeted=0, repaired_in_target=0)
