@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toy_repairs import blobs
 
 from lightning_nrl import Target, TensorSource
@@ -268,6 +269,18 @@ def same_evidence(one: SampleResults, other: SampleResults) -> bool:
     return torch.equal(one.passed, other.passed) and torch.allclose(
         one.margin, other.margin, atol=1e-5
     )
+
+
+@contextmanager
+def watched_steps(look: Callable[[float], object]) -> Iterator[None]:
+    """Calls `look` with the learning rate before each step of any optimizer."""
+    handle = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: look(optimizer.param_groups[0]["lr"])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -12,10 +12,9 @@ import torch
 from plane import TRAIN, Moved, points, threshold
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_problems import ByFunction, left_alone, make_problem
+from toy_problems import ByFunction, StageTimer, left_alone, make_problem, watched_steps
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis import baselines as module
 from lightning_nrl.analysis.baselines import (
     DistilledFineTuning,
@@ -133,21 +132,13 @@ def test_the_model_is_left_as_found(method: Any) -> None:
     torch.testing.assert_close(first.proposal.state, again.proposal.state)
 
 
-def test_where_time_is_short_the_learning_rate_falls_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_time_is_short_the_learning_rate_falls_all_the_same() -> None:
     rates: list[float] = []
-    step = module.Descent.step
-
-    def counted(self: Any, parts: Any, loss: Any, *, rate: float) -> None:
-        step(self, parts, loss, rate=rate)
-        rates.append(rate)
-
-    monkeypatch.setattr(module.Descent, "step", counted)
-    monkeypatch.setattr(module, "STEPS", 400)
     clock = StageTimer(max_time=100.0, now=lambda: float(len(rates)))  # a second a step
     clock.seconds["collect"] = 20.0
-    solution = FineTuning(learning_rate=1.0)(make_problem(network(), SOURCES, clock=clock))
+    problem = make_problem(network(), SOURCES, clock=clock)
+    with watched_steps(rates.append):
+        solution = FineTuning(epochs=400, learning_rate=1.0)(problem)
     # All samples are in one step. After two it is known that there are 80, since a last pass takes
     # 20 seconds.
     assert len(rates) == 80

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import Collective
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import measure

@@ -19,6 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_problems import (
+    Deadline,
+    FakeTraining,
+    StageTimer,
+    State,
     broken,
     cast,
     in_seconds,
@@ -31,18 +35,17 @@ from toy_problems import (
     right,
     same,
     same_evidence,
+    snapshot,
     threshold,
     together,
+    watched_steps,
 )
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl._utils.state import State, snapshot
-from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods import problem as problem_module
 from lightning_nrl.methods.solvers import distill as module
-from lightning_nrl.methods.solvers.descent import Descent
 from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.methods.solvers.polish import PolishResult, polish
 
@@ -50,6 +53,7 @@ from lightning_nrl.methods.solvers.polish import PolishResult, polish
 @pytest.fixture(autouse=True)
 def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 6)
+    monkeypatch.setattr(module, "EASY_FRACTION", 1.1)  # every epoch looks at all
 
 
 def by_hand(
@@ -84,8 +88,7 @@ ALL = Target.all()
 
 
 @pytest.mark.parametrize(("layer", "target"), [("auto", ALL), ("0", Target.label(0)), ("4", ALL)])
-def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "EASY_FRACTION", 1.1)  # every epoch looks at all
+def test_steps_by_hand(layer: str, target: Target) -> None:
     model = trained(normed).eval()
     problem = make_problem(model, known(n=40), layer, target=target)
     with left_alone(model):
@@ -96,9 +99,9 @@ def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(state[name], value, rtol=0, atol=5e-6)
 
 
-def test_half_precision_is_fitted_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 30)
-    problem = make_problem(trained().half(), cast(known(), torch.float16))
+def test_half_precision_is_fitted_in_its_own() -> None:
+    training = FakeTraining(epochs=30)
+    problem = make_problem(trained().half(), cast(known(), torch.float16), training=training)
     with left_alone(problem.model):
         state = distill(problem).state
     assert {value.dtype for value in state.values()} == {torch.float16}
@@ -106,20 +109,17 @@ def test_half_precision_is_fitted_in_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("seconds", [8.0, 100.0])
-def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, rates = [0.0], []
-    monkeypatch.setattr(module, "EASY_FRACTION", 1.1)
-    step = Descent.step
+def test_the_schedule_ends_with_the_time(seconds: float) -> None:
+    now, rates = [0.0], list[float]()
 
-    def timed(self: Descent, parts: Any, loss: Any, *, rate: float) -> None:
+    def pass_time(rate: float) -> None:
         now[0] += 1.0 if rates else 3.0  # the first step also warms up
         rates.append(rate)
-        step(self, parts, loss, rate=rate)
 
-    monkeypatch.setattr(Descent, "step", timed)
     # 1,280 samples are ten steps an epoch; in all there are six epochs.
     problem = make_problem(trained(), known(n=900)[:1] + known(n=760, seed=1)[1:])
-    distill(problem, deadline=Deadline(seconds, clock=lambda: now[0]))
+    with watched_steps(pass_time):
+        distill(problem, deadline=Deadline(seconds, clock=lambda: now[0]))
     assert now[0] <= seconds
     assert len(rates) == min(60, seconds - 2)
     assert rates == sorted(rates, reverse=True)
@@ -127,26 +127,27 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
     assert rates[-1] < 1e-4 or seconds == 8
 
 
-def test_halfway_it_is_asked_which_samples_to_train_on_from_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "EASY_FRACTION", 1.1)
-    sizes, step = list[int](), Descent.step
-
-    def noted(self: Descent, parts: Any, loss: Any, *, rate: float) -> None:
-        parts = list(parts)
-        sizes.append(sum(len(rows) for _, rows in parts))
-        step(self, parts, loss, rate=rate)
-
-    monkeypatch.setattr(Descent, "step", noted)
+def test_halfway_it_is_asked_which_samples_to_train_on_from_there() -> None:
+    sizes, last = list[int](), [0]
     problem, asked = make_problem(trained(), known(n=40)), list[State]()
+
+    def add_rows(model: nn.Module, inputs: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            last[0] += len(output)
+
+    def end_step(rate: float) -> None:
+        sizes.append(last[0])
+        last[0] = 0
+
+    problem.model.register_forward_hook(add_rows)
     first = (torch.arange(60) >= 10).float()
 
     def renew(state: State) -> Tensor:
         asked.append(state)
         return torch.ones(60)
 
-    result = distill(problem, weight=first, renew=renew)
+    with watched_steps(end_step):
+        result = distill(problem, weight=first, renew=renew)
     assert result is not None
     # The half of 360 visits is over after the fourth epoch of 50; then all 60 are trained on.
     assert sizes == [50] * 4 + [60] * 3
@@ -336,9 +337,8 @@ def test_it_is_the_deployed_precision_that_counts(dtype: torch.dtype) -> None:
     assert result.repaired > 0
 
 
-def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem_module, "LEAST_EPOCHS", 1000)
-    problem = on_a_line()
+def test_its_time_is_kept() -> None:
+    problem = on_a_line(training=FakeTraining(epochs=1000))
     now, forwards = [0.0], 1.0
 
     def pass_time(*args: Any) -> None:

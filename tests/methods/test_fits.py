@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from toy_problems import (
     FakeTraining,
     Marginless,
+    StageTimer,
+    State,
     barely,
     broken,
     checked,
@@ -25,6 +27,7 @@ from toy_problems import (
     retrained,
     right,
     same,
+    snapshot,
     threshold,
 )
 from toy_repairs import known, mlp, trained
@@ -37,8 +40,6 @@ from lightning_nrl import (
     TensorSource,
     repair_module,
 )
-from lightning_nrl._utils.state import State, snapshot
-from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.methods import METHODS, FineTunePolish, Linearized, Polish, Problem, Solution
 from lightning_nrl.methods.finetune_polish import fine_tune_and_polish
 from lightning_nrl.published import Apricot

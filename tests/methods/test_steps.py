@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Collective
 from torch import Tensor, nn
 from toy_problems import (
     barely,
@@ -27,14 +28,13 @@ from toy_problems import (
     retrained,
     same,
     shares,
+    snapshot,
     together,
 )
 from toy_repairs import known, trained
 from two_processes import in_two_processes
 
 from lightning_nrl import TensorSource
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import snapshot
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods import Problem

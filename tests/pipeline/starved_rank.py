@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import Collective
 from torch import Tensor, nn
-from toy_problems import same, shares
+from toy_problems import same, shares, snapshot
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import snapshot
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.methods import FineTunePolish
 from lightning_nrl.tasks import Multiclass

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import Collective, on_ranks
 from toy_repairs import blobs, known, mlp, quick, trained, unseen
 
 from lightning_nrl import ConfigurationError, Target, TensorSource, repair_module
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch
 from lightning_nrl.errors import DataWarning, EvaluationError
 from lightning_nrl.evaluation import Evaluator

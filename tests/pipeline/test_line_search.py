@@ -10,11 +10,10 @@ import pytest
 import torch
 from benchmarks.strengths import CONFIDENCE, trials
 from toy_lines import PATCH, Line, aside, line, problem
+from toy_problems import StageTimer, State
 from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import ConfigurationError, Gate, TensorSource, repair_module
-from lightning_nrl._utils.state import State
-from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation import Evaluator, FlipCounts
 from lightning_nrl.methods import Method, Problem, Solution

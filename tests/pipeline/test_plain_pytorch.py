@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from toy_repairs import Within, known, quick, right, trained
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, repair_module
-from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.pipeline.input_checks import run_sanity_check
+from lightning_nrl.records import hash_tensors
 from lightning_nrl.tasks import Custom
 
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Gate, Target, repair_module
-from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.localization import AllWeights, Localizer
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.records import Hashes
+from lightning_nrl.records import Hashes, hash_tensors
 from lightning_nrl.search import Fitness, FitnessFunction
 
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toy_problems import State
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import TensorSource, repair_module
-from lightning_nrl._utils.state import State
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope

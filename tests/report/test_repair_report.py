@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from test_stored_pages import REPAIRED, TRAIN
 
-from lightning_nrl._utils.formatting import percent
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records import SearchReport, WeightChange
 from lightning_nrl.report import RepairReport
@@ -47,4 +46,5 @@ def test_splits_of_a_role_are_added_up() -> None:
     ],
 )
 def test_percentages_never_round_a_sample_away(share: float, text: str) -> None:
-    assert percent(share) == text
+    change = WeightChange(31, 640, 0.1, share, 0.1)
+    assert f"({text} of the layers' norm)" in replace(REPAIRED, change=change).render(200)

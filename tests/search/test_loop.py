@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 from searches import WIDE, N, Plain, Quitting, original, same, sphere, wall
+from toy_problems import Deadline
 
-from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.search import Fitness, ParticleSwarm, search
 from lightning_nrl.search.scores import Scores

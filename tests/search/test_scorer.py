@@ -10,11 +10,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from ranks import Collective
 from scoring_networks import REPLAYED, WHOLE, Problem, by_sample, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search.scores import Scores
