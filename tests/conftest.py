@@ -6,6 +6,9 @@ each other. Ctrl-C is heeded, as in a shell, where the tests run in the backgrou
 
 import os
 import signal
+import sys
+
+import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,3 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves figures out of reports, as where matplotlib is not installed."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)

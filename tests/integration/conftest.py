@@ -18,14 +18,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 
 @pytest.fixture(autouse=True)
-def figures_are_drawn_where_they_are_looked_at(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Elsewhere a repair leaves them out, as where matplotlib is not installed: they take a second
-    each time.
-    """
+def figures_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest) -> None:
+    """Elsewhere a repair leaves them out: they take a second each time."""
     if request.node.get_closest_marker("figures") is None:
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        request.getfixturevalue("without_figures")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from test_report_codec import REPORTS, SPLIT
 
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.records import SliceReport
-from lightning_nrl.report import RepairReport, repair_report
+from lightning_nrl.report import RepairReport
 
 HOSTILE = [
     "![i](http://evil.example/p.png)",
@@ -100,8 +100,8 @@ def test_a_terminal_is_shown_what_it_must_not_obey(
     assert "\x1b" not in capsys.readouterr().err
 
 
-def test_names_stay_names_in_html(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_report, "find_spec", lambda name: None)  # without figures
+@pytest.mark.usefixtures("without_figures")
+def test_names_stay_names_in_html() -> None:
     text = named(" ".join(HOSTILE)).to_html()
     assert "evil.example" in text
     assert ActiveTags(text).tags == []

@@ -123,11 +123,6 @@ def pages(report: RepairReport) -> dict[str, str]:
     return {"txt": report.render(100), "md": report.to_markdown(), "html": html}
 
 
-@pytest.fixture
-def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_report, "find_spec", lambda name: None)
-
-
 @pytest.mark.parametrize("kind", ["txt", "md", "html"])
 @pytest.mark.parametrize("name", SHOWN)
 @pytest.mark.usefixtures("without_figures")

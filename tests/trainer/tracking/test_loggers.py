@@ -80,9 +80,10 @@ def read(folder: Path) -> EventAccumulator:
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def _figures_where_they_are_looked_at(request: pytest.FixtureRequest) -> None:
     """They take half a second each time."""
-    monkeypatch.setattr(RepairLog, "drawn", False)
+    if request.node.get_closest_marker("figures") is None:
+        request.getfixturevalue("without_figures")
 
 
 @pytest.fixture
@@ -110,11 +111,11 @@ def test_curves_are_scalars_where_no_figure_can_be_drawn(
     assert read(tmp_path / "run").Tags()["scalars"] == []
 
 
+@pytest.mark.figures
 def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first_card_of_twelve(
-    tmp_path: Path, accepted: RepairReport, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, accepted: RepairReport
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(RepairLog, "drawn", True)
     track(RepairLog(accepted, 120, changes=CHANGES), [board(tmp_path)])
     events = read(tmp_path / "run" / "repair")
     assert scalars_in(events) == {
@@ -366,6 +367,11 @@ class Artifact(SimpleNamespace):
         self.added.append(Path(local_path).name)
 
 
+def install(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake = ModuleType("wandb")
@@ -377,7 +383,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake.Table = lambda columns=None, data=None, dataframe=None: ("table", columns, data)
     fake.Html = lambda data, inject=True: ("html", data.read(), inject)
     fake.Artifact = Artifact
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    install(monkeypatch, fake)
     return fake
 
 
@@ -441,8 +447,7 @@ class FakeMlflow(loggers.MLFlowLogger):
 def test_mlflow_gets_numbers_and_artifacts(log: RepairLog, monkeypatch: pytest.MonkeyPatch) -> None:
     entities = ModuleType("mlflow.entities")
     entities.Metric = lambda key, value, timestamp, step: (key, value, step)
-    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
-    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    install(monkeypatch, ModuleType("mlflow"), entities)
     logger = FakeMlflow()
     track(replace(log, name="repair-1"), [logger])
     metrics = {metric for batch in logger.client.of("log_batch") for metric in batch["metrics"]}
