@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,17 +21,19 @@ from lightning_nrl import (
     ConfigurationError,
     Gate,
     Grid,
+    ParticleSwarm,
     Settings,
     Target,
     TensorSource,
     repair_module,
 )
+from lightning_nrl.data import Batch
 from lightning_nrl.errors import DataWarning, RepairError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.records import hash_tensors
+from lightning_nrl.search import RandomStream, SearchOrigin
 from lightning_nrl.study import Run, SweepResult, recount, sweep_module
-from lightning_nrl.study.recorded_search import RecordedSearch, RunRequest
 
 GRID = Grid(
     fitness=["lexicographic", "eq1", "eq2"],
@@ -194,55 +197,62 @@ def timeless(result: SweepResult) -> SweepResult:
 
 
 def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    class Read(TensorSource):
+        def __iter__(self) -> Iterator[Batch]:
+            reads.append(self.split)
+            return super().__iter__()
+
     model, grid = trained(), Grid(fitness="eq1", alpha=[4, 5, 6, 7, 8, 9, 10, 11])
-    expected = timeless(run(model, grid))
-    passes: list[int] = []
-
-    def reading(*arguments: Any, **named: Any) -> Any:
-        passes.append(1)
-        return exact(*arguments, **named)
-
-    exact = recount.exact_batches
-    monkeypatch.setattr(recount, "exact_batches", reading)
-    run(model, grid)
-    assert len(passes) == 3  # Each role once.
-    passes.clear()
+    later = [Read(*blobs(80, 1.5, 2), split="later")]
+    expected = timeless(run(model, grid, unseen=later))
+    n_reads = len(reads)
     monkeypatch.setattr(recount, "free_memory", lambda device: 8000)
-    assert timeless(run(model, grid)) == expected
-    assert len(passes) == 3 * len(expected.runs)
+    assert timeless(run(model, grid, unseen=later)) == expected
+    assert len(reads) - n_reads == n_reads + len(expected.runs) - 1
 
 
-def test_a_second_call_makes_only_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, folder = trained(), tmp_path / "sweep"
-    made: list[int] = []
-    search = RecordedSearch.run
+class Noting(ParticleSwarm):
+    """Notes the seeds of its searches, and fails in some of them."""
 
-    def counting(self: RecordedSearch, request: RunRequest, on_progress: Any) -> Any:
-        made.append(request.seed)
-        if len(made) > interrupt:
-            raise KeyboardInterrupt
-        return search(self, request, on_progress)
+    seeds: ClassVar[list[int]] = []
+    fails: ClassVar[Callable[[int], BaseException | None]]
 
-    monkeypatch.setattr(RecordedSearch, "run", counting)
-    grid, interrupt = Grid(fitness="eq1", alpha=[4, 5, 6]), 4
+    def init(self, origin: SearchOrigin, random: RandomStream) -> Any:
+        seed = random.generator.initial_seed()
+        self.seeds.append(seed)
+        error = Noting.fails(seed)
+        if error is not None:
+            raise error
+        return super().init(origin, random)
+
+
+NOTING = quick(method=Noting(particles=12, iterations=12))
+
+
+def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
+    model, folder, made = trained(), tmp_path / "sweep", Noting.seeds
+    made.clear()
+    Noting.fails = lambda seed: KeyboardInterrupt() if len(made) > 4 else None
+    grid = Grid(fitness="eq1", alpha=[4, 5, 6])
     with pytest.raises(KeyboardInterrupt):
-        run(model, grid, dirpath=folder)
+        run(model, grid, dirpath=folder, base=NOTING)
     assert len(SweepResult.from_csv(folder / "sweep.csv").runs) == 4
     # A file that was cut short is made again.
     (folder / "runs-0.pt").write_bytes(b"half a file")
     (folder / "runs-1.pt").mkdir()
-    interrupt = 10**6
+    Noting.fails = lambda seed: None
     made.clear()
     with pytest.warns(DataWarning, match=r"runs-.\.pt cannot be used .*; its runs are made again"):
-        result = run(model, grid, dirpath=folder)
+        result = run(model, grid, dirpath=folder, base=NOTING)
     (folder / "runs-0.pt").unlink()
     (folder / "runs-1.pt").rmdir()
     assert made == [0, 1]
-    assert timeless(result) == timeless(run(model, grid))
+    assert timeless(result) == timeless(run(model, grid, base=NOTING))
     made.clear()
-    again = run(model, {"alpha": 6, "fitness": "eq1", "name": "renamed"}, seeds=3, dirpath=folder)
+    renamed = {"alpha": 6, "fitness": "eq1", "name": "renamed"}
+    again = run(model, renamed, seeds=3, dirpath=folder, base=NOTING)
     assert made == [2]
     assert [one.setting for one in again.runs] == ["renamed"] * 3
     for old, new in zip(result.runs[4:], again.runs, strict=False):
@@ -251,17 +261,12 @@ def test_a_second_call_makes_only_what_is_missing(
     for others in (
         {"model": trained(seed=1)},
         {"unseen": []},
-        {"base": quick(target=Target.label(0))},
+        {"base": replace(NOTING, target=Target.label(0))},
     ):
         made.clear()
-        run(
-            **{
-                "model": model,
-                "settings": {"alpha": 6, "fitness": "eq1"},
-                "dirpath": folder,
-                **others,
-            }
-        )
+        settings = {"alpha": 6, "fitness": "eq1"}
+        arguments = {"model": model, "settings": settings, "dirpath": folder, "base": NOTING}
+        run(**{**arguments, **others})
         assert made == [0, 1]
 
 
@@ -283,19 +288,12 @@ def test_an_observer_is_told_how_much_of_the_work_is_done() -> None:
     assert any(0.2 < share < 0.5 for share in told)
 
 
-def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = RecordedSearch.run
-
-    def failing(self: RecordedSearch, request: RunRequest, on_progress: Any) -> Any:
-        if request.seed == 1:
-            raise RuntimeError("broken")
-        return search(self, request, on_progress)
-
-    monkeypatch.setattr(RecordedSearch, "run", failing)
+def test_a_rank_that_fails_ends_the_sweep_on_all() -> None:
+    Noting.fails = lambda seed: RuntimeError("broken") if seed == 1 else None
 
     def work(collective: Any) -> str:
         with pytest.raises((RuntimeError, RepairError)) as caught:
-            run(Evaluator(trained(), collective=collective), {"alpha": 4})
+            run(Evaluator(trained(), collective=collective), {"alpha": 4}, base=NOTING)
         return str(caught.value).partition("\n")[0]
 
     assert sorted(on_ranks(2, work)) == [
