@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from toy_repairs import blobs
 from lightning_nrl import Target, TensorSource
 from lightning_nrl._utils.device import Context
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, between, snapshot, temporary_weights
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Batch
@@ -162,6 +164,11 @@ def together(
 def in_seconds(problem: Problem, seconds: float) -> Deadline:
     """A deadline so many seconds from now."""
     return Deadline(time.perf_counter() + seconds, problem.collective)
+
+
+def resume_store(folder: Path | None, every: float = 0) -> ResumeStore:
+    """A store that saves every step, however short."""
+    return ResumeStore(folder, every=every)
 
 
 def threshold(at: float) -> State:

@@ -15,7 +15,6 @@ from toy_problems import ByFunction, left_alone, shares
 from toy_repairs import QUICK, known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Settings, Target
-from lightning_nrl.analysis import baselines
 from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
 from lightning_nrl.analysis.comparison import (
     Comparison,
@@ -111,9 +110,7 @@ def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
     assert comparison["swarm"].given.targeted > 0
 
 
-def test_ranks_that_share_the_data_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "STEPS", 100)
-
+def test_ranks_that_share_the_data_find_what_one_finds() -> None:
     def run(collective: Any) -> Comparison:
         model = Evaluator(trained(), collective=collective)
         sources = [*known(), *unseen()]

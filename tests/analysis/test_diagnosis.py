@@ -29,7 +29,6 @@ from lightning_nrl.analysis.diagnosis import (
 from lightning_nrl.analysis.diagnosis.advice import advise, estimate_costs
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation import head_features as features
 
 
 def by_score(*weights: float) -> nn.Linear:
@@ -187,16 +186,13 @@ def test_losses_that_are_not_finite_are_refused() -> None:
         diagnose_module(by_score(float("nan"), 0.0, 0.0), [KEPT, FAILED])
 
 
-def test_of_very_many_samples_those_nearest_to_failing_are_looked_at(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(features, "MAX_SAMPLES", 5)
-    found = toy()
-    # The passed samples with margins of 0.1 and 1.0; those of 1.0 and 3.0 are left out.
-    assert [t.fixable for t in found.targets] == ["yes", "no", "yes"]
-    assert [(b.split, b.id) for b in found.binding] == [("train", 0)]
+def test_of_very_many_samples_those_nearest_to_failing_are_looked_at() -> None:
+    far = points([[0, 0, 4.0]] * 20_000, [1] * 20_000, "far", passed=True)
+    found = diagnose_module(by_score(-0.1, -1.0, 1.0), [KEPT, FAILED, far])
+    assert [t.fixable for t in found.targets] == ["yes", "undecided", "yes"]
+    assert ("train", 0) in [(b.split, b.id) for b in found.binding]
     assert found.notes[0].endswith(
-        "only 5 of 7 known samples, those nearest to failing, were looked at."
+        "only 20,000 of 20,007 known samples, those nearest to failing, were looked at."
     )
 
 

@@ -202,11 +202,12 @@ def project(folder: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> dict[s
     monkeypatch.setitem(sys.modules, "page", ModuleType("page"))
     for one in (lightning, pytorch_lightning):
         monkeypatch.setattr(one, "Trainer", quick(one.Trainer))
-    monkeypatch.setattr(lightning_nrl, "RegressionFreeRepair", QuickRepair)
-    for name, defaults in SMALL.items():
-        monkeypatch.setattr(
-            lightning_nrl, name, with_defaults(getattr(lightning_nrl, name), **defaults)
-        )
+    small = {
+        name: with_defaults(getattr(lightning_nrl, name), **defaults)
+        for name, defaults in SMALL.items()
+    }
+    for name, value in {**small, "RegressionFreeRepair": QuickRepair}.items():
+        monkeypatch.setattr(lightning_nrl, name, value)
     models = [Net(), Net()]
     for model in models:
         model.load_state_dict(torch.load("best.ckpt", weights_only=True)["state_dict"])

@@ -43,12 +43,10 @@ class Tiny(problems.SlashedZeros):
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One problem in a few seconds, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(STUDIES), *sys.path])
     tiny = problems.Problem(Tiny, problems.DigitNet, 3, Target.all(), ("classifier",))
     for name in ("slashed-zeros", "fashion"):
-        monkeypatch.setitem(problems.PROBLEMS, name, tiny)
-        monkeypatch.setitem(defaults.SMALL, name, tiny)
-        monkeypatch.setitem(defaults.OWNERS, name, tiny)
+        for table in (problems.PROBLEMS, defaults.SMALL, defaults.OWNERS):
+            monkeypatch.setitem(table, name, tiny)
     monkeypatch.setattr(congruent, "EPOCHS", 2)
     monkeypatch.setattr(
         ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2)

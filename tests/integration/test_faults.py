@@ -92,10 +92,11 @@ class Witness(RegressionFreeRepair):
     """A repair that looks at everything before and after; the model may fail within."""
 
     fails_after: float = math.inf
+    error: type[BaseException] = ArithmeticError
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.before = picture(trainer, pl_module)
-        Fragile.passes_left = self.fails_after
+        Fragile.passes_left, Fragile.error = self.fails_after, self.error
         try:
             super().on_train_end(trainer, pl_module)
         finally:
@@ -139,11 +140,10 @@ def test_an_exception_leaves_no_trace(tmp_path: Path, start_from: str, fails_aft
 def test_an_interrupt_of_the_training_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Fragile, "error", KeyboardInterrupt)
     # Lightning would ignore Ctrl-C from here on.
     monkeypatch.setattr("signal.signal", lambda *args: None)
     repair = witness(method=Continued())
-    repair.fails_after = 40
+    repair.fails_after, repair.error = 40, KeyboardInterrupt
     with pytest.raises(SystemExit):
         fit(tmp_path, repair)
     assert_same(repair.before, repair.after)

@@ -169,8 +169,8 @@ def test_ranks_add_up_also_one_without_marked_samples(recorded, aggregation):
     assert ranks.n_samples == 9
 
 
-def test_the_model_and_cudnn_flags_are_left_as_they_were(recorded, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+@torch.backends.cudnn.flags(benchmark=True)
+def test_the_model_and_cudnn_flags_are_left_as_they_were(recorded):
     model, x, y = small_network()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():

@@ -111,6 +111,12 @@ nothing = 3
 """
 
 
+def look_again_for_entry_points() -> None:
+    registries: tuple[Any, ...] = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
+    for registry in registries:
+        vars(registry).pop("_added", None)
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A distribution with entry points, as pip leaves it in site-packages."""
@@ -126,12 +132,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "[lightning_nrl.fitnesses]\ncounting = nrl_plugin:Counting\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    registries: tuple[Any, ...] = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
-    for registry in registries:
-        monkeypatch.delitem(registry.__dict__, "_added", raising=False)
+    look_again_for_entry_points()
     yield tmp_path  # type: ignore[misc]
-    for registry in registries:
-        registry.__dict__.pop("_added", None)
+    look_again_for_entry_points()
     sys.modules.pop("nrl_plugin", None)
 
 

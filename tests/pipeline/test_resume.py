@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from toy_problems import FakeTraining, retrained, same
+from toy_problems import FakeTraining, resume_store, retrained, same
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
-from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
 
@@ -67,16 +66,18 @@ def repaired(
     life: int | None = None,
     method: str = "swarm",
     seed: int = 0,
+    origin: object = None,
     **settings: Any,
-) -> tuple[Outcome, Mortal, ResumeStore]:
+) -> tuple[Outcome, Mortal, Any]:
     model, observer = trained(seed=seed), Mortal(life)
-    work = ResumeStore(folder, every=0)
+    training, work = FakeTraining(retrained(model)), resume_store(folder)
+    training.origin = origin
     outcome = repair_module(
         model,
         known(),
         quick(method=METHODS[method], **settings),
         unseen=unseen(),
-        training=FakeTraining(retrained(model)) if method == "auto" else None,
+        training=training if method == "auto" else None,
         observer=observer,
         work=work,
     )
@@ -143,15 +144,11 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
         work.done()
 
 
-def test_another_training_is_another_repair(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.1"])
+def test_another_training_is_another_repair(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        repaired(tmp_path, 17, "auto")
-    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"])
+        repaired(tmp_path, 17, "auto", origin=["a rate of 0.1"])
     with pytest.raises(Death, match="is from a repair with other training; delete it"):
-        repaired(tmp_path, 3, "auto")
+        repaired(tmp_path, 3, "auto", origin=["a rate of 0.2"])
 
 
 def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,8 +34,6 @@ from torch.utils.data import (
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
-from lightning_nrl._trainer import continue_training as continuing_module
-from lightning_nrl._trainer import time_budget as budget_module
 from lightning_nrl._trainer.continue_training import ContinuedTraining, ShuffledSampler
 from lightning_nrl._trainer.lightning.private_parts import validating
 from lightning_nrl._trainer.loaders import make_source
@@ -467,30 +465,11 @@ def test_a_subset_is_kept_to_and_a_last_batch_of_one_is_left_out() -> None:
     assert {i for i in numbers if i < 100} <= set(range(0, TRAIN, 2))
 
 
-@dataclass
-class FakeTime:
-    """A clock that goes on only when it is told to, so that a busy machine changes nothing."""
-
-    seconds: float = 0.0
-
-    def perf_counter(self) -> float:
-        return self.seconds
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
-    fake = FakeTime()
-    monkeypatch.setattr(budget_module, "time", fake)
-    monkeypatch.setattr(continuing_module, "time", fake)
-    monkeypatch.setattr(Slow, "clock", fake)
-    return fake
-
-
 class Slow(Net):
-    clock = FakeTime()
+    seconds = 0.0
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.clock.seconds += 0.01
+        Slow.seconds += 0.01
         return super().training_step(batch, batch_idx)
 
 
@@ -498,16 +477,19 @@ class Slow(Net):
     ("seconds", "least", "most"), [(1e-6, 0, 0), (0.1, 1, 1), (1.5, 3, 30), (30.0, 5, 5)]
 )
 def test_as_many_epochs_are_trained_as_there_is_time_for(
-    seconds: float, least: int, most: int, clock: FakeTime
+    seconds: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An epoch takes 50 ms; no more are trained than the model had."""
+    Slow.seconds = 0.0
+    # A clock that only steps move, so that a busy machine changes nothing.
+    monkeypatch.setattr(time, "perf_counter", lambda: Slow.seconds)
     callback = Continue(seconds=seconds, epochs=5 if seconds == 30 else 100)
     assert (fit(Slow(), callback) is None) == (most == 0)
     if most:
         (trained,) = callback.results
         assert least <= trained.epochs == 1 + max(epoch for epoch, *_ in noted("batch")) <= most
         assert trained.note.endswith(", cut by `max_time`") == (seconds < 30)
-        assert clock.seconds - 0.04 <= min(seconds, 3)  # the fit before took four batches
+        assert Slow.seconds - 0.04 <= min(seconds, 3)  # the fit before took four batches
 
 
 def look(seen: list[Any], weight: Tensor | None, state: Any) -> Tensor | None:

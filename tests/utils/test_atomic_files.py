@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import nn
-from toy_problems import on_a_line, threshold
+from toy_problems import on_a_line, resume_store, threshold
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.distributed import Collective
@@ -271,7 +271,7 @@ def begun(
     ranks: Collective = Collective(),  # noqa: B008, has no state
     clock: StageTimer | None = None,
 ) -> ResumeStore:
-    work = ResumeStore(folder, every=every)
+    work = resume_store(folder, every)
     work.begin({"data": "a"}, clock or StageTimer(), ranks, torch.device("cpu"))
     return work
 
@@ -331,15 +331,10 @@ def test_all_ranks_read_a_result_or_none_does(
         assert on_ranks(3, work) == [[1, 2, 3]] * 3
 
 
-def test_a_disk_that_is_full_costs_a_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("lightning_nrl._utils.resume.replacing", full)
-    with pytest.warns(FilesWarning, match="No space left on device") as warned:
-        assert counted(begun(tmp_path), []) == 7
+def test_a_folder_that_cannot_be_made_costs_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(FilesWarning, match="finished steps cannot be saved in") as warned:
+        assert counted(begun(tmp_path / "file"), []) == 7
     assert len(warned) == 1
 
 
