@@ -4,8 +4,10 @@ raised.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from copy import deepcopy
 from dataclasses import is_dataclass
 from typing import Any
@@ -267,6 +269,49 @@ def test_what_cannot_be_shown_is_not_read(name: str, damage: dict[str, Any]) -> 
         ConfigurationError, match=r"(?s)^(the report cannot be shown \(|`margins`: ).*\nHINT: give "
     ):
         type(REPORTS[name]).from_dict({**REPORTS[name].to_dict(), **damage})
+
+
+def changed(way: str, value: Any) -> dict[str, Any]:
+    """The repair report as JSON has it, with another value at a place such as `splits.0.kept`."""
+    data = json.loads(REPORTS["repair"].to_json())
+    *keys, last = (int(key) if key.isdigit() else key for key in way.split("."))
+    functools.reduce(operator.getitem, keys, data)[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("way", "value", "message"),
+    [
+        ("splits.0.kept", "x", r"^splits\[0\]\.kept: expected a whole number, found 'x'\."),
+        ("splits.0.kept", True, r"^splits\[0\]\.kept: expected a whole number, found True"),
+        ("splits.0.kept", 2**63, r"^splits\[0\]\.kept: expected a whole number of 64 bits"),
+        ("splits.0.role", "tin", r"^splits\[0\]\.role: expected one of .* found 'tin'"),
+        ("splits.0.colour", "red", r"^splits\[0\]\.colour: this key is unknown"),
+        ("splits.0", 3, r"^splits\[0\]: expected an object, found 3"),
+        ("splits", {}, r"^splits: expected a list, found \{\}"),
+        ("strength.0.strength", math.inf, "strength: expected a finite number, found inf"),
+        ("strength.0.strength", 2**53 + 1, "expected a finite number, found 9007199254740993"),
+        ("splits.0.flipped.0.in_target", 1, "in_target: expected true or false, found 1"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place(way: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RepairReport.from_dict(changed(way, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": -Infinity}', "-Infinity is not a number in JSON"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ("1" * 5000, "no strict JSON"),
+        ("[]", r"expected an object"),
+    ],
+    ids=["infinity", "twice", "long", "list"],
+)
+def test_what_is_no_strict_json_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RepairReport.from_json(text)
 
 
 @pytest.mark.parametrize("schema", [2, "1", None])
