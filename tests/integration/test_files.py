@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,6 +130,10 @@ def test_a_full_disk_costs_a_message(
     assert {Path(path).name for path in report.files.values()} == names_in(found.folder)
 
 
+def fails(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException) -> None:
+    monkeypatch.setattr(owner, name, Mock(side_effect=error))
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "message"),
     [
@@ -139,10 +144,7 @@ def test_a_full_disk_costs_a_message(
 def test_a_late_exception_costs_a_message(
     found: Repaired, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, message: str
 ) -> None:
-    def raises(*args: Any, **kwargs: Any) -> None:
-        raise ZeroDivisionError("on purpose")
-
-    monkeypatch.setattr(owner, name, raises)
+    fails(monkeypatch, owner, name, ZeroDivisionError("on purpose"))
     with pytest.warns(RepairWarning, match=re.escape(message)):
         report = found.save()
     assert found.is_in_the_model
@@ -157,10 +159,7 @@ def test_a_late_exception_costs_a_message(
 def test_an_interrupt_and_the_files_agree(
     found: Repaired, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(owner, name, interrupted)
+    fails(monkeypatch, owner, name, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         found.save()
     saved = name != "to_html"  # which is called while files are written

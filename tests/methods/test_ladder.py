@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from toy_problems import (
-    Deadline,
     FakeTraining,
     Marginless,
     StageTimer,
@@ -111,22 +110,6 @@ def test_a_layer_within_is_linearized() -> None:
     assert solution.proposal is not None
     assert set(solution.proposal.state) <= {"0.weight", "0.bias"}
     assert not {"fit", "convex"} & set(names(solution))
-
-
-def test_a_search_that_had_no_time_for_its_trial_has_no_estimate(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    search = auto_module.warm_started_search
-
-    def short(problem: Problem, *args: Any, **rest: Any) -> Solution:
-        if problem.held_out_rows is None:
-            return search(problem, *args, **rest)
-        return Solution(problem.original("base"), "no time was left for a search.")
-
-    monkeypatch.setattr(auto_module, "warm_started_search", short)
-    first, *_ = AUTO(problem("2")).rungs
-    assert first.repaired_in_target > 0
-    assert first.held_out is None
 
 
 class TimeFirst(torch.nn.Module):
@@ -284,53 +267,26 @@ def test_without_time_the_rung_says_what_it_needs(seconds: float) -> None:
     assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
 
 
-def seconds_of_searches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that each search is given from now on."""
-    seconds, search = list[float](), auto_module.warm_started_search
-
-    def listen(*args: Any, end: Deadline, **rest: Any) -> Solution:
-        seconds.append(end.seconds_left)
-        return search(*args, end=end, **rest)
-
-    monkeypatch.setattr(auto_module, "warm_started_search", listen)
-    return seconds
-
-
 @pytest.mark.parametrize(
-    ("max_time", "searching", "training"),
-    # Half of it where a few epochs fit in, and all where none does.
-    [
-        (100.0, 9.7, 97 - 12 - 1),
-        (31.0, 14.0, 28 * 2 / 3 - 1),
-        (11.0, 4.0, 8 * 2 / 3 - 1),
-        (9.0, 6.0, 3.0),
-    ],
+    ("max_time", "training"),
+    [(100.0, 97 - 12 - 1), (31.0, 28 * 2 / 3 - 1), (11.0, 8 * 2 / 3 - 1), (9.0, 3.0)],
 )
-def test_searches_have_a_tenth_of_the_time_or_more_where_that_is_short(
-    max_time: float, searching: float, training: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ends = seconds_of_searches(monkeypatch)
+def test_training_has_what_the_first_searches_leave(max_time: float, training: float) -> None:
     clock = StageTimer(max_time=max_time, now=lambda: 0.0)
     clock.seconds["collect"] = 1.0
     own = problem(clock=clock)
     given = FakeTraining(retrained(own.model))
     AUTO(replace(own, training=given))
-    # A quarter for the first search, which is too short, and all of it for the one from the exact
-    # solution.
-    assert ends[:2] == pytest.approx([searching / 4, searching])
     assert given.calls[0]["seconds"] == pytest.approx(training)
 
 
-def test_what_was_cut_is_climbed_again_in_what_training_leaves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ends, clock = seconds_of_searches(monkeypatch), StageTimer(max_time=100.0, now=lambda: 0.0)
+def test_what_was_cut_is_climbed_again_in_what_training_leaves() -> None:
+    clock = StageTimer(max_time=100.0, now=lambda: 0.0)
     clock.seconds["collect"] = 0.5
     own = problem(clock=clock)
     solution = AUTO(replace(own, training=FakeTraining(retrained(own.model))))
     # A search takes ten passes to prepare: a quarter of a tenth of 98.5 s is too short, a quarter
     # of all of it is not.
-    assert ends[:3] == pytest.approx([9.85 / 4, 9.85, 98.5 / 4])
     assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
     assert solution.rungs[0].repaired_in_target > 0
     assert not any(CUT in rung.note for rung in solution.rungs)

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search.scores import Scores
-from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer
 from lightning_nrl.tasks import Multiclass, Task
 
 N = 24
@@ -113,20 +112,19 @@ def test_any_budget_gives_the_same(name: str, budget: int) -> None:
     close(tight, scored(*arguments, recording=recording, budget=1 << 30))
 
 
-def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_block_and_carries_on() -> None:
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(9, 6)
     scorer = problem.scorer(where, FAILED, ~FAILED)
     expected = scorer(values)
-    run, sizes = ChunkScorer.outputs, []
+    sizes = []
 
-    def tight(self: ChunkScorer, chunk: Any, inputs: Any, values: Tensor, *options: Any) -> Any:
-        sizes.append(len(chunk) * len(values))
+    def hold_few(module: nn.Module, inputs: Any) -> None:
+        sizes.append(len(inputs[0]))
         if sizes[-1] > 8:
             raise torch.OutOfMemoryError("out of memory")
-        return run(self, chunk, inputs, values, *options)
 
-    monkeypatch.setattr(ChunkScorer, "outputs", tight)
+    problem.model[-1].register_forward_pre_hook(hold_few)  # type: ignore[index]
     close(scorer(values), expected)
     assert max(sizes) > 8
 
