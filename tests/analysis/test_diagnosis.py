@@ -15,8 +15,6 @@ from toy_problems import left_alone
 from toy_repairs import Within, known, trained
 
 from lightning_nrl import Settings, Target, TensorSource
-from lightning_nrl.analysis.baselines import BASELINES
-from lightning_nrl.analysis.comparison import COMPARED_BY_DEFAULT
 from lightning_nrl.analysis.diagnosis import (
     Diagnosis,
     DoubtfulLabel,
@@ -26,7 +24,7 @@ from lightning_nrl.analysis.diagnosis import (
     TargetFinding,
     diagnose_module,
 )
-from lightning_nrl.analysis.diagnosis.advice import advise, estimate_costs
+from lightning_nrl.analysis.diagnosis.advice import advise
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 
@@ -194,30 +192,6 @@ def test_of_very_many_samples_those_nearest_to_failing_are_looked_at() -> None:
     assert found.notes[0].endswith(
         "only 20,000 of 20,007 known samples, those nearest to failing, were looked at."
     )
-
-
-def priced(*measured: Any) -> dict[str, float]:
-    return {method: round(cost, 6) for method, cost in estimate_costs(*measured).items()}
-
-
-def test_costs_by_hand_are_sorted_and_name_the_methods_that_are_compared() -> None:
-    # Around every search 11 passes. 15 % of 30,000 candidates are scored: 4,500 looks at the head.
-    pace = (1.0, 0.001, 0.1, True)
-    found = priced(*pace, 10)
-    assert found == {
-        "convex": 11 + 16 * 0.1,
-        "swarm": 11 + 4.5,
-        "finetune-polish": 11 + 10 * 3 + 12,
-        "linearized": 11 + 40,
-        "auto": 11 + 10 * 3 + 12 + (4.5 + 16 * 0.1),
-    }
-    assert list(found.values()) == sorted(found.values())
-    assert set(found) == set(COMPARED_BY_DEFAULT) - set(BASELINES)
-    # Where training cannot go on, a fit visits each sample 16 times.
-    assert priced(*pace)["finetune-polish"] == 11 + 16 * 3 + 12
-    # Methods that cannot be used have no price.
-    assert set(priced(1.0, 0.001, math.nan, False)) == {"swarm", "auto"}
-    assert set(priced(1.0, math.nan, math.nan, True)) == {"linearized", "finetune-polish", "auto"}
 
 
 WHOLE = "Use the default, method='auto', on the whole network, about 10 s:"

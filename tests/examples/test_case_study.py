@@ -20,7 +20,7 @@ import study  # noqa: E402
 from digits_in_place import draw  # noqa: E402
 from figures import Other, along, draw_all, tables_of  # noqa: E402
 from grid import LINES, studied  # noqa: E402
-from questions import Interval, answers, difference, effect, fewest_broken, interval, like, page  # noqa: E402
+from questions import Interval, answers, difference, effect, fewest_broken, like, page  # noqa: E402
 
 ROW = PaperRow("eq1", 6, False, 282, 500, 200)
 
@@ -100,19 +100,6 @@ def test_an_effect_is_the_mean_of_differences_within_seeds():
     assert effect(runs, "alpha", 4, 5, "unseen.broken") is None
 
 
-def test_an_interval_is_students():
-    assert interval([3, 3, 3]) == Interval(3, 3, 3)
-    found = interval([1, 2, 3])
-    assert (found.mean, found.low, found.high) == pytest.approx(
-        (2, -0.4841, 4.4841), abs=1e-4
-    )  # 4.3027 / sqrt(3)
-    assert interval([1]).sign == 0
-    assert (
-        f"{Interval(-2, -4, 0.26)}, {Interval(-2, -4, 0.26):.2f}"
-        == "-2.0 [-4.0, +0.3], -2.00 [-4.00, +0.26]"
-    )
-
-
 def test_the_fewest_broken_are_sought_on_known_data_among_those_that_repair():
     idle, good, better = (replace(ROW, n_weights=n) for n in (16, 32, 53))
     runs = [run(idle, s) for s in range(2)]
@@ -173,22 +160,6 @@ WEIGHTS = ("16 weights break more than 32", "76 weights break more than 32")
 )
 def test_findings_agree_or_not_or_are_not_settled(broken, agrees):
     assert verdicts({"B": runs_of(broken)}) == dict.fromkeys((*ALPHA, *PASSED, *WEIGHTS), agrees)
-
-
-def test_more_broken_in_a_is_read_off_the_rows_that_differ_in_alpha():
-    def of(experiment, broken):
-        return [
-            run(TABLE_II[f"EXP-{row}"], s, broken=broken) for row in experiment for s in range(3)
-        ]
-
-    a, b = ("A2", "A3", "A4"), ("B1", "B2", "B3")
-    for lost, agrees in (((9, 4), True), ((4, 9), False), ((4, 4), None)):
-        found = answers({"A": of(a, lost[0]), "B": of(b, lost[1])})
-        (answer,) = (one for one in found if one.paper == "A breaks more than B at equal alpha")
-        assert answer.agrees is agrees
-    assert answer.found == (
-        "rows A2 to A4 and B1 to B3: unseen broken: A 4.0, B 4.0; A less B +0.0 [+0.0, +0.0]"
-    )
 
 
 def test_a_difference_of_means_is_welchs():

@@ -32,20 +32,11 @@ from lightning_nrl import (
 from lightning_nrl.errors import DataWarning
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "`fitness='eq3'` is unknown": {"fitness": "eq3"},
-    "`gate='instant'` is no gate, did you mean 'instance'": {"gate": "instant"},
     "`start_from='first'` is unknown": {"start_from": "first"},
-    "`localizer='lite'` is unknown": {"localizer": "lite"},
-    "`n_passed=True`": {"n_passed": True},
-    "`memory_limit=0`": {"memory_limit": 0},
-    "`seed=-1`": {"seed": -1},
     "`failed='valid'` is no split": {"failed": "valid"},
     "`passed` data: found int, not a DataLoader": {"passed": 3},
     "`adapter='nowhere:f'`": {"adapter": "nowhere:f"},
-    "`layer=[]` names no layer": {"layer": []},
-    "`target=3` is no Target": {"target": 3},
     "`limit='tolerance:0.01'` needs calibration data": {"limit": "tolerance:1%"},
-    "`method='pso'`": {"method": "pso"},
 }
 
 

@@ -16,8 +16,6 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import (
-    LOCALIZERS,
-    AllWeights,
     ByGradient,
     Impact,
     KnownData,
@@ -291,11 +289,3 @@ def test_history_that_cannot_be_used_is_refused(line, history, message):
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
-
-
-def test_names_of_localizers_are_read():
-    assert LOCALIZERS.parse("localizer", "arachne") == Arachne()
-    with pytest.raises(ConfigurationError, match="did you mean 'neurecover-lite'"):
-        LOCALIZERS.parse("localizer", "neurecover-light")
-    with pytest.raises(ConfigurationError, match="is no Localizer"):
-        LOCALIZERS.parse("localizer", AllWeights)

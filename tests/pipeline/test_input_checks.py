@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import ConfigurationError, Target
+from lightning_nrl import ConfigurationError
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
@@ -75,20 +75,6 @@ def test_an_empty_localisation_of_a_few_samples_says_nothing(
 ) -> None:
     run_sanity_check(Evaluator(trained()), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)))
     assert not recwarn
-
-
-def test_a_target_that_does_not_fit_is_found() -> None:
-    wrong = Target.where(lambda batch: batch[0], name="inputs")
-    with pytest.raises(
-        ConfigurationError, match="`target`: the predicate of 'where inputs' returned"
-    ):
-        run_sanity_check(Evaluator(trained()), known(), quick(target=wrong))
-
-
-def test_logits_that_do_not_fit_are_found() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
-    with pytest.raises(ConfigurationError, match="`task`: multiclass needs logits"):
-        run_sanity_check(Evaluator(model), known(), quick())
 
 
 class Picky(Method):

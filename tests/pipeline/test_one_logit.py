@@ -16,7 +16,7 @@ from toy_repairs import blobs, quick
 
 from lightning_nrl import Settings, Target, TensorSource, repair_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
-from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Binary
 
@@ -105,8 +105,3 @@ def test_a_report_says_binary_where_it_was_asked_for() -> None:
     asked = repair_module(Evaluator(model, Binary()), known(), Settings(method="convex")).report
     assert asked.task == "Binary"
     assert asked.splits == repair_module(model, known(), Settings(method="convex")).report.splits
-
-
-def test_a_class_beyond_the_two_is_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"there is no class 12[\s\S]*classes 0 to 1"):
-        repair_module(learned(), known(), quick(target=Target.label(12)))

@@ -91,6 +91,7 @@ def test_equal_settings_have_equal_json(localizer: type[Localizer]) -> None:
         ({"layer": []}, r"`layer=\[\]` names no layer"),
         ({"layer": 3}, "`layer=3` names no layer"),
         ({"seed": 2**32}, "`seed=4294967296` is out of range"),
+        ({"seed": -1}, "`seed=-1` is out of range"),
         ({"seed": True}, "`seed=True` is out of range"),
         ({"max_time": 0}, "`max_time=0` is no time"),
         ({"max_time": math.nan}, "`max_time=nan` is no time"),

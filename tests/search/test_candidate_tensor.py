@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -93,34 +92,6 @@ def test_channels_that_do_not_differ_are_not_computed_again(name: str) -> None:
     assert isinstance(actual, CandidateTensor)
     assert actual.materialized is None
     assert x.materialized is None
-
-
-@pytest.mark.parametrize("units", [None, (), (4, 1), (1, 2), (0, 1, 2, 3, 4, 5)], ids=str)
-@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "iadd", "imul"])
-def test_two_of_them(name: str, units: tuple[int, ...] | None) -> None:
-    def operands() -> tuple[Tensor, Tensor]:
-        if units is None:  # a whole tensor and what all candidates share
-            return candidates(5).dense(), candidates(5, units=())
-        return candidates(5), candidates(5, units=units, seed=1)
-
-    a, b = operands()
-    expected = getattr(operator, name)(as_dense(a).clone(), as_dense(b).clone())
-    actual = getattr(operator, name)(*operands())
-    torch.testing.assert_close(as_dense(actual), expected, rtol=1e-14, atol=1e-14)
-
-
-def test_in_place_operations_change_the_tensor_and_not_what_is_shared() -> None:
-    x = candidates(5)
-    base, alias = x.base, x
-    before = base.clone()
-    x += 1
-    F.relu(x, inplace=True)
-    x.masked_fill_(x > 2, 0.0)
-    expected = candidates(5).dense() + 1
-    expected = F.relu(expected).masked_fill(expected > 2, 0.0)
-    assert alias is x
-    torch.testing.assert_close(x.dense(), expected, rtol=0, atol=0)
-    assert torch.equal(base, before)
 
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

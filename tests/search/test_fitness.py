@@ -213,14 +213,3 @@ def test_a_fitness_of_ones_own_has_defaults() -> None:
     assert fitness.most_broken(torch.zeros(1), 4) is None
     assert fitness.as_constraint(1.0) is fitness
     assert FITNESSES.parse("fitness", fitness) is fitness
-
-
-def test_names() -> None:
-    names = ["lexicographic", "eq1", "eq2", "arachne", "neurecover", "arachne-de"]
-    assert list(FITNESSES)[:6] == names
-    assert FITNESSES.parse("fitness", "eq2") == Fitness("eq2")
-    with pytest.raises(ConfigurationError, match="did you mean 'neurecover'"):
-        FITNESSES.parse("fitness", "neurecovery")
-    for wrong in (Fitness, lambda scores, original: scores.patched):
-        with pytest.raises(ConfigurationError, match="is no Fitness"):
-            FITNESSES.parse("fitness", wrong)

@@ -74,19 +74,6 @@ def test_stages_take_their_own_time_in_the_order_in_which_they_began(
     assert clock.elapsed == sum(seconds.values()) + 1
 
 
-def test_a_deadline_knows_what_is_left_and_what_it_leaves(now: Time) -> None:
-    deadline = StageTimer(max_time=5.0, now=now).deadline()
-    now.now += 3
-    assert deadline.seconds_left == deadline.agreed_seconds_left() == 2.0
-    assert deadline.leaves(2.0)
-    assert not deadline.leaves(2.5)
-    assert not deadline.is_over()
-    now.now += 2
-    assert deadline.is_over()
-    now.now += 1
-    assert deadline.seconds_left == -1.0
-
-
 def test_without_a_limit_nothing_ends_and_nothing_is_exchanged(now: Time) -> None:
     class Deaf(Collective):
         def any(self, flag: bool) -> bool:

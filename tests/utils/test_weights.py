@@ -85,14 +85,6 @@ def test_a_state_that_does_not_fit_changes_nothing(name: str, use: Any) -> None:
     assert not changed(model, before)
 
 
-def test_what_differs_comes_under_all_its_names() -> None:
-    model = Shared()
-    state = snapshot(model)
-    assert changed(model, state) == {}
-    assert list(changed(model, {**state, "norm.bias": torch.ones(2)})) == ["norm.bias"]
-    assert changed(model, {"exit.weight": NEW}) == {"head.weight": NEW, "exit.weight": NEW}
-
-
 def test_half_of_the_way_is_the_mean() -> None:
     old = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3), "other": NEW}
     new = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(5)}

@@ -27,7 +27,6 @@ from lightning_nrl._trainer.tracking.loggers import declare, track, track_releas
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
 from lightning_nrl._trainer.tracking.scalars import (
     final_numbers,
-    outcome,
     search_curves,
     strength_curves,
 )
@@ -240,22 +239,6 @@ def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
     assert all(value == value for _, scalars in notes.entries for value in scalars.values())
 
 
-def test_outcome_has_the_numbers_of_a_decision_and_no_other(accepted: RepairReport) -> None:
-    assert list(outcome(accepted).items()) == [
-        ("repair/accepted", 1.0),
-        ("repair/evidence", 0.0),  # 3 to 1: no difference shown
-        ("repair/known_broken", 0.0),
-        ("repair/known_repaired_in_target", 7.0),
-        ("repair/known_repair_rate", 0.7),
-        ("repair/known_accuracy", 99 / 110),
-        ("repair/unseen_broken", 1.0),
-        ("repair/unseen_repaired", 3.0),
-        ("repair/unseen_repair_rate", 0.75),
-        ("repair/unseen_nfr", 0.05),
-        ("repair/unseen_accuracy", 0.9),
-    ]
-
-
 def test_every_number_has_a_row_in_the_table_of_tags(accepted: RepairReport) -> None:
     rows = [row for name, row in vars(tags).items() if name.endswith("_TAG")]
     patterns = [re.sub(r"\\{\w+\\}", "[^/]+", re.escape(row)) for row in rows]
@@ -276,19 +259,6 @@ def on_its_way(report: RepairReport) -> RepairReport:
         StrengthPoint(1.15, 8, FlipCounts(89, 1, 10, 10), FlipCounts(17, 2, 3, 3)),
     )
     return replace(report, strength=path, chosen_strength=0.6)
-
-
-def test_the_way_to_the_patch_begins_where_nothing_is_changed(accepted: RepairReport) -> None:
-    curves = strength_curves(on_its_way(accepted))
-    assert list(curves) == [0, 60, 115]
-    assert set(curves[0].values()) == {0.0}
-    assert curves[115] == {
-        "repair_strength/repaired_in_target": 8.0,
-        "repair_strength/known_repaired": 10.0,
-        "repair_strength/known_broken": 1.0,
-        "repair_strength/calibration_repaired": 3.0,
-        "repair_strength/calibration_broken": 2.0,
-    }
 
 
 FILES = ("report.html", "report.md", "report.json", "repair.patch.safetensors")
