@@ -77,7 +77,7 @@ def make_problem(
     before = evaluator.run(sources, Target.all() if target is None else target)
     settings = {
         "scope": scope,
-        "whole": layer == "auto",
+        "whole_network": layer == "auto",
         "localizer": NeuRecoverLite(),
         "fitness": Fitness(),
         "passed": before.passed,

@@ -357,7 +357,7 @@ def _fill_missing_classes(
     ):
         if output.ndim == 2 and not is_first:
             unusable |= label >= class_logits(output).shape[1]
-        target = target.masked_fill(unusable, 0)
+        target = target.where(~unusable, 0)  # `masked_fill` knows no unsigned dtypes
     return target, unusable
 
 

@@ -142,7 +142,7 @@ class _FixProgramme:
         gram = pair_gram(features, sides)
         multipliers, value = solve_duals(gram, missing, rows.multiplier, max_value)
         self._rows = rows._replace(multiplier=multipliers)
-        self._is_beyond = value > max_value
+        self._is_beyond = (value > max_value).to(self._open.device)
         self._solution = sum_of_pairs(features, sides, multipliers)
 
     def add_violated(self) -> bool:
