@@ -190,7 +190,7 @@ def test_it_never_breaks_a_known_sample(seed: int, layer: Any, shift: float) -> 
         now = right(problem, solution.proposal.state)
         assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
         assert solution.proposal.repaired == int((now & problem.before.targeted).sum()) > 0
-        assert [other.broken for other in solution.alternatives] == [0] * len(solution.others)
+        assert [other.broken for other in solution.alternatives] == [0] * len(solution.alternatives)
 
 
 def test_two_ranks_end_with_the_same_weights_and_repair_what_one_does() -> None:
