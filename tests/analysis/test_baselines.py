@@ -192,7 +192,7 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
         (Retraining(), {"training": lambda **_: None}, "training did not finish."),
         (
             Retraining(),
-            {"training": lambda **_: None, "whole": False},
+            {"training": lambda **_: None, "whole_network": False},
             "only some layers may change, but training",
         ),
     ],
