@@ -41,12 +41,9 @@ FABRIC = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightni
 
 TELLING = (
     "test_trained_checkpoint.py::test_the_report_is_that_of_the_callback_after_training",
-    "test_regression_metrics.py::test_two_processes_count_as_one",
     "test_cli.py::test_words_in_a_file_make_a_repair",
 )
-"""Integration tests that run under the other package too: in a fit, on a checkpoint, counted, by
-two ranks, by CLI.
-"""
+"""Integration tests that run under the other package too: on a checkpoint, in a fit by CLI."""
 
 
 @cache

@@ -135,7 +135,7 @@ ROWS = {
     "`enable_checkpointing=False`": Row(trainer={"enable_checkpointing": False}),
 }
 ELSEWHERE = {
-    "`torch.compile(model)`": ("trainer/test_continue_training.py", "lambda: torch.compile(Net()"),
+    "`torch.compile(model)`": ("trainer/test_continue_training.py", "fit(torch.compile(Net()"),
     "`ddp`, also in several processes": ("integration/test_distributed.py", "in_two_processes"),
     "FSDP, DeepSpeed, model parallel": ("integration/test_refusals.py", "shards the weights"),
 }
