@@ -1,7 +1,7 @@
 """Repairs with LightningCLI: the callback is configured in a YAML file.
 
-    python examples/lightning_cli.py # fit, with lightning_cli.yaml python examples/lightning_cli.py
-    fit --config my.yaml --trainer.max_epochs 10 # any arguments of LightningCLI
+    python examples/lightning_cli.py   # fit, with lightning_cli.yaml
+    python examples/lightning_cli.py fit --config my.yaml --trainer.max_epochs 10   # any arguments
 
 LightningCLI saves its configuration next to the checkpoints. The commands of this package read that
 file; the script prints an example.

@@ -1,8 +1,7 @@
 """Repairs a trained checkpoint without a fit.
 
-    python examples/repair_checkpoint.py # trains a checkpoint first python
-    examples/repair_checkpoint.py digits.ckpt # repairs this checkpoint of the network in
-    `digits.py`
+    python examples/repair_checkpoint.py   # trains a checkpoint first
+    python examples/repair_checkpoint.py digits.ckpt   # this one, of the network in `digits.py`
 
 Only the last layer may change, so the repair takes a few seconds and the patch is small.
 """

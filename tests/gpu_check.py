@@ -1,8 +1,8 @@
 """Checks on a real card, in ten minutes, what is promised of a GPU; prints a table.
 
-    python tests/gpu_check.py                   # 0: all holds, 1: something does not, 2: no card
-    python tests/gpu_check.py --device strict   # on the stand-in for CUDA, without a card or times
-    python tests/gpu_check.py --only waits memory
+python tests/gpu_check.py                   # 0: all holds, 1: something does not, 2: no card
+python tests/gpu_check.py --device strict   # on the stand-in for CUDA, without a card or times
+python tests/gpu_check.py --only waits memory
 """
 
 from __future__ import annotations

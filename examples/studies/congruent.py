@@ -1,9 +1,9 @@
 """Compares loss terms that keep a retrained model right where the old one was.
 
-    python examples/studies/congruent.py # ten seeds from scratch, all terms python
-    examples/studies/congruent.py --start old # the same, starting from the old weights python
-    examples/studies/congruent.py --start old --interpolate # also interpolates between old and new
-    weights python examples/studies/congruent.py --terms plain "focal distillation" --seeds 3
+    python examples/studies/congruent.py   # ten seeds from scratch, all terms
+    python examples/studies/congruent.py --start old   # the same, starting from the old weights
+    python examples/studies/congruent.py --start old --interpolate   # and interpolates
+    python examples/studies/congruent.py --terms plain "focal distillation" --seeds 3
 
 The old network was trained on 300 of scikit-learn's handwritten digits, the new one on these and
 300 more. Samples that the old model gets right and the new one wrong are counted on 997 unseen

@@ -1,8 +1,8 @@
 """Compares the default repair with fine-tuning, under time limits, and after other fits.
 
-    python examples/studies/defaults.py --seeds 10 # six small problems, 10 minutes on one core
-    python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.25 0.5 1 2 --problems "digits,
-    drift" python examples/studies/defaults.py --seeds 3 --fits # the quickstart and the weak digit
+    python examples/studies/defaults.py --seeds 10   # six small problems, 10 minutes on one core
+    python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.5 2 --problems "digits, drift"
+    python examples/studies/defaults.py --seeds 3 --fits   # the quickstart and the weak digit
 
 The repair is a callback of the training; the targets are all failures of the repair data.
 Fine-tuning starts from the trained weights and trains on all known data for as many epochs as the

@@ -1,11 +1,11 @@
 """Repairs one problem over seeds; prints a row per seed, or means per method for several methods.
 
-    python examples/studies/repairs.py slashed-zeros --seeds 10 python examples/studies/repairs.py
-    weak-digit --seeds 10 --methods convex # only the last layer python examples/studies/repairs.py
-    vehicles-C --max-time 80 # seconds per repair python examples/studies/repairs.py toolkit --seeds
-    10 --methods default swarm arachne merged python examples/studies/repairs.py weak-digit --seeds
-    10 --methods all # with the published methods python examples/studies/repairs.py vehicles-C
-    --seeds 1 --max-time 80 --compare fine-tuning retraining
+    python examples/studies/repairs.py slashed-zeros --seeds 10
+    python examples/studies/repairs.py weak-digit --seeds 10 --methods convex   # the last layer
+    python examples/studies/repairs.py vehicles-C --max-time 80   # seconds per repair
+    python examples/studies/repairs.py toolkit --seeds 10 --methods default swarm arachne merged
+    python examples/studies/repairs.py weak-digit --seeds 10 --methods all   # and published ones
+    python examples/studies/repairs.py vehicles-C --seeds 1 --compare fine-tuning retraining
 
 A seed sets data, training and repair. The problems are in `problems.py`. Published methods run
 without a gate; all others may break no known sample. Arachne and `merged` score 200 passed samples.

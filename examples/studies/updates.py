@@ -1,8 +1,8 @@
 """Compares ways to update a network by the samples that each breaks.
 
-    python examples/studies/updates.py --seeds 10 # vehicles C python examples/studies/updates.py
-    --problem fashion --seeds 10 # Fashion-MNIST with drift python examples/studies/updates.py
-    --updates "from scratch"
+    python examples/studies/updates.py --seeds 10   # vehicles C
+    python examples/studies/updates.py --problem fashion --seeds 10   # Fashion-MNIST with drift
+    python examples/studies/updates.py --updates "from scratch"
 
 The old network has seen few front and back views, or few upside-down garments. The new one is
 trained on all data, from scratch or from the old weights, with or without focal distillation, a

@@ -39,8 +39,8 @@ class Polish(Method):
 
     Example::
 
-        report = repair(Trainer(), model, datamodule=dm, ckpt_path="old.ckpt",
-        method=Polish("new.ckpt"))
+        method = Polish("new.ckpt")
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="old.ckpt", method=method)
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("margins",)

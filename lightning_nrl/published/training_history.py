@@ -67,8 +67,8 @@ class TrainingHistory(HistoryCallback):
 
     Example::
 
-        history = TrainingHistory() Trainer(callbacks=[history,
-        RegressionFreeRepair(method="neurecover")]).fit(model, datamodule=dm)
+        callbacks = [TrainingHistory(), RegressionFreeRepair(method="neurecover")]
+        Trainer(callbacks=callbacks).fit(model, datamodule=dm)
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Freezes what the package gives, so that a change of its form can be shown to change nothing else.
 
-    python -m tests.frozen before.json # before the change, from the root of the repository python
-    -m tests.frozen after.json # after it python -m tests.frozen --compare before.json after.json
+    python -m tests.frozen before.json   # before the change, from the root of the repository
+    python -m tests.frozen after.json   # after it
+    python -m tests.frozen --compare before.json after.json
 
 Each case of `cases.py` makes repairs or other calls with fixed seeds and keeps what comes of them:
 reports, which samples broke or were repaired, and a hash of the weights, to the bit. Times,
