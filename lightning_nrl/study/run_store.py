@@ -37,8 +37,9 @@ class Run(Derives):
         value: fitness of the weights found; None if nothing was searched.
         patched: number of repaired targets, as counted by the search.
         intact: number of passed samples scored by the search that stay right.
-        known: counts of known samples: columns such as `known_broken` in the table. calibration,
-        unseen: the same counts of calibration and unseen samples; None without such data.
+        known: counts of known samples: columns such as `known_broken` in the table.
+        calibration: the same counts of calibration samples; None without calibration data.
+        unseen: the same counts of unseen samples; None without unseen data.
         seconds: wall time of search and counts.
     """
 
