@@ -210,7 +210,7 @@ class RegressionFreeRepair(RepairCallback):
     def repaired_model_path(self) -> str | None:
         """Path of the repaired checkpoint, or None if no repair was accepted.
 
-        Both are valid as `ckpt_path` of `test`.
+        None is valid as `ckpt_path` of `test`, too.
         """
         return None if self.report is None else self.report.files.get("checkpoint")
 

@@ -51,6 +51,7 @@ class FlipMetric(Metric):
     """Base class: counts kept, broken, repaired and failing samples, and computes a rate.
 
     The rate is NaN if undefined.
+
     All subclasses have the same state, so they form one compute group in a `MetricCollection`,
     which updates them once. Keyword arguments are those of :class:`torchmetrics.Metric`, such as
     `sync_on_compute`.

@@ -257,7 +257,7 @@ def _folds(problem: Problem) -> Tensor:
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
     """Finds the largest part of a change with which the deployed model breaks nothing.
 
-    Returns None in its place if it repairs nothing.
+    Returns None instead of a proposal if nothing is repaired.
     """
     for fraction in DEPLOYED_FRACTIONS:
         if fraction < 1 and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):

@@ -75,8 +75,8 @@ def evidence_on(record: RepairRecord) -> RepairEvidence:
 def worthwhile_price(record: RepairRecord) -> tuple[PricePoint, float] | None:
     """Finds the first point of `price` that breaks more known samples, but is worth it.
 
-    It repairs twice as many targets, or gains `LARGE_GAIN` more on held-out samples. Returns the
-    point and how many more percentage points it gains on held-out samples, or None.
+    This point repairs twice as many targets, or gains `LARGE_GAIN` more on held-out samples.
+    Returns the point and how many more percentage points it gains on held-out samples, or None.
     """
     known = record.known_counts
     taken = record.held_out

@@ -162,7 +162,7 @@ def rerun_validation(trainer: Trainer) -> None:
 
 
 def sampler_of(loader: Loader) -> tuple[Any, Any]:
-    """Returns a loader's sampler twice, or one that Lightning made for ranks and its `_sampler`."""
+    """Returns the sampler to call and the user's own; they differ if Lightning wrapped it."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     if isinstance(sampler, DistributedSamplerWrapper):
         wrapped: Any = sampler.dataset
