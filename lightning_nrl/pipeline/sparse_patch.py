@@ -31,20 +31,20 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
-    least = _least_value(problem, proposal, loss)
+    least_value = _least_value(problem, proposal, loss)
     best, best_size = proposal, patch.size
     if problem.before.margin.isnan().all():
         # Without margins there is no polish.
-        best_size, best = _smallest(patch, proposal, least, proposal.cost)
+        best_size, best = _smallest(patch, proposal, least_value, proposal.cost)
     else:
-        size, _ = _smallest(patch, proposal, least, math.inf)
+        size, _ = _smallest(patch, proposal, least_value, math.inf)
         last_factor = 0.0
         for _ in range(MAX_POLISHED_SIZES):
             if not 0 < size < best_size or patch.is_late():
                 break
             trial = patch.polished(size)
             factor = 2.0
-            if _repairs_enough(trial, proposal, least) and trial.cost <= proposal.cost:
+            if _repairs_enough(trial, proposal, least_value) and trial.cost <= proposal.cost:
                 best, best_size = trial, size
                 factor = 0.5
             if factor * last_factor == 1:
@@ -66,26 +66,28 @@ def _least_value(problem: Problem, proposal: Proposal, loss: float) -> float:
     return math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
 
 
-def _repairs_enough(trial: Proposal, proposal: Proposal, least: float) -> bool:
-    return trial.value >= least and trial.missing <= proposal.missing
+def _repairs_enough(trial: Proposal, proposal: Proposal, least_value: float) -> bool:
+    return trial.value >= least_value and trial.missing <= proposal.missing
 
 
 def _smallest(
-    patch: _SortedPatch, proposal: Proposal, least: float, most_cost: float
+    patch: _SortedPatch, proposal: Proposal, least_value: float, most_cost: float
 ) -> tuple[int, Proposal]:
-    """Bisects the least number of changes that repair targets worth `least`.
-
-    They cost at most `most_cost`.
-    """
-    low, high, best = 0, patch.size, proposal
-    while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
-        middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
+    """Finds the fewest changes with repairs worth `least_value`, at a cost up to `most_cost`."""
+    too_small = 0
+    enough = patch.size
+    best = proposal
+    while enough > max(too_small + 1, SIZE_TOLERANCE * too_small) and not patch.is_late():
+        # Sizes span orders of magnitude: geometric middle.
+        middle = round(math.sqrt(max(too_small, 1) * enough))
+        middle = min(max(middle, too_small + 1), enough - 1)
         trial = patch.problem.propose("sparse", patch.state(middle))
-        if trial.cost <= most_cost and _repairs_enough(trial, proposal, least):
-            high, best = middle, trial
+        if trial.cost <= most_cost and _repairs_enough(trial, proposal, least_value):
+            enough = middle
+            best = trial
         else:
-            low = middle
-    return high, best
+            too_small = middle
+    return enough, best
 
 
 class _SortedPatch:
