@@ -77,14 +77,17 @@ class LeafSpec:
             return self.value.clone()
         if not self.repeats:
             return next(stored).to(device)
-        if copies == 1 and self.live:
+        if not self.live:
+            samples = self.layout.expand(self.value, n)  # only the shape matters
+        elif copies == 1:
             return next(stored).to(device, copy=True)
-        base = next(stored).to(device) if self.live else self.layout.expand(self.value, n)
+        else:
+            samples = next(stored).to(device)
         if copies == 1:
-            return base.clone()
+            return samples.clone()
         if self.layout.dim == 0:
-            return CandidateTensor.repeated(base, copies)
-        return self.layout.expand(base, copies)
+            return CandidateTensor.repeated(samples, copies)
+        return self.layout.expand(samples, copies)
 
 
 @dataclass(frozen=True)
