@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 from torch.serialization import add_safe_globals, default_restore_location
@@ -90,6 +90,14 @@ ORIGIN = "origin.json"
 FINISHED = ".finished"  # end of a step's file
 
 
+class SavedStep(NamedTuple):
+    """The content of a step's file. `elapsed` and `seconds` are those of the clock at its end."""
+
+    result: Any
+    elapsed: float
+    seconds: dict[str, float]
+
+
 class ResumeStore:
     """Store for the results of steps that take at least `every` seconds.
 
@@ -155,8 +163,8 @@ class ResumeStore:
         try:
             saved = self._read(hint) if self._resumes else None
             if saved is not None:
-                result: Result = saved[0]
-                self._clock.resume(*saved[1:])
+                result: Result = saved.result
+                self._clock.resume(saved.elapsed, saved.seconds)
                 return result
             result = work()
             if self._folder is not None and self._clock.elapsed - began >= self._every:
@@ -179,6 +187,10 @@ class ResumeStore:
         self._folders = []
         self._is_active = False
 
+    @property
+    def _file_name(self) -> str:
+        return f"{self._path[:-1]}{FINISHED}"
+
     def _write(self, folder: Path, result: object) -> None:
         try:
             data = to_bytes((result, self._clock.elapsed, self._clock.seconds))
@@ -188,7 +200,7 @@ class ResumeStore:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / ORIGIN).exists():
                 write_text(folder / ORIGIN, self._origin)
-            replacing(folder / f"{self._path[:-1]}{FINISHED}", lambda part: part.write_bytes(data))
+            replacing(folder / self._file_name, lambda part: part.write_bytes(data))
             for file in folder.glob(f"{self._path}*{FINISHED}"):
                 file.unlink(missing_ok=True)
         except Exception as error:
@@ -202,28 +214,32 @@ class ResumeStore:
             )
             self._folder = None
 
-    def _read(self, hint: Hint) -> tuple[Any, float, dict[str, float]] | None:
-        name = f"{self._path[:-1]}{FINISHED}"
+    def _read(self, hint: Hint) -> SavedStep | None:
+        """Reads the file of the current step.
+
+        Returns None on all ranks if the first rank has no such file, or if one rank cannot read
+        the content.
+        """
         data = b""
         if self._folder is not None:
             with suppress(OSError, MemoryError):
-                data = (self._folder / name).read_bytes()
+                data = (self._folder / self._file_name).read_bytes()
         data = self._collective.of_first(data)
         if not data:
             return None
-        result = None
+        saved = None
         problem = ""
         try:
-            result = from_bytes(data, hint, self._device)
+            saved = SavedStep(*from_bytes(data, hint, self._device))
         except ValueError as error:
             problem = str(error)
         problem = self._collective.first_text(problem)
         if not problem:
-            return result
+            return saved
         if self._collective.rank == 0:
             warnings.warn(
                 FilesWarning(
-                    f"{self._folder}: {name!r} is not used: {problem}.",
+                    f"{self._folder}: {self._file_name!r} is not used: {problem}.",
                     "that part of the repair runs again.",
                 ),
                 stacklevel=3,
