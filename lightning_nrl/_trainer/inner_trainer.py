@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ def inner_trainer(
     device = outer.strategy.root_device
     max_steps = -1
     if outer.max_steps >= 0:
-        max_steps = epochs * -(-batches // outer.accumulate_grad_batches)
+        # The epochs end the training; schedules may read `max_steps`.
+        max_steps = epochs * math.ceil(batches / outer.accumulate_grad_batches)
     trainer: Trainer = class_for(outer, "pytorch.Trainer")(
         accelerator=device.type,
         strategy=class_for(outer, "pytorch.strategies.SingleDeviceStrategy")(device),
