@@ -98,6 +98,7 @@ def _copy(
             f"({type(error).__name__}: {error}).",
             "load the old model yourself and give the module.",
         ) from error
+    # `copied_module` writes `state` only in `configure_model`, which does not run here.
     write(new, state)
     new.trainer = trainer
     return new
