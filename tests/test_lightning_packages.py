@@ -179,7 +179,7 @@ sys.modules[{other!r}] = sys.modules[{FABRIC[other]!r}] = None
 from test_lightning_packages import fitted
 report = fitted({name!r}, Path({str(tmp_path)!r})).report
 assert report.status == "repaired"
-assert {{rung.name for rung in report.rungs}} == {{"search", "exact", "training"}}
+assert [rung.name for rung in report.rungs][:2] == ["search", "training"]
 assert sys.modules[{other!r}] is None
 """
     run(["-c", script], name)

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Method, Problem, Solution, Training
-from lightning_nrl.methods.problem import Renew, Trained
+from lightning_nrl.methods.problem import Trained
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -96,36 +96,29 @@ class ByFunction(Method):
         return self.function(problem)
 
 
-@dataclass
 class FakeTraining(Training):
-    """A training that gives the same weights whatever it is asked for, or what `gives` says; it
-    writes
-    calls down.
-
-    Halfway it is at `halfway`, or where it ends; `renewed` are the answers to that.
+    """A training that gives one state a call, the last of them from there on, or what `gives` says;
+    it writes calls down.
     """
 
-    state: State | None = None
-    gives: Callable[..., State | None] | None = None
-    halfway: State | None = None
-    epochs: int = 10
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    renewed: list[Tensor | None] = field(default_factory=list)
+    def __init__(
+        self,
+        *states: State | None,
+        gives: Callable[..., State | None] | None = None,
+        epochs: int = 10,
+    ) -> None:
+        self.states = states
+        self.gives = gives
+        self.epochs = epochs
+        self.calls: list[dict[str, Any]] = []
 
-    def __call__(
-        self, *, clock: StageTimer, renew: Renew | None = None, **arguments: Any
-    ) -> Trained | None:
-        call = {"start": None, "weight": None, "epochs": None, "rate": None, **arguments}
+    def __call__(self, *, clock: StageTimer, **call: Any) -> Trained | None:
+        state = self.states[min(len(self.calls), len(self.states) - 1)] if self.states else None
         self.calls.append(call)
-        state = self.state if self.gives is None else self.gives(**call)
-        if state is None:
-            return None
-        if renew is not None:
-            self.renewed.append(renew(state if self.halfway is None else self.halfway))
-            if self.renewed[-1] is None:
-                return None
-        done = float(call["epochs"] or self.epochs)
-        return Trained(state, done, done)
+        if self.gives is not None:
+            state = self.gives(**call)
+        epochs = float(call["epochs"])
+        return None if state is None else Trained(state, epochs, epochs)
 
 
 def cast(sources: Sequence[TensorSource], dtype: torch.dtype) -> list[TensorSource]:
@@ -185,6 +178,31 @@ def on_a_line(**rest: Any) -> Problem:
     x = torch.tensor([[value, 1.0] for value in (-2, -1, 1, 2, 0.6, 0.7, 0.5)])
     source = TensorSource(x, torch.tensor([0, 0, 1, 1, 0, 1, 1]), "all", passed=True, failed=True)
     return make_problem(model, [source], **rest)
+
+
+def memorised(
+    n: int, n_features: int, width: int, *, n_wrong: int, n_copies: int = 0, layer: str = "auto"
+) -> Problem:
+    """A network that has learned random labels of random points by heart, some of them wrongly.
+
+    Some of these are copies of passed points and cannot be right too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, n_features, generator=generator)
+    y = torch.randint(0, 3, (n,), generator=generator)
+    learned = torch.cat([(y[:n_wrong] + 1) % 3, y[n_wrong:]])
+    copied = slice(n_wrong, n_wrong + n_copies)
+    x[:n_copies] = x[copied]
+    y[copied] = learned[copied] = learned[:n_copies]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(n_features, width), nn.ReLU(), nn.Linear(width, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), learned).backward()
+        optimizer.step()
+    return make_problem(model, [TensorSource(x, y, "all", passed=True, failed=True)], layer)
 
 
 def normed() -> nn.Sequential:

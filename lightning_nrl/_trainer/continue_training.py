@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
+from lightning_nrl._trainer.congruent_training import HoldingTerm
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import inner_trainer, quiet
 from lightning_nrl._trainer.lightning.packages import (
+    Callback,
     LightningModule,
     ModelPruning,
     Trainer,
@@ -40,12 +42,13 @@ from lightning_nrl._trainer.time_budget import (
 )
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import eval_mode, random_state, seed_all
+from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.batch import RawBatch
+from lightning_nrl.data.batch import Adapter, RawBatch
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
-from lightning_nrl.methods.problem import Renew, Trained, Training
+from lightning_nrl.methods.problem import Trained, Training
+from lightning_nrl.tasks import Task
 
 Sample: TypeAlias = Any  # as a data set returns it
 Augment = Callable[[RawBatch], RawBatch]
@@ -67,6 +70,8 @@ class ContinuedTraining(Training):
         trained_on: the training loaders; None: those of the trainer.
         augment: augments the targets.
         targeted: bool mask of the targets among the known samples; None: unknown.
+        task: the task of the repair; None: `Multiclass`.
+        adapter: the adapter of the known data; None: the batches are read without one.
         modes: training flag of each submodule; (): the current flags.
     """
 
@@ -78,6 +83,8 @@ class ContinuedTraining(Training):
     trained_on: Loaders = field(default=None, repr=False)
     augment: Augment | None = None
     targeted: Tensor | None = None
+    task: Task | None = None
+    adapter: Adapter | None = None
     modes: tuple[bool, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -122,17 +129,16 @@ class ContinuedTraining(Training):
         weight: Tensor | None = None,
         epochs: int | None = None,
         rate: float | None = None,
-        renew: Renew | None = None,
+        holding: float = 0.0,
     ) -> Trained | None:
         """Trains a copy; leaves the model, trainer, loggers and global random state unchanged.
 
         With a time limit, times a few steps first and trains as many epochs as fit into `seconds`.
-        Without a limit, the same seed gives the same weights. Returns None if `renew` stops the
-        training, if weights are not finite, if training is impossible, or if not even one epoch
-        fits.
+        Without a limit, the same seed gives the same weights. Returns None if weights are not
+        finite, if training is impossible, or if not even one epoch fits.
         """
         end = time.perf_counter() + seconds
-        run = _TrainingRun(seed, start or {}, weight, rate, renew)
+        run = _TrainingRun(seed, start or {}, weight, rate, holding)
         if epochs is None:
             epochs = self.epochs
         if (rate is not None and not self.model.automatic_optimization) or self.warn():
@@ -179,24 +185,19 @@ class ContinuedTraining(Training):
         planned = epochs
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
-            self._fit(pace, epochs, replace(run, renew=None), folder)
+            self._fit(pace, epochs, run, folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
         if epochs < 1:
             return None
-        # `renew` runs at half time, so one epoch becomes two with half of the samples each.
-        if epochs == 1 and run.renew is not None:
-            run = replace(run, parts=2)
         budget = TimeBudget(end, collective, clock)
         state = self._fit(budget, epochs, run, folder)
-        if budget.has_ended:
-            return None
         state = {
             name: collective.agreed(value.to(self.model.device)) for name, value in state.items()
         }
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
-        done = budget.epochs_done / run.parts
+        done = budget.epochs_done
         # Without a time limit, only the module itself can have stopped early, so the training
         # counts as complete.
         return Trained(state, done, planned if math.isfinite(end) else done)
@@ -216,8 +217,11 @@ class ContinuedTraining(Training):
                     rate=run.rate,
                 )
                 loader = self._loader(run)
+                callbacks: list[Callback] = [budget]
+                if run.holding and model.automatic_optimization:
+                    callbacks.append(HoldingTerm(self.model, run.holding, self.task, self.adapter))
                 trainer = inner_trainer(
-                    outer, budget, epochs=epochs * run.parts, batches=len(loader), folder=folder
+                    outer, callbacks, epochs=epochs, batches=len(loader), folder=folder
                 )
             except Exception as error:
                 reason = f"it or its trainer cannot be copied ({describe_failure(error)})"
@@ -232,8 +236,6 @@ class ContinuedTraining(Training):
             data = data_module_of(outer)
             if data is not None:
                 fit = partial(trainer.fit, model, datamodule=copied_data_module(data, loader))
-            if run.renew is not None:
-                budget.halfway = partial(_renew_weights, run.renew, loader)
             budget.on_all_ranks(fit)
         # `eval` merges LoRA weights, as they are merged in the model to repair.
         state = snapshot(budget.on_all_ranks(model.eval))
@@ -270,9 +272,7 @@ class ContinuedTraining(Training):
         # The user's loader may have a sampler without an index, but a batch size.
         sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
         size = batch_size_of(sized)
-        sampler = ShuffledSampler(
-            _length(data), run.seed, rank, world_size, weight=weight, parts=run.parts
-        )
+        sampler = ShuffledSampler(_length(data), run.seed, rank, world_size, weight=weight)
         return loader_like(
             like,
             data,
@@ -316,21 +316,7 @@ class _TrainingRun:
     start: State
     weight: Tensor | None
     rate: float | None
-    renew: Renew | None
-    parts: int = 1  # of the data; an epoch trains on one
-
-
-def _renew_weights(renew: Renew, loader: Loaders, model: LightningModule) -> bool:
-    with random_state():
-        with eval_mode(model):
-            state = snapshot(model)
-        weight = renew(state)
-    if weight is None:
-        return False
-    # Several loaders have no weights.
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, ShuffledSampler):
-        loader.sampler.weight = weight
-    return True
+    holding: float
 
 
 class MarkedSamples(Dataset[tuple[Sample, bool]]):
@@ -406,7 +392,7 @@ def _joined(part: RawBatch, augmented: RawBatch) -> RawBatch:
 
 
 class ShuffledSampler(Sampler[int]):
-    """Sampler that draws `n // parts` of `n` samples in random order, divided among the ranks.
+    """Sampler that draws `n` samples in random order, divided among the ranks.
 
     With `weight`, the number of times that a sample is drawn is on average proportional to its
     weight.
@@ -420,20 +406,18 @@ class ShuffledSampler(Sampler[int]):
         world_size: int = 1,
         *,
         weight: Tensor | None = None,
-        parts: int = 1,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self.weight = weight
-        self._n_samples = n
-        self._n_drawn = max(1, n // parts)
+        self._n = n
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self._n_samples, generator=self.generator)
+        order = torch.randperm(self._n, generator=self.generator)
         if self.weight is not None and bool((self.weight != self.weight[0]).any()):
             order = self._draw_weighted(order, self.weight)
-        share = order[: self._n_drawn][self._rank :: self._world_size]
+        share = order[self._rank :: self._world_size]
         yield from share[: len(self)].tolist()
 
     def _draw_weighted(self, order: Tensor, weight: Tensor) -> Tensor:
@@ -443,13 +427,13 @@ class ShuffledSampler(Sampler[int]):
         chance = torch.rand(len(order), generator=self.generator, dtype=torch.float64)
         drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
         drawn = drawn[torch.randperm(len(drawn), generator=self.generator)]
-        if len(drawn) < self._n_drawn:
-            n_repeats = -(-self._n_drawn // max(1, len(allowed)))
+        if len(drawn) < self._n:
+            n_repeats = -(-self._n // max(1, len(allowed)))
             drawn = torch.cat([drawn, allowed.repeat(n_repeats)])
-        return drawn[: self._n_drawn]
+        return drawn[: self._n]
 
     def __len__(self) -> int:
-        return self._n_drawn // self._world_size
+        return self._n // self._world_size
 
 
 def _cannot_collate(

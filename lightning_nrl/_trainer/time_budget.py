@@ -84,9 +84,6 @@ class TimeBudget(CallbackBase):
         self._clock = clock
         self._done = self._per_epoch = 0
         self._has_met_failure = False
-        # Runs after half of the epochs; training stops if it returns False.
-        self.halfway: Callable[[LightningModule], bool] | None = None
-        self.has_ended = False
 
     @property
     def epochs_done(self) -> float:
@@ -144,13 +141,6 @@ class TimeBudget(CallbackBase):
             self._clock.tell(self._done, total)
         if math.isfinite(self._end) and self.meet(is_over=self._is_over(pl_module.device)):
             trainer.should_stop = True
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        half = max(1, int(trainer.max_epochs or 1) // 2)
-        is_half = trainer.current_epoch + 1 == half
-        if self.halfway is not None and is_half and not trainer.should_stop:
-            self.has_ended = not self.halfway(pl_module)
-            trainer.should_stop = self.has_ended
 
     def meet(self, is_over: bool = False) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""`Auto`, the default method: tries repairs from the smallest to the largest and takes one."""
+"""`Auto`, the default method: climbs from one repair to the next, each from where it stands."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.convex import Convex
-from lightning_nrl.methods.finetune_polish import fine_tune_and_polish, least_seconds
-from lightning_nrl.methods.held_out import draw_held_out_rows, estimate, is_ahead, net_rate
+from lightning_nrl.methods.finetune_polish import (
+    check_caution,
+    fine_tune_and_polish,
+    least_seconds,
+)
+from lightning_nrl.methods.held_out import draw_held_out_rows, estimate, is_ahead
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.records.steps import PricePoint, Rung, Step
 from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
@@ -34,45 +39,43 @@ PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """Tries up to three repairs, from the smallest change to the largest, and takes one of them.
+    """Climbs: each rung starts where the last one ended, and is kept if held-out samples agree.
 
-    Each repair is called a rung. All rungs aim to break no known passed sample.
+    All rungs aim to break no known passed sample.
 
     - `search` always runs. It localises the weights of the chosen layer that matter for the
       failures. A swarm then searches new values for these weights, starting from the original
       values.
+    - `training` runs if more than one layer may change. It continues the training from the
+      original weights, then polishes (`FineTunePolish`).
     - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer
-      with `Convex`, then searches from the result. If only one layer may change and `Convex` does
-      not suit it, `Linearized` is used.
-    - `training` runs if more than one layer may change. It continues the training, then polishes
-      (`FineTunePolish`).
-    - `polish` replaces `exact` and `training` in an update, where a new model replaces an old one.
-      Small steps from the new model restore all samples that the old model got right (`Polish`). A
-      search then starts from the result.
+      with `Convex`. If only one layer may change and `Convex` does not suit it, `Linearized` is
+      used.
+    - `push` takes small steps from there until the targets that are left are right (`Polish`).
+    - `polish` replaces all rungs but `search` in an update, where a new model replaces an old one.
+      Small steps from the new model restore all samples that the old model got right (`Polish`).
 
-    If the task has no margins, only a `LocalSearch` runs. A rung can be taken if it repairs a
-    target and the gate allows what it breaks. Its net rate is (repaired - broken) / passed on
-    held-out samples, or 0 if none are held out.
+    If the task has no margins, only a `LocalSearch` runs.
 
-    1. With quotas of slices, only the rungs stay that lack the fewest repairs to meet them.
-    2. Rungs with a net rate below 0 are dropped, unless all net rates are below 0.
-    3. Of rungs that repair equally much (by sample weight), only the rung with the highest net rate
-       stays. On a tie in the net rate, only the rung with the smallest change stays.
-    4. The smallest rung left is compared with each larger rung in turn, and the better of the two
-       is kept. A larger rung that repairs more is better unless its net rate is significantly lower
-       (by over two standard errors). A larger rung that repairs less, but at least half as much, is
-       better if its net rate is significantly higher.
+    A rung is kept if it repairs a target, the gate allows what it breaks, and:
+
+    - `training` is better than `search` (`held_out.is_ahead`),
+    - `exact` and `push` repair more than the rung below (or as much, and break less), and of the
+      samples that they do not use they break no more than they repair. `push` then goes on with
+      these samples.
 
     Attributes:
-        swarm: the searcher of the rungs that search. It may be a swarm or any other searcher. None
+        swarm: the searcher of the rung `search`. It may be a swarm or any other searcher. None
             means a `ParticleSwarm` with 60 iterations.
+        caution: as in `FineTunePolish`: 0 repairs most, 1 breaks far fewer unseen samples.
 
     Raises:
-        ConfigurationError: on construction, if `swarm` is no searcher.
+        ConfigurationError: on construction, if `swarm` is no searcher or `caution` is below 0.
     """
 
     trains: ClassVar[bool] = True
     swarm: Searcher | None = None
+    caution: float = 0.0
 
     def __post_init__(self) -> None:
         if self.swarm is None:
@@ -80,56 +83,43 @@ class Auto(Method):
             object.__setattr__(self, "swarm", ParticleSwarm(iterations=60))
         fits = isinstance(self.swarm, Searcher)
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
+        check_caution("Auto.caution", self.caution)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Runs the rungs.
+        """Climbs.
 
         Raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds no weights.
         """
         searcher = SEARCHERS.parse("Auto.swarm", self.swarm)
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(searcher)(problem)
-        results = _Ladder(problem, searcher).run()
-        solutions = [result.solution for result in results]
-        index, why = chosen_rung(results)
-        if index is None:
-            taken, reason, choice = Solution(None), why, ""
-            shown = _last_search(solutions)
-        else:
-            taken, reason, choice = solutions[index], "", why
-            shown = taken
+        climb = _Climb(problem, searcher, self.caution)
+        climb.run()
+        solutions = [result.solution for result in climb.results]
+        search = solutions[0]
+        reason = "" if climb.best else _why_none(climb.results)
         return Solution(
-            taken.proposal,
+            climb.best,
             reason,
             tuple(step for solution in solutions for step in solution.steps),
-            localization=shown.localization,
-            result=shown.result,
-            n_passed=shown.n_passed,
-            held_out=taken.held_out,
-            rungs=tuple(result.record(problem, i == index) for i, result in enumerate(results)),
-            choice=choice,
-            price=price_points(_counted(problem, solutions)),
+            localization=search.localization,
+            result=search.result,
+            n_passed=search.n_passed,
+            held_out=climb.held_out,
+            rungs=tuple(result.record(problem) for result in climb.results),
+            choice=" ".join(result.verdict for result in climb.results) if climb.best else "",
+            price=price_points(_counted(problem, climb.results)),
         )
-
-
-def _last_search(solutions: Sequence[Solution]) -> Solution:
-    for solution in reversed(solutions):
-        if solution.result is not None:
-            return solution
-    return Solution(None)
 
 
 @dataclass(frozen=True)
 class RungResult:
-    """The result of one rung.
-
-    `seconds` includes a second run of the rung, which gives the held-out counts.
-    """
+    """The result of one rung, and whether it is part of the repair."""
 
     name: str
     solution: Solution
     seconds: float
-    note: str = ""
+    is_kept: bool = False
 
     @property
     def usable(self) -> Proposal | None:
@@ -140,15 +130,29 @@ class RungResult:
         return proposal
 
     @property
-    def was_cut(self) -> bool:
-        """True if `max_time` shortened the rung or left no time for it."""
-        steps = self.solution.steps
-        return not steps or any(step.was_cut for step in steps)
+    def verdict(self) -> str:
+        """A sentence: whether the rung is kept, and what it repairs or why it repairs nothing."""
+        if not self.usable or self.solution.reason:
+            reason = self.solution.reason or "it repairs no target within the gate."
+            return f"`{self.name}` is not kept: {reason}"
+        verb = "is kept" if self.is_kept else "is not kept"
+        return f"`{self.name}` {verb}: it {_repairs(self)}."
 
-    def record(self, problem: Problem, taken: bool) -> Rung:
-        proposal, held_out = self.solution.proposal, self.solution.held_out
-        seconds = round(self.seconds, 3)
-        rung = Rung(self.name, 0, 0, 0, 0, seconds, held_out, taken, self.note)
+    def record(self, problem: Problem) -> Rung:
+        solution = self.solution
+        note = solution.steps[-1].note if solution.steps else solution.reason
+        rung = Rung(
+            self.name,
+            repaired_in_target=0,
+            repaired=0,
+            broken=0,
+            weights_changed=0,
+            seconds=round(self.seconds, 3),
+            held_out=solution.held_out,
+            kept=self.is_kept,
+            note=note,
+        )
+        proposal = solution.proposal
         if proposal is None:
             return rung
         counts = problem.target_counts(proposal.after)
@@ -172,200 +176,177 @@ def _n_changed(problem: Problem, proposal: Proposal) -> int:
     return n_changed
 
 
-class _Ladder:
-    """Runs the rungs of `Auto`.
+class _Climb:
+    """Runs the rungs of `Auto`. `best` is where the climb stands; None: at the original weights.
 
-    Under `max_time` all rungs before `training` together get a part of the time.
+    Under `max_time` the search gets a part of the time.
     """
 
-    def __init__(self, problem: Problem, searcher: Searcher) -> None:
+    def __init__(self, problem: Problem, searcher: Searcher, caution: float) -> None:
         self.problem = problem
         self.searcher = searcher
-        self.is_one_layer = _is_one_layer(problem)
-        self.held_out_rows = None if problem.update else draw_held_out_rows(problem)
-        self.trains = not problem.update and not self.is_one_layer
-        self.end = problem.deadline_of_method()  # of the rungs before `training`
-        share = self._time_share_before_training()
-        self.shares_time = self.end.is_set and share < 1
-        self.end = self._within(share)
+        self.caution = caution
+        self.results: list[RungResult] = []
+        self.best: Proposal | None = None
+        self.held_out: TargetCounts | None = None
+        self._held_out_rows = None if problem.update else draw_held_out_rows(problem)
+        self._is_one_layer = _is_one_layer(problem)
 
-    def _time_share_before_training(self) -> float:
-        if not self.trains or not self.end.leaves(least_seconds(self.problem)):
-            return 1.0
-        if self.end.leaves(least_seconds(self.problem, budget.FEW_EPOCHS)):
+    def run(self) -> None:
+        """Runs all rungs. If none is kept, searches once more, on all known samples."""
+        self._climb("search", self._search)
+        if self.problem.update:
+            self._climb("polish", Polish(share=budget.UPDATE_TIME_SHARE))
+        elif not self._is_one_layer:
+            self._climb("training", self._training)
+        if not self.problem.update:
+            if self.problem.whole_network or self._is_one_layer:
+                self._climb("exact", self._exact)
+            self._climb("push", self._push)
+        if self.best is None:
+            self.results = [result for result in self.results if result.name != "search"]
+            self._climb("search", self._search_all)
+            self.results.insert(0, self.results.pop())
+
+    def _climb(self, name: str, solve: Callable[[Problem], Solution | None]) -> None:
+        """Runs a rung, if there is something left to do, and keeps its result if it is better."""
+        result = self.problem.work.once(name, partial(self._timed, name, solve), RungResult)
+        if result is None:
+            return
+        is_kept = result.usable is not None and self._is_better(result)
+        if is_kept:
+            self.best = result.solution.proposal
+            if self.held_out is None or name in ("search", "training"):
+                self.held_out = result.solution.held_out
+            if name == "training":
+                # It starts at the original weights, so nothing is left of a search before it.
+                self.results = [replace(earlier, is_kept=False) for earlier in self.results]
+        self.results.append(replace(result, is_kept=is_kept))
+
+    def _timed(self, name: str, solve: Callable[[Problem], Solution | None]) -> RungResult | None:
+        began = self.problem.clock.elapsed
+        solution = solve(self.problem)
+        if solution is None:
+            return None
+        return RungResult(name, solution, self.problem.clock.elapsed - began)
+
+    def _is_better(self, result: RungResult) -> bool:
+        proposal, counts = result.solution.proposal, result.solution.held_out
+        assert proposal is not None
+        if result.solution.reason:
+            return False
+        if self.best is None:
+            harms = counts is not None and counts.broken > counts.repaired
+            return result.name == "training" or not harms
+        if result.name == "training":
+            return is_ahead(proposal.value, counts, self.best.value, self.held_out)
+        return proposal.rank > self.best.rank
+
+    def _search(self, problem: Problem) -> Solution:
+        """Searches from the original weights, without the held-out samples."""
+        end = problem.deadline_of_method()
+        if end.is_set:
+            end = end.within(self._time_share_of_search(end) * end.agreed_seconds_left())
+        if self._held_out_rows is None:
+            return self._search_until(problem, end)
+        solution = self._search_until(problem.without(self._held_out_rows), end)
+        proposal = solution.proposal
+        if proposal is None or solution.reason:
+            return solution
+        return replace(
+            solution,
+            proposal=problem.counted(proposal.name, proposal.state, proposal.after),
+            held_out=estimate(problem.before, proposal.after, self._held_out_rows),
+        )
+
+    def _search_all(self, problem: Problem) -> Solution:
+        return self._search_until(problem, problem.deadline_of_method())
+
+    def _search_until(self, problem: Problem, end: Deadline) -> Solution:
+        search = partial(warm_started_search, problem, self.searcher, (), end=end)
+        return _safely(problem, search)
+
+    def _time_share_of_search(self, end: Deadline) -> float:
+        problem = self.problem
+        if problem.update or self._is_one_layer or not end.leaves(least_seconds(problem)):
+            return budget.LONE_SEARCH_TIME_SHARE
+        if end.leaves(least_seconds(problem, budget.FEW_EPOCHS)):
             return budget.SEARCH_TIME_SHARE
         return budget.HURRIED_SEARCH_TIME_SHARE
 
-    def _within(self, share: float) -> Deadline:
-        if not self.end.is_set:
-            return self.end
-        return self.end.within(share * self.end.agreed_seconds_left())
+    def _training(self, problem: Problem) -> Solution:
+        return fine_tune_and_polish(
+            problem, self._held_out_rows, budget.TRAINING_TIME_SHARE, self.caution
+        )
 
-    def run(self) -> list[RungResult]:
-        """Runs all rungs.
-
-        If time is left, rungs that `max_time` cut run again, and the better result counts.
-        """
-        rungs: dict[str, Callable[[], Solution | None]] = {"search": self._search}
-        if self.problem.update:
-            rungs["polish"] = self._polish
-        elif self.problem.whole_network or self.is_one_layer:
-            rungs["exact"] = self._exact
-        if self.trains:
-            rungs["training"] = self._training
-        results: dict[str, RungResult] = {}
-        for name, solve in rungs.items():
-            result = self._run_rung(name, solve)
-            if result is not None:
-                results[name] = result
-        if self.shares_time:
-            self.end = self.problem.deadline_of_method()
-            for name, result in list(results.items()):
-                if name != "training" and result.was_cut:
-                    again = self._run_rung(name, rungs[name])
-                    results[name] = _better_result(result, again)
-        return list(results.values())
-
-    def _run_rung(self, name: str, solve: Callable[[], Solution | None]) -> RungResult | None:
-        return self.problem.work.once(name, partial(self._timed, name, solve), RungResult)
-
-    def _timed(self, name: str, solve: Callable[[], Solution | None]) -> RungResult | None:
-        began = self.problem.clock.elapsed
-        solution = solve()
-        if solution is None:
+    def _exact(self, problem: Problem) -> Solution | None:
+        """Repairs the chosen layer by a solver. Returns None if none suits the layer or task."""
+        seconds = budget.EXACT_TIME_SHARE * problem.deadline_of_method().agreed_seconds_left()
+        try:
+            convex = Convex(PATIENCE_OF_PRICES, seconds, budget.MAX_PAIRS)
+            return self._extend("convex", convex, holds_out=True)
+        except ConfigurationError:
+            if not self._is_one_layer:
+                return None
+        try:
+            return self._extend("linearized", Linearized())
+        except ConfigurationError:
             return None
-        note = solution.steps[-1].note if solution.steps else solution.reason
-        return RungResult(name, solution, self.problem.clock.elapsed - began, note)
 
-    def _search(self) -> Solution:
-        def search(problem: Problem) -> Solution:
-            end = self._within(1 / 4)
-            return _safely(
-                problem, partial(warm_started_search, problem, self.searcher, (), end=end)
-            )
+    def _push(self, problem: Problem) -> Solution | None:
+        return self._extend("push", self._push_from)
 
-        solution = search(self.problem)
-        if solution.proposal is None or not solution.proposal.repaired:
-            return solution
-        return self._add_held_out(solution, search)
+    def _push_from(self, problem: Problem, start: Proposal | None = None) -> Solution:
+        """Pushes all targets that fail, from the weights in the model or from `start`."""
+        first = start or problem.original("original")
+        deadline = problem.deadline_of_method(budget.PUSH_TIME_SHARE)
+        visits = budget.PUSH_SHARE * problem.visits
+        proposal, step, _ = polished(problem, first, deadline=deadline, enforce=True, visits=visits)
+        return Solution(proposal if proposal.repaired else None, steps=(step,))
 
-    def _exact(self) -> Solution | None:
-        """Repairs the chosen layer by a solver, then searches.
+    def _extend(
+        self, name: str, solve: Callable[[Problem], Solution], *, holds_out: bool = False
+    ) -> Solution | None:
+        """Repairs what is left from where the climb stands.
 
-        Returns None if no solver suits the layer or task.
+        Unless it holds samples out itself, `solve` runs without some; unless it harms these, small
+        steps go on with them. Returns None if nothing is left.
         """
-        seconds = budget.EXACT_TIME_SHARE * self.end.agreed_seconds_left()
-        methods: list[Method] = [Convex(PATIENCE_OF_PRICES, seconds, budget.MAX_PAIRS)]
-        if self.is_one_layer:
-            methods.append(Linearized())
-        for method in methods:
-            solve = partial(_solve, method=method)
-            try:
-                solution = self._add_held_out(solve(self.problem), solve)
-            except ConfigurationError:
-                continue
-            if solution.proposal is None:
+        problem = self.problem
+        base = self.best or problem.original("original")
+        with problem.starting_at(base) as left:
+            if not left.before.targeted.any():
+                return None
+            rows = None if holds_out else draw_held_out_rows(left)
+            used = left if rows is None else left.without(rows)
+            work = partial(_safely, used, partial(solve, used), name=name)
+            solution = problem.work.once(name, work, Solution)
+            proposal, held_out = solution.proposal, solution.held_out
+            if proposal is not None and rows is not None:
+                held_out = estimate(left.before, proposal.after, rows)
+            if held_out is not None and held_out.broken > held_out.repaired:
+                reason = (
+                    f"it breaks {held_out.broken:,} of the samples that it does not use "
+                    f"and repairs {held_out.repaired:,}."
+                )
+                return Solution(None, reason, solution.steps, held_out=held_out)
+            if proposal is None:
                 return solution
-            # The held-out samples are not counted again after the search.
-            return replace(self._search_from(solution, self.end), held_out=solution.held_out)
-        return None
-
-    def _training(self) -> Solution:
-        return fine_tune_and_polish(self.problem, self.held_out_rows)
-
-    def _polish(self) -> Solution:
-        """Polishes the new model, then searches from the result. No samples are held out."""
-        solution = Polish(share=budget.UPDATE_TIME_SHARE)(self.problem)
-        if solution.proposal is None:
-            return solution
-        return self._search_from(solution, self.problem.deadline_of_method())
-
-    def _search_from(self, start: Solution, end: Deadline) -> Solution:
-        """Searches from the proposal of a solution. The result has the steps of both."""
-        base = start.proposal
-        assert base is not None
-        search = partial(
-            warm_started_search, self.problem, self.searcher, [base], base=base.state, end=end
-        )
-        solution = _safely(self.problem, search, base)
-        return replace(
-            solution,
-            proposal=solution.proposal or base,
-            steps=(*start.steps, *solution.steps),
-        )
-
-    def _add_held_out(self, solution: Solution, solve: Callable[[Problem], Solution]) -> Solution:
-        """Solves again without the held-out samples and counts their flips, unless that is done."""
-        if self.held_out_rows is None or solution.held_out is not None or solution.proposal is None:
-            return solution
-        trial = solve(self.problem.without(self.held_out_rows))
-        # A trial that has no time returns the original weights and a reason. Counts of these would
-        # be no estimate.
-        if trial.proposal is None or trial.reason:
-            return solution
-        counts = estimate(self.problem.before, trial.proposal.after, self.held_out_rows)
-        return replace(solution, held_out=counts)
-
-
-def _better_result(first: RungResult, second: RungResult | None) -> RungResult:
-    """Compares a rung that was cut with a second run."""
-    if second is None:
-        return first
-    if first.usable is None:
-        return first if second.was_cut and second.usable is None else second
-    if second.usable is None or second.usable.rank <= first.usable.rank:
-        return first
-    return second
-
-
-def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """Chooses a rung by the rules of `Auto`.
-
-    Returns its index, or None if no rung can be taken, and the reason.
-    """
-    usable: dict[int, Proposal] = {}
-    for i, result in enumerate(results):
-        if result.usable is not None:
-            usable[i] = result.usable
-    if not usable:
-        return None, _why_none(results)
-    fewest = min(proposal.missing for proposal in usable.values())
-    counts = {
-        i: results[i].solution.held_out
-        for i, proposal in usable.items()
-        if proposal.missing == fewest
-    }
-    harmless = [i for i in counts if net_rate(counts[i]) >= 0] or list(counts)
-    best_of_value: dict[float, int] = {}  # the rung with the highest net rate, by value of repairs
-    for i in harmless:
-        rival = best_of_value.setdefault(usable[i].value, i)
-        if net_rate(counts[i]) > net_rate(counts[rival]):
-            best_of_value[usable[i].value] = i
-    best, *larger = sorted(best_of_value.values())
-    for i in larger:
-        if is_ahead(usable[i].value, counts[i], usable[best].value, counts[best]):
-            best = i
-    return best, _choice(results, best)
+            steps = solution.steps
+            if rows is not None:
+                joined = self._push_from(left, proposal)
+                proposal = joined.proposal
+                steps = (*steps, *joined.steps)
+        if proposal is None:
+            return replace(solution, proposal=None, steps=steps, held_out=held_out)
+        new = problem.counted(proposal.name, {**base.state, **proposal.state}, proposal.after)
+        return replace(solution, proposal=new, steps=steps, held_out=held_out, tried=())
 
 
 def _why_none(results: Sequence[RungResult]) -> str:
     reasons = [result.solution.reason for result in results if result.solution.reason]
     sentences = dict.fromkeys(f"{reason[0].upper()}{reason[1:]}" for reason in reasons)
     return " ".join(sentences) or "no rung repairs a target within the gate."
-
-
-def _choice(results: Sequence[RungResult], best: int) -> str:
-    taken = results[best]
-    text = f"`{taken.name}` is taken: it {_repairs(taken)}."
-    for i, result in enumerate(results):
-        if i == best:
-            continue
-        if result.usable:
-            text += f" `{result.name}` {_repairs(result)}."
-        else:
-            reason = result.solution.reason or "it repairs no target within the gate."
-            text += f" `{result.name}` has no result: {reason}"
-    return text
 
 
 def _repairs(result: RungResult) -> str:
@@ -385,13 +366,16 @@ def _repairs(result: RungResult) -> str:
 Counted = tuple[TargetCounts, TargetCounts | None]
 
 
-def _counted(problem: Problem, solutions: Iterable[Solution]) -> Iterator[Counted]:
-    for solution in solutions:
+def _counted(problem: Problem, results: Iterable[RungResult]) -> Iterator[Counted]:
+    for result in results:
+        solution = result.solution
+        # The held-out counts of the other rungs are from where these start.
+        held_out = solution.held_out if result.name in ("search", "training") else None
         for proposal in (solution.proposal, *solution.alternatives):
             if proposal is not None:
-                yield problem.target_counts(proposal.after), solution.held_out
+                yield problem.target_counts(proposal.after), held_out
         for counts in solution.tried:
-            yield counts, solution.held_out
+            yield counts, held_out
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
@@ -429,12 +413,6 @@ def _is_one_layer(problem: Problem) -> bool:
     prefix = f"{site.name}." if site.name else ""
     names = {f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)}
     return set(problem.scope) <= names
-
-
-def _solve(problem: Problem, method: Method) -> Solution:
-    name = type(method).__name__.lower()
-    work = partial(_safely, problem, partial(method, problem), name=name)
-    return problem.work.once(name, work, Solution)
 
 
 def _safely(

@@ -35,7 +35,11 @@ TIME_SHARE_OF_PARTS = 0.7  # to repair the parts; the search of the coefficients
 SEARCH_TIME_SHARE = 0.1
 HURRIED_SEARCH_TIME_SHARE = 0.5  # if there is time for fewer than `FEW_EPOCHS` of training
 FEW_EPOCHS = 8  # of a training with fewer epochs, a tenth of the time is too short for a search
-EXACT_TIME_SHARE = 0.8  # of the time that the first search leaves
+LONE_SEARCH_TIME_SHARE = 1 / 4  # if no training follows
+TRAINING_TIME_SHARE = 0.7  # of the time left, with its polish; `exact` and `push` get the rest
+EXACT_TIME_SHARE = 0.5  # of the time left
+PUSH_TIME_SHARE = 0.5  # of the time left, without the held-out samples
+PUSH_SHARE = 0.5  # of the visits of the training, for each polish of a push
 MAX_PAIRS = 1_500  # `Convex.max_pairs` in the default
 
 # Samples of a search
@@ -53,6 +57,16 @@ TIMED_BATCHES = 10
 PACE_TIME_SHARE = 0.1  # at most, to measure the pace
 RESERVED_TIME_SHARE = 0.1  # reserve for a slower pace than measured
 PACE_STEPS = 4  # steps of `distill` that are timed, after a first step that is not
+
+# Rounds of a training (`TrainingRounds`)
+ROUND_SHARE = 3 / 8  # of the epochs of the original training
+LAST_ROUND_SHARE = 3 / 4
+FEWEST_ROUNDS = 2  # before the last round, unless held-out samples lose
+MOST_ROUNDS = 6  # before the last round: the training makes at most three times its epochs
+EASY_SHARE = 4 / 5  # of the passed samples are easy
+EASY_VISITS = 1 / 2
+BROKEN_VISITS = 3.0
+DOUBTED_VISITS = 1 / 5
 
 # Polish
 POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits

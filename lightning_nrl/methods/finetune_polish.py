@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 import lightning_nrl.methods.budget as budget
-from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
-from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem, Trained
@@ -28,13 +27,7 @@ from lightning_nrl.records.steps import Step
 # Learning rate of AdamW with the user's `training_step`, which is tried if the user's optimizers
 # repair too little.
 OWN_RATE = 1e-3
-HEALTHY_REPAIRS = 1 / 5  # of the targets; a training that repairs fewer halfway may be stopped
-# In the second half of a training, the passed samples with the lowest losses are visited half as
-# often.
-EASY_SHARE, EASY_VISITS = 4 / 5, 1 / 2
-# Failures outside the target may have wrong labels. The second half visits these less, unless
-# held-out samples gain clearly.
-DOUBTED_VISITS = 1 / 5
+HEALTHY_REPAIRS = 1 / 5  # of the targets; a training whose first round repairs fewer may be stopped
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ DISTILLED = Recipe("distilled steps", distilled=True)
 
 @dataclass(frozen=True)
 class FineTuned:
-    """Weights after a training. `is_done` is False if poor results stopped the training halfway.
+    """Weights after a training. `is_done` is False if poor results stopped it after one round.
 
     `held_out` counts the flips of held-out samples, under the last weights that were trained
     without these samples.
@@ -81,46 +74,62 @@ class FineTunePolish(Method):
     """Continues training on the failures, then polishes until no known passed sample is broken.
 
     If the whole network may change and its training is known, this training continues from the
-    original weights, with the known failures added to its data. If it repairs too little by
-    halfway, AdamW replaces the module's optimizers. If that repairs too little, or only some layers
-    may change, AdamW trains what may change on the task's loss and holds passed samples to the
-    original model's outputs (`solvers/distill.py`). In the second half of a training, passed
-    samples with low losses are visited less. A polish (`solvers/polish.py`) restores known samples
-    that broke.
+    original weights in rounds (`TrainingRounds`), with the known failures added to its data. If the
+    first round repairs too little, AdamW replaces the module's optimizers. If that repairs too
+    little, or only some layers may change, AdamW trains what may change on the task's loss and
+    holds passed samples to the original model's outputs (`solvers/distill.py`). A polish
+    (`solvers/polish.py`) restores known samples that broke.
 
     Attributes:
         share: share of the time left that the training and the polish may use together.
+        caution: weight, from 0, of a loss term in the last round that holds what the model gets
+            right near its outputs. More caution breaks fewer unseen samples and repairs fewer.
+            Distilled steps hold these outputs anyway.
 
     Raises:
-        ConfigurationError: on construction, unless the share is above 0 and at most 1.
+        ConfigurationError: on construction, unless the share is above 0 and at most 1, and the
+            caution at least 0.
     """
 
     trains: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
     share: float = 1.0
+    caution: float = 0.0
 
     def __post_init__(self) -> None:
         hint = "give a number above 0 and at most 1."
         check_real("FineTunePolish.share", self.share, "share", hint, above=0, most=1)
+        check_caution("FineTunePolish.caution", self.caution)
 
     def __call__(self, problem: Problem) -> Solution:
         """Trains and polishes; raises a `ConfigurationError` if the task has no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
-        return fine_tune_and_polish(problem, share=self.share)
+        return fine_tune_and_polish(problem, share=self.share, caution=self.caution)
+
+
+def check_caution(argument: str, caution: float) -> None:
+    """Raises a `ConfigurationError` unless the caution is a number from 0."""
+    check_real(
+        argument, caution, "number", "give 0 to repair most, or up to 1 to break less.", least=0
+    )
 
 
 def fine_tune_and_polish(
-    problem: Problem, held_out_rows: Tensor | None = None, share: float = 1.0
+    problem: Problem,
+    held_out_rows: Tensor | None = None,
+    share: float = 1.0,
+    caution: float = 0.0,
 ) -> Solution:
     """Trains and polishes in at most `share` of the time left.
 
-    The first half of the training does not use the samples in `held_out_rows`, `N` bool. If it
-    breaks more of these samples than it repairs, the second half does not use them either.
-    `Solution.held_out` counts the flips of these samples under the last weights that were trained
-    without them.
+    Only the last round of the training uses the samples in `held_out_rows`, `N` bool, and only if
+    the rounds before it repair more of them than they break. `Solution.held_out` counts the flips
+    of these samples under the last weights that were trained without them.
     """
     deadline = problem.deadline_of_method(share)
-    tuned, steps = _fine_tune(problem, held_out_rows, _deadline_of_training(problem, deadline))
+    tuned, steps = _fine_tune(
+        problem, held_out_rows, _deadline_of_training(problem, deadline), caution
+    )
     if tuned is None:
         needed = least_seconds(problem) + budget.JUDGING_PASSES * problem.clock.one_pass
         seconds = problem.clock.elapsed + needed / share
@@ -154,18 +163,18 @@ def _deadline_of_training(problem: Problem, deadline: Deadline) -> Deadline:
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
-    """Estimates the seconds to train `epochs`, evaluate halfway and end a polish."""
+    """Estimates the seconds to train `epochs`, evaluate the result and end a polish."""
     passes = epochs * budget.FORWARD_BACKWARD + 1 + budget.RESERVED_PASSES
     return budget.STARTING_SECONDS + passes * problem.clock.one_pass
 
 
 def _fine_tune(
-    problem: Problem, held_out_rows: Tensor | None, deadline: Deadline
+    problem: Problem, held_out_rows: Tensor | None, deadline: Deadline, caution: float
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
-    """Tries each recipe until one does well halfway; the last one always trains to the end.
+    """Tries each recipe until one does well in its first round; the last one trains to the end.
 
     Returns the weights, and a step of the report per training. If time runs out before a training
-    ends, the weights are those with the most repairs halfway, or None if no training came that far.
+    ends, the weights are those with the most repairs, or None if no training came that far.
     """
     recipes: tuple[Recipe, ...] = (DISTILLED,)
     if problem.whole_network and problem.training is not None:
@@ -173,8 +182,8 @@ def _fine_tune(
     trainings: list[FineTuned] = []
     for recipe in recipes:
         with problem.clock.stage("fit"):
-            halfway = Halfway(problem, held_out_rows, is_last=recipe is recipes[-1])
-            work = partial(_fine_tune_by, problem, held_out_rows, recipe, halfway, deadline)
+            rounds = TrainingRounds(problem, held_out_rows, recipe, deadline, caution)
+            work = partial(rounds.run, is_last=recipe is recipes[-1])
             tuned = problem.work.once("fit", work, FineTuned)
         if tuned is not None:
             trainings.append(tuned)
@@ -184,101 +193,171 @@ def _fine_tune(
     return best, tuple(tuned.step for tuned in trainings)
 
 
-def _fine_tune_by(
-    problem: Problem,
-    held_out_rows: Tensor | None,
-    recipe: Recipe,
-    halfway: Halfway,
-    deadline: Deadline,
-) -> FineTuned | None:
-    began = problem.clock.elapsed
-    trained = _train(problem, recipe, halfway, deadline)
-    if trained is not None:
-        proposal = problem.propose("fit", trained.state)
-        counts = halfway.held_out
-        if halfway.stays_held_out and held_out_rows is not None:
-            counts = estimate(problem.before, proposal.after, held_out_rows)
-        seconds = problem.clock.elapsed - began
-        note = f"{recipe.name}, {trained.note}{halfway.note}"
-        step = proposal.step(seconds, note, was_cut=trained.was_cut)
-        return FineTuned(proposal, step, counts, is_done=True)
-    if halfway.proposal is None:
-        return None
-    step = halfway.proposal.step(problem.clock.elapsed - began, f"{recipe.name}, ended halfway")
-    return FineTuned(halfway.proposal, replace(step, name="trial"), halfway.held_out, is_done=False)
+class TrainingRounds:
+    """Trains by one recipe in rounds, each from the weights of the round before.
 
+    All rounds but the last leave the held-out samples out. After each round these samples, r of
+    them repaired and b broken since the start, decide how the training goes on. Its gain is r - b
+    in standard errors.
 
-def _train(
-    problem: Problem, recipe: Recipe, halfway: Halfway, deadline: Deadline
-) -> Trained | None:
-    if not deadline.leaves(problem.clock.one_pass):
-        return None
-    if recipe.distilled:
-        return distill(problem, deadline=deadline, weight=halfway.first_weight, renew=halfway)
-    assert problem.training is not None
-    return problem.training(
-        seconds=deadline.agreed_seconds_left() - problem.clock.one_pass,
-        seed=problem.seed,
-        clock=problem.clock,
-        weight=halfway.first_weight,
-        epochs=problem.epochs,
-        rate=recipe.rate,
-        renew=halfway,
-    )
+    | decision | rule |
+    |---|---|
+    | first rounds | `FEWEST_ROUNDS` unless the gain is below -2; more while each gains over 1 |
+    | held-out samples | used in the last round, unless the gain is below 0 |
+    | other failures | `DOUBTED_VISITS` unless the gain is above 1; none if it is below 0 |
+    | easy samples | `EASY_VISITS` after the first round |
+    | broken samples | `BROKEN_VISITS` after the first round |
 
-
-class Halfway:
-    """Checks the weights halfway through a training, which calls it as `renew` (see `Training`).
-
-    A call returns new sampling weights, `N`. It returns None, to stop, if results are poor and
-    `is_last` is False.
+    Other failures are no targets, and may have wrong labels. Easy samples are the passed ones with
+    the lowest losses. Without held-out samples there are `FEWEST_ROUNDS` before the last.
     """
 
-    def __init__(self, problem: Problem, held_out_rows: Tensor | None, *, is_last: bool) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        held_out_rows: Tensor | None,
+        recipe: Recipe,
+        deadline: Deadline,
+        caution: float,
+    ) -> None:
         self.problem = problem
+        self.caution = caution
+        self.recipe = recipe
+        self.deadline = deadline
+        self.began = problem.clock.elapsed
         self._held_out_rows = held_out_rows
-        self._is_last = is_last
-        self.stays_held_out = True  # stays True if the training ends before it is halfway
-        self.held_out: TargetCounts | None = None
-        self.note = ""  # for the report: the held-out counts halfway
-        self.proposal: Proposal | None = None
-        used = problem.used
+        self._used = problem.used
         if held_out_rows is not None:
-            used = problem.without(held_out_rows).used
-        self.first_weight = sample_weight(problem.before).where(used, 0.0)
+            self._used = problem.without(held_out_rows).used
+        self._proposal = problem.original("fit")
+        self._rounds: list[Trained] = []
+        self.held_out: TargetCounts | None = None
+        self._gain = 0.0  # in total
+        self._gain_of_round = 0.0
 
-    def __call__(self, state: State) -> Tensor | None:
-        before = self.problem.before
-        self.proposal = self.problem.propose("fit", state)
-        after = self.proposal.after
-        gain = 0.0
-        if self._held_out_rows is not None:
-            counts = self.held_out = estimate(before, after, self._held_out_rows)
-            gain = net_repairs_in_standard_errors(counts)
-        if not (self._is_last or self._does_well(self.proposal, gain)):
-            return None
-        self.stays_held_out = gain < 0
-        weight = sample_weight(before)
-        weight[_easy_samples(before, after)] *= EASY_VISITS
-        if self.held_out is not None:
-            flips = f"{self.held_out.repaired:,} repaired, {self.held_out.broken:,} broken"
-            self.note = f"; held-out samples halfway: {flips}"
-            if gain <= 1:
-                other_failures = ~before.passed & ~before.targeted
-                weight[other_failures] *= 0.0 if self.stays_held_out else DOUBTED_VISITS
-        used = self.first_weight > 0 if self.stays_held_out else self.problem.used
-        return weight.where(used, 0.0)
+    def run(self, *, is_last: bool) -> FineTuned | None:
+        """Makes all rounds; stops after a poor first one unless this is the last recipe to try.
 
-    def _does_well(self, proposal: Proposal, gain: float) -> bool:
+        Returns None if the training is impossible or no time is left.
+        """
+        while self._has_time_for_two() and self._round(self._used, is_last=False):
+            self._count()
+            if len(self._rounds) == 1 and not (is_last or self._does_well()):
+                return self._result(is_done=False)
+            if not self._goes_on():
+                break
+        used = self._used if self._gain < 0 else self.problem.used
+        is_done = self._round(used, is_last=True)
+        if self._gain < 0:
+            self._count()
+        return self._result(is_done=is_done) if self._rounds else None
+
+    def _has_time_for_two(self) -> bool:
+        """True if an epoch and its counts fit twice, as the last round needs one too."""
+        return self.deadline.leaves(2 * (budget.FORWARD_BACKWARD + 1) * self.problem.clock.one_pass)
+
+    def _round(self, used: Tensor, *, is_last: bool) -> bool:
+        """Trains for one round on the samples marked in `used`; False if it cannot."""
+        problem, deadline = self.problem, self.deadline
+        if not deadline.leaves(problem.clock.one_pass):
+            return False
+        if not is_last and deadline.is_set:
+            deadline = deadline.within(deadline.agreed_seconds_left() / 2)
+        train = partial(self._train, self._weight().where(used, 0.0), deadline, is_last)
+        trained = problem.work.once("round", train, Trained)
+        if trained is None:
+            return False
+        self._rounds.append(trained)
+        self._previous = self._proposal.after
+        self._proposal = problem.propose("fit", trained.state)
+        return True
+
+    def _train(self, weight: Tensor, deadline: Deadline, is_last: bool) -> Trained | None:
+        problem = self.problem
+        share = budget.LAST_ROUND_SHARE if is_last else budget.ROUND_SHARE
+        epochs = max(1, round(share * problem.epochs))
+        start = self._rounds[-1].state if self._rounds else {}
+        if self.recipe.distilled:
+            return distill(
+                problem,
+                start=start,
+                epochs=epochs,
+                deadline=deadline,
+                weight=weight,
+            )
+        assert problem.training is not None
+        return problem.training(
+            seconds=deadline.agreed_seconds_left() - problem.clock.one_pass,
+            seed=problem.seed + len(self._rounds),
+            clock=problem.clock,
+            start=start,
+            weight=weight,
+            epochs=epochs,
+            rate=self.recipe.rate,
+            holding=self.caution if is_last else 0.0,
+        )
+
+    def _count(self) -> None:
+        """Counts the held-out samples under the present weights."""
+        rows = self._held_out_rows
+        if rows is None:
+            return
+        after = self._proposal.after
+        self.held_out = estimate(self.problem.before, after, rows)
+        self._gain = net_repairs_in_standard_errors(self.held_out)
+        of_round = Flips.between(self._previous, after).counts(rows)
+        self._gain_of_round = net_repairs_in_standard_errors(of_round)
+
+    def _does_well(self) -> bool:
         """True if many targets are repaired, or held-out repairs exceed what may be chance."""
-        n_used = int((self.problem.before.targeted & (self.first_weight > 0)).sum())
-        return gain > 1 or proposal.repaired >= HEALTHY_REPAIRS * n_used
+        n_used = int((self.problem.before.targeted & self._used).sum())
+        return self._gain > 1 or self._proposal.repaired >= HEALTHY_REPAIRS * n_used
+
+    def _goes_on(self) -> bool:
+        """True if another round before the last one may pay."""
+        n_rounds = len(self._rounds)
+        if self._rounds[-1].was_cut or n_rounds >= budget.MOST_ROUNDS:
+            return False
+        if n_rounds < budget.FEWEST_ROUNDS:
+            return self._gain >= -CHANCE_STANDARD_ERRORS
+        return self._gain > 1 and self._gain_of_round > 1
+
+    def _weight(self) -> Tensor:
+        """Returns the sampling weights of all known samples, `N`, for the next round."""
+        before, after = self.problem.before, self._proposal.after
+        weight = sample_weight(before)
+        if not self._rounds:
+            return weight
+        weight[_easy_samples(before, after)] *= budget.EASY_VISITS
+        weight[before.passed & ~after.passed] *= budget.BROKEN_VISITS
+        if self.held_out is not None and self._gain <= 1:
+            other_failures = ~before.passed & ~before.targeted
+            weight[other_failures] *= 0.0 if self._gain < 0 else budget.DOUBTED_VISITS
+        return weight
+
+    def _result(self, *, is_done: bool) -> FineTuned:
+        trained = Trained(
+            self._proposal.state,
+            sum(trained.epochs for trained in self._rounds),
+            sum(trained.planned for trained in self._rounds),
+        )
+        note = f"{self.recipe.name}, {trained.note}"
+        if len(self._rounds) > 1:
+            note += f" in {len(self._rounds)} rounds"
+        if self.held_out is not None:
+            counts = self.held_out
+            note += f"; held-out samples: {counts.repaired:,} repaired, {counts.broken:,} broken"
+        seconds = self.problem.clock.elapsed - self.began
+        step = self._proposal.step(seconds, note, was_cut=trained.was_cut)
+        if not is_done:
+            step = replace(step, name="trial")
+        return FineTuned(self._proposal, step, self.held_out, is_done)
 
 
 def _easy_samples(before: SampleResults, after: SampleResults) -> Tensor:
     """Returns the rows of the passed samples with the lowest finite losses."""
     loss = after.loss.double().where(before.passed & after.passed, torch.inf)
-    rows = loss.argsort(stable=True)[: int(EASY_SHARE * int(before.passed.sum()))]
+    rows = loss.argsort(stable=True)[: int(budget.EASY_SHARE * int(before.passed.sum()))]
     return rows[loss[rows].isfinite()]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State, device_of
+from lightning_nrl._utils.state import State, device_of, temporary_weights
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import Identified, is_among
@@ -57,11 +58,6 @@ class Trained:
         return text
 
 
-# Takes the present weights; returns new sampling weights of the known samples, `N`, or None to stop
-# the training.
-Renew = Callable[[State], Tensor | None]
-
-
 class Training(ABC):
     """Continues training a model with the known failures added to its data.
 
@@ -92,9 +88,9 @@ class Training(ABC):
         weight: Tensor | None = None,
         epochs: int | None = None,
         rate: float | None = None,
-        renew: Renew | None = None,
+        holding: float = 0.0,
     ) -> Trained | None:
-        """Trains a copy of the model. Returns None if time is short or `renew` stops the training.
+        """Trains a copy of the model. Returns None if time is short.
 
         Args:
             seconds: time limit, which may be infinite.
@@ -107,7 +103,8 @@ class Training(ABC):
                 training.
             rate: learning rate of an AdamW that replaces the module's optimizers and schedules;
                 None keeps these.
-            renew: is called halfway with the present weights.
+            holding: weight of a loss term that holds the samples that the model gets right near
+                its outputs (`FocalDistillation`); 0 means no term.
         """
 
 
@@ -265,6 +262,28 @@ class Problem:
             held_out_rows=held_out,
             unmasked=self.unmasked or before,
         )
+
+    @contextmanager
+    def starting_at(self, start: Proposal) -> Iterator[Problem]:
+        """Puts the weights of a proposal into the model for a block; yields what is left to do.
+
+        In it, what is right with these weights must stay right, and the targets are those that
+        still fail. It has no quotas.
+        """
+        after = start.after
+        passed = after.right
+        before = replace(
+            self.before,
+            prediction=after.prediction,
+            loss=after.loss,
+            margin=after.margin,
+            passed=passed,
+            targeted=self.before.targeted & ~passed,
+        )
+        with temporary_weights(self.model, start.state):
+            yield replace(
+                self, before=before, passed=self.passed & passed, needed={}, gate=Instance()
+            )
 
     @property
     def came_with_failures(self) -> Tensor:

@@ -213,7 +213,7 @@ class RepairRecord(Record):
         search: the course of the search. None if there was no search.
         steps: steps of the method, in order.
         rungs: changes that the default method tried, from the smallest to the largest.
-        choice: why one of the rungs was taken, in a sentence. Empty if there was no choice.
+        choice: for each rung, why it is kept or not. Empty if none is kept.
         price: best results by the share of known samples that may break.
         strength: counts of the patch by strength, from the original weights (0) to the patch (1)
             and beyond.
@@ -328,7 +328,7 @@ class RepairRecord(Record):
     def n_estimates(self) -> int:
         """Number of results among which held-out samples chose.
 
-        A taken `exact` rung counts once per alternative.
+        A kept `exact` rung counts once per alternative.
         """
         n = 0
         n_alternatives = [step.kind for step in self.steps].count("alternative")
@@ -336,7 +336,7 @@ class RepairRecord(Record):
             if rung.held_out is None:
                 continue
             n += 1
-            if rung.taken and rung.name == "exact":
+            if rung.kept and rung.name == "exact":
                 n += max(0, n_alternatives - 1)
         return n
 
@@ -347,7 +347,7 @@ class RepairRecord(Record):
         None if it used all or no weights changed.
         """
         for rung in self.rungs:
-            if rung.taken and self.status == "repaired":
+            if rung.kept and self.status == "repaired":
                 return rung.held_out
         return None
 

@@ -31,12 +31,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung of the default method, which tries up to three changes (the ladder).
+    """One rung of the default method, which climbs from one rung to the next.
 
     `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, `training`
-    for further training, or `polish` in an update. `held_out` counts known samples that the rung
-    did not use. It is None if the rung used all known samples. The other counts are of all known
-    samples. The rung that is `taken` becomes the repair.
+    for further training, `push` for small steps until the targets that are left are right, or
+    `polish` in an update. `held_out` counts known samples that the rung did not use, from where it
+    starts. It is None if the rung used all known samples. The other counts are of all known
+    samples, from the weights before the repair. The repair is the result of the last rung that is
+    `kept`.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Rung:
     weights_changed: int
     seconds: float
     held_out: TargetCounts | None = None
-    taken: bool = False
+    kept: bool = False
     note: str = ""
 
 

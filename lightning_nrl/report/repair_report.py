@@ -134,7 +134,7 @@ def _tables(report: RepairRecord) -> Iterator[Block]:
 
 
 def _ladder(report: RepairRecord) -> Iterator[Block]:
-    yield Heading("The ladder, from the least change to the most")
+    yield Heading("The climb, each rung from where the last one stands")
     yield rungs_table(report.rungs)
     if report.choice:
         yield Text(sentence(report.choice))

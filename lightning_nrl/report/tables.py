@@ -170,10 +170,10 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
-    """Tabulates the rungs of the default method, one per column, and marks the taken rung."""
+    """Tabulates the rungs of the default method, one per column, and says which are kept."""
     columns, cells = [], []
     for rung in rungs:
-        columns.append((rung.name, "taken" if rung.taken else ""))
+        columns.append((rung.name, "kept" if rung.kept else "not kept"))
         cells.append(_rung_cells(rung))
     rows = []
     for label in cells[0]:

@@ -42,7 +42,7 @@ class Verdict:
             repaired against broken samples at 5 %. It is also `worse` if one unseen split is worse.
             Updates compare with the replaced model.
         source: data of the evidence: `unseen` data or, without these, `held-out` samples (known
-            samples that the taken rung did not use). `none` if there are neither.
+            samples that the kept rung did not use). `none` if there are neither.
         repaired: number of repaired samples in these data. `broken` and `n` count broken and all
             samples. If one unseen split alone makes the evidence `worse`, the three numbers are of
             this split.

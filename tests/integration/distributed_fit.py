@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,7 +103,7 @@ class Continued(Method):
     """
 
     folder: Path | None = None
-    renews: bool = False
+    holding: float = 0.0
     trains: ClassVar[bool] = True
 
     def __call__(self, problem: Problem) -> Solution:
@@ -114,17 +113,14 @@ class Continued(Method):
                 seconds=problem.clock.left,
                 seed=problem.seed,
                 clock=problem.clock,
-                renew=partial(self.weights, problem) if self.renews else None,
+                weight=torch.where(problem.before.passed, 1.0, 3.0) if self.holding else None,
+                holding=self.holding,
             )
         if trained is None:
             return Solution(None, "no time.")
         if self.folder is not None:
             torch.save(dict(trained.state), self.folder / f"trained{problem.collective.rank}.pt")
         return Solution(problem.propose("fit", trained.state))
-
-    def weights(self, problem: Problem, state: Mapping[str, Tensor]) -> Tensor:
-        """What is wrong halfway is visited three times as often."""
-        return torch.where(problem.evaluate(state).passed, 1.0, 3.0)
 
 
 class Later(Classifier):
@@ -141,7 +137,7 @@ def fit_continued(folder: Path, strategy: Any = "auto", devices: int = 1) -> Non
     """Repairs by training three more epochs, each of one batch of all samples."""
     folder.mkdir(exist_ok=True)
     callback = RegressionFreeRepair(
-        method=Continued(folder, renews=True), gate="accuracy", dirpath=folder, verbose=False
+        method=Continued(folder, holding=0.5), gate="accuracy", dirpath=folder, verbose=False
     )
     trainer, data, model = (
         trainer_on(folder, strategy, devices, callback, Leave(callback)),

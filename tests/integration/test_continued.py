@@ -130,5 +130,5 @@ def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path: Path
         quiet_trainer(tmp_path, callback).fit(model, datamodule=data)
     report = callback.report
     assert report.status == "repaired"
-    assert [rung.name for rung in report.rungs] == ["search", "exact", "training"]
+    assert [rung.name for rung in report.rungs] == ["search", "training", "exact", "push"]
     assert report.splits[1].repaired > 0 == report.splits[1].broken

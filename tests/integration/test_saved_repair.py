@@ -34,7 +34,7 @@ class Mortal(Classifier):
 
     def forward(self, images: Tensor) -> Tensor:
         Mortal.passes_since += 1
-        # Known data have 17 batches: halfway, all of them are evaluated once.
+        # Known data have 17 batches: after a round, all of them are evaluated once.
         if Mortal.dies and Mortal.steps and Mortal.passes_since > 25:
             raise Death
         return super().forward(images)

@@ -29,6 +29,7 @@ from toy_problems import (
     jittered,
     left_alone,
     make_problem,
+    memorised,
     normed,
     on_a_line,
     retrained,
@@ -127,34 +128,23 @@ def test_the_schedule_ends_with_the_time(seconds: float) -> None:
     assert rates[-1] < 1e-4 or seconds == 8
 
 
-def test_halfway_it_is_asked_which_samples_to_train_on_from_there() -> None:
-    sizes, last = list[int](), [0]
-    problem, asked = make_problem(trained(), known(n=40)), list[State]()
+def test_steps_start_at_given_weights_on_the_samples_that_have_weight() -> None:
+    n_rows, problem = list[int](), make_problem(trained(), known(n=40))
+    start = retrained(problem.model)
 
     def add_rows(model: nn.Module, inputs: Any, output: Tensor) -> None:
         if torch.is_grad_enabled():
-            last[0] += len(output)
-
-    def end_step(rate: float) -> None:
-        sizes.append(last[0])
-        last[0] = 0
+            n_rows.append(len(output))
 
     problem.model.register_forward_hook(add_rows)
-    first = (torch.arange(60) >= 10).float()
-
-    def renew(state: State) -> Tensor:
-        asked.append(state)
-        return torch.ones(60)
-
-    with watched_steps(end_step):
-        result = distill(problem, weight=first, renew=renew)
-    assert result is not None
-    # The half of 360 visits is over after the fourth epoch of 50; then all 60 are trained on.
-    assert sizes == [50] * 4 + [60] * 3
-    assert len(asked) == 1
-    assert result.note == "6.333 epochs"  # 380 visits of 60 samples
-    assert not same(asked[0], result.state)
-    assert distill(problem, weight=first, renew=lambda state: None) is None
+    weight = (torch.arange(60) >= 10).float()
+    result = distill(problem, start=start, weight=weight, epochs=2)
+    # 120 visits are over after three epochs of 50.
+    assert sum(n_rows) == 150
+    assert result.note == "2.5 epochs"
+    for name, value in result.state.items():
+        torch.testing.assert_close(value, start[name], rtol=0, atol=0.01)
+    assert not same(result.state, distill(problem, weight=weight, epochs=2).state)
 
 
 def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
@@ -367,37 +357,25 @@ def test_it_stops_at_twice_the_visits_of_the_training() -> None:
     assert result.repaired == 1
 
 
-def crowded(n_copies: int = 0) -> Problem:
-    """A network that has learned 400 points by heart, 60 of them wrongly.
-
-    Some of these are copies of passed points and cannot be right too.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 16, generator=generator)
-    y = torch.randint(0, 3, (400,), generator=generator)
-    learned = torch.cat([(y[:60] + 1) % 3, y[60:]])
-    copied = slice(60, 60 + n_copies)
-    x[:n_copies] = x[copied]
-    y[copied] = learned[copied] = learned[:n_copies]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(150):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), learned).backward()
-        optimizer.step()
-    return make_problem(model, [TensorSource(x, y, "all", passed=True, failed=True)])
-
-
-def test_many_targets_that_are_out_of_reach_are_repaired_all() -> None:
-    problem = crowded()
+@pytest.mark.parametrize("visits", [None, 100_000.0])
+def test_many_targets_that_are_out_of_reach_are_repaired_all(visits: float | None) -> None:
+    problem = memorised(400, 16, 256, n_wrong=60)
     assert int(problem.before.targeted.sum()) == 60
-    result = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
-    assert result.repaired == 60
+    result = polish(problem, {}, after=problem.before, enforce=True, visits=visits)
+    assert checked(problem, result).repaired == 60
 
 
 def test_targets_that_contradict_what_passes_are_let_go() -> None:
-    problem = crowded(5)
-    result = checked(problem, polish(problem, {}, after=problem.before, enforce=True))
-    assert 50 <= result.repaired <= 55
+    problem = memorised(400, 16, 256, n_wrong=60, n_copies=5)
+    result = polish(problem, {}, after=problem.before, enforce=True)
+    assert 50 <= checked(problem, result).repaired <= 55
+
+
+def test_with_few_visits_targets_take_turns_and_what_is_repaired_stays() -> None:
+    problem = memorised(400, 16, 256, n_wrong=60, n_copies=5)
+    repaired = []
+    for visits in (100.0, 3000.0, 10_000.0):
+        result = polish(problem, {}, after=problem.before, enforce=True, visits=visits)
+        repaired.append(checked(problem, result).repaired)
+    assert repaired == sorted(repaired)
+    assert repaired[0] < repaired[-1]

@@ -18,6 +18,7 @@ from toy_problems import (
     StageTimer,
     State,
     barely,
+    between,
     broken,
     checked,
     left_alone,
@@ -40,41 +41,52 @@ from lightning_nrl import (
     TensorSource,
     repair_module,
 )
-from lightning_nrl.methods import METHODS, FineTunePolish, Linearized, Polish, Problem, Solution
+from lightning_nrl.methods import (
+    METHODS,
+    Auto,
+    FineTunePolish,
+    Linearized,
+    Polish,
+    Problem,
+    Solution,
+)
 from lightning_nrl.methods.finetune_polish import fine_tune_and_polish
+from lightning_nrl.methods.held_out import draw_held_out_rows
 from lightning_nrl.published import Apricot
 
 
-def test_training_goes_on_and_is_polished() -> None:
+def test_training_goes_on_in_rounds_and_is_polished() -> None:
     model = trained(normed).eval()
     new = retrained(model)
-    training = FakeTraining(barely(make_problem(model, known()), new), halfway=new)
+    training = FakeTraining(new, new, barely(make_problem(model, known()), new))
     problem = make_problem(model, known(), training=training, seed=7)
     with left_alone(model):
         solution = checked(problem, FineTunePolish()(problem))
-    (call,) = training.calls
-    assert bool((call.pop("weight") == 1).all())
-    # After fits of fewer epochs it is 16, where known data are few.
-    assert call == {"seconds": math.inf, "seed": 7, "epochs": 16, "start": None, "rate": None}
+    first, second, last = training.calls
+    assert bool((first.pop("weight") == 1).all())
+    # Of 16 epochs, as known data are few.
+    assert first == {
+        "seconds": math.inf,
+        "seed": 7,
+        "epochs": 6,
+        "start": {},
+        "rate": None,
+        "holding": 0.0,
+    }
+    assert (second["epochs"], last["epochs"]) == (6, 12)
+    assert (second["seed"], last["seed"]) == (8, 9)
+    assert second["start"] is last["start"] is new
     fitted, polished = solution.alternatives
     assert polished is solution.proposal
-    assert same(fitted.state, training.state)
+    assert same(fitted.state, training.states[-1])
     assert fitted.broken > 0
-    first, second = solution.steps
-    assert (first.name, first.note, first.broken, first.repaired) == (
-        "fit",
-        "continued training, 16 epochs",
-        fitted.broken,
-        fitted.repaired,
-    )
-    assert (second.name, second.broken, second.repaired) == (
-        "polish",
-        0,
-        solution.proposal.repaired,
-    )
-    assert second.note.partition(" ")[2] in ("round", "rounds")
-    assert solution.proposal.name == "polish"
-    assert torch.equal(solution.proposal.state["1.running_mean"], training.state["1.running_mean"])
+    fit, polish = solution.steps
+    assert (fit.name, fit.broken, fit.repaired) == ("fit", fitted.broken, fitted.repaired)
+    assert fit.note == "continued training, 24 epochs in 3 rounds"
+    assert (polish.name, polish.broken, polish.repaired) == ("polish", 0, polished.repaired)
+    assert polish.note.partition(" ")[2].startswith("round")
+    assert polished.name == "polish"
+    assert torch.equal(polished.state["1.running_mean"], fitted.state["1.running_mean"])
     assert list(problem.clock.seconds) == ["fit", "polish"]
 
 
@@ -91,8 +103,8 @@ def test_without_time_the_reason_says_how_much_it_needs(
     )
     problem.clock.seconds["collect"] = 1.0
     solution = FineTunePolish(share)(problem)
-    # A second to begin, and ten passes: three are an epoch, one is halfway, three each for the
-    # polish and for judging.
+    # A second to begin, and ten passes: three are an epoch, one counts its result, three each for
+    # the polish and for judging.
     assert solution == Solution(
         None, f"no time was left for training: it needs about {needed} s of `max_time`."
     )
@@ -105,8 +117,9 @@ def test_without_time_the_reason_says_how_much_it_needs(
 
 def test_weights_that_are_no_numbers_are_no_proposal() -> None:
     model = trained().eval()
+    new = retrained(model)
     nan = {name: torch.full_like(value, math.nan) for name, value in snapshot(model).items()}
-    training = FakeTraining(nan, halfway=retrained(model))
+    training = FakeTraining(new, new, nan)
     solution = FineTunePolish()(make_problem(model, known(), training=training))
     assert solution.proposal is None
     assert solution.reason == "no target was repaired without breaking what is right."
@@ -131,52 +144,71 @@ REVERSED = {"weight": -threshold(0.65)["weight"]}
 
 
 def trained_on_a_line(
-    halfway: State, final: State, rows: Sequence[int] | None
+    rounds: State, last: State, rows: Sequence[int]
 ) -> tuple[Solution, FakeTraining]:
+    """Rounds that end at one state but for the last, which ends at another one."""
     problem, held_out = on_a_line_with_doubts(), None
-    if rows is not None:
+    if rows:
         held_out = torch.zeros(9, dtype=torch.bool)
         held_out[list(rows)] = True
-    training = FakeTraining(final, halfway=halfway)
+
+    def gives(epochs: int, **call: Any) -> State:
+        return last if epochs == 12 else rounds
+
+    training = FakeTraining(gives=gives)
     solution = fine_tune_and_polish(replace(problem, training=training), held_out)
-    first = torch.ones(9) if held_out is None else (~held_out).float()
-    assert training.calls[0]["weight"].tolist() == first.tolist()
+    weight = torch.ones(9)
+    weight[list(rows)] = 0
+    assert torch.equal(training.calls[0]["weight"], weight.double())
     return solution, training
 
 
 @pytest.mark.parametrize(
-    ("halfway", "rows", "weight", "counts"),
+    ("rounds", "rows", "weight", "counts"),
     [
         # Four fifths of the passed samples are visited half as often: all but 0.6, which has the
         # largest loss.
-        (threshold(0.65), None, [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1], None),
-        # What is broken halfway is visited as often as before: -1 and 0.6.
-        (threshold(-1.5), None, [0.5, 1, 0.5, 0.5, 1, 1, 1, 1, 1], None),
+        (threshold(0.65), (), [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1], None),
+        # What is broken is visited three times as often: -1 and 0.6.
+        (threshold(-1.5), (), [0.5, 3, 0.5, 0.5, 3, 1, 1, 1, 1], None),
         # Two repairs for none broken are more than chance: held-out samples join, and the counts
-        # are those halfway.
-        (threshold(0.65), [0, 5, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1], (2, 0)),
+        # are those of the round before.
+        (threshold(0.65), (0, 5, 6), [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 1], (2, 0)),
         # None and one are not: 0.8, which fails outside the target, is visited a fifth as often.
-        (threshold(0.715), [0, 5, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (0, 0)),
-        (threshold(0.705), [0, 6], [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (1, 0)),
+        (threshold(0.715), (0, 5, 6), [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (0, 0)),
+        (threshold(0.705), (0, 6), [0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 0.2], (1, 0)),
         # Two that break and none repaired: they stay out and are counted at the end, and 0.8 is not
         # visited at all.
-        (threshold(-3.0), [0, 1], [0, 0, 0.5, 0.5, 1, 1, 1, 1, 0], (0, 0)),
+        (threshold(-3.0), (0, 1), [0, 0, 0.5, 0.5, 3, 1, 1, 1, 0], (0, 0)),
     ],
 )
-def test_losses_halfway_say_how_often_samples_are_visited_from_there(
-    halfway: State, rows: list[int] | None, weight: list[float], counts: tuple[int, int] | None
+def test_each_round_says_how_often_the_last_one_visits_samples(
+    rounds: State, rows: Sequence[int], weight: list[float], counts: tuple[int, int] | None
 ) -> None:
     # With the threshold at 0.705 in the end, 0.71 is right and 0.7 is not.
-    solution, training = trained_on_a_line(halfway, threshold(0.705), rows)
-    (renewed,) = training.renewed
-    assert renewed is not None
-    torch.testing.assert_close(renewed, torch.tensor(weight, dtype=torch.float64))
+    solution, training = trained_on_a_line(rounds, threshold(0.705), rows)
+    last = training.calls[-1]
+    assert last["start"] is rounds
+    torch.testing.assert_close(last["weight"], torch.tensor(weight, dtype=torch.float64))
     assert (solution.held_out is None) == (counts is None)
     if solution.held_out is not None:
         assert (solution.held_out.repaired, solution.held_out.broken) == counts
     assert [step.name for step in solution.steps] == ["fit", "polish"]
     assert solution.proposal is not None
     assert (solution.proposal.repaired, solution.proposal.broken) == (2, 0)
+
+
+def test_rounds_go_on_while_each_repairs_more_and_the_last_one_is_cautious() -> None:
+    problem = make_problem(trained(), known(n=300))
+    old, new = snapshot(problem.model), retrained(problem.model)
+    rows = draw_held_out_rows(problem)
+    for parts in ((1, 1, 1), (0.1, 0.2, 0.3, 0.5, 1, 1)):
+        training = FakeTraining(*(between(old, new, part) for part in parts))
+        fine_tune_and_polish(replace(problem, training=training), rows, caution=0.5)
+        assert len(training.calls) == len(parts)
+        *holding, last = (call["holding"] for call in training.calls)
+        assert not any(holding)
+        assert last == 0.5
 
 
 def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> None:
@@ -187,7 +219,7 @@ def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> Non
         replace(problem, training=training, before=replace(problem.before, weight=weight))
     )
     assert training.calls[0]["weight"].tolist() == [1, 1, 1, 1, 1, 3, 10, 1, 1]
-    assert training.renewed[0].tolist() == [0.5, 0.5, 0.5, 0.5, 1, 3, 10, 1, 1]
+    assert training.calls[-1]["weight"].tolist() == [0.5, 0.5, 0.5, 0.5, 1, 3, 10, 1, 1]
 
 
 def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
@@ -201,22 +233,20 @@ def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
     assert trained_on_a_line(threshold(-3.0), REVERSED, range(1, 5))[0].reason != solution.reason
 
 
-@pytest.mark.parametrize(("halfway", "kinds"), [(0.9, 2), (0.725, 2), (0.719, 1)])
-def test_steps_that_have_hardly_repaired_anything_halfway_make_room_for_the_next_kind(
-    halfway: float, kinds: int
+@pytest.mark.parametrize(("first", "kinds"), [(0.9, 2), (0.725, 2), (0.719, 1)])
+def test_steps_that_repair_hardly_anything_at_first_make_room_for_the_next_kind(
+    first: float, kinds: int
 ) -> None:
-    problem = on_a_line_with_doubts()
-
     def gives(rate: float | None, **rest: Any) -> State:
-        return threshold(halfway if rate is None else 0.65)
+        return threshold(first if rate is None else 0.65)
 
     training = FakeTraining(gives=gives)
-    solution = FineTunePolish()(replace(problem, training=training))
-    assert [call["rate"] for call in training.calls] == [None, 1e-3][:kinds]
-    names = ["continued training", "AdamW through training_step"][:kinds]
-    assert [step.note.partition(",")[0] for step in solution.steps[:kinds]] == names
+    solution = FineTunePolish()(replace(on_a_line_with_doubts(), training=training))
+    rates = [call["rate"] for call in training.calls]
+    assert rates == ([None, 1e-3, 1e-3, 1e-3] if kinds == 2 else [None] * 3)
+    recipes = ["continued training", "AdamW through training_step"][:kinds]
+    assert [step.note.partition(",")[0] for step in solution.steps[:kinds]] == recipes
     assert [step.name for step in solution.steps] == ["trial"] * (kinds - 1) + ["fit", "polish"]
-    assert all(step.note.endswith(", ended halfway") for step in solution.steps[: kinds - 1])
 
 
 def test_where_no_steps_of_the_owner_do_well_they_are_distilled() -> None:
@@ -225,8 +255,8 @@ def test_where_no_steps_of_the_owner_do_well_they_are_distilled() -> None:
     problem = make_problem(model, known(), training=training)
     solution = checked(problem, FineTunePolish()(problem))
     assert [step.name for step in solution.steps] == ["trial", "trial", "fit", "polish"]
-    assert training.renewed == [None, None]
-    assert re.fullmatch(r"distilled steps, 16(\.\d+)? epochs", solution.steps[2].note)
+    assert len(training.calls) == 2
+    assert re.fullmatch(r"distilled steps, \d+(\.\d+)? epochs in 3 rounds", solution.steps[2].note)
 
 
 @pytest.mark.parametrize("method", [FineTunePolish(), Polish("no such file"), Linearized()])
@@ -239,6 +269,8 @@ def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> N
 
 @pytest.mark.parametrize("share", [0, 1.5, "half"])
 def test_a_share_that_is_none_is_refused(share: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"`Auto.caution=-1`"):
+        Auto(caution=-1)
     with pytest.raises(ConfigurationError, match=r"`FineTunePolish.share=.*` is no share"):
         FineTunePolish(share)
 

@@ -50,13 +50,16 @@ class Stages:
 
 
 class Starved(Multiclass):
-    """Multiclass on a rank without memory in one stage, once it has got that far."""
+    """Multiclass on a rank without memory in one stage, once it has got that far.
+
+    In a polish there is memory to count samples, and none for steps.
+    """
 
     def __init__(self, stages: Stages, stage: str) -> None:
         self.stages, self.stage = stages, stage
 
     def logits(self, output: Tensor) -> Tensor:
-        if self.stages.now == self.stage:
+        if self.stages.now == self.stage and (self.stage != "polish" or output.requires_grad):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().logits(output)
 

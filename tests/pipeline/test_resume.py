@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_problems import FakeTraining, resume_store, retrained, same
+from toy_problems import FakeTraining, between, resume_store, retrained, same, snapshot
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
@@ -70,7 +70,9 @@ def repaired(
     **settings: Any,
 ) -> tuple[Outcome, Mortal, Any]:
     model, observer = trained(seed=seed), Mortal(life)
-    training, work = FakeTraining(retrained(model)), resume_store(folder)
+    # Not all of the way, so that something is left for the rungs above.
+    training = FakeTraining(between(snapshot(model), retrained(model), 0.4))
+    work = resume_store(folder)
     training.origin = origin
     outcome = repair_module(
         model,
@@ -153,7 +155,7 @@ def test_another_training_is_another_repair(tmp_path: Path) -> None:
 
 def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        repaired(tmp_path, 40, "auto")
+        repaired(tmp_path, 28, "auto")
     (folder,) = tmp_path.iterdir()
     files = [path for path in folder.iterdir() if path.suffix != ".json"]
     assert len(files) >= 2

@@ -33,7 +33,7 @@ from lightning_nrl.report.sample_views import SampleView
 
 PAGES = Path(__file__).parent / "pages"
 HELD_OUT = TargetCounts(96, 4, 12, 8, 15, 10)
-SEARCH = Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT, taken=True)
+SEARCH = Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT, kept=True)
 TRAINING = Rung("training", 20, 31, 2, 27_163, 30.0)
 GAINED = tuple(FlippedSample(i, "repaired", True, 3, 5, 3, -0.5, 0.25 + i) for i in range(14))
 TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), GAINED[:9])
@@ -69,7 +69,7 @@ REPAIRED = RepairReport(
         Step("swarm", 21, 0, 2.0, "+2"),
     ),
     rungs=(SEARCH, TRAINING),
-    choice="`search` is taken: repairs 5 targets.",
+    choice="`search` is kept: repairs 5 targets.",
     price=(
         PricePoint(0.0, 0, 5, 7),
         PricePoint(0.01, 9, 20, 28, HELD_OUT),

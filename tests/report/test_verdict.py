@@ -27,9 +27,9 @@ def unseen(repaired: int, broken: int, name: str = "test") -> SplitReport:
     return SplitReport(name, "unseen", TargetCounts(300 - broken, broken, repaired, 100 - repaired))
 
 
-def held_out(repaired: int, broken: int, taken: bool = True) -> Rung:
+def held_out(repaired: int, broken: int, kept: bool = True) -> Rung:
     counts = TargetCounts(100 - broken, broken, repaired, 100 - repaired)
-    return Rung("search", 5, 5, 0, 64, 1.0, held_out=counts, taken=taken)
+    return Rung("search", 5, 5, 0, 64, 1.0, held_out=counts, kept=kept)
 
 
 def judged(*splits: SplitReport, **changes: Any) -> RepairReport:
@@ -83,7 +83,7 @@ def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others() -> None:
 def test_prices_of_the_exact_solution_count_as_choices() -> None:
     steps = 3 * (Step("convex", 1, 0, 0.1, kind="alternative"),)
     for name, choices in (("exact", 4), ("training", 2)):
-        rungs = held_out(3, 0, taken=False), replace(held_out(9, 0), name=name)
+        rungs = held_out(3, 0, kept=False), replace(held_out(9, 0), name=name)
         verdict = judged(rungs=rungs, steps=steps).verdict
         assert verdict.p_value == pytest.approx(choices * 2 / 2**9)
 
@@ -96,8 +96,8 @@ def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
     assert judged(unseen(24, 2), leaked={"test": 12}).verdict.evidence == "better"
 
 
-def test_without_unseen_data_the_held_out_samples_of_the_taken_rung_are_the_evidence() -> None:
-    verdict = judged(rungs=(held_out(0, 50, taken=False), held_out(12, 1))).verdict
+def test_without_unseen_data_the_held_out_samples_of_the_kept_rung_are_the_evidence() -> None:
+    verdict = judged(rungs=(held_out(0, 50, kept=False), held_out(12, 1))).verdict
     assert (verdict.source, verdict.evidence, verdict.tone) == ("held-out", "better", "good")
     assert verdict.p_value == pytest.approx(2 * 2 * (1 + 13) / 2**13)  # one of two rungs
     assert 'unseen="test"' in verdict.advice

@@ -28,7 +28,7 @@ from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import OtherRankError
 
-FAILURES = ("none", "copy", "collate", "memory", "late memory", "bug", "halfway")
+FAILURES = ("none", "copy", "collate", "memory", "late memory", "bug")
 """What goes wrong on the second rank, if anything."""
 LAST = 3
 """Of the 4 batches of an epoch."""
@@ -42,12 +42,6 @@ def collate(samples: Any) -> Any:
     if fails("collate"):
         raise TypeError("no batch")
     return default_collate(samples)
-
-
-def look(state: Any) -> Tensor:
-    if fails("halfway"):
-        raise ZeroDivisionError
-    return torch.arange(32.0)
 
 
 class Net(LightningModule):
@@ -102,7 +96,7 @@ class Continue(Callback):
             )
             training = ContinuedTraining(trainer, model, [source], 3)
             try:
-                state = training(seconds=seconds, seed=0, clock=StageTimer(), renew=look)
+                state = training(seconds=seconds, seed=0, clock=StageTimer(), holding=0.5)
                 result = "nothing" if state is None else "weights"
             except (OtherRankError, ZeroDivisionError) as error:
                 result = type(error).__name__

@@ -245,12 +245,13 @@ class TargetSchedule:
     until `enforce_again` is called.
     """
 
-    def __init__(self, problem: Problem, wanted: Tensor) -> None:
+    def __init__(self, problem: Problem, wanted: Tensor, *, takes_turns: bool) -> None:
         self.wanted = wanted
         self.enforced = wanted.clone()
         self._weight = problem.before.weight
         self._rounds = 0
         self._max_rounds = FIRST_ENFORCING_ROUNDS
+        self.takes_turns = takes_turns
         self._until = Deadline()
 
     @property
@@ -271,9 +272,9 @@ class TargetSchedule:
     def before_round(self, active_set: ActiveSet) -> None:
         """Counts a round.
 
-        Under a deadline, wrong targets leave `enforced` when rounds or time for them are used up.
+        If targets take turns, wrong ones leave `enforced` when rounds or time for them are used up.
         """
-        is_limited = self._until.is_set and self._rounds > 0
+        is_limited = self.takes_turns and self._rounds > 0
         if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
             self.enforced &= ~active_set.violated
         self._rounds += 1

@@ -13,11 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.methods.budget import PACE_STEPS
-from lightning_nrl.methods.problem import Problem, Renew, Trained
+from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods.solvers.mini_batches import (
     load_batches,
@@ -37,11 +38,12 @@ EASY_FRACTION = 0.25  # share of the easy samples that an epoch visits
 def distill(
     problem: Problem,
     *,
+    start: State | None = None,
+    epochs: int | None = None,
     deadline: Deadline | None = None,
     weight: Tensor | None = None,
-    renew: Renew | None = None,
-) -> Trained | None:
-    """Trains the parameters in the problem's scope on known data, from their original values.
+) -> Trained:
+    """Trains the parameters in the problem's scope on known data, from the values in `start`.
 
     The loss of a step is a sum over samples, with sample weights v of at most 10: `3 v loss` for a
     target, `loss + 5 v divergence` for a passed sample, `loss` for any other. `divergence` is from
@@ -50,20 +52,15 @@ def distill(
     Samples whose `weight`, `N`, is 0 are left out; other values of `weight` have no effect. Under a
     deadline, the pace of the first steps decides how many steps are made. The learning rate falls
     to 0 over all steps. If a single sample exceeds the memory, `distill` warns and returns the
-    weights so far. Halfway, it calls `renew`, which returns a new `weight`; if `renew` returns None
-    instead, `distill` stops and returns None.
+    weights so far.
     """
     used = problem.used if weight is None else weight > 0
-    run = _Distillation(problem, deadline or Deadline(), used)
+    run = _Distillation(
+        problem, start or {}, epochs or problem.epochs, deadline or Deadline(), used
+    )
     rows = used.nonzero().flatten()
     try:
         while run.epoch(rows):
-            if renew is not None and run.visits >= run.planned / 2:
-                weight = renew(run.descent.state())
-                if weight is None:
-                    return None
-                run.used = weight > 0
-                renew = None
             rows = run.hard_and_some_easy()
     except DeviceMemoryError as error:
         warnings.warn(
@@ -79,13 +76,15 @@ def distill(
 
 
 class _Distillation:
-    def __init__(self, problem: Problem, deadline: Deadline, used: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, start: State, epochs: int, deadline: Deadline, used: Tensor
+    ) -> None:
         before = problem.before
         self.problem = problem
         self.deadline = deadline
         self.used = used
         optimizer = partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY)
-        self.descent = Descent(problem, {}, optimizer)
+        self.descent = Descent(problem, start, optimizer)
         self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
         self._generator = torch.Generator().manual_seed(problem.seed)
         weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
@@ -96,7 +95,7 @@ class _Distillation:
         self.margin = before.margin.clone()
         self._measured: list[tuple[Tensor, Tensor]] = []
         self.visits = 0
-        self.planned = self.most = problem.epochs * len(before)
+        self.planned = self.most = epochs * len(before)
 
     def epoch(self, rows: Tensor) -> bool:
         """Trains on `rows` in random order. Returns False if the training is over."""

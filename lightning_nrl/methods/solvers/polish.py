@@ -87,6 +87,7 @@ def polish(
     masks: Mapping[str, Tensor] | None = None,
     after: SampleResults | None = None,
     enforce: bool = False,
+    visits: float | None = None,
 ) -> PolishResult:
     """Makes small steps from `state` until no more passed samples break than the gate allows.
 
@@ -94,7 +95,8 @@ def polish(
     Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter, only
     weights marked there move. The last forward passes over known data may end after `deadline`.
     `after` are the results of `state`; if None, they are measured. If `enforce` is True, steps push
-    all failing targets; if False, they push only nearly right targets.
+    all failing targets; if False, they push only nearly right targets. Steps make about
+    `POLISH_SHARE * visits` visits at most; the default is that of a training.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the
     scope, and at most 256 MiB for the logits of the working set.
@@ -102,7 +104,9 @@ def polish(
     check_needs(NEEDS, problem.before, problem.evaluator.task)
     return problem.work.once(
         "polish",
-        lambda: _Polish(problem, state, deadline or Deadline(), masks, after, enforce).result(),
+        lambda: _Polish(
+            problem, state, deadline or Deadline(), masks, after, enforce, visits
+        ).result(),
         PolishResult,
     )
 
@@ -114,6 +118,7 @@ def polished(
     steered: bool = False,
     deadline: Deadline | None = None,
     enforce: bool = False,
+    visits: float | None = None,
 ) -> tuple[Proposal, Step, tuple[TargetCounts, ...]]:
     """Returns the polished proposal, its step in the report, and the counts of each evaluation.
 
@@ -126,7 +131,9 @@ def polished(
         aim = problem.steered(start.after) if steered else problem
         if deadline is None:
             deadline = problem.deadline_of_method()
-        result = polish(aim, start.state, deadline=deadline, after=start.after, enforce=enforce)
+        result = polish(
+            aim, start.state, deadline=deadline, after=start.after, enforce=enforce, visits=visits
+        )
     proposal = problem.counted("polish", result.state, result.after)
     step = proposal.step(clock.elapsed - began, result.note, was_cut=result.was_cut)
     return proposal, step, result.course
@@ -153,6 +160,7 @@ class _Polish:
         masks: Mapping[str, Tensor] | None,
         after: SampleResults | None,
         enforce: bool,
+        visits: float | None,
     ) -> None:
         self.problem = problem
         self.state = state
@@ -163,15 +171,16 @@ class _Polish:
         self._fewest_violated = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
         # There is no training before a polish that enforces targets, so it has a minimum budget.
-        self._budget = problem.visits
-        if enforce:
+        self._budget = problem.visits if visits is None else visits
+        if enforce and visits is None:
             self._budget = max(self._budget, FORWARD_BACKWARD * SMALL_BUDGET)
         self.stopped = ""
         self._deadline = deadline
         self._one_pass = problem.clock.one_pass
         self.after = self._count(state) if after is None else after
         pushed = problem.before.targeted & enforce & self.after.loss.isfinite()
-        self.targets = TargetSchedule(problem, pushed)
+        takes_turns = deadline.is_set or visits is not None
+        self.targets = TargetSchedule(problem, pushed, takes_turns=takes_turns)
         self.targets.begin(self._end_of_rounds)
         self._n_first = 0  # violated samples at the first start
 
@@ -196,7 +205,7 @@ class _Polish:
             self._keep(self.state)
             if not self._may_enforce_again or self._end_of_rounds.is_over():
                 return None
-            self.targets.enforce_again(self.active_set, self._end_of_rounds)
+            self._enforce_again()
         if self.active_set.infeasible.any():
             return self._scale_back
         optimizer = partial(torch.optim.Adam, lr=POLISH_RATE)
@@ -235,7 +244,7 @@ class _Polish:
         if self._is_satisfied(self.active_set.violated):
             if not self._keep(state) or not self._may_enforce_again:
                 return None
-            self.targets.enforce_again(self.active_set, self._end_of_rounds)
+            self._enforce_again()
             self._renew_rounds()
         return self._after_round()
 
@@ -319,7 +328,7 @@ class _Polish:
 
     @property
     def _may_enforce_again(self) -> bool:
-        return self._deadline.is_set and not self.targets.enforces_all
+        return self.targets.takes_turns and not self.targets.enforces_all
 
     def _is_satisfied(self, is_violated: Tensor) -> bool:
         """True if the gate allows the violated samples, `N` bool, without enforced targets."""
@@ -327,6 +336,11 @@ class _Polish:
         if not broken.any() or (is_violated & ~broken).any():
             return not is_violated.any()
         return not self.problem.excess(self.after, broken)
+
+    def _enforce_again(self) -> None:
+        self.targets.enforce_again(self.active_set, self._end_of_rounds)
+        self._fewest_ever = math.inf
+        self._visits_at_low = self._visits
 
     def _renew_rounds(self) -> None:
         self._rounds_left = MAX_STALLED_ROUNDS
