@@ -75,11 +75,12 @@ def one_repair(seed: int) -> None:
         "this package's ranking accepts no broken sample "
         '(method="swarm"). '
         "`RegressionFreeRepair.from_paper` weighs broken samples against repaired ones.\n"
-        "default: up to three rungs, from the smallest change to the largest. "
+        "default: a climb. `training` starts at the trained weights, each later rung from where "
+        "the last one stands. "
         "`search` is the swarm again, but every known sample that was right keeps a margin. "
         "Each rung is judged on known samples that it has not used (held out). "
-        "Of the rungs that do no harm there, the one that repairs most is taken; "
-        "held-out counts decide a tie.\n"
+        "A rung is kept if it repairs more and does no harm there; unseen samples are counted "
+        "with the result of the last one that is kept.\n"
     )
     print(f"The verdict         {default.verdict.headline}")
     print(f"The report          {default.files['html']}")
@@ -92,21 +93,22 @@ def one_repair(seed: int) -> None:
 def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> Table:
     """Tabulates the trained model, the swarm alone and the rungs of the default, a column each."""
     known, unseen, rungs = swarm.pooled("known"), swarm.pooled("unseen"), default.rungs
-    taken, held_out = default.pooled("unseen"), [rung.held_out for rung in rungs]
+    result, held_out = default.pooled("unseen"), [rung.held_out for rung in rungs]
+    last_kept = [rung for rung in rungs if rung.kept][-1]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    ladder = [
-        f"{'' if i else 'default:'}\n{rung.name}\n{'(taken)' * rung.taken}"
+    climb = [
+        f"{'' if i else 'default:'}\n{rung.name}\n{'(kept)' * rung.kept}"
         for i, rung in enumerate(rungs)
     ]
     table.add_column("")
-    for head in ("\nfit\n", "\nswarm\n", *ladder):
+    for head in ("\nfit\n", "\nswarm\n", *climb):
         table.add_column(head, justify="right")
 
-    def of_taken(value: object) -> list[object]:
-        return [value if rung.taken else "" for rung in rungs]
+    def of_result(value: object) -> list[object]:
+        return [value if rung is last_kept else "" for rung in rungs]
 
     fit, alone, now = (
-        f"{x:.2%}" for x in (taken.accuracy_before, unseen.accuracy_after, taken.accuracy_after)
+        f"{x:.2%}" for x in (result.accuracy_before, unseen.accuracy_after, result.accuracy_after)
     )
     changed = 0 if swarm.change is None else swarm.change.changed
     targets, shown = known.repaired_in_target, unseen.repaired_in_target
@@ -141,11 +143,11 @@ def side_by_side(default: RepairReport, swarm: RepairReport, seconds: float) -> 
                 f"unseen targets repaired, of {unseen.targeted}",
                 "",
                 shown,
-                of_taken(taken.repaired_in_target),
+                of_result(result.repaired_in_target),
             ),
-            ("unseen failures repaired", "", unseen.repaired, of_taken(taken.repaired)),
-            ("unseen samples broken", "", unseen.broken, of_taken(taken.broken)),
-            ("unseen accuracy", fit, alone, of_taken(now)),
+            ("unseen failures repaired", "", unseen.repaired, of_result(result.repaired)),
+            ("unseen samples broken", "", unseen.broken, of_result(result.broken)),
+            ("unseen accuracy", fit, alone, of_result(now)),
         ],
         [
             ("weights changed", "", changed, [f"{r.weights_changed:,}" for r in rungs]),

@@ -6,8 +6,8 @@
 
 The repair is a callback of the training; the targets are all failures of the repair data.
 Fine-tuning starts from the trained weights and trains on all known data for as many epochs as the
-fit. `--fits` replaces the fit before the repair by shorter or other ones (`FITS`). A plain loop
-makes all counts. Earlier runs are read from `--out`.
+fit, and for twice as many. `--fits` replaces the fit before the repair by shorter or other ones
+(`FITS`). A plain loop makes all counts. Earlier runs are read from `--out`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
 """Fits that start from the trained weights: a constant rate and the epochs; None: as in the
 training.
 """
+FINE_TUNINGS = {"fine-tuning": 1, "fine-tuning x 2": 2}
+"""Epochs of fine-tuning, as multiples of those of the fit."""
 PLAIN = "plain PyTorch"
 SHIFTED = "images, noisy labels"
 """In this problem, known labels are noisy and unseen ones are not, so held-out samples differ from
@@ -98,13 +100,14 @@ class Study:
 
         `0.5 x` runs the default in half of the fit's time.
         """
-        if method == "fine-tuning":
+        if method in FINE_TUNINGS:
             model = self.new(self.state)
             loader = self.data.train_dataloader()
             known = ConcatDataset([loader.dataset, self.data.data["repair"]])
             batches = DataLoader(known, loader.batch_size, shuffle=True, drop_last=loader.drop_last)
             began = time.process_time()
-            quiet_trainer(self.problem.epochs, accelerator="cpu").fit(model, batches)
+            epochs = FINE_TUNINGS[method] * self.problem.epochs
+            quiet_trainer(epochs, accelerator="cpu").fit(model, batches)
             return self.counted(self.state, model, time.process_time() - began)
         if method == PLAIN:
             return self.repaired_plain()
@@ -268,7 +271,7 @@ def main() -> None:
     chosen = parser.parse_args()
     start()
     torch.set_num_threads(1)
-    methods = ["fine-tuning", "default"]
+    methods = [*FINE_TUNINGS, "default"]
     if chosen.fits:
         methods = ["fine-tuning", "default", *FITS, PLAIN]
     elif chosen.max_times:
