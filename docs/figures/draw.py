@@ -160,6 +160,39 @@ def flow() -> str:
     )
 
 
+def climb() -> str:
+    """Draws the rungs of the default, each from where the last one stands."""
+    rungs = (
+        ("search", "a swarm, few weights", "left if time is short"),
+        ("training", "rounds, then a polish", "from the old weights"),
+        ("exact", "the last layer alone", "by a programme"),
+        ("push", "small steps", "on what is left"),
+    )
+    parts = []
+    for place, (title, *lines) in enumerate(rungs):
+        left, top = 20 + 222 * place, 190 - 50 * place
+        fill, edge = ("#f5f5f5", FAINT) if place == 0 else ("#e0f2f1", REPAIRED)
+        parts += [
+            box(left, top, 180, 96, fill, edge),
+            text(left + 90, top + 28, title, 17, font_weight="600"),
+        ]
+        parts += [
+            text(left + 90, top + 54 + 20 * row, line, 13.5, color="#555")
+            for row, line in enumerate(lines)
+        ]
+        if place > 1:
+            parts.append(arrow(left - 40, top + 82, left - 6, top + 48))
+    parts += [
+        text(96, 318, "the old weights", 14, "start", FAINT),
+        arrow(110, 304, 110, 290),
+        arrow(206, 312, 318, 242),
+        text(470, 262, "A rung is kept only if the samples that it does not use", 14, "start"),
+        text(470, 284, "lose no more than they gain.", 14, "start"),
+    ]
+    title = "Training, exact and push climb on top of each other; search stands beside them"
+    return picture(890, 326, title, *parts)
+
+
 def choose() -> str:
     """Which method for what."""
     rows = (
@@ -300,5 +333,5 @@ def defaults() -> str:
 
 
 if __name__ == "__main__":
-    for draw in (problem, flow, choose, limits, defaults):
+    for draw in (problem, flow, climb, choose, limits, defaults):
         (HERE / f"{draw.__name__}.svg").write_text(draw(), encoding="utf-8")
