@@ -10,7 +10,7 @@ from typing import ClassVar
 import lightning_nrl.methods.budget as budget
 from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.formatting import plural
-from lightning_nrl._utils.state import changed
+from lightning_nrl._utils.state import changed, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.evaluation.sample_results import TargetCounts
@@ -27,7 +27,7 @@ from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.methods.solvers.polish import polished
+from lightning_nrl.methods.solvers.polish import polish, polished
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.records.steps import PricePoint, Rung, Step
 from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
@@ -253,11 +253,23 @@ class _Climb:
         proposal = solution.proposal
         if proposal is None or solution.reason:
             return solution
-        return replace(
-            solution,
-            proposal=problem.counted(proposal.name, proposal.state, proposal.after),
-            held_out=estimate(problem.before, proposal.after, self._held_out_rows),
-        )
+        held_out = estimate(problem.before, proposal.after, self._held_out_rows)
+        proposal = problem.counted(proposal.name, proposal.state, proposal.after)
+        if proposal.excess:
+            proposal = self._restored(proposal)
+        return replace(solution, proposal=proposal, held_out=held_out)
+
+    def _restored(self, proposal: Proposal) -> Proposal:
+        """Moves the weights that a search changed until no held-out sample is broken."""
+        problem = self.problem
+        old = current_state(problem.model)
+        masks = {name: proposal.state.get(name, old[name]) != old[name] for name in problem.scope}
+        deadline = problem.deadline_of_method()
+        with problem.clock.stage("polish"):
+            result = polish(
+                problem, proposal.state, deadline=deadline, masks=masks, after=proposal.after
+            )
+        return problem.counted(proposal.name, result.state, result.after)
 
     def _search_all(self, problem: Problem) -> Solution:
         return self._search_until(problem, problem.deadline_of_method())

@@ -80,7 +80,7 @@ COMMANDS = {
         "--start old --terms plain --interpolate --seeds 1",
         ["plain", "plain, interpolated"],
     ),
-    "defaults.py": ("--problems fashion --seeds 1", ["fine-tuning", "default"]),
+    "defaults.py": ("--problems fashion --seeds 1", ["fine-tuning", "fine-tuning x 2", "default"]),
     "ablation.py": (
         "--problems fashion --seeds 1",
         ["neurecover-lite", "neurecover", "neurecover, last two"],
