@@ -67,7 +67,7 @@ class Auto(Method):
     Attributes:
         swarm: the searcher of the rung `search`. It may be a swarm or any other searcher. None
             means a `ParticleSwarm` with 60 iterations.
-        caution: as in `FineTunePolish`: 0 repairs most, 1 breaks far fewer unseen samples.
+        caution: as in `FineTunePolish`: 0 repairs most; more breaks fewer unseen samples.
 
     Raises:
         ConfigurationError: on construction, if `swarm` is no searcher or `caution` is below 0.
