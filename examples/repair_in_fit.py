@@ -29,7 +29,7 @@ if __name__ == "__main__":
     repair = RegressionFreeRepair(
         target=Target.where(slashed_zero),  # default: all failures
         unseen="test",  # data that is only counted
-        max_time=3 if fast else None,  # seconds; default: about as much work as the fit
+        max_time=10 if fast else None,  # seconds; default: about as much work as the fit
         verbose=False,
     )
     trainer = Trainer(
