@@ -178,9 +178,14 @@ class PositiveCongruentTraining(CallbackBase):
                 "`training_step` uses manual optimisation, so the callback cannot add to its loss.",
                 step_outputs.ONE_LINE,
             )
-        return self._with_terms(pl_module, batch, result, part, calls)
+        add_terms = partial(self._add_terms, pl_module, batch, result, part, calls)
+        return self._with_terms(result, add_terms)
 
-    def _with_terms(
+    def _with_terms(self, result: object, add_terms: Callable[[], object]) -> object:
+        """Returns the result of a step with the terms added to its loss."""
+        return add_terms()
+
+    def _add_terms(
         self,
         pl_module: LightningModule,
         batch: object,
@@ -188,7 +193,6 @@ class PositiveCongruentTraining(CallbackBase):
         part: str,
         calls: Sequence[step_outputs.Call],
     ) -> object:
-        """Returns the result of a step with the terms added to its loss."""
         inputs, named_inputs, target = bind_adapter(self.adapter, pl_module)(batch)
         call = step_outputs.find_forward_pass(
             part, calls, inputs, named_inputs, length_of(target), self.task
@@ -275,16 +279,9 @@ class HoldingTerm(PositiveCongruentTraining):
             with self._unless_impossible():
                 super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def _with_terms(
-        self,
-        pl_module: LightningModule,
-        batch: object,
-        result: object,
-        part: str,
-        calls: Sequence[step_outputs.Call],
-    ) -> object:
+    def _with_terms(self, result: object, add_terms: Callable[[], object]) -> object:
         with self._unless_impossible():
-            return super()._with_terms(pl_module, batch, result, part, calls)
+            return add_terms()
         return result
 
     @contextmanager

@@ -134,6 +134,9 @@ class RungResult:
         """A sentence: whether the rung is kept, and what it repairs or why it repairs nothing."""
         if not self.usable or self.solution.reason:
             reason = self.solution.reason or "it repairs no target within the gate."
+            proposal = self.solution.proposal
+            if proposal is not None and proposal.excess:
+                reason = f"it would break {plural(proposal.broken, 'known sample')}."
             return f"`{self.name}` is not kept: {reason}"
         verb = "is kept" if self.is_kept else "is not kept"
         return f"`{self.name}` {verb}: it {_repairs(self)}."
@@ -204,8 +207,8 @@ class _Climb:
                 self._climb("exact", self._exact)
             self._climb("push", self._push)
         if self.best is None:
-            self.results = [result for result in self.results if result.name != "search"]
-            self._climb("search", self._search_all)
+            first = self.results.pop(0).solution
+            self._climb("search", partial(self._search_again, first))
             self.results.insert(0, self.results.pop())
 
     def _climb(self, name: str, solve: Callable[[Problem], Solution | None]) -> None:
@@ -255,9 +258,15 @@ class _Climb:
             return solution
         held_out = estimate(problem.before, proposal.after, self._held_out_rows)
         proposal = problem.counted(proposal.name, proposal.state, proposal.after)
-        if proposal.excess:
-            proposal = self._restored(proposal)
         return replace(solution, proposal=proposal, held_out=held_out)
+
+    def _search_again(self, first: Solution, problem: Problem) -> Solution:
+        """Searches with all known samples; if that fails, restores what the first search broke."""
+        solution = self._search_until(problem, problem.deadline_of_method())
+        has_repairs = solution.proposal is not None and solution.proposal.repaired
+        if has_repairs or first.proposal is None or not first.proposal.excess:
+            return solution
+        return replace(first, proposal=self._restored(first.proposal), held_out=None)
 
     def _restored(self, proposal: Proposal) -> Proposal:
         """Moves the weights that a search changed until no held-out sample is broken."""
@@ -270,9 +279,6 @@ class _Climb:
                 problem, proposal.state, deadline=deadline, masks=masks, after=proposal.after
             )
         return problem.counted(proposal.name, result.state, result.after)
-
-    def _search_all(self, problem: Problem) -> Solution:
-        return self._search_until(problem, problem.deadline_of_method())
 
     def _search_until(self, problem: Problem, end: Deadline) -> Solution:
         search = partial(warm_started_search, problem, self.searcher, (), end=end)
