@@ -6,7 +6,8 @@
 
 The repair is a callback of the training; the targets are all failures of the repair data.
 Fine-tuning starts from the trained weights and trains on all known data for as many epochs as the
-fit, and for twice as many. `--fits` replaces the fit before the repair by shorter or other ones
+training of the default is planned for (those of the fit, but at least 16 on small data), and for
+twice as many. `--fits` replaces the fit before the repair by shorter or other ones
 (`FITS`). A plain loop makes all counts. Earlier runs are read from `--out`.
 """
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, Settings, TensorSource, repair_module
+from lightning_nrl.methods.budget import LEAST_EPOCHS, SMALL_BUDGET
 from lightning_nrl.records.stats import interval
 
 OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
@@ -38,7 +40,7 @@ FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
 training.
 """
 FINE_TUNINGS = {"fine-tuning": 1, "fine-tuning x 2": 2}
-"""Epochs of fine-tuning, as multiples of those of the fit."""
+"""Epochs of fine-tuning, as multiples of those of the default's training."""
 PLAIN = "plain PyTorch"
 SHIFTED = "images, noisy labels"
 """In this problem, known labels are noisy and unseen ones are not, so held-out samples differ from
@@ -106,7 +108,8 @@ class Study:
             known = ConcatDataset([loader.dataset, self.data.data["repair"]])
             batches = DataLoader(known, loader.batch_size, shuffle=True, drop_last=loader.drop_last)
             began = time.process_time()
-            epochs = FINE_TUNINGS[method] * self.problem.epochs
+            least = min(LEAST_EPOCHS, SMALL_BUDGET // len(known))
+            epochs = FINE_TUNINGS[method] * max(self.problem.epochs, least)
             quiet_trainer(epochs, accelerator="cpu").fit(model, batches)
             return self.counted(self.state, model, time.process_time() - began)
         if method == PLAIN:

@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
-from lightning_nrl._trainer.congruent_training import HoldingTerm
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import inner_trainer, quiet
 from lightning_nrl._trainer.lightning.packages import (
-    Callback,
     LightningModule,
     ModelPruning,
     Trainer,
@@ -45,10 +43,9 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.batch import Adapter, RawBatch
+from lightning_nrl.data.batch import RawBatch
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
 from lightning_nrl.methods.problem import Trained, Training
-from lightning_nrl.tasks import Task
 
 Sample: TypeAlias = Any  # as a data set returns it
 Augment = Callable[[RawBatch], RawBatch]
@@ -70,8 +67,6 @@ class ContinuedTraining(Training):
         trained_on: the training loaders; None: those of the trainer.
         augment: augments the targets.
         targeted: bool mask of the targets among the known samples; None: unknown.
-        task: the task of the repair; None: `Multiclass`.
-        adapter: the adapter of the known data; None: the batches are read without one.
         modes: training flag of each submodule; (): the current flags.
     """
 
@@ -83,8 +78,6 @@ class ContinuedTraining(Training):
     trained_on: Loaders = field(default=None, repr=False)
     augment: Augment | None = None
     targeted: Tensor | None = None
-    task: Task | None = None
-    adapter: Adapter | None = None
     modes: tuple[bool, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -129,7 +122,6 @@ class ContinuedTraining(Training):
         weight: Tensor | None = None,
         epochs: int | None = None,
         rate: float | None = None,
-        holding: float = 0.0,
     ) -> Trained | None:
         """Trains a copy; leaves the model, trainer, loggers and global random state unchanged.
 
@@ -138,7 +130,7 @@ class ContinuedTraining(Training):
         finite, if training is impossible, or if not even one epoch fits.
         """
         end = time.perf_counter() + seconds
-        run = _TrainingRun(seed, start or {}, weight, rate, holding)
+        run = _TrainingRun(seed, start or {}, weight, rate)
         if epochs is None:
             epochs = self.epochs
         if (rate is not None and not self.model.automatic_optimization) or self.warn():
@@ -217,11 +209,8 @@ class ContinuedTraining(Training):
                     rate=run.rate,
                 )
                 loader = self._loader(run)
-                callbacks: list[Callback] = [budget]
-                if run.holding and model.automatic_optimization:
-                    callbacks.append(HoldingTerm(self.model, run.holding, self.task, self.adapter))
                 trainer = inner_trainer(
-                    outer, callbacks, epochs=epochs, batches=len(loader), folder=folder
+                    outer, budget, epochs=epochs, batches=len(loader), folder=folder
                 )
             except Exception as error:
                 reason = f"it or its trainer cannot be copied ({describe_failure(error)})"
@@ -316,7 +305,6 @@ class _TrainingRun:
     start: State
     weight: Tensor | None
     rate: float | None
-    holding: float
 
 
 class MarkedSamples(Dataset[tuple[Sample, bool]]):

@@ -19,7 +19,7 @@ from lightning_nrl._trainer.lightning.packages import (
 
 
 def inner_trainer(
-    outer: Trainer, callbacks: list[Callback], *, epochs: int, batches: int, folder: str
+    outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str
 ) -> Trainer:
     """Returns a trainer with the device, precision, clipping and accumulation of `outer`."""
     device = outer.strategy.root_device
@@ -39,7 +39,7 @@ def inner_trainer(
         gradient_clip_val=outer.gradient_clip_val,
         gradient_clip_algorithm=outer.gradient_clip_algorithm,
         accumulate_grad_batches=outer.accumulate_grad_batches,
-        callbacks=callbacks,
+        callbacks=[callback],
         logger=[NullLogger(folder) for _ in outer.loggers],
         limit_val_batches=0,
         num_sanity_val_steps=0,

@@ -29,7 +29,6 @@ from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
@@ -198,8 +197,6 @@ class TrainerRepair:
             self.left_out,
             loaders.get("train"),
             augment=cast(Augment | None, self.data.known.augment),
-            task=evaluator.task,
-            adapter=cast(Adapter, self.data.known.adapter),
         )
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
 

@@ -4,7 +4,7 @@ In: a Trainer, and for a model update also the replaced model. Out: a repair and
 metrics, a loss term, interpolated weights, or a release decision.
 """
 
-from lightning_nrl._trainer.congruent_training import PositiveCongruentTraining, regression_loss
+from lightning_nrl.callbacks.congruent_training import PositiveCongruentTraining, regression_loss
 from lightning_nrl.callbacks.regression_metrics import RegressionMetrics
 from lightning_nrl.callbacks.release_gate import ReleaseGate
 from lightning_nrl.callbacks.repair import RegressionFreeRepair

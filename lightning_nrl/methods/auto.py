@@ -29,9 +29,11 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.polish import polish, polished
 from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.records.steps import PricePoint, Rung, Step
+from lightning_nrl.records.stats import net_repairs_in_standard_errors
+from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
 
+FEWEST_FLIPS = 10  # of held-out samples; fewer do not show that targets have wrong labels
 PATIENCE_OF_PRICES = 3  # `Convex.patience` in the rung `exact`
 # For `Solution.price`, shares of passed samples that may break.
 PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
@@ -62,20 +64,22 @@ class Auto(Method):
     - `training` is better than `search` (`held_out.is_ahead`),
     - `exact` and `push` repair more than the rung below (or as much, and break less), and of the
       samples that they do not use they break no more than they repair. `push` then goes on with
-      these samples.
+      these samples. They do not run if `training` repairs no more held-out samples than chance
+      may, because wrong labels would be learned by heart.
 
     Attributes:
         swarm: the searcher of the rung `search`. It may be a swarm or any other searcher. None
             means a `ParticleSwarm` with 60 iterations.
-        caution: as in `FineTunePolish`: 0 repairs most; more breaks fewer unseen samples.
+        caution: as in `FineTunePolish`, from 0, which repairs most, to below 1. More breaks fewer
+            unseen samples. None: held-out samples choose.
 
     Raises:
-        ConfigurationError: on construction, if `swarm` is no searcher or `caution` is below 0.
+        ConfigurationError: on construction, if `swarm` is no searcher or `caution` is no share.
     """
 
     trains: ClassVar[bool] = True
     swarm: Searcher | None = None
-    caution: float = 0.0
+    caution: float | None = None
 
     def __post_init__(self) -> None:
         if self.swarm is None:
@@ -109,6 +113,7 @@ class Auto(Method):
             rungs=tuple(result.record(problem) for result in climb.results),
             choice=" ".join(result.verdict for result in climb.results) if climb.best else "",
             price=price_points(_counted(problem, climb.results)),
+            caution=climb.caution_points,
         )
 
 
@@ -185,7 +190,7 @@ class _Climb:
     Under `max_time` the search gets a part of the time.
     """
 
-    def __init__(self, problem: Problem, searcher: Searcher, caution: float) -> None:
+    def __init__(self, problem: Problem, searcher: Searcher, caution: float | None) -> None:
         self.problem = problem
         self.searcher = searcher
         self.caution = caution
@@ -194,6 +199,14 @@ class _Climb:
         self.held_out: TargetCounts | None = None
         self._held_out_rows = None if problem.update else draw_held_out_rows(problem)
         self._is_one_layer = _is_one_layer(problem)
+
+    @property
+    def caution_points(self) -> tuple[CautionPoint, ...]:
+        """The held-out counts of a training that is kept, by caution."""
+        for result in self.results:
+            if result.is_kept and result.solution.caution:
+                return result.solution.caution
+        return ()
 
     def run(self) -> None:
         """Runs all rungs. If none is kept, searches once more, on all known samples."""
@@ -244,6 +257,16 @@ class _Climb:
         if result.name == "training":
             return is_ahead(proposal.value, counts, self.best.value, self.held_out)
         return proposal.rank > self.best.rank
+
+    @property
+    def _is_doubtful(self) -> bool:
+        """True if many held-out samples flip in a training that is kept, but hardly for good."""
+        for result in self.results:
+            counts = result.solution.held_out
+            if result.name == "training" and result.is_kept and counts is not None:
+                has_many_flips = counts.repaired + counts.broken >= FEWEST_FLIPS
+                return has_many_flips and net_repairs_in_standard_errors(counts) <= 1
+        return False
 
     def _search(self, problem: Problem) -> Solution:
         """Searches from the original weights, without the held-out samples."""
@@ -331,6 +354,12 @@ class _Climb:
         steps go on with them. Returns None if nothing is left.
         """
         problem = self.problem
+        if self._is_doubtful:
+            return Solution(
+                None,
+                "the training hardly repairs more held-out samples than it breaks, so what is left "
+                "to repair may have wrong labels.",
+            )
         base = self.best or problem.original("original")
         with problem.starting_at(base) as left:
             if not left.before.targeted.any():

@@ -39,7 +39,7 @@ LONE_SEARCH_TIME_SHARE = 1 / 4  # if no training follows
 TRAINING_TIME_SHARE = 0.7  # of the time left, with its polish; `exact` and `push` get the rest
 EXACT_TIME_SHARE = 0.5  # of the time left
 PUSH_TIME_SHARE = 0.5  # of the time left, without the held-out samples
-PUSH_SHARE = 0.5  # of the visits of the training, for each polish of a push
+PUSH_SHARE = 0.25  # of the visits of the training, for each polish of a push
 MAX_PAIRS = 1_500  # `Convex.max_pairs` in the default
 
 # Samples of a search
@@ -69,7 +69,7 @@ BROKEN_VISITS = 3.0
 DOUBTED_VISITS = 1 / 5
 
 # Polish
-POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits
+POLISH_SHARE = 1.0  # maximum of a polish, as a multiple of the training's visits
 # Of the training's visits. A polish stops after that many without fewer violated samples.
 STALLED_POLISH_SHARE = 1 / 3
 RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import lightning_nrl.methods.budget as budget
+from lightning_nrl._utils.state import between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
@@ -22,12 +24,17 @@ from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.records.stats import CHANCE_STANDARD_ERRORS, net_repairs_in_standard_errors
-from lightning_nrl.records.steps import Step
+from lightning_nrl.records.steps import CautionPoint, Step
 
 # Learning rate of AdamW with the user's `training_step`, which is tried if the user's optimizers
 # repair too little.
 OWN_RATE = 1e-3
 HEALTHY_REPAIRS = 1 / 5  # of the targets; a training whose first round repairs fewer may be stopped
+
+
+# Values of `caution` that held-out samples may choose: the share of the way back to the original
+# weights. Without held-out samples it is the second.
+CAUTIONS = (0.0, 0.1, 0.2, 0.3, 0.5)
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,13 @@ class FineTuned:
     """Weights after a training. `is_done` is False if poor results stopped it after one round.
 
     `held_out` counts the flips of held-out samples, under the last weights that were trained
-    without these samples.
+    without these samples; `caution` counts them on the way back from there.
     """
 
     proposal: Proposal
     step: Step
     held_out: TargetCounts | None
+    caution: tuple[CautionPoint, ...]
     is_done: bool
 
     @property
@@ -82,19 +90,19 @@ class FineTunePolish(Method):
 
     Attributes:
         share: share of the time left that the training and the polish may use together.
-        caution: weight, from 0, of a loss term in the last round that holds what the model gets
-            right near its outputs. More caution breaks fewer unseen samples and repairs fewer.
-            Distilled steps hold these outputs anyway.
+        caution: share, from 0 to below 1, of the way from the trained weights back to the original
+            ones, before the polish. More caution breaks fewer unseen samples and repairs fewer.
+            None: held-out samples choose it among `CAUTIONS`.
 
     Raises:
         ConfigurationError: on construction, unless the share is above 0 and at most 1, and the
-            caution at least 0.
+            caution at least 0 and below 1.
     """
 
     trains: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
     share: float = 1.0
-    caution: float = 0.0
+    caution: float | None = None
 
     def __post_init__(self) -> None:
         hint = "give a number above 0 and at most 1."
@@ -107,18 +115,18 @@ class FineTunePolish(Method):
         return fine_tune_and_polish(problem, share=self.share, caution=self.caution)
 
 
-def check_caution(argument: str, caution: float) -> None:
-    """Raises a `ConfigurationError` unless the caution is a number from 0."""
-    check_real(
-        argument, caution, "number", "give 0 to repair most, or up to 1 to break less.", least=0
-    )
+def check_caution(argument: str, caution: float | None) -> None:
+    """Raises a `ConfigurationError` unless the caution is None or a number from 0 to below 1."""
+    if caution is not None:
+        hint = "give 0 to repair most, or more, below 1, to break less."
+        check_real(argument, caution, "share below 1", hint, least=0, below=1)
 
 
 def fine_tune_and_polish(
     problem: Problem,
     held_out_rows: Tensor | None = None,
     share: float = 1.0,
-    caution: float = 0.0,
+    caution: float | None = None,
 ) -> Solution:
     """Trains and polishes in at most `share` of the time left.
 
@@ -127,8 +135,9 @@ def fine_tune_and_polish(
     of these samples under the last weights that were trained without them.
     """
     deadline = problem.deadline_of_method(share)
+    cautions = sorted({*CAUTIONS, caution or 0.0})
     tuned, steps = _fine_tune(
-        problem, held_out_rows, _deadline_of_training(problem, deadline), caution
+        problem, held_out_rows, _deadline_of_training(problem, deadline), cautions
     )
     if tuned is None:
         needed = least_seconds(problem) + budget.JUDGING_PASSES * problem.clock.one_pass
@@ -141,7 +150,10 @@ def fine_tune_and_polish(
     if tuned.is_harmful:
         reason = "continued training breaks more held-out samples than it repairs."
         return Solution(None, reason, steps, held_out=tuned.held_out)
-    proposal, step, course = polished(problem, tuned.proposal, steered=True, deadline=deadline)
+    if caution is None:
+        caution = choose_caution(tuned.caution)
+    start = _moved_back(problem, tuned.proposal, caution)
+    proposal, step, course = polished(problem, start, steered=True, deadline=deadline)
     is_repaired = proposal.repaired > 0
     return Solution(
         proposal if is_repaired else None,
@@ -150,7 +162,28 @@ def fine_tune_and_polish(
         alternatives=(tuned.proposal, proposal),
         tried=course,
         held_out=tuned.held_out,
+        caution=tuple(replace(point, chosen=point.caution == caution) for point in tuned.caution),
     )
+
+
+def choose_caution(points: Sequence[CautionPoint]) -> float:
+    """Returns the caution with which held-out samples gain most and, on a tie, break least."""
+    if not points:
+        return CAUTIONS[1]
+
+    def gain(point: CautionPoint) -> tuple[int, int, float]:
+        counts = point.held_out
+        return counts.repaired - counts.broken, -counts.broken, -point.caution
+
+    return max(points, key=gain).caution
+
+
+def _moved_back(problem: Problem, trained: Proposal, caution: float) -> Proposal:
+    """Returns the proposal with the share `caution` of its change taken back."""
+    if not caution:
+        return trained
+    state = between(current_state(problem.model), trained.state, 1 - caution)
+    return problem.propose(trained.name, state)
 
 
 def _deadline_of_training(problem: Problem, deadline: Deadline) -> Deadline:
@@ -169,7 +202,10 @@ def least_seconds(problem: Problem, epochs: int = 1) -> float:
 
 
 def _fine_tune(
-    problem: Problem, held_out_rows: Tensor | None, deadline: Deadline, caution: float
+    problem: Problem,
+    held_out_rows: Tensor | None,
+    deadline: Deadline,
+    cautions: Sequence[float],
 ) -> tuple[FineTuned | None, tuple[Step, ...]]:
     """Tries each recipe until one does well in its first round; the last one trains to the end.
 
@@ -182,7 +218,7 @@ def _fine_tune(
     trainings: list[FineTuned] = []
     for recipe in recipes:
         with problem.clock.stage("fit"):
-            rounds = TrainingRounds(problem, held_out_rows, recipe, deadline, caution)
+            rounds = TrainingRounds(problem, held_out_rows, recipe, deadline, cautions)
             work = partial(rounds.run, is_last=recipe is recipes[-1])
             tuned = problem.work.once("fit", work, FineTuned)
         if tuned is not None:
@@ -218,10 +254,10 @@ class TrainingRounds:
         held_out_rows: Tensor | None,
         recipe: Recipe,
         deadline: Deadline,
-        caution: float,
+        cautions: Sequence[float],
     ) -> None:
         self.problem = problem
-        self.caution = caution
+        self.cautions = cautions
         self.recipe = recipe
         self.deadline = deadline
         self.began = problem.clock.elapsed
@@ -232,6 +268,7 @@ class TrainingRounds:
         self._proposal = problem.original("fit")
         self._rounds: list[Trained] = []
         self.held_out: TargetCounts | None = None
+        self._caution: tuple[CautionPoint, ...] = ()
         self._gain = 0.0  # in total
         self._gain_of_round = 0.0
 
@@ -246,6 +283,7 @@ class TrainingRounds:
                 return self._result(is_done=False)
             if not self._goes_on():
                 break
+        self._caution = self._count_on_the_way_back()
         used = self._used if self._gain < 0 else self.problem.used
         is_done = self._round(used, is_last=True)
         if self._gain < 0:
@@ -294,7 +332,6 @@ class TrainingRounds:
             weight=weight,
             epochs=epochs,
             rate=self.recipe.rate,
-            holding=self.caution if is_last else 0.0,
         )
 
     def _count(self) -> None:
@@ -307,6 +344,24 @@ class TrainingRounds:
         self._gain = net_repairs_in_standard_errors(self.held_out)
         of_round = Flips.between(self._previous, after).counts(rows)
         self._gain_of_round = net_repairs_in_standard_errors(of_round)
+
+    def _count_on_the_way_back(self) -> tuple[CautionPoint, ...]:
+        """Counts the held-out samples for each of `cautions`, if there is time for it."""
+        problem, held_out = self.problem, self.held_out
+        passes = len(self.cautions) + budget.FORWARD_BACKWARD + 1
+        has_time = self.deadline.leaves(passes * problem.clock.one_pass)
+        if self._held_out_rows is None or held_out is None or not has_time:
+            return ()
+        # Only these splits have held-out samples.
+        sources = [source for source in problem.known if source.failed]
+        before = problem.before.only([source.split for source in sources])
+        rows = torch.cat([self._held_out_rows[problem.before.of(s.split)] for s in sources])
+        old, new = current_state(problem.model), self._proposal.state
+        points = []
+        for caution in self.cautions:
+            after = problem.evaluator.run_with(between(old, new, 1 - caution), sources)
+            points.append(CautionPoint(caution, estimate(before, after, rows)))
+        return tuple(points)
 
     def _does_well(self) -> bool:
         """True if many targets are repaired, or held-out repairs exceed what may be chance."""
@@ -351,7 +406,7 @@ class TrainingRounds:
         step = self._proposal.step(seconds, note, was_cut=trained.was_cut)
         if not is_done:
             step = replace(step, name="trial")
-        return FineTuned(self._proposal, step, self.held_out, is_done)
+        return FineTuned(self._proposal, step, self.held_out, self._caution, is_done)
 
 
 def _easy_samples(before: SampleResults, after: SampleResults) -> Tensor:

@@ -88,7 +88,6 @@ class Training(ABC):
         weight: Tensor | None = None,
         epochs: int | None = None,
         rate: float | None = None,
-        holding: float = 0.0,
     ) -> Trained | None:
         """Trains a copy of the model. Returns None if time is short.
 
@@ -103,8 +102,6 @@ class Training(ABC):
                 training.
             rate: learning rate of an AdamW that replaces the module's optimizers and schedules;
                 None keeps these.
-            holding: weight of a loss term that holds the samples that the model gets right near
-                its outputs (`FocalDistillation`); 0 means no term.
         """
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.localization import Localization
-from lightning_nrl.records.steps import PricePoint, Rung, Step
+from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.search.search_log import SearchResult
 
 
@@ -80,6 +80,7 @@ class Solution:
         choice: why `Auto` took one of the rungs.
         price: for several shares of known passed samples, the best counts of `Auto` in which at
             most this share breaks.
+        caution: held-out counts of a training for several values of `FineTunePolish.caution`.
     """
 
     proposal: Proposal | None
@@ -94,6 +95,7 @@ class Solution:
     rungs: tuple[Rung, ...] = ()
     choice: str = ""
     price: tuple[PricePoint, ...] = ()
+    caution: tuple[CautionPoint, ...] = ()
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:

@@ -177,6 +177,7 @@ class ReportBuilder:
             rungs=solution.rungs,
             choice=solution.choice,
             price=solution.price,
+            caution=solution.caution,
             strength=self.line_search.path,
             chosen_strength=self.line_search.chosen,
             set_aside=set_aside_samples(known, self.baseline.set_aside, why_aside),

@@ -26,10 +26,11 @@ from lightning_nrl.records.splits import (
     pool,
     pool_updates,
 )
-from lightning_nrl.records.steps import PricePoint, Rung, Step
+from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 
 __all__ = [
     "CalibrationBounds",
+    "CautionPoint",
     "Hashes",
     "Judge",
     "LocalizationReport",

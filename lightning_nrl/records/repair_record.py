@@ -27,7 +27,7 @@ from lightning_nrl.records.splits import (
     pool_updates,
 )
 from lightning_nrl.records.stats import Bound, upper_limit
-from lightning_nrl.records.steps import PricePoint, Rung, Step
+from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,7 @@ class RepairRecord(Record):
     rungs: tuple[Rung, ...] = ()
     choice: str = ""
     price: tuple[PricePoint, ...] = ()
+    caution: tuple[CautionPoint, ...] = ()
     strength: tuple[StrengthPoint, ...] = ()
     chosen_strength: float | None = None
     bounds: CalibrationBounds | None = None

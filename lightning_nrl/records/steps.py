@@ -53,6 +53,18 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class CautionPoint:
+    """Counts of held-out samples if the training goes back by the share `caution`.
+
+    They are counted before the held-out samples are used, and before the polish.
+    """
+
+    caution: float
+    held_out: TargetCounts
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class PricePoint:
     """The best result if at most the share `allowed` of known passed samples may break.
 

@@ -31,6 +31,7 @@ from lightning_nrl.records.splits import (
     by_role,
     pool,
 )
+from lightning_nrl.records.steps import CautionPoint
 from lightning_nrl.report.figures import (
     BLUE,
     GREEN,
@@ -183,6 +184,10 @@ def _panels(report: RepairRecord) -> dict[str, Draw]:
     if len(report.strength) > 1:
         draw = partial(_draw_strengths, report.path, report.chosen_strength)
         panels["How far to go, samples by strength"] = draw
+    if report.caution:
+        panels["How careful to be, held-out samples by caution"] = partial(
+            _draw_cautions, report.caution
+        )
     if report.search is not None:
         search_panels = _search_panels(report.search)
         if COUNTS_TITLE in search_panels:
@@ -252,6 +257,15 @@ def _draw_strengths(path: Sequence[StrengthPoint], chosen: float | None, axes: A
         axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
     across = "strength: 0 the original weights, 1 the patch"
     _finish_curves(axes, across, "samples" if calibration else "known samples")
+
+
+def _draw_cautions(points: Sequence[CautionPoint], axes: Axes) -> None:
+    _draw_flips(axes, [(point.caution, point.held_out) for point in points], ("o-", "s--"), "")
+    for point in points:
+        if point.chosen:
+            axes.axvline(point.caution, color=INK, linewidth=1, linestyle=":", label="chosen")
+    across = "caution: 0 the trained weights, 1 the original ones"
+    _finish_curves(axes, across, "held-out samples")
 
 
 def _draw_flips(

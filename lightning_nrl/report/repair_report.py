@@ -26,6 +26,7 @@ from lightning_nrl.report.sample_views import SampleView, by_flip
 from lightning_nrl.report.tables import (
     FLIPPED_COLUMNS,
     Fact,
+    caution_table,
     flipped_rows,
     outcome_table,
     price_table,
@@ -157,6 +158,8 @@ def _details(report: RepairRecord) -> list[Block]:
         blocks += _ladder(report)
     if report.price:
         blocks += [Heading("The price of no broken known sample"), price_table(report.price)]
+    if report.caution:
+        blocks += [Heading("What another caution would give"), caution_table(report.caution)]
     if report.steps:
         blocks += _steps(report)
     if report.strength:

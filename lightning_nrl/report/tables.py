@@ -25,7 +25,7 @@ from lightning_nrl.records.splits import (
     pool,
     pool_updates,
 )
-from lightning_nrl.records.steps import PricePoint, Rung, Step
+from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.report.page import Block, Heading, Row, Table, Tone
 
 Fact = tuple[str, str]
@@ -208,6 +208,18 @@ def price_table(price: Sequence[PricePoint]) -> Table:
             cells = [*map(count, counts), *_held_out(point.held_out)]
             rows.append(Row(_allowance(point.allowed), cells))
         previous = counts
+    return Table(columns, rows)
+
+
+def caution_table(points: Sequence[CautionPoint]) -> Table:
+    """Tabulates held-out counts by caution and marks the one that was chosen."""
+    columns = ("held out", "repaired"), ("held out", "broken"), ("held out", "points")
+    rows = []
+    for point in points:
+        row = Row(f"caution {point.caution:g}", list(_held_out(point.held_out)))
+        if point.chosen:
+            row = replace(row, label=f"{row.label}, chosen", tone="good")
+        rows.append(row)
     return Table(columns, rows)
 
 

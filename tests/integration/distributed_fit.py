@@ -103,7 +103,7 @@ class Continued(Method):
     """
 
     folder: Path | None = None
-    holding: float = 0.0
+    weighs: bool = False
     trains: ClassVar[bool] = True
 
     def __call__(self, problem: Problem) -> Solution:
@@ -113,8 +113,7 @@ class Continued(Method):
                 seconds=problem.clock.left,
                 seed=problem.seed,
                 clock=problem.clock,
-                weight=torch.where(problem.before.passed, 1.0, 3.0) if self.holding else None,
-                holding=self.holding,
+                weight=torch.where(problem.before.passed, 1.0, 3.0) if self.weighs else None,
             )
         if trained is None:
             return Solution(None, "no time.")
@@ -137,7 +136,7 @@ def fit_continued(folder: Path, strategy: Any = "auto", devices: int = 1) -> Non
     """Repairs by training three more epochs, each of one batch of all samples."""
     folder.mkdir(exist_ok=True)
     callback = RegressionFreeRepair(
-        method=Continued(folder, holding=0.5), gate="accuracy", dirpath=folder, verbose=False
+        method=Continued(folder, weighs=True), gate="accuracy", dirpath=folder, verbose=False
     )
     trainer, data, model = (
         trainer_on(folder, strategy, devices, callback, Leave(callback)),

@@ -38,7 +38,7 @@ from lightning_nrl.methods import held_out as held_out_module
 from lightning_nrl.methods.held_out import draw_held_out_rows, estimate, is_ahead
 from lightning_nrl.records.steps import Rung
 
-AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
+AUTO = Auto(ParticleSwarm(particles=12, iterations=12), caution=0)
 
 
 def with_few_weights(problem: Problem) -> Problem:

@@ -61,7 +61,7 @@ def test_training_goes_on_in_rounds_and_is_polished() -> None:
     training = FakeTraining(new, new, barely(make_problem(model, known()), new))
     problem = make_problem(model, known(), training=training, seed=7)
     with left_alone(model):
-        solution = checked(problem, FineTunePolish()(problem))
+        solution = checked(problem, FineTunePolish(caution=0)(problem))
     first, second, last = training.calls
     assert bool((first.pop("weight") == 1).all())
     # Of 16 epochs, as known data are few.
@@ -71,7 +71,6 @@ def test_training_goes_on_in_rounds_and_is_polished() -> None:
         "epochs": 6,
         "start": {},
         "rate": None,
-        "holding": 0.0,
     }
     assert (second["epochs"], last["epochs"]) == (6, 12)
     assert (second["seed"], last["seed"]) == (8, 9)
@@ -156,7 +155,7 @@ def trained_on_a_line(
         return last if epochs == 12 else rounds
 
     training = FakeTraining(gives=gives)
-    solution = fine_tune_and_polish(replace(problem, training=training), held_out)
+    solution = fine_tune_and_polish(replace(problem, training=training), held_out, caution=0)
     weight = torch.ones(9)
     weight[list(rows)] = 0
     assert torch.equal(training.calls[0]["weight"], weight.double())
@@ -198,17 +197,41 @@ def test_each_round_says_how_often_the_last_one_visits_samples(
     assert (solution.proposal.repaired, solution.proposal.broken) == (2, 0)
 
 
-def test_rounds_go_on_while_each_repairs_more_and_the_last_one_is_cautious() -> None:
+def test_rounds_go_on_while_each_repairs_more() -> None:
     problem = make_problem(trained(), known(n=300))
     old, new = snapshot(problem.model), retrained(problem.model)
     rows = draw_held_out_rows(problem)
     for parts in ((1, 1, 1), (0.1, 0.2, 0.3, 0.5, 1, 1)):
         training = FakeTraining(*(between(old, new, part) for part in parts))
-        fine_tune_and_polish(replace(problem, training=training), rows, caution=0.5)
+        fine_tune_and_polish(replace(problem, training=training), rows)
         assert len(training.calls) == len(parts)
-        *holding, last = (call["holding"] for call in training.calls)
-        assert not any(holding)
-        assert last == 0.5
+
+
+@pytest.mark.parametrize(("caution", "chosen"), [(None, 0.3), (0.0, 0.0), (0.25, 0.25)])
+def test_held_out_samples_say_how_far_to_go_back(caution: float | None, chosen: float) -> None:
+    problem, held_out = on_a_line_with_doubts(), torch.zeros(9, dtype=torch.bool)
+    held_out[[0, 4, 5, 6]] = True
+    # From 0.55 back to 0.75: 0.6, which is of class 0, is right again from 0.6 on.
+    training = FakeTraining(threshold(0.55))
+    problem = replace(problem, training=training)
+    solution = fine_tune_and_polish(problem, held_out, caution=caution)
+    counts = {
+        point.caution: (point.held_out.repaired, point.held_out.broken)
+        for point in solution.caution
+    }
+    expected = {0.0: (2, 1), 0.1: (2, 1), 0.2: (2, 1), 0.3: (2, 0), 0.5: (2, 0)}
+    if caution == 0.25:
+        expected[0.25] = (2, 0)
+    assert counts == expected
+    assert [point.caution for point in solution.caution if point.chosen] == [chosen]
+
+
+def test_without_held_out_samples_training_goes_back_a_tenth_of_the_way() -> None:
+    training = FakeTraining(threshold(0.65))
+    solution = FineTunePolish()(replace(on_a_line_with_doubts(), training=training))
+    assert solution.caution == ()
+    assert solution.proposal is not None
+    torch.testing.assert_close(solution.proposal.state["weight"], threshold(0.66)["weight"])
 
 
 def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> None:
@@ -269,8 +292,9 @@ def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> N
 
 @pytest.mark.parametrize("share", [0, 1.5, "half"])
 def test_a_share_that_is_none_is_refused(share: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"`Auto.caution=-1`"):
-        Auto(caution=-1)
+    for caution in (-1, 1):
+        with pytest.raises(ConfigurationError, match=rf"`Auto.caution={caution}`"):
+            Auto(caution=caution)
     with pytest.raises(ConfigurationError, match=r"`FineTunePolish.share=.*` is no share"):
         FineTunePolish(share)
 

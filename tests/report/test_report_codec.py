@@ -30,6 +30,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.records import (
     CalibrationBounds,
+    CautionPoint,
     Hashes,
     LocalizationReport,
     SearchReport,
@@ -86,6 +87,7 @@ REPORTS: dict[str, Any] = {
         steps=(Step("fit", 2, 1, 0.5),),
         strength=(StrengthPoint(0.5, 1, FLIPS), StrengthPoint(1.0, 2, FLIPS, FLIPS, True, 1.5)),
         chosen_strength=1.0,
+        caution=(CautionPoint(0.1, COUNTS, True),),
         bounds=CalibrationBounds(1, 6, 0.95, 0.4, 2, 1),
         change=WeightChange(3, 8, 0.5, math.nan, 0.25),
         hashes=Hashes("a", "b"),

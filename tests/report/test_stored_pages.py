@@ -26,7 +26,7 @@ from lightning_nrl.records.repair_record import (
 )
 from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
 from lightning_nrl.records.stats import upper_limit
-from lightning_nrl.records.steps import CUT, PricePoint, Rung, Step
+from lightning_nrl.records.steps import CUT, CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.report import repair_report
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
@@ -75,6 +75,7 @@ REPAIRED = RepairReport(
         PricePoint(0.01, 9, 20, 28, HELD_OUT),
         PricePoint(1.0, 9, 20, 28, HELD_OUT),
     ),
+    caution=(CautionPoint(0.0, HELD_OUT), CautionPoint(0.1, HELD_OUT, chosen=True)),
     strength=(
         StrengthPoint(0.2, 4, FlipCounts(1460, 0, 6, 50), FlipCounts(270, 0, 3, 20)),
         StrengthPoint(1.15, 21, FlipCounts(1460, 0, 30, 26), FlipCounts(269, 1, 12, 11)),

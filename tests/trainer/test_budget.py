@@ -96,7 +96,7 @@ class Continue(Callback):
             )
             training = ContinuedTraining(trainer, model, [source], 3)
             try:
-                state = training(seconds=seconds, seed=0, clock=StageTimer(), holding=0.5)
+                state = training(seconds=seconds, seed=0, clock=StageTimer())
                 result = "nothing" if state is None else "weights"
             except (OtherRankError, ZeroDivisionError) as error:
                 result = type(error).__name__

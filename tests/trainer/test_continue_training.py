@@ -507,30 +507,6 @@ def test_training_starts_at_given_weights_on_samples_by_their_weights() -> None:
     assert max(map(numbers.count, numbers)) > 2
 
 
-def holding(model: Net, weight: float) -> float:
-    """How far the outputs of right samples move in a training with a holding term."""
-    state = fit(model, Continue(epochs=10, holding=weight))
-    points, labels, _ = next(iter(DataLoader(Points(TRAIN), TRAIN)))
-    changed = type(model)()
-    changed.load_state_dict(state)
-    with torch.no_grad():
-        old, new = model.eval()(points), changed.eval()(points)
-    return float((new - old)[old.argmax(1) == labels].abs().mean())
-
-
-def test_the_holding_term_keeps_outputs_near_the_old_ones() -> None:
-    assert holding(Net(), 5.0) < 0.8 * holding(Net(), 0.0)
-
-
-def test_where_no_term_can_be_added_training_goes_on_without_it() -> None:
-    class Twice(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self(batch[0])
-            return super().training_step(batch, batch_idx)
-
-    assert_same(fit(Twice(), Continue(holding=0.5)), fit(Twice(), Continue()))
-
-
 def test_samples_are_drawn_in_proportion_to_their_weights_whatever_ranks_share_them() -> None:
     weight = torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 3.0])
     drawn = ShuffledSampler(6, 0, weight=weight)

@@ -13,6 +13,7 @@ from lightning_nrl._utils.formatting import percent, sentence
 from lightning_nrl.records.repair_record import StrengthPoint
 from lightning_nrl.records.splits import SplitReport, by_role, pool
 from lightning_nrl.records.stats import percent_up
+from lightning_nrl.records.steps import CautionPoint
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
 from lightning_nrl.report.repair_facts import layer_text, unseen_facts
@@ -89,6 +90,7 @@ class LoadedRepair:
             "search": _search(report),
             "strength": list(map(_point, report.path)),
             "chosen_strength": report.chosen_strength,
+            "caution": list(map(_caution_point, report.caution)),
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
@@ -190,6 +192,15 @@ def _point(point: StrengthPoint) -> Plain:
         "calibration_repaired": None if calibration is None else calibration.repaired,
         "calibration_broken": None if calibration is None else calibration.broken,
         "polished": point.polished,
+    }
+
+
+def _caution_point(point: CautionPoint) -> Plain:
+    return {
+        "caution": point.caution,
+        "repaired": point.held_out.repaired,
+        "broken": point.held_out.broken,
+        "chosen": point.chosen,
     }
 
 

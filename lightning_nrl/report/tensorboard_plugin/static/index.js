@@ -3,7 +3,7 @@
 import { changedConfusions } from "./confusions.js";
 import { ask, fromReport, h } from "./dom.js";
 import { flippedSamples } from "./flips.js";
-import { searchReplay, strengthSlider } from "./replays.js";
+import { cautionSlider, searchReplay, strengthSlider } from "./replays.js";
 import { repairsTable } from "./repairs.js";
 import { verdict } from "./verdict.js";
 
@@ -71,6 +71,7 @@ async function show(name) {
       ...verdict(repair),
       h("div", { class: "beside" }, flips.element, changedConfusions(repair, flips.choosePair)),
       ...strengthSlider(repair),
+      ...cautionSlider(repair),
       ...searchReplay(repair),
       h("details", { class: "more" }, h("summary", {}, "The rest of the report"), fromReport(repair.more)));
   } catch (error) {

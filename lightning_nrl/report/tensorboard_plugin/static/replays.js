@@ -1,4 +1,4 @@
-// Sliders over the iterations of the search and over the strengths of the patch.
+// Sliders over the iterations of the search, the strengths of the patch, and cautions.
 
 import { curves } from "./curves.js";
 import { count, h, number } from "./dom.js";
@@ -66,6 +66,26 @@ export function strengthSlider({ strength, chosen_strength, known }) {
     text: `0 is the model as it was, 1 the whole change that was found; each was counted.${where}`,
     label: "Strength", steps, start: taken < 0 ? steps.length - 1 : taken, charts, facts, plays: false,
     text_of: i => `strength ${steps[i]}${i === taken ? ", taken" : ""}`,
+  });
+}
+
+/** Builds a slider over the cautions: what each repairs and breaks of the held-out samples. */
+export function cautionSlider({ caution }) {
+  if (caution.length < 2) return [];
+  const steps = caution.map(point => point.caution), of = key => caution.map(point => point[key]);
+  const chosen = caution.findIndex(point => point.chosen);
+  return slider({
+    id: "caution", title: "How careful to be: the caution of the training",
+    text: "Held-out samples, counted before the repair used them: 0 is the trained network, 1 would be the model as it was.",
+    label: "Caution", steps, start: Math.max(0, chosen), plays: false,
+    charts: [curves("Held-out samples", steps, series([
+      ["repaired", of("repaired"), REPAIRED], ["broken", of("broken"), BROKEN, DASHED]]), "caution", true)],
+    facts: i => [
+      ["held-out repaired", count(caution[i].repaired)],
+      ["held-out broken", count(caution[i].broken)],
+      ["", i === chosen ? "taken" : ""],
+    ],
+    text_of: i => `caution ${steps[i]}${i === chosen ? ", taken" : ""}`,
   });
 }
 

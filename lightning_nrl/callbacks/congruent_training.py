@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,9 @@ from lightning_nrl._utils.registry import import_function
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates.loss_terms import (
-    FocalDistillation,
     ModelTeacher,
     PredictedTeacher,
     ReferenceTeacher,
@@ -45,8 +44,6 @@ from lightning_nrl.updates.loss_terms import (
 )
 from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
-
-HOLDING_TEMPERATURE = 2.0  # at which all logits of the old outputs count, not only the largest
 
 
 class PositiveCongruentTraining(CallbackBase):
@@ -79,8 +76,6 @@ class PositiveCongruentTraining(CallbackBase):
         repair = RegressionFreeRepair(reference="old.ckpt")
         Trainer(callbacks=[congruent, repair]).fit(new_model, datamodule=dm)
     """
-
-    _logs_terms = True
 
     def __init__(
         self,
@@ -116,7 +111,7 @@ class PositiveCongruentTraining(CallbackBase):
         if stage != "fit":
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
-        if len(_callbacks_of_user(trainer)) > 1:
+        if len(callbacks_of_class(trainer, PositiveCongruentTraining)) > 1:
             raise ConfigurationError(
                 "`callbacks`: there are several PositiveCongruentTraining.",
                 "keep one, and give it all terms as `term=[...]`.",
@@ -178,21 +173,6 @@ class PositiveCongruentTraining(CallbackBase):
                 "`training_step` uses manual optimisation, so the callback cannot add to its loss.",
                 step_outputs.ONE_LINE,
             )
-        add_terms = partial(self._add_terms, pl_module, batch, result, part, calls)
-        return self._with_terms(result, add_terms)
-
-    def _with_terms(self, result: object, add_terms: Callable[[], object]) -> object:
-        """Returns the result of a step with the terms added to its loss."""
-        return add_terms()
-
-    def _add_terms(
-        self,
-        pl_module: LightningModule,
-        batch: object,
-        result: object,
-        part: str,
-        calls: Sequence[step_outputs.Call],
-    ) -> object:
         inputs, named_inputs, target = bind_adapter(self.adapter, pl_module)(batch)
         call = step_outputs.find_forward_pass(
             part, calls, inputs, named_inputs, length_of(target), self.task
@@ -211,10 +191,9 @@ class PositiveCongruentTraining(CallbackBase):
         with validating(pl_module.trainer):
             old = self._teacher(call.args, call.kwargs, target, raw, logits)
         means = {term.name: term(self.task, logits, target, old).mean() for term in self.terms}
-        if self._logs_terms:
-            tags = tagged(NUMBER_TAG, means, name=self.prefix)
-            # Lightning detaches the values that it logs.
-            pl_module.log_dict(tags, on_step=False, on_epoch=True, batch_size=len(logits))
+        tags = tagged(NUMBER_TAG, means, name=self.prefix)
+        # Lightning detaches the values that it logs.
+        pl_module.log_dict(tags, on_step=False, on_epoch=True, batch_size=len(logits))
         return torch.stack(list(means.values())).sum()
 
     def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceTeacher:
@@ -250,51 +229,6 @@ class PositiveCongruentTraining(CallbackBase):
                 check_per_sample(f"`term`: {term.name}", values, len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
-
-
-class HoldingTerm(PositiveCongruentTraining):
-    """The term of a repair's own training, which goes on without it where it cannot be added.
-
-    It holds the samples that `model` gets right near the outputs of `model`.
-    """
-
-    _logs_terms = False
-
-    def __init__(
-        self, model: LightningModule, weight: float, task: Task | None, adapter: Adapter | None
-    ) -> None:
-        term = FocalDistillation(weight=weight, temperature=HOLDING_TEMPERATURE)
-        super().__init__(OldModel(model), term, task=task, adapter=adapter)
-        self._is_possible = True
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._is_possible = not _callbacks_of_user(trainer)
-        if self._is_possible:
-            super().setup(trainer, pl_module, stage)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if self._is_possible:
-            with self._unless_impossible():
-                super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def _with_terms(self, result: object, add_terms: Callable[[], object]) -> object:
-        with self._unless_impossible():
-            return add_terms()
-        return result
-
-    @contextmanager
-    def _unless_impossible(self) -> Iterator[None]:
-        try:
-            yield
-        except RepairError:
-            self._is_possible = False
-
-
-def _callbacks_of_user(trainer: Trainer) -> list[PositiveCongruentTraining]:
-    callbacks = callbacks_of_class(trainer, PositiveCongruentTraining)
-    return [callback for callback in callbacks if not isinstance(callback, HoldingTerm)]
 
 
 def regression_loss(module: LightningModule, batch: object, output: object) -> Tensor:
