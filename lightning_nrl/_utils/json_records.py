@@ -40,6 +40,8 @@ LONGEST_SHOWN = 60  # characters of a value in a message
 PLAIN_HINT = "give JSON that `to_json` has written."
 
 UNWRITTEN: Mapping[str, bool] = {"unwritten": True}  # metadata of a field that is not in the JSON
+# Metadata of a field that is not in the JSON while it has its default.
+OPTIONAL: Mapping[str, bool] = {"optional": True}
 
 
 def flat(prefix: str = "") -> Mapping[str, str]:
@@ -126,11 +128,13 @@ def _plain_record(record: object) -> dict[str, Plain]:
     plain = {}
     for field in _written_fields(kind):
         value = to_plain(getattr(record, field.name))
+        if "optional" in field.metadata and value == field.default:
+            continue
         if "flat" not in field.metadata:
             plain[field.name] = value
             continue
         if value is None:
-            value = dict.fromkeys(inner.name for inner in fields(_flat_kind(kind, field)))
+            value = dict.fromkeys(required_fields(_flat_kind(kind, field)))
         plain |= {field.metadata["flat"] + name: item for name, item in value.items()}
     if isinstance(record, Derives):
         plain |= to_plain(record.derived)
@@ -255,13 +259,18 @@ def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
     values = {}
     for field in _written_fields(kind):
         hint = hints_of(kind)[field.name]
+        if "optional" in field.metadata and field.name not in data:
+            continue
         if "flat" not in field.metadata:
             null = field.metadata.get("null", math.nan)
             values[field.name] = _read(hint, take(field.name), prefix + field.name, null)
             continue
         start = field.metadata["flat"]
         inner_kind = _flat_kind(kind, field)
-        inner = {part.name: take(start + part.name) for part in fields(inner_kind)}
+        inner = {}
+        for part in fields(inner_kind):
+            if "optional" not in part.metadata or start + part.name in data:
+                inner[part.name] = take(start + part.name)
         if NoneType in get_args(hint) and not any(item is not None for item in inner.values()):
             values[field.name] = None
         else:
@@ -289,6 +298,11 @@ def _wrong(path: str, expected: str, value: object) -> ConfigurationError:
 
 def _error(path: str, problem: str) -> ConfigurationError:
     return ConfigurationError(f"{path or 'the file'}: {problem}.", PLAIN_HINT)
+
+
+def required_fields(kind: Hint) -> list[str]:
+    """Returns the names of the fields of a dataclass that are in its JSON in any case."""
+    return [field.name for field in fields(kind) if "optional" not in field.metadata]
 
 
 def _written_fields(kind: Hint) -> list[Field[Any]]:

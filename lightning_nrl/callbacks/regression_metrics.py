@@ -72,8 +72,8 @@ class ReferenceResults:
     label: Tensor  # `n` int64, true classes; -1 if the task has no classes
     # `n` bool, False for samples that a distributed sampler repeats, to give each rank equally many
     once: Tensor
-    group: Tensor  # `n` int64, index of the sample's slice in `names`, or -1
-    names: tuple[str, ...]  # names of the slices, the same on every rank
+    slice_number: Tensor  # `n` int64, index of the sample's slice in `slices`, or -1
+    slices: tuple[str, ...]  # names of the slices, the same on every rank
     adapter: Adapter  # the user's adapter, bound to the new model
 
 
@@ -188,9 +188,9 @@ class FlipCounter:
         # A validation that was stopped has only the first batches.
         n = len(right)
         masks = torch.stack(flip_masks(old.passed[:n], right), 1) & old.once[:n, None]
-        flips = torch.zeros(len(old.names) + 1, 4, dtype=torch.int64)
+        flips = torch.zeros(len(old.slices) + 1, 4, dtype=torch.int64)
         # Samples in no slice go into the first row, which is overwritten.
-        flips.index_add_(0, old.group[:n] + 1, masks.long())
+        flips.index_add_(0, old.slice_number[:n] + 1, masks.long())
         flips[0] = masks.sum(0)
         mismatches = (label != old.label[: len(label)]).sum()
         total = collective.sum(torch.cat([flips.flatten(), mismatches[None]]))
@@ -200,7 +200,7 @@ class FlipCounter:
                 "began.",
                 "validate the same samples in the same order each time.",
             )
-        return old.names, total[:-1].view(-1, 4)
+        return old.slices, total[:-1].view(-1, 4)
 
 
 class RegressionMetrics(CallbackBase):
@@ -362,7 +362,7 @@ class RegressionMetrics(CallbackBase):
                 new = evaluator.run([recorder], forward=probe)
             answers = self.reference.answers(evaluator, [source], new)
         self._outputs.attach(model, probe.parts or ())
-        names, group = recorder.named(collective)
+        names, slice_number = recorder.named(collective)
         rows = torch.searchsorted(source.index, positions)
         self._reference_results = ReferenceResults(
             loader,
@@ -370,8 +370,8 @@ class RegressionMetrics(CallbackBase):
             passed=answers.passed[rows],
             label=new.label[rows],
             once=_first_occurrences(by_rank)[collective.rank],
-            group=group[rows],
-            names=names,
+            slice_number=slice_number[rows],
+            slices=names,
             adapter=source.adapter,
         )
         return self._reference_results

@@ -18,6 +18,7 @@ from lightning_nrl.errors import ConfigurationError, check_choice, check_real, c
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import (
+    GroupRecorder,
     Quota,
     SliceRecorder,
     checked_quotas,
@@ -90,6 +91,9 @@ class SampleOptions:
         set_aside: failures in the target that are not to be repaired: a column of bools, a target,
             ids, or `"doubtful"` for failures whose label looks wrong. The report lists these
             failures.
+        groups: group of each sample: a column of whole numbers or names, such as patients, whose
+            samples resemble each other. The same value in two splits is the same group. Groups are
+            held out as a whole, and confidence limits and tests count groups instead of samples.
         keep: samples that must not break if there is an old model: all that the new model gets
             right (`both`), or only those that the old model gets right too (`reference`).
 
@@ -104,6 +108,7 @@ class SampleOptions:
     protected: Any = None
     risk: Mapping[Any, int] | None = None
     set_aside: Any = None
+    groups: Any = None
     keep: Keep = "both"
 
     def __post_init__(self) -> None:
@@ -111,6 +116,8 @@ class SampleOptions:
         _columns_among(self._options())
         if self.slices is not None:
             find_column("slices", self.slices)
+        if self.groups is not None:
+            find_column("groups", self.groups)
         if self.risk is not None:
             _risk_levels(self.risk)
         if self.quotas is not None:
@@ -124,7 +131,7 @@ class SampleOptions:
     def columns(self) -> SampleOptions:
         """Returns a copy with only the options read from batches, to check a few samples."""
         columns: dict[str, Any] = {**_columns_among(self._options())}
-        return SampleOptions(slices=self.slices, **columns)
+        return SampleOptions(slices=self.slices, groups=self.groups, **columns)
 
     def _options(self, known: bool = True) -> dict[str, Any]:
         options = {"protected": self.protected}
@@ -157,11 +164,18 @@ class SampleOptions:
             slices = find_column("slices", self.slices)
         recorders = [_column_recorder(source, columns, evaluator.task) for source in sources]
         slicers = [SliceRecorder(recorder, slices, evaluator.task) for recorder in recorders]
-        results = evaluator.run(slicers, target, everywhere=everywhere)
+        groupers: list[GroupRecorder] = []
+        if self.groups is not None:
+            column = find_column("groups", self.groups)
+            groupers = [GroupRecorder(slicer, column, evaluator.task) for slicer in slicers]
+        results = evaluator.run(groupers or slicers, target, everywhere=everywhere)
         ranks = evaluator.collective
+        if groupers:
+            group = torch.cat([grouper.gathered(ranks) for grouper in groupers])
+            results = replace(results, group=group)
         if slices is not None:
-            names, group = common_names([slicer.named(ranks) for slicer in slicers])
-            results = replace(results, names=names, group=group)
+            names, number = common_names([slicer.named(ranks) for slicer in slicers])
+            results = replace(results, slices=names, slice_number=number)
         table = torch.cat([recorder.gathered(ranks) for recorder in recorders])
         values: dict[str, Tensor] = dict(zip(columns, table.T, strict=True))
         for name, value in options.items():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.json_records import OPTIONAL
 from lightning_nrl.errors import EvaluationError
 
 NO_COLUMN = torch.empty(0)
@@ -37,9 +38,10 @@ class SampleResults:
         weight: `N` float64, 1 by default. For a targeted sample, the value of its repair, 1 on
             average. For a passed sample, the cost of breaking it: a whole number from 1, or
             infinity if the sample is protected.
-        names: names of the slices.
-        group: `N` int64, index of the sample's slice in `names`; -1, the default, if the sample is
-            in no slice.
+        slices: names of the slices.
+        slice_number: `N` int64, index of the sample's slice in `slices`; -1, the default, if the
+            sample is in no slice.
+        group: `N` int64, number of the sample's group; None if the samples have no groups.
     """
 
     splits: tuple[str, ...]
@@ -53,15 +55,16 @@ class SampleResults:
     margin: Tensor
     _: KW_ONLY
     weight: Tensor = NO_COLUMN
-    names: tuple[str, ...] = ()
-    group: Tensor = NO_COLUMN
+    slices: tuple[str, ...] = ()
+    slice_number: Tensor = NO_COLUMN
+    group: Tensor | None = None
     in_target: Tensor = NO_COLUMN
 
     def __post_init__(self) -> None:
         n = len(self.passed)
         defaults = {
             "weight": torch.ones(n, dtype=torch.float64),
-            "group": torch.full((n,), -1),
+            "slice_number": torch.full((n,), -1),
             "in_target": self.targeted,
         }
         for name, column in defaults.items():
@@ -73,7 +76,7 @@ class SampleResults:
 
     @classmethod
     def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
-        """Joins tables of different splits. Weights, slices and `in_target` get their defaults."""
+        """Joins tables of different splits. Other columns get their defaults."""
         splits: list[str] = []
         sizes: list[int] = []
         for table in tables:
@@ -83,7 +86,7 @@ class SampleResults:
         return cls(tuple(splits), tuple(sizes), *map(torch.cat, columns))
 
     def only(self, splits: Sequence[str]) -> SampleResults:
-        """Selects the rows of some splits. Weights, slices and `in_target` get their defaults."""
+        """Selects the rows of some splits. Other columns get their defaults."""
         rows = [torch.arange(len(self))[self.of(split)] for split in splits]
         selected = torch.cat(rows)
         columns = [column[selected] for column in self._columns()]
@@ -167,17 +170,52 @@ def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 @dataclass(frozen=True)
+class GroupCounts:
+    """Counts of groups of samples that resemble each other (`SampleOptions.groups`).
+
+    Attributes:
+        passed: groups with a sample that was right before a change.
+        broken: groups with a broken sample.
+        failed: groups with a sample that was wrong before.
+        repaired: groups with a repaired sample.
+        better: groups with more repaired than broken samples.
+        worse: groups with more broken than repaired samples.
+        squared_net: sum over all groups of (repaired - broken samples)^2, an estimate of the
+            variance of the number of repaired minus broken samples.
+    """
+
+    passed: int
+    broken: int
+    failed: int
+    repaired: int
+    better: int
+    worse: int
+    squared_net: int
+
+
+@dataclass(frozen=True)
 class FlipCounts:
     """Counts of kept, broken, repaired and failing samples.
 
     Kept samples are right before and after a change, broken samples are right only before it,
-    repaired samples are right only after it, and failing samples are never right.
+    repaired samples are right only after it, and failing samples are never right. `groups` has the
+    counts of groups, or None if the samples have no groups.
     """
 
     kept: int
     broken: int
     repaired: int
     failing: int
+    groups: GroupCounts | None = field(default=None, kw_only=True, metadata=OPTIONAL)
+
+    @property
+    def units(self) -> GroupCounts:
+        """What confidence limits and tests count: `groups` or, without these, each sample."""
+        flips = self.repaired, self.broken
+        failed = self.repaired + self.failing
+        return self.groups or GroupCounts(
+            self.passed, self.broken, failed, self.repaired, *flips, sum(flips)
+        )
 
     @property
     def n(self) -> int:
@@ -235,12 +273,16 @@ class TargetCounts(FlipCounts):
 
 @dataclass(frozen=True)
 class Flips:
-    """Masks, `N` bool each, of kept, broken, repaired and failing samples (see `FlipCounts`)."""
+    """Masks, `N` bool each, of kept, broken, repaired and failing samples (see `FlipCounts`).
+
+    `group`, `N` int64, has the number of each sample's group. None: the samples have no groups.
+    """
 
     kept: Tensor
     broken: Tensor
     repaired: Tensor
     failing: Tensor
+    group: Tensor | None = None
 
     @classmethod
     def between(cls, before: SampleResults, after: SampleResults) -> Flips:
@@ -252,11 +294,14 @@ class Flips:
                 "samples.",
                 "collect both from the same data, without shuffling.",
             )
-        return cls(*flip_masks(before.right, after.right))
+        return cls(*flip_masks(before.right, after.right), before.group)
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
-        masks = (self.kept, self.broken, self.repaired, self.failing)
-        return FlipCounts(*(int(mask[rows].sum()) for mask in masks))
+        masks = [mask[rows] for mask in (self.kept, self.broken, self.repaired, self.failing)]
+        counts = FlipCounts(*(int(mask.sum()) for mask in masks))
+        if self.group is None:
+            return counts
+        return replace(counts, groups=_count_groups(masks, self.group[rows]))
 
     def target_counts(
         self, before: SampleResults, rows: Tensor | slice = slice(None)
@@ -273,6 +318,23 @@ class Flips:
             passed_in_target=count((self.kept | self.broken) & before.in_target),
             broken_in_target=count(self.broken & before.in_target),
         )
+
+
+def _count_groups(masks: Sequence[Tensor], group: Tensor) -> GroupCounts:
+    numbers, place = group.unique(return_inverse=True)
+    kept, broken, repaired, failing = (
+        place[mask].bincount(minlength=len(numbers)) for mask in masks
+    )
+    net = repaired - broken
+    return GroupCounts(
+        passed=int((kept + broken > 0).sum()),
+        broken=int((broken > 0).sum()),
+        failed=int((repaired + failing > 0).sum()),
+        repaired=int((repaired > 0).sum()),
+        better=int((net > 0).sum()),
+        worse=int((net < 0).sum()),
+        squared_net=int((net**2).sum()),
+    )
 
 
 def _shape(results: SampleResults) -> str:

@@ -1,7 +1,8 @@
-"""Slices, which are named subsets of samples, and quotas, the repairs required in a slice."""
+"""Slices (named subsets of samples), quotas (required repairs in a slice), groups of samples."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -63,6 +64,12 @@ class SliceRecorder(RecordingSource):
 
     def _names(self, slices: Slices, batch: Batch) -> list[str]:
         """Returns the name of each sample's slice; an empty text stands for no slice."""
+        name_of_true = getattr(slices, "__name__", "chosen")
+        if isinstance(slices, Target):
+            name_of_true = str(slices)
+        return [_slice_name(value, name_of_true) for value in self._values(slices, batch)]
+
+    def _values(self, slices: Slices, batch: Batch) -> Sequence[object]:
         column = column_values(self.argument, slices, batch, self.task.label(batch.target))
         values = column.tolist() if isinstance(column, _Array) else column
         kinds = (str, int, np.integer, np.bool_, NoneType)
@@ -76,10 +83,7 @@ class SliceRecorder(RecordingSource):
                 f"batch of {len(batch)} samples.",
                 "return one name, whole number or bool for each sample.",
             )
-        name_of_true = getattr(slices, "__name__", "chosen")
-        if isinstance(slices, Target):
-            name_of_true = str(slices)
-        return [_slice_name(value, name_of_true) for value in values]
+        return values
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """Returns the slice names of all ranks, and each sample's index in these (-1: no slice)."""
@@ -92,6 +96,31 @@ class SliceRecorder(RecordingSource):
             )
         self.noted = [_renumber(group, own_names, names) for group in self.noted]
         return tuple(names), self.gathered(collective)
+
+
+class GroupRecorder(SliceRecorder):
+    """Source that records a number for the group of each sample.
+
+    The same value has the same number in all splits and on all ranks.
+    """
+
+    def __init__(self, source: Source, groups: Column, task: Task) -> None:
+        super().__init__(source, groups, task, "groups")
+        self.groups = groups
+
+    def _note(self, batch: Batch) -> Tensor:
+        numbers = []
+        for value in self._values(self.groups, batch):
+            name = str(value).strip()
+            if value is None or not name:
+                raise ConfigurationError(
+                    f"`groups`: a sample of `{self.split}` has the group {value!r}.",
+                    "give each sample a name or a whole number; a sample that resembles no other "
+                    "gets a name of its own.",
+                )
+            digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
+            numbers.append(int.from_bytes(digest, "big"))
+        return torch.tensor(numbers)
 
 
 def _renumber(group: Tensor, old_names: Sequence[str], names: Sequence[str]) -> Tensor:
@@ -175,8 +204,8 @@ def required_repairs(
     """
     required: dict[str, int] = {}
     for name, quota in checked_quotas(quotas).items():
-        if name not in before.names:
-            names = ", ".join(before.names) or "no slices"
+        if name not in before.slices:
+            names = ", ".join(before.slices) or "no slices"
             return {}, f"`quotas` names the slice {name!r}, but the data have {names}."
         n = int((before.targeted & _in_slice(before, name)).sum())
         if isinstance(quota, int):
@@ -225,4 +254,4 @@ def normalise_weights(before: SampleResults) -> SampleResults:
 
 
 def _in_slice(before: SampleResults, name: str) -> Tensor:
-    return before.group == before.names.index(name)
+    return before.slice_number == before.slices.index(name)

@@ -215,7 +215,7 @@ def _path(
     fold = _folds(problem)
     kept = [torch.ones_like(head.targeted)]
     for number in range(N_FOLDS):
-        in_fold = problem.copies(fold == number)[known.rows]
+        in_fold = problem.related(fold == number)[known.rows]
         kept.append(~in_fold.to(head.label.device))
     paths = [regularization_path(head, PRICES, used, is_over, max_pairs) for used in kept]
     worths: list[float] = []
@@ -242,12 +242,16 @@ def _worth(problem: Problem, right: Tensor) -> float:
 def _folds(problem: Problem) -> Tensor:
     """Draws a fold, `N` int64, for each sample from data sets with failures to repair.
 
-    Other samples get -1.
+    Samples of a group are in the same fold. Other samples get -1.
     """
     before = problem.before
     fold = torch.full_like(before.label, -1)
     eligible = problem.came_with_failures & problem.used
     generator = torch.Generator().manual_seed(problem.seed)
+    if before.group is not None:
+        groups, number = before.group[eligible].unique(return_inverse=True)
+        fold[eligible] = (torch.randperm(len(groups), generator=generator) % N_FOLDS)[number]
+        return fold
     for kind in (before.passed, before.targeted, ~before.passed & ~before.targeted):
         rows = (eligible & kind).nonzero().flatten()
         fold[rows] = torch.randperm(len(rows), generator=generator) % N_FOLDS

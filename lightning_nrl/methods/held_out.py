@@ -28,7 +28,10 @@ FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a sma
 
 
 def draw_held_out_rows(problem: Problem) -> Tensor | None:
-    """Draws the samples to hold out, `N` bool, or None if targets or passed samples are too few."""
+    """Draws the samples to hold out, `N` bool, or None if targets or passed samples are too few.
+
+    Samples in a group are held out together.
+    """
     before = problem.before
     eligible = problem.came_with_failures
     other_failures = ~before.passed & ~before.targeted
@@ -42,14 +45,44 @@ def draw_held_out_rows(problem: Problem) -> Tensor | None:
     )
     held_out = torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
-    for kind in (before.targeted, other_failures, unprotected):
-        rows = (eligible & kind).nonzero().flatten()
-        n = int(fraction * len(rows))
-        held_out[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
+    if before.group is not None:
+        in_group = _draw_groups(problem, before.group, fraction, generator)
+        held_out = in_group & eligible & ~before.protected
+    else:
+        for kind in (before.targeted, other_failures, unprotected):
+            rows = (eligible & kind).nonzero().flatten()
+            n = int(fraction * len(rows))
+            held_out[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
     n_targets = int((held_out & before.targeted).sum())
     if n_targets < MIN_HELD_OUT_FAILURES or not (held_out & before.passed).any():
         return None
     return held_out
+
+
+def _draw_groups(
+    problem: Problem, group: Tensor, fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Draws groups at random while they fit into `fraction` of each kind of eligible samples.
+
+    Returns a mask of their samples, `N` bool. Samples of these groups in other splits, which cannot
+    be used either, count as held-out passed samples.
+    """
+    before, eligible = problem.before, problem.came_with_failures
+    unprotected = before.passed & ~before.protected
+    kinds = (eligible & before.targeted, eligible & ~before.passed, eligible & unprotected)
+    groups, place = group.unique(return_inverse=True)
+    masks = (*kinds, unprotected)
+    sizes = torch.stack([place[mask].bincount(minlength=len(groups)) for mask in masks], 1)
+    most = fraction * sizes.sum(0)
+    most[-1] = MAX_HELD_OUT_PASSED * int(before.passed.sum())
+    total = torch.zeros_like(most)
+    drawn = torch.zeros(len(groups), dtype=torch.bool)
+    for number in torch.randperm(len(groups), generator=generator).tolist():
+        size = sizes[number]
+        if size[:-1].any() and (total + size <= most).all():
+            total += size
+            drawn[number] = True
+    return drawn[place]
 
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:

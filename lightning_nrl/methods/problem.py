@@ -211,7 +211,8 @@ class Problem:
 
     def evaluate(self, state: State) -> SampleResults:
         """Returns the results of the deployed model with the tensors of `state` on known data."""
-        return self.evaluator.run_with(state, self.known)
+        results = self.evaluator.run_with(state, self.known)
+        return replace(results, group=self.before.group)
 
     def propose(self, name: str, state: State) -> Proposal:
         """Evaluates a state on all known data and returns it as a proposal."""
@@ -245,10 +246,10 @@ class Problem:
     def without(self, rows: Tensor) -> Problem:
         """Returns a problem without quotas that holds out the samples in `rows`, `N` bool.
 
-        Their unprotected copies are held out, too.
+        So are unprotected samples that are copies of these, or in their groups.
         """
         before = self.before
-        held_out = rows | (self.copies(rows) & ~before.protected)
+        held_out = rows | (self.related(rows) & ~before.protected)
         used = ~held_out
         masked = replace(before, passed=before.passed & used, targeted=before.targeted & used)
         return replace(
@@ -294,11 +295,14 @@ class Problem:
                 mask[self.before.of(source.split)] = True
         return mask
 
-    def copies(self, rows: Tensor) -> Tensor:
-        """Marks the samples in `rows`, `N` bool, and their copies.
+    def related(self, rows: Tensor) -> Tensor:
+        """Marks the samples in `rows`, `N` bool, their copies, and all samples in their groups.
 
         Copies are known only if there are several sources, all `Identified`.
         """
+        group = self.before.group
+        if group is not None:
+            rows = rows | torch.isin(group, group[rows])
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
         if len(identities) < max(2, len(self.known)):
             return rows

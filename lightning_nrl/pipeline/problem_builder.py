@@ -123,4 +123,4 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
 
 def _plain_table(results: SampleResults) -> list[object]:
     digest = hash_tensors(fields_of(results))
-    return [digest, results.splits, results.sizes, results.names]
+    return [digest, results.splits, results.sizes, results.slices]

@@ -21,11 +21,13 @@ from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.head_features import has_near_copies
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
+from lightning_nrl.methods.held_out import draw_held_out_rows
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import (
     check_limit,
@@ -213,6 +215,10 @@ def _finish(
     problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]
 ) -> Outcome:
     settings, model = builder.settings, problem.model
+    held_out = draw_held_out_rows(problem)
+    if solution.held_out is not None and problem.before.group is None and held_out is not None:
+        copies = has_near_copies(problem.evaluator, problem.known, problem.before, held_out)
+        builder = replace(builder, near_copies=copies)
     if settings.bounds.sparse is not None and solution.proposal is not None:
         with problem.clock.stage("sparse"):
             work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)
@@ -312,9 +318,16 @@ def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRepo
 
 
 def _bounds(counts: FlipCounts, selection: Selection, confidence: float) -> CalibrationBounds:
-    broken, n = counts.broken, counts.passed
-    upper = limit_after(broken, n, selection, confidence)
-    return CalibrationBounds(broken, n, confidence, upper, selection.states, selection.allowed)
+    units = counts.units
+    return CalibrationBounds(
+        units.broken,
+        units.passed,
+        confidence,
+        limit_after(units.broken, units.passed, selection, confidence),
+        selection.states,
+        selection.allowed,
+        by_group=counts.groups is not None,
+    )
 
 
 def _nothing_passes(problem: Problem) -> str:

@@ -14,7 +14,7 @@ from lightning_nrl._utils.timing import rounded_seconds
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.deployed_precision import rounding_margin
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.evaluation.sample_results import Flips, SampleResults
+from lightning_nrl.evaluation.sample_results import Flips, GroupCounts, SampleResults
 from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import GateDecision
 from lightning_nrl.localization import Localization
@@ -98,6 +98,7 @@ class ReportBuilder:
     seconds: Mapping[str, float]
     solution: Solution = NO_SOLUTION
     line_search: LineSearchResult = UNDECIDED
+    near_copies: bool = False
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
         """Returns the report of a repair without new weights."""
@@ -171,6 +172,8 @@ class ReportBuilder:
             task=str(self.evaluator.task),
             splits=self._splits(after),
             update=update,
+            unseen_groups=self._unseen_groups(after),
+            near_copies=self.near_copies,
             localization=_localization_report(solution.localization),
             search=search,
             steps=solution.steps,
@@ -220,14 +223,23 @@ class ReportBuilder:
         reports = []
         for role, before in self._before.items():
             flips = Flips.between(before, after.get(role, before))
-            for number, name in enumerate(before.names):
+            for number, name in enumerate(before.slices):
                 report = SliceReport(
-                    name, role, flips.target_counts(before, before.group == number)
+                    name, role, flips.target_counts(before, before.slice_number == number)
                 )
                 if role == "known":
                     report = replace(report, quota=quotas.get(name))
                 reports.append(report)
         return tuple(reports)
+
+    def _unseen_groups(self, after: Mapping[Role, SampleResults]) -> GroupCounts | None:
+        before = self._before.get("unseen")
+        if before is None:
+            return None
+        results = after.get("unseen", before)
+        if self.baseline.update is not None:
+            before = self.baseline.update.answers["unseen"]
+        return Flips.between(before, results).counts().groups
 
     def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
         if self.baseline.update is None:

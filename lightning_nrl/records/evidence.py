@@ -22,8 +22,8 @@ class RepairEvidence:
     Attributes:
         source: data of the evidence. `none` if there are neither unseen nor held-out counts.
         counts: counts in these data.
-        n_repaired: repaired samples in the sign test: without leaked samples, but at least as many
-            as broke, unless fewer were repaired.
+        n_repaired: repaired samples, or groups that got better, in the sign test: without leaked
+            samples, but at least as many as broke or got worse, unless fewer were repaired.
         choices: number of results among which the data chose, for a Bonferroni correction.
         worse_split: the one of several unseen splits that makes the evidence `worse` alone. Empty
             if none does.
@@ -41,11 +41,11 @@ class RepairEvidence:
 
     @property
     def p_value(self) -> float:
-        return sign_test(self.n_repaired, self.counts.broken, self.choices)
+        return sign_test(self.n_repaired, self.counts.units.worse, self.choices)
 
     def evidence_with(self, times: int) -> Evidence:
         """Returns the evidence that `times` times as many samples would give at the same rates."""
-        return evidence_of(times * self.n_repaired, times * self.counts.broken, self.choices)
+        return evidence_of(times * self.n_repaired, times * self.counts.units.worse, self.choices)
 
 
 def evidence_on(record: RepairRecord) -> RepairEvidence:
@@ -55,18 +55,19 @@ def evidence_on(record: RepairRecord) -> RepairEvidence:
         held_out = record.held_out
         if record.update or held_out is None:
             return RepairEvidence("none", NOTHING_COUNTED, 0)
-        return RepairEvidence("held-out", held_out, held_out.repaired, record.n_estimates)
-    counts = unseen.counts
-    not_leaked = counts.repaired - sum(record.leaked.values())
-    n_repaired = max(not_leaked, min(counts.repaired, counts.broken))
-    evidence = RepairEvidence("unseen", counts, n_repaired)
+        return RepairEvidence("held-out", held_out, held_out.units.better, record.n_estimates)
+    units = unseen.counts.units
+    not_leaked = units.better - sum(record.leaked.values())
+    n_repaired = max(not_leaked, min(units.better, units.worse))
+    evidence = RepairEvidence("unseen", unseen.counts, n_repaired)
     if evidence.evidence == "worse":
         return evidence
     # The sum over all unseen splits would hide that one of them is worse.
     worse = []
     splits = record.unseen_splits
     for split in splits:
-        alone = RepairEvidence("unseen", split.counts, split.repaired, len(splits), split.split)
+        n_better = split.counts.units.better
+        alone = RepairEvidence("unseen", split.counts, n_better, len(splits), split.split)
         if alone.evidence == "worse":
             worse.append(alone)
     return min(worse, key=lambda alone: alone.p_value, default=evidence)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_nrl._utils.json_records import Record, to_plain
+from lightning_nrl._utils.json_records import OPTIONAL, Record, to_plain
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
-from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, GroupCounts, TargetCounts
 from lightning_nrl.records.provenance import Provenance, installed_versions
 from lightning_nrl.records.splits import (
     Role,
@@ -231,6 +231,8 @@ class RepairRecord(Record):
         files: paths of the written files by kind, such as `checkpoint` or `json`.
         settings: arguments of the repair by name, as plain values.
         class_names: names of the task's classes, in order. Empty if unknown.
+        unseen_groups: counts of groups in all unseen splits. None if samples have no groups.
+        near_copies: True if held-out samples look like copies of used samples beside them.
         schema: version of the file format (docs/tensorboard.md).
     """
 
@@ -266,6 +268,8 @@ class RepairRecord(Record):
     files: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
+    unseen_groups: GroupCounts | None = field(default=None, metadata=OPTIONAL)
+    near_copies: bool = field(default=False, metadata=OPTIONAL)
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -302,20 +306,25 @@ class RepairRecord(Record):
     @property
     def unseen(self) -> SplitReport | None:
         splits = self.unseen_splits
-        return pool(splits) if splits else None
+        if not splits:
+            return None
+        pooled = pool(splits)
+        return replace(pooled, counts=replace(pooled.counts, groups=self.unseen_groups))
 
     @property
     def unseen_limit(self) -> float | None:
         """Upper limit in (0, 1] on the rate at which samples like the unseen ones break.
 
         The rate is among samples that the model got right before the repair or, in an update, that
-        the replaced model gets right. The confidence is `UNSEEN_CONFIDENCE`. None if `unseen`
-        counts no such sample.
+        the replaced model gets right. With groups, it is the rate of groups with such a sample in
+        which one breaks. The confidence is `UNSEEN_CONFIDENCE`. None if `unseen` counts no such
+        sample.
         """
         counted = self.unseen
         if counted is None or not counted.passed:
             return None
-        return upper_limit(counted.broken, counted.passed, UNSEEN_CONFIDENCE)
+        units = counted.counts.units
+        return upper_limit(units.broken, units.passed, UNSEEN_CONFIDENCE)
 
     @property
     def known_counts(self) -> TargetCounts:

@@ -64,7 +64,7 @@ def _flipped_samples(
     before: SampleResults, after: SampleResults, flips: Flips, rows: slice
 ) -> tuple[FlippedSample, ...]:
     flipped = (flips.repaired | flips.broken)[rows].nonzero().flatten() + rows.start
-    slices = (*before.names, "")  # group -1 is no slice
+    slices = (*before.slices, "")  # number -1 is no slice
     return tuple(
         FlippedSample(
             id=int(before.index[row]),
@@ -75,7 +75,7 @@ def _flipped_samples(
             predicted_after=int(after.prediction[row]),
             margin_before=float(before.margin[row]),
             margin_after=float(after.margin[row]),
-            slice=slices[int(before.group[row])],
+            slice=slices[int(before.slice_number[row])],
         )
         for row in flipped.tolist()
     )

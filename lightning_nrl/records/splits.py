@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
-from lightning_nrl._utils.json_records import Derives, flat
+from lightning_nrl._utils.json_records import Derives, flat, required_fields
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
@@ -150,7 +150,7 @@ class SplitReport(_Counted):
     @property
     def numbers(self) -> dict[str, float]:
         """Counts, accuracies and rates by name, for loggers."""
-        return {**asdict(self.counts), **self.derived}
+        return {**_numbers(self.counts), **self.derived}
 
     @property
     def derived(self) -> Mapping[str, float]:
@@ -236,7 +236,13 @@ def pool(splits: Sequence[SplitReport]) -> SplitReport:
 
 
 def _sum(counts: Sequence[Counts]) -> Counts:
-    return type(counts[0])(*_column_sums(map(astuple, counts)))
+    rows = [tuple(_numbers(part).values()) for part in counts]
+    return type(counts[0])(*_column_sums(rows))
+
+
+def _numbers(counts: FlipCounts) -> dict[str, int]:
+    """Returns the counts of samples. Counts of groups cannot be added: splits may share groups."""
+    return {name: vars(counts)[name] for name in required_fields(type(counts))}
 
 
 def _column_sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:

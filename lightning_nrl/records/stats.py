@@ -1,8 +1,8 @@
 """Confidence limits and tests for unseen data.
 
-All functions take counts of repaired or broken samples. Limits bound the rate of broken samples,
-even if the data have chosen among several sets of weights. Three rules tell if a difference is more
-than chance:
+All functions take counts of repaired or broken samples or, with groups, of such groups. Limits
+bound the rate of broken samples, even if the data have chosen among several sets of weights. Three
+rules tell if a difference is more than chance:
 
 - the verdict on a repair takes the exact `sign_test`;
 - the default's training takes `net_repairs_in_standard_errors`, which is cheap and signed;
@@ -12,12 +12,13 @@ than chance:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
 from operator import index
 from typing import Literal, SupportsIndex
 
+from lightning_nrl._utils.json_records import OPTIONAL
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation.sample_results import FlipCounts
 
@@ -168,13 +169,16 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
 
 
 def net_repairs_in_standard_errors(counts: FlipCounts) -> float:
-    """Returns repaired minus broken in units of its standard error, if both are Poisson counts."""
-    return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.repaired + counts.broken))
+    """Returns repaired minus broken in units of its standard error.
+
+    It assumes that both are Poisson counts or, with groups, that groups are independent.
+    """
+    return (counts.repaired - counts.broken) / math.sqrt(max(1, counts.units.squared_net))
 
 
 def variance_of_net_rate(counts: FlipCounts) -> float:
-    """Returns the variance of (repaired - broken) / passed, if both are Poisson counts."""
-    return (counts.repaired + counts.broken) / max(1, counts.passed) ** 2
+    """Returns the variance of (repaired - broken) / passed, under the same assumption."""
+    return counts.units.squared_net / max(1, counts.passed) ** 2
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class Bound:
     """A limit on the rate at which samples like the calibration data break.
 
     `broken` of `n` samples that were right before are wrong after. The true rate is at most `upper`
-    with `confidence`.
+    with `confidence`. If `by_group`, `n` groups had such samples, and one broke in `broken` groups.
 
     Example:
         >>> print(Bound.of(4, 908))
@@ -193,6 +197,7 @@ class Bound:
     n: int
     confidence: float
     upper: float
+    by_group: bool = field(default=False, kw_only=True, metadata=OPTIONAL)
 
     @property
     def rate(self) -> float:
@@ -213,9 +218,12 @@ class Bound:
         if self.n == 0:
             return "broken 0 of 0; nothing is known of such samples"
         confidence = show_confidence(self.confidence)
+        n, units = f"{self.n:,}", "samples"
+        if self.by_group:
+            n, units = f"{n} groups", "groups"
         return (
-            f"broken {self.broken:,} of {self.n:,} ({100 * self.rate:.2f} %); "
-            f"with {confidence} confidence at most {percent_up(self.upper)} of such samples"
+            f"broken {self.broken:,} of {n} ({100 * self.rate:.2f} %); "
+            f"with {confidence} confidence at most {percent_up(self.upper)} of such {units}"
         )
 
 

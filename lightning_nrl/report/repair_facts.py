@@ -21,6 +21,11 @@ from lightning_nrl.records.stats import interval, percent_up, show_confidence
 from lightning_nrl.records.steps import CUT
 from lightning_nrl.report.tables import Fact
 
+NEAR_COPIES = (
+    "held-out samples resemble used samples beside them in the data set, so this estimate is too "
+    "good. HINT: say which samples belong together, such as those of a patient or a video: "
+    "`samples=SampleOptions(groups=...)`"
+)
 USUAL_TASK = "Multiclass"
 LISTED_LAYERS = 4
 LISTED_SAMPLES = 50  # failures set aside that Markdown lists
@@ -42,6 +47,8 @@ def repair_facts(report: RepairRecord) -> list[Fact]:
         facts.append(("search", _search(report.search, report.seconds.get("search"))))
     if report.held_out is not None:
         facts.append(("held-out estimate", _estimate(report.held_out, report.n_estimates)))
+        if report.near_copies:
+            facts.append(("near-copies", NEAR_COPIES))
     cut = dict.fromkeys(step.name for step in report.steps if step.was_cut)
     if cut:
         facts.append((CUT, ", ".join(cut)))
@@ -82,9 +89,16 @@ def unseen_facts(report: RepairRecord) -> list[Fact]:
     limit = report.unseen_limit
     if limit is None:
         return []
+    events = "samples like these that were right will break"
+    groups = report.unseen_groups
+    if groups is not None:
+        events = (
+            "groups like these will have a sample that was right and breaks "
+            f"(here {count(groups.broken)} of {count(groups.passed)} groups)"
+        )
     text = (
         f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of new "
-        "samples like these that were right will break"
+        f"{events}"
     )
     n_leaked = sum(report.leaked.values())
     if n_leaked:
@@ -160,10 +174,12 @@ def _search(search: SearchReport, seconds: float | None) -> str:
 
 
 def _estimate(counts: TargetCounts, choices: int) -> str:
-    n_failed = counts.repaired + counts.failing
+    units = counts.units
+    with_samples = "groups with " if counts.groups else ""
+    failures, passed = f"{with_samples}failures repaired", f"{with_samples}passed samples broken"
     parts = (
-        f"{_rate(counts.repaired, n_failed, 'failures repaired', choices)}, "
-        f"{_rate(counts.broken, counts.passed, 'passed samples broken', choices)}"
+        f"{_rate(units.repaired, units.failed, failures, choices)}, "
+        f"{_rate(units.broken, units.passed, passed, choices)}"
     )
     return f"{parts}, {counts.points:+.1f} points"
 

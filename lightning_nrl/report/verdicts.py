@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from lightning_nrl._utils.formatting import count, plural
-from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.evaluation.sample_results import GroupCounts, TargetCounts
 from lightning_nrl.records.evidence import (
     EvidenceSource,
     RepairEvidence,
@@ -50,6 +50,8 @@ class Verdict:
             several results. The test subtracts the number of leaked samples from `repaired`, but
             does not go below `broken`.
         advice: what to do next.
+        groups: counts of groups in these data, of which the test takes `better` and `worse`. None
+            if samples have no groups.
         tone: `bad` if the evidence is `worse`, `good` if a repair is `better` or not needed,
             otherwise `warn`.
     """
@@ -66,6 +68,7 @@ class Verdict:
     p_value: float
     advice: str
     tone: Tone
+    groups: GroupCounts | None = None
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -77,7 +80,11 @@ class Verdict:
             p = f"p = {self.p_value:.2g}" if self.p_value >= 0.0001 else "p < 0.0001"
             flips = f"{count(self.repaired)} repaired, {count(self.broken)} broken"
             samples = plural(self.n, f"{self.source} sample")
-            return f"{self.evidence}: {flips} of {samples} (sign test, {p})"
+            test = "sign test"
+            if self.groups is not None:
+                changed = f"{count(self.groups.better)} better, {count(self.groups.worse)} worse"
+                test += f" of groups, {changed}"
+            return f"{self.evidence}: {flips} of {samples} ({test}, {p})"
         if self.kept:
             return f"{self.evidence}: no unseen data were given"
         return "none: the weights are unchanged"
@@ -106,6 +113,7 @@ def verdict_on(report: RepairRecord) -> Verdict:
         p_value=evidence.p_value,
         advice=_advice(report, evidence),
         tone=tone,
+        groups=evidence.counts.groups,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.json_records import Derives, flat, from_plain
+from lightning_nrl._utils.json_records import Derives, flat, from_plain, required_fields
 from lightning_nrl._utils.resume import from_bytes, to_bytes
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
@@ -96,7 +96,7 @@ class Run(Derives):
 def _columns() -> Iterator[str]:
     for f in fields(Run):
         if f.name in ROLES:
-            counts = (count.name for count in fields(TargetCounts))
+            counts = required_fields(TargetCounts)
             yield from (f"{f.name}_{name}" for name in ("n", *counts, *ACCURACIES))
         elif f.name != "seconds":
             yield f.name

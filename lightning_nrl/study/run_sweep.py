@@ -122,6 +122,7 @@ def _check_options(base: Settings) -> None:
     samples = base.samples
     for name, option in (
         ("slices", samples.slices),
+        ("groups", samples.groups),
         ("quotas", samples.quotas),
         ("protected", samples.protected),
     ):

@@ -27,8 +27,8 @@ class ModelPair:
         before: results of the old model.
         after: results of the new model.
         slices: names of the slices.
-        group: `N` int64, index of each sample's slice in `slices`, or -1 if the sample is in no
-            slice.
+        slice_number: `N` int64, index of each sample's slice in `slices`, or -1 if the sample is in
+            no slice.
         marked: for each target in a rule, a mask, `N` bool, of the samples that the target selects,
             right or wrong.
         flips: how each sample changed from the old to the new model.
@@ -37,7 +37,7 @@ class ModelPair:
     before: SampleResults
     after: SampleResults
     slices: tuple[str, ...]
-    group: Tensor
+    slice_number: Tensor
     marked: Mapping[Target, Tensor] = field(default_factory=dict)
     flips: Flips = field(init=False)
 
@@ -58,7 +58,7 @@ class ModelPair:
         in_split = self.rows(split)
         masks = {}
         for number, name in enumerate(self.slices):
-            mask = in_split & (self.group == number)
+            mask = in_split & (self.slice_number == number)
             if mask.any():
                 masks[name] = mask
         return masks
@@ -88,11 +88,11 @@ def evaluate_pair(
     with preserve_state(new.model):
         after = new.run(recorders)
         before = old.answers(new, data, after)
-    names, group = _gathered(slice_recorders, new)
+    names, slice_number = _gathered(slice_recorders, new)
     marked = {}
     for target, recorders in target_recorders.items():
         marked[target] = _gathered(recorders, new)[1] >= 0
-    return ModelPair(before, after, names, group, marked)
+    return ModelPair(before, after, names, slice_number, marked)
 
 
 def _gathered(recorders: Sequence[SliceRecorder], new: Evaluator) -> tuple[tuple[str, ...], Tensor]:
@@ -119,12 +119,12 @@ def pair_from_files(
     before = old.results(after)
     names = sorted(filter(str.strip, set(slices.values())))
     numbers = dict(zip(names, range(len(names)), strict=True))
-    group = torch.full_like(after.index, -1)
+    slice_number = torch.full_like(after.index, -1)
     for split in after.splits:
         for row, at in enumerate(after.index[after.of(split)].tolist(), after.start(split)):
-            group[row] = numbers.get(slices.get((split, at), ""), -1)
+            slice_number[row] = numbers.get(slices.get((split, at), ""), -1)
     marked = {target: _marked(target, before, after) for target in targets}
-    return ModelPair(before, after, tuple(names), group, marked)
+    return ModelPair(before, after, tuple(names), slice_number, marked)
 
 
 def _check_sliced(slices: Mapping[tuple[str, int], str], old: Predictions) -> None:

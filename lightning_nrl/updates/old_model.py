@@ -266,4 +266,7 @@ def evaluate_old(
     all_sources = list(chain.from_iterable(sources.values()))
     all_results = SampleResults.concat(list(results.values()))
     answers = reference.answers(evaluator, all_sources, all_results)
-    return Update({role: answers.only(table.splits) for role, table in results.items()})
+    by_role: dict[Role, SampleResults] = {}
+    for role, table in results.items():
+        by_role[role] = replace(answers.only(table.splits), group=table.group)
+    return Update(by_role)

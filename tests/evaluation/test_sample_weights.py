@@ -103,19 +103,19 @@ def test_failures_that_are_set_aside_are_no_targets(aside: Any) -> None:
 def test_slices_by_a_column_or_a_target() -> None:
     codes = torch.tensor([0, 0, 1, 1, 2, 2])
     results, _ = counted(SampleOptions(slices=2), (codes,))
-    assert results.names == ("0", "1", "2")
-    assert results.group.tolist() == codes.tolist()
+    assert results.slices == ("0", "1", "2")
+    assert results.slice_number.tolist() == codes.tolist()
     results, _ = counted(SampleOptions(slices=Target.label(0)))
-    assert results.names == ("label 0",)
-    assert results.group.tolist() == [0, -1] * 3
+    assert results.slices == ("label 0",)
+    assert results.slice_number.tolist() == [0, -1] * 3
 
 
 def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none() -> None:
     names = ["<30", ">30", "a b", "a/b", "", None]
     slices = SampleOptions(slices=lambda batch: [names[i] for i in batch[2]])
     results, _ = counted(slices, (torch.arange(6),))
-    assert results.names == ("<30", ">30", "a b", "a/b")
-    assert results.group.tolist() == [0, 1, 2, 3, -1, -1]
+    assert results.slices == ("<30", ">30", "a b", "a/b")
+    assert results.slice_number.tolist() == [0, 1, 2, 3, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
 def test_a_quota_that_is_not_met_is_a_reason() -> None:
     before = evidence(
         [True, True, True, False, False, False],
-        names=("night",),
-        group=torch.tensor([-1, 0, 0, 0, 0, -1]),
+        slices=("night",),
+        slice_number=torch.tensor([-1, 0, 0, 0, 0, -1]),
     )
     assert judge(before, flipped(before, 3, 4), Gate.instance(), {"night": 2}).accepted
     decision = judge(before, flipped(before, 3, 5), Gate.instance(), {"night": 2})
@@ -278,7 +278,7 @@ def test_samples_of_two_processes_have_the_same_weights() -> None:
 
     def weights(evaluator: Evaluator, sources: Any) -> list[float]:
         results, _ = options.evaluate(evaluator, sources, Target.all())
-        return [*results.weight.tolist(), *results.group.tolist()]
+        return [*results.weight.tolist(), *results.slice_number.tolist()]
 
     alone = weights(Evaluator(trained().eval()), known(n=30))
     of_ranks = together(trained(), known(n=30), lambda p: weights(p.evaluator, p.known))

@@ -155,7 +155,9 @@ def test_a_looser_gate_buys_repairs() -> None:
 
 def test_quotas_are_met_by_the_whole_climb() -> None:
     problem = make()
-    before = replace(problem.before, group=problem.before.label, names=("first", "second", "third"))
+    before = replace(
+        problem.before, slice_number=problem.before.label, slices=("first", "second", "third")
+    )
     for n, is_met in ((12, True), (16, False)):
         solution = AUTO(replace(problem, before=before, needed={"first": n}))
         assert solution.proposal is not None

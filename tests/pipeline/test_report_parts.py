@@ -26,8 +26,8 @@ def results(prediction: list[int], margin: list[float]) -> SampleResults:
         passed=predicted == LABEL,
         targeted=(predicted != LABEL) & (LABEL == 0),
         margin=torch.tensor(margin),
-        names=("night",),
-        group=torch.tensor([-1, 0, -1, -1, -1, -1, -1]),
+        slices=("night",),
+        slice_number=torch.tensor([-1, 0, -1, -1, -1, -1, -1]),
         in_target=LABEL == 0,
     )
 

@@ -109,7 +109,7 @@ def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
 def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_look_at(
     rule: str,
 ) -> None:
-    half = replace(seen("xxxx", suite="kb", test="kk"), group=torch.tensor([0, -1, -1, -1]))
+    half = replace(seen("xxxx", suite="kb", test="kk"), slice_number=torch.tensor([0, -1, -1, -1]))
     with pytest.raises(
         ConfigurationError,
         match=rf"^the rule `{rule}` .* `test` has no sample in a slice.\nHINT: .* in S",
