@@ -273,7 +273,8 @@ def find_label_issues(
     return is_doubtful
 
 
-COPY_PAIRS, FEWEST_COPY_PAIRS = 200, 20  # numbers of held-out samples to compare
+COPY_PAIRS, FEWEST_COPY_PAIRS = 200, 20  # held-out samples that are compared
+MAX_CANDIDATES = 10_000  # used samples from which they are compared with one, to limit memory
 COPY_DISTANCE = 0.7
 """Largest median ratio of distances that tells of copies.
 
@@ -284,31 +285,27 @@ videos, 0.9 to 4 with independent images and tables, shuffled or sorted by class
 
 @torch.no_grad()
 def has_near_copies(
-    evaluator: Evaluator, known: Sequence[Source], results: SampleResults, held_out: Tensor
+    evaluator: Evaluator,
+    known: Sequence[Source],
+    results: SampleResults,
+    held_out: Tensor,
+    used: Tensor,
 ) -> bool:
-    """True if samples in `held_out`, `N` bool, look like copies of used samples beside them.
+    """True if held-out samples look like copies of used samples beside them in the data set.
 
-    Divides the distance to a used sample one position before or after by the distance to a random
-    used sample of the same class and split, both between head features.
+    Divides the distance of a held-out and a used sample in successive positions by the distance to
+    a random used sample of the same class, both between head features. `held_out` and `used` are
+    masks, `N` bool.
     """
-    split = torch.arange(len(results.sizes)).repeat_interleave(torch.tensor(results.sizes))
-    second = torch.arange(1, len(results))
-    second = second[(split.diff() == 0) & (results.index.diff() == 1)]
-    pairs = torch.stack([second, second - 1], 1)
-    pairs = torch.cat([pairs, pairs.flip(1)])
-    pairs = pairs[held_out[pairs[:, 0]] & ~held_out[pairs[:, 1]]]
-    generator = torch.Generator().manual_seed(0)
-    triples = []
-    for sample, beside in pairs[torch.randperm(len(pairs), generator=generator)[:COPY_PAIRS]]:
-        is_like = (results.label == results.label[sample]) & (split == split[sample]) & ~held_out
-        is_like[beside] = False
-        like = is_like.nonzero()[:, 0]
-        if len(like):
-            partner = like[torch.randint(len(like), (), generator=generator)]
-            triples.append(torch.stack([sample, beside, partner]))
-    if len(triples) < FEWEST_COPY_PAIRS:
+    is_pair = (results.index.diff() == 1) & (held_out[1:] & used[:-1] | used[1:] & held_out[:-1])
+    first = _drawn(is_pair, COPY_PAIRS)
+    candidates = _drawn(used, MAX_CANDIDATES)
+    is_like = results.label[first, None] == results.label[candidates]
+    random = torch.rand(is_like.shape, generator=torch.Generator().manual_seed(0))
+    like = candidates[(is_like * random).argmax(1)]
+    rows = torch.stack([first, first + 1, like], 1)[is_like.any(1)]
+    if len(rows) < FEWEST_COPY_PAIRS:
         return False
-    rows = torch.stack(triples)
     _, head = last_linear(evaluator.model, evaluator.called)
     features = _record_rows(evaluator, known, head, results, rows)
     if features is None:
@@ -316,3 +313,9 @@ def has_near_copies(
     x = features.inputs[torch.searchsorted(features.rows, rows)].flatten(2)
     near, far = (x[:, :1] - x[:, 1:]).norm(dim=2).T
     return bool((near < COPY_DISTANCE * far).float().mean() > 0.5)
+
+
+def _drawn(mask: Tensor, most: int) -> Tensor:
+    rows = mask.nonzero()[:, 0]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order[:most]]

@@ -167,7 +167,9 @@ class SampleOptions:
         groupers: list[GroupRecorder] = []
         if self.groups is not None:
             column = find_column("groups", self.groups)
-            groupers = [GroupRecorder(slicer, column, evaluator.task) for slicer in slicers]
+            groupers = [
+                GroupRecorder(slicer, column, evaluator.task, "groups") for slicer in slicers
+            ]
         results = evaluator.run(groupers or slicers, target, everywhere=everywhere)
         ranks = evaluator.collective
         if groupers:

@@ -326,15 +326,16 @@ def _count_groups(masks: Sequence[Tensor], group: Tensor) -> GroupCounts:
         place[mask].bincount(minlength=len(numbers)) for mask in masks
     )
     net = repaired - broken
-    return GroupCounts(
-        passed=int((kept + broken > 0).sum()),
-        broken=int((broken > 0).sum()),
-        failed=int((repaired + failing > 0).sum()),
-        repaired=int((repaired > 0).sum()),
-        better=int((net > 0).sum()),
-        worse=int((net < 0).sum()),
-        squared_net=int((net**2).sum()),
+    # In the order of the fields.
+    columns = (
+        kept + broken > 0,
+        broken > 0,
+        repaired + failing > 0,
+        repaired > 0,
+        net > 0,
+        net < 0,
     )
+    return GroupCounts(*(int(column.sum()) for column in (*columns, net**2)))
 
 
 def _shape(results: SampleResults) -> str:

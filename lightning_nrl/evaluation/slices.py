@@ -56,21 +56,22 @@ class SliceRecorder(RecordingSource):
 
     def _note(self, batch: Batch) -> Tensor:
         numbers = [-1] * len(batch)
-        if self.slices is not None:
-            for i, name in enumerate(self._names(self.slices, batch)):
-                if name:
-                    numbers[i] = self._numbers.setdefault(name, len(self._numbers))
+        for i, name in enumerate(self._names(batch)):
+            if name:
+                numbers[i] = self._numbers.setdefault(name, len(self._numbers))
         return torch.tensor(numbers)
 
-    def _names(self, slices: Slices, batch: Batch) -> list[str]:
+    def _names(self, batch: Batch) -> list[str]:
         """Returns the name of each sample's slice; an empty text stands for no slice."""
-        name_of_true = getattr(slices, "__name__", "chosen")
-        if isinstance(slices, Target):
-            name_of_true = str(slices)
-        return [_slice_name(value, name_of_true) for value in self._values(slices, batch)]
+        name_of_true = getattr(self.slices, "__name__", "chosen")
+        if isinstance(self.slices, Target):
+            name_of_true = str(self.slices)
+        return [_slice_name(value, name_of_true) for value in self._values(batch)]
 
-    def _values(self, slices: Slices, batch: Batch) -> Sequence[object]:
-        column = column_values(self.argument, slices, batch, self.task.label(batch.target))
+    def _values(self, batch: Batch) -> Sequence[object]:
+        if self.slices is None:
+            return [None] * len(batch)
+        column = column_values(self.argument, self.slices, batch, self.task.label(batch.target))
         values = column.tolist() if isinstance(column, _Array) else column
         kinds = (str, int, np.integer, np.bool_, NoneType)
         if (
@@ -104,17 +105,13 @@ class GroupRecorder(SliceRecorder):
     The same value has the same number in all splits and on all ranks.
     """
 
-    def __init__(self, source: Source, groups: Column, task: Task) -> None:
-        super().__init__(source, groups, task, "groups")
-        self.groups = groups
-
     def _note(self, batch: Batch) -> Tensor:
         numbers = []
-        for value in self._values(self.groups, batch):
+        for value in self._values(batch):
             name = str(value).strip()
             if value is None or not name:
                 raise ConfigurationError(
-                    f"`groups`: a sample of `{self.split}` has the group {value!r}.",
+                    f"`{self.argument}`: a sample of `{self.split}` has the group {value!r}.",
                     "give each sample a name or a whole number; a sample that resembles no other "
                     "gets a name of its own.",
                 )

@@ -62,25 +62,25 @@ def draw_held_out_rows(problem: Problem) -> Tensor | None:
 def _draw_groups(
     problem: Problem, group: Tensor, fraction: float, generator: torch.Generator
 ) -> Tensor:
-    """Draws groups at random while they fit into `fraction` of each kind of eligible samples.
+    """Draws groups at random while they fit into `fraction` of each kind of samples.
 
-    Returns a mask of their samples, `N` bool. Samples of these groups in other splits, which cannot
-    be used either, count as held-out passed samples.
+    Returns a mask of their samples, `N` bool. Passed samples of these groups in all splits, which
+    cannot be used either, count for `MAX_HELD_OUT_PASSED`.
     """
     before, eligible = problem.before, problem.came_with_failures
-    unprotected = before.passed & ~before.protected
-    kinds = (eligible & before.targeted, eligible & ~before.passed, eligible & unprotected)
     groups, place = group.unique(return_inverse=True)
-    masks = (*kinds, unprotected)
+    unprotected = before.passed & ~before.protected
+    failures = eligible & ~before.passed
+    masks = (before.targeted, failures, eligible & unprotected, unprotected)
     sizes = torch.stack([place[mask].bincount(minlength=len(groups)) for mask in masks], 1)
     most = fraction * sizes.sum(0)
     most[-1] = MAX_HELD_OUT_PASSED * int(before.passed.sum())
     total = torch.zeros_like(most)
     drawn = torch.zeros(len(groups), dtype=torch.bool)
-    for number in torch.randperm(len(groups), generator=generator).tolist():
-        size = sizes[number]
-        if size[:-1].any() and (total + size <= most).all():
-            total += size
+    candidates = place[eligible].unique()
+    for number in candidates[torch.randperm(len(candidates), generator=generator)].tolist():
+        if (total + sizes[number] <= most).all():
+            total += sizes[number]
             drawn[number] = True
     return drawn[place]
 

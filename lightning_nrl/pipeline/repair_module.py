@@ -217,8 +217,11 @@ def _finish(
     settings, model = builder.settings, problem.model
     held_out = draw_held_out_rows(problem)
     if solution.held_out is not None and problem.before.group is None and held_out is not None:
-        copies = has_near_copies(problem.evaluator, problem.known, problem.before, held_out)
-        builder = replace(builder, near_copies=copies)
+        used = problem.came_with_failures & problem.without(held_out).used
+        near_copies = has_near_copies(
+            problem.evaluator, problem.known, problem.before, held_out, used
+        )
+        builder = replace(builder, near_copies=near_copies)
     if settings.bounds.sparse is not None and solution.proposal is not None:
         with problem.clock.stage("sparse"):
             work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)

@@ -33,6 +33,11 @@ def worth(batch: Any) -> Tensor:
     return 1 + 2 * batch[1]
 
 
+def look(batch: Any) -> list[str]:
+    """The group of each sample of `Digits`: images of a digit, noisy or not."""
+    return [f"{label} {noisy}" for label, noisy in zip(*batch[1:], strict=True)]
+
+
 USED_OPTIONS: dict[str, dict[str, Any]] = {
     "columns": {
         "method": "convex",
@@ -52,6 +57,7 @@ USED_OPTIONS: dict[str, dict[str, Any]] = {
         ),
         "risk": {(3, 5): 4, 8: 2},
     },
+    "groups": {"method": "convex", "groups": look},
     "quota": {"slices": Target.label(8), "quotas": {"label 8": 1000}},
 }
 """Arguments of a repair of `Digits` that tell its samples apart."""
@@ -122,6 +128,7 @@ def told(report: RepairReport) -> list[Any]:
         report.chosen_strength,
         report.bounds,
         report.localization,
+        report.unseen_groups,
     ]
 
 
@@ -167,4 +174,6 @@ def test_what_was_asked_for_had_an_effect(found: tuple[Made, list[Made]]) -> Non
     columns = reports["columns"]
     assert {row.name for row in columns.slices} == {"clean", "noisy"}
     assert columns.set_aside
+    assert all(split.counts.groups for split in reports["groups"].splits)
+    assert reports["groups"].unseen_groups is not None
     assert "which has" in reports["quota"].reason

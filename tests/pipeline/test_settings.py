@@ -59,7 +59,7 @@ def test_settings_are_told_as_plain_values() -> None:
         "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer",
         "n_passed", "memory_limit", "save_every", "n_scored",
         "strength", "limit", "sparse", "confidence",
-        "importance", "slices", "quotas", "protected", "risk", "set_aside", "keep",
+        "importance", "slices", "quotas", "protected", "risk", "set_aside", "groups", "keep",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]

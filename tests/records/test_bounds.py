@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,9 @@ def test_a_bound_reads_as_a_sentence() -> None:
     text = "broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples"
     assert str(bound) == text
     assert bound.upper == upper_limit(4, 908)
+    groups = replace(Bound.of(3, 40), by_group=True)
+    text = "broken 3 of 40 groups (7.50 %); with 95 % confidence at most 18.27 % of such groups"
+    assert str(groups) == text
     assert str(Bound.of(0, 0)) == "broken 0 of 0; nothing is known of such samples"
 
 

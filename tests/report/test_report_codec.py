@@ -9,7 +9,7 @@ import json
 import math
 import operator
 from copy import deepcopy
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -27,12 +27,13 @@ from lightning_nrl.analysis.diagnosis import (
     TargetFinding,
 )
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, GroupCounts, TargetCounts
 from lightning_nrl.records import (
     CalibrationBounds,
     CautionPoint,
     Hashes,
     LocalizationReport,
+    Rung,
     SearchReport,
     SetAside,
     SliceReport,
@@ -50,6 +51,7 @@ from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
 from lightning_nrl.updates.rules import RuleResult
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
+GROUPS = GroupCounts(3, 1, 2, 2, 1, 1, 2)
 SPLIT = SplitReport(
     "train",
     "known",
@@ -97,6 +99,19 @@ REPORTS: dict[str, Any] = {
         provenance=PROVENANCE,
         files={"json": "report.json"},
         settings={"n_passed": None, "search": {"particles": 100, "speed": [0.2, None]}},
+    ),
+    "groups": RepairReport(
+        status="repaired",
+        reason="2 of 4 pass now.",
+        layers=("head",),
+        target="all",
+        gate="instance",
+        task="Multiclass",
+        splits=(replace(SPLIT, counts=replace(COUNTS, groups=GROUPS)),),
+        rungs=(Rung("search", 2, 2, 1, 8, 0.5, replace(COUNTS, groups=GROUPS), kept=True),),
+        bounds=CalibrationBounds(1, 3, 0.95, 0.4, 2, 1, by_group=True),
+        unseen_groups=GROUPS,
+        near_copies=True,
     ),
     "release": ReleaseReport(
         status="refused",

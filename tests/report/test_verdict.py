@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.evaluation.sample_results import GroupCounts, TargetCounts
 from lightning_nrl.records import PricePoint, Rung, SplitReport, Step, UpdateSplit
-from lightning_nrl.records.stats import sign_test
+from lightning_nrl.records.stats import sign_test, upper_limit
 from lightning_nrl.report import RepairReport
 
 KNOWN = SplitReport("train", "known", TargetCounts(1038, 0, 5, 15, 20, 5))
@@ -94,6 +94,55 @@ def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
     assert "remove the known samples" in verdict.advice
     # 12 to 2 without them.
     assert judged(unseen(24, 2), leaked={"test": 12}).verdict.evidence == "better"
+
+
+def test_groups_are_tested_instead_of_samples() -> None:
+    # 3 patients got better and 2 worse, though 14 samples were repaired and 2 broke.
+    patients = GroupCounts(39, 3, 20, 4, better=3, worse=2, squared_net=60)
+    split = unseen(14, 2)
+    split = replace(split, counts=replace(split.counts, groups=patients))
+    report = judged(split, unseen_groups=patients)
+    verdict = report.verdict
+    assert (verdict.evidence, verdict.repaired, verdict.n) == ("no difference shown", 14, 400)
+    assert verdict.p_value == 1.0
+    assert dict(verdict.facts)["evidence"] == (
+        "no difference shown: 14 repaired, 2 broken of 400 unseen samples "
+        "(sign test of groups, 3 better, 2 worse, p = 1)"
+    )
+    assert report.unseen_limit == upper_limit(3, 39)
+    assert "(here 3 of 39 groups)" in " ".join(report.to_markdown().split())
+    # A group in two splits is the same one: the sum over the splits is not 78.
+    both = judged(split, replace(split, split="night"), unseen_groups=patients)
+    assert both.unseen_limit == upper_limit(3, 39)
+    assert both.unseen is not None
+    assert both.unseen.counts.repaired == 28
+
+
+def test_one_unseen_split_with_worse_groups_is_not_hidden() -> None:
+    worse = GroupCounts(39, 9, 20, 0, better=0, worse=9, squared_net=9)
+    night = unseen(0, 9, "night")
+    night = replace(night, counts=replace(night.counts, groups=worse))
+    better = GroupCounts(39, 9, 40, 20, better=30, worse=9, squared_net=39)
+    verdict = judged(unseen(40, 2), night, unseen_groups=better).verdict
+    assert (verdict.evidence, verdict.groups) == ("worse", worse)
+    assert verdict.p_value == pytest.approx(2 * 2 / 2**9)  # of two splits
+
+
+def test_the_held_out_estimate_counts_groups() -> None:
+    counts = replace(held_out(5, 1).held_out, groups=GroupCounts(40, 3, 12, 3, 2, 3, 9))
+    report = judged(rungs=(replace(held_out(5, 1), held_out=counts),))
+    text = " ".join(report.to_markdown().split())
+    assert "3 of 12 groups with failures repaired (25%; 7.2% to 53%" in text
+    assert "3 of 40 groups with passed samples broken (7.5%; 2.1% to 18%" in text
+    assert report.verdict.p_value == sign_test(2, 3)
+
+
+def test_near_copies_are_named_beside_the_held_out_estimate() -> None:
+    hint = "HINT: say which samples belong together"
+    report = judged(rungs=(held_out(5, 1),), near_copies=True)
+    assert hint in " ".join(report.to_markdown().split())
+    assert hint not in judged(rungs=(held_out(5, 1),)).to_markdown()
+    assert hint not in judged(near_copies=True).to_markdown()
 
 
 def test_without_unseen_data_the_held_out_samples_of_the_kept_rung_are_the_evidence() -> None:

@@ -1,0 +1,115 @@
+"""Samples of a group are held out together, and unused in all splits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from toy_problems import FakeTraining, make_problem, retrained
+from toy_repairs import known, trained
+
+from lightning_nrl import ParticleSwarm
+from lightning_nrl.evaluation.sample_results import FlipCounts, GroupCounts
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Auto, Convex, Problem
+from lightning_nrl.methods.convex import N_FOLDS, _folds
+from lightning_nrl.methods.held_out import draw_held_out_rows
+from lightning_nrl.records.stats import net_repairs_in_standard_errors, variance_of_net_rate
+
+AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
+
+
+def make(group: torch.Tensor | None = None, **settings: Any) -> Problem:
+    """120 samples of `train`, then 60 of `new` with failures to repair."""
+    problem = replace(
+        make_problem(trained(), known(), **settings), localizer=NeuRecoverLite(n_weights=12)
+    )
+    return replace(problem, before=replace(problem.before, group=group))
+
+
+# Patients 0 to 9 have six samples each in `new`; those below 5 have some in `train`, too.
+NEW = torch.arange(60) // 6
+TRAIN = torch.where(torch.arange(120) < 20, torch.arange(120) % 5, 100 + torch.arange(120))
+PATIENTS = torch.cat([TRAIN, NEW])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_held_out_as_a_whole(seed: int) -> None:
+    problem = make(PATIENTS, seed=seed)
+    before = problem.before
+    rows = draw_held_out_rows(problem)
+    assert rows is not None
+    held_out = problem.without(rows)
+    drawn = PATIENTS[rows].unique()
+    # Only samples of `new` are counted, and no other sample of these patients is used.
+    assert not rows[:120].any()
+    assert torch.equal(rows[120:], torch.isin(NEW, drawn))
+    assert torch.equal(~held_out.used, torch.isin(PATIENTS, drawn))
+    unused = ~held_out.used
+    assert (unused & before.targeted).sum() <= before.targeted.sum() / 2
+    assert (unused & before.passed).sum() <= before.passed.sum() / 5
+
+
+def test_protected_samples_of_a_held_out_group_are_used() -> None:
+    problem = make(PATIENTS)
+    rows = draw_held_out_rows(problem)
+    assert rows is not None
+    protected = int((rows & problem.before.passed).nonzero()[0])
+    weight = problem.before.weight.clone()
+    weight[protected] = torch.inf
+    problem = replace(problem, before=replace(problem.before, weight=weight))
+    rows = draw_held_out_rows(problem)
+    assert rows is not None
+    assert not rows[protected]
+    assert problem.without(rows).used[protected]
+
+
+def test_a_single_group_leaves_nothing_to_hold_out() -> None:
+    assert draw_held_out_rows(make(torch.zeros(180).long())) is None
+
+
+def test_a_group_is_in_one_fold() -> None:
+    fold = _folds(make(PATIENTS))
+    assert (fold[:120] == -1).all()
+    for patient in range(10):
+        assert len(fold[120:][patient == NEW].unique()) == 1
+    assert len(fold[120:].unique()) == min(N_FOLDS, 10)
+
+
+@pytest.mark.parametrize("group", [PATIENTS, torch.zeros(180).long()])
+def test_the_exact_solution_is_cross_validated_by_group(group: torch.Tensor) -> None:
+    solution = Convex()(make(group, layer="2"))
+    assert solution.held_out is not None
+    assert solution.held_out.groups is not None
+    # All groups with samples in `new`.
+    assert solution.held_out.groups.passed == len(group[120:].unique())
+
+
+def test_the_default_trains_without_the_held_out_patients() -> None:
+    problem = make(PATIENTS)
+    rows = draw_held_out_rows(problem)
+    assert rows is not None
+    training = FakeTraining(retrained(problem.model))
+    solution = AUTO(replace(problem, training=training))
+    first, second, last = (call["weight"] == 0 for call in training.calls)
+    unused = torch.isin(PATIENTS, PATIENTS[rows])
+    assert torch.equal(first, unused)
+    assert torch.equal(second, unused)
+    assert not last.any()
+    held_out = solution.rungs[1].held_out
+    assert held_out is not None
+    assert held_out.n == rows.sum()
+    assert held_out.groups is not None
+
+
+def test_standard_errors_count_groups() -> None:
+    alone = FlipCounts(80, 4, 12, 4)
+    assert variance_of_net_rate(alone) == 16 / 84**2
+    assert net_repairs_in_standard_errors(alone) == 8 / 4
+    # Twelve repairs in one group and four breaks in another are two independent events.
+    groups = GroupCounts(9, 1, 5, 1, 1, 1, squared_net=12**2 + 4**2)
+    grouped = replace(alone, groups=groups)
+    assert variance_of_net_rate(grouped) == 160 / 84**2
+    assert net_repairs_in_standard_errors(grouped) == pytest.approx(8 / 160**0.5)
