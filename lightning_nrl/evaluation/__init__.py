@@ -8,7 +8,7 @@ kept, broken, repaired or failing.
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_options import DOUBTFUL, Focal, SampleOptions
-from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, GroupCounts, SampleResults
 
 __all__ = [
     "DOUBTFUL",
@@ -17,6 +17,7 @@ __all__ = [
     "FlipCounts",
     "Flips",
     "Focal",
+    "GroupCounts",
     "SampleOptions",
     "SampleResults",
 ]
