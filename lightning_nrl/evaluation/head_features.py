@@ -63,17 +63,21 @@ def collect_features(
         rows = torch.cat([results.rows(source.split, source.positions) for source in known])
         features = _gather_features(recorder, rows, evaluator.collective)
     else:
-        features = _record_rows(evaluator, known, head, results, _select_rows(results))
+        features = record_rows(evaluator, known, head, results, _select_rows(results))
     return HeadFeatures(results, features, seconds)
 
 
-def _record_rows(
+def record_rows(
     evaluator: Evaluator,
     known: Sequence[Source],
     head: nn.Linear | None,
     results: SampleResults,
     rows: Tensor,
 ) -> Features | None:
+    """Records the head features of the samples in `rows` of the results.
+
+    Returns None unless the model ends in a Linear that returns the logits.
+    """
     recorder = _HeadRecorder(evaluator, head)
     recorded = [torch.zeros(0, dtype=torch.int64)]
     for batch, batch_rows in row_batches(known, results, rows):
@@ -271,51 +275,3 @@ def find_label_issues(
         doubted = doubtful(near, label[targets], logits[targets], logits[passed], label[passed])
         is_doubtful[rows[targets.cpu()][doubted.cpu()]] = True
     return is_doubtful
-
-
-COPY_PAIRS, FEWEST_COPY_PAIRS = 200, 20  # held-out samples that are compared
-MAX_CANDIDATES = 10_000  # used samples from which they are compared with one, to limit memory
-COPY_DISTANCE = 0.7
-"""Largest median ratio of distances that tells of copies.
-
-Measured: 0.3 to 0.6 with windows of a signal that overlap by 75 % or more, 0.2 with frames of
-videos, 0.9 to 4 with independent images and tables, shuffled or sorted by class.
-"""
-
-
-@torch.no_grad()
-def has_near_copies(
-    evaluator: Evaluator,
-    known: Sequence[Source],
-    results: SampleResults,
-    held_out: Tensor,
-    used: Tensor,
-) -> bool:
-    """True if held-out samples look like copies of used samples beside them in the data set.
-
-    Divides the distance of a held-out and a used sample in successive positions by the distance to
-    a random used sample of the same class, both between head features. `held_out` and `used` are
-    masks, `N` bool.
-    """
-    is_pair = (results.index.diff() == 1) & (held_out[1:] & used[:-1] | used[1:] & held_out[:-1])
-    first = _drawn(is_pair, COPY_PAIRS)
-    candidates = _drawn(used, MAX_CANDIDATES)
-    is_like = results.label[first, None] == results.label[candidates]
-    random = torch.rand(is_like.shape, generator=torch.Generator().manual_seed(0))
-    like = candidates[(is_like * random).argmax(1)]
-    rows = torch.stack([first, first + 1, like], 1)[is_like.any(1)]
-    if len(rows) < FEWEST_COPY_PAIRS:
-        return False
-    _, head = last_linear(evaluator.model, evaluator.called)
-    features = _record_rows(evaluator, known, head, results, rows)
-    if features is None:
-        return False
-    x = features.inputs[torch.searchsorted(features.rows, rows)].flatten(2)
-    near, far = (x[:, :1] - x[:, 1:]).norm(dim=2).T
-    return bool((near < COPY_DISTANCE * far).float().mean() > 0.5)
-
-
-def _drawn(mask: Tensor, most: int) -> Tensor:
-    rows = mask.nonzero()[:, 0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return rows[order[:most]]

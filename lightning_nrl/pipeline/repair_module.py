@@ -21,13 +21,11 @@ from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.head_features import has_near_copies
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
-from lightning_nrl.methods.held_out import draw_held_out_rows
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import (
     check_limit,
@@ -36,6 +34,7 @@ from lightning_nrl.pipeline.input_checks import (
     scope_of,
 )
 from lightning_nrl.pipeline.loaded_weights import to_be_loaded
+from lightning_nrl.pipeline.near_copies import has_near_copies
 from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
@@ -215,13 +214,7 @@ def _finish(
     problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]
 ) -> Outcome:
     settings, model = builder.settings, problem.model
-    held_out = draw_held_out_rows(problem)
-    if solution.held_out is not None and problem.before.group is None and held_out is not None:
-        used = problem.came_with_failures & problem.without(held_out).used
-        near_copies = has_near_copies(
-            problem.evaluator, problem.known, problem.before, held_out, used
-        )
-        builder = replace(builder, near_copies=near_copies)
+    near_copies = solution.held_out is not None and has_near_copies(problem)
     if settings.bounds.sparse is not None and solution.proposal is not None:
         with problem.clock.stage("sparse"):
             work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)
@@ -229,7 +222,7 @@ def _finish(
         solution = replace(solution, proposal=sparse, steps=(*solution.steps, step))
     if solution.n_passed is None:
         solution = replace(solution, n_passed=int(problem.passed.sum()))
-    builder = replace(builder, solution=solution)
+    builder = replace(builder, solution=solution, near_copies=near_copies)
     proposal = solution.proposal
     patch: State = {}
     if proposal is not None:
