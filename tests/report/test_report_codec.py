@@ -176,6 +176,8 @@ REPORTS: dict[str, Any] = {
         versions=VERSIONS,
     ),
 }
+LEFT_OUT = {"groups", "unseen_groups", "by_group", "near_copies"}
+"""Keys that are written only if they say something."""
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = st.recursive(
     SCALARS,
@@ -226,10 +228,15 @@ def test_no_key_may_be_missing_and_none_may_be_new(name: str) -> None:
 
 
 def fields_of(record: Any, plain: Any) -> Any:
-    """Plain values of a record without what follows from its fields, and is not read."""
+    """Plain values of a record without what follows from its fields, and is not read, and without
+    defaults of keys that are not written then.
+    """
     if is_dataclass(record):
         derived = getattr(record, "derived", ())
         plain = {key: item for key, item in plain.items() if key not in derived}
+        for key in LEFT_OUT & plain.keys():
+            if plain[key] in (None, False):
+                del plain[key]
         return {key: fields_of(getattr(record, key, None), item) for key, item in plain.items()}
     if isinstance(record, tuple):
         return [fields_of(*pair) for pair in zip(record, plain, strict=True)]
