@@ -27,8 +27,10 @@ def has_near_copies(problem: Problem) -> bool:
     or too few samples are held out.
     """
     evaluator, before = problem.evaluator, problem.before
+    if before.group is not None:
+        return False
     held_out = draw_held_out_rows(problem)
-    if held_out is None or before.group is not None:
+    if held_out is None:
         return False
     used = problem.came_with_failures & problem.without(held_out).used
     is_pair = (before.index.diff() == 1) & (held_out[1:] & used[:-1] | used[1:] & held_out[:-1])

@@ -115,6 +115,10 @@ def test_a_group_in_two_splits_counts_once_in_each_and_once_in_all() -> None:
     assert (by_split[0].worse, by_split[1].better) == (1, 2)
 
 
+def test_no_samples_are_no_groups() -> None:
+    assert flips(GROUP).counts(torch.zeros(13).bool()).groups == GroupCounts(0, 0, 0, 0, 0, 0, 0)
+
+
 def test_without_groups_each_sample_is_a_unit() -> None:
     counts = flips(None).counts()
     assert counts == FlipCounts(3, 3, 5, 2)

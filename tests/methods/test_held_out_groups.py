@@ -11,9 +11,10 @@ from toy_problems import FakeTraining, make_problem, retrained
 from toy_repairs import known, trained
 
 from lightning_nrl import ParticleSwarm
+from lightning_nrl._utils.resume import from_bytes, to_bytes
 from lightning_nrl.evaluation.sample_results import FlipCounts, GroupCounts
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Auto, Convex, Problem
+from lightning_nrl.methods import Auto, Convex, Problem, Solution
 from lightning_nrl.methods.convex import N_FOLDS, _folds
 from lightning_nrl.methods.held_out import draw_held_out_rows
 from lightning_nrl.records.stats import net_repairs_in_standard_errors, variance_of_net_rate
@@ -85,6 +86,17 @@ def test_the_exact_solution_is_cross_validated_by_group(group: torch.Tensor) -> 
     assert solution.held_out.groups is not None
     # All groups with samples in `new`.
     assert solution.held_out.groups.passed == len(group[120:].unique())
+
+
+def test_counts_of_groups_survive_a_resume() -> None:
+    solution = AUTO(make(PATIENTS))
+    again = from_bytes(to_bytes(solution), Solution)
+    assert solution.rungs[0].held_out is not None
+    assert solution.rungs[0].held_out.groups is not None
+    assert again.rungs == solution.rungs
+    assert again.proposal is not None
+    assert again.proposal.after.group is not None
+    assert torch.equal(again.proposal.after.group, PATIENTS)
 
 
 def test_the_default_trains_without_the_held_out_patients() -> None:
