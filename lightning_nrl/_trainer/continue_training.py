@@ -45,6 +45,7 @@ from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import RawBatch
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
+from lightning_nrl.methods.budget import LEAST_EPOCH
 from lightning_nrl.methods.problem import Trained, Training
 
 Sample: TypeAlias = Any  # as a data set returns it
@@ -127,7 +128,7 @@ class ContinuedTraining(Training):
 
         With a time limit, times a few steps first and trains as many epochs as fit into `seconds`.
         Without a limit, the same seed gives the same weights. Returns None if weights are not
-        finite, if training is impossible, or if not even one epoch fits.
+        finite, if training is impossible, or if not even half an epoch fits.
         """
         end = time.perf_counter() + seconds
         run = _TrainingRun(seed, start or {}, weight, rate)
@@ -178,10 +179,11 @@ class ContinuedTraining(Training):
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
             self._fit(pace, epochs, run, folder)
-            epochs = min(epochs, pace.epochs(end))
-        epochs = int(collective.agreed(torch.tensor(epochs)))
-        if epochs < 1:
-            return None
+            affordable = float(collective.agreed(torch.tensor(pace.epochs(end))))
+            if affordable < LEAST_EPOCH:
+                return None
+            # `end` cuts an epoch that does not fit as a whole.
+            epochs = min(epochs, max(1, int(affordable)))
         budget = TimeBudget(end, collective, clock)
         state = self._fit(budget, epochs, run, folder)
         state = {

@@ -156,7 +156,7 @@ class TimeBudget(CallbackBase):
 class TrainingTrial(TimeBudget):
     """Callback that times a few batches and stops training.
 
-    Then `epochs(end)` says how many epochs fit until `end`.
+    Then `epochs(end)` says how many epochs fit until `end`, also a part of one.
     """
 
     def __init__(self, end: float, collective: Collective) -> None:
@@ -170,16 +170,16 @@ class TrainingTrial(TimeBudget):
         self._epoch = int(trainer.num_training_batches)
         self._ends = [time.perf_counter()]
 
-    def epochs(self, end: float) -> int:
+    def epochs(self, end: float) -> float:
         if len(self._ends) < 2:
-            return 0
+            return 0.0
         started = self._ends[1] - self._ends[0]
         even = self._ends
         if len(even) > WARM_UP_BATCHES + 1:
             even = even[WARM_UP_BATCHES:]
         batch = (even[-1] - even[0]) / (len(even) - 1)
         left = (end - time.perf_counter()) * (1 - RESERVED_TIME_SHARE) - started
-        return int(left / max(batch * self._epoch, 1e-9))
+        return left / max(batch * self._epoch, 1e-9)
 
     def _is_over(self, device: torch.device) -> bool:
         if device.type == "cuda":

@@ -49,6 +49,7 @@ PREPARATION_SECONDS = 3e-5  # added per sample, whatever the size of the network
 FEWEST_SAMPLES = 10_000  # a search uses at least these many, however short the time is
 
 # Continued training
+LEAST_EPOCH = 1 / 2  # under `max_time`; steps on fewer samples repair hardly anything
 LEAST_EPOCHS = 16  # if the original training was shorter; limited to `SMALL_BUDGET` visits
 SMALL_BUDGET = 60_000  # visits that a small network makes in seconds
 STARTING_SECONDS = 1.0  # start-up of the trainers that measure the pace and train
