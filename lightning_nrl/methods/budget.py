@@ -8,7 +8,7 @@ pass visits all known samples once.
 |---|---|---|
 | search, exact solution | iterations of the searcher, `MAX_PAIRS` | `SEARCH_TIME_SHARE` |
 | training | its epochs over all known data | what is left, without the reserve for the polish |
-| polish | `POLISH_SHARE` of the visits of the training | what is left, without `JUDGING_PASSES` |
+| polish | the visits of the training, or `POLISH_SHARE` times as many if it is alone | what is left, without `JUDGING_PASSES` |
 | curve over strength | `CURVE_SHARE` of the visits of the training | what is left |
 | verdict | `JUDGING_PASSES` | |
 
@@ -70,7 +70,7 @@ BROKEN_VISITS = 3.0
 DOUBTED_VISITS = 1 / 5
 
 # Polish
-POLISH_SHARE = 1.0  # maximum of a polish, as a multiple of the training's visits
+POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits
 # Of the training's visits. A polish stops after that many without fewer violated samples.
 STALLED_POLISH_SHARE = 1 / 3
 RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back

@@ -153,7 +153,9 @@ def fine_tune_and_polish(
     if caution is None:
         caution = choose_caution(tuned.caution)
     start = _moved_back(problem, tuned.proposal, caution)
-    proposal, step, course = polished(problem, start, steered=True, deadline=deadline)
+    proposal, step, course = polished(
+        problem, start, steered=True, deadline=deadline, visits=problem.visits
+    )
     is_repaired = proposal.repaired > 0
     return Solution(
         proposal if is_repaired else None,

@@ -96,7 +96,7 @@ def polish(
     weights marked there move. The last forward passes over known data may end after `deadline`.
     `after` are the results of `state`; if None, they are measured. If `enforce` is True, steps push
     all failing targets; if False, they push only nearly right targets. Steps make about
-    `POLISH_SHARE * visits` visits at most; the default is that of a training.
+    `visits` visits at most, by default `POLISH_SHARE` times those of a training.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the
     scope, and at most 256 MiB for the logits of the working set.
@@ -172,6 +172,7 @@ class _Polish:
         self._visits = self._visits_at_low = 0.0
         # There is no training before a polish that enforces targets, so it has a minimum budget.
         self._budget = problem.visits if visits is None else visits
+        self._most = POLISH_SHARE if visits is None else 1.0  # multiple of the budget
         if enforce and visits is None:
             self._budget = max(self._budget, FORWARD_BACKWARD * SMALL_BUDGET)
         self.stopped = ""
@@ -249,7 +250,7 @@ class _Polish:
         return self._after_round()
 
     def _after_round(self) -> Phase:
-        if self._end_of_rounds.is_over() or self._visits > POLISH_SHARE:
+        if self._end_of_rounds.is_over() or self._visits > self._most:
             self.stopped = "stopped at its limit of forward passes"
             if self._end_of_rounds.is_over():
                 self.stopped = CUT
