@@ -71,7 +71,7 @@ class Auto(Method):
         swarm: the searcher of the rung `search`. It may be a swarm or any other searcher. None
             means a `ParticleSwarm` with 60 iterations.
         caution: as in `FineTunePolish`, from 0, which repairs most, to below 1. More breaks fewer
-            unseen samples. None: held-out samples choose.
+            unseen samples. None: 0, unless held-out samples gain more with another value.
 
     Raises:
         ConfigurationError: on construction, if `swarm` is no searcher or `caution` is no share.

@@ -8,7 +8,8 @@ pass visits all known samples once.
 |---|---|---|
 | search, exact solution | iterations of the searcher, `MAX_PAIRS` | `SEARCH_TIME_SHARE` |
 | training | its epochs over all known data | what is left, without the reserve for the polish |
-| polish | the visits of the training, or `POLISH_SHARE` times as many if it is alone | what is left, without `JUDGING_PASSES` |
+| polish after a training | the visits of the training | what is left, without `JUDGING_PASSES` |
+| polish alone | `POLISH_SHARE` times as many visits | the same |
 | curve over strength | `CURVE_SHARE` of the visits of the training | what is left |
 | verdict | `JUDGING_PASSES` | |
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ HEALTHY_REPAIRS = 1 / 5  # of the targets; a training whose first round repairs 
 
 
 # Values of `caution` that held-out samples may choose: the share of the way back to the original
-# weights. Without held-out samples it is the second.
+# weights.
 CAUTIONS = (0.0, 0.1, 0.2, 0.3, 0.5)
 
 
@@ -92,7 +93,7 @@ class FineTunePolish(Method):
         share: share of the time left that the training and the polish may use together.
         caution: share, from 0 to below 1, of the way from the trained weights back to the original
             ones, before the polish. More caution breaks fewer unseen samples and repairs fewer.
-            None: held-out samples choose it among `CAUTIONS`.
+            None: 0, unless held-out samples gain more with another value of `CAUTIONS`.
 
     Raises:
         ConfigurationError: on construction, unless the share is above 0 and at most 1, and the
@@ -169,15 +170,19 @@ def fine_tune_and_polish(
 
 
 def choose_caution(points: Sequence[CautionPoint]) -> float:
-    """Returns the caution with which held-out samples gain most and, on a tie, break least."""
-    if not points:
-        return CAUTIONS[1]
+    """Returns 0, or the caution with which held-out samples gain most, beyond chance.
 
-    def gain(point: CautionPoint) -> tuple[int, int, float]:
-        counts = point.held_out
-        return counts.repaired - counts.broken, -counts.broken, -point.caution
-
-    return max(points, key=gain).caution
+    Against caution 0, the regressions avoided must exceed the repairs lost by more than one
+    standard error.
+    """
+    chosen, most = 0.0, 1.0
+    for point in points:
+        avoided = points[0].held_out.broken - point.held_out.broken
+        lost = points[0].held_out.repaired - point.held_out.repaired
+        gain = (avoided - lost) / math.sqrt(max(1, abs(avoided) + abs(lost)))
+        if gain > most:
+            chosen, most = point.caution, gain
+    return chosen
 
 
 def _moved_back(problem: Problem, trained: Proposal, caution: float) -> Proposal:

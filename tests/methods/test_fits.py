@@ -41,6 +41,7 @@ from lightning_nrl import (
     TensorSource,
     repair_module,
 )
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods import (
     METHODS,
     Auto,
@@ -50,9 +51,10 @@ from lightning_nrl.methods import (
     Problem,
     Solution,
 )
-from lightning_nrl.methods.finetune_polish import fine_tune_and_polish
+from lightning_nrl.methods.finetune_polish import choose_caution, fine_tune_and_polish
 from lightning_nrl.methods.held_out import draw_held_out_rows
 from lightning_nrl.published import Apricot
+from lightning_nrl.records import CautionPoint
 
 
 def test_training_goes_on_in_rounds_and_is_polished() -> None:
@@ -207,7 +209,7 @@ def test_rounds_go_on_while_each_repairs_more() -> None:
         assert len(training.calls) == len(parts)
 
 
-@pytest.mark.parametrize(("caution", "chosen"), [(None, 0.3), (0.0, 0.0), (0.25, 0.25)])
+@pytest.mark.parametrize(("caution", "chosen"), [(None, 0.0), (0.1, 0.1), (0.25, 0.25)])
 def test_held_out_samples_say_how_far_to_go_back(caution: float | None, chosen: float) -> None:
     problem, held_out = on_a_line_with_doubts(), torch.zeros(9, dtype=torch.bool)
     held_out[[0, 4, 5, 6]] = True
@@ -226,12 +228,28 @@ def test_held_out_samples_say_how_far_to_go_back(caution: float | None, chosen: 
     assert [point.caution for point in solution.caution if point.chosen] == [chosen]
 
 
-def test_without_held_out_samples_training_goes_back_a_tenth_of_the_way() -> None:
-    training = FakeTraining(threshold(0.65))
-    solution = FineTunePolish()(replace(on_a_line_with_doubts(), training=training))
-    assert solution.caution == ()
-    assert solution.proposal is not None
-    torch.testing.assert_close(solution.proposal.state["weight"], threshold(0.66)["weight"])
+@pytest.mark.parametrize(
+    ("counts", "chosen"),
+    [
+        ((), 0.0),
+        # One regression less is no more than chance, two less are.
+        (((5, 2), (5, 1)), 0.0),
+        (((5, 2), (5, 0)), 0.1),
+        # Of those that are more, the largest: 4 in 2, 5 in 2.6.
+        (((9, 6), (9, 2), (8, 0)), 0.1),
+        (((9, 6), (9, 2), (9, 0)), 0.2),
+        # Repairs that are lost count as much.
+        (((9, 6), (5, 0)), 0.0),
+    ],
+)
+def test_a_caution_is_chosen_if_it_gains_more_than_chance(
+    counts: Sequence[tuple[int, int]], chosen: float
+) -> None:
+    points = [
+        CautionPoint(place / 10, TargetCounts(20 - broken, broken, repaired, 20 - repaired))
+        for place, (repaired, broken) in enumerate(counts)
+    ]
+    assert choose_caution(points) == chosen
 
 
 def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> None:
