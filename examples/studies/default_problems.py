@@ -117,7 +117,7 @@ def table_net() -> Classifier:
 def one_cycle(optimizer: Optimizer, trainer: Trainer) -> object:
     steps = int(trainer.estimated_stepping_batches)
     return {
-        "scheduler": lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps),
+        "scheduler": lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], steps),
         "interval": "step",
     }
 
