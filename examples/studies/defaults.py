@@ -1,6 +1,7 @@
 """Compares the default repair with fine-tuning, under time limits, and after other fits.
 
     python examples/studies/defaults.py --seeds 10   # six small problems, 10 minutes on one core
+    python examples/studies/defaults.py --new --seeds 10   # three problems made after the default
     python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.5 2 --problems "digits, drift"
     python examples/studies/defaults.py --seeds 3 --fits   # the quickstart and the weak digit
 
@@ -25,6 +26,7 @@ from statistics import fmean
 import torch
 from default_problems import SMALL, SPLITS
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from new_problems import NEW
 from problems import PROBLEMS, RUNS, Problem, State, markdown, quiet_trainer, start
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -35,6 +37,7 @@ from lightning_nrl.records.stats import interval
 
 OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
 """Networks of `--fits`."""
+ALL = {**SMALL, **NEW, **OWNERS}
 FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
 """Fits that start from the trained weights: a constant rate and the epochs; None: as in the
 training.
@@ -263,9 +266,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, starting at --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument(
-        "--problems", nargs="+", choices=[*SMALL, *OWNERS], help="default: all of the study"
-    )
+    parser.add_argument("--problems", nargs="+", choices=ALL, help="default: all of the study")
+    parser.add_argument("--new", action="store_true", help="problems made after the default")
     parser.add_argument(
         "--max-times", nargs="+", type=float, help="time limits, as shares of the fit's time"
     )
@@ -281,11 +283,14 @@ def main() -> None:
         methods = [f"{share:g} x" for share in chosen.max_times]
     found: dict[str, list[Run]] = {method: [] for method in methods}
     rows, alike = [], []
-    for name in chosen.problems or (OWNERS if chosen.fits else SMALL):
+    problems = SMALL
+    if chosen.fits:
+        problems = OWNERS
+    elif chosen.new:
+        problems = NEW
+    for name in chosen.problems or problems:
         seeds = range(chosen.first, chosen.first + chosen.seeds)
-        runs = [
-            runs_of(name, {**SMALL, **OWNERS}[name], seed, methods, chosen.out) for seed in seeds
-        ]
+        runs = [runs_of(name, ALL[name], seed, methods, chosen.out) for seed in seeds]
         for method in methods:
             own = [one[method] for one in runs]
             found[method] += own

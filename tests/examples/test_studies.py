@@ -24,8 +24,11 @@ import ablation  # noqa: E402
 import congruent  # noqa: E402
 import default_problems  # noqa: E402
 import defaults  # noqa: E402
+import new_problems  # noqa: E402
 import problems  # noqa: E402
 import updates  # noqa: E402
+
+PROBLEMS = {**default_problems.SMALL, **new_problems.NEW}
 
 
 class Tiny(problems.SlashedZeros):
@@ -45,7 +48,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny = problems.Problem(Tiny, problems.DigitNet, 3, Target.all(), ("classifier",))
     for name in ("slashed-zeros", "fashion"):
-        for table in (problems.PROBLEMS, defaults.SMALL, defaults.OWNERS):
+        for table in (problems.PROBLEMS, defaults.ALL):
             monkeypatch.setitem(table, name, tiny)
     monkeypatch.setattr(congruent, "EPOCHS", 2)
     monkeypatch.setattr(
@@ -100,9 +103,9 @@ def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) 
     assert printed(script, line, monkeypatch, capsys) == rows
 
 
-@pytest.mark.parametrize("name", default_problems.SMALL)
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_a_problem_has_the_same_data_for_the_same_seed_and_a_network_for_them(name):
-    problem = default_problems.SMALL[name]
+    problem = PROBLEMS[name]
     first, again, other = (problem.data(seed).data for seed in (1, 1, 2))
     for split in default_problems.SPLITS:
         inputs, labels = first[split].tensors
