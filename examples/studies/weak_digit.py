@@ -57,7 +57,7 @@ class WeakDigit(Splits):
 
 
 class DigitCNN(LightningModule):
-    """Three convolutions and two Linear layers, of which the last has 64 inputs.
+    """Three convolutions and two Linear layers, the last with 64 inputs.
 
     Trained with random shifts and a one-cycle schedule.
     """

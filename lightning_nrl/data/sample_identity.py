@@ -154,7 +154,7 @@ def content_keys(batch: Batch) -> Tensor:
 
 
 def _has_samples(batch: Batch) -> bool:
-    """True if all inputs but numbers and texts are tensors, of which one has a row per sample."""
+    """True if all inputs but numbers and texts are tensors and one has a row per sample."""
     has_samples = False
     for leaf in pytree.tree_leaves((batch.args, batch.kwargs)):
         if isinstance(leaf, Tensor):

@@ -210,7 +210,7 @@ class FlipCounts:
 
     @property
     def units(self) -> GroupCounts:
-        """What confidence limits and tests count: `groups` or, without these, each sample."""
+        """Counts for confidence limits and tests: `groups` or, without these, each sample."""
         flips = self.repaired, self.broken
         failed = self.repaired + self.failing
         return self.groups or GroupCounts(

@@ -94,7 +94,7 @@ def _class_counts(label: Tensor, flips: Flips, rows: slice) -> tuple[ClassCounts
 
 
 def margin_edges(margin: Tensor) -> tuple[float, ...]:
-    """Returns edges of equally wide bins for a vector of margins, one of which is 0.
+    """Returns edges of equally wide bins for a vector of margins; an edge is 0.
 
     Returns () if no margin is finite.
     """

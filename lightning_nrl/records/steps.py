@@ -16,8 +16,8 @@ class Step:
     """A step of a method, such as `fit`.
 
     Afterwards `repaired` targets pass, and `broken` known passed samples fail. `was_cut` is True if
-    `max_time` shortened the step. Steps of the kind `alternative` are results of which held-out
-    samples choose one.
+    `max_time` shortened the step. Steps of the kind `alternative` are results among which
+    held-out samples choose.
     """
 
     name: str

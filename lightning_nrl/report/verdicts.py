@@ -50,7 +50,7 @@ class Verdict:
             several results. The test subtracts the number of leaked samples from `repaired`, but
             does not go below `broken`.
         advice: what to do next.
-        groups: counts of groups in these data, of which the test takes `better` and `worse`. None
+        groups: counts of groups in these data, from which the test takes `better` and `worse`. None
             if samples have no groups.
         tone: `bad` if the evidence is `worse`, `good` if a repair is `better` or not needed,
             otherwise `warn`.

@@ -77,7 +77,7 @@ class Descent:
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
-        """Makes one step on a mini-batch, of which each rank passes its `parts`.
+        """Makes one step on a mini-batch; each rank passes its `parts` of it.
 
         `rate` replaces the learning rate.
 
