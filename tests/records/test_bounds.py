@@ -92,7 +92,7 @@ def test_a_bound_reads_as_a_sentence() -> None:
     assert str(bound) == text
     assert bound.upper == upper_limit(4, 908)
     groups = replace(Bound.of(3, 40), by_group=True)
-    text = "broken 3 of 40 groups (7.50 %); with 95 % confidence at most 18.27 % of such groups"
+    text = "broken 3 of 40 groups (7.50 %); with 95 % confidence at most 18.26 % of such groups"
     assert str(groups) == text
     assert str(Bound.of(0, 0)) == "broken 0 of 0; nothing is known of such samples"
 
