@@ -19,7 +19,7 @@ from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
-from lightning_nrl._utils.preserve import seed_all
+from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import (
     Adapter,
@@ -41,14 +41,20 @@ SAME_OUTPUT_TOLERANCE = 1e-3
 FEWEST_PROBABILITIES = 8  # number of samples; fewer logits may all lie between 0 and 1 by chance
 
 
+@outside_inference_mode()
 def open_sources(
-    trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
+    trainer: Trainer,
+    model: LightningModule,
+    task: Task,
+    *splits: Sequence[LoaderSource],
+    needs_gradients: bool = False,
 ) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
     """Returns an evaluator, and sources with adapters that predict as the deployed module does.
 
     The first batch of the first source decides if `predict_step` or `forward` predicts, and which
     layers are called (`Evaluator.called`). On the sources in `splits[0]`, the module's own steps
-    are compared with the prediction.
+    are compared with the prediction. With `needs_gradients`, a `predict_step` without gradients is
+    refused.
     """
     evaluator = make_evaluator(trainer, model, task)
     ranks = evaluator.collective
@@ -62,7 +68,10 @@ def open_sources(
     # The prediction may fail or differ on a single rank, so the first rank chooses for all.
     choice = ranks.of_first(ranks.all_or_none(choose, failed))
     if choice is not None:
-        adapter = partial(_adapt_raw, PredictStep(adapter, task, *choice), adapter)
+        call = PredictStep(adapter, task, *choice)
+        if needs_gradients:
+            ranks.all_or_none(partial(_check_gradients, model, evaluator, call, raw), failed)
+        adapter = partial(_adapt_raw, call, adapter)
     opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
     layers = ranks.of_first(called_layers(model, evaluator, adapter, raw))
     evaluator = replace(evaluator, called=layers)
@@ -203,7 +212,6 @@ def choose_prediction(
             probabilities = class_logits(forward_logits).softmax(1)[:, -logits.shape[1] :]
             if _is_close(probabilities, logits):
                 return None
-    _check_gradients(model, evaluator, replace(call, gives_probabilities=are_probabilities), raw)
     return call.on_inputs, are_probabilities
 
 
@@ -247,6 +255,7 @@ def _warn(problem: str) -> None:
     )
 
 
+@torch.no_grad()
 def _check_gradients(
     model: nn.Module, evaluator: Evaluator, call: PredictStep, raw: RawBatch
 ) -> None:

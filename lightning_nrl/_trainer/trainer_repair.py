@@ -187,7 +187,7 @@ class TrainerRepair:
         model = loaders.model
         data = self.data.sources(loaders, seed=self.settings.seed, limit=limit, whole=whole)
         evaluator, (known, unseen, calibration) = open_sources(
-            loaders.trainer, model, self.task, *data
+            loaders.trainer, model, self.task, *data, needs_gradients=True
         )
         training = ContinuedTraining(
             loaders.trainer,

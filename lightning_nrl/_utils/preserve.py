@@ -23,10 +23,21 @@ MAX_ITEMS_KEPT = 10_000  # longer lists and dicts are taken for data and not res
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
-    """Does what `eval_mode` does, and restores random states, which `forward` may advance."""
-    # Localisation needs gradients, which inference mode excludes.
-    with random_state(), torch.inference_mode(False), eval_mode(model) as rewritten:
+    """Does what `eval_mode` does, and restores random states, which `forward` may advance.
+
+    Leaves inference mode, but switches no gradients on.
+    """
+    with random_state(), outside_inference_mode(), eval_mode(model) as rewritten:
         yield rewritten
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leaves inference mode, whose tensors autograd cannot use, for a block."""
+    has_gradients = torch.is_grad_enabled()
+    # Leaving inference mode would switch gradients on.
+    with torch.inference_mode(False), torch.set_grad_enabled(has_gradients):
+        yield
 
 
 @contextmanager

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import deployed_models
 import pytest
 import torch
 from digit_models import Classifier, Digits, digit, is_noisy, quiet_trainer, right
 from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from two_processes import in_two_processes
 
-from lightning_nrl import ConfigurationError, ReleaseGate
+from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
@@ -76,6 +78,34 @@ def test_validate_and_test_are_judged_and_fit_is_not(
     assert gate.report.accepted
     assert gate.report.new.name == f"Classifier from {trained_path}"
     assert gate.report.new.sha256 == gate.report.old.sha256
+
+
+class PredictsInPlace(deployed_models.Predicts):
+    """Normalises in place, and predicts without gradients."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x.sub_(128).div_(40)
+
+    @torch.no_grad()
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().predict_step([batch[0].clone()], batch_idx)
+
+
+@pytest.mark.parametrize("kind", [deployed_models.Predicts, PredictsInPlace])
+def test_a_module_is_judged_by_its_predict_step(kind: Any, tmp_path: Path) -> None:
+    model, data = kind(), deployed_models.Clusters()
+    gate = ReleaseGate(kind(), "accuracy", verbose=False)
+    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
+    (metrics,) = trainer.validate(model, data, verbose=False)
+    assert metrics["release/val/accuracy"] == pytest.approx(metrics["right"])
+
+
+@pytest.mark.parametrize("kind", [ReleaseGate, RegressionMetrics])
+def test_a_step_that_changes_the_inputs_is_refused(kind: Any, tmp_path: Path) -> None:
+    model, data = deployed_models.BothNormalise(), deployed_models.Clusters()
+    trainer = quiet_trainer(tmp_path, kind(deployed_models.BothNormalise()))
+    with pytest.raises(ConfigurationError, match=r"`validation_step` gives .*'net.2' other"):
+        trainer.validate(model, data, verbose=False)
 
 
 class Several(Digits):
