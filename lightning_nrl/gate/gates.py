@@ -53,6 +53,8 @@ class Gate(ABC):
     def excess_of(self, counts: FlipCounts, cost: float | None = None) -> float:
         """Returns by how much `cost` exceeds the limit, `allowed(counts)`, or 0 if it does not.
 
+        A limit that is not finite allows nothing: every cost exceeds it by inf.
+
         `cost` defaults to the number of broken samples in `counts`. If `needs_target` is True, this
         default only counts samples in the target and raises a `ConfigurationError` unless `counts`
         are `TargetCounts`.
@@ -66,7 +68,10 @@ class Gate(ABC):
             cost = counts.broken_in_target
         elif cost is None:
             cost = counts.broken
-        return max(0.0, cost - self.allowed(counts))
+        allowed = self.allowed(counts)
+        if not math.isfinite(allowed):
+            return math.inf
+        return max(0.0, cost - allowed)
 
     @final
     def cost(self, before: SampleResults, broken: Tensor) -> float:
@@ -232,6 +237,8 @@ class Tolerance(Gate):
 def allowance(gate: Gate, counts: FlipCounts) -> str:
     """Formats a gate's limit: "the gate allows at most 1 % of those that passed, here 56"."""
     allowed = f"{gate.allowed(counts):,}"
+    if not math.isfinite(gate.allowed(counts)):
+        return f"the gate allows {allowed}, which is no number of samples"
     limit = f"the gate allows {gate.rule}"
     if allowed == "0" or gate.rule.endswith(allowed):
         return limit

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,13 @@ class RuleResult:
     reason: str
     # By split, data-set positions of the broken samples that violate the rule.
     ids: Ids = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        passed = self.passed
+        if isinstance(passed, (np.generic, Tensor)):
+            passed = passed.item()
+        check_kind("passed", passed, isinstance(passed, bool), "bool", "passed=bool(...)")
+        object.__setattr__(self, "passed", passed)
 
 
 class Rule(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -223,3 +224,22 @@ def test_accepted_means_what_it_says(rows: list[tuple[bool, bool, bool]], text: 
     repaired = sum(t and n for t, n in zip(targeted, new, strict=True))
     assert decision.accepted is (repaired > 0 and broken <= gate.allowed(decision.counts))
     assert decision.counts.broken == broken
+
+
+@dataclass(frozen=True)
+class Unlimited(OneFor):
+    """Allows no finite number of broken samples."""
+
+    limit: float = math.nan
+
+    def allowed(self, counts: FlipCounts) -> int:
+        return self.limit  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf])
+def test_a_gate_without_a_finite_limit_accepts_nothing(limit: float) -> None:
+    decision = judge(BEFORE, after(0, 5, 6), Unlimited(limit=limit))
+    assert decision.status == "refused"
+    assert f"the gate allows {limit}, which is no number of samples" in decision.reason
+    rule = AtMostBroken(Unlimited(limit=limit))
+    assert rule.is_worse(FlipCounts(kept=5, broken=1, repaired=3, failing=0), 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -274,6 +276,17 @@ class FewRepaired(Rule):
 
     def __str__(self) -> str:
         return "few"
+
+
+@pytest.mark.parametrize("passed", ["False", math.nan, torch.tensor(math.nan), None, 1])
+def test_the_verdict_of_a_rule_is_a_bool(passed: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"`passed=.* is no bool\.\nHINT: write"):
+        RuleResult("mine", passed, "few were repaired.")
+
+
+def test_a_bool_of_numpy_or_torch_is_a_verdict() -> None:
+    for passed in (np.bool_(False), torch.tensor(False)):
+        assert RuleResult("mine", passed, "few were repaired.").passed is False
 
 
 def test_one_rule_that_is_not_satisfied_refuses() -> None:
