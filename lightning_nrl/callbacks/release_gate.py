@@ -143,7 +143,7 @@ class ReleaseGate(CallbackBase):
         files, log_name = report_files(self.dirpath, trainer, "release", kinds)
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
-            predictions = Predictions.of(pair.after, pl_module.state_dict())
+            predictions = Predictions.of(pair.after, pl_module.state_dict(), pair.keys)
             self.report = write_report(self.report, predictions=predictions.save)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.verbose:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import SAME_SIZE, random_state
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
@@ -133,6 +134,17 @@ def content_recorder(source: Source) -> RecordingSource:
     return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
+def raw_recorder(source: Source) -> RecordingSource:
+    """Wraps a source so that iterating it records the `raw_keys` of its samples."""
+    return RecordingSource(source, raw_keys, torch.zeros(0, 1, dtype=torch.int64))
+
+
+def gathered_keys(recorders: Sequence[RecordingSource], ranks: Collective) -> list[str]:
+    """Returns the recorded `raw_keys` of all ranks as texts, empty if a sample has no tensors."""
+    keys = torch.cat([recorder.gathered(ranks) for recorder in recorders])
+    return [f"{key % 2**64:016x}" if key else "" for key in keys.flatten().tolist()]
+
+
 def content_keys(batch: Batch) -> Tensor:
     """Hashes the inputs and the target of each sample to two 64-bit integers, `n x 2`.
 
@@ -145,9 +157,21 @@ def content_keys(batch: Batch) -> Tensor:
     if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
         random = [secrets.randbits(63) for _ in range(2 * n)]
         return torch.tensor(random, dtype=torch.int64, device="cpu").view(n, 2)
+    return _hash_samples((batch.args, batch.kwargs, batch.target), n)
+
+
+def raw_keys(batch: Batch) -> Tensor:
+    """Hashes each sample's tensors in the raw batch to a 64-bit integer, `n x 1`; 0: no tensors.
+
+    The key does not depend on how a model takes its inputs.
+    """
+    return _hash_samples(batch.raw, len(batch))[:, :1]
+
+
+def _hash_samples(tree: object, n: int) -> Tensor:
+    """Hashes the tensors in `tree` that have a row for each of `n` samples."""
     keys = torch.zeros(n, 2, dtype=torch.int64)
-    tensors = tensors_in((batch.args, batch.kwargs, batch.target))
-    for seed, x in enumerate(tensors):
+    for seed, x in enumerate(tensors_in(tree)):
         if x.ndim and len(x) == n:
             keys = keys.to(x.device) + _hash_rows(x.detach(), seed)
     return keys

@@ -150,6 +150,14 @@ class SampleResults:
         """Sums the weights of the samples in the mask `broken`, `N` bool."""
         return float(self.weight[broken].sum())
 
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """The split and the id of each sample."""
+        samples = []
+        for split in self.splits:
+            samples += [(split, at) for at in self.index[self.of(split)].tolist()]
+        return samples
+
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
         """Returns, for each split, the ids of the samples in a mask, `N` bool."""
         ids = {}

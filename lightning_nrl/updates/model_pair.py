@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, TargetError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices, common_names
 from lightning_nrl.updates.old_model import Reference
-from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.predictions import Predictions, refuse_samples
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ModelPair:
             no slice.
         marked: for each target in a rule, a mask, `N` bool, of the samples that the target selects,
             right or wrong.
+        keys: key of each sample, which does not depend on the models; empty if unknown.
         flips: how each sample changed from the old to the new model.
     """
 
@@ -39,6 +41,7 @@ class ModelPair:
     slices: tuple[str, ...]
     slice_number: Tensor
     marked: Mapping[Target, Tensor] = field(default_factory=dict)
+    keys: Sequence[str] = ()
     flips: Flips = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +81,8 @@ def evaluate_pair(
     every rank gets the results for all samples. `ModelPair.marked` gets a mask for each of the
     `targets`.
     """
-    slice_recorders = [SliceRecorder(source, slices, new.task) for source in data]
+    key_recorders = list(map(raw_recorder, data))
+    slice_recorders = [SliceRecorder(source, slices, new.task) for source in key_recorders]
     target_recorders: dict[Target, list[SliceRecorder]] = {}
     recorders = slice_recorders
     for target in targets:
@@ -92,7 +96,8 @@ def evaluate_pair(
     marked = {}
     for target, recorders in target_recorders.items():
         marked[target] = _gathered(recorders, new)[1] >= 0
-    return ModelPair(before, after, names, slice_number, marked)
+    keys = gathered_keys(key_recorders, new.collective)
+    return ModelPair(before, after, names, slice_number, marked, keys)
 
 
 def _gathered(recorders: Sequence[SliceRecorder], new: Evaluator) -> tuple[tuple[str, ...], Tensor]:
@@ -110,19 +115,21 @@ def pair_from_files(
     `slices` maps (split, id) to the name of a sample's slice; an empty name means no slice.
 
     Raises:
-        ConfigurationError: `old` lacks a sample, or a split in `slices` has other samples there
-            than in `old`.
+        ConfigurationError: `old` lacks a sample or has another sample in its place, or a split in
+            `slices` has other samples there than in `old`.
     """
     slices = slices or {}
     _check_sliced(slices, old)
     after = new.alone()
-    before = old.results(after)
+    before = old.results(after, [new.keys.get(sample, "") for sample in after.samples])
+    is_same = (after.prediction >= 0) & (before.prediction == after.prediction)
+    contradictory = is_same & (before.passed != after.passed)
+    refuse_samples(after, contradictory, "have the same `prediction`, but not the same `passed`")
     names = sorted(filter(str.strip, set(slices.values())))
     numbers = dict(zip(names, range(len(names)), strict=True))
     slice_number = torch.full_like(after.index, -1)
-    for split in after.splits:
-        for row, at in enumerate(after.index[after.of(split)].tolist(), after.start(split)):
-            slice_number[row] = numbers.get(slices.get((split, at), ""), -1)
+    for row, sample in enumerate(after.samples):
+        slice_number[row] = numbers.get(slices.get(sample, ""), -1)
     marked = {target: _marked(target, before, after) for target in targets}
     return ModelPair(before, after, tuple(names), slice_number, marked)
 

@@ -6,16 +6,20 @@ import csv
 import hashlib
 import io
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.state import State, hash_tensors
 from lightning_nrl.data.batch import Source
+from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -105,10 +109,12 @@ class Predictions:
 
     The id of a sample is its position in the data set. The CSV file has the columns `split`, `id`
     and `prediction`. A prediction is a class, numbered as in the new model. For tasks without
-    classes the column `passed` (1 or 0) replaces `prediction`.
+    classes the column `passed` (1 or 0) replaces `prediction`. The column `key`, if it exists,
+    identifies the samples: predictions of other samples are refused.
 
     Attributes:
         splits: for each split, the prediction of each sample by its id (`Rows`).
+        keys: key of each sample by (split, id); samples without a key are missing.
         weights: hash of the model's weights; None: unknown.
         seal: SHA-256 by which `OldModel` finds out if its cache file is still valid; empty in other
             files.
@@ -121,6 +127,7 @@ class Predictions:
     splits: Mapping[str, Rows]
     weights: str | None = None
     seal: str = ""
+    keys: Mapping[tuple[str, int], str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
@@ -130,6 +137,7 @@ class Predictions:
             ConfigurationError: a line cannot be read or repeats a sample. The message names it.
         """
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
+        keys: dict[tuple[str, int], str] = {}
         for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
             predicted, passed = -1, None
             if line.values["prediction"].strip():
@@ -142,12 +150,14 @@ class Predictions:
             if at in splits.setdefault(split, {}):
                 raise line.error(f"sample {at} of {split!r} occurs twice")
             splits[split][at] = predicted, passed
+            if key := line.values.get("key"):
+                keys[split, at] = key.strip()
         with Path(path).open(encoding="utf-8-sig") as file:
             first_line = file.readline()
         if not first_line.startswith(WEIGHTS):
-            return cls(splits)
+            return cls(splits, keys=keys)
         weights, _, seal = first_line.removeprefix(WEIGHTS).strip().partition(" ")
-        return cls(splits, weights, seal)
+        return cls(splits, weights, seal, keys)
 
     def save(self, path: str | Path) -> None:
         """Writes atomically a file that `read` can read."""
@@ -159,7 +169,10 @@ class Predictions:
 
     def _table(self) -> str:
         file = io.StringIO()
-        writer = csv.DictWriter(file, ["split", "id", "prediction", "passed"])
+        columns = ["split", "id", "prediction", "passed"]
+        if self.keys:
+            columns.append("key")
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for split, rows in self.splits.items():
             for at, (predicted, passed) in rows.items():
@@ -168,6 +181,8 @@ class Predictions:
                     line["prediction"] = predicted
                 if passed is not None:
                     line["passed"] = int(passed)
+                if self.keys:
+                    line["key"] = self.keys.get((split, at))
                 writer.writerow(line)
         return file.getvalue()
 
@@ -177,40 +192,59 @@ class Predictions:
         return replace(self, seal=digest.hexdigest())
 
     @classmethod
-    def of(cls, results: SampleResults, weights: State) -> Predictions:
-        """Builds predictions from the results of a model."""
+    def of(cls, results: SampleResults, weights: State, keys: Sequence[str] = ()) -> Predictions:
+        """Builds predictions from the results of a model, and the `keys` of the samples."""
         answers = zip(results.prediction.tolist(), results.passed.tolist(), strict=True)
         rows = list(zip(results.index.tolist(), answers, strict=True))
         splits = {split: dict(rows[results.of(split)]) for split in results.splits}
-        return cls(splits, hash_tensors(weights))
+        by_sample = dict(zip(results.samples, keys, strict=False))
+        return cls(splits, hash_tensors(weights), keys=by_sample)
 
     def answers(
         self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults
     ) -> SampleResults:
-        """Returns `results(like)`: predictions need neither the evaluator nor the sources."""
-        return self.results(like)
+        """Returns `results` for `like`. Reads the sources if the predictions have keys."""
+        if not self.keys:
+            return self.results(like)
+        recorders = list(map(raw_recorder, sources))
+        ranks = evaluator.collective
+        failed = "the predicted data could not be read on another rank."
+        ranks.all_or_none(lambda: deque(chain(*recorders), 0), failed)  # keeps no batch
+        return self.results(like, gathered_keys(recorders, ranks))
 
-    def results(self, like: SampleResults) -> SampleResults:
+    def results(self, like: SampleResults, keys: Sequence[str] = ()) -> SampleResults:
         """Converts the predictions for the samples of `like` to results.
 
         The loss is 0 for a right sample, else 1.
 
         Raises:
-            ConfigurationError: a sample of `like` has no prediction.
+            ConfigurationError: a sample of `like` has no prediction, or its label contradicts
+                `passed`, or one of the `keys` is another.
         """
-        predicted, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
+        predicted, stated = torch.full_like(like.prediction, -1), torch.full_like(like.label, -1)
+        is_other = torch.zeros_like(like.passed)
         for split in like.splits:
-            rows = self._complete_rows(split, like)
-            for i, at in enumerate(like.index[like.of(split)].tolist(), like.start(split)):
-                predicted[i], right = rows[at]
-                if like.label[i] >= 0:
-                    right = bool(predicted[i] == like.label[i])
-                if right is None:
-                    raise ConfigurationError(
-                        "`reference`: the task has no classes to compare.",
-                        "add a column `passed`, 1 or 0.",
-                    )
-                passed[i] = right
+            self._check_complete(split, like)
+        for row, (split, at) in enumerate(like.samples):
+            predicted[row], flag = self.splits[split][at]
+            if flag is not None:
+                stated[row] = int(flag)
+            if keys:
+                key = self.keys.get((split, at))
+                is_other[row] = bool(key and keys[row]) and key != keys[row]
+        refuse_samples(like, is_other, "are not those that were predicted")
+        is_stated, right = stated >= 0, predicted == like.label
+        if (~is_stated & (like.label < 0)).any():
+            raise ConfigurationError(
+                "`reference`: the task has no classes to compare.",
+                "add a column `passed`, 1 or 0.",
+            )
+        # A task may call other predictions right than the true class.
+        if torch.equal(like.passed, like.prediction == like.label):
+            has_class = is_stated & (predicted >= 0) & (like.label >= 0)
+            contradictory = has_class & (right != (stated == 1))
+            refuse_samples(like, contradictory, "have a label that contradicts `passed`")
+        passed = torch.where(is_stated, stated == 1, right)
         return replace(
             like,
             prediction=predicted,
@@ -221,7 +255,7 @@ class Predictions:
             in_target=torch.zeros_like(passed),
         )
 
-    def _complete_rows(self, split: str, like: SampleResults) -> Rows:
+    def _check_complete(self, split: str, like: SampleResults) -> None:
         rows, ids = self.splits.get(split, {}), like.index[like.of(split)].tolist()
         missing = [at for at in ids if at not in rows]
         if missing:
@@ -231,7 +265,6 @@ class Predictions:
                 "give one prediction for each known and unseen sample; "
                 "ids are positions in the data set.",
             )
-        return rows
 
     @property
     def listed_splits(self) -> str:
@@ -269,6 +302,18 @@ class Predictions:
                 margin=zeros,
             )
         )
+
+
+def refuse_samples(samples: SampleResults, mask: Tensor, problem: str) -> None:
+    """Raises a `ConfigurationError` if `mask`, `N` bool, marks a sample."""
+    for split, ids in samples.ids(mask).items():
+        if ids:
+            raise ConfigurationError(
+                f"`reference`: {len(ids):,} samples of `{split}` {problem} "
+                f"({', '.join(map(str, ids[:5]))}).",
+                "predict the same data with both models, in the same order; if only the "
+                "preprocessing has changed, delete the column `key`.",
+            )
 
 
 Ids = Mapping[str, Sequence[int]]

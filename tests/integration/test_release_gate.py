@@ -12,7 +12,7 @@ from digit_models import Classifier, Digits, digit, is_noisy, quiet_trainer, rig
 from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
@@ -246,3 +246,46 @@ def test_two_processes_judge_as_one(trained_path: Path) -> None:
         )
     saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
     assert saved[0] == saved[1]
+
+
+class Reordered(Digits):
+    """The test data with two samples of one class exchanged, or with a row inserted."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        rows = torch.arange(300)
+        if change == "inserted":
+            rows = torch.cat([rows[:7], rows[:-7]])
+        else:
+            same_class = (self.test.tensors[1] == 3).nonzero().flatten()[:2]
+            rows[same_class] = same_class.flip(0)
+        self.test = TensorDataset(*(column[rows] for column in self.test.tensors))
+
+
+def test_predictions_of_other_samples_are_refused(
+    old: Classifier, new: Classifier, tmp_path: Path
+) -> None:
+    gate = gate_of(old)
+    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
+    trainer.test(old, datamodule=Digits(), verbose=False)
+    file = gate.report.files["predictions"]
+    trainer = quiet_trainer(tmp_path, gate := gate_of(file), enable_checkpointing=False)
+    trainer.test(new, datamodule=Digits(batch_size=5), verbose=False)
+    by_file, report = gate.report, release_of(old, new, tmp_path)
+    assert (by_file.findings, by_file.rows) == (report.findings, report.rows)
+    for change, n in (("exchanged", 2), ("inserted", 293)):
+        message = rf"`reference`: {n} samples of `test` are not those that were predicted"
+        with pytest.raises(ConfigurationError, match=message):
+            trainer.test(new, datamodule=Reordered(change), verbose=False)
+    # Without the identities, `passed` contradicts the labels.
+    lines = Path(file).read_text().splitlines()
+    Path(file).write_text("\n".join([line.rpartition(",")[0] for line in lines]))
+    with pytest.raises(ConfigurationError, match="have a label that contradicts `passed`"):
+        quiet_trainer(tmp_path, gate_of(file)).test(new, datamodule=Reordered("inserted"))
+
+
+def release_of(old: Classifier, new: Classifier, folder: Path) -> ReleaseReport:
+    gate = gate_of(old)
+    trainer = quiet_trainer(folder, gate, enable_checkpointing=False)
+    trainer.test(new, datamodule=Digits(), verbose=False)
+    return gate.report

@@ -186,6 +186,20 @@ def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:
     assert results.passed.tolist() == [True, False, True]
 
 
+def test_passed_may_not_contradict_the_labels(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text(
+        "split,id,prediction,passed\ntrain,10,1,1\ntrain,12,0,1\nrepair,0,,0\n"
+    )
+    predictions = Predictions.read(tmp_path / "old.csv")
+    by_class = table([1, 1, 2], [1, 1, 2])
+    message = r"1 samples of `train` have a label that contradicts `passed` \(12\)"
+    with pytest.raises(ConfigurationError, match=message):
+        predictions.results(by_class)
+    # A task that calls other predictions right, such as one of the top five.
+    results = predictions.results(table([1, 1, 2], [0, 0, 2]))
+    assert results.passed.tolist() == [True, True, False]
+
+
 def test_samples_without_a_prediction_are_named(tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("split,id,prediction\ntrain,10,1\n")
     with pytest.raises(

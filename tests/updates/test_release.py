@@ -238,7 +238,7 @@ def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,p
 def test_a_net_loss_is_refused_whatever_the_rules(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right, wrong = ["1,1"], ["1,0"]
+    right, wrong = ["1,1"], ["2,0"]
     rows = dict(enumerate(200 * right + 14 * wrong + 16 * right))
     old = write(tmp_path / "old.csv", rows)
     rows = dict(enumerate(200 * right + 14 * right + 16 * wrong))
@@ -255,6 +255,20 @@ def test_a_net_loss_is_refused_whatever_the_rules(
     model = trained()
     report = release(model, model, data(), "nfr:50%")
     assert [finding.rule for finding in report.findings] == ["nfr:50%", "accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("old_row", "new_row"), [("1,1,", "1,0,"), ("1,1,0f", "2,0,0e"), ("1,1,0f", "1,1,0e")]
+)
+def test_files_of_different_samples_are_refused(
+    old_row: str, new_row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = "split,id,prediction,passed,key"
+    old = write(tmp_path / "old.csv", {3: old_row, 4: "1,1,0a"}, header)
+    new = write(tmp_path / "new.csv", {3: new_row, 4: "2,0,0a"}, header)
+    assert decide([old, new]) == 2
+    assert "`reference`: 1 samples of `test` " in capsys.readouterr().err
+    assert decide([old, old]) == 0
 
 
 def test_samples_that_are_left_out_are_refused(
