@@ -30,7 +30,7 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.layers import find_scope, layer_names
-from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.methods import METHODS, AnyMethod, Problem, Solution, Training, solve
 from lightning_nrl.pipeline.baseline import EvaluatedData, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
@@ -194,7 +194,7 @@ def _entry(problem: Problem, unseen: EvaluatedData | None, name: str, run: _Run)
     path = PatchPath(problem, solution.proposal.state)
     unseen_before = NOTHING_UNSEEN
     if unseen is not None:
-        unseen_before = FlipCounts.of(unseen.before.right, unseen.before.right)
+        unseen_before = Flips.between(unseen.before, unseen.before).counts()
     known_before = FlipCounts.of(problem.before.right, problem.before.right)
     curve = [CurvePoint(0.0, 0, known_before, unseen_before)]
     for point in path.count(COMPARED_STRENGTHS):

@@ -241,6 +241,9 @@ def _meets(require: Require, report: RepairReport) -> bool:
         return True
     if require == "better":
         return verdict.evidence == "better"
+    groups = verdict.groups
+    if groups is not None and groups.better < groups.worse:
+        return False
     return verdict.repaired >= verdict.broken
 
 

@@ -42,6 +42,7 @@ class SampleResults:
         slice_number: `N` int64, index of the sample's slice in `slices`; -1, the default, if the
             sample is in no slice.
         group: `N` int64, number of the sample's group; None if the samples have no groups.
+        leaked: `N` bool, True for unseen samples that are known too; `Flips` do not count them.
     """
 
     splits: tuple[str, ...]
@@ -59,6 +60,7 @@ class SampleResults:
     slice_number: Tensor = NO_COLUMN
     group: Tensor | None = None
     in_target: Tensor = NO_COLUMN
+    leaked: Tensor = NO_COLUMN
 
     def __post_init__(self) -> None:
         n = len(self.passed)
@@ -66,6 +68,7 @@ class SampleResults:
             "weight": torch.ones(n, dtype=torch.float64),
             "slice_number": torch.full((n,), -1),
             "in_target": self.targeted,
+            "leaked": torch.zeros(n, dtype=torch.bool),
         }
         for name, column in defaults.items():
             if vars(self)[name] is NO_COLUMN:
@@ -302,7 +305,11 @@ class Flips:
                 "samples.",
                 "collect both from the same data, without shuffling.",
             )
-        return cls(*flip_masks(before.right, after.right), before.group)
+        counted = ~before.leaked
+        kept, broken, repaired, failing = flip_masks(before.right, after.right)
+        return cls(
+            kept & counted, broken & counted, repaired & counted, failing & counted, before.group
+        )
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
         masks = [mask[rows] for mask in (self.kept, self.broken, self.repaired, self.failing)]

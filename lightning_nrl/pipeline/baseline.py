@@ -86,6 +86,9 @@ def evaluate_baseline(
         with clock.stage("unseen"):
             other_results[role] = evaluate_other_data(evaluator, sources, settings)
     leaked = leaks.leaked(evaluator.collective)
+    if "unseen" in other_results:
+        marked = leaks.mark(other_results["unseen"], leaked, evaluator.collective)
+        other_results["unseen"] = marked
     check_losses(results)
     check_task(settings, results, evaluator.task)
     before, update = results, None
@@ -107,7 +110,7 @@ def evaluate_baseline(
         {role: EvaluatedData(other_data[role], other_results[role]) for role in other_data},
         set_aside,
         update,
-        leaked,
+        {split: int(mask.sum()) for split, mask in leaked.items()},
     )
 
 
@@ -173,13 +176,13 @@ class LeakCheck:
         for role, sources in other_data.items():
             self.other_data[role] = list(map(content_recorder, sources))
 
-    def leaked(self, collective: Collective) -> dict[str, int]:
-        """Returns the number of leaked samples by unseen split with leaks, and warns about them.
+    def leaked(self, collective: Collective) -> dict[str, Tensor]:
+        """Returns a mask of the leaked samples by unseen split with leaks, and warns about them.
 
         Call this after a pass over all sources. Raises a `ConfigurationError` if a calibration
         sample is also known.
         """
-        leaked: dict[str, int] = {}
+        leaked: dict[str, Tensor] = {}
         earlier = self._earlier
         for role, sources in self.other_data.items():
             for source in sources:
@@ -193,12 +196,29 @@ class LeakCheck:
                         f"`calibration`: {count} are known data too ({first_ids(ids)}).",
                         "remove them from one of the two: a bound holds only for unused samples.",
                     )
-                leaked[source.split] = len(ids)
+                leaked[source.split] = mask
                 problem = f"`unseen`: {count} are known or calibration data too ({first_ids(ids)})."
-                hint = "remove them: they make the counts on unseen data too good."
+                hint = "remove them; they are not counted."
                 warnings.warn(DataWarning(problem, hint), stacklevel=4)
             earlier = earlier + sources
         return leaked
+
+    def mark(
+        self, unseen: SampleResults, leaked: Mapping[str, Tensor], collective: Collective
+    ) -> SampleResults:
+        """Marks leaked samples, and groups repeated samples unless the user has given groups."""
+        mask = unseen.leaked.clone()
+        for split, rows in leaked.items():
+            mask[unseen.of(split)] = rows
+        keys = torch.cat([source.gathered(collective) for source in self.other_data["unseen"]])
+        _, group = keys.unique(dim=0, return_inverse=True)
+        unseen = replace(unseen, leaked=mask, targeted=unseen.targeted & ~mask)
+        n_repeated = len(group) - len(group.unique())
+        if not n_repeated or unseen.group is not None:
+            return unseen
+        problem = f"`unseen`: {n_repeated:,} of {len(group):,} samples repeat others."
+        warnings.warn(DataWarning(problem, "tests and limits count each once."), stacklevel=4)
+        return replace(unseen, group=group)
 
 
 def _leaked_rows(

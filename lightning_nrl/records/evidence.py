@@ -22,8 +22,6 @@ class RepairEvidence:
     Attributes:
         source: data of the evidence. `none` if there are neither unseen nor held-out counts.
         counts: counts in these data.
-        n_repaired: repaired samples, or groups that got better, in the sign test: without leaked
-            samples, but at least as many as broke or got worse, unless fewer were repaired.
         choices: number of results among which the data chose, for a Bonferroni correction.
         worse_split: the one of several unseen splits that makes the evidence `worse` alone. Empty
             if none does.
@@ -31,7 +29,6 @@ class RepairEvidence:
 
     source: EvidenceSource
     counts: TargetCounts
-    n_repaired: int
     choices: int = 1
     worse_split: str = ""
 
@@ -41,11 +38,13 @@ class RepairEvidence:
 
     @property
     def p_value(self) -> float:
-        return sign_test(self.n_repaired, self.counts.units.worse, self.choices)
+        units = self.counts.units
+        return sign_test(units.better, units.worse, self.choices)
 
     def evidence_with(self, times: int) -> Evidence:
         """Returns the evidence that `times` times as many samples would give at the same rates."""
-        return evidence_of(times * self.n_repaired, times * self.counts.units.worse, self.choices)
+        units = self.counts.units
+        return evidence_of(times * units.better, times * units.worse, self.choices)
 
 
 def evidence_on(record: RepairRecord) -> RepairEvidence:
@@ -54,20 +53,16 @@ def evidence_on(record: RepairRecord) -> RepairEvidence:
     if unseen is None:
         held_out = record.held_out
         if record.update or held_out is None:
-            return RepairEvidence("none", NOTHING_COUNTED, 0)
-        return RepairEvidence("held-out", held_out, held_out.units.better, record.n_estimates)
-    units = unseen.counts.units
-    not_leaked = units.better - sum(record.leaked.values())
-    n_repaired = max(not_leaked, min(units.better, units.worse))
-    evidence = RepairEvidence("unseen", unseen.counts, n_repaired)
+            return RepairEvidence("none", NOTHING_COUNTED)
+        return RepairEvidence("held-out", held_out, record.n_estimates)
+    evidence = RepairEvidence("unseen", unseen.counts)
     if evidence.evidence == "worse":
         return evidence
     # The sum over all unseen splits would hide that one of them is worse.
     worse = []
     splits = record.unseen_splits
     for split in splits:
-        n_better = split.counts.units.better
-        alone = RepairEvidence("unseen", split.counts, n_better, len(splits), split.split)
+        alone = RepairEvidence("unseen", split.counts, len(splits), split.split)
         if alone.evidence == "worse":
             worse.append(alone)
     return min(worse, key=lambda alone: alone.p_value, default=evidence)

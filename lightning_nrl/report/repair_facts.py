@@ -40,7 +40,7 @@ def repair_facts(report: RepairRecord) -> list[Fact]:
         reason = report.set_aside[0].why
         facts.append(("set aside", f"{len(report.set_aside):,} failed samples, {reason}"))
     for split, n in report.leaked.items():
-        facts.append((f"leak into {split}", f"{n:,} of its samples are known too"))
+        facts.append((f"leak into {split}", f"{n:,} of its samples are known too, and not counted"))
     if report.localization is not None:
         facts.append(("weights searched", _localization(report.localization)))
     if report.search is not None:
@@ -100,9 +100,6 @@ def unseen_facts(report: RepairRecord) -> list[Fact]:
         f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of new "
         f"{events}"
     )
-    n_leaked = sum(report.leaked.values())
-    if n_leaked:
-        text += f" (too optimistic: {n_leaked:,} of them are known)"
     return [("unseen data", text)]
 
 

@@ -47,8 +47,7 @@ class Verdict:
             samples. If one unseen split alone makes the evidence `worse`, the three numbers are of
             this split.
         p_value: p-value of the sign test, with a Bonferroni correction if the data chose among
-            several results. The test subtracts the number of leaked samples from `repaired`, but
-            does not go below `broken`.
+            several results.
         advice: what to do next.
         groups: counts of groups in these data, from which the test takes `better` and `worse`. None
             if samples have no groups.
@@ -167,8 +166,6 @@ def _advice_unless_worse(report: RepairRecord, evidence: RepairEvidence) -> str:
         return f"it may ship, as far as these data go{first}"
     if evidence.source != "unseen":
         return GIVE_UNSEEN
-    if report.leaked:
-        return "remove the known samples from the unseen data and count again"
     for times in range(2, MOST_TIMES_MORE + 1):
         if evidence.evidence_with(times) != evidence.evidence:
             return (

@@ -268,5 +268,6 @@ def evaluate_old(
     answers = reference.answers(evaluator, all_sources, all_results)
     by_role: dict[Role, SampleResults] = {}
     for role, table in results.items():
-        by_role[role] = replace(answers.only(table.splits), group=table.group)
+        old = answers.only(table.splits)
+        by_role[role] = replace(old, group=table.group, leaked=table.leaked)
     return Update(by_role)

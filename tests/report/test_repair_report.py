@@ -29,7 +29,7 @@ def test_splits_of_a_role_are_added_up() -> None:
     assert REPAIRED.pooled("known").counts == TargetCounts(1460, 0, 23, 33, 30, 14)
     assert replace(REPAIRED, splits=(TRAIN,)).pooled("unseen") is None
     assert (
-        "Repaired: promise kept, no difference shown on unseen data; known 23 repaired, 0 broken"
+        "Repaired: promise kept, better on unseen data; known 23 repaired, 0 broken"
         in repr(REPAIRED)
     )
 

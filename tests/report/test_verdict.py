@@ -88,14 +88,6 @@ def test_prices_of_the_exact_solution_count_as_choices() -> None:
         assert verdict.p_value == pytest.approx(choices * 2 / 2**9)
 
 
-def test_unseen_samples_that_are_known_too_are_no_evidence() -> None:
-    verdict = judged(unseen(14, 2), leaked={"test": 12}).verdict
-    assert (verdict.evidence, verdict.p_value, verdict.repaired) == ("no difference shown", 1.0, 14)
-    assert "remove the known samples" in verdict.advice
-    # 12 to 2 without them.
-    assert judged(unseen(24, 2), leaked={"test": 12}).verdict.evidence == "better"
-
-
 def test_groups_are_tested_instead_of_samples() -> None:
     # 3 patients got better and 2 worse, though 14 samples were repaired and 2 broke.
     patients = GroupCounts(39, 3, 20, 4, better=3, worse=2, squared_net=60)
