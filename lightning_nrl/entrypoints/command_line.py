@@ -40,6 +40,7 @@ from lightning_nrl.pipeline import Patch, patch_checkpoint
 from lightning_nrl.records import installed_versions
 from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
+from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
@@ -194,6 +195,15 @@ def decide_release(
     return report.exit_status
 
 
+def recount_file(file: str, predictions: str) -> int:
+    """Prints if a repair's promise holds for the deployed model. Returns 0 if so, else 1."""
+    report = RepairReport.from_json(Path(file).read_text(encoding="utf-8"))
+    decision = recount(report, Predictions.read(predictions, "predictions"))
+    promise = "kept" if decision.accepted else "NOT kept"
+    print(f"Promise {promise} by the deployed model: {decision.reason}")
+    return int(not decision.accepted)
+
+
 def repair_project(project: Project) -> int:
     """Repairs the model of a project.
 
@@ -333,6 +343,14 @@ RELEASE: Arguments = {
     },
     "--out": {"help": "folder to write report.json, report.md and report.html"},
 }
+RECOUNT: Arguments = {
+    "file": {"help": "report.json of a repair"},
+    "--predictions": {
+        "required": True,
+        "help": "deployed predictions of the known samples: CSV file with the columns "
+        "split,id,passed",
+    },
+}
 INSPECT: Arguments = {"file": {"help": "a patch, a checkpoint, or report.json"}}
 REPORT: Arguments = {
     "file": {"help": "report.json of a repair or of a release, or a patch with a report"},
@@ -356,6 +374,11 @@ COMMANDS: Mapping[str, Command] = {
         decide_release,
         "accept a new model by predictions, or refuse it with exit status 1",
         RELEASE,
+    ),
+    "recount": Command(
+        recount_file,
+        "say if the promise of a repair holds for deployed predictions; exit status 1 if not",
+        RECOUNT,
     ),
     "apply": Command(apply_patch, "write a checkpoint with a patch applied", PATCH),
     "revert": Command(

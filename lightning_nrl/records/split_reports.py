@@ -57,6 +57,7 @@ def split_report(
         confusion=confusion,
         classes=classes,
         margins=margins,
+        failed_ids=tuple(before.ids(flips.repaired | flips.failing)[split]),
     )
 
 

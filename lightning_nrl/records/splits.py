@@ -109,9 +109,9 @@ class MarginHistogram:
 class SplitReport(_Counted):
     """Counts and samples of one split, before and after a repair.
 
-    `targeted_ids` are the failures to repair. `confusion` has the cells that are not 0. `confusion`
-    and `classes` are empty if the task has no classes, and `margins` is None if the task has no
-    margins.
+    `targeted_ids` are the failures to repair, and `failed_ids` all failures before the repair.
+    `confusion` has the cells that are not 0. `confusion` and `classes` are empty if the task has no
+    classes, and `margins` is None if the task has no margins.
     """
 
     split: str
@@ -122,6 +122,7 @@ class SplitReport(_Counted):
     confusion: tuple[ConfusionCell, ...] = ()
     classes: tuple[ClassCounts, ...] = ()
     margins: MarginHistogram | None = None
+    failed_ids: tuple[int, ...] = ()
 
     def flipped_as(self, flip: Flip) -> tuple[FlippedSample, ...]:
         """Returns the samples that were repaired or that were broken."""

@@ -7,6 +7,7 @@ release rule if the new model satisfies it.
 """
 
 from lightning_nrl.updates.counting_rules import AtMostBroken, ProtectedIntact
+from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.interpolation import choose_interpolation, interpolate
 from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge, Oversampler
 from lightning_nrl.updates.model_pair import ModelPair
@@ -38,5 +39,6 @@ __all__ = [
     "choose_interpolation",
     "interpolate",
     "parse_rules",
+    "recount",
     "release",
 ]

@@ -28,9 +28,8 @@ def test_what_is_not_finite_is_null_and_comes_back_as_nan() -> None:
 def test_splits_of_a_role_are_added_up() -> None:
     assert REPAIRED.pooled("known").counts == TargetCounts(1460, 0, 23, 33, 30, 14)
     assert replace(REPAIRED, splits=(TRAIN,)).pooled("unseen") is None
-    assert (
-        "Repaired: promise kept, better on unseen data; known 23 repaired, 0 broken"
-        in repr(REPAIRED)
+    assert "Repaired: promise kept, better on unseen data; known 23 repaired, 0 broken" in repr(
+        REPAIRED
     )
 
 
