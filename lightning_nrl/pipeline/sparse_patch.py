@@ -56,7 +56,10 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
         note += f", {patch.size:,} before"
     else:
         note += "; fewer do not suffice"
-    return best, best.step(problem.clock.now() - began, note)
+    step = best.step(problem.clock.now() - began, note)
+    if best is not proposal:
+        step = replace(step, kind="sparse")
+    return best, step
 
 
 def _least_value(problem: Problem, proposal: Proposal, loss: float) -> float:

@@ -354,8 +354,11 @@ class RepairRecord(Record):
     def held_out(self) -> TargetCounts | None:
         """Counts of the taken rung on known samples it did not use.
 
-        None if it used all or no weights changed.
+        None if it used all, no weights changed, or a weaker or sparse change was written.
         """
+        is_sparse = any(step.kind == "sparse" for step in self.steps)
+        if is_sparse or self.chosen_strength not in (None, 1.0):
+            return None
         for rung in self.rungs:
             if rung.kept and self.status == "repaired":
                 return rung.held_out

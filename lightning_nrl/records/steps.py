@@ -17,7 +17,7 @@ class Step:
 
     Afterwards `repaired` targets pass, and `broken` known passed samples fail. `was_cut` is True if
     `max_time` shortened the step. Steps of the kind `alternative` are results among which
-    held-out samples choose.
+    held-out samples choose; a `sparse` step changed fewer weights than the rungs.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Step:
     seconds: float
     note: str = ""
     was_cut: bool = False
-    kind: Literal["step", "alternative"] = "step"
+    kind: Literal["step", "alternative", "sparse"] = "step"
 
 
 @dataclass(frozen=True)

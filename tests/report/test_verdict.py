@@ -88,6 +88,18 @@ def test_prices_of_the_exact_solution_count_as_choices() -> None:
         assert verdict.p_value == pytest.approx(choices * 2 / 2**9)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"chosen_strength": 0.05}, {"steps": (Step("fit", 1, 0, 0.1, kind="sparse"),)}]
+)
+def test_held_out_counts_of_weights_that_are_not_written_are_no_evidence(
+    changes: dict[str, Any],
+) -> None:
+    assert judged(rungs=(held_out(35, 4),), chosen_strength=1.0).verdict.evidence == "better"
+    verdict = judged(rungs=(held_out(35, 4),), **changes).verdict
+    assert (verdict.source, verdict.evidence) == ("none", "no difference shown")
+    assert verdict.headline == "Repaired: promise kept, not counted on unseen data"
+
+
 def test_groups_are_tested_instead_of_samples() -> None:
     # 3 patients got better and 2 worse, though 14 samples were repaired and 2 broke.
     patients = GroupCounts(39, 3, 20, 4, better=3, worse=2, squared_net=60)
