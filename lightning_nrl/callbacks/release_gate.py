@@ -13,7 +13,12 @@ from torch import nn
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.folders import check_folder, report_files
-from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._trainer.lightning.packages import (
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    rank_zero_warn,
+)
 from lightning_nrl._trainer.lightning.private_parts import Loader, batch_limit
 from lightning_nrl._trainer.loaders import (
     LoaderSource,
@@ -33,10 +38,10 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
+from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_whole
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
-from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import check_reference, judge_pair
 from lightning_nrl.updates.rule_parsing import Require
@@ -108,6 +113,7 @@ class ReleaseGate(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         if stage in ("test", "validate"):
+            self.report = None  # `on_test_start` does not run without batches
             check_strategy(
                 trainer, "which are needed whole", "test with a single device or with ddp."
             )
@@ -115,7 +121,11 @@ class ReleaseGate(CallbackBase):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":  # its validations do not decide
             return
-        self.report = None
+        if isinstance(self.reference, OldModel):
+            self.reference.weights(pl_module)  # raises an error if the file does not fit
+            if self.reference.model is pl_module:
+                problem = "`reference` is the tested model itself, so nothing can break."
+                rank_zero_warn(DataWarning(problem, "give the checkpoint of the model in use."))
         check_folder(self.dirpath, trainer, "release")
         splits = [source.split for source in self._sources(trainer, pl_module)]
         for rule in self.rules:

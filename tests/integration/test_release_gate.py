@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
+from lightning_nrl.errors import DataWarning
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
@@ -172,6 +173,11 @@ def test_it_is_the_deployed_precision_that_is_judged(
     assert gate.report.rows[0].counts.broken == int(broken.sum())
 
 
+class Untested(Classifier):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        raise AssertionError("the test has begun")
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
         yield from Digits().test
@@ -196,10 +202,6 @@ class Stream(IterableDataset):
 def test_what_cannot_be_judged_is_refused(
     arguments: dict[str, Any], loader: Any, message: str, old: Classifier, tmp_path: Path
 ) -> None:
-    class Untested(Classifier):
-        def test_step(self, batch: Any, batch_idx: int) -> None:
-            raise AssertionError("the test has begun")
-
     data = Digits()
     if loader is not None:
         data.test_dataloader = lambda: loader  # type: ignore[method-assign]
@@ -289,3 +291,24 @@ def release_of(old: Classifier, new: Classifier, folder: Path) -> ReleaseReport:
     trainer = quiet_trainer(folder, gate, enable_checkpointing=False)
     trainer.test(new, datamodule=Digits(), verbose=False)
     return gate.report
+
+
+def test_a_test_of_nothing_leaves_no_earlier_verdict(old: Classifier, tmp_path: Path) -> None:
+    gate = gate_of(old)
+    with pytest.warns(DataWarning, match="`reference` is the tested model itself"):
+        quiet_trainer(tmp_path, gate).test(old, datamodule=Digits(), verbose=False)
+    assert gate.report.accepted
+    trainer = quiet_trainer(tmp_path, gate, limit_test_batches=0)
+    trainer.test(old, datamodule=Digits(), verbose=False)
+    assert gate.report is None
+
+
+class Pickled:
+    """What a checkpoint holds that is loaded with its code only."""
+
+
+def test_a_reference_that_cannot_be_read_is_refused_before_the_test(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "settings": Pickled()}, tmp_path / "old.ckpt")
+    trainer = quiet_trainer(tmp_path, gate_of(tmp_path / "old.ckpt"))
+    with pytest.raises(ConfigurationError, match="`reference"):
+        trainer.test(Untested(), datamodule=Digits(), verbose=False)
