@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DistributedSampler,
     RandomSampler,
     SubsetRandomSampler,
@@ -124,7 +125,10 @@ def _batches_in_order(loader: Loader, limit: int | None) -> list[list[int]]:
         batches = _read_batches(loader, limit)
         if batches == _read_batches(loader, limit):
             return batches
-    name = type(inner_sampler).__name__
+    culprit = inner_sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        culprit = loader.batch_sampler  # makes batches in its own way
+    name = type(culprit).__name__
     raise ConfigurationError(
         f"`val` data: {name} gives the samples in another order each time.",
         "validate without shuffling, "

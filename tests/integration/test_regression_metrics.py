@@ -30,7 +30,7 @@ from lightning_package import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionMetrics
@@ -256,6 +256,14 @@ class Several(Noisy):
         return [super().val_dataloader(), DataLoader(self.val, 50)]
 
 
+class Drawn(BatchSampler):
+    """Batches in another order each time."""
+
+    def __iter__(self) -> Any:
+        batches = list(super().__iter__())
+        return iter([batches[i] for i in torch.randperm(len(batches))])
+
+
 @pytest.mark.filterwarnings(
     "ignore:Your `val_dataloader`'s sampler", "ignore:Total length of `list`"
 )
@@ -266,6 +274,11 @@ class Several(Noisy):
             Noisy(shuffle=True),
             {},
             r"`val` data: RandomSampler gives .* another order each time\.\nHINT: validate without",
+        ),
+        (
+            Noisy(batch_size=1, batch_sampler=Drawn(range(203), 8, drop_last=False)),
+            {},
+            r"`val` data: Drawn gives .* another order each time",
         ),
         (Noisy(), {"dataloader": 1}, r"`dataloader=1`: there are 1 .*\nHINT: count them from 0"),
         (
