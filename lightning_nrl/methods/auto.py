@@ -96,7 +96,9 @@ class Auto(Method):
         """
         searcher = SEARCHERS.parse("Auto.swarm", self.swarm)
         if not bool(problem.before.margin.isfinite().all()):
-            return LocalSearch(searcher)(problem)
+            solution = _without_raw_errors(problem, "search", LocalSearch(searcher))
+            assert solution is not None
+            return solution
         climb = _Climb(problem, searcher, self.caution)
         climb.run()
         solutions = [result.solution for result in climb.results]
@@ -241,7 +243,7 @@ class _Climb:
 
     def _timed(self, name: str, solve: Callable[[Problem], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed
-        solution = solve(self.problem)
+        solution = _without_raw_errors(self.problem, name, solve)
         if solution is None:
             return None
         return RungResult(name, solution, self.problem.clock.elapsed - began)
@@ -460,6 +462,17 @@ def _is_one_layer(problem: Problem) -> bool:
     prefix = f"{site.name}." if site.name else ""
     names = {f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)}
     return set(problem.scope) <= names
+
+
+def _without_raw_errors(
+    problem: Problem, name: str, solve: Callable[[Problem], Solution | None]
+) -> Solution | None:
+    """Runs a rung; if it raises an error, returns only the reason."""
+    try:
+        return solve(problem)
+    except Exception as error:
+        reason = problem.go_on_after(error, name)
+    return Solution(None, f"{reason}.", (Step(name, 0, 0, 0.0, f"stopped: {reason}"),))
 
 
 def _safely(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, device_of, temporary_weights
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import Identified, is_among
+from lightning_nrl.errors import RepairError, TrainingWarning, first_line
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
@@ -316,6 +319,26 @@ class Problem:
         """
         counts = Flips.between(self.before, after).counts(self.used)
         return self.gate.excess_of(counts, self.gate.cost(self.before, broken))
+
+    def go_on_after(self, error: Exception, name: str) -> str:
+        """Warns that the step `name` failed and returns why; raises if the repair must end.
+
+        It ends with errors of this package, which name their cause, and if memory is short. One of
+        several ranks must not go on alone: the others would wait for it forever.
+        """
+        explained = isinstance(error, RepairError) or is_out_of_memory(error)
+        if explained or self.collective.world_size > 1:
+            raise error
+        reason = f"it raised {type(error).__name__}: {first_line(error).rstrip('.')}"
+        warnings.warn(
+            TrainingWarning(
+                f"`{name}` stopped: {reason}. The repair goes on without it.",
+                "`forward` should give gradients in evaluation mode: keep `torch.no_grad`, "
+                "`torch.inference_mode`, NumPy, in-place operations and `sparse=True` out of it.",
+            ),
+            stacklevel=2,
+        )
+        return reason
 
     def steered(self, after: SampleResults) -> Problem:
         """Returns a problem in which targets of slices that miss their quota weigh more.

@@ -100,7 +100,11 @@ class PatchPath:
         """
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
-            result = polish(self.problem, state, deadline=self.problem.deadline)
+            try:
+                result = polish(self.problem, state, deadline=self.problem.deadline)
+            except Exception as error:
+                self.problem.go_on_after(error, "strength")
+                return state
             state = result.state
             point = self._count(strength, state, result.after)
             self.counted[strength] = replace(point, polished=True)

@@ -122,6 +122,10 @@ class Descent:
             if min(largest, self._samples_at_once) <= 1:
                 return False
             self._samples_at_once = min(largest, self._samples_at_once) // 2
+        for copy in self._copies.values():
+            # `Embedding(sparse=True)` has sparse gradients, which Adam refuses.
+            if copy.grad is not None and copy.grad.is_sparse:
+                copy.grad = copy.grad.to_dense()
         return True
 
     def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
