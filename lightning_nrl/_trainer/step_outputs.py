@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nrl._trainer.lightning.packages import LightningModule
-from lightning_nrl._trainer.lightning.private_parts import is_compiled, original_module
+from lightning_nrl._trainer.lightning.private_parts import is_compiled, original_module, overrides
 from lightning_nrl.data.batch import Args, Kwargs, ModelOutput, run_model
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
@@ -260,7 +260,7 @@ class _FollowedHook:
     def __init__(self, module: LightningModule, name: str) -> None:
         self.module, self.name = module, name
         self.before = {key: value for key, value in vars(module).items() if key == name}
-        self.followers: list[Callable[[], None]] = []
+        self.followers: list[Callable[[], object]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.release()
@@ -278,13 +278,21 @@ class _FollowedHook:
         vars(self.module).update(self.before)
 
 
-def follow_hook(module: LightningModule, name: str, follower: Callable[[], None]) -> None:
+def follow_hook(module: LightningModule, name: str, follower: Callable[[], object]) -> None:
     """Calls `follower` once, after the next run of the module's hook and earlier followers."""
     hook = vars(module).get(name)
     if not isinstance(hook, _FollowedHook):
         hook = _FollowedHook(module, name)
         setattr(module, name, hook)
     hook.followers.append(follower)
+
+
+def follow_own_hook(module: LightningModule, name: str, follower: Callable[[], object]) -> None:
+    """Calls `follower` after the module's own hook, which may change weights, or at once."""
+    if overrides(module, name):
+        follow_hook(module, name, follower)
+    else:
+        follower()
 
 
 def release_hook(module: LightningModule, name: str) -> None:

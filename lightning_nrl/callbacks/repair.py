@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     CheckpointState,
+    callbacks_of_class,
     logged_hparams,
     state_key_of,
 )
 from lightning_nrl._trainer.result_box import ResultBox
+from lightning_nrl._trainer.step_outputs import follow_hook, follow_own_hook, release_hook
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import (
@@ -35,7 +38,13 @@ from lightning_nrl._trainer.trainer_state import (
 from lightning_nrl._utils.interrupts import defer_signals
 from lightning_nrl._utils.registry import load_on_demand
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State, changed, saved_names
+from lightning_nrl._utils.state import (
+    State,
+    changed,
+    current_state,
+    hash_tensors,
+    saved_names,
+)
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning, first_line
@@ -55,6 +64,10 @@ class RepairCallback(CallbackBase):
 
     settings: Settings
     data: DataOptions
+
+    def is_repaired(self, pl_module: LightningModule) -> bool:
+        """True if the model is as the last accepted repair left it."""
+        return False
 
     @property
     def state_key(self) -> str:
@@ -179,6 +192,7 @@ class RegressionFreeRepair(RepairCallback):
         self._box = ResultBox()
         self._parameters: State | None = None
         self._evaluated: State = {}
+        self._written: dict[str, str] = {}  # hashes of all tensors after the repair
         self._pending = False
         self._ran = False
         self._work, self._name = ResumeStore(), "repair"
@@ -229,6 +243,8 @@ class RegressionFreeRepair(RepairCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ran = True
+        # It may be left from a training that ended without calling the hook.
+        release_hook(pl_module, "on_train_end")
         self.report = self._parameters = None
         folders.check_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
@@ -249,11 +265,39 @@ class RegressionFreeRepair(RepairCallback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.repair_now(trainer, pl_module, self.data.start_from)
+        repair = partial(self.repair_now, trainer, pl_module, self.data.start_from)
+        follow_own_hook(pl_module, "on_train_end", repair)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        release_hook(pl_module, "on_train_end")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._ran:
             trainer_checks.warn_without_step()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # The module's own `teardown` is the last hook of a fit.
+        if stage == "fit" and self._parameters:
+            follow_hook(pl_module, "teardown", partial(self._warn_if_undone, trainer, pl_module))
+
+    def _warn_if_undone(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A later repair may have changed the weights again.
+        repairs = (self, *callbacks_of_class(trainer, RepairCallback))
+        if any(repair.is_repaired(pl_module) for repair in repairs):
+            return
+        current = _hashes(pl_module)
+        names = [name for name, digest in self._written.items() if current.get(name) != digest]
+        rank_zero_warn(
+            TrainingWarning(
+                "the fit ends with other weights than the repaired ones: a hook that ran after "
+                f"the repair changed {names[0]!r} ({len(names)} of {len(current)} tensors). The "
+                "report does not describe this model.",
+                "change weights in the module's `on_train_end`, or in a callback before the "
+                f"repair; load the repaired weights from {self.repaired_model_path}.",
+            )
+        )
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
@@ -362,7 +406,8 @@ class RegressionFreeRepair(RepairCallback):
                 report = saved.reports(report, outcome.views, outcome.changes)
                 with defer_signals():
                     saved.commit()
-                    outcome.write(pl_module)
+                    if outcome.write(pl_module):
+                        self._written = _hashes(pl_module)
                     self.report, self._pending = report, False
                     if start is not None:
                         start.keep = parameters is not None
@@ -398,6 +443,9 @@ class RegressionFreeRepair(RepairCallback):
         """
         return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
+    def is_repaired(self, pl_module: LightningModule) -> bool:
+        return bool(self._parameters) and self._written == _hashes(pl_module)
+
     def _is_changed(self, pl_module: LightningModule) -> bool:
         """True if the model has neither the repaired weights nor those that were evaluated."""
         if not self._parameters or not changed(pl_module, self._parameters):
@@ -409,3 +457,8 @@ class RegressionFreeRepair(RepairCallback):
         if self.dirpath is None or self._name == "repair":
             return self.dirpath
         return Path(self.dirpath) / self._name
+
+
+def _hashes(model: nn.Module) -> dict[str, str]:
+    """Returns the hash of each parameter and persistent buffer, on any device."""
+    return {name: hash_tensors({"": value}) for name, value in current_state(model).items()}

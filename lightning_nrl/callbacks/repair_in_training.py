@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import CheckpointState, rerun_validation
-from lightning_nrl._trainer.step_outputs import follow_hook, release_hook
+from lightning_nrl._trainer.step_outputs import follow_hook, follow_own_hook, release_hook
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
@@ -128,16 +128,24 @@ class RepairInTraining(RepairCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         release_hook(pl_module, HOOK)
+        self.repair.on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end and self._last_step != trainer.global_step:
-            self.repair.on_train_end(trainer, pl_module)
-            self._record_report(trainer)
+            repair = partial(self._repair_at_end, trainer, pl_module)
+            follow_own_hook(pl_module, "on_train_end", repair)
         else:
             self.repair.forget_stale_weights(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_fit_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._last_step == trainer.global_step:
+            self.repair.teardown(trainer, pl_module, stage)
+
+    def is_repaired(self, pl_module: LightningModule) -> bool:
+        return self.repair.is_repaired(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.repair.on_test_start(trainer, pl_module)
@@ -170,6 +178,10 @@ class RepairInTraining(RepairCallback):
         if outcome.parameters is not None:
             best = self._validated_again(trainer)
         self._best = best
+
+    def _repair_at_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.repair_now(trainer, pl_module, self.repair.data.start_from)
+        self._record_report(trainer)
 
     def _record_report(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step

@@ -161,6 +161,9 @@ class _WithoutTraining(CallbackBase):
                 name = self.callback.save_outcome(trainer, pl_module, self.outcome)
             self.callback.announce(trainer, self.outcome, name)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.callback.teardown(trainer, pl_module, stage)
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:

@@ -60,6 +60,12 @@ class Manual(Classifier):
         optimizer.step()
 
 
+class Averaging(Classifier):
+    def on_train_end(self) -> None:
+        with torch.no_grad():
+            self.network[-1].weight.mul_(0.9)
+
+
 class OfTwoLoaders(Classifier):
     def validation_step(
         self, batch: tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0
@@ -105,6 +111,7 @@ ROWS = {
     ),
     "`StochasticWeightAveraging` before the repair": Row(SWA),
     "`StochasticWeightAveraging` after the repair": Row(after=SWA),
+    "`on_train_end` of the module": Row(model=Averaging),
     "`EMAWeightAveraging` before the repair": Row(lambda: callbacks.EMAWeightAveraging()),
     "`EMAWeightAveraging` after the repair": Row(after=lambda: callbacks.EMAWeightAveraging()),
     "`ModelPruning` before the repair": Row(PRUNING),
