@@ -95,7 +95,8 @@ class SampleOptions:
             samples resemble each other. The same value in two splits is the same group. Groups are
             held out as a whole, and confidence limits and tests count groups instead of samples.
         keep: samples that must not break if there is an old model: all that the new model gets
-            right (`both`), or only those that the old model gets right too (`reference`).
+            right (`both`), or only those that the old model gets right too (`reference`). Then
+            at most one other sample may break per repaired regression.
 
     Example:
         >>> SampleOptions(slices="camera", quotas={"night": "50%"}, protected="must_pass").quotas

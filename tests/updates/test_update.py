@@ -107,15 +107,19 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
         """Brings one regression back, and breaks two samples that only the new model gets right."""
 
         def __call__(self, problem: Any) -> Any:
-            return Solution(problem.propose("worse", {"weight": threshold(0.1).weight.detach()}))
+            return Solution(problem.propose("worse", {"weight": threshold(0.05).weight.detach()}))
 
-    source = points([-1.0, 0.3, 0.2, 0.25, 1.0], [0, 1, 0, 0, 1], "all", passed=True, failed=True)
+    # The old model gets 0.07 wrong, too: its repair brings no regression back.
+    inputs, labels = [-1.0, 0.3, 0.2, 0.25, 0.07, 1.0], [0, 1, 0, 0, 1, 1]
+    source = points(inputs, labels, "all", passed=True, failed=True)
     settings = Settings(samples=SampleOptions(keep="reference"), method=Worse())
     report = repair_module(
         threshold(0.5), [source], settings, reference=OldModel(threshold(0.1))
     ).report
     assert report.status == "refused"
-    assert "2 would break" in report.reason
+    assert "2 would break (2 in all); the gate allows one per repaired regression, here 1" in (
+        report.reason
+    )
 
 
 PASSED = torch.tensor([True, True, True, False, True])
