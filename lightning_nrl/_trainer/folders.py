@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
-from lightning_nrl._trainer.repair_files import short_message
+from lightning_nrl._trainer.repair_files import foreign_file, refuse_foreign, short_message
 from lightning_nrl._trainer.tracking.repair_log import next_free
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.errors import ConfigurationError, LoggingWarning, UnwritableFolderError
@@ -57,7 +57,7 @@ def _log_folder(trainer: Trainer) -> str:
 
 
 def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> None:
-    """Refuses a folder (see `base_folder`) that cannot be written to.
+    """Refuses a folder (see `base_folder`) that cannot be written to or has files of the user.
 
     All ranks must call it, before any work.
     """
@@ -70,6 +70,10 @@ def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repa
             f"`dirpath`: {folder} cannot be written to; the obstacle is {obstacle}.",
             "name another folder as `dirpath=`.",
         )
+    if dirpath is None:
+        folder = next_free(folder, "report.json")
+    foreign = "" if batch_limit(trainer) else foreign_file(folder)
+    refuse_foreign(trainer.strategy.broadcast(foreign), "dirpath")
 
 
 def report_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,7 @@ from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_info, r
 from lightning_nrl._utils.atomic_files import EARLIER, StagedFiles
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
-from lightning_nrl.errors import FilesWarning, first_line
+from lightning_nrl.errors import ConfigurationError, FilesWarning, first_line
 from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
@@ -32,6 +33,31 @@ PAGE_KINDS = ("html", "markdown", "json")
 
 So if `report.json` exists, all other files exist.
 """
+REPORT_MARK = re.compile(rb'\*\*lightning_nrl\*\*: |<dt>lightning_nrl</dt>|"lightning_nrl": "')
+"""The version of this package in any report file."""
+SAMPLE_NAME = re.compile(r".+-\d+\.(png|txt)")
+
+
+def is_ours(path: Path) -> bool:
+    """True if nothing, or a report or a folder of samples of this package, is at `path`."""
+    if path.is_dir():
+        return all(SAMPLE_NAME.fullmatch(sample.name) for sample in path.iterdir())
+    return not path.exists() or REPORT_MARK.search(path.read_bytes()) is not None
+
+
+def foreign_file(folder: Path) -> str:
+    """Returns the path of a file of the user that has the name of a report file, or nothing."""
+    paths = [folder / name for name in (*REPORT_FILES.values(), SAMPLES_FOLDER)]
+    return next((str(path) for path in paths if not is_ours(path)), "")
+
+
+def refuse_foreign(path: str, argument: str) -> None:
+    """Raises a `ConfigurationError` if there is a path of a `foreign_file`."""
+    if path:
+        raise ConfigurationError(
+            f"`{argument}`: {path} is no file of this package, and a report would replace it.",
+            f"move it, or name another folder as `{argument}`.",
+        )
 
 
 class SavedFiles(AbstractContextManager["SavedFiles"]):
@@ -56,7 +82,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             marks = [SAMPLES_FOLDER]
             marks += [self._files[kind].name for kind in PAGE_KINDS if kind in self._files]
             own_names = [path.name for path in self._files.values()]
-            self._stage = StagedFiles(self._folder, [*own_names, *names], marks)
+            self._stage = StagedFiles(self._folder, [*own_names, *names], marks, is_ours)
 
     @property
     def _folder(self) -> Path:
@@ -145,7 +171,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             return
         for path in earlier:
             name = path.name.removeprefix(EARLIER)
-            rank_zero_info(f"{path} is of an earlier run; its name was {name}.")
+            rank_zero_info(f"{path} was kept from before; its name was {name}.")
 
     def warn_missing(self, report: AnyReport, accepted: bool = False) -> AnyReport:
         """Warns of missing files; returns, on every rank, the report with existing files only.

@@ -49,13 +49,21 @@ class StagedFiles:
 
     `names` are files that a run may write; `marks` are further files, such as the report. `commit`
     removes the marks of an earlier run first and moves new marks last. So a folder with a mark
-    holds the files of one run only, even after a kill.
+    holds the files of one run only, even after a kill. Marks for which `is_ours` is false are
+    files of the user, which are renamed instead of removed.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], marks: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        marks: Sequence[str],
+        is_ours: Callable[[Path], bool] = lambda path: True,
+    ) -> None:
         self.folder = folder
         self._names = [name for name in dict.fromkeys(names) if name not in marks]
         self._marks = marks
+        self._is_ours = is_ours
         self._stage: Path | None = None
         self.placed: list[str] = []  # files moved by `commit`
 
@@ -98,14 +106,18 @@ class StagedFiles:
         """
         if self._stage is None or not any(self._stage.iterdir()):
             return []
+        renamed = []
         for name in reversed(self._marks):
-            _remove(self.folder / name)
-        kept = []
+            if self._is_ours(self.folder / name):
+                _remove(self.folder / name)
+            else:
+                renamed.append(name)
         for name in self._names:
-            path = self.folder / name
-            if not self.is_written(name) and name not in there and path.exists():
-                kept.append(self.folder / f"{EARLIER}{name}")
-                _move(path, kept[-1])
+            if not self.is_written(name) and name not in there and (self.folder / name).exists():
+                renamed.append(name)
+        kept = [self.folder / f"{EARLIER}{name}" for name in renamed]
+        for name, path in zip(renamed, kept, strict=True):
+            _move(self.folder / name, path)
         for name in (*self._names, *self._marks):
             if self.is_written(name):
                 _move(self._stage / name, self.folder / name)

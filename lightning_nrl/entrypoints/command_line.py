@@ -20,7 +20,12 @@ import torch
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
-from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
+from lightning_nrl._trainer.repair_files import (
+    REPORT_FILES,
+    foreign_file,
+    refuse_foreign,
+    write_report,
+)
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
@@ -169,6 +174,8 @@ def decide_release(
 
     Returns 0 if the new model is accepted, else 1.
     """
+    if out:
+        refuse_foreign(foreign_file(Path(out)), "out")
     rules = parse_rules(rule or ["instance"], require)
     slice_names = None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")

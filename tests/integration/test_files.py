@@ -17,7 +17,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer, same, state_of
+from digit_models import (
+    Classifier,
+    Digits,
+    Untrainable,
+    quick_repair,
+    quiet_trainer,
+    same,
+    state_of,
+)
 from lightning_package import TensorBoardLogger, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_processes import server
@@ -25,11 +33,12 @@ from two_processes import server
 from lightning_nrl import RegressionFreeRepair, RepairReport
 from lightning_nrl._trainer import announcement
 from lightning_nrl._utils import atomic_files as whole_files
-from lightning_nrl.errors import FilesWarning, RepairWarning
+from lightning_nrl.errors import ConfigurationError, FilesWarning, RepairWarning
 from lightning_nrl.pipeline import Outcome, Patch
 from lightning_nrl.records import hash_tensors
 
 NAMES = {"repaired.ckpt", "repair.patch.safetensors", "report.json", "report.md", "report.html"}
+MARKED = "<!doctype html><dt>lightning_nrl</dt>"  # a page, drawn in no time
 REPORTS = {"report.json", "report.md", "report.html"}
 
 
@@ -74,7 +83,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Repaired:
 @pytest.fixture
 def found(fitted: Repaired, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repaired]:
     """The model is as it was before the repair, for each test; pages are drawn elsewhere."""
-    monkeypatch.setattr(RepairReport, "to_html", lambda report, *_: "<!doctype html>")
+    monkeypatch.setattr(RepairReport, "to_html", lambda report, *_: MARKED)
     state = state_of(fitted.model)
     yield replace(fitted, folder=tmp_path / "mine")
     fitted.model.load_state_dict(state)
@@ -206,6 +215,25 @@ def test_a_checkpoint_that_is_not_what_was_judged_is_not_kept(
     assert names_in(found.folder) == (NAMES if not message else NAMES - {"repaired.ckpt"})
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.md", "report.html", "flipped_samples"])
+def test_a_file_of_the_user_is_refused_before_the_work_and_never_removed(
+    found: Repaired, name: str
+) -> None:
+    notes = found.folder / name
+    if name == "flipped_samples":
+        notes /= "notes.md"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine, with lightning_nrl")
+    callback = quick_repair(dirpath=found.folder)
+    with pytest.raises(ConfigurationError, match=f"`dirpath`: .*{name} is no file of this package"):
+        quiet_trainer(found.folder, callback, max_epochs=1).fit(Untrainable(), datamodule=Digits())
+    # A file may come while the repair runs. Files of the package are replaced.
+    kept = found.folder / f"earlier-{name}"
+    for _ in range(2):
+        assert found.save().status == "repaired"
+        assert (kept / "notes.md" if kept.is_dir() else kept).read_text().startswith("mine")
+
+
 def test_a_mark_is_there_only_beside_whole_files(tmp_path: Path) -> None:
     """Every moment at which a process may be killed, and what the folder holds then."""
     names, states = ["a", "b", "mark"], []
@@ -253,7 +281,7 @@ def save_for_ever(folder: Path, connection: Connection, draws: bool) -> None:
     """
     torch.set_num_threads(1)
     if not draws:  # which takes most of the time
-        RepairReport.to_html = lambda report, *_: f"<!doctype html>{report.reason}"  # type: ignore[method-assign]
+        RepairReport.to_html = lambda report, *_: f"{MARKED}{report.reason}"  # type: ignore[method-assign]
     callback, model = quick_repair(dirpath=folder), Classifier()
     callback.__class__ = Unsaved
     logger = TensorBoardLogger(folder.parent, "log", "run")
