@@ -58,8 +58,8 @@ class Outcome:
             not accepted.
         evaluated: `parameters` as they are in evaluation mode, in which `eval()` may have merged
             LoRA weights.
-        changes: new minus old values of changed tensors by name, on the CPU, even if refused. None
-            if nothing changed.
+        changes: new minus old values of changed floating-point tensors by name, on the CPU, even if
+            refused. None if nothing changed.
         views: inputs of flipped samples, as pictures or text, to show with the report.
     """
 
@@ -252,7 +252,9 @@ def _finish(
     report = _judge(problem, patch, builder)
     old = current_state(model)
     changes = {
-        name: (new.cpu().double() - old[name].cpu().double()).float() for name, new in patch.items()
+        name: (new.cpu().double() - old[name].cpu().double()).float()
+        for name, new in patch.items()
+        if new.is_floating_point()
     }
     if report.status == "repaired":
         return Outcome(report, loaded, patch, changes)

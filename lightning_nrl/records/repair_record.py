@@ -130,6 +130,8 @@ def _or_count(weighted: float | None, number: int) -> float:
 class WeightChange:
     """The difference between two versions of the same tensors. `changed` of `total` weights differ.
 
+    Integers, such as the count of batches in a batch norm, are no weights.
+
     `l2` is the Euclidean norm of the difference, `relative` the ratio of this norm to the norm of
     the old weights, and `largest` the largest absolute difference.
     """
@@ -143,7 +145,8 @@ class WeightChange:
     @classmethod
     def between(cls, old: State, new: State) -> Self:
         """Measures the change between tensors of the same names, in float64 on the CPU."""
-        before, after = _flattened(old, old), _flattened(new, old)
+        names = [name for name, value in old.items() if value.is_floating_point()]
+        before, after = _flattened(old, names), _flattened(new, names)
         change = after - before
         return cls(
             changed=int((change != 0).sum()),

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+from toy_repairs import known, trained
 
+from lightning_nrl import Settings, repair_module
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
+from lightning_nrl.gate import Gate
+from lightning_nrl.methods import Method, Problem, Solution
 from lightning_nrl.records import WeightChange, pool
 from lightning_nrl.records.split_reports import split_report
 from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
@@ -86,3 +91,25 @@ def test_change_between_two_layers() -> None:
     assert WeightChange.between(old, new) == WeightChange(
         changed=3, total=5, l2=3.0, relative=0.6, largest=2.0
     )
+
+
+def test_batches_counted_by_a_batch_norm_are_no_changed_weights() -> None:
+    class Retrained(Method):
+        def __call__(self, problem: Problem) -> Solution:
+            state = dict(problem.model.state_dict())
+            state["2.bias"] = state["2.bias"] + torch.tensor([0.5, 0.0, 0.0])
+            state["0.num_batches_tracked"] = torch.tensor(256)
+            return Solution(problem.propose("retrained", state))
+
+    model = trained(lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)))
+    settings = Settings(method=Retrained(), gate=Gate.tolerance(1.0))
+    outcome = repair_module(model, known(), settings)
+    assert outcome.report.status == "repaired"
+    change = outcome.report.change
+    assert change is not None
+    assert (change.changed, change.total) == (1, 3)
+    assert abs(change.largest - 0.5) < 1e-6
+    assert outcome.changes is not None
+    assert list(outcome.changes) == ["2.bias"]
+    assert outcome.write(model)
+    assert model.state_dict()["0.num_batches_tracked"] == 256
