@@ -16,6 +16,7 @@ from lightning_nrl._trainer.lightning.packages import (
     LightningDataModule,
     LightningModule,
     Trainer,
+    rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     CheckpointState,
@@ -32,17 +33,24 @@ from lightning_nrl._trainer.trainer_state import (
     prepared_for_dry_fit,
     untracked,
 )
+from lightning_nrl._utils.formatting import percent
 from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.entrypoints.arguments import callback_with, check_model, check_used
-from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
+from lightning_nrl.errors import ConfigurationError, RepairError, TrainingWarning, check_kind
 from lightning_nrl.pipeline.repair_module import Outcome
+from lightning_nrl.records.splits import SplitReport, by_role, pool
 from lightning_nrl.report import RepairReport, Report
 
 Result = TypeVar("Result", bound=Report)
 Work = Callable[[Trainer, LightningModule, int], Outcome | None]
 """The last argument is the number of epochs that the model has trained."""
+LEAST_ACCURACY = 0.1
+"""Accuracy of a trained model, where 0 is always the most frequent class and 1 is perfect.
+
+Untrained networks are near 0 or below.
+"""
 IGNORED_WARNINGS = (
     "The number of training batches|`max_epochs` was not set|"
     "Be aware that when using `ckpt_path`, callbacks"
@@ -239,7 +247,32 @@ def repair(
             "read `report.json` in the log folder, "
             "or use a strategy that starts no processes of its own.",
         )
+    if ckpt_path is None:
+        _warn_if_untrained(callback.report)
     return callback.report
+
+
+def _warn_if_untrained(report: RepairReport) -> None:
+    known = by_role(report.splits)["known"]
+    if not all(map(_is_at_chance, known)):
+        return
+    accuracy = percent(pool(known).counts.accuracy_before)
+    rank_zero_warn(
+        TrainingWarning(
+            f"`ckpt_path` is None, and the model gets {accuracy} of the known samples right, no "
+            "more than chance: its weights seem to be untrained.",
+            "load the trained weights: `repair(trainer, model, ckpt_path='best.ckpt')`.",
+        )
+    )
+
+
+def _is_at_chance(split: SplitReport) -> bool:
+    """True if accuracy is hardly above the share of the most frequent class."""
+    sizes = [samples.counts.n for samples in split.classes]
+    if len(sizes) < 2:
+        return False
+    chance = max(sizes) / sum(sizes)
+    return split.counts.accuracy_before < chance + LEAST_ACCURACY * (1 - chance)
 
 
 def diagnose(

@@ -230,3 +230,17 @@ def test_a_trainer_that_would_not_train_repairs(tmp_path: Path, trained_path: Pa
     report = repair(trainer, Classifier(), *loaders, ckpt_path=trained_path, **QUICK)
     assert [split.n for split in report.splits] == [400, 100]
     assert trainer.max_epochs == 0
+
+
+def test_untrained_weights_are_said_and_trained_ones_are_not(
+    tmp_path: Path, trained: Classifier, recwarn: pytest.WarningsRecorder
+) -> None:
+    def said() -> list[str]:
+        return [str(w.message) for w in recwarn if "`ckpt_path` is None" in str(w.message)]
+
+    repaired(tmp_path, trained, datamodule=Digits())
+    assert not said()
+    repaired(tmp_path, Classifier(), datamodule=Digits())
+    (text,) = said()
+    assert "of the known samples right, no more than chance" in text
+    assert "ckpt_path='best.ckpt'" in text
