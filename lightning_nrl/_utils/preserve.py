@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.state import plain_tensor
+
 # By size in bytes, to compare bits.
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PRESERVED: set[int] = set()  # `id` of each parameter that an outer `eval_mode` has copied
@@ -252,7 +254,7 @@ def _is_copied_once(value: Tensor) -> bool:
 
 def _copy(value: Tensor) -> Tensor:
     try:
-        return value.clone()
+        return plain_tensor(value).clone()
     except torch.OutOfMemoryError:
         return value.cpu()
 

@@ -146,7 +146,16 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def current_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the `live_tensors`, detached but not copied."""
-    return {name: value.detach() for name, value in live_tensors(model).items()}
+    return {name: plain_tensor(value.detach()) for name, value in live_tensors(model).items()}
+
+
+def plain_tensor(x: Tensor) -> Tensor:
+    """Returns a tensor subclass that only adds metadata as a tensor of the same memory."""
+    # A subclass with a dispatch of its own, such as a nested tensor, is more than its metadata.
+    has_own_dispatch = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if type(x) is Tensor or has_own_dispatch:
+        return x
+    return x.as_subclass(Tensor)
 
 
 def completed(model: nn.Module, state: State) -> dict[str, Tensor]:

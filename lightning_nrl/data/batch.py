@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.state import plain_tensor
 from lightning_nrl.errors import ConfigurationError, check_whole
 
 RawBatch = Any
@@ -146,10 +147,10 @@ class ModelCall(ABC):
 
 
 def run_model(model: nn.Module, args: Args, kwargs: Kwargs) -> ModelOutput:
-    """Runs a model on the inputs of a batch."""
+    """Runs a model on the inputs of a batch; the output has plain tensors."""
     if args and isinstance(args[0], ModelCall):
-        return args[0](model, *args[1:])
-    return model(*args, **kwargs)
+        return with_plain_tensors(args[0](model, *args[1:]))
+    return with_plain_tensors(model(*args, **kwargs))
 
 
 def unpacked(
@@ -185,15 +186,7 @@ def _move(raw: RawBatch, device: torch.device) -> RawBatch:
 
 def with_plain_tensors(tree: RawBatch) -> RawBatch:
     """Replaces tensor subclasses that only add metadata, such as MONAI's `MetaTensor`."""
-    return pytree.tree_map_only(Tensor, _plain, tree)
-
-
-def _plain(x: Tensor) -> Tensor:
-    # A subclass with a dispatch of its own, such as a nested tensor, is more than its metadata.
-    has_own_dispatch = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    if type(x) is Tensor or has_own_dispatch:
-        return x
-    return x.as_subclass(Tensor)
+    return pytree.tree_map_only(Tensor, plain_tensor, tree)
 
 
 def is_sliceable(inputs: object, n: int) -> bool:

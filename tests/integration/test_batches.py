@@ -123,3 +123,36 @@ def test_tensors_with_metadata_are_repaired_as_plain_ones(tmp_path: Path) -> Non
         return [(split.split, split.repaired_ids, split.kept) for split in made.splits]
 
     assert report(with_metadata) == report(default_collate)
+
+
+class Labelled(Tensor):
+    """Has names of its columns, without which it cannot be copied, as pina's `LabelTensor`."""
+
+    labels: list[str]
+
+    def clone(self, **options: Any) -> Labelled:  # type: ignore[override]
+        copied = super().clone(**options).as_subclass(Labelled)
+        copied.labels = list(self.labels)
+        return copied
+
+
+class Labelling(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(3).as_subclass(Labelled))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).as_subclass(Labelled)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx).as_subclass(Tensor)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def test_tensors_that_cannot_be_copied_without_their_attributes(tmp_path: Path) -> None:
+    data = Digits()
+    train, val = DataLoader(data.train, 64), DataLoader(data.repair, 64)
+    report, _ = fitted(tmp_path, Labelling(), train, val, method="linearized")
+    assert report.status == "repaired"
