@@ -333,7 +333,9 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Loaders
         return None if repair_data is None else repair_data()
     name = f"{split}_dataloader"
     hook = getattr(holder, name)
-    if not callable(hook) or getattr(type(holder), name) is getattr(base, name):
+    # The hook may be an attribute of the object, such as a `functools.partial`.
+    is_inherited = getattr(type(holder), name) is getattr(base, name) and name not in vars(holder)
+    if is_inherited or not callable(hook):
         return None
     try:
         return hook()

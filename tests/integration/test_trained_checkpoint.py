@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from digit_models import (
     same,
     state_of,
 )
-from lightning_package import EarlyStopping, LearningRateFinder, ModelCheckpoint, Trainer
+from lightning_package import (
+    EarlyStopping,
+    LearningRateFinder,
+    LightningDataModule,
+    ModelCheckpoint,
+    Trainer,
+)
 from options import with_options
 
 from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, diagnose, repair
@@ -230,6 +237,17 @@ def test_a_trainer_that_would_not_train_repairs(tmp_path: Path, trained_path: Pa
     report = repair(trainer, Classifier(), *loaders, ckpt_path=trained_path, **QUICK)
     assert [split.n for split in report.splits] == [400, 100]
     assert trainer.max_epochs == 0
+
+
+def test_loaders_may_be_partial_functions_of_the_data_module(
+    tmp_path: Path, trained: Classifier
+) -> None:
+    digits, data = Digits(), LightningDataModule()
+    for name in ("train", "val", "test"):
+        hook = partial(getattr(digits, f"{name}_dataloader"))
+        setattr(data, f"{name}_dataloader", hook)
+    report = repaired(tmp_path, trained, datamodule=data, unseen="test")
+    assert [split.split for split in report.splits] == ["train", "val", "test"]
 
 
 def test_untrained_weights_are_said_and_trained_ones_are_not(
