@@ -132,7 +132,10 @@ class NamedLoader(NamedTuple):
 
     def identity(self, *, as_read: bool = False) -> Tensor:
         """Returns the identity of each sample that the loader can draw, see `base_samples`."""
-        return base_samples(self.loader.dataset, sample_index(self.loader), as_read=as_read)
+        index = torch.arange(len(self.loader.dataset))  # type: ignore[arg-type]
+        if isinstance(self.loader, DataLoader):
+            index = sample_index(self.loader)
+        return base_samples(self.loader.dataset, index, as_read=as_read)
 
     def has_data_of(self, known: NamedLoader) -> bool:
         """True if both names are equal, or both loaders read the same samples."""
@@ -305,7 +308,6 @@ class SplitLoaders:
         for named in (*self.named("train"), *self.named("val")):
             is_counted = named.name in names
             with suppress(Exception):  # it cannot be read by index
-                check_loader(*named)
                 is_counted |= bool(is_among(named.identity(), counted).all())
             if not is_counted:
                 missing.append(f"`{named.name}`")

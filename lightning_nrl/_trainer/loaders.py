@@ -301,10 +301,10 @@ def check_loader(data: Loaders, split: str, hint: str = "") -> Loader:
         advice = f"name one of them{example}, or pass a single DataLoader."
     elif not isinstance(loader, DataLoader):
         problem = f"found {type(loader).__name__}, not a DataLoader"
-        advice = "wrap the data set in a DataLoader."
+        advice = _give_instead(split)
     elif isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
         problem = f"{type(loader.dataset).__name__} is iterable, so its samples have no index"
-        advice = "give map-style data: `data=DataOptions(passed=loader, failed=other)`."
+        advice = _give_instead(split)
     elif loader.batch_sampler is None:
         problem = (
             f"its {type(loader).__name__} asks the data set for whole batches (torch's "
@@ -320,6 +320,16 @@ def check_loader(data: Loaders, split: str, hint: str = "") -> Loader:
     else:
         return loader
     raise ConfigurationError(f"`{split}` data: {problem}.", hint or advice)
+
+
+def _give_instead(split: str) -> str:
+    advice = "give the same samples in a DataLoader over map-style data"
+    name, _ = split_and_loader(split)
+    if name == "test":
+        return f"{advice}: `unseen=loader`."
+    if name in SPLITS:
+        return f"{advice}: `data=DataOptions(passed=loader, failed=other)`."
+    return f"{advice}."
 
 
 def check_data(

@@ -141,6 +141,25 @@ class TrainAlone(LightningDataModule):
         return Digits().train_dataloader()
 
 
+class Web:
+    """A loader that is no DataLoader, as those of webdataset."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.dataset = loader.dataset
+        self.loader = loader
+
+    def __iter__(self) -> Any:
+        return iter(self.loader)
+
+
+class Wrapped(Digits):
+    def train_dataloader(self) -> Any:
+        return Web(super().train_dataloader())
+
+    def test_dataloader(self) -> Any:
+        return Web(super().test_dataloader())
+
+
 class OfTrain(Digits):
     """Its unseen data are two of the known samples."""
 
@@ -168,7 +187,17 @@ BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
         "`unseen.*`: 2 of its 2 samples are in `train` too, which is known data",
     ),
     (Digits, {"calibration": "val", "unseen": "val"}, "`calibration='val'` is unseen data too"),
-    (Streamed, {}, "`train` data: Stream is iterable"),
+    (Streamed, {}, r"`train` data: Stream is iterable.*DataOptions\(passed=loader, failed=other\)"),
+    (
+        Wrapped,
+        {},
+        r"`train` data: found Web, not a DataLoader.*DataOptions\(passed=loader, failed=",
+    ),
+    (
+        Wrapped,
+        {"passed": "val", "failed": "val", "unseen": "test"},
+        "`test` data: found Web, not a DataLoader.*: `unseen=loader`",
+    ),
     (Several, {"unseen": "train"}, "`train` data: 2 data loaders at once.*such as 'train:a'"),
     (WholeBatches, {}, "`repair` data: its DataLoader asks the data set for whole batches"),
     (Empty, {}, "`repair` data: the data set is empty"),
@@ -185,6 +214,14 @@ def test_what_does_not_fit_is_refused_before_training(
     tmp_path: Path, data: Any, arguments: dict[str, Any], message: str
 ) -> None:
     assert re.match(message, refused(tmp_path, data(), quick_repair(**arguments)), re.DOTALL)
+
+
+def test_samples_of_another_loader_are_counted_if_its_data_are_known(tmp_path: Path) -> None:
+    data = Wrapped()
+    callback = quick_repair(passed=DataLoader(data.train, 64))
+    quiet_trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), datamodule=data)
+    assert callback.report.reason.endswith("what breaks in them: `val`.")
+    assert [split.n for split in callback.report.splits] == [400, 203]
 
 
 def test_without_validation_data_the_train_data_are_repaired(tmp_path: Path) -> None:
