@@ -40,6 +40,11 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "sweep": (*SEARCH_OPTION_NAMES, "method", "calibration", "set_aside", "dirpath"),
 }
 """Options that have an effect, by function. In other functions, all but `start_from` have one."""
+SHOWN_OPTIONS = {
+    **USED_OPTIONS,
+    "diagnose": ("target", "task", "passed", "failed", "adapter", "draws", "seed"),
+}
+"""Options in the help of a command. `diagnose` takes those of `repair` too, without an effect."""
 
 REFUSALS = {
     "compare": "a comparison counts repaired and broken samples, and accepts and writes nothing",
@@ -77,7 +82,7 @@ def is_used(entry_point: str, argument: str) -> bool:
     names = {argument}
     if argument in OPTION_CLASSES:
         names = {field.name for field in fields(OPTION_CLASSES[argument])}
-    return not names.isdisjoint(USED_OPTIONS[entry_point])
+    return not names.isdisjoint(SHOWN_OPTIONS.get(entry_point, names))
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:

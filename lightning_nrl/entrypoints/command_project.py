@@ -155,11 +155,12 @@ def _print_help(command: str, program: str, purpose: str, added: TypesAndHelp) -
     docstring = inspect.getdoc(RegressionFreeRepair) or ""
     section = docstring.partition("\nArgs:\n")[2].partition("\n\n")[0]
     for name, text in re.findall(r"^    (\w+): ((?:.|\n {5})*)", section, re.MULTILINE):
-        if command == "compare" and not is_used(command, name):
+        if not is_used(command, name):
             continue
         option, purpose = f"--repair.{name}", text.replace("%", "%%")
         if name in OPTION_CLASSES:
-            names = ", ".join(field.name for field in fields(OPTION_CLASSES[name]))
+            known = [field.name for field in fields(OPTION_CLASSES[name])]
+            names = ", ".join(field for field in known if is_used(command, field))
             option, purpose = f"{option}.FIELD", f"{purpose} FIELD: {names}."
         group.add_argument(option, metavar="VALUE", help=purpose)
     parser.print_help()

@@ -106,6 +106,14 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         )
 
 
+def test_the_help_of_diagnose_lists_what_has_an_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diagnose", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    options = set(re.findall(r"--repair\.(\w+)", shown)) - {"ARGUMENT"}
+    assert options == {"target", "task", "data", "seed"}
+    assert "FIELD: passed, failed, adapter, draws." in shown
+
+
 def test_the_whole_help_is_that_of_lightning_cli(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["repair", "--help_lightning"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
