@@ -65,7 +65,7 @@ class ReleaseGate(CallbackBase):
             condition).
         slices: as in `RegressionMetrics`.
         splits: names of the data loaders in the report. The default for a mapping of loaders is its
-            keys. For a list it is `test-0`, `test-1` and so on, and for one loader `test`. In
+            keys. For a list it is `test:0`, `test:1` and so on, and for one loader `test`. In
             `validate`, `val` replaces `test`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
@@ -185,7 +185,7 @@ class ReleaseGate(CallbackBase):
 
 def _loaders_by_name(data: object, stage: str, splits: Sequence[str] | None) -> dict[str, Loader]:
     loaders = loaders_in(data)
-    names = [f"{stage}-{i}" for i in loaders]
+    names = [f"{stage}:{i}" for i in loaders]
     if isinstance(data, Mapping):
         names = list(loaders)
     elif len(loaders) == 1:

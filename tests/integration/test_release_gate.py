@@ -119,11 +119,11 @@ class Plain(Classifier):
         self(batch[0])
 
 
-@pytest.mark.parametrize("names", [["test-0", "test-1"], ["suite", "later"]])
+@pytest.mark.parametrize("names", [["test:0", "test:1"], ["suite", "later"]])
 def test_each_data_loader_is_a_split(names: list[str], old: Classifier, tmp_path: Path) -> None:
     model = Plain()
     model.load_state_dict(old.state_dict())
-    splits = None if names[0] == "test-0" else names
+    splits = None if names[0] == "test:0" else names
     gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"], splits=splits)
     quiet_trainer(tmp_path, gate).test(model, datamodule=Several(), verbose=False)
     assert gate.report.accepted
