@@ -140,7 +140,7 @@ def _promise(report: RepairRecord) -> str:
     change = "no repair was found"
     if report.candidate:
         change = f"the change found would break {_broken(pool(report.candidate).counts)}"
-    return f"not kept: {change}; the weights are unchanged, so nothing broke"
+    return f"kept by changing nothing: {change}"
 
 
 def _broken(counts: TargetCounts) -> str:
