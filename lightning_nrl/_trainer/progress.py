@@ -49,6 +49,7 @@ STAGES = {
 """Descriptions of stages in the progress bar. A stage that is not listed is shown by its name."""
 MOST_SHARE = 0.99  # largest share of the bar that is filled before the end
 MIN_ANNOUNCED_SECONDS = 3.0  # shorter repairs are not announced
+SLOWEST = 2.0  # repairs took up to 1.6 times as long as expected from a pass over the data
 
 
 @dataclass
@@ -79,12 +80,14 @@ class RepairProgress:
             self._line.close()
 
     def expect(self, seconds: Mapping[str, float], most: float) -> None:
-        """Stores the expected seconds of the coming stages; announces their sum, at most `most`."""
+        """Stores the expected seconds of the coming stages; announces a range, at most `most`."""
         self._expected = dict(seconds)
         self._end = self.clock() + most
         total = min(sum(seconds.values()), most)
         if total >= MIN_ANNOUNCED_SECONDS:
-            self.announce(f"Repair: {rough_time(total)} from now on; `max_time` sets a limit.")
+            longest = rough_time(min(SLOWEST * total, most)).removeprefix("about ")
+            hint = "" if math.isfinite(most) else "; `max_time` sets a limit"
+            self.announce(f"Repair: {rough_time(total)} to {longest} from now on{hint}.")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -183,7 +183,7 @@ def test_the_bar_never_goes_back_and_shows_the_time_left(
     seconds = [text.partition(", about ")[2].removesuffix(" s left") for text in texts]
     assert seconds == ["20", "16", "16", "11", "6", "2", "", "2"]
     assert list(shares) == [23, 38, 38, 58, 77, 90, 90, 92]
-    announced = "Repair: about 16 s from now on; `max_time` sets a limit."
+    announced = "Repair: about 16 s to 32 s from now on."  # the limit was given
     assert announced in " ".join(capsys.readouterr().out.split())
 
 
