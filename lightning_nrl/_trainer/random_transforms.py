@@ -125,7 +125,7 @@ def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
         problem = f"{changed}, though they were read with the same random numbers"
         hint = (
             "Draw in the data set, not in the collate function, and from the global generator of "
-            "torch, numpy or Python; or pass a DataLoader that draws nothing."
+            f"torch, numpy or Python; or give a loader that draws nothing: {CLEAN_LOADER}."
         )
         return changed, problem, hint
     batch = positions[: source.batch_size]
@@ -137,7 +137,7 @@ def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
     )
     hint = (
         "Their ids in reports are wrong. Let the collate function keep the order, and draw nothing "
-        "in it."
+        f"in it; or, with MixUp in it, give a loader without: {CLEAN_LOADER}."
     )
     return changed, changed, hint
 
@@ -151,6 +151,9 @@ def _describe_draws(source: LoaderSource) -> str:
     if source.draws > 1:
         draws = f"{source.draws} fixed draws, as {source.draws} samples"
     return f"`{source.split}` draws at random: each sample was counted in {draws}."
+
+
+CLEAN_LOADER = "`data=DataOptions(passed=DataLoader(dataset, batch_size=64))`"
 
 
 def is_same(a: Any, b: Any) -> bool:
