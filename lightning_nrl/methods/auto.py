@@ -35,6 +35,10 @@ from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
 
 FEWEST_FLIPS = 10  # of held-out samples; fewer do not show that targets have wrong labels
 PATIENCE_OF_PRICES = 3  # `Convex.patience` in the rung `exact`
+WITHOUT_MARGINS = (
+    "Only a search ran, since the other rungs need a task with margins. For more repairs, give it "
+    "some: `Custom(passed=..., loss=..., margin=f)`."
+)
 # For `Solution.price`, shares of passed samples that may break.
 PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
 
@@ -98,7 +102,7 @@ class Auto(Method):
         if not bool(problem.before.margin.isfinite().all()):
             solution = _without_raw_errors(problem, "search", LocalSearch(searcher))
             assert solution is not None
-            return solution
+            return replace(solution, choice=WITHOUT_MARGINS)
         climb = _Climb(problem, searcher, self.caution)
         climb.run()
         solutions = [result.solution for result in climb.results]

@@ -77,7 +77,7 @@ class Solution:
             counted.
         rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for
             other methods.
-        choice: why `Auto` took one of the rungs.
+        choice: why `Auto` took one of the rungs, or why it ran only a search.
         price: for several shares of known passed samples, the best counts of `Auto` in which at
             most this share breaks.
         caution: held-out counts of a training for several values of `FineTunePolish.caution`.

@@ -216,7 +216,8 @@ class RepairRecord(Record):
         search: the course of the search. None if there was no search.
         steps: steps of the method, in order.
         rungs: changes that the default method tried, from the smallest to the largest.
-        choice: for each rung, why it is kept or not. Empty if none is kept.
+        choice: for each rung, why it is kept or not; without margins, why only a search ran.
+            Empty if no rung is kept.
         price: best results by the share of known samples that may break.
         strength: counts of the patch by strength, from the original weights (0) to the patch (1)
             and beyond.

@@ -74,6 +74,8 @@ class RepairReport(RepairRecord, Report, Plotted):
             Text(sentence(self.reason)),
             *_tables(self),
         ]
+        if self.choice and not self.rungs:
+            blocks.append(Text(sentence(self.choice)))
         if full:
             return Page([*blocks, *sample_blocks(self), *_details(self)])
         if self.rungs:

@@ -228,7 +228,9 @@ def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
 
 
 def test_a_task_without_margins_is_searched_by_the_swarm_alone() -> None:
-    assert names(AUTO(make("2", task=Marginless()))) == ["swarm"]
+    solution = AUTO(make("2", task=Marginless()))
+    assert names(solution) == ["swarm"]
+    assert "give it some: `Custom(passed=..., loss=..., margin=f)`" in solution.choice
 
 
 def test_a_layer_that_does_not_fit_in_memory_is_not_solved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,8 @@ def test_counts_and_a_loss_of_0_and_1_suffice_for_a_search(method: str) -> None:
         0 < int((after & ~before).sum()) == sum(split.repaired for split in outcome.report.splits)
     )
     assert bool(after[before].all())
+    is_said = "Only a search ran" in outcome.report.to_markdown()
+    assert is_said == (method == "auto")
 
 
 def test_double_and_half_precision_are_repaired_as_they_are() -> None:
