@@ -71,6 +71,9 @@ class DataOptions:
             `f(batch) -> (args, kwargs, target)`, or runs the module, `f(module, batch) -> (logits,
             target)`. None: batches are `(x, y, *extras)`, or mappings with keys such as `image` and
             `label`.
+        output: position, key or field of the logits among several outputs of the model. None: the
+            field named `logits` or alike, else the first output, unless the module's own loss
+            contradicts.
         draws: number of times, at least 1, that each known sample is read if its data set draws
             random numbers, as augmentation does. The seed fixes these numbers; they differ for each
             read. Each read counts as a sample.
@@ -93,6 +96,7 @@ class DataOptions:
     passed: str | DataLoader[Any] | Sequence[str | DataLoader[Any]] = "auto"
     failed: str | DataLoader[Any] | Sequence[str | DataLoader[Any]] = "auto"
     adapter: str | Adapter | None = None
+    output: int | str | None = None
     draws: int = 1
     render: str | Callable[[Any], Any] | None = None
     augment: str | Callable[[Any], Any] | None = None

@@ -17,6 +17,7 @@ from lightning_nrl._trainer.called_layers import call_order, called_layers, eval
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.loss_check import outputs_in
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
@@ -34,7 +35,7 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, first_line
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import layers_of
-from lightning_nrl.tasks import Task, class_logits
+from lightning_nrl.tasks import NamedHead, Task, class_logits
 
 # Largest difference of outputs that count as equal, relative to the largest output.
 SAME_OUTPUT_TOLERANCE = 1e-3
@@ -105,6 +106,21 @@ def _is_random(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Ra
             if logits is not None:
                 outputs.append(logits.nan_to_num())
     return len(outputs) == 2 and not _is_close(*outputs)
+
+
+@torch.no_grad()
+def describe_uncounted_outputs(evaluator: Evaluator, source: LoaderSource) -> str:
+    """Returns a sentence on the outputs besides the one that `NamedHead` names, if any."""
+    model, task = evaluator.model, evaluator.task
+    if not isinstance(task, NamedHead):
+        return ""
+    args, kwargs, _ = source.adapter(source.first_batch())
+    with evaluation_context(model, evaluator):
+        names = outputs_in(run_model(model, args, kwargs))
+    uncounted = [f"output `{name}`" for name in names if name != task.name]
+    if not uncounted:
+        return ""
+    return f"Not counted, so it is unknown what breaks in them: {', '.join(uncounted)}."
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,14 @@ from lightning_nrl._trainer.called_layers import evaluation_context
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.loss_check import (
+    Calls,
+    Comparison,
+    LossRecorder,
+    Prediction,
+    check_loss,
+    check_unambiguous,
+)
 from lightning_nrl._trainer.step_outputs import forward_hooks
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import preserve_attributes, seed_all
@@ -29,12 +39,6 @@ LAYER_TOLERANCE = 1e-3
 SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
 # Augmentation explains a distance to our inputs up to this multiple of that between two runs.
 SPREAD_FACTOR = 3.0
-# Our loss is suspicious above factor * loss of the step + offset.
-LOSS_FACTOR = 2.0
-LOSS_OFFSET = 0.5
-
-Calls = list[tuple[Tensor, Tensor]]
-"""Input and output of a layer in each of its calls."""
 
 
 def check_step(
@@ -44,18 +48,41 @@ def check_step(
 
     The step is `validation_step`, or `training_step` if `validation_step` is missing or does not
     call the last layer. If the adapter runs the module itself, the module is not refused, but a
-    warning is shown.
+    warning is shown. Refuses logits and labels that the losses of the steps contradict, too.
     """
     if not known or evaluator.called is None:
         return
     layers = {name: model.get_submodule(name) for name in evaluator.called[-1:]}
     steps = _Steps(trainer, model, evaluator, layers)
-    if overrides(model, "validation_step") and steps.compare(
-        "validation_step", model.validation_step, known[-1]
-    ):
-        return
+    own_steps: list[tuple[Callable[..., object], LoaderSource]] = []
+    if overrides(model, "validation_step"):
+        own_steps.append((model.validation_step, known[-1]))
     if overrides(model, "training_step") and model.automatic_optimization:
-        steps.compare("training_step", model.training_step, known[0])
+        own_steps.append((model.training_step, known[0]))
+    has_own_prediction = isinstance(known[0].adapter, ModelAdapter)
+    is_confirmed = has_own_prediction
+    is_compared = False
+    for step, source in own_steps:
+        result = steps.run(step, source, seed=0)
+        if result is None:
+            continue
+        prediction = steps.predict(source)
+        if not has_own_prediction:
+            is_confirmed |= check_loss(
+                step.__name__, result.comparisons, prediction, evaluator.task
+            )
+        if not is_compared:
+            is_compared = steps.compare(step, source, result, prediction)
+    if not is_confirmed:
+        check_unambiguous(steps.predict(known[0]), evaluator.task)
+
+
+class _StepRun(NamedTuple):
+    """Calls of the layers in a step, its loss, which may be NaN, and what its losses compare."""
+
+    calls: Calls
+    loss: float
+    comparisons: list[Comparison]
 
 
 @dataclass(frozen=True)
@@ -67,47 +94,42 @@ class _Steps:
     evaluator: Evaluator
     layers: Mapping[str, nn.Module]
 
-    def compare(self, name: str, step: Callable[..., object], source: LoaderSource) -> bool:
+    def predict(self, source: LoaderSource) -> Prediction:
+        raw = source.first_batch()
+        args, kwargs, target = source.adapter(raw)
+        output = None
+        with self._recording() as calls, suppress(Exception):  # the evaluation reports an error
+            output = run_model(self.model, args, kwargs)
+        return Prediction(raw, args, target, output, calls)
+
+    def compare(
+        self,
+        step: Callable[..., object],
+        source: LoaderSource,
+        result: _StepRun,
+        prediction: Prediction,
+    ) -> bool:
         """Compares a step with the prediction on a known batch; False if this shows nothing."""
-        is_model_adapter = isinstance(source.adapter, ModelAdapter)
         task = self.evaluator.task
-        args, kwargs, target = source.adapter(source.first_batch())
         try:
-            with self._recording() as expected:
-                logits = task.logits(run_model(self.model, args, kwargs))
-                task.check(logits, target)
-                loss = float(task.loss(logits, target).mean())
+            logits = task.logits(prediction.output)
+            task.check(logits, prediction.target)
+            loss = float(task.loss(logits, prediction.target).mean())
         except Exception:
             return True  # the evaluation reports the error
-        run = partial(self._run, step, source)
-        result = run(seed=0)
-        if result is None:
-            return False
-        calls, step_loss = result
-        apart = min(_distances(calls, expected), default=math.nan)
-        if apart <= LAYER_TOLERANCE:
-            return True
-        losses = (
-            f"the loss of its own step is {step_loss:.3g}, that of the prediction {loss:.3g} on "
-            "the same batch"
-        )
+        apart = min(_distances(result.calls, prediction.calls), default=math.nan)
         if math.isnan(apart):
-            is_suspicious = loss > LOSS_FACTOR * step_loss + LOSS_OFFSET and not is_model_adapter
-            if is_suspicious:
-                rank_zero_warn(
-                    DataWarning(
-                        f"`model`: `{name}` may not predict as the repair does: {losses}.",
-                        f"if so, {ADAPTER_HINT}",
-                    )
-                )
-            return is_suspicious
-        if _is_augmented(calls, expected, run):
+            return False
+        run = partial(self.run, step, source)
+        if apart <= LAYER_TOLERANCE or _is_augmented(result.calls, prediction.calls, run):
             return True
         problem = (
-            f"`model`: `{name}` gives the layer {next(iter(self.layers))!r} other inputs than the "
-            f"prediction that would be repaired (relative distance {apart:.2g}); {losses}."
+            f"`model`: `{step.__name__}` gives the layer {next(iter(self.layers))!r} other inputs "
+            f"than the prediction that would be repaired (relative distance {apart:.2g}); the loss "
+            f"of its own step is {result.loss:.3g}, that of the prediction {loss:.3g} on the same "
+            "batch."
         )
-        if not is_model_adapter:
+        if not isinstance(source.adapter, ModelAdapter):
             hint = f"move what the step does to a batch into `forward`, or {ADAPTER_HINT}"
             raise ConfigurationError(problem, hint)
         rank_zero_warn(
@@ -115,22 +137,24 @@ class _Steps:
         )
         return True
 
-    def _run(
+    def run(
         self, step: Callable[..., object], source: LoaderSource, *, seed: int
-    ) -> tuple[Calls, float] | None:
-        """Returns the calls of the layers in a step, and its loss, which may be NaN."""
+    ) -> _StepRun | None:
         raw = source.first_batch()
+        n_parameters = len(inspect.signature(step).parameters)
         with untracked(self.trainer), preserve_attributes(self.model), self._recording() as calls:
             seed_all(seed)
             try:
-                loss = step(raw, 0)
+                with LossRecorder() as recorder:
+                    loss = step(*(raw, 0, 0)[:n_parameters])
             except Exception:
                 return None
         if isinstance(loss, Mapping):
             loss = loss.get("loss")
+        value = math.nan
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            return calls, float(loss)
-        return calls, math.nan
+            value = float(loss)
+        return _StepRun(calls, value, recorder.comparisons)
 
     @contextmanager
     def _recording(self) -> Iterator[Calls]:
@@ -144,9 +168,7 @@ class _Steps:
             yield calls
 
 
-def _is_augmented(
-    calls: Calls, expected: Calls, run: Callable[..., tuple[Calls, float] | None]
-) -> bool:
+def _is_augmented(calls: Calls, expected: Calls, run: Callable[..., _StepRun | None]) -> bool:
     # If the step augments, its inputs differ from the prediction's about as much as from its own
     # with another seed.
     runs = [calls]
@@ -154,7 +176,7 @@ def _is_augmented(
         result = run(seed=seed)
         if result is None:
             return True
-        runs.append(result[0])
+        runs.append(result.calls)
     from_ours = [min(_distances(calls, expected), default=math.inf) for calls in runs]
     spread = [min(_distances(a, b), default=0.0) for a, b in combinations(runs, 2)]
     return sum(from_ours) / len(from_ours) <= SPREAD_FACTOR * sum(spread) / len(spread)

@@ -23,7 +23,7 @@ from lightning_nrl._trainer.lightning.private_parts import (
     validating,
 )
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.prediction import describe_uncounted_outputs, open_sources
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
@@ -178,6 +178,8 @@ class TrainerRepair:
                 describe_limits(trainer, trained.known),
                 report_stability(trained.sources),
             ]
+            if self.settings.layer == "auto":
+                sentences.append(describe_uncounted_outputs(trained.evaluator, trained.known[0]))
             notes = " ".join(filter(None, sentences))
             yield replace(trained, observer=progress, notes=notes)
 

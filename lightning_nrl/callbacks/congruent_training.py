@@ -34,7 +34,8 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
+from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.loss_terms import (
     ModelTeacher,
     PredictedTeacher,
@@ -69,6 +70,7 @@ class PositiveCongruentTraining(CallbackBase):
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`, but it must not run the module itself.
+        output: as in `DataOptions`.
 
     Example::
 
@@ -85,6 +87,7 @@ class PositiveCongruentTraining(CallbackBase):
         prefix: str = "regression",
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
+        output: int | str | None = None,
     ) -> None:
         super().__init__()
         self.reference = parse_teacher(reference)
@@ -97,7 +100,7 @@ class PositiveCongruentTraining(CallbackBase):
                 "or give the model as `reference`.",
             )
         self.prefix = parse_prefix(prefix, "regression")
-        self.task = parse_task(task)
+        self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         self._step = ExitStack()  # while it is open, the module's step is replaced
         self._outputs = step_outputs.OutputCapture()

@@ -53,7 +53,8 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
+from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.release import check_reference
 
@@ -226,6 +227,7 @@ class RegressionMetrics(CallbackBase):
         dataloader: index of the validation data loader whose samples are counted, from 0.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
+        output: as in `DataOptions`.
 
     Example::
 
@@ -242,6 +244,7 @@ class RegressionMetrics(CallbackBase):
         dataloader: int = 0,
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
+        output: int | str | None = None,
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
@@ -249,7 +252,7 @@ class RegressionMetrics(CallbackBase):
         self.prefix = parse_prefix(prefix, "regression")
         check_whole("dataloader", dataloader, 0)
         self.dataloader = dataloader
-        self.task = parse_task(task)
+        self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         self._outputs = OutputCapture()
         self._reference_results: ReferenceResults | None = None

@@ -39,7 +39,8 @@ from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_whole
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
+from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
 from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
@@ -69,6 +70,7 @@ class ReleaseGate(CallbackBase):
             `validate`, `val` replaces `test`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
+        output: as in `DataOptions`.
         seed: seed for random transforms of the data.
         dirpath: folder for the files. None means `<log_dir>/release`.
         verbose: if True, prints the decision.
@@ -92,6 +94,7 @@ class ReleaseGate(CallbackBase):
         splits: list[str] | None = None,
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
+        output: int | str | None = None,
         seed: int = 0,
         dirpath: str | Path | None = None,
         verbose: bool = True,
@@ -104,7 +107,7 @@ class ReleaseGate(CallbackBase):
         fits = splits is None or is_list
         check_kind("splits", splits, fits, "list of names", "splits=['suite', 'test']")
         self.splits = splits
-        self.task = parse_task(task)
+        self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
         self.seed, self.dirpath, self.verbose = seed, dirpath, verbose

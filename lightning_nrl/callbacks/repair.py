@@ -55,7 +55,8 @@ from lightning_nrl.methods import METHODS, AnyMethod
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
+from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.old_model import Reference, parse_reference
 
 
@@ -182,7 +183,7 @@ class RegressionFreeRepair(RepairCallback):
         self.repair = TrainerRepair(
             settings=self.settings,
             data=DataRequest(self.data, unseen, calibration),
-            task=parse_task(task),
+            task=task_of_output(task, self.data.output),
             reference=parse_reference(reference),
             left_out=(RepairCallback, WeightInterpolation),
         )
@@ -195,6 +196,7 @@ class RegressionFreeRepair(RepairCallback):
         self._written: dict[str, str] = {}  # hashes of all tensors after the repair
         self._pending = False
         self._ran = False
+        self._validated_at: int | None = None  # step of the last validation of all data
         self._work, self._name = ResumeStore(), "repair"
 
     @classmethod
@@ -263,6 +265,10 @@ class RegressionFreeRepair(RepairCallback):
                     f"test the repair by {call}.",
                 )
             )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.limit_val_batches == 1.0:
+            self._validated_at = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         repair = partial(self.repair_now, trainer, pl_module, self.data.start_from)
@@ -360,6 +366,8 @@ class RegressionFreeRepair(RepairCallback):
             outcome = self.attempt(trainer, pl_module)
             logged = self.save_outcome(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
+        if self._validated_at == trainer.global_step and not start.path:
+            announcement.compare_logged_accuracy(trainer, outcome.report)
         return outcome
 
     def forget_stale_weights(self, pl_module: LightningModule) -> None:

@@ -33,7 +33,8 @@ from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
+from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.interpolation import (
     ACCURACY_TOLERANCE,
     DEFAULT_STRENGTHS,
@@ -82,6 +83,7 @@ class WeightInterpolation(CallbackBase):
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
+        output: as in `DataOptions`.
         seed: seed for drawing the batches and for random transforms.
         verbose: if True, prints the choice.
 
@@ -107,6 +109,7 @@ class WeightInterpolation(CallbackBase):
         prefix: str = "interpolation",
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
+        output: int | str | None = None,
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
@@ -128,7 +131,7 @@ class WeightInterpolation(CallbackBase):
         check_whole("seed", seed, 0, 2**32 - 1)
         self.batches, self.seed, self.verbose = batches, seed, verbose
         self.prefix = parse_prefix(prefix, "interpolation")
-        self.task = parse_task(task)
+        self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         self.choice: InterpolationChoice | None = None
         self._reference_state: Mapping[str, Any] = {}

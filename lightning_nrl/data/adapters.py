@@ -97,38 +97,37 @@ def describe(raw: object, name: str = "batch") -> str:
     return "\n".join(lines)
 
 
-def adapter_hint(
-    raw: RawBatch, where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)"
-) -> str:
-    """Returns a hint: code of an adapter for the batch, with guessed fields.
+def paths_in(raw: object, name: str = "batch") -> dict[str, object]:
+    """Returns the parts of a batch by Python expressions such as `batch['x'][0]`."""
+    return {part.path: part.value for part in _parts(_Part(name, name, 0, raw))}
 
-    `where` tells how to pass the adapter.
+
+def adapter_hint(
+    raw: RawBatch,
+    where: str = "`adapter=f` (`data=DataOptions(adapter=f)` in a repair)",
+    *,
+    labels: str = "",
+    args: Args = (),
+) -> str:
+    """Returns a hint: code of an adapter for the batch.
+
+    `where` tells how to pass the adapter, `labels` is the path of the labels, and `args` are the
+    model's inputs. Without these, the fields are known only of a pair of inputs and class numbers.
     """
-    parts = _parts(_Part("batch", "batch", 0, raw))
-    tensors = [part for part in parts if isinstance(part.value, Tensor)]
-    target = _guess_target(tensors)
-    model_input = _guess_input([part for part in tensors if part.path != target])
+    paths = paths_in(raw)
+    tensors = {path: x for path, x in paths.items() if isinstance(x, Tensor)}
+    numbers = [path for path, x in tensors.items() if x.ndim == 1 and not x.is_floating_point()]
+    if not labels and len(tensors) == 2 and len(numbers) == 1:
+        labels = numbers[0]
+        args = tuple(x for path, x in tensors.items() if path != labels)
+    inputs = [path for arg in args for path, x in paths.items() if x is arg]
     return (
         f"pass {where}, with the right fields for these:\n"
         "    def f(batch):\n"
-        f"        args, kwargs = ({model_input},), {{}}  # what the model is called with\n"
-        f"        return args, kwargs, {target}  # and the truth of each sample"
+        f"        args, kwargs = ({', '.join(inputs or ['INPUT'])},), {{}}  "
+        "# what the model is called with\n"
+        f"        return args, kwargs, {labels or 'TARGET'}  # and the truth of each sample"
     )
-
-
-def _guess_target(tensors: Sequence[_Part]) -> str:
-    for part in tensors[::-1]:
-        x = part.value
-        if x.ndim == 1 and x.dtype in (torch.int64, torch.int32):
-            return part.path
-    return tensors[-1].path if tensors else "TARGET"
-
-
-def _guess_input(tensors: Sequence[_Part]) -> str:
-    for part in tensors:
-        if part.value.is_floating_point():
-            return part.path
-    return tensors[0].path if tensors else "INPUT"
 
 
 def _parts(part: _Part) -> Iterator[_Part]:

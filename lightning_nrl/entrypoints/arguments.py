@@ -28,6 +28,7 @@ SEARCH_OPTION_NAMES = (
     "passed",
     "failed",
     "adapter",
+    "output",
     "draws",
     "importance",
     "fitness",

@@ -24,7 +24,7 @@ from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
 from lightning_nrl.evaluation.layers import forbid_batch_statistics
 from lightning_nrl.evaluation.slices import normalise_weights
-from lightning_nrl.pipeline.input_checks import check_losses, check_task, first_ids
+from lightning_nrl.pipeline.input_checks import check_classes, check_losses, check_task, first_ids
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import Role
 from lightning_nrl.updates.old_model import Reference, Update, evaluate_old
@@ -90,6 +90,7 @@ def evaluate_baseline(
         marked = leaks.mark(other_results["unseen"], leaked, evaluator.collective)
         other_results["unseen"] = marked
     check_losses(results)
+    check_classes(results)
     check_task(settings, results, evaluator.task)
     before, update = results, None
     if reference is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import check_saved
-from lightning_nrl.data.adapters import adapter_hint, describe
+from lightning_nrl.data.adapters import ADAPTER_HINT, adapter_hint, describe
 from lightning_nrl.data.batch import Batch, RecordingSource, Source
 from lightning_nrl.errors import (
     ConfigurationError,
@@ -40,6 +40,7 @@ from lightning_nrl.updates.old_model import OldModel, Reference
 # torch cannot concatenate them with other dtypes.
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 MAX_LISTED_IDS = 10  # ids of samples in a message
+FEWEST_AT_CHANCE = 100  # samples; of fewer, a right model may see a part of the classes only
 
 
 def given_or_default(settings: Settings | None) -> Settings:
@@ -126,6 +127,23 @@ def check_losses(before: SampleResults) -> None:
             f"the model's loss is NaN or infinite on {n} known samples ({samples}).",
             "check these inputs, or the training; a model that gives NaN cannot be repaired.",
             wrong,
+        )
+
+
+def check_classes(before: SampleResults) -> None:
+    """Refuses results at chance that mostly name classes without labels, as features do."""
+    n = len(before)
+    n_classes = int(before.label.max()) + 1 if n else 0
+    if n < FEWEST_AT_CHANCE or n_classes < 2:
+        return
+    unknown = int((before.prediction >= n_classes).sum())
+    right = int(before.passed.sum())
+    if unknown > n / 2 and right <= n / n_classes:
+        raise ConfigurationError(
+            f"`model`: it mostly predicts classes that no label has ({unknown:,} of {n:,} known "
+            f"samples), and {right:,} are right, no more than by chance. Its output may be "
+            "features, not logits.",
+            f"name another output by `output=`, or {ADAPTER_HINT}",
         )
 
 

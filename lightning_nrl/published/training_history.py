@@ -32,7 +32,8 @@ from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.published.learning_curves import Learning, record_figures
 from lightning_nrl.published.training_record import TrainingRecord, forget_after, write_point
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
+from lightning_nrl.tasks.custom import task_of_output
 
 
 class TrainingHistory(HistoryCallback):
@@ -59,6 +60,7 @@ class TrainingHistory(HistoryCallback):
         prefix: prefix of logged tags.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
+        output: as in `DataOptions`.
 
     Attributes:
         folder: folder with the records. None before training.
@@ -81,6 +83,7 @@ class TrainingHistory(HistoryCallback):
         prefix: str = "history",
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
+        output: int | str | None = None,
     ) -> None:
         super().__init__()
         self.splits = (splits,) if isinstance(splits, str) else tuple(splits)
@@ -99,7 +102,7 @@ class TrainingHistory(HistoryCallback):
         self.layers = layers
         self.dirpath = dirpath
         self.prefix = parse_prefix(prefix, "history")
-        self.task = parse_task(task)
+        self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         self._resumed: str | None = None
         self.seconds = 0.0

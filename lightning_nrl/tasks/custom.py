@@ -124,6 +124,12 @@ def _check_signs(passed: Tensor, margin: Tensor) -> None:
         )
 
 
+def task_of_output(task: Task | str | None, output: int | str | None) -> Task:
+    """Parses a task; if `output` names an output of the model, the task is for this output."""
+    parsed = parse_task(task)
+    return parsed if output is None else NamedHead(output, parsed)
+
+
 def _address(function: str | Judge) -> str:
     if isinstance(function, str):
         return function
