@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from lightning_nrl._trainer.trainer_state import (
     untracked,
 )
 from lightning_nrl._utils.formatting import percent
+from lightning_nrl._utils.preserve import loading_mode
 from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
@@ -131,6 +132,7 @@ class _WithoutTraining(CallbackBase):
         self.callback = callback
         self.work = work
         self.outcome: Outcome | None = None
+        self._loading = ExitStack()
         # Epochs of the trainer's last fit, used unless a loaded checkpoint has a number of epochs.
         self._fitted: LightningModule | None = None
         self._epochs = ASSUMED_EPOCHS
@@ -142,12 +144,23 @@ class _WithoutTraining(CallbackBase):
     def state_key(self) -> str:
         return self.callback.state_key
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # An adapter that `eval()` has merged would be merged into the loaded weights again.
+        def before_loading(*args: object) -> None:
+            self._loading.enter_context(loading_mode(pl_module))
+
+        self._loading.callback(pl_module.register_load_state_dict_pre_hook(before_loading).remove)
+
+    def on_exception(self, *args: object) -> None:
+        self._loading.close()
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
         self._saved_epochs = epochs_saved(checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loading.close()
         # No limit, since a checkpoint may have reached it. Not set earlier, since schedules read
         # the limit when optimizers are configured.
         trainer.fit_loop.max_epochs = -1

@@ -104,3 +104,32 @@ def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(
     for deployed in (model, loaded, patched):
         after = right(deployed, data.repair)
         assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
+
+
+@pytest.mark.parametrize("start", [Classifier.train, Classifier.eval, merged_in_training])
+def test_a_checkpoint_that_is_loaded_into_a_merged_module_is_counted(
+    tmp_path: Path, start: Any
+) -> None:
+    model, data = classifier("merge"), Digits()
+    trainer = quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    trainer.fit(model, datamodule=data)
+    model.train()
+    trainer.save_checkpoint(tmp_path / "fitted.ckpt")
+    deployed = []
+    start(model)
+    report = repair(
+        quiet_trainer(tmp_path),
+        model,
+        datamodule=data,
+        ckpt_path=tmp_path / "fitted.ckpt",
+        method=Polish(),
+        verbose=False,
+        dirpath=tmp_path,
+    )
+    for path in (tmp_path / "fitted.ckpt", report.files["checkpoint"]):
+        loaded = classifier("merge")
+        loaded.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        deployed.append(right(loaded, data.repair))
+    before, after = deployed
+    (counts,) = [split.counts for split in report.splits if split.split == "repair"]
+    assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
