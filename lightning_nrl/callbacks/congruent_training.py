@@ -164,6 +164,8 @@ class PositiveCongruentTraining(CallbackBase):
         **kwargs: object,
     ) -> object:
         self._called = False
+        # Read before the step, which may write into the batch.
+        inputs, named_inputs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._outputs.begin()
         try:
             result = step(*args, **kwargs)
@@ -176,7 +178,6 @@ class PositiveCongruentTraining(CallbackBase):
                 "`training_step` uses manual optimisation, so the callback cannot add to its loss.",
                 step_outputs.ONE_LINE,
             )
-        inputs, named_inputs, target = bind_adapter(self.adapter, pl_module)(batch)
         call = step_outputs.find_forward_pass(
             part, calls, inputs, named_inputs, length_of(target), self.task
         )

@@ -47,7 +47,7 @@ from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Adapter, ModelCall, run_model
+from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
@@ -257,6 +257,7 @@ class RegressionMetrics(CallbackBase):
         self._outputs = OutputCapture()
         self._reference_results: ReferenceResults | None = None
         self._counter: FlipCounter | None = None
+        self._unpacked: Unpacked = ((), {}, None)
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -295,6 +296,9 @@ class RegressionMetrics(CallbackBase):
         dataloader_idx: int = 0,
     ) -> None:
         if self._counter is not None and dataloader_idx == self.dataloader:
+            assert self._reference_results is not None
+            # Read before the step, which may write into the batch.
+            self._unpacked = self._reference_results.adapter(batch)
             self._outputs.begin()
 
     def on_validation_batch_end(
@@ -308,8 +312,7 @@ class RegressionMetrics(CallbackBase):
     ) -> None:
         if self._counter is None or dataloader_idx != self.dataloader:
             return
-        assert self._reference_results is not None
-        args, kwargs, target = self._reference_results.adapter(batch)
+        args, kwargs, target = self._unpacked
         redirected = trainer.strategy.model is not pl_module
         output = self._outputs.end(args, kwargs, redirected=redirected)
         is_forward = not (args and isinstance(args[0], ModelCall))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,10 +148,22 @@ class ModelCall(ABC):
 
 
 def run_model(model: nn.Module, args: Args, kwargs: Kwargs) -> ModelOutput:
-    """Runs a model on the inputs of a batch; the output has plain tensors."""
+    """Runs a model on the inputs of a batch; the output has plain tensors.
+
+    What the model writes into a mapping is lost.
+    """
+    args = tuple(map(_own_copy, args))
     if args and isinstance(args[0], ModelCall):
         return with_plain_tensors(args[0](model, *args[1:]))
     return with_plain_tensors(model(*args, **kwargs))
+
+
+def _own_copy(part: object) -> object:
+    if isinstance(part, Mapping):
+        return copy.copy(part)
+    if type(part) is list:
+        return list(map(_own_copy, part))
+    return tuple(map(_own_copy, part)) if type(part) is tuple else part
 
 
 def unpacked(
