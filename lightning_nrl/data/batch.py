@@ -301,17 +301,16 @@ class TensorSource:
         return self.index
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self), self.batch_size):
-            rows = slice(start, start + self.batch_size)  # does not copy the tensors
-            yield self._batch(self.index[rows], rows)
+        yield from self.draw(self.index.split(self.batch_size) if len(self) else ())
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        for position in batches:
-            yield self._batch(position, position.to(self.targets.device))
+        yield from map(self._batch, batches)
 
-    def _batch(self, position: Tensor, rows: slice | Tensor) -> Batch:
+    def _batch(self, position: Tensor) -> Batch:
+        rows = position.to(self.targets.device)
+
         def take(x: Tensor) -> Tensor:
-            return x[rows].to(self.device)
+            return x[rows].to(self.device)  # a copy, into which a forward may write
 
         target = take(self.targets)
         extras = [take(extra) for extra in self.extras]

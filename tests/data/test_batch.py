@@ -96,6 +96,14 @@ def test_batches_go_through_all_samples_in_order(n: int, sizes: list[int]) -> No
             assert torch.equal(batch.target, batch.position)
 
 
+def test_a_forward_that_works_in_place_leaves_the_tensors_alone() -> None:
+    x = torch.arange(6.0)[:, None]
+    source = TensorSource(x, torch.arange(6), split="train", batch_size=4)
+    for batch in (*source, *source.draw([torch.arange(6)])):
+        batch.args[0].mul_(2)
+    assert x.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_tuple_of_inputs_is_given_by_position_and_a_mapping_by_name() -> None:
     (by_position,) = TensorSource((FIVE, DARK), FIVE_LABELS, split="train")
     assert all(map(torch.equal, by_position.args, (FIVE, DARK)))
