@@ -6,23 +6,27 @@ A key is a data set and a position in it, or a hash of the content.
 from __future__ import annotations
 
 import copy
+import hashlib
 import operator
 import secrets
 from collections.abc import Sequence, Sized
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import SAME_SIZE, random_state
+from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
 COLUMNS_AT_ONCE = 2**14  # numbers per sample converted to int64 at once, to limit memory
+MAX_SAMPLES_HASHED = 1000  # of each data set in memory, to limit time
 MAX_SAMPLES_TRIED = 8
 """Number of samples read from a wrapper to find the data set and the positions that it reads."""
 
@@ -50,7 +54,7 @@ def base_samples(dataset: AnyDataset, index: Tensor, *, as_read: bool = False) -
             augmentation.
 
     Returns:
-        `n x 2` int64: the `id` of the innermost data set, valid in this process only, and the
+        `n x 2` int64: a key of the innermost data set, valid in this process only, and the
         position in it.
     """
     if isinstance(dataset, Subset):
@@ -70,7 +74,30 @@ def base_samples(dataset: AnyDataset, index: Tensor, *, as_read: bool = False) -
         wrapped = _wrapped(dataset, index)
         if wrapped is not None:
             return base_samples(*wrapped)
-    return torch.stack([torch.full_like(index, id(dataset)), index], 1)
+    key = id(dataset) if as_read else _data_key(dataset)
+    return torch.stack([torch.full_like(index, key), index], 1)
+
+
+def _data_key(dataset: AnyDataset) -> int:
+    """Hashes the samples that a data set holds, since a second object may augment the same ones.
+
+    Returns its `id` if its attributes hold no inputs.
+    """
+    digest = hashlib.sha256()
+    has_inputs = False
+    with suppress(Exception):  # not in the memory of the CPU, or of no common kind
+        n = len(dataset)  # type: ignore[arg-type]
+        rows = torch.linspace(0, n - 1, MAX_SAMPLES_HASHED).long().tolist()
+        for value in vars(dataset).values():
+            if isinstance(value, (str, Path)):  # such as the folder of the samples
+                digest.update(str(value).encode())
+            elif isinstance(value, (Tensor, np.ndarray, list)) and len(value) == n:
+                samples = [np.asarray(value[i]) for i in rows]
+                has_inputs |= samples[0].ndim > 0 or samples[0].dtype.kind == "U"
+                digest.update(b"".join(sample.tobytes() for sample in samples))
+        if has_inputs:  # equal labels alone may be those of other samples
+            return int.from_bytes(digest.digest()[:8], "big", signed=True)
+    return id(dataset)
 
 
 def _wrapped(dataset: AnyDataset, index: Tensor) -> tuple[AnyDataset, Tensor] | None:
@@ -148,8 +175,8 @@ def gathered_keys(recorders: Sequence[RecordingSource], ranks: Collective) -> li
 def content_keys(batch: Batch) -> Tensor:
     """Hashes the inputs and the target of each sample to two 64-bit integers, `n x 2`.
 
-    Bit-identical samples have equal keys. Each integer is a sum with random weights modulo 2^64, so
-    two different samples have equal keys with a probability below 2^-64. Zeros add nothing to a
+    Samples that are equal in float32 have equal keys. Each integer is a sum with random weights
+    modulo 2^64, so two different samples have equal keys with a probability below 2^-64. Zeros add nothing to a
     key, because sequences may be padded to different lengths. If it is unknown which inputs belong
     to which sample, the keys are random.
     """
@@ -212,9 +239,9 @@ def _hash_weights(seed: int, n: int) -> Tensor:
 
 
 def _as_integers(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x.long()
-    if x.element_size() == 1:
-        x = x.float()
-    x = x + 0.0  # gives -0.0 the bits of 0.0
-    return x.contiguous().view(SAME_SIZE[x.element_size()]).long()
+    """Returns equal integers for numbers of any dtype that are equal in float32."""
+    numbers = x.float() + 0.0  # gives -0.0 the bits of 0.0
+    bits = numbers.contiguous().view(torch.int32).long()
+    if x.is_floating_point():
+        return bits
+    return torch.where(numbers.long() == x.long(), bits, x.long())

@@ -100,3 +100,43 @@ def test_a_second_pass_counts_alone_and_ranks_join_theirs() -> None:
         return recorder.gathered(collective).tolist()
 
     assert on_ranks(2, run) == [expected] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_a_dtype_hides_nothing(dtype: torch.dtype) -> None:
+    x, y = torch.arange(2**24 - 4, 2**24 + 4)[:, None].float(), torch.arange(8)
+    assert keys(x.to(dtype), target=y.float()) == keys(x, target=y)
+    large = 2**40 + torch.arange(8)[:, None]
+    assert len({tuple(key) for key in keys(large)}) == 8
+
+
+class Images(Dataset):
+    """Samples in memory, of which a second object may augment the same ones."""
+
+    def __init__(self, x: Any, y: Any, augment: bool = False) -> None:
+        self.x, self.y, self.augment = x, y, augment
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.x[i], self.y[i]
+
+
+Y = torch.arange(10)
+
+
+@pytest.mark.parametrize("x", [X, X.numpy(), [f"{i}.png" for i in range(10)]])
+def test_two_objects_over_the_same_data_are_one_data_set(x: Any) -> None:
+    index = torch.arange(10)
+    known = base_samples(Images(x, Y, augment=True), index)
+    assert torch.equal(base_samples(Images(x, Y), index), known)
+    assert not torch.equal(base_samples(Images(x, Y + 1), index), known)
+    as_read = base_samples(Images(x, Y), index, as_read=True)
+    assert not torch.equal(as_read, known)
+
+
+def test_equal_labels_alone_are_not_the_same_data() -> None:
+    first, second = Images(range(10), Y), Images(range(10), Y)
+    index = torch.arange(10)
+    assert not torch.equal(base_samples(first, index), base_samples(second, index))
