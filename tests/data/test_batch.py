@@ -256,6 +256,12 @@ def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
     assert (x is X, kwargs, y is Y) == (True, {}, True)
 
 
+@pytest.mark.parametrize("raw", [(X, Y, Y), {"image": X, "digit": Y, "large": Y}])
+def test_an_adapter_with_several_candidates_is_no_guess(raw: Any) -> None:
+    assert "args, kwargs = (INPUT,), {}" in adapter_hint(raw)
+    assert "return args, kwargs, TARGET" in adapter_hint(raw)
+
+
 def test_a_model_is_no_adapter() -> None:
     with pytest.raises(
         ConfigurationError, match=r"`adapter`: Linear is a model.\nHINT: .*`reference=`"
