@@ -176,9 +176,9 @@ def content_keys(batch: Batch) -> Tensor:
     """Hashes the inputs and the target of each sample to two 64-bit integers, `n x 2`.
 
     Samples that are equal in float32 have equal keys. Each integer is a sum with random weights
-    modulo 2^64, so two different samples have equal keys with a probability below 2^-64. Zeros add nothing to a
-    key, because sequences may be padded to different lengths. If it is unknown which inputs belong
-    to which sample, the keys are random.
+    modulo 2^64, so two different samples have equal keys with a probability below 2^-64. Zeros add
+    nothing to a key, because sequences may be padded to different lengths. If it is unknown which
+    inputs belong to which sample, the keys are random.
     """
     n = len(batch)
     if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
