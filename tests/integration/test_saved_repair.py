@@ -28,8 +28,9 @@ class Mortal(Classifier):
     dies: ClassVar[bool] = False
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        Mortal.steps += 1
-        Mortal.passes_since = 0
+        if self.trainer.training:  # not in the check before the repair
+            Mortal.steps += 1
+            Mortal.passes_since = 0
         return super().training_step(batch, batch_idx)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def test_another_training_is_another_repair(tmp_path: Path) -> None:
 
 def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:
     with pytest.raises(Death):
-        repaired(tmp_path, 28, "auto")
+        repaired(tmp_path, 24, "auto")
     (folder,) = tmp_path.iterdir()
     files = [path for path in folder.iterdir() if path.suffix != ".json"]
     assert len(files) >= 2
