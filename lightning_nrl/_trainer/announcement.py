@@ -70,6 +70,8 @@ def compare_logged_accuracy(trainer: Trainer, report: RepairReport) -> None:
             continue
         counts = split.counts
         accuracy = counts.passed / (counts.passed + counts.repaired + counts.failing)
+        # Some modules log percent.
+        logged = {name: x / 100 if x > 1 else x for name, x in logged.items()}
         name = min(logged, key=lambda name: abs(logged[name] - accuracy))
         if abs(logged[name] - accuracy) > LOGGED_ACCURACY_TOLERANCE:
             rank_zero_warn(

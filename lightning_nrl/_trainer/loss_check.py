@@ -14,8 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_nrl._trainer.loaders import length_of
 from lightning_nrl._trainer.step_outputs import logits_of
-from lightning_nrl.data.adapters import ADAPTER_HINT, adapter_hint, fields_of, paths_in
-from lightning_nrl.data.batch import Args, BatchTarget, ModelOutput, RawBatch, tensors_in
+from lightning_nrl.data.adapters import (
+    ADAPTER_HINT,
+    adapter_hint,
+    fields_of,
+    is_default,
+    paths_in,
+)
+from lightning_nrl.data.batch import Adapter, Args, BatchTarget, ModelOutput, RawBatch, tensors_in
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import NamedHead, Task
 
@@ -68,12 +74,16 @@ class Prediction(NamedTuple):
 
 
 def check_loss(
-    step: str, comparisons: Sequence[Comparison], prediction: Prediction, task: Task
+    step: str,
+    comparisons: Sequence[Comparison],
+    prediction: Prediction,
+    task: Task,
+    adapter: Adapter,
 ) -> bool:
     """Returns True if a loss in `step` compares our logits with our labels.
 
     Raises a `ConfigurationError` if it compares the labels with another output of the model, or our
-    logits with another part of the batch.
+    logits with another part of the batch. Labels of the user's own adapter stay.
     """
     logits = logits_of(prediction.output, length_of(prediction.target), task)
     labels = list(tensors_in(prediction.target))
@@ -91,6 +101,8 @@ def check_loss(
     if not isinstance(task, NamedHead):  # a head that the user named stays
         for compared in with_labels:
             _refuse_output(step, compared, prediction, logits)
+    if not is_default(adapter):
+        return False
     for path in filter(None, other_targets):
         raise ConfigurationError(
             f"`adapter`: your loss (in `{step}`) compares the output with `{path}`, and the repair "
@@ -138,8 +150,8 @@ def _refuse_output(
                 f"`output`: your loss (in `{step}`) compares output {name!r}, {shape}, {problem}",
                 _output_hint(repr(name)),
             )
-    # Weights outside of `forward` make logits of an embedding.
-    if logits is not None and len(shape) == logits.ndim == 2 and shape[1] < logits.shape[1]:
+    # Weights outside of `forward` make logits of an embedding. One column may be one of ours.
+    if logits is not None and len(shape) == logits.ndim == 2 and 1 < shape[1] < logits.shape[1]:
         raise ConfigurationError(
             f"`model`: your loss (in `{step}`) compares {shape}, which is no output, {problem}",
             ADAPTER_HINT,
@@ -147,7 +159,10 @@ def _refuse_output(
 
 
 def _output_hint(name: str) -> str:
-    return f"write `output={name}` (`data=DataOptions(output={name})` in a repair)."
+    return (
+        f"write `output={name}` (`data=DataOptions(output={name})` in a repair), "
+        "or name the output that is the prediction."
+    )
 
 
 def _path_of(target: Tensor, raw: RawBatch) -> str:
@@ -178,6 +193,8 @@ def _forms(logits: Tensor) -> Iterator[Tensor]:
 
 
 def _is_same(target: Tensor, labels: Tensor) -> bool:
+    if not target.numel() or not labels.numel():
+        return False
     if target.numel() != labels.numel():
         target, labels = _classes(target), _classes(labels)
     return torch.equal(target.flatten().double(), labels.flatten().double())

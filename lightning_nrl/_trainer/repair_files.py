@@ -41,7 +41,9 @@ SAMPLE_NAME = re.compile(r".+-\d+\.(png|txt)")
 def is_ours(path: Path) -> bool:
     """True if nothing, or a report or a folder of samples of this package, is at `path`."""
     if path.is_dir():
-        return all(SAMPLE_NAME.fullmatch(sample.name) for sample in path.iterdir())
+        names = [sample.name for sample in path.iterdir()]
+        # File managers leave hidden files.
+        return all(name.startswith(".") or SAMPLE_NAME.fullmatch(name) for name in names)
     return not path.exists() or REPORT_MARK.search(path.read_bytes()) is not None
 
 

@@ -63,13 +63,15 @@ def check_step(
     is_confirmed = has_own_prediction
     is_compared = False
     for step, source in own_steps:
+        if is_confirmed and is_compared:
+            break
         result = steps.run(step, source, seed=0)
         if result is None:
             continue
         prediction = steps.predict(source)
-        if not has_own_prediction:
-            is_confirmed |= check_loss(
-                step.__name__, result.comparisons, prediction, evaluator.task
+        if not is_confirmed:
+            is_confirmed = check_loss(
+                step.__name__, result.comparisons, prediction, evaluator.task, source.adapter
             )
         if not is_compared:
             is_compared = steps.compare(step, source, result, prediction)

@@ -213,6 +213,11 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
     return adapter
 
 
+def is_default(adapter: Adapter) -> bool:
+    """True for `unpack`, bound or not."""
+    return adapter is unpack or (isinstance(adapter, partial) and adapter.func is unpack)
+
+
 def unpack(raw: RawBatch, signature: ForwardSignature | None = None) -> Unpacked:
     """Splits a batch into model inputs and target. This is the default adapter.
 

@@ -89,7 +89,8 @@ def _data_key(dataset: AnyDataset) -> int:
         n = len(dataset)  # type: ignore[arg-type]
         rows = torch.linspace(0, n - 1, MAX_SAMPLES_HASHED).long().tolist()
         for value in vars(dataset).values():
-            if isinstance(value, (str, Path)):  # such as the folder of the samples
+            if isinstance(value, (str, Path, int, float)) and not isinstance(value, bool):
+                # Such as the folder of the samples, or where a window starts.
                 digest.update(str(value).encode())
             elif isinstance(value, (Tensor, np.ndarray, list)) and len(value) == n:
                 samples = [np.asarray(value[i]) for i in rows]
@@ -163,13 +164,22 @@ def content_recorder(source: Source) -> RecordingSource:
 
 def raw_recorder(source: Source) -> RecordingSource:
     """Wraps a source so that iterating it records the `raw_keys` of its samples."""
-    return RecordingSource(source, raw_keys, torch.zeros(0, 1, dtype=torch.int64))
+    return RecordingSource(source, raw_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
 def gathered_keys(recorders: Sequence[RecordingSource], ranks: Collective) -> list[str]:
-    """Returns the recorded `raw_keys` of all ranks as texts, empty if a sample has no tensors."""
-    keys = torch.cat([recorder.gathered(ranks) for recorder in recorders])
-    return [f"{key % 2**64:016x}" if key else "" for key in keys.flatten().tolist()]
+    """Returns the recorded `raw_keys` of all ranks as texts.
+
+    They are empty if a sample has no tensors, or if batches of a source have rows of different
+    sizes, as padded sequences do: then a key depends on the other samples in the batch.
+    """
+    texts: list[str] = []
+    for recorder in recorders:
+        keys, sizes = recorder.gathered(ranks).unbind(1)
+        if len(sizes.unique()) > 1:
+            keys = torch.zeros_like(keys)
+        texts += [f"{key % 2**64:016x}" if key else "" for key in keys.tolist()]
+    return texts
 
 
 def content_keys(batch: Batch) -> Tensor:
@@ -188,11 +198,15 @@ def content_keys(batch: Batch) -> Tensor:
 
 
 def raw_keys(batch: Batch) -> Tensor:
-    """Hashes each sample's tensors in the raw batch to a 64-bit integer, `n x 1`; 0: no tensors.
+    """Returns a 64-bit hash of each sample's tensors in the raw batch and their size, `n x 2`.
 
-    The key does not depend on how a model takes its inputs.
+    The hash is 0 if there are no tensors. It does not depend on how a model takes its inputs.
     """
-    return _hash_samples(batch.raw, len(batch))[:, :1]
+    n = len(batch)
+    rows = [x for x in tensors_in(batch.raw) if x.ndim and len(x) == n]
+    size = sum(x.numel() for x in rows) // max(1, n)
+    keys = _hash_samples(batch.raw, n)[:, 0]
+    return torch.stack([keys, torch.full_like(keys, size)], 1)
 
 
 def _hash_samples(tree: object, n: int) -> Tensor:

@@ -43,7 +43,7 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
 """Options that have an effect, by function. In other functions, all but `start_from` have one."""
 SHOWN_OPTIONS = {
     **USED_OPTIONS,
-    "diagnose": ("target", "task", "passed", "failed", "adapter", "draws", "seed"),
+    "diagnose": ("target", "task", "passed", "failed", "adapter", "output", "draws", "seed"),
 }
 """Options in the help of a command. `diagnose` takes those of `repair` too, without an effect."""
 

@@ -25,6 +25,12 @@ def recount(report: RepairRecord, predictions: Predictions) -> GateDecision:
         ConfigurationError: a known sample has no prediction, or the report does not say which
             samples were wrong before the repair.
     """
+    if report.settings.get("keep") == "reference" or report.settings.get("protected"):
+        raise ConfigurationError(
+            "`report`: its repair had protected samples or kept those of a reference, and a report "
+            "does not name them.",
+            "count the predictions by `lightning-nrl release`.",
+        )
     known = [split for split in report.splits if split.role == "known"]
     for split in known:
         n = len(predictions.splits.get(split.split, {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ from toy_problems import Share
 
 from lightning_nrl import TensorSource
 from lightning_nrl.data import Batch
-from lightning_nrl.data.sample_identity import base_samples, content_keys, content_recorder
+from lightning_nrl.data.sample_identity import (
+    base_samples,
+    content_keys,
+    content_recorder,
+    gathered_keys,
+    raw_recorder,
+)
 
 X = torch.arange(20.0).view(10, 2)
 FIRST, SECOND = TensorDataset(X), TensorDataset(X + 100)
@@ -140,3 +147,35 @@ def test_equal_labels_alone_are_not_the_same_data() -> None:
     first, second = Images(range(10), Y), Images(range(10), Y)
     index = torch.arange(10)
     assert not torch.equal(base_samples(first, index), base_samples(second, index))
+
+
+class Windows(Images):
+    """Windows of one array from a position on."""
+
+    def __init__(self, x: Any, start: int) -> None:
+        super().__init__(x, Y)
+        self.start = start
+
+
+def test_windows_from_other_positions_are_other_data() -> None:
+    index = torch.arange(10)
+    first = base_samples(Windows(X, 0), index)
+    assert torch.equal(base_samples(Windows(X, 0), index), first)
+    assert not torch.equal(base_samples(Windows(X, 5), index), first)
+
+
+class Padded(TensorSource):
+    """Two batches, the second of rows of another length."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start, length in ((0, 3), (2, int(self.targets[0]))):
+            x = torch.ones(2, length)
+            yield Batch((x,), self.targets[:2], torch.arange(start, start + 2), raw=[x])
+
+
+@pytest.mark.parametrize(("length", "has_keys"), [(3, True), (4, False)])
+def test_padded_samples_have_no_key(length: int, has_keys: bool) -> None:
+    recorder = raw_recorder(Padded(torch.ones(4, 3), torch.full((4,), length), "train", True))
+    list(recorder)
+    keys = gathered_keys([recorder], Collective())
+    assert [bool(key) for key in keys] == [has_keys] * 4

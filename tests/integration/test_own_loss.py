@@ -119,6 +119,25 @@ def test_other_labels_than_those_of_the_loss_are_refused(tmp_path: Path) -> None
         fit(tmp_path, model, callback)
 
 
+class Validated(Features):
+    """Confirms the labels in its `validation_step`."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0])[1], batch[1]))
+
+
+@pytest.mark.parametrize("is_validated", [True, False])
+def test_labels_that_are_confirmed_or_given_stay(tmp_path: Path, is_validated: bool) -> None:
+    data = DataOptions(output=1)
+    model = Validated if is_validated else Features
+    if not is_validated:
+        data = DataOptions(output=1, adapter=lambda batch: ((batch[0],), {}, batch[1]))
+    callback = quick_repair(data=data, layer="net")
+    fit(tmp_path, model(lambda output, batch: F.cross_entropy(output[1], batch[2])), callback)
+    (counts,) = [split.counts for split in callback.report.splits if split.split == "val"]
+    assert counts.n == 60
+
+
 def test_several_outputs_without_a_known_loss_are_refused(tmp_path: Path) -> None:
     model = Features(lambda output, batch: focal(output[1], batch[1]))
     with pytest.raises(ConfigurationError, match=r"`output`: .*0, .*1,[\s\S]*HINT: .*`output=0`"):
