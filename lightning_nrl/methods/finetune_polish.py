@@ -364,8 +364,8 @@ class TrainingRounds:
         before = problem.before.only([source.split for source in sources])
         rows = torch.cat([self._held_out_rows[problem.before.of(s.split)] for s in sources])
         old, new = current_state(problem.model), self._proposal.state
-        points = []
-        for caution in self.cautions:
+        points = [CautionPoint(0.0, held_out)]
+        for caution in self.cautions[1:]:
             after = problem.evaluator.run_with(between(old, new, 1 - caution), sources)
             points.append(CautionPoint(caution, estimate(before, after, rows)))
         return tuple(points)
