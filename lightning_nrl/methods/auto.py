@@ -479,12 +479,7 @@ def _without_raw_errors(
     return Solution(None, f"{reason}.", (Step(name, 0, 0, 0.0, f"stopped: {reason}"),))
 
 
-def _safely(
-    problem: Problem,
-    search: Callable[[], Solution],
-    base: Proposal | None = None,
-    name: str = "swarm",
-) -> Solution:
+def _safely(problem: Problem, search: Callable[[], Solution], name: str = "swarm") -> Solution:
     """Runs a search or method. If it finds no weights or lacks memory, returns only a reason."""
     try:
         return search()
@@ -495,7 +490,4 @@ def _safely(
         if problem.collective.world_size > 1 or not is_out_of_memory(error):
             raise
         reason = "out of memory"
-    step = Step(name, 0, 0, 0.0, f"not run: {reason}")
-    if base is not None:
-        step = replace(step, repaired=base.repaired, broken=base.broken)
-    return Solution(None, f"{reason}.", (step,))
+    return Solution(None, f"{reason}.", (Step(name, 0, 0, 0.0, f"not run: {reason}"),))
