@@ -60,18 +60,16 @@ def announce(
 
 def compare_logged_accuracy(trainer: Trainer, report: RepairReport) -> None:
     """Warns if no accuracy that the last validation logged is near ours before the repair."""
-    logged = {
-        name: float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name.lower().startswith("val") and "acc" in name.lower()
-    }
+    logged = {}
+    for name, value in trainer.callback_metrics.items():
+        if name.lower().startswith("val") and "acc" in name.lower():
+            accuracy = float(value)
+            logged[name] = accuracy / 100 if accuracy > 1 else accuracy  # some log percent
     for split in report.splits:
         if not logged or split.split != "val" or not split.classes:
             continue
         counts = split.counts
         accuracy = counts.passed / (counts.passed + counts.repaired + counts.failing)
-        # Some modules log percent.
-        logged = {name: x / 100 if x > 1 else x for name, x in logged.items()}
         name = min(logged, key=lambda name: abs(logged[name] - accuracy))
         if abs(logged[name] - accuracy) > LOGGED_ACCURACY_TOLERANCE:
             rank_zero_warn(
