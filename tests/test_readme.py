@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
+import lightning_nrl
 from lightning_nrl import RegressionFreeRepair
 
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,15 @@ def run_example(name: str, folder: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("mark", ["quickstart", "tests"])
 def test_each_command_is_one_line(mark):
     assert block_behind(mark).count("\n") == 1
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_the_first_command_installs_a_clone_until_there_is_a_release(page):
+    text = (ROOT / page).read_text()
+    package = re.search(r"pip install \"?(\S*lightning_nrl)", text)[1]
+    is_released = "dev" not in lightning_nrl.__version__
+    assert package == ("lightning_nrl" if is_released else "./lightning_nrl")
+    assert ("git clone" in text) != is_released
 
 
 def test_every_argument_of_the_callback_is_in_the_table_of_options():
