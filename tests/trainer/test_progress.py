@@ -187,6 +187,24 @@ def test_the_bar_never_goes_back_and_shows_the_time_left(
     assert announced in " ".join(capsys.readouterr().out.split())
 
 
+def slow_stages(progress: Any, look: Callable[[], None]) -> None:
+    """Trains for 20 s, where 10 s were expected."""
+    moment = [0.0]
+    progress.clock = lambda: moment[0]
+    progress.expect({"fit": 10, "polish": 4, "judge": 2}, most=100)
+    with progress.stage("fit"):
+        moment[0] += 20
+    with progress.stage("polish"):
+        look()
+
+
+def test_a_slow_stage_corrects_the_time_left(tmp_path: Any) -> None:
+    repairing = Repairing(slow_stages)
+    fit(tmp_path, repairing, RichProgressBar())
+    [(text, _, _)] = repairing.tasks
+    assert text.endswith(", about 12 s left")  # twice 4 s and 2 s
+
+
 @BARS
 def test_no_line_is_left_after_a_repair(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: type[ProgressBar]
