@@ -314,8 +314,7 @@ def _columns(
     for method, values in numbers.items():
         if values is not None:
             check_per_sample(f"`task`: `{method}` of {name}", values, n, tensors_only=True)
-    has_logits = isinstance(task, Multiclass) or (output.ndim == 2 and output.shape[1] > 1)
-    if prediction is not None and has_logits:
+    if task.by_arg_max:
         marker.check(class_logits(output).shape[1])
     targeted, in_target = marker(batch, label, prediction, passed)
     loss = at_least_float32(loss)
@@ -355,7 +354,7 @@ def _fill_missing_classes(
         and not target.is_floating_point()
         and target.shape == label.shape
     ):
-        if output.ndim == 2 and not is_first:
+        if task.by_arg_max and not is_first:
             unusable |= label >= class_logits(output).shape[1]
         target = target.where(~unusable, 0)  # `masked_fill` knows no unsigned dtypes
     return target, unusable
@@ -399,7 +398,7 @@ def check_needs(
             f"`task`: {name} has no `margin` that the method could increase.",
             "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
         )
-    if "classes" in needs and (results.label < 0).any():
+    if "classes" in needs and not (task.by_arg_max and (results.label >= 0).all()):
         raise ConfigurationError(
-            f"{by} needs a class for each sample, but the task {name} has none.", hint
+            f"{by} needs a logit for each class, and the task {name} has none.", hint
         )

@@ -7,6 +7,7 @@ margin.
 from lightning_nrl.tasks.classification import Binary, Multiclass, Multilabel
 from lightning_nrl.tasks.custom import Custom, NamedHead
 from lightning_nrl.tasks.elements import Segmentation, Sequence
+from lightning_nrl.tasks.ordinal import Ordinal
 from lightning_nrl.tasks.regression import Regression
 from lightning_nrl.tasks.task import TASKS, Task, class_logits, parse_task
 
@@ -17,6 +18,7 @@ __all__ = [
     "Multiclass",
     "Multilabel",
     "NamedHead",
+    "Ordinal",
     "Regression",
     "Segmentation",
     "Sequence",

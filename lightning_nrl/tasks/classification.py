@@ -88,6 +88,10 @@ class Multiclass(Task):
             )
         return class_logits(output).argmax(1)
 
+    @property
+    def by_arg_max(self) -> bool:
+        return True
+
     def label(self, target: Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
             raise ConfigurationError(

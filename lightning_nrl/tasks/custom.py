@@ -202,6 +202,10 @@ class NamedHead(Task):
     def label(self, target: BatchTarget) -> Tensor | None:
         return self._head_task.label(self._head_target(target))
 
+    @property
+    def by_arg_max(self) -> bool:
+        return self._head_task.by_arg_max
+
     def _head_target(self, target: BatchTarget) -> BatchTarget:
         if isinstance(target, (tuple, list)) or fields_of(target) is not None:
             return self._part(target, "target")

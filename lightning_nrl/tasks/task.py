@@ -122,6 +122,11 @@ class Task(ABC):
         """Returns the true class of each sample, `n` int64, or None without classes."""
         return None
 
+    @property
+    def by_arg_max(self) -> bool:
+        """True if the predicted class is the arg max of `class_logits`."""
+        return False
+
     def __repr__(self) -> str:
         """Returns the class name and the plain attributes.
 

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl.tasks import Custom, Multilabel, Regression, Segmentation, Sequence, Task
+from lightning_nrl.tasks import (
+    Custom,
+    Multilabel,
+    Ordinal,
+    Regression,
+    Segmentation,
+    Sequence,
+    Task,
+)
 
 Pair = tuple[Tensor, Tensor]
 SIZES = (160, 90, 80)
@@ -121,6 +129,22 @@ def regression() -> tuple[Data, Net]:
     return Data(x * 20, y / 100, without), Net(network, F.mse_loss)
 
 
+def ordinal() -> tuple[Data, Net]:
+    """In which quarter of all patients `regression` puts one."""
+    x, y = (torch.tensor(a, dtype=torch.float32) for a in load_diabetes(return_X_y=True))
+    quarters = torch.bucketize(y, y.quantile(torch.tensor([0.25, 0.5, 0.75])))
+    network = nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 3))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(output, levels(target))
+
+    return Data(x * 20, quarters, dim), Net(network, loss)
+
+
+def levels(classes: Tensor) -> Tensor:
+    return (torch.arange(3) < classes[:, None]).float()
+
+
 def segmentation() -> tuple[Data, Net]:
     """Where there is ink, from a noisy image."""
     images, _ = digits()
@@ -178,6 +202,7 @@ def squared(output: Tensor, target: Tensor) -> Tensor:
 CASES = {
     "multilabel": Case(Multilabel(), multilabel, lambda o, y: ((o > 0) == (y > 0)).all(1).tolist()),
     "regression": Case(Regression(0.5), regression, lambda o, y: near(o, y).tolist()),
+    "ordinal": Case(Ordinal(), ordinal, lambda o, y: ((o > 0).sum(1) == y).tolist()),
     "segmentation": Case(Segmentation(0.8), segmentation, iou_of_sets),
     "sequence": Case(Sequence(), sequence, lambda o, y: (o.argmax(2) == y).all(1).tolist()),
     "custom": Case(Custom(near, squared), regression, lambda o, y: near(o, y).tolist()),

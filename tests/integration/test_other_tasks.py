@@ -82,6 +82,7 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
     [
         ("multilabel", Auto(SWARM)),
         ("regression", "linearized"),
+        ("ordinal", "auto"),
         ("segmentation", "linearized"),
         ("sequence", "linearized"),
         ("custom", SWARM),
@@ -98,12 +99,13 @@ def test_each_task_is_repaired(tmp_path: Path, learned: Any, name: str, method: 
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("sequence", {"method": "convex"}, r"'convex'` needs a class for each sample[\s\S]*HINT: "),
+    ("sequence", {"method": "convex"}, r"'convex'` needs a logit for each class[\s\S]*HINT: "),
+    ("ordinal", {"method": "convex"}, r"'convex'` needs a logit for each class[\s\S]*HINT: "),
     ("custom", {"method": "finetune-polish"}, r"Custom has no `margin`[\s\S]*HINT: [\s\S]*swarm"),
     (
         "multilabel",
         {"set_aside": "doubtful"},
-        r"`set_aside='doubtful'` needs a class for each sample[\s\S]*HINT: ",
+        r"`set_aside='doubtful'` needs a logit for each class[\s\S]*HINT: ",
     ),
     (
         "regression",

@@ -15,6 +15,7 @@ from lightning_nrl.tasks import (
     Binary,
     Multiclass,
     Multilabel,
+    Ordinal,
     Regression,
     Segmentation,
     Sequence,
@@ -83,7 +84,13 @@ def binary(draw: Any, g: torch.Generator) -> Sample:
     )
 
 
-ALL = [multiclass, binary, multilabel, regression, sequence, segmentation]
+@st.composite
+def ordinal(draw: Any, g: torch.Generator) -> Sample:
+    task = Ordinal(conditional=draw(st.booleans()))
+    return task, logits(g, 6, 3), whole(g, 4, 6, ignored=False)
+
+
+ALL = [multiclass, binary, multilabel, ordinal, regression, sequence, segmentation]
 
 
 @pytest.mark.parametrize("make", ALL)

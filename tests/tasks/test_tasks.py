@@ -20,6 +20,7 @@ from lightning_nrl.tasks import (
     Multiclass,
     Multilabel,
     NamedHead,
+    Ordinal,
     Regression,
     Segmentation,
     Sequence,
@@ -121,6 +122,10 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
 @pytest.mark.parametrize(
     ("task", "output", "target", "message"),
     [
+        (Ordinal(), TAGS, TAG_LABELS, r"class numbers from 0 to 3 \[samples\], found"),
+        (Ordinal(), TAGS, torch.tensor([0, 4, 1]), r"class numbers from 0 to 3"),
+        (Ordinal(), TAGS, torch.tensor([0, 0.5, 1]), r"class numbers from 0 to 3"),
+        (Ordinal(), TAGS[0], TAG_LABELS[0], r"needs logits \[samples, classes - 1\]"),
         (Multilabel(), TAGS, TAG_LABELS[:, :2], r"the logits, \[3, 3\], found torch.int64 \[3, 2"),
         (Multilabel(), TAGS, [[1, 0, 0]] * 3, "found list"),
         (Multilabel(), TAGS, TAG_LABELS * NAN, "found a label nan, neither 0 nor 1"),
@@ -225,6 +230,30 @@ class Named(NamedTuple):
 class Output:
     prediction: Tensor
     attention: Tensor | None = None
+
+
+def test_ordinal_predicts_how_many_thresholds_are_exceeded() -> None:
+    logits = torch.tensor([[2.0, -1.0], [3.0, 0.5], [-0.5, -2.0], [0.25, NAN]])
+    classes = torch.tensor([1, 1, 0, 1])
+    task = Ordinal()
+    task.check(logits, classes.float()[:, None])
+    assert task.prediction(logits[:3]).tolist() == [1, 2, 0]
+    assert task.passed(logits, classes).tolist() == [True, False, True, False]
+    assert task.margin(logits, classes).tolist() == [1.0, -0.5, 0.5, -INF]
+    # (ln(1 + e^-2) + ln(1 + e^-1)) / 2
+    torch.testing.assert_close(task.loss(logits, classes)[0], torch.tensor(0.220095))
+
+
+def test_conditional_probabilities_are_multiplied() -> None:
+    # Both thresholds have a probability of 0.6, so both are exceeded with 0.36.
+    logits = torch.full((2, 2), math.log(0.6 / 0.4))
+    task = Ordinal(conditional=True)
+    assert task.prediction(logits).tolist() == [1, 1]
+    margin = task.margin(logits, torch.tensor([1, 0]))
+    torch.testing.assert_close(margin, torch.tensor([math.log(1.2), -math.log(1.2)]))
+    # The second threshold is never asked about a sample of class 0: -ln(1 - 0.6) alone.
+    loss = task.loss(logits, torch.tensor([2, 0]))
+    torch.testing.assert_close(loss, -torch.tensor([0.6, 0.4]).log())
 
 
 def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
