@@ -44,11 +44,12 @@ SPREAD_FACTOR = 3.0
 def check_step(
     trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
 ) -> None:
-    """Refuses a module whose own step gives the last layer other inputs than the prediction does.
+    """Refuses logits and labels that the losses of the module's own steps contradict.
 
-    The step is `validation_step`, or `training_step` if `validation_step` is missing or does not
-    call the last layer. If the adapter runs the module itself, the module is not refused, but a
-    warning is shown. Refuses logits and labels that the losses of the steps contradict, too.
+    If no loss compares our logits with our labels, refuses a module whose step gives the last layer
+    other inputs than the prediction does. The step is `validation_step`, or `training_step` if
+    `validation_step` is missing or does not call the last layer. If the adapter runs the module
+    itself, the module is not refused, but a warning is shown.
     """
     if not known or evaluator.called is None:
         return
@@ -60,22 +61,18 @@ def check_step(
     if overrides(model, "training_step") and model.automatic_optimization:
         own_steps.append((model.training_step, known[0]))
     has_own_prediction = isinstance(known[0].adapter, ModelAdapter)
-    is_confirmed = has_own_prediction
     is_compared = False
     for step, source in own_steps:
-        if is_confirmed and is_compared:
-            break
         result = steps.run(step, source, seed=0)
         if result is None:
             continue
         prediction = steps.predict(source)
-        if not is_confirmed:
-            is_confirmed = check_loss(
-                step.__name__, result.comparisons, prediction, evaluator.task, source.adapter
-            )
-        if not is_compared:
-            is_compared = steps.compare(step, source, result, prediction)
-    if not is_confirmed:
+        if not has_own_prediction and check_loss(
+            step.__name__, result.comparisons, prediction, evaluator.task, source.adapter
+        ):
+            return
+        is_compared = is_compared or steps.compare(step, source, result, prediction)
+    if not has_own_prediction:
         check_unambiguous(steps.predict(known[0]), evaluator.task)
 
 
