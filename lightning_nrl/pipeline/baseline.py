@@ -18,7 +18,12 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.data.batch import RecordingSource
-from lightning_nrl.data.sample_identity import Identified, content_recorder, is_among
+from lightning_nrl.data.sample_identity import (
+    Identified,
+    content_recorder,
+    has_content_of,
+    is_among,
+)
 from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
@@ -162,8 +167,8 @@ class LeakCheck:
 
     First run the model over the attributes `known` and `other_data`, then call `leaked`. The
     attributes wrap the given sources to record a hash of each sample. Two samples are the same if
-    their inputs and labels are bitwise equal, or if they have the same position in the same data
-    set, even if subsets or unions wrap the data set.
+    their inputs and labels are equal in the coarsest dtype of both, or if they have the same
+    position in the same data set, even if subsets or unions wrap the data set.
     """
 
     def __init__(
@@ -226,10 +231,9 @@ def _leaked_rows(
     source: RecordingSource, earlier: Sequence[RecordingSource], collective: Collective
 ) -> Tensor:
     """Marks the source's samples on all ranks that are also in `earlier`."""
-    keys = torch.cat([recorder.gathered(collective) for recorder in earlier])
-    mask = is_among(source.gathered(collective), keys)
-    if isinstance(source.source, Identified):
-        for recorder in earlier:
-            if isinstance(recorder.source, Identified):
-                mask |= is_among(source.source.identity, recorder.source.identity)
+    mask = torch.zeros(len(source.gathered(collective)), dtype=torch.bool)
+    for recorder in earlier:
+        mask |= has_content_of(source, recorder, collective)
+        if isinstance(source.source, Identified) and isinstance(recorder.source, Identified):
+            mask |= is_among(source.source.identity, recorder.source.identity)
     return mask
