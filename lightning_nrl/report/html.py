@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import PLAIN_HINT, Record
-from lightning_nrl.errors import ConfigurationError, first_line
+from lightning_nrl.errors import ConfigurationError, first_line, visible
 from lightning_nrl.records.provenance import Provenance, installed_versions
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Renderable
 from lightning_nrl.report.sample_views import SampleView
@@ -79,7 +79,7 @@ def svg_of(figure: Figure) -> str:
 
 def _macro(name: str, *arguments: object) -> str:
     macro = vars(TEMPLATES.get_template("page.html.jinja").module)[name]
-    return str(macro(*arguments))
+    return visible(str(macro(*arguments)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from test_report_codec import REPORTS, SPLIT
 
 from lightning_nrl.entrypoints.command_line import main
+from lightning_nrl.errors import CONTROL_CHARACTERS
 from lightning_nrl.records import SliceReport
 from lightning_nrl.report import RepairReport
 
@@ -102,6 +103,7 @@ def test_a_terminal_is_shown_what_it_must_not_obey(
 
 @pytest.mark.usefixtures("without_figures")
 def test_names_stay_names_in_html() -> None:
-    text = named(" ".join(HOSTILE)).to_html()
+    text = named(" ".join((*HOSTILE, "a\x1b[31m\x9b2J\r\x08\u202e\ud800z"))).to_html()
     assert "evil.example" in text
+    assert not CONTROL_CHARACTERS.search(text)
     assert ActiveTags(text).tags == []
