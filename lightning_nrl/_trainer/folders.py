@@ -9,7 +9,12 @@ from pathlib import Path
 
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
-from lightning_nrl._trainer.repair_files import foreign_file, refuse_foreign, short_message
+from lightning_nrl._trainer.repair_files import (
+    REPAIRED_FILES,
+    foreign_file,
+    refuse_foreign,
+    short_message,
+)
 from lightning_nrl._trainer.tracking.repair_log import next_free
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.errors import ConfigurationError, LoggingWarning, UnwritableFolderError
@@ -56,10 +61,15 @@ def _log_folder(trainer: Trainer) -> str:
     return trainer.strategy.broadcast(str(folder))
 
 
-def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> None:
+def check_folder(
+    dirpath: str | Path | None,
+    trainer: Trainer,
+    name: str = "repair",
+    files: Mapping[str, str] = REPAIRED_FILES,
+) -> None:
     """Refuses a folder (see `base_folder`) that cannot be written to or has files of the user.
 
-    All ranks must call it, before any work.
+    These are other files at the names in `files`. All ranks must call it, before any work.
     """
     folder = base_folder(dirpath, trainer, name)
     paths = (folder.absolute(), *folder.absolute().parents)
@@ -72,7 +82,7 @@ def check_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repa
         )
     if dirpath is None:
         folder = next_free(folder, "report.json")
-    foreign = "" if batch_limit(trainer) else foreign_file(folder)
+    foreign = "" if batch_limit(trainer) else foreign_file(folder, files.values())
     refuse_foreign(trainer.strategy.broadcast(foreign), "dirpath")
 
 

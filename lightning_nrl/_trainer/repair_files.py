@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,28 +28,44 @@ from lightning_nrl.updates import ReleaseReport
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_FILES}
+RELEASE_FILES = {**REPORT_FILES, "predictions": "predictions.csv"}
 PAGE_KINDS = ("html", "markdown", "json")
 """Kinds of report files, in the order in which `commit` moves them, last of all files.
 
 So if `report.json` exists, all other files exist.
 """
-REPORT_MARK = re.compile(rb'\*\*lightning_nrl\*\*: |<dt>lightning_nrl</dt>|"lightning_nrl": "')
-"""The version of this package in any report file."""
+MARK = re.compile(
+    rb'\*\*lightning_nrl\*\*: |<dt>lightning_nrl</dt>|"lightning_nrl": "'
+    rb"|lightning_nrl\.patch|^# weights "
+)
+"""Text in a line of any file of this package; a checkpoint has the report among its callbacks."""
 SAMPLE_NAME = re.compile(r".+-\d+\.(png|txt)")
 
 
 def is_ours(path: Path) -> bool:
-    """True if nothing, or a report or a folder of samples of this package, is at `path`."""
+    """True if nothing, or a file or a folder of samples of this package, is at `path`."""
     if path.is_dir():
         names = [sample.name for sample in path.iterdir()]
         # File managers leave hidden files.
-        return all(name.startswith(".") or SAMPLE_NAME.fullmatch(name) for name in names)
-    return not path.exists() or REPORT_MARK.search(path.read_bytes()) is not None
+        if all(name.startswith(".") or SAMPLE_NAME.fullmatch(name) for name in names):
+            return True
+    elif not path.exists() or _has_line(path, MARK):
+        return True
+    # The user's own plugin may write checkpoints without the mark.
+    report = path.with_name(REPORT_FILES["json"])
+    is_named = report.is_file() and _has_line(report, re.compile(re.escape(path.name.encode())))
+    return path.suffix == ".ckpt" and is_named and is_ours(report)
 
 
-def foreign_file(folder: Path) -> str:
-    """Returns the path of a file of the user that has the name of a report file, or nothing."""
-    paths = [folder / name for name in (*REPORT_FILES.values(), SAMPLES_FOLDER)]
+def _has_line(path: Path, pattern: re.Pattern[bytes]) -> bool:
+    # A checkpoint may be larger than the memory; its mark is near the start.
+    with path.open("rb") as lines:
+        return any(pattern.search(line) for line in lines)
+
+
+def foreign_file(folder: Path, names: Iterable[str] = REPORT_FILES.values()) -> str:
+    """Returns the path of a file of the user at one of `names` or at the samples, or nothing."""
+    paths = [folder / name for name in (*names, SAMPLES_FOLDER)]
     return next((str(path) for path in paths if not is_ours(path)), "")
 
 
@@ -57,7 +73,7 @@ def refuse_foreign(path: str, argument: str) -> None:
     """Raises a `ConfigurationError` if there is a path of a `foreign_file`."""
     if path:
         raise ConfigurationError(
-            f"`{argument}`: {path} is no file of this package, and a report would replace it.",
+            f"`{argument}`: {path} is no file of this package, and a new file would replace it.",
             f"move it, or name another folder as `{argument}`.",
         )
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,8 +49,8 @@ class StagedFiles:
 
     `names` are files that a run may write; `marks` are further files, such as the report. `commit`
     removes the marks of an earlier run first and moves new marks last. So a folder with a mark
-    holds the files of one run only, even after a kill. Marks for which `is_ours` is false are
-    files of the user, which are renamed instead of removed.
+    holds the files of one run only, even after a kill. Files for which `is_ours` is false are
+    those of the user, which are renamed instead of removed or replaced.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class StagedFiles:
         """True while the staged file `name` awaits `commit`."""
         return self._stage is not None and (self._stage / name).exists()
 
-    def commit(self, there: Container[str] = ()) -> list[Path]:
+    def commit(self, there: Collection[str] = ()) -> list[Path]:
         """Moves the staged files to the folder; returns new paths of renamed files of earlier runs.
 
         Marks of an earlier run are removed. Another file of that run is replaced if a file of the
@@ -107,15 +107,17 @@ class StagedFiles:
         if self._stage is None or not any(self._stage.iterdir()):
             return []
         renamed = []
+        for name in (*self._names, *self._marks):
+            if name not in there and not self._is_ours(self.folder / name):
+                renamed.append(name)
         for name in reversed(self._marks):
-            if self._is_ours(self.folder / name):
+            if name not in renamed:
                 _remove(self.folder / name)
-            else:
-                renamed.append(name)
         for name in self._names:
-            if not self.is_written(name) and name not in there and (self.folder / name).exists():
+            is_kept = self.is_written(name) or name in (*there, *renamed)
+            if not is_kept and (self.folder / name).exists():
                 renamed.append(name)
-        kept = [self.folder / f"{EARLIER}{name}" for name in renamed]
+        kept = list(map(self._earlier_path, renamed))
         for name, path in zip(renamed, kept, strict=True):
             _move(self.folder / name, path)
         for name in (*self._names, *self._marks):
@@ -124,6 +126,10 @@ class StagedFiles:
                 self.placed.append(name)
         _make_durable(self.folder)
         return kept
+
+    def _earlier_path(self, name: str) -> Path:
+        path = self.folder / f"{EARLIER}{name}"
+        return path if self._is_ours(path) else self._earlier_path(path.name)
 
 
 def _move(path: Path, to: Path) -> None:

@@ -28,7 +28,7 @@ from lightning_nrl._trainer.loaders import (
     parse_adapter,
 )
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
+from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
@@ -129,7 +129,7 @@ class ReleaseGate(CallbackBase):
             if self.reference.model is pl_module:
                 problem = "`reference` is the tested model itself, so nothing can break."
                 rank_zero_warn(DataWarning(problem, "give the checkpoint of the model in use."))
-        check_folder(self.dirpath, trainer, "release")
+        check_folder(self.dirpath, trainer, "release", RELEASE_FILES)
         splits = [source.split for source in self._sources(trainer, pl_module)]
         for rule in self.rules:
             rule.check_data(splits, self.slices is not None)
@@ -152,8 +152,7 @@ class ReleaseGate(CallbackBase):
                 seeds={"data": self.seed, **_global_seed()},
                 name=name,
             )
-        kinds = {**REPORT_FILES, "predictions": "predictions.csv"}
-        files, log_name = report_files(self.dirpath, trainer, "release", kinds)
+        files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
             predictions = Predictions.of(pair.after, pl_module.state_dict(), pair.keys)

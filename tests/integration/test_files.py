@@ -215,7 +215,7 @@ def test_a_checkpoint_that_is_not_what_was_judged_is_not_kept(
     assert names_in(found.folder) == (NAMES if not message else NAMES - {"repaired.ckpt"})
 
 
-@pytest.mark.parametrize("name", ["report.json", "report.md", "report.html", "flipped_samples"])
+@pytest.mark.parametrize("name", [*sorted(NAMES), "flipped_samples"])
 def test_a_file_of_the_user_is_refused_before_the_work_and_never_removed(
     found: Repaired, name: str
 ) -> None:

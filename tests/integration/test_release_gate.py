@@ -64,6 +64,13 @@ def test_the_test_is_followed_by_a_verdict(
     assert "REFUSED" in capsys.readouterr().out
 
 
+def test_predictions_of_the_user_are_not_replaced(old: Classifier, tmp_path: Path) -> None:
+    (tmp_path / "predictions.csv").write_text("split,id,prediction\n")
+    gate = gate_of(old, rules="instance", dirpath=tmp_path)
+    with pytest.raises(ConfigurationError, match=r"predictions\.csv is no file of this package"):
+        quiet_trainer(tmp_path, gate, enable_checkpointing=False).test(old, datamodule=Digits())
+
+
 def test_validate_and_test_are_judged_and_fit_is_not(
     old: Classifier, new: Classifier, trained_path: Path, tmp_path: Path
 ) -> None:
