@@ -72,10 +72,8 @@ def check_folder(
     These are other files at the names in `files`. All ranks must call it, before any work.
     """
     folder = base_folder(dirpath, trainer, name)
-    paths = (folder.absolute(), *folder.absolute().parents)
-    obstacle = next(path for path in paths if os.path.exists(path))
-    is_writable = obstacle.is_dir() and os.access(obstacle, os.W_OK | os.X_OK)
-    if not trainer.strategy.broadcast(bool(batch_limit(trainer)) or is_writable):
+    obstacle = trainer.strategy.broadcast("" if batch_limit(trainer) else _obstacle(folder))
+    if obstacle:
         raise UnwritableFolderError(
             f"`dirpath`: {folder} cannot be written to; the obstacle is {obstacle}.",
             "name another folder as `dirpath=`.",
@@ -84,6 +82,21 @@ def check_folder(
         folder = next_free(folder, "report.json")
     foreign = "" if batch_limit(trainer) else foreign_file(folder, files.values())
     refuse_foreign(trainer.strategy.broadcast(foreign), "dirpath")
+
+
+def _obstacle(folder: Path) -> str:
+    """Returns what keeps files from being written to a folder, or nothing."""
+    paths = (folder.absolute(), *folder.absolute().parents)
+    nearest = next(path for path in paths if os.path.exists(path))
+    for name in folder.parts:
+        try:
+            os.lstat(nearest / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name that is too long or has a NUL
+            return str(error)
+    is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return "" if is_writable else str(nearest)
 
 
 def report_files(

@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.folders import report_files
+from lightning_nrl._trainer.folders import check_folder, report_files
 from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
 from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
+from lightning_nrl.errors import UnwritableFolderError
 from lightning_nrl.report.sample_views import SampleView
 
 
@@ -77,6 +78,13 @@ def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -
         ConfigurationError, match=r"`dirpath`: [\s\S]*://bucket/a', which is no local folder"
     ):
         folder_of(dirpath, trainer_in(root))
+
+
+@pytest.mark.parametrize("name", ["a\0b", 300 * "a"])
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnwritableFolderError, match=r"`dirpath`: .* cannot be written to"):
+        check_folder(tmp_path / "new" / name, trainer_in(tmp_path))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture(scope="module")
