@@ -23,7 +23,7 @@ from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotR
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 from lightning_nrl.evaluation.slices import required_repairs
-from lightning_nrl.gate import Gate, check_protected, judge
+from lightning_nrl.gate import Gate, GateDecision, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
@@ -35,7 +35,7 @@ from lightning_nrl.pipeline.input_checks import (
 )
 from lightning_nrl.pipeline.loaded_weights import to_be_loaded
 from lightning_nrl.pipeline.near_copies import has_near_copies
-from lightning_nrl.pipeline.problem_builder import build_problem, origin_of
+from lightning_nrl.pipeline.problem_builder import build_problem, origin_of, passed_rows
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparse_patch import sparsify
@@ -181,7 +181,7 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
     alone = problem.collective.world_size == 1
     problem.clock.expect(_expected_seconds(problem, builder.settings))
     try:
-        method = partial(_run_method, problem, builder.settings)
+        method = partial(_run_method, problem, builder)
         solution = twice_if_out_of_memory(method, "the method ran", alone=alone)
         finish = partial(_finish, problem, solution, builder, rewritten)
         return twice_if_out_of_memory(finish, "the result was judged", alone=alone)
@@ -261,12 +261,24 @@ def _finish(
     return Outcome(report, changes=changes)
 
 
-def _run_method(problem: Problem, settings: Settings) -> Solution:
+def _run_method(problem: Problem, builder: ReportBuilder) -> Solution:
     """Runs the method.
 
-    While slices miss quotas and time is left, repeats it with larger weights on their targets.
+    If it breaks more than `SampleOptions.keep` allows, repeats it and keeps all samples. While
+    slices miss quotas and time is left, repeats it with larger weights on their targets.
     """
+    settings = builder.settings
     solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
+    first = solution.proposal
+    if first is not None and _breaks_too_many(problem, builder, first.after):
+        known = builder.baseline.known
+        passed = passed_rows(known, problem.known, settings)
+        problem = replace(problem, before=known, passed=passed)
+        work = partial(solve, settings.method, problem)
+        again = problem.work.once("method for all samples", work, Solution)
+        if again.proposal is not None:
+            renamed = [replace(step, name=f"{step.name}, keeping all") for step in again.steps]
+            solution = replace(again, steps=(*solution.steps, *renamed))
     if not problem.needed:
         return solution
     for _ in range(QUOTA_ROUNDS):
@@ -301,6 +313,16 @@ class _OnePerRegression(Gate):
         return "one-per-regression"
 
 
+def _breaks_too_many(
+    problem: Problem, builder: ReportBuilder, after: SampleResults
+) -> GateDecision | None:
+    """Returns a refusal if `keep` is `reference` and more break than regressions are repaired."""
+    if not problem.update or builder.settings.samples.keep == "both":
+        return None
+    decision = judge(builder.baseline.known, after, _OnePerRegression())
+    return decision if decision.status == "refused" else None
+
+
 def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
     """Evaluates the model with the patch on all data, and decides whether to accept the patch."""
     settings, baseline = builder.settings, builder.baseline
@@ -308,10 +330,8 @@ def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRepo
     with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
-        if decision.accepted and problem.update and settings.samples.keep == "reference":
-            by_regressions = judge(baseline.known, after, _OnePerRegression())
-            if not by_regressions.accepted:
-                decision = by_regressions
+        if decision.accepted:
+            decision = _breaks_too_many(problem, builder, after) or decision
         if decision.accepted:
             for role, data in baseline.other_data.items():
                 other_results[role] = problem.evaluator.run(data.sources)

@@ -58,10 +58,10 @@ def test_what_the_replaced_model_got_wrong_too_is_no_target() -> None:
     assert report.pooled_update("known").final.broken == 0  # type: ignore[union-attr]
 
 
-def updated(old: nn.Module, steps: int = 30) -> nn.Module:
+def updated(old: nn.Module, steps: int = 30, seed: int = 0) -> nn.Module:
     """The old model after more training on the new data alone, which makes it forget."""
     new = copy.deepcopy(old).train()
-    source = known()[1]
+    source = known(seed)[1]
     optimizer = torch.optim.Adam(new.parameters(), lr=0.03)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -120,6 +120,17 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
     assert "2 would break (2 in all); the gate allows one per repaired regression, here 1" in (
         report.reason
     )
+
+
+def test_a_method_that_breaks_too_many_runs_again_and_keeps_all() -> None:
+    old = trained(seed=1)
+    new = updated(old, seed=1)
+    settings = Settings(samples=SampleOptions(keep="reference"))
+    report = repair_module(new, known(1), settings, reference=OldModel(old)).report
+    counts = report.known_counts
+    assert (report.status, counts.broken) == ("repaired", 0)
+    assert counts.repaired_in_target > 0
+    assert report.steps[-1].name == "polish, keeping all"
 
 
 PASSED = torch.tensor([True, True, True, False, True])
