@@ -235,7 +235,8 @@ class RepairRecord(Record):
         files: paths of the written files by kind, such as `checkpoint` or `json`.
         settings: arguments of the repair by name, as plain values.
         class_names: names of the task's classes, in order. Empty if unknown.
-        unseen_groups: counts of groups in all unseen splits. None if samples have no groups.
+        unseen_groups: counts of groups or, if samples repeat, of distinct samples in all unseen
+            splits. None if samples neither repeat nor have groups.
         near_copies: True if held-out samples look like copies of used samples beside them.
         schema: version of the file format (docs/tensorboard.md).
     """
@@ -314,6 +315,13 @@ class RepairRecord(Record):
             return None
         pooled = pool(splits)
         return replace(pooled, counts=replace(pooled.counts, groups=self.unseen_groups))
+
+    @property
+    def test_units(self) -> str:
+        """Name of what tests count if unseen samples repeat or have groups."""
+        if self.settings.get("groups", "") is None:
+            return "distinct samples"
+        return "groups"
 
     @property
     def unseen_limit(self) -> float | None:

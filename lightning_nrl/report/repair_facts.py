@@ -90,12 +90,11 @@ def unseen_facts(report: RepairRecord) -> list[Fact]:
     if limit is None:
         return []
     events = "samples like these that were right will break"
-    groups = report.unseen_groups
+    groups, units = report.unseen_groups, report.test_units
     if groups is not None:
-        events = (
-            "groups like these will have a sample that was right and breaks "
-            f"(here {count(groups.broken)} of {count(groups.passed)} groups)"
-        )
+        if units == "groups":
+            events = "groups like these will have a sample that was right and breaks"
+        events += f" (here {count(groups.broken)} of {count(groups.passed)} {units})"
     text = (
         f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of new "
         f"{events}"

@@ -50,7 +50,7 @@ class Verdict:
             several results.
         advice: what to do next.
         groups: counts of groups in these data, from which the test takes `better` and `worse`. None
-            if samples have no groups.
+            if samples have no groups. `test_units` names what is counted.
         tone: `bad` if the evidence is `worse`, `good` if a repair is `better` or not needed,
             otherwise `warn`.
     """
@@ -68,6 +68,7 @@ class Verdict:
     advice: str
     tone: Tone
     groups: GroupCounts | None = None
+    test_units: str = "groups"
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -82,7 +83,7 @@ class Verdict:
             test = "sign test"
             if self.groups is not None:
                 changed = f"{count(self.groups.better)} better, {count(self.groups.worse)} worse"
-                test += f" of groups, {changed}"
+                test += f" of {self.test_units}, {changed}"
             return f"{self.evidence}: {flips} of {samples} ({test}, {p})"
         if self.kept:
             return f"{self.evidence}: no unseen data were given"
@@ -113,6 +114,7 @@ def verdict_on(report: RepairRecord) -> Verdict:
         advice=_advice(report, evidence),
         tone=tone,
         groups=evidence.counts.groups,
+        test_units=report.test_units,
     )
 
 

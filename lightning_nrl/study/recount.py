@@ -102,7 +102,9 @@ class Recount:
     def __call__(self, stored: StoredRun) -> TargetCounts:
         right_before = self.before.right
         right_after = self._right_under(stored) if stored.run.changed else right_before
-        return Flips(*flip_masks(right_before, right_after)).target_counts(self.before)
+        counted = ~self.before.leaked
+        masks = [mask & counted for mask in flip_masks(right_before, right_after)]
+        return Flips(*masks).target_counts(self.before)
 
     def _right_under(self, stored: StoredRun) -> Tensor:
         """Returns the mask of samples that are right under the weights of a run, `N` bool."""

@@ -141,6 +141,10 @@ def test_repeated_unseen_samples_are_tested_once() -> None:
     assert twice.verdict.repaired == 2 * report.verdict.repaired > 0
     assert twice.verdict.p_value == report.verdict.p_value
     assert twice.unseen_limit == report.unseen_limit
+    page = " ".join(twice.to_markdown().split())
+    passed = report.unseen.passed
+    assert f"that were right will break (here 0 of {passed} distinct samples)" in page
+    assert "(sign test of distinct samples, 8 better, 0 worse," in page
 
 
 def test_data_without_leaks_give_no_warning() -> None:

@@ -181,6 +181,16 @@ def test_counts_are_those_of_the_model_with_the_weights_written_into_it() -> Non
             assert chosen.counts(role).accuracy_after == pytest.approx(now.double().mean().item())
 
 
+def test_known_samples_count_for_nothing_in_unseen_data() -> None:
+    model = trained()
+    (later,) = unseen()
+    x, y = (torch.cat(parts) for parts in zip(blobs(60, 1.5, 1), blobs(80, 1.5, 2), strict=True))
+    with pytest.warns(DataWarning, match="60 of the 140 samples of `later` are known"):
+        leaky = run(model, unseen=[replace(later, inputs=x, targets=y)])
+    for chosen, clean in zip(leaky.runs, run(model).runs, strict=True):
+        assert chosen.counts("unseen") == clean.counts("unseen")
+
+
 def test_a_setting_that_leaves_no_weight_has_rows_of_its_own() -> None:
     (one, *_) = run(trained(), {"n_g": 36}).runs
     found = (one.n_localized, one.iterations, one.value, one.changed, one.patched, one.intact)
