@@ -165,6 +165,7 @@ class RungResult:
             held_out=solution.held_out,
             kept=self.is_kept,
             note=note,
+            n_choices=solution.n_choices,
         )
         proposal = solution.proposal
         if proposal is None:

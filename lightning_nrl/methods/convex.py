@@ -123,7 +123,14 @@ class Convex(Method):
         for alternative in alternatives:
             if alternative is not best and alternative.proposal.repaired:
                 tried.append(problem.target_counts(alternative.proposal.after))
-        return Solution(proposal, reason, tuple(steps), tried=tuple(tried), held_out=best.held_out)
+        return Solution(
+            proposal,
+            reason,
+            tuple(steps),
+            tried=tuple(tried),
+            held_out=best.held_out,
+            n_choices=len(alternatives),
+        )
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class FineTuned:
     """Weights after a training. `is_done` is False if poor results stopped it after one round.
 
     `held_out` counts the flips of held-out samples, under the last weights that were trained
-    without these samples; `caution` counts them on the way back from there.
+    without these samples, in the last of `n_counts` counts. `caution` counts them on the way back
+    from there.
     """
 
     proposal: Proposal
@@ -68,6 +69,7 @@ class FineTuned:
     held_out: TargetCounts | None
     caution: tuple[CautionPoint, ...]
     is_done: bool
+    n_counts: int
 
     @property
     def is_harmful(self) -> bool:
@@ -165,6 +167,7 @@ def fine_tune_and_polish(
         alternatives=(tuned.proposal, proposal),
         tried=course,
         held_out=tuned.held_out,
+        n_choices=max(1, tuned.n_counts + len(steps) - 1),
         caution=tuple(replace(point, chosen=point.caution == caution) for point in tuned.caution),
     )
 
@@ -276,6 +279,7 @@ class TrainingRounds:
         self._rounds: list[Trained] = []
         self.held_out: TargetCounts | None = None
         self._caution: tuple[CautionPoint, ...] = ()
+        self._n_counts = 0
         self._gain = 0.0  # in total
         self._gain_of_round = 0.0
 
@@ -347,6 +351,7 @@ class TrainingRounds:
         if rows is None:
             return
         after = self._proposal.after
+        self._n_counts += 1
         self.held_out = estimate(self.problem.before, after, rows)
         self._gain = net_repairs_in_standard_errors(self.held_out)
         of_round = Flips.between(self._previous, after).counts(rows)
@@ -413,7 +418,9 @@ class TrainingRounds:
         step = self._proposal.step(seconds, note, was_cut=trained.was_cut)
         if not is_done:
             step = replace(step, name="trial")
-        return FineTuned(self._proposal, step, self.held_out, self._caution, is_done)
+        return FineTuned(
+            self._proposal, step, self.held_out, self._caution, is_done, self._n_counts
+        )
 
 
 def _easy_samples(before: SampleResults, after: SampleResults) -> Tensor:

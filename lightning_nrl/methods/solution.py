@@ -75,6 +75,7 @@ class Solution:
             `Problem.passed`.
         held_out: flip counts of known samples that the method could not use; None if they were not
             counted.
+        n_choices: number of results among which held-out samples chose.
         rungs: report of each rung of `Auto`, from the smallest change to the largest; empty for
             other methods.
         choice: why `Auto` took one of the rungs, or why it ran only a search.
@@ -92,6 +93,7 @@ class Solution:
     result: SearchResult | None = None
     n_passed: int | None = None
     held_out: TargetCounts | None = None
+    n_choices: int = 1
     rungs: tuple[Rung, ...] = ()
     choice: str = ""
     price: tuple[PricePoint, ...] = ()

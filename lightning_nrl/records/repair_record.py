@@ -350,17 +350,10 @@ class RepairRecord(Record):
     def n_estimates(self) -> int:
         """Number of results among which held-out samples chose.
 
-        A kept `exact` rung counts once per alternative.
+        A kept rung counts once per result among which it chose, such as its rounds or prices.
         """
-        n = 0
-        n_alternatives = [step.kind for step in self.steps].count("alternative")
-        for rung in self.rungs:
-            if rung.held_out is None:
-                continue
-            n += 1
-            if rung.kept and rung.name == "exact":
-                n += max(0, n_alternatives - 1)
-        return n
+        rungs = [rung for rung in self.rungs if rung.held_out is not None]
+        return sum(rung.n_choices if rung.kept else 1 for rung in rungs)
 
     @property
     def held_out(self) -> TargetCounts | None:

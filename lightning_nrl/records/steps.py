@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_nrl._utils.json_records import OPTIONAL
 from lightning_nrl.evaluation.sample_results import TargetCounts
 
 CUT = "cut by `max_time`"
@@ -36,7 +37,8 @@ class Rung:
     `name` is `search` or `exact` (an exact solution) for a change of the chosen layer, `training`
     for further training, `push` for small steps until the targets that are left are right, or
     `polish` in an update. `held_out` counts known samples that the rung did not use, from where it
-    starts. It is None if the rung used all known samples. The other counts are of all known
+    starts. It is None if the rung used all known samples. `n_choices` is the number of results
+    among which these samples chose, such as rounds of a training. The other counts are of all known
     samples, from the weights before the repair. The repair is the result of the last rung that is
     `kept`.
     """
@@ -50,6 +52,7 @@ class Rung:
     held_out: TargetCounts | None = None
     kept: bool = False
     note: str = ""
+    n_choices: int = field(default=1, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def test_the_held_out_samples_are_known_to_no_rung_before_they_are_counted() -> 
     assert not last.any()
     after = problem.evaluate(retrained(problem.model))
     assert solution.rungs[1].held_out == estimate(problem.before, after, rows)
+    assert solution.rungs[1].n_choices == 2  # counts, after each round but the last
 
 
 def test_a_rung_that_harms_samples_it_does_not_use_is_not_kept() -> None:

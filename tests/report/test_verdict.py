@@ -80,12 +80,12 @@ def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others() -> None:
     assert judged(unseen(40, 2), unseen(2, 3, "night")).verdict.evidence == "better"
 
 
-def test_prices_of_the_exact_solution_count_as_choices() -> None:
-    steps = 3 * (Step("convex", 1, 0, 0.1, kind="alternative"),)
-    for name, choices in (("exact", 4), ("training", 2)):
-        rungs = held_out(3, 0, kept=False), replace(held_out(9, 0), name=name)
-        verdict = judged(rungs=rungs, steps=steps).verdict
-        assert verdict.p_value == pytest.approx(choices * 2 / 2**9)
+def test_prices_and_rounds_of_a_kept_rung_count_as_choices() -> None:
+    for n_choices in (1, 3):
+        search = replace(held_out(3, 0, kept=False), n_choices=5)
+        rungs = search, replace(held_out(9, 0), name="exact", n_choices=n_choices)
+        verdict = judged(rungs=rungs).verdict
+        assert verdict.p_value == pytest.approx((1 + n_choices) * 2 / 2**9)
 
 
 @pytest.mark.parametrize(
