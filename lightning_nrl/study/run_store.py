@@ -139,7 +139,7 @@ class StoredRun:
 
 @dataclass(frozen=True)
 class RunStore:
-    """Folder with files of runs, created with the first file.
+    """Folder with files of runs, created before the first run.
 
     If `folder` is None, nothing is stored.
     """
@@ -150,11 +150,13 @@ class RunStore:
         """Returns the wanted runs that are stored, by key. Skips damaged files with a warning."""
         if self.folder is None:
             return {}
-        if self.folder.is_file():
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
             raise ConfigurationError(
-                f"`dirpath={str(self.folder)!r}` is a file.",
+                f"`dirpath={str(self.folder)!r}` is no folder and cannot be made one ({error}).",
                 "name a folder; it is created if necessary.",
-            )
+            ) from error
         stored: dict[str, StoredRun] = {}
         for path in sorted(self.folder.glob("runs-*.pt")):
             try:
@@ -168,7 +170,6 @@ class RunStore:
     def write(self, runs: Mapping[str, StoredRun]) -> None:
         if self.folder is None or not runs:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = to_bytes(dict(runs))
         path = self.folder / f"runs-{text_hash(sorted(runs))[:16]}.pt"
         replacing(path, lambda part: part.write_bytes(content))

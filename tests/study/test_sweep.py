@@ -345,5 +345,6 @@ def test_data_that_are_shared_out_over_ranks_are_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigurationError, match="`train` data are split: this rank has 60 of 120"):
         sweep_module(trained(), [half, new], {"alpha": 4})
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="is a file"):
-        run(trained(), dirpath=tmp_path / "file")
+    for name in ("file", "a\0b", 300 * "a"):
+        with pytest.raises(ConfigurationError, match="is no folder and cannot be made one"):
+            run(trained(), dirpath=tmp_path / name)
