@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,9 @@ def is_ours(path: Path) -> bool:
 
 def _has_line(path: Path, pattern: re.Pattern[bytes]) -> bool:
     # A checkpoint may be larger than the memory; its mark is near the start.
-    with path.open("rb") as lines:
+    with suppress(OSError), path.open("rb") as lines:
         return any(pattern.search(line) for line in lines)
+    return False
 
 
 def foreign_file(folder: Path, names: Iterable[str] = REPORT_FILES.values()) -> str:

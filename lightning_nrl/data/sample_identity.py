@@ -210,19 +210,19 @@ def content_keys(batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
     """Hashes the inputs and the target of each sample to two 64-bit integers.
 
     Returns them with the place in `KEY_DTYPES` of the coarsest dtype, `n x 3`. Samples that are
-    equal in `dtype` have equal keys. Each integer is a sum with random weights
-    modulo 2^64, so two different samples have equal keys with a probability below 2^-64. Zeros add
-    nothing to a key, because sequences may be padded to different lengths. If it is unknown which
-    inputs belong to which sample, the keys are random.
+    equal in `dtype` have equal keys. Each integer is a sum with random weights modulo 2^64, so two
+    different samples have equal keys with a probability below 2^-64. Zeros add nothing to a key,
+    because sequences may be padded to different lengths. If it is unknown which inputs belong to
+    which sample, the keys are random.
     """
     n = len(batch)
-    inputs = batch.args, batch.kwargs
-    if not is_sliceable(inputs, n) and not _has_samples(batch):
+    tree = batch.args, batch.kwargs, batch.target
+    if not is_sliceable(tree[:2], n) and not _has_samples(batch):
         random = [secrets.randbits(63) for _ in range(2 * n)]
         keys = torch.tensor(random, dtype=torch.int64, device="cpu").view(n, 2)
     else:
-        keys = _hash_samples((*inputs, batch.target), n, dtype)
-    dtypes = {dtype, *(x.dtype for x in tensors_in(inputs))}
+        keys = _hash_samples(tree, n, dtype)
+    dtypes = {dtype, *(x.dtype for x in tensors_in(tree))}
     coarsest = max(place for place, kind in enumerate(KEY_DTYPES) if kind in dtypes)
     return torch.cat([keys, torch.full_like(keys[:, :1], coarsest)], 1)
 

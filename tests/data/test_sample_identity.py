@@ -133,6 +133,9 @@ def test_copies_of_less_precision_are_found_and_others_are_not(dtype: torch.dtyp
         assert torch.equal(has_content_of(coarse, known, Collective()), marked)
         assert has_content_of(known, coarse, Collective()).all()
         assert not has_content_of(known, rest, Collective()).any()
+    values = torch.arange(1, 9) / 7
+    coarse, fine = recorded(X[:8], values.to(dtype)), recorded(X[:8], values)
+    assert has_content_of(coarse, fine, Collective()).all()
 
 
 def recorded(x: Tensor, y: Tensor) -> RecordingSource:
