@@ -6,7 +6,6 @@ The library runs on the CPU.
 from __future__ import annotations
 
 import importlib
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -80,9 +79,8 @@ class CmaEs(Searcher):
         return state._replace(candidates=state.original + change)
 
     def tell(self, state: Evolution, fitness: Tensor) -> Evolution:
-        """Adapts `strategy` to `fitness`, `P`. The first call creates it. NaN ranks last."""
+        """Adapts `strategy` to `fitness`, `P`. The first call creates it."""
         fitness = fitness.double().cpu()
-        fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
         if state.strategy is None:
             best = state.candidates[int(fitness.argmax())]
             return state._replace(strategy=self._strategy(state, best))

@@ -118,12 +118,7 @@ class DifferentialEvolution(Searcher):
         return state._replace(candidates=torch.where(is_crossed, mutant, members))
 
     def tell(self, state: Population, fitness: Tensor) -> Population:
-        """Replaces each member by its trial if the trial's fitness, `P`, is at least as high.
-
-        NaN ranks last.
-        """
-        fitness = fitness.to(state.fitness.dtype)
-        fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
+        """Replaces each member by its trial if the trial's fitness, `P`, is at least as high."""
         better = fitness >= state.fitness
         return state._replace(
             members=torch.where(better[:, None], state.candidates, state.members),

@@ -42,6 +42,8 @@ from lightning_nrl.search import (
 )
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
+from lightning_nrl.search.scoring.last_layer_scorer import sum_over_samples
+from lightning_nrl.search.scoring.scorer import WEIGHT, scores_of_sums
 
 COEFFICIENT_SEARCHER = ParticleSwarm(particles=30, iterations=30, patience=10)
 
@@ -282,31 +284,17 @@ class WholeModelScorer(Scorer):
 
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         before = self.problem.before
-        n_failed = int(before.targeted.sum())
-        n_passed = int(before.passed.sum())
-        rows = [self._row(coefficients) for coefficients in values.clamp(0, 1)]
-        columns = torch.tensor(rows, dtype=widest(values.device), device=values.device).T
-        patched, intact, loss_failed, loss_passed, credit_failed, credit_passed = columns[:6]
-        scores = Scores(
-            patched.float(),
-            intact.float(),
-            (loss_failed / max(1, n_failed)).float(),
-            (loss_passed / max(1, n_passed)).float(),
-            n_failed,
-            n_passed,
-            credit_failed=credit_failed,
-            credit_passed=credit_passed,
+        sums = torch.stack([self._sums(coefficients) for coefficients in values.clamp(0, 1)], -1)
+        return scores_of_sums(
+            sums.to(values.device, widest(values.device)),
+            int(before.targeted.sum()),
+            int(before.passed.sum()),
+            min(1.0, float(before.weight[before.targeted].min())),
+            values.dtype,
         )
-        if not before.weighted:
-            return scores
-        least = min(1.0, float(before.weight[before.targeted].min()))
-        return replace(scores, value=columns[6], cost=columns[7], least=least)
 
-    def _row(self, coefficients: Tensor) -> list[float]:
-        """Returns counts of passing samples, sums of losses and credits, the value and the cost.
-
-        Counts and sums come first for targets, then for passed samples.
-        """
+    def _sums(self, coefficients: Tensor) -> Tensor:
+        """Returns sums over targets and over passed samples, `2 x 4`, see `scores_of_sums`."""
         problem = self.problem
         before = problem.before
         after = problem.evaluate(_mix(problem, self.states, coefficients))
@@ -314,12 +302,10 @@ class WholeModelScorer(Scorer):
         reserve = rounding_reserve(problem.evaluator.precision, before)
         if reserve is not None:
             passes = passes & (after.margin >= reserve)
-        weight = before.finite_weight
-        loss = after.loss.double()
-        credit = torch.where(passes, 1.0, 1 / (loss + 1))
         sums = []
-        for values in (passes, loss * weight, credit):
-            sums += [values[before.targeted].sum(), values[before.passed].sum()]
-        sums.append(weight[before.targeted & passes].sum())
-        sums.append(weight[before.passed & ~passes].sum())
-        return [float(total) for total in sums]
+        for rows in (before.targeted, before.passed):
+            weight = before.finite_weight[rows]
+            loss = after.loss[None, rows].double()
+            sums.append(sum_over_samples(passes[None, rows], loss, weight, with_credit=True)[:, 0])
+        sums[1][WEIGHT] = weight.sum() - sums[1][WEIGHT]
+        return torch.stack(sums)

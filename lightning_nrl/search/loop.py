@@ -75,7 +75,10 @@ def search(
     method = SEARCHERS.parse("searcher", searcher)
     fitness = fitness or Fitness()
     random = RandomStream(seed)
-    origin = _origin(original, stats, elites)
+    dtype = search_dtype(original.dtype)
+    if elites is None:
+        elites = original.new_empty(0, len(original))
+    origin = SearchOrigin(original.to(dtype), stats, elites.to(dtype))
     if check_every is None:
         check_every = 1 if original.device.type == "cpu" else PROGRESS_EVERY
 
@@ -117,13 +120,6 @@ def search(
     )
 
 
-def _origin(original: Tensor, stats: WeightStats, elites: Tensor | None) -> SearchOrigin:
-    dtype = search_dtype(original.dtype)
-    if elites is None:
-        elites = original.new_empty(0, len(original))
-    return SearchOrigin(original.to(dtype), stats, elites.to(dtype))
-
-
 def _most_broken(
     scorer: Scorer, state: SearchState, fitness: FitnessFunction, n_failed: int
 ) -> Tensor | None:
@@ -153,9 +149,7 @@ def _check_first(method: Searcher, state: SearchState, origin: SearchOrigin) -> 
     first = origin.first_candidates
     begin = state.candidates[: len(first)]
     expected_shape = (method.n_candidates, len(origin.original))
-    if state.candidates.shape != expected_shape or not torch.allclose(
-        begin, first, rtol=0.0, atol=0.0, equal_nan=True
-    ):
+    if state.candidates.shape != expected_shape or not torch.equal(begin, first):
         name = type(method).__name__
         raise ConfigurationError(
             f"`searcher`: {name}.init does not begin with the original weights and the elites.",

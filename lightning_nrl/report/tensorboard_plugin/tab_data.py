@@ -10,10 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from lightning_nrl._utils.formatting import percent, sentence
-from lightning_nrl.records.repair_record import StrengthPoint
+from lightning_nrl._utils.json_records import to_plain
 from lightning_nrl.records.splits import SplitReport, by_role, pool
 from lightning_nrl.records.stats import percent_up
-from lightning_nrl.records.steps import CautionPoint
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
 from lightning_nrl.report.repair_facts import layer_text, unseen_facts
@@ -64,7 +63,7 @@ class LoadedRepair:
     def details(self) -> Plain:
         report = self.report
         splits, verdict = flipped_splits(report), report.verdict
-        facts = [*verdict.facts]
+        facts = list(verdict.facts)
         if report.bounds is not None:
             facts.append(("calibration", str(report.bounds)))
         # The headline, the verdict and the reason are shown by themselves.
@@ -88,9 +87,9 @@ class LoadedRepair:
             "confusion": _confusion(splits),
             "flips": self._flips(splits),
             "search": _search(report),
-            "strength": list(map(_point, report.path)),
+            "strength": to_plain(report.path),
             "chosen_strength": report.chosen_strength,
-            "caution": list(map(_caution_point, report.caution)),
+            "caution": to_plain(report.caution),
         }
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
@@ -179,28 +178,6 @@ def _search(report: RepairReport) -> Plain | None:
         "n_failed": search.n_failed,
         "n_passed": search.n_passed,
         "stopped": search.stopped,
-    }
-
-
-def _point(point: StrengthPoint) -> Plain:
-    calibration = point.calibration
-    return {
-        "strength": point.strength,
-        "repaired_in_target": point.repaired_in_target,
-        "repaired": point.known.repaired,
-        "broken": point.known.broken,
-        "calibration_repaired": None if calibration is None else calibration.repaired,
-        "calibration_broken": None if calibration is None else calibration.broken,
-        "polished": point.polished,
-    }
-
-
-def _caution_point(point: CautionPoint) -> Plain:
-    return {
-        "caution": point.caution,
-        "repaired": point.held_out.repaired,
-        "broken": point.held_out.broken,
-        "chosen": point.chosen,
     }
 
 

@@ -150,10 +150,10 @@ def _batch_norm(
     def normalised(t: Tensor, units: Tensor | None) -> Tensor:
         return F.batch_norm(
             t,
-            _select(mean, 0, units),
-            _select(var, 0, units),
-            _select(weight, 0, units),
-            _select(bias, 0, units),
+            _select(mean, units),
+            _select(var, units),
+            _select(weight, units),
+            _select(bias, units),
             False,
             momentum,
             eps,
@@ -168,8 +168,8 @@ def _batch_norm(
     return CandidateTensor(normalised(x.base, None), x.copies, x.axis, x.units, pending)
 
 
-def _select(x: Tensor | None, dim: int, units: Tensor | None) -> Tensor | None:
-    return x if x is None or units is None else x.index_select(dim, units)
+def _select(x: Tensor | None, units: Tensor | None) -> Tensor | None:
+    return x if x is None or units is None else x.index_select(0, units)
 
 
 @handles(*POOLS, axis=1)
@@ -292,7 +292,7 @@ def _conv(
 
         def depthwise(t: Tensor, units: Tensor | None) -> Tensor:
             weight_of_units = weight if units is None else weight.index_select(0, units)
-            return convolve(t, weight_of_units, _select(bias, 0, units), t.shape[1])
+            return convolve(t, weight_of_units, _select(bias, units), t.shape[1])
 
         return x.map_channels(depthwise)
     if groups != 1:

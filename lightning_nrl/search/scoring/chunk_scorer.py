@@ -52,7 +52,7 @@ class ChunkScorer:
     rows: int  # candidates times samples per pass; halved permanently when memory runs out
     reserve: Tensor | None = None  # n, minimum margin of a sample to pass; None: no minimum
     weight: Tensor | None = None  # n, sample weights; None: equal weights
-    total_weight: float = 0.0
+    total_weight: float = 0.0  # of the n samples
     is_head: bool = False  # True if the layer's outputs are the logits of a plain classifier
     gathered: GatheredInputs | None = None  # inputs of the first delta; None: gathered at each call
     head: HeadScorer | None = None  # scorer of a last layer; None: built at each call
@@ -209,6 +209,7 @@ class ChunkScorerFactory:
     def _scorer(self, chunk: Chunk, rows: int, is_head: bool) -> ChunkScorer:
         scorer = ChunkScorer(self.cache, chunk, self.deltas, self.where, self.task, rows)
         scorer.is_head = is_head
+        scorer.total_weight = len(chunk)
         if self.reserve is not None:
             scorer.reserve = self.reserve[chunk.rows].to(self.device)
         if self.weight is not None:

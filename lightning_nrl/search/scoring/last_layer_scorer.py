@@ -33,7 +33,8 @@ def sum_over_samples(
     known is 0.
     """
     wide = widest(passed.device)
-    total_loss = total_weight = total_credit = passed.new_zeros(len(passed), dtype=wide)
+    total_loss = total_credit = passed.new_zeros(len(passed), dtype=wide)
+    n_passed = total_weight = passed.sum(-1).to(wide)
     if weight is not None:
         total_weight = torch.where(passed, weight, 0.0).sum(-1)
     if loss is not None:
@@ -41,7 +42,7 @@ def sum_over_samples(
         total_loss = weighted_loss.sum(-1, dtype=wide)
     if loss is not None and with_credit:
         total_credit = torch.where(passed, 1.0, 1 / (loss + 1)).sum(-1, dtype=wide)
-    return torch.stack([passed.sum(-1).to(wide), total_loss, total_weight, total_credit])
+    return torch.stack([n_passed, total_loss, total_weight, total_credit])
 
 
 @dataclass(frozen=True)

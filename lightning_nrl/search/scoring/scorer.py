@@ -36,7 +36,6 @@ class SwarmScorer(Scorer):
     collective: Collective
     passed_loss: bool  # True if losses on I_pos are needed
     gives_up: bool = False  # True if scoring stops early for candidates that break too many samples
-    weighted: bool = False  # True if samples have weights
     least: float = 1.0  # smallest weight of a sample of I_neg
     credit: bool = False  # True if credits (see `Scores`) are needed; requires `passed_loss`
 
@@ -60,21 +59,11 @@ class SwarmScorer(Scorer):
                 passed += self._sums_of_passed(scorer, values)
             for scorer in self.failed:
                 failed += scorer.sums(values, with_credit=self.credit)
-        failed, passed = self.collective.sum(sums)
-        loss_dtype = torch.promote_types(values.dtype, torch.float32)
-        scores = Scores(
-            failed[PASSED].float(),
-            passed[PASSED].float(),
-            (failed[LOSS] / max(1, self.n_failed)).to(loss_dtype),
-            (passed[LOSS] / max(1, self.n_passed)).to(loss_dtype),
-            self.n_failed,
-            self.n_passed,
-            least=self.least,
+        scores = scores_of_sums(
+            self.collective.sum(sums), self.n_failed, self.n_passed, self.least, values.dtype
         )
-        if self.weighted:
-            scores = replace(scores, value=failed[WEIGHT], cost=passed[WEIGHT])
-        if self.credit:
-            scores = replace(scores, credit_failed=failed[CREDIT], credit_passed=passed[CREDIT])
+        if not self.credit:
+            scores = replace(scores, credit_failed=None, credit_passed=None)
         return scores
 
     def _score_hopeful(
@@ -82,16 +71,11 @@ class SwarmScorer(Scorer):
     ) -> None:
         """Adds to the sums `failed` and `passed`, and drops candidates once they break too many."""
         hopeful = torch.arange(len(values), device=values.device)
-        n_scored = 0
         for scorer in self.passed:
             if not len(hopeful):
                 break
             passed[:, hopeful] += self._sums_of_passed(scorer, values[hopeful])
-            n_scored += len(scorer.chunk)
-            broken = n_scored - passed[PASSED, hopeful]
-            if self.weighted:
-                broken = passed[WEIGHT, hopeful]
-            hopeful = hopeful[broken <= most_broken[hopeful]]
+            hopeful = hopeful[passed[WEIGHT, hopeful] <= most_broken[hopeful]]
         for scorer in self.failed:
             if not len(hopeful):
                 break
@@ -103,9 +87,29 @@ class SwarmScorer(Scorer):
 
     def _sums_of_passed(self, scorer: ChunkScorer, values: Tensor) -> Tensor:
         sums = scorer.sums(values, with_loss=self.passed_loss, with_credit=self.credit)
-        if self.weighted:
-            sums[WEIGHT] = scorer.total_weight - sums[WEIGHT]
+        sums[WEIGHT] = scorer.total_weight - sums[WEIGHT]
         return sums
+
+
+def scores_of_sums(
+    sums: Tensor, n_failed: int, n_passed: int, least: float, dtype: torch.dtype
+) -> Scores:
+    """Returns the scores of candidates in `dtype`, from sums over I_neg and I_pos, `2 x 4 x P`."""
+    failed, passed = sums
+    loss_dtype = torch.promote_types(dtype, torch.float32)
+    return Scores(
+        failed[PASSED].float(),
+        passed[PASSED].float(),
+        (failed[LOSS] / max(1, n_failed)).to(loss_dtype),
+        (passed[LOSS] / max(1, n_passed)).to(loss_dtype),
+        n_failed,
+        n_passed,
+        failed[WEIGHT],
+        passed[WEIGHT],
+        least,
+        failed[CREDIT],
+        passed[CREDIT],
+    )
 
 
 def make_scorer(
@@ -176,7 +180,6 @@ def make_scorer(
         collective,
         passed_loss,
         gives_up=gives_up,
-        weighted=weight is not None,
         least=least,
         credit=credit,
     )

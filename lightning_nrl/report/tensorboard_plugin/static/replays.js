@@ -39,24 +39,26 @@ export function searchReplay({ search, name }) {
 /** Builds a slider from the original weights to the patch and beyond: what each strength repairs and breaks. */
 export function strengthSlider({ strength, chosen_strength, known }) {
   if (strength.length < 2) return [];
-  const steps = strength.map(point => point.strength), of = key => strength.map(point => point[key]);
-  const calibrated = strength.some(point => point.calibration_broken !== null);
+  const steps = strength.map(point => point.strength), calibrated = strength.some(point => point.calibration);
+  const known_flips = key => strength.map(point => point.known[key]);
+  const calibration = key => strength.map(point => point.calibration?.[key] ?? null);
   const charts = [
     curves("Samples repaired", steps, series([
-      ["targets", of("repaired_in_target"), TARGET, DASHED], ["known", of("repaired"), REPAIRED],
-      ["calibration", calibrated ? of("calibration_repaired") : null, INK, DOTTED]]), "strength", true),
+      ["targets", strength.map(point => point.repaired_in_target), TARGET, DASHED],
+      ["known", known_flips("repaired"), REPAIRED],
+      ["calibration", calibration("repaired"), INK, DOTTED]]), "strength", true),
     curves("Samples broken", steps, series([
-      ["known", of("broken"), BROKEN],
-      ["calibration", calibrated ? of("calibration_broken") : null, INK, DOTTED]]), "strength", true),
+      ["known", known_flips("broken"), BROKEN],
+      ["calibration", calibration("broken"), INK, DOTTED]]), "strength", true),
   ];
   const taken = steps.indexOf(chosen_strength);
   const facts = i => [
     ["targets repaired", count(strength[i].repaired_in_target) + (known ? ` of ${count(known.targeted)}` : "")],
-    ["known repaired", count(strength[i].repaired)],
-    ["known broken", count(strength[i].broken)],
+    ["known repaired", count(strength[i].known.repaired)],
+    ["known broken", count(strength[i].known.broken)],
     ...(calibrated ? [
-      ["calibration repaired", count(strength[i].calibration_repaired)],
-      ["calibration broken", count(strength[i].calibration_broken)],
+      ["calibration repaired", count(calibration("repaired")[i])],
+      ["calibration broken", count(calibration("broken")[i])],
     ] : []),
     ["", [strength[i].polished ? "polished" : "", i === taken ? "taken" : ""].filter(Boolean).join(", ")],
   ];
@@ -72,7 +74,7 @@ export function strengthSlider({ strength, chosen_strength, known }) {
 /** Builds a slider over the cautions: what each repairs and breaks of the held-out samples. */
 export function cautionSlider({ caution }) {
   if (caution.length < 2) return [];
-  const steps = caution.map(point => point.caution), of = key => caution.map(point => point[key]);
+  const steps = caution.map(point => point.caution), of = key => caution.map(point => point.held_out[key]);
   const chosen = caution.findIndex(point => point.chosen);
   return slider({
     id: "caution", title: "How careful to be: the caution of the training",
@@ -81,8 +83,8 @@ export function cautionSlider({ caution }) {
     charts: [curves("Held-out samples", steps, series([
       ["repaired", of("repaired"), REPAIRED], ["broken", of("broken"), BROKEN, DASHED]]), "caution", true)],
     facts: i => [
-      ["held-out repaired", count(caution[i].repaired)],
-      ["held-out broken", count(caution[i].broken)],
+      ["held-out repaired", count(caution[i].held_out.repaired)],
+      ["held-out broken", count(caution[i].held_out.broken)],
       ["", i === chosen ? "taken" : ""],
     ],
     text_of: i => `caution ${steps[i]}${i === chosen ? ", taken" : ""}`,
