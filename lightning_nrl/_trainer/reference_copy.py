@@ -12,7 +12,7 @@ from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import data_module_of
 from lightning_nrl._trainer.module_copy import copied_module
 from lightning_nrl._trainer.random_transforms import innermost_datasets
-from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.preserve import eval_mode
 from lightning_nrl._utils.state import State, device_of, write
 from lightning_nrl.errors import ConfigurationError
@@ -85,7 +85,7 @@ def reference_module(
 def _copy(
     trainer: Trainer, module: LightningModule, weights: State | str | Path
 ) -> LightningModule:
-    state = fitting("reference", read_state("reference", weights), module)
+    state = read_fitting("reference", weights, module)
     loaders = find_loader("train", trainer, module)
     data_sets = innermost_datasets(loaders)
     shared = (trainer, data_module_of(trainer), *trainer.loggers, loaders, *data_sets)

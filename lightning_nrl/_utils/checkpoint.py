@@ -89,6 +89,13 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+def read_fitting(
+    argument: str, weights: nn.Module | State | str | Path, model: nn.Module
+) -> dict[str, Tensor]:
+    """Reads weights by `read_state` and matches them to a model by `fitting`."""
+    return fitting(argument, read_state(argument, weights), model)
+
+
 def fitting(argument: str, new: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:
     """Returns a state dict with the names, dtypes and devices of the model's `live_tensors`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -64,6 +64,17 @@ class Collective:
             return [x]
         rows = self.gather_objects(x.detach().to("cpu", copy=True))
         return [row.to(x.device) for row in rows]
+
+    def gather_sorted(
+        self, rows: Sequence[Tensor], *columns: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Joins the parts of `rows` and of each column of all ranks, sorted by row."""
+        joined = []
+        for parts in (rows, *columns):
+            shares = self.gather(torch.cat([*parts]) if parts else torch.zeros(0))
+            joined.append(torch.cat([share for share in shares if len(share)] or shares))
+        order = joined[0].argsort()
+        return tuple(column[order.to(column.device)] for column in joined)
 
     def gather_objects(self, value: Value) -> list[Value]:
         """Returns the values of all ranks, in rank order; the values must be picklable."""

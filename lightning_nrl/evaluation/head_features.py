@@ -148,17 +148,7 @@ def _gather_features(
     lacks_features = len(rows) > 0 and not has_features
     if collective.any(lacks_features) or not collective.any(has_features):
         return None
-    rows = _gather([rows], collective)
-    inputs = _gather(recorder.inputs, collective)
-    logits = _gather(recorder.logits, collective)
-    order = rows.argsort().to(inputs.device)
-    return Features(rows[order.cpu()], inputs[order], logits[order])
-
-
-def _gather(parts: list[Tensor], collective: Collective) -> Tensor:
-    part = torch.cat(parts) if parts else torch.zeros(0, 0)
-    ranks = collective.gather(part)
-    return torch.cat([x for x in ranks if x.numel()])
+    return Features(*collective.gather_sorted([rows], recorder.inputs, recorder.logits))
 
 
 def _select_rows(results: SampleResults) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -96,23 +96,30 @@ class ParameterSpace:
             parameters |= site.parameters
         return parameters
 
-    def flat(self) -> Tensor:
-        parameters = self.parameters.values()
-        return torch.cat([parameter.detach().flatten() for parameter in parameters])
+    def flat(self, state: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns the flat vector; tensors in `state` replace those of the model."""
+        parameters = {**self.parameters, **(state or {})}
+        return _flattened([parameters[name] for name in self.parameters])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Returns copies of all parameters by name, with new `values`.
+        """Returns copies of all parameters by name, with new `values`, see `with_values`."""
+        return with_values(self.parameters, where, values)
 
-        `where` has the positions of `values` in the flat vector.
-        """
-        flat = self.flat()
-        flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
-        parameters = self.parameters
-        parts = flat.split([parameter.numel() for parameter in parameters.values()])
-        return {
-            name: part.view_as(parameters[name])
-            for name, part in zip(parameters, parts, strict=True)
-        }
+
+def with_values(
+    parameters: Mapping[str, Tensor], where: Tensor, values: Tensor
+) -> dict[str, Tensor]:
+    """Returns copies of parameters by name, with new `values` at positions in the flat vector."""
+    flat = _flattened(parameters.values())
+    flat[where.to(flat.device)] = values.to(flat)
+    parts = flat.split([parameter.numel() for parameter in parameters.values()])
+    return {
+        name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)
+    }
+
+
+def _flattened(parameters: Iterable[Tensor]) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
 def find_layers(

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Need, check_needs
@@ -55,7 +55,7 @@ class Polish(Method):
     def check(self, model: nn.Module) -> None:
         """Raises a `ConfigurationError` if `new` cannot be read or does not fit the model."""
         if self.new is not None:
-            _fitting_state(self.new, model)
+            read_fitting("Polish.new", self.new, model)
 
     def __call__(self, problem: Problem) -> Solution:
         """Polishes; raises a `ConfigurationError` if `new` does not fit or there are no margins."""
@@ -68,7 +68,7 @@ class Polish(Method):
             reason = "small steps repair no target without breaking what is right."
         else:
             reason = "the new weights repair no target without breaking what is right."
-            state = _fitting_state(self.new, problem.model)
+            state = read_fitting("Polish.new", self.new, problem.model)
             _check_scope(problem, state)
             with problem.clock.stage("judge"):
                 began = time.perf_counter()
@@ -80,10 +80,6 @@ class Polish(Method):
         if not proposal.repaired:
             return Solution(None, reason, steps, starts)
         return Solution(proposal, steps=steps, alternatives=starts)
-
-
-def _fitting_state(new: nn.Module | State | str | Path, model: nn.Module) -> State:
-    return fitting("Polish.new", read_state("Polish.new", new), model)
 
 
 def _check_scope(problem: Problem, state: State) -> None:

@@ -165,9 +165,7 @@ def _elites(
     present = space.flat()[where]
     rows = [present]
     for state in [*[proposal.state for proposal in ranked], ORIGINAL_WEIGHTS]:
-        tensors = {**original, **state}
-        flat = torch.cat([tensors[name].detach().flatten() for name in space.parameters])
-        values = flat.to(present)[where]
+        values = space.flat({**original, **state}).to(present)[where]
         is_new = not any(torch.equal(values, row) for row in rows)
         if is_new and values.isfinite().all():
             rows.append(values)

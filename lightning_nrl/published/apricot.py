@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.state import changed, combined, current_state
 from lightning_nrl.errors import (
@@ -182,11 +182,7 @@ class Apricot(Method):
         def read() -> list[dict[str, Tensor]]:
             states = []
             for checkpoint in checkpoints:
-                state = fitting(
-                    CHECKPOINTS_ARGUMENT,
-                    read_state(CHECKPOINTS_ARGUMENT, checkpoint),
-                    problem.model,
-                )
+                state = read_fitting(CHECKPOINTS_ARGUMENT, checkpoint, problem.model)
                 states.append({name: value for name, value in state.items() if name in moving})
             return states
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.state import State
 from lightning_nrl.localization.localizer import KnownData
 
@@ -47,10 +47,7 @@ class CheckpointHistory:
         """Evaluates each checkpoint; refuses one that cannot be read or does not fit."""
         points = []
         for checkpoint in self.checkpoints:
-            state = fitting(
-                HISTORY_ARGUMENT, read_state(HISTORY_ARGUMENT, checkpoint), known.evaluator.model
-            )
+            state = read_fitting(HISTORY_ARGUMENT, checkpoint, known.evaluator.model)
             passed = known.evaluator.run_with(state, known.sources).passed.to(torch.int8)
-            weights = torch.cat([state[name].flatten() for name in known.space.parameters])
-            points.append(HistoryPoint(passed, weights))
+            points.append(HistoryPoint(passed, known.space.flat(state)))
         return points

@@ -240,12 +240,7 @@ def _scorer(
     if any(name not in space.parameters for state in states for name in state):
         return WholeModelScorer(problem, states), int(before.passed.sum())
     original = space.flat().to(widest(space.device))
-    changes = []
-    for state in states:
-        parameters = {**space.parameters, **state}
-        flat = torch.cat([parameters[name].detach().flatten() for name in space.parameters])
-        changes.append(flat.to(original) - original)
-    change = torch.stack(changes)
+    change = torch.stack([space.flat(state).to(original) - original for state in states])
     where = (change != 0).any(0).nonzero().flatten()
     choice = choose_samples(before, before.targeted, before.passed, problem.n_scored, problem.seed)
     recording = record_known(problem, choice.recorded)

@@ -168,15 +168,13 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def _flat_weights(point: RecordedPoint, known: KnownData) -> Tensor:
-    weights = []
     for name in known.space.parameters:
         if name not in point.weights:
             raise ConfigurationError(
                 f"`history` has no weights of {name!r}.",
                 "record that layer: `TrainingHistory(layers=[...])`, or `layers='all'`.",
             )
-        weights.append(point.weights[name].flatten())
-    return torch.cat(weights)
+    return known.space.flat(point.weights)
 
 
 def _point_files(folder: Path) -> dict[int, Path]:

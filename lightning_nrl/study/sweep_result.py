@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, ROLE_NUMBER, tagged
@@ -20,6 +19,7 @@ from lightning_nrl._utils.formatting import count, plural
 from lightning_nrl._utils.json_records import UNWRITTEN, to_plain
 from lightning_nrl._utils.state import write
 from lightning_nrl.errors import ConfigurationError, check_choice
+from lightning_nrl.evaluation.layers import with_values
 from lightning_nrl.gate import Gate
 from lightning_nrl.records.splits import ROLES, Role
 from lightning_nrl.report import Report
@@ -152,14 +152,7 @@ class SweepResult(Report):
             ConfigurationError: the result was read from a file, which has no weights.
         """
         stored = self._stored(run)
-        flat = torch.cat([value.flatten() for value in self.original.values()])
-        flat[stored.where] = stored.values
-        state, start = {}, 0
-        for name, value in self.original.items():
-            stop = start + value.numel()
-            state[name] = flat[start:stop].view_as(value).clone()
-            start = stop
-        return state
+        return with_values(self.original, stored.where, stored.values)
 
     def _stored(self, run: Run) -> StoredRun:
         if (run.setting, run.seed) not in self.weights:

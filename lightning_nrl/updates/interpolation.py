@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.formatting import percent
@@ -217,7 +217,7 @@ class _Path:
         self, old: OldWeights, new: nn.Module, statistics: Callable[[], dict[str, Tensor]]
     ) -> None:
         self.model = new
-        self.start: State = fitting("old", read_state("old", old), new)
+        self.start: State = read_fitting("old", old, new)
         self.end = snapshot(new)
         self.statistics = statistics
         # Kept in memory, so that the chosen strength needs no second pass over the training data.

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checkpoint import read_fitting, read_state
 from lightning_nrl._utils.checks import is_class
 from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve_state
@@ -117,7 +117,7 @@ class OldModel:
         """Returns the old weights, from a state dict or file with dtypes and device of `model`."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
-        return fitting("reference", read_state("reference", self.model), model)
+        return read_fitting("reference", self.model, model)
 
     def _run(
         self, evaluator: Evaluator, weights: State, sources: Sequence[Source], like: SampleResults

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import no_autocast
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.analysis.diagnosis.findings import LayerCapacity
 from lightning_nrl.analysis.diagnosis.fixability import REQUIRED_MARGIN
 from lightning_nrl.data.batch import Batch
@@ -97,16 +96,10 @@ def _margin_gradients(
                 parts[name].append(_sketch(layers[name], calls[name], len(batch_rows), seed))
             else:
                 del parts[name]
-    all_rows, all_margins = _gather(rows, collective), _gather(margins, collective)
-    order = all_rows.argsort()
-    gradients = {}
-    for name in layers:
-        if collective.any(bool(rows) and name not in parts):
-            continue
-        gradient = _gather(parts.get(name, []), collective)
-        if len(gradient):
-            gradients[name] = gradient[order.to(gradient.device)]
-    return all_rows[order], all_margins[order], gradients
+    shared = [name for name in layers if not collective.any(name not in parts)]
+    columns = margins, *(parts[name] for name in shared)
+    all_rows, all_margins, *gradients = collective.gather_sorted(rows, *columns)
+    return all_rows, all_margins, dict(zip(shared, gradients, strict=True))
 
 
 def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tensor:
@@ -124,11 +117,3 @@ def _sketch(layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tens
                 gradient = sketch.index_add_(1, bucket, gradient.float() * sign)
             parts.append(gradient)
     return torch.cat(parts)
-
-
-def _gather(parts: Sequence[Tensor], collective: Collective) -> Tensor:
-    local = torch.zeros(0)
-    if parts:
-        local = torch.cat(list(parts))
-    shares = [share for share in collective.gather(local) if len(share)]
-    return torch.cat(shares or [local])

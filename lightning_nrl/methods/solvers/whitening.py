@@ -160,17 +160,14 @@ def margin_gradients(
 
     The gradients are taken at the weights `state`.
     """
-    device = problem.space.device
-    rows = [torch.zeros(0, dtype=torch.int64)]
-    gradients = [torch.zeros(0, whitening.size, device=device)]
+    rows = []
+    gradients = []
     with temporary_weights(problem.model, state):
         for batch_rows, by_layer in _gradients(problem, chosen, whitening):
             rows.append(batch_rows)
             gradients.append(torch.cat([part.flatten(1) for part in by_layer], 1))
-    all_rows = torch.cat(problem.collective.gather(torch.cat(rows)))
-    all_gradients = torch.cat(problem.collective.gather(torch.cat(gradients)))
-    order = all_rows.argsort()
-    return all_rows[order], all_gradients[order.to(device)]
+    all_rows, all_gradients = problem.collective.gather_sorted(rows, gradients)
+    return all_rows, all_gradients.to(problem.space.device)
 
 
 def _traced(
