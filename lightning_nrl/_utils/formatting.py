@@ -9,10 +9,6 @@ from pathlib import Path
 LISTED_IDS = 20  # a line or two of a page
 
 
-def count(n: int) -> str:
-    return f"{n:,}"
-
-
 def number(x: float) -> str:
     """Formats a number with four significant digits, or as `-` if it is NaN or infinite."""
     if not math.isfinite(x):

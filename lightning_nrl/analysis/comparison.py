@@ -317,7 +317,7 @@ class Comparison(Report, Plotted):
         if is_scaled:
             blocks.append(Text(SCALED_NOTE))
         if left_out:
-            blocks += [Heading("Left out"), FactList(tuple(left_out))]
+            blocks += [Heading("Left out"), FactList(left_out)]
         facts = (("target", self.target), ("layer", self.layer), ("seed", str(self.seed)))
         return Page((*blocks, FactList(facts)))
 
@@ -434,7 +434,7 @@ def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
         cells = [f"{point.targeted:,}", f"{known.repaired:,}", f"{known.broken:,}"]
         if with_unseen:
             cells += [f"{unseen.repaired:,}", f"{unseen.broken:,}", f"{unseen.points:+.1f}"]
-        return Row(label, (*cells, f"{seconds:,.1f}"))
+        return Row(label, [*cells, f"{seconds:,.1f}"])
 
     rows = []
     for entry in shown:
@@ -443,7 +443,7 @@ def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
         if scaled is not None:
             label = f"  scaled to {scaled.strength:.2f}"
             rows.append(row(label, entry.seconds + entry.scaling, scaled))
-    return Table((*columns, ("time", "s")), tuple(rows))
+    return Table((*columns, ("time", "s")), rows)
 
 
 def _has_unseen(shown: Sequence[Entry]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_nrl._utils.formatting import count, number, percent, plural, rough_percent
+from lightning_nrl._utils.formatting import number, percent, plural, rough_percent
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.repair_record import (
     UNSEEN_CONFIDENCE,
@@ -94,7 +94,7 @@ def unseen_facts(report: RepairRecord) -> list[Fact]:
     if groups is not None:
         if units == "groups":
             events = "groups like these will have a sample that was right and breaks"
-        events += f" (here {count(groups.broken)} of {count(groups.passed)} {units})"
+        events += f" (here {groups.broken:,} of {groups.passed:,} {units})"
     text = (
         f"with {show_confidence(UNSEEN_CONFIDENCE)} confidence at most {percent_up(limit)} of new "
         f"{events}"
@@ -146,7 +146,7 @@ def run_facts(report: RepairRecord) -> list[Fact]:
 
 def _localization(localization: LocalizationReport) -> str:
     sizes = localization.sizes
-    text = count(sizes.get("localized", 0))
+    text = f"{sizes.get('localized', 0):,}"
     if "total" in sizes:
         text += f" of {sizes['total']:,}"
     if localization.requested is not None and localization.requested != sizes.get("localized"):
@@ -181,7 +181,7 @@ def _estimate(counts: TargetCounts, choices: int) -> str:
 
 
 def _rate(k: int, n: int, samples: str, choices: int) -> str:
-    text = f"{count(k)} of {count(n)} {samples}"
+    text = f"{k:,} of {n:,} {samples}"
     if not n:
         return text
     low, high = interval(k, n, choices)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from lightning_nrl._utils.formatting import count, percent
+from lightning_nrl._utils.formatting import percent
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.records.repair_record import (
     LocalizationReport,
@@ -390,9 +390,9 @@ def summary_columns(report: RepairRecord) -> dict[Role, dict[str, SummaryCell]]:
 
 def _summary_column(split: SplitReport, update: UpdateSplit | None) -> dict[str, SummaryCell]:
     cells = {
-        "samples": SummaryCell(count(split.n)),
+        "samples": SummaryCell(f"{split.n:,}"),
         "repaired in target (RR)": SummaryCell(_share(split.repaired_in_target, split.targeted)),
-        "repaired, all": SummaryCell(count(split.repaired)),
+        "repaired, all": SummaryCell(f"{split.repaired:,}"),
         "broken (BR)": SummaryCell(_share(split.broken, split.passed), split.broken > 0),
     }
     judged = split

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_nrl._utils.formatting import count, number, percent
+from lightning_nrl._utils.formatting import number, percent
 from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.repair_record import RepairRecord, StrengthPoint
@@ -132,7 +132,7 @@ def slice_table(slices: Sequence[SliceReport]) -> Table:
         row = table.setdefault(report.name, {})
         for column, n in counts.items():
             columns[column, report.role] = None
-            row[column, report.role] = count(n)
+            row[column, report.role] = f"{n:,}"
     rows = []
     for name, row in table.items():
         rows.append(Row(name, [row.get(column, "-") for column in columns]))
@@ -144,7 +144,7 @@ def steps_table(steps: Sequence[Step]) -> Table:
     columns = (("repaired", "of the target"), ("broken", "known"), ("seconds", ""), ("", ""))
     rows = []
     for step in steps:
-        cells = count(step.repaired), count(step.broken), f"{step.seconds:,.1f}", step.note
+        cells = f"{step.repaired:,}", f"{step.broken:,}", f"{step.seconds:,.1f}", step.note
         rows.append(Row(step.name, cells))
     return Table(columns, rows, notes=True)
 
@@ -162,7 +162,7 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
         label = f"strength {point.strength:g}"
         if point.polished:
             label += ", polished"
-        row = Row(label, list(map(count, cells)))
+        row = Row(label, [f"{cell:,}" for cell in cells])
         if point.strength == chosen:
             row = replace(row, label=f"{label}, taken", tone="good")
         rows.append(row)
@@ -186,13 +186,13 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
 def _rung_cells(rung: Rung) -> dict[str, str]:
     repaired, broken, points = _held_out(rung.held_out)
     return {
-        "targets repaired": count(rung.repaired_in_target),
-        "known samples repaired": count(rung.repaired),
-        "known samples broken": count(rung.broken),
+        "targets repaired": f"{rung.repaired_in_target:,}",
+        "known samples repaired": f"{rung.repaired:,}",
+        "known samples broken": f"{rung.broken:,}",
         "held-out failures repaired": repaired,
         "held-out passed samples broken": broken,
         "held-out accuracy, points": points,
-        "weights changed": count(rung.weights_changed),
+        "weights changed": f"{rung.weights_changed:,}",
         "seconds": f"{rung.seconds:,.1f}",
     }
 
@@ -205,7 +205,7 @@ def price_table(price: Sequence[PricePoint]) -> Table:
     for point in price:
         counts = point.repaired_in_target, point.repaired, point.broken
         if counts != previous:
-            cells = [*map(count, counts), *_held_out(point.held_out)]
+            cells = [*map("{:,}".format, counts), *_held_out(point.held_out)]
             rows.append(Row(_allowance(point.allowed), cells))
         previous = counts
     return Table(columns, rows)
@@ -332,11 +332,11 @@ def _class_table(classes: Sequence[ClassCounts], class_name: ClassName) -> Table
         counts = row.counts
         if counts.broken or counts.repaired:
             cells = (
-                count(counts.n),
+                f"{counts.n:,}",
                 percent(counts.accuracy_before),
                 percent(counts.accuracy_after),
-                count(counts.repaired),
-                count(counts.broken),
+                f"{counts.repaired:,}",
+                f"{counts.broken:,}",
             )
             rows.append(Row(class_name(row.label), cells))
     columns = _named("samples", "accuracy before", "after", "repaired", "broken")
@@ -352,7 +352,7 @@ def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
 def _confusion_table(cells: Sequence[ConfusionCell], class_name: ClassName) -> Table:
     rows = []
     for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]:
-        counts = count(cell.before), count(cell.after), f"{cell.change:+,}"
+        counts = f"{cell.before:,}", f"{cell.after:,}", f"{cell.change:+,}"
         label, prediction = class_name(cell.label), class_name(cell.prediction)
         rows.append(Row(f"{label} taken for {prediction}", counts))
     return Table(_named("before", "after", "change"), rows)
@@ -388,7 +388,7 @@ def _cell(split: SplitReport | UpdateSplit, key: str) -> str:
         part, _, key = key.partition(".")
         split = {"trained": split.trained, "final": split.final}[part]
     value = split.numbers[key]
-    return count(value) if isinstance(value, int) else percent(value)
+    return f"{value:,}" if isinstance(value, int) else percent(value)
 
 
 def _named(*names: str) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from lightning_nrl._utils.formatting import count, plural
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl.evaluation.sample_results import GroupCounts, TargetCounts
 from lightning_nrl.records.evidence import (
     EvidenceSource,
@@ -78,11 +78,11 @@ class Verdict:
     def _evidence(self) -> str:
         if self.source != "none":
             p = f"p = {self.p_value:.2g}" if self.p_value >= 0.0001 else "p < 0.0001"
-            flips = f"{count(self.repaired)} repaired, {count(self.broken)} broken"
+            flips = f"{self.repaired:,} repaired, {self.broken:,} broken"
             samples = plural(self.n, f"{self.source} sample")
             test = "sign test"
             if self.groups is not None:
-                changed = f"{count(self.groups.better)} better, {count(self.groups.worse)} worse"
+                changed = f"{self.groups.better:,} better, {self.groups.worse:,} worse"
                 test += f" of {self.test_units}, {changed}"
             return f"{self.evidence}: {flips} of {samples} ({test}, {p})"
         if self.kept:
@@ -146,8 +146,8 @@ def _promise(report: RepairRecord) -> str:
 
 
 def _broken(counts: TargetCounts) -> str:
-    n_broken = count(counts.broken) if counts.broken else "none"
-    return f"{n_broken} of {count(counts.passed)} known samples that were right"
+    n_broken = f"{counts.broken:,}" if counts.broken else "none"
+    return f"{n_broken} of {counts.passed:,} known samples that were right"
 
 
 def _advice(report: RepairRecord, evidence: RepairEvidence) -> str:
@@ -193,7 +193,7 @@ def _looser_gate_hint(report: RepairRecord) -> str:
     point, gain = worthwhile
     limit = f"{100 * point.allowed:g}%" if point.allowed < 1 else str(point.broken)
     n_targets = report.known_counts.repaired_in_target
-    targets = f"{plural(point.repaired_in_target, 'target')} instead of {count(n_targets)}"
+    targets = f"{plural(point.repaired_in_target, 'target')} instead of {n_targets:,}"
     price = f"broken {plural(point.broken, 'known sample')}"
     gained = f"gained {gain:.1f} points more on held-out samples"
     return (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, ROLE_NUMBER, tagged
 from lightning_nrl._utils.atomic_files import write_text
-from lightning_nrl._utils.formatting import count, plural
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.json_records import UNWRITTEN, to_plain
 from lightning_nrl._utils.state import write
 from lightning_nrl.errors import ConfigurationError, check_choice
@@ -61,8 +61,8 @@ class SweepResult(Report):
         facts = [("target", self.target), ("layer", self.layer)]
         facts = [(name, value) for name, value in facts if value]
         if facts:
-            blocks.append(FactList(tuple(facts)))
-        return Page(tuple(blocks))
+            blocks.append(FactList(facts))
+        return Page(blocks)
 
     @property
     def setting_names(self) -> tuple[str, ...]:
@@ -244,7 +244,7 @@ def _table(result: SweepResult) -> Table:
     for setting in result.setting_names:
         runs = result.of(setting)
         cells = [
-            count(len(runs)),
+            f"{len(runs):,}",
             _mean(run.known.repaired_in_target for run in runs),
             _mean(run.known.broken for run in runs),
             f"{mean(run.regression_free for run in runs):.0%}",
@@ -254,8 +254,8 @@ def _table(result: SweepResult) -> Table:
             cells.append(_mean(c.repaired for c in counts))
             cells.append(_mean(c.broken for c in counts))
             cells.append(_mean((c.points for c in counts), sign="+"))
-        rows.append(Row(setting, tuple(cells)))
-    return Table(tuple(columns), tuple(rows))
+        rows.append(Row(setting, cells))
+    return Table(columns, rows)
 
 
 def _mean(numbers: Iterable[float], sign: str = "") -> str:

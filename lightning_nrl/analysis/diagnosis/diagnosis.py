@@ -107,11 +107,11 @@ class Diagnosis(Report, figures.Plotted):
                 "Times on this machine, to a factor of about two, with all evaluations. "
                 "`max_time` limits them."
             )
-            times = tuple((method, rough_time(seconds)) for method, seconds in self.costs.items())
+            times = [(method, rough_time(seconds)) for method, seconds in self.costs.items()]
             blocks += [Heading("What a repair would take"), Text(text), FactList(times)]
         if self.notes:
             blocks += [Heading("Not checked"), *map(Text, self.notes)]
-        return Page(tuple(blocks))
+        return Page(blocks)
 
     def figure(self) -> Figure:
         figure = figures.new_figure(7, 4.6)
@@ -143,7 +143,7 @@ def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Row], most: int) -
     shown = list(rows[:most])
     if len(rows) > most:
         shown.append(Row(f"and {len(rows) - most:,} more", ("",) * len(columns)))
-    return Table(tuple(columns), tuple(shown))
+    return Table(columns, shown)
 
 
 def _facts(diagnosis: Diagnosis) -> FactList:
@@ -170,7 +170,7 @@ def _facts(diagnosis: Diagnosis) -> FactList:
             "break none"
         )
         facts.append(("held out", text))
-    return FactList(tuple(facts))
+    return FactList(facts)
 
 
 def _targets_alone(diagnosis: Diagnosis) -> tuple[Block, ...]:
@@ -186,7 +186,7 @@ def _targets_alone(diagnosis: Diagnosis) -> tuple[Block, ...]:
     changes = [target.change for target in diagnosis.targets if target.fixable == "yes"]
     if changes:
         facts.append(("change needed, median", rough_percent(median_high(changes))))
-    return Text(text), FactList(tuple(facts))
+    return Text(text), FactList(facts)
 
 
 def _binding(binding: Sequence[Binding], most: int) -> tuple[Block, ...]:
