@@ -179,8 +179,9 @@ class Retraining(Method):
     def __post_init__(self) -> None:
         if self.fresh is not None:
             fits = callable(self.fresh) and not isinstance(self.fresh, nn.Module)
-            kind = "function that makes a network"
-            check_kind("fresh", self.fresh, fits, kind, "fresh=lambda: Net()")
+            check_kind(
+                "fresh", self.fresh, fits, "function that makes a network", "fresh=lambda: Net()"
+            )
 
     def __call__(self, problem: Problem) -> Solution:
         weights = partial(fresh_weights, problem.model, problem.seed, self.fresh)

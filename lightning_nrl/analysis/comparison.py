@@ -101,13 +101,13 @@ def compare_module(
     model = evaluator.model
     methods_by_name = parse_methods(methods)
     check_sources(known, unseen, settings)
-    include_bias = settings.localizer.include_bias
-    layers = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
+    layers = find_scope(
+        model, settings.layer, include_bias=settings.localizer.include_bias, called=evaluator.called
+    )
     with preserve_state(model):
         collecting = StageTimer(observer)
         # Without slices, quotas and label checks, which the comparison does not count.
-        samples = SampleOptions(importance=settings.samples.importance)
-        plain = replace(settings, samples=samples)
+        plain = replace(settings, samples=SampleOptions(importance=settings.samples.importance))
         baseline = evaluate_baseline(evaluator, known, plain, unseen=unseen, clock=collecting)
         check_targets(baseline.before, settings)
         problem = build_problem(
@@ -117,7 +117,7 @@ def compare_module(
         evaluated = [baseline.known]
         if unseen_data is not None:
             evaluated.append(unseen_data.before)
-        entries: list[Entry] = []
+        entries = []
         runs: list[_Run] = []
         for name, method in methods_by_name.items():
             with preserve_state(model):
@@ -233,8 +233,7 @@ def _scale_back(
 def _point(path: PatchPath, unseen: EvaluatedData | None, counted: StrengthPoint) -> CurvePoint:
     unseen_counts = NOTHING_UNSEEN
     if unseen is not None:
-        flips = unseen.flips(path.problem.evaluator, path.state(counted.strength))
-        unseen_counts = flips.counts()
+        unseen_counts = unseen.flips(path.problem.evaluator, path.state(counted.strength)).counts()
     return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, unseen_counts)
 
 

@@ -116,8 +116,7 @@ def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Ten
     if not rounding:
         return None
     kept = (KEPT_SHARE * before.margin).nan_to_num(0.0).clamp(0, rounding)
-    of_failed = torch.where(before.targeted, rounding, 0.0)
-    return torch.where(before.passed, kept, of_failed)
+    return torch.where(before.passed, kept, torch.where(before.targeted, rounding, 0.0))
 
 
 def _calls_cudnn(model: nn.Module) -> bool:

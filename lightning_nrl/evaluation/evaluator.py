@@ -150,8 +150,9 @@ class Evaluator:
         tables = []
         for source in sources:
             marker = _TargetMarker(target, source.split, everywhere or source.failed)
-            read = partial(self._read, source, marker, forward)
-            table = _gather_split(source, read, self.collective)
+            table = _gather_split(
+                source, partial(self._read, source, marker, forward), self.collective
+            )
             _check_classes(source, table)
             tables.append(table)
         sizes = tuple(len(source.index) for source in sources)
@@ -259,8 +260,10 @@ def _warn_of_probabilities(split: str, table: Table) -> None:
             f"`task`: all outputs on `{split}` data are from 0 to 1, but count as logits: above 0 "
             "is class 1."
         )
-        hint = "if they are probabilities, return the sigmoid's inputs."
-        warnings.warn(DataWarning(problem, hint), stacklevel=2)
+        warnings.warn(
+            DataWarning(problem, "if they are probabilities, return the sigmoid's inputs."),
+            stacklevel=2,
+        )
 
 
 def _check_classes(source: Source, table: Table) -> None:
@@ -361,8 +364,7 @@ def _fill_missing_classes(
 
 
 def _gather_split(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
-    failed = f"`{source.split}` data could not be read on another rank."
-    part = collective.all_or_none(read, failed)
+    part = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
     table = {name: torch.cat(collective.gather(part.pop(name))) for name in DTYPES}
     position = table.pop("position")
     expected = torch.arange(len(source.index))

@@ -117,8 +117,8 @@ class _HeadRecorder:
         model = self.evaluator.model
         if self.head is None:
             return run_model(model, args, kwargs)
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
+        inputs = []
+        outputs = []
 
         def record(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             # Copies, since the model may change its tensors in place.
@@ -206,8 +206,7 @@ def neighbours(
         if itself is not None:
             similarity.scatter_(1, itself[rows, None], -torch.inf)
         nearest = similarity.topk(k, dim=1).indices
-        ones = votes.new_ones(nearest.shape)
-        votes[rows].scatter_add_(1, passed_label[nearest], ones)
+        votes[rows].scatter_add_(1, passed_label[nearest], votes.new_ones(nearest.shape))
     shares = votes / k
     agreement = shares.gather(1, label[:, None])[:, 0]
     share, most_frequent = shares.max(1)

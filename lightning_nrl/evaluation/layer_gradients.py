@@ -52,9 +52,9 @@ def absolute_input(layer: Layer, x: Tensor, output: Tensor) -> Tensor:
     # The sums are the kernel gradient of a depthwise convolution of |x|; the output gradient is 1.
     n_channels = len(total)
     ones = total.new_ones(()).expand(1, n_channels, *output.shape[2:])
-    shape = (n_channels, 1, *layer.kernel_size)
-    padded = pad_input(layer, total[None])
-    sums = _kernel_gradient(layer, padded, ones, shape, n_channels)
+    sums = _kernel_gradient(
+        layer, pad_input(layer, total[None]), ones, (n_channels, 1, *layer.kernel_size), n_channels
+    )
     by_group = torch.unflatten(sums, 0, (layer.groups, -1)).squeeze(2)
     outputs_per_group = len(layer.weight) // layer.groups
     return by_group.repeat_interleave(outputs_per_group, 0)
@@ -72,8 +72,9 @@ def windows(layer: Layer, x: Tensor, max_positions: int) -> Tensor:
     x = pad_input(layer, x)
     n_dims = x.ndim - 2
     per_dim = max(1, int(max_positions ** (1 / n_dims)))
-    sizes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    for dim, (width, stride, dilation) in enumerate(sizes, start=2):
+    for dim, (width, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
         # Only views are made here, so skipped positions are never copied.
         span = dilation * (width - 1) + 1
         x = x.unfold(dim, span, stride)[..., ::dilation]
@@ -191,8 +192,9 @@ def margin_calls(
             output = task.logits(run_model(model, batch.args, batch.kwargs))
         margin = task.margin(output, batch.target)
         if margin is None:
-            problem = f"`task`: {type(task).__name__} has no `margin`."
-            raise ConfigurationError(problem, "give the task a `margin`.")
+            raise ConfigurationError(
+                f"`task`: {type(task).__name__} has no `margin`.", "give the task a `margin`."
+            )
         calls = probe.calls(margin)
     n = len(margin)
     is_separable = is_sliceable((batch.args, batch.kwargs), n)
@@ -254,8 +256,7 @@ def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
     n_outputs, *shape = layer.weight.shape
     x = pad_input(layer, x.transpose(0, 1).flatten(1, 2))
     gradient = gradient.transpose(0, 1).flatten(1, 2)
-    kernel_shape = (m * n_outputs, *shape)
-    kernels = _kernel_gradient(layer, x, gradient, kernel_shape, m * layer.groups)
+    kernels = _kernel_gradient(layer, x, gradient, (m * n_outputs, *shape), m * layer.groups)
     return torch.unflatten(kernels, 0, (m, -1))
 
 

@@ -140,7 +140,7 @@ def find_layers(
             differ in dtype or device.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    sites: list[LayerRef] = []
+    sites = []
     offset = 0
     for name in _names(layer, modules):
         for part, module, gates in _parts(name, modules):

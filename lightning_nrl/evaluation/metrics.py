@@ -80,9 +80,9 @@ class FlipMetric(Metric):
         Predictions are integer classes in the shape of `target`, or float logits, `samples x
         classes x ...`.
         """
-        was_right = _is_right("old_preds", old_preds, target)
-        is_right = _is_right("new_preds", new_preds, target)
-        masks = flip_masks(was_right, is_right)
+        masks = flip_masks(
+            _is_right("old_preds", old_preds, target), _is_right("new_preds", new_preds, target)
+        )
         self.flips += torch.stack([mask.sum() for mask in masks])
 
     def compute(self) -> Tensor:

@@ -115,8 +115,9 @@ class GroupRecorder(SliceRecorder):
                     "give each sample a name or a whole number; a sample that resembles no other "
                     "gets a name of its own.",
                 )
-            digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
-            numbers.append(int.from_bytes(digest, "big"))
+            numbers.append(
+                int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+            )
         return torch.tensor(numbers)
 
 
@@ -175,7 +176,7 @@ def checked_quotas(quotas: Mapping[str, Quota]) -> dict[str, int | float]:
     )
     if not isinstance(quotas, Mapping):
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
-    checked: dict[str, int | float] = {}
+    checked = {}
     for key, quota in quotas.items():
         name = str(key)
         value = quota
@@ -199,7 +200,7 @@ def required_repairs(
 
     If a quota cannot be met, returns `{}` and a text that says why.
     """
-    required: dict[str, int] = {}
+    required = {}
     for name, quota in checked_quotas(quotas).items():
         if name not in before.slices:
             names = ", ".join(before.slices) or "no slices"

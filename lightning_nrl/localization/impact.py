@@ -146,8 +146,9 @@ def _add_impacts(
                 gradient[part] += _absolute_gradients(site, calls, n)
                 continue
             for x, g in calls:
-                of_weight = weight_gradient(site.module, x, g)
-                gradient[part] += flat_part(site, of_weight, bias_gradient(g))
+                gradient[part] += flat_part(
+                    site, weight_gradient(site.module, x, g), bias_gradient(g)
+                )
 
 
 def _forward_impact(site: LayerRef, call: LayerCall, weight: Tensor | None) -> tuple[Tensor, float]:
@@ -260,12 +261,14 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: object) -> Ten
     if margin is not None and margin.requires_grad:
         substitute = "margin"
         values = -margin
-    problem = (
-        "`task`: its loss has no gradient, "
-        f"so weights are localised by the gradient of the {substitute}."
+    warnings.warn(
+        DataWarning(
+            "`task`: its loss has no gradient, "
+            f"so weights are localised by the gradient of the {substitute}.",
+            "give a differentiable loss to localise by it.",
+        ),
+        stacklevel=2,
     )
-    hint = "give a differentiable loss to localise by it."
-    warnings.warn(DataWarning(problem, hint), stacklevel=2)
     return values
 
 
@@ -275,8 +278,9 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
         # With one row per sample |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are
         # needed.
         gradient = calls[0].gradient.abs()
-        of_weight = weight_gradient(layer, calls[0].input.abs(), gradient)
-        return flat_part(site, of_weight, bias_gradient(gradient))
+        return flat_part(
+            site, weight_gradient(layer, calls[0].input.abs(), gradient), bias_gradient(gradient)
+        )
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
     for weight, bias in sample_gradients(layer, calls, n):
         total = total + flat_part(site, weight.abs().sum(0), bias.abs().sum(0))

@@ -47,7 +47,7 @@ METHODS.register("linearized")(Linearized)
 def solve(method: AnyMethod, problem: Problem) -> Solution:
     """Runs a method on a problem; raises a `ConfigurationError` if it returns no `Solution`."""
     solver = LocalSearch(method) if isinstance(method, Searcher) else method
-    solution: object = solver(problem)
+    solution = solver(problem)
     if not isinstance(solution, Solution):
         kind = type(solution).__name__
         raise ConfigurationError(

@@ -150,16 +150,21 @@ class _Alternative:
 
     def step(self, seconds: float) -> Step:
         counts = self.held_out
-        note = f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken"
-        return replace(self.proposal.step(seconds, note), kind="alternative")
+        return replace(
+            self.proposal.step(
+                seconds, f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken"
+            ),
+            kind="alternative",
+        )
 
 
 def _alternative(
     problem: Problem, known: _KnownHead, price: float, change: Tensor, held_out_right: Tensor
 ) -> _Alternative:
     before = problem.before
-    after = replace(before, passed=known.right(change))
-    proposal = problem.counted(f"convex, price {price:g}", {}, after)
+    proposal = problem.counted(
+        f"convex, price {price:g}", {}, replace(before, passed=known.right(change))
+    )
     counts = estimate(before, replace(before, passed=held_out_right), _folds(problem) >= 0)
     return _Alternative(price, change, proposal, counts, _worth(problem, held_out_right))
 

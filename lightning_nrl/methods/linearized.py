@@ -99,8 +99,11 @@ class Linearized(Method):
             last = run.steps[-1]
             run.steps[-1] = replace(last, note=f"{last.note}; {CUT}", was_cut=True)
         if not run.proposals:
-            reason = "no step along the gradients repairs a target without a regression."
-            return Solution(None, reason, tuple(run.steps))
+            return Solution(
+                None,
+                "no step along the gradients repairs a target without a regression.",
+                tuple(run.steps),
+            )
         *earlier, proposal = run.proposals
         return Solution(proposal, steps=tuple(run.steps), alternatives=tuple(earlier))
 
@@ -128,8 +131,7 @@ class _TrustRegionSteps:
         entries = MAX_PROGRAMME_ENTRIES
         if problem.memory_limit is not None:
             entries = min(entries, problem.memory_limit // 8)
-        n_coordinates = max(1, entries // min(MAX_ROWS, len(before)))
-        self.whitening = fit_whitening(problem, n_coordinates)
+        self.whitening = fit_whitening(problem, max(1, entries // min(MAX_ROWS, len(before))))
         unit = before.margin_unit
         kept = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, kept)
@@ -231,7 +233,7 @@ class _TrustRegionSteps:
 
         Returns all tries and a note for the report.
         """
-        tries: list[_Try] = []
+        tries = []
         error = torch.zeros_like(linearized.margin)
         multipliers = torch.zeros_like(linearized.margin)
         for number in range(1 + CORRECTIONS):

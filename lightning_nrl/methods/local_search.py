@@ -181,8 +181,9 @@ def localize_and_search(
 
     Raises an `EmptyLocalizationError` if no weights are found.
     """
-    work = partial(_localize_and_search, problem, searcher, goal, elites)
-    return problem.work.once("search", work, LocalSearchResult)
+    return problem.work.once(
+        "search", partial(_localize_and_search, problem, searcher, goal, elites), LocalSearchResult
+    )
 
 
 def _localize_and_search(

@@ -49,8 +49,13 @@ class Polish(Method):
 
     def __post_init__(self) -> None:
         fits = self.new is None or isinstance(self.new, (nn.Module, Mapping, str, Path))
-        example = "Polish(model), Polish('new.ckpt') or Polish(state_dict)"
-        check_kind("Polish.new", self.new, fits, "model", example)
+        check_kind(
+            "Polish.new",
+            self.new,
+            fits,
+            "model",
+            "Polish(model), Polish('new.ckpt') or Polish(state_dict)",
+        )
 
     def check(self, model: nn.Module) -> None:
         """Raises a `ConfigurationError` if `new` cannot be read or does not fit the model."""

@@ -209,13 +209,13 @@ class Problem:
 
         It leaves time to judge a result.
         """
-        end = self.deadline.within(share * self.clock.left)
-        return end.earlier(JUDGING_PASSES * self.clock.one_pass)
+        return self.deadline.within(share * self.clock.left).earlier(
+            JUDGING_PASSES * self.clock.one_pass
+        )
 
     def evaluate(self, state: State) -> SampleResults:
         """Returns the results of the deployed model with the tensors of `state` on known data."""
-        results = self.evaluator.run_with(state, self.known)
-        return replace(results, group=self.before.group)
+        return replace(self.evaluator.run_with(state, self.known), group=self.before.group)
 
     def propose(self, name: str, state: State) -> Proposal:
         """Evaluates a state on all known data and returns it as a proposal."""
@@ -254,10 +254,9 @@ class Problem:
         before = self.before
         held_out = rows | (self.related(rows) & ~before.protected)
         used = ~held_out
-        masked = replace(before, passed=before.passed & used, targeted=before.targeted & used)
         return replace(
             self,
-            before=masked,
+            before=replace(before, passed=before.passed & used, targeted=before.targeted & used),
             passed=self.passed & used,
             needed={},
             held_out_rows=held_out,

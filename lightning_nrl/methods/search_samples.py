@@ -101,8 +101,9 @@ def choose_samples(
     if bool((passed & ~recorded).any()):
         representative = torch.zeros_like(passed)
         representative[drawn[: min(n_drawn, MOST_REPRESENTATIVE)]] = True
-    note = f"searched on {int(recorded.sum()):,} of {n_wanted:,} samples"
-    return SampleChoice(recorded, representative, note)
+    return SampleChoice(
+        recorded, representative, f"searched on {int(recorded.sum()):,} of {n_wanted:,} samples"
+    )
 
 
 def _distance(before: SampleResults) -> Tensor:

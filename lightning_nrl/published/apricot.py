@@ -88,10 +88,12 @@ class Apricot(Method):
 
     def __post_init__(self) -> None:
         if self.checkpoints is not None:
-            is_list = isinstance(self.checkpoints, (str, Path, Sequence))
-            example = "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])"
             check_kind(
-                CHECKPOINTS_ARGUMENT, self.checkpoints, is_list, "list of checkpoints", example
+                CHECKPOINTS_ARGUMENT,
+                self.checkpoints,
+                isinstance(self.checkpoints, (str, Path, Sequence)),
+                "list of checkpoints",
+                "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])",
             )
             if not self.checkpoints:
                 raise ConfigurationError(
@@ -132,8 +134,9 @@ class Apricot(Method):
                 failing = problem.before.targeted & ~current.after.passed
                 if not deadline.leaves(clock.one_pass) or not failing.any():
                     break
-                weight = problem.before.weight[failing]
-                factors = self.rate * pull(passed[:, failing], weight, self.strategy)
+                factors = self.rate * pull(
+                    passed[:, failing], problem.before.weight[failing], self.strategy
+                )
                 factors = factors * min(1.0, LONGEST_STEP / max(float(factors.abs().sum()), 1e-12))
                 state = combined({**start, **current.state}, states, factors)
                 current = problem.propose("apricot", state)
@@ -159,8 +162,12 @@ class Apricot(Method):
                 alternatives.append(proposal)
         if best.repaired:
             return Solution(best, steps=tuple(steps), alternatives=tuple(alternatives))
-        reason = "no move toward the checkpoints repairs a target within the gate."
-        return Solution(None, reason, tuple(steps), tuple(alternatives))
+        return Solution(
+            None,
+            "no move toward the checkpoints repairs a target within the gate.",
+            tuple(steps),
+            tuple(alternatives),
+        )
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
         """Returns the tensors that may change, of each checkpoint that differs from the model."""
@@ -186,8 +193,9 @@ class Apricot(Method):
                 states.append({name: value for name, value in state.items() if name in moving})
             return states
 
-        failed = "a checkpoint could not be read on another rank."
-        states = problem.collective.all_or_none(read, failed)
+        states = problem.collective.all_or_none(
+            read, "a checkpoint could not be read on another rank."
+        )
         return [state for state in states if changed(problem.model, state)]
 
     def _train_and_polish(

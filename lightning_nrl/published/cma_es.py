@@ -82,8 +82,9 @@ class CmaEs(Searcher):
         """Adapts `strategy` to `fitness`, `P`. The first call creates it."""
         fitness = fitness.double().cpu()
         if state.strategy is None:
-            best = state.candidates[int(fitness.argmax())]
-            return state._replace(strategy=self._strategy(state, best))
+            return state._replace(
+                strategy=self._strategy(state, state.candidates[int(fitness.argmax())])
+            )
         if not bool(fitness.isfinite().any()):
             return state  # the search has ended, or no candidate has a fitness
         points = _in_steps(state, state.candidates)

@@ -38,8 +38,9 @@ class NeuRecoverFitness(FitnessFunction):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        hint = "give a finite number of at least 0."
-        check_real("fitness.alpha", self.alpha, "weight", hint, least=0)
+        check_real(
+            "fitness.alpha", self.alpha, "weight", "give a finite number of at least 0.", least=0
+        )
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         patched, intact, failed, passed = scores.columns()

@@ -106,8 +106,8 @@ class MergedRepairs(Method):
         Raises a `ConfigurationError` for an unsuitable part.
         """
         parts = self._choose_parts(problem)
-        repaired: list[Proposal] = []
-        steps: list[Step] = []
+        repaired = []
+        steps = []
         seconds = TIME_SHARE_OF_PARTS * problem.clock.left / len(parts)
         for number, (name, rows) in enumerate(parts.items(), start=1):
             proposal, step = self._repair_part(problem, name, rows, seconds)
@@ -130,8 +130,9 @@ class MergedRepairs(Method):
         steps.append(merged.step(time.perf_counter() - began, ", ".join(shares)))
         best = better([merged, *repaired])
         if best is None or not best.repaired:
-            reason = "no mix of the repairs is better than the original weights."
-            return Solution(None, reason, tuple(steps))
+            return Solution(
+                None, "no mix of the repairs is better than the original weights.", tuple(steps)
+            )
         return Solution(best, "", tuple(steps), tuple(repaired), result=result)
 
     def _choose_parts(self, problem: Problem) -> dict[str, Tensor]:
@@ -179,8 +180,9 @@ class MergedRepairs(Method):
         clock = problem.clock
         timer = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
         timer.seconds["collect"] = clock.one_pass
-        before = replace(problem.before, targeted=rows)
-        part = replace(problem, before=before, needed={}, clock=timer)
+        part = replace(
+            problem, before=replace(problem.before, targeted=rows), needed={}, clock=timer
+        )
         try:
             solution = solve(METHODS.parse("method", self.method), part)
         except EmptyLocalizationError as error:
@@ -193,8 +195,9 @@ class MergedRepairs(Method):
             return None, Step(name, 0, 0, round(took, 3), solution.reason)
         proposal = problem.counted(name, solution.proposal.state, solution.proposal.after)
         n_repaired = int((rows & proposal.after.passed).sum())
-        note = f"{n_repaired:,} of {int(rows.sum()):,} targets of this part"
-        return proposal, proposal.step(took, note)
+        return proposal, proposal.step(
+            took, f"{n_repaired:,} of {int(rows.sum()):,} targets of this part"
+        )
 
 
 def _mix(problem: Problem, states: Sequence[State], coefficients: Tensor) -> State:

@@ -285,9 +285,12 @@ def _history_of(history: str | Path | Sequence[Any] | History | None) -> History
         return FolderHistory(Path(history))
     if history is None:
         return None
-    example = f"{HISTORY_ARGUMENT}=['epoch1.ckpt', 'epoch2.ckpt']"
     check_kind(
-        HISTORY_ARGUMENT, history, isinstance(history, (History, Sequence)), "history", example
+        HISTORY_ARGUMENT,
+        history,
+        isinstance(history, (History, Sequence)),
+        "history",
+        f"{HISTORY_ARGUMENT}=['epoch1.ckpt', 'epoch2.ckpt']",
     )
     if isinstance(history, History):
         return history

@@ -230,8 +230,9 @@ class TrainingHistory(HistoryCallback):
             rows = results.of(split)
             right = results.passed[rows]
             self._ever_right[split] = right | self._ever_right.get(split, right)
-            learning = Learning(results.label[rows], right, self._ever_right[split])
-            numbers |= learning.numbers(self.prefix, split)
+            numbers |= Learning(results.label[rows], right, self._ever_right[split]).numbers(
+                self.prefix, split
+            )
         return numbers
 
 

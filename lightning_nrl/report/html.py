@@ -99,8 +99,10 @@ class Report(Record, Renderable):
         try:
             report.page(full=True)
         except Exception as error:
-            problem = f"the report cannot be shown ({type(error).__name__}: {first_line(error)})."
-            raise ConfigurationError(problem, PLAIN_HINT) from error
+            raise ConfigurationError(
+                f"the report cannot be shown ({type(error).__name__}: {first_line(error)}).",
+                PLAIN_HINT,
+            ) from error
         return report
 
     @abstractmethod

@@ -129,8 +129,7 @@ class Page:
             for part in self._parts(width, plain=True):
                 part_width = WIDEST
                 if not isinstance(part, Padding):  # no table
-                    longest_word = Measurement.get(console, console.options, part).minimum
-                    part_width = max(width, longest_word)
+                    part_width = max(width, Measurement.get(console, console.options, part).minimum)
                 console.print(part, width=part_width)
         return "\n".join(map(str.rstrip, capture.get().splitlines())) + "\n"
 

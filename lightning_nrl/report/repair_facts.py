@@ -106,8 +106,12 @@ def set_aside_facts(samples: Sequence[SetAside]) -> list[Fact]:
     """Lists the first failures that were set aside, with the reasons, and counts the others."""
     facts = []
     for sample in samples[:LISTED_SAMPLES]:
-        text = f"label {sample.label}, the model says {sample.prediction}: {sample.why}"
-        facts.append((f"{sample.split} {sample.id}", text))
+        facts.append(
+            (
+                f"{sample.split} {sample.id}",
+                f"label {sample.label}, the model says {sample.prediction}: {sample.why}",
+            )
+        )
     further = len(samples) - LISTED_SAMPLES
     if further > 0:
         facts.append(("further", f"{further:,}, all in report.json"))

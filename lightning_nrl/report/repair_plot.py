@@ -138,8 +138,9 @@ def _gallery(views: Sequence[SampleView]) -> Figure:
         pixels = np.asarray(view.pixels)
         sides = np.array(pixels.shape[:2])
         up, across = PICTURE_SHARE * GALLERY_CELL / 2 * sides / max(sides)
-        extent = (x - across, x + across, y + up, y - up)
-        axes.imshow(pixels, interpolation="nearest", extent=extent)
+        axes.imshow(
+            pixels, interpolation="nearest", extent=(x - across, x + across, y + up, y - up)
+        )
         text = escape_dollars("\n".join(captions[i]))
         axes.text(x, y - up - CAPTION_GAP, text, color=INK, fontsize=8, ha="center", va="bottom")
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
@@ -149,8 +150,9 @@ def _gallery(views: Sequence[SampleView]) -> Figure:
 def draw_repair(report: RepairRecord) -> Figure:
     """Draws the panels of `repair_figures` in one figure, two per row."""
     figure = _draw_together(_panels(report), 2 * PANEL_WIDTH, PANEL_HEIGHT)
-    title = escape_dollars(f"{verdict_on(report).headline}\n{report.target}")
-    figure.suptitle(title, color=INK, fontsize=12)
+    figure.suptitle(
+        escape_dollars(f"{verdict_on(report).headline}\n{report.target}"), color=INK, fontsize=12
+    )
     return figure
 
 
@@ -255,8 +257,11 @@ def _draw_strengths(path: Sequence[StrengthPoint], chosen: float | None, axes: A
         _draw_flips(axes, calibration, ("x:", "x:"), ", calibration")
     if chosen is not None:
         axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
-    across = "strength: 0 the original weights, 1 the patch"
-    _finish_curves(axes, across, "samples" if calibration else "known samples")
+    _finish_curves(
+        axes,
+        "strength: 0 the original weights, 1 the patch",
+        "samples" if calibration else "known samples",
+    )
 
 
 def _draw_cautions(points: Sequence[CautionPoint], axes: Axes) -> None:
@@ -264,8 +269,7 @@ def _draw_cautions(points: Sequence[CautionPoint], axes: Axes) -> None:
     for point in points:
         if point.chosen:
             axes.axvline(point.caution, color=INK, linewidth=1, linestyle=":", label="chosen")
-    across = "caution: 0 the trained weights, 1 the original ones"
-    _finish_curves(axes, across, "held-out samples")
+    _finish_curves(axes, "caution: 0 the trained weights, 1 the original ones", "held-out samples")
 
 
 def _draw_flips(
@@ -398,10 +402,10 @@ def _summary_column(split: SplitReport, update: UpdateSplit | None) -> dict[str,
     judged = split
     if update is not None:
         judged = update.final
-        regressions = f"{update.trained.broken:,} -> {judged.broken:,}"
-        cells["regressions"] = SummaryCell(regressions, judged.broken > 0)
-    nfr = judged.rates["negative_flip_rate"]
-    cells["negative flip rate (NFR)"] = SummaryCell(percent(nfr))
+        cells["regressions"] = SummaryCell(
+            f"{update.trained.broken:,} -> {judged.broken:,}", judged.broken > 0
+        )
+    cells["negative flip rate (NFR)"] = SummaryCell(percent(judged.rates["negative_flip_rate"]))
     cells["accuracy before"] = SummaryCell(percent(split.accuracy_before))
     cells["accuracy after"] = SummaryCell(percent(split.accuracy_after))
     return cells

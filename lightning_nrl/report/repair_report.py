@@ -68,7 +68,7 @@ class RepairReport(RepairRecord, Report, Plotted):
 
     def page(self, full: bool = False) -> Page:
         verdict = self.verdict
-        blocks: list[Block] = [
+        blocks = [
             Heading(verdict.headline, 1, verdict.tone),
             FactList([*verdict.facts, *unseen_facts(self)]),
             Text(sentence(self.reason)),

@@ -178,8 +178,9 @@ def rungs_table(rungs: Sequence[Rung]) -> Table:
     rows = []
     for label in cells[0]:
         ends_group = label in ("known samples broken", "held-out accuracy, points")
-        tone = RUNG_TONES.get(label, "")
-        rows.append(Row(label, [column[label] for column in cells], tone, ends_group))
+        rows.append(
+            Row(label, [column[label] for column in cells], RUNG_TONES.get(label, ""), ends_group)
+        )
     return Table(columns, rows)
 
 
@@ -339,8 +340,9 @@ def _class_table(classes: Sequence[ClassCounts], class_name: ClassName) -> Table
                 f"{counts.broken:,}",
             )
             rows.append(Row(class_name(row.label), cells))
-    columns = _named("samples", "accuracy before", "after", "repaired", "broken")
-    return Table(columns, rows[:LISTED_CLASSES])
+    return Table(
+        _named("samples", "accuracy before", "after", "repaired", "broken"), rows[:LISTED_CLASSES]
+    )
 
 
 def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
@@ -362,7 +364,7 @@ def _with_totals(
     splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]], AnySplit]
 ) -> list[AnySplit]:
     """Sorts splits by role, known first, and adds a total for each role that has several splits."""
-    columns: list[AnySplit] = []
+    columns = []
     for role_splits in by_role(splits).values():
         columns += role_splits
         if len(role_splits) > 1:

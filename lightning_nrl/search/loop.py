@@ -94,8 +94,7 @@ def search(
     history, n_stale = log.read()
     time_is_over = deadline is not None and deadline.is_over()
     while log.done < method.iterations and n_stale < method.patience and not time_is_over:
-        n_steps = min(check_every - log.done % check_every, method.iterations - log.done)
-        for _ in range(n_steps):
+        for _ in range(min(check_every - log.done % check_every, method.iterations - log.done)):
             state = method.ask(state, random)
             limit = _most_broken(scorer, state, fitness, before.n_failed)
             scores = scorer(state.candidates.to(original.dtype), limit)

@@ -118,8 +118,9 @@ class ParticleSwarm(Searcher):
         check_start(type(self).__name__, self.start, self.scale_min, self.scale_max)
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
         for name, value in vars(self.coefficients).items():
-            hint = "give a finite number >= 0."
-            check_real(f"ParticleSwarm.{name}", value, "number", hint, least=0)
+            check_real(
+                f"ParticleSwarm.{name}", value, "number", "give a finite number >= 0.", least=0
+            )
         slow, fast = self.coefficients.min_speed, self.coefficients.max_speed
         if not slow <= fast or not fast:
             raise ConfigurationError(
@@ -176,8 +177,7 @@ class ParticleSwarm(Searcher):
         )
         limit = step.max_speed * state.range
         if step.min_speed:
-            speed = velocity.abs().clamp(step.min_speed * state.range, limit)
-            velocity = speed.copysign(velocity)
+            velocity = velocity.abs().clamp(step.min_speed * state.range, limit).copysign(velocity)
         else:
             velocity = velocity.clamp(-limit, limit)
         velocity = velocity.masked_fill(~state.free, 0.0)

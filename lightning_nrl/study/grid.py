@@ -35,7 +35,7 @@ class Grid:
     """
 
     def __init__(self, **axes: Any) -> None:
-        self.axes: dict[str, tuple[Any, ...]] = {}
+        self.axes = {}
         for name, values in axes.items():
             is_list = isinstance(values, (list, tuple, range))
             self.axes[name] = tuple(values) if is_list else (values,)
@@ -125,9 +125,10 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
     elif isinstance(settings, Mapping):
         settings = [settings]
     is_list = isinstance(settings, Sequence) and not isinstance(settings, str)
-    example = "Grid(alpha=[4, 5]), or [{'alpha': 5}]"
-    check_kind("settings", settings, is_list, "list of settings", example)
-    parsed: list[Setting] = []
+    check_kind(
+        "settings", settings, is_list, "list of settings", "Grid(alpha=[4, 5]), or [{'alpha': 5}]"
+    )
+    parsed = []
     for mapping in settings:
         setting = _setting(mapping, default)
         if setting not in parsed:
@@ -138,8 +139,9 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
             problem = f"`settings`: two settings have the name {name!r}."
             raise ConfigurationError(problem, "give each a `name` of its own.")
     if not parsed:
-        hint = "give a Grid, or a list such as [{'alpha': 5}]."
-        raise ConfigurationError("`settings` is empty.", hint)
+        raise ConfigurationError(
+            "`settings` is empty.", "give a Grid, or a list such as [{'alpha': 5}]."
+        )
     return tuple(parsed)
 
 

@@ -138,8 +138,10 @@ class RecordedSearch:
         n_passed = request.setting.n_passed
         seed = request.seed if n_passed else 0  # without a number, nothing is drawn
         if (n_passed, seed) not in self._passed:
-            search_options = replace(self.base.search, n_passed=n_passed)
-            settings = replace(self.base, search=search_options, seed=request.seed)
-            rows = passed_rows(self.problem.before, self.problem.known, settings)
-            self._passed[n_passed, seed] = rows
+            settings = replace(
+                self.base, search=replace(self.base.search, n_passed=n_passed), seed=request.seed
+            )
+            self._passed[n_passed, seed] = passed_rows(
+                self.problem.before, self.problem.known, settings
+            )
         return self._passed[n_passed, seed]

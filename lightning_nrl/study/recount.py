@@ -65,7 +65,7 @@ def exact_batches(
     original = {name: parameter.detach() for name, parameter in space.parameters.items()}
     for batch, rows in batches:
         inputs, n = inputs_of(batch), len(rows)
-        exact: ExactBatch | None = None
+        exact = None
         if recorder.can_cut(inputs, n):
             exact = _exact_batch(recorder, *recorder.record(inputs, n), batch, rows)
         if exact is None or not torch.equal(
@@ -125,7 +125,7 @@ class Recount:
         if memory_limit is None:
             memory_limit = free_memory(problem.space.device) // 4
         room = memory_limit // 2
-        kept: list[ExactBatch] = []
+        kept = []
         batches = (
             (batch, self.before.rows(source.split, batch.position))
             for source in self.sources

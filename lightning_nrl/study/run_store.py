@@ -81,7 +81,7 @@ class Run(Derives):
 
     @property
     def derived(self) -> Mapping[str, object]:
-        derived: dict[str, object] = {}
+        derived = {}
         for role in ROLES:
             counts = self.counts(role)
             for name, number in (
@@ -96,8 +96,9 @@ class Run(Derives):
 def _columns() -> Iterator[str]:
     for f in fields(Run):
         if f.name in ROLES:
-            counts = required_fields(TargetCounts)
-            yield from (f"{f.name}_{name}" for name in ("n", *counts, *ACCURACIES))
+            yield from (
+                f"{f.name}_{name}" for name in ("n", *required_fields(TargetCounts), *ACCURACIES)
+            )
         elif f.name != "seconds":
             yield f.name
     yield "seconds"
@@ -113,7 +114,7 @@ def run_of_text(row: Mapping[str, str]) -> Run:
     Raises:
         ConfigurationError: the row is invalid.
     """
-    values: dict[str, object] = {}
+    values = {}
     for name, text in row.items():
         values[name] = text if name in ("setting", "fitness", "layer") else _value(text)
     return from_plain(Run, values)
@@ -162,9 +163,13 @@ class RunStore:
             try:
                 stored |= _unpacked(path.read_bytes())
             except (OSError, ValueError) as error:
-                problem = f"`dirpath`: {path} cannot be used ({error}); its runs are made again."
-                hint = "delete the file; check the disk if this happens again."
-                warnings.warn(DataWarning(problem, hint), stacklevel=2)
+                warnings.warn(
+                    DataWarning(
+                        f"`dirpath`: {path} cannot be used ({error}); its runs are made again.",
+                        "delete the file; check the disk if this happens again.",
+                    ),
+                    stacklevel=2,
+                )
         return {key: stored[key] for key in wanted if key in stored}
 
     def write(self, runs: Mapping[str, StoredRun]) -> None:

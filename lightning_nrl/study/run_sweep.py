@@ -88,8 +88,9 @@ def sweep_module(
         for role, data in baseline.other_data.items():
             recounts[role] = Recount(problem, data.sources, data.before)
         store = RunStore(None if dirpath is None else Path(dirpath))
-        sweep = _Sweep(problem, base, recounts, evaluator.collective, store)
-        return sweep.run(parsed_settings, parsed_seeds)
+        return _Sweep(problem, base, recounts, evaluator.collective, store).run(
+            parsed_settings, parsed_seeds
+        )
 
 
 def swarming(base: Settings) -> Settings:
@@ -175,8 +176,7 @@ class _Sweep:
         ground = text_hash([model, evidence, passed, layer, task])
         requests = []
         for setting, seed in product(settings, seeds):
-            key = text_hash([ground, setting.plain(), seed])
-            requests.append(RunRequest(key, setting, seed))
+            requests.append(RunRequest(text_hash([ground, setting.plain(), seed]), setting, seed))
         return requests
 
     def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
@@ -184,8 +184,10 @@ class _Sweep:
 
         If `work` fails on one rank, all ranks fail.
         """
-        failure = "another rank could not make its runs of the sweep."
-        return gather_runs(self.collective.all_or_none(work, failure), self.collective)
+        return gather_runs(
+            self.collective.all_or_none(work, "another rank could not make its runs of the sweep."),
+            self.collective,
+        )
 
     def _make(
         self,
@@ -203,8 +205,9 @@ class _Sweep:
             for _, requests_of_setting in groupby(share, lambda request: request.setting.name):
                 runs: dict[str, StoredRun] = {}
                 for request in requests_of_setting:
-                    progress = partial(self._tell, request, done, work)
-                    runs[request.key] = self._with_counts(recorded.run(request, progress))
+                    runs[request.key] = self._with_counts(
+                        recorded.run(request, partial(self._tell, request, done, work))
+                    )
                     done += request.work
                     clock.tell(done, work)
                 self.store.write(runs)

@@ -189,8 +189,9 @@ class SweepResult(Report):
         if "\n" not in text or isinstance(source, Path):
             text = Path(source).read_text(encoding="utf-8")
         try:
-            rows = csv.DictReader(io.StringIO(text), strict=True)
-            return cls(tuple(run_of_text(row) for row in rows))
+            return cls(
+                tuple(run_of_text(row) for row in csv.DictReader(io.StringIO(text), strict=True))
+            )
         except (csv.Error, ConfigurationError) as error:
             problem = str(error).partition("\n")[0]
             raise ConfigurationError(
@@ -279,7 +280,7 @@ def _hparams(runs: Sequence[Run], name: str) -> tuple[dict[str, Any], dict[str, 
         if value is None:
             options[option] = "auto"
     measures = [_measures(run) for run in runs]
-    means: dict[str, float] = {}
+    means = {}
     for tag in measures[0]:
         value = float(mean(measures_of_run[tag] for measures_of_run in measures))
         if math.isfinite(value):

@@ -83,8 +83,9 @@ def paper_arguments(row: str) -> dict[str, Any]:
 
 
 def _method(row: str) -> ParticleSwarm:
-    particles = paper_row(row).particles
-    return ParticleSwarm(particles=particles, iterations=100, patience=10, start="paper")
+    return ParticleSwarm(
+        particles=paper_row(row).particles, iterations=100, patience=10, start="paper"
+    )
 
 
 def _search_options(row: str) -> SearchOptions:

@@ -107,8 +107,7 @@ def analyze_last_layer(
 
 def _targets_in_time(samples: LayerSamples, n_passed: int) -> int:
     per_target = 2 * n_passed * samples.features.shape[1] * samples.logits.shape[1]
-    in_time = int(MAX_MULTIPLICATIONS / per_target)
-    return max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, in_time))
+    return max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, int(MAX_MULTIPLICATIONS / per_target)))
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
@@ -136,7 +135,7 @@ def _add_fixes(
     targets = list(findings)
     change = fixes.size / fixes.limit
     for i, place in enumerate(tried.tolist()):
-        verdict: Fixable = "undecided"
+        verdict = "undecided"
         if fixes.fixable[i]:
             verdict = "yes"
         elif fixes.unfixable[i]:

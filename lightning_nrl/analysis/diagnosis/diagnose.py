@@ -78,8 +78,9 @@ def diagnose_module(
                 "those nearest to failing, were looked at."
             )
         with clock.stage("layers"):
-            rows = _rows_for_layers(results, settings.seed)
-            batches = row_batches(known, results, rows, LAYER_BATCH)
+            batches = row_batches(
+                known, results, _rows_for_layers(results, settings.seed), LAYER_BATCH
+            )
             layers = layer_capacities(evaluator, batches, results, settings.seed)
         if not layers:
             notes.append("Change by layer: there is no target, no margin or no layer to compare.")
@@ -135,7 +136,8 @@ def _costs(
         layer(inputs).sum().item()
         n_batches = len(seen.results) / TIMED_ROWS / evaluator.collective.world_size
         head = n_batches * (time.perf_counter() - start)
-    measured = torch.tensor([seen.seconds, head, alone], dtype=torch.float64)
-    one_pass, head, alone = evaluator.collective.agreed(measured).tolist()
+    one_pass, head, alone = evaluator.collective.agreed(
+        torch.tensor([seen.seconds, head, alone], dtype=torch.float64)
+    ).tolist()
     has_margins = not bool(seen.results.margin.isnan().all())
     return estimate_costs(one_pass, head, alone, has_margins, epochs)

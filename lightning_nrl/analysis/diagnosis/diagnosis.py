@@ -134,8 +134,9 @@ class Diagnosis(Report, figures.Plotted):
         else:
             axes.text(0.5, 0.5, "no margin is known", color=figures.GREY, ha="center")
         axes.locator_params(axis="y", integer=True)
-        across = "margin: label's logit above the largest other"
-        figures.style_axes(axes, across, "targets", grid="y")
+        figures.style_axes(
+            axes, "margin: label's logit above the largest other", "targets", grid="y"
+        )
         return figure
 
 

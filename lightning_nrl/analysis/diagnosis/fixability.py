@@ -139,8 +139,9 @@ class _FixProgramme:
         sides = pair_sides(label, rows.rival, logits) * is_used[:, :, None]
         missing = torch.where(is_used, self._missing[places, rows.rival], 0.0)
         max_value = 0.5 * self.limit**2
-        gram = pair_gram(features, sides)
-        multipliers, value = solve_duals(gram, missing, rows.multiplier, max_value)
+        multipliers, value = solve_duals(
+            pair_gram(features, sides), missing, rows.multiplier, max_value
+        )
         self._rows = rows._replace(multiplier=multipliers)
         self._is_beyond = (value > max_value).to(self._open.device)
         self._solution = sum_of_pairs(features, sides, multipliers)
@@ -169,8 +170,9 @@ class _FixProgramme:
         parts = [_violated_by(part.float(), self.passed, before) for part in change.split(at_once)]
         breaks_at, lack, sample, rival = map(torch.cat, zip(*parts, strict=True))
         old = self._margins[self._n_passed + self._open]
-        moved = torch.einsum("tcd,td->tc", change, targets.features)
-        gain = margins_over_rivals(moved, targets.label).nan_to_num(posinf=0)
+        gain = margins_over_rivals(
+            torch.einsum("tcd,td->tc", change, targets.features), targets.label
+        ).nan_to_num(posinf=0)
         strength = torch.where(breaks_at > 1, 1.0, BACKOFF * breaks_at.double())
         is_fixed = (old + strength[:, None] * gain).amin(1) > 0
         missing = old + gain - REQUIRED_MARGIN * FULFILLED_FRACTION

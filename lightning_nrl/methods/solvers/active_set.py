@@ -166,8 +166,9 @@ class ActiveSet:
             weight, hinge, is_taught = columns.unbind(1)
             margin = self._margin(output, batch)
             measured.append((rows, margin.detach()))
-            taught = self._teacher(batch, rows, output.shape)
-            divergence = self.problem.evaluator.task.divergence(output, taught, batch.target)
+            divergence = self.problem.evaluator.task.divergence(
+                output, self._teacher(batch, rows, output.shape), batch.target
+            )
             pushing = (weight * F.relu(hinge - margin)).sum()
             return pushing + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
@@ -221,8 +222,9 @@ class ActiveSet:
             for batch, places in load_rows(self.problem, rows):
                 output = evaluator.output(batch)
                 is_finite = evaluator.task.loss(output, batch.target).isfinite()
-                margin = torch.where(is_finite, self._margin(output, batch), torch.nan)
-                measured.append((places, margin))
+                measured.append(
+                    (places, torch.where(is_finite, self._margin(output, batch), torch.nan))
+                )
         return measured
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:

@@ -238,8 +238,9 @@ class _PairProgramme:
         price = self.price * head.weight[sample].to(features)
         limit = torch.where(head.targeted[sample], price, torch.inf)
         sides = pair_sides(head.label[sample], rival, head.logits).to(features.dtype)
-        gram = pair_gram(features, sides)
-        self._multipliers = solve_dual(gram, required, limit, self._multipliers, self.is_over)
+        self._multipliers = solve_dual(
+            pair_gram(features, sides), required, limit, self._multipliers, self.is_over
+        )
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:

@@ -49,7 +49,7 @@ class Descent:
         self._fixed = {name: start[name] for name in live if id(live[name]) not in moving}
         self._kept = {name: value for name, value in self._fixed.items() if name in state}
         self._dtypes = {name: live[name].dtype for name in problem.scope}
-        self._copies: dict[str, Tensor] = {}
+        self._copies = {}
         for name, dtype in self._dtypes.items():
             copy = start[name].to(torch.promote_types(dtype, torch.float32), copy=True)
             self._copies[name] = copy.requires_grad_()

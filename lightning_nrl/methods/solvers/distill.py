@@ -83,8 +83,9 @@ class _Distillation:
         self.problem = problem
         self.deadline = deadline
         self.used = used
-        optimizer = partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY)
-        self.descent = Descent(problem, start, optimizer)
+        self.descent = Descent(
+            problem, start, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY)
+        )
         self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
         self._generator = torch.Generator().manual_seed(problem.seed)
         weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
@@ -103,8 +104,9 @@ class _Distillation:
         self._measured = []
         is_first = not self.visits
         self._start_timing()
-        parts_of_batches = load_batches(self.problem, batches)
-        for number, (batch, parts) in enumerate(zip(batches, parts_of_batches, strict=True)):
+        for number, (batch, parts) in enumerate(
+            zip(batches, load_batches(self.problem, batches), strict=True)
+        ):
             if number == 1 and is_first:
                 self._start_timing()  # the first step is slower
             if number == 1 + PACE_STEPS:
@@ -134,8 +136,7 @@ class _Distillation:
             self._measured.append((rows, margin))
         weights = self._weights[rows.to(self._weights.device, non_blocking=True)]
         of_loss, of_divergence = weights.to(output.device).unbind(1)
-        taught = self._teacher(batch, rows, output.shape)
-        divergence = task.divergence(output, taught, batch.target)
+        divergence = task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
         loss = task.loss(output, batch.target)
         return (of_loss * loss).sum() + (of_divergence * divergence).sum()
 

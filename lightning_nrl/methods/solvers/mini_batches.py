@@ -66,7 +66,7 @@ def _load_from(source: Source, start: int, batches: Sequence[Tensor]) -> Iterato
 
 def _batch_size(source: Source) -> int:
     # Reading a batch to find out is slow if workers must start.
-    size: int = getattr(source, "batch_size", None) or len(next(iter(source), ()))
+    size = getattr(source, "batch_size", None) or len(next(iter(source), ()))
     return min(size, BATCH_SIZE) or BATCH_SIZE
 
 

@@ -209,8 +209,9 @@ class _Polish:
             self._enforce_again()
         if self.active_set.infeasible.any():
             return self._scale_back
-        optimizer = partial(torch.optim.Adam, lr=POLISH_RATE)
-        self.descent = Descent(self.problem, self.state, optimizer, self.masks)
+        self.descent = Descent(
+            self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks
+        )
         self._renew_rounds()
         return self._step
 
@@ -231,8 +232,9 @@ class _Polish:
             self._visits_at_low = self._visits
         if n_violated < self._fewest_violated:
             self._fewest_violated = n_violated
-            most = max(self._rounds_left, MAX_ROUNDS - self.rounds)
-            self._rounds_left = min(MAX_STALLED_ROUNDS, most)
+            self._rounds_left = min(
+                MAX_STALLED_ROUNDS, max(self._rounds_left, MAX_ROUNDS - self.rounds)
+            )
         if self._is_satisfied(is_violated & self.active_set.working):
             return self._verify
         return self._after_round()

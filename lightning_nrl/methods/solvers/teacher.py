@@ -50,7 +50,7 @@ class Teacher:
         if cached is not None:
             return cached
         numbers = self._numbers[rows]
-        logits: Tensor | None = None
+        logits = None
         for number, state in enumerate(self._states):
             chosen = numbers == number
             if not chosen.any():

@@ -127,8 +127,9 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
     layers = []
     for site, moment in zip(sites, moments, strict=True):
         channels = torch.arange(len(site.module.weight), device=problem.space.device)
-        root = _inverse_root(problem.collective.sum(moment))
-        layers.append(LayerCoordinates(site, channels, root))
+        layers.append(
+            LayerCoordinates(site, channels, _inverse_root(problem.collective.sum(moment)))
+        )
     whitening = Whitening(tuple(layers))
     if whitening.size <= max_size:
         return whitening
@@ -139,8 +140,7 @@ def _narrowed(problem: Problem, whitening: Whitening, share: float) -> Whitening
     """Keeps a share of each layer's channels: those with the largest gradients of the targets."""
     layers = whitening.layers
     usefulness = [torch.zeros(len(layer.outputs), device=problem.space.device) for layer in layers]
-    targets = problem.before.targeted.nonzero().flatten()
-    for _, gradients in _gradients(problem, targets, whitening):
+    for _, gradients in _gradients(problem, problem.before.targeted.nonzero().flatten(), whitening):
         for total, gradient in zip(usefulness, gradients, strict=True):
             total += gradient.square().sum((0, 2))
     kept = []

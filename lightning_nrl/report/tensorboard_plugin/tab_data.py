@@ -106,7 +106,7 @@ class LoadedRepair:
         for split in splits:
             for sample in split.flipped:
                 slices.setdefault(sample.slice, len(slices) - 1)
-        rows: list[list[object]] = []
+        rows = []
         for flip in LISTED_FLIPS:
             for i, split in enumerate(splits):
                 for sample in most_telling(split.flipped_as(flip)):

@@ -137,7 +137,7 @@ class ActivationCache:
                     continue
                 poll()
                 first, last = int(part[0]), int(part[-1])
-                samples: slice | Tensor = slice(first, last + 1)
+                samples = slice(first, last + 1)
                 if len(part) < last + 1 - first:
                     # On the device of the samples, so that indexing does not wait for the device.
                     samples = part.to(group.device)
@@ -182,8 +182,9 @@ class ActivationCache:
         """Runs the whole model on a chunk that is not replayable, with other parameters."""
         assert isinstance(chunk.group.plan, WholePlan)
         stored = chunk.group.take(chunk.samples, self.space.device)
-        inputs = chunk.group.plan.inputs(self.model, stored, len(chunk))
-        return self.model.logits(inputs, parameters)
+        return self.model.logits(
+            chunk.group.plan.inputs(self.model, stored, len(chunk)), parameters
+        )
 
 
 def _join_leaves(*leaves: Tree) -> Tree:

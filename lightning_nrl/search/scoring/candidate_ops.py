@@ -121,8 +121,7 @@ def _asks_for_in_place(
     func: TorchFunction, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> bool:
     # No activation has another flag than `inplace`.
-    flags = (*args, kwargs.get("inplace"))
-    return func in ACTIVATIONS and any(value is True for value in flags)
+    return func in ACTIVATIONS and any(value is True for value in (*args, kwargs.get("inplace")))
 
 
 @handles(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)

@@ -120,8 +120,9 @@ class CandidateTensor(Tensor):
                 changed = changed.index_select(0, self.units.argsort())
                 dense = changed.movedim(0, self.axis + 1).contiguous()
             else:
-                shared = self.base.expand(self.copies, *self.base.shape)
-                dense = shared.clone(memory_format=torch.contiguous_format)
+                dense = self.base.expand(self.copies, *self.base.shape).clone(
+                    memory_format=torch.contiguous_format
+                )
                 if not self.identical:
                     dense.index_copy_(self.axis + 1, self.units, self.changed)
             self.materialized = dense.flatten(0, 1)

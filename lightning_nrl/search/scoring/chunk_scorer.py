@@ -75,12 +75,13 @@ class ChunkScorer:
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Tensor:
         """Returns the result of `sum_over_samples`, `4 x P`, for candidates `P x K`."""
-        parts: list[Tensor] = []
+        parts = []
         start = 0
         while start < len(values):
             block = values[start : start + max(1, self.rows // len(self.chunk))]
-            evaluate = partial(self.evaluate, block, with_loss)
-            results = none_if_out_of_memory(evaluate, last_try=self.rows <= 1)
+            results = none_if_out_of_memory(
+                partial(self.evaluate, block, with_loss), last_try=self.rows <= 1
+            )
             if results is None:
                 self.rows //= 2
                 continue
@@ -97,8 +98,9 @@ class ChunkScorer:
         x, y = self.cache.activations(self.chunk)
         label = self.task.label(self.chunk.target)
         assert label is not None
-        gathered = self.first_delta.gather(x, y)
-        return make_head_scorer(self.first_delta, gathered, y, label, self.reserve)
+        return make_head_scorer(
+            self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve
+        )
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
         """Returns the mask of passed samples and the losses, `P x n` each.
@@ -168,7 +170,7 @@ class ChunkScorerFactory:
 
         The scorers keep at most `room` bytes between calls.
         """
-        scorers: list[ChunkScorer] = []
+        scorers = []
         for group in self.cache.chunks(None, mask):
             for scorer in self._scorers_of_group(group):
                 scorer.keep(room)
@@ -223,8 +225,9 @@ def _rows_per_pass(scorer: ChunkScorer, budget: int, block_bytes: int) -> int:
     """Chooses the rows (candidates times samples) per pass, by the memory that a few rows take."""
     few = next(iter(scorer.cache.split(scorer.chunk, 2)))
     values = scorer.deltas[0].original.expand(8, -1)
-    work = partial(scorer.outputs, few, None, values, True, None)
-    peak = none_if_out_of_memory(partial(peak_allocation, work))
+    peak = none_if_out_of_memory(
+        partial(peak_allocation, partial(scorer.outputs, few, None, values, True, None))
+    )
     if peak is None:
         return 1
     n_rows = len(few)

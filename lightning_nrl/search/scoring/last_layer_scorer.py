@@ -112,8 +112,9 @@ def make_head_scorer(
     y = class_logits(y)
     n, n_classes = y.shape
     classes = torch.arange(n_classes, device=y.device)
-    number = torch.arange(len(units), device=y.device)
-    unit_of_class = torch.full_like(classes, -1).index_copy(0, units, number)
+    unit_of_class = torch.full_like(classes, -1).index_copy(
+        0, units, torch.arange(len(units), device=y.device)
+    )
     true_unit = unit_of_class[target]
     fixed = y.index_fill(1, units, -torch.inf).scatter(1, true, -torch.inf)
     fixed_max = fixed.amax(1)

@@ -94,7 +94,7 @@ def record(
         if not len(index):
             continue
         inputs, n = inputs_of(batch), len(rows)
-        again: Recompute | None = None
+        again = None
         if recorder.can_cut(inputs, n):
             plan, stored = recorder.record(index_batch(inputs, index, n), len(index))
             # Other inputs might be collated differently in the batches that are read again.

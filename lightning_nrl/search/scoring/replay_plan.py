@@ -168,8 +168,9 @@ class WholePlan(Plan):
         return stored
 
     def inputs(self, model: EditableModel, stored: Sequence[Tensor], n: int) -> Inputs:
-        leaves = self.rebuilt(stored, n, 1, model.space.device)
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = pytree.tree_unflatten(
+            self.rebuilt(stored, n, 1, model.space.device), self.spec
+        )
         return args, kwargs
 
     def resume(
@@ -235,8 +236,9 @@ class ReplayPlan(Plan):
         if self.is_last_layer:
             x, y = stored[-2].to(device), stored[-1].to(device)
             return _copy_if_recorded(edit(self.first, x, y), y)
-        leaves = self.rebuilt(stored, n, copies, device)
-        inputs, outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
+        inputs, outputs, (x, y) = pytree.tree_unflatten(
+            self.rebuilt(stored, n, copies, device), self.spec
+        )
 
         def edit_samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
             dim = self.dims[site.name]
@@ -338,8 +340,9 @@ def _check_calls(trace: ForwardTrace, trace_of_more: ForwardTrace) -> None:
 def _sample_dims(trace: ForwardTrace, trace_of_more: ForwardTrace, small: int) -> dict[str, int]:
     """Returns the sample dimension of each site's output."""
     dims: dict[str, int] = {}
-    shapes = zip(trace.layer_order, trace.layer_shapes, trace_of_more.layer_shapes, strict=True)
-    for name, shape, shape_of_more in shapes:
+    for name, shape, shape_of_more in zip(
+        trace.layer_order, trace.layer_shapes, trace_of_more.layer_shapes, strict=True
+    ):
         layout = infer_layout(shape, shape_of_more, small, small + 1)
         if layout is None:
             raise NotReplayableError(FIXED_SIZE)
@@ -412,7 +415,7 @@ def perturbed(flat: Tensor) -> Tensor:
 
 
 def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], n: int) -> bool:
-    outputs: list[Tensor] = []
+    outputs = []
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         outputs.append(y.clone())
@@ -440,12 +443,14 @@ def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list
             inputs, outputs, (_, y) = pytree.tree_unflatten(copies, spec)
             y = y.detach()
             first = model.sites[trace.layer_order[0]].module
-            modules = dict(model.model.named_modules())
-            with with_cached_outputs(trace.calls, modules, outputs, first, lambda: y):
+            with with_cached_outputs(
+                trace.calls, dict(model.model.named_modules()), outputs, first, lambda: y
+            ):
                 logits = model.forward(inputs)
             if logits.requires_grad:
-                wanted = list(floats.values())
-                gradients = torch.autograd.grad(logits.sum(), wanted, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    logits.sum(), list(floats.values()), allow_unused=True
+                )
     except (RuntimeError, ReplayError) as error:
         if is_out_of_memory(error):
             raise

@@ -126,8 +126,7 @@ class LayerDelta:
             if gathered is None:
                 gathered = self.gather(x, y, copies)
             if copies == 1 and y.dtype not in HALF_PRECISIONS:
-                change = self.weight_delta(values, y.dtype)
-                delta = LazyDelta(partial(self._onto, change, gathered))
+                delta = LazyDelta(partial(self._onto, self.weight_delta(values, y.dtype), gathered))
                 return CandidateTensor(y, n_candidates, dim, self.units, delta)
             units = self.unit_outputs(values, gathered).movedim(2, dim + 1)
             if copies == 1:
@@ -305,8 +304,7 @@ def _layer_delta(site: LayerRef, where: Tensor, original: Tensor) -> LayerDelta:
         place = torch.arange(max(1, int(counts[slots].max())), device=where.device)
         is_padding = place >= counts[slots, None]
         entry = torch.where(is_padding, len(order), first[slots, None] + place)
-        bucket = _unit_bucket(site, units[slots], columns[entry], kernel_index[entry])
-        buckets.append(bucket)
+        buckets.append(_unit_bucket(site, units[slots], columns[entry], kernel_index[entry]))
         slots_of_buckets.append(slots)
     if buckets:
         slots = torch.cat(slots_of_buckets)
