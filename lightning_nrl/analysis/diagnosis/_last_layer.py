@@ -16,7 +16,6 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.diagnosis.findings import (
     Binding,
     DoubtfulLabel,
-    Fixable,
     HeldOutCheck,
     NeighbourMixing,
     TargetFinding,

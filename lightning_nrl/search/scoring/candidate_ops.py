@@ -37,15 +37,13 @@ POINTWISE = (
     *named(Tensor, "sigmoid tanh clamp exp sqrt square abs pow __pow__ __neg__ float double half"),
     *named(Tensor, "bfloat16 to type detach clone contiguous"),
 )
-ADAPTIVE_MEANS = named(F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
 POOLS = (
-    *ADAPTIVE_MEANS,
+    *named(F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
     *named(F, "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d interpolate"),
     *named(F, "adaptive_max_pool1d adaptive_max_pool2d"),
     *named(torch, "max_pool1d max_pool2d max_pool3d"),
 )
-MEANS = (torch.mean, Tensor.mean)
-REDUCTIONS = (*MEANS, torch.sum, torch.amax, Tensor.sum, Tensor.amax)
+REDUCTIONS = (*named(torch, "mean sum amax"), *named(Tensor, "mean sum amax"))
 ADDITIONS = (operator.add, torch.add, *named(Tensor, "add __add__ __radd__"))
 OPERATIONS = (
     *ADDITIONS,
@@ -177,8 +175,6 @@ def _pool(
 ) -> Tensor | None:
     if kwargs.get("return_indices") or any(value is True for value in args[5:]):
         return None
-    if func in ADAPTIVE_MEANS and not kwargs and args in ((1,), ((1,) * (x.ndim - 2),)):
-        return _spatial_mean(x, keepdim=True)
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
@@ -190,30 +186,7 @@ def _reduce(func: TorchFunction, x: CandidateTensor, *args: Any, **kwargs: Any) 
     reduced = {dim % x.ndim for dim in dims or (0,)}
     if min(reduced) <= x.axis:
         return None
-    n_spatial = x.ndim - 1 - x.axis
-    is_plain = len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"}
-    if func in MEANS and is_plain and len(reduced) == n_spatial:
-        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim")
-        return _spatial_mean(x, keepdim=bool(keepdim))
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
-
-
-def _spatial_mean(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
-    dims = tuple(range(x.axis + 1, x.ndim))
-
-    def mean(t: Tensor, units: Tensor | None) -> Tensor:
-        is_exact = t.dtype in (torch.float32, torch.float64) and t.device.type == "cpu"
-        if units is None or x.axis != 1 or not is_exact or not t.numel():
-            return t.mean(dims, keepdim)
-        flat = t.movedim(1, 0).flatten(2)
-        if not flat.is_contiguous():
-            return t.mean(dims, keepdim)
-        n = flat.shape[-1]
-        # For few contiguous numbers this product is several times as fast as `mean`.
-        means = torch.mv(flat.view(-1, n), flat.new_full((n,), 1 / n)).view(flat.shape[:2]).t()
-        return means.view(*means.shape, *[1] * len(dims)) if keepdim else means
-
-    return x.map_channels(mean)
 
 
 @handles(torch.flatten, Tensor.flatten)
