@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
 __all__ = [
@@ -160,13 +160,14 @@ def first_line(error: object) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
     """Raises `ConfigurationError` if `value` is not in `choices`; the hint names the nearest."""
-    if value in choices:
+    names = list(choices)
+    if value in names:
         return
-    known = "one of " + ", ".join(repr(choice) for choice in choices)
+    known = "one of " + ", ".join(map(repr, names))
     hint = f"use {known}."
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     if near:
         hint = f"did you mean {near[0]!r}? It is {known}."
     raise ConfigurationError(f"`{argument}={value!r}` is unknown.", hint)

@@ -92,7 +92,7 @@ class Registry(Generic[T]):
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
         """Returns the factory with this name; the error for an unknown name has a similar one."""
-        check_choice(argument, name, tuple(self))
+        check_choice(argument, name, self)
         if name in self._factories:
             return self._factories[name]
         if name in self.on_demand:

@@ -342,7 +342,7 @@ class Comparison(Report, Plotted):
     def __getitem__(self, method: str) -> Entry:
         """Returns the entry of a method. An error for an unknown name suggests the nearest name."""
         entries = {entry.method: entry for entry in self.entries}
-        check_choice("method", method, tuple(entries))
+        check_choice("method", method, entries)
         return entries[method]
 
     def to_csv(self) -> str:

@@ -22,16 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from lightning_nrl._utils.device import (
-    Context,
-    at_least_float32,
-    no_autocast,
-    repeatable_gradients,
-)
-from lightning_nrl.data.batch import Batch, is_sliceable, run_model
+from lightning_nrl._utils.device import at_least_float32, no_autocast, repeatable_gradients
+from lightning_nrl.data.batch import Batch, is_sliceable
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import Convolution, Layer, force_eager
-from lightning_nrl.tasks import Task
 
 
 def as_rows(layer: Layer, x: Tensor) -> Tensor:
@@ -174,11 +169,7 @@ class OutputProbe:
 
 
 def margin_calls(
-    model: nn.Module,
-    layers: Mapping[str, Layer],
-    batch: Batch,
-    task: Task,
-    context: Context,
+    evaluator: Evaluator, layers: Mapping[str, Layer], batch: Batch
 ) -> tuple[Tensor, dict[str, list[LayerCall]]]:
     """Computes the margins of a batch, `n`, and each layer's calls with gradients of their sum.
 
@@ -186,11 +177,9 @@ def margin_calls(
     samples, or if the margins have no gradient. Raises a `ConfigurationError` for a task without
     margins.
     """
-    probe = OutputProbe(layers)
-    with probe.hooked(), torch.enable_grad(), repeatable_gradients(model):
-        with context():
-            output = task.logits(run_model(model, batch.args, batch.kwargs))
-        margin = task.margin(output, batch.target)
+    probe, task = OutputProbe(layers), evaluator.task
+    with probe.hooked(), torch.enable_grad(), repeatable_gradients(evaluator.model):
+        margin = task.margin(evaluator.output(batch), batch.target)
         if margin is None:
             raise ConfigurationError(
                 f"`task`: {type(task).__name__} has no `margin`.", "give the task a `margin`."

@@ -6,6 +6,7 @@ To add a method, write a frozen dataclass that inherits from `Method`, and regis
 
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.evaluator import check_needs
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
@@ -47,6 +48,7 @@ METHODS.register("linearized")(Linearized)
 def solve(method: AnyMethod, problem: Problem) -> Solution:
     """Runs a method on a problem; raises a `ConfigurationError` if it returns no `Solution`."""
     solver = LocalSearch(method) if isinstance(method, Searcher) else method
+    check_needs(solver.needs, problem.before, problem.evaluator.task)
     solution = solver(problem)
     if not isinstance(solution, Solution):
         kind = type(solution).__name__

@@ -16,7 +16,7 @@ from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
-from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
@@ -79,9 +79,8 @@ class Convex(Method):
     def __call__(self, problem: Problem) -> Solution:
         """Solves at each price and takes the price that does best on held-out samples."""
         began = time.perf_counter()
-        before, clock = problem.before, problem.clock
+        clock = problem.clock
         _check_layers(problem.space)
-        check_needs(self.needs, before, problem.evaluator.task)
         end = problem.deadline_of_method().within(self.seconds)
         if not end.leaves(RECORDING_PASSES * clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)

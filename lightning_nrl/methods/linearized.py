@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import widest
-from lightning_nrl.evaluation.deployed_precision import coarse_rounding
-from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
 from lightning_nrl.methods.method import Method
@@ -77,7 +76,6 @@ class Linearized(Method):
 
         Raises a `ConfigurationError` if there are no margins or gradients.
         """
-        check_needs(self.needs, problem.before, problem.evaluator.task)
         clock = problem.clock
         deadline = problem.deadline_of_method()
         seconds = FIRST_ROUND_PASSES * clock.one_pass
@@ -137,9 +135,8 @@ class _TrustRegionSteps:
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, kept)
         # Margins that an accepted step must keep: less than the required margins, which a step may
         # miss by rounding.
-        rounding = coarse_rounding(problem.evaluator.precision, before)
         safe = SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN)
-        self.least = (kept / 2).clamp(max=max(safe, rounding))
+        self.least = (kept / 2).clamp(max=max(safe, problem.rounding))
         self.after = before  # results of the present weights
         self.closest = before.margin  # smallest margin of each sample at any weights tried
         self.change = torch.zeros(self.whitening.size)  # to the present weights

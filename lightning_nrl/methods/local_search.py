@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.localization import LOCALIZERS, KnownData, Localization, Localizer
 from lightning_nrl.methods.method import Method
@@ -162,7 +161,7 @@ class LocalSearch(Method):
             passed=problem.passed,
             constrained=problem.passed,
             fitness=problem.fitness,
-            reserve=rounding_reserve(problem.evaluator.precision, before),
+            reserve=problem.rounding_reserve,
             deadline=end.within(self.seconds),
         )
         best = localize_and_search(problem, searcher, goal)

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
@@ -64,7 +64,6 @@ class Polish(Method):
 
     def __call__(self, problem: Problem) -> Solution:
         """Polishes; raises a `ConfigurationError` if `new` does not fit or there are no margins."""
-        check_needs(self.needs, problem.before, problem.evaluator.task)
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
         starts: tuple[Proposal, ...] = ()

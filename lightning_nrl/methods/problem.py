@@ -19,6 +19,7 @@ from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.errors import RepairError, TrainingWarning, first_line
+from lightning_nrl.evaluation.deployed_precision import coarse_rounding, rounding_reserve
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
@@ -177,6 +178,16 @@ class Problem:
     @property
     def collective(self) -> Collective:
         return self.evaluator.collective
+
+    @property
+    def rounding(self) -> float:
+        """`coarse_rounding` of the margins."""
+        return coarse_rounding(self.evaluator.precision, self.before)
+
+    @property
+    def rounding_reserve(self) -> Tensor | None:
+        """`N`, margins that make samples safe from rounding, see `rounding_reserve`."""
+        return rounding_reserve(self.evaluator.precision, self.before)
 
     @property
     def used(self) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
@@ -177,9 +176,8 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
     margin = start.after.margin
     if margin.isnan().all():
         return None
-    rounding = coarse_rounding(problem.evaluator.precision, problem.before)
     kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0)
-    kept = kept.clamp(0, max(_sufficient(problem), rounding))
+    kept = kept.clamp(0, max(_sufficient(problem), problem.rounding))
     return torch.where(start.after.passed, kept, 0.0)
 
 

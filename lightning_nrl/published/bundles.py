@@ -76,5 +76,5 @@ def bundle(
         >>> bundle("arachne", localizer="random").localizer
         RandomWeights(n_weights=None, seed=0, include_bias=False)
     """
-    check_choice("name", name, tuple(BUNDLES))
+    check_choice("name", name, BUNDLES)
     return BUNDLES[name]().with_parts(localizer=localizer, fitness=fitness, searcher=searcher)

@@ -22,7 +22,6 @@ from lightning_nrl.errors import (
     check_kind,
     check_whole,
 )
-from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.methods import METHODS, AnyMethod, solve
 from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import parse_parts
@@ -249,7 +248,7 @@ def _scorer(
     recording = record_known(problem, choice.recorded)
     failed = before.targeted & choice.recorded
     passed = before.passed & choice.recorded
-    reserve = rounding_reserve(problem.evaluator.precision, before)
+    reserve = problem.rounding_reserve
     scorer = scorer_for(problem, recording, where, failed, passed, fitness, reserve=reserve)
     mixed = MixScorer(scorer, original[where], change[:, where], space.dtype)
     return mixed, int(passed.sum())
@@ -297,7 +296,7 @@ class WholeModelScorer(Scorer):
         before = problem.before
         after = problem.evaluate(_mix(problem, self.states, coefficients))
         passes = after.passed
-        reserve = rounding_reserve(problem.evaluator.precision, before)
+        reserve = problem.rounding_reserve
         if reserve is not None:
             passes = passes & (after.margin >= reserve)
         sums = []

@@ -116,7 +116,7 @@ class ParticleSwarm(Searcher):
     def __post_init__(self) -> None:
         check_counts(self, "particles", least=2)
         check_start(type(self).__name__, self.start, self.scale_min, self.scale_max)
-        check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
+        check_choice("ParticleSwarm.constants", self.constants, COEFFICIENTS)
         for name, value in vars(self.coefficients).items():
             check_real(
                 f"ParticleSwarm.{name}", value, "number", "give a finite number >= 0.", least=0

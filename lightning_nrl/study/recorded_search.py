@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import EmptyLocalizationError
-from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.localization import KnownData, Localization, Localizer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
@@ -84,7 +83,7 @@ class RecordedSearch:
                 problem.before.targeted,
                 passed,
                 setting.fitness,
-                reserve=rounding_reserve(problem.evaluator.precision, problem.before),
+                reserve=problem.rounding_reserve,
             )
             result = search(
                 scorer,

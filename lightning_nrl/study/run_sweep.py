@@ -120,14 +120,8 @@ def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
 
 
 def _check_options(base: Settings) -> None:
-    samples = base.samples
-    for name, option in (
-        ("slices", samples.slices),
-        ("groups", samples.groups),
-        ("quotas", samples.quotas),
-        ("protected", samples.protected),
-    ):
-        if option is not None:
+    for name in ("slices", "groups", "quotas", "protected"):
+        if vars(base.samples)[name] is not None:
             raise ConfigurationError(
                 f"`{name}`: the table of a sweep has no column for it.",
                 f"leave `{name}` out, and give it to `repair` with the run that you choose.",

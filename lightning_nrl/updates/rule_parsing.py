@@ -53,7 +53,7 @@ def parse_rules(
     Raises:
         ConfigurationError: there is no rule, or a rule cannot be read.
     """
-    check_choice("require", require, tuple(REQUIRED))
+    check_choice("require", require, REQUIRED)
     if isinstance(rules, (str, Rule)):
         rules = [rules]
     if not isinstance(rules, (list, tuple)) or not rules:

@@ -86,9 +86,7 @@ def _margin_gradients(
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for batch, batch_rows in batches:
-        margin, calls = margin_calls(
-            evaluator.model, layers, batch, evaluator.task, evaluator.context
-        )
+        margin, calls = margin_calls(evaluator, layers, batch)
         rows.append(batch_rows)
         margins.append(margin.detach().float().cpu())
         for name in list(parts):

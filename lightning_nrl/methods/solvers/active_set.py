@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import (
     ENFORCING_TIME_FRACTION,
@@ -87,7 +86,7 @@ class ActiveSet:
         self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
-        reserve = rounding_reserve(problem.evaluator.precision, before)
+        reserve = problem.rounding_reserve
         if reserve is not None:
             self._required = self._required.maximum(reserve)
         least = HINGE_MARGIN_RATIO * 0.05 * self._unit

@@ -186,10 +186,9 @@ def _traced(
                 "use `method='swarm'` or `method='finetune-polish'`, or name another layer.",
             )
     modules = {site.name: site.module for site in problem.space.sites}
-    evaluator = problem.evaluator
     missed: set[str] = set()
     for batch, rows in load_rows(problem, chosen):
-        _, calls = margin_calls(problem.model, modules, batch, evaluator.task, evaluator.context)
+        _, calls = margin_calls(problem.evaluator, modules, batch)
         missed.update(name for name in modules if not is_by_sample(calls[name], len(rows)))
         if not missed:
             yield rows, calls

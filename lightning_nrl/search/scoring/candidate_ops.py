@@ -8,7 +8,7 @@ function gets whole tensors.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,19 +23,18 @@ from lightning_nrl.search.scoring.candidate_tensor import (
     named,
 )
 
-RELU = (F.relu, torch.relu, Tensor.relu)
-ACTIVATIONS = RELU + named(
+ACTIVATIONS = named(
     F,
-    "relu6 gelu silu mish elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish "
+    "relu relu6 gelu silu mish elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish "
     "hardsigmoid sigmoid tanh threshold",
 )
 INPLACE_METHODS = (torch.relu_, *named(Tensor, "relu_ sigmoid_ tanh_ clamp_"))
 POINTWISE = (
     *ACTIVATIONS,
     *INPLACE_METHODS,
-    *named(torch, "sigmoid tanh clamp exp sqrt square abs clone"),
-    *named(Tensor, "sigmoid tanh clamp exp sqrt square abs pow __pow__ __neg__ float double half"),
-    *named(Tensor, "bfloat16 to type detach clone contiguous"),
+    *named(torch, "relu sigmoid tanh clamp exp sqrt square abs clone"),
+    *named(Tensor, "relu sigmoid tanh clamp exp sqrt square abs pow __pow__ __neg__ float double"),
+    *named(Tensor, "half bfloat16 to type detach clone contiguous"),
 )
 POOLS = (
     *named(F, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
@@ -44,11 +43,10 @@ POOLS = (
     *named(torch, "max_pool1d max_pool2d max_pool3d"),
 )
 REDUCTIONS = (*named(torch, "mean sum amax"), *named(Tensor, "mean sum amax"))
-ADDITIONS = (operator.add, torch.add, *named(Tensor, "add __add__ __radd__"))
 OPERATIONS = (
-    *ADDITIONS,
-    *named(torch, "sub mul div true_divide"),
-    *named(Tensor, "sub __sub__ __rsub__ mul __mul__ __rmul__"),
+    operator.add,
+    *named(torch, "add sub mul div true_divide"),
+    *named(Tensor, "add __add__ __radd__ sub __sub__ __rsub__ mul __mul__ __rmul__"),
     *named(Tensor, "div true_divide __truediv__ __rtruediv__"),
 )
 # In-place operations and their out-of-place versions.
@@ -101,7 +99,9 @@ def _pointwise(
 ) -> Tensor | None:
     if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
         return None
-    if func in INPLACE_METHODS or _asks_for_in_place(func, args, kwargs):
+    # No activation has another flag than `inplace`.
+    has_flag = any(value is True for value in (*args, kwargs.get("inplace")))
+    if func in INPLACE_METHODS or (func in ACTIVATIONS and has_flag):
 
         def on_copy(t: Tensor, units: Tensor | None) -> Tensor:
             # All candidates share the base, which must stay.
@@ -109,17 +109,7 @@ def _pointwise(
             return result
 
         return x.assign(x.map_channels(on_copy))
-    if func in RELU and x.pending is not None:
-        changed = x.evaluated().relu_()
-        return CandidateTensor(torch.relu(x.base), x.copies, x.axis, x.units, changed)
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
-
-
-def _asks_for_in_place(
-    func: TorchFunction, args: Sequence[object], kwargs: Mapping[str, object]
-) -> bool:
-    # No activation has another flag than `inplace`.
-    return func in ACTIVATIONS and any(value is True for value in (*args, kwargs.get("inplace")))
 
 
 @handles(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
@@ -156,13 +146,7 @@ def _batch_norm(
             eps,
         )
 
-    if x.pending is None or var is None:
-        return x.map_channels(normalised)
-    factor = (var + eps).rsqrt()
-    if weight is not None:
-        factor = weight * factor
-    pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
-    return CandidateTensor(normalised(x.base, None), x.copies, x.axis, x.units, pending)
+    return x.map_channels(normalised)
 
 
 def _select(x: Tensor | None, units: Tensor | None) -> Tensor | None:
@@ -318,14 +302,11 @@ def _binary(func: TorchFunction, a: Any, b: Any, **kwargs: Any) -> Tensor | None
         result: Tensor = IN_PLACE.get(func, func)(s, t, **kwargs)
         return result
 
-    is_sum = not kwargs and IN_PLACE.get(func, func) in ADDITIONS
-    if not isinstance(a, CandidateTensor):
-        return _onto_plain(apply, a, b, func in IN_PLACE) if isinstance(a, Tensor) else None
     result: Tensor | None
+    if not isinstance(a, CandidateTensor):
+        return None
     if isinstance(b, CandidateTensor):
-        result = _add_shared(a, b) if is_sum else None
-        if result is None:
-            result = _of_two(apply, a, b)
+        result = _of_two(apply, a, b)
     elif isinstance(b, Tensor) and b.ndim:
         result = _with_plain(apply, a, b)
     else:
@@ -334,16 +315,6 @@ def _binary(func: TorchFunction, a: Any, b: Any, **kwargs: Any) -> Tensor | None
         return result
     fits = result.shape == a.shape and result.dtype == a.dtype
     return a.assign(result) if fits else None
-
-
-def _add_shared(a: CandidateTensor, b: CandidateTensor) -> CandidateTensor | None:
-    """Adds a tensor that all candidates share to a pending difference, which stays pending."""
-    if a.shape != b.shape or a.copies != b.copies or a.dtype != b.dtype:
-        return None
-    for x, shared in ((a, b), (b, a)):
-        if x.pending is not None and shared.identical:
-            return CandidateTensor(a.base + b.base, a.copies, x.axis, x.units, x.pending)
-    return None
 
 
 def _of_two(
@@ -379,10 +350,6 @@ def _channels(x: CandidateTensor, dim: int, units: Tensor) -> Tensor:
 def _with_plain(
     apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: Tensor
 ) -> Tensor | None:
-    if b.shape == a.shape and len(b) != 1:
-        if not a.identical:
-            return None
-        return apply(a.base.unsqueeze(0), b.unflatten(0, (a.copies, -1))).flatten(0, 1)
     if b.ndim > a.ndim or (b.ndim == a.ndim and len(b) != 1):
         return None
     if torch.broadcast_shapes(a.shape, b.shape) != a.shape:
@@ -396,12 +363,3 @@ def _with_plain(
         return apply(t, b.index_select(axis, units))
 
     return a.map_channels(with_channels)
-
-
-def _onto_plain(
-    apply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: CandidateTensor, in_place: bool
-) -> Tensor | None:
-    if not b.identical or a.shape != b.shape:
-        return None
-    out = apply(a.unflatten(0, (b.copies, -1)), b.base.unsqueeze(0)).flatten(0, 1)
-    return a.copy_(out) if in_place else out

@@ -10,7 +10,6 @@ the whole tensor, so that its result is that of a plain tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -40,23 +39,6 @@ METADATA_FUNCTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class LazyDelta:
-    """Change of U channels under P candidates.
-
-    It is computed late, so that a scale per channel can be included. For n samples `onto(base,
-    scale)` returns `base + scale * change` as a new tensor `U x P x n x ...`. `base` is `U x n x
-    ...`, the part of `CandidateTensor.base` in the U channels. `scale` is a factor per channel,
-    `U`, or None.
-    """
-
-    onto: Callable[[Tensor, Tensor | None], Tensor]
-    scale: Tensor | None = None
-
-    def times(self, factor: Tensor) -> LazyDelta:
-        return LazyDelta(self.onto, factor if self.scale is None else self.scale * factor)
-
-
 class CandidateTensor(Tensor):
     """Activations of n samples under P candidates, `P * n x ...`: n rows for each candidate."""
 
@@ -64,14 +46,13 @@ class CandidateTensor(Tensor):
     axis: int  # channel dimension of `base`, not negative
     units: Tensor  # U int64, the channels in which candidates differ, each once
     copies: int  # P
-    pending: LazyDelta | None  # difference of the U channels from the base; None if it is computed
-    computed: Tensor | None  # P x n x ..., values of the U channels; None: not computed yet
+    changed: Tensor  # P x n x ..., values of the U channels, which are in dimension `axis + 1`
     # The whole tensor, which replaces all fields above; None before it is requested.
     materialized: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor | LazyDelta | None
+        cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor
     ) -> CandidateTensor:
         shape = (copies * base.shape[0], *base.shape[1:])
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=base.dtype, device=base.device)
@@ -79,30 +60,14 @@ class CandidateTensor(Tensor):
         new.copies = copies
         new.axis = axis
         new.units = units
-        new.pending = new.computed = new.materialized = None
-        if isinstance(changed, LazyDelta):
-            new.pending = changed
-        else:
-            new.computed = changed
+        new.changed = changed
+        new.materialized = None
         return new
 
     @classmethod
     def repeated(cls, base: Tensor, copies: int) -> CandidateTensor:
         nothing = torch.empty(0, dtype=torch.int64, device=base.device)
-        return cls(base, copies, min(1, base.ndim - 1), nothing, None)
-
-    @property
-    def changed(self) -> Tensor:
-        """Values of the U differing channels, `P x n x ...` with channels in `axis + 1`."""
-        if self.computed is None:
-            self.computed = self.evaluated()
-            self.pending = None
-        return self.computed
-
-    def evaluated(self) -> Tensor:
-        assert self.pending is not None
-        base = self.base.index_select(self.axis, self.units).movedim(self.axis, 0)
-        return self.pending.onto(base, self.pending.scale).movedim(0, self.axis + 1)
+        return cls(base, copies, min(1, base.ndim - 1), nothing, nothing)
 
     @property
     def identical(self) -> bool:
@@ -136,8 +101,7 @@ class CandidateTensor(Tensor):
         self.base = result.base
         self.axis = result.axis
         self.units = result.units
-        self.pending = result.pending
-        self.computed = result.computed
+        self.changed = result.changed
         self.materialized = result.materialized
         return self
 

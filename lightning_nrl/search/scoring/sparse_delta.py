@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,9 @@ from torch.nn import functional as F
 from lightning_nrl._utils.device import no_autocast
 from lightning_nrl.evaluation.layer_gradients import pad_input
 from lightning_nrl.evaluation.layers import Convolution, LayerRef, ParameterSpace, layer_output
-from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor, LazyDelta, as_dense
+from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor, as_dense
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
-# Above this many candidates per changed weight of a unit, inputs are copied instead of outputs.
-COPIED_INPUTS = 2
 # Above this share of changed units, all units count as changed, which saves a copy.
 MIN_SHARE_OF_ALL_UNITS = 0.9
 
@@ -125,9 +122,6 @@ class LayerDelta:
         with no_autocast(y.device):
             if gathered is None:
                 gathered = self.gather(x, y, copies)
-            if copies == 1 and y.dtype not in HALF_PRECISIONS:
-                delta = LazyDelta(partial(self._onto, self.weight_delta(values, y.dtype), gathered))
-                return CandidateTensor(y, n_candidates, dim, self.units, delta)
             units = self.unit_outputs(values, gathered).movedim(2, dim + 1)
             if copies == 1:
                 return CandidateTensor(y, n_candidates, dim, self.units, units)
@@ -182,36 +176,20 @@ class LayerDelta:
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
-    def _onto(
-        self, change: Tensor, gathered: GatheredInputs, base: Tensor, scale: Tensor | None
-    ) -> Tensor:
-        n_units, *shape = base.shape
-        with no_autocast(change.device):
-            outputs = self._products(change, gathered, scale, base.reshape(n_units, 1, -1))
-        return outputs.view(n_units, len(change), *shape)
-
-    def _products(
-        self,
-        change: Tensor,
-        gathered: GatheredInputs,
-        scale: Tensor | None = None,
-        base: Tensor | None = None,
-    ) -> Tensor:
+    def _products(self, change: Tensor, gathered: GatheredInputs) -> Tensor:
         n_rows = gathered.base[0, :, 0].numel()
         outputs = change.new_empty(len(self.units), len(change), n_rows)
         start = 0
         for bucket, x in zip(self.buckets, gathered.x, strict=True):
             weights = change[:, bucket.columns].transpose(0, 1)  # u x P x m
-            units = slice(start, start + len(weights))
-            if scale is not None:
-                weights = weights * scale[units].view(-1, 1, 1)
-            _multiply(weights, x, None if base is None else base[units], outputs[units])
-            start = units.stop
+            out = outputs[start : start + len(weights)]
+            start += len(weights)
+            if x.shape[1] == 1:
+                torch.bmm(weights, x[:, 0], out=out)
+            else:  # each candidate has its own inputs
+                torch.matmul(weights.unsqueeze(2), x, out=out.unsqueeze(2))
         if self.site.include_bias:
-            bias = change[:, self.bias].t()
-            if scale is not None:
-                bias = bias * scale.unsqueeze(1)
-            outputs += bias.unsqueeze(2)
+            outputs += change[:, self.bias].t().unsqueeze(2)
         return outputs
 
     def _in_float32(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,20 +198,6 @@ class LayerDelta:
         bias = None if module.bias is None else module.bias.detach().to(dtype).float()
         with no_autocast(x.device):
             return layer_output(module, x.to(dtype).float(), weight, bias)
-
-
-def _multiply(weights: Tensor, x: Tensor, base: Tensor | None, out: Tensor) -> None:
-    """Writes `weights`, `u x P x m`, times inputs, plus a base `u x 1 x R`, to `u x P x R`."""
-    if x.shape[1] != 1:  # each candidate has its own inputs, and no base
-        torch.matmul(weights.unsqueeze(2), x, out=out.unsqueeze(2))
-    elif base is None:
-        torch.bmm(weights, x[:, 0], out=out)
-    elif weights.device.type == "cpu" and weights.shape[1] > COPIED_INPUTS * weights.shape[2]:
-        # The base is appended as an input with weight 1, so that it is not copied per candidate.
-        inputs = torch.cat([x[:, 0], base], 1)
-        torch.bmm(F.pad(weights, (0, 1), value=1.0), inputs, out=out)
-    else:
-        torch.baddbmm(base, weights, x[:, 0], out=out)
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
