@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, Settings
-from lightning_nrl.study import TABLE_II, paper_arguments, paper_row
+from lightning_nrl.study import TABLE_II, paper_arguments
+from lightning_nrl.study.table_ii import paper_row
 
 PRINTED = """
 EXP-A1 (1) 6 False 309 500 100

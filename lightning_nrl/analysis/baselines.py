@@ -30,7 +30,6 @@ __all__ = [
     "Interpolation",
     "LayerFineTuning",
     "Retraining",
-    "fresh_weights",
 ]
 
 # Fewest steps of fine-tuning, about 8 epochs of 6,000 samples; fewer samples get more epochs.

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module", "parse_methods"]
+__all__ = ["Comparison", "CurvePoint", "Entry", "Methods", "compare_module"]
 
 COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SCALING_STEP = 1 / 64  # the bisection for a strength stops at this distance

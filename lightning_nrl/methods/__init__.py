@@ -16,7 +16,6 @@ from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Problem, Trained, Training
 from lightning_nrl.methods.solution import Proposal, Solution, better
-from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.search import SEARCHERS, Searcher
 
 AnyMethod = Method | Searcher
@@ -77,5 +76,4 @@ __all__ = [
     "Training",
     "better",
     "solve",
-    "warm_started_search",
 ]

@@ -7,20 +7,14 @@ package imports this one.
 """
 
 from lightning_nrl.published.apricot import Apricot
-from lightning_nrl.published.arachne import (
-    Arachne,
-    ArachneV2,
-    contribution,
-    first_fronts,
-    pareto_front,
-)
+from lightning_nrl.published.arachne import Arachne, ArachneV2
 from lightning_nrl.published.bundles import BUNDLES, bundle
 from lightning_nrl.published.cma_es import CmaEs
 from lightning_nrl.published.differential_evolution import DifferentialEvolution
 from lightning_nrl.published.fitnesses import ArachneDEFitness, ArachneFitness, NeuRecoverFitness
 from lightning_nrl.published.history import CheckpointHistory, History, HistoryPoint
 from lightning_nrl.published.merged_repairs import MergedRepairs
-from lightning_nrl.published.neurecover import NeuRecover, TrainingFlips, localize_by_history
+from lightning_nrl.published.neurecover import NeuRecover
 from lightning_nrl.published.training_history import TrainingHistory
 from lightning_nrl.published.training_record import RecordedSplit, TrainingRecord
 
@@ -40,12 +34,7 @@ __all__ = [
     "NeuRecover",
     "NeuRecoverFitness",
     "RecordedSplit",
-    "TrainingFlips",
     "TrainingHistory",
     "TrainingRecord",
     "bundle",
-    "contribution",
-    "first_fronts",
-    "localize_by_history",
-    "pareto_front",
 ]

@@ -79,13 +79,13 @@ def _curves(record: TrainingRecord, split: str) -> Any:
     passed = record.splits[split].passed
     label = record.splits[split].label
     was_right = passed.int().cummax(0).values > 0
-    figure = new_figure(*HISTORY_CARD)
-    axes = figure.subplots()
     unit = "epoch"
     across = [point.epoch + 1 for point in record.points]
     if len(set(across)) < len(across):
         unit = "step"
         across = [point.step for point in record.points]
+    figure = new_figure(*HISTORY_CARD)
+    axes = figure.subplots()
     for name, mask in Learning(label, passed, was_right).masks.items():
         axes.plot(
             across,
@@ -94,13 +94,8 @@ def _curves(record: TrainingRecord, split: str) -> Any:
             label=name.replace("_", " "),
             marker="." if len(across) < MOST_MARKERS else None,
         )
-    axes.set_ylim(0, 1.25 * len(label))  # room for the legend
     axes.locator_params(axis="x", integer=True)
-    axes.set_title(f"{len(label):,} samples of {split}", color=INK, fontsize=10)
-    axes.legend(
-        frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2
-    )
-    style_axes(axes, unit, "samples")
+    _finish(axes, f"{len(label):,} samples of {split}", len(label), unit, "samples")
     return figure
 
 
@@ -120,8 +115,15 @@ def _bars(last: Learning, split: str) -> Any:
             label=name.replace("_", " "),
         )
         below += shares
-    axes.set_ylim(0, 1.25 * max(float(below.max()), 1.0))
-    axes.set_title(f"{split}: wrong at the end, by class", color=INK, fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
-    style_axes(axes, "class", "% of the class")
+    most = max(float(below.max()), 1.0)
+    _finish(axes, f"{split}: wrong at the end, by class", most, "class", "% of the class")
     return figure
+
+
+def _finish(axes: Any, title: str, most: float, across: str, up: str) -> None:
+    axes.set_ylim(0, 1.25 * most)  # room for the legend
+    axes.set_title(title, color=INK, fontsize=10)
+    axes.legend(
+        frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2
+    )
+    style_axes(axes, across, up)

@@ -4,15 +4,14 @@ In: a model, its known data, settings and seeds. Out: a `SweepResult`, the table
 their weights.
 """
 
-from lightning_nrl.study.grid import Grid, Setting, Sweepable, parse_settings
-from lightning_nrl.study.run_store import RUN_COLUMNS, Run
-from lightning_nrl.study.run_sweep import Seeds, parse_seeds, swarming, sweep_module
+from lightning_nrl.study.grid import Grid, Setting, Sweepable
+from lightning_nrl.study.run_store import Run
+from lightning_nrl.study.run_sweep import Seeds, sweep_module
 from lightning_nrl.study.sweep import sweep
 from lightning_nrl.study.sweep_result import SweepResult
-from lightning_nrl.study.table_ii import TABLE_II, PaperRow, paper_arguments, paper_row
+from lightning_nrl.study.table_ii import TABLE_II, PaperRow, paper_arguments
 
 __all__ = [
-    "RUN_COLUMNS",
     "TABLE_II",
     "Grid",
     "PaperRow",
@@ -22,10 +21,6 @@ __all__ = [
     "SweepResult",
     "Sweepable",
     "paper_arguments",
-    "paper_row",
-    "parse_seeds",
-    "parse_settings",
-    "swarming",
     "sweep",
     "sweep_module",
 ]

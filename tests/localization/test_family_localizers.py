@@ -23,17 +23,9 @@ from lightning_nrl.localization import (
     measure,
 )
 from lightning_nrl.methods.search_samples import record_known
-from lightning_nrl.published import (
-    Arachne,
-    ArachneV2,
-    HistoryPoint,
-    NeuRecover,
-    TrainingFlips,
-    contribution,
-    first_fronts,
-    localize_by_history,
-    pareto_front,
-)
+from lightning_nrl.published import Arachne, ArachneV2, HistoryPoint, NeuRecover
+from lightning_nrl.published.arachne import contribution, first_fronts, pareto_front
+from lightning_nrl.published.neurecover import TrainingFlips, localize_by_history
 
 EVALUATOR = Evaluator(nn.Identity())
 EVERY = torch.ones(2, dtype=torch.bool)

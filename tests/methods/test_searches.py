@@ -45,10 +45,10 @@ from lightning_nrl.methods import (
     Problem,
     Proposal,
     Solution,
-    warm_started_search,
 )
 from lightning_nrl.methods.budget import FEWEST_SAMPLES
 from lightning_nrl.methods.search_samples import choose_samples, n_to_score, preparation_seconds
+from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.published import (
     ArachneFitness,
     NeuRecover,

@@ -139,7 +139,11 @@ def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
     assert repair["flips"]["slices"] == ["night", HOSTILE]
     assert repair["confusion"] == {"known": [[1, 0, 2, 1]]}
     assert repair["search"]["curves"]["broken"] == [0, 1]
-    assert [point["known"]["repaired"] for point in repair["strength"]] == [0, 0, 1]  # at 0, 0.5 and 1
+    assert [point["known"]["repaired"] for point in repair["strength"]] == [
+        0,
+        0,
+        1,
+    ]  # at 0, 0.5 and 1
     assert repair["verdict"] == "Repaired: promise kept, no difference shown on unseen data"
     evidence = "no difference shown: 3 repaired, 2 broken of 104 unseen samples (sign test, p = 1)"
     assert repair["answers"][1] == ["evidence", evidence]

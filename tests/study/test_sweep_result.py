@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lightning_nrl import ConfigurationError, Gate
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.study import RUN_COLUMNS, Run, SweepResult
+from lightning_nrl.study import Run, SweepResult
+from lightning_nrl.study.run_store import RUN_COLUMNS
 
 ASKED = [
     "setting",

@@ -7,7 +7,8 @@ import pytest
 from lightning_nrl import ConfigurationError, Grid, ParticleSwarm, Settings
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.search import Fitness
-from lightning_nrl.study import parse_seeds, parse_settings
+from lightning_nrl.study.grid import parse_settings
+from lightning_nrl.study.run_sweep import parse_seeds
 
 BASE = Settings(method=ParticleSwarm(iterations=20))
 
