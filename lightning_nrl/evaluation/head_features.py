@@ -171,22 +171,29 @@ class Neighbours(NamedTuple):
     share: Tensor  # n float: share of the neighbours with that label; 0 without neighbours
 
 
+class LayerSamples(NamedTuple):
+    """Inputs and outputs of the last Linear layer on some samples."""
+
+    features: Tensor  # n x D, inputs of the layer; perhaps a column of ones if it has a bias
+    logits: Tensor  # n x C, outputs of the layer
+    label: Tensor  # n int64, true classes
+
+    def at(self, where: Tensor) -> LayerSamples:
+        return LayerSamples(*(column[where.to(column.device)] for column in self))
+
+
 @torch.no_grad()
 def neighbours(
-    inputs: Tensor,
-    label: Tensor,
-    passed: Tensor,
-    passed_label: Tensor,
-    *,
-    itself: Tensor | None = None,
+    samples: LayerSamples, passed_samples: LayerSamples, *, itself: Tensor | None = None
 ) -> Neighbours:
     """Compares the labels of `n` samples with the labels of the nearest passed samples.
 
-    The samples have the features `inputs`, `n x D`, and the labels `label`; the `P` passed samples
-    have the features `passed`, `P x D`, and the labels `passed_label`. Distances are cosine
-    distances after subtraction of the mean of `passed`. If the samples are in `passed` too,
-    `itself`, `n` int64, has their rows: no sample is its own neighbour.
+    Distances are cosine distances of the features after subtraction of the mean over the passed
+    samples. If the samples are among the passed samples, `itself`, `n` int64, has their places: no
+    sample is its own neighbour.
     """
+    inputs, _, label = samples
+    passed, _, passed_label = passed_samples
     n_candidates = len(passed)
     if itself is not None:
         n_candidates -= 1
@@ -213,28 +220,22 @@ def neighbours(
     return Neighbours(agreement, most_frequent, share)
 
 
-def doubtful(
-    near: Neighbours,
-    label: Tensor,
-    logits: Tensor,
-    passed_logits: Tensor,
-    passed_label: Tensor,
-) -> Tensor:
+def doubtful(near: Neighbours, samples: LayerSamples, passed: LayerSamples) -> Tensor:
     """Marks doubtful labels: the model, which is sure, and the neighbours agree on another class.
 
     The neighbours agree if at least `AGREEMENT_SHARE` of them have the predicted class. The model
-    is sure if the logit of the predicted class exceeds the logit of `label` by at least a typical
+    is sure if the logit of the predicted class exceeds the logit of the label by at least a typical
     lead: the median difference of the two largest logits over the passed samples of the predicted
-    class. `near` comes from `neighbours`. Shapes are `n` for `label` and the result, `n x C` for
-    `logits`, `P x C` for `passed_logits`, and `P` for `passed_label`.
+    class. `near` comes from `neighbours`. The result is `n` bool.
     """
+    _, logits, label = samples
     largest, prediction = logits.max(1)
     lead = largest - logits.gather(1, label[:, None])[:, 0]
-    first, second = passed_logits.topk(2, dim=1).values.unbind(1)
+    first, second = passed.logits.topk(2, dim=1).values.unbind(1)
     passed_lead = first - second
     typical = logits.new_full(logits.shape[1:], torch.inf)
-    for c in passed_label.unique().tolist():
-        typical[c] = passed_lead[passed_label == c].median()
+    for c in passed.label.unique().tolist():
+        typical[c] = passed_lead[passed.label == c].median()
     agree = (near.label == prediction) & (near.share >= AGREEMENT_SHARE)
     is_sure = lead >= typical[prediction]
     return agree & is_sure & (prediction != label)
@@ -260,7 +261,8 @@ def find_label_issues(
     targets = results.targeted[rows].to(right) & ~right
     passed = results.passed[rows].to(right) & right
     if targets.any() and passed.any():
-        near = neighbours(inputs[targets], label[targets], inputs[passed], label[passed])
-        doubted = doubtful(near, label[targets], logits[targets], logits[passed], label[passed])
+        samples = LayerSamples(inputs, logits, label)
+        of_targets, of_passed = samples.at(targets), samples.at(passed)
+        doubted = doubtful(neighbours(of_targets, of_passed), of_targets, of_passed)
         is_doubtful[rows[targets.cpu()][doubted.cpu()]] = True
     return is_doubtful

@@ -129,20 +129,15 @@ class _Unrolled:
         self, input: Tensor, hx: Tensor | States | None = None
     ) -> tuple[Tensor, Tensor | States]:
         module = self.gates.module
-        if not isinstance(input, Tensor):
+        if not isinstance(input, Tensor) or input.dim() == 2:
             name = type(module).__name__
             raise ConfigurationError(
-                f"`layer`: a {name} that gets packed sequences cannot be repaired.",
-                "give the layer padded sequences, or name another layer.",
+                f"`layer`: a {name} that gets packed sequences, or a sequence without a batch "
+                "dimension, cannot be repaired.",
+                "give the layer a batch of padded sequences, or name another layer.",
             )
         start = (hx,) if isinstance(hx, Tensor) else hx
-        if input.dim() == 2:  # a sequence without a batch dimension
-            if start is not None:
-                start = tuple(state.unsqueeze(1) for state in start)
-            x, end = self._run(input.unsqueeze(0), start)
-            x = x.squeeze(0)
-            end = tuple(state.squeeze(1) for state in end)
-        elif module.batch_first:
+        if module.batch_first:
             x, end = self._run(input, start)
         else:
             x, end = self._run(input.transpose(0, 1), start)

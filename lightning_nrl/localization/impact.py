@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._utils.device import (
     at_least_float32,
@@ -273,16 +273,8 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: object) -> Ten
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
-    layer = site.module
-    if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
-        # With one row per sample |g_j * x_i| = |g_j| * |x_i|, so no per-sample gradients are
-        # needed.
-        gradient = calls[0].gradient.abs()
-        return flat_part(
-            site, weight_gradient(layer, calls[0].input.abs(), gradient), bias_gradient(gradient)
-        )
-    total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
-    for weight, bias in sample_gradients(layer, calls, n):
+    total = torch.zeros(site.size, dtype=torch.float32, device=site.module.weight.device)
+    for weight, bias in sample_gradients(site.module, calls, n):
         total = total + flat_part(site, weight.abs().sum(0), bias.abs().sum(0))
     return total
 

@@ -44,7 +44,7 @@ def test_an_unrolled_layer_gives_the_same_outputs(kind: Any, options: dict[str, 
     layer, x = kind(3, 4, **options).eval(), torch.randn(5, 5, 3)
     h = torch.randn(layer.num_layers * (1 + layer.bidirectional), 5, 4)
     start = (h, h + 1) if kind is nn.LSTM else h
-    for inputs in ((x,), (x, start), (x[0],)):
+    for inputs in ((x,), (x, start)):
         expected = layer(*inputs)
         with unroll([gates_of("layer", layer)]):
             torch.testing.assert_close(layer(*inputs), expected, atol=1e-6, rtol=1e-5)
@@ -84,6 +84,11 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
         pytest.raises(ConfigurationError, match="packed sequences"),
     ):
         layer(pack_sequence([torch.randn(2, 3)]))
+    with (
+        unroll([gates_of("rnn", layer)]),
+        pytest.raises(ConfigurationError, match="without a batch dimension"),
+    ):
+        layer(torch.randn(2, 3))
     with pytest.raises(ConfigurationError, match="names a layer twice"):
         find_layers(Last(nn.GRU(3, 4)), ["rnn", "rnn"])
 

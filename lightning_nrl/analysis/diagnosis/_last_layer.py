@@ -20,13 +20,15 @@ from lightning_nrl.analysis.diagnosis.findings import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.analysis.diagnosis.fixability import (
-    Fixability,
-    LayerSamples,
-    find_fixability,
-)
+from lightning_nrl.analysis.diagnosis.fixability import Fixability, find_fixability
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.head_features import NEIGHBOURS, HeadFeatures, doubtful, neighbours
+from lightning_nrl.evaluation.head_features import (
+    NEIGHBOURS,
+    HeadFeatures,
+    LayerSamples,
+    doubtful,
+    neighbours,
+)
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 MAX_TARGETS_TRIED = 512  # if there are more targets, a random sample of them is tried
@@ -206,18 +208,15 @@ def _compare_labels(
 ) -> tuple[NeighbourMixing, tuple[DoubtfulLabel, ...]]:
     """Compares labels with those of the nearest passed samples."""
     n_passed = len(passed.label)
-    near = neighbours(targets.features, targets.label, passed.features, passed.label)
+    near = neighbours(targets, passed)
     places = sample_places(n_passed, MAX_PASSED_COMPARED, generator).to(passed.label.device)
-    compared = passed.at(places)
-    near_passed = neighbours(
-        compared.features, compared.label, passed.features, passed.label, itself=places
-    )
+    near_passed = neighbours(passed.at(places), passed, itself=places)
     mixing = NeighbourMixing(
         min(NEIGHBOURS, max(1, n_passed - 1)),
         targets=float(near.agreement.double().nanmean()),
         passed=float(near_passed.agreement.double().nanmean()),
     )
-    is_doubtful = doubtful(near, targets.label, targets.logits, passed.logits, passed.label)
+    is_doubtful = doubtful(near, targets, passed)
     lead = targets.logits.amax(1) - targets.logits.gather(1, targets.label[:, None])[:, 0]
     doubts = []
     for i in is_doubtful.nonzero().flatten().tolist():

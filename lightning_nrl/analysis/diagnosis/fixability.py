@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_nrl.evaluation.head_features import LayerSamples
 from lightning_nrl.methods.solvers.convex_head import (
     add_cutting_planes,
     margins_over_rivals,
@@ -35,17 +36,6 @@ FEATURE_RIDGE = 1e-6
 # A change that would break a sample is cut to this share of the fraction at which it would.
 BACKOFF = 0.999
 MAX_LOGITS_AT_ONCE = 2**24  # largest number samples x targets x classes in memory
-
-
-class LayerSamples(NamedTuple):
-    """Inputs and outputs of the layer on some samples."""
-
-    features: Tensor  # n x D, inputs of the layer; then a column of ones if the layer has a bias
-    logits: Tensor  # n x C, outputs of the layer
-    label: Tensor  # n int64, true classes
-
-    def at(self, where: Tensor) -> LayerSamples:
-        return LayerSamples(*(column[where.to(column.device)] for column in self))
 
 
 class Fixability(NamedTuple):
