@@ -307,14 +307,9 @@ class Comparison(Report, Plotted):
         blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(self, shown))]
         if shown:
             blocks.append(_table(self, shown))
-        left_out = []
-        is_scaled = False
-        for entry in self.entries:
-            is_scaled = is_scaled or entry.scaled_back is not None
-            if not entry.curve:
-                left_out.append((entry.method, entry.note))
-        if is_scaled:
+        if any(entry.scaled_back for entry in shown):
             blocks.append(Text(SCALED_NOTE))
+        left_out = [(entry.method, entry.note) for entry in self.entries if not entry.curve]
         if left_out:
             blocks += [Heading("Left out"), FactList(left_out)]
         facts = (("target", self.target), ("layer", self.layer), ("seed", str(self.seed)))

@@ -63,7 +63,10 @@ def collect_features(
         rows = torch.cat([results.rows(source.split, source.positions) for source in known])
         features = _gather_features(recorder, rows, evaluator.collective)
     else:
-        features = record_rows(evaluator, known, head, results, _select_rows(results))
+        rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
+        rank[results.targeted] = -2.0
+        rows = rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
+        features = record_rows(evaluator, known, head, results, rows)
     return HeadFeatures(results, features, seconds)
 
 
@@ -99,6 +102,13 @@ def row_batches(
         if len(positions):
             for batch in source.draw(positions.split(size)):
                 yield batch, batch.position + start
+
+
+def all_batches(known: Sequence[Source], results: SampleResults) -> Iterator[tuple[Batch, Tensor]]:
+    """Yields this rank's batches with their rows in the results."""
+    for source in known:
+        for batch in source:
+            yield batch, results.rows(source.split, batch.position)
 
 
 class _HeadRecorder:
@@ -149,12 +159,6 @@ def _gather_features(
     if collective.any(lacks_features) or not collective.any(has_features):
         return None
     return Features(*collective.gather_sorted([rows], recorder.inputs, recorder.logits))
-
-
-def _select_rows(results: SampleResults) -> Tensor:
-    rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
-    rank[results.targeted] = -2.0
-    return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
 
 
 NEIGHBOURS = 10  # number of nearest passed samples

@@ -219,10 +219,18 @@ def _names(
     names = layer_names(layer)
     if names != ["auto"] or "auto" in modules:
         return names
+
+    def preference(name: str) -> tuple[bool, bool, bool]:
+        weight = _own_weight(modules[name])
+        is_free = weight is None or weight.requires_grad
+        # A network without a Linear, such as one for segmentation, ends in a convolution.
+        is_linear = isinstance(modules[name], nn.Linear)
+        return called is not None and name in called, is_linear, is_free
+
     layers = _layers_in(modules)
     if layers:
         # Among equals, `max` returns the first of the reversed list: the last layer.
-        return [max(reversed(layers), key=lambda name: _preference(name, modules[name], called))]
+        return [max(reversed(layers), key=preference)]
     outside = _outside_tree(modules)
     if outside:
         raise _outside_error("auto", outside[0])
@@ -230,15 +238,6 @@ def _names(
         "`layer='auto'` found no Linear layer and no convolution.",
         f"name a {KINDS} that is not scripted (`torch.jit`); 'auto' finds no recurrent layers.",
     )
-
-
-def _preference(
-    name: str, module: nn.Module, called: Collection[str] | None
-) -> tuple[bool, bool, bool]:
-    weight = _own_weight(module)
-    is_free = weight is None or weight.requires_grad
-    # A network without a Linear, such as one for segmentation, ends in a convolution.
-    return called is not None and name in called, isinstance(module, nn.Linear), is_free
 
 
 def _last_inside(name: str, modules: Modules) -> str:

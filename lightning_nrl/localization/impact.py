@@ -60,7 +60,6 @@ class Impact:
 
     backward: Tensor  # W: absolute gradient of the loss with respect to each weight
     forward: Tensor  # W: mean absolute product of each weight with its inputs
-    n_samples: int  # number of samples measured
 
 
 def measure(
@@ -143,7 +142,9 @@ def _add_impacts(
                 inputs[part] += absolute_inputs
                 positions[i] += n_uses
             if by_sample:
-                gradient[part] += _absolute_gradients(site, calls, n)
+                for of_weight, of_bias in sample_gradients(site.module, calls, n):
+                    absolute = of_weight.abs().sum(0), of_bias.abs().sum(0)
+                    gradient[part] += flat_part(site, *absolute)
                 continue
             for x, g in calls:
                 gradient[part] += flat_part(
@@ -272,13 +273,6 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: object) -> Ten
     return values
 
 
-def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
-    total = torch.zeros(site.size, dtype=torch.float32, device=site.module.weight.device)
-    for weight, bias in sample_gradients(site.module, calls, n):
-        total = total + flat_part(site, weight.abs().sum(0), bias.abs().sum(0))
-    return total
-
-
 def check_called(site: LayerRef, count: float) -> None:
     """Raises a `ReplayError` if each weight of a layer was used `count` = 0 times."""
     if not count:
@@ -320,7 +314,7 @@ def _mean(
             "look for samples with a NaN or infinite loss, "
             "or for gradients that overflow half precision.",
         )
-    return Impact(backward, forward, int(samples))
+    return Impact(backward, forward)
 
 
 @LOCALIZERS.register("gradient")

@@ -130,10 +130,7 @@ def _first_n_g(impact: Impact) -> Tensor:
 
 def rank_impacts(impact: Tensor) -> Tensor:
     """Returns the rank of each impact, 1 for the largest. Equal impacts keep their order."""
-    order = impact.argsort(descending=True, stable=True)
-    return torch.empty_like(order).scatter_(
-        0, order, torch.arange(1, len(order) + 1, device=order.device)
-    )
+    return impact.argsort(descending=True, stable=True).argsort() + 1
 
 
 def nearest(sizes: Tensor, size: int) -> int:

@@ -31,6 +31,7 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.search_samples import nearest
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.solvers.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
 from lightning_nrl.methods.solvers.convex_head import KEPT_MARGIN_RATIO
@@ -217,12 +218,10 @@ class _TrustRegionSteps:
         """
         before = self.problem.before
         margin = _margins(self.after)
-        targets = before.targeted.nonzero().flatten()
-        distance = margin[targets].abs() / before.weight[targets].to(margin)
-        targets = targets[distance.argsort(stable=True)[: MAX_ROWS // 2]]
-        passed = before.passed.nonzero().flatten()
-        closest = torch.minimum(self.closest, margin)[passed]
-        passed = passed[closest.argsort(stable=True)[: MAX_ROWS - len(targets)]]
+        distance = margin.abs() / before.weight.to(margin)
+        targets = nearest(distance, before.targeted, MAX_ROWS // 2)
+        closest = torch.minimum(self.closest, margin)
+        passed = nearest(closest, before.passed, MAX_ROWS - len(targets))
         return torch.cat([targets, passed]).sort().values
 
     def _try_steps(self, linearized: _LinearizedMargins, start: Tensor) -> tuple[list[_Try], str]:

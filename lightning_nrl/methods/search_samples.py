@@ -7,7 +7,7 @@ all known samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.head_features import row_batches
+from lightning_nrl.evaluation.head_features import all_batches, row_batches
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import (
     FEWEST_SAMPLES,
@@ -92,8 +91,8 @@ def choose_samples(
     n_drawn = n_passed // 2
     distance = _distance(before)
     recorded = torch.zeros_like(wanted)
-    recorded[_nearest(distance, failed, n_failed)] = True
-    recorded[_nearest(distance, passed, n_passed - n_drawn)] = True
+    recorded[nearest(distance, failed, n_failed)] = True
+    recorded[nearest(distance, passed, n_passed - n_drawn)] = True
     far = (passed & ~recorded).nonzero().flatten()
     drawn = far[torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))]
     recorded[drawn[:n_drawn]] = True
@@ -117,7 +116,8 @@ def _distance(before: SampleResults) -> Tensor:
     return torch.where(before.passed, -before.loss * weight, before.loss / weight)
 
 
-def _nearest(distance: Tensor, mask: Tensor, n: int) -> Tensor:
+def nearest(distance: Tensor, mask: Tensor, n: int) -> Tensor:
+    """Returns the rows of the `n` samples in `mask` with the smallest distances, in order."""
     rows = mask.nonzero().flatten()
     return rows[distance[rows].argsort(stable=True)[:n]]
 
@@ -129,7 +129,7 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
         ReplayError: on all ranks, if one rank cannot record a layer.
     """
     draw = partial(row_batches, problem.known, problem.before)
-    batches = _all_batches(problem)
+    batches = all_batches(problem.known, problem.before)
     if len(keep) > problem.n_scored and int(keep.sum()) < FEW_SHARE * len(keep):
         batches = draw(keep.nonzero().flatten())
     work = partial(
@@ -142,12 +142,6 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
         draw=draw,
     )
     return problem.collective.all_or_none(work, "known data could not be recorded on another rank.")
-
-
-def _all_batches(problem: Problem) -> Iterator[tuple[Batch, Tensor]]:
-    for source in problem.known:
-        for batch in source:
-            yield batch, problem.before.rows(source.split, batch.position)
 
 
 def scorer_for(

@@ -24,7 +24,6 @@ from lightning_nrl.methods.search_samples import preparation_seconds
 from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search import Searcher
-from lightning_nrl.search.fitness import FitnessFunction
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 NO_TIME_FOR_SEARCH = f"not run: {CUT}"
@@ -113,7 +112,10 @@ def _goal(problem: Problem, start: Proposal, end: Deadline) -> SearchGoal | None
             kept = (kept | before.targeted) & ~narrow
             reserve = reserve.where(~narrow, _sufficient(problem))
     passed = passes & problem.used & ~failed
-    return SearchGoal(failed, passed, kept, _constrained(problem, start), reserve, end, narrow)
+    # The gate limits the passed samples that break.
+    counts = Flips.between(before, start.after).counts(problem.used)
+    fitness = problem.fitness.as_constraint(float(problem.gate.allowed(counts)))
+    return SearchGoal(failed, passed, kept, fitness, reserve, end, narrow)
 
 
 def _compared(
@@ -179,9 +181,3 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
     kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0)
     kept = kept.clamp(0, max(_sufficient(problem), problem.rounding))
     return torch.where(start.after.passed, kept, 0.0)
-
-
-def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
-    """Returns the fitness with a hard constraint: the gate limits the passed samples that break."""
-    counts = Flips.between(problem.before, start.after).counts(problem.used)
-    return problem.fitness.as_constraint(float(problem.gate.allowed(counts)))

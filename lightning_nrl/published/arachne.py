@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_nrl._utils.device import at_least_float32, no_autocast
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layer_gradients import (
-    OutputProbe,
     as_rows,
     bias_gradient,
     uses_per_weight,
@@ -144,8 +143,16 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
         influences = dict(zip(sites, influence.split(n_neurons), strict=True))
         uses = dict(zip(sites, positions.unbind(), strict=True))
         with no_autocast(share.device):
-            _add_influences(sites, influences, probe, outputs)
-            _add_shares(sites, shares, uses, probe)
+            for column in outputs.unbind(1):
+                gradients = probe.gradients(column, torch.ones_like(column), retain_graph=True)
+                for name, gradient in zip(probe.called, gradients, strict=True):
+                    rows = at_least_float32(as_rows(sites[name].module, gradient)).abs()
+                    influences[name].add_(bias_gradient(rows))
+            for name, x, output in probe.seen:
+                site = sites[name]
+                rows = at_least_float32(as_rows(site.module, x)).abs()
+                shares[name].add_(_share(site, rows))
+                uses[name].add_(uses_per_weight(site.module, output))
 
     sizes = [space.size, sum(n_neurons), len(space.sites), 1]
     share, influence, positions, _ = accumulate(recording, evaluator, rows_mask, sizes, add)
@@ -158,32 +165,6 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
         by_weight = mean.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
         impacts.append(shares / uses * flat_part(site, by_weight, mean))
     return torch.cat(impacts)
-
-
-def _add_influences(
-    sites: Mapping[str, LayerRef],
-    influences: Mapping[str, Tensor],
-    probe: OutputProbe,
-    outputs: Tensor,
-) -> None:
-    for column in outputs.unbind(1):
-        gradients = probe.gradients(column, torch.ones_like(column), retain_graph=True)
-        for name, gradient in zip(probe.called, gradients, strict=True):
-            rows = at_least_float32(as_rows(sites[name].module, gradient)).abs()
-            influences[name].add_(bias_gradient(rows))
-
-
-def _add_shares(
-    sites: Mapping[str, LayerRef],
-    shares: Mapping[str, Tensor],
-    uses: Mapping[str, Tensor],
-    probe: OutputProbe,
-) -> None:
-    for name, x, output in probe.seen:
-        site = sites[name]
-        rows = at_least_float32(as_rows(site.module, x)).abs()
-        shares[name].add_(_share(site, rows))
-        uses[name].add_(uses_per_weight(site.module, output))
 
 
 def _largest(logits: Tensor) -> Tensor:

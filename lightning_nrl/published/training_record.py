@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,22 +109,13 @@ class TrainingRecord:
         passed = torch.full((len(self.points), len(before)), -1, dtype=torch.int8)
         for split in before.splits:
             if split in self.splits:
-                rows, positions = self._rows(before, split)
-                passed[:, rows] = self.splits[split].passed[:, positions].to(torch.int8)
+                recorded, index = self.splits[split], before.index[before.of(split)]
+                _, rows, positions = np.intersect1d(index, recorded.index, return_indices=True)
+                passed[:, rows + before.start(split)] = recorded.passed[:, positions].to(torch.int8)
         points = []
         for point, results in zip(self.points, passed, strict=True):
             points.append(HistoryPoint(results, _flat_weights(point, known)))
         return points
-
-    def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
-        """Returns the rows of a split's recorded samples, and their positions in the record."""
-        recorded = self.splits[split].index
-        known = before.index[before.of(split)]
-        position_of = torch.full((int(max(recorded.max(), known.max())) + 1,), -1)
-        position_of[recorded] = torch.arange(len(recorded))
-        positions = position_of[known]
-        is_recorded = positions >= 0
-        return is_recorded.nonzero().squeeze(1) + before.start(split), positions[is_recorded]
 
 
 @dataclass(frozen=True)

@@ -51,21 +51,14 @@ def first_positions(
     centre = torch.where(candidate < n_near, original, mean)
     is_moved = candidate >= n_unmoved
     position = torch.where(is_moved, centre + offset, original)
-    if not len(origin.elites):
-        return position
-    return _with_elites(position, origin, offset.where(is_moved, 0.0), n_near)
-
-
-def _with_elites(position: Tensor, origin: SearchOrigin, offset: Tensor, n_near: int) -> Tensor:
-    elites, first = origin.elites, origin.first_candidates
-    change = elites - origin.original
-    lines = torch.cat([origin.original + step * change for step in ELITE_STEPS])
+    first, change = origin.first_candidates, origin.elites - original
+    lines = torch.cat([original + step * change for step in ELITE_STEPS])
     lines = lines[: max(0, n_near - len(first)) // 2]
     begin = len(first) + len(lines)
-    n_around = max(0, n_near - begin)
-    turn = torch.arange(n_around, device=position.device) % len(first)
-    around = first[turn] + offset[begin : begin + n_around]
-    return torch.cat([first, lines, around, position[begin + n_around :]])
+    end = max(begin, n_near)
+    turn = torch.arange(end - begin, device=original.device) % len(first)
+    around = first[turn] + offset.where(is_moved, 0.0)[begin:end]
+    return torch.cat([first, lines, around, position[end:]])
 
 
 def check_start(searcher: str, start: Start, scale_min: float, scale_max: float) -> None:

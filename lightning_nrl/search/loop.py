@@ -96,7 +96,9 @@ def search(
     while log.done < method.iterations and n_stale < method.patience and not time_is_over:
         for _ in range(min(check_every - log.done % check_every, method.iterations - log.done)):
             state = method.ask(state, random)
-            limit = _most_broken(scorer, state, fitness, before.n_failed)
+            limit = None
+            if scorer.gives_up and state.threshold is not None:
+                limit = fitness.most_broken(state.threshold, before.n_failed)
             scores = scorer(state.candidates.to(original.dtype), limit)
             ranking = log.record(state.candidates, scores, fitness(scores, before))
             state = method.tell(state, ranking)
@@ -117,14 +119,6 @@ def search(
         history=history,
         seconds=time.perf_counter() - began,
     )
-
-
-def _most_broken(
-    scorer: Scorer, state: SearchState, fitness: FitnessFunction, n_failed: int
-) -> Tensor | None:
-    if not scorer.gives_up or state.threshold is None:
-        return None
-    return fitness.most_broken(state.threshold, n_failed)
 
 
 def _stop_reason(method: Searcher, iterations: int, n_stale: int) -> str:

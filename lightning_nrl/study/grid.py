@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.settings import Settings
@@ -187,8 +186,7 @@ def _with_fields(setting: Setting, arguments: Mapping[str, Any]) -> Setting:
     owners = {name: part for part in SETTING_PARTS for name in _fields(parts[part])}
     changes: dict[str, dict[str, Any]] = {part: {} for part in SETTING_PARTS}
     for argument, value in arguments.items():
-        if argument not in owners:
-            raise _unknown(argument, [*SETTING_PARTS, *owners])
+        check_choice("settings", argument, owners | dict.fromkeys(SETTING_PARTS))
         changes[owners[argument]][argument] = value
     # Each of the two determines the other, so the default of the other does not count.
     for argument, implied in (("n_weights", "n_g"), ("n_g", "n_weights")):
@@ -198,13 +196,6 @@ def _with_fields(setting: Setting, arguments: Mapping[str, Any]) -> Setting:
         if values:
             setting = replace(setting, **{part: replace(parts[part], **values)})
     return setting
-
-
-def _unknown(argument: str, names: Sequence[str]) -> ConfigurationError:
-    choices = [name for name in names if name != "kind"]
-    near = difflib.get_close_matches(str(argument), choices, n=1)
-    hint = f"did you mean `{near[0]}`?" if near else f"it is one of {choices}."
-    return ConfigurationError(f"`settings`: `{argument}` is no argument of a search.", hint)
 
 
 def _without_ignored(fitness: Fitness) -> Fitness:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.head_features import all_batches
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.evaluation.sample_results import (
     Flips,
@@ -126,11 +127,7 @@ class Recount:
             memory_limit = free_memory(problem.space.device) // 4
         room = memory_limit // 2
         kept = []
-        batches = (
-            (batch, self.before.rows(source.split, batch.position))
-            for source in self.sources
-            for batch in source
-        )
+        batches = all_batches(self.sources, self.before)
         for batch in exact_batches(problem.evaluator, batches, problem.space):
             room -= batch.nbytes
             if room >= 0:

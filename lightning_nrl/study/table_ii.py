@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import check_choice
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
@@ -54,11 +53,7 @@ def paper_row(row: str) -> PaperRow:
     Raises:
         ConfigurationError: the ID is unknown.
     """
-    if row not in TABLE_II:
-        near = difflib.get_close_matches(str(row).upper(), TABLE_II, n=3, cutoff=0.3)
-        raise ConfigurationError(
-            f"`row={row!r}` is not in Table II.", f"the nearest rows are {near or list(TABLE_II)}."
-        )
+    check_choice("row", row, TABLE_II)
     return TABLE_II[row]
 
 

@@ -143,7 +143,7 @@ def test_random_draws_follow_their_seed_alone(recorded):
 
 def impact(forward: list[float], backward: list[float]) -> Impact:
     return Impact(
-        torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64), 1
+        torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64)
     )
 
 

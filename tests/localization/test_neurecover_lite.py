@@ -25,7 +25,7 @@ EVALUATOR = Evaluator(nn.Identity())
 
 def impact(backward: list[float], forward: list[float]) -> Impact:
     return Impact(
-        torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64), 1
+        torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64)
     )
 
 
@@ -100,7 +100,7 @@ def test_empty_names_the_set_sizes_and_the_nearest_n_g():
 def test_default_is_within_the_paper_s_range():
     generator = torch.Generator().manual_seed(0)
     for total, reached in ((640, 64), (40_000, 309)):
-        failed, passed = (Impact(*torch.rand(2, total, generator=generator), 1) for _ in range(2))
+        failed, passed = (Impact(*torch.rand(2, total, generator=generator)) for _ in range(2))
         localization = localize(failed, passed)
         assert localization.requested == default_n_weights(total) == reached
         assert abs(len(localization.weights) - reached) <= 1

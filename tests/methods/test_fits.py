@@ -50,6 +50,7 @@ from lightning_nrl.methods import (
     Polish,
     Problem,
     Solution,
+    solve,
 )
 from lightning_nrl.methods.finetune_polish import choose_caution, fine_tune_and_polish
 from lightning_nrl.methods.held_out import draw_held_out_rows
@@ -304,7 +305,7 @@ def test_where_no_steps_of_the_owner_do_well_they_are_distilled() -> None:
 def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> None:
     training = FakeTraining(None)
     with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
-        method(make_problem(trained(), known(), "0", task=Marginless(), training=training))
+        solve(method, make_problem(trained(), known(), "0", task=Marginless(), training=training))
     assert training.calls == []
 
 

@@ -63,11 +63,11 @@ def test_whole_objects_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alfa": 4}, "`alfa` is no argument of a search.\nHINT: did you mean `alpha`"),
+        ({"alfa": 4}, "`settings='alfa'` is unknown.\nHINT: did you mean 'alpha'?"),
         ({"alpha": -1}, "`fitness.alpha=-1` is no weight"),
         ({"n_passed": 0}, "`n_passed=0` is out of range"),
         ({"fitness": "eq3"}, "`fitness='eq3'` is unknown"),
-        ({"localizer": AllWeights(), "n_weights": 5}, "`n_weights` is no argument"),
+        ({"localizer": AllWeights(), "n_weights": 5}, "`settings='n_weights'` is unknown"),
         ({"method": "convex"}, "`method='convex'` is no ParticleSwarm"),
         (["EXP-C1"], "`settings='EXP-C1'` is no setting"),
         ("EXP-C1", "`settings='EXP-C1'` is no list of settings"),

@@ -148,7 +148,13 @@ class _FixProgramme:
         self.binds[targets] = False
         self.binds[targets[is_binding.nonzero()[:, 0]], self._rows.sample[is_binding]] = True
         is_open = (violated.sample >= 0).any(1) & ~self._is_beyond
-        self._rows = _join(self._rows.at(is_open), violated.at(is_open))
+        columns = zip(self._rows.at(is_open), violated.at(is_open), strict=True)
+        rows = _Constraints(*(torch.cat(pair, 1) for pair in columns))
+        # Columns that are empty for every target are left out.
+        is_empty = rows.sample < 0
+        n_used = max((~is_empty).sum(1).tolist(), default=0)
+        order = is_empty.long().argsort(dim=1, stable=True)[:, :n_used]
+        self._rows = _Constraints(*(column.gather(1, order) for column in rows))
         self._open = targets[is_open]
         return len(self._open) > 0
 
@@ -190,12 +196,3 @@ def _violated_by(change: Tensor, passed: LayerSamples, before: Tensor) -> tuple[
     lack, rival = (gain + (before - required)).min(2)
     lack, sample = lack.topk(min(ROWS_PER_ROUND, lack.shape[1]), largest=False)
     return breaks_at, lack, sample, rival.gather(1, sample)
-
-
-def _join(rows: _Constraints, new: _Constraints) -> _Constraints:
-    """Joins constraints, without columns that are empty for every target."""
-    joined = _Constraints(*(torch.cat(columns, 1) for columns in zip(rows, new, strict=True)))
-    is_empty = joined.sample < 0
-    n_used = (~is_empty).sum(1)
-    order = is_empty.long().argsort(dim=1, stable=True)[:, : max(n_used.tolist(), default=0)]
-    return _Constraints(*(column.gather(1, order) for column in joined))

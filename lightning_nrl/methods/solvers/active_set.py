@@ -22,6 +22,7 @@ from lightning_nrl.methods.budget import (
     FORWARD_BACKWARD,
 )
 from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.search_samples import nearest
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods.solvers.mini_batches import (
     BATCH_SIZE,
@@ -206,11 +207,10 @@ class ActiveSet:
         margin = self.margin
         repaired = (self._right | before.targeted) & ~before.passed & (margin > self._reachable)
         is_near = margin < self._unit * WORKING_SET_MARGIN
-        rows = ((before.passed | repaired) & self.problem.used & is_near).nonzero().flatten()
-        distance = torch.where(before.passed, margin, margin.abs())[rows]
-        nearest = distance.argsort(stable=True)[:MAX_WORKING_SET]
+        candidates = (before.passed | repaired) & self.problem.used & is_near
+        distance = torch.where(before.passed, margin, margin.abs())
         close = self.enforced.clone()
-        close[rows[nearest]] = True
+        close[nearest(distance, candidates, MAX_WORKING_SET)] = True
         return close
 
     @torch.no_grad()

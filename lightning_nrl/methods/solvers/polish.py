@@ -14,10 +14,10 @@ original weights and **gives up** wrong targets of small sample weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -139,10 +139,8 @@ def polished(
     return proposal, step, result.course
 
 
-class Phase(Protocol):
-    """A method of `_Polish` that returns the next phase, or None at the end."""
-
-    def __call__(self) -> Phase | None: ...
+Phase: TypeAlias = "Callable[[], Phase | None]"
+"""A method of `_Polish` that returns the next phase, or None at the end."""
 
 
 class _Polish:

@@ -110,6 +110,11 @@ class LoadedRepair:
         for flip in LISTED_FLIPS:
             for i, split in enumerate(splits):
                 for sample in most_telling(split.flipped_as(flip)):
+                    kinds = (
+                        kind
+                        for kind in SAMPLE_KINDS
+                        if sample_name(split.split, sample.id, kind) in self._files
+                    )
                     rows.append(
                         [
                             i,
@@ -122,24 +127,14 @@ class LoadedRepair:
                             _finite(sample.margin_after),
                             sample.in_target,
                             slices[sample.slice],
-                            self._kind_of(split.split, sample.id),
+                            next(kinds, ""),
                         ]
                     )
         return {"rows": rows, "slices": list(slices)[1:]}
 
     @cached_property
     def _files(self) -> set[str]:
-        try:
-            return set(os.listdir(self.folder.path / SAMPLES_FOLDER))
-        except OSError:
-            return set()
-
-    def _kind_of(self, split: str, position: int) -> str:
-        """Returns the kind of a sample's file, or an empty text without a file."""
-        for kind in SAMPLE_KINDS:
-            if sample_name(split, position, kind) in self._files:
-                return kind
-        return ""
+        return {path.name for path in (self.folder.path / SAMPLES_FOLDER).glob("*")}
 
 
 def _numbers(splits: Sequence[SplitReport]) -> Plain | None:

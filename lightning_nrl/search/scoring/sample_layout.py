@@ -87,7 +87,7 @@ def index_all(tree: Tree, samples: Tensor | slice) -> Tree:
 
 def repeat_all(tree: Tree, copies: int) -> Tree:
     """Repeats the rows of every tensor, copy by copy."""
-    return pytree.tree_map_only(Tensor, lambda x: x.repeat(copies, *[1] * (x.ndim - 1)), tree)
+    return pytree.tree_map_only(Tensor, lambda x: torch.cat([x] * copies), tree)
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:

@@ -134,7 +134,11 @@ class LayerDelta:
         rounded = base = self._units_of(y, copies)
         compute = torch.promote_types(y.dtype, torch.float32)
         if y.dtype in HALF_PRECISIONS:
-            base = self._units_of(self._in_float32(x, y.dtype), copies)
+            weight = module.weight.detach().to(y.dtype).float()
+            bias = None if module.bias is None else module.bias.detach().to(y.dtype).float()
+            with no_autocast(x.device):
+                base = layer_output(module, x.to(y.dtype).float(), weight, bias)
+            base = self._units_of(base, copies)
         inputs = []
         for bucket in self.buckets:
             if isinstance(module, nn.Linear):
@@ -191,13 +195,6 @@ class LayerDelta:
         if self.site.include_bias:
             outputs += change[:, self.bias].t().unsqueeze(2)
         return outputs
-
-    def _in_float32(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        module = self.site.module
-        weight = module.weight.detach().to(dtype).float()
-        bias = None if module.bias is None else module.bias.detach().to(dtype).float()
-        with no_autocast(x.device):
-            return layer_output(module, x.to(dtype).float(), weight, bias)
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
