@@ -92,8 +92,13 @@ class Convex(Method):
             solved = _solve(problem, known, self, end)
             is_cut = problem.deadline.is_set and len(solved) < len(PRICES) and end.is_over()
             alternatives = []
-            for price, (change, held_out_right) in zip(PRICES, solved, strict=False):
-                alternatives.append(_alternative(problem, known, price, change, held_out_right))
+            for price, (change, right) in zip(PRICES, solved, strict=False):
+                after = replace(problem.before, passed=known.right(change))
+                recorded = problem.counted(f"convex, price {price:g}", {}, after)
+                after = replace(problem.before, passed=right)
+                held_out = estimate(problem.before, after, _folds(problem) >= 0)
+                worth = _worth(problem, right)
+                alternatives.append(_Alternative(price, change, recorded, held_out, worth))
         if not alternatives:
             return Solution(None, NO_TIME_TO_SOLVE)
         del known
@@ -125,8 +130,8 @@ class Convex(Method):
         return Solution(
             proposal,
             reason,
-            tuple(steps),
-            tried=tuple(tried),
+            steps,
+            tried=tried,
             held_out=best.held_out,
             n_choices=len(alternatives),
         )
@@ -155,17 +160,6 @@ class _Alternative:
             ),
             kind="alternative",
         )
-
-
-def _alternative(
-    problem: Problem, known: _KnownHead, price: float, change: Tensor, held_out_right: Tensor
-) -> _Alternative:
-    before = problem.before
-    proposal = problem.counted(
-        f"convex, price {price:g}", {}, replace(before, passed=known.right(change))
-    )
-    counts = estimate(before, replace(before, passed=held_out_right), _folds(problem) >= 0)
-    return _Alternative(price, change, proposal, counts, _worth(problem, held_out_right))
 
 
 def _check_layers(space: ParameterSpace) -> None:

@@ -101,10 +101,10 @@ class Linearized(Method):
             return Solution(
                 None,
                 "no step along the gradients repairs a target without a regression.",
-                tuple(run.steps),
+                run.steps,
             )
         *earlier, proposal = run.proposals
-        return Solution(proposal, steps=tuple(run.steps), alternatives=tuple(earlier))
+        return Solution(proposal, steps=run.steps, alternatives=earlier)
 
 
 @dataclass(frozen=True)

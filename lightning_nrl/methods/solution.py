@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_nrl._utils.state import State
@@ -86,9 +86,9 @@ class Solution:
 
     proposal: Proposal | None
     reason: str = ""
-    steps: tuple[Step, ...] = ()
-    alternatives: tuple[Proposal, ...] = ()
-    tried: tuple[TargetCounts, ...] = ()
+    steps: Sequence[Step] = ()
+    alternatives: Sequence[Proposal] = ()
+    tried: Sequence[TargetCounts] = ()
     localization: Localization | None = None
     result: SearchResult | None = None
     n_passed: int | None = None

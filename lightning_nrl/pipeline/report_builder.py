@@ -176,7 +176,7 @@ class ReportBuilder:
             near_copies=self.near_copies,
             localization=_localization_report(solution.localization),
             search=search,
-            steps=solution.steps,
+            steps=tuple(solution.steps),
             rungs=solution.rungs,
             choice=solution.choice,
             price=solution.price,

@@ -161,12 +161,12 @@ class Apricot(Method):
             if proposal is not best and proposal.state:
                 alternatives.append(proposal)
         if best.repaired:
-            return Solution(best, steps=tuple(steps), alternatives=tuple(alternatives))
+            return Solution(best, steps=steps, alternatives=alternatives)
         return Solution(
             None,
             "no move toward the checkpoints repairs a target within the gate.",
-            tuple(steps),
-            tuple(alternatives),
+            steps,
+            alternatives,
         )
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:

@@ -115,7 +115,7 @@ class MergedRepairs(Method):
                 repaired.append(proposal)
             problem.clock.tell(number, len(parts))
         if not repaired:
-            return Solution(None, "no part of the target was repaired.", tuple(steps))
+            return Solution(None, "no part of the target was repaired.", steps)
         began = time.perf_counter()
         searcher = SEARCHERS.parse("searcher", self.searcher or COEFFICIENT_SEARCHER)
         fitness = FITNESSES.parse("fitness", self.fitness or problem.fitness)
@@ -130,9 +130,9 @@ class MergedRepairs(Method):
         best = better([merged, *repaired])
         if best is None or not best.repaired:
             return Solution(
-                None, "no mix of the repairs is better than the original weights.", tuple(steps)
+                None, "no mix of the repairs is better than the original weights.", steps
             )
-        return Solution(best, "", tuple(steps), tuple(repaired), result=result)
+        return Solution(best, "", steps, repaired, result=result)
 
     def _choose_parts(self, problem: Problem) -> dict[str, Tensor]:
         before = problem.before

@@ -60,19 +60,6 @@ def new_figure(
     return figure
 
 
-def panel_grid(n_panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Creates a figure of `n_panels` axes, two per row.
-
-    The figure is `width` inches wide, each row `height` inches high.
-    """
-    n_rows = max(1, -(-n_panels // 2))
-    figure = new_figure(width, height * n_rows)
-    axes = figure.subplots(n_rows, 2, squeeze=False).flatten().tolist()
-    for unused in axes[n_panels:]:
-        unused.set_axis_off()
-    return figure, axes[:n_panels]
-
-
 def image_of(figure: Figure) -> npt.NDArray[np.uint8]:
     """Renders a figure as pixels, an array of shape `height x width x 3`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,13 +74,6 @@ def image_of(figure: Figure) -> npt.NDArray[np.uint8]:
 def escape_dollars(text: str) -> str:
     """Escapes dollar signs, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
-
-
-def shorten_name(name: str, most: int) -> str:
-    """Cuts the start off a name longer than `most` characters; similar names differ at the end."""
-    if len(name) <= most:
-        return name
-    return f"...{name[3 - most :]}"
 
 
 def label_axes(axes: Axes, across: str, up: str) -> None:

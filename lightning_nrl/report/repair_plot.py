@@ -42,8 +42,6 @@ from lightning_nrl.report.figures import (
     escape_dollars,
     label_axes,
     new_figure,
-    panel_grid,
-    shorten_name,
     style_axes,
 )
 from lightning_nrl.report.sample_views import SampleView, by_flip
@@ -163,10 +161,15 @@ def search_figure(search: SearchReport) -> Figure | None:
 
 
 def _draw_together(panels: Mapping[str, Draw], width: float, height: float) -> Figure:
-    figure, panel_axes = panel_grid(len(panels), width, height)
-    for axes, (title, draw) in zip(panel_axes, panels.items(), strict=True):
+    """Draws panels in one figure, two per row."""
+    n_rows = max(1, -(-len(panels) // 2))
+    figure = new_figure(width, height * n_rows)
+    panel_axes = figure.subplots(n_rows, 2, squeeze=False).flatten().tolist()
+    for axes, (title, draw) in zip(panel_axes, panels.items(), strict=False):
         draw(axes)
         axes.set_title(title, color=INK, fontsize=10)
+    for axes in panel_axes[len(panels) :]:
+        axes.set_axis_off()
     return figure
 
 
@@ -328,7 +331,10 @@ def weight_figures(
     labels = []
     # The first bar is drawn at the bottom.
     for i, name in enumerate(reversed(names[:PLOTTED_TENSORS])):
-        labels.append(shorten_name(name, LABEL_CHARACTERS))
+        label = name
+        if len(name) > LABEL_CHARACTERS:  # similar names differ at the end
+            label = f"...{name[3 - LABEL_CHARACTERS :]}"
+        labels.append(label)
         bar = axes.barh(i, norms[name], color=BLUE)
         n_changed = int((changes[name] != 0).sum())
         axes.bar_label(bar, [f"{n_changed:,} of {changes[name].numel():,}"], padding=3, fontsize=8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from lightning_nrl._utils.formatting import number, percent
@@ -162,10 +161,11 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
         label = f"strength {point.strength:g}"
         if point.polished:
             label += ", polished"
-        row = Row(label, [f"{cell:,}" for cell in cells])
+        tone: Tone = ""
         if point.strength == chosen:
-            row = replace(row, label=f"{label}, taken", tone="good")
-        rows.append(row)
+            label += ", taken"
+            tone = "good"
+        rows.append(Row(label, [f"{cell:,}" for cell in cells], tone))
     return Table(columns, rows)
 
 
@@ -217,10 +217,12 @@ def caution_table(points: Sequence[CautionPoint]) -> Table:
     columns = ("held out", "repaired"), ("held out", "broken"), ("held out", "points")
     rows = []
     for point in points:
-        row = Row(f"caution {point.caution:g}", list(_held_out(point.held_out)))
+        label = f"caution {point.caution:g}"
+        tone: Tone = ""
         if point.chosen:
-            row = replace(row, label=f"{row.label}, chosen", tone="good")
-        rows.append(row)
+            label += ", chosen"
+            tone = "good"
+        rows.append(Row(label, _held_out(point.held_out), tone))
     return Table(columns, rows)
 
 

@@ -197,7 +197,7 @@ class _Sweep:
             clock.expect({"sweep": 0.0})
             # Stored by setting: a file and a table for each run would take longer than small runs.
             for _, requests_of_setting in groupby(share, lambda request: request.setting.name):
-                runs: dict[str, StoredRun] = {}
+                runs = {}
                 for request in requests_of_setting:
                     runs[request.key] = self._with_counts(
                         recorded.run(request, partial(self._tell, request, done, work))

@@ -210,6 +210,15 @@ def _written(text: str, path: str | Path | None) -> str:
     return text
 
 
+SETTING_COLUMNS = (
+    "setting",
+    "fitness",
+    "alpha",
+    "perfect_intact",
+    "n_weights",
+    "n_passed",
+    "particles",
+)
 SWEEP_NOTE = (
     "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs "
     "that repair something known and break nothing known. No gate judged."
@@ -267,15 +276,7 @@ def _mean(numbers: Iterable[float], sign: str = "") -> str:
 
 def _hparams(runs: Sequence[Run], name: str) -> tuple[dict[str, Any], dict[str, float]]:
     first = runs[0]
-    options = {
-        "setting": first.setting,
-        "fitness": first.fitness,
-        "alpha": first.alpha,
-        "perfect_intact": first.perfect_intact,
-        "n_weights": first.n_weights,
-        "n_passed": first.n_passed,
-        "particles": first.particles,
-    }
+    options = {name: vars(first)[name] for name in SETTING_COLUMNS}
     for option, value in options.items():
         if value is None:
             options[option] = "auto"

@@ -70,17 +70,13 @@ def paper_arguments(row: str) -> dict[str, Any]:
     Arachne (Sohn et al. 2023), on which NeuRecover builds.
     """
     return {
-        "method": _method(row),
+        "method": ParticleSwarm(
+            particles=paper_row(row).particles, iterations=100, patience=10, start="paper"
+        ),
         "gate": Gate.accuracy(),
         "search": _search_options(row),
         "bounds": BoundOptions(strength=1.0),
     }
-
-
-def _method(row: str) -> ParticleSwarm:
-    return ParticleSwarm(
-        particles=paper_row(row).particles, iterations=100, patience=10, start="paper"
-    )
 
 
 def _search_options(row: str) -> SearchOptions:

@@ -93,9 +93,6 @@ class _Box:
     def project(self, values: Tensor) -> Tensor:
         return values.clamp_min(0).minimum(self.limit)
 
-    def scale(self) -> float:
-        return max(float(self.required.abs().amax()), 1e-30)
-
     def residual(self, values: Tensor) -> float:
         """Returns the largest violation of the optimality conditions, in units of `required`."""
         gradient = self.gram @ values - self.required
@@ -105,7 +102,7 @@ class _Box:
 
 def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> Tensor:
     """Solves the programme in steps, with a shrinking penalty on the distance that a step moves."""
-    scale = box.scale()
+    scale = max(float(box.required.abs().amax()), 1e-30)
     best = values
     least = box.residual(values)
     weight = PROXIMAL_WEIGHT

@@ -98,11 +98,7 @@ class CandidateTensor(Tensor):
         if not isinstance(result, CandidateTensor):
             self.materialized = result
             return self
-        self.base = result.base
-        self.axis = result.axis
-        self.units = result.units
-        self.changed = result.changed
-        self.materialized = result.materialized
+        vars(self).update(vars(result))
         return self
 
     def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:

@@ -431,7 +431,7 @@ def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list
     Gradients decide this, so that it is True for everything but floats.
     """
     leaves, spec = flatten_trace(inputs, trace)
-    floats: dict[int, Tensor] = {}
+    floats = {}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             floats[i] = leaf.detach().clone().requires_grad_()
