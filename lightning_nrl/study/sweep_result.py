@@ -119,7 +119,7 @@ class SweepResult(Report):
         return max(candidates, key=worth, default=None)
 
     def hparams_rows(
-        self, each: Literal["setting", "run"] = "setting", name: str = "sweep"
+        self, each: Literal["setting", "run"] = "setting"
     ) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
         """Returns rows of TensorBoard's HParams tab by name.
 
@@ -127,10 +127,10 @@ class SweepResult(Report):
         """
         check_choice("each", each, ("setting", "run"))
         if each == "setting":
-            return {setting: _hparams(self.of(setting), name) for setting in self.setting_names}
+            return {setting: _hparams(self.of(setting)) for setting in self.setting_names}
         rows = {}
         for run in self.runs:
-            options, measures = _hparams([run], name)
+            options, measures = _hparams([run])
             rows[f"{run.setting} seed={run.seed}"] = {**options, "seed": run.seed}, measures
         return rows
 
@@ -274,7 +274,7 @@ def _mean(numbers: Iterable[float], sign: str = "") -> str:
     return f"{text} ({stdev(values):,.1f})" if len(values) > 1 else text
 
 
-def _hparams(runs: Sequence[Run], name: str) -> tuple[dict[str, Any], dict[str, float]]:
+def _hparams(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, float]]:
     first = runs[0]
     options = {name: vars(first)[name] for name in SETTING_COLUMNS}
     for option, value in options.items():
@@ -286,7 +286,7 @@ def _hparams(runs: Sequence[Run], name: str) -> tuple[dict[str, Any], dict[str, 
         value = float(mean(measures_of_run[tag] for measures_of_run in measures))
         if math.isfinite(value):
             means[tag] = value
-    return options, tagged(NUMBER_TAG, means, name=name)
+    return options, tagged(NUMBER_TAG, means, name="sweep")
 
 
 def _measures(run: Run) -> dict[str, float]:

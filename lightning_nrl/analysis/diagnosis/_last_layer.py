@@ -84,7 +84,9 @@ def analyze_last_layer(
         affine = samples._replace(features=torch.cat([samples.features, ones], 1))
     with clock.stage("alone"):
         start = time.perf_counter()
-        tried = sample_places(len(targets), _targets_in_time(affine, len(kept)), generator)
+        per_target = 2 * len(kept) * affine.features.shape[1] * affine.logits.shape[1]
+        in_time = max(MIN_TARGETS_TRIED, int(MAX_MULTIPLICATIONS / per_target))
+        tried = sample_places(len(targets), min(MAX_TARGETS_TRIED, in_time), generator)
         fixes = find_fixability(affine.at(kept), affine.at(targets[tried]))
         seconds = (time.perf_counter() - start) * len(targets) / len(tried)
     with clock.stage("held out"):
@@ -104,11 +106,6 @@ def analyze_last_layer(
         doubts,
         seconds,
     )
-
-
-def _targets_in_time(samples: LayerSamples, n_passed: int) -> int:
-    per_target = 2 * n_passed * samples.features.shape[1] * samples.logits.shape[1]
-    return max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, int(MAX_MULTIPLICATIONS / per_target)))
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:

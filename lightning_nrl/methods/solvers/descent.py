@@ -140,8 +140,12 @@ class Descent:
         """Sums gradients over ranks; returns False if `has_fitted` is False on a rank."""
         copies = list(self._copies.values())
         flags = [copy.grad is not None for copy in copies]
-        gradients = torch.cat([_flat_gradient(copy) for copy in copies])
-        table = torch.cat([gradients, torch.tensor([*flags, not has_fitted]).to(gradients)])
+        gradients = []
+        for copy in copies:
+            gradient = torch.zeros_like(copy) if copy.grad is None else copy.grad
+            gradients.append(gradient.flatten())
+        flat = torch.cat(gradients)
+        table = torch.cat([flat, torch.tensor([*flags, not has_fitted]).to(flat)])
         sizes = [copy.numel() for copy in copies]
         *sums, counts = self.problem.collective.sum(table).split([*sizes, len(copies) + 1])
         *n_gradients, n_failed = counts.tolist()
@@ -150,9 +154,3 @@ class Descent:
             # decay skips it.
             copy.grad = total.view_as(copy).to(copy.dtype) if n else None
         return not n_failed
-
-
-def _flat_gradient(copy: Tensor) -> Tensor:
-    if copy.grad is None:
-        return torch.zeros_like(copy).flatten()
-    return copy.grad.flatten()

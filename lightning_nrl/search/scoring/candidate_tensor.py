@@ -141,10 +141,6 @@ class CandidateTensor(Tensor):
     ) -> Any:
         return _on_whole_tensors(func, args, kwargs or {})
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        differing = f"differing={self.units.numel()} at {self.axis}"
-        return f"CandidateTensor({list(self.shape)}, copies={self.copies}, {differing})"
-
 
 def as_dense(x: Tensor) -> Tensor:
     """Returns the whole tensor of a `CandidateTensor`, and any other tensor as it is."""
