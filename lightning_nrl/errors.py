@@ -20,6 +20,7 @@ __all__ = [
     "FilesWarning",
     "InseparableBatchError",
     "LoggingWarning",
+    "ModelError",
     "NotRepairedWarning",
     "OtherRankError",
     "PerformanceWarning",
@@ -64,6 +65,10 @@ class RepairError(Explained):
 
 class ConfigurationError(RepairError, ValueError):
     """An argument is invalid. The error is raised before training if possible."""
+
+
+class ModelError(ConfigurationError):
+    """The model, or a task, raised an error on a batch. That error is the cause."""
 
 
 class UnwritableFolderError(ConfigurationError):

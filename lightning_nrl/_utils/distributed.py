@@ -104,9 +104,10 @@ class Collective:
 
         `work` must not exchange anything between ranks. An error of this package is raised on every
         rank. Any other error is raised on its own rank, while the other ranks raise an
-        `OtherRankError` with the message `failed`.
+        `OtherRankError` with the message `failed` and the cause.
         """
         error = foreign_error = first_failure = None
+        cause = ""
         try:
             result = work()
         except RepairError as caught:
@@ -114,8 +115,10 @@ class Collective:
             first_failure = _package_class(error).__name__, error.problem, error.hint
         except Exception as caught:
             foreign_error = caught
+            cause = f" {type(caught).__name__}: {first_line(caught)}"
         if not self.any(error is not None or foreign_error is not None):
             return result
+        failed += self.first_text(cause)
         elsewhere = OtherRankError(failed, "look at the error of that rank.")
         if self.any(foreign_error is not None):
             raise foreign_error or elsewhere

@@ -42,7 +42,8 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, ch
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
-from lightning_nrl.updates.old_model import OldModel, Reference
+from lightning_nrl.updates.model_pair import evaluate_pair
+from lightning_nrl.updates.old_model import OldModel, Reference, without_cache
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import check_reference, judge_pair
 from lightning_nrl.updates.rule_parsing import Require
@@ -124,15 +125,15 @@ class ReleaseGate(CallbackBase):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":  # its validations do not decide
             return
-        if isinstance(self.reference, OldModel):
-            self.reference.weights(pl_module)  # raises an error if the file does not fit
-            if self.reference.model is pl_module:
-                problem = "`reference` is the tested model itself, so nothing can break."
-                rank_zero_warn(DataWarning(problem, "give the checkpoint of the model in use."))
+        if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
+            problem = "`reference` is the tested model itself, so nothing can break."
+            rank_zero_warn(DataWarning(problem, "give the checkpoint of the model in use."))
         check_folder(self.dirpath, trainer, "release", RELEASE_FILES)
-        splits = [source.split for source in self._sources(trainer, pl_module)]
+        few = self._sources(trainer, pl_module, limit=1)
         for rule in self.rules:
-            rule.check_data(splits, self.slices is not None)
+            rule.check_data([source.split for source in few], self.slices is not None)
+        evaluator = make_evaluator(trainer, pl_module, self.task)
+        evaluate_pair(without_cache(self.reference), evaluator, few, slices=self.slices)
 
     on_validation_start = on_test_start
 
@@ -166,7 +167,9 @@ class ReleaseGate(CallbackBase):
 
     on_validation_epoch_end = on_test_epoch_end
 
-    def _sources(self, trainer: Trainer, model: LightningModule) -> list[LoaderSource]:
+    def _sources(
+        self, trainer: Trainer, model: LightningModule, limit: int | None = None
+    ) -> list[LoaderSource]:
         stage, loaders = "test", trainer.test_dataloaders
         if trainer.state.fn == "validate":
             stage, loaders = "val", trainer.val_dataloaders
@@ -176,7 +179,7 @@ class ReleaseGate(CallbackBase):
             model=model,
             adapter=self.adapter,
             seed=self.seed,
-            limit=batch_limit(trainer),
+            limit=limit or batch_limit(trainer),
         )
         by_name = _loaders_by_name(loaders, stage, self.splits)
         sources = [make(loader, name) for name, loader in by_name.items()]

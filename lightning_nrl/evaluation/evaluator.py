@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.checks import check_per_sample
-from lightning_nrl._utils.device import Context, at_least_float32
+from lightning_nrl._utils.device import Context, at_least_float32, is_out_of_memory
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.state import State, device_of, temporary_weights
@@ -34,6 +34,8 @@ from lightning_nrl.errors import (
     ConfigurationError,
     DataWarning,
     EvaluationError,
+    ModelError,
+    RepairError,
     UnusableSamplesError,
     check_kind,
     first_line,
@@ -73,6 +75,7 @@ class Evaluator:
             order.
         called: names of the layers that a prediction calls, in the order of the calls; None if
             unknown.
+        argument: `model` or `reference`, the name of the model in errors.
     """
 
     model: nn.Module
@@ -80,6 +83,7 @@ class Evaluator:
     context: Context = nullcontext
     collective: Collective = field(default_factory=Collective)
     called: Sequence[str] | None = None
+    argument: str = "model"
 
     def __post_init__(self) -> None:
         check_kind(
@@ -140,6 +144,7 @@ class Evaluator:
                 does not fit the task.
             EvaluationError: a sample is missing, occurs twice or has no class, or another rank
                 failed.
+            ModelError: the model or the task raised an error on a batch.
         """
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
@@ -185,12 +190,22 @@ class Evaluator:
         has_one_logit = False
         for number, batch in enumerate(source):
             poll()
+            argument, name = self.argument, type(self.model).__name__
             try:
                 output = self.output(batch, forward)
+                argument, name = "task", type(self.task).__name__
                 columns = _columns(batch, output, self.task, marker, is_first=number == 0)
-            except RuntimeError as error:
+            except Exception as error:
+                if isinstance(error, RepairError) or is_out_of_memory(error):
+                    raise
                 _check_devices(source.split, batch, device_of(self.model), error)
-                raise
+                place = f"batch {number} of `{source.split}` data"
+                place += f", from sample {source.index[batch.position[0]]} on"
+                raise ModelError(
+                    f"`{argument}`: {name} raised {type(error).__name__} on {place}: {error}\n"
+                    f"{describe(batch.raw)}",
+                    self._hint_on_failure(number, batch),
+                ) from error
             has_one_logit = output.shape[1:] == (1,)
             for name, column in columns.items():
                 parts[name].append(column)
@@ -202,6 +217,13 @@ class Evaluator:
         if has_one_logit:
             _warn_of_probabilities(source.split, table)
         return table
+
+    def _hint_on_failure(self, number: int, batch: Batch) -> str:
+        if number:
+            return "the batches before it ran: correct its samples, or leave them out."
+        if self.argument == "reference":
+            return adapter_hint(batch.raw, "`reference=OldModel(old, adapter=f)`")
+        return adapter_hint(batch.raw)
 
 
 @dataclass
@@ -279,7 +301,7 @@ def _check_classes(source: Source, table: Table) -> None:
         )
 
 
-def _check_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
+def _check_devices(split: str, batch: Batch, device: torch.device, error: Exception) -> None:
     tensors = tensors_in((batch.args, batch.kwargs, batch.target))
     elsewhere = sorted({str(x.device) for x in tensors} - {str(device)})
     if elsewhere:

@@ -18,7 +18,7 @@ from lightning_nrl._utils.state import State, device_of, temporary_weights
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import Identified, is_among
-from lightning_nrl.errors import RepairError, TrainingWarning, first_line
+from lightning_nrl.errors import ModelError, RepairError, TrainingWarning, first_line
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding, rounding_reserve
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
@@ -336,8 +336,8 @@ class Problem:
         It ends with errors of this package, which name their cause, and if memory is short. One of
         several ranks must not go on alone: the others would wait for it forever.
         """
-        explained = isinstance(error, RepairError) or is_out_of_memory(error)
-        if explained or self.collective.world_size > 1:
+        is_explained = isinstance(error, RepairError) and not isinstance(error, ModelError)
+        if is_explained or is_out_of_memory(error) or self.collective.world_size > 1:
             raise error
         reason = f"it raised {type(error).__name__}: {first_line(error).rstrip('.')}"
         warnings.warn(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import check_saved
-from lightning_nrl.data.adapters import ADAPTER_HINT, adapter_hint, describe
+from lightning_nrl.data.adapters import ADAPTER_HINT
 from lightning_nrl.data.batch import Batch, RecordingSource, Source
 from lightning_nrl.errors import (
     ConfigurationError,
@@ -21,7 +19,6 @@ from lightning_nrl.errors import (
     EvaluationError,
     InseparableBatchError,
     OtherRankError,
-    RepairError,
     ReplayError,
     UnusableSamplesError,
     check_kind,
@@ -35,7 +32,7 @@ from lightning_nrl.methods import Method
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.tasks import Task
-from lightning_nrl.updates.old_model import OldModel, Reference
+from lightning_nrl.updates.old_model import Reference, without_cache
 
 # torch cannot concatenate them with other dtypes.
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
@@ -187,11 +184,8 @@ def run_sanity_check(
     check_saved(model, space.parameters)
     with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
-        if isinstance(reference, OldModel):
-            # The predictions of these few samples would overwrite the cache file.
-            reference = replace(reference, cache=None)
         if reference is not None:
-            reference.answers(evaluator, sources, few)
+            without_cache(reference).answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
         if isinstance(method, Method):
             method.check(model)
@@ -251,25 +245,9 @@ class _LastBatch(RecordingSource):
 def _evaluated(
     evaluator: Evaluator, sources: Sequence[Source], settings: Settings
 ) -> SampleResults:
-    """Evaluates the samples.
-
-    If the model raises, a `ConfigurationError` shows the batch and suggests an adapter.
-    """
     watched = [_LastBatch(source) for source in sources]
-    try:
-        with forbid_batch_statistics(evaluator.model):
-            few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
-    except RepairError:
-        raise
-    except Exception as error:
-        read = [source.batch.raw for source in watched if source.batch is not None]
-        if not read or is_out_of_memory(error):
-            raise
-        kind = type(error).__name__
-        raise ConfigurationError(
-            f"`adapter`: the model raised {kind} on the first batch: {error}\n{describe(read[-1])}",
-            adapter_hint(read[-1]),
-        ) from error
+    with forbid_batch_statistics(evaluator.model):
+        few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
     _check_one_form(watched)
     return few
 

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import read_fitting, read_state
 from lightning_nrl._utils.checks import is_class
-from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import State, device_of, hash_tensors
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source
-from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -84,8 +83,9 @@ class OldModel:
                 f"`reference={str(self.model)!r}` does not exist.", "give a checkpoint's path."
             )
         if isinstance(self.model, Mapping):
-            state = copy.deepcopy(dict(read_state("reference", self.model)))
-            object.__setattr__(self, "model", state)
+            state = read_state("reference", self.model)
+            tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
+            object.__setattr__(self, "model", copy.deepcopy(tensors))
         class_table(self.classes)
 
     def answers(
@@ -132,20 +132,11 @@ class OldModel:
         if self.adapter is not None:
             adapter = bind_adapter(self.adapter, model)
             adapted = [_Adapted(source, adapter) for source in sources]
-        home = device_of(model)
+        home, device = device_of(model), device_of(evaluator.model)
         try:
             with preserve_state(model):
-                evaluator = replace(evaluator, model=model.to(device_of(evaluator.model)))
+                evaluator = replace(evaluator, model=model.to(device), argument="reference")
                 results = evaluator.run_with(weights, adapted)
-        except Exception as error:
-            if isinstance(error, RepairError) or is_out_of_memory(error):
-                raise
-            raw = next((batch.raw for source in sources for batch in source), None)
-            problem = f"{type(model).__name__} raised {type(error).__name__}: {error}"
-            raise ConfigurationError(
-                f"`reference`: {problem}\n{describe(raw)}",
-                adapter_hint(raw, "`reference=OldModel(old, adapter=f)`"),
-            ) from error
         finally:
             model.to(home)
         return replace(results, label=like.label, loss=(~results.passed).to(results.loss))
@@ -163,6 +154,13 @@ def parse_reference(reference: Any) -> Reference | None:
     return OldModel(reference)
 
 
+def without_cache(reference: Reference) -> Reference:
+    """Returns a reference whose results on a few samples do not overwrite its cache file."""
+    if isinstance(reference, OldModel):
+        return replace(reference, cache=None)
+    return reference
+
+
 class _Adapted:
     """Source whose batches have the inputs of the old model."""
 
@@ -173,7 +171,14 @@ class _Adapted:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.source:
-            args, kwargs, _ = self.adapter(batch.raw)
+            try:
+                args, kwargs, _ = self.adapter(batch.raw)
+            except Exception as error:
+                raise ConfigurationError(
+                    f"`reference`: its `adapter` raised {type(error).__name__} on `{self.split}` "
+                    f"data: {error}\n{describe(batch.raw)}",
+                    adapter_hint(batch.raw, "`reference=OldModel(old, adapter=f)`"),
+                ) from error
             yield replace(batch, args=args, kwargs=kwargs)
 
 

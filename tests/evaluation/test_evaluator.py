@@ -25,7 +25,7 @@ from lightning_nrl import (
     repair_module,
 )
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import DataWarning, EvaluationError, TargetError
+from lightning_nrl.errors import DataWarning, EvaluationError, ModelError, TargetError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import FineTunePolish
@@ -127,23 +127,26 @@ def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> N
         Evaluator(nn.Identity()).run([share])
 
 
-def test_one_rank_that_fails_stops_all() -> None:
-    def run(collective: Any) -> str:
+def test_a_model_that_fails_on_one_rank_is_named_on_all() -> None:
+    def run(collective: Any) -> ModelError:
         def forward(x: Tensor) -> Tensor:
             if collective.rank == 1:
-                raise OSError("no such image")
+                raise IndexError("index out of range")
             return x
 
-        share = Share(
-            "train", LOGITS, LABELS, torch.arange(5), torch.arange(5)[collective.rank :: 2], 2
-        )
-        with pytest.raises((OSError, EvaluationError)) as error:
+        positions = torch.arange(5)[collective.rank :: 2]
+        share = Share("train", LOGITS, LABELS, torch.arange(5) + 10, positions, 2)
+        with pytest.raises(ModelError) as error:
             Evaluator(nn.Identity(), collective=collective).run([share], forward=forward)
-        return str(error.value)
+        return error.value
 
     first, second = on_ranks(2, run)
-    assert "`train` data could not be read on another rank" in first
-    assert second == "no such image"
+    assert first.problem == second.problem
+    assert second.problem.startswith(
+        "`model`: Identity raised IndexError on batch 0 of `train` data, from sample 11 on: "
+        "index out of range\n"
+    )
+    assert isinstance(second.__cause__, IndexError)
 
 
 def test_sources_need_names_of_their_own() -> None:

@@ -11,12 +11,12 @@ import torch
 from digit_models import Classifier, Digits, digit, is_noisy, quiet_trainer, right
 from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
-from lightning_nrl.errors import DataWarning
+from lightning_nrl.errors import DataWarning, ModelError
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
@@ -282,7 +282,8 @@ def test_predictions_of_other_samples_are_refused(
     trainer.test(new, datamodule=Digits(batch_size=5), verbose=False)
     by_file, report = gate.report, release_of(old, new, tmp_path)
     assert (by_file.findings, by_file.rows) == (report.findings, report.rows)
-    for change, n in (("exchanged", 2), ("inserted", 293)):
+    # A row inserted at 7 is found in the first batch of 64, before the test.
+    for change, n in (("exchanged", 2), ("inserted", 57)):
         message = rf"`reference`: {n} samples of `test` are not those that were predicted"
         with pytest.raises(ConfigurationError, match=message):
             trainer.test(new, datamodule=Reordered(change), verbose=False)
@@ -319,3 +320,32 @@ def test_a_reference_that_cannot_be_read_is_refused_before_the_test(tmp_path: Pa
     trainer = quiet_trainer(tmp_path, gate_of(tmp_path / "old.ckpt"))
     with pytest.raises(ConfigurationError, match="`reference"):
         trainer.test(Untested(), datamodule=Digits(), verbose=False)
+
+
+def test_a_reference_that_cannot_run_is_refused_before_the_test(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, gate_of(nn.Linear(3, 10)))
+    with pytest.raises(ModelError, match="`reference`: Linear raised RuntimeError on batch 0 of"):
+        trainer.test(Untested(), datamodule=Digits(), verbose=False)
+
+
+class Words(LightningModule):
+    """Knows some words."""
+
+    def __init__(self, n_words: int) -> None:
+        super().__init__()
+        self.layer = nn.Embedding(n_words, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.layer(words)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+def test_a_word_that_the_old_model_does_not_know_is_named(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(60), torch.arange(60) % 3), 8)
+    trainer = quiet_trainer(tmp_path, ReleaseGate(Words(50)))
+    message = "`reference`: Words raised IndexError on batch 6 of `test` data, from sample 48 on"
+    with pytest.raises(ModelError, match=message) as error:
+        trainer.test(Words(60), loader, verbose=False)
+    assert isinstance(error.value.__cause__, IndexError)
