@@ -42,7 +42,7 @@ from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.adapters import adapter_hint, as_adapter, bind_adapter, describe, unpack
 from lightning_nrl.data.batch import Adapter, Batch, RawBatch, Unpacked
 from lightning_nrl.data.sample_identity import base_samples
-from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
 
 AnyDataset: TypeAlias = Dataset[Any]
 Sample: TypeAlias = Any
@@ -186,6 +186,15 @@ class LoaderSource:
                 adapter_hint(raw),
             ) from error
 
+    @property
+    def n_left_out(self) -> int:
+        """Number of samples that the loader can draw and a limit leaves out."""
+        return len(sample_index(self.loader)) - len(self.index)
+
+    def pieces(self) -> Iterator[LoaderSource]:
+        """Yields parts that can be read repeatedly. The ids of a stream count its samples."""
+        yield self
+
     def with_draws(self, draws: int) -> LoaderSource:
         """Returns a source that reads and counts each sample `draws` times, each differently."""
         n = len(self.index)
@@ -203,6 +212,52 @@ class LoaderSource:
         return (self.index[positions] + draw * len(self.samples)).tolist()
 
 
+PIECE_SIZE = 16  # batches of a stream that are kept in memory, so that two models can read them
+
+
+@dataclass(frozen=True)
+class StreamSource(LoaderSource):
+    """Data without an index, such as an `IterableDataset`, or one of their `pieces`."""
+
+    limit: int | None = None  # largest number of batches
+    batches: Sequence[tuple[Tensor, RawBatch]] = ()  # of a piece, with positions
+    batch_size = 1
+    n_left_out = 0  # it is unknown how many there are
+
+    def first_batch(self) -> RawBatch:
+        seed_all(self.seed)
+        raw = next(map(self.transfer, self.loader), None)
+        if raw is None:
+            raise ConfigurationError(f"`{self.split}` data are empty.", "give data with samples.")
+        self._unpack(raw)
+        return raw
+
+    def pieces(self) -> Iterator[LoaderSource]:
+        seed_all(self.seed)
+        start = 0
+        batches = map(self.transfer, islice(self.loader, self.limit))
+        while piece := list(islice(batches, PIECE_SIZE)):
+            sizes = [self._unpack(raw)[1] for raw in piece]
+            positions = torch.arange(sum(sizes))
+            numbered = list(zip(positions.split(sizes), piece, strict=True))
+            yield replace(self, index=start + positions, positions=positions, batches=numbered)
+            start += len(positions)
+
+    def _read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, RawBatch]]:
+        for position, raw in self.batches:
+            yield position, copy.deepcopy(raw)  # a forward may write into it
+
+
+def pieces_of(sources: Sequence[LoaderSource]) -> Iterator[Sequence[LoaderSource]]:
+    """Yields all sources at once, or one part after the other if one of them is a stream."""
+    if not any(isinstance(source, StreamSource) for source in sources):
+        yield sources
+        return
+    for source in sources:
+        for piece in source.pieces():
+            yield [piece]
+
+
 def make_source(
     loader: Loaders,
     split: str,
@@ -215,20 +270,31 @@ def make_source(
     seed: int = 0,
     limit: int | None = None,
     whole: bool = False,
+    streams: bool = False,
 ) -> LoaderSource:
     """Returns a source that shares the samples among ranks, each sample once and in order.
 
     `limit` is the largest number of batches, as for `fast_dev_run`. With `whole`, each rank reads
-    all samples.
+    all samples. With `streams`, data without an index give a `StreamSource`.
     """
-    loader = check_loader(loader, split)
-    index = sample_index(loader)
-    if limit is not None:
-        index = index[: limit * batch_size_of(loader)]
+    make: Callable[..., LoaderSource] = LoaderSource
+    if streams and isinstance(loader, DataLoader) and _has_no_index(loader):
+        if trainer.world_size > 1:
+            raise ConfigurationError(
+                f"`{split}` data have no index, so several ranks cannot share them.",
+                "give a DataLoader over map-style data with a `batch_size`, or use one device.",
+            )
+        make = partial(StreamSource, limit=limit)
+        index = torch.arange(0)
+    else:
+        loader = check_loader(loader, split)
+        index = sample_index(loader)
+        if limit is not None:
+            index = index[: limit * batch_size_of(loader)]
     positions = torch.arange(len(index))
     if not whole:
         positions = positions[trainer.global_rank :: trainer.world_size]
-    return LoaderSource(
+    return make(
         split,
         passed,
         failed,
@@ -251,6 +317,12 @@ def batch_size_of(loader: Loader) -> int:
     if isinstance(sampler, Sized) and len(sampler):
         return -(-len(sample_index(loader)) // len(sampler))
     return 1
+
+
+def check_loaders(loaders: Mapping[str, Loaders] | None) -> None:
+    fits = loaders is None or (isinstance(loaders, Mapping) and bool(loaders))
+    example = "loaders={'night': DataLoader(...)}"
+    check_kind("loaders", loaders, fits, "mapping of data loaders", example)
 
 
 def loader_like(loader: Loader, dataset: AnyDataset, **arguments: Any) -> Loader:
@@ -286,6 +358,11 @@ def loaders_in(data: Loaders) -> Mapping[str, Loaders]:
     if not isinstance(loaders, (list, tuple)):
         loaders = [loaders]
     return {str(i): loader for i, loader in enumerate(loaders)}
+
+
+def _has_no_index(loader: Loader) -> bool:
+    is_stream = isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized)
+    return is_stream or loader.batch_sampler is None
 
 
 def check_loader(data: Loaders, split: str, hint: str = "") -> Loader:

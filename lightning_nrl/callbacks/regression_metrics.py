@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,23 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     Loader,
+    Loaders,
+    batch_limit,
     sampler_of,
     validating,
     validation_loaders,
 )
 from lightning_nrl._trainer.loaders import (
     check_loader,
+    check_loaders,
     loader_like,
     make_source,
     parse_adapter,
+    pieces_of,
 )
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
-from lightning_nrl._trainer.tracking.scalars import update_numbers
+from lightning_nrl._trainer.tracking.scalars import Scalars, update_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, PART_TAG, parse_prefix, tagged
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
@@ -55,7 +60,8 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
-from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.model_pair import evaluate_pieces
+from lightning_nrl.updates.old_model import Reference, in_memory
 from lightning_nrl.updates.release import check_reference
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -100,8 +106,8 @@ def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[Loader, int |
             "so that they are read one after the other.",
         )
     hint = (
-        "give the validation data as a DataLoader with a `batch_size`, "
-        "over a data set with an index."
+        "give the validation data as a DataLoader with a `batch_size`, over a data set with an "
+        "index, or `RegressionMetrics(..., loaders={'val': loader})`, which takes streams."
     )
     limit = limits[dataloader]
     n_batches = None if limit == math.inf else int(limit)
@@ -132,8 +138,8 @@ def _batches_in_order(loader: Loader, limit: int | None) -> list[list[int]]:
     name = type(culprit).__name__
     raise ConfigurationError(
         f"`val` data: {name} gives the samples in another order each time.",
-        "validate without shuffling, "
-        "so that each sample can be matched with the replaced model's result.",
+        "validate without shuffling, so that each sample can be matched with the replaced model's "
+        "result, or give other data as `loaders={'val': loader}`.",
     )
 
 
@@ -225,6 +231,9 @@ class RegressionMetrics(CallbackBase):
             with the column's name. Tags are `regression/<slice>/nfr` etc.
         prefix: prefix of logged tags.
         dataloader: index of the validation data loader whose samples are counted, from 0.
+        loaders: data to count instead of the validation data, as `{name: data loader}`. They may
+            lack an index. In each validation, both models make a pass over them. Tags are
+            `regression/<name>/nfr` and `regression/<name>/<slice>/nfr`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
         output: as in `DataOptions`.
@@ -242,6 +251,7 @@ class RegressionMetrics(CallbackBase):
         slices: str | int | Callable[[Any], Any] | Target | None = None,
         prefix: str = "regression",
         dataloader: int = 0,
+        loaders: Mapping[str, Loaders] | None = None,
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
         output: int | str | None = None,
@@ -252,6 +262,8 @@ class RegressionMetrics(CallbackBase):
         self.prefix = parse_prefix(prefix, "regression")
         check_whole("dataloader", dataloader, 0)
         self.dataloader = dataloader
+        check_loaders(loaders)
+        self.loaders = loaders
         self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         self._outputs = OutputCapture()
@@ -275,11 +287,13 @@ class RegressionMetrics(CallbackBase):
     on_exception = teardown
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.limit_val_batches != 0:
+        if self.loaders is not None:
+            self._evaluate_loaders(trainer, pl_module)
+        elif trainer.limit_val_batches != 0:
             self._evaluate_reference(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or self.loaders is not None:
             return
         known = self._reference_results
         # Lightning may create the data loaders again during training.
@@ -335,17 +349,40 @@ class RegressionMetrics(CallbackBase):
         self._counter.add(batch_idx, right, self.task.label(target))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._counter is None:
-            return
-        names, counts = self._counter.counts(Collective.current(pl_module.device))
-        self._counter = None
-        all_data, *slices = [update_numbers(FlipCounts(*row)) for row in counts.tolist()]
-        numbers = tagged(NUMBER_TAG, all_data, name=self.prefix)
-        tags = slice_tags(names)
-        for name, of_slice in zip(names, slices, strict=True):
-            numbers |= tagged(PART_TAG, of_slice, name=self.prefix, part=tags[name])
+        numbers: Scalars = {}
+        if self.loaders is not None and not trainer.sanity_checking:
+            for part, counts in self._evaluate_loaders(trainer, pl_module).items():
+                numbers |= tagged(PART_TAG, update_numbers(counts), name=self.prefix, part=part)
+        if self._counter is not None:
+            names, rows = self._counter.counts(Collective.current(pl_module.device))
+            self._counter = None
+            all_data, *slices = [update_numbers(FlipCounts(*row)) for row in rows.tolist()]
+            numbers = tagged(NUMBER_TAG, all_data, name=self.prefix)
+            tags = slice_tags(names)
+            for name, of_slice in zip(names, slices, strict=True):
+                numbers |= tagged(PART_TAG, of_slice, name=self.prefix, part=tags[name])
         # The counts are the same on every rank; `sync_dist` only silences a warning of Lightning.
         pl_module.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+
+    def _evaluate_loaders(self, trainer: Trainer, model: LightningModule) -> dict[str, FlipCounts]:
+        """Returns the counts of the user's own loaders, and of the slices in each."""
+        make = partial(make_source, trainer=trainer, model=model, adapter=self.adapter)
+        limit = batch_limit(trainer)
+        with random_state(), validating(trainer):
+            sources = [
+                make(loader, name, limit=limit, streams=True)
+                for name, loader in (self.loaders or {}).items()
+            ]
+            evaluator, (sources,) = open_sources(trainer, model, self.task, sources)
+            old = in_memory(self.reference)
+            pair = evaluate_pieces(old, evaluator, pieces_of(sources), slices=self.slices)
+        tags = slice_tags(pair.slices)
+        counts = {}
+        for split in pair.splits:
+            counts[split] = pair.flips.counts(pair.rows(split))
+            for name, mask in pair.slices_of(split).items():
+                counts[f"{split}/{tags[name]}"] = pair.flips.counts(mask)
+        return counts
 
     def _evaluate_reference(self, trainer: Trainer, model: LightningModule) -> ReferenceResults:
         """Evaluates the replaced and the new model on validation data. Neither model changes."""

@@ -19,31 +19,33 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     rank_zero_warn,
 )
-from lightning_nrl._trainer.lightning.private_parts import Loader, batch_limit
+from lightning_nrl._trainer.lightning.private_parts import Loaders, batch_limit, batch_limits
 from lightning_nrl._trainer.loaders import (
     LoaderSource,
-    check_loader,
+    StreamSource,
+    check_loaders,
     loaders_in,
     make_source,
     parse_adapter,
+    pieces_of,
 )
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
-from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_whole
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
-from lightning_nrl.updates.model_pair import evaluate_pair
-from lightning_nrl.updates.old_model import OldModel, Reference, without_cache
+from lightning_nrl.updates.model_pair import evaluate_pieces
+from lightning_nrl.updates.old_model import OldModel, Reference, in_memory
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import check_reference, judge_pair
 from lightning_nrl.updates.rule_parsing import Require
@@ -55,7 +57,8 @@ class ReleaseGate(CallbackBase):
     After the test, each model makes one pass over the data in the precision of the trainer. The
     decision is printed, logged and written to `<log_dir>/release/` as `report.json`, `report.md`
     and `report.html`. The same folder gets the predictions of the tested model, `predictions.csv`,
-    for use as `reference` at the next release.
+    for use as `reference` at the next release. Data without an index, such as an `IterableDataset`,
+    are read once for both models, and the id of a sample is its number.
 
     Args:
         reference: the model in use: a module, the path of its checkpoint or of its predictions
@@ -66,9 +69,10 @@ class ReleaseGate(CallbackBase):
             repaired), `better` (a gain that is significant at 5 % in the sign test), or `any` (no
             condition).
         slices: as in `RegressionMetrics`.
-        splits: names of the data loaders in the report. The default for a mapping of loaders is its
-            keys. For a list it is `test:0`, `test:1` and so on, and for one loader `test`. In
-            `validate`, `val` replaces `test`.
+        loaders: data to judge instead of the trainer's, as `{name: data loader}`.
+        splits: names of the trainer's data loaders in the report. The default for a mapping of
+            loaders is its keys. For a list it is `test:0`, `test:1` and so on, and for one loader
+            `test`. In `validate`, `val` replaces `test`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
         output: as in `DataOptions`.
@@ -92,6 +96,7 @@ class ReleaseGate(CallbackBase):
         rules: str | Rule | list[str | Rule] = "instance",
         require: Require = "not-worse",
         slices: str | int | Callable[[Any], Any] | Target | None = None,
+        loaders: Mapping[str, Loaders] | None = None,
         splits: list[str] | None = None,
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
@@ -107,7 +112,8 @@ class ReleaseGate(CallbackBase):
         is_list = isinstance(splits, (list, tuple)) and all(isinstance(x, str) for x in splits)
         fits = splits is None or is_list
         check_kind("splits", splits, fits, "list of names", "splits=['suite', 'test']")
-        self.splits = splits
+        check_loaders(loaders)
+        self.loaders, self.splits = loaders, splits
         self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
@@ -129,11 +135,10 @@ class ReleaseGate(CallbackBase):
             problem = "`reference` is the tested model itself, so nothing can break."
             rank_zero_warn(DataWarning(problem, "give the checkpoint of the model in use."))
         check_folder(self.dirpath, trainer, "release", RELEASE_FILES)
-        few = self._sources(trainer, pl_module, limit=1)
+        evaluator, few = self._open(trainer, pl_module, first_batch=True)
         for rule in self.rules:
             rule.check_data([source.split for source in few], self.slices is not None)
-        evaluator = make_evaluator(trainer, pl_module, self.task)
-        evaluate_pair(without_cache(self.reference), evaluator, few, slices=self.slices)
+        evaluate_pieces(in_memory(self.reference), evaluator, pieces_of(few), slices=self.slices)
 
     on_validation_start = on_test_start
 
@@ -143,18 +148,25 @@ class ReleaseGate(CallbackBase):
         name = type(pl_module).__name__
         if trainer.ckpt_path:
             name += f" from {trainer.ckpt_path}"
+        evaluator, sources = self._open(trainer, pl_module)
+        streams = [source for source in sources if isinstance(source, StreamSource)]
+        reference = in_memory(self.reference) if streams else self.reference
         with random_state():
             pair, report = judge_pair(
-                self.reference,
-                make_evaluator(trainer, pl_module, self.task),
-                self._sources(trainer, pl_module),
+                reference,
+                evaluator,
+                pieces_of(sources),
                 self.rules,
                 slices=self.slices,
                 seeds={"data": self.seed, **_global_seed()},
                 name=name,
             )
         files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)
-        self.report = replace(report, files=files)
+        missing = {source.split: source.n_left_out for source in sources if source.n_left_out}
+        limit = ""
+        if missing or any(stream.limit for stream in streams):
+            limit, _ = batch_limits(trainer)
+        self.report = replace(report, files=files, missing=missing, limit=limit)
         if trainer.is_global_zero:
             predictions = Predictions.of(pair.after, pl_module.state_dict(), pair.keys)
             self.report = write_report(self.report, predictions=predictions.save)
@@ -167,28 +179,29 @@ class ReleaseGate(CallbackBase):
 
     on_validation_epoch_end = on_test_epoch_end
 
-    def _sources(
-        self, trainer: Trainer, model: LightningModule, limit: int | None = None
-    ) -> list[LoaderSource]:
-        stage, loaders = "test", trainer.test_dataloaders
+    def _open(
+        self, trainer: Trainer, model: LightningModule, *, first_batch: bool = False
+    ) -> tuple[Evaluator, list[LoaderSource]]:
+        stage, data = "test", trainer.test_dataloaders
         if trainer.state.fn == "validate":
-            stage, loaders = "val", trainer.val_dataloaders
-        make = partial(
-            make_source,
-            trainer=trainer,
-            model=model,
-            adapter=self.adapter,
-            seed=self.seed,
-            limit=limit or batch_limit(trainer),
-        )
-        by_name = _loaders_by_name(loaders, stage, self.splits)
-        sources = [make(loader, name) for name, loader in by_name.items()]
+            stage, data = "val", trainer.val_dataloaders
+        _, limits = batch_limits(trainer)
+        loaders = self.loaders
+        if loaders is None:
+            loaders = _loaders_by_name(data, stage, self.splits)
+        else:
+            limits = [batch_limit(trainer)] * len(loaders)
+        make = partial(make_source, trainer=trainer, model=model, adapter=self.adapter)
+        sources = [
+            make(loader, name, seed=self.seed, limit=1 if first_batch else limit, streams=True)
+            for (name, loader), limit in zip(loaders.items(), limits, strict=True)
+        ]
         with random_state():
-            _, (sources,) = open_sources(trainer, model, self.task, sources)
-        return sources
+            evaluator, (sources,) = open_sources(trainer, model, self.task, sources)
+        return evaluator, sources
 
 
-def _loaders_by_name(data: object, stage: str, splits: Sequence[str] | None) -> dict[str, Loader]:
+def _loaders_by_name(data: object, stage: str, splits: Sequence[str] | None) -> dict[str, Loaders]:
     loaders = loaders_in(data)
     names = [f"{stage}:{i}" for i in loaders]
     if isinstance(data, Mapping):
@@ -202,9 +215,7 @@ def _loaders_by_name(data: object, stage: str, splits: Sequence[str] | None) -> 
             f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
             "give each data loader a name of its own, in order, or leave `splits` out.",
         )
-    hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
-    pairs = zip(names, loaders.values(), strict=True)
-    return {name: check_loader(loader, name, hint) for name, loader in pairs}
+    return dict(zip(names, loaders.values(), strict=True))
 
 
 def _global_seed() -> dict[str, int]:

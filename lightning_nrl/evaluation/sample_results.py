@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 
@@ -79,14 +80,15 @@ class SampleResults:
 
     @classmethod
     def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
-        """Joins tables of different splits. Other columns get their defaults."""
-        splits: list[str] = []
-        sizes: list[int] = []
+        """Joins tables; those of one split must follow each other.
+
+        Other columns get their defaults.
+        """
+        sizes = Counter[str]()
         for table in tables:
-            splits += table.splits
-            sizes += table.sizes
+            sizes.update(dict(zip(table.splits, table.sizes, strict=True)))
         columns = zip(*(table._columns() for table in tables), strict=True)
-        return cls(tuple(splits), tuple(sizes), *map(torch.cat, columns))
+        return cls(tuple(sizes), tuple(sizes.values()), *map(torch.cat, columns))
 
     def only(self, splits: Sequence[str]) -> SampleResults:
         """Selects the rows of some splits. Other columns get their defaults."""

@@ -32,7 +32,7 @@ from lightning_nrl.methods import Method
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search.scoring.recording import record
 from lightning_nrl.tasks import Task
-from lightning_nrl.updates.old_model import Reference, without_cache
+from lightning_nrl.updates.old_model import Reference, in_memory
 
 # torch cannot concatenate them with other dtypes.
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
@@ -185,7 +185,7 @@ def run_sanity_check(
     with preserve_state(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
-            without_cache(reference).answers(evaluator, sources, few)
+            in_memory(reference).answers(evaluator, sources, few)
         check_task(settings, few, evaluator.task)
         if isinstance(method, Method):
             method.check(model)

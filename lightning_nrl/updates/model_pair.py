@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.preserve import preserve_state
+from lightning_nrl._utils.preserve import outside_inference_mode, preserve_state
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
 from lightning_nrl.data.targets import Target
@@ -98,6 +100,31 @@ def evaluate_pair(
         marked[target] = _gathered(recorders, new)[1] >= 0
     keys = gathered_keys(key_recorders, new.collective)
     return ModelPair(before, after, names, slice_number, marked, keys)
+
+
+@outside_inference_mode()
+def evaluate_pieces(
+    old: Reference,
+    new: Evaluator,
+    pieces: Iterable[Sequence[Source]],
+    *,
+    slices: Slices | None = None,
+    targets: Sequence[Target] = (),
+) -> ModelPair:
+    """Does what `evaluate_pair` does for data in pieces; those of one split follow each other."""
+    evaluate = partial(evaluate_pair, old, new, slices=slices, targets=targets)
+    pairs = [evaluate(piece) for piece in pieces]
+    if len(pairs) == 1:
+        return pairs[0]
+    names, slice_number = common_names([(pair.slices, pair.slice_number) for pair in pairs])
+    return ModelPair(
+        SampleResults.concat([pair.before for pair in pairs]),
+        SampleResults.concat([pair.after for pair in pairs]),
+        names,
+        slice_number,
+        {target: torch.cat([pair.marked[target] for pair in pairs]) for target in targets},
+        list(chain.from_iterable(pair.keys for pair in pairs)),
+    )
 
 
 def _gathered(recorders: Sequence[SliceRecorder], new: Evaluator) -> tuple[tuple[str, ...], Tensor]:

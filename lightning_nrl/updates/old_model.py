@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -154,11 +154,14 @@ def parse_reference(reference: Any) -> Reference | None:
     return OldModel(reference)
 
 
-def without_cache(reference: Reference) -> Reference:
-    """Returns a reference whose results on a few samples do not overwrite its cache file."""
-    if isinstance(reference, OldModel):
-        return replace(reference, cache=None)
-    return reference
+def in_memory(reference: Reference) -> Reference:
+    """Returns a reference for parts of the data: it has read its file, and writes no cache."""
+    if not isinstance(reference, OldModel):
+        return reference
+    model = reference.model
+    if isinstance(model, (str, Path)):
+        model = cast(State, read_state("reference", model))
+    return replace(reference, model=model, cache=None)
 
 
 class _Adapted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from lightning_nrl._utils.json_records import Derives
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
@@ -24,7 +23,7 @@ from lightning_nrl.records.provenance import Provenance
 from lightning_nrl.records.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text, Tone
-from lightning_nrl.updates.model_pair import ModelPair, evaluate_pair
+from lightning_nrl.updates.model_pair import ModelPair, evaluate_pieces
 from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.rule_parsing import Require, parse_rules
@@ -94,11 +93,14 @@ def release(
         )
     if slices is not None:
         slices = find_column("slices", slices)
+    parsed_rules = parse_rules(rules, require)
+    for rule in parsed_rules:
+        rule.check_data([source.split for source in sources], slices is not None)
     _, report = judge_pair(
         check_reference("old", old),
         Evaluator.of(new),
-        sources,
-        parse_rules(rules, require),
+        [sources],
+        parsed_rules,
         slices=slices,
         seeds=dict(seeds or {}),
     )
@@ -108,22 +110,19 @@ def release(
 def judge_pair(
     old: Reference,
     new: Evaluator,
-    data: Sequence[Source],
+    pieces: Iterable[Sequence[Source]],
     rules: Sequence[Rule],
     *,
     slices: Slices | None,
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
-    """Does the work of `release`, and also returns the `ModelPair`.
+    """Does the work of `release` on data in `pieces`, and also returns the `ModelPair`.
 
     `name` is the new model's name in the report.
     """
-    targets: list[Target] = []
-    for rule in rules:
-        rule.check_data([source.split for source in data], slices is not None)
-        targets += rule.targets
-    pair = evaluate_pair(old, new, data, slices=slices, targets=targets)
+    targets = [target for rule in rules for target in rule.targets]
+    pair = evaluate_pieces(old, new, pieces, slices=slices, targets=targets)
     report = make_report(
         pair,
         rules,
@@ -215,7 +214,8 @@ class ReleaseReport(Report):
         task: the task, which defines when a sample is right, in words.
         precision: precision in which both models ran.
         missing: by split, the number of samples that were not compared, since only the old model
-            predicts them.
+            predicts them, or because of `limit`.
+        limit: argument of the trainer that limits the data, such as `limit_test_batches=2`.
         seeds: seeds of data and models by name.
         files: paths of the written files, by kind.
     """
@@ -231,6 +231,7 @@ class ReleaseReport(Report):
     task: str
     precision: str
     missing: Mapping[str, int] = field(default_factory=dict)
+    limit: str = ""
     seeds: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -291,9 +292,16 @@ def _verdict(report: ReleaseReport) -> str:
     else:
         verdict = "may replace the old one: the rule is satisfied"
     text = f"The new model {verdict}."
+    if not report.missing and not report.limit:
+        return text
+    n_compared = sum(row.counts.n for row in report.rows if not row.slice)
+    text += f" {n_compared:,}"
     if report.missing:
-        text += f" {sum(report.missing.values()):,} samples were NOT compared."
-    return text
+        text += f" of {n_compared + sum(report.missing.values()):,}"
+    text += " samples were compared"
+    if report.limit:
+        text += f": {report.limit}"
+    return f"{text}."
 
 
 def _facts(report: ReleaseReport, full: bool) -> FactList:

@@ -30,7 +30,7 @@ from lightning_package import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionMetrics
@@ -350,3 +350,27 @@ def test_two_processes_count_as_one(trained_path: Path) -> None:
         for n, found in alone.items():
             assert together[n] == pytest.approx(found, nan_ok=True), n
     assert alone["200"]["regression/broken"] > 0
+
+
+def test_loaders_of_ones_own_are_counted_instead(old: Classifier, tmp_path: Path) -> None:
+    """The validation shuffles its data, which are refused by themselves."""
+    data = Noisy(batch_size=64, shuffle=True)
+    suite = data.counted
+    stream = DataLoader(AsStream(suite), 20)
+    metrics = RegressionMetrics(old, loaders={"suite": DataLoader(suite, 64), "stream": stream})
+    witness = Witness(suite)
+    fit(tmp_path, metrics, witness, data=data)
+    assert len(witness.logged) == 2
+    for values, now in zip(witness.logged, witness.right, strict=True):
+        expected = by_hand(right(old, suite), now)
+        assert close(logged(values, "regression/suite"), expected)
+        assert close(logged(values, "regression/stream"), expected)
+        assert not logged(values)
+
+
+class AsStream(IterableDataset):
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        yield from self.data

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
+from lightning_nrl._trainer import loaders
 from lightning_nrl.errors import DataWarning, ModelError
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
@@ -186,8 +187,58 @@ class Untested(Classifier):
 
 
 class Stream(IterableDataset):
+    """The first test data, in order."""
+
+    def __init__(self, n: int = 300) -> None:
+        self.n = n
+
     def __iter__(self) -> Any:
-        yield from Digits().test
+        yield from Subset(Digits().test, range(self.n))
+
+
+class WrittenTo(Classifier):
+    """Normalises its input in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(0.5).mul_(2))
+
+
+def test_a_stream_and_loaders_of_ones_own_are_judged(
+    old: Classifier, new: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "PIECE_SIZE", 3)
+    torch.save(old.state_dict(), tmp_path / "old.pt")
+    changed = WrittenTo()
+    changed.load_state_dict(new.state_dict())
+    stream = DataLoader(Stream(), 16)
+    whole_batches = DataLoader([stream.collate_fn(list(Stream()))], batch_size=None)
+    rules = [*RULES, ProtectedIntact(where=is_noisy)]
+    reports = []
+    for data in (DataLoader(Digits().test, 16), stream, whole_batches):
+        gate = gate_of(tmp_path / "old.pt", rules=rules, loaders={"suite": data})
+        trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
+        trainer.test(changed, DataLoader(Stream(100), 50), verbose=False)
+        reports.append(gate.report)
+    expected = reports[0]
+    assert expected.rows[0].counts.broken == int(
+        (right(old, Digits().test) & ~right(new, Digits().test)).sum()
+    )
+    for report in reports:
+        assert (report.rows, report.findings) == (expected.rows, expected.findings)
+        assert report.broken_ids == expected.broken_ids
+
+
+@pytest.mark.parametrize("data", [Digits().test, Stream()])
+def test_a_limited_test_says_how_much_was_seen(
+    data: Any, old: Classifier, new: Classifier, tmp_path: Path
+) -> None:
+    gate = gate_of(old)
+    trainer = quiet_trainer(tmp_path, gate, limit_test_batches=2)
+    trainer.test(new, DataLoader(data, 10), verbose=False)
+    seen = "20 samples" if isinstance(data, Stream) else "20 of 300 samples"
+    assert f"{seen} were compared: limit_test_batches=2." in gate.report.to_markdown()
+    with pytest.raises(ConfigurationError, match="is no mapping of data loaders"):
+        gate_of(old, loaders=DataLoader(data))
 
 
 @pytest.mark.parametrize(
@@ -199,11 +250,8 @@ class Stream(IterableDataset):
             r"names the split 'suite', but the data have \['test'\]",
         ),
         ({"rules": "slices", "slices": None}, None, "the rule `slices` needs slices"),
-        (
-            {},
-            DataLoader(Stream(), 64),
-            r"`test` data: Stream is iterable[\s\S]*HINT: give the data as a DataLoader",
-        ),
+        ({"loaders": {"night": DataLoader(Stream(0))}}, None, "`night` data are empty"),
+        ({"loaders": {"night": Stream()}}, None, "`night` data: found Stream, not a DataLoader"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(

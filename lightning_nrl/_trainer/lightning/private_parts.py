@@ -142,6 +142,23 @@ def validation_loaders(trainer: Trainer) -> tuple[list[Loaders], list[int | floa
     return list(combined.flattened), list(loop.max_batches), combined._mode
 
 
+def batch_limits(trainer: Trainer) -> tuple[str, list[int | None]]:
+    """Returns the argument that limits a test or validation, and each loader's largest number.
+
+    Without a limit, the text is empty and the numbers are None.
+    """
+    split, loop = "test", trainer.test_loop
+    if trainer.state.fn == "validate":
+        split, loop = "val", trainer.validate_loop
+    name = f"limit_{split}_batches"
+    limit = vars(trainer)[name]
+    if isinstance(limit, float) and limit == 1.0:
+        return "", [None for _ in loop.max_batches]
+    if batch_limit(trainer):
+        name = "fast_dev_run"
+    return f"{name}={limit}", [int(n) for n in loop.max_batches]
+
+
 def rerun_validation(trainer: Trainer) -> None:
     """Validates again within a fit, to update metrics. Restores the loop's counters.
 
