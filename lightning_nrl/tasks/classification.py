@@ -13,7 +13,14 @@ from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.data.batch import BatchTarget, ModelOutput
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
-from lightning_nrl.tasks.task import TASKS, Task, class_divergence, class_logits, masked_mean
+from lightning_nrl.tasks.task import (
+    TASKS,
+    Task,
+    class_divergence,
+    class_logits,
+    masked_mean,
+    refuse_boxes,
+)
 
 PROBABILITY_ROUNDING = 1e-2
 """Maximum deviation of a sample's total probability from 1, wide enough for half precision."""
@@ -94,6 +101,7 @@ class Multiclass(Task):
 
     def label(self, target: Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
+            refuse_boxes(target)
             raise ConfigurationError(
                 "`task`: multiclass needs whole-number labels [samples], found "
                 f"{described(target)}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import NoneType
 
 import torch
@@ -89,6 +90,7 @@ class Task(ABC):
         tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
         if len(tensors) == 1 or (tensors and is_sequence):
             return tensors[0]
+        refuse_boxes(output)
         raise ConfigurationError(
             "`task`: the output of the model's forward has no tensor of logits.\n"
             f"{describe(output, 'output')}",
@@ -139,6 +141,19 @@ class Task(ABC):
     def __str__(self) -> str:
         """Describes when a sample is right, for reports."""
         return type(self).__name__
+
+
+def refuse_boxes(value: object) -> None:
+    """Refuses outputs or targets of object detection: a list with a mapping for each image."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return
+    if isinstance(value[0], Mapping) and "boxes" in value[0]:
+        raise ConfigurationError(
+            "`task`: boxes for each image were found, but object detection and instance "
+            "segmentation are not supported.",
+            "judge which classes are found in an image, by `task='multilabel'` and an adapter "
+            "f(module, batch) -> (logits, target); docs/modules.md has one.",
+        )
 
 
 def class_logits(output: Tensor) -> Tensor:
