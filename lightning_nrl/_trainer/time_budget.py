@@ -15,7 +15,7 @@ from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningMod
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError, first_line
+from lightning_nrl.errors import ConfigurationError, RepairError, first_line
 from lightning_nrl.methods.budget import (
     PACE_TIME_SHARE,
     RESERVED_TIME_SHARE,
@@ -61,10 +61,11 @@ def check_ranks(
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
     n_stuck, n_fatal, n_over = collective.sum(torch.tensor([stuck, fatal, is_over])).tolist()
-    if n_fatal and not fatal:
-        raise OtherRankError(
-            "the continued training failed on another rank.", "look at the error of that rank."
-        )
+    if n_fatal:
+        failed = "the continued training failed on another rank."
+        fatal_error = error if fatal else None
+        elsewhere = collective.error_elsewhere(failed, fatal_error)
+        raise fatal_error or elsewhere
     if error is not None:
         raise error
     if n_stuck:

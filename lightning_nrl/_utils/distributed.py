@@ -107,7 +107,6 @@ class Collective:
         `OtherRankError` with the message `failed` and the cause.
         """
         error = foreign_error = first_failure = None
-        cause = ""
         try:
             result = work()
         except RepairError as caught:
@@ -115,17 +114,20 @@ class Collective:
             first_failure = _package_class(error).__name__, error.problem, error.hint
         except Exception as caught:
             foreign_error = caught
-            cause = f" {type(caught).__name__}: {first_line(caught)}"
         if not self.any(error is not None or foreign_error is not None):
             return result
-        failed += self.first_text(cause)
-        elsewhere = OtherRankError(failed, "look at the error of that rank.")
+        elsewhere = self.error_elsewhere(failed, foreign_error)
         if self.any(foreign_error is not None):
             raise foreign_error or elsewhere
         name, problem, hint = next(filter(None, self.gather_objects(first_failure)))
         if error is not None and type(error).__name__ == name:
             raise error
         raise PACKAGE_ERRORS[name](problem, hint) from (error or elsewhere)
+
+    def error_elsewhere(self, failed: str, error: Exception | None) -> OtherRankError:
+        """Returns an error for the ranks without an `error`, which names that of another rank."""
+        cause = "" if error is None else f" {type(error).__name__}: {first_line(error)}"
+        return OtherRankError(failed + self.first_text(cause), "look at the error of that rank.")
 
     def agreed(self, values: Tensor) -> Tensor:
         """Returns on every rank the values of the first rank, where ranks may round differently."""

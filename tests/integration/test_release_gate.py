@@ -12,12 +12,12 @@ from digit_models import Classifier, Digits, digit, is_noisy, quiet_trainer, rig
 from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
 from lightning_nrl._trainer import loaders
-from lightning_nrl.errors import DataWarning, ModelError
+from lightning_nrl.errors import DataWarning, ModelError, OtherRankError
 from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
@@ -303,6 +303,37 @@ def test_two_processes_judge_as_one(trained_path: Path) -> None:
         )
     saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
     assert saved[0] == saved[1]
+
+
+class TornOnRank1(Digits):
+    """The second rank cannot read the data."""
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(Torn(), 4)
+
+
+class Torn(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> Any:
+        if torch.distributed.get_rank():
+            raise OSError("no such image")
+        return torch.zeros(1, 8, 8), 0, False
+
+
+def error_of(folder: Path) -> str:
+    trainer = quiet_trainer(folder, gate_of(Classifier()), strategy="ddp", devices=2)
+    with pytest.raises((OSError, OtherRankError)) as error:
+        trainer.test(Classifier(), datamodule=TornOnRank1(), verbose=False)
+    return str(error.value)
+
+
+def test_the_other_rank_names_the_cause(tmp_path: Path) -> None:
+    other, torn = in_two_processes(error_of, tmp_path)
+    assert torn == "no such image"
+    cause = "the prediction could not be tried on another rank. OSError: no such image\nHINT: "
+    assert other.startswith(cause)
 
 
 class Reordered(Digits):
