@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -96,10 +97,10 @@ def open_sources(
 
 @torch.no_grad()
 def _is_random(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> bool:
-    args, kwargs, target = adapter(raw)
     outputs = []
     with suppress(Exception):
         for seed in (0, 1):
+            args, kwargs, target = adapter(copy.deepcopy(raw))  # a forward may write into it
             with evaluation_context(model, evaluator):
                 seed_all(seed)
                 logits = _logits(evaluator.task, run_model(model, args, kwargs), target)

@@ -139,7 +139,8 @@ class OldModel:
                 results = evaluator.run_with(weights, adapted)
         finally:
             model.to(home)
-        return replace(results, label=like.label, loss=(~results.passed).to(results.loss))
+        loss = (~results.right).to(results.loss)
+        return replace(results, label=like.label, passed=results.right, loss=loss)
 
 
 def parse_reference(reference: Any) -> Reference | None:

@@ -204,7 +204,11 @@ class WrittenTo(Classifier):
 
 
 def test_a_stream_and_loaders_of_ones_own_are_judged(
-    old: Classifier, new: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: Classifier,
+    new: Classifier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     monkeypatch.setattr(loaders, "PIECE_SIZE", 3)
     torch.save(old.state_dict(), tmp_path / "old.pt")
@@ -219,6 +223,7 @@ def test_a_stream_and_loaders_of_ones_own_are_judged(
         trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
         trainer.test(changed, DataLoader(Stream(100), 50), verbose=False)
         reports.append(gate.report)
+    assert not any("random" in str(warning.message) for warning in recwarn)
     expected = reports[0]
     assert expected.rows[0].counts.broken == int(
         (right(old, Digits().test) & ~right(new, Digits().test)).sum()

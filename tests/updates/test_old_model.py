@@ -71,6 +71,17 @@ def test_a_state_may_hold_what_cannot_be_copied() -> None:
     assert asked(OldModel(state)).prediction.tolist() == [1, 2, 0]
 
 
+class Undefined(Scores):
+    """Returns NaN for the first sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).index_fill(0, tensor([0]), torch.nan)
+
+
+def test_an_old_model_is_not_right_where_it_returns_nan() -> None:
+    assert asked(OldModel(Undefined())).passed.tolist() == [False, True, False]
+
+
 class Other(nn.Module):
     """Another architecture, with two outputs, in training mode when it is given."""
 
