@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_whole
+from lightning_nrl.errors import DataWarning, check_whole
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
@@ -69,10 +69,9 @@ class ReleaseGate(CallbackBase):
             repaired), `better` (a gain that is significant at 5 % in the sign test), or `any` (no
             condition).
         slices: as in `RegressionMetrics`.
-        loaders: data to judge instead of the trainer's, as `{name: data loader}`.
-        splits: names of the trainer's data loaders in the report. The default for a mapping of
-            loaders is its keys. For a list it is `test:0`, `test:1` and so on, and for one loader
-            `test`. In `validate`, `val` replaces `test`.
+        loaders: data to judge instead of the trainer's, as `{name: data loader}`. A trainer's
+            loaders are named by the keys of a mapping, or `test`, or `test:0`, `test:1` and so on;
+            in `validate`, `val` replaces `test`.
         task: as in `RegressionFreeRepair`.
         adapter: as in `DataOptions`.
         output: as in `DataOptions`.
@@ -97,7 +96,6 @@ class ReleaseGate(CallbackBase):
         require: Require = "not-worse",
         slices: str | int | Callable[[Any], Any] | Target | None = None,
         loaders: Mapping[str, Loaders] | None = None,
-        splits: list[str] | None = None,
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
         output: int | str | None = None,
@@ -109,11 +107,8 @@ class ReleaseGate(CallbackBase):
         self.reference = check_reference("reference", reference)
         self.rules = parse_rules(rules, require)
         self.slices = None if slices is None else find_column("slices", slices)
-        is_list = isinstance(splits, (list, tuple)) and all(isinstance(x, str) for x in splits)
-        fits = splits is None or is_list
-        check_kind("splits", splits, fits, "list of names", "splits=['suite', 'test']")
         check_loaders(loaders)
-        self.loaders, self.splits = loaders, splits
+        self.loaders = loaders
         self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
@@ -188,34 +183,27 @@ class ReleaseGate(CallbackBase):
         _, limits = batch_limits(trainer)
         loaders = self.loaders
         if loaders is None:
-            loaders = _loaders_by_name(data, stage, self.splits)
+            loaders = _loaders_by_name(data, stage)
         else:
             limits = [batch_limit(trainer)] * len(loaders)
         make = partial(make_source, trainer=trainer, model=model, adapter=self.adapter)
         sources = [
             make(loader, name, seed=self.seed, limit=1 if first_batch else limit, streams=True)
-            for (name, loader), limit in zip(loaders.items(), limits, strict=True)
+            for (name, loader), limit in zip(loaders.items(), limits, strict=False)
         ]
         with random_state():
             evaluator, (sources,) = open_sources(trainer, model, self.task, sources)
         return evaluator, sources
 
 
-def _loaders_by_name(data: object, stage: str, splits: Sequence[str] | None) -> dict[str, Loaders]:
+def _loaders_by_name(data: object, stage: str) -> Mapping[str, Loaders]:
     loaders = loaders_in(data)
-    names = [f"{stage}:{i}" for i in loaders]
     if isinstance(data, Mapping):
-        names = list(loaders)
-    elif len(loaders) == 1:
-        names = [stage]
-    if splits is not None:
-        names = list(splits)
-    if len(names) != len(loaders) or len(set(names)) < len(names):
-        raise ConfigurationError(
-            f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
-            "give each data loader a name of its own, in order, or leave `splits` out.",
-        )
-    return dict(zip(names, loaders.values(), strict=True))
+        return loaders
+    if len(loaders) == 1:
+        [loader] = loaders.values()
+        return {stage: loader}
+    return {f"{stage}:{i}": loader for i, loader in loaders.items()}
 
 
 def _global_seed() -> dict[str, int]:

@@ -41,7 +41,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (RegressionMetrics, {"dataloader": -1}, "`dataloader=-1` is out of range"),
     (ReleaseGate, {"rules": "nothing"}, "is no rule"),
     (ReleaseGate, {"require": "net"}, "`require='net'` is unknown"),
-    (ReleaseGate, {"splits": "test"}, "`splits='test'` is no list of names"),
+    (ReleaseGate, {"loaders": {}}, "`loaders={}` is no mapping of data loaders"),
     (ReleaseGate, {"seed": -1}, "`seed=-1` is out of range"),
     (WeightInterpolation, {"strength": "most"}, "`strength='most'` is no strength"),
     (WeightInterpolation, {"tolerance": -1}, "`tolerance=-1` is no share"),

@@ -118,8 +118,17 @@ def test_a_step_that_changes_the_inputs_is_refused(kind: Any, tmp_path: Path) ->
 
 
 class Several(Digits):
+    """Two data loaders, as a list or with names."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
     def test_dataloader(self) -> Any:
-        return [DataLoader(self.val, 64), DataLoader(self.test, 64, shuffle=True)]
+        loaders = [DataLoader(self.val, 64), DataLoader(self.test, 64, shuffle=True)]
+        if self.names[0] == "test:0":
+            return loaders
+        return dict(zip(self.names, loaders, strict=True))
 
 
 class Plain(Classifier):
@@ -131,9 +140,8 @@ class Plain(Classifier):
 def test_each_data_loader_is_a_split(names: list[str], old: Classifier, tmp_path: Path) -> None:
     model = Plain()
     model.load_state_dict(old.state_dict())
-    splits = None if names[0] == "test:0" else names
-    gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"], splits=splits)
-    quiet_trainer(tmp_path, gate).test(model, datamodule=Several(), verbose=False)
+    gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"])
+    quiet_trainer(tmp_path, gate).test(model, datamodule=Several(names), verbose=False)
     assert gate.report.accepted
     assert [(row.split, row.counts.n) for row in gate.report.rows if not row.slice] == [
         (names[0], 100),
