@@ -225,14 +225,10 @@ class StreamSource(LoaderSource):
     n_left_out = 0  # it is unknown how many there are
 
     def first_batch(self) -> RawBatch:
-        seed_all(self.seed)
-        raw = next(map(self.transfer, self.loader), None)
-        if raw is None:
-            raise ConfigurationError(f"`{self.split}` data are empty.", "give data with samples.")
-        self._unpack(raw)
-        return raw
+        [piece] = replace(self, limit=1).pieces()
+        return piece.batches[0][1]
 
-    def pieces(self) -> Iterator[LoaderSource]:
+    def pieces(self) -> Iterator[StreamSource]:
         seed_all(self.seed)
         start = 0
         batches = map(self.transfer, islice(self.loader, self.limit))
@@ -242,6 +238,11 @@ class StreamSource(LoaderSource):
             numbered = list(zip(positions.split(sizes), piece, strict=True))
             yield replace(self, index=start + positions, positions=positions, batches=numbered)
             start += len(positions)
+        if not start:
+            raise ConfigurationError(
+                f"`{self.split}` data are empty.",
+                "give data with samples that can be read more than once.",
+            )
 
     def _read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, RawBatch]]:
         for position, raw in self.batches:

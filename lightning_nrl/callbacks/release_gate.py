@@ -146,16 +146,15 @@ class ReleaseGate(CallbackBase):
         evaluator, sources = self._open(trainer, pl_module)
         streams = [source for source in sources if isinstance(source, StreamSource)]
         reference = in_memory(self.reference) if streams else self.reference
-        with random_state():
-            pair, report = judge_pair(
-                reference,
-                evaluator,
-                pieces_of(sources),
-                self.rules,
-                slices=self.slices,
-                seeds={"data": self.seed, **_global_seed()},
-                name=name,
-            )
+        pair, report = judge_pair(
+            reference,
+            evaluator,
+            pieces_of(sources),
+            self.rules,
+            slices=self.slices,
+            seeds={"data": self.seed, **_global_seed()},
+            name=name,
+        )
         files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)
         missing = {source.split: source.n_left_out for source in sources if source.n_left_out}
         limit = ""

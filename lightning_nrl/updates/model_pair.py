@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.preserve import outside_inference_mode, preserve_state
+from lightning_nrl._utils.preserve import outside_inference_mode, preserve_state, random_state
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
 from lightning_nrl.data.targets import Target
@@ -102,6 +102,7 @@ def evaluate_pair(
     return ModelPair(before, after, names, slice_number, marked, keys)
 
 
+@random_state()
 @outside_inference_mode()
 def evaluate_pieces(
     old: Reference,

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import read_fitting, read_state
 from lightning_nrl._utils.checks import is_class
+from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import State, device_of, hash_tensors
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -178,6 +179,8 @@ class _Adapted:
             try:
                 args, kwargs, _ = self.adapter(batch.raw)
             except Exception as error:
+                if isinstance(error, RepairError) or is_out_of_memory(error):
+                    raise
                 raise ConfigurationError(
                     f"`reference`: its `adapter` raised {type(error).__name__} on `{self.split}` "
                     f"data: {error}\n{describe(batch.raw)}",

@@ -441,3 +441,19 @@ def test_a_word_that_the_old_model_does_not_know_is_named(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match=message) as error:
         trainer.test(Words(60), loader, verbose=False)
     assert isinstance(error.value.__cause__, IndexError)
+
+
+class Once(IterableDataset):
+    """A stream that can be read once."""
+
+    def __init__(self) -> None:
+        self.samples = iter(Subset(Digits().test, range(8)))
+
+    def __iter__(self) -> Any:
+        return self.samples
+
+
+def test_a_stream_that_ends_before_it_is_judged_is_refused(old: Classifier, tmp_path: Path) -> None:
+    gate = gate_of(old, loaders={"night": DataLoader(Once(), 8)})
+    with pytest.raises(ConfigurationError, match=r"`night` data are empty\.\nHINT: .*once"):
+        quiet_trainer(tmp_path, gate).test(Untested(), DataLoader(Stream(), 50), verbose=False)
