@@ -125,7 +125,8 @@ def check_unambiguous(prediction: Prediction, task: Task) -> None:
         raise ConfigurationError(
             f"`output`: several outputs may be the logits ({'; '.join(fitting)}), and no loss in "
             "your steps was seen to compare one of them with the labels.",
-            _output_hint(fitting[0].partition(",")[0]),
+            "write `output=` with the one that has the logits "
+            "(`data=DataOptions(output=...)` in a repair).",
         )
 
 

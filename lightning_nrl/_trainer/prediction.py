@@ -215,8 +215,8 @@ def choose_prediction(
             kind = f"{output.dtype} {list(output.shape)}"
         if forward_logits is None or not _predicts(output, task.prediction(forward_logits)):
             raise ConfigurationError(
-                f"`model`: `predict_step` of {name} returns {kind}, no logits, and `forward` does "
-                "not predict the same.",
+                f"`model`: `predict_step` of {name} returns {kind}, no logits, and nothing shows "
+                "that `forward` predicts the same.",
                 ADAPTER_HINT,
             )
         _warn(f"returns {kind}, no logits")

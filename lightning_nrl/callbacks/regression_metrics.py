@@ -58,6 +58,7 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
+from lightning_nrl.pipeline.input_checks import check_classes
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.model_pair import evaluate_pieces
@@ -408,6 +409,7 @@ class RegressionMetrics(CallbackBase):
             with preserve_state(model):
                 new = evaluator.run([recorder], forward=probe)
             answers = self.reference.answers(evaluator, [source], new)
+            check_classes(answers)
         self._outputs.attach(model, probe.parts or ())
         names, slice_number = recorder.named(collective)
         rows = torch.searchsorted(source.index, positions)

@@ -41,6 +41,7 @@ from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import DataWarning, check_whole
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.pipeline.input_checks import check_classes
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
@@ -155,6 +156,7 @@ class ReleaseGate(CallbackBase):
             seeds={"data": self.seed, **_global_seed()},
             name=name,
         )
+        check_classes(pair.after)
         files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)
         missing = {source.split: source.n_left_out for source in sources if source.n_left_out}
         limit = ""

@@ -35,7 +35,8 @@ INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "featur
 """Usual names of a model's only input in a batch; the first one that the batch has is used."""
 
 ADAPTER_HINT = """\
-pass the model's prediction as `data=DataOptions(adapter=predict)`, here for a batch `(x, y)`:
+pass the prediction, here for a batch `(x, y)`, as `adapter=predict` \
+(`data=DataOptions(adapter=predict)` in a repair):
 
     def predict(module, batch):
         x, y = batch

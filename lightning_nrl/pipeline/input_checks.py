@@ -137,7 +137,7 @@ def check_classes(before: SampleResults) -> None:
     right = int(before.passed.sum())
     if unknown > n / 2 and right <= n / n_classes:
         raise ConfigurationError(
-            f"`model`: it mostly predicts classes that no label has ({unknown:,} of {n:,} known "
+            f"`model`: it mostly predicts classes that no label has ({unknown:,} of {n:,} "
             f"samples), and {right:,} are right, no more than by chance. Its output may be "
             "features, not logits.",
             f"name another output by `output=`, or {ADAPTER_HINT}",

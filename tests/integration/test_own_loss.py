@@ -140,7 +140,7 @@ def test_labels_that_are_confirmed_or_given_stay(tmp_path: Path, is_validated: b
 
 def test_several_outputs_without_a_known_loss_are_refused(tmp_path: Path) -> None:
     model = Features(lambda output, batch: focal(output[1], batch[1]))
-    with pytest.raises(ConfigurationError, match=r"`output`: .*0, .*1,[\s\S]*HINT: .*`output=0`"):
+    with pytest.raises(ConfigurationError, match=r"`output`: .*0, .*1,[\s\S]*HINT: .*`output=`"):
         fit(tmp_path, model, RegressionFreeRepair(verbose=False))
 
 
@@ -162,6 +162,37 @@ def test_an_accuracy_at_chance_with_columns_without_a_class_is_refused(tmp_path:
     trainer = quiet_trainer(tmp_path)
     with pytest.raises(ConfigurationError, match=r"predicts classes that no label has[\s\S]*HINT"):
         repair(trainer, model, loader(300), loader(300, seed=1), verbose=False)
+    gate = ReleaseGate(model, verbose=False)
+    with pytest.raises(ConfigurationError, match="predicts classes that no label has"):
+        quiet_trainer(tmp_path, gate).validate(model, loader(300), verbose=False)
+    metrics = RegressionMetrics(model)
+    with pytest.raises(ConfigurationError, match="predicts classes that no label has"):
+        quiet_trainer(tmp_path, metrics, max_epochs=1).fit(model, loader(300), loader(300, seed=1))
+
+
+def first_label(batch: list[Tensor]) -> Any:
+    return (batch[0], 0), {}, batch[1]
+
+
+class TakesTheBatch(Features):
+    """Its `forward` takes the whole batch, as in pykale's `MultimodalNNTrainer`."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(self.body(batch[:-2][0]).relu())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch), batch[1])
+
+
+@pytest.mark.parametrize("make", [RegressionMetrics, ReleaseGate])
+def test_a_forward_that_fails_shows_the_batch(tmp_path: Path, make: Any) -> None:
+    model, callback = TakesTheBatch(classes), make(TakesTheBatch(classes), adapter=first_label)
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=1)
+    problem = r"raised TypeError on [\s\S]*HINT"
+    data = [loader()] if make is ReleaseGate else [loader(), loader(seed=1)]
+    run = trainer.validate if make is ReleaseGate else trainer.fit
+    with pytest.raises(ConfigurationError, match=problem):
+        run(model, *data)
 
 
 def test_a_logged_accuracy_is_compared(tmp_path: Path) -> None:
