@@ -29,6 +29,7 @@ from lightning_nrl._trainer.loss_check import (
 from lightning_nrl._trainer.step_outputs import forward_hooks
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import preserve_attributes, seed_all
+from lightning_nrl._utils.state import plain_copy
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning
@@ -160,7 +161,7 @@ class _Steps:
         calls = []
 
         def record(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
-            calls.append((args[0].detach().float().clone(), output.detach().float().clone()))
+            calls.append((plain_copy(args[0]).float(), plain_copy(output).float()))
 
         context = evaluation_context(self.model, self.evaluator)
         with context, torch.no_grad(), forward_hooks(self.layers, record):

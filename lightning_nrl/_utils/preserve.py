@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.state import plain_tensor
+from lightning_nrl._utils.state import plain_copy, plain_tensor
 
 # By size in bytes, to compare bits.
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -302,7 +302,7 @@ def _write(value: Tensor, copy: Tensor) -> None:
 
 def _restores(value: Value, depth: int = 3) -> list[Callable[[], None]]:
     if isinstance(value, Tensor):
-        return [partial(_write, value, value.detach().clone())]
+        return [partial(_write, plain_tensor(value), plain_copy(value))]
     is_container = type(value) in (list, dict, set, deque, OrderedDict)
     if not depth or not is_container or len(value) > MAX_ITEMS_KEPT:
         return []

@@ -158,6 +158,10 @@ def plain_tensor(x: Tensor) -> Tensor:
     return x.as_subclass(Tensor)
 
 
+def plain_copy(x: Tensor) -> Tensor:
+    return plain_tensor(x).detach().clone()
+
+
 def completed(model: nn.Module, state: State) -> dict[str, Tensor]:
     """Returns the `live_tensors`, detached, with those of `state` under all their names."""
     live = live_tensors(model)

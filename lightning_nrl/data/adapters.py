@@ -25,6 +25,7 @@ from lightning_nrl.data.batch import (
     ModelOutput,
     RawBatch,
     Unpacked,
+    with_plain_tensors,
 )
 from lightning_nrl.errors import ConfigurationError
 
@@ -412,7 +413,7 @@ class ModelAdapter:
             )
         with torch.no_grad(), preserve_state(self.model):
             _, target = _pair(self.adapt(self.model, raw))
-        return (_AdapterCall(self.adapt), raw), {}, target
+        return (_AdapterCall(self.adapt), raw), {}, with_plain_tensors(target)
 
 
 def as_adapter(function: Callable[..., Any]) -> Adapter:

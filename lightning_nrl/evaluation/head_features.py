@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.state import plain_copy
 from lightning_nrl.data.batch import Batch, ModelOutput, Source, run_model
 from lightning_nrl.data.targets import AllFailures, Target
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -132,8 +133,8 @@ class _HeadRecorder:
 
         def record(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             # Copies, since the model may change its tensors in place.
-            inputs.append(args[0].detach().clone())
-            outputs.append(output.detach().clone())
+            inputs.append(plain_copy(args[0]))
+            outputs.append(plain_copy(output))
 
         with self.head.register_forward_hook(record), force_eager():
             output = run_model(model, args, kwargs)

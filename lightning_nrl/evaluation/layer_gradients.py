@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_nrl._utils.device import at_least_float32, no_autocast, repeatable_gradients
+from lightning_nrl._utils.state import plain_copy
 from lightning_nrl.data.batch import Batch, is_sliceable
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -116,7 +117,7 @@ class OutputProbe:
         """Records a call of the layer `name`; returns `output` plus a zero with a gradient."""
         zero = torch.zeros_like(output, requires_grad=True)
         # A copy, since the model may change its tensors in place.
-        self.seen.append((name, x.detach().clone(), zero))
+        self.seen.append((name, plain_copy(x), zero))
         return output + zero
 
     @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.json_records import Record, parse_json
-from lightning_nrl._utils.state import hash_tensors
+from lightning_nrl._utils.state import hash_tensors, plain_copy
 from lightning_nrl.errors import ConfigurationError, first_line
 from lightning_nrl.records import installed_versions
 
@@ -71,7 +71,7 @@ class TensorChange:
             return None
         shape, hashes = tuple(old.shape), (hash_tensor(old), hash_tensor(new))
         if len(index) > WHOLE_TENSOR_SHARE * old.numel():
-            return cls(shape, None, old.clone(), new.clone(), *hashes)
+            return cls(shape, None, plain_copy(old), plain_copy(new), *hashes)
         old_values = _bytes(old)[index].view(old.dtype).flatten()
         new_values = _bytes(new)[index].view(new.dtype).flatten()
         if old.numel() < 2**31:

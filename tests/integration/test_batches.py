@@ -12,9 +12,9 @@ from graphs import GraphNet, graph_loader
 from lightning_package import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from lightning_nrl import ConfigurationError, RegressionFreeRepair
+from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair
 from lightning_nrl.errors import RepairError
 
 
@@ -140,9 +140,10 @@ class Labelling(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("grid", torch.zeros(3).as_subclass(Labelled))
+        self.points = {"inside": torch.zeros(3).as_subclass(Labelled)}
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).as_subclass(Labelled)
+        return super().forward(images.as_subclass(Labelled))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx).as_subclass(Tensor)
@@ -156,3 +157,44 @@ def test_tensors_that_cannot_be_copied_without_their_attributes(tmp_path: Path) 
     train, val = DataLoader(data.train, 64), DataLoader(data.repair, 64)
     report, _ = fitted(tmp_path, Labelling(), train, val, method="linearized")
     assert report.status == "repaired"
+    assert Path(report.files["patch"]).exists()
+
+
+class Fields(dict[str, Any]):
+    """A batch as pina's, whose tensors torch's `tree_map` does not find."""
+
+
+def test_labels_of_such_tensors_in_a_mapping_of_its_own(tmp_path: Path) -> None:
+    def labelled(rows: Any) -> Fields:
+        x, y, _ = default_collate(rows)
+        return Fields(x=x, y=y.as_subclass(Labelled))
+
+    def predict(module: Any, batch: Fields) -> Any:
+        return module(batch["x"]), batch["y"]
+
+    class OfFields(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch["x"]), batch["y"].as_subclass(Tensor))
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    digits = Digits()
+    loaders = [DataLoader(part, 64, collate_fn=labelled) for part in (digits.train, digits.repair)]
+    data = DataOptions(adapter=predict)
+    report, _ = fitted(tmp_path, OfFields(), *loaders, data=data, method="linearized")
+    assert report.status == "repaired"
+
+
+class OwnTransfer(Digits):
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
+        return [x.to(device) for x in (batch[0], batch[1], batch[2])]
+
+
+def test_loaders_that_the_data_module_cannot_transfer_are_refused(tmp_path: Path) -> None:
+    data = OwnTransfer()
+    given = DataLoader(TensorDataset(*data.repair.tensors[:2]), 64)
+    repair = RegressionFreeRepair(data=DataOptions(failed=given))
+    problem = r"`transfer_batch_to_device` raised IndexError[\s\S]*\[1\]: int64 \[64\][\s\S]*HINT"
+    with pytest.raises(ConfigurationError, match=problem):
+        quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=data)

@@ -21,7 +21,10 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     class_for,
 )
+from lightning_nrl._utils.device import is_out_of_memory
+from lightning_nrl.data.adapters import describe
 from lightning_nrl.data.batch import RawBatch, with_plain_tensors
+from lightning_nrl.errors import ConfigurationError
 
 Loader: TypeAlias = DataLoader[Any]
 Loaders: TypeAlias = Any  # a data loader, or loaders in lists, mappings or a CombinedLoader
@@ -107,7 +110,17 @@ def prepare_batch(trainer: Trainer, module: LightningModule, batch: RawBatch) ->
     """Moves a batch to the device as validation does (`_on_before_batch_transfer`)."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return with_plain_tensors(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+    try:
+        moved = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigurationError(
+            f"`data`: `transfer_batch_to_device` raised {type(error).__name__}: {error}\n"
+            f"{describe(batch)}",
+            "give loaders, such as `passed`, whose batches are like those of your own loaders.",
+        ) from error
+    return with_plain_tensors(moved)
 
 
 def given_loaders(trainer: Trainer, split: str) -> Loaders:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lightning_nrl._utils.state import temporary_weights
+from lightning_nrl._utils.state import plain_copy, temporary_weights
 from lightning_nrl.data.batch import Batch, run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -123,7 +123,7 @@ def trace_forward(
             if not trace.layer_order:
                 open_calls.pop()
                 # A packed sequence contains indices, whose values are needed.
-                copy = _clone if keep(name) or is_packed(output) else _shape_only
+                copy = plain_copy if keep(name) or is_packed(output) else _shape_only
                 open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
 
         return hook
@@ -134,7 +134,7 @@ def trace_forward(
                 for name, output in calls:
                     trace.calls.append(name)
                     trace.outputs.append(output)
-            trace.input, trace.output = _clone(x), _clone(y)
+            trace.input, trace.output = plain_copy(x), plain_copy(y)
         trace.layer_order.append(site.name)
         trace.layer_shapes.append(y.shape)
         return y
@@ -222,10 +222,6 @@ def _cloned(inputs: Inputs) -> Inputs:
     """Copies tensors and graph objects in the inputs, since a model may change them in place."""
     args, kwargs = pytree.tree_map_only((Tensor, _Clonable), lambda x: x.clone(), inputs)
     return args, kwargs
-
-
-def _clone(x: Tensor) -> Tensor:
-    return x.detach().clone()
 
 
 def _shape_only(x: Tensor) -> Tensor:
