@@ -14,7 +14,7 @@ import strangers
 
 
 def test_the_page_has_a_row_for_each_module():
-    page = (ROOT / "docs" / "combinations.md").read_text()
+    page = (ROOT / "docs" / "modules.md").read_text()
     rows = re.findall(r"^\| (\w+) [\d.]+, ([\w.]+) \| (.*?) \|", page, re.MULTILINE)
     modules = strangers.MODULES.items()
     assert len(rows) == len(modules)
