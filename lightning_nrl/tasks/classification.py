@@ -16,6 +16,7 @@ from lightning_nrl.errors import ConfigurationError, check_real, check_whole
 from lightning_nrl.tasks.task import (
     TASKS,
     Task,
+    binary_divergence,
     class_divergence,
     class_logits,
     masked_mean,
@@ -59,8 +60,8 @@ class Multiclass(Task):
             raise ConfigurationError(
                 f"`task`: there is a label {int(label.max())}, and the model returned "
                 f"{list(output.shape)} logits.",
-                f"give labels from 0 to {n_classes - 1}; for numeric targets use "
-                "`Regression(tolerance=...)`.",
+                f"give labels from 0 to {n_classes - 1}; for ordered classes with a logit for each "
+                "threshold use `task='ordinal'`, for numeric targets `Regression(tolerance=...)`.",
             )
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
@@ -237,12 +238,7 @@ class Multilabel(Task):
         return margins.amin(1)  # faster than `kthvalue`; ties share the gradient
 
     def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
-        new = at_least_float32(output)
-        old = at_least_float32(teacher)
-        of_presence = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
-        log_ratio_of_absence = F.logsigmoid(-old) - F.logsigmoid(-new)
-        of_absence = (-old).sigmoid() * log_ratio_of_absence
-        divergence = (of_presence + of_absence).clamp_min(0)
+        divergence = binary_divergence(output, teacher)
         if target is None:
             return divergence.mean(1)
         return masked_mean(divergence, self._is_known(target))

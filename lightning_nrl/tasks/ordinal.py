@@ -13,7 +13,7 @@ from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.data.batch import BatchTarget
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks.task import TASKS, Task, masked_mean
+from lightning_nrl.tasks.task import TASKS, Task, binary_divergence, masked_mean
 
 
 @TASKS.register("ordinal")
@@ -75,6 +75,9 @@ class Ordinal(Task):
         above = distances.gather(1, label + 1)[:, 0]
         above = above.masked_fill(label[:, 0] == output.shape[1], -torch.inf)
         return torch.minimum(below, -above).masked_fill(output.isnan().any(1), -torch.inf)
+
+    def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
+        return binary_divergence(output, teacher).mean(1)
 
     def prediction(self, output: Tensor) -> Tensor:
         return (self._distances(output) > 0).sum(1)

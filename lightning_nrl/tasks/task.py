@@ -177,6 +177,16 @@ def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_output, log_teacher, reduction="none", log_target=True).sum(1)
 
 
+def binary_divergence(output: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the Kullback-Leibler divergence of each logit's probability from the teacher's."""
+    new = at_least_float32(output)
+    old = at_least_float32(teacher)
+    of_presence = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
+    log_ratio_of_absence = F.logsigmoid(-old) - F.logsigmoid(-new)
+    of_absence = (-old).sigmoid() * log_ratio_of_absence
+    return (of_presence + of_absence).clamp_min(0)
+
+
 def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
     """Averages each row of `values`, `n x E`, over the entries where `counts` is True.
 
