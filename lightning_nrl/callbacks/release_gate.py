@@ -48,7 +48,12 @@ from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
 from lightning_nrl.updates.model_pair import evaluate_pieces
 from lightning_nrl.updates.old_model import OldModel, Reference, in_memory
 from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.release import check_reference, judge_pair
+from lightning_nrl.updates.release import (
+    OnUndecided,
+    check_on_undecided,
+    check_reference,
+    judge_pair,
+)
 from lightning_nrl.updates.rule_parsing import Require
 
 
@@ -79,6 +84,7 @@ class ReleaseGate(CallbackBase):
         seed: seed for random transforms of the data.
         dirpath: folder for the files. None means `<log_dir>/release`.
         verbose: if True, prints the decision.
+        on_undecided: as in `lightning_nrl.updates.release`.
 
     Attributes:
         report: the `ReleaseReport` with the decision. None until the test has ended.
@@ -103,6 +109,7 @@ class ReleaseGate(CallbackBase):
         seed: int = 0,
         dirpath: str | Path | None = None,
         verbose: bool = True,
+        on_undecided: OnUndecided | None = None,
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
@@ -114,6 +121,7 @@ class ReleaseGate(CallbackBase):
         self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
         self.seed, self.dirpath, self.verbose = seed, dirpath, verbose
+        self.on_undecided = check_on_undecided(on_undecided)
         self.report: ReleaseReport | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -155,6 +163,7 @@ class ReleaseGate(CallbackBase):
             slices=self.slices,
             seeds={"data": self.seed, **_global_seed()},
             name=name,
+            on_undecided=self.on_undecided,
         )
         check_classes(pair.after)
         files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)

@@ -1,7 +1,8 @@
 """The script `lightning-nrl`: works on models of a project, decides on releases, applies patches.
 
 A project is given by arguments and YAML as for LightningCLI. The exit status is 0 for success, 1 if
-the result is not accepted, 2 for an error, and 3 if files cannot be written.
+the result is not accepted, 2 for an error, 3 if a release is undecided, and 4 if files cannot be
+written.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
-from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
+from lightning_nrl.updates.release import (
+    ACTIONS,
+    Identity,
+    OnUndecided,
+    ReleaseReport,
+    make_report,
+)
 from lightning_nrl.updates.rule_parsing import REQUIRED, RULES, Require, parse_rules
 
 __all__ = ["COMMANDS", "main"]
@@ -168,12 +175,10 @@ def decide_release(
     require: Require,
     slices: str | None,
     allow_missing: list[str],
+    on_undecided: OnUndecided | None,
     out: str | None,
 ) -> int:
-    """Decides on a release from two files of predictions.
-
-    Returns 0 if the new model is accepted, else 1.
-    """
+    """Decides on a release from two files of predictions. Returns `ReleaseReport.exit_status`."""
     if out:
         refuse_foreign(foreign_file(Path(out)), "out")
     rules = parse_rules(rule or ["instance"], require)
@@ -192,7 +197,7 @@ def decide_release(
         task="as recorded in the files",
         precision="as recorded in the files",
     )
-    report = replace(report, missing=missing)
+    report = replace(report, missing=missing, on_undecided=on_undecided)
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -348,6 +353,10 @@ RELEASE: Arguments = {
         "metavar": "SPLIT",
         "help": "split that may lack samples",
     },
+    "--on-undecided": {
+        "choices": list(ACTIONS),
+        "help": "what becomes of a model that fails only for lack of samples; else exit status 3",
+    },
     "--out": {"help": "folder to write report.json, report.md and report.html"},
 }
 RECOUNT: Arguments = {
@@ -402,13 +411,13 @@ COMMANDS: Mapping[str, Command] = {
 }
 """All commands by name."""
 
-FAILURE_STATUS, UNWRITABLE_STATUS = 2, 3
+FAILURE_STATUS, UNWRITABLE_STATUS = 2, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
-    Returns 0 (success), 1 (result not accepted), 2 (error) or 3 (files cannot be written).
+    Returns 0 (success), 1 (result not accepted), 2 (error), 3 (undecided) or 4 (cannot write).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
@@ -437,7 +446,8 @@ def _run(words: list[str]) -> int:
         usage="lightning-nrl COMMAND [ARGUMENTS]",
         description="Repair of trained models without regressions. "
         "COMMAND --help describes a command.",
-        epilog=f"commands:\n{lines}\n\nExit status: 2 for an error, 3 if files cannot be written.",
+        epilog=f"commands:\n{lines}\n\n"
+        "Exit status: 2 for an error, 3 if undecided, 4 if files cannot be written.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())

@@ -12,8 +12,9 @@ rules tell if a difference is more than chance:
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import lru_cache
 from operator import index
 from typing import Literal, SupportsIndex
@@ -225,6 +226,28 @@ class Bound:
             f"broken {self.broken:,} of {n} ({100 * self.rate:.2f} %); "
             f"with {confidence} confidence at most {percent_up(self.upper)} of such {units}"
         )
+
+
+def least_samples(broken: int, limit: float, confidence: float = 0.95) -> int:
+    """Returns the least number of samples for which `upper_limit` is at most `limit`, in (0, 1).
+
+    Example:
+        >>> least_samples(0, 0.05), least_samples(2, 0.05)
+        (59, 124)
+    """
+
+    def is_enough(n: int) -> bool:
+        return binomial_cdf(broken, n, limit) <= 1 - confidence
+
+    n = broken + 1
+    while not is_enough(n):
+        n *= 2
+    return bisect_left(range(n + 1), True, lo=broken + 1, key=is_enough)
+
+
+def percent_down(rate: float) -> str:
+    """Formats a lower limit in percent with two decimals, rounded down."""
+    return f"{(Decimal(repr(rate)) * 100).quantize(Decimal('0.01'), ROUND_FLOOR):f} %"
 
 
 def percent_up(rate: float) -> str:

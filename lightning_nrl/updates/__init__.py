@@ -16,7 +16,12 @@ from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, release
 from lightning_nrl.updates.rule_parsing import parse_rules
 from lightning_nrl.updates.rules import Rule, RuleResult
-from lightning_nrl.updates.statistical_rules import IsBetter, MaxNegativeFlipRate, NoSliceWorse
+from lightning_nrl.updates.statistical_rules import (
+    IsBetter,
+    MaxNegativeFlipRate,
+    MinAccuracy,
+    NoSliceWorse,
+)
 
 __all__ = [
     "AtMostBroken",
@@ -25,6 +30,7 @@ __all__ = [
     "IsBetter",
     "MarginHinge",
     "MaxNegativeFlipRate",
+    "MinAccuracy",
     "ModelPair",
     "NoSliceWorse",
     "OldModel",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from lightning_nrl._utils.json_records import Derives
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
 from lightning_nrl.evaluation.sample_results import FlipCounts
@@ -30,6 +30,13 @@ from lightning_nrl.updates.rule_parsing import Require, parse_rules
 from lightning_nrl.updates.rules import Rule, RuleResult
 from lightning_nrl.updates.statistical_rules import MaxNegativeFlipRate
 
+OnUndecided = Literal["refuse", "accept"]
+ACTIONS: Mapping[OnUndecided, Literal["accepted", "refused"]] = {
+    "accept": "accepted",
+    "refuse": "refused",
+}
+EXIT_STATUS = {"accepted": 0, "refused": 1, "undecided": 3}  # 2 is for errors
+
 
 def release(
     old: Any,
@@ -40,6 +47,7 @@ def release(
     require: Require = "not-worse",
     slices: str | int | Slices | None = None,
     seeds: Mapping[str, int] | None = None,
+    on_undecided: OnUndecided | None = None,
 ) -> ReleaseReport:
     """Decides if a new model may replace the old one, by one pass of each model over the data.
 
@@ -65,6 +73,8 @@ def release(
             function of the batch (or the function's address) that returns a name or number per
             sample; or a `Target`, which is one slice.
         seeds: seeds of data and models by name, copied to the report.
+        on_undecided: what becomes of a model that fails only for lack of samples: `refuse` or
+            `accept`. Without it, `exit_status` is 3.
 
     Example:
         >>> import torch
@@ -103,6 +113,7 @@ def release(
         parsed_rules,
         slices=slices,
         seeds=dict(seeds or {}),
+        on_undecided=on_undecided,
     )
     return report
 
@@ -116,6 +127,7 @@ def judge_pair(
     slices: Slices | None,
     seeds: Mapping[str, int],
     name: str = "",
+    on_undecided: OnUndecided | None = None,
 ) -> tuple[ModelPair, ReleaseReport]:
     """Does the work of `release` on data in `pieces`, and also returns the `ModelPair`.
 
@@ -131,7 +143,17 @@ def judge_pair(
         task=str(new.task),
         precision=str(new.precision),
     )
-    return pair, replace(report, seeds=seeds, provenance=Provenance.of(new.model, pair.after))
+    provenance = Provenance.of(new.model, pair.after)
+    return pair, replace(
+        report, seeds=seeds, provenance=provenance, on_undecided=check_on_undecided(on_undecided)
+    )
+
+
+def check_on_undecided(value: str | None) -> OnUndecided | None:
+    """Returns `value`. Raises a `ConfigurationError` if it says nothing of undecided releases."""
+    if value is not None:
+        check_choice("on_undecided", value, get_args(OnUndecided))
+    return cast(OnUndecided | None, value)
 
 
 def check_reference(argument: str, old: Any) -> Reference:
@@ -203,7 +225,8 @@ class ReleaseReport(Report):
     """Decision whether a new model may replace the old one; `rich.print(report)` shows it.
 
     Attributes:
-        status: `accepted` if every rule is satisfied, else `refused`.
+        status: `accepted` if every rule is satisfied, `undecided` if rules fail only for lack of
+            samples, else `refused`.
         findings: one result for each rule, in the order of the rules.
         rows: one row for each split, followed by one for each of its slices.
         broken_ids: data-set positions of all broken samples, by split.
@@ -218,9 +241,10 @@ class ReleaseReport(Report):
         limit: argument of the trainer that limits the data, such as `limit_test_batches=2`.
         seeds: seeds of data and models by name.
         files: paths of the written files, by kind.
+        on_undecided: what becomes of an undecided release, or None.
     """
 
-    status: Literal["accepted", "refused"]
+    status: Literal["accepted", "refused", "undecided"]
     findings: tuple[RuleResult, ...]
     rows: tuple[ReleaseRow, ...]
     broken_ids: Mapping[str, Sequence[int]]
@@ -234,18 +258,26 @@ class ReleaseReport(Report):
     limit: str = ""
     seeds: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    on_undecided: OnUndecided | None = None
 
     @property
     def accepted(self) -> bool:
-        return self.status == "accepted"
+        """True if the new model may replace the old one."""
+        return self.exit_status == 0
 
     def __repr__(self) -> str:
         return f"<ReleaseReport: {self.status}; {'; '.join(self.reasons) or 'all rules hold'}>"
 
     @property
     def exit_status(self) -> int:
-        """Exit status for `sys.exit`: 0 if accepted, 1 if refused."""
-        return int(not self.accepted)
+        """Exit status for `sys.exit`: 0 if accepted, 1 if refused, 3 if undecided.
+
+        `on_undecided` makes an undecided release accepted or refused.
+        """
+        status = self.status
+        if status == "undecided" and self.on_undecided is not None:
+            status = ACTIONS[self.on_undecided]
+        return EXIT_STATUS[status]
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -263,8 +295,10 @@ class ReleaseReport(Report):
         rules = []
         violations = []
         for finding in self.findings:
-            verdict = "satisfied" if finding.passed else "NOT satisfied"
-            rules.append((finding.rule, f"{verdict}: {finding.reason}"))
+            text = f"{finding.verdict}: {finding.reason}"
+            if finding.missing:
+                text += f" Missing: {finding.missing}."
+            rules.append((finding.rule, text))
             for split, ids in finding.ids.items():
                 violations.append((f"{finding.rule}: {split}", list_ids(ids, "the JSON")))
         blocks: list[Block] = [
@@ -284,7 +318,12 @@ class ReleaseReport(Report):
 
 def _verdict(report: ReleaseReport) -> str:
     n, n_failed = len(report.findings), len(report.reasons)
-    if n_failed:
+    if report.status == "undecided":
+        verb = "lacks" if n_failed == 1 else "lack"
+        verdict = f"cannot be judged yet: {n_failed} of {n} rules {verb} samples"
+        if report.on_undecided is not None:
+            verdict += f" (on_undecided={report.on_undecided!r}: {ACTIONS[report.on_undecided]})"
+    elif n_failed:
         verb = "is" if n_failed == 1 else "are"
         verdict = f"may not replace the old one: {n_failed} of {n} rules {verb} not satisfied"
     elif n > 1:
@@ -345,7 +384,7 @@ def make_report(
     for split in pair.splits:
         rows += _rows(pair, split, confidence)
     return ReleaseReport(
-        status="accepted" if all(finding.passed for finding in findings) else "refused",
+        status=_status(findings),
         findings=findings,
         rows=tuple(rows),
         broken_ids=pair.after.ids(pair.flips.broken),
@@ -356,6 +395,13 @@ def make_report(
         task=task,
         precision=precision,
     )
+
+
+def _status(findings: Sequence[RuleResult]) -> Literal["accepted", "refused", "undecided"]:
+    verdicts = {finding.verdict for finding in findings}
+    if "NOT satisfied" in verdicts:
+        return "refused"
+    return "undecided" if "undecided" in verdicts else "accepted"
 
 
 def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:

@@ -12,7 +12,12 @@ from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import GATES
 from lightning_nrl.updates.counting_rules import AtMostBroken, ProtectedIntact
 from lightning_nrl.updates.rules import Rule
-from lightning_nrl.updates.statistical_rules import IsBetter, MaxNegativeFlipRate, NoSliceWorse
+from lightning_nrl.updates.statistical_rules import (
+    IsBetter,
+    MaxNegativeFlipRate,
+    MinAccuracy,
+    NoSliceWorse,
+)
 
 Require = Literal["not-worse", "better", "any"]
 REQUIRED: Mapping[str, Rule | None] = {
@@ -107,13 +112,23 @@ def _is_better(text: RuleText) -> Rule | None:
 @RULES.register("slice-nfr", "slice-nfr:5%")
 @RULES.register("nfr", "nfr:1%", "nfr:1%:99%")
 def _max_nfr(text: RuleText) -> Rule | None:
+    return _rate_rule(MaxNegativeFlipRate, text)
+
+
+@RULES.register("slice-floor", "slice-floor:90%")
+@RULES.register("floor", "floor:95%", "floor:95%:99%")
+def _min_accuracy(text: RuleText) -> Rule | None:
+    return _rate_rule(MinAccuracy, text)
+
+
+def _rate_rule(rule: type[MaxNegativeFlipRate] | type[MinAccuracy], text: RuleText) -> Rule | None:
     numbers = text.numbers()
     if len(numbers) == 1:
         numbers.append(0.95)
     if len(numbers) != 2:
         return None
     limit, confidence = numbers
-    return MaxNegativeFlipRate(limit, confidence, text.name == "slice-nfr", text.splits)
+    return rule(limit, confidence, text.name.startswith("slice-"), text.splits)
 
 
 @RULES.register("slices", "slices", "slices:count")

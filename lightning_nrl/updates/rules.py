@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,27 @@ from lightning_nrl.updates.predictions import Ids
 
 @dataclass(frozen=True)
 class RuleResult:
-    """Result of one rule: if the new model satisfies it, and why."""
+    """Result of one rule: if the new model satisfies it, and why.
 
-    rule: str  # the rule as text
-    passed: bool  # True if the new model satisfies the rule
+    Attributes:
+        rule: the rule as text.
+        passed: True if the new model satisfies the rule.
+        reason: sentences with the counts.
+        ids: by split, data-set positions of the broken samples that violate the rule.
+        missing: if the rule fails only for lack of samples, what more would satisfy it; else empty.
+    """
+
+    rule: str
+    passed: bool
     reason: str
-    # By split, data-set positions of the broken samples that violate the rule.
     ids: Ids = field(default_factory=dict)
+    missing: str = ""
+
+    @property
+    def verdict(self) -> Literal["satisfied", "NOT satisfied", "undecided"]:
+        if self.passed:
+            return "satisfied"
+        return "undecided" if self.missing else "NOT satisfied"
 
     def __post_init__(self) -> None:
         passed = self.passed
@@ -112,6 +126,13 @@ class SplitRule(Rule):
         The rule checks `n_parts` parts in all.
         """
 
+    def missing(self, counts: FlipCounts) -> str:
+        """Returns what more samples would satisfy the rule in a part that violates it.
+
+        It is empty if the part violates the rule for another reason than a lack of samples.
+        """
+        return ""
+
     @abstractmethod
     def sentences(self, parts: Sequence[Part]) -> list[str]:
         """Returns sentences about the parts, without full stops. `RuleResult.reason` joins them."""
@@ -123,17 +144,22 @@ class SplitRule(Rule):
             parts += self._parts(pair, split)
             unchecked |= pair.rows(split)
         violating = torch.zeros_like(unchecked)
+        missing = []
         for part in parts:
             unchecked &= ~part.rows
             if self.is_worse(part.counts, len(parts)):
                 violating |= part.rows
+                missing.append((part.name, self.missing(part.counts)))
         sentences = self.sentences(parts)
         n_unchecked = int(unchecked.sum())
         if n_unchecked:
             sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
         is_satisfied = not violating.any()
         ids = broken_ids(pair, violating)
-        return RuleResult(str(self), is_satisfied, f"{'. '.join(sentences)}.", ids)
+        needs = ""
+        if all(more for _, more in missing):
+            needs = "; ".join(f"{name}: {more}" for name, more in missing)
+        return RuleResult(str(self), is_satisfied, f"{'. '.join(sentences)}.", ids, needs)
 
     def _parts(self, pair: ModelPair, split: str) -> list[Part]:
         masks = {}

@@ -1,12 +1,12 @@
-"""Release rules with a test or a confidence: better, limited flip rate, no slice worse."""
+"""Release rules with a test or a confidence: better, limited rates, no slice worse."""
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lightning_nrl._utils.formatting import percent
 from lightning_nrl.errors import check_choice
@@ -15,7 +15,9 @@ from lightning_nrl.records.stats import (
     Bound,
     check_confidence,
     evidence_of,
+    least_samples,
     p_worse,
+    percent_down,
     percent_up,
     show_confidence,
 )
@@ -37,6 +39,14 @@ class IsBetter(SplitRule):
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return evidence_of(counts.repaired, counts.broken) != "better"
 
+    def missing(self, counts: FlipCounts) -> str:
+        if counts.repaired <= counts.broken:
+            return ""
+        n_more = 1
+        while evidence_of(counts.repaired + n_more, counts.broken) != "better":
+            n_more += 1
+        return f"{n_more:,} more repaired samples would do, if no more break"
+
     def sentences(self, parts: Sequence[Part]) -> list[str]:
         sentences = []
         for part in parts:
@@ -48,13 +58,82 @@ class IsBetter(SplitRule):
 
 
 @dataclass(frozen=True)
-class MaxNegativeFlipRate(SplitRule):
+class _RateRule(SplitRule):
+    """Base class of rules that limit the rate of bad samples in each split, or each slice too.
+
+    The upper confidence bound of Clopper and Pearson (`records.stats`) on the rate must not exceed
+    `highest`. The bound is valid for future data only if neither training nor the choice of a model
+    used the split. With several splits or slices, the confidence holds: a model above the limit in
+    one must pass there too, with a probability of 1 - confidence at most.
+    """
+
+    limit: float
+    confidence: float = 0.95
+    each_slice: bool = False
+    splits: tuple[str, ...] = ()
+
+    name: ClassVar[str]  # of the rule in its text
+    outcome: ClassVar[str]  # of a bad sample
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_confidence(self.limit, "limit")
+        check_confidence(self.confidence)
+
+    @property
+    @abstractmethod
+    def highest(self) -> float:
+        """Largest allowed rate, in (0, 1)."""
+
+    @abstractmethod
+    def bad(self, counts: FlipCounts) -> int:
+        """Counts bad samples."""
+
+    @abstractmethod
+    def describe(self, bound: Bound) -> str:
+        """Describes a rate, its bound, and the limit if the bound exceeds it."""
+
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return self._bound(counts).upper > self.highest
+
+    def missing(self, counts: FlipCounts) -> str:
+        if self.bad(counts) > self.highest * counts.n:
+            return ""
+        n = least_samples(self.bad(counts), self.highest, self.confidence)
+        return f"{n:,} samples would do with no more {self.outcome}, there are {counts.n:,}"
+
+    def sentences(self, parts: Sequence[Part]) -> list[str]:
+        sentences: list[str] = []
+        for _, parts_of_split in groupby(parts, lambda part: part.split):
+            group = list(parts_of_split)
+            highest = max(group, key=lambda part: self._bound(part.counts).upper)
+            above = [part for part in group if self.is_worse(part.counts, len(parts))]
+            for part in above or [highest]:
+                sentences.append(f"{part.name}: {self.describe(self._bound(part.counts))}")
+            if not above and len(group) > 1:
+                sentences[-1] += ", the least certain"
+        return sentences
+
+    def _bound(self, counts: FlipCounts) -> Bound:
+        return Bound.of(self.bad(counts), counts.n, self.confidence)
+
+    @property
+    def text(self) -> str:
+        text = f"{self.name}:{exact_percent(self.limit)}"
+        if self.each_slice:
+            text = f"slice-{text}"
+        if self.confidence != 0.95:
+            text += f":{exact_percent(self.confidence)}"
+        return text
+
+
+class MaxNegativeFlipRate(_RateRule):
     """Requires in each split a negative flip rate (broken / all samples) of at most `limit`.
 
-    The upper confidence bound of Clopper and Pearson (`records.stats`) must not exceed `limit`. The
-    bound is valid for future data only if neither training nor the choice of a model used the
-    split. With several splits or slices, the confidence holds: a model above `limit` in one must
-    pass there too, with a probability of 1 - confidence at most.
+    The upper confidence bound of Clopper and Pearson (`records.stats`) must not exceed `limit`. It
+    is valid for future data only if neither training nor the choice of a model used the split. With
+    several splits or slices, the confidence holds: a model above `limit` in one must pass there
+    too, with a probability of 1 - confidence at most.
 
     Attributes:
         limit: largest allowed rate, in (0, 1).
@@ -67,55 +146,62 @@ class MaxNegativeFlipRate(SplitRule):
         nfr:1%:99%
     """
 
-    limit: float
-    confidence: float = 0.95
-    each_slice: bool = False
-    splits: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_confidence(self.limit, "limit")
-        check_confidence(self.confidence)
-
-    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
-        return self._bound(counts).upper > self.limit
-
-    def sentences(self, parts: Sequence[Part]) -> list[str]:
-        sentences: list[str] = []
-        for _, parts_of_split in groupby(parts, lambda part: part.split):
-            group = list(parts_of_split)
-            highest = max(group, key=lambda part: self._bound(part.counts).upper)
-            above = [part for part in group if self.is_worse(part.counts, len(parts))]
-            sentences += map(self._sentence, above or [highest])
-            if not above and len(group) > 1:
-                sentences[-1] += ", the highest"
-        return sentences
-
-    def _bound(self, counts: FlipCounts) -> Bound:
-        return Bound.of(counts.broken, counts.n, self.confidence)
-
-    def _sentence(self, part: Part) -> str:
-        bound = self._bound(part.counts)
-        sentence = (
-            f"{part.name}: negative flip rate {percent(bound.rate)} "
-            f"({bound.broken:,} of {bound.n:,}), "
-            f"with {show_confidence(self.confidence)} confidence at most {percent_up(bound.upper)}"
-        )
-        if bound.upper <= self.limit:
-            return sentence
-        sentence += f", above the limit of {exact_percent(self.limit)}"
-        needed = math.ceil(math.log(1 - self.confidence) / math.log1p(-self.limit))
-        if bound.n < needed:
-            sentence += f"; a pass needs {needed:,} samples, even if none breaks"
-        return sentence
+    name = "nfr"
+    outcome = "broken"
 
     @property
-    def text(self) -> str:
-        text = f"nfr:{exact_percent(self.limit)}"
-        if self.each_slice:
-            text = f"slice-{text}"
-        if self.confidence != 0.95:
-            text += f":{exact_percent(self.confidence)}"
+    def highest(self) -> float:
+        return self.limit
+
+    def bad(self, counts: FlipCounts) -> int:
+        return counts.broken
+
+    def describe(self, bound: Bound) -> str:
+        text = (
+            f"negative flip rate {percent(bound.rate)} ({bound.broken:,} of {bound.n:,}), "
+            f"with {show_confidence(self.confidence)} confidence at most {percent_up(bound.upper)}"
+        )
+        if bound.upper > self.limit:
+            text += f", above the limit of {exact_percent(self.limit)}"
+        return text
+
+
+class MinAccuracy(_RateRule):
+    """Requires in each split an accuracy of the new model of at least `limit`.
+
+    The old model does not matter. Confidence and bound are those of `MaxNegativeFlipRate`, for the
+    rate of wrong samples.
+
+    Attributes:
+        limit: lowest allowed accuracy, in (0, 1).
+        confidence: confidence of the rule, in (0, 1).
+        each_slice: True if the limit applies to every slice too, not only to the whole split.
+        splits: names of the splits; empty: all splits.
+
+    Example:
+        >>> print(MinAccuracy(0.95, each_slice=True))
+        slice-floor:95%
+    """
+
+    name = "floor"
+    outcome = "wrong"
+
+    @property
+    def highest(self) -> float:
+        return 1 - self.limit
+
+    def bad(self, counts: FlipCounts) -> int:
+        return counts.broken + counts.failing
+
+    def describe(self, bound: Bound) -> str:
+        n_right = bound.n - bound.broken
+        text = (
+            f"accuracy {percent(1 - bound.rate)} ({n_right:,} of {bound.n:,}), "
+            f"with {show_confidence(self.confidence)} confidence at least "
+            f"{percent_down(1 - bound.upper)}"
+        )
+        if bound.upper > self.highest:
+            text += f", below the floor of {exact_percent(self.limit)}"
         return text
 
 

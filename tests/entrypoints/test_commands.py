@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place in ("best.ckpt", "best.ckpt/inside"):
-        assert main(["repair", *CONVEX, place]) == 3
+        assert main(["repair", *CONVEX, place]) == 4
         out, err = capsys.readouterr()
         assert f"error: `dirpath`: {place} cannot be written to" in err
         assert "network.3" not in out  # no line of a report
@@ -235,7 +235,7 @@ def test_a_repair_that_cannot_be_saved_ends_with_3_and_claims_nothing(
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(FilesWarning, match="No space left"):
-        assert main(["repair", *CONVEX, "full"]) == 3
+        assert main(["repair", *CONVEX, "full"]) == 4
     out, err = capsys.readouterr()
     assert "error: `dirpath`: repaired.ckpt could not be written, so the repair is lost." in err
     assert "REPAIRED" not in out

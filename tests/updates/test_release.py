@@ -251,7 +251,14 @@ def test_a_net_loss_is_refused_whatever_the_rules(
     assert shown in capsys.readouterr().out
     assert decide([old, new, "--rule", "nfr:50%", "--require", "any"]) == 0
     assert decide([new, old, "--rule", "nfr:50%"]) == 0  # 16 repaired, 14 broken
-    assert decide([new, old, "--rule", "nfr:50%", "--require", "better"]) == 1
+    capsys.readouterr()
+    better = [new, old, "--rule", "nfr:50%", "--require", "better"]
+    assert decide(better) == 3
+    shown = capsys.readouterr().out
+    assert shown.index("UNDECIDED") < shown.index("better ")
+    assert "Missing: test: 12 more repaired samples would do" in " ".join(shown.split())
+    assert decide([*better, "--on-undecided", "accept"]) == 0
+    assert decide([*better, "--on-undecided", "refuse"]) == 1
     model = trained()
     report = release(model, model, data(), "nfr:50%")
     assert [finding.rule for finding in report.findings] == ["nfr:50%", "accuracy"]
@@ -367,6 +374,6 @@ def test_every_rule_in_the_how_to_can_be_read(
     assert table is not None
     column = "".join(line.split("|")[1] for line in table[0].strip().splitlines()[2:])
     texts = re.findall("`(.*?)`", column)
-    assert len(texts) == 13
+    assert len(texts) == 16
     for rule in parse_rules(texts):
         assert str(parse_rules(str(rule))[0]) == str(rule)

@@ -22,13 +22,14 @@ from lightning_nrl.updates import (
     AtMostBroken,
     IsBetter,
     MaxNegativeFlipRate,
+    MinAccuracy,
     ModelPair,
     NoSliceWorse,
     ProtectedIntact,
     Rule,
     RuleResult,
 )
-from lightning_nrl.updates.release import Identity, make_report
+from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
 from lightning_nrl.updates.rule_parsing import parse_rule, parse_rules
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
@@ -72,7 +73,15 @@ def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit() -> 
     )
     assert not MaxNegativeFlipRate(upper + 1e-6, confidence=0.99).check(seen(test=word)).passed
     too_few = MaxNegativeFlipRate(0.01).check(seen(test="k" * 298))
-    assert too_few.reason.endswith("1%; a pass needs 299 samples, even if none breaks.")
+    assert (too_few.passed, too_few.verdict) == (False, "undecided")
+    assert too_few.missing == "test: 299 samples would do with no more broken, there are 298"
+    # With 2 broken of 300, below 1 %; 3 of 300 are on the limit, 4 above it.
+    for word, n in (("bb", 628), ("bbb", 773), ("bbbb", None)):
+        result = MaxNegativeFlipRate(0.01).check(seen(test=word + "k" * (300 - len(word))))
+        assert result.verdict == ("NOT satisfied" if n is None else "undecided")
+        if n is not None:
+            assert result.missing.startswith(f"test: {n} samples would do")
+            assert upper_limit(len(word), n) <= 0.01 < upper_limit(len(word), n - 1)
     assert MaxNegativeFlipRate(0.01).check(seen(test="k" * 299)).passed
 
 
@@ -152,6 +161,7 @@ def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
         "better",
         False,
         "test: 5 repaired, 0 broken, no difference shown (accuracy 0.00 %, now 100.00 %).",
+        missing="test: 1 more repaired samples would do, if no more break",
     )
     assert not IsBetter().check(seen(suite="k", test="r" * 6)).passed
     assert IsBetter(splits=("test",)).check(seen(suite="k", test="r" * 6)).passed
@@ -289,27 +299,66 @@ def test_a_bool_of_numpy_or_torch_is_a_verdict() -> None:
         assert RuleResult("mine", passed, "few were repaired.").passed is False
 
 
-def test_one_rule_that_is_not_satisfied_refuses() -> None:
-    settings_of_report = {
-        "old": Identity("old"),
-        "new": Identity("new"),
-        "task": "",
-        "precision": "",
-    }
-    data = seen("xxyyy", test="krfkk")
-    accepted = make_report(data, [FewRepaired(), AtMostBroken()], **settings_of_report)
-    assert (accepted.accepted, accepted.exit_status, accepted.reasons) == (True, 0, ())
-    refused = make_report(
-        data, [FewRepaired(), MaxNegativeFlipRate(0.01, 0.9)], **settings_of_report
+def report_of(data: ModelPair, *rules: Rule) -> ReleaseReport:
+    old, new = Identity("old"), Identity("new")
+    return make_report(data, rules, old=old, new=new, task="", precision="")
+
+
+def test_the_accuracy_of_the_new_model_has_a_floor_with_confidence() -> None:
+    rule = parse_rule("floor:90%")
+    assert rule == MinAccuracy(0.9)
+    assert rule.check(seen(test="r" * 99 + "f")).passed  # whatever the old model does
+    low = rule.check(seen(test="k" * 89 + "f" * 6 + "b" * 5))
+    assert low.verdict == "NOT satisfied"
+    assert low.ids == {"test": [195, 196, 197, 198, 199]}
+    # 1 wrong of 20 is above the floor, but 46 samples are needed to be sure.
+    few = rule.check(seen(test="k" * 19 + "f"))
+    assert few.verdict == "undecided"
+    assert few.reason == (
+        "test: accuracy 95.00 % (19 of 20), with 95 % confidence at least 78.38 %, "
+        "below the floor of 90%."
     )
-    assert (refused.accepted, refused.exit_status, len(refused.reasons)) == (False, 1, 1)
+    assert few.missing == "test: 46 samples would do with no more wrong, there are 20"
+    assert rule.check(seen(test="k" * 45 + "f")).passed
+
+
+def test_every_slice_has_its_floor() -> None:
+    rule = parse_rule("slice-floor:90%:99% in test")
+    assert str(rule) == "slice-floor:90%:99% in test"
+    data = seen("x" * 100 + "y" * 10, test="k" * 110)
+    result = rule.check(data)
+    assert result.missing == "test, slice 'y': 44 samples would do with no more wrong, there are 10"
+    worse = seen("x" * 100 + "y" * 10, test="k" * 108 + "ff")
+    assert rule.check(worse).verdict == "NOT satisfied"
+
+
+def test_a_lack_of_samples_alone_is_undecided() -> None:
+    few = seen(test="r" * 5)
+    report = report_of(few, AtMostBroken(), IsBetter())
+    assert (report.status, report.exit_status, report.accepted) == ("undecided", 3, False)
+    assert report.page().blocks[0].text == "Undecided"
+    accepted, refused = (replace(report, on_undecided=action) for action in ("accept", "refuse"))
+    assert (accepted.status, accepted.exit_status, accepted.accepted) == ("undecided", 0, True)
+    assert (refused.status, refused.exit_status, refused.accepted) == ("undecided", 1, False)
+    # A rule that more samples would not help refuses, whatever the others lack.
+    report = replace(report_of(few, FewRepaired(), IsBetter()), on_undecided="accept")
+    assert (report.status, report.exit_status) == ("refused", 1)
+
+
+def test_one_rule_that_is_not_satisfied_refuses() -> None:
+    data = seen("xxyyy", test="krfkk")
+    accepted = report_of(data, FewRepaired(), AtMostBroken())
+    assert (accepted.accepted, accepted.exit_status, accepted.reasons) == (True, 0, ())
+    broken = seen("xxyyy", test="krbkk")
+    refused = report_of(broken, AtMostBroken(), MaxNegativeFlipRate(0.01, 0.9))
+    assert (refused.accepted, refused.exit_status, len(refused.reasons)) == (False, 1, 2)
     assert refused.confidence == 0.9
     assert [(row.split, row.slice, row.counts.n) for row in refused.rows] == [
         ("test", "", 5),
         ("test", "x", 2),
         ("test", "y", 3),
     ]
-    assert refused.rows[0].upper == upper_limit(0, 5, 0.9)
+    assert refused.rows[0].upper == upper_limit(1, 5, 0.9)
     assert refused.rows[1].upper == pytest.approx(
         upper_limit(0, 2, 0.95)
     )  # of two that hold together with 90 %
