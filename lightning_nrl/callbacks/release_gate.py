@@ -34,6 +34,7 @@ from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
+from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
@@ -45,6 +46,7 @@ from lightning_nrl.pipeline.input_checks import check_classes
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
+from lightning_nrl.updates.junit import to_junit
 from lightning_nrl.updates.model_pair import evaluate_pieces
 from lightning_nrl.updates.old_model import OldModel, Reference, in_memory
 from lightning_nrl.updates.predictions import Predictions
@@ -85,6 +87,7 @@ class ReleaseGate(CallbackBase):
         dirpath: folder for the files. None means `<log_dir>/release`.
         verbose: if True, prints the decision.
         on_undecided: as in `lightning_nrl.updates.release`.
+        junit: file for the decision as JUnit XML, for CI services; see `to_junit`.
 
     Attributes:
         report: the `ReleaseReport` with the decision. None until the test has ended.
@@ -110,6 +113,7 @@ class ReleaseGate(CallbackBase):
         dirpath: str | Path | None = None,
         verbose: bool = True,
         on_undecided: OnUndecided | None = None,
+        junit: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
@@ -122,6 +126,7 @@ class ReleaseGate(CallbackBase):
         check_whole("seed", seed, 0, 2**32 - 1)
         self.seed, self.dirpath, self.verbose = seed, dirpath, verbose
         self.on_undecided = check_on_undecided(on_undecided)
+        self.junit = junit
         self.report: ReleaseReport | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -176,6 +181,8 @@ class ReleaseGate(CallbackBase):
             predictions = Predictions.of(pair.after, pl_module.state_dict(), pair.keys)
             self.report = write_report(self.report, predictions=predictions.save)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
+            if self.junit is not None:
+                write_text(self.junit, to_junit(self.report))
             if self.verbose:
                 show(self.report)
         # The numbers are the same on every rank; `sync_dist` only silences a warning of Lightning.

@@ -8,6 +8,7 @@ written.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from lightning_nrl._trainer.repair_files import (
     refuse_foreign,
     write_report,
 )
+from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
@@ -34,8 +36,12 @@ from lightning_nrl.callbacks import ReleaseGate
 from lightning_nrl.data.targets import Target
 from lightning_nrl.entrypoints.arguments import is_used
 from lightning_nrl.entrypoints.command_project import (
+    JUNIT,
+    ON_UNDECIDED,
     OWN_ARGUMENTS,
     REQUIRE,
+    SUMMARY,
+    SUMMARY_VARIABLE,
     TRUST,
     Project,
     read_project,
@@ -47,6 +53,7 @@ from lightning_nrl.records import installed_versions
 from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.updates.deployed import recount
+from lightning_nrl.updates.junit import to_junit
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.release import (
@@ -177,10 +184,13 @@ def decide_release(
     allow_missing: list[str],
     on_undecided: OnUndecided | None,
     out: str | None,
+    junit: str | None,
+    summary: str | None,
 ) -> int:
     """Decides on a release from two files of predictions. Returns `ReleaseReport.exit_status`."""
     if out:
         refuse_foreign(foreign_file(Path(out)), "out")
+    summary = find_summary(summary)
     rules = parse_rules(rule or ["instance"], require)
     slice_names = None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
@@ -204,7 +214,28 @@ def decide_release(
         files = {kind: str(folder / name) for kind, name in REPORT_FILES.items()}
         report = write_report(replace(report, files=files))
     print(report.render(PAGE_WIDTH), end="")
+    if junit:
+        write_text(junit, to_junit(report))
+    append_summary(report, summary)
     return report.exit_status
+
+
+def find_summary(summary: str | None) -> str | None:
+    """Returns the file to which `--summary` appends: its value, or that of GitHub's job."""
+    if summary != "":
+        return summary
+    if SUMMARY_VARIABLE not in os.environ:
+        raise ConfigurationError(
+            f"`--summary` names no file, and {SUMMARY_VARIABLE} is not set.",
+            "write `--summary FILE`; GitHub's jobs set the variable.",
+        )
+    return os.environ[SUMMARY_VARIABLE]
+
+
+def append_summary(report: ReleaseReport, summary: str | None) -> None:
+    if summary is not None:
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(report.to_markdown() + "\n")
 
 
 def recount_file(file: str, predictions: str) -> int:
@@ -277,27 +308,29 @@ def diagnose_project(project: Project) -> int:
 def compare_project(project: Project) -> int:
     """Prints a comparison of methods, or the decision of a `ReleaseGate`.
 
-    Returns 1 if the gate refuses the new model.
+    Returns the exit status of the decision.
     """
-    methods, old, new, rules, require = (
-        project.arguments[name] for name in OWN_ARGUMENTS["compare"]
-    )
-    if old is None and new is None and not rules and not require:
+    values = {name: project.arguments[name] for name in OWN_ARGUMENTS["compare"]}
+    methods = values.pop("methods")
+    if all(value is None for value in values.values()):
         options = {
             name: value for name, value in project.options.items() if is_used("compare", name)
         }
         show(compare(**project.source, methods=methods, **options))
         return 0
-    if old is None or new is None or methods:
+    if values["old"] is None or values["new"] is None or methods:
         raise ConfigurationError(
-            "`old`, `new`, `rules` and `require` test a new model; "
+            f"{', '.join(f'`{name}`' for name in values)} test a new model; "
             "they need `old` and `new`, and no `methods`.",
             "give --old best.ckpt --new new.ckpt, or only --methods.",
         )
+    summary = find_summary(values["summary"])
     gate = ReleaseGate(
-        old,
-        rules or ["instance"],
-        require or "not-worse",
+        values["old"],
+        values["rules"] or ["instance"],
+        values["require"] or "not-worse",
+        on_undecided=values["on_undecided"],
+        junit=values["junit"],
         task=project.options.get("task"),
         dirpath=project.options.get("dirpath"),
     )
@@ -305,8 +338,12 @@ def compare_project(project: Project) -> int:
     trainer = source["trainer"]
     set_callbacks(trainer, [*callbacks_of(trainer), gate])
     with reading_checkpoints(trainer, "new", weights_only=source["weights_only"]):
-        trainer.test(source["model"], datamodule=source["datamodule"], ckpt_path=new)
-    return 1 if gate.report is None else gate.report.exit_status
+        trainer.test(source["model"], datamodule=source["datamodule"], ckpt_path=values["new"])
+    if gate.report is None:  # nothing was tested
+        return 1
+    if trainer.is_global_zero:
+        append_summary(gate.report, summary)
+    return gate.report.exit_status
 
 
 Arguments = Mapping[str, Mapping[str, Any]]
@@ -355,9 +392,11 @@ RELEASE: Arguments = {
     },
     "--on-undecided": {
         "choices": list(ACTIONS),
-        "help": "what becomes of a model that fails only for lack of samples; else exit status 3",
+        "help": ON_UNDECIDED,
     },
     "--out": {"help": "folder to write report.json, report.md and report.html"},
+    "--junit": {"metavar": "FILE", "help": JUNIT},
+    "--summary": {"metavar": "FILE", "nargs": "?", "const": "", "help": SUMMARY},
 }
 RECOUNT: Arguments = {
     "file": {"help": "report.json of a repair"},

@@ -19,6 +19,7 @@ from lightning_nrl._utils.registry import import_function
 from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
 from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, is_used
 from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl.updates.release import OnUndecided
 from lightning_nrl.updates.rule_parsing import Require
 
 if TYPE_CHECKING:  # an optional dependency
@@ -39,6 +40,10 @@ REQUIRE = (
     "further condition on each split: not-worse (accuracy has not fallen; the default), "
     "better (sign test), any"
 )
+ON_UNDECIDED = "what becomes of a model that fails only for lack of samples; else exit status 3"
+SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
+JUNIT = "file for the decision as JUnit XML: a suite for each split, a case for each rule"
+SUMMARY = f"file to which the report is appended in Markdown; '' means ${SUMMARY_VARIABLE}"
 
 Values: TypeAlias = dict[str, Any]
 """Values of arguments by name."""
@@ -77,6 +82,9 @@ OWN_ARGUMENTS: Mapping[str, TypesAndHelp] = {
             "rules that `new` must meet, as in the command `release`; [instance] by default",
         ),
         "require": (Require, REQUIRE),
+        "on_undecided": (OnUndecided, ON_UNDECIDED),
+        "junit": (str, JUNIT),
+        "summary": (str, SUMMARY),
     },
 }
 """Arguments that a command takes in addition to `PROJECT_ARGUMENTS`."""

@@ -9,6 +9,7 @@ release rule if the new model satisfies it.
 from lightning_nrl.updates.counting_rules import AtMostBroken, ProtectedIntact
 from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.interpolation import choose_interpolation, interpolate
+from lightning_nrl.updates.junit import to_junit
 from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge, Oversampler
 from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.old_model import OldModel, Reference
@@ -47,4 +48,5 @@ __all__ = [
     "parse_rules",
     "recount",
     "release",
+    "to_junit",
 ]

@@ -16,7 +16,15 @@ from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.updates.model_pair import ModelPair, check_splits
 from lightning_nrl.updates.predictions import Ids, parse_ids
-from lightning_nrl.updates.rules import Part, Rule, RuleResult, SplitRule, accuracies, broken_ids
+from lightning_nrl.updates.rules import (
+    Part,
+    Rule,
+    RuleResult,
+    SplitRule,
+    Verdict,
+    accuracies,
+    broken_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,11 @@ class ProtectedIntact(Rule):
                 f"; {n_wrong:,} more were wrong before, {counts.repaired:,} of these are right now"
             )
         ids = broken_ids(pair, protected)
-        return RuleResult(str(self), not counts.broken, f"{reason}.", ids)
+        by_split: dict[str, Verdict] = {}
+        for split, rows in pair.after.ids(protected).items():
+            if rows:
+                by_split[split] = "NOT satisfied" if split in ids else "satisfied"
+        return RuleResult(str(self), not counts.broken, f"{reason}.", ids, by_split=by_split)
 
     def _by_split(self, splits: Sequence[str]) -> Ids:
         if "" not in self._ids:

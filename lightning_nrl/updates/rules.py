@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -18,6 +18,8 @@ from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.updates.model_pair import ModelPair, check_splits
 from lightning_nrl.updates.predictions import Ids
 
+Verdict = Literal["satisfied", "NOT satisfied", "undecided"]
+
 
 @dataclass(frozen=True)
 class RuleResult:
@@ -29,6 +31,7 @@ class RuleResult:
         reason: sentences with the counts.
         ids: by split, data-set positions of the broken samples that violate the rule.
         missing: if the rule fails only for lack of samples, what more would satisfy it; else empty.
+        by_split: verdict on each split that the rule judged; empty if it judged all together.
     """
 
     rule: str
@@ -36,9 +39,10 @@ class RuleResult:
     reason: str
     ids: Ids = field(default_factory=dict)
     missing: str = ""
+    by_split: Mapping[str, Verdict] = field(default_factory=dict)
 
     @property
-    def verdict(self) -> Literal["satisfied", "NOT satisfied", "undecided"]:
+    def verdict(self) -> Verdict:
         if self.passed:
             return "satisfied"
         return "undecided" if self.missing else "NOT satisfied"
@@ -140,26 +144,33 @@ class SplitRule(Rule):
     def check(self, pair: ModelPair) -> RuleResult:
         parts: list[Part] = []
         unchecked = torch.zeros(len(pair.after), dtype=torch.bool)
+        by_split: dict[str, Verdict] = {}
         for split in check_splits(str(self), self.splits, pair.splits):
             parts += self._parts(pair, split)
             unchecked |= pair.rows(split)
+            by_split[split] = "satisfied"
         violating = torch.zeros_like(unchecked)
         missing = []
         for part in parts:
             unchecked &= ~part.rows
             if self.is_worse(part.counts, len(parts)):
                 violating |= part.rows
-                missing.append((part.name, self.missing(part.counts)))
+                more = self.missing(part.counts)
+                missing.append(f"{part.name}: {more}")
+                if not more:
+                    by_split[part.split] = "NOT satisfied"
+                elif by_split[part.split] == "satisfied":
+                    by_split[part.split] = "undecided"
         sentences = self.sentences(parts)
         n_unchecked = int(unchecked.sum())
         if n_unchecked:
             sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
-        is_satisfied = not violating.any()
-        ids = broken_ids(pair, violating)
         needs = ""
-        if all(more for _, more in missing):
-            needs = "; ".join(f"{name}: {more}" for name, more in missing)
-        return RuleResult(str(self), is_satisfied, f"{'. '.join(sentences)}.", ids, needs)
+        if "NOT satisfied" not in by_split.values():
+            needs = "; ".join(missing)
+        reason = f"{'. '.join(sentences)}."
+        ids = broken_ids(pair, violating)
+        return RuleResult(str(self), not missing, reason, ids, needs, by_split)
 
     def _parts(self, pair: ModelPair, split: str) -> list[Part]:
         masks = {}

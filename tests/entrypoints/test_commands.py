@@ -14,6 +14,7 @@ import lightning
 import pytest
 import torch
 import yaml
+from junitparser import JUnitXml
 from repository import ROOT
 
 from lightning_nrl import RepairReport
@@ -319,11 +320,12 @@ def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(
     state = torch.load("best.ckpt", weights_only=True)
     state["state_dict"]["network.3.bias"][3] = -9.0
     torch.save(state, "worse.ckpt")
-    assert (
-        main(["compare", "--config", "config.yaml", "--old", "best.ckpt", "--new", "worse.ckpt"])
-        == 1
-    )
+    shown = ["--junit", "release.xml", "--summary", "summary.md"]
+    both = ["--old", "best.ckpt", "--new", "worse.ckpt"]
+    assert main(["compare", "--config", "config.yaml", *both, *shown]) == 1
     assert "REFUSED" in capsys.readouterr().out
+    assert Path("summary.md").read_text().startswith("# Refused\n")
+    assert [suite.failures for suite in JUnitXml.fromfile("release.xml")] == [2]
     assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt"]) == 2
     assert "HINT: give --old" in capsys.readouterr().err
 

@@ -57,6 +57,7 @@ def test_nothing_may_break_in_any_split() -> None:
         " (accuracy 66.67 %, now 100.00 %). "
         "test: 0 of 1 that were right broke; the gate allows none"
         " (accuracy 50.00 %, now 50.00 %).",
+        by_split={"suite": "satisfied", "test": "satisfied"},
     )
     found = AtMostBroken().check(seen(suite="kkr", test="kbbr"))
     assert (found.passed, found.ids) == (False, {"test": [101, 102]})
@@ -162,6 +163,7 @@ def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
         False,
         "test: 5 repaired, 0 broken, no difference shown (accuracy 0.00 %, now 100.00 %).",
         missing="test: 1 more repaired samples would do, if no more break",
+        by_split={"test": "undecided"},
     )
     assert not IsBetter().check(seen(suite="k", test="r" * 6)).passed
     assert IsBetter(splits=("test",)).check(seen(suite="k", test="r" * 6)).passed
@@ -180,6 +182,7 @@ def test_protected_samples_must_stay_right() -> None:
         True,
         "0 of 1 protected samples that were right broke; "
         "2 more were wrong before, 1 of these are right now.",
+        by_split={"suite": "satisfied", "test": "satisfied"},
     )
     ids = {"suite": [101], "test": [101]}
     assert ProtectedIntact(ids).check(data).ids == ids
