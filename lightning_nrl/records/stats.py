@@ -113,8 +113,7 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
 
 
 def _pmf(k: int, n: int, p: float) -> float:
-    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    return math.exp(min(0.0, ways + k * math.log(p) + (n - k) * math.log1p(-p)))
+    return math.exp(min(0.0, _log_ways(k, n) + k * math.log(p) + (n - k) * math.log1p(-p)))
 
 
 def _falling(top: int, bottom: int, factor: float) -> float:
@@ -141,6 +140,30 @@ def p_worse(*, repaired: int, broken: int) -> float:
         0.03125
     """
     return binomial_cdf(repaired, broken + repaired, 0.5)
+
+
+def p_of_overlap(n_both: int, n_drawn: int, n_marked: int, n: int) -> float:
+    """Computes the one-sided p-value of Fisher's exact test.
+
+    It is the probability that at least `n_both` of `n_drawn` samples, drawn from n, are marked, if
+    `n_marked` of the n are. It is 1 if no more are than in proportion.
+
+    Example:
+        >>> round(p_of_overlap(3, 3, 4, 8), 4)  # 4 of the 56 ways to draw 3
+        0.0714
+    """
+    if n_both * n <= n_drawn * n_marked:
+        return 1.0
+    n_ways = _log_ways(n_drawn, n)
+    total = 0.0
+    for k in range(n_both, min(n_drawn, n_marked) + 1):
+        n_rest = n_drawn - k
+        total += math.exp(_log_ways(k, n_marked) + _log_ways(n_rest, n - n_marked) - n_ways)
+    return min(1.0, total)
+
+
+def _log_ways(k: int, n: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def sign_test(repaired: int, broken: int, choices: int = 1) -> float:

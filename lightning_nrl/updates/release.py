@@ -29,6 +29,7 @@ from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.rule_parsing import Require, parse_rules
 from lightning_nrl.updates.rules import Rule, RuleResult
 from lightning_nrl.updates.statistical_rules import MaxNegativeFlipRate
+from lightning_nrl.updates.traits import common_traits
 
 OnUndecided = Literal["refuse", "accept"]
 ACTIONS: Mapping[OnUndecided, Literal["accepted", "refused"]] = {
@@ -242,6 +243,7 @@ class ReleaseReport(Report):
         seeds: seeds of data and models by name.
         files: paths of the written files, by kind.
         on_undecided: what becomes of an undecided release, or None.
+        traits: what the broken samples have in common, if the release is refused.
     """
 
     status: Literal["accepted", "refused", "undecided"]
@@ -259,6 +261,7 @@ class ReleaseReport(Report):
     seeds: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     on_undecided: OnUndecided | None = None
+    traits: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -310,6 +313,9 @@ class ReleaseReport(Report):
             _counts_table(self.rows, self.confidence),
             _rates_table(self.rows),
         ]
+        if self.traits:
+            title = "What the broken samples have in common more than chance explains"
+            blocks += [Heading(title), *map(Text, self.traits)]
         if violations:
             title = "Samples that the rules object to, by position in their data set"
             blocks += [Heading(title), FactList(tuple(violations))]
@@ -383,8 +389,9 @@ def make_report(
     rows = []
     for split in pair.splits:
         rows += _rows(pair, split, confidence)
+    status = _status(findings)
     return ReleaseReport(
-        status=_status(findings),
+        status=status,
         findings=findings,
         rows=tuple(rows),
         broken_ids=pair.after.ids(pair.flips.broken),
@@ -394,6 +401,7 @@ def make_report(
         new=new,
         task=task,
         precision=precision,
+        traits=common_traits(pair) if status == "refused" else (),
     )
 
 
