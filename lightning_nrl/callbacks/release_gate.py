@@ -43,9 +43,16 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import DataWarning, check_whole
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.input_checks import check_classes
+from lightning_nrl.records.provenance import today
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
-from lightning_nrl.updates import ReleaseReport, Rule, parse_rules
+from lightning_nrl.updates import (
+    ProtectedIntact,
+    RegressionSuite,
+    ReleaseReport,
+    Rule,
+    parse_rules,
+)
 from lightning_nrl.updates.junit import to_junit
 from lightning_nrl.updates.model_pair import evaluate_pieces
 from lightning_nrl.updates.old_model import OldModel, Reference, in_memory
@@ -57,6 +64,7 @@ from lightning_nrl.updates.release import (
     judge_pair,
 )
 from lightning_nrl.updates.rule_parsing import Require
+from lightning_nrl.updates.suite import released_samples
 
 
 class ReleaseGate(CallbackBase):
@@ -88,6 +96,8 @@ class ReleaseGate(CallbackBase):
         verbose: if True, prints the decision.
         on_undecided: as in `lightning_nrl.updates.release`.
         junit: file for the decision as JUnit XML, for CI services; see `to_junit`.
+        suite: samples that must stay right: a `RegressionSuite` or the path of its CSV file, which
+            grows by the samples that an accepted release repairs or breaks.
 
     Attributes:
         report: the `ReleaseReport` with the decision. None until the test has ended.
@@ -114,10 +124,14 @@ class ReleaseGate(CallbackBase):
         verbose: bool = True,
         on_undecided: OnUndecided | None = None,
         junit: str | Path | None = None,
+        suite: RegressionSuite | str | Path | None = None,
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
         self.rules = parse_rules(rules, require)
+        self.suite = None if suite is None else RegressionSuite.read(suite)
+        if self.suite is not None:
+            self.rules += (ProtectedIntact(self.suite),)
         self.slices = None if slices is None else find_column("slices", slices)
         check_loaders(loaders)
         self.loaders = loaders
@@ -183,6 +197,8 @@ class ReleaseGate(CallbackBase):
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.junit is not None:
                 write_text(self.junit, to_junit(self.report))
+            if self.suite is not None and report.accepted and not batch_limit(trainer):
+                self.suite.grow_by(released_samples(pair, today(), name))
             if self.verbose:
                 show(self.report)
         # The numbers are the same on every rank; `sync_dist` only silences a warning of Lightning.

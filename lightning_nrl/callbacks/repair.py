@@ -58,6 +58,7 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.old_model import Reference, parse_reference
+from lightning_nrl.updates.suite import RegressionSuite, protecting, repaired_samples
 
 
 class RepairCallback(CallbackBase):
@@ -131,6 +132,8 @@ class RegressionFreeRepair(RepairCallback):
         dirpath: folder for the files. None takes `repair` in the logger's folder or, if there is no
             logger, in `default_root_dir`.
         verbose: if True, prints the report at the end.
+        suite: samples that must stay right: a `RegressionSuite` or the path of its CSV file, to
+            which an accepted repair adds the repaired targets.
 
     Attributes:
         report: the report. None before the repair.
@@ -165,8 +168,10 @@ class RegressionFreeRepair(RepairCallback):
         seed: int = 0,
         dirpath: str | Path | None = None,
         verbose: bool = True,
+        suite: RegressionSuite | str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.suite = None if suite is None else RegressionSuite.read(suite, may_be_new=True)
         self.settings = Settings(
             target=parse_target("all" if target is None else target),
             layer=layer,
@@ -176,7 +181,7 @@ class RegressionFreeRepair(RepairCallback):
             seed=seed,
             search=search or SearchOptions(),
             bounds=bounds or BoundOptions(),
-            samples=samples or SampleOptions(),
+            samples=protecting(samples or SampleOptions(), self.suite),
         )
         self.data = data or DataOptions()
         check_limit(self.settings, calibration is not None)
@@ -424,6 +429,8 @@ class RegressionFreeRepair(RepairCallback):
                 self.report = report
             if trainer.is_global_zero:
                 self._box.put(report.to_json)
+                if self.suite is not None and report.files:
+                    self.suite.grow_by(repaired_samples(report))
         except BaseException:
             if self._pending:
                 self.report = self._parameters = None

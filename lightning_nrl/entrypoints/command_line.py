@@ -40,6 +40,7 @@ from lightning_nrl.entrypoints.command_project import (
     ON_UNDECIDED,
     OWN_ARGUMENTS,
     REQUIRE,
+    SUITE_HELP,
     SUMMARY,
     SUMMARY_VARIABLE,
     TRUST,
@@ -47,15 +48,18 @@ from lightning_nrl.entrypoints.command_project import (
     read_project,
 )
 from lightning_nrl.entrypoints.functions import compare, diagnose, repair
+from lightning_nrl.entrypoints.suite_command import SUITE, run_suite
 from lightning_nrl.errors import ConfigurationError, RepairError, UnwritableFolderError, explain
 from lightning_nrl.pipeline import Patch, patch_checkpoint
 from lightning_nrl.records import installed_versions
+from lightning_nrl.records.provenance import today
 from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.junit import to_junit
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
+from lightning_nrl.updates.protected import ProtectedIntact
 from lightning_nrl.updates.release import (
     ACTIONS,
     Identity,
@@ -64,6 +68,7 @@ from lightning_nrl.updates.release import (
     make_report,
 )
 from lightning_nrl.updates.rule_parsing import REQUIRED, RULES, Require, parse_rules
+from lightning_nrl.updates.suite import RegressionSuite, released_samples
 
 __all__ = ["COMMANDS", "main"]
 
@@ -186,12 +191,16 @@ def decide_release(
     out: str | None,
     junit: str | None,
     summary: str | None,
+    suite: str | None,
 ) -> int:
     """Decides on a release from two files of predictions. Returns `ReleaseReport.exit_status`."""
     if out:
         refuse_foreign(foreign_file(Path(out)), "out")
     summary = find_summary(summary)
     rules = parse_rules(rule or ["instance"], require)
+    kept = None if suite is None else RegressionSuite.read(suite)
+    if kept is not None:
+        rules += (ProtectedIntact(kept),)
     slice_names = None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     targets: list[Target] = []
@@ -199,8 +208,9 @@ def decide_release(
         parsed.check_data(tuple(after.splits), slice_names is not None)
         targets += parsed.targets
     missing = check_missing(before, after, allow_missing)
+    pair = pair_from_files(before, after, slice_names, targets)
     report = make_report(
-        pair_from_files(before, after, slice_names, targets),
+        pair,
         rules,
         old=Identity(old, before.weights or ""),
         new=Identity(new, after.weights or ""),
@@ -217,6 +227,8 @@ def decide_release(
     if junit:
         write_text(junit, to_junit(report))
     append_summary(report, summary)
+    if kept is not None and report.accepted:
+        kept.grow_by(released_samples(pair, today(), new))
     return report.exit_status
 
 
@@ -331,6 +343,7 @@ def compare_project(project: Project) -> int:
         values["require"] or "not-worse",
         on_undecided=values["on_undecided"],
         junit=values["junit"],
+        suite=values["suite"],
         task=project.options.get("task"),
         dirpath=project.options.get("dirpath"),
     )
@@ -395,6 +408,7 @@ RELEASE: Arguments = {
         "help": ON_UNDECIDED,
     },
     "--out": {"help": "folder to write report.json, report.md and report.html"},
+    "--suite": {"metavar": "FILE", "help": SUITE_HELP},
     "--junit": {"metavar": "FILE", "help": JUNIT},
     "--summary": {"metavar": "FILE", "nargs": "?", "const": "", "help": SUMMARY},
 }
@@ -434,6 +448,9 @@ COMMANDS: Mapping[str, Command] = {
         recount_file,
         "say if the promise of a repair holds for deployed predictions; exit status 1 if not",
         RECOUNT,
+    ),
+    "suite": Command(
+        run_suite, "add samples to a regression suite, list it, or check predictions by it", SUITE
     ),
     "apply": Command(apply_patch, "write a checkpoint with a patch applied", PATCH),
     "revert": Command(

@@ -92,14 +92,13 @@ class Provenance:
 
         The time is SOURCE_DATE_EPOCH, if that is set.
         """
-        seconds = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
         kind = type(model)
         data = {}
         for of_sources in results:
             for split in of_sources.splits:
                 data[split] = DataIdentity.of(of_sources, split)
         return cls(
-            datetime.fromtimestamp(seconds, timezone.utc).isoformat(sep=" ", timespec="seconds"),
+            _now().isoformat(sep=" ", timespec="seconds"),
             f"{kind.__module__}.{kind.__qualname__}",
             len({name.rpartition(".")[0] or name for name in current_state(model)}),
             data=data,
@@ -123,3 +122,13 @@ class Provenance:
         for split, identity in self.data.items():
             facts.append((f"data: {split}", f"{identity.n:,} samples, sha256 {identity.sha256}"))
         return [(name, value) for name, value in facts if value]
+
+
+def today() -> str:
+    """Returns the day of `Provenance.created`, in UTC."""
+    return _now().date().isoformat()
+
+
+def _now() -> datetime:
+    seconds = float(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+    return datetime.fromtimestamp(seconds, timezone.utc)

@@ -6,7 +6,7 @@ terms that make negative flips rare; interpolated weights; and a `ReleaseReport`
 release rule if the new model satisfies it.
 """
 
-from lightning_nrl.updates.counting_rules import AtMostBroken, ProtectedIntact
+from lightning_nrl.updates.counting_rules import AtMostBroken
 from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.interpolation import choose_interpolation, interpolate
 from lightning_nrl.updates.junit import to_junit
@@ -14,6 +14,7 @@ from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge, Ove
 from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.protected import ProtectedIntact
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, release
 from lightning_nrl.updates.rule_parsing import parse_rules
 from lightning_nrl.updates.rules import Rule, RuleResult
@@ -23,6 +24,7 @@ from lightning_nrl.updates.statistical_rules import (
     MinAccuracy,
     NoSliceWorse,
 )
+from lightning_nrl.updates.suite import RegressionSuite
 
 __all__ = [
     "AtMostBroken",
@@ -39,6 +41,7 @@ __all__ = [
     "Predictions",
     "ProtectedIntact",
     "Reference",
+    "RegressionSuite",
     "ReleaseReport",
     "ReleaseRow",
     "Rule",

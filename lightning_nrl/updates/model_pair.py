@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
@@ -149,7 +149,8 @@ def pair_from_files(
     slices = slices or {}
     _check_sliced(slices, old)
     after = new.alone()
-    before = old.results(after, [new.keys.get(sample, "") for sample in after.samples])
+    keys = [new.keys.get(sample, "") for sample in after.samples]
+    before = old.results(after, keys)
     is_same = (after.prediction >= 0) & (before.prediction == after.prediction)
     contradictory = is_same & (before.passed != after.passed)
     refuse_samples(after, contradictory, "have the same `prediction`, but not the same `passed`")
@@ -158,8 +159,12 @@ def pair_from_files(
     slice_number = torch.full_like(after.index, -1)
     for row, sample in enumerate(after.samples):
         slice_number[row] = numbers.get(slices.get(sample, ""), -1)
+    # A label is known only where a model is right.
+    label = torch.where(after.passed, after.prediction, -1)
+    label = torch.where(before.passed, before.prediction, label)
+    before, after = (replace(results, label=label) for results in (before, after))
     marked = {target: _marked(target, before, after) for target in targets}
-    return ModelPair(before, after, tuple(names), slice_number, marked)
+    return ModelPair(before, after, tuple(names), slice_number, marked, keys)
 
 
 def _check_sliced(slices: Mapping[tuple[str, int], str], old: Predictions) -> None:
@@ -178,9 +183,8 @@ def _check_sliced(slices: Mapping[tuple[str, int], str], old: Predictions) -> No
 
 
 def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tensor:
-    """Selects the samples of a target. A label is known only where a model is right."""
-    known_after = torch.where(after.passed, after.prediction, -1)
-    label: Tensor | None = torch.where(before.passed, before.prediction, known_after)
+    """Selects the samples of a target."""
+    label: Tensor | None = after.label
     if (before.prediction[before.passed] < 0).any():
         label = None  # the files have no classes
     try:

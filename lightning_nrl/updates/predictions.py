@@ -20,7 +20,7 @@ from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.state import State, hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -318,34 +318,6 @@ def refuse_samples(samples: SampleResults, mask: Tensor, problem: str) -> None:
 
 Ids = Mapping[str, Sequence[int]]
 """Data-set positions by split."""
-
-
-def parse_ids(ids: Ids | Sequence[int] | str | Path | None) -> Ids:
-    """Parses data-set positions by split, or the path of a CSV file.
-
-    A list becomes `{"": list}`; None becomes `{}`.
-    """
-    if isinstance(ids, (str, Path)):
-        return read_ids(ids)
-    by_split = ids or {}
-    if not isinstance(by_split, Mapping):
-        by_split = {"": by_split}
-    for rows in by_split.values():
-        fits = isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows)
-        check_kind("ids", by_split, fits, "list of samples", "ids={'test': [3, 17]}")
-    return by_split
-
-
-def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Reads data-set positions by split from a CSV file with the columns `split` and `id`."""
-    ids: dict[str, list[int]] = {}
-    for line in read_csv("ids", path, ("split", "id")):
-        ids.setdefault(line.values["split"], []).append(line.whole_number("id"))
-    if not ids:
-        raise ConfigurationError(
-            f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id."
-        )
-    return ids
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:

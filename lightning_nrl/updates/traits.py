@@ -33,13 +33,13 @@ def common_traits(pair: ModelPair) -> tuple[str, ...]:
     traits: list[_Trait] = []
     n_comparisons = 0
     for split in pair.splits:
-        rows = pair.rows(split)
-        shares = list(_shares(pair, split, rows & pair.before.passed))
+        right = pair.rows(split) & pair.before.passed
+        shares = list(_shares(pair, split, right))
         traits += shares
         n_comparisons += len(shares)
-        classes = {*pair.after.label[rows].tolist(), *pair.after.prediction[rows].tolist()}
+        classes = {*pair.after.label[right].tolist(), *pair.after.prediction[right].tolist()}
         if min(classes, default=-1) >= 0:  # else the task has no classes
-            traits += _confusions(pair, split, rows, len(classes))
+            traits += _confusions(pair, split, right, len(classes))
             n_comparisons += len(classes) * (len(classes) - 1)
     traits.sort(key=lambda trait: trait.p)
     texts = []
@@ -65,10 +65,10 @@ def _shares(pair: ModelPair, split: str, right: Tensor) -> Iterator[_Trait]:
         yield _Trait(text, p_of_overlap(n_both, n_broken, n_marked, n_right))
 
 
-def _confusions(pair: ModelPair, split: str, rows: Tensor, n_classes: int) -> Iterator[_Trait]:
+def _confusions(pair: ModelPair, split: str, right: Tensor, n_classes: int) -> Iterator[_Trait]:
     """Compares each confusion among broken samples with random classes."""
-    labels = Counter(pair.after.label[rows & pair.before.passed].tolist())
-    broken = rows & pair.flips.broken
+    labels = Counter(pair.after.label[right].tolist())
+    broken = right & pair.flips.broken
     label, prediction = pair.after.label[broken].tolist(), pair.after.prediction[broken].tolist()
     for (true, predicted), n in Counter(zip(label, prediction, strict=True)).items():
         share_of_others = 1 - labels[true] / labels.total() / (n_classes - 1)
