@@ -162,6 +162,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "__init__.py").write_text("def is_dark(batch): return batch[0].mean(1) > 0.3\n")
     for name, text in MODULES.items():
         (package / f"{name}.py").write_text(text)
+    (folder / "suite.csv").write_text("split,id\ntest,4\n")
     for seed, names in enumerate((("old.ckpt", "best.ckpt"), ("new.ckpt", "retrained.ckpt"))):
         lightning.seed_everything(seed, verbose=False)
         trainer = lightning.Trainer(max_epochs=4, enable_checkpointing=False, **QUIET)
