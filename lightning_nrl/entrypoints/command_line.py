@@ -55,6 +55,7 @@ from lightning_nrl.records import installed_versions
 from lightning_nrl.records.provenance import today
 from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
+from lightning_nrl.report.side_by_side import side_by_side
 from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.junit import to_junit
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
@@ -97,9 +98,21 @@ def inspect_file(file: str) -> int:
     return 0
 
 
-def show_report(file: str, out: str | None) -> int:
-    """Prints a report as Markdown, or writes it to the file `out` as HTML or Markdown."""
+def show_report(file: str, other: str | None, out: str | None) -> int:
+    """Prints a report as Markdown, or writes it to the file `out` as HTML or Markdown.
+
+    With `other`, prints two repairs side by side.
+    """
     report = read_report(file)
+    if other is not None:
+        beside = read_report(other)
+        if out or not (isinstance(report, RepairReport) and isinstance(beside, RepairReport)):
+            raise ConfigurationError(
+                "two reports are printed side by side if both are of repairs.",
+                "give two files report.json of repairs, and no `--out`.",
+            )
+        print(side_by_side(report, beside, (file, other)).plain(PAGE_WIDTH), end="")
+        return 0
     if out is None:
         print(report.to_markdown(), end="")
         return 0
@@ -423,6 +436,7 @@ RECOUNT: Arguments = {
 INSPECT: Arguments = {"file": {"help": "a patch, a checkpoint, or report.json"}}
 REPORT: Arguments = {
     "file": {"help": "report.json of a repair or of a release, or a patch with a report"},
+    "other": {"nargs": "?", "help": "report.json of another repair of the same model"},
     "--out": {
         "help": "file to write: HTML if it ends in .html, else Markdown; "
         "without --out, Markdown is printed",
@@ -462,7 +476,7 @@ COMMANDS: Mapping[str, Command] = {
         inspect_file, "show the contents of a patch, a checkpoint or a report", INSPECT
     ),
     "report": Command(
-        show_report, "print the report of a repair or of a release, or write it to a file", REPORT
+        show_report, "print or write a report, or print two repairs side by side", REPORT
     ),
 }
 """All commands by name."""

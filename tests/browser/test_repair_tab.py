@@ -56,7 +56,7 @@ def test_pictures_for_the_docs(browser: Browser) -> None:
     browser.until(lambda: browser.image_sizes("table.flips img"))
     browser.picture("repair-tab")
     browser.elements('.filters option[value="version_0/swarm"]')[0].click()
-    browser.shows("in both")
+    browser.shows("alone right")
     click(max(browser.elements(".matrix button"), key=lambda one: one.text))
     browser.driver.execute_script("document.querySelector('.beside').scrollIntoView()")
     loaded = "return [...document.querySelectorAll('table.flips img')].every(one => one.complete)"
@@ -122,9 +122,9 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(
     # Beside another repair each sample says what became of it there.
     (beside,) = [one for one in browser.elements(".filters label") if one.text.startswith("beside")]
     beside.find_element("css selector", f'option[value="{HOSTILE_NAME}"]').click()
-    browser.shows("They do not start from the same model and data")
+    browser.shows("the repairs do not start from the same model and data")
     beside.find_element("css selector", 'option[value="copy"]').click()
-    browser.shows(f"broken: {n_broken - 1} in both, 1 here alone, 0 there alone")
+    browser.shows("no difference shown; 0 samples right in version_0/repair alone, 1 in copy alone")
     assert [row[-1] for row in rows(browser)[:n_broken]] == ["kept"] + ["broken"] * (n_broken - 1)
 
     # Words filter, heads sort, both by keyboard.

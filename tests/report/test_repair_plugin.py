@@ -149,6 +149,14 @@ def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
     assert repair["answers"][1] == ["evidence", evidence]
 
 
+def test_two_repairs_are_compared(tmp_path: Path, asked: Asked) -> None:
+    write(tmp_path / "log" / "second", replace(REPORT, splits=(KNOWN,)))
+    names = {"name": "version_0/repair", "other": "second"}
+    html = asked.json("/beside", **names)["html"]
+    assert "Known data: 0 samples right in version_0/repair alone, 0 in second" in html
+    assert asked.get("/beside", name="version_0/repair", other="nothing").status_code == 404
+
+
 def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
     as_it_is = replace(KNOWN, counts=TargetCounts(6, 0, 0, 2, 2, 0), flipped=())
     refused = replace(REPORT, status="refused", splits=(as_it_is,), candidate=(KNOWN,))

@@ -69,6 +69,7 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             "/static/*": self._static,
             "/repairs": self._repairs,
             "/repair": self._repair,
+            "/beside": self._beside,
             "/sample": self._sample,
         }
         return {path: Request.application(app) for path, app in apps.items()}
@@ -93,6 +94,15 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         except Exception as error:  # no report may break the tab
             return _missing(request, f"report.json cannot be shown: {error}")
 
+    def _beside(self, request: Request) -> Response:
+        repair, second = self._requested(request), self._requested(request, "other")
+        if isinstance(repair, str) or isinstance(second, str):
+            return _missing(request, "there is no repair of that name.")
+        try:
+            return _json(request, {"html": repair.beside(second)})
+        except Exception as error:  # such as repairs of different models
+            return _json(request, {"problem": str(error).partition("\n")[0]})
+
     def _sample(self, request: Request) -> Response:
         loaded = self._requested(request)
         if isinstance(loaded, str):
@@ -112,8 +122,8 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 self._scanned_at = time.monotonic()
             return self._scanned
 
-    def _requested(self, request: Request) -> LoadedRepair | str:
-        name = request.args.get("name", "")
+    def _requested(self, request: Request, argument: str = "name") -> LoadedRepair | str:
+        name = request.args.get(argument, "")
         for folder in self._folders():
             if folder.name == name:
                 return self._load(folder)

@@ -18,6 +18,7 @@ from lightning_nrl.report.page import Table
 from lightning_nrl.report.repair_facts import layer_text, unseen_facts
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
+from lightning_nrl.report.side_by_side import side_by_side
 from lightning_nrl.report.tables import (
     LISTED_FLIPS,
     confusion_changes,
@@ -91,6 +92,11 @@ class LoadedRepair:
             "chosen_strength": report.chosen_strength,
             "caution": to_plain(report.caution),
         }
+
+    def beside(self, other: LoadedRepair) -> str:
+        """Compares with another repair, as HTML. Raises an error if that is impossible."""
+        names = (self.folder.name, other.folder.name)
+        return html_blocks(side_by_side(self.report, other.report, names).blocks[1:])
 
     def sample_file(self, split: str, position: int, kind: str) -> str | None:
         """Returns the path of a sample's file, or None if there is no such file of a flip."""

@@ -1,51 +1,40 @@
 // Compares the flipped samples of a repair with another repair.
 
-import { ask, count, h } from "./dom.js";
+import { ask, fromReport, h } from "./dom.js";
 
-/** Builds a choice among other repairs and a line that compares them; `chosen(name, ofRow)` gets a table column. */
+/** Builds a choice among other repairs and a comparison with it; `chosen(name, ofRow)` gets a table column. */
 export function besideAnother(repair, others, chosen) {
-  const line = h("p", { role: "status" });
+  const comparison = h("div", { role: "status" });
   const select = h("select", { onchange: () => choose(select.value) },
     h("option", { value: "" }, "no other"), others.map(name => h("option", { value: name }, name)));
 
-  async function choose(name) {
-    line.textContent = "";
-    if (!name) return chosen(null);
+  async function choose(other) {
+    comparison.replaceChildren();
+    if (!other) return chosen(null);
     try {
-      const other = await ask("repair", { name });
-      if (select.value !== name) return;  // the reader has chosen another one
-      const { ofRow, text } = joined(repair, other);
-      line.textContent = text;
-      chosen(`in ${name}`, ofRow);
+      const [{ html, problem }, details] = await Promise.all(
+        [ask("beside", { name: repair.name, other }), ask("repair", { name: other })]);
+      if (select.value !== other) return;  // the reader has chosen another one
+      if (problem) throw new Error(problem);
+      comparison.replaceChildren(fromReport(html));
+      chosen(`in ${other}`, flipIn(repair, details));
     } catch (error) {
-      line.textContent = error.message;
+      comparison.textContent = error.message;
       chosen(null);
     }
   }
-  return [h("label", {}, "beside ", select), line];
+  return [h("label", {}, "beside ", select), comparison];
 }
 
-/** Returns what the other repair does to the sample of a row, and a text on how many samples both flip. */
-function joined(repair, other) {
-  const own = byName(repair), its = byName(other);
+/** Returns a function of a row: what the other repair does to its sample. */
+function flipIn(repair, other) {
+  const its = byName(other);
   const sizes = new Map(other.splits.map(({ name, n }) => [name, n]));
-  const same = !repair.origin || !other.origin || repair.origin === other.origin;
-  const shared = repair.splits.filter(({ name, n }) => sizes.get(name) === n).map(({ name }) => name);
-  if (!same || !shared.length) {
-    return { ofRow: () => "-", text: "They do not start from the same model and data, so samples cannot be compared." };
-  }
   const unflipped = { broken: "kept", repaired: "failing" };
-  const ofRow = row => {
-    const split = repair.splits[row[0]].name;
-    return shared.includes(split) ? its.get(`${split} ${row[1]}`) ?? unflipped[row[2]] : "-";
+  return row => {
+    const { name, n } = repair.splits[row[0]];
+    return sizes.get(name) === n ? its.get(`${name} ${row[1]}`) ?? unflipped[row[2]] : "-";
   };
-  const parts = Object.keys(unflipped).map(flip => {
-    const [here, there] = [own, its].map(
-      flips => new Set([...flips].filter(([, value]) => value === flip).map(([key]) => key)));
-    const both = [...here].filter(key => there.has(key)).length, [ours, theirs] = [here.size - both, there.size - both];
-    return `${flip}: ${count(both)} in both, ${count(ours)} here alone, ${count(theirs)} there alone`;
-  });
-  return { ofRow, text: `Samples ${parts.join("; ")}.` };
 }
 
 const byName = ({ splits, flips }) =>
