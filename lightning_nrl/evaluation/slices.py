@@ -135,8 +135,21 @@ def common_names(
     Returns all names and each sample's index in these.
     """
     names = sorted(set(chain(*(part_names for part_names, _ in parts))))
+    check_distinct(names)
     groups = [_renumber(group, part_names, names) for part_names, group in parts]
     return tuple(names), torch.cat(groups)
+
+
+def check_distinct(names: Sequence[str]) -> None:
+    """Refuses names that differ only in case or outer spaces, since they split a slice."""
+    by_word: dict[str, str] = {}
+    for name in names:
+        known = by_word.setdefault(name.strip().casefold(), name)
+        if known != name:
+            raise ConfigurationError(
+                f"`slices` has the names {known!r} and {name!r}.",
+                "give each slice one name; they differ only in case or spaces.",
+            )
 
 
 def _slice_name(value: object, name_of_true: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 
 import torch
@@ -17,7 +17,12 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, TargetError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults
-from lightning_nrl.evaluation.slices import SliceRecorder, Slices, common_names
+from lightning_nrl.evaluation.slices import (
+    SliceRecorder,
+    Slices,
+    check_distinct,
+    common_names,
+)
 from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.predictions import Predictions, refuse_samples
 
@@ -57,6 +62,16 @@ class ModelPair:
         mask = torch.zeros(len(self.after), dtype=torch.bool)
         mask[self.after.of(split)] = True
         return mask
+
+    @cached_property
+    def distinct(self) -> Tensor:
+        """`N` bool, False for a sample whose key an earlier sample of its split has."""
+        is_first = torch.ones(len(self.after), dtype=torch.bool)
+        seen: set[tuple[str, str]] = set()
+        for row, (key, (split, _)) in enumerate(zip(self.keys, self.after.samples, strict=False)):
+            is_first[row] = not key or (split, key) not in seen
+            seen.add((split, key))
+        return is_first
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
         """Returns by name the slices with samples in the split, as masks of these, `N` bool."""
@@ -155,6 +170,7 @@ def pair_from_files(
     contradictory = is_same & (before.passed != after.passed)
     refuse_samples(after, contradictory, "have the same `prediction`, but not the same `passed`")
     names = sorted(filter(str.strip, set(slices.values())))
+    check_distinct(names)
     numbers = dict(zip(names, range(len(names)), strict=True))
     slice_number = torch.full_like(after.index, -1)
     for row, sample in enumerate(after.samples):

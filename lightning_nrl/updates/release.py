@@ -337,6 +337,8 @@ def _verdict(report: ReleaseReport) -> str:
     else:
         verdict = "may replace the old one: the rule is satisfied"
     text = f"The new model {verdict}."
+    if report.old.sha256 and report.old.sha256 == report.new.sha256:
+        text += " Both models have the same weights, so nothing can break."
     if not report.missing and not report.limit:
         return text
     n_compared = sum(row.counts.n for row in report.rows if not row.slice)
@@ -420,8 +422,9 @@ def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
         if name:
             level /= len(slices)  # all limits of slices hold together (Bonferroni)
         counts = pair.flips.counts(mask)
-        upper = Bound.at_level(counts.broken, counts.n, level).upper
-        p = p_worse(repaired=counts.repaired, broken=counts.broken)
+        distinct = pair.flips.counts(mask & pair.distinct)
+        upper = Bound.at_level(distinct.broken, distinct.n, level).upper
+        p = p_worse(repaired=distinct.repaired, broken=distinct.broken)
         rows.append(ReleaseRow(split, name, counts, upper, p))
     return rows
 

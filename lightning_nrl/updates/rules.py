@@ -103,6 +103,7 @@ class SplitRule(Rule):
     splits: tuple[str, ...]
     whole_splits: bool = True  # True if the rule counts flips in each whole split
     each_slice: bool = False  # True if the rule counts flips in each slice
+    is_statistical: bool = False  # True if the rule infers from samples, so each counts once
 
     @property
     @abstractmethod
@@ -149,6 +150,7 @@ class SplitRule(Rule):
             parts += self._parts(pair, split)
             unchecked |= pair.rows(split)
             by_split[split] = "satisfied"
+        checked = unchecked.clone()
         violating = torch.zeros_like(unchecked)
         missing = []
         for part in parts:
@@ -162,6 +164,9 @@ class SplitRule(Rule):
                 elif by_split[part.split] == "satisfied":
                     by_split[part.split] = "undecided"
         sentences = self.sentences(parts)
+        n_repeated = int((checked & ~pair.distinct).sum())
+        if self.is_statistical and n_repeated:
+            sentences.append(f"{n_repeated:,} repeated samples do not count")
         n_unchecked = int(unchecked.sum())
         if n_unchecked:
             sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
@@ -184,7 +189,8 @@ class SplitRule(Rule):
                 masks[f"{split}, slice {name!r}"] = rows
         parts = []
         for name, rows in masks.items():
-            parts.append(Part(split, name, rows, pair.flips.counts(rows)))
+            counted = rows & pair.distinct if self.is_statistical else rows
+            parts.append(Part(split, name, rows, pair.flips.counts(counted)))
         if not parts[0].counts.n:
             raise self._has_nothing_to_check(f"`{split}` has no sample")
         return parts

@@ -35,6 +35,7 @@ class IsBetter(SplitRule):
 
     splits: tuple[str, ...] = ()
     text = "better"
+    is_statistical = True
 
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return evidence_of(counts.repaired, counts.broken) != "better"
@@ -72,6 +73,7 @@ class _RateRule(SplitRule):
     each_slice: bool = False
     splits: tuple[str, ...] = ()
 
+    is_statistical = True
     name: ClassVar[str]  # of the rule in its text
     outcome: ClassVar[str]  # of a bad sample
 
@@ -230,6 +232,10 @@ class NoSliceWorse(SplitRule):
 
     whole_splits = False
     each_slice = True
+
+    @property
+    def is_statistical(self) -> bool:  # type: ignore[override]
+        return self.by == "test"
 
     def __post_init__(self) -> None:
         super().__post_init__()
