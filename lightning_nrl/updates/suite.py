@@ -24,7 +24,7 @@ OPTIONAL_COLUMNS = ("label", "since", "reason", "key")
 
 
 class SuiteSample(NamedTuple):
-    """What is known of a sample in a suite."""
+    """An entry of a suite, without the split and the id of its sample."""
 
     label: int | None = None
     since: str = ""  # day from which the sample must be right; empty: once it is right

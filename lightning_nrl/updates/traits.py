@@ -1,4 +1,4 @@
-"""What the samples that a new model breaks have in common: slices, labels and confusions."""
+"""Slices, labels and confusions that the samples broken by a new model have in common."""
 
 from __future__ import annotations
 
