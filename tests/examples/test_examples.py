@@ -19,7 +19,7 @@ from repository import ROOT
 
 EXAMPLES = ROOT / "examples"
 SHARED = {"digits", "output"}
-ALONE = {"quickstart", "release", "ddp"}  # run as a process: the first two by tests of their own
+ALONE = {"quickstart", "release", "registry", "ddp"}  # all but the last have tests of their own
 NO_REPAIRS = {"strangers"}  # needs an environment for each package
 SCRIPTS = sorted(
     path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED | ALONE | NO_REPAIRS
