@@ -99,7 +99,7 @@ class _RateRule(SplitRule):
         return self._bound(counts).upper > self.highest
 
     def missing(self, counts: FlipCounts) -> str:
-        if self.bad(counts) > self.highest * counts.n:
+        if self.bad(counts) - self.highest * counts.n > 1e-9:  # more than rounding of `highest`
             return ""
         n = least_samples(self.bad(counts), self.highest, self.confidence)
         return f"{n:,} samples would do with no more {self.outcome}, there are {counts.n:,}"

@@ -325,6 +325,12 @@ def test_the_accuracy_of_the_new_model_has_a_floor_with_confidence() -> None:
     assert rule.check(seen(test="k" * 45 + "f")).passed
 
 
+@pytest.mark.parametrize("percent", range(5, 100, 5))
+def test_an_accuracy_of_exactly_the_floor_lacks_samples(percent: int) -> None:
+    exact = seen(test="k" * percent + "f" * (100 - percent))
+    assert parse_rule(f"floor:{percent}%").check(exact).verdict == "undecided"
+
+
 def test_every_slice_has_its_floor() -> None:
     rule = parse_rule("slice-floor:90%:99% in test")
     assert str(rule) == "slice-floor:90%:99% in test"
