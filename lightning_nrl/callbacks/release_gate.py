@@ -195,7 +195,7 @@ class ReleaseGate(CallbackBase):
             predictions = Predictions.of(pair.after, pl_module.state_dict(), pair.keys)
             self.report = write_report(self.report, predictions=predictions.save)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
-            if self.junit is not None:
+            if self.junit is not None and not batch_limit(trainer):
                 write_text(self.junit, to_junit(self.report))
             if self.suite is not None and report.accepted and not batch_limit(trainer):
                 self.suite.grow_by(released_samples(pair, today(), name))

@@ -152,16 +152,17 @@ def test_each_data_loader_is_a_split(names: list[str], old: Classifier, tmp_path
 def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(
     old: Classifier, tmp_path: Path
 ) -> None:
-    gate = gate_of(old)
+    gate = gate_of(old, junit=tmp_path / "release.xml")
     quiet_trainer(tmp_path, gate, fast_dev_run=True).test(old, datamodule=Digits(), verbose=False)
     assert gate.report.rows[0].counts.n == 64
     assert not gate.report.files
-    assert not (tmp_path / "release").exists()
+    assert not list(tmp_path.glob("release*"))
     trainer = quiet_trainer(tmp_path, gate)
     for _ in range(2):
         trainer.test(old, datamodule=Digits(), verbose=False)
     assert Path(gate.report.files["json"]).parent == tmp_path / "release-1"
     assert (tmp_path / "release" / "report.json").exists()
+    assert (tmp_path / "release.xml").exists()
 
 
 def test_tensorboard_shows_the_page_and_the_numbers(
