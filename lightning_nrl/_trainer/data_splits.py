@@ -346,10 +346,10 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Loaders
     try:
         return hook()
     except Exception:
-        if split != "test" or data is None:
+        if data is None:
             raise
         # `setup` runs only if needed, since it may split the data again.
-        data.setup("test")
+        data.setup("test" if split == "test" else "fit")
         return hook()
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from typing_extensions import Self
 
+from lightning_nrl.errors import UnwritableFolderError
+
 UNFINISHED = ".unfinished-"  # prefix of the staging folder
 EARLIER = "earlier-"  # prefix of files of an earlier run
 STALE_SECONDS = 24 * 3600.0  # age at which files left by a killed process are removed
@@ -29,6 +31,15 @@ def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(argument: str, path: str | Path) -> None:
+    """Raises an `UnwritableFolderError` if a file cannot be written, before any work."""
+    path = Path(path).absolute()
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UnwritableFolderError(
+            f"`{argument}`: {path} cannot be written.", f"name a file in a folder as `{argument}`."
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:

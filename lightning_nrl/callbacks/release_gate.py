@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_nrl._trainer.announcement import show
+from lightning_nrl._trainer.data_splits import SplitLoaders
 from lightning_nrl._trainer.folders import check_folder, report_files
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
@@ -21,6 +22,7 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import Loaders, batch_limit, batch_limits
 from lightning_nrl._trainer.loaders import (
+    SPLITS,
     LoaderSource,
     StreamSource,
     check_loaders,
@@ -28,13 +30,14 @@ from lightning_nrl._trainer.loaders import (
     make_source,
     parse_adapter,
     pieces_of,
+    split_and_loader,
 )
 from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
-from lightning_nrl._utils.atomic_files import write_text
+from lightning_nrl._utils.atomic_files import check_writable, write_text
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
@@ -64,6 +67,7 @@ from lightning_nrl.updates.release import (
     judge_pair,
 )
 from lightning_nrl.updates.rule_parsing import Require
+from lightning_nrl.updates.rules import limited_to
 from lightning_nrl.updates.suite import released_samples
 
 
@@ -158,8 +162,10 @@ class ReleaseGate(CallbackBase):
             problem = "`reference` is the tested model itself, so nothing can break."
             rank_zero_warn(DataWarning(problem, "give the checkpoint of the model in use."))
         check_folder(self.dirpath, trainer, "release", RELEASE_FILES)
-        evaluator, few = self._open(trainer, pl_module, first_batch=True)
-        for rule in self.rules:
+        if self.junit is not None:
+            check_writable("junit", self.junit)
+        evaluator, few, rules = self._open(trainer, pl_module, first_batch=True)
+        for rule in rules:
             rule.check_data([source.split for source in few], self.slices is not None)
         evaluate_pieces(in_memory(self.reference), evaluator, pieces_of(few), slices=self.slices)
 
@@ -171,14 +177,14 @@ class ReleaseGate(CallbackBase):
         name = type(pl_module).__name__
         if trainer.ckpt_path:
             name += f" from {trainer.ckpt_path}"
-        evaluator, sources = self._open(trainer, pl_module)
+        evaluator, sources, rules = self._open(trainer, pl_module)
         streams = [source for source in sources if isinstance(source, StreamSource)]
         reference = in_memory(self.reference) if streams else self.reference
         pair, report = judge_pair(
             reference,
             evaluator,
             pieces_of(sources),
-            self.rules,
+            rules,
             slices=self.slices,
             seeds={"data": self.seed, **_global_seed()},
             name=name,
@@ -209,7 +215,8 @@ class ReleaseGate(CallbackBase):
 
     def _open(
         self, trainer: Trainer, model: LightningModule, *, first_batch: bool = False
-    ) -> tuple[Evaluator, list[LoaderSource]]:
+    ) -> tuple[Evaluator, list[LoaderSource], Sequence[Rule]]:
+        """Opens the tested loaders, and those of other splits in the suite, for its rule alone."""
         stage, data = "test", trainer.test_dataloaders
         if trainer.state.fn == "validate":
             stage, data = "val", trainer.val_dataloaders
@@ -219,6 +226,12 @@ class ReleaseGate(CallbackBase):
             loaders = _loaders_by_name(data, stage)
         else:
             limits = [batch_limit(trainer)] * len(loaders)
+        rules: Sequence[Rule] = self.rules
+        of_suite = self._loaders_of_suite(trainer, model, loaders)
+        if of_suite:
+            rules = [limited_to(rule, tuple(loaders)) for rule in rules]
+            loaders = {**loaders, **of_suite}
+            limits = [*limits, *[batch_limit(trainer)] * len(of_suite)]
         make = partial(make_source, trainer=trainer, model=model, adapter=self.adapter)
         sources = [
             make(loader, name, seed=self.seed, limit=1 if first_batch else limit, streams=True)
@@ -226,7 +239,20 @@ class ReleaseGate(CallbackBase):
         ]
         with random_state():
             evaluator, (sources,) = open_sources(trainer, model, self.task, sources)
-        return evaluator, sources
+        return evaluator, sources, rules
+
+    def _loaders_of_suite(
+        self, trainer: Trainer, model: LightningModule, tested: Mapping[str, Loaders]
+    ) -> dict[str, Loaders]:
+        loaders = {}
+        splits = {split for split, _ in self.suite.samples} if self.suite is not None else set()
+        for split in sorted(splits - tested.keys()):
+            loader = None
+            if split_and_loader(split)[0] in SPLITS:
+                loader = SplitLoaders(trainer, model).get(split)
+            if loader is not None:  # else the rule names the split in an error
+                loaders[split] = loader
+        return loaders
 
 
 def _loaders_by_name(data: object, stage: str) -> Mapping[str, Loaders]:

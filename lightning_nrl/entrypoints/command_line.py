@@ -28,7 +28,7 @@ from lightning_nrl._trainer.repair_files import (
     refuse_foreign,
     write_report,
 )
-from lightning_nrl._utils.atomic_files import write_text
+from lightning_nrl._utils.atomic_files import check_writable, write_text
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
@@ -210,6 +210,8 @@ def decide_release(
     if out:
         refuse_foreign(foreign_file(Path(out)), "out")
     summary = find_summary(summary)
+    if junit is not None:
+        check_writable("junit", junit)
     rules = parse_rules(rule or ["instance"], require)
     kept = None if suite is None else RegressionSuite.read(suite)
     if kept is not None:
@@ -247,14 +249,16 @@ def decide_release(
 
 def find_summary(summary: str | None) -> str | None:
     """Returns the file to which `--summary` appends: its value, or that of GitHub's job."""
-    if summary != "":
-        return summary
-    if SUMMARY_VARIABLE not in os.environ:
-        raise ConfigurationError(
-            f"`--summary` names no file, and {SUMMARY_VARIABLE} is not set.",
-            "write `--summary FILE`; GitHub's jobs set the variable.",
-        )
-    return os.environ[SUMMARY_VARIABLE]
+    if summary == "":
+        summary = os.environ.get(SUMMARY_VARIABLE)
+        if summary is None:
+            raise ConfigurationError(
+                f"`--summary` names no file, and {SUMMARY_VARIABLE} is not set.",
+                "write `--summary FILE`; GitHub's jobs set the variable.",
+            )
+    if summary is not None:
+        check_writable("summary", summary)
+    return summary
 
 
 def append_summary(report: ReleaseReport, summary: str | None) -> None:

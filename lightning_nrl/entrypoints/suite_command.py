@@ -45,7 +45,12 @@ def run_suite(
     kept = RegressionSuite.read(suite, may_be_new=action == "add")
     if action == "add":
         new = dict(_samples_to_add(report, samples, reason))
+        if not new:
+            hint = "write `--sample test:3 --reason WHY`, or `--report report.json` of a repair."
+            raise ConfigurationError("there is no sample to add.", hint)
         kept.grow_by(new)
+        for split, at in new.keys() & kept.samples.keys():
+            print(f"{split} {at} is there already: {kept.samples[split, at].reason}")
         print(f"{suite}: {len(kept.samples)} samples, {len(kept.added(new).samples)} now.")
         return 0
     if action == "list":

@@ -57,5 +57,5 @@ def _message(finding: RuleResult, split: str) -> str:
     if finding.missing:
         message += f" Missing: {finding.missing}."
     if finding.ids.get(split):
-        message += f" Broken samples: {list_ids(finding.ids[split], 'report.json')}."
+        message += f" Samples: {list_ids(finding.ids[split], 'report.json')}."
     return message

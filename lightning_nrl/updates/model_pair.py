@@ -65,13 +65,17 @@ class ModelPair:
 
     @cached_property
     def distinct(self) -> Tensor:
-        """`N` bool, False for a sample whose key an earlier sample of its split has."""
-        is_first = torch.ones(len(self.after), dtype=torch.bool)
-        seen: set[tuple[str, str]] = set()
+        """`N` bool, True for one sample of each key in a split: a broken one, if one broke."""
+        chosen: dict[tuple[str, str], int] = {}
+        is_distinct = torch.ones(len(self.after), dtype=torch.bool)
         for row, (key, (split, _)) in enumerate(zip(self.keys, self.after.samples, strict=False)):
-            is_first[row] = not key or (split, key) not in seen
-            seen.add((split, key))
-        return is_first
+            earlier = chosen.get((split, key))
+            if key and earlier is not None:
+                repeated = earlier if self.flips.broken[row] else row
+                is_distinct[repeated] = False
+            if is_distinct[row]:
+                chosen[split, key] = row
+        return is_distinct
 
     def slices_of(self, split: str) -> dict[str, Tensor]:
         """Returns by name the slices with samples in the split, as masks of these, `N` bool."""

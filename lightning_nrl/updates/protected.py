@@ -69,8 +69,8 @@ class ProtectedIntact(Rule):
         if unread:
             loaders = ", ".join(f"{split!r}: loader" for split in (*splits, *unread))
             raise ConfigurationError(
-                f"`ids` names the split {', '.join(map(repr, unread))}, but the data have "
-                f"{list(splits)}.",
+                f"{self._argument} names the split {', '.join(map(repr, unread))}, but the data "
+                f"have {list(splits)}.",
                 f"read all of them, such as by `trainer.test(model, {{{loaders}}})`.",
             )
 
@@ -98,6 +98,10 @@ class ProtectedIntact(Rule):
                 by_split[split] = "NOT satisfied" if split in ids else "satisfied"
         return RuleResult(str(self), not ids, f"{reason}.", ids, by_split=by_split)
 
+    @property
+    def _argument(self) -> str:
+        return "`ids`" if isinstance(self.ids, (Mapping, list, tuple, type(None))) else f"`{self}`"
+
     def _by_split(self, splits: Sequence[str]) -> dict[str, dict[int, SuiteSample]]:
         by_split: dict[str, dict[int, SuiteSample]] = defaultdict(dict)
         for (split, at), entry in self._samples.items():
@@ -119,7 +123,7 @@ class ProtectedIntact(Rule):
             missing = sorted(at for at in entries if (split, at) not in row_of)
             if missing:
                 raise ConfigurationError(
-                    f"`ids`: {len(missing):,} protected samples are not in `{split}` "
+                    f"{self._argument}: {len(missing):,} protected samples are not in `{split}` "
                     f"({missing[:5]}).",
                     "give positions in the data set; missing samples cannot be checked.",
                 )
@@ -131,8 +135,8 @@ class ProtectedIntact(Rule):
                     changed.append((split, at))
         if changed:
             raise ConfigurationError(
-                f"`suite`: {len(changed):,} samples are not those in the suite, or have another "
-                f"label ({', '.join(f'{split} {at}' for split, at in changed[:5])}).",
+                f"{self._argument}: {len(changed):,} samples are not those in the suite, or have "
+                f"another label ({', '.join(f'{split} {at}' for split, at in changed[:5])}).",
                 "bring the data back into their order; or correct the lines of these samples.",
             )
         for target in self.targets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -205,6 +205,13 @@ class SplitRule(Rule):
         if self.splits:
             return f"{self.text} in {', '.join(self.splits)}"
         return self.text
+
+
+def limited_to(rule: Rule, splits: tuple[str, ...]) -> Rule:
+    """Returns the rule for these splits only, if it is for all splits."""
+    if isinstance(rule, SplitRule) and is_dataclass(rule) and not rule.splits:
+        return replace(rule, splits=splits)
+    return rule
 
 
 def broken_ids(pair: ModelPair, rows: Tensor) -> Ids:

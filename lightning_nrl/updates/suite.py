@@ -70,8 +70,11 @@ class RegressionSuite:
         """
         if isinstance(suite, (str, Path)):
             suite = cls(suite)
-        if may_be_new and not Path(suite.path).exists():
-            return cls(suite.path, suite.grow)
+        hint = f"add some: `lightning-nrl suite add {suite.path} --sample test:3 --reason WHY`."
+        if not Path(suite.path).exists():
+            if may_be_new:
+                return cls(suite.path, suite.grow)
+            raise ConfigurationError(f"`suite={str(suite.path)!r}` does not exist.", hint)
         samples: dict[tuple[str, int], SuiteSample] = {}
         for line in read_csv("suite", suite.path, NEEDED_COLUMNS, OPTIONAL_COLUMNS):
             sample = (line.values["split"], line.whole_number("id"))
@@ -85,7 +88,7 @@ class RegressionSuite:
         if not samples and not may_be_new:
             raise ConfigurationError(
                 f"`suite={str(suite.path)!r}` holds no sample, so it would protect nothing.",
-                f"add some: `lightning-nrl suite add {suite.path} --report report.json`.",
+                hint,
             )
         return cls(suite.path, suite.grow, samples)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from digit_models import Classifier, Digits, quiet_trainer
@@ -13,15 +12,10 @@ from lightning_nrl.methods import Convex
 from lightning_nrl.updates import RegressionSuite
 
 
-class Tested(Classifier):
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: PT028
-        self(batch[0])
-
-
 def test_what_a_repair_repairs_is_protected_from_then_on(
     trained_path: Path, tmp_path: Path
 ) -> None:
-    trained = Tested.load_from_checkpoint(trained_path)
+    trained = Classifier.load_from_checkpoint(trained_path)
     suite = tmp_path / "suite.csv"
     arguments = {"datamodule": Digits(), "method": Convex(), "verbose": False, "suite": suite}
     report = repair(quiet_trainer(tmp_path / "a"), trained, target="label 3", **arguments)
@@ -44,15 +38,20 @@ def test_what_a_repair_repairs_is_protected_from_then_on(
     # The model of before the repair gets them wrong.
     gate = ReleaseGate(trained_path, require="any", suite=suite, verbose=False)
     trainer = quiet_trainer(tmp_path / "c", gate)
-    with pytest.raises(ConfigurationError, match="names the split 'repair', 'train'"):
-        trainer.test(trained, datamodule=Digits(), verbose=False)
-    data = Digits()
-    loaders = {"train": data.train_dataloader(), "repair": data.repair_dataloader()}
-    trainer.test(Tested.load_from_checkpoint(trained_path), loaders, verbose=False)
+    # It reads the splits of the suite, too, for this rule alone.
+    trainer.test(Classifier.load_from_checkpoint(trained_path), datamodule=Digits(), verbose=False)
     assert gate.report.status == "refused"
     assert "by `label 3`" in gate.report.to_markdown()
-    trainer.test(trained, loaders, verbose=False)
-    assert gate.report.accepted
+    assert {finding.rule for finding in gate.report.findings if not finding.passed} == {
+        f"protected:{suite}"
+    }
+    assert gate.report.findings[0].rule == "instance in test"
+    trainer.test(trained, datamodule=Digits(), verbose=False)
+    assert [row.split for row in gate.report.rows] == ["test", "repair", "train"]
+    suite.write_text("split,id\nnight,3\n")
+    gate = ReleaseGate(trained_path, suite=suite, verbose=False)
+    with pytest.raises(ConfigurationError, match=r"names the split 'night', .*\nHINT: read all"):
+        quiet_trainer(tmp_path / "d", gate).test(trained, datamodule=Digits(), verbose=False)
 
 
 def test_a_suite_and_protected_samples_are_one_too_many(

@@ -41,7 +41,7 @@ def test_a_suite_a_split_and_a_case_a_rule(tmp_path: Path, files: list[str]) -> 
     assert cases["night", "instance"] == []
     [failure] = cases["suite", "instance"]
     assert failure.startswith("Failure: suite: 1 of 20 that were right broke")
-    assert failure.endswith("Broken samples: 7.")
+    assert failure.endswith("Samples: 7.")
     [undecided] = cases["night", "nfr:5% in night"]
     assert undecided.startswith("Error: night: negative flip rate 0.00 % (0 of 40)")
     assert "Missing: night: 59 samples would do" in undecided

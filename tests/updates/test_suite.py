@@ -97,7 +97,7 @@ def test_another_sample_in_its_place_is_an_error(
 def test_a_suite_that_is_gone_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     model = predictions("model.csv", "++++")
     assert decide(model, model) == 2
-    assert "`suite='suite.csv'` cannot be read" in capsys.readouterr().err
+    assert "`suite='suite.csv'` does not exist" in capsys.readouterr().err
 
 
 def test_the_command_lists_and_checks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,13 +28,20 @@ def test_a_slice_and_a_confusion_are_named() -> None:
     at_night = torch.arange(200) < 40
     prediction[at_night & (label == 3)] = 2  # 10 samples
     traits = common_traits(pair_of(label, prediction, "n" * 40 + "d" * 160))
-    # 1/12^10, and the shares C(40, 10) and C(50, 10) of C(200, 10), for 2 slices, 4 labels and 12
-    # confusions.
+    # The shares C(40, 10) and C(50, 10) of C(200, 10), times 2 for two kinds and 6 for 2 slices and
+    # 4 labels; 1/3^10, times 2 and 3 for the other classes.
     assert traits == (
-        "test: 3 taken for 2: 10 of 10 broken samples (p = 3e-10)",
-        "test: slice 'n': 10 of 10 broken samples, 40 of 200 that were right (p = 7e-07)",
-        "test: label 3: 10 of 10 broken samples, 50 of 200 that were right (p = 8e-06)",
+        "test: slice 'n': 10 of 10 broken samples, 40 of 200 that were right (p = 5e-07)",
+        "test: label 3: 10 of 10 broken samples, 50 of 200 that were right (p = 5e-06)",
+        "test: 3 taken for 2: 10 of its 10 broken samples (p = 0.0001)",
     )
+
+
+def test_a_label_whose_broken_samples_go_everywhere_has_no_confusion() -> None:
+    label = torch.arange(400) % 10
+    prediction = torch.where(label == 3, (label + 1 + torch.arange(400) // 10 % 9) % 10, label)
+    [trait] = common_traits(pair_of(label, prediction, "".join(map(str, label.tolist()))))
+    assert trait.startswith("test: slice '3': 40 of 40 broken samples")  # not label 3 once more
 
 
 def test_chance_is_not_named() -> None:
@@ -78,5 +85,5 @@ def test_the_report_of_a_refusal_shows_them() -> None:
         for rule in parse_rules(["instance", "tolerance:50"])
     ]
     refused, accepted = reports
-    assert "3 taken for 2: 50 of 50 broken samples" in refused.to_markdown()
+    assert "3 taken for 2: 50 of its 50 broken samples" in refused.to_markdown()
     assert (accepted.status, accepted.traits) == ("accepted", ())
