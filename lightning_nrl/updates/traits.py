@@ -80,7 +80,6 @@ def _confusions(
     share_of_others = 1 - 1 / (n_classes - 1)
     for (true, predicted), n in Counter(zip(label, prediction, strict=True)).items():
         n_broken = n_of_label[true]
-        text = (
-            f"{split}: {true} taken for {predicted}: {n:,} of {n_broken:,} broken samples of {true}"
-        )
+        counts = f"{n:,} of its {n_broken:,} broken samples"
+        text = f"{split}: {true} taken for {predicted}: {counts}"
         yield _Trait(text, binomial_cdf(n_broken - n, n_broken, share_of_others))
