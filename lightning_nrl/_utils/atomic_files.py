@@ -36,7 +36,8 @@ def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
 def check_writable(argument: str, path: str | Path) -> None:
     """Raises an `UnwritableFolderError` if a file cannot be written, before any work."""
     path = Path(path).absolute()
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UnwritableFolderError(
             f"`{argument}`: {path} cannot be written.", f"name a file in a folder as `{argument}`."
         )

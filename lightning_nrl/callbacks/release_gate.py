@@ -37,7 +37,7 @@ from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
-from lightning_nrl._utils.atomic_files import check_writable, write_text
+from lightning_nrl._utils.atomic_files import check_writable
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
@@ -56,7 +56,7 @@ from lightning_nrl.updates import (
     Rule,
     parse_rules,
 )
-from lightning_nrl.updates.junit import to_junit
+from lightning_nrl.updates.junit import write_junit
 from lightning_nrl.updates.model_pair import evaluate_pieces
 from lightning_nrl.updates.old_model import OldModel, Reference, in_memory
 from lightning_nrl.updates.predictions import Predictions
@@ -202,7 +202,7 @@ class ReleaseGate(CallbackBase):
             self.report = write_report(self.report, predictions=predictions.save)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.junit is not None and not batch_limit(trainer):
-                write_text(self.junit, to_junit(self.report))
+                write_junit(self.report, self.junit)
             if self.suite is not None and report.accepted and not batch_limit(trainer):
                 self.suite.grow_by(released_samples(pair, today(), name))
             if self.verbose:

@@ -28,7 +28,7 @@ from lightning_nrl._trainer.repair_files import (
     refuse_foreign,
     write_report,
 )
-from lightning_nrl._utils.atomic_files import check_writable, write_text
+from lightning_nrl._utils.atomic_files import check_writable
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
@@ -57,7 +57,7 @@ from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.report.side_by_side import side_by_side
 from lightning_nrl.updates.deployed import recount
-from lightning_nrl.updates.junit import to_junit
+from lightning_nrl.updates.junit import write_junit
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.protected import ProtectedIntact
@@ -240,7 +240,7 @@ def decide_release(
         report = write_report(replace(report, files=files))
     print(report.render(PAGE_WIDTH), end="")
     if junit:
-        write_text(junit, to_junit(report))
+        write_junit(report, junit)
     append_summary(report, summary)
     if kept is not None and report.accepted:
         kept.grow_by(released_samples(pair, today(), new))

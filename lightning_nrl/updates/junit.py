@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from xml.etree import ElementTree
 
+from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.formatting import list_ids
 from lightning_nrl.errors import visible
 from lightning_nrl.updates.release import ReleaseReport
@@ -50,6 +52,12 @@ def to_junit(report: ReleaseReport) -> str:
                 result.text = message
     ElementTree.indent(root)
     return ElementTree.tostring(root, "unicode", xml_declaration=True) + "\n"
+
+
+def write_junit(report: ReleaseReport, path: str | Path) -> None:
+    """Writes `to_junit` to a file, in a new folder if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_junit(report))
 
 
 def _message(finding: RuleResult, split: str) -> str:
