@@ -62,7 +62,10 @@ def main() -> int:
         return 2
     total = torch.cuda.mem_get_info()[1] / 2**30
     cards = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    print(f"torch {torch.__version__}, {cards}, {total:.0f} GiB")
+    from lightning_nrl.records import installed_versions
+
+    print(f"{cards}, {total:.0f} GiB")
+    print(", ".join(f"{name} {version}" for name, version in installed_versions().items()))
     rows = Rows()
     arguments = [
         "-p",
