@@ -6,13 +6,13 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
@@ -68,7 +68,7 @@ class ContinuedTraining(Training):
         trained_on: the training loaders; None: those of the trainer.
         augment: augments the targets.
         targeted: bool mask of the targets among the known samples; None: unknown.
-        modes: training flag of each submodule; (): the current flags.
+        modes: training flags of the submodules; {}: the current flags.
     """
 
     trainer: Trainer
@@ -79,13 +79,13 @@ class ContinuedTraining(Training):
     trained_on: Loaders = field(default=None, repr=False)
     augment: Augment | None = None
     targeted: Tensor | None = None
-    modes: tuple[bool, ...] = field(default=(), repr=False)
+    modes: Mapping[nn.Module, bool] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.modes:
             # Read once: during a repair, the model is in evaluation mode, and so are all its parts.
             in_evaluation = not self.model.training
-            modes = tuple(module.training or in_evaluation for module in self.model.modules())
+            modes = {part: part.training or in_evaluation for part in self.model.modules()}
             object.__setattr__(self, "modes", modes)
         if self.trained_on is None:
             # Read once: a data module may create its data again on each call.

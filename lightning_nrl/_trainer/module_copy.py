@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ WARM_UP_SHARE = 0.1  # share of the steps in which the learning rate of `_adamw`
 def copied_module(
     module: LightningModule,
     state: State,
-    modes: Sequence[bool],
+    modes: Mapping[nn.Module, bool],
     *,
     shared: Sequence[object] = (),
     left_out: tuple[type, ...] = (),
@@ -51,7 +51,7 @@ def copied_module(
     Args:
         module: the module to copy.
         state: weights that the copy gets after `setup`, which may create layers again.
-        modes: training flag of each of `module.modules()`.
+        modes: training flags of parts of the module; other parts train.
         shared: objects to share with the copy, such as data sets. Locks and open files are always
             shared.
         left_out: classes of callbacks that the copy drops in addition to `DROPPED_CALLBACKS`.
@@ -68,8 +68,8 @@ def copied_module(
     for old_parameter, parameter in zip(module.parameters(), new.parameters(), strict=True):
         parameter.requires_grad_(old_parameter.requires_grad)
     release_copy(new)
-    for part, training in zip(new.modules(), modes, strict=True):
-        part.training = training
+    for old_part, part in zip(module.modules(), new.modules(), strict=True):
+        part.training = modes.get(old_part, True)
     configure_callbacks = new.configure_callbacks
     hooks: dict[str, Callable[..., object]] = {
         "prepare_data": no_op,

@@ -89,7 +89,7 @@ def _copy(
     loaders = find_loader("train", trainer, module)
     data_sets = innermost_datasets(loaders)
     shared = (trainer, data_module_of(trainer), *trainer.loggers, loaders, *data_sets)
-    modes = [False for _ in module.modules()]
+    modes = dict.fromkeys(module.modules(), False)
     try:
         new = copied_module(module, state, modes, shared=shared)
     except Exception as error:

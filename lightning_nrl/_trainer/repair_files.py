@@ -20,6 +20,7 @@ from lightning_nrl._utils.atomic_files import EARLIER, StagedFiles
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
 from lightning_nrl.errors import ConfigurationError, FilesWarning, first_line
+from lightning_nrl.methods.lora import WEIGHTS_FILE
 from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
@@ -36,7 +37,7 @@ So if `report.json` exists, all other files exist.
 """
 MARK = re.compile(
     rb'\*\*lightning_nrl\*\*: |<dt>lightning_nrl</dt>|"lightning_nrl": "'
-    rb"|lightning_nrl\.patch|^# weights "
+    rb"|lightning_nrl\.(patch|adapter)|^# weights "
 )
 """Text in a line of any file of this package; a checkpoint has the report among its callbacks."""
 SAMPLE_NAME = re.compile(r".+-\d+\.(png|txt)")
@@ -47,7 +48,8 @@ def is_ours(path: Path) -> bool:
     if path.is_dir():
         names = [sample.name for sample in path.iterdir()]
         # File managers leave hidden files.
-        if all(name.startswith(".") or SAMPLE_NAME.fullmatch(name) for name in names):
+        is_sample = [name.startswith(".") or SAMPLE_NAME.fullmatch(name) for name in names]
+        if all(is_sample) or _has_line(path / WEIGHTS_FILE, MARK):
             return True
     elif not path.exists() or _has_line(path, MARK):
         return True

@@ -51,7 +51,7 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarnin
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.gate import Gate
-from lightning_nrl.methods import METHODS, AnyMethod
+from lightning_nrl.methods import METHODS, AnyMethod, with_lora
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.report import RepairReport
@@ -110,6 +110,9 @@ class RegressionFreeRepair(RepairCallback):
             the passed samples, are broken), or a `Gate`.
         method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an
             object of `lightning_nrl.methods`.
+        lora: rank, or `peft.LoraConfig`, of adapters (LoRA) that `finetune-polish` moves instead of
+            the weights. It writes them to `adapter/`, too, for `PeftModel.from_pretrained`. None
+            moves the weights.
         task: definition of correctness and loss: `multiclass`, `binary`, `multilabel`,
             `segmentation`, `sequence`, or an object of `lightning_nrl.tasks`, such as
             `Regression(tolerance=0.1)`. None means `multiclass`.
@@ -156,6 +159,7 @@ class RegressionFreeRepair(RepairCallback):
         layer: str | list[str] = "auto",
         gate: str | Gate = "instance",
         method: str | AnyMethod = "auto",
+        lora: Any = None,
         task: str | Task | None = None,
         reference: nn.Module | str | Path | State | Reference | None = None,
         unseen: str | DataLoader[Any] | None = None,
@@ -172,11 +176,14 @@ class RegressionFreeRepair(RepairCallback):
     ) -> None:
         super().__init__()
         self.suite = None if suite is None else RegressionSuite.read(suite, may_be_new=True)
+        parsed_method = METHODS.parse("method", method)
+        if lora is not None:
+            parsed_method = with_lora(parsed_method, lora)
         self.settings = Settings(
             target=parse_target("all" if target is None else target),
             layer=layer,
             gate=Gate.parse(gate),
-            method=METHODS.parse("method", method),
+            method=parsed_method,
             max_time=max_time,
             seed=seed,
             search=search or SearchOptions(),
@@ -404,6 +411,8 @@ class RegressionFreeRepair(RepairCallback):
         """
         parameters = outcome.parameters
         kinds = repair_files.REPORT_FILES if parameters is None else repair_files.REPAIRED_FILES
+        if outcome.adapter is not None:
+            kinds = {**kinds, "adapter": "adapter"}
         checkpoint = trainer.ckpt_path if start is None else start.path
         files, name = folders.report_files(self._folder, trainer, self._name, kinds)
         provenance = outcome.report.provenance.loaded_from(checkpoint)
@@ -411,11 +420,13 @@ class RegressionFreeRepair(RepairCallback):
         self._parameters, self._evaluated = parameters, outcome.evaluated or {}
         self._pending = True
         try:
-            file_names = tuple(repair_files.REPAIRED_FILES.values())
+            file_names = ("adapter", *repair_files.REPAIRED_FILES.values())
             with repair_files.SavedFiles(files, trainer, file_names) as saved:
                 if parameters is not None:
                     saved.patch(report, pl_module, parameters)
                     saved.checkpoint(report, pl_module, parameters)
+                if outcome.adapter is not None:
+                    saved.write("adapter", outcome.adapter.write)
                 report = saved.reports(report, outcome.views, outcome.changes)
                 with defer_signals():
                     saved.commit()

@@ -4,6 +4,8 @@ In: a `Problem`. Out: a `Solution`. `solve` runs a method; it wraps a searcher i
 To add a method, write a frozen dataclass that inherits from `Method`, and register it below.
 """
 
+from dataclasses import replace
+
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import check_needs
@@ -12,6 +14,7 @@ from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.lora import Lora
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Problem, Trained, Training
@@ -42,6 +45,18 @@ METHODS.register("auto")(Auto)
 METHODS.register("finetune-polish")(FineTunePolish)
 METHODS.register("convex")(Convex)
 METHODS.register("linearized")(Linearized)
+
+
+def with_lora(method: AnyMethod, lora: Lora) -> FineTunePolish:
+    """Returns `finetune-polish` with adapters, which `auto` stands for, too."""
+    if isinstance(method, Auto):
+        return FineTunePolish(lora=lora)
+    if not isinstance(method, FineTunePolish):
+        raise ConfigurationError(
+            f"`lora={lora!r}`: {type(method).__name__} changes whole weights, not adapters.",
+            "leave `method` out, or write `method='finetune-polish'`.",
+        )
+    return replace(method, lora=lora)
 
 
 def solve(method: AnyMethod, problem: Problem) -> Solution:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lightning_nrl.methods.budget as budget
 from lightning_nrl._utils.state import between, current_state
@@ -17,7 +17,9 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
+from lightning_nrl.methods.adapted_problem import solve_with_adapters
 from lightning_nrl.methods.held_out import estimate
+from lightning_nrl.methods.lora import Lora, LoraAdapter, check_lora
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
@@ -96,26 +98,43 @@ class FineTunePolish(Method):
         caution: share, from 0 to below 1, of the way from the trained weights back to the original
             ones, before the polish. More caution breaks fewer unseen samples and repairs fewer.
             None: 0, unless held-out samples gain more with another value of `CAUTIONS`.
+        lora: rank, or `peft.LoraConfig`, of adapters (LoRA) that are trained and polished instead
+            of the weights, in each Linear and convolution that may change. Their merged weights
+            are judged. None moves the weights.
 
     Raises:
-        ConfigurationError: on construction, unless the share is above 0 and at most 1, and the
-            caution at least 0 and below 1.
+        ConfigurationError: on construction, unless the share is above 0 and at most 1, the caution
+            at least 0 and below 1, and `lora` a rank from 1 or a `LoraConfig` of plain LoRA; or if
+            `peft` is not installed.
     """
 
     trains: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
     share: float = 1.0
     caution: float | None = None
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         hint = "give a number above 0 and at most 1."
         check_real("FineTunePolish.share", self.share, "share", hint, above=0, most=1)
         check_caution("FineTunePolish.caution", self.caution)
+        if self.lora is not None:
+            check_lora("lora", self.lora)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises a `ConfigurationError` if no layer can have adapters."""
+        if self.lora is not None:
+            parameters = dict(model.named_parameters())
+            trainable = [name for name, value in parameters.items() if value.requires_grad]
+            LoraAdapter.configured(self.lora, model, trainable or parameters)
 
     def __call__(self, problem: Problem) -> Solution:
         """Trains and polishes; raises a `ConfigurationError` if the task has no margins."""
         check_needs(self.needs, problem.before, problem.evaluator.task)
-        return fine_tune_and_polish(problem, share=self.share, caution=self.caution)
+        solve = partial(fine_tune_and_polish, share=self.share, caution=self.caution)
+        if self.lora is None:
+            return solve(problem)
+        return solve_with_adapters(problem, self.lora, solve)
 
 
 def check_caution(argument: str, caution: float | None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.localization import Localization
+from lightning_nrl.methods.lora import LoraAdapter
 from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.search.search_log import SearchResult
 
@@ -82,6 +83,7 @@ class Solution:
         price: for several shares of known passed samples, the best counts of `Auto` in which at
             most this share breaks.
         caution: held-out counts of a training for several values of `FineTunePolish.caution`.
+        adapter: low-rank adapters that make the change of the proposal; None if it has any rank.
     """
 
     proposal: Proposal | None
@@ -98,6 +100,7 @@ class Solution:
     choice: str = ""
     price: tuple[PricePoint, ...] = ()
     caution: tuple[CautionPoint, ...] = ()
+    adapter: LoraAdapter | None = None
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:

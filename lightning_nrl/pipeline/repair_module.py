@@ -26,6 +26,7 @@ from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import Gate, GateDecision, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
+from lightning_nrl.methods.lora import LoraAdapter
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import (
     check_limit,
@@ -61,6 +62,8 @@ class Outcome:
         changes: new minus old values of changed floating-point tensors by name, on the CPU, even if
             refused. None if nothing changed.
         views: inputs of flipped samples, as pictures or text, to show with the report.
+        adapter: low-rank adapters that make the same change. None if the method moved no adapters,
+            or its result is not accepted.
     """
 
     report: RepairReport
@@ -68,6 +71,7 @@ class Outcome:
     evaluated: State | None = None
     changes: State | None = None
     views: tuple[SampleView, ...] = ()
+    adapter: LoraAdapter | None = None
 
     @property
     def change(self) -> Tensor | None:
@@ -239,6 +243,7 @@ def _finish(
             fixed=settings.bounds.strength,
             limit=settings.limit,
             after=proposal.after,
+            may_polish=solution.adapter is None,  # steps on whole weights have no low rank
         )
     builder = replace(builder, line_search=result)
     if result.chosen is None:
@@ -256,9 +261,27 @@ def _finish(
         for name, new in patch.items()
         if new.is_floating_point()
     }
-    if report.status == "repaired":
-        return Outcome(report, loaded, patch, changes)
-    return Outcome(report, changes=changes)
+    if report.status != "repaired":
+        return Outcome(report, changes=changes)
+    adapter = solution.adapter
+    if adapter is not None:
+        adapter = adapter.scaled(result.chosen)
+        step = _recount_attached(problem, adapter, patch)
+        report = replace(report, steps=(*report.steps, step))
+    return Outcome(report, loaded, patch, changes, adapter=adapter)
+
+
+def _recount_attached(problem: Problem, adapter: LoraAdapter, patch: State) -> Step:
+    """Evaluates the adapters beside the old weights, and compares them with the merged weights."""
+    began = problem.clock.elapsed
+    with problem.clock.stage("judge"):
+        merged = problem.evaluate(patch)
+        with adapter.attached(problem.model):
+            after = problem.evaluate(adapter.state)
+    differs = (after.prediction != merged.prediction) | (after.passed != merged.passed)
+    note = f"beside the old weights; {int(differs.sum()):,} known predictions differ from merged"
+    proposal = problem.counted("adapter", adapter.state, after)
+    return proposal.step(problem.clock.elapsed - began, note)
 
 
 def _run_method(problem: Problem, builder: ReportBuilder) -> Solution:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_nrl.data.targets import AllFailures, Target, parse_target
-from lightning_nrl.errors import check_kind, check_real, check_whole
+from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.evaluation.layers import layer_names
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer, NeuRecoverLite
-from lightning_nrl.methods import METHODS, AnyMethod, Auto, Method
+from lightning_nrl.methods import METHODS, AnyMethod, Auto, FineTunePolish, Method
 from lightning_nrl.pipeline.options import OPTIONS, BoundOptions, SearchOptions
 from lightning_nrl.pipeline.plain_values import fields_of, plain_value
 from lightning_nrl.search import FITNESSES
@@ -73,6 +73,11 @@ class Settings:
             # The user's choice overrides the method's.
             method = method.with_parts(localizer=self.search.localizer, fitness=self.search.fitness)
         object.__setattr__(self, "method", method)
+        if isinstance(method, FineTunePolish) and method.lora and self.bounds.sparse is not None:
+            raise ConfigurationError(
+                f"`sparse={self.bounds.sparse!r}`: fewer changed weights have no low rank.",
+                "leave out `sparse` or `lora`.",
+            )
         layer_names(self.layer)
         check_whole("seed", self.seed, 0, 2**32 - 1)
         if self.max_time is not None:

@@ -28,9 +28,9 @@ class PatchPath:
     """Counts what a patch repairs and breaks at several strengths, on known and calibration data.
 
     A patch that breaks nothing at strength 1 may break samples at a lower strength. Then `take`
-    polishes the weights: it takes small steps until these samples are right again. `counted` has
-    the counts by strength; for polished weights, those after the polish. `broken_unpolished` counts
-    broken calibration samples before any polish.
+    polishes the weights: it takes small steps until these samples are right again, if `may_polish`
+    is True and the task has margins. `counted` has the counts by strength; for polished weights,
+    those after the polish. `broken_unpolished` counts broken calibration samples before any polish.
     """
 
     def __init__(
@@ -39,21 +39,20 @@ class PatchPath:
         patch: State,
         gate: Gate | None = None,
         calibration: EvaluatedData | None = None,
+        *,
+        may_polish: bool = True,
     ) -> None:
         self.problem = problem
         self.patch = patch
         self.calibration = calibration
         self.gate = gate or Gate.instance()
+        self.may_polish = may_polish and not problem.before.margin.isnan().all()
         self.counted: dict[float, StrengthPoint] = {}
         self.broken_unpolished: dict[float, int] = {}
 
     @property
     def points(self) -> tuple[StrengthPoint, ...]:
         return tuple(self.counted[strength] for strength in sorted(self.counted))
-
-    @property
-    def has_margins(self) -> bool:
-        return not self.problem.before.margin.isnan().all()
 
     def state(self, strength: float) -> State:
         return between(current_state(self.problem.model), self.patch, strength)
@@ -96,10 +95,10 @@ class PatchPath:
     def take(self, strength: float) -> State:
         """Returns the weights at a strength.
 
-        Below 1, it polishes weights that violate the gate, if margins exist.
+        Below 1, it polishes weights that violate the gate, if it may.
         """
         state = self.state(strength)
-        if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
+        if strength < 1 and not self.within_gate(self.point(strength)) and self.may_polish:
             try:
                 result = polish(self.problem, state, deadline=self.problem.deadline)
             except Exception as error:
@@ -123,12 +122,12 @@ class PatchPath:
     def within_limit(self, strength: float, limit: Gate) -> bool:
         """True if the patch keeps the limit on calibration data and the gate on known data.
 
-        Below strength 1 the gate is ignored if the task has margins, because the polish in `take`
-        may still satisfy it.
+        Below strength 1 the gate is ignored if `take` may polish, because the polish may still
+        satisfy it.
         """
         point = self.point(strength)
         assert point.calibration is not None
-        if not self.within_gate(point) and (strength >= 1 or not self.has_margins):
+        if not self.within_gate(point) and (strength >= 1 or not self.may_polish):
             return False
         return not limit.excess_of(point.calibration, point.cost_of_calibration)
 
@@ -196,6 +195,7 @@ def line_search(
     fixed: float | None = None,
     limit: Gate | None = None,
     after: SampleResults | None = None,
+    may_polish: bool = True,
 ) -> LineSearchResult:
     """Evaluates a patch at several strengths and chooses one, by default with `choose_strength`.
 
@@ -204,7 +204,7 @@ def line_search(
     limit and the gate, if necessary after a polish. `after` has the results on known data with the
     patch, if they are available.
     """
-    path = PatchPath(problem, patch, gate, calibration)
+    path = PatchPath(problem, patch, gate, calibration, may_polish=may_polish)
     strengths = PATH_STRENGTHS
     if fixed is not None and fixed not in strengths:
         strengths = (fixed, *strengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -35,6 +36,8 @@ METHODS: dict[str, Any] = {
     "swarm": ParticleSwarm(particles=12, iterations=12),
     "cma-es": "cma-es",
 }
+if importlib.util.find_spec("peft") is not None:
+    METHODS["lora"] = FineTunePolish(lora=2)
 
 
 class Death(BaseException):
@@ -106,13 +109,25 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     assert one.parameters is not None
     assert other.parameters is not None
     assert same(one.parameters, other.parameters)
+    if one.adapter is not None:
+        assert other.adapter is not None
+        assert one.adapter.config == other.adapter.config
+        assert same(one.adapter.state, other.adapter.state)
     assert timeless(json.loads(one.report.to_json())) == timeless(
         json.loads(other.report.to_json())
     )
 
 
 @pytest.mark.parametrize(
-    ("method", "lives"), [("swarm", (7,)), ("finetune-polish", (43,)), ("auto", (17, 8))]
+    ("method", "lives"),
+    [
+        ("swarm", (7,)),
+        ("finetune-polish", (43,)),
+        ("auto", (17, 8)),
+        pytest.param(
+            "lora", (43,), marks=pytest.mark.skipif("lora" not in METHODS, reason="no `peft`")
+        ),
+    ],
 )
 def test_a_repair_that_died_ends_as_one_that_did_not(
     tmp_path: Path, method: str, lives: tuple[int, ...]
