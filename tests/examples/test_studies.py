@@ -24,6 +24,7 @@ import ablation  # noqa: E402
 import congruent  # noqa: E402
 import default_problems  # noqa: E402
 import defaults  # noqa: E402
+import low_rank  # noqa: E402
 import new_problems  # noqa: E402
 import problems  # noqa: E402
 import updates  # noqa: E402
@@ -101,6 +102,21 @@ def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) 
         assert row[0].endswith(name)
     monkeypatch.setattr(problems.Trainer, "fit", None)
     assert printed(script, line, monkeypatch, capsys) == rows
+
+
+@pytest.mark.slow
+def test_adapters_are_compared_with_all_weights(monkeypatch, capsys) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(low_rank, "SlashedZeros", Tiny)
+    rows = printed("low_rank.py", "CNN --epochs 4 --ranks 2", monkeypatch, capsys)
+    (whole, *whole_cells), (rank, *rank_cells) = rows
+    assert (whole, rank) == ("CNN, all weights", "CNN, rank 2")
+    columns = list(low_rank.HEADS)
+    for column in ("state, MB", "patch, MB"):
+        place = columns.index(column)
+        assert 0 < float(rank_cells[place]) < float(whole_cells[place]) / 3
+    assert rank_cells[columns.index("broken")] == "0.0"
+    assert rank_cells[columns.index("differ")] == "0"
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
