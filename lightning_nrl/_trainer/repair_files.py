@@ -103,7 +103,8 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             marks = [SAMPLES_FOLDER]
             marks += [self._files[kind].name for kind in PAGE_KINDS if kind in self._files]
             own_names = [path.name for path in self._files.values()]
-            self._stage = StagedFiles(self._folder, [*own_names, *names], marks, is_ours)
+            earlier_names = [name for name in names if is_ours(self._folder / name)]
+            self._stage = StagedFiles(self._folder, [*own_names, *earlier_names], marks, is_ours)
 
     @property
     def _folder(self) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quiet_trainer, right, same, state_of
+from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right, same, state_of
 from self_writing import classifier
 from torch import Tensor, nn
 
@@ -75,6 +75,18 @@ def test_a_module_that_merges_adapters_of_its_own(tmp_path: Path) -> None:
     assert not (before[0] & ~right(model, data.train)).any()
     assert int((~before[1] & right(model, data.repair)).sum()) > 10
     assert same(report.files["checkpoint"], model.train())
+
+
+def test_a_folder_of_the_user_stays_where_it_is(tmp_path: Path) -> None:
+    notes = tmp_path / "adapter" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    model, data = Classifier(), Digits()
+    callback = quick_repair(dirpath=tmp_path)
+    quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, datamodule=data)
+    assert callback.report is not None
+    assert callback.report.status == "repaired"
+    assert notes.read_text() == "mine"
 
 
 class Frozen(Classifier):
