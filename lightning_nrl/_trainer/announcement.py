@@ -33,7 +33,7 @@ def announce(
     *,
     changes: State | None,
     verbose: bool,
-    views: Sequence[SampleView] = (),
+    views: Sequence[SampleView],
 ) -> None:
     """Logs a saved repair, with tags that begin with `name`, and prints it if `verbose`.
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, StackDataset, Subset
 
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import inner_trainer, quiet
@@ -246,7 +246,7 @@ class ContinuedTraining(Training):
         data = data_sets[0] if len(data_sets) == 1 else ConcatDataset(data_sets)
         collate = like.collate_fn
         if self.augment is not None and self.targeted is not None:
-            data = MarkedSamples(data, self.targeted)
+            data = StackDataset(data, self.targeted.tolist())  # type: ignore[arg-type]
             collate = AugmentingCollate(collate, self.augment)
         return self._shuffled(like, data, collate, run, run.weight)
 
@@ -309,23 +309,9 @@ class _TrainingRun:
     rate: float | None
 
 
-class MarkedSamples(Dataset[tuple[Sample, bool]]):
-    """Data set of pairs: a sample of `data`, and its entry in the bool mask `marked`."""
-
-    def __init__(self, data: Dataset[Sample], marked: Tensor) -> None:
-        self.data = data
-        self.marked = marked
-
-    def __getitem__(self, index: int) -> tuple[Sample, bool]:
-        return self.data[index], bool(self.marked[index])
-
-    def __len__(self) -> int:
-        return len(self.marked)
-
-
 @dataclass(frozen=True)
 class AugmentingCollate:
-    """Collate function for `MarkedSamples`, which augments the marked samples.
+    """Collate function for pairs of a sample and a mark, which augments the marked samples.
 
     A batch has the unmarked samples, then the marked samples.
     """
@@ -407,8 +393,7 @@ class ShuffledSampler(Sampler[int]):
         order = torch.randperm(self._n, generator=self.generator)
         if self.weight is not None and bool((self.weight != self.weight[0]).any()):
             order = self._draw_weighted(order, self.weight)
-        share = order[self._rank :: self._world_size]
-        yield from share[: len(self)].tolist()
+        yield from order[self._rank :: self._world_size][: len(self)].tolist()
 
     def _draw_weighted(self, order: Tensor, weight: Tensor) -> Tensor:
         # A sample of weight 2.3 is drawn twice, and with a chance of 0.3 a third time.

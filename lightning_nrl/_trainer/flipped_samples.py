@@ -29,7 +29,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 FEWEST_PIXELS = 4  # per side; a smaller tensor is not shown as an image
 TABLE_VALUES, TOKENS = 24, 120  # largest number of table rows and of tokens per sample
 ROUNDING = 0.02  # tolerance around [0, 1] of a denormalised image
-DEEPEST, MOST_VISITED = 12, 200  # limits of the search for transforms: depth, number of objects
+MOST_VISITED = 200  # objects in the search for transforms
 VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
 """Largest number of views per split, of broken and of repaired samples."""
 
@@ -55,9 +55,10 @@ def display(
     if x.is_complex() or not x.numel():
         return None
     if x.ndim == 1 and not (x.is_floating_point() or x.dtype == torch.bool):
-        return _longest_text(sample) or _tokens(x)
+        tokens = _first_values(x, TOKENS, "{1:.4g}")
+        return _longest_text(sample) or f"tokens: {' '.join(tokens)}"
     if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) < FEWEST_PIXELS):
-        return _table(x.flatten())
+        return "\n".join(_first_values(x.flatten(), TABLE_VALUES, "{}: {:.4g}"))
     has_channels = x.ndim > 2 and not {1, 3}.isdisjoint(x.shape)
     if not (convolves or has_channels or x.dtype == torch.uint8):
         return None
@@ -106,28 +107,23 @@ def find_normalization(dataset: object) -> Normalization | None:
 
 def _nested_objects(dataset: object) -> Iterator[object]:
     seen: set[int] = set()
-    waiting = [(dataset, 0)]
+    waiting = [dataset]
     while waiting and len(seen) < MOST_VISITED:
-        item, depth = waiting.pop(0)
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        yield item
-        if depth < DEEPEST:
-            waiting += [(part, depth + 1) for part in _parts(item)]
+        item = waiting.pop(0)
+        if id(item) not in seen:
+            seen.add(id(item))
+            yield item
+            waiting += _parts(item)
 
 
 def _parts(item: object) -> list[object]:
     parts = item if isinstance(item, (list, tuple)) else getattr(item, "__dict__", {}).values()
     if len(parts) > MOST_VISITED:  # samples, not transforms
         return []
-    return [part for part in parts if _may_hold_transforms(part)]
-
-
-def _may_hold_transforms(part: object) -> bool:
-    if isinstance(part, (Tensor, type, str)):
-        return False
-    return isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
+    objects = [part for part in parts if not isinstance(part, (Tensor, type, str))]
+    return [
+        part for part in objects if isinstance(part, (list, tuple)) or hasattr(part, "__dict__")
+    ]
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
@@ -177,18 +173,11 @@ def _longest_text(sample: object) -> str:
     return max((part for part in parts if isinstance(part, str)), key=len, default="")
 
 
-def _tokens(x: Tensor) -> str:
-    values = [f"{value:.4g}" for value in x[:TOKENS].tolist()]
-    if len(x) > TOKENS:
+def _first_values(x: Tensor, most: int, template: str) -> list[str]:
+    values = [template.format(i, value) for i, value in enumerate(x[:most].tolist())]
+    if len(x) > most:
         values.append(f"... {len(x):,} in all")
-    return f"tokens: {' '.join(values)}"
-
-
-def _table(x: Tensor) -> str:
-    lines = [f"{i}: {value:.4g}" for i, value in enumerate(x[:TABLE_VALUES].tolist())]
-    if len(x) > TABLE_VALUES:
-        lines.append(f"... {len(x):,} in all")
-    return "\n".join(lines)
+    return values
 
 
 def sample_views(

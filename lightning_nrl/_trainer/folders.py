@@ -16,11 +16,12 @@ from lightning_nrl._trainer.repair_files import (
     short_message,
 )
 from lightning_nrl._trainer.tracking.repair_log import next_free
+from lightning_nrl._utils.atomic_files import obstacle_of
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.errors import ConfigurationError, LoggingWarning, UnwritableFolderError
 
 
-def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
+def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str) -> Path:
     """Returns `dirpath`, or by default the folder `name` in the log folder of the run.
 
     All ranks must call it. The log folder is the folder of the first logger, or `default_root_dir`
@@ -72,8 +73,8 @@ def check_folder(
     These are other files at the names in `files`. All ranks must call it, before any work.
     """
     folder = base_folder(dirpath, trainer, name)
-    obstacle = trainer.strategy.broadcast("" if batch_limit(trainer) else _obstacle(folder))
-    if obstacle:
+    obstacle = "" if batch_limit(trainer) else obstacle_of(folder)
+    if obstacle := trainer.strategy.broadcast(obstacle):
         raise UnwritableFolderError(
             f"`dirpath`: {folder} cannot be written to; the obstacle is {obstacle}.",
             "name another folder as `dirpath=`.",
@@ -82,21 +83,6 @@ def check_folder(
         folder = next_free(folder, "report.json")
     foreign = "" if batch_limit(trainer) else foreign_file(folder, files.values())
     refuse_foreign(trainer.strategy.broadcast(foreign), "dirpath")
-
-
-def _obstacle(folder: Path) -> str:
-    """Returns what keeps files from being written to a folder, or nothing."""
-    paths = (folder.absolute(), *folder.absolute().parents)
-    nearest = next(path for path in paths if os.path.exists(path))
-    for name in folder.parts:
-        try:
-            os.lstat(nearest / name)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError) as error:  # a name that is too long or has a NUL
-            return str(error)
-    is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    return "" if is_writable else str(nearest)
 
 
 def report_files(
@@ -122,7 +108,7 @@ def report_files(
 
 
 def resume_store(
-    dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair"
+    dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str
 ) -> ResumeStore:
     """Returns a store for results of steps of `every` seconds or more (None: no results).
 

@@ -311,7 +311,7 @@ def make_source(
 
 def batch_size_of(loader: Loader) -> int:
     """Returns the batch size, or the average of a batch sampler without a `batch_size`."""
-    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     size = loader.batch_size or getattr(sampler, "batch_size", None)
     if size:
         return int(size)
@@ -461,7 +461,7 @@ def sample_index(loader: Loader) -> Tensor:
 
 
 def _drawn_positions(sampler: Any, n: int) -> set[int]:
-    positions: set[int] = set()
+    positions = set()
     try:
         # The sampler is copied, since its state must not change; it may be endless.
         for item in islice(copy.deepcopy(sampler), n):

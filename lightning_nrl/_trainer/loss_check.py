@@ -149,7 +149,8 @@ def _refuse_output(
         if _is_from(compared, x):
             raise ConfigurationError(
                 f"`output`: your loss (in `{step}`) compares output {name!r}, {shape}, {problem}",
-                _output_hint(repr(name)),
+                f"write `output={name!r}` (`data=DataOptions(output={name!r})` in a repair), "
+                "or name the output that is the prediction.",
             )
     # Weights outside of `forward` make logits of an embedding. One column may be one of ours.
     if logits is not None and len(shape) == logits.ndim == 2 and 1 < shape[1] < logits.shape[1]:
@@ -157,13 +158,6 @@ def _refuse_output(
             f"`model`: your loss (in `{step}`) compares {shape}, which is no output, {problem}",
             ADAPTER_HINT,
         )
-
-
-def _output_hint(name: str) -> str:
-    return (
-        f"write `output={name}` (`data=DataOptions(output={name})` in a repair), "
-        "or name the output that is the prediction."
-    )
 
 
 def _path_of(target: Tensor, raw: RawBatch) -> str:
@@ -179,8 +173,7 @@ def _is_from(x: Tensor, logits: Tensor) -> bool:
         return False
     for form in _forms(x):
         for expected in _forms(logits):
-            distance = (form - expected).abs().max()
-            if distance <= COMPARED_TOLERANCE * expected.abs().max():
+            if (form - expected).abs().max() <= COMPARED_TOLERANCE * expected.abs().max():
                 return True
     return False
 

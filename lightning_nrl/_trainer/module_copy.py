@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ def copied_module(
     for old_part, part in zip(module.modules(), new.modules(), strict=True):
         part.training = modes.get(old_part, True)
     configure_callbacks = new.configure_callbacks
-    hooks: dict[str, Callable[..., object]] = {
+    hooks = {
         "prepare_data": no_op,
         "configure_model": partial(write, new, state),
         "configure_callbacks": lambda: _kept_callbacks(configure_callbacks(), left_out),

@@ -278,8 +278,7 @@ def _check_gradients(
 ) -> None:
     with evaluation_context(model, evaluator):
         called = call_order(model, partial(call, model, raw))
-        layers = layers_of(model)
-        probe = OutputProbe({name: layers[name] for name in called[-1:]})
+        probe = OutputProbe({name: layers_of(model)[name] for name in called[-1:]})
         with torch.enable_grad(), probe.hooked():
             is_reached = evaluator.task.logits(call(model, raw)).requires_grad
     if called and not is_reached:

@@ -308,14 +308,12 @@ def short_message(error: Exception) -> str:
 
 
 def write_report(
-    report: AnyReport,
-    views: Sequence[SampleView] = (),
-    predictions: Callable[[Path], object] | None = None,
+    report: AnyReport, predictions: Callable[[Path], object] | None = None
 ) -> AnyReport:
     """Writes a report, and predictions by a function; returns it with the paths of the files."""
     with SavedFiles(report.files) as files:
         if predictions is not None:
             files.write("predictions", predictions)
-        written = files.reports(report, views)
+        written = files.reports(report)
         files.commit()
         return files.warn_missing(written)

@@ -56,7 +56,7 @@ def check_step(
         return
     layers = {name: model.get_submodule(name) for name in evaluator.called[-1:]}
     steps = _Steps(trainer, model, evaluator, layers)
-    own_steps: list[tuple[Callable[..., object], LoaderSource]] = []
+    own_steps = []
     if overrides(model, "validation_step"):
         own_steps.append((model.validation_step, known[-1]))
     if overrides(model, "training_step") and model.automatic_optimization:

@@ -56,8 +56,7 @@ def forward_hooks(
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(partial(run_hook, name))
-            stack.callback(handle.remove)
+            stack.callback(layer.register_forward_hook(partial(run_hook, name)).remove)
         yield
 
 

@@ -42,8 +42,7 @@ def describe_failure(error: Exception) -> str:
     calls = list(traceback.walk_tb(error.__traceback__))
     users_calls = []
     for frame, line in calls:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in LIBRARIES:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES:
             users_calls.append((frame, line))
     frame, line = (users_calls or calls)[-1]
     place = f"{frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{line}"
@@ -64,8 +63,7 @@ def check_ranks(
     if n_fatal:
         failed = "the continued training failed on another rank."
         fatal_error = error if fatal else None
-        elsewhere = collective.error_elsewhere(failed, fatal_error)
-        raise fatal_error or elsewhere
+        raise fatal_error or collective.error_elsewhere(failed, fatal_error)
     if error is not None:
         raise error
     if n_stuck:
@@ -203,7 +201,6 @@ def _average_gradients(model: LightningModule, collective: Collective) -> None:
     if not gradients:
         return
     total = collective.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    sizes = [gradient.numel() for gradient in gradients]
-    means = (total / collective.world_size).split(sizes)
+    means = (total / collective.world_size).split([gradient.numel() for gradient in gradients])
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -33,9 +33,8 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSample
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Method
+from lightning_nrl.pipeline import Outcome, Settings, repair_module
 from lightning_nrl.pipeline.input_checks import run_sanity_check
-from lightning_nrl.pipeline.repair_module import Outcome, repair_module
-from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates.old_model import Reference
 
@@ -180,8 +179,7 @@ class TrainerRepair:
             ]
             if self.settings.layer == "auto":
                 sentences.append(describe_uncounted_outputs(trained.evaluator, trained.known[0]))
-            notes = " ".join(filter(None, sentences))
-            yield replace(trained, observer=progress, notes=notes)
+            yield replace(trained, observer=progress, notes=" ".join(filter(None, sentences)))
 
     def _open_data(
         self, loaders: SplitLoaders, epochs: int, *, limit: int | None, whole: bool
@@ -216,7 +214,7 @@ def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
         settings = replace(settings, search=replace(settings.search, localizer=localizer))
     method = settings.method
     if isinstance(method, Method) and method.needs_checkpoints:
-        paths: list[str] = []
+        paths = []
         for callback in _best_checkpoint_callbacks(trainer):
             paths += sorted(callback.best_k_models)
         if paths:

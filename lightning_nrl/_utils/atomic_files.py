@@ -36,11 +36,25 @@ def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
 def check_writable(argument: str, path: str | Path) -> None:
     """Raises an `UnwritableFolderError` if a file cannot be written, before any work."""
     path = Path(path).absolute()
-    folder = next(parent for parent in path.parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    if path.is_dir() or obstacle_of(path.parent):
         raise UnwritableFolderError(
             f"`{argument}`: {path} cannot be written.", f"name a file in a folder as `{argument}`."
         )
+
+
+def obstacle_of(folder: Path) -> str:
+    """Returns what keeps files from being written to a folder, or nothing."""
+    paths = (folder.absolute(), *folder.absolute().parents)
+    nearest = next(path for path in paths if os.path.exists(path))
+    for name in folder.parts:
+        try:
+            os.lstat(nearest / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name that is too long or has a NUL
+            return str(error)
+    is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return "" if is_writable else str(nearest)
 
 
 def write_text(path: str | Path, text: str) -> None:

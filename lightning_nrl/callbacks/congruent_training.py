@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._trainer import step_outputs
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
@@ -30,12 +29,12 @@ from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import import_function
-from lightning_nrl._utils.state import State
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
+from lightning_nrl.updates import OldModel, Predictions
 from lightning_nrl.updates.loss_terms import (
     ModelTeacher,
     PredictedTeacher,
@@ -43,8 +42,7 @@ from lightning_nrl.updates.loss_terms import (
     Term,
     parse_terms,
 )
-from lightning_nrl.updates.old_model import OldModel, Reference
-from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.old_model import AnyReference
 
 
 class PositiveCongruentTraining(CallbackBase):
@@ -81,7 +79,7 @@ class PositiveCongruentTraining(CallbackBase):
 
     def __init__(
         self,
-        reference: nn.Module | str | Path | State | Reference,
+        reference: AnyReference,
         term: str | Term | Sequence[str | Term] = "focal_distillation",
         index: str | Callable[[Any], Any] | None = None,
         prefix: str = "regression",
@@ -200,20 +198,19 @@ class PositiveCongruentTraining(CallbackBase):
         pl_module.log_dict(tags, on_step=False, on_epoch=True, batch_size=len(logits))
         return torch.stack(list(means.values())).sum()
 
-    def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceTeacher:
-        old = self.reference
-        if isinstance(old, OldModel):
-            model = reference_module(trainer, pl_module, old.model, self._held)
-            return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
-        assert self.index is not None
-        return PredictedTeacher(old, self.task, self.index)
-
     @torch.no_grad()
     def _check_first_batch(
         self, trainer: Trainer, pl_module: LightningModule, batch: object
     ) -> None:
         args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
-        teacher = self._make_teacher(trainer, pl_module)
+        old = self.reference
+        teacher: ReferenceTeacher
+        if isinstance(old, OldModel):
+            model = reference_module(trainer, pl_module, old.model, self._held)
+            teacher = ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
+        else:
+            assert self.index is not None
+            teacher = PredictedTeacher(old, self.task, self.index)
         probe = step_outputs.Probe(pl_module)
         with preserve_state(pl_module), forward_context(trainer, pl_module), validating(trainer):
             try:

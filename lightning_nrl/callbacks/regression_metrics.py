@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -51,10 +50,8 @@ from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve_state, random_state
-from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model
-from lightning_nrl.data.columns import find_column
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
@@ -62,7 +59,7 @@ from lightning_nrl.pipeline.input_checks import check_classes
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.model_pair import evaluate_pieces
-from lightning_nrl.updates.old_model import Reference, in_memory
+from lightning_nrl.updates.old_model import AnyReference, in_memory
 from lightning_nrl.updates.release import check_reference
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -248,8 +245,8 @@ class RegressionMetrics(CallbackBase):
 
     def __init__(
         self,
-        reference: nn.Module | str | Path | State | Reference,
-        slices: str | int | Callable[[Any], Any] | Target | None = None,
+        reference: AnyReference,
+        slices: str | int | Column | None = None,
         prefix: str = "regression",
         dataloader: int = 0,
         loaders: Mapping[str, Loaders] | None = None,

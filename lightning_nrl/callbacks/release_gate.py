@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.data_splits import SplitLoaders
@@ -39,10 +36,8 @@ from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.atomic_files import check_writable
 from lightning_nrl._utils.preserve import random_state
-from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.data.columns import find_column
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import DataWarning, check_whole
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.input_checks import check_classes
@@ -58,7 +53,7 @@ from lightning_nrl.updates import (
 )
 from lightning_nrl.updates.junit import write_junit
 from lightning_nrl.updates.model_pair import evaluate_pieces
-from lightning_nrl.updates.old_model import OldModel, Reference, in_memory
+from lightning_nrl.updates.old_model import AnyReference, OldModel, in_memory
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import (
     OnUndecided,
@@ -115,10 +110,10 @@ class ReleaseGate(CallbackBase):
 
     def __init__(
         self,
-        reference: nn.Module | str | Path | State | Reference,
+        reference: AnyReference,
         rules: str | Rule | list[str | Rule] = "instance",
         require: Require = "not-worse",
-        slices: str | int | Callable[[Any], Any] | Target | None = None,
+        slices: str | int | Column | None = None,
         loaders: Mapping[str, Loaders] | None = None,
         task: str | Task | None = None,
         adapter: str | Adapter | None = None,
@@ -143,7 +138,8 @@ class ReleaseGate(CallbackBase):
         self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
         self.seed, self.dirpath, self.verbose = seed, dirpath, verbose
-        self.on_undecided = check_on_undecided(on_undecided)
+        check_on_undecided(on_undecided)
+        self.on_undecided = on_undecided
         self.junit = junit
         self.report: ReleaseReport | None = None
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer import announcement, folders, repair_files, trainer_checks
-from lightning_nrl._trainer.data_splits import DataOptions, DataRequest
+from lightning_nrl._trainer.data_splits import DataChoice, DataOptions, DataRequest
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
     LightningModule,
@@ -57,7 +56,7 @@ from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
-from lightning_nrl.updates.old_model import Reference, parse_reference
+from lightning_nrl.updates.old_model import AnyReference, parse_reference
 from lightning_nrl.updates.suite import RegressionSuite, protecting, repaired_samples
 
 
@@ -161,9 +160,9 @@ class RegressionFreeRepair(RepairCallback):
         method: str | AnyMethod = "auto",
         lora: Any = None,
         task: str | Task | None = None,
-        reference: nn.Module | str | Path | State | Reference | None = None,
-        unseen: str | DataLoader[Any] | None = None,
-        calibration: str | DataLoader[Any] | None = None,
+        reference: AnyReference | None = None,
+        unseen: DataChoice = None,
+        calibration: DataChoice = None,
         data: DataOptions | None = None,
         samples: SampleOptions | None = None,
         search: SearchOptions | None = None,
@@ -230,10 +229,6 @@ class RegressionFreeRepair(RepairCallback):
             self._report = RepairReport.from_json(text)
         return self._report
 
-    @report.setter
-    def report(self, report: RepairReport | None) -> None:
-        self._report = report
-
     @property
     def repaired_model_path(self) -> str | None:
         """Path of the repaired checkpoint, or None if no repair was accepted.
@@ -259,7 +254,7 @@ class RegressionFreeRepair(RepairCallback):
         self._ran = True
         # It may be left from a training that ended without calling the hook.
         release_hook(pl_module, "on_train_end")
-        self.report = self._parameters = None
+        self._report = self._parameters = None
         folders.check_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
 
@@ -338,8 +333,7 @@ class RegressionFreeRepair(RepairCallback):
             state = checkpoint.get("current_model_state") or checkpoint["state_dict"]
             checkpoint["state_dict"] = state
             saved = saved_names(pl_module)
-            unsaved = self._parameters.keys() - saved.values()
-            for key in (*saved, *unsaved):
+            for key in (*saved, *(self._parameters.keys() - saved.values())):
                 value = self._parameters.get(saved.get(key, key))
                 if value is not None:
                     state[key] = value.to(state.get(key, value).device, copy=True)
@@ -349,7 +343,7 @@ class RegressionFreeRepair(RepairCallback):
         # `setup` can say why.
         if "report" in state_dict:
             try:
-                self.report = RepairReport.from_json(state_dict["report"])
+                self._report = RepairReport.from_json(state_dict["report"])
             except ConfigurationError as error:
                 rank_zero_warn(
                     DataWarning(
@@ -370,7 +364,7 @@ class RegressionFreeRepair(RepairCallback):
         `start_from` is as in `DataOptions`. `name` is used in files and logs.
         """
         self._name = name
-        self.report = self._parameters = None
+        self._report = self._parameters = None
         with (
             self.handle_signals(trainer),
             starting_weights(start_from, trainer, pl_module) as start,
@@ -416,7 +410,7 @@ class RegressionFreeRepair(RepairCallback):
         checkpoint = trainer.ckpt_path if start is None else start.path
         files, name = folders.report_files(self._folder, trainer, self._name, kinds)
         provenance = outcome.report.provenance.loaded_from(checkpoint)
-        report = self.report = replace(outcome.report, files=files, provenance=provenance)
+        report = self._report = replace(outcome.report, files=files, provenance=provenance)
         self._parameters, self._evaluated = parameters, outcome.evaluated or {}
         self._pending = True
         try:
@@ -432,19 +426,18 @@ class RegressionFreeRepair(RepairCallback):
                     saved.commit()
                     if outcome.write(pl_module):
                         self._written = _hashes(pl_module)
-                    self.report, self._pending = report, False
+                    self._report, self._pending = report, False
                     if start is not None:
                         start.keep = parameters is not None
                     self._work.done()
-                report = saved.warn_missing(report, parameters is not None)
-                self.report = report
+                report = self._report = saved.warn_missing(report, parameters is not None)
             if trainer.is_global_zero:
                 self._box.put(report.to_json)
                 if self.suite is not None and report.files:
                     self.suite.grow_by(repaired_samples(report))
         except BaseException:
             if self._pending:
-                self.report = self._parameters = None
+                self._report = self._parameters = None
             raise
         finally:
             self._pending = False

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.announcement import show
-from lightning_nrl._trainer.data_splits import SplitLoaders, find_calibration, find_one
+from lightning_nrl._trainer.data_splits import DataChoice, SplitLoaders, find_calibration, find_one
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
     LightningModule,
@@ -46,7 +44,7 @@ from lightning_nrl.updates.interpolation import (
     estimate_statistics,
     interpolate,
 )
-from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates.old_model import AnyReference
 
 MIN_COSINE = 0.5
 """Below this cosine of initial and replaced weights, a warning says that they are unrelated."""
@@ -100,10 +98,10 @@ class WeightInterpolation(CallbackBase):
 
     def __init__(
         self,
-        reference: nn.Module | str | Path | State | Reference,
+        reference: AnyReference,
         strength: float | Literal["auto"] = "auto",
         tolerance: float = ACCURACY_TOLERANCE,
-        calibration: str | DataLoader[Any] | None = "val",
+        calibration: DataChoice = "val",
         statistics: str | DataLoader[Any] = "train",
         batches: int | None = None,
         prefix: str = "interpolation",

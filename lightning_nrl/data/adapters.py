@@ -99,9 +99,9 @@ def describe(raw: object, name: str = "batch") -> str:
     return "\n".join(lines)
 
 
-def paths_in(raw: object, name: str = "batch") -> dict[str, object]:
+def paths_in(raw: object) -> dict[str, object]:
     """Returns the parts of a batch by Python expressions such as `batch['x'][0]`."""
-    return {part.path: part.value for part in _parts(_Part(name, name, 0, raw))}
+    return {part.path: part.value for part in _parts(_Part("batch", "batch", 0, raw))}
 
 
 def adapter_hint(
@@ -216,8 +216,8 @@ def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
 
 
 def is_default(adapter: Adapter) -> bool:
-    """True for `unpack`, bound or not."""
-    return adapter is unpack or (isinstance(adapter, partial) and adapter.func is unpack)
+    """True for `unpack`, as `bind_adapter` returns it."""
+    return isinstance(adapter, partial) and adapter.func is unpack
 
 
 def unpack(raw: RawBatch, signature: ForwardSignature | None = None) -> Unpacked:
@@ -250,7 +250,8 @@ def unpack(raw: RawBatch, signature: ForwardSignature | None = None) -> Unpacked
     if named is not None:
         if len(named) == 1:
             [only] = named.values()
-            if _is_batch(only):
+            is_pair = isinstance(only, (list, tuple)) and len(only) > 1
+            if is_pair or _named(only) is not None:
                 return unpack(only, signature)
         return _unpack_named(raw, named, signature)
     is_sequence = isinstance(raw, Sequence) and not isinstance(raw, (str, bytes))
@@ -362,12 +363,6 @@ def _target_key(named: Fields) -> object:
     return None
 
 
-def _is_batch(value: object) -> bool:
-    if isinstance(value, (list, tuple)) and len(value) > 1:
-        return True
-    return _named(value) is not None
-
-
 def _is_batch_parameter(parameter: Parameter) -> bool:
     annotation = parameter.annotation
     if not isinstance(annotation, str):
@@ -424,16 +419,11 @@ def as_adapter(function: Callable[..., Any]) -> Adapter:
             "pass a function f(batch) -> (args, kwargs, target); pass an old model as "
             "`reference=`.",
         )
-    if required_parameters(function) == 2:
-        return ModelAdapter(function)
-    return function
-
-
-def required_parameters(function: Callable[..., object]) -> int:
-    """Counts positional parameters without a default; 0 for a function without a signature."""
     parameters = _parameters(function) or {}
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters.values())
+    if sum(p.kind in positional and p.default is p.empty for p in parameters.values()) == 2:
+        return ModelAdapter(function)
+    return function
 
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, Parameter] | None:

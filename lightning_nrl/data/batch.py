@@ -99,12 +99,7 @@ class RecordingSource:
     without rows.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        note: Callable[[Batch], Tensor],
-        empty: Tensor,
-    ) -> None:
+    def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
         self.source = source
         self.note = note
         self.empty = empty
@@ -130,10 +125,9 @@ class RecordingSource:
     def gathered(self, collective: Collective) -> Tensor:
         """Returns the values of the last pass from all ranks, in order of position, on the CPU."""
         noted = torch.cat(self.noted or [self.empty]).cpu()
-        values = torch.cat(collective.gather(noted))
         read = torch.cat(self.read or [self.index[:0]]).cpu()
         order = torch.cat(collective.gather(read)).argsort()
-        return values[order]
+        return torch.cat(collective.gather(noted))[order]
 
 
 class ModelCall(ABC):
@@ -312,16 +306,18 @@ class TensorSource:
         def take(x: Tensor) -> Tensor:
             return x[rows].to(self.device)  # a copy, into which a forward may write
 
-        target = take(self.targets)
-        extras = [take(extra) for extra in self.extras]
+        args: Args = ()
+        kwargs: Kwargs = {}
+        inputs: Inputs
         if isinstance(self.inputs, Mapping):
-            kwargs = {name: take(x) for name, x in self.inputs.items()}
-            return Batch((), target, position, kwargs, raw=(kwargs, target, *extras))
-        if isinstance(self.inputs, tuple):
-            args = tuple(map(take, self.inputs))
-            return Batch(args, target, position, raw=(args, target, *extras))
-        x = take(self.inputs)
-        return Batch((x,), target, position, raw=(x, target, *extras))
+            inputs = kwargs = {name: take(x) for name, x in self.inputs.items()}
+        elif isinstance(self.inputs, tuple):
+            inputs = args = tuple(map(take, self.inputs))
+        else:
+            inputs = take(self.inputs)
+            args = (inputs,)
+        target, *extras = map(take, (self.targets, *self.extras))
+        return Batch(args, target, position, kwargs, (inputs, target, *extras))
 
     def _check(self, argument: str, x: object) -> None:
         if not isinstance(x, Tensor) or x.ndim == 0:

@@ -112,8 +112,7 @@ def _wrapped(dataset: AnyDataset, index: Tensor) -> tuple[AnyDataset, Tensor] | 
     if neither is the case.
     """
     attributes = getattr(dataset, "__dict__", {})  # a list has none
-    rows = torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()
-    tried = index[rows].unique()
+    tried = index[torch.linspace(0, len(index) - 1, MAX_SAMPLES_TRIED).long()].unique()
     lists = [value for value in attributes.values() if not isinstance(value, Dataset)]
     for name, inner in attributes.items():
         if not (isinstance(inner, Dataset) and isinstance(inner, Sized)):
@@ -135,8 +134,8 @@ def _requested_positions(dataset: AnyDataset, name: str, samples: Sequence[int])
     """
     view = copy.copy(dataset)
     inner = vars(dataset)[name]
-    requests: list[int] = []
-    positions: list[int] = []
+    requests = []
+    positions = []
 
     def record(self: object, i: int) -> object:
         requests.append(int(i))
@@ -154,8 +153,7 @@ def _requested_positions(dataset: AnyDataset, name: str, samples: Sequence[int])
 
 def is_among(samples: Tensor, others: Tensor) -> Tensor:
     """Marks the keys in `samples`, `n x 2`, that are also in `others`, `m x 2`, as `n` bool."""
-    keys = torch.cat([samples, others])
-    _, number = torch.unique(keys, dim=0, return_inverse=True)
+    _, number = torch.unique(torch.cat([samples, others]), dim=0, return_inverse=True)
     n = len(samples)
     return torch.isin(number[:n], number[n:])
 
@@ -197,7 +195,7 @@ def gathered_keys(recorders: Sequence[RecordingSource], ranks: Collective) -> li
     They are empty if a sample has no tensors, or if batches of a source have rows of different
     sizes, as padded sequences do: then a key depends on the other samples in the batch.
     """
-    texts: list[str] = []
+    texts = []
     for recorder in recorders:
         keys, sizes = recorder.gathered(ranks).unbind(1)
         if len(sizes.unique()) > 1:

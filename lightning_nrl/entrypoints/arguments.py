@@ -89,22 +89,18 @@ def is_used(entry_point: str, argument: str) -> bool:
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
     """Returns a callback; refuses an argument that is unknown or has no effect in `entry_point`."""
     known = list(inspect.signature(RegressionFreeRepair).parameters)
-    for name in arguments:
-        if name not in known:
-            raise ConfigurationError(
-                f"`{name}` is no argument of a repair.", _hint_for(name, known)
-            )
-    check_used(entry_point, arguments)
-    return RegressionFreeRepair(**arguments)
-
-
-def _hint_for(name: str, known: list[str]) -> str:
     calls = {argument: f"`{argument}`" for argument in known}
     for argument, kind in OPTION_CLASSES.items():
         for field in fields(kind):
             calls.setdefault(field.name, f"`{argument}={kind.__name__}({field.name}=...)`")
-    similar = difflib.get_close_matches(name, calls, n=1)
-    return f"did you mean {calls[similar[0]]}?" if similar else f"it is one of {known}."
+    for name in arguments:
+        if name not in known:
+            hint = f"it is one of {known}."
+            for similar in difflib.get_close_matches(name, calls, n=1):
+                hint = f"did you mean {calls[similar]}?"
+            raise ConfigurationError(f"`{name}` is no argument of a repair.", hint)
+    check_used(entry_point, arguments)
+    return RegressionFreeRepair(**arguments)
 
 
 def check_model(model: object, without_lightning: str) -> None:

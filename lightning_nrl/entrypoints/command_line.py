@@ -56,11 +56,10 @@ from lightning_nrl.records.provenance import today
 from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.report.side_by_side import side_by_side
-from lightning_nrl.updates.deployed import recount
+from lightning_nrl.updates import ProtectedIntact, recount
 from lightning_nrl.updates.junit import write_junit
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
-from lightning_nrl.updates.protected import ProtectedIntact
 from lightning_nrl.updates.release import (
     ACTIONS,
     Identity,

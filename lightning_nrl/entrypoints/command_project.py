@@ -211,17 +211,15 @@ class _ProjectArguments:
             callbacks = [callbacks]
         kept = []
         for entry in callbacks:
-            if _is_repair(entry.class_path):
-                self._fill_in(vars(entry.get("init_args", argparse.Namespace())))
-            else:
+            callback = import_function("callbacks", entry.class_path)
+            if not (isinstance(callback, type) and issubclass(callback, RepairCallback)):
                 kept.append(entry)
+                continue
+            repair = self.config.repair
+            for name, value in vars(entry.get("init_args", argparse.Namespace())).items():
+                if name in self.defaults and repair[name] == self.defaults[name]:
+                    repair[name] = value
         self.config.trainer.callbacks = kept or None
-
-    def _fill_in(self, options: Values) -> None:
-        repair = self.config.repair
-        for name, value in options.items():
-            if name in self.defaults and repair[name] == self.defaults[name]:
-                repair[name] = value
 
     def options(self) -> Values:
         """Returns the options that differ from their defaults."""
@@ -293,15 +291,10 @@ def _cli_class(model: str | None) -> Any:
     """Returns the LightningCLI of the model's package, or of the first installed package."""
     cli_classes = classes("pytorch.cli.LightningCLI")
     try:
-        model_class: object = import_function("model", model) if model else None
+        model_class = import_function("model", model) if model else None
     except ConfigurationError:
         return cli_classes[0]  # LightningCLI reports the error
     for base, cli_class in zip(classes("pytorch.LightningModule"), cli_classes, strict=True):
         if isinstance(model_class, type) and issubclass(model_class, base):
             return cli_class
     return cli_classes[0]
-
-
-def _is_repair(class_path: str) -> bool:
-    callback: object = import_function("callbacks", class_path)
-    return isinstance(callback, type) and issubclass(callback, RepairCallback)

@@ -133,12 +133,11 @@ class _WithoutTraining(CallbackBase):
         self.work = work
         self.outcome: Outcome | None = None
         self._loading = ExitStack()
-        # Epochs of the trainer's last fit, used unless a loaded checkpoint has a number of epochs.
+        # Epochs of the trainer's last fit, or of the checkpoint that is loaded.
         self._fitted: LightningModule | None = None
         self._epochs = ASSUMED_EPOCHS
         if trainer.fit_loop.epoch_progress.current.ready > 0:
             self._fitted, self._epochs = trainer.lightning_module, epochs_of(trainer)
-        self._saved_epochs: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -157,7 +156,7 @@ class _WithoutTraining(CallbackBase):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
-        self._saved_epochs = epochs_saved(checkpoint)
+        self._fitted, self._epochs = pl_module, epochs_saved(checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loading.close()
@@ -166,11 +165,7 @@ class _WithoutTraining(CallbackBase):
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
-        epochs = ASSUMED_EPOCHS
-        if self._saved_epochs is not None:
-            epochs = self._saved_epochs
-        elif pl_module is self._fitted:
-            epochs = self._epochs
+        epochs = self._epochs if pl_module is self._fitted else ASSUMED_EPOCHS
         with self.callback.handle_signals(trainer):
             self.outcome = self.work(trainer, pl_module, epochs)
         trainer.should_stop = True
@@ -322,12 +317,11 @@ def diagnose(
     check_model(model, "diagnose_module")
 
     def work(trained: TrainedModel) -> Diagnosis:
-        epochs = None if trained.training.obstacle else trained.training.epochs
         return diagnose_module(
             trained.evaluator,
             trained.known,
             callback.settings,
-            epochs=epochs,
+            epochs=None if trained.training.obstacle else trained.training.epochs,
             observer=trained.observer,
         )
 

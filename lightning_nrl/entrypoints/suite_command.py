@@ -9,9 +9,8 @@ from typing import Any
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.records.provenance import today
 from lightning_nrl.report import RepairReport
+from lightning_nrl.updates import Predictions, ProtectedIntact
 from lightning_nrl.updates.model_pair import pair_from_files
-from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.protected import ProtectedIntact
 from lightning_nrl.updates.suite import RegressionSuite, SuiteSample, repaired_samples
 
 SUITE: Mapping[str, Mapping[str, Any]] = {

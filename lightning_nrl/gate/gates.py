@@ -296,8 +296,11 @@ def judge(
         status = "refused"
     sentences = [
         *_main_sentences(status, gate, counts, before.ids(flips.broken)),
-        _protected_sentence(before, flips) or _weight_sentence(before, flips),
+        _protected_sentence(before, flips),
     ]
+    cost = before.cost(flips.broken)
+    if not sentences[-1] and cost != int(flips.broken.sum()):
+        sentences.append(f"The weights of the broken samples add up to {cost:,.0f}.")
     for name, (repaired, quota) in missed.items():
         verb = "is" if repaired == 1 else "are"
         sentences.append(
@@ -325,13 +328,6 @@ def _protected_sentence(before: SampleResults, flips: Flips, kind: str = "") -> 
     if not any(ids.values()):
         return ""
     return f"Protected {kind}samples would break: {_by_split(ids)}."
-
-
-def _weight_sentence(before: SampleResults, flips: Flips) -> str:
-    cost = before.cost(flips.broken)
-    if cost == int(flips.broken.sum()):
-        return ""
-    return f"The weights of the broken samples add up to {cost:,.0f}."
 
 
 def _main_sentences(

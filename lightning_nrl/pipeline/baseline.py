@@ -29,7 +29,12 @@ from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
 from lightning_nrl.evaluation.layers import forbid_batch_statistics
 from lightning_nrl.evaluation.slices import normalise_weights
-from lightning_nrl.pipeline.input_checks import check_classes, check_losses, check_task, first_ids
+from lightning_nrl.pipeline.input_checks import (
+    MAX_LISTED_IDS,
+    check_classes,
+    check_losses,
+    check_task,
+)
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import Role
 from lightning_nrl.updates.old_model import Reference, Update, evaluate_old
@@ -196,14 +201,15 @@ class LeakCheck:
                 ids = source.index[mask].tolist()
                 if not ids:
                     continue
+                first = ids[:MAX_LISTED_IDS]
                 count = f"{len(ids):,} of the {len(mask):,} samples of `{source.split}`"
                 if role == "calibration":
                     raise ConfigurationError(
-                        f"`calibration`: {count} are known data too ({first_ids(ids)}).",
+                        f"`calibration`: {count} are known data too ({first}).",
                         "remove them from one of the two: a bound holds only for unused samples.",
                     )
                 leaked[source.split] = mask
-                problem = f"`unseen`: {count} are known or calibration data too ({first_ids(ids)})."
+                problem = f"`unseen`: {count} are known or calibration data too ({first})."
                 hint = "remove them; they are not counted."
                 warnings.warn(DataWarning(problem, hint), stacklevel=4)
             earlier = earlier + sources

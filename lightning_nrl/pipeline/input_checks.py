@@ -23,10 +23,9 @@ from lightning_nrl.errors import (
     UnusableSamplesError,
     check_kind,
 )
-from lightning_nrl.evaluation import DOUBTFUL, Evaluator
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
 from lightning_nrl.evaluation.evaluator import check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace, find_scope, forbid_batch_statistics
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import KnownData
 from lightning_nrl.methods import Method
 from lightning_nrl.pipeline.settings import Settings
@@ -47,14 +46,6 @@ def given_or_default(settings: Settings | None) -> Settings:
     example = "Settings(target=..., layer=...)"
     check_kind("settings", settings, isinstance(settings, Settings), "Settings", example)
     return settings
-
-
-def first_ids(ids: Sequence[int]) -> str:
-    """Lists the first ids of samples, and `...` if there are more."""
-    text = str(ids[:MAX_LISTED_IDS])
-    if len(ids) > MAX_LISTED_IDS:
-        text += " ..."
-    return text
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
@@ -119,9 +110,9 @@ def check_losses(before: SampleResults) -> None:
     wrong = before.non_finite()
     if wrong:
         n = sum(map(len, wrong.values()))
-        samples = "; ".join(f"{split}: {first_ids(ids)}" for split, ids in wrong.items())
+        first = "; ".join(f"{split}: {ids[:MAX_LISTED_IDS]}" for split, ids in wrong.items())
         raise UnusableSamplesError(
-            f"the model's loss is NaN or infinite on {n} known samples ({samples}).",
+            f"the model's loss is NaN or infinite on {n} known samples ({first}).",
             "check these inputs, or the training; a model that gives NaN cannot be repaired.",
             wrong,
         )

@@ -37,7 +37,10 @@ def to_be_loaded(
     for loaded in _candidates(model, snapshot(model), trained, wanted):
         _reload(model, loaded)
         result = snapshot(model)
-        gap = _gap(result, wanted)
+        gap = sum(
+            float((result[name].double() - value.double()).square().sum())
+            for name, value in wanted.items()
+        )
         if gap < best_gap:
             best_gap, to_load, after_eval = gap, loaded, result
         if not gap:
@@ -54,13 +57,6 @@ def _earlier(live: State, state: State, rewritten: Mapping[int, Tensor]) -> Stat
     return {
         name: rewritten.get(id(live[name]), value).to(value.device) for name, value in state.items()
     }
-
-
-def _gap(state: State, wanted: State) -> float:
-    gap = 0.0
-    for name, value in wanted.items():
-        gap += float((state[name].double() - value.double()).square().sum())
-    return gap
 
 
 def _candidates(

@@ -53,5 +53,4 @@ def has_near_copies(problem: Problem) -> bool:
 
 def _draw(mask: Tensor, most: int) -> Tensor:
     rows = mask.nonzero()[:, 0]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return rows[order[:most]]
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]

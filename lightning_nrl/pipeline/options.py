@@ -13,8 +13,7 @@ from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.methods.problem import N_SCORED
 from lightning_nrl.pipeline.plain_values import fields_of
 from lightning_nrl.records.stats import check_confidence
-from lightning_nrl.search import FITNESSES
-from lightning_nrl.search.fitness import Fitness, FitnessFunction
+from lightning_nrl.search import FITNESSES, Fitness, FitnessFunction
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
         "update": problem.update,
         "tensors of the method": content_hashes((settings.method, settings.localizer)),
     }
-    training: object = None
+    training = None
     if problem.training is not None:
         training = problem.training.epochs, problem.training.origin
     versions = installed_versions()
@@ -122,5 +122,4 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
 
 
 def _plain_table(results: SampleResults) -> list[object]:
-    digest = hash_tensors(fields_of(results))
-    return [digest, results.splits, results.sizes, results.slices]
+    return [hash_tensors(fields_of(results)), results.splits, results.sizes, results.slices]

@@ -41,9 +41,8 @@ from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparse_patch import sparsify
 from lightning_nrl.pipeline.strength import line_search
-from lightning_nrl.records import CalibrationBounds, Role
-from lightning_nrl.records.stats import Selection, limit_after
-from lightning_nrl.records.steps import Step
+from lightning_nrl.records import CalibrationBounds, Step
+from lightning_nrl.records.stats import limit_after
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.updates.old_model import Reference
@@ -228,9 +227,7 @@ def _finish(
         solution = replace(solution, n_passed=int(problem.passed.sum()))
     builder = replace(builder, solution=solution, near_copies=near_copies)
     proposal = solution.proposal
-    patch: State = {}
-    if proposal is not None:
-        patch = changed(model, proposal.state)
+    patch = changed(model, proposal.state) if proposal is not None else {}
     if proposal is None or not patch:
         reason = solution.reason or "the search found nothing better than the original weights."
         return Outcome(builder.without_candidate("not repaired", reason))
@@ -305,10 +302,8 @@ def _run_method(problem: Problem, builder: ReportBuilder) -> Solution:
     if not problem.needed:
         return solution
     for _ in range(QUOTA_ROUNDS):
-        best, after = solution.proposal, problem.before
-        if best is not None:
-            after = best.after
-        steered = problem.steered(after)
+        best = solution.proposal
+        steered = problem.steered(problem.before if best is None else best.after)
         if steered is problem or not problem.deadline.leaves(problem.clock.elapsed):
             break
         problem = steered
@@ -349,7 +344,7 @@ def _breaks_too_many(
 def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
     """Evaluates the model with the patch on all data, and decides whether to accept the patch."""
     settings, baseline = builder.settings, builder.baseline
-    other_results: dict[Role, SampleResults] = {}
+    other_results = {}
     with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
         after = problem.evaluator.run(problem.known)
         decision = judge(problem.before, after, settings.gate, problem.needed)
@@ -365,22 +360,18 @@ def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRepo
         decision = check_protected(decision, before, patched)
         if decision.accepted:
             counts = Flips.between(before, patched).counts()
+            units, confidence = counts.units, settings.bounds.confidence
             selection = builder.line_search.selection
-            bounds = _bounds(counts, selection, settings.bounds.confidence)
+            bounds = CalibrationBounds(
+                units.broken,
+                units.passed,
+                confidence,
+                limit_after(units.broken, units.passed, selection, confidence),
+                selection.states,
+                selection.allowed,
+                by_group=counts.groups is not None,
+            )
     return builder.with_candidate(decision, patch, after, other_results, bounds)
-
-
-def _bounds(counts: FlipCounts, selection: Selection, confidence: float) -> CalibrationBounds:
-    units = counts.units
-    return CalibrationBounds(
-        units.broken,
-        units.passed,
-        confidence,
-        limit_after(units.broken, units.passed, selection, confidence),
-        selection.states,
-        selection.allowed,
-        by_group=counts.groups is not None,
-    )
 
 
 def _nothing_passes(problem: Problem) -> str:

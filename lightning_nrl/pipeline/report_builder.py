@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-
-import torch
-from torch import Tensor
+from itertools import compress
 
 from lightning_nrl._utils.state import State, current_state, hash_tensors
 from lightning_nrl._utils.timing import rounded_seconds
-from lightning_nrl.evaluation import DOUBTFUL, Evaluator
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, GroupCounts, SampleResults
 from lightning_nrl.evaluation.deployed_precision import rounding_margin
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.evaluation.sample_results import Flips, GroupCounts, SampleResults
 from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import GateDecision
-from lightning_nrl.localization import Localization
 from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.plain_values import fields_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import LineSearchResult
-from lightning_nrl.records import CalibrationBounds, Hashes, LocalizationReport, Provenance, Status
-from lightning_nrl.records.repair_record import Judge, SearchReport, WeightChange
+from lightning_nrl.records import (
+    CalibrationBounds,
+    Hashes,
+    Judge,
+    LocalizationReport,
+    Provenance,
+    SearchReport,
+    Status,
+    WeightChange,
+)
 from lightning_nrl.records.split_reports import margin_edges, split_report
 from lightning_nrl.records.splits import (
     Role,
@@ -36,7 +40,6 @@ from lightning_nrl.records.splits import (
     pool_updates,
 )
 from lightning_nrl.report import RepairReport
-from lightning_nrl.search.search_log import SearchResult
 
 
 def update_text(splits: Sequence[UpdateSplit]) -> str:
@@ -52,30 +55,6 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
     if update.final == update.trained:
         return f"{sentence}."
     return f"{sentence} and gets {update.final.broken:,} wrong now."
-
-
-def set_aside_samples(before: SampleResults, mask: Tensor, why: str) -> tuple[SetAside, ...]:
-    """Returns a record for each marked known sample. Each record has the reason `why`."""
-    samples = []
-    for split in before.splits:
-        rows = before.of(split)
-        columns = torch.stack([before.index, before.label, before.prediction], 1)
-        for position, label, prediction in columns[rows][mask[rows]].tolist():
-            samples.append(SetAside(split, position, label, prediction, why))
-    return tuple(samples)
-
-
-def search_report(result: SearchResult, n_failed: int, n_passed: int | None) -> SearchReport:
-    """Returns the report of a search on `n_failed` failed and `n_passed` passed samples."""
-    return SearchReport(
-        iterations=result.iterations,
-        stopped=result.stopped,
-        fitness=float(result.fitness),
-        original_fitness=float(result.original_fitness),
-        history={name: curve.tolist() for name, curve in fields_of(result.history).items()},
-        n_failed=n_failed,
-        n_passed=n_passed,
-    )
 
 
 NOTHING: Mapping[Role, SampleResults] = {}
@@ -156,13 +135,9 @@ class ReportBuilder:
         """
         known, settings, solution = self.baseline.known, self.settings, self.solution
         update = self._updates(after)
-        search = None
-        if solution.result is not None:
-            n_failed = int(known.targeted.sum())
-            search = search_report(solution.result, n_failed, solution.n_passed)
-        why_aside = "chosen by `set_aside`"
-        if settings.samples.set_aside == DOUBTFUL:
-            why_aside = "its label looks wrong"
+        localization, chosen = None, solution.localization
+        if chosen is not None:
+            localization = LocalizationReport(chosen.requested, chosen.n_g, dict(chosen.sizes))
         return RepairReport(
             status=status,
             reason=f"{reason} {update_text(update)}".rstrip(),
@@ -174,8 +149,8 @@ class ReportBuilder:
             update=update,
             unseen_groups=self._unseen_groups(after),
             near_copies=self.near_copies,
-            localization=_localization_report(solution.localization),
-            search=search,
+            localization=localization,
+            search=self._search(),
             steps=tuple(solution.steps),
             rungs=solution.rungs,
             choice=solution.choice,
@@ -183,13 +158,38 @@ class ReportBuilder:
             caution=solution.caution,
             strength=self.line_search.path,
             chosen_strength=self.line_search.chosen,
-            set_aside=set_aside_samples(known, self.baseline.set_aside, why_aside),
+            set_aside=self._set_aside(),
             leaked=self.baseline.leaked,
             judge=self._judge(after.get("known", known)),
             seed=settings.seed,
             seconds=rounded_seconds(self.seconds),
             settings=settings.plain(),
             provenance=Provenance.of(self.evaluator.model, *self._before.values()),
+        )
+
+    def _search(self) -> SearchReport | None:
+        result = self.solution.result
+        if result is None:
+            return None
+        return SearchReport(
+            iterations=result.iterations,
+            stopped=result.stopped,
+            fitness=float(result.fitness),
+            original_fitness=float(result.original_fitness),
+            history={name: curve.tolist() for name, curve in fields_of(result.history).items()},
+            n_failed=int(self.baseline.known.targeted.sum()),
+            n_passed=self.solution.n_passed,
+        )
+
+    def _set_aside(self) -> tuple[SetAside, ...]:
+        why = "chosen by `set_aside`"
+        if self.settings.samples.set_aside == DOUBTFUL:
+            why = "its label looks wrong"
+        known = self.baseline.known
+        columns = zip(known.samples, known.label.tolist(), known.prediction.tolist(), strict=True)
+        marked = compress(columns, self.baseline.set_aside.tolist())
+        return tuple(
+            SetAside(*sample, label, prediction, why) for sample, label, prediction in marked
         )
 
     def _judge(self, results: SampleResults) -> Judge:
@@ -254,9 +254,3 @@ class ReportBuilder:
 
     def _hash_model(self, changed: State) -> str:
         return hash_tensors({**current_state(self.evaluator.model), **changed})
-
-
-def _localization_report(localization: Localization | None) -> LocalizationReport | None:
-    if localization is None:
-        return None
-    return LocalizationReport(localization.requested, localization.n_g, dict(localization.sizes))

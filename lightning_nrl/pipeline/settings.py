@@ -16,8 +16,7 @@ from lightning_nrl.localization import LOCALIZERS, Localizer, NeuRecoverLite
 from lightning_nrl.methods import METHODS, AnyMethod, Auto, FineTunePolish, Method
 from lightning_nrl.pipeline.options import OPTIONS, BoundOptions, SearchOptions
 from lightning_nrl.pipeline.plain_values import fields_of, plain_value
-from lightning_nrl.search import FITNESSES
-from lightning_nrl.search.fitness import Fitness, FitnessFunction
+from lightning_nrl.search import FITNESSES, Fitness, FitnessFunction
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,7 @@ class PatchPath:
         flips = self.calibration.flips(self.problem.evaluator, state)
         point = replace(point, calibration=flips.counts())
         if self.calibration.before.weighted:
-            cost_of_broken = self.calibration.before.cost(flips.broken)
-            point = replace(point, calibration_cost=cost_of_broken)
+            point = replace(point, calibration_cost=self.calibration.before.cost(flips.broken))
         return point
 
 

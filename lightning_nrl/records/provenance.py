@@ -46,10 +46,11 @@ def _commit() -> str:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
-    describe = "describe --always --dirty --abbrev=40 --exclude=*"
-    command = ["git", "-C", str(root), *describe.split()]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):
-        git = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        git = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
         return git.stdout.strip()
     return ""
 

@@ -237,8 +237,7 @@ def pool(splits: Sequence[SplitReport]) -> SplitReport:
 
 
 def _sum(counts: Sequence[Counts]) -> Counts:
-    rows = [tuple(_numbers(part).values()) for part in counts]
-    return type(counts[0])(*_column_sums(rows))
+    return type(counts[0])(*_column_sums([tuple(_numbers(part).values()) for part in counts]))
 
 
 def _numbers(counts: FlipCounts) -> dict[str, int]:
@@ -285,5 +284,4 @@ def _pooled_margins(splits: Sequence[SplitReport]) -> MarginHistogram | None:
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
     """Adds up several splits of one role, like `pool`."""
     trained = pool([split.trained for split in splits])
-    final = pool([split.final for split in splits])
-    return UpdateSplit(trained, final)
+    return UpdateSplit(trained, pool([split.final for split in splits]))

@@ -65,14 +65,13 @@ def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
         >>> round(upper_limit(4, 908), 4)
         0.0101
     """
-    broken, n = _checked_counts(broken, n)
-    return limit_at_level(broken, n, 1 - check_confidence(confidence))
+    return Bound.of(broken, n, confidence).upper
 
 
 def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
     """Computes the one-sided lower limit on a rate, in [0, 1), like :func:`upper_limit`."""
     broken, n = _checked_counts(broken, n)
-    return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
+    return 1 - upper_limit(n - broken, n, confidence)
 
 
 def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
@@ -251,11 +250,11 @@ class Bound:
         )
 
 
-def least_samples(broken: int, limit: float, confidence: float = 0.95) -> int:
+def least_samples(broken: int, limit: float, confidence: float) -> int:
     """Returns the least number of samples for which `upper_limit` is at most `limit`, in (0, 1).
 
     Example:
-        >>> least_samples(0, 0.05), least_samples(2, 0.05)
+        >>> least_samples(0, 0.05, 0.95), least_samples(2, 0.05, 0.95)
         (59, 124)
     """
 
@@ -279,9 +278,7 @@ def percent_up(rate: float) -> str:
     Rounds up, so that the limit stays valid.
     """
     percent = Decimal(repr(rate)) * 100
-    places = 2
-    if 0 < percent < Decimal("0.1"):
-        places = 1 - percent.adjusted()
+    places = 1 - percent.adjusted() if 0 < percent < Decimal("0.1") else 2
     return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
 
 
@@ -295,14 +292,8 @@ def show_confidence(confidence: float) -> str:
 
 def check_confidence(confidence: float, argument: str = "confidence") -> float:
     """Returns a number between 0 and 1. Raises a `ConfigurationError` for any other value."""
-    check_real(
-        argument,
-        confidence,
-        "share between 0 and 1",
-        "write 0.95 for 95 %, for instance.",
-        above=0,
-        below=1,
-    )
+    hint = "write 0.95 for 95 %, for instance."
+    check_real(argument, confidence, "share between 0 and 1", hint, above=0, below=1)
     return float(confidence)
 
 

@@ -76,8 +76,7 @@ class Multiclass(Task):
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
         logits = at_least_float32(class_logits(output))
         label = self._usable_label(target)[:, None]
-        rivals = logits.scatter(1, label, -torch.inf)
-        return logits.gather(1, label)[:, 0] - rivals.amax(1)
+        return logits.gather(1, label)[:, 0] - logits.scatter(1, label, -torch.inf).amax(1)
 
     def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
         return class_divergence(class_logits(output), class_logits(teacher))

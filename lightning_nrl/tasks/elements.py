@@ -66,8 +66,7 @@ class Elements(NamedTuple):
         return self.logits.scatter(1, self.label[:, None], -torch.inf)
 
     def _lead_over(self, rival: Tensor) -> Tensor:
-        true = self.logits.gather(1, self.label[:, None])[:, 0]
-        lead = true - rival
+        lead = self.logits.gather(1, self.label[:, None])[:, 0] - rival
         return torch.where(lead.isnan(), -torch.inf, lead)
 
 
@@ -172,8 +171,7 @@ class ElementsTask(Task):
         It is a mean over the elements that are not ignored.
         """
         new = self.classes_first(output).flatten(2)
-        old = self.classes_first(teacher).flatten(2)
-        divergence = class_divergence(new, old)
+        divergence = class_divergence(new, self.classes_first(teacher).flatten(2))
         if target is None:
             return divergence.mean(1)
         return self.elements(output, target).mean(divergence)
@@ -226,14 +224,8 @@ class Sequence(ElementsTask):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        check_real(
-            "Sequence.share",
-            self.share,
-            "share",
-            "give a number above 0 and at most 1.",
-            above=0,
-            most=1,
-        )
+        hint = "give a number above 0 and at most 1."
+        check_real("Sequence.share", self.share, "share", hint, above=0, most=1)
         if self.class_dim not in (-1, 1):
             raise ConfigurationError(
                 f"`Sequence.class_dim={self.class_dim!r}` is neither -1 nor 1.",
@@ -253,8 +245,7 @@ class Sequence(ElementsTask):
 
     def elements_margin(self, elements: Elements) -> Tensor:
         lead = torch.where(elements.counts, elements.lead(), torch.inf)
-        rising = lead.sort(1).values
-        return rising.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
+        return lead.sort(1).values.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
 
     def allowed_wrong(self, elements: Elements) -> Tensor:
         # In integers, so that 0.7 of 10 is 7.
@@ -386,12 +377,10 @@ class Segmentation(ElementsTask):
             too_few = torch.where(reached, too_few, middle)
             enough = torch.where(reached, middle, enough)
         last = enough[:, None] - 1
-        pixel = order.gather(1, last)
-        deciding = lead.gather(1, pixel)[:, 0]
+        deciding = lead.gather(1, order.gather(1, last))[:, 0]
         if not deciding.requires_grad:
             return deciding
-        width = WINDOW / 2 * n
-        is_near = (rank - last).abs() <= width[:, None]
+        is_near = (rank - last).abs() <= WINDOW / 2 * n[:, None]
         is_near &= elements.counts & lead.detach().isfinite()
         mean = masked_mean(lead, is_near)
         return deciding.detach() + (mean - mean.detach())
@@ -428,8 +417,7 @@ class Segmentation(ElementsTask):
             chosen[:, list(self.classes)] = True
             chosen &= present
             present = torch.where(chosen.any(1, keepdim=True), chosen, present)
-        mean_iou = masked_mean(hits / union.clamp_min(1), present)
-        return mean_iou >= self.iou - IOU_ROUNDING
+        return masked_mean(hits / union.clamp_min(1), present) >= self.iou - IOU_ROUNDING
 
 
 def _order_by_lead(lead: Tensor, counts: Tensor) -> Tensor:

@@ -182,8 +182,7 @@ def binary_divergence(output: Tensor, teacher: Tensor) -> Tensor:
     new = at_least_float32(output)
     old = at_least_float32(teacher)
     of_presence = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
-    log_ratio_of_absence = F.logsigmoid(-old) - F.logsigmoid(-new)
-    of_absence = (-old).sigmoid() * log_ratio_of_absence
+    of_absence = (-old).sigmoid() * (F.logsigmoid(-old) - F.logsigmoid(-new))
     return (of_presence + of_absence).clamp_min(0)
 
 
@@ -192,8 +191,7 @@ def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
 
     A row without True gives 0.
     """
-    total = torch.where(counts, values, 0.0).sum(1)
-    return total / counts.sum(1).clamp_min(1)
+    return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
 
 
 TASKS: Registry[Task] = Registry(

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
-from lightning_nrl.updates.rules import (
-    Part,
-    SplitRule,
-    accuracies,
-)
+from lightning_nrl.updates.rules import Part, SplitRule, accuracies
 
 
 @dataclass(frozen=True)

@@ -204,9 +204,7 @@ def choose_interpolation(
         flips = _count_flips(old_answers, answers, evaluator.collective)
         curve.append(InterpolationPoint(strength, flips))
     chosen = _chosen_point(curve, tolerance)
-    state: State = {}
-    if chosen.strength < 1:
-        state = path.weights(chosen.strength)
+    state: State = path.weights(chosen.strength) if chosen.strength < 1 else {}
     return InterpolationChoice(chosen, tuple(curve), tolerance, state)
 
 

@@ -10,7 +10,7 @@ from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.formatting import list_ids
 from lightning_nrl.errors import visible
 from lightning_nrl.updates.release import ReleaseReport
-from lightning_nrl.updates.rules import RuleResult, Verdict
+from lightning_nrl.updates.rules import RuleResult
 
 ALL_SPLITS = "all splits"
 """Test suite of rules that do not say which splits they judged."""
@@ -25,10 +25,9 @@ def to_junit(report: ReleaseReport) -> str:
     A rule that is not satisfied is a failure with the broken samples. An undecided rule is an
     error, or skipped if the report accepts an undecided release.
     """
-    cases: dict[str, list[tuple[RuleResult, Verdict]]] = defaultdict(list)
+    cases = defaultdict(list)
     for finding in report.findings:
-        by_split = finding.by_split or {ALL_SPLITS: finding.verdict}
-        for split, verdict in by_split.items():
+        for split, verdict in (finding.by_split or {ALL_SPLITS: finding.verdict}).items():
             cases[split].append((finding, verdict))
     outcomes = {"NOT satisfied": "failure", "undecided": "error"}
     if report.on_undecided == "accept":
@@ -61,9 +60,7 @@ def write_junit(report: ReleaseReport, path: str | Path) -> None:
 
 
 def _message(finding: RuleResult, split: str) -> str:
-    message = finding.reason
-    if finding.missing:
-        message += f" Missing: {finding.missing}."
+    message = finding.explanation
     if finding.ids.get(split):
         message += f" Samples: {list_ids(finding.ids[split], 'report.json')}."
     return message

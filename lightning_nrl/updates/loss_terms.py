@@ -112,9 +112,7 @@ class FocalDistillation(Term):
                 "`reference`: distillation needs the old model's logits, not just its predictions.",
                 "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
             )
-        taught = output
-        if old.columns is not None:
-            taught = class_logits(output)[:, old.columns]
+        taught = class_logits(output)[:, old.columns] if old.columns is not None else output
         if taught.shape != old.output.shape:
             raise ConfigurationError(
                 f"`reference`: the old model returned {list(old.output.shape)}, "
@@ -253,9 +251,7 @@ class ModelTeacher:
         rows = rows_of(self.index, raw, n)
         # Outputs of two dimensions are not compared in shape, since the models may have different
         # numbers of classes.
-        shape = None
-        if like.ndim > 2:
-            shape = like.shape
+        shape = like.shape if like.ndim > 2 else None
         cached = self.cache.get(rows, shape)
         if cached is not None and self._is_checked:
             return cached
@@ -326,21 +322,21 @@ class PredictedTeacher:
         ids = rows_of(self.index, raw, len(like)).tolist()
         missing = [at for at in ids if at not in self.rows]
         if missing:
-            raise self._lacking(f"no prediction for the samples {missing[:5]} of")
+            raise ConfigurationError(
+                f"`reference` has no prediction for the samples {missing[:5]} of `train`.",
+                "give one for each data-set position.",
+            )
         predicted, passed = zip(*[self.rows[at] for at in ids], strict=True)
         label = self.task.label(target)
         if label is not None:
             right = torch.tensor(predicted) == label.cpu()
         elif None in passed:
-            raise self._lacking("no column `passed` for")
+            raise ConfigurationError(
+                "`reference` has no column `passed` for `train`.", "add one, 1 or 0."
+            )
         else:
             right = torch.tensor(passed)
         return OldAnswers(right.to(like.device))
-
-    def _lacking(self, lacks: str) -> ConfigurationError:
-        return ConfigurationError(
-            f"`reference` has {lacks} `train`.", "give one for each data-set position."
-        )
 
 
 def rows_of(index: Index, raw: object, n: int) -> Tensor:

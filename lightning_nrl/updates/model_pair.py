@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.preserve import outside_inference_mode, preserve_state, random_state
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data import Batch, Source, Target
 from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
-from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, TargetError
-from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.sample_results import Flips, SampleResults
+from lightning_nrl.evaluation import Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.slices import (
     SliceRecorder,
     Slices,
@@ -104,7 +102,7 @@ def evaluate_pair(
     """
     key_recorders = list(map(raw_recorder, data))
     slice_recorders = [SliceRecorder(source, slices, new.task) for source in key_recorders]
-    target_recorders: dict[Target, list[SliceRecorder]] = {}
+    target_recorders = {}
     recorders = slice_recorders
     for target in targets:
         # Each recorder reads from the one before, so that a single pass records all targets.

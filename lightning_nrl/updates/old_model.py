@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,8 @@ from lightning_nrl._utils.state import State, device_of, hash_tensors
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source
 from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.sample_options import Keep
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.records import Role
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.updates.predictions import Predictions
@@ -44,6 +43,10 @@ class Reference(Protocol):
         the data. `like` are the new model's results on the same data; the returned table has the
         same rows. Only its columns `prediction` and `passed` are used.
         """
+
+
+AnyReference: TypeAlias = nn.Module | str | Path | State | Reference
+"""A replaced model, as callbacks take it; see `parse_reference`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +281,7 @@ def evaluate_old(
     all_sources = list(chain.from_iterable(sources.values()))
     all_results = SampleResults.concat(list(results.values()))
     answers = reference.answers(evaluator, all_sources, all_results)
-    by_role: dict[Role, SampleResults] = {}
+    by_role = {}
     for role, table in results.items():
         old = answers.only(table.splits)
         by_role[role] = replace(old, group=table.group, leaked=table.leaked)

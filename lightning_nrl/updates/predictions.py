@@ -21,8 +21,7 @@ from lightning_nrl._utils.state import State, hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation import Evaluator, SampleResults
 
 WEIGHTS = "# weights "
 WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")  # `int` would accept `1_0` and more than an int64
@@ -34,6 +33,10 @@ class Line(NamedTuple):
     place: str  # names the argument, the file and the line number
     hint: str
     values: dict[str, str]  # by column
+
+    @property
+    def sample(self) -> tuple[str, int]:
+        return self.values["split"], self.whole_number("id")
 
     def whole_number(self, column: str) -> int:
         text = self.values[column].strip(" ")
@@ -54,14 +57,14 @@ class Line(NamedTuple):
 def read_csv(
     argument: str, path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[Line]:
-    """Yields the lines of a UTF-8 CSV file after its header.
+    """Yields the lines of a UTF-8 CSV file of samples after its header.
 
-    The header must have all names in `columns`. If it lacks an `optional` column, the values of
-    that column are empty. Empty lines and a first line that begins with "# weights " are skipped.
-    Quoted values cannot contain line breaks.
+    The header must have all names in `columns`, such as `split` and `id`. If it lacks an `optional`
+    column, the values of that column are empty. Empty lines and a first line that begins with
+    "# weights " are skipped. Quoted values cannot contain line breaks.
 
     Raises:
-        ConfigurationError: a line cannot be read. The message names it.
+        ConfigurationError: a line cannot be read or repeats a sample. The message names it.
     """
     file = f"`{argument}={str(path)!r}`"
     hint = f"give a CSV file with the columns {','.join((*columns, *optional))}."
@@ -70,6 +73,7 @@ def read_csv(
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{file} cannot be read ({error}).", hint) from error
     header: list[str] = []
+    samples = set()
     for number, text in enumerate(texts, 1):
         if not text.strip() or (number == 1 and text.startswith(WEIGHTS)):
             continue
@@ -80,22 +84,22 @@ def read_csv(
             raise ConfigurationError(f"{line.place} cannot be read ({error}).", hint) from error
         if not header:
             header = list(map(str.strip, values))
-            _check_header(line, header, columns)
+            for column in columns:
+                if column not in header:
+                    raise line.error(f"the column {column!r} is missing (found {header})")
+            if len(set(header)) < len(header):
+                raise line.error(f"a column occurs twice (found {header})")
             continue
         if len(values) != len(header):
             raise line.error(f"{len(values)} values for {len(header)} columns")
         line.values.update(zip(header, values, strict=True))
+        if line.sample in samples:
+            split, at = line.sample
+            raise line.error(f"sample {at} of {split!r} occurs twice")
+        samples.add(line.sample)
         yield line
     if not header:
         raise ConfigurationError(f"{file} is empty.", hint)
-
-
-def _check_header(line: Line, header: Sequence[str], columns: Sequence[str]) -> None:
-    for column in columns:
-        if column not in header:
-            raise line.error(f"the column {column!r} is missing (found {header})")
-    if len(set(header)) < len(header):
-        raise line.error(f"a column occurs twice (found {header})")
 
 
 Rows = Mapping[int, tuple[int, bool | None]]
@@ -137,7 +141,7 @@ class Predictions:
             ConfigurationError: a line cannot be read or repeats a sample. The message names it.
         """
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
-        keys: dict[tuple[str, int], str] = {}
+        keys = {}
         for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
             predicted, passed = -1, None
             if line.values["prediction"].strip():
@@ -146,12 +150,10 @@ class Predictions:
                 passed = line.flag("passed")
             if predicted < 0 and passed is None:
                 raise line.error("neither `prediction` nor `passed` is given")
-            split, at = line.values["split"], line.whole_number("id")
-            if at in splits.setdefault(split, {}):
-                raise line.error(f"sample {at} of {split!r} occurs twice")
-            splits[split][at] = predicted, passed
+            split, at = line.sample
+            splits.setdefault(split, {})[at] = predicted, passed
             if key := line.values.get("key"):
-                keys[split, at] = key.strip()
+                keys[line.sample] = key.strip()
         with Path(path).open(encoding="utf-8-sig") as file:
             first_line = file.readline()
         if not first_line.startswith(WEIGHTS):
@@ -176,7 +178,7 @@ class Predictions:
         writer.writeheader()
         for split, rows in self.splits.items():
             for at, (predicted, passed) in rows.items():
-                line: dict[str, object] = {"split": split, "id": at}
+                line = {"split": split, "id": at}
                 if predicted >= 0:
                     line["prediction"] = predicted
                 if passed is not None:
@@ -276,7 +278,7 @@ class Predictions:
         Raises:
             ConfigurationError: `passed` is missing.
         """
-        ids: list[int] = []
+        ids = []
         unknown = []
         for split, rows in self.splits.items():
             ids += sorted(rows)
@@ -322,10 +324,5 @@ Ids = Mapping[str, Sequence[int]]
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
     """Reads `{(split, id): slice}` from a CSV file with the columns `split`, `id` and `slice`."""
-    slices: dict[tuple[str, int], str] = {}
-    for line in read_csv("slices", path, ("split", "id", "slice")):
-        split, at = line.values["split"], line.whole_number("id")
-        if (split, at) in slices:
-            raise line.error(f"sample {at} of {split!r} occurs twice")
-        slices[split, at] = line.values["slice"]
-    return slices
+    lines = read_csv("slices", path, ("split", "id", "slice"))
+    return {line.sample: line.values["slice"] for line in lines}

@@ -116,9 +116,9 @@ class ProtectedIntact(Rule):
     def _protected(self, pair: ModelPair) -> tuple[Tensor, Tensor, dict[tuple[str, int], str]]:
         """Returns masks of protected samples and of those that must be right, and the reasons."""
         protected, needed = torch.zeros(2, len(pair.after), dtype=torch.bool)
-        reasons: dict[tuple[str, int], str] = defaultdict(str)
+        reasons = defaultdict(str)
         row_of = {sample: row for row, sample in enumerate(pair.after.samples)}
-        changed: list[tuple[str, int]] = []
+        changed = []
         for split, entries in self._by_split(pair.splits).items():
             missing = sorted(at for at in entries if (split, at) not in row_of)
             if missing:
@@ -131,7 +131,9 @@ class ProtectedIntact(Rule):
                 row = row_of[split, at]
                 protected[row], needed[row] = True, bool(entry.since)
                 reasons[split, at] = entry.reason
-                if _is_other(entry, pair, row):
+                label, key = int(pair.after.label[row]), pair.keys[row] if pair.keys else ""
+                has_other_label = entry.label is not None and label not in (entry.label, -1)
+                if has_other_label or (entry.key and key not in (entry.key, "")):
                     changed.append((split, at))
         if changed:
             raise ConfigurationError(
@@ -159,14 +161,6 @@ class ProtectedIntact(Rule):
         elif self._samples:
             protected.insert(0, plural(len(self._samples), "sample"))
         return f"protected:{' and '.join(protected)}"
-
-
-def _is_other(entry: SuiteSample, pair: ModelPair, row: int) -> bool:
-    """True if a sample has another label or key than in the suite."""
-    label = int(pair.after.label[row])
-    if entry.label is not None and label not in (entry.label, -1):
-        return True
-    return bool(entry.key and pair.keys) and pair.keys[row] not in (entry.key, "")
 
 
 def _samples_of(ids: Ids | Sequence[int] | str | Path | RegressionSuite | None) -> Samples:

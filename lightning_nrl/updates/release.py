@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,9 +15,8 @@ from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
-from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.rates import UPDATE_RATES, Rate
-from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.evaluation import Evaluator, FlipCounts
+from lightning_nrl.evaluation.rates import UPDATE_RATES
 from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.records.provenance import Provenance
 from lightning_nrl.records.stats import Bound, p_worse, percent_up, show_confidence
@@ -93,9 +92,7 @@ def release(
         (1, {'test': [1]})
     """
     check_kind("new", new, isinstance(new, (nn.Module, Evaluator)), "model", "new=model")
-    sources = data
-    if isinstance(data, Source):
-        sources = [data]
+    sources = [data] if isinstance(data, Source) else data
     if not (isinstance(sources, Sequence) and sources and isinstance(sources[0], Source)):
         raise ConfigurationError(
             f"`data`: found a {type(data).__name__}, not a list of sources.",
@@ -104,6 +101,7 @@ def release(
         )
     if slices is not None:
         slices = find_column("slices", slices)
+    check_on_undecided(on_undecided)
     parsed_rules = parse_rules(rules, require)
     for rule in parsed_rules:
         rule.check_data([source.split for source in sources], slices is not None)
@@ -145,16 +143,13 @@ def judge_pair(
         precision=str(new.precision),
     )
     provenance = Provenance.of(new.model, pair.after)
-    return pair, replace(
-        report, seeds=seeds, provenance=provenance, on_undecided=check_on_undecided(on_undecided)
-    )
+    return pair, replace(report, seeds=seeds, provenance=provenance, on_undecided=on_undecided)
 
 
-def check_on_undecided(value: str | None) -> OnUndecided | None:
-    """Returns `value`. Raises a `ConfigurationError` if it says nothing of undecided releases."""
+def check_on_undecided(value: str | None) -> None:
+    """Raises a `ConfigurationError` if a value says nothing of undecided releases."""
     if value is not None:
-        check_choice("on_undecided", value, get_args(OnUndecided))
-    return cast(OnUndecided | None, value)
+        check_choice("on_undecided", value, ACTIONS)
 
 
 def check_reference(argument: str, old: Any) -> Reference:
@@ -206,7 +201,7 @@ class ReleaseRow(Derives):
     p_worse: float
 
     @property
-    def numbers(self) -> dict[str, float]:
+    def derived(self) -> dict[str, float]:
         """Accuracies of the old and the new model and the rates in `UPDATE_RATES`, by name."""
         numbers = {
             "accuracy_before": self.counts.accuracy_before,
@@ -215,10 +210,6 @@ class ReleaseRow(Derives):
         for rate in UPDATE_RATES:
             numbers[rate.name] = rate.of(self.counts)
         return numbers
-
-    @property
-    def derived(self) -> Mapping[str, object]:
-        return self.numbers
 
 
 @dataclass(frozen=True, repr=False)
@@ -298,10 +289,7 @@ class ReleaseReport(Report):
         rules = []
         violations = []
         for finding in self.findings:
-            text = f"{finding.verdict}: {finding.reason}"
-            if finding.missing:
-                text += f" Missing: {finding.missing}."
-            rules.append((finding.rule, text))
+            rules.append((finding.rule, f"{finding.verdict}: {finding.explanation}"))
             for split, ids in finding.ids.items():
                 violations.append((f"{finding.rule}: {split}", list_ids(ids, "the JSON")))
         blocks: list[Block] = [
@@ -391,7 +379,12 @@ def make_report(
     rows = []
     for split in pair.splits:
         rows += _rows(pair, split, confidence)
-    status = _status(findings)
+    verdicts = {finding.verdict for finding in findings}
+    status: Literal["accepted", "refused", "undecided"] = "accepted"
+    if "NOT satisfied" in verdicts:
+        status = "refused"
+    elif "undecided" in verdicts:
+        status = "undecided"
     return ReleaseReport(
         status=status,
         findings=findings,
@@ -405,13 +398,6 @@ def make_report(
         precision=precision,
         traits=common_traits(pair) if status == "refused" else (),
     )
-
-
-def _status(findings: Sequence[RuleResult]) -> Literal["accepted", "refused", "undecided"]:
-    verdicts = {finding.verdict for finding in findings}
-    if "NOT satisfied" in verdicts:
-        return "refused"
-    return "undecided" if "undecided" in verdicts else "accepted"
 
 
 def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
@@ -464,13 +450,10 @@ def _counts_table(rows: Sequence[ReleaseRow], confidence: float) -> Table:
 def _rates_table(rows: Sequence[ReleaseRow]) -> Table:
     lines = []
     for row in rows:
-        cells = tuple(_rate_cell(rate, row.counts) for rate in UPDATE_RATES)
-        lines.append(Row(_label(row), cells))
+        cells = []
+        for rate in UPDATE_RATES:
+            value = rate.of(row.counts)
+            is_share = rate.short != "relative_nfr" or not math.isfinite(value)
+            cells.append(percent(value) if is_share else f"{value:.3g}")
+        lines.append(Row(_label(row), tuple(cells)))
     return Table(tuple((rate.title, "") for rate in UPDATE_RATES), tuple(lines))
-
-
-def _rate_cell(rate: Rate, counts: FlipCounts) -> str:
-    value = rate.of(counts)
-    if rate.short != "relative_nfr" or not math.isfinite(value):
-        return percent(value)
-    return f"{value:.3g}"  # the only rate that is no share

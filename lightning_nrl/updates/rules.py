@@ -47,6 +47,12 @@ class RuleResult:
             return "satisfied"
         return "undecided" if self.missing else "NOT satisfied"
 
+    @property
+    def explanation(self) -> str:
+        if self.missing:
+            return f"{self.reason} Missing: {self.missing}."
+        return self.reason
+
     def __post_init__(self) -> None:
         passed = self.passed
         if isinstance(passed, (np.generic, Tensor)):
@@ -170,9 +176,7 @@ class SplitRule(Rule):
         n_unchecked = int(unchecked.sum())
         if n_unchecked:
             sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
-        needs = ""
-        if "NOT satisfied" not in by_split.values():
-            needs = "; ".join(missing)
+        needs = "; ".join(missing) if "NOT satisfied" not in by_split.values() else ""
         reason = f"{'. '.join(sentences)}."
         ids = broken_ids(pair, violating)
         return RuleResult(str(self), not missing, reason, ids, needs, by_split)

@@ -105,7 +105,7 @@ class _RateRule(SplitRule):
         return f"{n:,} samples would do with no more {self.outcome}, there are {counts.n:,}"
 
     def sentences(self, parts: Sequence[Part]) -> list[str]:
-        sentences: list[str] = []
+        sentences = []
         for _, parts_of_split in groupby(parts, lambda part: part.split):
             group = list(parts_of_split)
             highest = max(group, key=lambda part: self._bound(part.counts).upper)
@@ -196,9 +196,8 @@ class MinAccuracy(_RateRule):
         return counts.broken + counts.failing
 
     def describe(self, bound: Bound) -> str:
-        n_right = bound.n - bound.broken
         text = (
-            f"accuracy {percent(1 - bound.rate)} ({n_right:,} of {bound.n:,}), "
+            f"accuracy {percent(1 - bound.rate)} ({bound.n - bound.broken:,} of {bound.n:,}), "
             f"with {show_confidence(self.confidence)} confidence at least "
             f"{percent_down(1 - bound.upper)}"
         )

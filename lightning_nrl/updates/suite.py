@@ -75,16 +75,11 @@ class RegressionSuite:
             if may_be_new:
                 return cls(suite.path, suite.grow)
             raise ConfigurationError(f"`suite={str(suite.path)!r}` does not exist.", hint)
-        samples: dict[tuple[str, int], SuiteSample] = {}
+        samples = {}
         for line in read_csv("suite", suite.path, NEEDED_COLUMNS, OPTIONAL_COLUMNS):
-            sample = (line.values["split"], line.whole_number("id"))
-            if sample in samples:
-                raise line.error(f"sample {sample[1]} of {sample[0]!r} occurs twice")
-            label = None
-            if line.values["label"]:
-                label = line.whole_number("label")
+            label = line.whole_number("label") if line.values["label"] else None
             since, reason, key = (line.values[name] for name in ("since", "reason", "key"))
-            samples[sample] = SuiteSample(label, since, reason, key)
+            samples[line.sample] = SuiteSample(label, since, reason, key)
         if not samples and not may_be_new:
             raise ConfigurationError(
                 f"`suite={str(suite.path)!r}` holds no sample, so it would protect nothing.",
@@ -129,7 +124,7 @@ def protecting(samples: SampleOptions, suite: RegressionSuite | None) -> SampleO
             "`suite` and `SampleOptions.protected` both protect samples.",
             f"add the protected samples to {suite.path}, and leave `protected` out.",
         )
-    ids: dict[str, list[int]] = defaultdict(list)
+    ids = defaultdict(list)
     for split, at in suite.samples:
         ids[split].append(at)
     return replace(samples, protected=dict(ids))

@@ -39,10 +39,8 @@ def common_traits(pair: ModelPair) -> tuple[str, ...]:
         right = pair.rows(split) & pair.before.passed
         shares += _shares(pair, split, right)
         broken = right & pair.flips.broken
-        label, prediction = (
-            pair.after.label[broken].tolist(),
-            pair.after.prediction[broken].tolist(),
-        )
+        label = pair.after.label[broken].tolist()
+        prediction = pair.after.prediction[broken].tolist()
         n_classes = len({*pair.after.label[right].tolist(), *prediction})
         if label and n_classes > 2 and min((*label, *prediction)) >= 0:
             confusions += _confusions(split, label, prediction, n_classes)

@@ -27,7 +27,7 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
 from lightning_nrl._trainer.folders import check_folder, report_files
-from lightning_nrl._trainer.repair_files import REPORT_FILES, write_report
+from lightning_nrl._trainer.repair_files import REPORT_FILES, SavedFiles
 from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
 from lightning_nrl.errors import UnwritableFolderError
@@ -99,7 +99,9 @@ def test_a_report_is_written_where_it_says_with_views_of_samples_beside(
         report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0]
     )
     picture = SampleView("val/0", 7, "broken", "", np.full((4, 5, 3), 128, dtype=np.uint8))
-    write_report(report, [picture, SampleView("test", 2, "repaired", "", text="a film")])
+    with SavedFiles(report.files) as files:
+        files.reports(report, [picture, SampleView("test", 2, "repaired", "", text="a film")])
+        files.commit()
     assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "report.md").read_text() == report.to_markdown()
     folder = tmp_path / "flipped_samples"

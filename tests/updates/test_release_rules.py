@@ -233,7 +233,7 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
         (lambda: AtMostBroken("instance-in-target"), "needs a target, but none is given"),
         (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
         (lambda: ProtectedIntact({"test": []}), "protects nothing"),
-        (lambda: ProtectedIntact("nowhere.csv"), "`suite='nowhere.csv'` cannot be read"),
+        (lambda: ProtectedIntact("nowhere.csv"), "`suite='nowhere.csv'` does not exist"),
         (lambda: ProtectedIntact({"test": ["a"]}), "is no list of samples"),
     ],
 )

@@ -90,7 +90,7 @@ def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def track_release(
-    report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release"
+    report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str
 ) -> None:
     """Writes a release report to TensorBoard, and uploads its files to W&B and MLflow."""
     for logger in loggers:
@@ -124,18 +124,16 @@ def track_figures(
 
 
 @rank_zero_only
-def track_sweep(
-    rows: Mapping[str, SweepRow], loggers: Sequence[Logger], *, name: str = "sweep"
-) -> None:
+def track_sweep(rows: Mapping[str, SweepRow], loggers: Sequence[Logger]) -> None:
     """Writes rows of a sweep to every TensorBoard logger, for its HParams tab.
 
-    Each row is a sub-run `<name>/<row>`.
+    Each row is a sub-run `sweep/<row>`.
     """
     for logger in loggers:
         with failure_as_warning(logger, "sweep"):
             if writer := writer_of(logger):
                 for label, (settings, results) in rows.items():
-                    run_name = f"{name}/{safe_name(label)}"
+                    run_name = f"sweep/{safe_name(label)}"
                     writer.add_hparams(dict(settings), dict(results), run_name=run_name)
                 writer.flush()
 
@@ -169,7 +167,7 @@ def _asked(report: RepairReport) -> dict[str, Plain]:
     layer = settings.get("layer", list(report.layers))
     if not isinstance(layer, str):
         layer = ", ".join(layer)
-    values: dict[str, object] = {
+    values = {
         "gate": report.gate,
         "layer": layer,
         "method": _kind(settings.get("method"), "class"),
@@ -306,7 +304,7 @@ class WandbRun:
         run = self.logger.experiment
         if "html" in files:
             with files["html"].open(encoding="utf-8") as opened:
-                page: Any = wandb.Html(opened, inject=False)
+                page = wandb.Html(opened, inject=False)
             self.logger.log_metrics({tag(REPORT_TAG, name): page}, step)
         artifact = wandb.Artifact(f"{name}-{run.id}", type="report")
         for path in files.values():
@@ -321,8 +319,7 @@ def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
     if not pixels:
         return list(FLIPPED_COLUMNS), log.flipped[:MOST_ROWS]
     rows = []
-    pictures_first = sorted(log.flipped, key=lambda row: (row[0], row[1]) not in pixels)
-    for row in pictures_first[:MOST_ROWS]:
+    for row in sorted(log.flipped, key=lambda row: (row[0], row[1]) not in pixels)[:MOST_ROWS]:
         picture = pixels.get((row[0], row[1]))
         rows.append([*row, None if picture is None else wandb.Image(picture)])
     return [*FLIPPED_COLUMNS, "input"], rows

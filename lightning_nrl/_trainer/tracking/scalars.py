@@ -44,7 +44,7 @@ SEARCH_CURVES = {
 EVIDENCE_VALUES = {"better": 1.0, "no difference shown": 0.0, "worse": -1.0}
 
 
-def outcome(report: RepairReport, name: str = "repair") -> Scalars:
+def outcome(report: RepairReport, name: str) -> Scalars:
     """Returns the main numbers of a repair, the most important first.
 
     There are at most twelve, or more in a model update. Numbers `known_...` and `unseen_...` count
@@ -117,15 +117,13 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
     numbers = tagged(NUMBER_TAG, {"accepted": float(report.accepted)}, name=name)
     tags = slice_tags({row.slice for row in report.rows if row.slice})
     for row in report.rows:
-        part = row.split
-        if row.slice:
-            part = f"{row.split}/{tags[row.slice]}"
+        part = f"{row.split}/{tags[row.slice]}" if row.slice else row.split
         of_row = update_numbers(row.counts) | {"nfr_upper": row.upper}
         numbers |= tagged(PART_TAG, of_row, name=name, part=part)
     return _finite(numbers)
 
 
-def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
+def further_numbers(report: RepairReport, name: str) -> Scalars:
     """Returns the numbers of splits, slices, rungs and weights, which `outcome` does not return."""
     numbers: Scalars = {}
     for split in report.splits:
