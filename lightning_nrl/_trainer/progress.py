@@ -103,15 +103,12 @@ class RepairProgress:
         finally:
             stage = self._open.pop()
             if name != "judge":  # this stage also occurs inside of methods
-                self._end_expected(name, self.clock() - stage.began)
+                spent, expected = self.clock() - stage.began, self._expected.pop(name, 0.0)
+                # Later stages will be as slow as one that took longer than expected.
+                if expected and spent > expected:
+                    for later, seconds in self._expected.items():
+                        self._expected[later] = seconds * spent / expected
             self._draw()
-
-    def _end_expected(self, name: str, spent: float) -> None:
-        """Expects later stages to be as slow as this one, if it took longer than expected."""
-        expected = self._expected.pop(name, 0.0)
-        if expected and spent > expected:
-            for later, seconds in self._expected.items():
-                self._expected[later] = seconds * spent / expected
 
     def search(
         self, done: int, total: int, repaired: int | None = None, broken: int | None = None

@@ -166,10 +166,8 @@ class RepairInTraining(RepairCallback):
 
     def _repair_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Metrics may differ between ranks; the first rank decides.
-        if trainer.strategy.broadcast(self._is_due(trainer)):
-            self._repair(trainer, pl_module)
-
-    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.strategy.broadcast(self._is_due(trainer)):
+            return
         # `repaired.ckpt` must not store a metric of other weights.
         best, self._best = self._best, None
         name = f"repair-step-{trainer.global_step}"
@@ -213,9 +211,7 @@ class RepairInTraining(RepairCallback):
         value = sign * float(trainer.callback_metrics[self.monitor])
         if math.isnan(value):
             return due
-        best = value
-        if self._best is not None:
-            best = sign * self._best
+        best = value if self._best is None else sign * self._best
         due |= value > best + self.min_delta
         # After a refused repair, later values are compared with the value that started the repair.
         self._best = sign * (value if due else min(best, value))

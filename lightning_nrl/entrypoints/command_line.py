@@ -115,9 +115,8 @@ def show_report(file: str, other: str | None, out: str | None) -> int:
     if out is None:
         print(report.to_markdown(), end="")
         return 0
-    as_html = Path(out).suffix in (".html", ".htm")
-    text = report.to_html() if as_html else report.to_markdown()
-    Path(out).write_text(text, encoding="utf-8")
+    write = report.to_html if Path(out).suffix in (".html", ".htm") else report.to_markdown
+    Path(out).write_text(write(), encoding="utf-8")
     return 0
 
 
@@ -419,10 +418,7 @@ RELEASE: Arguments = {
         "metavar": "SPLIT",
         "help": "split that may lack samples",
     },
-    "--on-undecided": {
-        "choices": list(ACTIONS),
-        "help": ON_UNDECIDED,
-    },
+    "--on-undecided": {"choices": list(ACTIONS), "help": ON_UNDECIDED},
     "--out": {"help": "folder to write report.json, report.md and report.html"},
     "--suite": {"metavar": "FILE", "help": SUITE_HELP},
     "--junit": {"metavar": "FILE", "help": JUNIT},

@@ -10,7 +10,6 @@ from lightning_nrl._utils.atomic_files import write_text
 from lightning_nrl._utils.formatting import list_ids
 from lightning_nrl.errors import visible
 from lightning_nrl.updates.release import ReleaseReport
-from lightning_nrl.updates.rules import RuleResult
 
 ALL_SPLITS = "all splits"
 """Test suite of rules that do not say which splits they judged."""
@@ -45,7 +44,10 @@ def to_junit(report: ReleaseReport) -> str:
                 suite, "testcase", name=visible(finding.rule), classname=visible(split)
             )
             if verdict in outcomes:
-                message = visible(_message(finding, split))
+                message = finding.explanation
+                if finding.ids.get(split):
+                    message += f" Samples: {list_ids(finding.ids[split], 'report.json')}."
+                message = visible(message)
                 result = ElementTree.SubElement(case, outcomes[verdict], message=message)
                 result.set("type", verdict)
                 result.text = message
@@ -57,10 +59,3 @@ def write_junit(report: ReleaseReport, path: str | Path) -> None:
     """Writes `to_junit` to a file, in a new folder if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, to_junit(report))
-
-
-def _message(finding: RuleResult, split: str) -> str:
-    message = finding.explanation
-    if finding.ids.get(split):
-        message += f" Samples: {list_ids(finding.ids[split], 'report.json')}."
-    return message

@@ -15,7 +15,7 @@ from lightning_nrl.data.targets import Predicate, Target, target_in
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.predictions import Ids
-from lightning_nrl.updates.rules import Rule, RuleResult, Verdict
+from lightning_nrl.updates.rules import Rule, RuleResult, Verdict, ids_in
 from lightning_nrl.updates.suite import RegressionSuite, Samples, SuiteSample
 
 NAMED_SAMPLES = 5  # in the reason of a refusal
@@ -84,7 +84,7 @@ class ProtectedIntact(Rule):
                 f"; {n_wrong:,} more were wrong before, {counts.repaired:,} of these are right now"
             )
         violating = (protected & pair.flips.broken) | (needed & ~pair.after.passed)
-        ids = {split: rows for split, rows in pair.after.ids(violating).items() if rows}
+        ids = ids_in(pair, violating)
         named = []
         for split, rows in ids.items():
             named += [f"{split} {at} ({reasons[split, at]})" for at in rows if reasons[split, at]]
@@ -93,9 +93,8 @@ class ProtectedIntact(Rule):
             if len(named) > NAMED_SAMPLES:
                 reason += f" and {len(named) - NAMED_SAMPLES:,} more"
         by_split: dict[str, Verdict] = {}
-        for split, rows in pair.after.ids(protected).items():
-            if rows:
-                by_split[split] = "NOT satisfied" if split in ids else "satisfied"
+        for split in ids_in(pair, protected):
+            by_split[split] = "NOT satisfied" if split in ids else "satisfied"
         return RuleResult(str(self), not ids, f"{reason}.", ids, by_split=by_split)
 
     @property

@@ -178,7 +178,7 @@ class SplitRule(Rule):
             sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
         needs = "; ".join(missing) if "NOT satisfied" not in by_split.values() else ""
         reason = f"{'. '.join(sentences)}."
-        ids = broken_ids(pair, violating)
+        ids = ids_in(pair, violating & pair.flips.broken)
         return RuleResult(str(self), not missing, reason, ids, needs, by_split)
 
     def _parts(self, pair: ModelPair, split: str) -> list[Part]:
@@ -218,9 +218,9 @@ def limited_to(rule: Rule, splits: tuple[str, ...]) -> Rule:
     return rule
 
 
-def broken_ids(pair: ModelPair, rows: Tensor) -> Ids:
-    """Returns, for each split that has any, the ids of the broken samples in a mask, `N` bool."""
-    return {split: ids for split, ids in pair.after.ids(rows & pair.flips.broken).items() if ids}
+def ids_in(pair: ModelPair, mask: Tensor) -> Ids:
+    """Returns the ids of the samples in a mask, `N` bool, for each split that has any."""
+    return {split: ids for split, ids in pair.after.ids(mask).items() if ids}
 
 
 def accuracies(counts: FlipCounts) -> str:

@@ -90,7 +90,7 @@ def declare(loggers: Sequence[Logger], trained: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def track_release(
-    report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str
+    report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release"
 ) -> None:
     """Writes a release report to TensorBoard, and uploads its files to W&B and MLflow."""
     for logger in loggers:
