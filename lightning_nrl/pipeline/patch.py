@@ -93,7 +93,9 @@ class Patch(PatchContents):
             raise ConfigurationError(
                 "`new` is the same as `old`, bit for bit.", "give the state after a change."
             )
-        json = "" if report is None else report.to_json()
+        json = ""
+        if report is not None:
+            json = report.to_json()
         return cls(changes, hash_tensors(before), hash_tensors(after), report_json=json)
 
     @property
@@ -154,7 +156,7 @@ class Patch(PatchContents):
 
     def _new_values(self, state: Mapping[str, Tensor], undo: bool) -> dict[str, Tensor]:
         self._check_state(state, undo)
-        values = {}
+        values: dict[tuple[int, ...], Tensor] = {}
         new = {}
         for name, change in self.changes.items():
             # Tensors that share memory still share it afterwards.
@@ -210,8 +212,7 @@ class Patch(PatchContents):
                     f"`{name}` is {tensor.dtype} {list(tensor.shape)} in the model "
                     f"and {change.old.dtype} {list(change.shape)} in the patch"
                 )
-            expected = change.sha256_new if undo else change.sha256_old
-            if hash_tensor(tensor) != expected:
+            if hash_tensor(tensor) != change.sha256(after=undo):
                 wrong.append(name)
         if not wrong:
             return ""
@@ -266,7 +267,9 @@ def patch_checkpoint(
         "or say `weights_only=False` if you trust the file."
     )
     content: Any = load_mapping("checkpoint", checkpoint, hint, weights_only=weights_only)
-    change = patch.revert if undo else patch.apply
+    change = patch.apply
+    if undo:
+        change = patch.revert
     if isinstance(content.get("state_dict"), dict):
         content = {**content, "state_dict": change(content["state_dict"])}
     else:

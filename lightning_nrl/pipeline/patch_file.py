@@ -9,6 +9,7 @@ report and the tensors.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
-from lightning_nrl._utils.json_records import Record
+from lightning_nrl._utils.json_records import Record, parse_json
 from lightning_nrl._utils.state import hash_tensors, plain_copy
 from lightning_nrl.errors import ConfigurationError, first_line
 from lightning_nrl.records import installed_versions
@@ -82,9 +83,17 @@ class TensorChange:
         """Number of stored values: the changed ones, or all if more than a third changed."""
         return self.old.numel()
 
+    def sha256(self, after: bool) -> str:
+        """Returns the hash of the whole tensor before or after the change."""
+        if after:
+            return self.sha256_new
+        return self.sha256_old
+
     def applied(self, tensor: Tensor, undo: bool) -> Tensor:
         """Returns a copy of the tensor on its device with the new or, if `undo`, the old values."""
-        values = self.old if undo else self.new
+        values = self.new
+        if undo:
+            values = self.old
         if self.index is None:
             return values.clone().to(tensor.device)
         copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -177,15 +186,7 @@ def write_patch(path: str | Path, patch: PatchContents) -> None:
 
 def read_patch(path: str | Path) -> PatchContents:
     """Reads a patch. Raises a `ConfigurationError` if the file is damaged or no patch."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            texts = dict(file.metadata() or {})
-    except Exception as error:  # foreign bytes can raise anything
-        raise ConfigurationError(
-            f"`patch={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
-            "give a safetensors file that `Patch.save` has written.",
-        ) from error
+    tensors, texts = _read_tensors(path)
     file_format = texts.get("format", "none")
     if file_format != PATCH_FORMAT:
         raise ConfigurationError(
@@ -200,13 +201,27 @@ def read_patch(path: str | Path) -> PatchContents:
         ) from error
 
 
+def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except Exception as error:  # foreign bytes can raise anything
+        raise ConfigurationError(
+            f"`patch={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
+            "give a safetensors file that `Patch.save` has written.",
+        ) from error
+
+
 def _parse(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> PatchContents:
     header = texts["patch"]
     report = texts["report"]
     if texts["sha256"] != _digest(header, report, tensors):
         raise ValueError("its content does not match its hash.")
+    if report:
+        parse_json(report)
     read = PatchHeader.from_json(header)
-    changes = {}
+    changes: dict[str, TensorChange] = {}
     for name, record in read.tensors.items():
         # The first of several tied tensors has the values.
         if record.values_of == name:
@@ -219,7 +234,15 @@ def _parse(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> PatchCont
 def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> TensorChange:
     old = _restored(tensors[f"old/{name}"], record.dtype)
     new = _restored(tensors[f"new/{name}"], record.dtype)
-    index = tensors[f"index/{name}"] if record.sparse else None
+    index = None
+    shape = record.shape
+    if record.sparse:
+        index = tensors[f"index/{name}"]
+        shape = (len(index),)
+        if not 0 <= int(index.min()) <= int(index.max()) < math.prod(record.shape):
+            raise ValueError(f"`{name}` has positions out of range.")
+    if not old.shape == new.shape == shape or old.dtype != new.dtype:
+        raise ValueError(f"the values of `{name}` do not have its shape.")
     return TensorChange(record.shape, index, old, new, record.sha256_old, record.sha256_new)
 
 

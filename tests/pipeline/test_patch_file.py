@@ -73,7 +73,10 @@ def record(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("tensors", "header", "report"),
     [
+        ({"index/a": torch.tensor([0, 5, 12])}, None, ""),
         ({"index/a": torch.tensor([0, 0, 10])}, None, ""),
+        ({"index/a": torch.tensor([0, 5])}, None, ""),
+        ({"new/a": torch.zeros(3).double()}, None, ""),
         ({"new/a": torch.tensor([1.0, 6.0, 12.0])}, None, ""),
         ({}, {"tensors": {}}, ""),
         ({}, record(), ""),
@@ -82,6 +85,7 @@ def record(**changes: Any) -> dict[str, Any]:
         ({}, record(shape=[-3, -4]), ""),
         ({}, record(shape="3, 4"), ""),
         ({}, {"more": 3}, ""),
+        ({}, None, "{"),
     ],
 )
 def test_an_inconsistent_file_is_refused(
