@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_nrl._trainer.kept_streams import STREAM_LIMIT, KeptStream, keep_stream
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
@@ -32,6 +33,8 @@ from lightning_nrl._trainer.loaders import (
     LoaderSource,
     check_data,
     check_loader,
+    check_one_rank,
+    is_stream,
     loaders_in,
     make_source,
     parse_adapter,
@@ -84,6 +87,8 @@ class DataOptions:
             count the samples without this augmentation. None: only the data set's own augmentation.
         start_from: weights to repair: the weights at the end of training (`last`), or the best
             checkpoint's (`best`).
+        stream_limit: largest size in bytes of a stream, such as an `IterableDataset`, whose samples
+            are kept in memory.
 
     Raises:
         ConfigurationError: on construction, for an invalid split, data loader, function or choice.
@@ -101,6 +106,7 @@ class DataOptions:
     render: str | Callable[[Any], Any] | None = None
     augment: str | Callable[[Any], Any] | None = None
     start_from: Literal["last", "best"] = "last"
+    stream_limit: int = STREAM_LIMIT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passed", _check_known("passed", self.passed))
@@ -111,6 +117,7 @@ class DataOptions:
         if self.augment is not None:
             object.__setattr__(self, "augment", import_function("augment", self.augment))
         check_whole("draws", self.draws, 1)
+        check_whole("stream_limit", self.stream_limit, 1)
         check_choice("start_from", self.start_from, ("last", "best"))
 
 
@@ -273,7 +280,9 @@ class SplitLoaders:
 
     trainer: Trainer
     model: LightningModule
+    stream_limit: int = STREAM_LIMIT
     _loaders: dict[str, Loaders] = field(default_factory=dict)
+    _kept: dict[int, Loader] = field(default_factory=dict)
 
     def get(self, split: str) -> Loaders:
         """Returns the loaders of a split, or None.
@@ -303,6 +312,17 @@ class SplitLoaders:
         if len(by_key) == 1:
             return [NamedLoader(loader, split) for loader in by_key.values()]
         return [NamedLoader(loader, f"{split}:{key}") for key, loader in by_key.items()]
+
+    def by_index(self, loader: Loaders, name: str) -> NamedLoader:
+        """Returns the loader, or one that reads the samples of its stream from memory."""
+        stream = check_loader(loader, name, streams=True)
+        if not is_stream(stream):
+            return NamedLoader(stream, name)
+        if id(stream) not in self._kept:
+            check_one_rank(self.trainer, name)
+            samples = KeptStream(stream, name, self.stream_limit, batch_limit(self.trainer))
+            self._kept[id(stream)] = keep_stream(stream, samples)
+        return NamedLoader(self._kept[id(stream)], name)
 
     def not_counted(self, sources: Sequence[LoaderSource]) -> str:
         """Returns a sentence on loaders of the fit with samples that no source has, if any."""
@@ -403,11 +423,11 @@ def find_data(
             named += find_data(name, part, loaders, automatic)
         return named
     if isinstance(value, DataLoader):
-        return [NamedLoader(value, argument)]
+        return [loaders.by_index(value, argument)]
     splits = automatic if value == "auto" else (value,)
     for split in splits:
         if named := loaders.named(split):
-            return [NamedLoader(check_loader(loader, name), name) for loader, name in named]
+            return [loaders.by_index(loader, name) for loader, name in named]
     hooks = " or ".join(f"`{split}_dataloader()`" for split in splits)
     do_without = f", or do without: `{argument}=None`" if optional else ""
     raise ConfigurationError(

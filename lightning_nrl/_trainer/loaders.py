@@ -280,11 +280,7 @@ def make_source(
     """
     make: Callable[..., LoaderSource] = LoaderSource
     if streams and isinstance(loader, DataLoader) and _has_no_index(loader):
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"`{split}` data have no index, so several ranks cannot share them.",
-                "give a DataLoader over map-style data with a `batch_size`, or use one device.",
-            )
+        check_one_rank(trainer, split)
         make = partial(StreamSource, limit=limit)
         index = torch.arange(0)
     else:
@@ -307,6 +303,14 @@ def make_source(
         bind_adapter(adapter, model),
         seed,
     )
+
+
+def check_one_rank(trainer: Trainer, split: str) -> None:
+    if trainer.world_size > 1:
+        raise ConfigurationError(
+            f"`{split}` data have no index, so several ranks cannot share them.",
+            "give a DataLoader over map-style data with a `batch_size`, or use one device.",
+        )
 
 
 def batch_size_of(loader: Loader) -> int:
@@ -361,15 +365,20 @@ def loaders_in(data: Loaders) -> Mapping[str, Loaders]:
     return {str(i): loader for i, loader in enumerate(loaders)}
 
 
+def is_stream(loader: Loader) -> bool:
+    return isinstance(loader.dataset, IterableDataset)
+
+
 def _has_no_index(loader: Loader) -> bool:
-    is_stream = isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized)
-    return is_stream or loader.batch_sampler is None
+    return (
+        is_stream(loader) or not isinstance(loader.dataset, Sized) or loader.batch_sampler is None
+    )
 
 
-def check_loader(data: Loaders, split: str, hint: str = "") -> Loader:
+def check_loader(data: Loaders, split: str, hint: str = "", *, streams: bool = False) -> Loader:
     """Returns the only loader in `data`; refuses data that cannot be read by index.
 
-    `hint` replaces the hint of the error.
+    `hint` replaces the hint of the error. With `streams`, streams of samples are accepted.
     """
     loaders = loaders_in(data)
     name, loader = next(iter(loaders.items()), ("", None))
@@ -379,10 +388,20 @@ def check_loader(data: Loaders, split: str, hint: str = "") -> Loader:
         advice = f"name one of them{example}, or pass a single DataLoader."
     elif not isinstance(loader, DataLoader):
         problem = f"found {type(loader).__name__}, not a DataLoader"
-        advice = _give_instead(split)
-    elif isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+        advice = _give_instead("a DataLoader", split)
+    elif is_stream(loader) and streams:
+        if loader.batch_sampler is not None:
+            return loader
+        problem = (
+            f"{type(loader.dataset).__name__} yields whole batches (torch's `batch_size=None`)"
+        )
+        advice = (
+            "give `DataOptions` a loader over the stream of single samples: `DataLoader(stream, "
+            "batch_size=64, collate_fn=...)`."
+        )
+    elif is_stream(loader) or not isinstance(loader.dataset, Sized):
         problem = f"{type(loader.dataset).__name__} is iterable, so its samples have no index"
-        advice = _give_instead(split)
+        advice = _give_instead("a DataLoader over map-style data", split)
     elif loader.batch_sampler is None:
         problem = (
             f"its {type(loader).__name__} asks the data set for whole batches (torch's "
@@ -400,8 +419,8 @@ def check_loader(data: Loaders, split: str, hint: str = "") -> Loader:
     raise ConfigurationError(f"`{split}` data: {problem}.", hint or advice)
 
 
-def _give_instead(split: str) -> str:
-    advice = "give the same samples in a DataLoader over map-style data"
+def _give_instead(kind: str, split: str) -> str:
+    advice = f"give the same samples in {kind}"
     name, _ = split_and_loader(split)
     if name == "test":
         return f"{advice}: `unseen=loader`."
@@ -423,7 +442,7 @@ def check_data(
         if value in names or (split in SPLITS and value == f"{split}:{loader}"):
             return value
     elif value is not None:
-        return check_loader(value, argument)
+        return check_loader(value, argument, streams=True)
     elif optional:
         return None
     hint = f"write one of {list(names)} or pass a DataLoader."

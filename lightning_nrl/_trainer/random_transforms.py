@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from lightning_nrl._trainer.kept_streams import KeptStream
 from lightning_nrl._trainer.lightning.packages import rank_zero_info, rank_zero_warn
 from lightning_nrl._trainer.loaders import (
     AnyDataset,
@@ -21,6 +22,7 @@ from lightning_nrl._trainer.loaders import (
     SeededDataset,
     loaders_in,
 )
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.preserve import random_state, seed_cpu
 from lightning_nrl.data.batch import is_sliceable, tensors_in
 from lightning_nrl.errors import DataWarning
@@ -57,6 +59,17 @@ def _is_repeatable(samples: SeededDataset, i: int, collate: Collate) -> bool:
         seed_cpu(seed)
         reads.append(collate([samples[i]]))
     return is_same(*reads)
+
+
+@random_state()
+def count_changed(stream: KeptStream, collate: Collate) -> int:
+    """Counts samples that differ when a stream is read again, with other random numbers."""
+    n_read = n_same = 0
+    for n_read, sample in enumerate(stream.read(seed=1), 1):
+        if n_read > len(stream):  # it may be endless now
+            break
+        n_same += is_same(collate([stream[n_read - 1]]), collate([sample]))
+    return max(n_read, len(stream)) - n_same
 
 
 def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
@@ -118,6 +131,14 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
 
 def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
     """Says which samples change, the problem and a hint; None if all samples are repeatable."""
+    samples, collate = source.loader.dataset, source.loader.collate_fn
+    if isinstance(samples, KeptStream) and (n_changed := count_changed(samples, collate)):
+        changed = f"{plural(n_changed, 'sample')} changed or swapped places in a second read"
+        hint = (
+            "Another read may give samples that were not counted, and their ids in reports are "
+            f"wrong. Give a stream that neither shuffles nor augments: {CLEAN_LOADER}."
+        )
+        return changed, changed, hint
     positions = _checked_positions(source)
     n_changed = check_stability(source.samples, positions, source.loader.collate_fn)
     if n_changed:
@@ -143,6 +164,12 @@ def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
 
 
 def _describe_draws(source: LoaderSource) -> str:
+    samples = source.loader.dataset
+    if isinstance(samples, KeptStream):
+        return (
+            f"`{source.split}` is a stream: its {len(samples):,} samples were read once, in order, "
+            f"and kept in memory ({samples.n_bytes / 1e6:,.3g} MB)."
+        )
     if source.has_validation_view:
         return f"`{source.split}` was read with the `transform` of the validation data."
     if not source.samples.draws:

@@ -113,7 +113,7 @@ class TrainerRepair:
                 "`ModelCheckpoint(monitor=..., save_top_k=5)`.",
             )
         with random_state(), validating(trainer):
-            loaders = SplitLoaders(trainer, model)
+            loaders = SplitLoaders(trainer, model, self.data.known.stream_limit)
             first = self._open_data(loaders, ASSUMED_EPOCHS, limit=1, whole=False)
             history = _history_callback(settings, trainer)
             if history is not None:
@@ -170,7 +170,7 @@ class TrainerRepair:
         With `whole`, ranks read all samples.
         """
         with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
-            loaders = SplitLoaders(trainer, model)
+            loaders = SplitLoaders(trainer, model, self.data.known.stream_limit)
             trained = self._open_data(loaders, epochs, limit=batch_limit(trainer), whole=whole)
             sentences = [
                 loaders.not_counted(trained.sources),

@@ -30,6 +30,7 @@ SEARCH_OPTION_NAMES = (
     "adapter",
     "output",
     "draws",
+    "stream_limit",
     "importance",
     "fitness",
     "localizer",
@@ -43,7 +44,17 @@ USED_OPTIONS: Mapping[str, tuple[str, ...]] = {
 """Options that have an effect, by function. In other functions, all but `start_from` have one."""
 SHOWN_OPTIONS = {
     **USED_OPTIONS,
-    "diagnose": ("target", "task", "passed", "failed", "adapter", "output", "draws", "seed"),
+    "diagnose": (
+        "target",
+        "task",
+        "passed",
+        "failed",
+        "adapter",
+        "output",
+        "draws",
+        "stream_limit",
+        "seed",
+    ),
 }
 """Options in the help of a command. `diagnose` takes those of `repair` too, without an effect."""
 

@@ -113,12 +113,12 @@ def test_a_model_that_shards_itself_is_refused(tmp_path: Path) -> None:
 
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
-        yield from Digits().train
+        yield from Digits().train_dataloader()
 
 
 class Streamed(Digits):
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(Stream(), 32)
+        return DataLoader(Stream(), batch_size=None)
 
 
 class Several(Digits):
@@ -187,7 +187,7 @@ BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
         "`unseen.*`: 2 of its 2 samples are in `train` too, which is known data",
     ),
     (Digits, {"calibration": "val", "unseen": "val"}, "`calibration='val'` is unseen data too"),
-    (Streamed, {}, r"`train` data: Stream is iterable.*DataOptions\(passed=loader, failed=other\)"),
+    (Streamed, {}, r"`train` data: Stream yields whole batches.*DataLoader\(stream, batch_size=64"),
     (
         Wrapped,
         {},
