@@ -30,7 +30,13 @@ from lightning_nrl._trainer.lightning.private_parts import (
     combined_like,
     data_module_of,
 )
-from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, loaders_in
+from lightning_nrl._trainer.loaders import (
+    LoaderSource,
+    batch_size_of,
+    is_stream,
+    loader_like,
+    loaders_in,
+)
 from lightning_nrl._trainer.module_copy import copied_data_module, copied_module
 from lightning_nrl._trainer.time_budget import (
     CannotTrainError,
@@ -260,9 +266,13 @@ class ContinuedTraining(Training):
     ) -> DataLoader[Any]:
         rank = self.trainer.global_rank
         world_size = self.trainer.world_size
-        # The user's loader may have a sampler without an index, but a batch size.
-        sized = self.trained_on if isinstance(self.trained_on, DataLoader) else like
-        size = batch_size_of(sized)
+        size = batch_size_of(like)
+        trained_on = self.trained_on
+        if isinstance(trained_on, DataLoader):
+            # The user's loader may have a sampler without an index, but a batch size.
+            yields_batches = is_stream(trained_on) and trained_on.batch_size is None
+            if not yields_batches:
+                size = batch_size_of(trained_on)
         sampler = ShuffledSampler(_length(data), run.seed, rank, world_size, weight=weight)
         return loader_like(
             like,

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.kept_streams import STREAM_LIMIT, KeptStream, keep_stream
@@ -323,6 +324,14 @@ class SplitLoaders:
             samples = KeptStream(stream, name, self.stream_limit, batch_limit(self.trainer))
             self._kept[id(stream)] = keep_stream(stream, samples)
         return NamedLoader(self._kept[id(stream)], name)
+
+    def for_training(self) -> Loaders:
+        """Returns the training loaders; streams that are known data are read from memory."""
+        loaders = self.get("train")
+        return tree_map(
+            lambda loader: self._kept.get(id(loader), loader),
+            getattr(loaders, "iterables", loaders),
+        )
 
     def not_counted(self, sources: Sequence[LoaderSource]) -> str:
         """Returns a sentence on loaders of the fit with samples that no source has, if any."""

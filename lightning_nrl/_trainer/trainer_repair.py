@@ -195,7 +195,7 @@ class TrainerRepair:
             known,
             epochs,
             self.left_out,
-            loaders.get("train"),
+            loaders.for_training(),
             augment=cast(Augment | None, self.data.known.augment),
         )
         return TrainedModel(model, known, unseen, calibration, training, evaluator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, same
+from lightning_package import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair
-from lightning_nrl.errors import DataWarning
+from lightning_nrl import ConfigurationError, RegressionFreeRepair
+from lightning_nrl.errors import DataWarning, TrainingWarning
 
 SPLITS = ("train", "repair", "test")
 
@@ -66,7 +68,7 @@ class ReadOnce(Stream):
         return self.samples
 
 
-def in_order(data: Dataset) -> Dataset:
+def by_index(data: Dataset) -> Dataset:
     return data
 
 
@@ -74,7 +76,6 @@ def fitted(
     tmp_path: Path,
     kinds: Sequence[Any],
     model: Classifier | None = None,
-    repair: Any = quick_repair,
     **arguments: Any,
 ) -> tuple[RegressionFreeRepair, Classifier]:
     """Repairs with train, validation and unseen data of the given kinds of data sets."""
@@ -83,7 +84,7 @@ def fitted(
         DataLoader(kind(getattr(data, split)), 32)
         for kind, split in zip(kinds, SPLITS, strict=True)
     )
-    callback = repair(failed="val", unseen=unseen, **arguments)
+    callback = quick_repair(failed="val", unseen=unseen, **arguments)
     model = model or Classifier()
     trainer = quiet_trainer(tmp_path, callback, num_sanity_val_steps=0)
     trainer.fit(model, train, val)
@@ -97,10 +98,10 @@ def rights(model: Classifier, stream: IterableDataset) -> list[bool]:
 
 
 def test_streams_are_repaired_like_the_same_samples_by_index(tmp_path: Path) -> None:
-    by_index, expected = fitted(tmp_path / "index", [in_order] * 3)
+    indexed, expected = fitted(tmp_path / "index", [by_index] * 3)
     streamed, repaired = fitted(tmp_path / "streams", [Stream] * 3)
     assert same(expected, repaired)
-    assert by_index.report is not None
+    assert indexed.report is not None
     assert streamed.report is not None
     assert streamed.report.status == "repaired"
     assert "`train` is a stream: its 400 samples were read once" in streamed.report.reason
@@ -121,16 +122,22 @@ def test_streams_are_repaired_like_the_same_samples_by_index(tmp_path: Path) -> 
         assert name == "unseen" or not broken
 
 
-def test_the_default_method_trains_on_a_stream(tmp_path: Path) -> None:
-    callback, _ = fitted(
-        tmp_path,
-        [Stream, Stream, in_order],
-        repair=lambda failed, **how: RegressionFreeRepair(
-            data=DataOptions(failed=failed), verbose=False, **how
-        ),
-    )
+class OnTwoLoaders(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return sum(super(OnTwoLoaders, self).training_step(x, batch_idx) for x in batch.values())
+
+
+def test_the_default_method_trains_on_streams(tmp_path: Path) -> None:
+    data = Digits()
+    callback = RegressionFreeRepair(verbose=False)
+    trainer = quiet_trainer(tmp_path, callback, num_sanity_val_steps=0)
+    streams = {"a": DataLoader(Stream(data.train), 32), "b": DataLoader(Stream(data.train), 64)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)  # such as: the training cannot continue
+        trainer.fit(
+            OnTwoLoaders(), CombinedLoader(streams, "min_size"), DataLoader(Stream(data.repair), 64)
+        )
     assert callback.report is not None
-    assert callback.report.status == "repaired"
     assert callback.report.known_counts.repaired_in_target
 
 
