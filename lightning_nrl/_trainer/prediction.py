@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from lightning_nrl._trainer.called_layers import call_order, called_layers, evaluation_context
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
-from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.loaders import LoaderSource, length_of
 from lightning_nrl._trainer.loss_check import outputs_in
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
+from lightning_nrl._utils.sharded import is_sharded
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import (
     Adapter,
+    Batch,
     ModelCall,
     ModelOutput,
     RawBatch,
@@ -77,6 +79,8 @@ def open_sources(
     opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
     layers = ranks.of_first(called_layers(model, evaluator, adapter, raw))
     evaluator = replace(evaluator, called=layers)
+    if is_sharded(model):
+        evaluator = replace(evaluator, spare_batch=partial(_spare_batch, adapter, raw))
 
     def check() -> None:
         if not _is_random(model, evaluator, adapter, raw):
@@ -93,6 +97,12 @@ def open_sources(
 
     ranks.all_or_none(check, failed)
     return evaluator, opened
+
+
+def _spare_batch(adapter: Adapter, raw: RawBatch) -> Batch:
+    raw = copy.deepcopy(raw)  # a forward may write into it
+    args, kwargs, target = adapter(raw)
+    return Batch(args, target, torch.arange(length_of(target)), kwargs, raw)
 
 
 @torch.no_grad()

@@ -55,11 +55,24 @@ def check_strategy(
         "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or "
         "ddp."
     ),
+    *,
+    only_evaluates: bool = False,
 ) -> None:
-    """Refuses strategies that shard the model, and strategies for XLA and HPUs."""
+    """Refuses strategies that shard the model, and strategies for XLA and HPUs.
+
+    `only_evaluates` accepts `ModelParallelStrategy` if each rank has its own batches.
+    """
     names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     if any(name.startswith(SHARDING_STRATEGIES) or "Sharded" in name for name in names):
-        raise ConfigurationError(f"`strategy`: {names[0]} shards the weights, {reason}.", hint)
+        if only_evaluates and "ModelParallelStrategy" in names:
+            sampled = trainer.distributed_sampler_kwargs or {}
+            if sampled.get("num_replicas") == trainer.world_size:
+                return
+        raise ConfigurationError(
+            f"`strategy`: {names[0]} shards the weights, {reason}.",
+            "`ReleaseGate` and `RegressionMetrics` run under `ModelParallelStrategy("
+            f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)`; {hint}",
+        )
     if any(name.startswith(UNTESTED_STRATEGIES) for name in names):
         raise ConfigurationError(
             f"`strategy`: {names[0]} runs on XLA or Habana, which was never tried.", hint

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.sharded import placed_like
 from lightning_nrl._utils.state import State, live_tensors, saved_names
 from lightning_nrl.errors import ConfigurationError, DataWarning, first_line
 
@@ -119,7 +120,7 @@ def fitting(argument: str, new: Mapping[str, object], model: nn.Module) -> dict[
             shapes = f"{list(tensor.shape)}, not {list(old.shape)}"
             faults.append(f"has {key!r} in the shape {shapes}")
         else:
-            fitted[name] = tensor.detach().to(old.device, old.dtype)
+            fitted[name] = placed_like(old, tensor.detach())
     faults += [f"has {key!r}, which is not in the model" for key in unknown]
     if not faults:
         return fitted

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.sharded import own_part, reshard
 from lightning_nrl._utils.state import plain_copy, plain_tensor
 
 # By size in bytes, to compare bits.
@@ -55,6 +56,7 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     would miss `weight.data.clamp_()`.) Parameters keep their identity and memory, since optimizers
     refer to them. Nested calls of `eval_mode` copy each parameter only once.
     """
+    reshard(model)
     modules = _modules_with_modes(model)
     modes = [module.training for module in modules]
     flags = module_flags(modules)
@@ -76,6 +78,7 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
         try:
             set_modes(modules, modes)
         finally:
+            reshard(model)
             for snapshot in snapshots:
                 snapshot.restore()
             for module, values in zip(modules, flags, strict=True):
@@ -215,13 +218,14 @@ class _TensorSnapshot:
         self.copies = []
         for tensor in self._earlier.values():
             if tensor is not None and is_copied(tensor):
-                self.copies.append(_TensorCopy(tensor, tensor.data, _copy(tensor.data)))
+                memory = own_part(tensor.data)
+                self.copies.append(_TensorCopy(tensor, memory, _copy(memory)))
 
     def overwritten(self) -> dict[int, Tensor]:
         """Maps the `id` of each changed tensor to its earlier values."""
         overwritten = {}
         for tensor, memory, values in self.copies:
-            if not (_is_at(tensor, memory) and _is_same(memory, values)):
+            if not (_is_at(own_part(tensor), memory) and _is_same(memory, values)):
                 overwritten[id(tensor)] = values
         return overwritten
 
@@ -238,10 +242,10 @@ class _TensorSnapshot:
             if tensors[name] is not tensor:
                 tensors[name] = tensor
         for tensor, memory, values in self.copies:
-            if not _is_at(tensor, memory):
+            if not _is_at(own_part(tensor), memory):
                 tensor.data = memory
             if not _is_same(memory, values):
-                tensor.copy_(values)
+                own_part(tensor).copy_(values)
 
 
 def _has_values(value: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.device import widest
+from lightning_nrl._utils.sharded import is_split, own_part, reshard
 from lightning_nrl.errors import ConfigurationError
 
 State = Mapping[str, Tensor]  # parameters and buffers by their names in the module tree
@@ -52,13 +53,18 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
     """Replaces tensors of the model for a block, then puts the original tensor objects back.
 
+    A split tensor only gets other values, since `fully_shard` reads layers from its memory.
     A shared tensor is replaced in all its modules (`torch.func.functional_call` would leave some
     modules changed). Raises like `changed`.
     """
     live = _checked(model, state)
-    new = {id(live[name]): value for name, value in state.items()}
+    split = {name: value for name, value in state.items() if is_split(live[name])}
+    earlier = {name: live[name].detach().clone() for name in split}
+    new = {id(live[name]): value for name, value in state.items() if name not in split}
     replaced = []
     try:
+        if split:
+            write(model, split)
         for module in model.modules():
             slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for tensors in slots:
@@ -70,6 +76,8 @@ def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
     finally:
         for tensors, name, value in replaced:
             tensors[name] = value
+        if split:
+            write(model, earlier)
 
 
 @torch.no_grad()
@@ -77,7 +85,7 @@ def write(model: nn.Module, state: State) -> None:
     """Copies the tensors of `state` into the model; raises like `changed`, before any copy."""
     live = _checked(model, state)
     for name, value in state.items():
-        live[name].copy_(value)
+        own_part(live[name]).copy_(own_part(value))
 
 
 @torch.no_grad()
@@ -136,6 +144,7 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     A custom `state_dict` may omit or rename some of them.
     """
+    reshard(model)
     tensors = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, value in (*module._parameters.items(), *module._buffers.items()):
@@ -223,7 +232,7 @@ def check_saved(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _place(value: Tensor) -> tuple[int, torch.Size, torch.device]:
-    return value.data_ptr(), value.shape, value.device
+    return own_part(value).data_ptr(), value.shape, value.device
 
 
 def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
@@ -248,12 +257,15 @@ def hash_file(path: Path) -> str:
 def hash_tensors(state: Mapping[str, object]) -> str:
     """Returns the SHA-256 of names, dtypes, shapes and bytes of tensors, as hexadecimal digits.
 
-    The hash does not depend on devices, strides or the order of names.
+    The hash does not depend on devices, strides or the order of names. All ranks must call it if
+    tensors are split.
     """
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         if not isinstance(value, Tensor):
             continue
+        if is_split(value):
+            value = value.full_tensor()
         tensor = value.detach().cpu()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         parts: tuple[Tensor, ...] = (tensor,)

@@ -49,7 +49,7 @@ from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, PART_TAG, parse_pre
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve_state, random_state
+from lightning_nrl._utils.preserve import outside_inference_mode, preserve_state, random_state
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model
 from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
@@ -272,7 +272,12 @@ class RegressionMetrics(CallbackBase):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
-        check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
+        check_strategy(
+            trainer,
+            "which are needed whole",
+            "train with a single device or with ddp.",
+            only_evaluates=True,
+        )
         if stage in ("fit", "validate"):
             self.teardown()
             self._outputs.attach(pl_module)
@@ -387,7 +392,7 @@ class RegressionMetrics(CallbackBase):
         collective = Collective.current(model.device)
         loader, limit = _validation_loader(trainer, self.dataloader)
         probe = Probe(model)
-        with random_state(), validating(trainer):
+        with random_state(), validating(trainer), outside_inference_mode():
             batches = _batches_in_order(loader, limit)
             positions = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
             by_rank = collective.gather(positions)

@@ -148,7 +148,10 @@ class ReleaseGate(CallbackBase):
         if stage in ("test", "validate"):
             self.report = None  # `on_test_start` does not run without batches
             check_strategy(
-                trainer, "which are needed whole", "test with a single device or with ddp."
+                trainer,
+                "which are needed whole",
+                "test with a single device or with ddp.",
+                only_evaluates=True,
             )
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,7 +197,7 @@ class ReleaseGate(CallbackBase):
             limit, _ = batch_limits(trainer)
         self.report = replace(report, files=files, missing=missing, limit=limit)
         if trainer.is_global_zero:
-            predictions = Predictions.of(pair.after, pl_module.state_dict(), pair.keys)
+            predictions = Predictions.of(pair.after, report.new.sha256, pair.keys)
             self.report = write_report(self.report, predictions=predictions.save)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.junit is not None and not batch_limit(trainer):

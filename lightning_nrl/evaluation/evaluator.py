@@ -76,6 +76,8 @@ class Evaluator:
         called: names of the layers that a prediction calls, in the order of the calls; None if
             unknown.
         argument: `model` or `reference`, the name of the model in errors.
+        spare_batch: makes a batch to run, without counting it, while only other ranks have data
+            left: ranks must run a sharded model equally often. None if the model is whole.
     """
 
     model: nn.Module
@@ -84,6 +86,7 @@ class Evaluator:
     collective: Collective = field(default_factory=Collective)
     called: Sequence[str] | None = None
     argument: str = "model"
+    spare_batch: Callable[[], Batch] | None = None
 
     def __post_init__(self) -> None:
         check_kind(
@@ -155,9 +158,11 @@ class Evaluator:
         tables = []
         for source in sources:
             marker = _TargetMarker(target, source.split, everywhere or source.failed)
-            table = _gather_split(
-                source, partial(self._read, source, marker, forward), self.collective
-            )
+            failed = f"`{source.split}` data could not be read on another rank."
+            read = partial(self._read, source, marker, forward, failed)
+            if self.spare_batch is None:  # else ranks exchange errors batch by batch
+                read = partial(self.collective.all_or_none, read, failed)
+            table = _gather_split(source, read(), self.collective)
             _check_classes(source, table)
             tables.append(table)
         sizes = tuple(len(source.index) for source in sources)
@@ -185,27 +190,20 @@ class Evaluator:
         with temporary_weights(self.model, state):
             return self.run(sources)
 
-    def _read(self, source: Source, marker: _TargetMarker, forward: Forward | None) -> Table:
+    def _read(
+        self, source: Source, marker: _TargetMarker, forward: Forward | None, failed: str
+    ) -> Table:
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
         has_one_logit = False
-        for number, batch in enumerate(source):
+        batches: Iterable[Batch] = source
+        if self.spare_batch is not None:
+            batches = self._in_step(source, self.spare_batch, forward, failed)
+        for number, batch in enumerate(batches):
             poll()
-            argument, name = self.argument, type(self.model).__name__
-            try:
-                output = self.output(batch, forward)
-                argument, name = "task", type(self.task).__name__
-                columns = _columns(batch, output, self.task, marker, is_first=number == 0)
-            except Exception as error:
-                if isinstance(error, RepairError) or is_out_of_memory(error):
-                    raise
-                _check_devices(source.split, batch, device_of(self.model), error)
-                place = f"batch {number} of `{source.split}` data"
-                place += f", from sample {source.index[batch.position[0]]} on"
-                raise ModelError(
-                    f"`{argument}`: {name} raised {type(error).__name__} on {place}: {error}\n"
-                    f"{describe(batch.raw)}",
-                    self._hint_on_failure(number, batch),
-                ) from error
+            evaluate = partial(self._evaluate, number, batch, source, marker, forward)
+            if self.spare_batch is not None:
+                evaluate = partial(self.collective.all_or_none, evaluate, failed)
+            output, columns = evaluate()
             has_one_logit = output.shape[1:] == (1,)
             for name, column in columns.items():
                 parts[name].append(column)
@@ -217,6 +215,50 @@ class Evaluator:
         if has_one_logit:
             _warn_of_probabilities(source.split, table)
         return table
+
+    def _in_step(
+        self,
+        source: Source,
+        spare_batch: Callable[[], Batch],
+        forward: Forward | None,
+        failed: str,
+    ) -> Iterator[Batch]:
+        """Yields the batches of a source, and runs spare ones while only other ranks have some."""
+        batches = iter(source)
+        while True:
+            batch = self.collective.all_or_none(lambda: next(batches, None), failed)
+            if not self.collective.any(batch is not None):
+                return
+            if batch is not None:
+                yield batch
+            else:
+                self.collective.all_or_none(partial(self.output, spare_batch(), forward), failed)
+
+    def _evaluate(
+        self,
+        number: int,
+        batch: Batch,
+        source: Source,
+        marker: _TargetMarker,
+        forward: Forward | None,
+    ) -> tuple[Tensor, Table]:
+        """Returns the logits of a batch and the columns of its samples."""
+        argument, name = self.argument, type(self.model).__name__
+        try:
+            output = self.output(batch, forward)
+            argument, name = "task", type(self.task).__name__
+            return output, _columns(batch, output, self.task, marker, is_first=number == 0)
+        except Exception as error:
+            if isinstance(error, RepairError) or is_out_of_memory(error):
+                raise
+            _check_devices(source.split, batch, device_of(self.model), error)
+            place = f"batch {number} of `{source.split}` data"
+            place += f", from sample {source.index[batch.position[0]]} on"
+            raise ModelError(
+                f"`{argument}`: {name} raised {type(error).__name__} on {place}: {error}\n"
+                f"{describe(batch.raw)}",
+                self._hint_on_failure(number, batch),
+            ) from error
 
     def _hint_on_failure(self, number: int, batch: Batch) -> str:
         if number:
@@ -385,8 +427,7 @@ def _fill_missing_classes(
     return target, unusable
 
 
-def _gather_split(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
-    part = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
+def _gather_split(source: Source, part: Table, collective: Collective) -> Table:
     table = {name: torch.cat(collective.gather(part.pop(name))) for name in DTYPES}
     position = table.pop("position")
     expected = torch.arange(len(source.index))

@@ -16,6 +16,7 @@ from lightning_nrl._utils.checkpoint import read_fitting, read_state
 from lightning_nrl._utils.checks import is_class
 from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve_state
+from lightning_nrl._utils.sharded import is_sharded
 from lightning_nrl._utils.state import State, device_of, hash_tensors
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source
@@ -106,8 +107,9 @@ class OldModel:
         if not evaluator.collective.any(cached != cached.sealed(key)):
             return cached.results(like)
         results = self._run(evaluator, weights, sources, like)
+        weights_hash = hash_tensors(weights)  # on all ranks, as the weights may be split
         if evaluator.collective.rank == 0:
-            Predictions.of(results, weights).sealed(key).save(self.cache)
+            Predictions.of(results, weights_hash).sealed(key).save(self.cache)
         return results
 
     def _cache_key(self, evaluator: Evaluator, weights: State, like: SampleResults) -> str:
@@ -132,6 +134,8 @@ class OldModel:
         model = evaluator.model
         if isinstance(self.model, nn.Module):
             model, weights = self.model, {}
+            if not is_sharded(model):
+                evaluator = replace(evaluator, spare_batch=None)
         adapted = sources
         if self.adapter is not None:
             adapter = bind_adapter(self.adapter, model)

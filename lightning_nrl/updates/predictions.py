@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
-from lightning_nrl._utils.state import State, hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
 from lightning_nrl.errors import ConfigurationError
@@ -194,13 +193,13 @@ class Predictions:
         return replace(self, seal=digest.hexdigest())
 
     @classmethod
-    def of(cls, results: SampleResults, weights: State, keys: Sequence[str] = ()) -> Predictions:
-        """Builds predictions from the results of a model, and the `keys` of the samples."""
+    def of(cls, results: SampleResults, weights: str, keys: Sequence[str] = ()) -> Predictions:
+        """Builds predictions from a model's results, its hash and the `keys` of the samples."""
         answers = zip(results.prediction.tolist(), results.passed.tolist(), strict=True)
         rows = list(zip(results.index.tolist(), answers, strict=True))
         splits = {split: dict(rows[results.of(split)]) for split in results.splits}
         by_sample = dict(zip(results.samples, keys, strict=False))
-        return cls(splits, hash_tensors(weights), keys=by_sample)
+        return cls(splits, weights, keys=by_sample)
 
     def answers(
         self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_nrl._utils.formatting import list_ids, percent, relative_to_cwd
 from lightning_nrl._utils.json_records import Derives
+from lightning_nrl._utils.preserve import outside_inference_mode
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
@@ -117,6 +118,7 @@ def release(
     return report
 
 
+@outside_inference_mode()  # in which split weights have no state dict
 def judge_pair(
     old: Reference,
     new: Evaluator,
