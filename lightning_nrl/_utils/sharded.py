@@ -41,11 +41,10 @@ def own_part(x: Tensor) -> Tensor:
 
 
 def placed_like(old: Tensor, x: Tensor) -> Tensor:
-    """Returns `x` with the dtype, device and split of `old`."""
+    """Returns `x` with the dtype, device and split of `old`; all ranks must call it."""
     x = x.to(old.device, old.dtype)
     if not is_split(old):
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    # Every rank has read all of `x`, so nothing is sent.
-    return distribute_tensor(x, old.device_mesh, old.placements, src_data_rank=None)
+    return distribute_tensor(x, old.device_mesh, old.placements)
