@@ -181,7 +181,7 @@ def test_data_loaders_will_do(tmp_path: Path, trained_path: Path) -> None:
         ),
         (sweep, {"seed": 3}, "`seed=3`: a sweep has `seeds`"),
         (sweep, {"method": "convex"}, "`method` is a Convex: a sweep runs the paper's search"),
-        (sweep, {"settings": Grid(alfa=[1])}, "did you mean `alpha`"),
+        (sweep, {"settings": Grid(alfa=[1])}, "did you mean 'alpha'"),
         (sweep, {"targets": None}, "did you mean `target`"),
     ],
 )

@@ -144,6 +144,11 @@ ROWS = {
 ELSEWHERE = {
     "`torch.compile(model)`": ("trainer/test_continue_training.py", "fit(torch.compile(Net()"),
     "`ddp`, also in several processes": ("integration/test_distributed.py", "in_two_processes"),
+    "`limit_test_batches`; `limit_val_batches` in `validate`": (
+        "integration/test_release_gate.py",
+        "limit_test_batches",
+    ),
+    "an `IterableDataset`": ("integration/test_streams.py", "IterableDataset"),
     "FSDP, DeepSpeed, model parallel": ("integration/test_refusals.py", "shards the weights"),
 }
 """Rows that other tests hold: the file, and what stands in it."""

@@ -307,7 +307,7 @@ def test_a_rank_that_fails_ends_the_sweep_on_all() -> None:
         return str(caught.value).partition("\n")[0]
 
     assert sorted(on_ranks(2, work)) == [
-        "another rank could not make its runs of the sweep.",
+        "another rank could not make its runs of the sweep. RuntimeError: broken",
         "broken",
     ]
 

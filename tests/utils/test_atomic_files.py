@@ -36,7 +36,8 @@ from lightning_nrl.pipeline import Patch
 from lightning_nrl.published import TrainingRecord
 from lightning_nrl.published.training_record import write_point
 from lightning_nrl.study.run_store import Run, RunStore, StoredRun
-from lightning_nrl.updates.predictions import Predictions, read_ids, read_slices
+from lightning_nrl.updates import RegressionSuite
+from lightning_nrl.updates.predictions import Predictions, read_slices
 
 STATE = {
     "layer.weight": torch.arange(12.0).view(3, 4),
@@ -139,7 +140,11 @@ READERS = {
     "training, a point": Reader("point-00000002.pt", write_record, read_record, True),
     "training, samples": Reader("samples.pt", write_record, read_record, True),
     "predictions": Reader("p.csv", PREDICTIONS.save, Predictions.read),
-    "ids": Reader("ids.csv", lambda path: path.write_text("split,id\nval,3\ntest,12\n"), read_ids),
+    "suite": Reader(
+        "suite.csv",
+        lambda path: path.write_text("split,id\nval,3\ntest,12\n"),
+        lambda path: RegressionSuite.read(path).samples,
+    ),
     "slices": Reader(
         "s.csv", lambda path: path.write_text("split,id,slice\nval,3,a\nval,4,b\n"), read_slices
     ),
