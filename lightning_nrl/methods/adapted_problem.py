@@ -14,7 +14,7 @@ from lightning_nrl.methods.solution import Proposal, Solution
 
 @dataclass(frozen=True)
 class AdaptedProblem(Problem):
-    """A problem in whose model only attached adapters may change.
+    """A problem that changes only the adapters attached to its model.
 
     All counts are those of the merged weights, without adapters: they are what is deployed.
     """
