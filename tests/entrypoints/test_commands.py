@@ -112,7 +112,7 @@ def test_the_help_of_diagnose_lists_what_has_an_effect(capsys: pytest.CaptureFix
     shown = " ".join(capsys.readouterr().out.split())
     options = set(re.findall(r"--repair\.(\w+)", shown)) - {"ARGUMENT"}
     assert options == {"target", "task", "data", "seed"}
-    assert "FIELD: passed, failed, adapter, output, draws." in shown
+    assert "FIELD: passed, failed, adapter, output, draws, stream_limit." in shown
 
 
 def test_the_whole_help_is_that_of_lightning_cli(capsys: pytest.CaptureFixture[str]) -> None:
