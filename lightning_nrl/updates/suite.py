@@ -130,6 +130,12 @@ def protecting(samples: SampleOptions, suite: RegressionSuite | None) -> SampleO
     return replace(samples, protected=dict(ids))
 
 
+def unprotected_splits(suite: RegressionSuite, report: RepairReport) -> list[str]:
+    """Returns the splits of a suite whose samples a repair could not protect."""
+    protected = {split.split for split in report.splits if split.role != "unseen"}
+    return sorted({split for split, _ in suite.samples} - protected)
+
+
 def repaired_samples(report: RepairReport) -> Samples:
     """Returns the repaired targets among the known data of an accepted repair."""
     samples = {}

@@ -8,6 +8,7 @@ import pytest
 from digit_models import Classifier, Digits, quiet_trainer
 
 from lightning_nrl import ConfigurationError, ReleaseGate, SampleOptions, repair
+from lightning_nrl.errors import DataWarning
 from lightning_nrl.methods import Convex
 from lightning_nrl.updates import RegressionSuite
 
@@ -66,4 +67,20 @@ def test_a_suite_and_protected_samples_are_one_too_many(
             datamodule=Digits(),
             suite=suite,
             samples=SampleOptions(protected={"val": [3]}),
+        )
+
+
+def test_samples_that_a_repair_cannot_protect_are_named(
+    trained: Classifier, tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.csv"
+    suite.write_text("split,id\ntest,3\nrepair,1\n")
+    with pytest.warns(DataWarning, match=r"its samples of 'test' are not known data"):
+        repair(
+            quiet_trainer(tmp_path),
+            trained,
+            datamodule=Digits(),
+            method=Convex(),
+            suite=suite,
+            verbose=False,
         )
