@@ -339,11 +339,12 @@ class SplitLoaders:
         names = [source.split for source in sources]
         missing = []
         for named in (*self.named("train"), *self.named("val")):
-            is_counted = named.name in names
+            if named.name in names:
+                continue
             with suppress(Exception):  # it cannot be read by index
-                is_counted |= bool(is_among(named.identity(), counted).all())
-            if not is_counted:
-                missing.append(f"`{named.name}`")
+                if is_among(named.identity(), counted).all():
+                    continue
+            missing.append(f"`{named.name}`")
         if not missing:
             return ""
         return f"Not counted, so it is unknown what breaks in them: {', '.join(missing)}."

@@ -153,9 +153,17 @@ def _requested_positions(dataset: AnyDataset, name: str, samples: Sequence[int])
 
 def is_among(samples: Tensor, others: Tensor) -> Tensor:
     """Marks the keys in `samples`, `n x 2`, that are also in `others`, `m x 2`, as `n` bool."""
-    _, number = torch.unique(torch.cat([samples, others]), dim=0, return_inverse=True)
-    n = len(samples)
-    return torch.isin(number[:n], number[n:])
+    if not len(others):
+        return torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    # A hash finds the only one that may be equal; `unique` of rows would take ten times the memory.
+    weights = _hash_weights(0, samples.shape[1])[0].to(samples.device)
+    hashes, order = (others * weights).sum(1).sort()
+    place = torch.searchsorted(hashes, (samples * weights).sum(1)).clamp(max=len(others) - 1)
+    found = order[place]
+    is_equal = torch.ones(len(samples), dtype=torch.bool, device=samples.device)
+    for column, other in zip(samples.unbind(1), others.unbind(1), strict=True):
+        is_equal &= column == other[found]
+    return is_equal
 
 
 def content_recorder(source: Source) -> RecordingSource:
