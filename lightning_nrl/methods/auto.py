@@ -198,6 +198,9 @@ class _Climb:
     """
 
     def __init__(self, problem: Problem, searcher: Searcher, caution: float | None) -> None:
+        self._is_one_layer = _is_one_layer(problem)
+        if not self._is_one_layer:  # a training of all samples repairs more than a longer search
+            problem = replace(problem, n_scored=min(problem.n_scored, budget.MAX_SCORED))
         self.problem = problem
         self.searcher = searcher
         self.caution = caution
@@ -205,7 +208,6 @@ class _Climb:
         self.best: Proposal | None = None
         self.held_out: TargetCounts | None = None
         self._held_out_rows = None if problem.update else draw_held_out_rows(problem)
-        self._is_one_layer = _is_one_layer(problem)
 
     @property
     def caution_points(self) -> tuple[CautionPoint, ...]:

@@ -23,7 +23,7 @@ from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.search_samples import record_known
+from lightning_nrl.methods.search_samples import choose_samples, record_known
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.convex_head import ConvexHead, regularization_path
 from lightning_nrl.records.steps import CUT, Step
@@ -44,9 +44,10 @@ NO_TIME_TO_SOLVE = "no time was left to solve anything."
 class Convex(Method):
     """Repairs the last Linear layer by the smallest change of the logits that breaks no sample.
 
-    No known passed sample breaks. The margin that a target lacks has a price: a higher price
-    repairs more and changes more. Ten prices are tried, from low to high. The price with most
-    repairs minus regressions in cross-validation wins.
+    No known passed sample breaks. If there are more than `Problem.n_scored` samples, it is solved
+    for as many, and the change is scaled down until none of the others breaks either. The margin
+    that a target lacks has a price: a higher price repairs more and changes more. Ten prices are
+    tried, from low to high. The price with most repairs minus regressions in cross-validation wins.
 
     Attributes:
         patience: stops after this many prices in a row without a better held-out result. None means
@@ -85,7 +86,7 @@ class Convex(Method):
         if not end.leaves(RECORDING_PASSES * clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
         with clock.stage("record"):
-            known = _KnownHead.recorded(problem)
+            known = _KnownHead.record(problem)
         with clock.stage("solve"):
             # Time is kept to count the chosen change in the deployed model.
             end = end.earlier(clock.one_pass)
@@ -96,11 +97,13 @@ class Convex(Method):
                 after = replace(problem.before, passed=known.right(change))
                 recorded = problem.counted(f"convex, price {price:g}", {}, after)
                 after = replace(problem.before, passed=right)
-                held_out = estimate(problem.before, after, _folds(problem) >= 0)
+                in_fold = known.recorded & (_folds(problem) >= 0)
+                held_out = estimate(problem.before, after, in_fold)
                 worth = _worth(problem, right)
                 alternatives.append(_Alternative(price, change, recorded, held_out, worth))
         if not alternatives:
             return Solution(None, NO_TIME_TO_SOLVE)
+        sample_note = known.note
         del known
         seconds = (time.perf_counter() - began) / len(alternatives)
         steps = [alternative.step(seconds) for alternative in alternatives]
@@ -113,6 +116,8 @@ class Convex(Method):
                 note += f", {fraction:.0%} of it"
             if is_cut:
                 note += f"; higher prices were {CUT}"
+            if sample_note:
+                note += f"; {sample_note}"
             seconds = time.perf_counter() - began
         reason = ""
         if proposal is None:
@@ -303,51 +308,66 @@ def _bias_of(weight: str) -> str:
 
 @dataclass(frozen=True)
 class _KnownHead:
-    """The recorded layer on the known samples."""
+    """The recorded layer on the known samples, or on `Problem.n_scored` of them."""
 
-    rows: Tensor  # N bool, passed and targeted samples
+    passed: Tensor  # N bool, before a change
+    recorded: Tensor  # N bool
+    rows: Tensor  # N bool, recorded samples that passed or are targets
     head: ConvexHead  # the layer on these samples
-    remaining: ConvexHead  # the layer on all other known samples
+    remaining: ConvexHead  # the layer on all other recorded samples
+    note: str  # how many samples are recorded; empty if all are
 
     @classmethod
-    def recorded(cls, problem: Problem) -> _KnownHead:
+    def record(cls, problem: Problem) -> _KnownHead:
         """Runs the model once.
 
         Raises a `ConfigurationError` on all ranks if the layer's output is not the logits.
         """
         before = problem.before
-        features, logits = _recorded(problem)
-        label = before.label.to(features.device)
-        targeted = before.targeted.to(features.device)
-        weight = before.weight.to(features)
+        keep, note = torch.ones_like(before.passed), ""
+        if len(before) > problem.n_scored:
+            choice = choose_samples(
+                before, before.targeted, before.passed, problem.n_scored, problem.seed
+            )
+            keep, note = choice.recorded, choice.note
+        features, logits = _recorded(problem, keep)
+        label = before.label[keep].to(features.device)
+        targeted = before.targeted[keep].to(features.device)
+        weight = before.weight[keep].to(features)
         has_bias = _may_change_bias(problem)
 
         def head(mask: Tensor) -> ConvexHead:
-            rows = mask.nonzero().flatten().to(features.device)
+            rows = mask[keep].nonzero().flatten().to(features.device)
             return ConvexHead(
                 features, logits, rows, label[rows], targeted[rows], weight[rows], has_bias
             )
 
-        mask = before.passed | before.targeted
-        return cls(mask, head(mask), head(~mask))
+        used = keep & (before.passed | before.targeted)
+        return cls(before.passed, keep, used, head(used), head(keep & ~used), note)
 
     def right(self, change: Tensor) -> Tensor:
-        """Marks the known samples that are right, `N` bool, after a change of the weights."""
-        right = torch.zeros_like(self.rows)
+        """Marks the known samples that are right, `N` bool, after a change of the weights.
+
+        Samples that are not recorded count as unchanged.
+        """
+        right = self.passed.clone()
         right[self.rows] = self.head.right(change).cpu()
         remaining = self.remaining
         blocks = remaining.blocks(remaining.all)
         predicted = torch.cat([remaining.changed(change, block).argmax(1) for block in blocks])
-        right[~self.rows] = (predicted == remaining.label).cpu()
+        right[self.recorded & ~self.rows] = (predicted == remaining.label).cpu()
         return right
 
 
 @torch.no_grad()
-def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns the layer's inputs, `N x d`, and logits, `N x C`, of the known samples in order."""
+def _recorded(problem: Problem, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the layer's inputs, `n x d`, and logits, `n x C`, of the `n` known samples to keep.
+
+    They are in the order of the results.
+    """
     collective = problem.collective
     try:
-        recording = record_known(problem, torch.ones_like(problem.before.passed))
+        recording = record_known(problem, keep)
     except InseparableBatchError as error:
         raise _not_last(problem.space) from error
     recorded = _inputs_and_logits(recording)
@@ -360,7 +380,7 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     if collective.world_size > 1:
         features = torch.cat(collective.gather(features))
         logits = torch.cat(collective.gather(logits))
-    if not torch.equal(rows, torch.arange(len(rows))):
+    if not torch.equal(rows, rows.sort().values):
         order = rows.argsort().to(features.device)
         features, logits = features[order], logits[order]
     # A single logit belongs to class 1; class 0 gets the logit 0.

@@ -33,9 +33,10 @@ class SearchOptions:
             `neurecover-lite` if the method has no localizer.
         n_passed: number of passed samples to score (#pos in the paper), drawn at random from
             sources marked `passed`. None scores all known passed samples.
-        n_scored: maximum number of known samples that the search uses: failed samples, samples near
-            the decision boundary, and random other samples. If time is short, fewer are used. The
-            gate counts all known samples.
+        n_scored: maximum number of known samples that a search or `convex` uses: failed samples,
+            samples near the decision boundary, and random other samples. If time is short, or if
+            the method trains with all samples too, fewer are used. The gate counts all known
+            samples.
         memory_limit: device memory for the search, in bytes. None takes a share of the free memory.
             Half of the limit holds recorded activations. With a GPU, main memory holds further
             activations. All others are recomputed.
