@@ -166,7 +166,7 @@ class LoaderSource:
         loader = loader_like(
             self.loader,
             self.samples,
-            batch_sampler=[self._draw_indices(position) for position in batches],
+            batch_sampler=map(self._draw_indices, batches),
             worker_init_fn=partial(init_worker, self.loader.worker_init_fn),
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -31,15 +31,18 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import FilesWarning, first_line
 
 MAGIC = b"lightning_nrl saved value 2\n"
-DIGEST_SIZE = hashlib.sha256().digest_size
+HEADER_SIZE = len(MAGIC) + hashlib.sha256().digest_size
 
 
-def to_bytes(value: object) -> bytes:
+def to_bytes(value: object) -> memoryview:
     """Serialises a value with a checksum."""
-    stream = io.BytesIO()
+    stream = io.BytesIO(bytes(HEADER_SIZE))
+    stream.seek(HEADER_SIZE)
     torch.save(value, stream)
-    content = stream.getbuffer()
-    return b"".join((MAGIC, hashlib.sha256(content).digest(), content))
+    data = stream.getbuffer()
+    # In place, since large results would not fit twice.
+    data[:HEADER_SIZE] = MAGIC + hashlib.sha256(data[HEADER_SIZE:]).digest()
+    return data
 
 
 def from_bytes(data: bytes, hint: Hint = None, device: torch.device | None = None) -> Any:
@@ -52,9 +55,8 @@ def from_bytes(data: bytes, hint: Hint = None, device: torch.device | None = Non
     Raises:
         ValueError: the data are damaged or hold an unexpected object, or memory runs out.
     """
-    size = len(MAGIC) + DIGEST_SIZE
-    content = memoryview(data)[size:]
-    if data[:size] != MAGIC + hashlib.sha256(content).digest():
+    content = memoryview(data)[HEADER_SIZE:]
+    if data[:HEADER_SIZE] != MAGIC + hashlib.sha256(content).digest():
         raise ValueError("the checksum is wrong")
 
     def place(storage: Storage, location: str) -> Any:

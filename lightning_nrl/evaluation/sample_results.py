@@ -65,11 +65,12 @@ class SampleResults:
 
     def __post_init__(self) -> None:
         n = len(self.passed)
+        # Expanded, so that a default takes no memory.
         defaults = {
-            "weight": torch.ones(n, dtype=torch.float64),
-            "slice_number": torch.full((n,), -1),
+            "weight": torch.ones(1, dtype=torch.float64).expand(n),
+            "slice_number": torch.full((1,), -1).expand(n),
             "in_target": self.targeted,
-            "leaked": torch.zeros(n, dtype=torch.bool),
+            "leaked": torch.zeros(1, dtype=torch.bool).expand(n),
         }
         for name, column in defaults.items():
             if vars(self)[name] is NO_COLUMN:

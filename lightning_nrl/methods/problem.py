@@ -226,7 +226,12 @@ class Problem:
 
     def evaluate(self, state: State) -> SampleResults:
         """Returns the results of the deployed model with the tensors of `state` on known data."""
-        return replace(self.evaluator.run_with(state, self.known), group=self.before.group)
+        before = self.before
+        after = self.evaluator.run_with(state, self.known)
+        index, label = after.index, after.label
+        if torch.equal(before.index, index) and torch.equal(before.label, label):
+            index, label = before.index, before.label  # so that memory holds them once
+        return replace(after, index=index, label=label, group=before.group)
 
     def propose(self, name: str, state: State) -> Proposal:
         """Evaluates a state on all known data and returns it as a proposal."""

@@ -251,7 +251,7 @@ class Death(BaseException):
 
 
 def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) -> None:
-    data = to_bytes(torch.arange(5))
+    data = bytes(to_bytes(torch.arange(5)))
     for i in range(0, len(data), 7):
         for damaged in (data[:i], data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :]):
             with pytest.raises(ValueError, match=r"\w"):
