@@ -32,6 +32,7 @@ from output import quiet_trainer, start
 from lightning_nrl import RegressionFreeRepair
 
 N_INPUTS = 32
+NOISE = 1.0  # of centres at a distance of about 8
 BATCH_SIZE = 512
 AXES = {
     "samples": (10_000, 100_000, 1_000_000),
@@ -66,16 +67,23 @@ class Network(LightningModule):
 
 
 class RandomData(LightningDataModule):
-    """A tenth of the samples are validation data, whose failures are repaired."""
+    """Samples around a centre per class; those of class 0 get a second centre that training lacks.
+
+    A tenth of the samples are validation data. There, half of class 0 lies around the second
+    centre: failures to repair, as when a camera sees a new kind of car.
+    """
 
     def __init__(self, n: int, n_classes: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(n, N_INPUTS, generator=generator)
-        directions = torch.randn(N_INPUTS, n_classes, generator=generator)
-        noise = torch.randn(n, 1, generator=generator)
-        y = torch.cat([(part @ directions).argmax(1) for part in (x + 0.1 * noise).split(10_000)])
+        centres = torch.randn(n_classes, N_INPUTS, generator=generator)
+        y = torch.randint(n_classes, (n,), generator=generator)
+        x = torch.randn(n, N_INPUTS, generator=generator).mul_(NOISE)
         n_train = n - n // 10
+        sign = torch.ones(n, 1)
+        sign[n_train:][(y[n_train:] == 0) & (torch.arange(n - n_train) % 2 == 0)] = -1
+        for rows in torch.arange(n).split(10_000):
+            x[rows] += sign[rows] * centres[y[rows]]
         self.train = TensorDataset(x[:n_train], y[:n_train])
         self.val = TensorDataset(x[n_train:], y[n_train:])
 
