@@ -54,6 +54,7 @@ FEWEST_SAMPLES = 10_000  # a search uses at least these many, however short the 
 LEAST_EPOCH = 1 / 2  # under `max_time`; steps on fewer samples repair hardly anything
 LEAST_EPOCHS = 16  # if the original training was shorter; limited to `SMALL_BUDGET` visits
 SMALL_BUDGET = 60_000  # visits that a small network makes in seconds
+SMALL_NETWORK = 1_000_000  # parameters; each sample of a larger network counts as several
 STARTING_SECONDS = 1.0  # start-up of the trainers that measure the pace and train
 WARM_UP_BATCHES = 3  # not timed, since the first batches are slower
 TIMED_BATCHES = 10

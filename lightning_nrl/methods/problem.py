@@ -31,6 +31,7 @@ from lightning_nrl.methods.budget import (
     JUDGING_PASSES,
     LEAST_EPOCHS,
     SMALL_BUDGET,
+    SMALL_NETWORK,
 )
 from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.records.steps import CUT
@@ -198,9 +199,15 @@ class Problem:
 
     @property
     def epochs(self) -> int:
-        """Maximum epochs of continued training: as originally, but at least 16 on small data."""
-        least = min(LEAST_EPOCHS, SMALL_BUDGET // max(1, len(self.before)))
+        """Maximum epochs of continued training: as originally, but at least 16 if work is small."""
+        least = min(LEAST_EPOCHS, int(SMALL_BUDGET / max(1, self.load)))
         return max(1 if self.training is None else self.training.epochs, least)
+
+    @property
+    def load(self) -> float:
+        """Work of a pass: number of known samples, times the size of a large network."""
+        n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return len(self.before) * max(1.0, n_parameters / SMALL_NETWORK)
 
     @property
     def visits(self) -> float:

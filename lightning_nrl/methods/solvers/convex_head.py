@@ -110,7 +110,7 @@ class ConvexHead:
 
     @cached_property
     def root(self) -> Tensor:
-        """Inverse square root, `d x d`, of the second moment of the features of passed samples."""
+        """Upper triangular R, `d x d`: R R' inverts the second moment of passed features."""
         dtype = widest(self.features.device)
         passed = ~self.targeted
         moment = self.features.new_zeros(self.n_features, self.n_features, dtype=dtype)
@@ -118,11 +118,14 @@ class ConvexHead:
             features = self.inputs(block)[passed[block]].to(dtype)
             moment += features.T @ features
         moment /= passed.sum()
-        values, vectors = torch.linalg.eigh(moment)
-        values = values.clamp_min(0)
-        values = values + HEAD_RIDGE * values.mean().clamp_min(1e-30)
-        root: Tensor = (vectors * values.rsqrt()) @ vectors.T
-        return root
+        # In float64, and with a ridge above the rounding of the sum, so that a factor exists.
+        moment = moment.to("cpu", torch.float64)
+        ridge = HEAD_RIDGE + len(moment) * torch.finfo(dtype).eps
+        moment.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(1e-30))
+        factor = torch.linalg.cholesky(moment)
+        identity = torch.eye(len(moment), dtype=torch.float64)
+        root: Tensor = torch.linalg.solve_triangular(factor.T, identity, upper=True)
+        return root.to(self.features.device, dtype)
 
     def white(self, block: Tensor) -> Tensor:
         """Returns whitened features, `m x d`; passed samples have the identity as second moment."""
@@ -156,11 +159,12 @@ class ConvexHead:
         """
         if not self.is_large:
             return self.all
-        white = torch.linalg.solve(self.root, change.T.to(self.root)).T
+        white = torch.linalg.solve_triangular(self.root, change.T.to(self.root), upper=True).T
         # The distance of two classes is at most the sum of their distances from the mean.
         distance = (white - white.mean(0)).norm(dim=1)
         apart = REACH_SLACK * (distance + distance.amax()).to(self.reach)
-        return (among & (self.reach <= apart[self.label])).nonzero().flatten()
+        within: Tensor = among & (self.reach <= apart[self.label])
+        return within.nonzero().flatten()
 
     def right(self, change: Tensor) -> Tensor:
         """Marks the samples that are right, `n` bool, after `change` is added to the weights."""
@@ -196,7 +200,7 @@ def regularization_path(
     for strength in strengths:
         programme.begin(strength * unit)
         add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, ends)
-        yield _scale_back(head, programme.change @ head.root, used)
+        yield _scale_back(head, programme.change @ head.root.T, used)
         if programme.n_pairs > max_pairs:
             return
 
@@ -248,7 +252,7 @@ class _PairProgramme:
     def add_violated(self) -> bool:
         """Adds the constraints that `change` violates most; returns False if no new one is."""
         head = self.head
-        change = self.change @ head.root
+        change = self.change @ head.root.T
         codes = [self._codes[:0]]
         lacks = [head.required[:0]]
         for block in head.blocks(head.reached(change, self.used)):
