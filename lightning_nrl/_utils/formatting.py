@@ -62,7 +62,7 @@ def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}"
 
 
-def list_ids(ids: Sequence[int], where: str) -> str:
+def list_ids(ids: Sequence[int | str], where: str) -> str:
     """Lists the first ids and, if some are left out, says that all are in `where`."""
     if not ids:
         return "none"
@@ -70,6 +70,11 @@ def list_ids(ids: Sequence[int], where: str) -> str:
     if len(ids) > LISTED_IDS:
         text += f" ... all {len(ids):,} in {where}"
     return text
+
+
+def titled(position: int, name: str) -> str:
+    """Returns the position of a sample, with its name if it has one: `17 (cat.png)`."""
+    return f"{position} ({name})" if name else str(position)
 
 
 def format_setting(value: object) -> str:

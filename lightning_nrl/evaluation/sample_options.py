@@ -16,6 +16,7 @@ from lightning_nrl.data.batch import RecordingSource
 from lightning_nrl.data.columns import Column, find_column, numbers
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_names import sample_names
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import (
     GroupRecorder,
@@ -97,6 +98,8 @@ class SampleOptions:
         keep: samples that must not break if there is an old model: all that the new model gets
             right (`both`), or only those that the old model gets right too (`reference`). Then
             at most one other sample may break per repaired regression.
+        sample_id: your name of each sample: a column of names or whole numbers, such as file names.
+            Reports show it beside the position. It need not be unique, and None is no name.
 
     Example:
         >>> SampleOptions(slices="camera", quotas={"night": "50%"}, protected="must_pass").quotas
@@ -111,14 +114,14 @@ class SampleOptions:
     set_aside: Any = None
     groups: Any = None
     keep: Keep = "both"
+    sample_id: Any = None
 
     def __post_init__(self) -> None:
         check_choice("keep", self.keep, KEEPS)
         _columns_among(self._options())
-        if self.slices is not None:
-            find_column("slices", self.slices)
-        if self.groups is not None:
-            find_column("groups", self.groups)
+        for name in ("slices", "groups", "sample_id"):
+            if vars(self)[name] is not None:
+                find_column(name, vars(self)[name])
         if self.risk is not None:
             _risk_levels(self.risk)
         if self.quotas is not None:
@@ -132,7 +135,9 @@ class SampleOptions:
     def columns(self) -> SampleOptions:
         """Returns a copy with only the options read from batches, to check a few samples."""
         columns: dict[str, Any] = {**_columns_among(self._options())}
-        return SampleOptions(slices=self.slices, groups=self.groups, **columns)
+        return SampleOptions(
+            slices=self.slices, groups=self.groups, sample_id=self.sample_id, **columns
+        )
 
     def _options(self, known: bool = True) -> dict[str, Any]:
         options = {"protected": self.protected}
@@ -158,6 +163,9 @@ class SampleOptions:
         Returns:
             The results, and a mask of failures set aside, `N` bool.
         """
+        if self.sample_id is not None:
+            for source in sources:
+                sample_names(self.sample_id, source, [], evaluator)  # refuses a wrong column
         options = self._options(known)
         columns = _columns_among(options)
         slices = None

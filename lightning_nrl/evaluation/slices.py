@@ -56,12 +56,12 @@ class SliceRecorder(RecordingSource):
 
     def _note(self, batch: Batch) -> Tensor:
         numbers = [-1] * len(batch)
-        for i, name in enumerate(self._names(batch)):
+        for i, name in enumerate(self.names(batch)):
             if name:
                 numbers[i] = self._numbers.setdefault(name, len(self._numbers))
         return torch.tensor(numbers)
 
-    def _names(self, batch: Batch) -> list[str]:
+    def names(self, batch: Batch) -> list[str]:
         """Returns the name of each sample's slice; an empty text stands for no slice."""
         name_of_true = getattr(self.slices, "__name__", "chosen")
         if isinstance(self.slices, Target):

@@ -157,7 +157,8 @@ def repair_module(
         alone = evaluator.collective.world_size == 1
         baseline = twice_if_out_of_memory(evaluate, "the data were counted", alone=alone)
         space, _ = layers
-        builder = ReportBuilder(evaluator, space, settings, baseline, clock.seconds)
+        sources = {source.split: source for source in (*known, *calibration, *unseen)}
+        builder = ReportBuilder(evaluator, space, settings, sources, baseline, clock.seconds)
         if not baseline.before.targeted.any():
             reason = _nothing_targeted(baseline, known, settings)
             return Outcome(builder.without_candidate("nothing to repair", reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -9,9 +10,12 @@ from itertools import compress
 
 from lightning_nrl._utils.state import State, current_state, hash_tensors
 from lightning_nrl._utils.timing import rounded_seconds
+from lightning_nrl.data import Source
+from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, GroupCounts, SampleResults
 from lightning_nrl.evaluation.deployed_precision import rounding_margin
 from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.evaluation.sample_names import sample_names
 from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import GateDecision
 from lightning_nrl.methods import Solution
@@ -73,6 +77,7 @@ class ReportBuilder:
     evaluator: Evaluator
     space: ParameterSpace
     settings: Settings
+    sources: Mapping[str, Source]
     baseline: Baseline
     seconds: Mapping[str, float]
     solution: Solution = NO_SOLUTION
@@ -215,8 +220,24 @@ class ReportBuilder:
         for role, before in self._before.items():
             results = after.get(role, before)
             for split in before.splits:
-                splits.append(split_report(split, role, before, results, self._margin_edges))
+                splits.append(self._split(split, role, before, results))
         return tuple(splits)
+
+    def _split(
+        self, split: str, role: Role, before: SampleResults, after: SampleResults
+    ) -> SplitReport:
+        report = split_report(split, role, before, after, self._margin_edges)
+        sample_id = self.settings.samples.sample_id
+        if sample_id is None or not report.flipped:
+            return report
+        ids = [sample.id for sample in report.flipped]
+        try:
+            names = sample_names(sample_id, self.sources[split], ids, self.evaluator)
+        except ConfigurationError as error:  # must not cost a finished repair
+            warnings.warn(DataWarning(error.problem, error.hint), stacklevel=2)
+            return report
+        named = zip(report.flipped, names, strict=True)
+        return replace(report, flipped=tuple(replace(sample, name=name) for sample, name in named))
 
     def _slices(self, after: Mapping[Role, SampleResults]) -> tuple[SliceReport, ...]:
         quotas, _ = required_repairs(self.baseline.known, self.settings.samples.quotas or {})
@@ -248,7 +269,7 @@ class ReportBuilder:
         for role, old in self.baseline.update.answers.items():
             trained = self._before[role]
             for split in old.splits:
-                compare = partial(split_report, split, role, old, margin_edges=self._margin_edges)
+                compare = partial(self._split, split, role, old)
                 updates.append(UpdateSplit(compare(trained), compare(after.get(role, trained))))
         return tuple(updates)
 

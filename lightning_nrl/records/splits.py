@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
-from lightning_nrl._utils.json_records import Derives, flat, required_fields
+from lightning_nrl._utils.json_records import OPTIONAL, Derives, flat, required_fields
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
@@ -50,8 +50,8 @@ class _Counted(Derives):
 class FlippedSample:
     """A sample that was repaired or broken. `id` is its position in its data set.
 
-    Classes are -1 if the task has no classes. Margins of wrong predictions are negative. Without
-    margins they are NaN.
+    `name` is its name by `SampleOptions.sample_id`. Classes are -1 if the task has no classes.
+    Margins of wrong predictions are negative. Without margins they are NaN.
     """
 
     id: int
@@ -63,6 +63,7 @@ class FlippedSample:
     margin_before: float
     margin_after: float
     slice: str = ""
+    name: str = field(default="", metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)

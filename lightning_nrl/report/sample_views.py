@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from lightning_nrl._utils.formatting import number
+from lightning_nrl._utils.formatting import number, titled
 from lightning_nrl.records.splits import Flip, FlippedSample
 
 SAMPLES_FOLDER = "flipped_samples"  # in the folder of the report
@@ -56,10 +56,11 @@ def by_flip(views: Sequence[SampleView]) -> dict[str, list[SampleView]]:
 
 
 def caption_of(sample: FlippedSample, class_name: Callable[[int], str]) -> str:
-    """Returns the sample's position, class, predictions and margins as text."""
+    """Returns the sample's position, name, class, predictions and margins as text."""
     before, after = class_name(sample.predicted_before), class_name(sample.predicted_after)
     margins = f"{number(sample.margin_before)} -> {number(sample.margin_after)}"
-    return f"{sample.id}: true {class_name(sample.label)}, {before} -> {after}, margin {margins}"
+    title = titled(sample.id, sample.name)
+    return f"{title}: true {class_name(sample.label)}, {before} -> {after}, margin {margins}"
 
 
 def sample_name(split: str, position: int, kind: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_nrl._utils.formatting import number, percent
+from lightning_nrl._utils.formatting import number, percent, titled
 from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records.repair_record import RepairRecord, StrengthPoint
@@ -53,6 +53,7 @@ FLIPPED_COLUMNS = (
     *MARGINS,
     "in target",
     "slice",
+    "name",
 )
 """Columns of the table of all flipped samples on pages and in loggers."""
 
@@ -290,6 +291,7 @@ def flipped_rows(report: RepairRecord) -> list[list[str | float]]:
                     sample.margin_after,
                     sample.in_target,
                     sample.slice,
+                    sample.name,
                 ]
             )
     return rows
@@ -313,7 +315,7 @@ def _flip_order(sample: FlippedSample) -> tuple[bool, float]:
 
 
 def _sample_table(samples: Sequence[FlippedSample], class_name: ClassName) -> Table:
-    columns = _named(*FLIPPED_COLUMNS[3:])
+    columns = _named(*FLIPPED_COLUMNS[3:-1])  # the name is beside the position
     if not any(sample.slice for sample in samples):
         columns.pop()
     rows = []
@@ -325,7 +327,7 @@ def _sample_table(samples: Sequence[FlippedSample], class_name: ClassName) -> Ta
             "yes" if sample.in_target else "",
             sample.slice,
         ]
-        rows.append(Row(str(sample.id), cells[: len(columns)]))
+        rows.append(Row(titled(sample.id, sample.name), cells[: len(columns)]))
     return Table(columns, rows)
 
 

@@ -120,7 +120,7 @@ def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
 
 
 def _check_options(base: Settings) -> None:
-    for name in ("slices", "groups", "quotas", "protected"):
+    for name in ("slices", "groups", "quotas", "protected", "sample_id"):
         if vars(base.samples)[name] is not None:
             raise ConfigurationError(
                 f"`{name}`: the table of a sweep has no column for it.",

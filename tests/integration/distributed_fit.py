@@ -83,7 +83,7 @@ def fit(
     folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int = 1
 ) -> tuple[Trainer, Classifier]:
     """Fits once for each number of repair samples; files go to a folder of that name."""
-    callback = quick_repair(unseen="test")
+    callback = quick_repair(unseen="test", sample_id=1)
     trainer = trainer_on(folder, strategy, devices, callback, Leave(callback))
     for n in sizes:
         callback.dirpath = folder / str(n)

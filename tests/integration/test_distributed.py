@@ -64,6 +64,9 @@ def test_two_processes_repair_as_one(alone: Path, together: Path) -> None:
         assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES
     ]
     assert reports[0].status == "repaired"
+    flipped = [sample for report in reports for split in report.splits for sample in split.flipped]
+    assert flipped
+    assert all(sample.name == str(sample.label) for sample in flipped)
     assert [[split.n for split in report.splits] for report in reports] == [
         [101, n, 300] for n in (203, 3, 1)
     ]

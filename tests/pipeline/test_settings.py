@@ -60,6 +60,7 @@ def test_settings_are_told_as_plain_values() -> None:
         "n_passed", "memory_limit", "save_every", "n_scored",
         "strength", "limit", "sparse", "confidence",
         "importance", "slices", "quotas", "protected", "risk", "set_aside", "groups", "keep",
+        "sample_id",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]

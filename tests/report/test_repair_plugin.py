@@ -42,7 +42,7 @@ UNSEEN = SplitReport(
     (
         *(FlippedSample(i, "repaired", True, 1, 0, 1, -1.0, 0.25 + i) for i in range(3)),
         FlippedSample(7, "broken", False, 0, 0, 1, 0.5, -0.25, "night"),
-        FlippedSample(8, "broken", False, 0, 0, 1, float("nan"), -2.0, HOSTILE),
+        FlippedSample(8, "broken", False, 0, 0, 1, float("nan"), -2.0, HOSTILE, "cat.png"),
     ),
 )
 REPORT = RepairReport(
@@ -132,9 +132,9 @@ def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
     rows = repair["flips"]["rows"]
     assert [row[1] for row in rows] == [8, 7, 2, 2, 1, 0]
     assert rows[:3] == [
-        [1, 8, "broken", 0, 0, 1, None, -2.0, False, 1, ""],
-        [1, 7, "broken", 0, 0, 1, 0.5, -0.25, False, 0, "picture"],
-        [0, 2, "repaired", 1, 0, 1, -1.235, 0.5, True, -1, "text"],
+        [1, 8, "broken", 0, 0, 1, None, -2.0, False, 1, "", "cat.png"],
+        [1, 7, "broken", 0, 0, 1, 0.5, -0.25, False, 0, "picture", ""],
+        [0, 2, "repaired", 1, 0, 1, -1.235, 0.5, True, -1, "text", ""],
     ]
     assert repair["flips"]["slices"] == ["night", HOSTILE]
     assert repair["confusion"] == {"known": [[1, 0, 2, 1]]}

@@ -58,7 +58,7 @@ SPLIT = SplitReport(
     COUNTS,
     (1, 2, 3, 4),
     (
-        FlippedSample(1, "repaired", True, 0, 1, 0, -0.5, 0.5, "day"),
+        FlippedSample(1, "repaired", True, 0, 1, 0, -0.5, 0.5, "day", "cat.png"),
         FlippedSample(9, "broken", False, 0, 0, 1, 0.5, math.nan),
     ),
     (ConfusionCell(0, 1, 3, 2), ConfusionCell(1, 1, 4, 4)),

@@ -134,6 +134,7 @@ class LoadedRepair:
                             sample.in_target,
                             slices[sample.slice],
                             next(kinds, ""),
+                            sample.name,
                         ]
                     )
         return {"rows": rows, "slices": list(slices)[1:]}

@@ -379,7 +379,7 @@ def test_wandb_gets_numbers_images_tables_text_the_page_and_an_artifact(
     kind, columns, rows = by_key["repair/flipped_samples"]
     assert (kind, columns[0], columns[-1]) == ("table", "split", "input")
     assert rows[0][:3] + rows[0][-1:] == ["val", 7, "broken", ("image", (8, 8, 3), None)]
-    assert rows[1] == ["val", 2, "repaired", "dog", "cat", "dog", -1.0, 0.5, True, "", None]
+    assert rows[1] == ["val", 2, "repaired", "dog", "cat", "dog", -1.0, 0.5, True, "", "", None]
     (artifact,) = (call["artifact"] for call in logger.run.of("log_artifact"))
     assert (artifact.name, artifact.type, artifact.added) == ("repair-x7k2", "report", list(FILES))
     if log.drawn:

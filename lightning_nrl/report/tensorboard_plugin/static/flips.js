@@ -5,8 +5,8 @@ import { address, count, h, number } from "./dom.js";
 import { bindHeads, compareCells, matchesWords } from "./table.js";
 
 const PAGE_SIZES = [25, 50, 100], WORDS = "words";
-const [SPLIT, POSITION, FLIP, LABEL, BEFORE, AFTER, MARGIN_BEFORE, MARGIN_AFTER, IN_TARGET, SLICE, KIND] =
-  Array(11).keys();
+const [SPLIT, POSITION, FLIP, LABEL, BEFORE, AFTER, MARGIN_BEFORE, MARGIN_AFTER, IN_TARGET, SLICE, KIND,
+  NAME] = Array(12).keys();
 
 /** Returns the name of a class. */
 export const nameOf = (repair, label) => (label < 0 ? "-" : repair.classes[label] ?? String(label));
@@ -34,6 +34,7 @@ export function flippedSamples(repair, others) {
     ["margin after", row => number(row[MARGIN_AFTER])],
     ["in target", row => (row[IN_TARGET] ? "yes" : "no")],
     ...(slices.length ? [["slice", row => slices[row[SLICE]] ?? "", WORDS]] : []),
+    ...(rows.some(row => row[NAME]) ? [["name", row => row[NAME], WORDS]] : []),
   ];
   const all = rows.map(row => ({ row })), pictured = rows.some(row => row[KIND]);
   const asked = { words: "", flip: "", split: "", slice: "", target: "", pair: null, dropped: null };
@@ -140,7 +141,8 @@ function sampleView(repair) {
   const source = row => address("sample", {
     name: repair.name, split: repair.splits[row[SPLIT]].name, position: row[POSITION], kind: row[KIND],
   });
-  const captionOf = row => `${repair.splits[row[SPLIT]].name} ${row[POSITION]}, ${row[FLIP]}: `
+  const captionOf = row => `${repair.splits[row[SPLIT]].name} ${row[POSITION]}${row[NAME] && ` (${row[NAME]})`}, `
+    + `${row[FLIP]}: `
     + `true ${nameOf(repair, row[LABEL])}, ${nameOf(repair, row[BEFORE])} before, ${nameOf(repair, row[AFTER])} after, `
     + `margin ${number(row[MARGIN_BEFORE])} before, ${number(row[MARGIN_AFTER])} after`;
 
