@@ -97,6 +97,7 @@ class ReleaseGate(CallbackBase):
         junit: file for the decision as JUnit XML, for CI services; see `to_junit`.
         suite: samples that must stay right: a `RegressionSuite` or the path of its CSV file, which
             grows by the samples that an accepted release repairs or breaks.
+        sample_id: as in `lightning_nrl.updates.release`.
 
     Attributes:
         report: the `ReleaseReport` with the decision. None until the test has ended.
@@ -124,6 +125,7 @@ class ReleaseGate(CallbackBase):
         on_undecided: OnUndecided | None = None,
         junit: str | Path | None = None,
         suite: RegressionSuite | str | Path | None = None,
+        sample_id: str | int | Column | None = None,
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
@@ -132,6 +134,7 @@ class ReleaseGate(CallbackBase):
         if self.suite is not None:
             self.rules += (ProtectedIntact(self.suite),)
         self.slices = None if slices is None else find_column("slices", slices)
+        self.sample_id = sample_id
         check_loaders(loaders)
         self.loaders = loaders
         self.task = task_of_output(task, output)
@@ -166,7 +169,13 @@ class ReleaseGate(CallbackBase):
         evaluator, few, rules = self._open(trainer, pl_module, first_batch=True)
         for rule in rules:
             rule.check_data([source.split for source in few], self.slices is not None)
-        evaluate_pieces(in_memory(self.reference), evaluator, pieces_of(few), slices=self.slices)
+        evaluate_pieces(
+            in_memory(self.reference),
+            evaluator,
+            pieces_of(few),
+            slices=self.slices,
+            sample_id=self.sample_id,
+        )
 
     on_validation_start = on_test_start
 
@@ -188,6 +197,7 @@ class ReleaseGate(CallbackBase):
             seeds={"data": self.seed, **_global_seed()},
             name=name,
             on_undecided=self.on_undecided,
+            sample_id=self.sample_id,
         )
         check_classes(pair.after)
         files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)

@@ -45,8 +45,9 @@ def to_junit(report: ReleaseReport) -> str:
             )
             if verdict in outcomes:
                 message = finding.explanation
-                if finding.ids.get(split):
-                    message += f" Samples: {list_ids(finding.ids[split], 'report.json')}."
+                titles = report.titles(split, finding.ids.get(split, ()))
+                if titles:
+                    message += f" Samples: {list_ids(titles, 'report.json')}."
                 message = visible(message)
                 result = ElementTree.SubElement(case, outcomes[verdict], message=message)
                 result.set("type", verdict)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -15,6 +16,7 @@ from lightning_nrl.data import Batch, Source, Target
 from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
 from lightning_nrl.errors import ConfigurationError, TargetError
 from lightning_nrl.evaluation import Evaluator, Flips, SampleResults
+from lightning_nrl.evaluation.sample_names import sample_names
 from lightning_nrl.evaluation.slices import (
     SliceRecorder,
     Slices,
@@ -38,6 +40,7 @@ class ModelPair:
         marked: for each target in a rule, a mask, `N` bool, of the samples that the target selects,
             right or wrong.
         keys: key of each sample, which does not depend on the models; empty if unknown.
+        broken_names: names of the broken samples of each split, if `sample_id` is given.
         flips: how each sample changed from the old to the new model.
     """
 
@@ -47,6 +50,7 @@ class ModelPair:
     slice_number: Tensor
     marked: Mapping[Target, Tensor] = field(default_factory=dict)
     keys: Sequence[str] = ()
+    broken_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     flips: Flips = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,20 +132,32 @@ def evaluate_pieces(
     *,
     slices: Slices | None = None,
     targets: Sequence[Target] = (),
+    sample_id: object = None,
 ) -> ModelPair:
-    """Does what `evaluate_pair` does for data in pieces; those of one split follow each other."""
-    evaluate = partial(evaluate_pair, old, new, slices=slices, targets=targets)
-    pairs = [evaluate(piece) for piece in pieces]
+    """Does what `evaluate_pair` does for data in pieces; those of one split follow each other.
+
+    Broken samples get the names that `sample_id` gives them.
+    """
+    pairs: list[ModelPair] = []
+    names = defaultdict[str, list[str]](list)
+    for piece in pieces:
+        pair = evaluate_pair(old, new, piece, slices=slices, targets=targets)
+        pairs.append(pair)
+        if sample_id is not None:
+            broken = pair.after.ids(pair.flips.broken)
+            for source in piece:
+                names[source.split] += sample_names(sample_id, source, broken[source.split], new)
     if len(pairs) == 1:
-        return pairs[0]
-    names, slice_number = common_names([(pair.slices, pair.slice_number) for pair in pairs])
+        return replace(pairs[0], broken_names=names)
+    slice_names, slice_number = common_names([(pair.slices, pair.slice_number) for pair in pairs])
     return ModelPair(
         SampleResults.concat([pair.before for pair in pairs]),
         SampleResults.concat([pair.after for pair in pairs]),
-        names,
+        slice_names,
         slice_number,
         {target: torch.cat([pair.marked[target] for pair in pairs]) for target in targets},
         list(chain.from_iterable(pair.keys for pair in pairs)),
+        names,
     )
 
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_nrl._utils.formatting import list_ids, percent, relative_to_cwd
+from lightning_nrl._utils.formatting import list_ids, percent, relative_to_cwd, titled
 from lightning_nrl._utils.json_records import Derives
 from lightning_nrl._utils.preserve import outside_inference_mode
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
-from lightning_nrl.data.columns import find_column
+from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation import Evaluator, FlipCounts
 from lightning_nrl.evaluation.rates import UPDATE_RATES
@@ -49,6 +49,7 @@ def release(
     slices: str | int | Slices | None = None,
     seeds: Mapping[str, int] | None = None,
     on_undecided: OnUndecided | None = None,
+    sample_id: str | int | Column | None = None,
 ) -> ReleaseReport:
     """Decides if a new model may replace the old one, by one pass of each model over the data.
 
@@ -76,6 +77,8 @@ def release(
         seeds: seeds of data and models by name, copied to the report.
         on_undecided: what becomes of a model that fails only for lack of samples: `refuse` or
             `accept`. Without it, `exit_status` is 3.
+        sample_id: tells the name of each sample, as `slices` tells its slice; the report shows the
+            names of broken samples.
 
     Example:
         >>> import torch
@@ -114,6 +117,7 @@ def release(
         slices=slices,
         seeds=dict(seeds or {}),
         on_undecided=on_undecided,
+        sample_id=sample_id,
     )
     return report
 
@@ -129,13 +133,14 @@ def judge_pair(
     seeds: Mapping[str, int],
     name: str = "",
     on_undecided: OnUndecided | None = None,
+    sample_id: object,
 ) -> tuple[ModelPair, ReleaseReport]:
     """Does the work of `release` on data in `pieces`, and also returns the `ModelPair`.
 
     `name` is the new model's name in the report.
     """
     targets = [target for rule in rules for target in rule.targets]
-    pair = evaluate_pieces(old, new, pieces, slices=slices, targets=targets)
+    pair = evaluate_pieces(old, new, pieces, slices=slices, targets=targets, sample_id=sample_id)
     report = make_report(
         pair,
         rules,
@@ -225,6 +230,7 @@ class ReleaseReport(Report):
         rows: one row for each split, followed by one for each of its slices.
         broken_ids: data-set positions of all broken samples, by split.
         repaired_ids: data-set positions of all repaired samples, by split.
+        broken_names: names of the samples in `broken_ids`, if `sample_id` is given.
         confidence: confidence of the limits in the rows, in (0, 1).
         old: the old model, which the new model would replace.
         new: the new model.
@@ -255,6 +261,7 @@ class ReleaseReport(Report):
     files: Mapping[str, str] = field(default_factory=dict)
     on_undecided: OnUndecided | None = None
     traits: tuple[str, ...] = ()
+    broken_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def accepted(self) -> bool:
@@ -286,6 +293,13 @@ class ReleaseReport(Report):
     def derived(self) -> Mapping[str, object]:
         return {"exit_status": self.exit_status}
 
+    def titles(self, split: str, ids: Sequence[int]) -> list[str]:
+        """Returns positions of samples as text, with the names of broken ones."""
+        names = dict(
+            zip(self.broken_ids.get(split, ()), self.broken_names.get(split, ()), strict=False)
+        )
+        return [titled(position, names.get(position, "")) for position in ids]
+
     def page(self, full: bool = False) -> Page:
         tone: Tone = "good" if self.accepted else "warn"
         rules = []
@@ -293,7 +307,8 @@ class ReleaseReport(Report):
         for finding in self.findings:
             rules.append((finding.rule, f"{finding.verdict}: {finding.explanation}"))
             for split, ids in finding.ids.items():
-                violations.append((f"{finding.rule}: {split}", list_ids(ids, "the JSON")))
+                titles = self.titles(split, ids)
+                violations.append((f"{finding.rule}: {split}", list_ids(titles, "the JSON")))
         blocks: list[Block] = [
             Heading(self.status.capitalize(), 1, tone),
             Text(_verdict(self)),
@@ -399,6 +414,7 @@ def make_report(
         task=task,
         precision=precision,
         traits=common_traits(pair) if status == "refused" else (),
+        broken_names=pair.broken_names,
     )
 
 

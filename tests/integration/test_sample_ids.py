@@ -12,11 +12,14 @@ from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_tr
 from lightning_package import LightningModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_nrl import ConfigurationError, RepairReport, SampleOptions, TensorSource
+from lightning_nrl import ConfigurationError, ReleaseGate, RepairReport, SampleOptions, TensorSource
+from lightning_nrl._trainer import loaders
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.pipeline import Settings, repair_module
 from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder
 from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
+from lightning_nrl.updates import ReleaseReport
+from lightning_nrl.updates.junit import to_junit
 
 
 class Table(Dataset):
@@ -56,6 +59,9 @@ class OnTables(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(plain(batch), batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step(plain(batch), batch_idx)
 
 
 class NeverTrained(OnTables, Untrainable):
@@ -143,3 +149,29 @@ def test_a_column_that_fails_late_costs_names_and_no_repair() -> None:
         report = repair_module(model, [source], Settings(samples=samples)).report
     assert report.status == "repaired"
     assert not any(sample.name for sample in report.splits[0].flipped)
+
+
+@pytest.mark.parametrize("kind", [Table, Stream])
+def test_a_refused_release_names_the_broken_samples(
+    trained: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    monkeypatch.setattr(loaders, "PIECE_SIZE", 3)
+    new = OnTables()
+    new.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        new.network[3].bias[4] += 2
+    gate = ReleaseGate(trained, sample_id="key", verbose=False, dirpath=tmp_path)
+    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
+    trainer.test(new, DataLoader(kind(Digits().test, "night"), 16), verbose=False)
+    report = ReleaseReport.from_json((tmp_path / "report.json").read_text())
+    broken = report.broken_ids["test"]
+    assert len(broken) > 5
+    assert report.broken_names == {"test": [f"night/{i:04}.png" for i in broken]}
+    title = f"{broken[0]} (night/{broken[0]:04}.png)"
+    assert title in (tmp_path / "report.html").read_text()
+    assert title in to_junit(report)
+    assert "night/" not in (tmp_path / "predictions.csv").read_text()
+    gate = ReleaseGate(trained, sample_id="url", verbose=False, dirpath=tmp_path)
+    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
+    with pytest.raises(ConfigurationError, match=r"(?s)`sample_id` raised LookupError.*'image'"):
+        trainer.test(new, DataLoader(kind(Digits().test, "night"), 16), verbose=False)
