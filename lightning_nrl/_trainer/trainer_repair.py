@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ class TrainerRepair:
 
         Leaves model and trainer unchanged.
         """
+        began = time.perf_counter()
         settings = _with_trainer_files(self.settings, trainer)
         work = work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
@@ -147,6 +149,7 @@ class TrainerRepair:
                         reference=self.reference,
                         observer=trained.observer,
                         work=work,
+                        began=began,
                     )
                     break
                 except UnusableSamplesError as error:

@@ -82,7 +82,8 @@ class Deadline:
 class StageTimer:
     """Times the stages of a repair, and passes progress on to an observer.
 
-    `max_time` is the time limit in seconds.
+    `max_time` is the time limit in seconds from `began`, a moment of the clock `now`; None: from
+    now.
     """
 
     def __init__(
@@ -90,12 +91,13 @@ class StageTimer:
         observer: Observer | None = None,
         max_time: float | None = None,
         now: Clock = time.perf_counter,
+        began: float | None = None,
     ) -> None:
         self.observer = observer
         self.seconds: dict[str, float] = {}
         self._clock = now
         self._ahead = 0.0
-        self._began = self.now()
+        self._began = self.now() if began is None else began
         self._max_time = math.inf if max_time is None else max_time
 
     def now(self) -> float:

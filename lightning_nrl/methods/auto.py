@@ -350,6 +350,8 @@ class _Climb:
         """Pushes all targets that fail, from the weights in the model or from `start`."""
         first = start or problem.original("original")
         deadline = problem.deadline_of_method(budget.PUSH_TIME_SHARE)
+        if not deadline.leaves(budget.RESERVED_PASSES * problem.clock.one_pass):
+            return Solution(start, "" if start else "no time was left for small steps.")
         visits = budget.PUSH_SHARE * problem.visits
         proposal, step, _ = polished(problem, first, deadline=deadline, enforce=True, visits=visits)
         return Solution(proposal if proposal.repaired else None, steps=(step,))

@@ -83,7 +83,7 @@ class Convex(Method):
         clock = problem.clock
         _check_layers(problem.space)
         end = problem.deadline_of_method().within(self.seconds)
-        if not end.leaves(RECORDING_PASSES * clock.one_pass):
+        if not end.leaves((RECORDING_PASSES + _passes_to_whiten(problem)) * clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
         with clock.stage("record"):
             known = _KnownHead.record(problem)
@@ -140,6 +140,15 @@ class Convex(Method):
             held_out=best.held_out,
             n_choices=len(alternatives),
         )
+
+
+def _passes_to_whiten(problem: Problem) -> float:
+    """Estimates the time to factor the moment of the layer's inputs, in passes."""
+    d = problem.space.sites[0].module.weight.shape[-1]
+    n = min(len(problem.before), problem.n_scored)
+    n_parameters = sum(parameter.numel() for parameter in problem.model.parameters())
+    # In double precision, which takes twice the time.
+    return 2 * d**2 * (n + d) / (len(problem.before) * n_parameters)
 
 
 @dataclass(frozen=True)

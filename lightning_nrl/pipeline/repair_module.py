@@ -103,6 +103,7 @@ def repair_module(
     reference: Reference | None = None,
     observer: Observer | None = None,
     work: ResumeStore | None = None,
+    began: float | None = None,
 ) -> Outcome:
     """Evaluates the model, finds new weights and judges them.
 
@@ -126,6 +127,7 @@ def repair_module(
         observer: is notified of progress.
         work: saves finished steps and restores the steps that an earlier process saved. If None,
             nothing is saved.
+        began: moment of `time.perf_counter` from which `max_time` counts. None takes this call.
 
     Returns:
         The outcome. If nothing can be repaired, its report says why.
@@ -139,7 +141,7 @@ def repair_module(
     """
     settings = given_or_default(settings)
     evaluator = Evaluator.of(model)
-    clock = StageTimer(observer, settings.max_time)
+    clock = StageTimer(observer, settings.max_time, began=began)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
     layers = scope_of(settings, evaluator)

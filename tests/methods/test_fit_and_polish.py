@@ -343,8 +343,7 @@ def test_its_time_is_kept() -> None:
             polish(problem, threshold(-3.0), deadline=Deadline(seconds, clock=lambda: now[0])),
         )
         took[seconds] = result.rounds
-    assert took[0] == 1
-    assert took[0] < took[30] < took[100]
+    assert 0 == took[0] < took[30] < took[100]
 
 
 def test_it_stops_at_twice_the_visits_of_the_training() -> None:

@@ -397,7 +397,8 @@ def test_a_repair_that_is_late_still_breaks_nothing() -> None:
     problem = on_a_line(clock=StageTimer(max_time=1e-9))
     solution = Polish(threshold(-3.0))(problem)
     assert (
-        solution.steps[1].note == "1 round, cut by `max_time`, then scaled back to 3% of the change"
+        solution.steps[1].note
+        == "0 rounds, cut by `max_time`, then scaled back to 3% of the change"
     )
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 0)
 

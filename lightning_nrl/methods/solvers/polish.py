@@ -40,8 +40,14 @@ from lightning_nrl.methods.budget import (
 )
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal
-from lightning_nrl.methods.solvers.active_set import POLISH_RATE, ActiveSet, TargetSchedule
+from lightning_nrl.methods.solvers.active_set import (
+    MIN_STEPS_PER_ROUND,
+    POLISH_RATE,
+    ActiveSet,
+    TargetSchedule,
+)
 from lightning_nrl.methods.solvers.descent import Descent
+from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE
 from lightning_nrl.records.steps import CUT, Step
 
 NEEDS: tuple[Need, ...] = ("margins",)
@@ -176,6 +182,9 @@ class _Polish:
         self.stopped = ""
         self._deadline = deadline
         self._one_pass = problem.clock.one_pass
+        # Of the last round; at first an estimate for the smallest round.
+        visits_of_round = FORWARD_BACKWARD * MIN_STEPS_PER_ROUND * BATCH_SIZE
+        self._round_seconds = visits_of_round / len(problem.before) * self._one_pass
         self.after = self._count(state) if after is None else after
         pushed = problem.before.targeted & enforce & self.after.loss.isfinite()
         takes_turns = deadline.is_set or visits is not None
@@ -211,14 +220,16 @@ class _Polish:
             self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks
         )
         self._renew_rounds()
-        return self._step
+        return self._cut if self._is_time_over() else self._step
 
     def _step(self) -> Phase:
         self.targets.before_round(self.active_set)
+        began = self._deadline.clock()
         try:
             self._visits += self.active_set.round(self.descent) / self._budget
         except DeviceMemoryError:
             return self._stop_steps()
+        self._round_seconds = self._deadline.clock() - began
         self.rounds += 1
         self._rounds_left -= 1
         is_violated = self.active_set.violated
@@ -250,15 +261,23 @@ class _Polish:
         return self._after_round()
 
     def _after_round(self) -> Phase:
-        if self._end_of_rounds.is_over() or self._visits > self._most:
+        if self._is_time_over():
+            return self._cut
+        if self._visits > self._most:
             self.stopped = "stopped at its limit of forward passes"
-            if self._end_of_rounds.is_over():
-                self.stopped = CUT
             return self._stop_steps()
         if self.best is not None and self._visits - self._visits_at_low > STALLED_POLISH_SHARE:
             self.stopped = "stopped without progress"
             return self._stop_steps()
         return self._step if self._rounds_left else self._retreat
+
+    def _is_time_over(self) -> bool:
+        """True if the time left is too short for another round."""
+        return not self._end_of_rounds.leaves(self._round_seconds)
+
+    def _cut(self) -> Phase:
+        self.stopped = CUT
+        return self._stop_steps()
 
     def _stop_steps(self) -> Phase:
         self.state = self.descent.state()
