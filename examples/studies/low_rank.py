@@ -1,10 +1,11 @@
-"""Repairs three trained networks by all weights and by adapters (LoRA); prints a row per repair.
+"""Repairs trained networks by all weights and by adapters (LoRA); prints a row per repair.
 
     python -m pip install "lightning_nrl[lora]"
-    python examples/studies/low_rank.py                  # all networks, rank 8
+    python examples/studies/low_rank.py                  # three small networks, rank 8
     python examples/studies/low_rank.py ViT --ranks 2 8 --seeds 3
+    python examples/studies/low_rank.py vehicles-C       # half an hour
 
-The networks read the digits of the quickstart, whose later zeros are slashed: a small convolutional
+Small networks read the digits of the quickstart, whose later zeros are slashed: a convolutional
 network, a ViT with patches of 2 x 2 pixels, and a BERT whose words are the grey levels of pixels.
 `state` is the optimizer's, at its largest. `patch` is the file of the change: for adapters the
 folder that `PeftModel.from_pretrained` loads. `differ` counts known samples that adapters beside
@@ -23,7 +24,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, seed_everything
-from problems import DigitNet, SlashedZeros, Target, interval, markdown, quiet_trainer, start
+from problems import (
+    PROBLEMS,
+    DigitNet,
+    Problem,
+    SlashedZeros,
+    Target,
+    interval,
+    markdown,
+    quiet_trainer,
+    start,
+)
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -70,7 +81,9 @@ def bert() -> LightningModule:
     return Transformer(BertForSequenceClassification(config), grey_levels)
 
 
-NETWORKS: dict[str, Callable[[], LightningModule]] = {"CNN": DigitNet, "ViT": vit, "BERT": bert}
+SMALL: dict[str, Callable[[], LightningModule]] = {"CNN": DigitNet, "ViT": vit, "BERT": bert}
+NETWORKS = {name: Problem(SlashedZeros, make, 15, Target.all()) for name, make in SMALL.items()}
+NETWORKS["vehicles-C"] = PROBLEMS["vehicles-C"]
 
 
 class StateSize:
@@ -95,10 +108,10 @@ def measured_state() -> Iterator[StateSize]:
         handle.remove()
 
 
-def trained(make: Callable[[], LightningModule], seed: int, epochs: int, path: Path) -> None:
+def trained(problem: Problem, seed: int, epochs: int | None, path: Path) -> None:
     seed_everything(seed, verbose=False)
-    trainer = quiet_trainer(epochs)
-    trainer.fit(make(), datamodule=SlashedZeros(seed))
+    trainer = quiet_trainer(epochs or problem.epochs)
+    trainer.fit(problem.network(), datamodule=problem.data(seed))
     trainer.save_checkpoint(path)
 
 
@@ -147,27 +160,28 @@ HEADS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK")
+    parser.add_argument("networks", nargs="*", default=list(SMALL), metavar="NETWORK")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, help="of the training, by default the network's")
     chosen = parser.parse_args()
     start()
     rows = []
     for name in chosen.networks:
+        problem = NETWORKS[name]
         table: dict[str, list[list[float]]] = {}
         for seed in range(chosen.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = Path(folder) / "trained.ckpt"
-                trained(NETWORKS[name], seed, chosen.epochs, checkpoint)
+                trained(problem, seed, chosen.epochs, checkpoint)
                 for rank in (None, *chosen.ranks):
                     label = f"{name}, all weights" if rank is None else f"{name}, rank {rank}"
-                    run = partial(repair, quiet_trainer(), NETWORKS[name](), seed=seed)
+                    run = partial(repair, quiet_trainer(), problem.network(), seed=seed)
                     with measured_state() as state:
                         report = run(
-                            datamodule=SlashedZeros(seed),
+                            datamodule=problem.data(seed),
                             ckpt_path=checkpoint,
-                            target=Target.all(),
+                            target=problem.target,
                             unseen="test",
                             method=FineTunePolish(lora=rank),
                             dirpath=Path(folder) / label,

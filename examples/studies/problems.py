@@ -54,7 +54,7 @@ class Problem:
     """
 
     data: Callable[[int], LightningDataModule]
-    network: type[LightningModule]
+    network: Callable[[], LightningModule]
     epochs: int
     target: Target
     layers: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,8 @@ def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) 
 @pytest.mark.slow
 def test_adapters_are_compared_with_all_weights(monkeypatch, capsys) -> None:
     pytest.importorskip("peft")
-    monkeypatch.setattr(low_rank, "SlashedZeros", Tiny)
+    small = replace(low_rank.NETWORKS["CNN"], data=Tiny)
+    monkeypatch.setitem(low_rank.NETWORKS, "CNN", small)
     rows = printed("low_rank.py", "CNN --epochs 4 --ranks 2", monkeypatch, capsys)
     (whole, *whole_cells), (rank, *rank_cells) = rows
     assert (whole, rank) == ("CNN, all weights", "CNN, rank 2")
