@@ -19,6 +19,8 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
+    TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
 )
@@ -72,7 +74,7 @@ class SeededDataset(Dataset[Any]):
         before = CpuRandomState.current()
         n = len(self)
         if not self.draws:
-            samples = self._unseeded([i % n for i in index])
+            samples = read_samples(self.dataset, [i % n for i in index])
             if before.is_current():
                 return samples
             self.draws = True
@@ -85,11 +87,18 @@ class SeededDataset(Dataset[Any]):
             before.restore()
         return samples
 
-    def _unseeded(self, index: list[int]) -> list[Sample]:
-        read_batch = getattr(self.dataset, "__getitems__", None)
-        if read_batch is None:
-            return [self.dataset[i] for i in index]
-        return cast(list[Sample], read_batch(index))
+
+def read_samples(dataset: AnyDataset, index: list[int]) -> list[Sample]:
+    """Reads several samples at once, as fast as the data set allows."""
+    if type(dataset) is Subset:
+        return read_samples(dataset.dataset, [dataset.indices[i] for i in index])
+    if type(dataset) is TensorDataset:
+        # Four times as fast as sample by sample, which would take most of a pass.
+        return list(zip(*(tensor[index] for tensor in dataset.tensors), strict=True))
+    read_batch = getattr(dataset, "__getitems__", None)
+    if read_batch is None:
+        return [dataset[i] for i in index]
+    return cast(list[Sample], read_batch(index))
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:

@@ -143,6 +143,17 @@ def leave_mark(worker_id: int) -> None:
     info.dataset.mark = 7
 
 
+@pytest.mark.parametrize(
+    "data", [numbers(9), Subset(numbers(9), [8, 0, 4, 2]), TensorDataset(torch.randn(4, 2, 3))]
+)
+def test_samples_read_at_once_are_those_read_one_by_one(data: Dataset[Any]) -> None:
+    index = [3, 0, 3, 1]
+    for together, alone in zip(SeededDataset(data, 0).__getitems__(index), index, strict=True):
+        assert type(together) is tuple
+        for x, y in zip(together, data[alone], strict=True):
+            assert torch.equal(x, y)
+
+
 def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
     (batch,) = list(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
     assert batch.args[0].tolist() == [True, True]
