@@ -1,21 +1,21 @@
 """Measures seconds and memory of a repair as samples, parameters, classes and processes grow.
 
-    python examples/studies/cost.py                          # prints a table; draws cost.svg
+    python examples/studies/cost.py                          # prints tables; draws cost.svg
     python examples/studies/cost.py --axis samples --most 100000
 
-Data are random, with labels from a random network; a small network is trained for three epochs and
-repaired by the default. Each row is a process of its own in one thread. *Training* is the stage
-`fit` of the report, *ratio* the time of all stages to its time. *Bytes a sample* are the largest
-memory of the process beyond that before the repair, for each known sample.
+A network is trained for three epochs on samples around random centres, and repaired by the default.
+Each row is a process of its own in one thread. *Training* is the stage `fit` of the report, *ratio*
+the time of all stages to its time. *MB* is the largest memory beyond that before the repair, which
+Linux tells; the second table has both by stage.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from output import quiet_trainer, start
 
 from lightning_nrl import RegressionFreeRepair
+from lightning_nrl._utils.timing import StageTimer
 
 N_INPUTS = 32
 NOISE = 1.0  # of centres at a distance of about 8
@@ -95,19 +96,41 @@ class RandomData(LightningDataModule):
 
 
 class Measured(RegressionFreeRepair):
-    """Notes the memory and the time just before the repair."""
+    """Notes the memory just before the repair, and by stage the largest memory beyond it, in MB."""
 
     def repair_now(self, trainer: Trainer, *arguments: Any, **named: Any) -> Any:
-        self.memory_before = _peak_memory()
-        self.began = time.perf_counter()
-        return super().repair_now(trainer, *arguments, **named)
+        self.megabytes: dict[str, float] = {}
+        before = _memory()
+        run_stage = StageTimer.stage
+
+        def note(stage: str) -> None:
+            used = max(self.megabytes.get(stage, 0.0), _memory(largest=True) - before)
+            self.megabytes[stage] = round(used, 1)
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the largest memory
+
+        @contextmanager
+        def measured_stage(timer: StageTimer, name: str) -> Iterator[None]:
+            note("other")
+            with run_stage(timer, name):
+                yield
+            note(name)
+
+        StageTimer.stage = measured_stage  # type: ignore[method-assign]
+        try:
+            return super().repair_now(trainer, *arguments, **named)
+        finally:
+            note("other")
+            StageTimer.stage = run_stage  # type: ignore[method-assign]
 
 
-def _peak_memory() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _memory(*, largest: bool = False) -> float:
+    """Returns the memory of the process, now or at its largest, in MB."""
+    name = "VmHWM:" if largest else "VmRSS:"
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index(name) + 1]) * 1024 / 1e6
 
 
-def measure(axis: str, size: int) -> dict[str, float]:
+def measure(axis: str, size: int) -> dict[str, Any]:
     """Trains and repairs; returns seconds and memory."""
     sizes = {**USUAL, axis: size}
     if axis in ("parameters", "classes"):
@@ -120,48 +143,67 @@ def measure(axis: str, size: int) -> dict[str, float]:
         trainer = quiet_trainer(3, repair, devices=sizes["processes"], strategy="ddp_fork")
     trainer.fit(Network(sizes["parameters"], sizes["classes"]), datamodule=data)
     report = repair.report
-    seconds = report.seconds
     known = [split for split in report.splits if split.role == "known"]
     return {
         "size": size,
         "known": sum(split.n for split in known),
         "repaired": sum(split.repaired_in_target for split in known),
         "broken": sum(split.broken for split in known),
-        "pass": seconds.get("collect", 0.0),
-        "training": seconds.get("fit", 0.0),
-        "polish": seconds.get("polish", 0.0),
-        "all": sum(seconds.values()),
-        "memory": _peak_memory() - getattr(repair, "memory_before", 0),
+        "seconds": dict(report.seconds),
+        "megabytes": vars(repair).get("megabytes", {}),  # none from a child process
     }
 
 
-def in_new_process(axis: str, size: int) -> dict[str, float]:
+def in_new_process(axis: str, size: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--axis", axis, "--only", str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def show(axis: str, rows: list[dict[str, float]]) -> None:
-    print(f"\n| {axis} | repaired | broken | a pass | training | polish | all, s | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+def all_seconds(row: dict[str, Any]) -> float:
+    return sum(row["seconds"].values())
+
+
+def all_megabytes(row: dict[str, Any]) -> float:
+    return max(row["megabytes"].values(), default=float("nan"))
+
+
+def show(axis: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n| {axis} | repaired | broken | a pass, s | training, s | all, s | ratio | MB |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
-        ratio = row["all"] / row["training"] if row["training"] else float("nan")
-        times = " | ".join(f"{row[name]:.1f}" for name in ("pass", "training", "polish", "all"))
-        counts = f"{row['repaired']:,} | {row['broken']:,}"
-        print(f"| {row['size']:,} | {counts} | {times} | {ratio:.1f} |", flush=True)
-    if axis == "samples":
+        one_pass, training = row["seconds"]["collect"], row["seconds"].get("fit", 0.0)
+        ratio = all_seconds(row) / training if training else float("nan")
+        counts = f"{row['size']:,} | {row['repaired']:,} | {row['broken']:,}"
+        times = f"{one_pass:.1f} | {training:.1f} | {all_seconds(row):.1f} | {ratio:.1f}"
+        memory = f"{all_megabytes(row):,.0f}" if row["megabytes"] else ""
+        print(f"| {counts} | {times} | {memory} |", flush=True)
+    sizes = " | ".join(format(row["size"], ",") for row in rows)
+    print(f"\n| stage | {sizes} |")
+    print(f"|---|{'---:|' * len(rows)}")
+    for stage in dict.fromkeys(stage for row in rows for stage in row["seconds"]):
+        cells = []
         for row in rows:
-            print(f"{row['size']:,} samples: {row['memory'] / row['known']:.0f} bytes a sample")
+            seconds, megabytes = row["seconds"].get(stage), row["megabytes"].get(stage)
+            cell = "" if seconds is None else f"{seconds:.1f} s"
+            cells.append(cell if megabytes is None else f"{cell}, {megabytes:,.0f} MB")
+        print(f"| {stage} | {' | '.join(cells)} |", flush=True)
 
 
-def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    for axes, (axis, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        for name in ("pass", "training", "polish", "all"):
-            axes.plot([row["size"] for row in rows], [row[name] for row in rows], "o-", label=name)
-        axes.set(xscale="log", yscale="log", xlabel=axis)
-    figure.axes[0].set_ylabel("seconds")
-    figure.axes[0].legend(fontsize="small")
+def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    grid = figure.subplots(2, len(results), sharex="col")
+    for (above, below), (axis, rows) in zip(grid.T, results.items(), strict=True):
+        sizes = [row["size"] for row in rows]
+        for label, stage in (("a pass", "collect"), ("training", "fit")):
+            above.plot(sizes, [row["seconds"].get(stage) for row in rows], "o-", label=label)
+        above.plot(sizes, [all_seconds(row) for row in rows], "o-", label="all stages")
+        below.plot(sizes, [all_megabytes(row) for row in rows], "o-", color="C3")
+        above.set(xscale="log", yscale="log")
+        below.set(xscale="log", yscale="log", xlabel=axis)
+    grid[0, 0].set_ylabel("seconds")
+    grid[1, 0].set_ylabel("MB")
+    grid[0, 0].legend(fontsize="small")
     figure.savefig(path)
 
 
