@@ -159,11 +159,8 @@ def is_among(samples: Tensor, others: Tensor) -> Tensor:
     weights = _hash_weights(0, samples.shape[1])[0].to(samples.device)
     hashes, order = (others * weights).sum(1).sort()
     place = torch.searchsorted(hashes, (samples * weights).sum(1)).clamp(max=len(others) - 1)
-    found = order[place]
-    is_equal = torch.ones(len(samples), dtype=torch.bool, device=samples.device)
-    for column, other in zip(samples.unbind(1), others.unbind(1), strict=True):
-        is_equal &= column == other[found]
-    return is_equal
+    candidates = others[order[place]]
+    return (samples == candidates).all(1)
 
 
 def content_recorder(source: Source) -> RecordingSource:
