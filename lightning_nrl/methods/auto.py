@@ -200,7 +200,7 @@ class _Climb:
     def __init__(self, problem: Problem, searcher: Searcher, caution: float | None) -> None:
         self._is_one_layer = _is_one_layer(problem)
         if not self._is_one_layer:  # a training of all samples repairs more than a longer search
-            problem = replace(problem, n_scored=min(problem.n_scored, budget.MAX_SCORED))
+            problem = replace(problem, n_scored=min(problem.n_scored, budget.FEWEST_SAMPLES))
         self.problem = problem
         self.searcher = searcher
         self.caution = caution

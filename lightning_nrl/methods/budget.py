@@ -47,8 +47,8 @@ MAX_PAIRS = 1_500  # `Convex.max_pairs` in the default
 PREPARATION_TIME_SHARE = 0.5  # of the search's time, for recording, localising and the scorer
 PREPARATION_PASSES = 10.0  # visits to prepare a sample: record, replay, localise
 PREPARATION_SECONDS = 3e-5  # added per sample, whatever the size of the network
-MAX_SCORED = 20_000  # in the default, unless only one layer may change; then `n_scored`
-FEWEST_SAMPLES = 10_000  # a search uses at least these many, however short the time is
+# A search uses at least these many, however short the time is, and no more if a training follows.
+FEWEST_SAMPLES = 10_000
 
 # Continued training
 LEAST_EPOCH = 1 / 2  # under `max_time`; steps on fewer samples repair hardly anything
