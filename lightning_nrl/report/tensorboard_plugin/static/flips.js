@@ -27,6 +27,7 @@ export function flippedSamples(repair, others) {
     ["split", row => splits[row[SPLIT]].name, WORDS],
     ["position", row => String(row[POSITION])],
     ["flip", row => row[FLIP], WORDS],
+    ...(rows.some(row => row[NAME]) ? [["name", row => row[NAME], WORDS]] : []),
     ["true", row => nameOf(repair, row[LABEL]), WORDS],
     ["before", row => nameOf(repair, row[BEFORE]), WORDS],
     ["after", row => nameOf(repair, row[AFTER]), WORDS],
@@ -34,7 +35,6 @@ export function flippedSamples(repair, others) {
     ["margin after", row => number(row[MARGIN_AFTER])],
     ["in target", row => (row[IN_TARGET] ? "yes" : "no")],
     ...(slices.length ? [["slice", row => slices[row[SLICE]] ?? "", WORDS]] : []),
-    ...(rows.some(row => row[NAME]) ? [["name", row => row[NAME], WORDS]] : []),
   ];
   const all = rows.map(row => ({ row })), pictured = rows.some(row => row[KIND]);
   const asked = { words: "", flip: "", split: "", slice: "", target: "", pair: null, dropped: null };
