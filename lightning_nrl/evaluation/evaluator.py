@@ -166,9 +166,10 @@ class Evaluator:
             _check_classes(source, table)
             tables.append(table)
         sizes = tuple(len(source.index) for source in sources)
-        columns: dict[str, Any] = {
-            name: torch.cat([table[name] for table in tables]) for name in tables[0]
-        }
+        columns: dict[str, Any] = {}
+        for name in list(tables[0]):
+            # One column at a time is joined and its parts are freed, to save memory.
+            columns[name] = torch.cat([table.pop(name) for table in tables])
         return SampleResults(splits, sizes, **columns)
 
     def outputs(
@@ -209,7 +210,6 @@ class Evaluator:
                 parts[name].append(column)
         table = {}
         for name, dtype in DTYPES.items():
-            # One column at a time is joined and its parts are freed, to save memory.
             column_parts = parts.pop(name) or [torch.zeros(0, dtype=dtype)]
             table[name] = torch.cat(column_parts).cpu()
         if has_one_logit:
@@ -431,6 +431,8 @@ def _gather_split(source: Source, part: Table, collective: Collective) -> Table:
     table = {name: torch.cat(collective.gather(part.pop(name))) for name in DTYPES}
     position = table.pop("position")
     expected = torch.arange(len(source.index))
+    if torch.equal(position, expected):  # as one rank reads; saves memory
+        return {"index": source.index, **table}
     order = position.argsort()
     if not torch.equal(position[order], expected):
         raise EvaluationError(

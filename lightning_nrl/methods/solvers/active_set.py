@@ -103,7 +103,7 @@ class ActiveSet:
         reach = torch.where(before.targeted, weight.clamp(1, MAX_SAMPLE_WEIGHT), 1.0)
         self._reachable = -self._unit * REACHABLE_MARGIN * reach
         self._right = after.passed & (before.passed | holds_repairs)
-        self._teacher = Teacher(problem, (state, {}), (~self._right).long())
+        self._teacher = Teacher(problem, (state, {}), ~self._right)
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.margin = _margins(after)
         self.working = self._close()
