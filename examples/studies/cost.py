@@ -2,6 +2,7 @@
 
     python examples/studies/cost.py                          # prints tables; draws cost.svg
     python examples/studies/cost.py --axis samples --most 100000
+    python examples/studies/cost.py --axis samples --max-time 20   # says how long repairs took
 
 A network is trained for three epochs on samples around random centres, and repaired by the default.
 Each row is a process of its own in one thread. *Training* is the stage `fit` of the report, *ratio*
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +102,7 @@ class Measured(RegressionFreeRepair):
 
     def repair_now(self, trainer: Trainer, *arguments: Any, **named: Any) -> Any:
         self.megabytes: dict[str, float] = {}
+        began = time.perf_counter()
         before = _memory()
         run_stage = StageTimer.stage
 
@@ -120,6 +123,7 @@ class Measured(RegressionFreeRepair):
             return super().repair_now(trainer, *arguments, **named)
         finally:
             note("other")
+            self.took = time.perf_counter() - began
             StageTimer.stage = run_stage  # type: ignore[method-assign]
 
 
@@ -130,14 +134,14 @@ def _memory(*, largest: bool = False) -> float:
     return int(words[words.index(name) + 1]) * 1024 / 1e6
 
 
-def measure(axis: str, size: int) -> dict[str, Any]:
+def measure(axis: str, size: int, max_time: float | None) -> dict[str, Any]:
     """Trains and repairs; returns seconds and memory."""
     sizes = {**USUAL, axis: size}
     if axis in ("parameters", "classes"):
         sizes["samples"] = FEW_SAMPLES if size >= 10_000_000 or axis == "classes" else 10_000
     seed_everything(0, verbose=False)
     data = RandomData(sizes["samples"], sizes["classes"])
-    repair = Measured(verbose=False, dirpath="cost")
+    repair = Measured(max_time=max_time, verbose=False, dirpath="cost")
     trainer = quiet_trainer(3, repair)
     if sizes["processes"] > 1:
         trainer = quiet_trainer(3, repair, devices=sizes["processes"], strategy="ddp_fork")
@@ -150,12 +154,16 @@ def measure(axis: str, size: int) -> dict[str, Any]:
         "repaired": sum(split.repaired_in_target for split in known),
         "broken": sum(split.broken for split in known),
         "seconds": dict(report.seconds),
-        "megabytes": vars(repair).get("megabytes", {}),  # none from a child process
+        # Of a child process they are unknown.
+        "megabytes": vars(repair).get("megabytes", {}),
+        "took": vars(repair).get("took", 0.0),
     }
 
 
-def in_new_process(axis: str, size: int) -> dict[str, Any]:
+def in_new_process(axis: str, size: int, max_time: float | None) -> dict[str, Any]:
     command = [sys.executable, __file__, "--axis", axis, "--only", str(size)]
+    if max_time is not None:
+        command += ["--max-time", str(max_time)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -213,18 +221,22 @@ if __name__ == "__main__":
         **{
             "--axis": {"choices": list(AXES), "help": "what grows; by default, each in turn"},
             "--most": {"type": float, "default": float("inf"), "help": "largest size"},
+            "--max-time": {"type": float, "help": "limit of a repair, in seconds"},
             "--only": {"type": int, "help": "one size, in this process; prints JSON"},
             "--out": {"default": "cost.svg", "help": "figure to write"},
         },
     )
     if given.only:
-        print(json.dumps(measure(given.axis, given.only)))
+        print(json.dumps(measure(given.axis, given.only, given.max_time)))
         sys.exit()
     results = {}
     for axis in [given.axis] if given.axis else AXES:
         most = 10_000 if given.fast else given.most
         sizes = [size for size in AXES[axis] if size <= most]
-        results[axis] = [in_new_process(axis, size) for size in sizes]
+        results[axis] = [in_new_process(axis, size, given.max_time) for size in sizes]
         show(axis, results[axis])
+        if given.max_time is not None:
+            took = ", ".join(f"{row['took']:.1f}" for row in results[axis])
+            print(f"\nThe repairs took {took} s of {given.max_time:g} s.")
     if len(results) == len(AXES):
         draw(results, Path(given.out))
