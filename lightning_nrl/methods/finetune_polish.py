@@ -334,6 +334,8 @@ class TrainingRounds:
         trained = problem.work.once("round", train, Trained)
         if trained is None:
             return False
+        if self._rounds:
+            self._rounds[-1] = replace(self._rounds[-1], state={})  # to free its memory
         self._rounds.append(trained)
         self._previous = self._proposal.after
         self._proposal = problem.propose("fit", trained.state)
