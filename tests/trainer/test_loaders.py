@@ -144,14 +144,21 @@ def leave_mark(worker_id: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [numbers(9), Subset(numbers(9), [8, 0, 4, 2]), TensorDataset(torch.randn(4, 2, 3))]
+    "data",
+    [
+        numbers(9),
+        Subset(numbers(9), [8, 0, -5, 2]),
+        Subset(numbers(9), torch.tensor([8, 0, 4, 2])),
+        TensorDataset(torch.randn(4, 2, 3)),
+        TensorDataset(torch.eye(4).to_sparse()),
+    ],
 )
 def test_samples_read_at_once_are_those_read_one_by_one(data: Dataset[Any]) -> None:
     index = [3, 0, 3, 1]
     for together, alone in zip(SeededDataset(data, 0).__getitems__(index), index, strict=True):
         assert type(together) is tuple
         for x, y in zip(together, data[alone], strict=True):
-            assert torch.equal(x, y)
+            assert torch.equal(x.to_dense(), y.to_dense())
 
 
 def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
