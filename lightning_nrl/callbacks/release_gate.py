@@ -134,7 +134,7 @@ class ReleaseGate(CallbackBase):
         if self.suite is not None:
             self.rules += (ProtectedIntact(self.suite),)
         self.slices = None if slices is None else find_column("slices", slices)
-        self.sample_id = sample_id
+        self.sample_id = None if sample_id is None else find_column("sample_id", sample_id)
         check_loaders(loaders)
         self.loaders = loaders
         self.task = task_of_output(task, output)

@@ -11,7 +11,7 @@ from itertools import compress
 from lightning_nrl._utils.state import State, current_state, hash_tensors
 from lightning_nrl._utils.timing import rounded_seconds
 from lightning_nrl.data import Source
-from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.errors import DataWarning, first_line
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, GroupCounts, SampleResults
 from lightning_nrl.evaluation.deployed_precision import rounding_margin
 from lightning_nrl.evaluation.layers import ParameterSpace
@@ -233,8 +233,15 @@ class ReportBuilder:
         ids = [sample.id for sample in report.flipped]
         try:
             names = sample_names(sample_id, self.sources[split], ids, self.evaluator)
-        except ConfigurationError as error:  # must not cost a finished repair
-            warnings.warn(DataWarning(error.problem, error.hint), stacklevel=2)
+        except Exception as error:  # must not cost a finished repair
+            warnings.warn(
+                DataWarning(
+                    f"`sample_id`: names cannot be read: {type(error).__name__}: "
+                    f"{first_line(error)}.",
+                    "the report names samples by their positions.",
+                ),
+                stacklevel=2,
+            )
             return report
         named = zip(report.flipped, names, strict=True)
         return replace(report, flipped=tuple(replace(sample, name=name) for sample, name in named))

@@ -141,6 +141,9 @@ def evaluate_pieces(
     pairs: list[ModelPair] = []
     names = defaultdict[str, list[str]](list)
     for piece in pieces:
+        if sample_id is not None and not pairs:
+            for source in piece:
+                sample_names(sample_id, source, [], new)  # refuses a wrong column
         pair = evaluate_pair(old, new, piece, slices=slices, targets=targets)
         pairs.append(pair)
         if sample_id is not None:

@@ -77,7 +77,7 @@ def release(
         seeds: seeds of data and models by name, copied to the report.
         on_undecided: what becomes of a model that fails only for lack of samples: `refuse` or
             `accept`. Without it, `exit_status` is 3.
-        sample_id: tells the name of each sample, as `slices` tells its slice; the report shows the
+        sample_id: column with your name of each sample, given as `slices` are; the report shows the
             names of broken samples.
 
     Example:
@@ -105,6 +105,8 @@ def release(
         )
     if slices is not None:
         slices = find_column("slices", slices)
+    if sample_id is not None:
+        sample_id = find_column("sample_id", sample_id)
     check_on_undecided(on_undecided)
     parsed_rules = parse_rules(rules, require)
     for rule in parsed_rules:
