@@ -45,9 +45,11 @@ class Convex(Method):
     """Repairs the last Linear layer by the smallest change of the logits that breaks no sample.
 
     No known passed sample breaks. If there are more than `Problem.n_scored` samples, it is solved
-    for as many, and the change is scaled down until none of the others breaks either. The margin
-    that a target lacks has a price: a higher price repairs more and changes more. Ten prices are
-    tried, from low to high. The price with most repairs minus regressions in cross-validation wins.
+    for as many, and a smaller part of the change is taken if all of it breaks another sample.
+
+    The margin that a target lacks has a price: a higher price repairs more and changes more. Ten
+    prices are tried, from low to high. The price with most repairs minus regressions in
+    cross-validation wins.
 
     Attributes:
         patience: stops after this many prices in a row without a better held-out result. None means
@@ -103,10 +105,10 @@ class Convex(Method):
                 alternatives.append(_Alternative(price, change, recorded, held_out, worth))
         if not alternatives:
             return Solution(None, NO_TIME_TO_SOLVE)
-        sample_note = known.note
+        choice_note = known.note and f"; {known.note}"
         del known
         seconds = (time.perf_counter() - began) / len(alternatives)
-        steps = [alternative.step(seconds) for alternative in alternatives]
+        steps = [alternative.step(seconds, choice_note) for alternative in alternatives]
         best = max(alternatives, key=lambda alternative: alternative.rank)
         with clock.stage("judge"):
             began = time.perf_counter()
@@ -116,8 +118,7 @@ class Convex(Method):
                 note += f", {fraction:.0%} of it"
             if is_cut:
                 note += f"; higher prices were {CUT}"
-            if sample_note:
-                note += f"; {sample_note}"
+            note += choice_note
             seconds = time.perf_counter() - began
         reason = ""
         if proposal is None:
@@ -130,7 +131,8 @@ class Convex(Method):
             steps.append(proposal.step(seconds, note, was_cut=is_cut))
         tried = []
         for alternative in alternatives:
-            if alternative is not best and alternative.proposal.repaired:
+            # On a part of the samples it is unknown what an alternative breaks.
+            if alternative is not best and alternative.proposal.repaired and not choice_note:
                 tried.append(problem.target_counts(alternative.proposal.after))
         return Solution(
             proposal,
@@ -166,14 +168,10 @@ class _Alternative:
         """Sort key, larger is better: fewest missing repairs, most worth, any repair, low price."""
         return -self.proposal.missing, self.worth, self.proposal.repaired > 0, -self.price
 
-    def step(self, seconds: float) -> Step:
+    def step(self, seconds: float, choice_note: str) -> Step:
         counts = self.held_out
-        return replace(
-            self.proposal.step(
-                seconds, f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken"
-            ),
-            kind="alternative",
-        )
+        note = f"held-out: {counts.repaired_in_target} repaired, {counts.broken} broken"
+        return replace(self.proposal.step(seconds, note + choice_note), kind="alternative")
 
 
 def _check_layers(space: ParameterSpace) -> None:
@@ -333,7 +331,8 @@ class _KnownHead:
         Raises a `ConfigurationError` on all ranks if the layer's output is not the logits.
         """
         before = problem.before
-        keep, note = torch.ones_like(before.passed), ""
+        keep = torch.ones_like(before.passed)
+        note = ""
         if len(before) > problem.n_scored:
             choice = choose_samples(
                 before, before.targeted, before.passed, problem.n_scored, problem.seed

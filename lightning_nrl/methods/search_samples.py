@@ -101,7 +101,7 @@ def choose_samples(
         representative = torch.zeros_like(passed)
         representative[drawn[: min(n_drawn, MOST_REPRESENTATIVE)]] = True
     return SampleChoice(
-        recorded, representative, f"searched on {int(recorded.sum()):,} of {n_wanted:,} samples"
+        recorded, representative, f"on {int(recorded.sum()):,} of {n_wanted:,} samples"
     )
 
 

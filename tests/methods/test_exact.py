@@ -67,7 +67,7 @@ def test_two_ranks_solve_what_one_does() -> None:
 def test_what_is_solved_for_a_part_of_the_samples_breaks_none_of_the_others(n_scored: int) -> None:
     problem = replace(make_problem(trained(), known(), "2"), n_scored=n_scored)
     solution = checked(problem, Convex()(problem))
-    assert f"searched on {n_scored} of" in solution.steps[-1].note
+    assert f"on {n_scored} of" in solution.steps[-1].note
     assert solution.proposal is not None
     assert solution.proposal.repaired > 0
     assert solution.proposal.broken == 0

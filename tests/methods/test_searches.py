@@ -329,7 +329,7 @@ def test_of_many_those_nearest_to_the_border_are_taken_and_a_draw_of_the_others(
         assert int(choice.representative.sum()) == 1
         assert (choice.recorded & before.passed)[choice.representative].all()
         assert not choice.representative[[0, 5]].any()
-        assert choice.note == "searched on 6 of 10 samples"
+        assert choice.note == "on 6 of 10 samples"
     assert len({int(choice.representative.int().argmax()) for choice in choices}) > 1
     fewer = choose_samples(before, before.targeted, before.passed, 4, 0)
     assert fewer.recorded[before.targeted].tolist() == [False, True, True]
@@ -374,6 +374,6 @@ def test_a_search_on_some_samples_is_judged_on_all(method: object) -> None:
     assert report.search is not None
     assert report.search.n_passed is not None
     assert report.search.n_passed < 60
-    assert any("searched on 60 of 1" in step.note for step in report.steps)
+    assert any("on 60 of 1" in step.note for step in report.steps)
     assert sum(split.counts.n for split in report.splits) == 180
     assert [split.broken for split in report.splits] == [0, 0]
