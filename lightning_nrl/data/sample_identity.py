@@ -155,7 +155,8 @@ def is_among(samples: Tensor, others: Tensor) -> Tensor:
     """Marks the keys in `samples`, `n x 2`, that are also in `others`, `m x 2`, as `n` bool."""
     if not len(others):
         return torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    # A hash finds the only one that may be equal; `unique` of rows would take ten times the memory.
+    # For each sample, a hash finds the one key that may be equal. `unique` of rows would take ten
+    # times the memory.
     weights = _hash_weights(0, samples.shape[1])[0].to(samples.device)
     hashes, order = (others * weights).sum(1).sort()
     place = torch.searchsorted(hashes, (samples * weights).sum(1)).clamp(max=len(others) - 1)

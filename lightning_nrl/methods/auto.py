@@ -199,7 +199,8 @@ class _Climb:
 
     def __init__(self, problem: Problem, searcher: Searcher, caution: float | None) -> None:
         self._is_one_layer = _is_one_layer(problem)
-        if not self._is_one_layer:  # a training of all samples repairs more than a longer search
+        if not (self._is_one_layer or problem.update):
+            # A training on all samples repairs more than a longer search.
             problem = replace(problem, n_scored=min(problem.n_scored, budget.FEWEST_SAMPLES))
         self.problem = problem
         self.searcher = searcher
@@ -350,8 +351,9 @@ class _Climb:
         """Pushes all targets that fail, from the weights in the model or from `start`."""
         first = start or problem.original("original")
         deadline = problem.deadline_of_method(budget.PUSH_TIME_SHARE)
-        if not deadline.leaves(budget.RESERVED_PASSES * problem.clock.one_pass):
-            return Solution(start, "" if start else "no time was left for small steps.")
+        has_time = deadline.leaves(budget.RESERVED_PASSES * problem.clock.one_pass)
+        if start is None and not has_time:
+            return Solution(None, "no time was left for small steps.")
         visits = budget.PUSH_SHARE * problem.visits
         proposal, step, _ = polished(problem, first, deadline=deadline, enforce=True, visits=visits)
         return Solution(proposal if proposal.repaired else None, steps=(step,))

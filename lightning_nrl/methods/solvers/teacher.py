@@ -20,7 +20,7 @@ DISTILLATION_WEIGHT = 5.0
 class Teacher:
     """Computes and caches logits under several states.
 
-    Sample i runs with the weights `states[numbers[i]]`; `numbers` is `N` on the CPU.
+    Sample i runs with the weights `states[numbers[i]]`; `numbers` is `N` int64 or bool on the CPU.
     """
 
     def __init__(self, problem: Problem, states: Sequence[State], numbers: Tensor) -> None:
