@@ -151,6 +151,26 @@ def test_a_column_that_fails_late_costs_names_and_no_repair() -> None:
     assert not any(sample.name for sample in report.splits[0].flipped)
 
 
+def test_samples_that_cannot_be_read_again_cost_names_and_no_repair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, source = few()
+    draw = TensorSource.draw
+
+    def unplugged(self: TensorSource, batches: Any) -> Any:
+        if sum(map(len, batches)) == len(names) + 1:  # the first sample is always read
+            raise FileNotFoundError("the disk is gone")
+        return draw(self, batches)
+
+    settings = Settings(samples=SampleOptions(sample_id=lambda batch: [1] * len(batch[0])))
+    names = repair_module(model, [source], settings).report.splits[0].flipped
+    monkeypatch.setattr(TensorSource, "draw", unplugged)
+    with pytest.warns(DataWarning, match="`sample_id`: names cannot be read: FileNotFoundError"):
+        report = repair_module(model, [source], settings).report
+    assert report.status == "repaired"
+    assert not any(sample.name for sample in report.splits[0].flipped)
+
+
 @pytest.mark.parametrize("kind", [Table, Stream])
 def test_a_refused_release_names_the_broken_samples(
     trained: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
