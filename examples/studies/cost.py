@@ -200,18 +200,22 @@ def show(axis: str, rows: list[dict[str, Any]]) -> None:
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    grid = figure.subplots(2, len(results), sharex="col")
+    grid = figure.subplots(2, len(results), sharex="col", sharey="row")
     for (above, below), (axis, rows) in zip(grid.T, results.items(), strict=True):
         sizes = [row["size"] for row in rows]
         for label, stage in (("a pass", "collect"), ("training", "fit")):
             above.plot(sizes, [row["seconds"].get(stage) for row in rows], "o-", label=label)
         above.plot(sizes, [all_seconds(row) for row in rows], "o-", label="all stages")
         below.plot(sizes, [all_megabytes(row) for row in rows], "o-", color="C3")
-        above.set(xscale="log", yscale="log")
-        below.set(xscale="log", yscale="log", xlabel=axis)
+        above.set(yscale="log")
+        below.set(yscale="log", xlabel=axis)
+        if axis == "processes":
+            below.set_xticks(sizes)
+        else:
+            below.set_xscale("log")
     grid[0, 0].set_ylabel("seconds")
     grid[1, 0].set_ylabel("MB")
-    grid[0, 0].legend(fontsize="small")
+    grid[0, -1].legend(fontsize="small")
     figure.savefig(path)
 
 
@@ -233,10 +237,12 @@ if __name__ == "__main__":
     for axis in [given.axis] if given.axis else AXES:
         most = 10_000 if given.fast else given.most
         sizes = [size for size in AXES[axis] if size <= most]
+        if not sizes:
+            continue
         results[axis] = [in_new_process(axis, size, given.max_time) for size in sizes]
         show(axis, results[axis])
         if given.max_time is not None:
             took = ", ".join(f"{row['took']:.1f}" for row in results[axis])
             print(f"\nThe repairs took {took} s of {given.max_time:g} s.")
-    if len(results) == len(AXES):
+    if not given.axis:
         draw(results, Path(given.out))

@@ -4,6 +4,7 @@ by hand.
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -119,6 +120,22 @@ def test_adapters_are_compared_with_all_weights(monkeypatch, capsys) -> None:
         assert 0 < float(rank_cells[place]) < float(whole_cells[place]) / 3
     assert rank_cells[columns.index("broken")] == "0.0"
     assert rank_cells[columns.index("differ")] == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_the_cost_of_a_repair_is_measured_by_stage(monkeypatch, capsys) -> None:
+    line = "cost.py --axis classes --most 10 --max-time 60"
+    monkeypatch.setattr(sys, "argv", line.split())
+    runpy.run_path(str(STUDIES / "cost.py"), run_name="__main__")
+    text = capsys.readouterr().out
+    repaired, broken, megabytes = re.findall(r"^\| 10 \| (\d+) \| (\d+) .* (\d+) \|$", text, re.M)[
+        0
+    ]
+    assert (int(repaired) > 0, int(broken)) == (True, 0)
+    assert int(megabytes) > 0
+    assert re.search(r"^\| fit \| \d+\.\d s, \d+ MB \|$", text, re.M)
+    assert 0 < float(re.findall(r"took (.*) s of 60 s", text)[0]) < 60
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
