@@ -16,7 +16,7 @@ from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
-from lightning_nrl.evaluation.evaluator import Need
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
@@ -83,6 +83,7 @@ class Convex(Method):
         """Solves at each price and takes the price that does best on held-out samples."""
         began = time.perf_counter()
         clock = problem.clock
+        check_needs(self.needs, problem.before, problem.evaluator.task)
         _check_layers(problem.space)
         end = problem.deadline_of_method().within(self.seconds)
         if not end.leaves((RECORDING_PASSES + _passes_to_whiten(problem)) * clock.one_pass):
