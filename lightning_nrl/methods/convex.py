@@ -149,9 +149,8 @@ def _passes_to_whiten(problem: Problem) -> float:
     """Estimates the time to factor the moment of the layer's inputs, in passes."""
     d = problem.space.sites[0].module.weight.shape[-1]
     n = min(len(problem.before), problem.n_scored)
-    n_parameters = sum(parameter.numel() for parameter in problem.model.parameters())
     # In double precision, which takes twice the time.
-    return 2 * d**2 * (n + d) / (len(problem.before) * n_parameters)
+    return 2 * d**2 * (n + d) / (len(problem.before) * problem.n_parameters)
 
 
 @dataclass(frozen=True)

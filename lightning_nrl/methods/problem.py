@@ -200,14 +200,17 @@ class Problem:
     @property
     def epochs(self) -> int:
         """Maximum epochs of continued training: as originally, but at least 16 if work is small."""
-        least = min(LEAST_EPOCHS, int(SMALL_BUDGET / max(1, self.load)))
+        least = min(LEAST_EPOCHS, int(SMALL_BUDGET / max(1, self.work_of_pass)))
         return max(1 if self.training is None else self.training.epochs, least)
 
     @property
-    def load(self) -> float:
-        """Work of a pass: number of known samples, times the size of a large network."""
-        n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return len(self.before) * max(1.0, n_parameters / SMALL_NETWORK)
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def work_of_pass(self) -> float:
+        """Number of known samples; one of a large network counts as several."""
+        return len(self.before) * max(1.0, self.n_parameters / SMALL_NETWORK)
 
     @property
     def visits(self) -> float:

@@ -210,7 +210,7 @@ def line_search(
     if calibration is None:
         # Without calibration data the points are only reported, so strengths up to 1 come first.
         strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
-        if problem.load > FULL_CURVE_SAMPLES:
+        if problem.work_of_pass > FULL_CURVE_SAMPLES:
             n_affordable = int(CURVE_SHARE * problem.visits / len(problem.before))
             strengths = strengths[: max(2, n_affordable)]
     points = path.count(strengths, after=after)

@@ -29,7 +29,7 @@ from toy_problems import (
 from toy_repairs import blobs, known, trained
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.methods import Convex, Linearized
+from lightning_nrl.methods import Convex, Linearized, Problem, Proposal
 from lightning_nrl.records.steps import CUT
 
 
@@ -51,10 +51,14 @@ def test_no_known_sample_breaks(seed: int) -> None:
     assert all(broken(problem, other.state) == other.broken for other in solution.alternatives)
 
 
-def test_two_ranks_solve_what_one_does() -> None:
+@pytest.mark.parametrize("n_scored", [60, 1000])
+def test_two_ranks_solve_what_one_does(n_scored: int) -> None:
+    def solve(problem: Problem) -> Proposal | None:
+        return Convex()(replace(problem, n_scored=n_scored)).proposal
+
     model = trained()
-    alone = Convex()(make_problem(model, known(), "2")).proposal
-    first, second = together(model, known(), lambda problem: Convex()(problem).proposal, layer="2")
+    alone = solve(make_problem(model, known(), "2"))
+    first, second = together(model, known(), solve, layer="2")
     assert same(first.state, second.state)
     assert (
         (first.repaired, first.broken)
