@@ -66,8 +66,17 @@ class Graphs(Protocol):
     def __getitem__(self, key: str) -> object: ...
 
 
+@runtime_checkable
+class Table(Protocol):
+    """Batch of table rows with their targets, as a `TensorFrame` of torch_frame."""
+
+    feat_dict: Mapping[Any, Any]
+    col_names_dict: Mapping[Any, Any]
+    y: Tensor
+
+
 def fields_of(value: object) -> Fields | None:
-    """Returns the fields of a mapping, data class, named tuple or batch of graphs, else None."""
+    """Returns the fields of a mapping, data class, named tuple, table or batch of graphs."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, (type, Tensor)):
@@ -78,6 +87,8 @@ def fields_of(value: object) -> Fields | None:
         return dict(value._asdict())
     if isinstance(value, Graphs):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118, not a mapping
+    if isinstance(value, Table):
+        return {name: getattr(value, name) for name in ("feat_dict", "col_names_dict", "y")}
     return None
 
 

@@ -87,11 +87,13 @@ class Multiclass(Task):
 
     def prediction(self, output: Tensor) -> Tensor:
         if output.ndim not in (1, 2) or output.shape[1:] == (0,):
+            hint = "return one logit for each class (one is enough for two classes), or pass "
+            if output.ndim == 3:
+                hint = "write `task='sequence'` if each token has a class, or pass "
             raise ConfigurationError(
                 "`task`: multiclass needs logits [samples, classes], the model returned "
                 f"{list(output.shape)}.",
-                "return one logit for each class (one is enough for two classes), or pass another "
-                "`Task` as `task=`.",
+                hint + "another `Task` as `task=`.",
             )
         return class_logits(output).argmax(1)
 

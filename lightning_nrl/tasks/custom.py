@@ -21,6 +21,8 @@ from lightning_nrl.tasks.task import Task, parse_task
 Judge = Callable[[Tensor, BatchTarget], Tensor]
 """Maps the output and the target of a batch of `n` samples to one value per sample, `n`."""
 
+DEFAULT_OUTPUT = "logits"
+"""Name of the output that a task takes by default, if none has that name."""
 MARGIN_ROUNDING = 1e-4
 """Margins below this share of the batch's largest margin may have the wrong sign, by rounding."""
 
@@ -162,23 +164,23 @@ class NamedHead(Task):
         object.__setattr__(self, "task", parse_task(self.task))
 
     @property
-    def _head_task(self) -> Task:
+    def head_task(self) -> Task:
         return cast(Task, self.task)
 
     def __str__(self) -> str:
         return f"{self.task} of head {self.name!r}"
 
     def logits(self, output: ModelOutput) -> Tensor:
-        return self._head_task.logits(self._part(output, "output"))
+        return self.head_task.logits(self._part(output, "output"))
 
     def check(self, output: Tensor, target: BatchTarget) -> None:
-        self._head_task.check(output, self._head_target(target))
+        self.head_task.check(output, self._head_target(target))
 
     def passed(self, output: Tensor, target: BatchTarget) -> Tensor:
-        return self._head_task.passed(output, self._head_target(target))
+        return self.head_task.passed(output, self._head_target(target))
 
     def loss(self, output: Tensor, target: BatchTarget) -> Tensor:
-        return self._head_task.loss(output, self._head_target(target))
+        return self.head_task.loss(output, self._head_target(target))
 
     def passed_and_loss(
         self,
@@ -188,23 +190,23 @@ class NamedHead(Task):
         with_loss: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         target = self._head_target(target)
-        return self._head_task.passed_and_loss(output, target, reserve, with_loss)
+        return self.head_task.passed_and_loss(output, target, reserve, with_loss)
 
     def margin(self, output: Tensor, target: BatchTarget) -> Tensor | None:
-        return self._head_task.margin(output, self._head_target(target))
+        return self.head_task.margin(output, self._head_target(target))
 
     def divergence(self, output: Tensor, teacher: Tensor, target: BatchTarget = None) -> Tensor:
-        return self._head_task.divergence(output, teacher, self._head_target(target))
+        return self.head_task.divergence(output, teacher, self._head_target(target))
 
     def prediction(self, output: Tensor) -> Tensor | None:
-        return self._head_task.prediction(output)
+        return self.head_task.prediction(output)
 
     def label(self, target: BatchTarget) -> Tensor | None:
-        return self._head_task.label(self._head_target(target))
+        return self.head_task.label(self._head_target(target))
 
     @property
     def by_arg_max(self) -> bool:
-        return self._head_task.by_arg_max
+        return self.head_task.by_arg_max
 
     def _head_target(self, target: BatchTarget) -> BatchTarget:
         if isinstance(target, (tuple, list)) or fields_of(target) is not None:
@@ -221,6 +223,8 @@ class NamedHead(Task):
             and -len(value) <= self.name < len(value)
         ):
             return value[self.name]
+        if self.name == DEFAULT_OUTPUT:
+            return value
         raise ConfigurationError(
             f"`NamedHead.name={self.name!r}` is not in the {argument}.\n"
             f"{describe(value, argument)}",

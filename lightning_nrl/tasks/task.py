@@ -8,6 +8,7 @@ from types import NoneType
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from lightning_nrl._utils.device import at_least_float32
@@ -91,6 +92,12 @@ class Task(ABC):
         if len(tensors) == 1 or (tensors and is_sequence):
             return tensors[0]
         refuse_boxes(output)
+        if isinstance(output, Distribution):
+            raise ConfigurationError(
+                f"`task`: forward returns a distribution, {type(output).__name__}.",
+                "return its mean, `module(x).mean`, or its logits by an `adapter` f(module, batch) "
+                "-> (logits, target).",
+            )
         raise ConfigurationError(
             "`task`: the output of the model's forward has no tensor of logits.\n"
             f"{describe(output, 'output')}",
