@@ -13,13 +13,10 @@ from lightning_nrl._trainer.tracking.loggers import track
 from lightning_nrl._trainer.tracking.repair_log import RepairLog
 from lightning_nrl._trainer.tracking.scalars import outcome
 from lightning_nrl._utils.state import State
-from lightning_nrl.errors import DataWarning, LoggingWarning
+from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.page import Renderable
 from lightning_nrl.report.sample_views import SampleView
-
-# Averages over batches or classes differ a little from the share of right samples.
-LOGGED_ACCURACY_TOLERANCE = 0.02
 
 
 def show(report: Renderable) -> None:
@@ -56,27 +53,3 @@ def announce(
                 "the repair and its files are not affected; print `report`.",
             )
         )
-
-
-def compare_logged_accuracy(trainer: Trainer, report: RepairReport) -> None:
-    """Warns if no accuracy that the last validation logged is near ours before the repair."""
-    logged = {}
-    for name, value in trainer.callback_metrics.items():
-        if name.lower().startswith("val") and "acc" in name.lower():
-            accuracy = float(value)
-            logged[name] = accuracy / 100 if accuracy > 1 else accuracy  # some log percent
-    for split in report.splits:
-        if not logged or split.split != "val" or not split.classes:
-            continue
-        counts = split.counts
-        accuracy = counts.passed / (counts.passed + counts.repaired + counts.failing)
-        name = min(logged, key=lambda name: abs(logged[name] - accuracy))
-        if abs(logged[name] - accuracy) > LOGGED_ACCURACY_TOLERANCE:
-            rank_zero_warn(
-                DataWarning(
-                    f"`{name}`: the module logged {logged[name]:.3f} in its last validation, and "
-                    f"the repair counted an accuracy of {accuracy:.3f} on the same `val` data.",
-                    "if both measure the same, name the logits by `data=DataOptions(output=...)`, "
-                    "or pass an `adapter`.",
-                )
-            )

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lightning_nrl._trainer.called_layers import call_order, called_layers, eval
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource, length_of
-from lightning_nrl._trainer.loss_check import outputs_in
+from lightning_nrl._trainer.proof import Evidence, outputs_in
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
@@ -38,10 +38,11 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, first_line
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import layers_of
-from lightning_nrl.tasks import NamedHead, Task, class_logits
+from lightning_nrl.tasks import Multilabel, NamedHead, Task, class_logits
 
 # Largest difference of outputs that count as equal, relative to the largest output.
 SAME_OUTPUT_TOLERANCE = 1e-3
+RESET_LINE = "module.reset()  # whatever resets the state\n        logits ="
 FEWEST_PROBABILITIES = 8  # number of samples; fewer logits may all lie between 0 and 1 by chance
 
 
@@ -71,31 +72,31 @@ def open_sources(
     choose = partial(choose_prediction, model, evaluator, adapter, raw)
     # The prediction may fail or differ on a single rank, so the first rank chooses for all.
     choice = ranks.of_first(ranks.all_or_none(choose, failed))
-    if choice is not None:
-        call = PredictStep(adapter, task, *choice)
-        if needs_gradients:
-            ranks.all_or_none(partial(_check_gradients, model, evaluator, call, raw), failed)
-        adapter = partial(_adapt_raw, call, adapter)
-    opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
+    call = choice.call(adapter, task)
+    if needs_gradients and choice.by_predict_step:
+        ranks.all_or_none(partial(_check_gradients, model, evaluator, call, raw), failed)
+    own_adapter = adapter
+    if call.changes_output:
+        adapter = partial(_adapt_raw, call, own_adapter)
     layers = ranks.of_first(called_layers(model, evaluator, adapter, raw))
     evaluator = replace(evaluator, called=layers)
     if is_sharded(model):
         evaluator = replace(evaluator, spare_batch=partial(_spare_batch, adapter, raw))
 
-    def check() -> None:
-        if not _is_random(model, evaluator, adapter, raw):
-            check_step(trainer, model, evaluator, opened[0])
-            return
-        rank_zero_warn(
-            DataWarning(
-                "`model`: its predictions are random in evaluation mode, for instance by dropout "
-                "that stays on.",
-                "all counts hold for one fixed draw; draw only `if self.training`, or "
-                + ADAPTER_HINT,
-            )
+    def check() -> Evidence:
+        problem, hint = _instability(model, evaluator, adapter, raw)
+        if problem:
+            rank_zero_warn(DataWarning(problem, hint))
+        known = [replace(source, adapter=adapter) for source in splits[0]]
+        return check_step(
+            trainer, model, evaluator, known, is_stable=not problem, is_shown=choice.is_shown
         )
 
-    ranks.all_or_none(check, failed)
+    evidence = ranks.of_first(ranks.all_or_none(check, failed))
+    evaluator = replace(evaluator, is_proven=evidence.is_proven)
+    if evidence.are_probabilities and not call.gives_probabilities:
+        adapter = partial(_adapt_raw, replace(call, gives_probabilities=True), own_adapter)
+    opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
     return evaluator, opened
 
 
@@ -106,17 +107,37 @@ def _spare_batch(adapter: Adapter, raw: RawBatch) -> Batch:
 
 
 @torch.no_grad()
-def _is_random(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> bool:
+def _instability(
+    model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: RawBatch
+) -> tuple[str, str]:
+    """Returns the problem and the hint if predictions of one batch differ, else empty texts."""
     outputs = []
-    with suppress(Exception):
-        for seed in (0, 1):
+    with suppress(Exception), evaluation_context(model, evaluator):
+        for seed in (0, 0, 1):
+            seed_all(seed)
             args, kwargs, target = adapter(copy.deepcopy(raw))  # a forward may write into it
-            with evaluation_context(model, evaluator):
-                seed_all(seed)
-                logits = _logits(evaluator.task, run_model(model, args, kwargs), target)
-            if logits is not None:
-                outputs.append(logits.nan_to_num())
-    return len(outputs) == 2 and not _is_close(*outputs)
+            logits = _logits(evaluator.task, run_model(model, args, kwargs), target)
+            assert not isinstance(logits, Exception)
+            outputs.append(logits.nan_to_num())
+    if len(outputs) < 3:
+        return "", ""
+    first, second, reseeded = outputs
+    if not _is_close(first, second):
+        return (
+            "`model`: it keeps a state from batch to batch (two predictions of the same batch "
+            "differ), so all counts depend on the order and the size of the batches.",
+            "reset the state before each prediction, as your steps do, for instance by "
+            + ADAPTER_HINT.replace(
+                "logits = ", "module.reset()  # whatever resets it\n        logits = "
+            ),
+        )
+    if not _is_close(first, reseeded):
+        return (
+            "`model`: its predictions are random in evaluation mode, for instance by dropout that "
+            "stays on.",
+            "all counts hold for one fixed draw; draw only `if self.training`, or " + ADAPTER_HINT,
+        )
+    return "", ""
 
 
 @torch.no_grad()
@@ -127,45 +148,75 @@ def describe_uncounted_outputs(evaluator: Evaluator, source: LoaderSource) -> st
         return ""
     args, kwargs, _ = source.adapter(source.first_batch())
     with evaluation_context(model, evaluator):
-        names = outputs_in(run_model(model, args, kwargs))
-    uncounted = [f"output `{name}`" for name in names if name != task.name]
+        output = run_model(model, args, kwargs)
+    counted = task.logits(output)
+    uncounted = [f"output `{name}`" for name, x in outputs_in(output).items() if x is not counted]
     if not uncounted:
         return ""
     return f"Not counted, so it is unknown what breaks in them: {', '.join(uncounted)}."
 
 
 @dataclass(frozen=True)
-class PredictStep(ModelCall):
-    """Prediction by a module's own `predict_step`, or by its `forward` if it has none.
+class DeployedCall(ModelCall):
+    """Prediction as the deployed module makes it, by its own `predict_step` or by `forward`.
 
     Attributes:
         adapter: separates inputs from targets.
         task: converts outputs to logits.
+        by_predict_step: True to call `predict_step`, of modules that have one.
         on_inputs: True if `predict_step` takes the inputs without targets.
-        gives_probabilities: True if `predict_step` returns probabilities, to be converted to
-            logits.
+        gives_probabilities: True if the output has probabilities, to be converted to logits.
     """
 
     adapter: Adapter
     task: Task
+    by_predict_step: bool = False
     on_inputs: bool = False
     gives_probabilities: bool = False
 
+    @property
+    def changes_output(self) -> bool:
+        """False if `forward` returns the logits."""
+        return self.by_predict_step or self.gives_probabilities
+
     def __call__(self, model: nn.Module, raw: RawBatch) -> ModelOutput:
-        if not isinstance(model, LightningModule) or not overrides(model, "predict_step"):
-            args, kwargs, _ = self.adapter(raw)
-            return run_model(model, args, kwargs)
-        inputs = self.adapter(raw)[0] if self.on_inputs else (raw,)
-        batch = inputs[0] if len(inputs) == 1 else inputs
-        n = len(inspect.signature(model.predict_step).parameters)
-        output = model.predict_step(*(batch, 0, 0)[:n])
+        output = self._output(model, raw)
         if not self.gives_probabilities:
             return output
         probabilities = self.task.logits(output)
         limits = torch.finfo(probabilities.dtype)
-        if probabilities.shape[1] == 1:
+        if isinstance(self.task, Multilabel) or probabilities.shape[1:2] in ((), (1,)):
             return probabilities.logit(limits.eps)
         return probabilities.clamp_min(limits.tiny).log()
+
+    def _output(self, model: nn.Module, raw: RawBatch) -> ModelOutput:
+        args, kwargs, _ = self.adapter(raw)
+        # An old model may lack the step.
+        if not self.by_predict_step or not isinstance(model, LightningModule):
+            return run_model(model, args, kwargs)
+        if not overrides(model, "predict_step"):
+            return run_model(model, args, kwargs)
+        inputs = args if self.on_inputs else (raw,)
+        batch = inputs[0] if len(inputs) == 1 else inputs
+        n = len(inspect.signature(model.predict_step).parameters)
+        return model.predict_step(*(batch, 0, 0)[:n])
+
+
+class Choice(NamedTuple):
+    """How a module predicts: fields of a `DeployedCall`.
+
+    `is_shown` is True if `predict_step` shows that the logits are right, by classes or
+    probabilities that agree with them.
+    """
+
+    by_predict_step: bool = False
+    on_inputs: bool = False
+    gives_probabilities: bool = False
+    is_shown: bool = False
+
+    def call(self, adapter: Adapter, task: Task) -> DeployedCall:
+        by_predict_step, on_inputs, gives_probabilities, _ = self
+        return DeployedCall(adapter, task, by_predict_step, on_inputs, gives_probabilities)
 
 
 def _adapt_raw(call: ModelCall, adapter: Adapter, raw: RawBatch) -> Unpacked:
@@ -175,14 +226,14 @@ def _adapt_raw(call: ModelCall, adapter: Adapter, raw: RawBatch) -> Unpacked:
 @torch.no_grad()
 def choose_prediction(
     model: LightningModule, evaluator: Evaluator, adapter: Adapter, raw: RawBatch
-) -> tuple[bool, bool] | None:
-    """Returns the last two fields of a `PredictStep`, or None to predict by `forward`.
+) -> Choice:
+    """Chooses between `predict_step` and `forward`.
 
     `forward` is chosen if it predicts the same as `predict_step`, or if `predict_step` is missing
-    or fails. If the adapter runs the module itself, the result is None, and the adapter predicts.
+    or fails. If the adapter runs the module itself, the adapter predicts.
     """
     if isinstance(adapter, ModelAdapter):
-        return None
+        return Choice()
     task = evaluator.task
     name = type(model).__name__
     args, kwargs, target = adapter(raw)
@@ -202,11 +253,11 @@ def choose_prediction(
                 "it predicts.",
                 ADAPTER_HINT,
             ) from forward
-        return None  # the evaluation reports any other problem
-    call = PredictStep(adapter, task)
+        return Choice()  # the evaluation reports any other problem
+    call = DeployedCall(adapter, task, by_predict_step=True)
     output = result_or_error(partial(call, model, raw))
     if isinstance(output, Exception):
-        call = PredictStep(adapter, task, on_inputs=True)
+        call = replace(call, on_inputs=True)
         output = result_or_error(partial(call, model, raw))
     if isinstance(output, Exception):
         if isinstance(forward, Exception):
@@ -216,41 +267,47 @@ def choose_prediction(
                 ADAPTER_HINT,
             ) from forward
         _warn("raises an error on these batches")
-        return None
+        return Choice()
     forward_logits = _logits(task, forward, target)
     logits = _logits(task, output, target)
-    if logits is None:
+    if isinstance(logits, Exception):
         kind = type(output).__name__
         if isinstance(output, Tensor):
             kind = f"{output.dtype} {list(output.shape)}"
-        if forward_logits is None or not _predicts(output, task.prediction(forward_logits)):
+        elif outputs_in(output):
+            kind += f" that the task refuses ({first_line(logits)})"
+        if isinstance(forward_logits, Exception) or not _predicts(
+            output, task.prediction(forward_logits)
+        ):
             raise ConfigurationError(
                 f"`model`: `predict_step` of {name} returns {kind}, no logits, and nothing shows "
                 "that `forward` predicts the same.",
                 ADAPTER_HINT,
             )
         _warn(f"returns {kind}, no logits")
-        return None
+        return Choice(is_shown=True)
     are_probabilities = _are_probabilities(logits, task)
-    if forward_logits is not None and forward_logits.shape == logits.shape:
+    if not isinstance(forward_logits, Exception) and forward_logits.shape == logits.shape:
         if _is_close(forward_logits, logits):
-            return None
+            return Choice()
         if are_probabilities:
             probabilities = class_logits(forward_logits).softmax(1)[:, -logits.shape[1] :]
             if _is_close(probabilities, logits):
-                return None
-    return call.on_inputs, are_probabilities
+                return Choice(is_shown=True)
+    return Choice(True, call.on_inputs, are_probabilities, is_shown=are_probabilities)
 
 
-def _logits(task: Task, output: ModelOutput, target: Any) -> Tensor | None:
-    """Returns the logits in an output, or None if the task cannot judge the output."""
-    with suppress(Exception):
+def _logits(task: Task, output: ModelOutput, target: Any) -> Tensor | Exception:
+    """Returns the logits in an output, or the error if the task cannot judge the output."""
+    try:
         logits = task.logits(output)
         task.check(logits, target)
         shapes = {task.passed(logits, target).shape, task.loss(logits, target).shape}
         if shapes == {(len(logits),)} and logits.is_floating_point():
             return logits
-    return None
+    except Exception as error:
+        return error
+    return TypeError(f"{logits.dtype} {list(logits.shape)} has no logits")
 
 
 def _is_close(x: Tensor, expected: Tensor) -> bool:
@@ -284,7 +341,7 @@ def _warn(problem: str) -> None:
 
 @torch.no_grad()
 def _check_gradients(
-    model: nn.Module, evaluator: Evaluator, call: PredictStep, raw: RawBatch
+    model: nn.Module, evaluator: Evaluator, call: DeployedCall, raw: RawBatch
 ) -> None:
     with evaluation_context(model, evaluator):
         called = call_order(model, partial(call, model, raw))

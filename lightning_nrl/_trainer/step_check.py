@@ -18,23 +18,26 @@ from lightning_nrl._trainer.called_layers import evaluation_context
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.loss_check import (
-    Calls,
+from lightning_nrl._trainer.proof import (
     Comparison,
-    LossRecorder,
+    Evidence,
     Prediction,
-    check_loss,
-    check_unambiguous,
+    decide,
+    recorded_comparisons,
+    weigh,
 )
-from lightning_nrl._trainer.step_outputs import forward_hooks
+from lightning_nrl._trainer.step_outputs import Probe, forward_hooks, replaced
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import preserve_attributes, seed_all
 from lightning_nrl._utils.state import plain_copy
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
-from lightning_nrl.data.batch import run_model
+from lightning_nrl.data.batch import Args, ModelCall, ModelOutput
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.tasks import Task
 
+Calls = list[tuple[Tensor, Tensor]]
+"""Input and output of a layer in each of its calls."""
 # Largest relative distance at which two inputs or outputs of a layer count as equal.
 LAYER_TOLERANCE = 1e-3
 SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
@@ -43,46 +46,80 @@ SPREAD_FACTOR = 3.0
 
 
 def check_step(
-    trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
-) -> None:
-    """Refuses logits and labels that the losses of the module's own steps contradict.
+    trainer: Trainer,
+    model: LightningModule,
+    evaluator: Evaluator,
+    known: Sequence[LoaderSource],
+    *,
+    is_stable: bool,
+    is_shown: bool,
+) -> Evidence:
+    """Refuses logits that the module's own steps contradict, and asks if they show nothing.
 
-    If no loss compares our logits with our labels, refuses a module whose step gives the last layer
-    other inputs than the prediction does. The step is `validation_step`, or `training_step` if
-    `validation_step` is missing or does not call the last layer. If the adapter runs the module
-    itself, the module is not refused, but a warning is shown.
+    Steps that give the last layer other inputs than the prediction does are refused, too; if the
+    adapter runs the module itself, only a warning is shown. With `is_shown`, `predict_step` has
+    shown that the logits are right. If predictions are not `is_stable`, inputs are not compared.
+
+    Returns:
+        What all steps show.
     """
     if not known or evaluator.called is None:
-        return
+        return Evidence()
     layers = {name: model.get_submodule(name) for name in evaluator.called[-1:]}
     steps = _Steps(trainer, model, evaluator, layers)
     own_steps = []
-    if overrides(model, "validation_step"):
-        own_steps.append((model.validation_step, known[-1]))
-    if overrides(model, "training_step") and model.automatic_optimization:
-        own_steps.append((model.training_step, known[0]))
+    for step, source in (
+        (model.validation_step, known[-1]),
+        (model.test_step, known[-1]),
+        (model.training_step, known[0]),
+    ):
+        is_run = model.automatic_optimization or step is not model.training_step
+        if overrides(model, step.__name__) and is_run:
+            own_steps.append((step, source))
     has_own_prediction = isinstance(known[0].adapter, ModelAdapter)
-    is_compared = False
+    task = evaluator.task
+    evidence = [Evidence(is_used=is_shown)]
     for step, source in own_steps:
-        result = steps.run(step, source, seed=0)
+        prediction, calls, parts = steps.predict(source)
+        result = steps.run(step, source, prediction, parts, seed=0)
         if result is None:
             continue
-        prediction = steps.predict(source)
-        if not has_own_prediction and check_loss(
-            step.__name__, result.comparisons, prediction, evaluator.task, source.adapter
-        ):
-            return
-        is_compared = is_compared or steps.compare(step, source, result, prediction)
+        if not has_own_prediction:
+            name = step.__name__
+            found = weigh(name, result.comparisons, result.logits, prediction, task, source.adapter)
+            accuracy = _accuracy(prediction, task)
+            if 0 < accuracy < 1 and accuracy in result.accuracies:
+                found = found._replace(is_used=True)
+            evidence.append(found)
+            if found.is_proven and found.is_of_batch:
+                break
+        if is_stable:
+            steps.compare(step, source, result, prediction, calls)
     if not has_own_prediction:
-        check_unambiguous(steps.predict(known[0]), evaluator.task)
+        prediction, _, _ = steps.predict(known[-1])
+        decide(evidence, prediction, task, known[-1].split)
+    return Evidence(
+        is_proven=any(found.is_proven for found in evidence),
+        are_probabilities=any(found.are_probabilities for found in evidence),
+    )
+
+
+def _accuracy(prediction: Prediction, task: Task) -> float:
+    try:
+        assert prediction.logits is not None
+        return round(float(task.right(prediction.logits, prediction.target).float().mean()), 4)
+    except Exception:
+        return math.nan
 
 
 class _StepRun(NamedTuple):
-    """Calls of the layers in a step, its loss, which may be NaN, and what its losses compare."""
+    """Calls of the layers in a step, its loss, which may be NaN, and what it compares and logs."""
 
     calls: Calls
     loss: float
     comparisons: list[Comparison]
+    logits: list[Tensor]  # of the calls that predict as the model does
+    accuracies: set[float]
 
 
 @dataclass(frozen=True)
@@ -94,13 +131,19 @@ class _Steps:
     evaluator: Evaluator
     layers: Mapping[str, nn.Module]
 
-    def predict(self, source: LoaderSource) -> Prediction:
+    def predict(self, source: LoaderSource) -> tuple[Prediction, Calls, tuple[str, ...]]:
+        """Returns a prediction, calls of layers, and names of modules that predict the same."""
         raw = source.first_batch()
         args, kwargs, target = source.adapter(raw)
-        output = None
+        output = logits = None
+        probe = Probe(self.model)
         with self._recording() as calls, suppress(Exception):  # the evaluation reports an error
-            output = run_model(self.model, args, kwargs)
-        return Prediction(raw, args, target, output, calls)
+            output = probe(*args, **kwargs)
+            logits = self.evaluator.task.logits(output)
+        parts = probe.parts or ()
+        if not (args and isinstance(args[0], ModelCall)):
+            parts = ("", *parts)
+        return Prediction(raw, args, target, output, logits), calls, parts
 
     def compare(
         self,
@@ -108,21 +151,22 @@ class _Steps:
         source: LoaderSource,
         result: _StepRun,
         prediction: Prediction,
-    ) -> bool:
-        """Compares a step with the prediction on a known batch; False if this shows nothing."""
+        calls: Calls,
+    ) -> None:
+        """Compares the inputs of the last layer in a step and in the prediction of a batch."""
         task = self.evaluator.task
         try:
-            logits = task.logits(prediction.output)
-            task.check(logits, prediction.target)
-            loss = float(task.loss(logits, prediction.target).mean())
+            assert prediction.logits is not None
+            task.check(prediction.logits, prediction.target)
+            loss = float(task.loss(prediction.logits, prediction.target).mean())
         except Exception:
-            return True  # the evaluation reports the error
-        apart = min(_distances(result.calls, prediction.calls), default=math.nan)
+            return  # the evaluation reports the error
+        apart = min(_distances(result.calls, calls), default=math.nan)
         if math.isnan(apart):
-            return False
-        run = partial(self.run, step, source)
-        if apart <= LAYER_TOLERANCE or _is_augmented(result.calls, prediction.calls, run):
-            return True
+            return
+        run = partial(self.run, step, source, prediction, ())
+        if apart <= LAYER_TOLERANCE or _is_augmented(result.calls, calls, run):
+            return
         problem = (
             f"`model`: `{step.__name__}` gives the layer {next(iter(self.layers))!r} other inputs "
             f"than the prediction that would be repaired (relative distance {apart:.2g}); the loss "
@@ -135,17 +179,47 @@ class _Steps:
         rank_zero_warn(
             DataWarning(problem, "make sure that the adapter predicts as the deployed model does.")
         )
-        return True
 
     def run(
-        self, step: Callable[..., object], source: LoaderSource, *, seed: int
+        self,
+        step: Callable[..., object],
+        source: LoaderSource,
+        prediction: Prediction,
+        parts: Sequence[str],
+        *,
+        seed: int,
     ) -> _StepRun | None:
         raw = source.first_batch()
         n_parameters = len(inspect.signature(step).parameters)
-        with untracked(self.trainer), preserve_attributes(self.model), self._recording() as calls:
+        n_scores = 0 if prediction.logits is None else prediction.logits.numel()
+        logits = []
+        accuracies = set()
+
+        def keep_logits(name: str, args: Args, output: ModelOutput) -> None:
+            with suppress(Exception):
+                logits.append(self.evaluator.task.logits(output))
+
+        def log(name: str, value: object, *args: object, **kwargs: object) -> None:
+            if "acc" in name.lower():
+                with suppress(Exception):  # such as a metric that is logged as it is
+                    accuracy = float(torch.as_tensor(value))
+                    accuracies.update({round(accuracy, 4), round(accuracy / 100, 4)})
+
+        def log_dict(dictionary: Mapping[str, object], *args: object, **kwargs: object) -> None:
+            for name, value in dictionary.items():
+                log(name, value)
+
+        modules = {name: self.model.get_submodule(name) for name in parts}
+        with (
+            untracked(self.trainer),
+            preserve_attributes(self.model),
+            self._recording() as calls,
+            forward_hooks(modules, keep_logits),
+            replaced(self.model, log=log, log_dict=log_dict),
+        ):
             seed_all(seed)
             try:
-                with LossRecorder() as recorder:
+                with recorded_comparisons(self.model, n_scores) as comparisons:
                     loss = step(*(raw, 0, 0)[:n_parameters])
             except Exception:
                 return None
@@ -154,7 +228,7 @@ class _Steps:
         value = math.nan
         if isinstance(loss, Tensor) and loss.numel() == 1:
             value = float(loss)
-        return _StepRun(calls, value, recorder.comparisons)
+        return _StepRun(calls, value, comparisons, logits, accuracies)
 
     @contextmanager
     def _recording(self) -> Iterator[Calls]:

@@ -43,6 +43,7 @@ from lightning_nrl._trainer.loaders import (
     pieces_of,
 )
 from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.proof import accuracies, check_logged_accuracy
 from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.tracking.scalars import Scalars, update_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, PART_TAG, parse_prefix, tagged
@@ -185,15 +186,24 @@ class FlipCounter:
         if label is not None:
             self.label.append(label)
 
+    def accuracies(self) -> list[float]:
+        """Returns this rank's accuracies as the function `accuracies` does, if there are labels."""
+        right, label = self._joined()
+        return accuracies(right, label) if len(right) == len(label) else []
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        right, label = (
+            torch.cat([x.cpu() for x in batches]) for batches in (self.right, self.label)
+        )
+        return right, label
+
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """Returns slice names and counts: a row for all data, then a row per slice.
 
         The columns are kept, broken, repaired and failing.
         """
         old = self.reference
-        right, label = (
-            torch.cat([x.cpu() for x in batches]) for batches in (self.right, self.label)
-        )
+        right, label = self._joined()
         # A validation that was stopped has only the first batches.
         n = len(right)
         masks = torch.stack(flip_masks(old.passed[:n], right), 1) & old.once[:n, None]
@@ -269,6 +279,7 @@ class RegressionMetrics(CallbackBase):
         self._counter: FlipCounter | None = None
         self._unpacked: Unpacked = ((), {}, None)
         self._warned = False
+        self._compared = False  # with the accuracy that the module logs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
@@ -285,7 +296,7 @@ class RegressionMetrics(CallbackBase):
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._outputs.detach()
         self._reference_results = self._counter = None
-        self._warned = False
+        self._warned = self._compared = False
 
     on_exception = teardown
 
@@ -357,7 +368,12 @@ class RegressionMetrics(CallbackBase):
             for part, counts in self._evaluate_loaders(trainer, pl_module).items():
                 numbers |= tagged(PART_TAG, update_numbers(counts), name=self.prefix, part=part)
         if self._counter is not None:
-            names, rows = self._counter.counts(Collective.current(pl_module.device))
+            collective = Collective.current(pl_module.device)
+            names, rows = self._counter.counts(collective)
+            if not self._compared:
+                self._compared = True
+                counted = collective.of_first(self._counter.accuracies())
+                check_logged_accuracy(trainer, "val", counted, self.task)
             self._counter = None
             all_data, *slices = [update_numbers(FlipCounts(*row)) for row in rows.tolist()]
             numbers = tagged(NUMBER_TAG, all_data, name=self.prefix)
@@ -411,7 +427,7 @@ class RegressionMetrics(CallbackBase):
             with preserve_state(model):
                 new = evaluator.run([recorder], forward=probe)
             answers = self.reference.answers(evaluator, [source], new)
-            check_classes(answers)
+            check_classes(answers, evaluator)
         self._outputs.attach(model, probe.parts or ())
         names, slice_number = recorder.named(collective)
         rows = torch.searchsorted(source.index, positions)

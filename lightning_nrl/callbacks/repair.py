@@ -24,6 +24,7 @@ from lightning_nrl._trainer.lightning.private_parts import (
     logged_hparams,
     state_key_of,
 )
+from lightning_nrl._trainer.proof import check_logged_accuracy
 from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.step_outputs import follow_hook, follow_own_hook, release_hook
 from lightning_nrl._trainer.tracking.loggers import declare
@@ -375,11 +376,18 @@ class RegressionFreeRepair(RepairCallback):
             starting_weights(start_from, trainer, pl_module) as start,
         ):
             outcome = self.attempt(trainer, pl_module)
+            if self._validated_at == trainer.global_step and not start.path:
+                self._check_logged_accuracy(trainer, outcome.report)
             logged = self.save_outcome(trainer, pl_module, outcome, start)
         self.announce(trainer, outcome, logged)
-        if self._validated_at == trainer.global_step and not start.path:
-            announcement.compare_logged_accuracy(trainer, outcome.report)
         return outcome
+
+    def _check_logged_accuracy(self, trainer: Trainer, report: RepairReport) -> None:
+        for split in report.splits:
+            if split.split == "val" and split.classes:
+                of_classes = [counted.counts.accuracy_before for counted in split.classes]
+                counted = [split.accuracy_before, sum(of_classes) / len(of_classes)]
+                check_logged_accuracy(trainer, "val", counted, self.repair.task)
 
     def forget_stale_weights(self, pl_module: LightningModule) -> None:
         """Forgets the repaired weights if further training has changed the model."""

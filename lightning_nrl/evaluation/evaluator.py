@@ -78,6 +78,7 @@ class Evaluator:
         argument: `model` or `reference`, the name of the model in errors.
         spare_batch: makes a batch to run, without counting it, while only other ranks have data
             left: ranks must run a sharded model equally often. None if the model is whole.
+        is_proven: True if the model's own losses or metrics compare its logits with the labels.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class Evaluator:
     called: Sequence[str] | None = None
     argument: str = "model"
     spare_batch: Callable[[], Batch] | None = None
+    is_proven: bool = False
 
     def __post_init__(self) -> None:
         check_kind(

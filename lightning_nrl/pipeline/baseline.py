@@ -100,7 +100,7 @@ def evaluate_baseline(
         marked = leaks.mark(other_results["unseen"], leaked, evaluator.collective)
         other_results["unseen"] = marked
     check_losses(results)
-    check_classes(results)
+    check_classes(results, evaluator)
     check_task(settings, results, evaluator.task)
     before, update = results, None
     if reference is not None:

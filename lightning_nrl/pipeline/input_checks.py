@@ -30,12 +30,13 @@ from lightning_nrl.localization import KnownData
 from lightning_nrl.methods import Method
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search.scoring.recording import record
-from lightning_nrl.tasks import Task
+from lightning_nrl.tasks import NamedHead, Task
 from lightning_nrl.updates.old_model import Reference, in_memory
 
 # torch cannot concatenate them with other dtypes.
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 MAX_LISTED_IDS = 10  # ids of samples in a message
+FAR_BELOW_CHANCE = 0.25  # share of the samples that are right by chance
 FEWEST_AT_CHANCE = 100  # samples; of fewer, a right model may see a part of the classes only
 
 
@@ -118,20 +119,33 @@ def check_losses(before: SampleResults) -> None:
         )
 
 
-def check_classes(before: SampleResults) -> None:
-    """Refuses results at chance that mostly name classes without labels, as features do."""
+def check_classes(before: SampleResults, evaluator: Evaluator) -> None:
+    """Refuses results that logits rarely give, unless it is proven or said what the logits are.
+
+    These are results at chance that mostly name classes without labels, as features do, and results
+    far below chance, as of distances.
+    """
     n = len(before)
     n_classes = int(before.label.max()) + 1 if n else 0
     if n < FEWEST_AT_CHANCE or n_classes < 2:
         return
+    if evaluator.is_proven or isinstance(evaluator.task, NamedHead):
+        return
     unknown = int((before.prediction >= n_classes).sum())
     right = int(before.passed.sum())
-    if unknown > n / 2 and right <= n / n_classes:
+    problem = ""
+    if right <= FAR_BELOW_CHANCE * n / n_classes:
+        problem = f"only {right:,} of {n:,} samples are right, far fewer than by chance"
+    elif unknown > n / 2 and right <= n / n_classes:
+        problem = (
+            f"it mostly predicts classes that no label has ({unknown:,} of {n:,} samples), and "
+            f"{right:,} are right, no more than by chance"
+        )
+    if problem:
         raise ConfigurationError(
-            f"`model`: it mostly predicts classes that no label has ({unknown:,} of {n:,} "
-            f"samples), and {right:,} are right, no more than by chance. Its output may be "
-            "features, not logits.",
-            f"name another output by `output=`, or {ADAPTER_HINT}",
+            f"`model`: {problem}. Its output may be features or distances, not logits.",
+            "name another output by `output=`, write `output='logits'` if this one has the logits, "
+            f"or {ADAPTER_HINT}",
         )
 
 

@@ -1,0 +1,474 @@
+"""Shows by a module's own steps that the output to be counted is what it predicts with.
+
+A step passes its scores to losses, to metrics, and to functions such as `softmax` and `argmax`.
+Scores that rank the classes of each sample as our logits do prove the logits; other scores that are
+compared with our labels contradict them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torchmetrics import Metric
+
+from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_warn
+from lightning_nrl.data.adapters import (
+    ADAPTER_HINT,
+    adapter_hint,
+    fields_of,
+    is_default,
+    paths_in,
+)
+from lightning_nrl.data.batch import Adapter, Args, BatchTarget, ModelOutput, RawBatch, tensors_in
+from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.tasks import (
+    Custom,
+    Multiclass,
+    Multilabel,
+    NamedHead,
+    Ordinal,
+    Task,
+    class_logits,
+)
+from lightning_nrl.tasks.elements import ElementsTask
+
+LOSSES = {
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "multi_margin_loss",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+}
+"""Functions of torch that compare scores with a target."""
+DECISIONS = {"argmax", "log_softmax", "logsigmoid", "sigmoid", "softmax", "topk"}
+"""Functions of torch that turn scores into classes or probabilities."""
+TAKE_LOGITS = {"binary_cross_entropy_with_logits", "logsigmoid", "sigmoid"}
+"""Functions that take logits, never probabilities."""
+ASKED_TASKS = (Multiclass, Multilabel, ElementsTask)
+"""Tasks for which any tensor of the right shape gives a plausible count of right samples."""
+# Largest difference of outputs that count as equal, wide enough for half precision: relative to the
+# largest value, or to the spread of a row.
+COMPARED_TOLERANCE = 1e-2
+# Averages over batches differ a little from the share of right samples, other measures do by more.
+LOGGED_ACCURACY_TOLERANCE = 0.02
+OTHER_ACCURACY = 0.1
+
+
+class Comparison(NamedTuple):
+    """Scores that a step uses, and what it compares them with, if anything."""
+
+    scores: Tensor
+    target: Tensor | None
+    function: str  # its name in torch, or the class of a metric
+
+
+class Prediction(NamedTuple):
+    """A model's output for a batch, its logits if it has any, and what the adapter found."""
+
+    raw: RawBatch
+    args: Args
+    target: BatchTarget
+    output: ModelOutput
+    logits: Tensor | None
+
+
+class _FunctionRecorder(TorchFunctionMode):
+    def __init__(self, n_scores: int) -> None:
+        super().__init__()
+        self.n_scores = n_scores
+        self.comparisons: list[Comparison] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        arguments = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        scores = args[0] if args else arguments.get("input")
+        if isinstance(scores, Tensor):
+            if name in LOSSES:
+                target = args[1] if len(args) > 1 else arguments["target"]
+                self.comparisons.append(Comparison(scores.detach(), target.detach(), name))
+            elif name in DECISIONS and scores.numel() == self.n_scores:  # no attention weights
+                self.comparisons.append(Comparison(scores.detach(), None, name))
+        return func(*args, **arguments)
+
+
+@contextmanager
+def recorded_comparisons(model: nn.Module, n_scores: int) -> Iterator[list[Comparison]]:
+    """Records what the losses, metrics and decisions in a block take.
+
+    Decisions on other than `n_scores` numbers are left out.
+    """
+    with ExitStack() as stack:
+        recorder = stack.enter_context(_FunctionRecorder(n_scores))
+
+        def update(metric: Metric, own: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+            named = dict(zip(("preds", "target"), args, strict=False)) | kwargs
+            preds, target = named.get("preds"), named.get("target")
+            if isinstance(preds, Tensor) and isinstance(target, Tensor):
+                name = type(metric).__name__
+                recorder.comparisons.append(Comparison(preds.detach(), target.detach(), name))
+            own(*args, **kwargs)
+
+        for module in model.modules():
+            if isinstance(module, Metric):
+                own = module.update
+                vars(module)["update"] = partial(update, module, own)
+                stack.callback(vars(module).update, update=own)
+        yield recorder.comparisons
+
+
+class Evidence(NamedTuple):
+    """What a step shows about our logits.
+
+    Attributes:
+        is_proven: a loss or metric compares them with our labels.
+        is_used: they get into a loss or a decision, or the accuracy that is logged is ours.
+        is_of_batch: this holds for our prediction of the batch, not only for a changed batch.
+        are_probabilities: they are probabilities of labels, whose logits are to be counted.
+        contradiction: the error if other scores are compared with our labels.
+    """
+
+    is_proven: bool = False
+    is_used: bool = False
+    is_of_batch: bool = False
+    are_probabilities: bool = False
+    contradiction: ConfigurationError | None = None
+
+
+def weigh(
+    step: str,
+    comparisons: Iterable[Comparison],
+    logits_in_step: Sequence[Tensor],
+    prediction: Prediction,
+    task: Task,
+    adapter: Adapter,
+) -> Evidence:
+    """Weighs the comparisons in a step, in which the model returned `logits_in_step`.
+
+    Raises a `ConfigurationError` if a loss compares our logits with another part of the batch.
+    Labels of the user's own adapter stay.
+    """
+    labels = list(tensors_in(prediction.target))
+    is_proven = is_used = is_of_batch = are_probabilities = False
+    contradiction = None
+    other_targets = []
+    for comparison in comparisons:
+        target = comparison.target
+        has_labels = target is not None and any(_is_same(target, label) for label in labels)
+        ours = prediction.logits
+        matches_batch = ours is not None and agrees(comparison, ours, task)
+        matching = [logits for logits in logits_in_step if agrees(comparison, logits, task)]
+        if matches_batch or matching:
+            is_used = True
+            is_proven = is_proven or has_labels
+            is_of_batch = is_of_batch or matches_batch
+            for logits in (ours, *matching):
+                if logits is not None and _takes_probabilities(comparison, logits, task):
+                    are_probabilities = True
+            if target is not None and not has_labels:
+                other_targets.append(_path_of(target, prediction.raw))
+        elif has_labels and contradiction is None and _may_contradict(comparison, ours, task):
+            contradiction = _contradiction(step, comparison, prediction, task)
+    if is_default(adapter) and not is_proven:
+        for path in filter(None, other_targets):
+            raise ConfigurationError(
+                f"`adapter`: your loss (in `{step}`) compares the output with `{path}`, and the "
+                "repair would take other labels.",
+                adapter_hint(prediction.raw, labels=path, args=prediction.args),
+            )
+    return Evidence(is_proven, is_used, is_of_batch, are_probabilities, contradiction)
+
+
+def decide(evidence: Sequence[Evidence], prediction: Prediction, task: Task, split: str) -> None:
+    """Refuses logits that the evidence contradicts, and asks if there is none.
+
+    Outputs that the user names are not refused. `split` is that of the prediction.
+    """
+    if isinstance(task, (Custom, NamedHead)) or any(found.is_proven for found in evidence):
+        return
+    for found in evidence:
+        if found.contradiction is not None:
+            raise found.contradiction
+    if any(found.is_used for found in evidence) or not isinstance(task, ASKED_TASKS):
+        return
+    logits = prediction.logits
+    try:
+        assert logits is not None
+        task.check(logits, prediction.target)
+        n_right = int(task.right(logits, prediction.target).sum())
+    except Exception:
+        return  # the evaluation reports the error
+    raise _question(prediction, task, f"{n_right} of the first {len(logits)} samples of `{split}`")
+
+
+def accuracies(right: Tensor, label: Tensor) -> list[float]:
+    """Returns the share of right samples, and its mean over the classes; [] without classes."""
+    if (label < 0).any():
+        return []
+    shares = [right[label == of_class].double().mean() for of_class in label.unique()]
+    if not shares:
+        return []
+    return [float(right.double().mean()), float(torch.stack(shares).mean())]
+
+
+def check_logged_accuracy(
+    trainer: Trainer, split: str, counted: Sequence[float], task: Task
+) -> None:
+    """Compares an accuracy that the module logged for a split, such as `val_acc`, with ours.
+
+    `counted` has our accuracies, which are averaged in different ways. If all are far from what was
+    logged, the model is refused; if the user has named the output, or the accuracies differ by
+    little, a warning is shown.
+    """
+    distances = {}
+    for name, value in trainer.callback_metrics.items():
+        is_accuracy = "acc" in name.lower() and "top" not in name.lower()
+        if name.lower().startswith(split) and is_accuracy:
+            logged = float(value)
+            logged = logged / 100 if logged > 1 else logged  # some log percent
+            for accuracy in counted:
+                distances[abs(logged - accuracy)] = (name, logged, accuracy)
+    if not distances or min(distances) <= LOGGED_ACCURACY_TOLERANCE:
+        return
+    name, logged, accuracy = distances[min(distances)]
+    problem = (
+        f"`{name}`: the module logged {logged:.3f}, but by its output an accuracy of "
+        f"{accuracy:.3f} was counted on the same `{split}` data."
+    )
+    hint = (
+        "if both measure the same, name the logits by `output=` "
+        f"(`data=DataOptions(output=...)` in a repair), or {ADAPTER_HINT}"
+    )
+    if min(distances) > OTHER_ACCURACY and not isinstance(task, NamedHead):
+        raise ConfigurationError(problem, hint)
+    rank_zero_warn(DataWarning(problem, hint))
+
+
+def outputs_in(output: ModelOutput) -> dict[int | str, Tensor]:
+    """Returns the tensors among several outputs by position, key or field."""
+    parts = fields_of(output) or {}
+    if not parts and isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
+    return {name: x for name, x in parts.items() if isinstance(x, Tensor) and x.ndim}
+
+
+def _question(prediction: Prediction, task: Task, share: str) -> ConfigurationError:
+    fitting = []
+    for name, x in outputs_in(prediction.output).items():
+        with suppress(Exception):
+            task.check(task.logits(x), prediction.target)
+            fitting.append(f"{name!r}, {list(x.shape)}")
+    problem = "`output`: no loss, metric, `softmax` or `argmax` in your steps was seen to take "
+    answer = "'logits'"
+    if len(fitting) > 1:
+        problem += f"one of the outputs that may be the logits ({'; '.join(fitting)})."
+        answer = "` with the one that has the logits, such as `output=1"
+    else:
+        assert prediction.logits is not None
+        problem += (
+            f"the output {list(prediction.logits.shape)}. By the largest logit, {share} are right."
+        )
+    way_out = ADAPTER_HINT
+    if isinstance(task, ElementsTask):
+        # Logits would lead back to the same counts.
+        way_out = (
+            "if a decoder chooses the classes, such as that of a CRF, pass `adapter=f` with "
+            "f(module, batch) that returns (F.one_hot(classes, n_classes).float(), labels): "
+            "gates and metrics count them, a repair cannot train them."
+        )
+    return ConfigurationError(
+        problem,
+        f"if that is what the module predicts with, write `output={answer}` "
+        f"(`data=DataOptions(output=...)` in a repair); if not, {way_out}",
+    )
+
+
+def _may_contradict(comparison: Comparison, logits: Tensor | None, task: Task) -> bool:
+    if logits is not None:
+        try:
+            task.prediction(logits)
+        except ConfigurationError:
+            return False  # the evaluation reports the wrong shape
+    # Metrics may take scores of one class; only classes are sure to be the prediction.
+    return comparison.function in LOSSES or not comparison.scores.is_floating_point()
+
+
+def _contradiction(
+    step: str, comparison: Comparison, prediction: Prediction, task: Task
+) -> ConfigurationError:
+    scores, logits = comparison.scores, prediction.logits
+    shape = list(scores.shape)
+    labels = [_path_of(label, prediction.raw) for label in tensors_in(prediction.target)]
+    chosen = "no output" if logits is None else f"an output {list(logits.shape)}"
+    problem = f"with `{', '.join(labels)}`, and the repair would take {chosen} for the logits."
+    for name, x in outputs_in(prediction.output).items():
+        if agrees(comparison, x, task):
+            return ConfigurationError(
+                f"`output`: your loss (in `{step}`) compares output {name!r}, {shape}, {problem}",
+                f"write `output={name!r}` (`data=DataOptions(output={name!r})` in a repair), "
+                "or name the output that is the prediction.",
+            )
+    hint = ADAPTER_HINT
+    what = f"your `{comparison.function}` (in `{step}`) compares {shape}, which"
+    if logits is not None and agrees(comparison, -logits, task):
+        what += " ranks the classes the other way round than the output does,"
+        hint = hint.replace("module.net(x)", "-module(x)")
+    else:
+        what += " is no output,"
+    return ConfigurationError(
+        f"`model`: {what} {problem}",
+        f"{hint}\nIf the largest output is the prediction all the same, write `output='logits'`.",
+    )
+
+
+def _path_of(target: Tensor, raw: RawBatch) -> str:
+    for path, part in paths_in(raw).items():
+        if isinstance(part, Tensor) and _is_same(target, part):
+            return path
+    return ""
+
+
+def agrees(comparison: Comparison, logits: Tensor, task: Task) -> bool:
+    """True if scores rank the classes of each sample as the logits do.
+
+    The logits may be probabilities. Scores of tasks without classes must be equal to the logits.
+    """
+    if isinstance(task, NamedHead):
+        return agrees(comparison, logits, task.head_task)
+    scores = comparison.scores
+    if not scores.numel() or not logits.numel():
+        return False
+    try:
+        ours = list(_rankings(logits, task))
+    except ConfigurationError:
+        return False  # of a wrong shape
+    if not ours:
+        return _is_equal(scores, logits)
+    for ranking in ours:
+        if not scores.is_floating_point():
+            if _are_decisions(scores, ranking):
+                return True
+            continue
+        for form in _forms(comparison, ranking):
+            if form.shape == ranking.shape and _same_order(form, ranking):
+                return True
+    return False
+
+
+def _rankings(logits: Tensor, task: Task) -> Iterator[Tensor]:
+    """Yields rows to rank, `N x C`; of labels or two classes, a vector with a threshold of 0.
+
+    Raises a `ConfigurationError` if the task refuses the shape.
+    """
+    if isinstance(task, (Multilabel, Ordinal)):
+        yield from _threshold_rows(logits)
+    elif isinstance(task, ElementsTask):
+        classes_first = task.classes_first(logits)
+        yield from _class_rankings(logits, classes_first)
+    elif isinstance(task, Multiclass):
+        task.prediction(logits)
+        yield from _class_rankings(logits, class_logits(logits))
+
+
+def _class_rankings(logits: Tensor, classes_first: Tensor) -> Iterator[Tensor]:
+    n_classes = classes_first.shape[1]
+    if n_classes > 2:
+        yield classes_first.movedim(1, -1).reshape(-1, n_classes).float()
+    elif classes_first.numel() == logits.numel():
+        yield _threshold_row(classes_first[:, 1] - classes_first[:, 0])
+    else:
+        yield from _threshold_rows(logits)
+
+
+def _threshold_row(logits: Tensor) -> Tensor:
+    return F.pad(logits.float().flatten(), (1, 0))
+
+
+def _threshold_rows(scores: Tensor, function: str = "") -> Iterator[Tensor]:
+    if function != "binary_cross_entropy":
+        yield _threshold_row(scores)
+    if function not in TAKE_LOGITS and ((scores >= 0) & (scores <= 1)).all():
+        yield _threshold_row(scores.float().logit())
+
+
+def _forms(comparison: Comparison, ranking: Tensor) -> Iterator[Tensor]:
+    scores = comparison.scores
+    has_classes = ranking.ndim == 2
+    if not has_classes and scores.numel() == len(ranking) - 1:
+        yield from _threshold_rows(scores, comparison.function)
+        return
+    n_classes = ranking.shape[1] if has_classes else 2
+    for dim in (1, -1):
+        if scores.ndim > 1 and scores.shape[dim] == n_classes:
+            rows = scores.movedim(dim, -1).reshape(-1, n_classes).float()
+            yield rows if has_classes else _threshold_row(rows[:, 1] - rows[:, 0])
+
+
+def _are_decisions(classes: Tensor, ranking: Tensor) -> bool:
+    decided = ranking.argmax(1) if ranking.ndim == 2 else ranking[1:] > 0
+    return classes.numel() == decided.numel() and bool((classes.flatten() == decided).all())
+
+
+def _same_order(x: Tensor, y: Tensor) -> bool:
+    return _is_sorted(x.gather(-1, y.argsort(-1))) and _is_sorted(y.gather(-1, x.argsort(-1)))
+
+
+def _is_sorted(rows: Tensor) -> bool:
+    # Ties and rounding may change the order. Quartiles, since masked classes have huge logits.
+    ranked = rows.sort(-1).values
+    n = rows.shape[-1]
+    spread = ranked[..., (3 * n) // 4] - ranked[..., n // 4]
+    tolerance = COMPARED_TOLERANCE * spread.nan_to_num(posinf=0)
+    drop = (rows.cummax(-1).values - rows).nan_to_num(nan=0)
+    return bool((drop.amax(-1) <= tolerance).all())
+
+
+def _takes_probabilities(comparison: Comparison, logits: Tensor, task: Task) -> bool:
+    """True if the output has the probability of each label, one for each number of the scores."""
+    is_binary = isinstance(task, Multilabel) or (
+        isinstance(task, (Multiclass, ElementsTask)) and logits.shape[1:2] in ((), (1,))
+    )
+    scores = comparison.scores
+    if not is_binary or scores.numel() != logits.numel():
+        return False
+    if comparison.function in TAKE_LOGITS:
+        return _is_equal(scores.sigmoid(), logits)
+    return comparison.function == "binary_cross_entropy" and _is_equal(scores, logits)
+
+
+def _is_equal(x: Tensor, y: Tensor) -> bool:
+    if x.numel() != y.numel():
+        return False
+    difference = (x.float().flatten() - y.float().flatten()).abs().max()
+    return bool(difference <= COMPARED_TOLERANCE * y.float().abs().max())
+
+
+def _is_same(target: Tensor, labels: Tensor) -> bool:
+    if not target.numel() or not labels.numel():
+        return False
+    if target.numel() != labels.numel():
+        target, labels = _classes(target), _classes(labels)
+    return torch.equal(target.flatten().double(), labels.flatten().double())
+
+
+def _classes(labels: Tensor) -> Tensor:
+    return labels.argmax(1) if labels.ndim == 2 else labels

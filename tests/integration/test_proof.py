@@ -1,0 +1,508 @@
+"""What is counted is proven by the module's own steps, or asked for, in all six uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import quick_repair, quiet_trainer
+from lightning_package import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_nrl import (
+    DataOptions,
+    RegressionMetrics,
+    ReleaseGate,
+    compare,
+    diagnose,
+    repair,
+)
+from lightning_nrl.errors import ConfigurationError, DataWarning
+
+N_CLASSES = 5
+
+
+class Module(LightningModule):
+    """`loss` of the output, the labels and the module makes both steps."""
+
+    def __init__(self, n_outputs: int = N_CLASSES) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, n_outputs))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output, y)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        """The classes that the deployed module predicts."""
+        return self(x).argmax(1)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class Embedding(Module):
+    """Has its head in the steps, as a metric learning loss has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(N_CLASSES, N_CLASSES, bias=False)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(output), y)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return self.head(self(x)).argmax(1)
+
+
+class Distances(Module):
+    """Returns distances to prototypes, of which the smallest is the prediction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prototypes = nn.Linear(N_CLASSES, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -self.prototypes(self.net(x).relu())
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(-output, y)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return self(x).argmin(1)
+
+
+class Labels(Module):
+    """Returns the probabilities of three labels."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).sigmoid()
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return nn.BCELoss()(output, y)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return self(x) > 0.5
+
+
+class Probability(Labels):
+    """Returns the probability of one class."""
+
+    def __init__(self) -> None:
+        Module.__init__(self, 1)
+
+
+def embedded(module: Any, batch: list[Tensor]) -> Any:
+    return module.head(module(batch[0])), batch[1]
+
+
+def nearest(module: Any, batch: list[Tensor]) -> Any:
+    return -module(batch[0]), batch[1]
+
+
+def loader(kind: type[Module] = Module, n: int = 200, *, seed: int = 0) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, generator=generator)
+    noise = 0.3 * torch.randn(n, 6, generator=generator)
+    y: Tensor = (x + noise)[:, :N_CLASSES].argmax(1)
+    if issubclass(kind, Labels):
+        y = ((x + noise)[:, :3] > 0).float()
+    if issubclass(kind, Probability):
+        y = y[:, :1]
+    return DataLoader(TensorDataset(x, y), batch_size=64)
+
+
+@cache
+def trained(kind: type[Module]) -> Any:
+    model = kind()
+    trainer = quiet_trainer(None, max_epochs=8, enable_checkpointing=False)
+    trainer.fit(model, loader(kind), loader(kind, seed=1))
+    return model
+
+
+def n_right(model: Any, kind: type[Module], *seeds: int) -> int:
+    n = 0
+    for seed in seeds:
+        x, y = loader(kind, seed=seed).dataset.tensors  # type: ignore[attr-defined]
+        with torch.no_grad():
+            right = model.predicted(x) == y
+        n += int(right.flatten(1).all(1).sum() if right.ndim > 1 else right.sum())
+    return n
+
+
+Use = Callable[..., int]
+"""Uses the package with a trained model, and returns the right samples that it counts."""
+
+
+def passed_in(report: Any) -> int:
+    return sum(split.counts.kept + split.counts.broken for split in report.splits)
+
+
+def by_callback(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
+    task = options.pop("task", None)
+    callback = quick_repair(task=task, data=DataOptions(**options))
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)
+    trainer = quiet_trainer(path / "fit", callback, max_epochs=1)
+    trainer.fit(model, loader(kind), loader(kind, seed=1))
+    return passed_in(callback.report)
+
+
+def by_repair(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
+    task = options.pop("task", None)
+    report = repair(
+        quiet_trainer(path / "repair"),
+        model,
+        loader(kind),
+        loader(kind, seed=1),
+        task=task,
+        method="swarm",
+        data=DataOptions(**options),
+        verbose=False,
+    )
+    return passed_in(report)
+
+
+def by_gate(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
+    gate = ReleaseGate(deepcopy(model), verbose=False, require="any", **options)
+    quiet_trainer(path / "gate", gate).validate(model, loader(kind, seed=1), verbose=False)
+    assert gate.report is not None
+    (row,) = gate.report.rows
+    return row.counts.kept + row.counts.broken
+
+
+def by_metrics(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
+    trainer = quiet_trainer(path / "metrics", RegressionMetrics(model, **options), max_epochs=1)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)
+    trainer.fit(model, loader(kind), loader(kind, seed=1))
+    return round(200 * float(trainer.callback_metrics["regression/reference_accuracy"]))
+
+
+def by_diagnose(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
+    task = options.pop("task", None)
+    diagnosis = diagnose(
+        quiet_trainer(path / "diagnose"),
+        model,
+        loader(kind),
+        loader(kind, seed=1),
+        task=task,
+        data=DataOptions(**options),
+    )
+    return diagnosis.known["passed"]
+
+
+def by_compare(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
+    task = options.pop("task", None)
+    comparison = compare(
+        quiet_trainer(path / "compare"),
+        model,
+        loader(kind),
+        loader(kind, seed=1),
+        unseen=None,
+        methods=["swarm"],
+        task=task,
+        data=DataOptions(**options),
+    )
+    known = comparison.entries[0].curve[0].known
+    return known.kept + known.broken
+
+
+COUNTED = {"gate": (1,), "metrics": (1,)}
+"""Seeds of the loaders that a use counts; the others count both."""
+USES: dict[str, Use] = {
+    "callback": by_callback,
+    "repair": by_repair,
+    "gate": by_gate,
+    "metrics": by_metrics,
+    "diagnose": by_diagnose,
+    "compare": by_compare,
+}
+
+
+def check_counts(path: Path, use: str, kind: type[Module], **options: Any) -> None:
+    model = trained(kind)
+    expected = n_right(model, kind, *COUNTED.get(use, (0, 1)))
+    assert USES[use](path, kind, deepcopy(model), **options) == expected
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_embedding_as_wide_as_the_classes_is_refused(tmp_path: Path, use: str) -> None:
+    problem = r"your `cross_entropy` .*compares \[64, 5\], which is no output[\s\S]*HINT.*adapter"
+    with pytest.raises(ConfigurationError, match=problem):
+        USES[use](tmp_path, Embedding, deepcopy(trained(Embedding)))
+    check_counts(tmp_path, use, Embedding, adapter=embedded)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path, use: str) -> None:
+    problem = r"ranks the classes the other way round[\s\S]*HINT[\s\S]*logits = -module\(x\)"
+    with pytest.raises(ConfigurationError, match=problem):
+        USES[use](tmp_path, Distances, deepcopy(trained(Distances)))
+    check_counts(tmp_path, use, Distances, adapter=nearest)
+
+
+@pytest.mark.filterwarnings("error::lightning_nrl.errors.DataWarning")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", [Labels, Probability])
+def test_probabilities_that_a_loss_takes_are_probabilities(
+    tmp_path: Path, use: str, kind: type[Module]
+) -> None:
+    task = None if kind is Probability else "multilabel"
+    check_counts(tmp_path, use, kind, task=task)
+
+
+def hidden(output: Tensor, y: Tensor) -> Tensor:
+    """A loss of which nothing is seen: cross entropy by `exp` and `log`."""
+    shares = output.exp() / output.exp().sum(1, keepdim=True)
+    return -shares.gather(1, y[:, None]).log().mean()
+
+
+class Hidden(Module):
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return hidden(output, y)
+
+
+class Negative(Hidden):
+    """Returns what must be small, of which its steps show nothing."""
+
+    def forward(self, x: Tensor) -> Any:
+        return -self.net(x)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return hidden(-output, y)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return self(x).argmin(1)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_user_is_asked_if_nothing_is_seen(tmp_path: Path, use: str) -> None:
+    question = r"\d+ of the first 64 samples of `val` are right.*\nHINT: .*`output='logits'`"
+    with pytest.raises(ConfigurationError, match=question):
+        USES[use](tmp_path, Hidden, deepcopy(trained(Hidden)))
+    check_counts(tmp_path, use, Hidden, output="logits")
+
+
+class Metric(Hidden):
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(N_CLASSES)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("val_macro", self.accuracy)
+
+
+class Decided(Hidden):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_wrong", (self(batch[0]).argmax(1) != batch[1]).sum().float())
+
+
+class Logged(Hidden):
+    """Logs an accuracy that only numpy has seen."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        predicted = self(batch[0]).numpy().argmax(1)
+        self.log("val_acc", float((predicted == batch[1].numpy()).mean()))
+
+
+class Predicted(Hidden):
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).max(1).indices
+
+
+class Scaled(Module):
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output / 0.07 + 3, y)
+
+
+class Focal(Module):
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        share = output.softmax(1).gather(1, y[:, None])
+        return -((1 - share) ** 2 * share.log()).mean()
+
+
+class Mixed(Hidden):
+    """Shows its output in training alone, on mixed inputs."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        order = torch.randperm(len(x))
+        output = self.net(0.7 * x + 0.3 * x[order])
+        return 0.7 * F.cross_entropy(output, y) + 0.3 * F.cross_entropy(output, y[order])
+
+
+class Auxiliary(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(6, N_CLASSES)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.other(x), y) + F.cross_entropy(self(x), y)
+
+
+class Margin(Module):
+    """Returns cosines; only its training lowers that of the true class."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x) - 0.5 * F.one_hot(y, N_CLASSES), y)
+
+
+class Probabilities(Module):
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x).softmax(1)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.nll_loss(output.log(), y)
+
+
+SOUND = [
+    Metric, Decided, Logged, Predicted, Scaled, Focal, Mixed, Auxiliary, Margin, Probabilities
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_a_sound_module_is_not_asked(tmp_path: Path, kind: type[Module]) -> None:
+    check_counts(tmp_path, "gate", kind)
+    check_counts(tmp_path, "callback", kind)
+
+
+class Logging(Negative):
+    """Shows its decisions to numpy alone, after an output that is used by chance."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0]).argmax(1)
+        predicted = self(batch[0]).numpy().argmin(1)
+        self.log("val_acc", float((predicted == batch[1].numpy()).mean()))
+
+
+@pytest.mark.parametrize("use", ["callback", "gate", "metrics"])
+def test_another_accuracy_than_that_of_the_loop_is_refused(tmp_path: Path, use: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"`val_acc`.*logged 0\.\d+.* 0\.\d+ |far fewer"):
+        USES[use](tmp_path, Logging, deepcopy(trained(Logging)))
+
+
+class Spiking(Module):
+    """Keeps a state that its steps reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = 0.0
+
+    def reset(self) -> None:
+        self.state = 0.0
+
+    def forward(self, x: Tensor) -> Any:
+        self.state = 0.5 * self.state + self.net(x).detach().mean(0)
+        return self.net(x) + 2 * self.state
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.reset()
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.reset()
+        super().validation_step(batch, batch_idx)
+
+
+def after_reset(module: Any, batch: list[Tensor]) -> Any:
+    module.reset()
+    return module(batch[0]), batch[1]
+
+
+def test_a_state_from_batch_to_batch_is_said(tmp_path: Path) -> None:
+    model = trained(Spiking)
+    with pytest.warns(DataWarning, match=r"keeps a state[\s\S]*HINT[\s\S]*module\.reset\(\)"):
+        by_gate(tmp_path, Spiking, deepcopy(model))
+    right = [
+        int((after_reset(model, batch)[0].argmax(1) == batch[1]).sum()) for batch in loader(seed=1)
+    ]
+    assert by_gate(tmp_path, Spiking, deepcopy(model), adapter=after_reset) == sum(right)
+
+
+class Decoded(Hidden):
+    """Decodes its emissions, `n x T x C`, by a transition that it has learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, N_CLASSES)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x[:, :, None])
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return hidden(output.flatten(0, 1), y[:, None].expand(-1, 6).flatten())
+
+
+def tokens(batch: list[Tensor]) -> Any:
+    return (batch[0],), {}, batch[1][:, None].expand(-1, 6)
+
+
+def test_a_decoder_is_not_sent_back_to_its_logits(tmp_path: Path) -> None:
+    problem = r"By the largest logit, [\s\S]*HINT: .*decoder.*F\.one_hot"
+    with pytest.raises(ConfigurationError, match=problem):
+        by_gate(tmp_path, Decoded, Decoded(), task="sequence", adapter=tokens)
+
+
+class Spread(Module):
+    """Returns a distribution."""
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.distributions.Categorical(logits=self.net(x))
+
+    def loss(self, output: Any, y: Tensor) -> Tensor:
+        return -output.log_prob(y).mean()
+
+
+class Strided(Module):
+    """Returns emissions of a shorter time axis than its labels."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": self.net(x)[:, None], "lengths": torch.ones(len(x))}
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return {"logits": 2 * self(batch[0])["logits"]}
+
+
+class Tokens(Module):
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)[:, None].expand(-1, 6, -1)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output[:, 0], y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "problem"),
+    [
+        (Spread, {}, r"returns a distribution, Categorical[\s\S]*HINT: .*`module\(x\)\.mean`"),
+        (Strided, {"task": "sequence", "adapter": tokens}, r"\[64, 1, 5\] for labels \[64, 6\]"),
+        (Tokens, {}, r"\[64, 6, 5\][\s\S]*HINT: .*`task='sequence'`"),
+    ],
+)  # fmt: skip
+def test_an_output_without_logits_says_what_to_write(
+    tmp_path: Path, kind: type[Module], options: Any, problem: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        by_gate(tmp_path, kind, kind(), **options)
