@@ -79,6 +79,7 @@ def check_step(
     has_own_prediction = isinstance(known[0].adapter, ModelAdapter)
     task = evaluator.task
     evidence = [Evidence(is_used=is_shown)]
+    is_compared = not is_stable
     for step, source in own_steps:
         prediction, calls, parts = steps.predict(source)
         result = steps.run(step, source, prediction, parts, seed=0)
@@ -93,8 +94,7 @@ def check_step(
             evidence.append(found)
             if found.is_proven and found.is_of_batch:
                 break
-        if is_stable:
-            steps.compare(step, source, result, prediction, calls)
+        is_compared = is_compared or steps.compare(step, source, result, prediction, calls)
     if not has_own_prediction:
         prediction, _, _ = steps.predict(known[-1])
         decide(evidence, prediction, task, known[-1].split)
@@ -152,21 +152,24 @@ class _Steps:
         result: _StepRun,
         prediction: Prediction,
         calls: Calls,
-    ) -> None:
-        """Compares the inputs of the last layer in a step and in the prediction of a batch."""
+    ) -> bool:
+        """Compares the inputs of the last layer in a step and in the prediction of a batch.
+
+        Returns False if this shows nothing.
+        """
         task = self.evaluator.task
         try:
             assert prediction.logits is not None
             task.check(prediction.logits, prediction.target)
             loss = float(task.loss(prediction.logits, prediction.target).mean())
         except Exception:
-            return  # the evaluation reports the error
+            return True  # the evaluation reports the error
         apart = min(_distances(result.calls, calls), default=math.nan)
         if math.isnan(apart):
-            return
+            return False
         run = partial(self.run, step, source, prediction, ())
         if apart <= LAYER_TOLERANCE or _is_augmented(result.calls, calls, run):
-            return
+            return True
         problem = (
             f"`model`: `{step.__name__}` gives the layer {next(iter(self.layers))!r} other inputs "
             f"than the prediction that would be repaired (relative distance {apart:.2g}); the loss "
@@ -179,6 +182,7 @@ class _Steps:
         rank_zero_warn(
             DataWarning(problem, "make sure that the adapter predicts as the deployed model does.")
         )
+        return True
 
     def run(
         self,

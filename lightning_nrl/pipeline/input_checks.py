@@ -134,13 +134,13 @@ def check_classes(before: SampleResults, evaluator: Evaluator) -> None:
     unknown = int((before.prediction >= n_classes).sum())
     right = int(before.passed.sum())
     problem = ""
-    if right <= FAR_BELOW_CHANCE * n / n_classes:
-        problem = f"only {right:,} of {n:,} samples are right, far fewer than by chance"
-    elif unknown > n / 2 and right <= n / n_classes:
+    if unknown > n / 2 and right <= n / n_classes:
         problem = (
             f"it mostly predicts classes that no label has ({unknown:,} of {n:,} samples), and "
             f"{right:,} are right, no more than by chance"
         )
+    elif right <= FAR_BELOW_CHANCE * n / n_classes:
+        problem = f"only {right:,} of {n:,} samples are right, far fewer than by chance"
     if problem:
         raise ConfigurationError(
             f"`model`: {problem}. Its output may be features or distances, not logits.",

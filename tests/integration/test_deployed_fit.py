@@ -28,8 +28,8 @@ class StopBeforeTraining(Callback):
         raise Training
 
 
-def rehearse(tmp_path: Path, module: Any, adapter: Any = None) -> None:
-    repair = RegressionFreeRepair(data=DataOptions(adapter=adapter), **QUICK)
+def rehearse(tmp_path: Path, module: Any, adapter: Any = None, output: str | None = None) -> None:
+    repair = RegressionFreeRepair(data=DataOptions(adapter=adapter, output=output), **QUICK)
     trainer = quiet_trainer(tmp_path, repair, StopBeforeTraining(), enable_checkpointing=False)
     trainer.fit(module, datamodule=models.Clusters())
 
@@ -63,7 +63,13 @@ def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path: Path) -> No
         pytest.raises(Training),
         pytest.warns(DataWarning, match="`model`: its predictions are random"),
     ):
-        rehearse(tmp_path, AveragesDraws())
+        rehearse(tmp_path, AveragesDraws(), output="logits")
+
+
+def test_predictions_that_no_step_makes_are_refused(tmp_path: Path) -> None:
+    problem = r"`cross_entropy` \(in `training_step`\)[\s\S]*HINT[\s\S]*`output='logits'`"
+    with pytest.raises(ConfigurationError, match=problem):
+        rehearse(tmp_path, models.PredictsWithItsTeacher())
 
 
 def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
@@ -133,7 +139,7 @@ def test_a_prediction_of_several_inputs_is_made_from_their_tuple(tmp_path: Path)
         [((x[:3], x[3:]), y) for x, y in split] for split in (data.train, data.val)
     )  # type: ignore[assignment]
     module = models.PredictsTuples()
-    repair = RegressionFreeRepair(**QUICK)
+    repair = RegressionFreeRepair(**QUICK, data=DataOptions(output="logits"))
     quiet_trainer(tmp_path, repair, max_epochs=1, enable_checkpointing=False).fit(module, data)
     with torch.no_grad():
         right = [

@@ -157,8 +157,15 @@ def test_an_embedding_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, model, RegressionFreeRepair(verbose=False))
 
 
+class Clustered(Embedding):
+    """Uses the largest feature, which is no class."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0]).argmax(1)
+
+
 def test_an_accuracy_at_chance_with_columns_without_a_class_is_refused(tmp_path: Path) -> None:
-    model = Embedding(lambda h, batch: focal(model.net(h), batch[1]))
+    model = Clustered(lambda h, batch: focal(model.net(h), batch[1]))
     trainer = quiet_trainer(tmp_path)
     with pytest.raises(ConfigurationError, match=r"predicts classes that no label has[\s\S]*HINT"):
         repair(trainer, model, loader(300), loader(300, seed=1), verbose=False)
