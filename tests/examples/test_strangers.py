@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
 import pytest
@@ -13,14 +12,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 import strangers
 
 
-def test_the_page_has_a_row_for_each_module():
-    page = (ROOT / "docs" / "modules.md").read_text()
-    rows = re.findall(r"^\| (\w+) [\d.]+, ([\w.]+) \| (.*?) \|", page, re.MULTILINE)
-    modules = strangers.MODULES.items()
-    assert len(rows) == len(modules)
-    for (package, lightning, words), (name, (of, by, _)) in zip(rows, modules, strict=True):
-        assert (package, lightning) == (of, by)
-        assert name in words
+def test_the_page_names_each_module():
+    page = (ROOT / "docs" / "libraries.md").read_text()
+    for name, (package, *_) in strangers.MODULES.items():
+        assert package in page
+        assert name in page
 
 
 def test_each_module_has_an_environment():
