@@ -203,12 +203,12 @@ def decide(evidence: Sequence[Evidence], prediction: Prediction, task: Task, spl
 
     Outputs that the user names are not refused. `split` is that of the prediction.
     """
-    if isinstance(task, (Custom, NamedHead)) or any(found.is_proven for found in evidence):
+    if isinstance(task, (Custom, NamedHead)) or any(of_step.is_proven for of_step in evidence):
         return
-    for found in evidence:
-        if found.contradiction is not None:
-            raise found.contradiction
-    if any(found.is_used for found in evidence) or not isinstance(task, ASKED_TASKS):
+    for of_step in evidence:
+        if of_step.contradiction is not None:
+            raise of_step.contradiction
+    if any(of_step.is_used for of_step in evidence) or not isinstance(task, ASKED_TASKS):
         return
     logits = prediction.logits
     try:
@@ -278,15 +278,15 @@ def _question(prediction: Prediction, task: Task, share: str) -> ConfigurationEr
             task.check(task.logits(x), prediction.target)
             fitting.append(f"{name!r}, {list(x.shape)}")
     problem = "`output`: no loss, metric, `softmax` or `argmax` in your steps was seen to take "
-    answer = "'logits'"
     if len(fitting) > 1:
         problem += f"one of the outputs that may be the logits ({'; '.join(fitting)})."
-        answer = "` with the one that has the logits, such as `output=1"
+        answer = "name the one that has the logits, for instance `output=1`"
     else:
         assert prediction.logits is not None
         problem += (
             f"the output {list(prediction.logits.shape)}. By the largest logit, {share} are right."
         )
+        answer = "if that is what the module predicts with, write `output='logits'`"
     way_out = ADAPTER_HINT
     if isinstance(task, ElementsTask):
         # Logits would lead back to the same counts.
@@ -296,9 +296,7 @@ def _question(prediction: Prediction, task: Task, share: str) -> ConfigurationEr
             "gates and metrics count them, a repair cannot train them."
         )
     return ConfigurationError(
-        problem,
-        f"if that is what the module predicts with, write `output={answer}` "
-        f"(`data=DataOptions(output=...)` in a repair); if not, {way_out}",
+        problem, f"{answer} (`data=DataOptions(output=...)` in a repair); if not, {way_out}"
     )
 
 

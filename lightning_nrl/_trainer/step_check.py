@@ -31,11 +31,13 @@ from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import preserve_attributes, seed_all
 from lightning_nrl._utils.state import plain_copy
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
-from lightning_nrl.data.batch import Args, ModelCall, ModelOutput
+from lightning_nrl.data.batch import Adapter, Args, ModelCall, ModelOutput
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
+Step = Callable[..., object]
+"""A step of a LightningModule."""
 Calls = list[tuple[Tensor, Tensor]]
 """Input and output of a layer in each of its calls."""
 # Largest relative distance at which two inputs or outputs of a layer count as equal.
@@ -67,49 +69,53 @@ def check_step(
         return Evidence()
     layers = {name: model.get_submodule(name) for name in evaluator.called[-1:]}
     steps = _Steps(trainer, model, evaluator, layers)
-    own_steps = []
-    for step, source in (
-        (model.validation_step, known[-1]),
-        (model.test_step, known[-1]),
-        (model.training_step, known[0]),
-    ):
-        is_run = model.automatic_optimization or step is not model.training_step
-        if overrides(model, step.__name__) and is_run:
-            own_steps.append((step, source))
     has_own_prediction = isinstance(known[0].adapter, ModelAdapter)
-    task = evaluator.task
     evidence = [Evidence(is_used=is_shown)]
     is_compared = not is_stable
-    for step, source in own_steps:
+    for step, source in _own_steps(model, known):
         prediction, calls, parts = steps.predict(source)
         result = steps.run(step, source, prediction, parts, seed=0)
         if result is None:
             continue
         if not has_own_prediction:
-            name = step.__name__
-            found = weigh(name, result.comparisons, result.logits, prediction, task, source.adapter)
-            accuracy = _accuracy(prediction, task)
-            if 0 < accuracy < 1 and accuracy in result.accuracies:
-                found = found._replace(is_used=True)
-            evidence.append(found)
-            if found.is_proven and found.is_of_batch:
+            evidence.append(_weigh(step, result, prediction, evaluator.task, source.adapter))
+            if evidence[-1].is_proven and evidence[-1].is_of_batch:
                 break
         is_compared = is_compared or steps.compare(step, source, result, prediction, calls)
     if not has_own_prediction:
         prediction, _, _ = steps.predict(known[-1])
-        decide(evidence, prediction, task, known[-1].split)
+        decide(evidence, prediction, evaluator.task, known[-1].split)
     return Evidence(
-        is_proven=any(found.is_proven for found in evidence),
-        are_probabilities=any(found.are_probabilities for found in evidence),
+        is_proven=any(of_step.is_proven for of_step in evidence),
+        are_probabilities=any(of_step.are_probabilities for of_step in evidence),
     )
 
 
-def _accuracy(prediction: Prediction, task: Task) -> float:
-    try:
+def _own_steps(
+    model: LightningModule, known: Sequence[LoaderSource]
+) -> Iterator[tuple[Step, LoaderSource]]:
+    """Yields the module's own steps, and the data on which to run each."""
+    for step, source in (
+        (model.validation_step, known[-1]),
+        (model.test_step, known[-1]),
+        (model.training_step, known[0]),
+    ):
+        is_manual = step.__name__ == "training_step" and not model.automatic_optimization
+        if overrides(model, step.__name__) and not is_manual:
+            yield step, source
+
+
+def _weigh(
+    step: Step, result: _StepRun, prediction: Prediction, task: Task, adapter: Adapter
+) -> Evidence:
+    evidence = weigh(step.__name__, result.comparisons, result.logits, prediction, task, adapter)
+    with suppress(Exception):  # the evaluation reports an error
         assert prediction.logits is not None
-        return round(float(task.right(prediction.logits, prediction.target).float().mean()), 4)
-    except Exception:
-        return math.nan
+        right = task.right(prediction.logits, prediction.target)
+        accuracy = round(float(right.float().mean()), 4)
+        if 0 < accuracy < 1 and accuracy in result.accuracies:
+            return evidence._replace(is_used=True)
+    return evidence
 
 
 class _StepRun(NamedTuple):
@@ -147,7 +153,7 @@ class _Steps:
 
     def compare(
         self,
-        step: Callable[..., object],
+        step: Step,
         source: LoaderSource,
         result: _StepRun,
         prediction: Prediction,
@@ -186,7 +192,7 @@ class _Steps:
 
     def run(
         self,
-        step: Callable[..., object],
+        step: Step,
         source: LoaderSource,
         prediction: Prediction,
         parts: Sequence[str],
