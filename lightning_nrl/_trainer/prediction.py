@@ -18,7 +18,7 @@ from lightning_nrl._trainer.called_layers import call_order, called_layers, eval
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource, length_of
-from lightning_nrl._trainer.proof import Evidence, outputs_in
+from lightning_nrl._trainer.proof import FEWEST_PROBABILITIES, Evidence, has_labels, outputs_in
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
@@ -38,12 +38,11 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, first_line
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import OutputProbe
 from lightning_nrl.evaluation.layers import layers_of
-from lightning_nrl.tasks import Multilabel, NamedHead, Task, class_logits
+from lightning_nrl.tasks import NamedHead, Task, class_logits
 
 # Largest difference of outputs that count as equal, relative to the largest output.
 SAME_OUTPUT_TOLERANCE = 1e-3
 RESET_LINE = "module.reset()  # whatever resets the state\n        logits ="
-FEWEST_PROBABILITIES = 8  # number of samples; fewer logits may all lie between 0 and 1 by chance
 
 
 @outside_inference_mode()
@@ -185,7 +184,7 @@ class DeployedCall(ModelCall):
             return output
         probabilities = self.task.logits(output)
         limits = torch.finfo(probabilities.dtype)
-        if isinstance(self.task, Multilabel) or probabilities.shape[1:2] in ((), (1,)):
+        if has_labels(probabilities, self.task):
             return probabilities.logit(limits.eps)
         return probabilities.clamp_min(limits.tiny).log()
 

@@ -58,11 +58,12 @@ DECISIONS = {"argmax", "log_softmax", "logsigmoid", "sigmoid", "softmax", "topk"
 """Functions of torch that turn scores into classes or probabilities."""
 TAKE_LOGITS = {"binary_cross_entropy_with_logits", "logsigmoid", "sigmoid"}
 """Functions that take logits, never probabilities."""
-ASKED_TASKS = (Multiclass, Multilabel, ElementsTask)
+ASKED_TASKS = (Multiclass, Multilabel, Ordinal, ElementsTask)
 """Tasks for which any tensor of the right shape gives a plausible count of right samples."""
 # Largest difference of outputs that count as equal, wide enough for half precision: relative to the
 # largest value, or to the spread of a row.
 COMPARED_TOLERANCE = 1e-2
+FEWEST_PROBABILITIES = 8  # fewer logits may all lie between 0 and 1 by chance
 # Averages over batches differ a little from the share of right samples, other measures do by more.
 LOGGED_ACCURACY_TOLERANCE = 0.02
 OTHER_ACCURACY = 0.1
@@ -143,14 +144,15 @@ class Evidence(NamedTuple):
         is_proven: a loss or metric compares them with our labels.
         is_used: they get into a loss or a decision, or the accuracy that is logged is ours.
         is_of_batch: this holds for our prediction of the batch, not only for a changed batch.
-        are_probabilities: they are probabilities of labels, whose logits are to be counted.
+        are_probabilities: they are probabilities of labels, whose logits are to be counted; None if
+            no function that takes either gets them.
         contradiction: the error if other scores are compared with our labels.
     """
 
     is_proven: bool = False
     is_used: bool = False
     is_of_batch: bool = False
-    are_probabilities: bool = False
+    are_probabilities: bool | None = None
     contradiction: ConfigurationError | None = None
 
 
@@ -168,25 +170,26 @@ def weigh(
     Labels of the user's own adapter stay.
     """
     labels = list(tensors_in(prediction.target))
-    is_proven = is_used = is_of_batch = are_probabilities = False
+    is_proven = is_used = is_of_batch = False
+    are_probabilities = None
     contradiction = None
     other_targets = []
     for comparison in comparisons:
         target = comparison.target
-        has_labels = target is not None and any(_is_same(target, label) for label in labels)
+        is_labelled = target is not None and any(_is_same(target, label) for label in labels)
         ours = prediction.logits
         matches_batch = ours is not None and agrees(comparison, ours, task)
         matching = [logits for logits in logits_in_step if agrees(comparison, logits, task)]
         if matches_batch or matching:
             is_used = True
-            is_proven = is_proven or has_labels
+            is_proven = is_proven or is_labelled
             is_of_batch = is_of_batch or matches_batch
             for logits in (ours, *matching):
-                if logits is not None and _takes_probabilities(comparison, logits, task):
-                    are_probabilities = True
-            if target is not None and not has_labels:
+                if are_probabilities is None and logits is not None:
+                    are_probabilities = _takes_probabilities(comparison, logits, task)
+            if target is not None and not is_labelled:
                 other_targets.append(_path_of(target, prediction.raw))
-        elif has_labels and contradiction is None and _may_contradict(comparison, ours, task):
+        elif is_labelled and contradiction is None and _may_contradict(comparison, ours, task):
             contradiction = _contradiction(step, comparison, prediction, task)
     if is_default(adapter) and not is_proven:
         for path in filter(None, other_targets):
@@ -363,7 +366,8 @@ def agrees(comparison: Comparison, logits: Tensor, task: Task) -> bool:
         return _is_equal(scores, logits)
     for ranking in ours:
         if not scores.is_floating_point():
-            if _are_decisions(scores, ranking):
+            decided = _decided(ranking, logits, task)
+            if decided.numel() == scores.numel() and bool((decided == scores.flatten()).all()):
                 return True
             continue
         for form in _forms(comparison, ranking):
@@ -421,9 +425,10 @@ def _forms(comparison: Comparison, ranking: Tensor) -> Iterator[Tensor]:
             yield rows if has_classes else _threshold_row(rows[:, 1] - rows[:, 0])
 
 
-def _are_decisions(classes: Tensor, ranking: Tensor) -> bool:
-    decided = ranking.argmax(1) if ranking.ndim == 2 else ranking[1:] > 0
-    return classes.numel() == decided.numel() and bool((classes.flatten() == decided).all())
+def _decided(ranking: Tensor, logits: Tensor, task: Task) -> Tensor:
+    if isinstance(task, Ordinal):
+        return task.prediction(ranking[1:].view(logits.shape))
+    return ranking.argmax(1) if ranking.ndim == 2 else ranking[1:] > 0
 
 
 def _same_order(x: Tensor, y: Tensor) -> bool:
@@ -440,17 +445,35 @@ def _is_sorted(rows: Tensor) -> bool:
     return bool((drop.amax(-1) <= tolerance).all())
 
 
-def _takes_probabilities(comparison: Comparison, logits: Tensor, task: Task) -> bool:
-    """True if the output has the probability of each label, one for each number of the scores."""
-    is_binary = isinstance(task, Multilabel) or (
-        isinstance(task, (Multiclass, ElementsTask)) and logits.shape[1:2] in ((), (1,))
-    )
+def _takes_probabilities(comparison: Comparison, logits: Tensor, task: Task) -> bool | None:
+    """True or False if scores show that the output has probabilities or logits of labels."""
     scores = comparison.scores
-    if not is_binary or scores.numel() != logits.numel():
-        return False
+    if not has_labels(logits, task) or scores.numel() != logits.numel():
+        return None
     if comparison.function in TAKE_LOGITS:
         return _is_equal(scores.sigmoid(), logits)
-    return comparison.function == "binary_cross_entropy" and _is_equal(scores, logits)
+    if comparison.function == "binary_cross_entropy":
+        return _is_equal(scores, logits)
+    return None
+
+
+def has_labels(logits: Tensor, task: Task) -> bool:
+    """True if each logit is for a label of its own, present or not."""
+    if isinstance(task, NamedHead):
+        return has_labels(logits, task.head_task)
+    if isinstance(task, (Multiclass, ElementsTask)):
+        return logits.shape[1:2] in ((), (1,))
+    return isinstance(task, (Multilabel, Ordinal))
+
+
+def show_probabilities(evidence: Sequence[Evidence], prediction: Prediction, task: Task) -> bool:
+    """True if the output has the probability of each label, by the evidence or by its range."""
+    shown = [of_step.are_probabilities for of_step in evidence]
+    logits = prediction.logits
+    if any(shown) or False in shown or logits is None or not has_labels(logits, task):
+        return any(shown)
+    is_range = bool(((logits >= 0) & (logits <= 1)).all())
+    return is_range and logits.numel() >= FEWEST_PROBABILITIES and not isinstance(task, NamedHead)
 
 
 def _is_equal(x: Tensor, y: Tensor) -> bool:

@@ -24,6 +24,7 @@ from lightning_nrl._trainer.proof import (
     Prediction,
     decide,
     recorded_comparisons,
+    show_probabilities,
     weigh,
 )
 from lightning_nrl._trainer.step_outputs import Probe, forward_hooks, replaced
@@ -82,12 +83,13 @@ def check_step(
             if evidence[-1].is_proven and evidence[-1].is_of_batch:
                 break
         is_compared = is_compared or steps.compare(step, source, result, prediction, calls)
-    if not has_own_prediction:
-        prediction, _, _ = steps.predict(known[-1])
-        decide(evidence, prediction, evaluator.task, known[-1].split)
+    if has_own_prediction:
+        return Evidence()
+    prediction, _, _ = steps.predict(known[-1])
+    decide(evidence, prediction, evaluator.task, known[-1].split)
     return Evidence(
         is_proven=any(of_step.is_proven for of_step in evidence),
-        are_probabilities=any(of_step.are_probabilities for of_step in evidence),
+        are_probabilities=show_probabilities(evidence, prediction, evaluator.task),
     )
 
 

@@ -112,6 +112,19 @@ class Probability(Labels):
         Module.__init__(self, 1)
 
 
+class Thresholds(Labels):
+    """Returns the probabilities of exceeding two thresholds between three classes."""
+
+    def __init__(self) -> None:
+        Module.__init__(self, 2)
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(output, (y[:, None] > torch.arange(2)).float())
+
+    def predicted(self, x: Tensor) -> Tensor:
+        return (self(x) > 0.5).sum(1)
+
+
 def embedded(module: Any, batch: list[Tensor]) -> Any:
     return module.head(module(batch[0])), batch[1]
 
@@ -129,6 +142,8 @@ def loader(kind: type[Module] = Module, n: int = 200, *, seed: int = 0) -> DataL
         y = ((x + noise)[:, :3] > 0).float()
     if issubclass(kind, Probability):
         y = y[:, :1]
+    if issubclass(kind, Thresholds):
+        y = y[:, :2].sum(1).long()
     return DataLoader(TensorDataset(x, y), batch_size=64)
 
 
@@ -262,11 +277,11 @@ def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path, use: s
 
 @pytest.mark.filterwarnings("error::lightning_nrl.errors.DataWarning")
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("kind", [Labels, Probability])
+@pytest.mark.parametrize("kind", [Labels, Probability, Thresholds])
 def test_probabilities_that_a_loss_takes_are_probabilities(
     tmp_path: Path, use: str, kind: type[Module]
 ) -> None:
-    task = None if kind is Probability else "multilabel"
+    task = {Labels: "multilabel", Thresholds: "ordinal"}.get(kind)
     check_counts(tmp_path, use, kind, task=task)
 
 
