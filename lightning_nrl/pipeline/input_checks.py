@@ -170,7 +170,6 @@ def scope_of(settings: Settings, evaluator: Evaluator) -> tuple[ParameterSpace, 
     )
 
 
-@torch.no_grad()
 def run_sanity_check(
     evaluator: Evaluator,
     sources: Sequence[Source],
