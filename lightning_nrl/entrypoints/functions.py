@@ -22,6 +22,7 @@ from lightning_nrl._trainer.lightning.private_parts import (
     CheckpointState,
     Loaders,
     callbacks_of_class,
+    restore_training,
     starts_own_processes,
 )
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
@@ -132,6 +133,7 @@ class _WithoutTraining(CallbackBase):
         self.callback = callback
         self.work = work
         self.outcome: Outcome | None = None
+        self._misfit = ""  # why the states of optimizers could not be loaded
         self._loading = ExitStack()
         # Epochs of the trainer's last fit, or of the checkpoint that is loaded.
         self._fitted: LightningModule | None = None
@@ -160,6 +162,7 @@ class _WithoutTraining(CallbackBase):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loading.close()
+        self._misfit = restore_training(trainer)
         # No limit, since a checkpoint may have reached it. Not set earlier, since schedules read
         # the limit when optimizers are configured.
         trainer.fit_loop.max_epochs = -1
@@ -171,8 +174,15 @@ class _WithoutTraining(CallbackBase):
         trainer.should_stop = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the outcome. Lightning has loaded optimizer states and the step count by then."""
         if self.outcome is not None:
+            if self._misfit and self.outcome.parameters is not None:
+                rank_zero_warn(
+                    TrainingWarning(
+                        "`ckpt_path`: the states of its optimizers cannot be loaded "
+                        f"({self._misfit}).",
+                        "a training that goes on from `repaired.ckpt` begins with new ones.",
+                    )
+                )
             with self.callback.handle_signals(trainer):
                 name = self.callback.save_outcome(trainer, pl_module, self.outcome)
             self.callback.announce(trainer, self.outcome, name)

@@ -31,6 +31,7 @@ from lightning_package import (
 from options import with_options
 
 from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, diagnose, repair
+from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import FlipCounts
 from lightning_nrl.gate import Instance
 from lightning_nrl.pipeline import Patch
@@ -106,6 +107,28 @@ class SelfContained(Classifier):
 
     def val_dataloader(self) -> Any:
         return Digits().repair_dataloader()
+
+
+class OtherGroups(Classifier):
+    """Has a group of parameters for each of them, since it was trained."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam([{"params": parameter} for parameter in self.parameters()])
+
+
+@pytest.mark.parametrize(("kind", "weights_only"), [(Classifier, True), (OtherGroups, False)])
+def test_states_of_optimizers_that_are_missing_or_do_not_fit_cost_no_repair(
+    tmp_path: Path, kind: type[Classifier], weights_only: bool
+) -> None:
+    trainer = quiet_trainer(tmp_path, enable_checkpointing=False)
+    trainer.fit(Classifier(), datamodule=Digits())
+    trainer.save_checkpoint(path := tmp_path / "a.ckpt", weights_only=weights_only)
+    with pytest.warns(TrainingWarning, match="the states of its optimizers cannot be loaded"):
+        report = repaired(tmp_path, kind(), datamodule=Digits(), ckpt_path=path)
+    assert report.status == "repaired"
+    new = torch.load(report.files["checkpoint"], weights_only=True)
+    assert new["global_step"] == 36
+    assert [state["state"] for state in new["optimizer_states"]] == [{}]
 
 
 def test_data_loaders_arguments_and_the_model_may_give_the_data(
@@ -212,6 +235,7 @@ def test_an_exception_leaves_neither_callback_nor_trace(
             {"data": DataOptions(start_from="best")},
             r"`start_from='best'`[\s\S]*HINT: [\s\S]*`ckpt_path`",
         ),
+        ({}, {"ckpt_path": "none.ckpt"}, r"`ckpt_path='none\.ckpt'` cannot be read \(FileNotFound"),
     ],
 )
 def test_bad_input_is_refused(

@@ -96,13 +96,15 @@ class _CheckpointReader(WrappingCheckpointIOBase):
             checkpoint: dict[str, Any] = load_checkpoint(
                 path, map_location=map_location or "cpu", weights_only=self._weights_only
             )
-        except OSError:
-            raise
         except Exception as error:
-            raise ConfigurationError(
-                f"`{self._argument}={str(path)!r}` cannot be read ({reason(error)}).",
+            hint = (
                 "give a checkpoint of tensors and plain values. Other objects can run any code: "
-                f"{self._otherwise}",
+                f"{self._otherwise}"
+            )
+            if isinstance(error, OSError):
+                hint = "give the path of a checkpoint that can be read."
+            raise ConfigurationError(
+                f"`{self._argument}={str(path)!r}` cannot be read ({reason(error)}).", hint
             ) from error
         self.path = str(path)
         return checkpoint

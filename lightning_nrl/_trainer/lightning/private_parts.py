@@ -24,7 +24,7 @@ from lightning_nrl._trainer.lightning.packages import (
 from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl.data.adapters import describe
 from lightning_nrl.data.batch import RawBatch, with_plain_tensors
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, first_line
 
 Loader: TypeAlias = DataLoader[Any]
 Loaders: TypeAlias = Any  # a data loader, or loaders in lists, mappings or a CombinedLoader
@@ -189,6 +189,22 @@ def rerun_validation(trainer: Trainer) -> None:
         connector._first_loop_iter, connector._current_fx = connector_state
         loop.batch_progress.load_state_dict(progress)
         loop._seen_batches_per_dataloader.update(seen)
+
+
+def restore_training(trainer: Trainer) -> str:
+    """Loads loops, optimizers and schedules from the checkpoint of a fit, which has loaded the model.
+
+    Returns why they do not fit, or an empty text. Then the fit goes on without their states, for
+    which Lightning would raise after `on_fit_start` (`_checkpoint_connector`).
+    """
+    connector = trainer._checkpoint_connector
+    problem = ""
+    try:
+        connector.restore_training_state()
+    except Exception as error:
+        problem = first_line(error)
+    connector._loaded_checkpoint = {}
+    return problem
 
 
 def sampler_of(loader: Loader) -> tuple[Any, Any]:
