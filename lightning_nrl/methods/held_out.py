@@ -30,26 +30,25 @@ FEWEST_REPAIRS_SHARE = 0.5  # a larger rung must repair this share of what a sma
 def draw_held_out_rows(problem: Problem) -> Tensor | None:
     """Draws the samples to hold out, `N` bool, or None if targets or passed samples are too few.
 
-    Samples in a group are held out together.
+    Samples in a group are held out together. Protected samples are never held out, so neither are
+    samples of their groups.
     """
     before = problem.before
-    eligible = problem.came_with_failures
+    eligible = problem.came_with_failures & ~problem.related(before.protected)
     other_failures = ~before.passed & ~before.targeted
-    unprotected = before.passed & ~before.protected  # protected samples are never held out
-    n_unprotected = int((eligible & unprotected).sum())
+    n_passed = int((eligible & before.passed).sum())
     n_failures = int((eligible & ~before.passed).sum())
     fraction = min(
         HELD_OUT_FRACTION,
-        MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, n_unprotected),
+        MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, n_passed),
         MAX_HELD_OUT_FAILURES / max(1, n_failures),
     )
     held_out = torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
     if before.group is not None:
-        in_group = _draw_groups(problem, before.group, fraction, generator)
-        held_out = in_group & eligible & ~before.protected
+        held_out = eligible & _draw_groups(before, before.group, eligible, fraction, generator)
     else:
-        for kind in (before.targeted, other_failures, unprotected):
+        for kind in (before.targeted, other_failures, before.passed):
             rows = (eligible & kind).nonzero().flatten()
             n = int(fraction * len(rows))
             held_out[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
@@ -60,18 +59,20 @@ def draw_held_out_rows(problem: Problem) -> Tensor | None:
 
 
 def _draw_groups(
-    problem: Problem, group: Tensor, fraction: float, generator: torch.Generator
+    before: SampleResults,
+    group: Tensor,
+    eligible: Tensor,
+    fraction: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Draws groups at random while they fit into `fraction` of each kind of samples.
+    """Draws groups at random while they fit into `fraction` of each kind of `eligible` samples.
 
     Returns a mask of their samples, `N` bool. Passed samples of these groups in all splits, which
     cannot be used either, count for `MAX_HELD_OUT_PASSED`.
     """
-    before, eligible = problem.before, problem.came_with_failures
     groups, place = group.unique(return_inverse=True)
-    unprotected = before.passed & ~before.protected
-    failures = eligible & ~before.passed
-    masks = (before.targeted, failures, eligible & unprotected, unprotected)
+    kinds = (before.targeted, ~before.passed, before.passed)
+    masks = (*(eligible & kind for kind in kinds), before.passed)
     sizes = torch.stack([place[mask].bincount(minlength=len(groups)) for mask in masks], 1)
     most = fraction * sizes.sum(0)
     most[-1] = MAX_HELD_OUT_PASSED * int(before.passed.sum())

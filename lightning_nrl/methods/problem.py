@@ -275,10 +275,10 @@ class Problem:
     def without(self, rows: Tensor) -> Problem:
         """Returns a problem without quotas that holds out the samples in `rows`, `N` bool.
 
-        So are unprotected samples that are copies of these, or in their groups.
+        So are the samples that are `related` to these.
         """
         before = self.before
-        held_out = rows | (self.related(rows) & ~before.protected)
+        held_out = self.related(rows)
         used = ~held_out
         return replace(
             self,
@@ -326,16 +326,22 @@ class Problem:
     def related(self, rows: Tensor) -> Tensor:
         """Marks the samples in `rows`, `N` bool, their copies, and all samples in their groups.
 
-        Copies are known only if there are several sources, all `Identified`.
+        So are the groups of the copies, and so on. Copies are known only if there are several
+        sources, all `Identified`.
         """
         group = self.before.group
-        if group is not None:
-            rows = rows | torch.isin(group, group[rows])
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
-        if len(identities) < max(2, len(self.known)):
-            return rows
-        samples = torch.cat(identities)
-        return rows | is_among(samples, samples[rows])
+        are_known = len(identities) >= max(2, len(self.known))
+        samples = torch.cat(identities) if are_known else None
+        while True:
+            linked = rows
+            if group is not None:
+                linked = linked | torch.isin(group, group[linked])
+            if samples is not None:
+                linked = linked | is_among(samples, samples[linked])
+            if torch.equal(linked, rows):
+                return rows
+            rows = linked
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
         """Returns how far the cost of the samples `broken`, `N` bool, exceeds the gate's limit.

@@ -53,18 +53,20 @@ def test_groups_are_held_out_as_a_whole(seed: int) -> None:
     assert (unused & before.passed).sum() <= before.passed.sum() / 5
 
 
-def test_protected_samples_of_a_held_out_group_are_used() -> None:
+def test_groups_of_protected_samples_are_used_as_a_whole() -> None:
     problem = make(PATIENTS)
     rows = draw_held_out_rows(problem)
     assert rows is not None
-    protected = int((rows & problem.before.passed).nonzero()[0])
+    protected = int((problem.without(rows).related(rows) & problem.before.passed).nonzero()[0])
+    assert protected < 120  # in `train`, while its patient has samples in `new`
     weight = problem.before.weight.clone()
     weight[protected] = torch.inf
     problem = replace(problem, before=replace(problem.before, weight=weight))
     rows = draw_held_out_rows(problem)
     assert rows is not None
-    assert not rows[protected]
-    assert problem.without(rows).used[protected]
+    used = problem.without(rows).used
+    assert used[PATIENTS == PATIENTS[protected]].all()
+    assert torch.equal(~used, torch.isin(PATIENTS, PATIENTS[rows].unique()))
 
 
 def test_a_single_group_leaves_nothing_to_hold_out() -> None:

@@ -192,10 +192,10 @@ def rerun_validation(trainer: Trainer) -> None:
 
 
 def restore_training(trainer: Trainer) -> str:
-    """Loads loops, optimizers and schedules from the checkpoint of a fit, which has loaded the model.
+    """Loads loops, optimizers and schedules from the checkpoint that a fit has read.
 
-    Returns why they do not fit, or an empty text. Then the fit goes on without their states, for
-    which Lightning would raise after `on_fit_start` (`_checkpoint_connector`).
+    Returns why they do not fit, or an empty text. Lightning would load them after `on_fit_start`,
+    and raise an error if they do not fit (`_checkpoint_connector`).
     """
     connector = trainer._checkpoint_connector
     problem = ""
