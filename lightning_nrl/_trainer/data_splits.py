@@ -32,6 +32,7 @@ from lightning_nrl._trainer.lightning.private_parts import (
 from lightning_nrl._trainer.loaders import (
     SPLITS,
     LoaderSource,
+    batch_size_of,
     check_data,
     check_loader,
     check_one_rank,
@@ -43,7 +44,7 @@ from lightning_nrl._trainer.loaders import (
     split_and_loader,
 )
 from lightning_nrl._trainer.random_transforms import draws_at_random, with_validation_view
-from lightning_nrl._trainer.trainer_state import make_evaluator
+from lightning_nrl._trainer.trainer_state import least_samples_of_epoch, make_evaluator
 from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.batch import Adapter
@@ -321,7 +322,11 @@ class SplitLoaders:
             return NamedLoader(stream, name)
         if id(stream) not in self._kept:
             check_one_rank(self.trainer, name)
-            samples = KeptStream(stream, name, self.stream_limit, batch_limit(self.trainer))
+            n_trained = 0
+            if loader is self.trainer.train_dataloader:
+                n_trained = least_samples_of_epoch(self.trainer, batch_size_of(stream))
+            limit = batch_limit(self.trainer)
+            samples = KeptStream(stream, name, self.stream_limit, limit, n_trained)
             self._kept[id(stream)] = keep_stream(stream, samples)
         return NamedLoader(self._kept[id(stream)], name)
 

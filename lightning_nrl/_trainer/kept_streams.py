@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from itertools import islice
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor
@@ -21,16 +22,29 @@ from lightning_nrl.errors import ConfigurationError
 STREAM_LIMIT = 4 * 2**30  # bytes; enough for most, and an endless stream ends in minutes
 MAX_SAMPLES_MEASURED = 100
 TENSOR_OVERHEAD = 500  # bytes of a tensor besides its numbers
+# The most samples that a read of a stream has given in this process.
+LONGEST_READS: MutableMapping[object, int] = WeakKeyDictionary()
 
 
 class KeptStream(Dataset[Sample]):
-    """Samples of an `IterableDataset` in the order of one read; the index counts them."""
+    """Samples of an `IterableDataset` in the order of one read; the index counts them.
+
+    `longest` is the number of samples of the longest read of the stream so far.
+    """
 
     @random_state()
     def __init__(
-        self, stream: Loader, name: str, limit: int = STREAM_LIMIT, max_batches: int | None = None
+        self,
+        stream: Loader,
+        name: str,
+        limit: int = STREAM_LIMIT,
+        max_batches: int | None = None,
+        n_trained: int = 0,
     ) -> None:
-        """Reads the stream. Refuses one whose samples need more than `limit` bytes."""
+        """Reads the stream. Refuses one whose samples need more than `limit` bytes.
+
+        `n_trained` is a lower bound of the samples that an epoch of the training has read.
+        """
         self.stream = cast(IterableDataset[Sample], stream.dataset)
         self.max_samples = None if max_batches is None else max_batches * batch_size_of(stream)
         self.samples: list[Sample] = []
@@ -53,6 +67,8 @@ class KeptStream(Dataset[Sample]):
                 "give a stream that starts anew in each `__iter__`.",
             )
         self.n_bytes = int(size * len(self))
+        self.longest = max(len(self), n_trained, LONGEST_READS.get(self.stream, 0))
+        LONGEST_READS[self.stream] = self.longest
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -63,13 +63,16 @@ def _is_repeatable(samples: SeededDataset, i: int, collate: Collate) -> bool:
 
 @random_state()
 def count_changed(stream: KeptStream, collate: Collate) -> int:
-    """Counts samples that differ when a stream is read again, with other random numbers."""
+    """Counts samples that differ when a stream is read again, with other random numbers.
+
+    So do samples that only an earlier read had.
+    """
     n_read = n_same = 0
     for n_read, sample in enumerate(stream.read(seed=1), 1):
         if n_read > len(stream):  # it may be endless now
             break
         n_same += is_same(collate([stream[n_read - 1]]), collate([sample]))
-    return max(n_read, len(stream)) - n_same
+    return max(n_read, stream.longest) - n_same
 
 
 def check_order(source: LoaderSource, positions: Sequence[int]) -> int:
@@ -133,7 +136,7 @@ def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
     """Says which samples change, the problem and a hint; None if all samples are repeatable."""
     samples, collate = source.loader.dataset, source.loader.collate_fn
     if isinstance(samples, KeptStream) and (n_changed := count_changed(samples, collate)):
-        changed = f"{plural(n_changed, 'sample')} changed or swapped places in a second read"
+        changed = f"{plural(n_changed, 'sample')} changed or swapped places between two reads"
         hint = (
             "Another read may give samples that were not counted, and their ids in reports are "
             f"wrong. Give a stream that neither shuffles nor augments: {CLEAN_LOADER}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import tempfile
@@ -195,6 +196,16 @@ def epochs_of(trainer: Trainer) -> int:
         with suppress(TypeError):  # data without a length
             epochs = min(epochs, round(loop.epoch_loop.batch_progress.total.ready / len(loader)))
     return max(1, epochs)
+
+
+def least_samples_of_epoch(trainer: Trainer, batch_size: int) -> int:
+    """Returns a lower bound of the samples in the longest epoch of a training; 0 if unknown."""
+    loop = trainer.fit_loop
+    n_epochs = loop.epoch_progress.current.ready
+    if trainer.ckpt_path or not n_epochs:
+        return 0  # a resumed training may have had other batches
+    n_batches = math.ceil(loop.epoch_loop.batch_progress.total.ready / n_epochs)
+    return max(0, n_batches - 1) * batch_size + 1
 
 
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:

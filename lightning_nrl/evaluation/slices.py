@@ -84,7 +84,7 @@ class SliceRecorder(RecordingSource):
                 f"batch of {len(batch)} samples.",
                 "return one name, whole number or bool for each sample.",
             )
-        return values
+        return [_writable(value) for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """Returns the slice names of all ranks, and each sample's index in these (-1: no slice)."""
@@ -150,6 +150,13 @@ def check_distinct(names: Sequence[str]) -> None:
                 f"`slices` has the names {known!r} and {name!r}.",
                 "give each slice one name; they differ only in case or spaces.",
             )
+
+
+def _writable(value: object) -> object:
+    """Escapes parts of a text that are no UTF-8, which no file can hold, as in names of files."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return value
 
 
 def _slice_name(value: object, name_of_true: str) -> str:

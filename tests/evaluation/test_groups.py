@@ -46,6 +46,11 @@ def test_a_value_is_the_same_group_in_all_splits(groups: Any) -> None:
     assert groups_of(results) == [0, 1, 0, 2, 1, 3, 3, 1, 2, 0, 1, 0]
 
 
+def test_names_of_groups_need_not_be_utf_8() -> None:
+    results = evaluated(lambda batch: [f"\udcff{number}" for number in batch[2]], torch.arange(6))
+    assert groups_of(results) == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
+
+
 def test_samples_have_no_groups_unless_they_are_given() -> None:
     results = evaluated(None)
     assert results.group is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,20 @@ def test_a_report_has_the_users_ids_of_flipped_samples(tmp_path: Path, kind: Any
     tab = LoadedRepair(RepairFolder("repair", tmp_path, tmp_path, 0, 0))
     rows = tab.details["flips"]["rows"]
     assert sorted(f"{row[1]} ({row[-1]})" for row in rows) == sorted(titles)
+
+
+class FromDisk(Table):
+    """Names samples by files with names that are no UTF-8."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**super().__getitem__(i), "key": os.fsdecode(f"{i}\xff".encode("latin1"))}
+
+
+def test_ids_need_not_be_utf_8(tmp_path: Path) -> None:
+    report = repaired(tmp_path, FromDisk)
+    assert {"json", "patch"} <= report.files.keys()
+    saved = RepairReport.from_json((tmp_path / "report.json").read_text())
+    assert all(sample.name == rf"{sample.id}\udcff" for sample in saved.splits[1].flipped)
 
 
 def test_a_wrong_column_is_refused_before_training(tmp_path: Path) -> None:

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, same
+from digit_models import (
+    QUICK,
+    Classifier,
+    Digits,
+    Untrainable,
+    quick_repair,
+    quiet_trainer,
+    same,
+)
 from lightning_package import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_nrl import ConfigurationError, RegressionFreeRepair
+from lightning_nrl import ConfigurationError, RegressionFreeRepair, repair
 from lightning_nrl.errors import DataWarning, TrainingWarning
 
 SPLITS = ("train", "repair", "test")
@@ -41,6 +49,16 @@ class Growing(Stream):
     def __iter__(self) -> Iterator[Any]:
         self.n += 1
         yield from (self.data[i] for i in range(self.n))
+
+
+class Halved(Stream):
+    """Has 160 samples on the first read, then 80."""
+
+    n = 160
+
+    def __iter__(self) -> Iterator[Any]:
+        n, self.n = self.n, 80
+        yield from (self.data[i] for i in range(n))
 
 
 class Augmented(Stream):
@@ -145,6 +163,7 @@ def test_the_default_method_trains_on_streams(tmp_path: Path) -> None:
     ("kind", "words"),
     [
         (Growing, "1 sample changed"),
+        (Halved, "17 samples changed"),  # at least; the first epoch had 3 to 5 batches of 32
         (Augmented, "400 samples changed"),
         (Shuffled, r"\d+ samples changed or swapped places"),
     ],
@@ -155,6 +174,13 @@ def test_a_stream_that_changes_is_noticed(tmp_path: Path, kind: Any, words: str)
     assert callback.report is not None
     assert "No guarantee for `train`: " in callback.report.reason
     assert "No guarantee for `val`: " not in callback.report.reason
+
+
+def test_a_stream_that_has_lost_samples_since_the_check_is_noticed(tmp_path: Path) -> None:
+    data = Digits()
+    train, val = DataLoader(Halved(data.train), 32), DataLoader(data.repair, 32)
+    with pytest.warns(DataWarning, match="`train` data: 80 samples changed"):
+        repair(quiet_trainer(tmp_path), Classifier(), train, val, **QUICK)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_groups_of_protected_samples_are_used_as_a_whole() -> None:
     rows = draw_held_out_rows(problem)
     assert rows is not None
     used = problem.without(rows).used
-    assert used[PATIENTS == PATIENTS[protected]].all()
+    assert used[PATIENTS[protected] == PATIENTS].all()
     assert torch.equal(~used, torch.isin(PATIENTS, PATIENTS[rows].unique()))
 
 
