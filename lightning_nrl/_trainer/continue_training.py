@@ -47,7 +47,7 @@ from lightning_nrl._trainer.time_budget import (
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
-from lightning_nrl._utils.state import State, current_state, snapshot
+from lightning_nrl._utils.state import State, current_state, shared_tensors, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import RawBatch
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
@@ -151,7 +151,7 @@ class ContinuedTraining(Training):
         if trained is None:
             return None
         old = {**current_state(self.model), **run.start}
-        if all(torch.equal(value, trained.state[name]) for name, value in old.items()):
+        if all(torch.equal(old[name], value) for name, value in trained.state.items()):
             name = type(self.model).__name__
             rank_zero_warn(
                 TrainingWarning(
@@ -235,7 +235,7 @@ class ContinuedTraining(Training):
                 fit = partial(trainer.fit, model, datamodule=copied_data_module(data, loader))
             budget.on_all_ranks(fit)
         # `eval` merges LoRA weights, as they are merged in the model to repair.
-        state = snapshot(budget.on_all_ranks(model.eval))
+        state = shared_tensors(self.model, snapshot(budget.on_all_ranks(model.eval)))
         del model, trainer, loader, fit
         gc.collect()  # large reference cycles
         return state

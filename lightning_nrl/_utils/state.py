@@ -49,6 +49,15 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
     return {name: new[id(old)] for name, old in live.items() if id(old) in new}
 
 
+def shared_tensors(model: nn.Module, state: State) -> dict[str, Tensor]:
+    """Returns the tensors of `state` that the model has in the same shape.
+
+    It may lack buffers that a training registers or lets grow.
+    """
+    shapes = {name: value.shape for name, value in live_tensors(model).items()}
+    return {name: value for name, value in state.items() if shapes.get(name) == value.shape}
+
+
 @contextmanager
 def temporary_weights(model: nn.Module, state: State) -> Iterator[None]:
     """Replaces tensors of the model for a block, then puts the original tensor objects back.

@@ -11,13 +11,23 @@ from typing import Any
 import distributed_fit
 import pytest
 import torch
-from digit_models import Classifier, Digits, Few, quiet_trainer, right, same, state_of
+from digit_models import (
+    Classifier,
+    Digits,
+    Few,
+    quick_repair,
+    quiet_trainer,
+    right,
+    same,
+    state_of,
+)
 from distributed_fit import Continued
 from self_writing import NothingAtAll
 from two_processes import in_two_processes
 
-from lightning_nrl import Gate, RegressionFreeRepair, repair
+from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, repair
 from lightning_nrl.errors import TrainingWarning
+from lightning_nrl.pipeline import Patch
 
 
 def continued(**arguments: Any) -> RegressionFreeRepair:
@@ -132,3 +142,35 @@ def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path: Path
     assert report.status == "repaired"
     assert [rung.name for rung in report.rungs] == ["search", "training", "exact", "push"]
     assert report.splits[1].repaired > 0 == report.splits[1].broken
+
+
+class CountingWins(Classifier):
+    """Registers a buffer when an epoch begins, which has a row more after each step."""
+
+    def on_train_epoch_start(self) -> None:
+        self.register_buffer("wins", torch.zeros(1, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with torch.no_grad():
+            wins = self(batch[0]).argmax(1).bincount(minlength=10)
+        self.wins = torch.cat([self.wins, wins[None]])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("method", ["auto", "finetune-polish"])
+def test_a_buffer_that_training_lets_grow_is_left_out(tmp_path: Path, method: str) -> None:
+    callback = quick_repair(method=method)
+    trainer = quiet_trainer(tmp_path, callback)
+    trainer.fit(model := CountingWins(), datamodule=Digits())
+    assert callback.report is not None
+    assert callback.report.status == "repaired"
+    assert len(model.wins) == 13
+    assert "network.1.weight" in Patch.load(callback.report.files["patch"]).names
+    trainer.save_checkpoint(path := tmp_path / "a.ckpt")
+    arguments = {"datamodule": Digits(), "ckpt_path": path, "method": method, "verbose": False}
+    with pytest.raises(ConfigurationError, match="(?s)wins.*HINT: .*`strict_loading = False`"):
+        repair(quiet_trainer(tmp_path), CountingWins(), **arguments)
+    model = CountingWins()
+    model.strict_loading = False
+    report = repair(quiet_trainer(tmp_path), model, **arguments)
+    assert report.status in ("repaired", "nothing to repair")
