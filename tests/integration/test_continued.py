@@ -168,7 +168,7 @@ def test_a_buffer_that_training_lets_grow_is_left_out(tmp_path: Path, method: st
     assert "network.1.weight" in Patch.load(callback.report.files["patch"]).names
     trainer.save_checkpoint(path := tmp_path / "a.ckpt")
     arguments = {"datamodule": Digits(), "ckpt_path": path, "method": method, "verbose": False}
-    with pytest.raises(ConfigurationError, match="(?s)wins.*HINT: .*`strict_loading = False`"):
+    with pytest.raises(ConfigurationError, match=r"(?s)wins.*HINT: .*`strict_loading = False`"):
         repair(quiet_trainer(tmp_path), CountingWins(), **arguments)
     model = CountingWins()
     model.strict_loading = False
