@@ -22,13 +22,12 @@ from lightning_nrl.methods.finetune_polish import (
 )
 from lightning_nrl.methods.held_out import draw_held_out_rows, estimate, is_ahead
 from lightning_nrl.methods.linearized import Linearized
-from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.local_search import LocalSearch, constrained_search
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.polish import polish, polished
-from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.records.stats import net_repairs_in_standard_errors
 from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
@@ -314,8 +313,7 @@ class _Climb:
         return problem.counted(proposal.name, result.state, result.after)
 
     def _search_until(self, problem: Problem, end: Deadline) -> Solution:
-        search = partial(warm_started_search, problem, self.searcher, (), end=end)
-        return _safely(problem, search)
+        return _safely(problem, partial(constrained_search, problem, self.searcher, end))
 
     def _time_share_of_search(self, end: Deadline) -> float:
         problem = self.problem

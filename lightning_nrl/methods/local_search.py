@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.evaluator import Need
+from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.localization import LOCALIZERS, KnownData, Localization, Localizer
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
@@ -26,30 +26,25 @@ from lightning_nrl.methods.search_samples import (
     record_known,
     scorer_for,
 )
-from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.loop import TIME_WAS_OVER
 
-Elites = Callable[[Tensor, int], Tensor]
-"""Takes positions of K weights, int64, and a number; returns at most that many known good values
-for them, `M x K`.
-"""
+KEPT_MARGIN_SHARE = 0.5  # share of its margin that a sample has to keep
+# Share of the median margin of passed samples that suffices. A polish reaches it.
+SUFFICIENT_MARGIN = 0.04
 
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """The goal of a localisation and search; each tensor has one value per known sample (`N`)."""
+    """The goal of a localisation and search, which is to repair the targets (I_neg)."""
 
-    failed: Tensor  # N bool, samples for which the localised weights should matter
-    passed: Tensor  # N bool, samples for which the localised weights should not matter
-    constrained: Tensor  # N bool, samples that new weights should not break (I_pos)
+    passed: Tensor  # N bool, samples that new weights should not break (I_pos)
     fitness: FitnessFunction
     reserve: Tensor | None  # N, margins that samples need to count as passing; None: no minimum
     deadline: Deadline
-    # N bool, samples that new weights should get right (I_neg); None means the targets.
-    scored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,6 @@ class LocalSearch(Method):
             localizer=LOCALIZERS.parse("localizer", self.localizer or problem.localizer),
             fitness=FITNESSES.parse("fitness", self.fitness or problem.fitness),
         )
-        before = problem.before
         clock = problem.clock
         end = problem.deadline_of_method()
         if not end.leaves(preparation_seconds(problem)):
@@ -157,12 +151,7 @@ class LocalSearch(Method):
                 f"no time was left for a search after {clock.elapsed:.1f} s; raise `max_time`.",
             )
         goal = SearchGoal(
-            failed=before.targeted,
-            passed=problem.passed,
-            constrained=problem.passed,
-            fitness=problem.fitness,
-            reserve=problem.rounding_reserve,
-            deadline=end.within(self.seconds),
+            problem.passed, problem.fitness, problem.rounding_reserve, end.within(self.seconds)
         )
         best = localize_and_search(problem, searcher, goal)
         if best.state is None:
@@ -173,40 +162,67 @@ class LocalSearch(Method):
         return best.solution(proposal, steps=(step,))
 
 
+def constrained_search(problem: Problem, searcher: Searcher, end: Deadline) -> Solution:
+    """Localises weights, then searches new values that keep all known passed samples.
+
+    A passed sample must keep half of its margin, or the share `SUFFICIENT_MARGIN` of the median
+    margin if that is less, since unseen samples break where known samples nearly break.
+    """
+    if not end.leaves(preparation_seconds(problem)):
+        step = Step("swarm", 0, 0, 0.0, f"not run: {CUT}", was_cut=True)
+        return Solution(None, "no time was left for a search.", (step,))
+    original = problem.original("swarm")
+    problem = problem.steered(original.after)
+    before = problem.before
+    # The gate limits the passed samples that break.
+    counts = Flips.between(before, original.after).counts(problem.used)
+    fitness = problem.fitness.as_constraint(float(problem.gate.allowed(counts)))
+    sufficient = max(SUFFICIENT_MARGIN * before.margin_unit, problem.rounding)
+    kept = (KEPT_MARGIN_SHARE * before.margin).nan_to_num(0.0).clamp(0, sufficient)
+    goal = SearchGoal(before.passed, fitness, kept.where(before.passed, 0.0), end)
+    search = localize_and_search(problem, searcher, goal)
+    final = original
+    if search.state is not None:
+        with problem.clock.stage("judge"):
+            final = better([original, problem.propose("swarm", search.state)]) or original
+    step = final.step(search.search.seconds, search.note, was_cut=search.was_cut)
+    return search.solution(final, steps=(step,))
+
+
 def localize_and_search(
-    problem: Problem, searcher: Searcher, goal: SearchGoal, elites: Elites | None = None
+    problem: Problem, searcher: Searcher, goal: SearchGoal
 ) -> LocalSearchResult:
     """Localises weights, then searches new values.
 
     Raises an `EmptyLocalizationError` if no weights are found.
     """
     return problem.work.once(
-        "search", partial(_localize_and_search, problem, searcher, goal, elites), LocalSearchResult
+        "search", partial(_localize_and_search, problem, searcher, goal), LocalSearchResult
     )
 
 
 def _localize_and_search(
-    problem: Problem, searcher: Searcher, goal: SearchGoal, elites: Elites | None
+    problem: Problem, searcher: Searcher, goal: SearchGoal
 ) -> LocalSearchResult:
     space = problem.space
     clock = problem.clock
     before = problem.before
-    scored = before.targeted if goal.scored is None else goal.scored
     choice = choose_samples(
         before,
-        failed=scored | goal.failed,
-        passed=goal.passed | goal.constrained,
+        failed=before.targeted,
+        passed=goal.passed,
         most=n_to_score(problem, goal.deadline),
         seed=problem.seed,
     )
-    kept = goal.constrained & choice.recorded
+    failed = before.targeted & choice.recorded
+    kept = goal.passed & choice.recorded
     with clock.stage("localize"):
         recording = record_known(problem, choice.recorded)
         localizer = problem.localizer.on(KnownData(problem.evaluator, problem.known, before, space))
         localization = localizer(
             recording,
             problem.evaluator,
-            failed=goal.failed & choice.recorded,
+            failed=failed,
             passed=goal.passed & choice.representative,
         )
     where = localization.weights.to(space.device)
@@ -216,11 +232,10 @@ def _localize_and_search(
             problem,
             recording,
             where,
-            scored & choice.recorded,
+            failed,
             kept,
             goal.fitness,
             reserve=goal.reserve,
-            weighted=goal.scored is None,
         )
         result = search(
             scorer,
@@ -229,7 +244,6 @@ def _localize_and_search(
             fitness=goal.fitness,
             searcher=searcher,
             seed=problem.seed,
-            elites=None if elites is None else elites(where, searcher.n_candidates // 2),
             deadline=goal.deadline,
             on_progress=progress(problem, searcher, n_passed),
         )

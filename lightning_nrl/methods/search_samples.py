@@ -153,13 +153,11 @@ def scorer_for(
     fitness: FitnessFunction,
     *,
     reserve: Tensor | None,
-    weighted: bool = True,
 ) -> Scorer:
     """Builds a scorer for new values of the weights at `where`.
 
     It scores the recorded samples in `failed` and `passed`. If `reserve`, `N`, is given, a sample
-    only passes if its margin is at least its entry in `reserve`. If `weighted` is False, all
-    samples weigh the same.
+    only passes if its margin is at least its entry in `reserve`.
     """
     before = problem.before
     return make_scorer(
@@ -172,7 +170,7 @@ def scorer_for(
         passed_loss=fitness.uses_passed_loss,
         fragility=before.loss,
         reserve=reserve,
-        weight=before.finite_weight if before.weighted and weighted else None,
+        weight=before.finite_weight if before.weighted else None,
         credit=fitness.uses_credit,
     )
 

@@ -1,6 +1,4 @@
-"""Searches of localised weights: the published methods, other parts, a warm start, and very many
-samples.
-"""
+"""Searches of localised weights: the published methods, other parts, and very many samples."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_problems import StageTimer, make_problem, snapshot
+from toy_problems import Deadline, StageTimer, make_problem, snapshot
 from toy_repairs import QUICK as TOY
 from toy_repairs import known, trained
 from toy_searcher import RandomLocalSearch, Walk
@@ -43,12 +41,11 @@ from lightning_nrl.methods import (
     Convex,
     LocalSearch,
     Problem,
-    Proposal,
     Solution,
 )
 from lightning_nrl.methods.budget import FEWEST_SAMPLES
+from lightning_nrl.methods.local_search import constrained_search
 from lightning_nrl.methods.search_samples import choose_samples, n_to_score, preparation_seconds
-from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.published import (
     ArachneFitness,
     NeuRecover,
@@ -237,19 +234,8 @@ def test_nothing_better_is_no_proposal_and_the_model_is_left_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in snapshot(problem.model).items())
 
 
-ALL = Target.all()
-
-
-def warm_problem(layer: str = "2", seed: int = 0, target: Target = ALL, **changes: Any) -> Problem:
-    problem = make_problem(trained(seed=seed), known(seed), layer, target=target, seed=seed)
-    return replace(problem, localizer=NeuRecoverLite(n_weights=12), **changes)
-
-
-def other_layer(problem: Problem) -> Proposal:
-    """A proposal that changes the first layer alone, as another method would find it."""
-    proposal = LocalSearch(QUICK)(warm_problem("0", problem.seed)).proposal
-    assert proposal is not None
-    return problem.propose("other", proposal.state)
+def few_weights() -> Problem:
+    return replace(make_problem(trained(), known(), "2"), localizer=NeuRecoverLite(n_weights=12))
 
 
 def total(solution: Solution) -> tuple[int, int]:
@@ -257,52 +243,23 @@ def total(solution: Solution) -> tuple[int, int]:
     return solution.proposal.broken, solution.proposal.repaired
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_it_goes_on_from_a_base_that_changes_another_layer(seed: int) -> None:
-    problem = warm_problem(seed=seed)
-    base, before = other_layer(problem), snapshot(problem.model)
-    solution = warm_started_search(problem, QUICK, [base], base=base.state)
-    broken, repaired = total(solution)
-    assert (broken, -repaired) <= (base.broken, -base.repaired)
-    (step,) = solution.steps
-    gain = f"+{repaired - base.repaired} repaired" if repaired > base.repaired else "no change"
-    assert step.note.endswith(f"iterations; compared with its start: {gain}")
-    assert solution.proposal is base or torch.equal(
-        solution.proposal.state["0.weight"], base.state["0.weight"]
-    )
-    assert all(torch.equal(value, before[name]) for name, value in snapshot(problem.model).items())
-
-
-def test_what_a_base_repairs_beside_the_target_is_kept() -> None:
-    problem = warm_problem(target=Target.label(0))
-    base = other_layer(problem)
-    beside = base.after.passed & ~problem.before.passed & ~problem.before.targeted
-    solution = warm_started_search(problem, QUICK, [base], base=base.state)
-    assert solution.n_passed == int((problem.before.passed | beside).sum())
-    assert solution.proposal is not None
-    assert solution.proposal.after.passed[beside].all()
-
-
 def test_every_known_passed_sample_counts_however_few_were_drawn() -> None:
-    problem = warm_problem()
+    problem = few_weights()
     drawn = torch.zeros_like(problem.passed)
     drawn[problem.passed.nonzero()[:2]] = True
     few = replace(problem, passed=drawn)
-    seed = LocalSearch(QUICK)(few).proposal
-    assert seed is not None
-    assert seed.broken > 0
-    solution = warm_started_search(few, QUICK, [seed])
+    of_few = LocalSearch(QUICK)(few).proposal
+    assert of_few is not None
+    assert of_few.broken > 0
+    solution = constrained_search(few, QUICK, Deadline())
     assert total(solution)[0] == 0
     assert solution.n_passed == int(problem.before.passed.sum())
 
 
 def test_passed_samples_keep_half_of_their_margin_or_what_is_enough() -> None:
-    problem = warm_problem()
-    solution = warm_started_search(
-        problem,
-        ParticleSwarm(particles=20, iterations=40),
-        [Proposal("", {}, problem.before, 0, 0)],
-    )
+    problem = few_weights()
+    searcher = ParticleSwarm(particles=20, iterations=40)
+    solution = constrained_search(problem, searcher, Deadline())
     assert solution.proposal is not None
     assert solution.proposal.repaired > 0
     passed = problem.before.passed

@@ -57,8 +57,9 @@ def reading_checkpoints(
             raise
         raise ConfigurationError(
             f"`{argument}={reader.path!r}` does not fit {shorten(keys, 300)}",
-            "make the model with the hyperparameters with which the checkpoint was trained. A buffer "
-            "that grows in training needs `persistent=False` and the module `strict_loading = False`.",
+            "make the model with the hyperparameters with which the checkpoint was trained. If a "
+            "buffer grows in training, it needs `persistent=False`, and the module "
+            "`strict_loading = False`.",
         ) from error
     except KeyError as error:
         key = error.args[0]
