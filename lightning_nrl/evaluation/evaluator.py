@@ -462,7 +462,7 @@ def check_needs(
     `by` names the method.
     """
     name = type(task).__name__
-    if "margins" in needs and len(results) and results.margin.isnan().all():
+    if "margins" in needs and len(results) and not results.has_margins:
         raise ConfigurationError(
             f"`task`: {name} has no `margin` that the method could increase.",
             "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",

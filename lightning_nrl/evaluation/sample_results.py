@@ -138,8 +138,22 @@ class SampleResults:
 
     @property
     def margin_unit(self) -> float:
-        """Median margin of the passed samples, the unit for margins; NaN if no sample passed."""
-        return float(self.margin[self.passed].median())
+        """Median finite margin of the passed samples, the unit for margins; NaN without any."""
+        return float(self.margin[self.passed & self.has_margin].median())
+
+    @property
+    def has_margin(self) -> Tensor:
+        """Mask of the samples with a finite margin, `N` bool. Steps push no others."""
+        return self.margin.isfinite()
+
+    @property
+    def has_margins(self) -> bool:
+        """True if the task has margins, as samples with a finite one show."""
+        return bool(self.has_margin.any())
+
+    @property
+    def judged_margin(self) -> Tensor:
+        return judged_margin(self.margin, self.passed, self.loss)
 
     @property
     def finite_weight(self) -> Tensor:
@@ -176,6 +190,15 @@ class SampleResults:
         """Returns the ids of samples with a NaN or infinite loss, for each split that has some."""
         ids = self.ids(~self.loss.isfinite())
         return {split: ids[split] for split in ids if ids[split]}
+
+
+def judged_margin(margin: Tensor, passed: Tensor, loss: Tensor) -> Tensor:
+    """Returns `margin`, `n`, with infinity for passed samples without a finite one.
+
+    It is NaN for failed samples without one, and for samples without a finite loss.
+    """
+    of_others = torch.where(passed, torch.inf, torch.nan).to(margin)
+    return margin.where(margin.isfinite(), of_others).where(loss.isfinite(), torch.nan)
 
 
 def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -98,7 +98,7 @@ class Auto(Method):
         Raises an `EmptyLocalizationError` if only a `LocalSearch` runs and finds no weights.
         """
         searcher = SEARCHERS.parse("Auto.swarm", self.swarm)
-        if not bool(problem.before.margin.isfinite().all()):
+        if not problem.before.has_margins:
             solution = _without_raw_errors(problem, "search", LocalSearch(searcher))
             assert solution is not None
             return replace(solution, choice=WITHOUT_MARGINS)

@@ -133,6 +133,7 @@ class _TrustRegionSteps:
         self.whitening = fit_whitening(problem, max(1, entries // min(MAX_ROWS, len(before))))
         unit = before.margin_unit
         kept = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
+        kept = kept.nan_to_num(0.0)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, kept)
         # Margins that an accepted step must keep: less than the required margins, which a step may
         # miss by rounding.
@@ -219,9 +220,9 @@ class _TrustRegionSteps:
         before = self.problem.before
         margin = _margins(self.after)
         distance = margin.abs() / before.weight.to(margin)
-        targets = nearest(distance, before.targeted, MAX_ROWS // 2)
+        targets = nearest(distance, before.targeted & before.has_margin, MAX_ROWS // 2)
         closest = torch.minimum(self.closest, margin)
-        passed = nearest(closest, before.passed, MAX_ROWS - len(targets))
+        passed = nearest(closest, before.passed & before.has_margin, MAX_ROWS - len(targets))
         return torch.cat([targets, passed]).sort().values
 
     def _try_steps(self, linearized: _LinearizedMargins, start: Tensor) -> tuple[list[_Try], str]:
@@ -264,8 +265,7 @@ class _TrustRegionSteps:
 
 
 def _margins(results: SampleResults) -> Tensor:
-    finite = results.margin.isfinite() & results.loss.isfinite()
-    return torch.where(finite, results.margin, -1e6)
+    return results.judged_margin.nan_to_num(nan=-1e6, posinf=1e6)
 
 
 @dataclass(frozen=True)

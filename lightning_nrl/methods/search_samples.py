@@ -110,7 +110,7 @@ def _distance(before: SampleResults) -> Tensor:
 
     Samples with a large weight count as nearer.
     """
-    if bool(before.margin.isfinite().all()):
+    if before.has_margins:
         return before.margin.abs() / before.weight.to(before.margin)
     weight = before.weight.to(before.loss)
     return torch.where(before.passed, -before.loss * weight, before.loss / weight)

@@ -34,6 +34,7 @@ from lightning_nrl.pipeline.input_checks import (
     check_classes,
     check_losses,
     check_task,
+    warn_of_margins,
 )
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import Role
@@ -102,6 +103,7 @@ def evaluate_baseline(
     check_losses(results)
     check_classes(results, evaluator)
     check_task(settings, results, evaluator.task)
+    warn_of_margins(results)
     before, update = results, None
     if reference is not None:
         with clock.stage("reference"):

@@ -9,12 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import check_saved
 from lightning_nrl.data.adapters import ADAPTER_HINT
 from lightning_nrl.data.batch import Batch, RecordingSource, Source
 from lightning_nrl.errors import (
     ConfigurationError,
+    DataWarning,
     EmptyLocalizationError,
     EvaluationError,
     InseparableBatchError,
@@ -119,6 +121,19 @@ def check_losses(before: SampleResults) -> None:
         )
 
 
+def warn_of_margins(before: SampleResults) -> None:
+    """Warns of samples whose margin is not finite, unless the task has no margins."""
+    n = int((~before.has_margin).sum())
+    if n and before.has_margins:
+        warnings.warn(
+            DataWarning(
+                f"{plural(n, 'known sample')} have no finite margin, as where logits are infinite.",
+                "they count and must not break, but no step pushes them.",
+            ),
+            stacklevel=2,
+        )
+
+
 def check_classes(before: SampleResults, evaluator: Evaluator) -> None:
     """Refuses results that logits rarely give, unless it is proven or said what the logits are.
 
@@ -193,7 +208,6 @@ def run_sanity_check(
         check_task(settings, few, evaluator.task)
         if isinstance(method, Method):
             method.check(model)
-        has_margins = bool(few.margin.isfinite().all())
         try:
             _check_recording(evaluator, sources, settings, few, space)
         except OtherRankError:
@@ -201,11 +215,11 @@ def run_sanity_check(
         except InseparableBatchError:
             # Only methods that need `recording` and tasks without margins need batches whose
             # samples can be separated.
-            if "recording" in settings.needs or not has_margins:
+            if "recording" in settings.needs or not few.has_margins:
                 raise
         except ReplayError:
             # Further training does not need a layer whose output can be replaced.
-            if settings.layer != "auto" or not settings.trains or not has_margins:
+            if settings.layer != "auto" or not settings.trains or not few.has_margins:
                 raise
         except (EmptyLocalizationError, EvaluationError):
             return  # too few samples to judge

@@ -33,7 +33,7 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
     patch = _SortedPatch(problem, proposal.state)
     least_value = _least_value(problem, proposal, loss)
     best, best_size = proposal, patch.size
-    if problem.before.margin.isnan().all():
+    if not problem.before.has_margins:
         # Without margins there is no polish.
         best_size, best = _smallest(patch, proposal, least_value, proposal.cost)
     else:

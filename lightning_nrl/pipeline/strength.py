@@ -46,7 +46,7 @@ class PatchPath:
         self.patch = patch
         self.calibration = calibration
         self.gate = gate or Gate.instance()
-        self.may_polish = may_polish and not problem.before.margin.isnan().all()
+        self.may_polish = may_polish and problem.before.has_margins
         self.counted: dict[float, StrengthPoint] = {}
         self.broken_unpolished: dict[float, int] = {}
 

@@ -222,8 +222,7 @@ class Apricot(Method):
                     proposal = problem.propose("fit", trained.state)
                     proposals.append(proposal)
                     steps.append(proposal.step(time.perf_counter() - began, "continued training"))
-        has_margins = bool(problem.before.margin.isfinite().all())
-        if self.polish and proposals[-1].excess and has_margins:
+        if self.polish and proposals[-1].excess and problem.before.has_margins:
             proposal, step, _ = polished(problem, proposals[-1])
             proposals.append(proposal)
             steps.append(step)

@@ -298,7 +298,7 @@ class WholeModelScorer(Scorer):
         passes = after.passed
         reserve = problem.rounding_reserve
         if reserve is not None:
-            passes = passes & (after.margin >= reserve)
+            passes = passes & ~(after.margin < reserve)
         sums = []
         for rows in (before.targeted, before.passed):
             weight = before.finite_weight[rows]

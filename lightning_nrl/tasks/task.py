@@ -57,7 +57,8 @@ class Task(ABC):
         if reserve is not None:
             margin = self.margin(output, target)
             assert margin is not None
-            passed = passed & (margin >= reserve)
+            # A sample without a margin, NaN, is judged by `passed` alone.
+            passed = passed & ~(margin < reserve)
         return passed, self.loss(output, target) if with_loss else None
 
     def right(self, output: Tensor, target: BatchTarget) -> Tensor:

@@ -139,5 +139,4 @@ def _costs(
     one_pass, head, alone = evaluator.collective.agreed(
         torch.tensor([seen.seconds, head, alone], dtype=torch.float64)
     ).tolist()
-    has_margins = not bool(seen.results.margin.isnan().all())
-    return estimate_costs(one_pass, head, alone, has_margins, epochs)
+    return estimate_costs(one_pass, head, alone, seen.results.has_margins, epochs)

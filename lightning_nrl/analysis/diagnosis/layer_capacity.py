@@ -35,10 +35,15 @@ def layer_capacities(
     `batches` has this rank's part of the samples to use: pairs of a batch and its samples' rows in
     `results`. Returns `()` without a layer or without a target that has a margin.
     """
-    if bool(results.margin[results.targeted].isnan().all()):
+    if not (results.targeted & results.has_margin).any():
         return ()
     layers = layers_of(evaluator.model)
     rows, margin, gradients = _margin_gradients(evaluator, layers, batches, seed)
+    is_used = results.has_margin[rows]
+    rows, margin = rows[is_used], margin[is_used]
+    gradients = {
+        name: gradient[is_used.to(gradient.device)] for name, gradient in gradients.items()
+    }
     is_target = results.targeted[rows]
     if not gradients or not is_target.any():
         return ()

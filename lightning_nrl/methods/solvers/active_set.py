@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults, judged_margin
 from lightning_nrl.methods.budget import (
     ENFORCING_TIME_FRACTION,
     FIRST_ENFORCING_ROUNDS,
@@ -64,7 +64,7 @@ MAX_MULTIPLIER = 1e3  # half precision ends at some 60,000
 class ActiveSet:
     """The last measured margin of each known sample, and the working set near the boundary.
 
-    A margin is NaN if the loss of its sample is not finite. If the weights `state` get a sample
+    A margin is NaN if steps cannot change it (`judged_margin`). If the weights `state` get a sample
     right, steps keep its logits close to its logits under `state`. If `state` breaks a sample,
     steps pull its logits to the original model's. Steps push all targets in `enforced`, `N` bool,
     even if far from right. The caller may change this mask between rounds. If `holds_repairs` is
@@ -87,6 +87,7 @@ class ActiveSet:
         self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
+        self._required = self._required.nan_to_num(0.0)
         reserve = problem.rounding_reserve
         if reserve is not None:
             self._required = self._required.maximum(reserve)
@@ -94,7 +95,7 @@ class ActiveSet:
         hinge = (HINGE_MARGIN_RATIO * before.margin).clamp(least, HINGE_MARGIN * self._unit)
         hinge = torch.where(before.passed, hinge, TARGET_HINGE_MARGIN * self._unit)
         # Steps end at the hinge, which must exceed the required margin.
-        self._hinge = hinge.maximum(HINGE_OVER_REQUIRED * self._required.nan_to_num(0.0))
+        self._hinge = hinge.maximum(HINGE_OVER_REQUIRED * self._required)
         weight = before.weight.float()
         capped = weight.clamp(max=MAX_SAMPLE_WEIGHT)
         self._weight = torch.where(before.passed, 1.0, capped)
@@ -107,7 +108,7 @@ class ActiveSet:
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.margin = _margins(after)
         self.working = self._close()
-        far = (before.passed & ~self.working).nonzero().flatten()
+        far = (before.passed & before.has_margin & ~self.working).nonzero().flatten()
         self.working[self._drawn(far, MAX_REHEARSED)] = True
 
     @property
@@ -123,7 +124,7 @@ class ActiveSet:
 
     @property
     def infeasible(self) -> Tensor:
-        """`N` bool, broken samples without a finite loss.
+        """`N` bool, broken samples without a finite loss or margin.
 
         No step restores them, and their gradients spoil all steps.
         """
@@ -207,7 +208,7 @@ class ActiveSet:
         margin = self.margin
         repaired = (self._right | before.targeted) & ~before.passed & (margin > self._reachable)
         is_near = margin < self._unit * WORKING_SET_MARGIN
-        candidates = (before.passed | repaired) & self.problem.used & is_near
+        candidates = (before.passed | repaired) & self.problem.used & before.has_margin & is_near
         distance = torch.where(before.passed, margin, margin.abs())
         close = self.enforced.clone()
         close[nearest(distance, candidates, MAX_WORKING_SET)] = True
@@ -220,10 +221,10 @@ class ActiveSet:
         with temporary_weights(self.problem.model, state):
             for batch, places in load_rows(self.problem, rows):
                 output = evaluator.output(batch)
-                is_finite = evaluator.task.loss(output, batch.target).isfinite()
-                measured.append(
-                    (places, torch.where(is_finite, self._margin(output, batch), torch.nan))
-                )
+                passed, loss = evaluator.task.passed_and_loss(output, batch.target)
+                assert loss is not None
+                margin = judged_margin(self._margin(output, batch), passed, loss)
+                measured.append((places, margin))
         return measured
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:
@@ -233,9 +234,9 @@ class ActiveSet:
 
 
 def _margins(after: SampleResults) -> Tensor:
-    """Returns the margins: NaN if the loss is not finite, below 0 if the sample fails on a tie."""
-    margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
-    return torch.where(after.loss.isfinite(), margin, torch.nan)
+    """Returns the judged margins, below 0 if the sample fails on a tie."""
+    margin = after.judged_margin
+    return torch.where(after.passed, margin, margin.clamp(max=-SAFETY_MARGIN))
 
 
 class TargetSchedule:

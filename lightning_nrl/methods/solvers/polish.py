@@ -186,7 +186,8 @@ class _Polish:
         visits_of_round = FORWARD_BACKWARD * MIN_STEPS_PER_ROUND * BATCH_SIZE
         self._round_seconds = visits_of_round / len(problem.before) * self._one_pass
         self.after = self._count(state) if after is None else after
-        pushed = problem.before.targeted & enforce & self.after.loss.isfinite()
+        pushed = problem.before.targeted & enforce & ~self.after.judged_margin.isnan()
+        pushed &= problem.before.has_margin
         takes_turns = deadline.is_set or visits is not None
         self.targets = TargetSchedule(problem, pushed, takes_turns=takes_turns)
         self.targets.begin(self._end_of_rounds)
