@@ -127,13 +127,18 @@ class TrainerRepair:
                 first.training.warn()
 
     def run(
-        self, trainer: Trainer, model: LightningModule, epochs: int, work: ResumeStore | None = None
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        epochs: int,
+        work: ResumeStore | None = None,
+        began: float | None = None,
     ) -> Outcome:
         """Searches for a repair of a model that was trained for `epochs` epochs.
 
-        Leaves model and trainer unchanged.
+        Leaves model and trainer unchanged. `max_time` counts from `began`, or else from now.
         """
-        began = time.perf_counter()
+        began = began or time.perf_counter()
         settings = _with_trainer_files(self.settings, trainer)
         work = work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:

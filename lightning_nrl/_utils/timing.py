@@ -83,7 +83,7 @@ class StageTimer:
     """Times the stages of a repair, and passes progress on to an observer.
 
     `max_time` is the time limit in seconds from `began`, a moment of the clock `now`; None: from
-    now.
+    now. The time since `began` is the stage `load`.
     """
 
     def __init__(
@@ -97,7 +97,10 @@ class StageTimer:
         self.seconds: dict[str, float] = {}
         self._clock = now
         self._ahead = 0.0
-        self._began = self.now() if began is None else began
+        self._began = self.now()
+        if began is not None:
+            self.seconds["load"] = self._began - began
+            self._began = began
         self._max_time = math.inf if max_time is None else max_time
 
     def now(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -369,13 +370,14 @@ class RegressionFreeRepair(RepairCallback):
 
         `start_from` is as in `DataOptions`. `name` is used in files and logs.
         """
+        began = time.perf_counter()
         self._name = name
         self._report = self._parameters = None
         with (
             self.handle_signals(trainer),
             starting_weights(start_from, trainer, pl_module) as start,
         ):
-            outcome = self.attempt(trainer, pl_module)
+            outcome = self.attempt(trainer, pl_module, began=began)
             if self._validated_at == trainer.global_step and not start.path:
                 self._check_logged_accuracy(trainer, outcome.report)
             logged = self.save_outcome(trainer, pl_module, outcome, start)
@@ -395,15 +397,21 @@ class RegressionFreeRepair(RepairCallback):
             self._parameters = None
 
     def attempt(
-        self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        epochs: int | None = None,
+        *,
+        began: float | None = None,
     ) -> Outcome:
         """Searches for a repair without changing the model.
 
-        `epochs` (None: as in the fit) limits further training.
+        `epochs` (None: as in the fit) limits further training. `max_time` counts from `began`, a
+        moment of `time.perf_counter`, or else from now.
         """
         save_every = self.settings.search.save_every
         self._work = folders.resume_store(self._folder, trainer, save_every, self._name)
-        return self.repair.run(trainer, pl_module, epochs or epochs_of(trainer), self._work)
+        return self.repair.run(trainer, pl_module, epochs or epochs_of(trainer), self._work, began)
 
     def save_outcome(
         self,

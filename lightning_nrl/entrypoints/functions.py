@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,6 +244,7 @@ def repair(
         target = Target.label(3)
         report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=target)
     """
+    began = time.perf_counter()
     if callback is None:
         callback = callback_with("repair", **arguments)
     elif arguments:
@@ -255,7 +258,8 @@ def repair(
         check_used("repair", {"data": callback.data})
     check_model(model, "repair_module")
     check_packages(trainer, model=model, datamodule=datamodule)
-    with without_training(trainer, callback, callback.attempt, weights_only):
+    attempt = partial(callback.attempt, began=began)
+    with without_training(trainer, callback, attempt, weights_only):
         trainer.fit(
             model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path
         )

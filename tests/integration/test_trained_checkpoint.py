@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -107,6 +108,19 @@ class SelfContained(Classifier):
 
     def val_dataloader(self) -> Any:
         return Digits().repair_dataloader()
+
+
+class SlowToLoad(Classifier):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        time.sleep(1)
+
+
+def test_the_time_to_load_counts_too(tmp_path: Path, trained_path: Path) -> None:
+    arguments = {"datamodule": Digits(), "ckpt_path": trained_path, "max_time": 1}
+    report = repaired(tmp_path, SlowToLoad(), **arguments)
+    assert report.status == "not repaired"
+    assert report.reason.startswith("no time was left for a search after 1.")
+    assert next(iter(report.seconds.items())) > ("load", 1.0)
 
 
 class OtherGroups(Classifier):
