@@ -28,6 +28,7 @@ from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.polish import polish, polished
+from lightning_nrl.records.repair_record import WeightChange
 from lightning_nrl.records.stats import net_repairs_in_standard_errors
 from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
@@ -113,6 +114,7 @@ class Auto(Method):
             tuple(step for solution in solutions for step in solution.steps),
             localization=search.localization,
             result=search.result,
+            n_failed=search.n_failed,
             n_passed=search.n_passed,
             held_out=climb.held_out,
             rungs=tuple(result.record(problem) for result in climb.results),
@@ -180,14 +182,10 @@ class RungResult:
 
 
 def _n_changed(problem: Problem, proposal: Proposal) -> int:
-    """Counts the parameters, without buffers, that a proposal changes."""
-    parameters = dict(problem.model.named_parameters())
-    n_changed = 0
-    for name, value in changed(problem.model, proposal.state).items():
-        if name in parameters:
-            old = parameters[name].detach()
-            n_changed += int((old != value.to(old.device)).sum())
-    return n_changed
+    """Counts the weights that a proposal changes, as `WeightChange` does for the repair."""
+    old = current_state(problem.model)
+    new = changed(problem.model, proposal.state)
+    return WeightChange.between({name: old[name] for name in new}, new).changed
 
 
 class _Climb:

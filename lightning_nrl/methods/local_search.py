@@ -54,6 +54,7 @@ class LocalSearchResult:
     localization: Localization  # the weights that were searched
     search: SearchResult  # the best values found, and the log of the search
     state: State | None  # whole tensors with the best values; None if the original values are best
+    n_failed: int  # number of targets that the search scored
     n_passed: int  # number of passed samples that the search scored
     notes: tuple[str, ...]  # how the recording is stored, and how many samples are used
 
@@ -76,6 +77,7 @@ class LocalSearchResult:
             steps,
             localization=self.localization,
             result=self.search,
+            n_failed=self.n_failed,
             n_passed=self.n_passed,
         )
 
@@ -253,5 +255,5 @@ def _localize_and_search(
     values = problem.collective.agreed(result.values)
     state = None if torch.equal(values, space.flat()[where]) else space.changed(where, values)
     return LocalSearchResult(
-        localization, result, state, n_passed, (recording.storage, choice.note)
+        localization, result, state, int(failed.sum()), n_passed, (recording.storage, choice.note)
     )

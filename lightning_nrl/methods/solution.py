@@ -72,6 +72,7 @@ class Solution:
             `price` too.
         localization: the weights that a search could change; None if there was no search.
         result: the log of the search.
+        n_failed: number of targets that the search scored; None means all.
         n_passed: number of passed samples that the search scored; None means all in
             `Problem.passed`.
         held_out: flip counts of known samples that the method could not use; None if they were not
@@ -93,6 +94,7 @@ class Solution:
     tried: Sequence[TargetCounts] = ()
     localization: Localization | None = None
     result: SearchResult | None = None
+    n_failed: int | None = None
     n_passed: int | None = None
     held_out: TargetCounts | None = None
     n_choices: int = 1

@@ -173,16 +173,18 @@ class ReportBuilder:
         )
 
     def _search(self) -> SearchReport | None:
-        result = self.solution.result
+        result, n_failed = self.solution.result, self.solution.n_failed
         if result is None:
             return None
+        if n_failed is None:
+            n_failed = int(self.baseline.known.targeted.sum())
         return SearchReport(
             iterations=result.iterations,
             stopped=result.stopped,
             fitness=float(result.fitness),
             original_fitness=float(result.original_fitness),
             history={name: curve.tolist() for name, curve in fields_of(result.history).items()},
-            n_failed=int(self.baseline.known.targeted.sum()),
+            n_failed=n_failed,
             n_passed=self.solution.n_passed,
         )
 

@@ -153,12 +153,13 @@ class WeightChange:
             total=len(change),
             l2=float(change.norm()),
             relative=float(change.norm() / before.norm()),
-            largest=float(change.abs().max()),
+            largest=float(change.abs().max()) if len(change) else 0.0,
         )
 
 
 def _flattened(state: State, names: Iterable[str]) -> Tensor:
-    return torch.cat([state[name].detach().flatten().cpu().double() for name in names])
+    parts = [state[name].detach().flatten().cpu().double() for name in names]
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from toy_problems import FakeTraining, normed, retrained
 from toy_repairs import known, trained
 
-from lightning_nrl import Settings, repair_module
+from lightning_nrl import ParticleSwarm, Settings, repair_module
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
 from lightning_nrl.gate import Gate
-from lightning_nrl.methods import Method, Problem, Solution
+from lightning_nrl.methods import Auto, Method, Problem, Solution
 from lightning_nrl.records import WeightChange, pool
 from lightning_nrl.records.split_reports import split_report
 from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
@@ -91,6 +92,21 @@ def test_change_between_two_layers() -> None:
     assert WeightChange.between(old, new) == WeightChange(
         changed=3, total=5, l2=3.0, relative=0.6, largest=2.0
     )
+
+
+def test_a_rung_and_the_repair_count_the_same_weights_and_a_search_its_own_failures() -> None:
+    model = trained(normed)
+    settings = Settings(method=Auto(ParticleSwarm(particles=12, iterations=12)))
+    training = FakeTraining(retrained(model))
+    report = repair_module(model, known(), settings, training=training).report
+    (kept,) = (rung for rung in report.rungs if rung.kept)
+    assert report.change is not None
+    assert report.search is not None
+    # Statistics of the batch norm are among them.
+    assert kept.weights_changed == report.change.changed > 123
+    targets, held_out = report.known_counts.targeted, report.rungs[0].held_out
+    assert held_out is not None
+    assert report.search.n_failed == targets - held_out.targeted < targets
 
 
 def test_batches_counted_by_a_batch_norm_are_no_changed_weights() -> None:
