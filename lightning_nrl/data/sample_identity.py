@@ -91,7 +91,11 @@ def _data_key(dataset: AnyDataset) -> int:
     with suppress(Exception):  # not in the memory of the CPU, or of no common kind
         n = len(dataset)  # type: ignore[arg-type]
         rows = torch.linspace(0, n - 1, MAX_SAMPLES_HASHED).long().tolist()
+        attributes: list[object] = []
         for value in vars(dataset).values():
+            # The tensors of a `TensorDataset` are in a tuple.
+            attributes += value if isinstance(value, tuple) else [value]
+        for value in attributes:
             if isinstance(value, (str, Path, int, float)) and not isinstance(value, bool):
                 # Such as the folder of the samples, or where a window starts.
                 digest.update(str(value).encode())

@@ -45,7 +45,9 @@ class Noisy(Dataset):
 
 
 def places(dataset: Dataset[Any], n: int) -> list[tuple[str, int]]:
-    names = {id(FIRST): "first", id(SECOND): "second"}
+    start = torch.zeros(1, dtype=torch.int64)
+    known = {"first": FIRST, "second": SECOND}
+    names = {int(base_samples(data, start)[0, 0]): name for name, data in known.items()}
     return [(names[key], at) for key, at in base_samples(dataset, torch.arange(n)).tolist()]
 
 
@@ -169,6 +171,13 @@ def test_two_objects_over_the_same_data_are_one_data_set(x: Any) -> None:
     assert not torch.equal(base_samples(Images(x, Y + 1), index), known)
     as_read = base_samples(Images(x, Y), index, as_read=True)
     assert not torch.equal(as_read, known)
+
+
+def test_a_tensor_data_set_that_is_made_again_is_the_same() -> None:
+    index = torch.arange(10)
+    known = base_samples(TensorDataset(X, Y), index)
+    assert torch.equal(base_samples(TensorDataset(X.clone(), Y.clone()), index), known)
+    assert not torch.equal(base_samples(TensorDataset(X, Y + 1), index), known)
 
 
 def test_equal_labels_alone_are_not_the_same_data() -> None:
