@@ -127,8 +127,8 @@ def warn_of_margins(before: SampleResults) -> None:
     if n and before.has_margins:
         warnings.warn(
             DataWarning(
-                f"{plural(n, 'known sample')} have no finite margin, as where logits are infinite.",
-                "they count and must not break, but no step pushes them.",
+                f"no finite margin for {plural(n, 'known sample')}, as where logits are infinite.",
+                "all samples are counted and must not break, but no step pushes these.",
             ),
             stacklevel=2,
         )
