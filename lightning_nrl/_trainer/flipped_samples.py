@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_nrl._trainer.lightning.packages import rank_zero_warn
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.random_transforms import innermost_datasets
+from lightning_nrl._utils.formatting import writable
 from lightning_nrl.data.batch import tensors_in
 from lightning_nrl.errors import DataWarning, first_line
 from lightning_nrl.records.splits import FlippedSample
@@ -254,5 +255,5 @@ def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
             names = getattr(dataset, "classes", None)
             is_list = isinstance(names, (list, tuple))
             if is_list and names and all(isinstance(name, str) for name in names):
-                return tuple(names)
+                return tuple(map(writable, names))
     return ()

@@ -97,3 +97,8 @@ def sentence(text: str) -> str:
     if not text.endswith((".", "!", "?")):
         text += "."
     return text[:1].upper() + text[1:]
+
+
+def writable(text: str) -> str:
+    """Escapes what no file can hold: parts that are no UTF-8, as in names of files."""
+    return text.encode(errors="backslashreplace").decode()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.formatting import writable
 from lightning_nrl.data.batch import Batch, RecordingSource, Source
 from lightning_nrl.data.columns import Column, column_values
 from lightning_nrl.data.targets import Target
@@ -84,7 +85,7 @@ class SliceRecorder(RecordingSource):
                 f"batch of {len(batch)} samples.",
                 "return one name, whole number or bool for each sample.",
             )
-        return [_writable(value) for value in values]
+        return [writable(value) if isinstance(value, str) else value for value in values]
 
     def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """Returns the slice names of all ranks, and each sample's index in these (-1: no slice)."""
@@ -150,13 +151,6 @@ def check_distinct(names: Sequence[str]) -> None:
                 f"`slices` has the names {known!r} and {name!r}.",
                 "give each slice one name; they differ only in case or spaces.",
             )
-
-
-def _writable(value: object) -> object:
-    """Escapes parts of a text that are no UTF-8, which no file can hold, as in names of files."""
-    if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()
-    return value
 
 
 def _slice_name(value: object, name_of_true: str) -> str:

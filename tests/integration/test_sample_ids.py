@@ -105,7 +105,9 @@ def test_a_report_has_the_users_ids_of_flipped_samples(tmp_path: Path, kind: Any
 
 
 class FromDisk(Table):
-    """Names samples by files with names that are no UTF-8."""
+    """Names samples by files and classes by folders with names that are no UTF-8."""
+
+    classes = tuple(os.fsdecode(f"{i}\xff".encode("latin1")) for i in range(10))
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {**super().__getitem__(i), "key": os.fsdecode(f"{i}\xff".encode("latin1"))}
@@ -115,6 +117,7 @@ def test_ids_need_not_be_utf_8(tmp_path: Path) -> None:
     report = repaired(tmp_path, FromDisk)
     assert {"json", "patch"} <= report.files.keys()
     saved = RepairReport.from_json((tmp_path / "report.json").read_text())
+    assert saved.class_names[7] == r"7\udcff"
     assert all(sample.name == rf"{sample.id}\udcff" for sample in saved.splits[1].flipped)
 
 
