@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ LOGGED_ACCURACY_TOLERANCE = 0.02
 OTHER_ACCURACY = 0.1
 
 
-class Comparison(NamedTuple):
+class ScoreUse(NamedTuple):
     """Scores that a step uses, and what it compares them with, if anything."""
 
     scores: Tensor
@@ -91,7 +92,7 @@ class _FunctionRecorder(TorchFunctionMode):
     def __init__(self, n_scores: int) -> None:
         super().__init__()
         self.n_scores = n_scores
-        self.comparisons: list[Comparison] = []
+        self.uses: list[ScoreUse] = []
 
     def __torch_function__(
         self,
@@ -106,14 +107,14 @@ class _FunctionRecorder(TorchFunctionMode):
         if isinstance(scores, Tensor):
             if name in LOSSES:
                 target = args[1] if len(args) > 1 else arguments["target"]
-                self.comparisons.append(Comparison(scores.detach(), target.detach(), name))
+                self.uses.append(ScoreUse(scores.detach(), target.detach(), name))
             elif name in DECISIONS and scores.numel() == self.n_scores:  # no attention weights
-                self.comparisons.append(Comparison(scores.detach(), None, name))
+                self.uses.append(ScoreUse(scores.detach(), None, name))
         return func(*args, **arguments)
 
 
 @contextmanager
-def recorded_comparisons(model: nn.Module, n_scores: int) -> Iterator[list[Comparison]]:
+def recorded_uses(model: nn.Module, n_scores: int) -> Iterator[list[ScoreUse]]:
     """Records what the losses, metrics and decisions in a block take.
 
     Decisions on other than `n_scores` numbers are left out.
@@ -126,7 +127,7 @@ def recorded_comparisons(model: nn.Module, n_scores: int) -> Iterator[list[Compa
             preds, target = named.get("preds"), named.get("target")
             if isinstance(preds, Tensor) and isinstance(target, Tensor):
                 name = type(metric).__name__
-                recorder.comparisons.append(Comparison(preds.detach(), target.detach(), name))
+                recorder.uses.append(ScoreUse(preds.detach(), target.detach(), name))
             own(*args, **kwargs)
 
         for module in model.modules():
@@ -134,10 +135,11 @@ def recorded_comparisons(model: nn.Module, n_scores: int) -> Iterator[list[Compa
                 own = module.update
                 vars(module)["update"] = partial(update, module, own)
                 stack.callback(vars(module).update, update=own)
-        yield recorder.comparisons
+        yield recorder.uses
 
 
-class Evidence(NamedTuple):
+@dataclass(frozen=True)
+class Evidence:
     """What a step shows about our logits.
 
     Attributes:
@@ -158,13 +160,13 @@ class Evidence(NamedTuple):
 
 def weigh(
     step: str,
-    comparisons: Iterable[Comparison],
+    uses: Iterable[ScoreUse],
     logits_in_step: Sequence[Tensor],
     prediction: Prediction,
     task: Task,
     adapter: Adapter,
 ) -> Evidence:
-    """Weighs the comparisons in a step, in which the model returned `logits_in_step`.
+    """Weighs the uses in a step, in which the model returned `logits_in_step`.
 
     Raises a `ConfigurationError` if a loss compares our logits with another part of the batch.
     Labels of the user's own adapter stay.
@@ -174,23 +176,23 @@ def weigh(
     are_probabilities = None
     contradiction = None
     other_targets = []
-    for comparison in comparisons:
-        target = comparison.target
+    for use in uses:
+        target = use.target
         is_labelled = target is not None and any(_is_same(target, label) for label in labels)
         ours = prediction.logits
-        matches_batch = ours is not None and agrees(comparison, ours, task)
-        matching = [logits for logits in logits_in_step if agrees(comparison, logits, task)]
+        matches_batch = ours is not None and agrees(use, ours, task)
+        matching = [logits for logits in logits_in_step if agrees(use, logits, task)]
         if matches_batch or matching:
             is_used = True
             is_proven = is_proven or is_labelled
             is_of_batch = is_of_batch or matches_batch
             for logits in (ours, *matching):
                 if are_probabilities is None and logits is not None:
-                    are_probabilities = _takes_probabilities(comparison, logits, task)
+                    are_probabilities = _takes_probabilities(use, logits, task)
             if target is not None and not is_labelled:
                 other_targets.append(_path_of(target, prediction.raw))
-        elif is_labelled and contradiction is None and _may_contradict(comparison, ours, task):
-            contradiction = _contradiction(step, comparison, prediction, task)
+        elif is_labelled and contradiction is None and _may_contradict(use, ours, task):
+            contradiction = _contradiction(step, use, prediction, task)
     if is_default(adapter) and not is_proven:
         for path in filter(None, other_targets):
             raise ConfigurationError(
@@ -303,40 +305,40 @@ def _question(prediction: Prediction, task: Task, share: str) -> ConfigurationEr
     )
 
 
-def _may_contradict(comparison: Comparison, logits: Tensor | None, task: Task) -> bool:
+def _may_contradict(use: ScoreUse, logits: Tensor | None, task: Task) -> bool:
     if logits is not None:
         try:
             task.prediction(logits)
         except ConfigurationError:
             return False  # the evaluation reports the wrong shape
     # Metrics may take scores of one class; only classes are sure to be the prediction.
-    return comparison.function in LOSSES or not comparison.scores.is_floating_point()
+    return use.function in LOSSES or not use.scores.is_floating_point()
 
 
 def _contradiction(
-    step: str, comparison: Comparison, prediction: Prediction, task: Task
+    step: str, use: ScoreUse, prediction: Prediction, task: Task
 ) -> ConfigurationError:
-    scores, logits = comparison.scores, prediction.logits
+    scores, logits = use.scores, prediction.logits
     shape = list(scores.shape)
     labels = [_path_of(label, prediction.raw) for label in tensors_in(prediction.target)]
     chosen = "no output" if logits is None else f"an output {list(logits.shape)}"
     problem = f"with `{', '.join(labels)}`, and the repair would take {chosen} for the logits."
     for name, x in outputs_in(prediction.output).items():
-        if agrees(comparison, x, task):
+        if agrees(use, x, task):
             return ConfigurationError(
                 f"`output`: your loss (in `{step}`) compares output {name!r}, {shape}, {problem}",
                 f"write `output={name!r}` (`data=DataOptions(output={name!r})` in a repair), "
                 "or name the output that is the prediction.",
             )
     hint = ADAPTER_HINT
-    what = f"your `{comparison.function}` (in `{step}`) compares {shape}, which"
-    if logits is not None and agrees(comparison, -logits, task):
-        what += " ranks the classes the other way round than the output does,"
+    subject = f"your `{use.function}` (in `{step}`) compares {shape}, which"
+    if logits is not None and agrees(use, -logits, task):
+        subject += " ranks the classes the other way round than the output does,"
         hint = hint.replace("module.net(x)", "-module(x)")
     else:
-        what += " is no output,"
+        subject += " is no output,"
     return ConfigurationError(
-        f"`model`: {what} {problem}",
+        f"`model`: {subject} {problem}",
         f"{hint}\nIf the largest output is the prediction all the same, write `output='logits'`.",
     )
 
@@ -348,14 +350,14 @@ def _path_of(target: Tensor, raw: RawBatch) -> str:
     return ""
 
 
-def agrees(comparison: Comparison, logits: Tensor, task: Task) -> bool:
+def agrees(use: ScoreUse, logits: Tensor, task: Task) -> bool:
     """True if scores rank the classes of each sample as the logits do.
 
     The logits may be probabilities. Scores of tasks without classes must be equal to the logits.
     """
     if isinstance(task, NamedHead):
-        return agrees(comparison, logits, task.head_task)
-    scores = comparison.scores
+        return agrees(use, logits, task.head_task)
+    scores = use.scores
     if not scores.numel() or not logits.numel():
         return False
     try:
@@ -370,7 +372,7 @@ def agrees(comparison: Comparison, logits: Tensor, task: Task) -> bool:
             if decided.numel() == scores.numel() and bool((decided == scores.flatten()).all()):
                 return True
             continue
-        for form in _forms(comparison, ranking):
+        for form in _forms(use, ranking):
             if form.shape == ranking.shape and _same_order(form, ranking):
                 return True
     return False
@@ -412,11 +414,11 @@ def _threshold_rows(scores: Tensor, function: str = "") -> Iterator[Tensor]:
         yield _threshold_row(scores.float().logit())
 
 
-def _forms(comparison: Comparison, ranking: Tensor) -> Iterator[Tensor]:
-    scores = comparison.scores
+def _forms(use: ScoreUse, ranking: Tensor) -> Iterator[Tensor]:
+    scores = use.scores
     has_classes = ranking.ndim == 2
     if not has_classes and scores.numel() == len(ranking) - 1:
-        yield from _threshold_rows(scores, comparison.function)
+        yield from _threshold_rows(scores, use.function)
         return
     n_classes = ranking.shape[1] if has_classes else 2
     for dim in (1, -1):
@@ -445,14 +447,14 @@ def _is_sorted(rows: Tensor) -> bool:
     return bool((drop.amax(-1) <= tolerance).all())
 
 
-def _takes_probabilities(comparison: Comparison, logits: Tensor, task: Task) -> bool | None:
+def _takes_probabilities(use: ScoreUse, logits: Tensor, task: Task) -> bool | None:
     """True or False if scores show that the output has probabilities or logits of labels."""
-    scores = comparison.scores
+    scores = use.scores
     if not has_labels(logits, task) or scores.numel() != logits.numel():
         return None
-    if comparison.function in TAKE_LOGITS:
+    if use.function in TAKE_LOGITS:
         return _is_equal(scores.sigmoid(), logits)
-    if comparison.function == "binary_cross_entropy":
+    if use.function == "binary_cross_entropy":
         return _is_equal(scores, logits)
     return None
 

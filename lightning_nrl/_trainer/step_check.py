@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -19,11 +19,11 @@ from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, 
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.proof import (
-    Comparison,
     Evidence,
     Prediction,
+    ScoreUse,
     decide,
-    recorded_comparisons,
+    recorded_uses,
     show_probabilities,
     weigh,
 )
@@ -110,13 +110,13 @@ def _own_steps(
 def _weigh(
     step: Step, result: _StepRun, prediction: Prediction, task: Task, adapter: Adapter
 ) -> Evidence:
-    evidence = weigh(step.__name__, result.comparisons, result.logits, prediction, task, adapter)
+    evidence = weigh(step.__name__, result.uses, result.logits, prediction, task, adapter)
     with suppress(Exception):  # the evaluation reports an error
         assert prediction.logits is not None
         right = task.right(prediction.logits, prediction.target)
         accuracy = round(float(right.float().mean()), 4)
         if 0 < accuracy < 1 and accuracy in result.accuracies:
-            return evidence._replace(is_used=True)
+            return replace(evidence, is_used=True)
     return evidence
 
 
@@ -125,7 +125,7 @@ class _StepRun(NamedTuple):
 
     calls: Calls
     loss: float
-    comparisons: list[Comparison]
+    uses: list[ScoreUse]
     logits: list[Tensor]  # of the calls that predict as the model does
     accuracies: set[float]
 
@@ -231,7 +231,7 @@ class _Steps:
         ):
             seed_all(seed)
             try:
-                with recorded_comparisons(self.model, n_scores) as comparisons:
+                with recorded_uses(self.model, n_scores) as uses:
                     loss = step(*(raw, 0, 0)[:n_parameters])
             except Exception:
                 return None
@@ -240,7 +240,7 @@ class _Steps:
         value = math.nan
         if isinstance(loss, Tensor) and loss.numel() == 1:
             value = float(loss)
-        return _StepRun(calls, value, comparisons, logits, accuracies)
+        return _StepRun(calls, value, uses, logits, accuracies)
 
     @contextmanager
     def _recording(self) -> Iterator[Calls]:

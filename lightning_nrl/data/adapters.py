@@ -67,7 +67,7 @@ class Graphs(Protocol):
 
 
 @runtime_checkable
-class Table(Protocol):
+class TensorTable(Protocol):
     """Batch of table rows with their targets, as a `TensorFrame` of torch_frame."""
 
     feat_dict: Mapping[Any, Any]
@@ -87,7 +87,7 @@ def fields_of(value: object) -> Fields | None:
         return dict(value._asdict())
     if isinstance(value, Graphs):
         return {key: value[key] for key in value.keys()}  # noqa: SIM118, not a mapping
-    if isinstance(value, Table):
+    if isinstance(value, TensorTable):
         return {name: getattr(value, name) for name in ("feat_dict", "col_names_dict", "y")}
     return None
 

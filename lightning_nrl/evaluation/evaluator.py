@@ -78,7 +78,8 @@ class Evaluator:
         argument: `model` or `reference`, the name of the model in errors.
         spare_batch: makes a batch to run, without counting it, while only other ranks have data
             left: ranks must run a sharded model equally often. None if the model is whole.
-        is_proven: True if the model's own losses or metrics compare its logits with the labels.
+        is_proven: True if the model's own losses or metrics compare its logits with the labels;
+            None if the model has no steps that could show it.
     """
 
     model: nn.Module
@@ -88,7 +89,7 @@ class Evaluator:
     called: Sequence[str] | None = None
     argument: str = "model"
     spare_batch: Callable[[], Batch] | None = None
-    is_proven: bool = False
+    is_proven: bool | None = None
 
     def __post_init__(self) -> None:
         check_kind(
