@@ -9,9 +9,11 @@ import copy
 import hashlib
 import operator
 import secrets
+from collections import deque
 from collections.abc import Sequence, Sized
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -197,6 +199,14 @@ def _rounded_keys(source: RecordingSource, dtype: torch.dtype, ranks: Collective
 def raw_recorder(source: Source) -> RecordingSource:
     """Wraps a source so that iterating it records the `raw_keys` of its samples."""
     return RecordingSource(source, raw_keys, torch.zeros(0, 2, dtype=torch.int64))
+
+
+def read_keys(sources: Sequence[Source], ranks: Collective) -> list[str]:
+    """Reads sources, without keeping a batch, for the `gathered_keys` of their samples."""
+    recorders = list(map(raw_recorder, sources))
+    failed = "the data could not be read on another rank."
+    ranks.all_or_none(lambda: deque(chain(*recorders), 0), failed)
+    return gathered_keys(recorders, ranks)
 
 
 def gathered_keys(recorders: Sequence[RecordingSource], ranks: Collective) -> list[str]:

@@ -158,6 +158,11 @@ class Confusion(Target):
             )
 
     def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
+        if prediction is None and label is not None:
+            raise TargetError(
+                f"`target`: '{self}' asks what a model predicts, which is not known here.",
+                f"choose the class: `label {self.true}`.",
+            )
         is_predicted = _required(self, prediction) == self.predicted
         return self.covers(batch, label, prediction) & is_predicted.cpu()
 

@@ -6,10 +6,8 @@ import csv
 import hashlib
 import io
 import re
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl.data.batch import Source
-from lightning_nrl.data.sample_identity import gathered_keys, raw_recorder
+from lightning_nrl.data.sample_identity import read_keys
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator, SampleResults
 
@@ -207,11 +205,7 @@ class Predictions:
         """Returns `results` for `like`. Reads the sources if the predictions have keys."""
         if not self.keys:
             return self.results(like)
-        recorders = list(map(raw_recorder, sources))
-        ranks = evaluator.collective
-        failed = "the predicted data could not be read on another rank."
-        ranks.all_or_none(lambda: deque(chain(*recorders), 0), failed)  # keeps no batch
-        return self.results(like, gathered_keys(recorders, ranks))
+        return self.results(like, read_keys(sources, evaluator.collective))
 
     def results(self, like: SampleResults, keys: Sequence[str] = ()) -> SampleResults:
         """Converts the predictions for the samples of `like` to results.
@@ -305,15 +299,22 @@ class Predictions:
         )
 
 
-def refuse_samples(samples: SampleResults, mask: Tensor, problem: str) -> None:
+SAME_DATA = (
+    "predict the same data with both models, in the same order; if only the preprocessing has "
+    "changed, delete the column `key`."
+)
+
+
+def refuse_samples(
+    samples: SampleResults, mask: Tensor, problem: str, hint: str = SAME_DATA
+) -> None:
     """Raises a `ConfigurationError` if `mask`, `N` bool, marks a sample."""
     for split, ids in samples.ids(mask).items():
         if ids:
             raise ConfigurationError(
                 f"`reference`: {len(ids):,} samples of `{split}` {problem} "
                 f"({', '.join(map(str, ids[:5]))}).",
-                "predict the same data with both models, in the same order; if only the "
-                "preprocessing has changed, delete the column `key`.",
+                hint,
             )
 
 
