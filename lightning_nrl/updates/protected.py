@@ -95,7 +95,11 @@ class ProtectedIntact(Rule):
         by_split: dict[str, Verdict] = {}
         for split in ids_in(pair, protected):
             by_split[split] = "NOT satisfied" if split in ids else "satisfied"
-        return RuleResult(str(self), not ids, f"{reason}.", ids, by_split=by_split)
+        missing = (
+            "" if counts.passed or needed.any() else "a protected sample that was right before"
+        )
+        passed = not ids and not missing
+        return RuleResult(str(self), passed, f"{reason}.", ids, missing, by_split)
 
     @property
     def _argument(self) -> str:

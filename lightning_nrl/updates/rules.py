@@ -29,7 +29,7 @@ class RuleResult:
         rule: the rule as text.
         passed: True if the new model satisfies the rule.
         reason: sentences with the counts.
-        ids: by split, data-set positions of the broken samples that violate the rule.
+        ids: by split, data-set positions of the samples that violate the rule.
         missing: if the rule fails only for lack of samples, what more would satisfy it; else empty.
         by_split: verdict on each split that the rule judged; empty if it judged all together.
     """
@@ -63,6 +63,8 @@ class RuleResult:
 
 class Rule(ABC):
     """Base class of release rules. Your own is a frozen dataclass with `check` and `__str__`."""
+
+    is_statistical: bool = False  # True if the rule infers from samples, so each counts once
 
     @abstractmethod
     def check(self, pair: ModelPair) -> RuleResult:
@@ -109,7 +111,7 @@ class SplitRule(Rule):
     splits: tuple[str, ...]
     whole_splits: bool = True  # True if the rule counts flips in each whole split
     each_slice: bool = False  # True if the rule counts flips in each slice
-    is_statistical: bool = False  # True if the rule infers from samples, so each counts once
+    needs_right: bool = True  # True if the rule says nothing where no sample was right before
 
     @property
     @abstractmethod
@@ -144,21 +146,28 @@ class SplitRule(Rule):
         """
         return ""
 
+    def objections(self, pair: ModelPair) -> Tensor:
+        """Marks the samples, `N` bool, that the rule names in a part that violates it."""
+        return pair.flips.broken
+
     @abstractmethod
     def sentences(self, parts: Sequence[Part]) -> list[str]:
         """Returns sentences about the parts, without full stops. `RuleResult.reason` joins them."""
 
     def check(self, pair: ModelPair) -> RuleResult:
         parts: list[Part] = []
+        missing = []
         unchecked = torch.zeros(len(pair.after), dtype=torch.bool)
         by_split: dict[str, Verdict] = {}
         for split in check_splits(str(self), self.splits, pair.splits):
             parts += self._parts(pair, split)
             unchecked |= pair.rows(split)
             by_split[split] = "satisfied"
+            if self.needs_right and not pair.flips.counts(pair.rows(split)).passed:
+                missing.append(f"{split}: a sample that was right before")
+                by_split[split] = "undecided"
         checked = unchecked.clone()
         violating = torch.zeros_like(unchecked)
-        missing = []
         for part in parts:
             unchecked &= ~part.rows
             if self.is_worse(part.counts, len(parts)):
@@ -178,7 +187,7 @@ class SplitRule(Rule):
             sentences.append(f"{n_unchecked:,} samples are in no slice and were not checked")
         needs = "; ".join(missing) if "NOT satisfied" not in by_split.values() else ""
         reason = f"{'. '.join(sentences)}."
-        ids = ids_in(pair, violating & pair.flips.broken)
+        ids = ids_in(pair, violating & self.objections(pair))
         return RuleResult(str(self), not missing, reason, ids, needs, by_split)
 
     def _parts(self, pair: ModelPair, split: str) -> list[Part]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from lightning_nrl._utils.formatting import percent
 from lightning_nrl.errors import check_choice
 from lightning_nrl.evaluation.sample_results import FlipCounts
@@ -21,6 +23,7 @@ from lightning_nrl.records.stats import (
     percent_up,
     show_confidence,
 )
+from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.rules import Part, SplitRule, accuracies, exact_percent
 
 LISTED_SLICES = 5
@@ -36,6 +39,7 @@ class IsBetter(SplitRule):
     splits: tuple[str, ...] = ()
     text = "better"
     is_statistical = True
+    needs_right = False
 
     def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
         return evidence_of(counts.repaired, counts.broken) != "better"
@@ -187,6 +191,7 @@ class MinAccuracy(_RateRule):
 
     name = "floor"
     outcome = "wrong"
+    needs_right = False
 
     @property
     def highest(self) -> float:
@@ -194,6 +199,9 @@ class MinAccuracy(_RateRule):
 
     def bad(self, counts: FlipCounts) -> int:
         return counts.broken + counts.failing
+
+    def objections(self, pair: ModelPair) -> Tensor:
+        return ~pair.after.right
 
     def describe(self, bound: Bound) -> str:
         text = (
