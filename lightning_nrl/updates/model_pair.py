@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from lightning_nrl.evaluation.slices import (
 )
 from lightning_nrl.updates.old_model import Reference
 from lightning_nrl.updates.predictions import Predictions, refuse_samples
+
+# Of 100 independent samples or more, 1 to 20 % of the gaps are so small, and more of near copies.
+COPY_GAP, COPY_SHARE, FEWEST_COPIES = 0.01, 0.3, 100
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,24 @@ class ModelPair:
         mask[self.after.of(split)] = True
         return mask
 
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        """Caveat for copies of samples that `distinct` cannot find."""
+        if self.keys and all(self.keys) and self.after.margin.isfinite().any():
+            return ()
+        kind = "near copies" if self.keys and all(self.keys) else "repeated samples"
+        return (f"Nothing shows if the data have {kind}; each of them would count.",)
+
     @cached_property
     def distinct(self) -> Tensor:
-        """`N` bool, True for one sample of each key in a split: a broken one, if one broke."""
+        """`N` bool, True for one of the copies of a sample in a split: a broken one, if any broke.
+
+        Copies have the same key, or look like copies (`near_copies`).
+        """
         chosen: dict[tuple[str, str], int] = {}
         is_distinct = torch.ones(len(self.after), dtype=torch.bool)
-        for row, (key, (split, _)) in enumerate(zip(self.keys, self.after.samples, strict=False)):
+        keys = near_copies(self.after) or self.keys
+        for row, (key, (split, _)) in enumerate(zip(keys, self.after.samples, strict=False)):
             earlier = chosen.get((split, key))
             if key and earlier is not None:
                 repeated = earlier if self.flips.broken[row] else row
@@ -88,6 +104,32 @@ class ModelPair:
             if mask.any():
                 masks[name] = mask
         return masks
+
+
+def near_copies(results: SampleResults) -> list[str]:
+    """Returns keys that samples share if they look like copies of each other with a little noise.
+
+    In the order of the margins, a gap between two samples of a class and split is seldom far below
+    the mean of the gaps around it. Returns nothing if this is as seldom as by chance.
+    """
+    n = len(results)
+    if n < FEWEST_COPIES:
+        return []
+    split = np.repeat(range(len(results.sizes)), results.sizes)
+    margin, columns = results.margin.double().nan_to_num().numpy(), np.stack([results.label, split])
+    order = np.lexsort((margin, *columns))
+    is_apart = np.diff(columns[:, order]).any(0)
+    gap = np.where(is_apart, 0, np.diff(margin[order]))
+    width = 2 * min(10 + n // 100, 100) + 1
+    around = np.convolve(gap, np.full(width, 1 / width), "same")
+    # Between many copies of one sample, all gaps around are small.
+    is_close = gap < COPY_GAP * around.clip(np.median(around))
+    # Equal margins do not tell copies: they may be as large as the output can be.
+    if (is_close & (gap > 0)).sum() < COPY_SHARE * n:
+        return []
+    number = np.zeros_like(order)
+    number[order[1:]] = (is_apart | ~is_close).cumsum()
+    return list(map(str, number))
 
 
 def evaluate_pair(
@@ -190,6 +232,10 @@ def pair_from_files(
     is_same = (after.prediction >= 0) & (before.prediction == after.prediction)
     contradictory = is_same & (before.passed != after.passed)
     refuse_samples(after, contradictory, "have the same `prediction`, but not the same `passed`")
+    has_classes = (before.prediction >= 0) & (after.prediction >= 0)
+    has_two_labels = has_classes & ~is_same & before.passed & after.passed
+    hint = "predict the same data; if several classes are right, leave out the column `prediction`."
+    refuse_samples(after, has_two_labels, "are right by two different predictions", hint)
     names = sorted(filter(str.strip, set(slices.values())))
     check_distinct(names)
     numbers = dict(zip(names, range(len(names)), strict=True))
@@ -228,7 +274,8 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
         return target.select(Batch((), None, torch.arange(len(after))), label, None)
     except TargetError as error:
         raise ConfigurationError(
-            f"the rule `protected:{target}`: the files do not say which samples it protects.",
+            f"the rule `protected:{target}`: the files do not say which samples it protects "
+            f"({error.problem})",
             "give the column `prediction`, which tells the classes, "
             "or a file of ids, `protected:ids.csv`.",
         ) from error
@@ -266,7 +313,8 @@ def check_missing(
                 f"`new`: {len(missing):,} of {len(rows):,} samples of `{split}` that `old` "
                 f"predicts are missing ({', '.join(map(str, missing[:5]))}), "
                 "and any of them could be broken.",
-                f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
+                "predict them too; or delete their lines, or say that they may be missing: "
+                f"`--allow_missing {split}`.",
             )
         if missing:
             n_missing[split] = len(missing)
