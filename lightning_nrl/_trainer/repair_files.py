@@ -19,7 +19,12 @@ from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_info, r
 from lightning_nrl._utils.atomic_files import EARLIER, StagedFiles
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
-from lightning_nrl.errors import ConfigurationError, FilesWarning, first_line
+from lightning_nrl.errors import (
+    ConfigurationError,
+    FilesWarning,
+    UnwritableFolderError,
+    first_line,
+)
 from lightning_nrl.methods.lora import WEIGHTS_FILE
 from lightning_nrl.pipeline import PATCH_NAME, Patch
 from lightning_nrl.report import RepairReport
@@ -200,10 +205,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
 
         With `accepted`, the warning says that the model has the repaired weights.
         """
-        if self._problems:
-            missing = "; ".join(
-                f"`{self._files[kind].name}` ({reason})" for kind, reason in self._problems.items()
-            )
+        if missing := self._missing():
             state = "the result is not affected"
             if accepted:
                 state = "the repair was accepted and is in the model"
@@ -221,6 +223,19 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             kinds = self._trainer.strategy.broadcast(kinds)
         files = {kind: path for kind, path in report.files.items() if kind in kinds}
         return replace(report, files=files)
+
+    def refuse_missing(self, argument: str) -> None:
+        """Raises an `UnwritableFolderError` that names the folder's argument."""
+        if missing := self._missing():
+            raise UnwritableFolderError(
+                f"`{argument}`: not written in {self._folder}: {missing}.",
+                f"make room, or name another folder as `{argument}`.",
+            )
+
+    def _missing(self) -> str:
+        return "; ".join(
+            f"`{self._files[kind].name}` ({reason})" for kind, reason in self._problems.items()
+        )
 
     def _named(self, report: AnyReport) -> AnyReport:
         files = {kind: path for kind, path in report.files.items() if kind not in self._problems}
@@ -308,12 +323,16 @@ def short_message(error: Exception) -> str:
 
 
 def write_report(
-    report: AnyReport, predictions: Callable[[Path], object] | None = None
+    report: AnyReport, argument: str, predictions: Callable[[Path], object] | None = None
 ) -> AnyReport:
-    """Writes a report, and predictions by a function; returns it with the paths of the files."""
+    """Writes a report, and predictions by a function; returns it with the paths of the files.
+
+    Raises an `UnwritableFolderError` that names the folder's `argument` if a file is missing.
+    """
     with SavedFiles(report.files) as files:
         if predictions is not None:
             files.write("predictions", predictions)
         written = files.reports(report)
         files.commit()
-        return files.warn_missing(written)
+        files.refuse_missing(argument)
+        return written

@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from typing_extensions import Self
@@ -42,6 +42,18 @@ def check_writable(argument: str, path: str | Path) -> None:
         )
 
 
+@contextmanager
+def must_be_written(argument: str, path: str | Path) -> Iterator[None]:
+    """Raises an `UnwritableFolderError` that names an argument, for an `OSError` of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableFolderError(
+            f"`{argument}`: {path} cannot be written ({error}).",
+            f"make room, or name another place as `{argument}`.",
+        ) from error
+
+
 def obstacle_of(folder: Path) -> str:
     """Returns what keeps files from being written to a folder, or nothing."""
     paths = (folder.absolute(), *folder.absolute().parents)
@@ -53,8 +65,11 @@ def obstacle_of(folder: Path) -> str:
             continue
         except (OSError, ValueError) as error:  # a name that is too long or has a NUL
             return str(error)
-    is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    return "" if is_writable else str(nearest)
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()  # `os.access` permits all to root
+    except OSError:
+        return str(nearest)
+    return ""
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.data_splits import SplitLoaders
@@ -17,11 +19,18 @@ from lightning_nrl._trainer.lightning.packages import (
     Trainer,
     rank_zero_warn,
 )
-from lightning_nrl._trainer.lightning.private_parts import Loaders, batch_limit, batch_limits
+from lightning_nrl._trainer.lightning.private_parts import (
+    Loaders,
+    batch_limit,
+    batch_limits,
+    data_module_of,
+)
 from lightning_nrl._trainer.loaders import (
     SPLITS,
     LoaderSource,
     StreamSource,
+    batch_size_of,
+    check_loader,
     check_loaders,
     loaders_in,
     make_source,
@@ -36,10 +45,12 @@ from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.atomic_files import check_writable
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import Column, find_column
-from lightning_nrl.errors import DataWarning, check_whole
+from lightning_nrl.data.sample_identity import read_keys
+from lightning_nrl.errors import ConfigurationError, DataWarning, check_whole
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.input_checks import check_classes
 from lightning_nrl.records.provenance import today
@@ -52,8 +63,9 @@ from lightning_nrl.updates import (
     Rule,
     parse_rules,
 )
-from lightning_nrl.updates.junit import write_junit
-from lightning_nrl.updates.model_pair import evaluate_pieces
+from lightning_nrl.updates.accepted import predictions_beside
+from lightning_nrl.updates.junit import write_error, write_junit
+from lightning_nrl.updates.model_pair import ModelPair, evaluate_pieces
 from lightning_nrl.updates.old_model import AnyReference, OldModel, in_memory
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import (
@@ -65,6 +77,9 @@ from lightning_nrl.updates.release import (
 from lightning_nrl.updates.rule_parsing import Require
 from lightning_nrl.updates.rules import limited_to
 from lightning_nrl.updates.suite import released_samples
+
+TRAINING_SAMPLES = 1000
+"""Number of training samples whose contents are sought in the tested data, to limit time."""
 
 
 class ReleaseGate(CallbackBase):
@@ -158,6 +173,20 @@ class ReleaseGate(CallbackBase):
                 only_evaluates=True,
             )
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage in ("test", "validate") and self.report is None:
+            limit, _ = batch_limits(trainer)
+            raise ConfigurationError(
+                f"`data`: no sample was read ({limit or 'no data'}), so nothing was compared.",
+                "give data to `trainer.test` or `trainer.validate`, and no limit of 0 batches.",
+            )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if self.junit is not None and trainer.state.fn != "fit" and trainer.is_global_zero:
+            write_error(exception, self.junit)
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":  # its validations do not decide
             return
@@ -188,12 +217,14 @@ class ReleaseGate(CallbackBase):
             name += f" from {trainer.ckpt_path}"
         evaluator, sources, rules = self._open(trainer, pl_module)
         streams = [source for source in sources if isinstance(source, StreamSource)]
-        reference = in_memory(self.reference) if streams else self.reference
+        limit, _ = batch_limits(trainer)
         pair, report = judge_pair(
-            reference,
+            self.reference,
             evaluator,
             pieces_of(sources),
             rules,
+            is_limited=bool(limit),
+            is_stream=bool(streams),
             slices=self.slices,
             seeds={"data": self.seed, **_global_seed()},
             name=name,
@@ -207,18 +238,22 @@ class ReleaseGate(CallbackBase):
             check_logged_accuracy(trainer, stage, counted, evaluator.task)
         files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)
         missing = {source.split: source.n_left_out for source in sources if source.n_left_out}
-        limit = ""
-        if missing or any(stream.limit for stream in streams):
-            limit, _ = batch_limits(trainer)
-        self.report = replace(report, files=files, missing=missing, limit=limit)
+        if not (missing or any(stream.limit for stream in streams)):
+            limit = ""
+        caveats = report.caveats + _training_data(trainer, pl_module, pair, evaluator.collective)
+        self.report = replace(report, files=files, missing=missing, limit=limit, caveats=caveats)
         if trainer.is_global_zero:
             predictions = Predictions.of(pair.after, report.new.sha256, pair.keys)
-            self.report = write_report(self.report, predictions=predictions.save)
+            self.report = write_report(self.report, "dirpath", predictions.save)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=log_name)
             if self.junit is not None and not batch_limit(trainer):
                 write_junit(self.report, self.junit)
-            if self.suite is not None and report.accepted and not batch_limit(trainer):
-                self.suite.grow_by(released_samples(pair, today(), name))
+            if report.accepted and not batch_limit(trainer):
+                if self.suite is not None:
+                    self.suite.grow_by(released_samples(pair, today(), name))
+                if trainer.ckpt_path and Path(trainer.ckpt_path).exists() and not limit:
+                    with suppress(OSError):  # such as a store of models that only a job may write
+                        predictions.save(predictions_beside(trainer.ckpt_path))
             if self.verbose:
                 show(self.report)
         # The numbers are the same on every rank; `sync_dist` only silences a warning of Lightning.
@@ -267,6 +302,30 @@ class ReleaseGate(CallbackBase):
             if loader is not None:  # else the rule names the split in an error
                 loaders[split] = loader
         return loaders
+
+
+def _training_data(
+    trainer: Trainer, model: LightningModule, pair: ModelPair, ranks: Collective
+) -> tuple[str, ...]:
+    """Returns a caveat if some of the training data are among the tested data."""
+    holder: Any = data_module_of(trainer) or model
+    tested = {
+        key
+        for key, (split, _) in zip(pair.keys, pair.after.samples, strict=False)
+        if split != "train"
+    }
+    with suppress(Exception), random_state():  # no training data, or data without an index
+        loader = check_loader(holder.train_dataloader(), "train")
+        limit = -(-TRAINING_SAMPLES // batch_size_of(loader))
+        few = make_source(loader, "train", trainer=trainer, model=model, limit=limit)
+        keys = read_keys([few], ranks)
+        n = len(tested.intersection(keys) - {""})
+        if n:
+            return (
+                f"{n:,} of the first {len(keys):,} training samples are among the tested ones, so "
+                "limits and tests say nothing about new data.",
+            )
+    return ()
 
 
 def _loaders_by_name(data: object, stage: str) -> Mapping[str, Loaders]:

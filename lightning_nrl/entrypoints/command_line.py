@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from lightning_nrl._trainer.repair_files import (
     refuse_foreign,
     write_report,
 )
-from lightning_nrl._utils.atomic_files import check_writable
+from lightning_nrl._utils.atomic_files import check_writable, must_be_written
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
@@ -57,7 +57,8 @@ from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.report.side_by_side import side_by_side
 from lightning_nrl.updates import ProtectedIntact, recount
-from lightning_nrl.updates.junit import write_junit
+from lightning_nrl.updates.accepted import reports_in
+from lightning_nrl.updates.junit import errors_in_junit, write_junit
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.release import (
@@ -176,25 +177,15 @@ def _page_of_checkpoint(path: Path) -> Page:
         if key in checkpoint:
             facts.append((key.replace("_", " "), str(checkpoint[key])))
     blocks: list[Block] = [Heading("Checkpoint", 1), FactList(tuple(facts))]
-    for report in _reports_in(checkpoint):
+    for report in reports_in(checkpoint):
         blocks += report.to_table().blocks
     return Page(tuple(blocks))
-
-
-def _reports_in(checkpoint: Mapping[str, Any]) -> Iterator[RepairReport]:
-    states = checkpoint.get("callbacks")
-    if not isinstance(states, Mapping):
-        return
-    for key, state in states.items():
-        is_repair = str(key).startswith("RegressionFreeRepair") and isinstance(state, Mapping)
-        if is_repair and isinstance(state.get("report"), str):
-            yield RepairReport.from_json(state["report"])
 
 
 def decide_release(
     old: str,
     new: str,
-    rule: list[str] | None,
+    rules: list[str] | None,
     require: Require,
     slices: str | None,
     allow_missing: list[str],
@@ -210,21 +201,21 @@ def decide_release(
     summary = find_summary(summary)
     if junit is not None:
         check_writable("junit", junit)
-    rules = parse_rules(rule or ["instance"], require)
+    parsed_rules = parse_rules(rules or ["instance"], require)
     kept = None if suite is None else RegressionSuite.read(suite)
     if kept is not None:
-        rules += (ProtectedIntact(kept),)
+        parsed_rules += (ProtectedIntact(kept),)
     slice_names = None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     targets: list[Target] = []
-    for parsed in rules:
+    for parsed in parsed_rules:
         parsed.check_data(tuple(after.splits), slice_names is not None)
         targets += parsed.targets
     missing = check_missing(before, after, allow_missing)
     pair = pair_from_files(before, after, slice_names, targets)
     report = make_report(
         pair,
-        rules,
+        parsed_rules,
         old=Identity(old, before.weights or ""),
         new=Identity(new, after.weights or ""),
         task="as recorded in the files",
@@ -233,13 +224,14 @@ def decide_release(
     report = replace(report, missing=missing, on_undecided=on_undecided)
     if out:
         folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
+        with must_be_written("out", out):
+            folder.mkdir(parents=True, exist_ok=True)
         files = {kind: str(folder / name) for kind, name in REPORT_FILES.items()}
-        report = write_report(replace(report, files=files))
-    print(report.render(PAGE_WIDTH), end="")
+        report = write_report(replace(report, files=files), "out")
     if junit:
         write_junit(report, junit)
     append_summary(report, summary)
+    print(report.render(PAGE_WIDTH), end="")
     if kept is not None and report.accepted:
         kept.grow_by(released_samples(pair, today(), new))
     return report.exit_status
@@ -261,7 +253,7 @@ def find_summary(summary: str | None) -> str | None:
 
 def append_summary(report: ReleaseReport, summary: str | None) -> None:
     if summary is not None:
-        with Path(summary).open("a", encoding="utf-8") as file:
+        with must_be_written("summary", summary), Path(summary).open("a", encoding="utf-8") as file:
             file.write(report.to_markdown() + "\n")
 
 
@@ -352,25 +344,27 @@ def compare_project(project: Project) -> int:
             "give --old best.ckpt --new new.ckpt, or only --methods.",
         )
     summary = find_summary(values["summary"])
-    gate = ReleaseGate(
-        values["old"],
-        values["rules"] or ["instance"],
-        values["require"] or "not-worse",
-        on_undecided=values["on_undecided"],
-        junit=values["junit"],
-        suite=values["suite"],
-        task=project.options.get("task"),
-        dirpath=project.options.get("dirpath"),
-    )
+    with errors_in_junit(values["junit"]):  # from YAML; later ones are written by the gate
+        gate = ReleaseGate(
+            values["old"],
+            values["rules"] or ["instance"],
+            values["require"] or "not-worse",
+            on_undecided=values["on_undecided"],
+            junit=values["junit"],
+            suite=values["suite"],
+            task=project.options.get("task"),
+            dirpath=project.options.get("dirpath"),
+            verbose=False,
+        )
     source = project.source
     trainer = source["trainer"]
     set_callbacks(trainer, [*callbacks_of(trainer), gate])
     with reading_checkpoints(trainer, "new", weights_only=source["weights_only"]):
         trainer.test(source["model"], datamodule=source["datamodule"], ckpt_path=values["new"])
-    if gate.report is None:  # nothing was tested
-        return 1
+    assert gate.report is not None
     if trainer.is_global_zero:
         append_summary(gate.report, summary)
+        show(gate.report)
     return gate.report.exit_status
 
 
@@ -397,6 +391,14 @@ PATCH: Arguments = {
     "--out": {"required": True, "help": "checkpoint to write; may be the file of --ckpt"},
     "--weights_only": {"choices": ("true", "false"), "default": "true", "help": TRUST},
 }
+
+
+def _rule_texts(text: str) -> list[str]:
+    if not text.startswith("["):
+        return [text]
+    return [rule.strip(" '\"") for rule in text.strip("[]").split(",")]
+
+
 RELEASE: Arguments = {
     "old": {
         "help": "predictions of the model in use: CSV file with the columns "
@@ -406,19 +408,21 @@ RELEASE: Arguments = {
         "help": "predictions of the new model: a file like `old`, "
         "such as predictions.csv of a ReleaseGate",
     },
-    "--rule": {
-        "action": "append",
-        "help": "rule to meet, repeatable: " + ", ".join(RULES.forms).replace("%", "%%"),
+    "--rules": {
+        "action": "extend",
+        "type": _rule_texts,
+        "help": "rules to meet, such as [instance, nfr:1%%]; repeatable: "
+        + ", ".join(RULES.forms).replace("%", "%%"),
     },
     "--require": {"choices": list(REQUIRED), "default": "not-worse", "help": REQUIRE},
     "--slices": {"help": "CSV file with the columns split,id,slice"},
-    "--allow-missing": {
+    "--allow_missing": {
         "action": "append",
         "default": [],
         "metavar": "SPLIT",
         "help": "split that may lack samples",
     },
-    "--on-undecided": {"choices": list(ACTIONS), "help": ON_UNDECIDED},
+    "--on_undecided": {"choices": list(ACTIONS), "help": ON_UNDECIDED},
     "--out": {"help": "folder to write report.json, report.md and report.html"},
     "--suite": {"metavar": "FILE", "help": SUITE_HELP},
     "--junit": {"metavar": "FILE", "help": JUNIT},
@@ -480,6 +484,18 @@ COMMANDS: Mapping[str, Command] = {
 }
 """All commands by name."""
 
+ONCE = (
+    "--require",
+    "--on_undecided",
+    "--suite",
+    "--junit",
+    "--summary",
+    "--slices",
+    "--old",
+    "--new",
+)
+JUNIT_PARSER = argparse.ArgumentParser(add_help=False)
+JUNIT_PARSER.add_argument("--junit", nargs="?")
 FAILURE_STATUS, UNWRITABLE_STATUS = 2, 4
 
 
@@ -492,7 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.insert(0, "")  # for the user's modules in the current folder
     try:
-        return _run(words)
+        with errors_in_junit(JUNIT_PARSER.parse_known_args(words)[0].junit):
+            return _run(_spelled(words))
     except SystemExit as end:  # raised by a parser, which has printed why
         if isinstance(end.code, int):
             return end.code
@@ -506,6 +523,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         print("error: the command failed as shown above; nothing was decided.", file=sys.stderr)
     return FAILURE_STATUS
+
+
+def _spelled(words: Sequence[str]) -> list[str]:
+    """Writes options with underscores, and `--rule` as `--rules+`, which appends to a list.
+
+    Refuses an option in `ONCE` that is given twice, since the last would win.
+    """
+    spelled = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option.startswith("--") and "." not in option:
+            name = option.removeprefix("--").replace("-", "_")
+            option = "--rules+" if name in ("rule", "rules") else f"--{name}"
+            if option in ONCE and option in spelled:
+                raise ConfigurationError(f"`{option}` is given twice.", "give it once.")
+        spelled += [option, value] if equals and option in ONCE else [f"{option}{equals}{value}"]
+    return spelled
 
 
 def _run(words: list[str]) -> int:
@@ -527,7 +561,9 @@ def _run(words: list[str]) -> int:
     command = COMMANDS[name]
     if command.arguments is None:
         return command.run(read_project(name, command.purpose, words[1:]))
-    parser = argparse.ArgumentParser(f"lightning-nrl {name}", description=command.purpose)
+    program = f"lightning-nrl {name}"
+    parser = argparse.ArgumentParser(program, description=command.purpose, allow_abbrev=False)
     for argument, settings in command.arguments.items():
-        parser.add_argument(argument, **settings)
+        names = [argument, f"{argument}+"] if argument == "--rules" else [argument]
+        parser.add_argument(*names, **settings)
     return command.run(**vars(parser.parse_args(words[1:])))

@@ -128,7 +128,12 @@ def read_project(command: str, purpose: str, arguments: Sequence[str]) -> Projec
             run=False,
             args=["--help" if word == FULL_HELP else word for word in words],
             seed_everything_default=False,
-            parser_kwargs={"prog": program, "description": purpose, "exit_on_error": False},
+            parser_kwargs={
+                "prog": program,
+                "description": purpose,
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
         )
     except (ValueError, argparse.ArgumentError) as error:
         # An error of this package, quoted by jsonargparse.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
 
-from lightning_nrl._utils.atomic_files import write_text
+from lightning_nrl._utils.atomic_files import must_be_written, write_text
 from lightning_nrl._utils.formatting import list_ids
 from lightning_nrl.errors import visible
 from lightning_nrl.updates.release import ReleaseReport
@@ -16,6 +19,14 @@ ALL_SPLITS = "all splits"
 
 COUNTS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 """Attribute of a test suite that counts an outcome."""
+
+ERROR = """<?xml version="1.0" encoding="UTF-8"?>
+<testsuites name="lightning_nrl release">
+  <testsuite name="{0}" tests="1" failures="0" errors="1" skipped="0">
+    <testcase name="decision" classname="{0}"><error message={1}/></testcase>
+  </testsuite>
+</testsuites>
+"""
 
 
 def to_junit(report: ReleaseReport) -> str:
@@ -58,5 +69,24 @@ def to_junit(report: ReleaseReport) -> str:
 
 def write_junit(report: ReleaseReport, path: str | Path) -> None:
     """Writes `to_junit` to a file, in a new folder if need be."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_junit(report))
+    with must_be_written("junit", path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_junit(report))
+
+
+@contextmanager
+def errors_in_junit(path: str | Path | None) -> Iterator[None]:
+    """Writes an error of the block, which prevents a decision, in place of an earlier decision."""
+    try:
+        yield
+    except BaseException as error:
+        if path is not None and str(error) != "0":  # `SystemExit(0)` follows a help text
+            write_error(error, path)
+        raise
+
+
+def write_error(error: BaseException, path: str | Path) -> None:
+    """Writes an error to a JUnit file, if the file can be written."""
+    message = quoteattr(visible(f"{type(error).__name__}: {error}"))
+    with suppress(OSError):
+        write_text(path, ERROR.format(ALL_SPLITS, message))

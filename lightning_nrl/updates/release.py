@@ -23,8 +23,9 @@ from lightning_nrl.records.provenance import Provenance
 from lightning_nrl.records.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text, Tone
-from lightning_nrl.updates.model_pair import ModelPair, evaluate_pieces
-from lightning_nrl.updates.old_model import OldModel, Reference, parse_reference
+from lightning_nrl.updates.accepted import check_accepted
+from lightning_nrl.updates.model_pair import ModelPair, check_missing, evaluate_pieces
+from lightning_nrl.updates.old_model import OldModel, Reference, in_memory, parse_reference
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.rule_parsing import Require, parse_rules
 from lightning_nrl.updates.rules import Rule, RuleResult
@@ -136,23 +137,35 @@ def judge_pair(
     name: str = "",
     on_undecided: OnUndecided | None = None,
     sample_id: object,
+    is_limited: bool = False,
+    is_stream: bool = False,
 ) -> tuple[ModelPair, ReleaseReport]:
     """Does the work of `release` on data in `pieces`, and also returns the `ModelPair`.
 
-    `name` is the new model's name in the report.
+    `name` is the new model's name in the report. If the data are limited, they may lack samples
+    that a file of predictions has.
     """
     targets = [target for rule in rules for target in rule.targets]
-    pair = evaluate_pieces(old, new, pieces, slices=slices, targets=targets, sample_id=sample_id)
+    reference = in_memory(old) if is_stream else old
+    pair = evaluate_pieces(
+        reference, new, pieces, slices=slices, targets=targets, sample_id=sample_id
+    )
+    if isinstance(old, Predictions) and not is_limited:
+        check_missing(old, Predictions.of(pair.after, ""))
+    identity = _identity(old, new.model)
     report = make_report(
         pair,
         rules,
-        old=_identity(old, new.model),
+        old=identity,
         new=Identity(name or type(new.model).__name__, hash_tensors(new.model.state_dict())),
         task=str(new.task),
         precision=str(new.precision),
     )
     provenance = Provenance.of(new.model, pair.after)
-    return pair, replace(report, seeds=seeds, provenance=provenance, on_undecided=on_undecided)
+    caveats = check_accepted(old, identity.sha256, pair, provenance.data) + report.caveats
+    return pair, replace(
+        report, seeds=seeds, provenance=provenance, on_undecided=on_undecided, caveats=caveats
+    )
 
 
 def check_on_undecided(value: str | None) -> None:
@@ -245,6 +258,8 @@ class ReleaseReport(Report):
         files: paths of the written files, by kind.
         on_undecided: what becomes of an undecided release, or None.
         traits: what the broken samples have in common, if the release is refused.
+        caveats: sentences on what nothing proves, such as that a checkpoint still predicts what it
+            predicted when it was accepted.
     """
 
     status: Literal["accepted", "refused", "undecided"]
@@ -263,6 +278,7 @@ class ReleaseReport(Report):
     files: Mapping[str, str] = field(default_factory=dict)
     on_undecided: OnUndecided | None = None
     traits: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
     broken_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -314,6 +330,7 @@ class ReleaseReport(Report):
         blocks: list[Block] = [
             Heading(self.status.capitalize(), 1, tone),
             Text(_verdict(self)),
+            *map(Text, self.caveats),
             Heading("Rules"),
             FactList(tuple(rules)),
             Heading("From the old model to the new one"),
@@ -416,6 +433,7 @@ def make_report(
         task=task,
         precision=precision,
         traits=common_traits(pair) if status == "refused" else (),
+        caveats=pair.unproven if any(rule.is_statistical for rule in rules) else (),
         broken_names=pair.broken_names,
     )
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from shutil import copy, copytree
@@ -20,6 +21,7 @@ from packaging.requirements import Requirement
 from repository import ROOT
 from torch.utils.data import DataLoader, Subset
 
+from lightning_nrl import ReleaseGate
 from lightning_nrl.entrypoints.command_line import main
 
 EXAMPLES = ROOT / "examples"
@@ -27,8 +29,9 @@ WORKFLOW = yaml.safe_load((EXAMPLES / "ci/release_gate.yml").read_text())
 MODULES = ("digits", "output")
 STEPS = {step.get("name", step.get("uses")): step for step in WORKFLOW["jobs"]["gate"]["steps"]}
 OLD, NEW = WORKFLOW["env"]["OLD"], WORKFLOW["env"]["NEW"]
-UNDECIDED = {"NEW": OLD, "RULES": "[nfr:0.1%]"}  # nothing breaks; 537 samples are too few
-REFUSED = {"OLD": NEW, "NEW": OLD}
+OLD_MODEL, NEW_PREDICTIONS = "old.ckpt", "later/predictions.csv"
+UNDECIDED = {"NEW": OLD_MODEL, "RULES": "[nfr:0.1%]"}  # nothing breaks; 537 samples are too few
+REFUSED = {"OLD": NEW_PREDICTIONS, "NEW": OLD_MODEL}
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +49,16 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = digits.SlashedZeros()
         right = torch.ones(537, dtype=torch.bool)
         images, labels, _ = data.data["test"].tensors
-        for path, n in ((OLD, 200), (NEW, 720)):
+        for path, predictions, n in ((OLD_MODEL, OLD, 200), (NEW, NEW_PREDICTIONS, 720)):
             torch.manual_seed(0)
             model = digits.DigitNet()
             trainer = output.quiet_trainer(20)
             trainer.fit(model, DataLoader(Subset(data.data["train"], range(n)), 32, shuffle=True))
             trainer.save_checkpoint(folder / path)
+            place = (folder / predictions).parent
+            gate = ReleaseGate(deepcopy(model), verbose=False, dirpath=place)
+            trainer.callbacks.append(gate)
+            trainer.test(model, DataLoader(data.data["test"], 64), verbose=False)
             with torch.no_grad():
                 right &= model.eval()(images).argmax(1) == labels
         at = int(right.nonzero()[0])
@@ -99,7 +106,7 @@ def outcomes(folder: Path) -> dict[str, int]:
 def test_a_refusal_fails_the_job_and_is_published(folder: Path) -> None:
     status, shown = in_bash(f"{sys.executable} -m lightning_nrl", STEPS["Gate"]["run"], REFUSED)
     assert status == 1
-    assert shown.startswith("REFUSED")
+    assert "\nREFUSED\n" in shown
     assert outcomes(folder)["failures"] >= 2
     assert (folder / "summary.md").read_text().startswith("# Refused\n")
     kept = STEPS["Keep the report"]["with"]["path"].replace(

@@ -401,7 +401,8 @@ def test_a_test_of_nothing_leaves_no_earlier_verdict(old: Classifier, tmp_path: 
         quiet_trainer(tmp_path, gate).test(old, datamodule=Digits(), verbose=False)
     assert gate.report.accepted
     trainer = quiet_trainer(tmp_path, gate, limit_test_batches=0)
-    trainer.test(old, datamodule=Digits(), verbose=False)
+    with pytest.raises(ConfigurationError, match=r"no sample was read \(limit_test_batches=0\)"):
+        trainer.test(old, datamodule=Digits(), verbose=False)
     assert gate.report is None
 
 
