@@ -122,19 +122,21 @@ def recorded_uses(model: nn.Module, n_scores: int) -> Iterator[list[ScoreUse]]:
     with ExitStack() as stack:
         recorder = stack.enter_context(_FunctionRecorder(n_scores))
 
-        def update(metric: Metric, own: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        def update(
+            metric: Metric, own_update: Callable[..., object], *args: Any, **kwargs: Any
+        ) -> None:
             named = dict(zip(("preds", "target"), args, strict=False)) | kwargs
             preds, target = named.get("preds"), named.get("target")
             if isinstance(preds, Tensor) and isinstance(target, Tensor):
                 name = type(metric).__name__
                 recorder.uses.append(ScoreUse(preds.detach(), target.detach(), name))
-            own(*args, **kwargs)
+            own_update(*args, **kwargs)
 
         for module in model.modules():
             if isinstance(module, Metric):
-                own = module.update
-                vars(module)["update"] = partial(update, module, own)
-                stack.callback(vars(module).update, update=own)
+                own_update = module.update
+                vars(module)["update"] = partial(update, module, own_update)
+                stack.callback(vars(module).update, update=own_update)
         yield recorder.uses
 
 
