@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from lightning_nrl.tasks import (
     Task,
     class_logits,
 )
+from lightning_nrl.tasks import Sequence as TokenTask
 from lightning_nrl.tasks.elements import ElementsTask
 
 LOSSES = {
@@ -55,6 +56,8 @@ LOSSES = {
     "soft_margin_loss",
 }
 """Functions of torch that compare scores with a target."""
+OF_CLASSES = {"cross_entropy", "multi_margin_loss", "nll_loss"}
+"""Losses that have the classes in dimension 1."""
 DECISIONS = {"argmax", "log_softmax", "logsigmoid", "sigmoid", "softmax", "topk"}
 """Functions of torch that turn scores into classes or probabilities."""
 TAKE_LOGITS = {"binary_cross_entropy_with_logits", "logsigmoid", "sigmoid"}
@@ -76,6 +79,7 @@ class ScoreUse(NamedTuple):
     scores: Tensor
     target: Tensor | None
     function: str  # its name in torch, or the class of a metric
+    class_dim: int | None = None  # dimension of the classes, if the function says which it is
 
 
 class Prediction(NamedTuple):
@@ -103,13 +107,16 @@ class _FunctionRecorder(TorchFunctionMode):
     ) -> object:
         arguments = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        scores = args[0] if args else arguments.get("input")
-        if isinstance(scores, Tensor):
-            if name in LOSSES:
-                target = args[1] if len(args) > 1 else arguments["target"]
-                self.uses.append(ScoreUse(scores.detach(), target.detach(), name))
-            elif name in DECISIONS and scores.numel() == self.n_scores:  # no attention weights
-                self.uses.append(ScoreUse(scores.detach(), None, name))
+        values = (*args, *arguments.values())
+        scores = next((value for value in values if isinstance(value, Tensor)), None)
+        if scores is not None and name in LOSSES:
+            target = args[1] if len(args) > 1 else arguments["target"]
+            class_dim = 1 if name in OF_CLASSES else None
+            self.uses.append(ScoreUse(scores.detach(), target.detach(), name, class_dim))
+        # Others, such as attention weights, are left out.
+        if scores is not None and name in DECISIONS and scores.numel() == self.n_scores:
+            class_dim = args[1] if len(args) > 1 else arguments.get("dim")
+            self.uses.append(ScoreUse(scores.detach(), None, name, class_dim))
         return func(*args, **arguments)
 
 
@@ -176,7 +183,7 @@ def weigh(
     labels = list(tensors_in(prediction.target))
     is_proven = is_used = is_of_batch = False
     are_probabilities = None
-    contradiction = None
+    contradiction = other_decision = None
     other_targets = []
     for use in uses:
         target = use.target
@@ -195,6 +202,8 @@ def weigh(
                 other_targets.append(_path_of(target, prediction.raw))
         elif is_labelled and contradiction is None and _may_contradict(use, ours, task):
             contradiction = _contradiction(step, use, prediction, task)
+        elif target is None and ours is not None and use.scores.shape == ours.shape:
+            other_decision = _contradiction(step, use, prediction, task)
     if is_default(adapter) and not is_proven:
         for path in filter(None, other_targets):
             raise ConfigurationError(
@@ -202,20 +211,39 @@ def weigh(
                 "repair would take other labels.",
                 adapter_hint(prediction.raw, labels=path, args=prediction.args),
             )
+    if contradiction is None and not is_used and step != "training_step":
+        contradiction = other_decision  # as of a prediction by sliding windows
     return Evidence(is_proven, is_used, is_of_batch, are_probabilities, contradiction)
 
 
-def decide(evidence: Sequence[Evidence], prediction: Prediction, task: Task, split: str) -> None:
+def decide(
+    evidence: Sequence[Evidence],
+    prediction: Prediction,
+    task: Task,
+    split: str,
+    *,
+    has_adapter: bool,
+) -> None:
     """Refuses logits that the evidence contradicts, and asks if there is none.
 
-    Outputs that the user names are not refused. `split` is that of the prediction.
+    Outputs that the user names are not refused. If an adapter makes the prediction (`has_adapter`),
+    a contradiction is only a warning. `split` is that of the prediction.
     """
     if isinstance(task, (Custom, NamedHead)) or any(of_step.is_proven for of_step in evidence):
         return
     for of_step in evidence:
+        if of_step.contradiction is not None and has_adapter:
+            problem = of_step.contradiction.problem
+            hint = "make sure that the adapter predicts as the deployed model does."
+            rank_zero_warn(DataWarning(problem, hint))
+            return
         if of_step.contradiction is not None:
             raise of_step.contradiction
-    if any(of_step.is_used for of_step in evidence) or not isinstance(task, ASKED_TASKS):
+    if (
+        has_adapter
+        or any(of_step.is_used for of_step in evidence)
+        or not isinstance(task, ASKED_TASKS)
+    ):
         return
     logits = prediction.logits
     try:
@@ -287,7 +315,7 @@ def _question(prediction: Prediction, task: Task, share: str) -> ConfigurationEr
     problem = "`output`: no loss, metric, `softmax` or `argmax` in your steps was seen to take "
     if len(fitting) > 1:
         problem += f"one of the outputs that may be the logits ({'; '.join(fitting)})."
-        answer = "name the one that has the logits, for instance `output=1`"
+        answer = "write `output=` with the one that has the logits, for instance `output=1`"
     else:
         assert prediction.logits is not None
         problem += (
@@ -324,7 +352,9 @@ def _contradiction(
     shape = list(scores.shape)
     labels = [_path_of(label, prediction.raw) for label in tensors_in(prediction.target)]
     chosen = "no output" if logits is None else f"an output {list(logits.shape)}"
-    problem = f"with `{', '.join(labels)}`, and the repair would take {chosen} for the logits."
+    problem = f"and the repair would take {chosen} for the logits."
+    if use.target is not None:
+        problem = f"with `{', '.join(labels)}`, {problem}"
     for name, x in outputs_in(prediction.output).items():
         if agrees(use, x, task):
             return ConfigurationError(
@@ -333,12 +363,17 @@ def _contradiction(
                 "or name the output that is the prediction.",
             )
     hint = ADAPTER_HINT
-    subject = f"your `{use.function}` (in `{step}`) compares {shape}, which"
+    verb = "takes" if use.target is None else "compares"
+    subject = f"your `{use.function}` (in `{step}`) {verb} {shape}, which"
     if logits is not None and agrees(use, -logits, task):
         subject += " ranks the classes the other way round than the output does,"
         hint = hint.replace("module.net(x)", "-module(x)")
     else:
         subject += " is no output,"
+    if logits is not None and isinstance(task, TokenTask):
+        other_dim = replace(task, class_dim=-task.class_dim)
+        if agrees(use, logits, other_dim):
+            hint = f"write `task=Sequence(class_dim={other_dim.class_dim})`."
     return ConfigurationError(
         f"`model`: {subject} {problem}",
         f"{hint}\nIf the largest output is the prediction all the same, write `output='logits'`.",
@@ -423,7 +458,8 @@ def _forms(use: ScoreUse, ranking: Tensor) -> Iterator[Tensor]:
         yield from _threshold_rows(scores, use.function)
         return
     n_classes = ranking.shape[1] if has_classes else 2
-    for dim in (1, -1):
+    dims = (1, -1) if use.class_dim is None else (use.class_dim,)
+    for dim in dims:
         if scores.ndim > 1 and scores.shape[dim] == n_classes:
             rows = scores.movedim(dim, -1).reshape(-1, n_classes).float()
             yield rows if has_classes else _threshold_row(rows[:, 1] - rows[:, 0])

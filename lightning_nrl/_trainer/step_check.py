@@ -70,7 +70,6 @@ def check_step(
         return Evidence()
     layers = {name: model.get_submodule(name) for name in evaluator.called[-1:]}
     steps = _Steps(trainer, model, evaluator, layers)
-    has_own_prediction = isinstance(known[0].adapter, ModelAdapter)
     evidence = [Evidence(is_used=is_shown)]
     is_compared = not is_stable
     for step, source in _own_steps(model, known):
@@ -78,19 +77,17 @@ def check_step(
         result = steps.run(step, source, prediction, parts, seed=0)
         if result is None:
             continue
-        if not has_own_prediction:
-            evidence.append(_weigh(step, result, prediction, evaluator.task, source.adapter))
-            if evidence[-1].is_proven and evidence[-1].is_of_batch:
-                break
+        evidence.append(_weigh(step, result, prediction, evaluator.task, source.adapter))
+        if evidence[-1].is_proven and evidence[-1].is_of_batch:
+            break
         is_compared = is_compared or steps.compare(step, source, result, prediction, calls)
-    if has_own_prediction:
-        return Evidence()
     prediction, _, _ = steps.predict(known[-1])
-    decide(evidence, prediction, evaluator.task, known[-1].split)
-    return Evidence(
-        is_proven=any(of_step.is_proven for of_step in evidence),
-        are_probabilities=show_probabilities(evidence, prediction, evaluator.task),
-    )
+    task, split = evaluator.task, known[-1].split
+    has_adapter = isinstance(known[0].adapter, ModelAdapter)
+    decide(evidence, prediction, task, split, has_adapter=has_adapter)
+    are_probabilities = not has_adapter and show_probabilities(evidence, prediction, task)
+    is_proven = any(of_step.is_proven for of_step in evidence)
+    return Evidence(is_proven=is_proven, are_probabilities=are_probabilities)
 
 
 def _own_steps(

@@ -96,8 +96,8 @@ class Task(ABC):
         if isinstance(output, Distribution):
             raise ConfigurationError(
                 f"`task`: forward returns a distribution, {type(output).__name__}.",
-                "return its mean, `module(x).mean`, or its logits by an `adapter` f(module, batch) "
-                "-> (logits, target).",
+                "return what your loss compares with the targets, such as its mean, "
+                "`module(x).mean`, by an `adapter` f(module, batch) -> (logits, target).",
             )
         raise ConfigurationError(
             "`task`: the output of the model's forward has no tensor of logits.\n"

@@ -67,7 +67,7 @@ def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path: Path) -> No
 
 
 def test_predictions_that_no_step_makes_are_refused(tmp_path: Path) -> None:
-    problem = r"`cross_entropy` \(in `training_step`\)[\s\S]*HINT[\s\S]*`output='logits'`"
+    problem = r"`argmax` \(in `validation_step`\)[\s\S]*HINT[\s\S]*`output='logits'`"
     with pytest.raises(ConfigurationError, match=problem):
         rehearse(tmp_path, models.PredictsWithItsTeacher())
 

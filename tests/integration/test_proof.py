@@ -26,6 +26,7 @@ from lightning_nrl import (
     repair,
 )
 from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.tasks import Sequence as SequenceTask
 
 N_CLASSES = 5
 
@@ -127,6 +128,10 @@ class Thresholds(Labels):
 
 def embedded(module: Any, batch: list[Tensor]) -> Any:
     return module.head(module(batch[0])), batch[1]
+
+
+def unheaded(module: Any, batch: list[Tensor]) -> Any:
+    return module(batch[0]), batch[1]
 
 
 def nearest(module: Any, batch: list[Tensor]) -> Any:
@@ -478,6 +483,55 @@ def test_a_decoder_is_not_sent_back_to_its_logits(tmp_path: Path) -> None:
     problem = r"By the largest logit, [\s\S]*HINT: .*decoder.*F\.one_hot"
     with pytest.raises(ConfigurationError, match=problem):
         by_gate(tmp_path, Decoded, Decoded(), task="sequence", adapter=tokens)
+
+
+class Channels(Hidden):
+    """Returns `n x C x T` with as many tokens as classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv1d(1, N_CLASSES, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x[:, None, :N_CLASSES])
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(output, y[:, None].expand(-1, N_CLASSES))
+
+
+def few_tokens(batch: list[Tensor]) -> Any:
+    return (batch[0],), {}, batch[1][:, None].expand(-1, N_CLASSES)
+
+
+def test_classes_are_in_the_dimension_of_the_loss(tmp_path: Path) -> None:
+    options: Any = {"task": "sequence", "adapter": few_tokens}
+    with pytest.raises(ConfigurationError, match=r"HINT: write `task=Sequence\(class_dim=1\)`"):
+        by_gate(tmp_path, Channels, Channels(), **options)
+    by_gate(tmp_path, Channels, Channels(), **{**options, "task": SequenceTask(class_dim=1)})
+
+
+class Windows(Focal):
+    """Predicts by the mean of two windows, which are normalised apart."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net((x - x.mean(0)) / x.std(0))
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        logits = torch.cat([self(x) for x in batch[0].split(8)])
+        self.log("val_loss", self.loss(logits, batch[1]))
+
+
+def test_another_prediction_of_the_validation_is_refused(tmp_path: Path) -> None:
+    problem = r"your `softmax` \(in `validation_step`\) takes \[64, 5\], which is no output"
+    with pytest.raises(ConfigurationError, match=problem):
+        by_gate(tmp_path, Windows, deepcopy(trained(Windows)))
+
+
+def test_an_adapter_that_the_loss_contradicts_is_said(tmp_path: Path) -> None:
+    with pytest.warns(
+        DataWarning, match=r"`cross_entropy` [\s\S]*HINT: make sure that the adapter"
+    ):
+        by_gate(tmp_path, Embedding, trained(Embedding), adapter=unheaded)
 
 
 class Spread(Module):
