@@ -167,11 +167,10 @@ def scorer_for(
         passed,
         problem.evaluator,
         budget=half_memory_limit(problem),
-        passed_loss=fitness.uses_passed_loss,
+        fitness=fitness,
         fragility=before.loss,
         reserve=reserve,
         weight=before.finite_weight if before.weighted else None,
-        credit=fitness.uses_credit,
     )
 
 

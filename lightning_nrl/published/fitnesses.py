@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_nrl.errors import check_real
@@ -62,12 +62,14 @@ class ArachneDEFitness(FitnessFunction):
         aggressiveness: a, the weight of a failed sample relative to a passed sample, at least 0.
     """
 
-    uses_credit: ClassVar[bool] = True
     aggressiveness: float = 10.0
 
     def __post_init__(self) -> None:
         hint = "give a finite number of at least 0."
         check_real("fitness.aggressiveness", self.aggressiveness, "weight", hint, least=0)
+
+    def credit(self, passed: Tensor, loss: Tensor) -> Tensor:
+        return torch.where(passed, 1.0, 1 / (loss + 1))
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         """Returns the fitness of each candidate, `P`.
@@ -75,5 +77,5 @@ class ArachneDEFitness(FitnessFunction):
         Raises a `ValueError` if the scores have no credits.
         """
         if scores.credit_failed is None or scores.credit_passed is None:
-            raise ValueError("The scores have no credits: make the scorer with `credit=True`.")
+            raise ValueError("The scores have no credits: make the scorer with this fitness.")
         return scores.finite(scores.credit_passed + self.aggressiveness * scores.credit_failed)

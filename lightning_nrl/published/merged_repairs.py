@@ -240,7 +240,7 @@ def _scorer(
     space = problem.space
     before = problem.before
     if any(name not in space.parameters for state in states for name in state):
-        return WholeModelScorer(problem, states), int(before.passed.sum())
+        return WholeModelScorer(problem, states, fitness), int(before.passed.sum())
     original = space.flat().to(widest(space.device))
     change = torch.stack([space.flat(state).to(original) - original for state in states])
     where = (change != 0).any(0).nonzero().flatten()
@@ -278,6 +278,7 @@ class WholeModelScorer(Scorer):
 
     problem: Problem
     states: Sequence[State]
+    fitness: FitnessFunction
 
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         before = self.problem.before
@@ -303,6 +304,6 @@ class WholeModelScorer(Scorer):
         for rows in (before.targeted, before.passed):
             weight = before.finite_weight[rows]
             loss = after.loss[None, rows].double()
-            sums.append(sum_over_samples(passes[None, rows], loss, weight, with_credit=True)[:, 0])
+            sums.append(sum_over_samples(passes[None, rows], loss, weight, self.fitness)[:, 0])
         sums[1][WEIGHT] = weight.sum() - sums[1][WEIGHT]
         return torch.stack(sums)

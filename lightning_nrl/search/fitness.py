@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +23,7 @@ from lightning_nrl.search.scores import Columns, Scores
 
 
 class FitnessFunction(ABC):
-    """Base class of fitnesses. A subclass defines `__call__`.
-
-    Attributes:
-        uses_credit: True if the fitness reads the credits in `Scores`.
-    """
-
-    uses_credit: ClassVar[bool] = False
+    """Base class of fitnesses. A subclass defines `__call__`."""
 
     @property
     def uses_passed_loss(self) -> bool:
@@ -38,6 +32,13 @@ class FitnessFunction(ABC):
         If False, samples of I_pos that no candidate breaks may be skipped.
         """
         return True
+
+    def credit(self, passed: Tensor, loss: Tensor) -> Tensor | None:
+        """Returns what each sample adds to the credits in `Scores`, `P x n`.
+
+        By default None: the fitness reads no credits. A fitness with credits uses losses on I_pos.
+        """
+        return None
 
     @abstractmethod
     def __call__(self, scores: Scores, original: Scores) -> Tensor:

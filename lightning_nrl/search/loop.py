@@ -46,7 +46,6 @@ def search(
     elites: Tensor | None = None,
     deadline: Deadline | None = None,
     on_progress: Callable[[int, SearchHistory], None] | None = None,
-    check_every: int | None = None,
 ) -> SearchResult:
     """Searches for better values of the localised weights.
 
@@ -61,12 +60,9 @@ def search(
         seed: the only source of randomness.
         elites: `M x K`, candidates that are known to be good, with M below P. They are among the
             first candidates, so the result is never worse than any elite.
-        deadline: time limit, checked every `check_every` iterations. With a limit, results may
-            differ between runs.
-        on_progress: called with the number of iterations and the history, at the end and at each
-            check (see `check_every`) after a multiple of ten iterations.
-        check_every: iterations between checks whether the search has ended; a check waits for the
-            device. None: 1 on a CPU, 10 elsewhere. Results do not depend on this number.
+        deadline: time limit. With a limit, results may differ between runs.
+        on_progress: called with the number of iterations and the history, after every ten
+            iterations and at the end.
 
     Raises:
         EvaluationError: the loss of the original weights is NaN or infinite.
@@ -79,8 +75,7 @@ def search(
     if elites is None:
         elites = original.new_empty(0, len(original))
     origin = SearchOrigin(original.to(dtype), stats, elites.to(dtype))
-    if check_every is None:
-        check_every = 1 if original.device.type == "cpu" else PROGRESS_EVERY
+    check_every = 1 if original.device.type == "cpu" else PROGRESS_EVERY
 
     state = method.init(origin, random)
     _check_first(method, state, origin)

@@ -40,8 +40,7 @@ class Scores:
     # P whole numbers, total sample weight of broken samples of I_pos; None: no weights
     cost: Tensor | None = None
     least: float = 1.0  # smallest weight of a sample of I_neg, from 0 to 1
-    # P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not computed
-    credit_failed: Tensor | None = None
+    credit_failed: Tensor | None = None  # P, sum over I_neg of `FitnessFunction.credit`
     credit_passed: Tensor | None = None  # P, the same sum over I_pos
 
     def columns(self) -> Columns:

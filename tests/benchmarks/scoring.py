@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search import Fitness
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.memory import peak_allocation
 from lightning_nrl.search.scoring.scorer import make_scorer
@@ -55,8 +56,8 @@ def head() -> None:
         where = torch.randperm(space.size)[:50]
         weight, bias = model.weight.detach(), model.bias.detach()
         full, counts = (
-            make_scorer(recording, where, failed, ~failed, EVALUATOR, passed_loss=flag)
-            for flag in (True, False)
+            make_scorer(recording, where, failed, ~failed, EVALUATOR, fitness=fitness)
+            for fitness in (Fitness(), Fitness("eq2"))
         )
         for name, scale in (("spread widely", 1.0), ("near the original", 0.02)):
             values = space.flat()[where] + scale * torch.randn(100, 50)

@@ -71,7 +71,7 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
         problem = replace(problem, before=replace(problem.before, weight=weight))
     states = [threshold(0.65), threshold(0.45)]
     values = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.3]])
-    whole = WholeModelScorer(problem, states)(values)
+    whole = WholeModelScorer(problem, states, ArachneDEFitness())(values)
     fast = _scorer(problem, states, ArachneDEFitness())[0](values)
     assert whole.patched.tolist() == [0, 1, 2, 1, 1]
     assert whole.intact.tolist() == [5, 5, 4, 5, 5]
@@ -88,7 +88,10 @@ def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
     # At 0.69 the target 0.7 passes by 0.01; bfloat16 rounds the median margin of 1.25 by 0.02.
     for context, patched in ((nullcontext, 1), (partial(torch.autocast, "cpu", torch.bfloat16), 0)):
         problem, states = on_a_line(context=context), [threshold(0.69)]
-        for scorer in (_scorer(problem, states, Fitness())[0], WholeModelScorer(problem, states)):
+        for scorer in (
+            _scorer(problem, states, Fitness())[0],
+            WholeModelScorer(problem, states, Fitness()),
+        ):
             scores = scorer(torch.ones(1, 1))
             assert (int(scores.patched), int(scores.intact)) == (patched, 5)
 

@@ -17,12 +17,16 @@ from torch.nn import functional as F
 
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.published.fitnesses import ArachneDEFitness
+from lightning_nrl.search import Fitness
 from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Multiclass, Task
 
 N = 24
 FAILED = torch.arange(N) % 3 == 0
 ALL = torch.ones(N, dtype=torch.bool)
+COUNTS_ONLY = Fitness("eq2")  # uses no losses on I_pos
+FITNESSES = (Fitness(), COUNTS_ONLY)
 
 
 def linear(weight: Tensor, x: Tensor, target: Tensor) -> Problem:
@@ -85,9 +89,9 @@ def test_by_hand(task: Task, target: Tensor) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 6), st.booleans())
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 6), st.sampled_from(FITNESSES))
 def test_small_whole_numbers_are_exact_down_to_ties(
-    seed: int, k: int, classes: int, passed_loss: bool
+    seed: int, k: int, classes: int, fitness: Fitness
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randint(-2, 3, (classes, 4), generator=g).float()
@@ -96,7 +100,7 @@ def test_small_whole_numbers_are_exact_down_to_ties(
     where = torch.randperm(weight.numel(), generator=g)[:k]
     values = torch.randint(-2, 3, (6, len(where)), generator=g).float()
     hits = problem.oracle(where, values).argmax(2) == problem.target
-    scores = scored(problem, where, values, passed_loss=passed_loss)
+    scores = scored(problem, where, values, fitness=fitness)
     assert scores.patched.tolist() == hits[:, FAILED].sum(1).tolist()
     assert scores.intact.tolist() == hits[:, ~FAILED].sum(1).tolist()
 
@@ -185,7 +189,7 @@ def test_tasks_of_the_user_see_outputs_and_targets(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "residual, both"])
-@pytest.mark.parametrize("options", [{}, {"passed_loss": False}, {"weight": 1.0 + ALL}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"fitness": COUNTS_ONLY}, {"weight": 1.0 + ALL}], ids=str)
 def test_only_who_breaks_more_than_told_is_given_up(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,14 +213,14 @@ class Logits(Multiclass):
         return super().passed(output, target)
 
 
-@pytest.mark.parametrize("passed_loss", [True, False])
+@pytest.mark.parametrize("fitness", FITNESSES)
 @pytest.mark.parametrize("task", [Multiclass(), Logits()], ids=["short cut", "any"])
-def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: bool) -> None:
+def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, fitness: Fitness) -> None:
     problem = make_problem(REPLAYED["head"], n=N)
     where, values = problem.candidates(3, 6)
     reserve = torch.rand(N, generator=torch.Generator().manual_seed(0))
     recording = problem.recording(N, evaluator=Evaluator(problem.model, task))
-    options: dict[str, Any] = {"recording": recording, "passed_loss": passed_loss}
+    options: dict[str, Any] = {"recording": recording, "fitness": fitness}
     plain = scored(problem, where, values, **options)
     kept = scored(problem, where, values, **options, reserve=reserve)
     logits = problem.oracle(where, values)
@@ -232,7 +236,9 @@ def test_credits_of_wrong_samples_by_their_loss_and_weights(name: str, budget: i
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 6)
     weight = torch.arange(N, dtype=torch.float64) / 8
-    scorer = problem.scorer(where, FAILED, ~FAILED, budget=budget, credit=True, weight=weight)
+    scorer = problem.scorer(
+        where, FAILED, ~FAILED, budget=budget, fitness=ArachneDEFitness(), weight=weight
+    )
     scores = scorer(values)
     rows, passed, losses = by_sample(scorer, values)
     credit = torch.where(passed, 1.0, 1 / (losses + 1))

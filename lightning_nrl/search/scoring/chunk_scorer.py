@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory, widest
+from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search.scoring.candidate_tensor import as_dense
 from lightning_nrl.search.scoring.last_layer_scorer import (
@@ -73,7 +74,7 @@ class ChunkScorer:
         if self.nbytes > room:
             self.head = self.gathered = None
 
-    def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Tensor:
+    def sums(self, values: Tensor, fitness: FitnessFunction, *, with_loss: bool = True) -> Tensor:
         """Returns the result of `sum_over_samples`, `4 x P`, for candidates `P x K`."""
         parts = []
         start = 0
@@ -85,7 +86,7 @@ class ChunkScorer:
             if results is None:
                 self.rows //= 2
                 continue
-            parts.append(sum_over_samples(*results, self.weight, with_credit))
+            parts.append(sum_over_samples(*results, self.weight, fitness))
             start += len(block)
         return torch.cat(parts, 1)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import widest
+from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task, class_logits
 
@@ -24,13 +25,12 @@ def is_plain_multiclass(task: Task) -> bool:
 
 
 def sum_over_samples(
-    passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool = False
+    passed: Tensor, loss: Tensor | None, weight: Tensor | None, fitness: FitnessFunction
 ) -> Tensor:
     """Returns four sums over n samples, `4 x P`, for candidates with results `P x n`.
 
     The sums are the number of passed samples, the (weighted) loss, the weight of passed samples,
-    and the credit, 1 for a passed sample and 1 / (loss + 1) otherwise. A sum whose terms are not
-    known is 0.
+    and the fitness's credit. A sum whose terms are not known is 0.
     """
     wide = widest(passed.device)
     total_loss = total_credit = passed.new_zeros(len(passed), dtype=wide)
@@ -40,8 +40,9 @@ def sum_over_samples(
     if loss is not None:
         weighted_loss = loss if weight is None else loss * weight
         total_loss = weighted_loss.sum(-1, dtype=wide)
-    if loss is not None and with_credit:
-        total_credit = torch.where(passed, 1.0, 1 / (loss + 1)).sum(-1, dtype=wide)
+        credit = fitness.credit(passed, loss)
+        if credit is not None:
+            total_credit = credit.sum(-1, dtype=wide)
     return torch.stack([n_passed, total_loss, total_weight, total_credit])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.search.fitness import Fitness, FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer, ChunkScorerFactory
@@ -34,10 +35,9 @@ class SwarmScorer(Scorer):
     n_failed: int  # |I_neg| over all ranks
     n_passed: int  # |I_pos| over all ranks
     collective: Collective
-    passed_loss: bool  # True if losses on I_pos are needed
+    fitness: FitnessFunction  # the fitness that reads the scores
     gives_up: bool = False  # True if scoring stops early for candidates that break too many samples
     least: float = 1.0  # smallest weight of a sample of I_neg
-    credit: bool = False  # True if credits (see `Scores`) are needed; requires `passed_loss`
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
@@ -58,13 +58,10 @@ class SwarmScorer(Scorer):
             for scorer in self.passed:
                 passed += self._sums_of_passed(scorer, values)
             for scorer in self.failed:
-                failed += scorer.sums(values, with_credit=self.credit)
-        scores = scores_of_sums(
+                failed += scorer.sums(values, self.fitness)
+        return scores_of_sums(
             self.collective.sum(sums), self.n_failed, self.n_passed, self.least, values.dtype
         )
-        if not self.credit:
-            scores = replace(scores, credit_failed=None, credit_passed=None)
-        return scores
 
     def _score_hopeful(
         self, values: Tensor, most_broken: Tensor, failed: Tensor, passed: Tensor
@@ -79,14 +76,14 @@ class SwarmScorer(Scorer):
         for scorer in self.failed:
             if not len(hopeful):
                 break
-            failed[:, hopeful] += scorer.sums(values[hopeful], with_credit=self.credit)
+            failed[:, hopeful] += scorer.sums(values[hopeful], self.fitness)
         dropped = torch.ones(len(values), dtype=torch.bool, device=values.device)
         dropped[hopeful] = False
         failed[LOSS:, dropped] = torch.nan
         passed[LOSS:, dropped] = torch.nan
 
     def _sums_of_passed(self, scorer: ChunkScorer, values: Tensor) -> Tensor:
-        sums = scorer.sums(values, with_loss=self.passed_loss, with_credit=self.credit)
+        sums = scorer.sums(values, self.fitness, with_loss=self.fitness.uses_passed_loss)
         sums[WEIGHT] = scorer.total_weight - sums[WEIGHT]
         return sums
 
@@ -119,12 +116,11 @@ def make_scorer(
     passed: Tensor,
     evaluator: Evaluator,
     *,
+    fitness: FitnessFunction | None = None,
     budget: int | None = None,
-    passed_loss: bool = True,
     fragility: Tensor | None = None,
     reserve: Tensor | None = None,
     weight: Tensor | None = None,
-    credit: bool = False,
 ) -> SwarmScorer:
     """Builds a scorer of candidates.
 
@@ -136,14 +132,13 @@ def make_scorer(
         failed: `N` bool, mask of I_neg.
         passed: `N` bool, mask of I_pos.
         evaluator: the model's task and ranks.
+        fitness: the fitness that reads the scores; None: `Fitness()`. Unless it uses losses on
+            I_pos, `Scores.loss_passed` is 0.
         budget: bytes for scoring, besides those of `cache`; None: a quarter of the free memory.
-        passed_loss: True if losses on I_pos are needed. Otherwise `Scores.loss_passed` is 0, and
-            samples of I_pos that no candidate breaks may be skipped.
         fragility: `N`, such as original losses; the most fragile samples are scored first. None: no
             order.
         reserve: `N`, minimum margin to pass, for tasks with margins; None: no minimum.
         weight: `N` float64, finite sample weights, mean 1 over I_neg; None: equal weights.
-        credit: True if the credits of `Scores` are needed; requires `passed_loss`.
     """
     device, collective = cache.space.device, evaluator.collective
     # Giving up asks the device after each chunk, and a GPU would have to be waited for.
@@ -178,10 +173,9 @@ def make_scorer(
         n_failed,
         n_passed,
         collective,
-        passed_loss,
+        fitness or Fitness(),
         gives_up=gives_up,
         least=least,
-        credit=credit,
     )
 
 
