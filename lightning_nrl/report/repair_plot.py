@@ -45,7 +45,7 @@ from lightning_nrl.report.figures import (
     style_axes,
 )
 from lightning_nrl.report.sample_views import SampleView, by_flip
-from lightning_nrl.report.tables import ClassName, confusion_changes
+from lightning_nrl.report.tables import ClassName, confusion_changes, confusion_title
 from lightning_nrl.report.verdicts import verdict_on
 
 if TYPE_CHECKING:
@@ -210,18 +210,32 @@ def _draw_margins(histogram: MarginHistogram, axes: Axes) -> None:
 
 
 def _draw_confusions(cells: Sequence[ConfusionCell], class_name: ClassName, axes: Axes) -> None:
-    names = []
-    # The first bar is drawn at the bottom.
-    for i, cell in enumerate(reversed(confusion_changes(cells)[:PLOTTED_CONFUSIONS])):
-        label, prediction = class_name(cell.label), class_name(cell.prediction)
-        names.append(escape_dollars(f"{label} taken for {prediction}"))
-        bar = axes.barh(i, cell.change, color=RED if cell.change > 0 else GREEN)
-        axes.bar_label(bar, [f"{cell.before} -> {cell.after}"], padding=3, fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    bars = []
+    for cell in confusion_changes(cells)[:PLOTTED_CONFUSIONS]:
+        colour = RED if cell.change > 0 else GREEN
+        note = f"{cell.before} -> {cell.after}"
+        bars.append(_Bar(confusion_title(cell, class_name), cell.change, colour, note))
+    _draw_bars(bars, axes)
     axes.axvline(0, color=INK, linewidth=1)
     axes.margins(x=0.25)
     axes.locator_params(axis="x", integer=True)
     style_axes(axes, "wrong predictions, after less before", "")
+
+
+class _Bar(NamedTuple):
+    name: str
+    length: float
+    colour: str
+    note: str
+
+
+def _draw_bars(bars: Sequence[_Bar], axes: Axes) -> None:
+    # The first bar is drawn at the bottom.
+    for i, bar in enumerate(reversed(bars)):
+        drawn = axes.barh(i, bar.length, color=bar.colour)
+        axes.bar_label(drawn, [bar.note], padding=3, fontsize=8)
+    names = [escape_dollars(bar.name) for bar in reversed(bars)]
+    axes.set_yticks(range(len(bars)), names, fontsize=8)
 
 
 def _classes(cells: Sequence[ConfusionCell]) -> list[int]:
@@ -326,21 +340,19 @@ def weight_figures(
     names = sorted((name for name in norms if norms[name]), key=lambda name: -norms[name])
     if not names:
         return {}
-    bars = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
-    axes = bars.subplots()
-    labels = []
-    # The first bar is drawn at the bottom.
-    for i, name in enumerate(reversed(names[:PLOTTED_TENSORS])):
+    figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
+    axes = figure.subplots()
+    bars = []
+    for name in names[:PLOTTED_TENSORS]:
         label = name
         if len(name) > LABEL_CHARACTERS:  # similar names differ at the end
             label = f"...{name[3 - LABEL_CHARACTERS :]}"
-        labels.append(label)
-        bar = axes.barh(i, norms[name], color=BLUE)
         n_changed = int((changes[name] != 0).sum())
-        axes.bar_label(bar, [f"{n_changed:,} of {changes[name].numel():,}"], padding=3, fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+        note = f"{n_changed:,} of {changes[name].numel():,}"
+        bars.append(_Bar(label, norms[name], BLUE, note))
+    _draw_bars(bars, axes)
     axes.margins(x=0.3)
-    axes.set_ylim(-0.6, max(len(labels), 4) - 0.4)
+    axes.set_ylim(-0.6, max(len(bars), 4) - 0.4)
     style_axes(axes, "Euclidean norm of the change; weights changed", "")
     if localization is not None and "localized" in localization.sizes:
         sizes = localization.sizes
@@ -350,7 +362,7 @@ def weight_figures(
         axes.set_title(f"{searched} weights", color=INK, fontsize=9, loc="left")
     picture = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
     _draw_change(picture, changes[names[0]])
-    return {"Weights, change by tensor": bars, f"Weights, change of {names[0]}": picture}
+    return {"Weights, change by tensor": figure, f"Weights, change of {names[0]}": picture}
 
 
 def _draw_change(figure: Figure, change: Tensor) -> None:

@@ -355,12 +355,16 @@ def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
     return sorted(changed, key=lambda cell: -abs(cell.change))
 
 
+def confusion_title(cell: ConfusionCell, class_name: ClassName) -> str:
+    """Returns the classes of a cell as text, such as `cat taken for dog`."""
+    return f"{class_name(cell.label)} taken for {class_name(cell.prediction)}"
+
+
 def _confusion_table(cells: Sequence[ConfusionCell], class_name: ClassName) -> Table:
     rows = []
     for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]:
         counts = f"{cell.before:,}", f"{cell.after:,}", f"{cell.change:+,}"
-        label, prediction = class_name(cell.label), class_name(cell.prediction)
-        rows.append(Row(f"{label} taken for {prediction}", counts))
+        rows.append(Row(confusion_title(cell, class_name), counts))
     return Table(_named("before", "after", "change"), rows)
 
 
