@@ -29,6 +29,7 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Method, Problem, Solution, Training
 from lightning_nrl.methods.problem import Trained
+from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -294,6 +295,12 @@ def same_evidence(one: SampleResults, other: SampleResults) -> bool:
     return torch.equal(one.passed, other.passed) and torch.allclose(
         one.margin, other.margin, atol=1e-5
     )
+
+
+def distilled(problem: Problem, **options: Any) -> Trained:
+    weight = problem.used.float()
+    defaults = {"start": {}, "epochs": problem.epochs, "deadline": Deadline(), "weight": weight}
+    return distill(problem, **(defaults | options))
 
 
 @contextmanager

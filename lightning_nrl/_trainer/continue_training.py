@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, StackDataset, Subset
 
-from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import inner_trainer, quiet
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
@@ -44,7 +43,6 @@ from lightning_nrl._trainer.time_budget import (
     TrainingTrial,
     describe_failure,
 )
-from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl._utils.state import State, current_state, shared_tensors, snapshot
@@ -71,7 +69,7 @@ class ContinuedTraining(Training):
         known: the known data.
         epochs: number of epochs without a time limit.
         left_out: callback classes that the copy drops.
-        trained_on: the training loaders; None: those of the trainer.
+        trained_on: the training loaders.
         augment: augments the targets.
         targeted: bool mask of the targets among the known samples; None: unknown.
         modes: training flags of the submodules; {}: the current flags.
@@ -80,10 +78,10 @@ class ContinuedTraining(Training):
     trainer: Trainer
     model: LightningModule
     known: Sequence[LoaderSource]
-    epochs: int = ASSUMED_EPOCHS
-    left_out: tuple[type, ...] = ()
-    trained_on: Loaders = field(default=None, repr=False)
-    augment: Augment | None = None
+    epochs: int
+    left_out: tuple[type, ...]
+    trained_on: Loaders = field(repr=False)
+    augment: Augment | None
     targeted: Tensor | None = None
     modes: Mapping[nn.Module, bool] = field(default_factory=dict, repr=False)
 
@@ -93,9 +91,6 @@ class ContinuedTraining(Training):
             in_evaluation = not self.model.training
             modes = {part: part.training or in_evaluation for part in self.model.modules()}
             object.__setattr__(self, "modes", modes)
-        if self.trained_on is None:
-            # Read once: a data module may create its data again on each call.
-            object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     def for_targets(self, targeted: Tensor) -> ContinuedTraining:
         """Returns a copy with a mask of the targets among the known samples."""

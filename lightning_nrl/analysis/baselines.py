@@ -96,7 +96,7 @@ class DistilledFineTuning(FineTuning):
     def __call__(self, problem: Problem) -> Solution:
         task, temperature = problem.evaluator.task, self.temperature
         task_loss = _weighted_loss(problem, self.emphasis)
-        teacher = Teacher(problem, ({},), torch.zeros(len(problem.before), dtype=torch.int64))
+        teacher = Teacher(problem)
         weight = self.base + self.scale * problem.before.passed.float()
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:

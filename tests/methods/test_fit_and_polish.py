@@ -25,6 +25,7 @@ from toy_problems import (
     State,
     broken,
     cast,
+    distilled,
     in_seconds,
     jittered,
     left_alone,
@@ -47,7 +48,6 @@ from lightning_nrl import Target, TensorSource
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods import problem as problem_module
 from lightning_nrl.methods.solvers import distill as module
-from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.methods.solvers.polish import PolishResult, polish
 
 
@@ -93,7 +93,7 @@ def test_steps_by_hand(layer: str, target: Target) -> None:
     model = trained(normed).eval()
     problem = make_problem(model, known(n=40), layer, target=target)
     with left_alone(model):
-        state = distill(problem).state
+        state = distilled(problem).state
     expected = by_hand(model, list(problem.scope), target)
     assert state.keys() == expected.keys() == set(problem.scope)
     for name, value in expected.items():
@@ -104,7 +104,7 @@ def test_half_precision_is_fitted_in_its_own() -> None:
     training = FakeTraining(epochs=30)
     problem = make_problem(trained().half(), cast(known(), torch.float16), training=training)
     with left_alone(problem.model):
-        state = distill(problem).state
+        state = distilled(problem).state
     assert {value.dtype for value in state.values()} == {torch.float16}
     assert problem.propose("fit", state).repaired > 0
 
@@ -120,7 +120,7 @@ def test_the_schedule_ends_with_the_time(seconds: float) -> None:
     # 1,280 samples are ten steps an epoch; in all there are six epochs.
     problem = make_problem(trained(), known(n=900)[:1] + known(n=760, seed=1)[1:])
     with watched_steps(pass_time):
-        distill(problem, deadline=Deadline(seconds, clock=lambda: now[0]))
+        distilled(problem, deadline=Deadline(seconds, clock=lambda: now[0]))
     assert now[0] <= seconds
     assert len(rates) == min(60, seconds - 2)
     assert rates == sorted(rates, reverse=True)
@@ -138,18 +138,18 @@ def test_steps_start_at_given_weights_on_the_samples_that_have_weight() -> None:
 
     problem.model.register_forward_hook(add_rows)
     weight = (torch.arange(60) >= 10).float()
-    result = distill(problem, start=start, weight=weight, epochs=2)
+    result = distilled(problem, start=start, weight=weight, epochs=2)
     # 120 visits are over after three epochs of 50.
     assert sum(n_rows) == 150
     assert result.note == "2.5 epochs"
     for name, value in result.state.items():
         torch.testing.assert_close(value, start[name], rtol=0, atol=0.01)
-    assert not same(result.state, distill(problem, weight=weight, epochs=2).state)
+    assert not same(result.state, distilled(problem, weight=weight, epochs=2).state)
 
 
 def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
     def work(problem: Problem) -> State:
-        return distill(
+        return distilled(
             problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05)
         ).state
 

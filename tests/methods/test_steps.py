@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from toy_problems import (
     barely,
     broken,
+    distilled,
     left_alone,
     make_problem,
     normed,
@@ -39,7 +40,6 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.solvers.descent import Descent
-from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.methods.solvers.mini_batches import load_batches
 from lightning_nrl.methods.solvers.polish import polish
 from lightning_nrl.methods.solvers.teacher import Teacher
@@ -249,7 +249,7 @@ def results(problem: Problem) -> dict[str, Any]:
     moved = Apricot([retrained(problem.model, seed) for seed in range(2)], rate=0.005)(problem)
     assert moved.proposal is not None
     return {
-        "fit": distill(problem).state,
+        "fit": distilled(problem).state,
         "polish": dict(polished.state),
         "counts": (polished.repaired, polished.broken, polished.rounds, polished.strength),
         "apricot": dict(moved.proposal.state),

@@ -94,7 +94,9 @@ class Continue(Callback):
             source = make_source(
                 data, "train", trainer=trainer, model=model, passed=True, failed=True
             )
-            training = ContinuedTraining(trainer, model, [source], 3)
+            training = ContinuedTraining(
+                trainer, model, [source], 3, (), trainer.train_dataloader, augment=None
+            )
             try:
                 state = training(seconds=seconds, seed=0, clock=StageTimer())
                 result = "nothing" if state is None else "weights"

@@ -116,7 +116,15 @@ class Continue(Callback):
             passed = self.passed or trainer.train_dataloader
             make = partial(make_source, trainer=trainer, model=pl_module)
             known = [make(passed, "train", passed=True), make(self.failed, "repair", failed=True)]
-            training = ContinuedTraining(trainer, pl_module, known, self.epochs, (Continue,))
+            training = ContinuedTraining(
+                trainer,
+                pl_module,
+                known,
+                self.epochs,
+                (Continue,),
+                trainer.train_dataloader,
+                augment=None,
+            )
             before = picture(trainer, pl_module)
             with preserve_state(pl_module):
                 # As in a repair: told of the targets while the model is in evaluation mode.

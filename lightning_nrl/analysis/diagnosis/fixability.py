@@ -20,6 +20,7 @@ from lightning_nrl.methods.solvers.convex_head import (
     pair_gram,
     pair_sides,
     sum_of_pairs,
+    whitening_root,
 )
 from lightning_nrl.methods.solvers.qp import solve_duals
 
@@ -66,7 +67,8 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
 
     The samples must be on a device that knows float64.
     """
-    root = _whitening(passed.features.double())
+    features = passed.features.double()
+    root = whitening_root(features.T @ features / len(features), FEATURE_RIDGE)
     programme = _FixProgramme(_whitened(passed, root), _whitened(targets, root))
     add_cutting_planes(programme.solve, programme.add_violated, MAX_FIX_ROUNDS)
     fixable, change = programme.fixable, programme.change
@@ -83,18 +85,6 @@ def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
 
 def _whitened(samples: LayerSamples, root: Tensor) -> LayerSamples:
     return LayerSamples(samples.features.double() @ root, samples.logits.double(), samples.label)
-
-
-def _whitening(features: Tensor) -> Tensor:
-    """Returns the matrix that whitens the features, `D x D`; rare directions have a ridge."""
-    moment = features.T @ features / len(features)
-    mean_variance = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
-    moment.diagonal().add_(FEATURE_RIDGE * mean_variance)
-    factor = torch.linalg.cholesky(moment).T
-    root: Tensor = torch.linalg.solve_triangular(
-        factor, torch.eye(len(moment)).to(moment), upper=True
-    )
-    return root
 
 
 class _FixProgramme:

@@ -119,12 +119,8 @@ class ConvexHead:
             moment += features.T @ features
         moment /= passed.sum()
         # In float64, and with a ridge above the rounding of the sum, so that a factor exists.
-        moment = moment.to("cpu", torch.float64)
         ridge = HEAD_RIDGE + len(moment) * torch.finfo(dtype).eps
-        moment.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(1e-30))
-        factor = torch.linalg.cholesky(moment)
-        identity = torch.eye(len(moment), dtype=torch.float64)
-        root: Tensor = torch.linalg.solve_triangular(factor.T, identity, upper=True)
+        root = whitening_root(moment.to("cpu", torch.float64), ridge)
         return root.to(self.features.device, dtype)
 
     def white(self, block: Tensor) -> Tensor:
@@ -239,7 +235,6 @@ class _PairProgramme:
         features = head.white(sample)
         margin = head.margins(sample).gather(1, rival[:, None]).squeeze(1)
         required = (head.required[sample] - margin).to(features.dtype)
-        # Huge inputs give prices beyond single precision.
         # In double precision, since huge inputs give huge prices.
         price = self.price * head.weight[sample].to(features)
         limit = torch.where(head.targeted[sample], price, torch.inf)
@@ -282,6 +277,19 @@ def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
         part = ((old - floor) / (old - new))[is_short].clamp(0, 1)
         scale = min([scale, *part.tolist()])
     return change * scale
+
+
+def whitening_root(moment: Tensor, ridge: float) -> Tensor:
+    """Returns the upper triangular R, `d x d`: R R' inverts the second moment, float64.
+
+    `ridge` is a share of the mean eigenvalue, which is added to each.
+    """
+    moment.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(1e-30))
+    factor = torch.linalg.cholesky(moment)
+    root: Tensor = torch.linalg.solve_triangular(
+        factor.T, torch.eye(len(moment)).to(moment), upper=True
+    )
+    return root
 
 
 def add_cutting_planes(

@@ -38,10 +38,10 @@ EASY_FRACTION = 0.25  # share of the easy samples that an epoch visits
 def distill(
     problem: Problem,
     *,
-    start: State | None = None,
-    epochs: int | None = None,
-    deadline: Deadline | None = None,
-    weight: Tensor | None = None,
+    start: State,
+    epochs: int,
+    deadline: Deadline,
+    weight: Tensor,
 ) -> Trained:
     """Trains the parameters in the problem's scope on known data, from the values in `start`.
 
@@ -54,10 +54,8 @@ def distill(
     to 0 over all steps. If a single sample exceeds the memory, `distill` warns and returns the
     weights so far.
     """
-    used = problem.used if weight is None else weight > 0
-    run = _Distillation(
-        problem, start or {}, epochs or problem.epochs, deadline or Deadline(), used
-    )
+    used = weight > 0
+    run = _Distillation(problem, start, epochs, deadline, used)
     rows = used.nonzero().flatten()
     try:
         while run.epoch(rows):
@@ -86,7 +84,7 @@ class _Distillation:
         self.descent = Descent(
             problem, start, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY)
         )
-        self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
+        self._teacher = Teacher(problem)
         self._generator = torch.Generator().manual_seed(problem.seed)
         weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
         of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)

@@ -18,12 +18,17 @@ DISTILLATION_WEIGHT = 5.0
 
 
 class Teacher:
-    """Computes and caches logits under several states.
+    """Computes and caches logits of the original model, and of others.
 
     Sample i runs with the weights `states[numbers[i]]`; `numbers` is `N` int64 or bool on the CPU.
+    By default all samples run with the original weights.
     """
 
-    def __init__(self, problem: Problem, states: Sequence[State], numbers: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, states: Sequence[State] = ({},), numbers: Tensor | None = None
+    ) -> None:
+        if numbers is None:
+            numbers = torch.zeros(len(problem.before), dtype=torch.bool)
         # All tensors, since the model may hold other weights when the teacher runs.
         self._states = [completed(problem.model, state) for state in states]
         self._problem = problem
