@@ -11,16 +11,13 @@ from typing import cast
 from lightning_nrl._trainer.continue_training import Augment, ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
 from lightning_nrl._trainer.flipped_samples import Render, class_names, sample_views
-from lightning_nrl._trainer.history_callback import HistoryCallback
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
-    ModelCheckpoint,
     Trainer,
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     batch_limit,
-    callbacks_of_class,
     validating,
 )
 from lightning_nrl._trainer.loaders import LoaderSource
@@ -30,9 +27,8 @@ from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError
+from lightning_nrl.errors import DataWarning, UnusableSamplesError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Method
 from lightning_nrl.pipeline import Outcome, Settings, repair_module
 from lightning_nrl.pipeline.input_checks import run_sanity_check
@@ -104,24 +100,12 @@ class TrainerRepair:
 
         Warns if training could not continue.
         """
-        settings, method = self.settings, self.settings.method
-        needs_checkpoints = isinstance(method, Method) and method.needs_checkpoints
-        if needs_checkpoints and not _best_checkpoint_callbacks(trainer):
-            name = type(method).__name__
-            raise ConfigurationError(
-                f"`{name}.checkpoints`: the fit saves none.",
-                f"name them, `{name}(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
-                "`ModelCheckpoint(monitor=..., save_top_k=5)`.",
-            )
+        settings = self.settings
         with random_state(), validating(trainer):
             loaders = SplitLoaders(trainer, model, self.data.known.stream_limit)
             first = self._open_data(loaders, ASSUMED_EPOCHS, limit=1, whole=False)
-            history = _history_callback(settings, trainer)
-            if history is not None:
-                # The training has not made its record yet.
-                _check_recorded(settings, history, first.known)
-                search = replace(settings.search, localizer=NeuRecoverLite())
-                settings = replace(settings, search=search)
+            failing = [source.split for source in first.known if source.failed]
+            settings = _in_trainer(settings, trainer, failing)
             run_sanity_check(first.evaluator, first.sources, settings, reference=self.reference)
             if self.reference is None and settings.layer == "auto" and settings.trains:
                 first.training.warn()
@@ -139,7 +123,7 @@ class TrainerRepair:
         Leaves model and trainer unchanged. `max_time` counts from `began`, or else from now.
         """
         began = began or time.perf_counter()
-        settings = _with_trainer_files(self.settings, trainer)
+        settings = _in_trainer(self.settings, trainer, None)
         work = work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             for tries_left in range(MAX_EXCLUSION_RUNS, -1, -1):
@@ -209,42 +193,11 @@ class TrainerRepair:
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
 
 
-def _history_callback(settings: Settings, trainer: Trainer) -> HistoryCallback | None:
-    if not settings.localizer.needs_history:
-        return None
-    return next(iter(callbacks_of_class(trainer, HistoryCallback)), None)
-
-
-def _with_trainer_files(settings: Settings, trainer: Trainer) -> Settings:
-    history = _history_callback(settings, trainer)
-    if history is not None and history.folder is not None:
-        localizer = settings.localizer.with_history(str(history.folder))
-        settings = replace(settings, search=replace(settings.search, localizer=localizer))
-    method = settings.method
-    if isinstance(method, Method) and method.needs_checkpoints:
-        paths = []
-        for callback in _best_checkpoint_callbacks(trainer):
-            paths += sorted(callback.best_k_models)
-        if paths:
-            settings = replace(settings, method=method.with_checkpoints(paths))
-    return settings
-
-
-def _best_checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
-    callbacks = callbacks_of_class(trainer, ModelCheckpoint)
-    return [best for best in callbacks if best.monitor is not None and best.save_top_k != 0]
-
-
-def _check_recorded(
-    settings: Settings, history: HistoryCallback, known: Sequence[LoaderSource]
-) -> None:
-    # If no split with failures is recorded, the localizer finds no regression among the failures.
-    failing = [source.split for source in known if source.failed]
-    if history.recorded and not set(failing) & set(history.recorded):
-        splits = [*history.recorded, *failing]
-        raise ConfigurationError(
-            f"`callbacks`: TrainingHistory records {list(history.recorded)}, the failures are in "
-            f"{failing}.",
-            f"{type(settings.localizer).__name__} needs a record of them: "
-            f"`TrainingHistory(splits={splits})`.",
-        )
+def _in_trainer(settings: Settings, trainer: Trainer, failing: Sequence[str] | None) -> Settings:
+    method, localizer = settings.method, settings.localizer
+    if isinstance(method, Method):
+        settings = replace(settings, method=method.in_trainer(trainer, failing))
+    new = localizer.in_trainer(trainer, failing)
+    if new is localizer:
+        return settings
+    return replace(settings, search=replace(settings.search, localizer=new))

@@ -81,8 +81,6 @@ class Localizer(ABC):
 
     Attributes:
         include_bias: True if biases may be chosen too. `recording.space` then contains the biases.
-        needs_history: True if `with_history` must be called with the folder of a
-            `TrainingHistory`.
     """
 
     include_bias: bool = False
@@ -109,12 +107,12 @@ class Localizer(ABC):
         """Returns the localizer to call for the known data. By default it is this localizer."""
         return self
 
-    @property
-    def needs_history(self) -> bool:
-        return False
+    def in_trainer(self, trainer: Any, failing: Sequence[str] | None) -> Localizer:
+        """Returns the localizer with what it takes from a Trainer, such as a record of training.
 
-    def with_history(self, folder: str) -> Localizer:
-        """Returns the localizer with the record of the training in `folder`."""
+        It is called before the training, to check a repair, with the names of the splits that have
+        failures (`failing`), and after the training with None.
+        """
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -27,8 +27,6 @@ class Method(ABC):
         needs: requirements on task and data.
         localizer: chooses the weights to search if the user names no localizer.
         fitness: compares new weights if the user names no fitness.
-        needs_checkpoints: True if `with_checkpoints` must be called with the checkpoints of a
-            Trainer.
     """
 
     trains: ClassVar[bool] = False
@@ -60,10 +58,10 @@ class Method(ABC):
         """Returns the method with the parts that the user chose; None keeps the method's own."""
         return self
 
-    @property
-    def needs_checkpoints(self) -> bool:
-        return False
+    def in_trainer(self, trainer: Any, failing: Sequence[str] | None) -> Method:
+        """Returns the method with what it takes from a Trainer, such as checkpoints.
 
-    def with_checkpoints(self, paths: Sequence[str]) -> Method:
-        """Returns the method with the best checkpoints of a Trainer."""
+        It is called before the training, to check a repair, with the names of the splits that have
+        failures (`failing`), and after the training with None.
+        """
         return self

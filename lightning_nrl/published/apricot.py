@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_nrl._trainer.lightning.packages import ModelCheckpoint, Trainer
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of_class
 from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.state import changed, combined, current_state
@@ -105,12 +107,17 @@ class Apricot(Method):
         check_whole("Apricot.patience", self.patience, 1)
         check_whole("Apricot.epochs", self.epochs, 0)
 
-    @property
-    def needs_checkpoints(self) -> bool:
-        return self.checkpoints is None
-
-    def with_checkpoints(self, paths: Sequence[str]) -> Apricot:
-        return replace(self, checkpoints=tuple(paths))
+    def in_trainer(self, trainer: Trainer, failing: Sequence[str] | None) -> Apricot:
+        """Returns the method with the best checkpoints that the Trainer has kept."""
+        if self.checkpoints is not None:
+            return self
+        callbacks = callbacks_of_class(trainer, ModelCheckpoint)
+        best = [kept for kept in callbacks if kept.monitor is not None and kept.save_top_k != 0]
+        if failing is not None and not best:
+            problem = f"`{CHECKPOINTS_ARGUMENT}`: the fit saves none."
+            raise ConfigurationError(problem, NO_CHECKPOINTS_HINT)
+        paths = [path for callback in best for path in sorted(callback.best_k_models)]
+        return replace(self, checkpoints=tuple(paths) or None)
 
     def __call__(self, problem: Problem) -> Solution:
         """Finds new weights; refuses checkpoints that are missing or do not fit the model."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrl._trainer.lightning.packages import Trainer
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of_class
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_kind, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
@@ -27,13 +29,19 @@ from lightning_nrl.localization.localizer import (
     check_numbers,
     default_n_weights,
 )
-from lightning_nrl.localization.neurecover_lite import nearest, rank_impacts, sizes_at
+from lightning_nrl.localization.neurecover_lite import (
+    NeuRecoverLite,
+    nearest,
+    rank_impacts,
+    sizes_at,
+)
 from lightning_nrl.published.history import (
     HISTORY_ARGUMENT,
     CheckpointHistory,
     History,
     HistoryPoint,
 )
+from lightning_nrl.published.training_history import TrainingHistory
 from lightning_nrl.published.training_record import FolderHistory
 
 
@@ -90,12 +98,19 @@ class NeuRecover(Localizer):
                 )
         _history_of(self.history)
 
-    @property
-    def needs_history(self) -> bool:
-        return self.history is None
+    def in_trainer(self, trainer: Trainer, failing: Sequence[str] | None) -> Localizer:
+        """Returns the localizer with the record of the first `TrainingHistory` in the Trainer.
 
-    def with_history(self, folder: str) -> NeuRecover:
-        return replace(self, history=folder)
+        Before the training, there is no record yet, and another localizer checks the data.
+        """
+        if self.history is not None:
+            return self
+        for callback in callbacks_of_class(trainer, TrainingHistory):
+            if failing is not None:
+                _check_recorded(callback.recorded, failing)
+                return NeuRecoverLite()
+            return self if callback.folder is None else replace(self, history=str(callback.folder))
+        return self
 
     def on(self, known: KnownData) -> HistoryLocalizer:
         """Reads the history, evaluates its checkpoints, and returns the localizer for the data.
@@ -299,6 +314,17 @@ def _history_of(history: str | Path | Sequence[Any] | History | None) -> History
             f"`{HISTORY_ARGUMENT}` is an empty list.", "give at least one earlier checkpoint."
         )
     return CheckpointHistory(history)
+
+
+def _check_recorded(recorded: Sequence[str], failing: Sequence[str]) -> None:
+    # If no split with failures is recorded, there is no regression among the failures.
+    if recorded and not set(failing) & set(recorded):
+        raise ConfigurationError(
+            f"`callbacks`: TrainingHistory records {list(recorded)}, the failures are in "
+            f"{list(failing)}.",
+            "NeuRecover needs a record of them: "
+            f"`TrainingHistory(splits={[*recorded, *failing]})`.",
+        )
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
 from lightning_nrl._trainer.folders import base_folder
-from lightning_nrl._trainer.history_callback import HistoryCallback
 from lightning_nrl._trainer.lightning.packages import (
+    CallbackBase,
     LightningModule,
     Trainer,
     rank_zero_warn,
@@ -36,7 +35,7 @@ from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 
 
-class TrainingHistory(HistoryCallback):
+class TrainingHistory(CallbackBase):
     """Records in every epoch which samples are right, their losses, and the weights of some layers.
 
     `NeuRecover` localises with this history, and `TrainingRecord.read(folder)` reads it. A resumed
@@ -104,12 +103,13 @@ class TrainingHistory(HistoryCallback):
         self.prefix = parse_prefix(prefix, "history")
         self.task = task_of_output(task, output)
         self.adapter = parse_adapter(adapter)
+        self.folder: Path | None = None
+        self.recorded: tuple[str, ...] = ()
         self._resumed: str | None = None
         self.seconds = 0.0
         self._last: int | None = None
         self._ever_right: dict[str, Tensor] = {}  # by split, samples that were right at some record
 
-    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         if stage == "fit":
@@ -118,7 +118,6 @@ class TrainingHistory(HistoryCallback):
             )
             self._layer_names(pl_module)
 
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = base_folder(self.dirpath, trainer, "history")
         if self.dirpath is None and self._resumed is not None and trainer.global_step:
@@ -141,7 +140,6 @@ class TrainingHistory(HistoryCallback):
             "the record of an earlier training could not be read on another rank.",
         )
 
-    @override
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -154,12 +152,10 @@ class TrainingHistory(HistoryCallback):
         if n is not None and trainer.global_step % n == 0 and trainer.global_step != self._last:
             self.record(trainer, pl_module)
 
-    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.record(trainer, pl_module)
 
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or self.folder is None or find_spec("matplotlib") is None:
             return
@@ -172,11 +168,9 @@ class TrainingHistory(HistoryCallback):
                 what="history of the training",
             )
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {} if self.folder is None else {"folder": str(self.folder.absolute())}
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         folder = state_dict.get("folder") if isinstance(state_dict, dict) else state_dict
         if isinstance(state_dict, dict) and isinstance(folder, str | None):
