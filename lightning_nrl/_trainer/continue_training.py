@@ -49,8 +49,8 @@ from lightning_nrl._utils.state import State, current_state, shared_tensors, sna
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import RawBatch
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
+from lightning_nrl.methods import Trained, Training
 from lightning_nrl.methods.budget import LEAST_EPOCH
-from lightning_nrl.methods.problem import Trained, Training
 
 Sample: TypeAlias = Any  # as a data set returns it
 Augment = Callable[[RawBatch], RawBatch]

@@ -47,7 +47,7 @@ from lightning_nrl._trainer.random_transforms import draws_at_random, with_valid
 from lightning_nrl._trainer.trainer_state import least_samples_of_epoch, make_evaluator
 from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.registry import import_function
-from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data import Adapter
 from lightning_nrl.data.sample_identity import base_samples, is_among
 from lightning_nrl.errors import (
     ConfigurationError,
@@ -56,7 +56,7 @@ from lightning_nrl.errors import (
     check_kind,
     check_whole,
 )
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.tasks import Task
 
 

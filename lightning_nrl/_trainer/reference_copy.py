@@ -16,8 +16,8 @@ from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.preserve import eval_mode
 from lightning_nrl._utils.state import State, device_of, write
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.updates import Predictions
 from lightning_nrl.updates.old_model import OldModel, parse_reference
-from lightning_nrl.updates.predictions import Predictions
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:

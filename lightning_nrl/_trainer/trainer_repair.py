@@ -33,7 +33,7 @@ from lightning_nrl.methods import Method
 from lightning_nrl.pipeline import Outcome, Settings, repair_module
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.tasks import Task
-from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates import Reference
 
 MAX_EXCLUSION_RUNS = 6
 """Number of reruns of a repair without samples that turned out to be unusable."""

@@ -15,7 +15,7 @@ from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.state import State, between, snapshot, temporary_weights
-from lightning_nrl.data.batch import Batch
+from lightning_nrl.data import Batch
 from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.methods import Method, Problem, Solution
 from lightning_nrl.methods.solvers.descent import Descent, Loss

@@ -19,7 +19,7 @@ from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
-from lightning_nrl.data.batch import Source
+from lightning_nrl.data import Source
 from lightning_nrl.errors import (
     ConfigurationError,
     EmptyLocalizationError,
@@ -28,14 +28,13 @@ from lightning_nrl.errors import (
     ReplayError,
     check_choice,
 )
-from lightning_nrl.evaluation import Evaluator, SampleOptions
+from lightning_nrl.evaluation import Evaluator, FlipCounts, Flips, SampleOptions
 from lightning_nrl.evaluation.layers import find_scope, layer_names
-from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.methods import METHODS, AnyMethod, Problem, Solution, Training, solve
+from lightning_nrl.pipeline import Settings
 from lightning_nrl.pipeline.baseline import EvaluatedData, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
-from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import PatchPath
 from lightning_nrl.records import Provenance, StrengthPoint
 from lightning_nrl.report import Report

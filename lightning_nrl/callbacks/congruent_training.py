@@ -29,8 +29,8 @@ from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.registry import import_function
+from lightning_nrl.data import Adapter
 from lightning_nrl.data.adapters import bind_adapter
-from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output

@@ -47,7 +47,7 @@ from lightning_nrl._utils.state import (
     saved_names,
 )
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
-from lightning_nrl.data.targets import Target, parse_target
+from lightning_nrl.data import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning, first_line
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.layers import find_scope

@@ -29,7 +29,7 @@ from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weight
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.state import State, write
-from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output

@@ -19,7 +19,7 @@ from lightning_nrl._utils.device import (
     widest,
 )
 from lightning_nrl.errors import DataWarning, EvaluationError, ReplayError, check_choice
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import (
     LayerCall,
     OutputProbe,

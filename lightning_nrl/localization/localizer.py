@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.data.batch import Source
+from lightning_nrl.data import Source
 from lightning_nrl.errors import EmptyLocalizationError, check_whole
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
-from lightning_nrl.evaluation.sample_results import SampleResults
 
 Chunk: TypeAlias = Any
 """Some samples of a recording: `rows`, their rows in the results, and `target`, their targets."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization.impact import Aggregation, Impact, measure
 from lightning_nrl.localization.localizer import (
     LOCALIZERS,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from lightning_nrl._utils.state import State
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.methods.lora import AttachedLayers, Lora, LoraAdapter
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution

@@ -26,8 +26,8 @@ from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl.methods.solvers.distill import distill
 from lightning_nrl.methods.solvers.polish import polished
+from lightning_nrl.records import CautionPoint, Step
 from lightning_nrl.records.stats import CHANCE_STANDARD_ERRORS, net_repairs_in_standard_errors
-from lightning_nrl.records.steps import CautionPoint, Step
 
 # Learning rate of AdamW with the user's `training_step`, which is tried if the user's optimizers
 # repair too little.

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import widest
+from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.evaluator import Need
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem

@@ -12,7 +12,7 @@ from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Solution
-from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.search import FitnessFunction
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 
 

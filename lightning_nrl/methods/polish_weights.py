@@ -18,7 +18,7 @@ from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.polish import polished
-from lightning_nrl.records.steps import Step
+from lightning_nrl.records import Step
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,15 +16,15 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, device_of, temporary_weights
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.data.batch import Source
+from lightning_nrl.data import Source
 from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.errors import ModelError, RepairError, TrainingWarning, first_line
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding, rounding_reserve
-from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.evaluation.slices import missed_quotas, upweight_slices
-from lightning_nrl.gate.gates import Gate, Instance
+from lightning_nrl.gate import Gate, Instance
 from lightning_nrl.localization import Localizer
 from lightning_nrl.methods.budget import (
     FORWARD_BACKWARD,
@@ -35,7 +35,7 @@ from lightning_nrl.methods.budget import (
 )
 from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.records.steps import CUT
-from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.search import FitnessFunction
 
 N_SCORED = 100_000  # default maximum number of known samples that a search uses
 # On the sample weights of a slice's targets while the slice misses its quota.

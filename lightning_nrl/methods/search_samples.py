@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.head_features import all_batches, row_batches
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.budget import (
     FEWEST_SAMPLES,
     PREPARATION_PASSES,
@@ -24,8 +24,7 @@ from lightning_nrl.methods.budget import (
     PREPARATION_TIME_SHARE,
 )
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.search import Searcher, SearchHistory
-from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.search import FitnessFunction, Searcher, SearchHistory
 from lightning_nrl.search.scores import Scorer
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.recording import record

@@ -10,8 +10,8 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.localization import Localization
 from lightning_nrl.methods.lora import LoraAdapter
-from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
-from lightning_nrl.search.search_log import SearchResult
+from lightning_nrl.records import CautionPoint, PricePoint, Rung, Step
+from lightning_nrl.search import SearchResult
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_nrl._utils.state import hash_file, hash_tensors
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data import Target
 from lightning_nrl.gate import Gate
 
 SCALARS = (NoneType, bool, int, float, str)

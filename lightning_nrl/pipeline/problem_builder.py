@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.state import current_state, hash_tensors
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.batch import Source
+from lightning_nrl.data import Source
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.layers import ParameterSpace

@@ -45,7 +45,7 @@ from lightning_nrl.records import CalibrationBounds, Step
 from lightning_nrl.records.stats import limit_after
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.updates.old_model import Reference
+from lightning_nrl.updates import Reference
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_nrl.data.targets import AllFailures, Target, parse_target
+from lightning_nrl.data import AllFailures, Target, parse_target
 from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.evaluation.evaluator import Need

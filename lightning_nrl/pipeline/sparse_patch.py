@@ -14,7 +14,7 @@ from lightning_nrl._utils.state import State, changed, live_tensors
 from lightning_nrl.methods import Problem, Proposal
 from lightning_nrl.methods.budget import MAX_POLISHED_SIZES
 from lightning_nrl.methods.solvers.polish import polish
-from lightning_nrl.records.steps import Step
+from lightning_nrl.records import Step
 
 SIZE_TOLERANCE = 1.1  # bisection ends when the size is known up to this factor
 VALUE_ROUNDING = 1e-9  # allowance for rounding in sums of sample weights

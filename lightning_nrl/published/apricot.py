@@ -24,11 +24,9 @@ from lightning_nrl.errors import (
     check_real,
     check_whole,
 )
-from lightning_nrl.methods.method import Method
-from lightning_nrl.methods.problem import Problem, Trained
-from lightning_nrl.methods.solution import Proposal, Solution, better
+from lightning_nrl.methods import Method, Problem, Proposal, Solution, Trained, better
 from lightning_nrl.methods.solvers.polish import polished
-from lightning_nrl.records.steps import Step
+from lightning_nrl.records import Step
 
 CHECKPOINTS_ARGUMENT = "Apricot.checkpoints"  # in messages
 Strategy = Literal["both", "right", "wrong"]  # `both` and its two parts; 1 to 3 in the paper

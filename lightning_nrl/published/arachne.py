@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import at_least_float32, no_autocast
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layer_gradients import (
     as_rows,
     bias_gradient,

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 
 from lightning_nrl.errors import check_choice
 from lightning_nrl.localization import Localizer, NeuRecoverLite
-from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods import LocalSearch
 from lightning_nrl.published.arachne import Arachne, ArachneV2
 from lightning_nrl.published.differential_evolution import DifferentialEvolution
 from lightning_nrl.published.fitnesses import ArachneDEFitness, ArachneFitness, NeuRecoverFitness
 from lightning_nrl.published.neurecover import NeuRecover
-from lightning_nrl.search import Fitness, ParticleSwarm, Searcher
-from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.search import Fitness, FitnessFunction, ParticleSwarm, Searcher
 
 ITERATIONS = 100  # as published
 PATIENCE = 10  # as published

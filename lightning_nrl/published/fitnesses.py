@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import check_real
-from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.search import FitnessFunction
 from lightning_nrl.search.scores import Scores
 
 

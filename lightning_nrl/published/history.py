@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.state import State
-from lightning_nrl.localization.localizer import KnownData
+from lightning_nrl.localization import KnownData
 
 HISTORY_ARGUMENT = "NeuRecover.history"  # in messages
 

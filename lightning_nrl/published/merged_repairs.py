@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.state import State, combined, current_state
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.targets import Target, parse_target
+from lightning_nrl.data import Target, parse_target
 from lightning_nrl.errors import (
     ConfigurationError,
     EmptyLocalizationError,
@@ -22,24 +22,30 @@ from lightning_nrl.errors import (
     check_kind,
     check_whole,
 )
-from lightning_nrl.methods import METHODS, AnyMethod, solve
+from lightning_nrl.methods import (
+    METHODS,
+    AnyMethod,
+    Method,
+    Problem,
+    Proposal,
+    Solution,
+    better,
+    solve,
+)
 from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import parse_parts
-from lightning_nrl.methods.method import Method
-from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import choose_samples, progress, record_known, scorer_for
-from lightning_nrl.methods.solution import Proposal, Solution, better
-from lightning_nrl.records.steps import Step
+from lightning_nrl.records import Step
 from lightning_nrl.search import (
     FITNESSES,
     SEARCHERS,
+    FitnessFunction,
     ParticleSwarm,
     Searcher,
     SearchResult,
     WeightStats,
     search,
 )
-from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.scoring.last_layer_scorer import sum_over_samples
 from lightning_nrl.search.scoring.scorer import WEIGHT, scores_of_sums

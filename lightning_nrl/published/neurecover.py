@@ -18,9 +18,9 @@ from torch import Tensor
 from lightning_nrl._trainer.lightning.packages import Trainer
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of_class
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_kind, check_real
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.localization.impact import Impact, measure
+from lightning_nrl.localization import Impact, measure
 from lightning_nrl.localization.localizer import (
     KnownData,
     Localization,

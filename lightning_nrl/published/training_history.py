@@ -25,7 +25,7 @@ from lightning_nrl._trainer.tracking.loggers import track_figures, track_numbers
 from lightning_nrl._trainer.tracking.tags import parse_prefix
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_whole
 from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.layers import find_layers

@@ -21,8 +21,8 @@ from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.checkpoint import load_mapping, reason
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.localization.localizer import KnownData
+from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.localization import KnownData
 from lightning_nrl.published.history import HistoryPoint
 
 SAMPLES_FILE = "samples.pt"

@@ -20,7 +20,7 @@ from torch import nn
 from typing_extensions import Self
 
 from lightning_nrl._utils.state import current_state, hash_file
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation import SampleResults
 
 
 def installed_versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from lightning_nrl._utils.json_records import OPTIONAL, Record, to_plain
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
+from lightning_nrl.evaluation import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, GroupCounts, TargetCounts
 from lightning_nrl.records.provenance import Provenance, installed_versions
 from lightning_nrl.records.splits import (

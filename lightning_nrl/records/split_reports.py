@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
+from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
 from lightning_nrl.records.splits import (
     ClassCounts,
     ConfusionCell,

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import PLAIN_HINT, Record
 from lightning_nrl.errors import ConfigurationError, first_line, visible
-from lightning_nrl.records.provenance import Provenance, installed_versions
+from lightning_nrl.records import Provenance, installed_versions
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Renderable
 from lightning_nrl.report.sample_views import SampleView
 

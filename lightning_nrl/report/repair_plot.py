@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from lightning_nrl._utils.formatting import percent
-from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.records.repair_record import (
+from lightning_nrl.evaluation import FlipCounts
+from lightning_nrl.records import (
+    CautionPoint,
     LocalizationReport,
     RepairRecord,
     SearchReport,
@@ -31,7 +32,6 @@ from lightning_nrl.records.splits import (
     by_role,
     pool,
 )
-from lightning_nrl.records.steps import CautionPoint
 from lightning_nrl.report.figures import (
     BLUE,
     GREEN,

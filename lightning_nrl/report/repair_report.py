@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_nrl._utils.formatting import format_setting, number, relative_to_cwd, sentence
-from lightning_nrl.records.repair_record import RepairRecord
+from lightning_nrl.records import RepairRecord
 from lightning_nrl.records.splits import by_role, pool
 from lightning_nrl.report.figures import Plotted
 from lightning_nrl.report.html import HtmlTable, Report, html_page, svg_of

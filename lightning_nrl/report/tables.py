@@ -9,7 +9,7 @@ from typing import Any
 from lightning_nrl._utils.formatting import number, percent, titled
 from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.records.repair_record import RepairRecord, StrengthPoint
+from lightning_nrl.records import CautionPoint, PricePoint, RepairRecord, Rung, Step, StrengthPoint
 from lightning_nrl.records.splits import (
     ROLES,
     AnySplit,
@@ -24,7 +24,6 @@ from lightning_nrl.records.splits import (
     pool,
     pool_updates,
 )
-from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.report.page import Block, Heading, Row, Table, Tone
 
 Fact = tuple[str, str]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from lightning_nrl._utils.formatting import plural
 from lightning_nrl.evaluation.sample_results import GroupCounts, TargetCounts
+from lightning_nrl.records import RepairRecord, pool
 from lightning_nrl.records.evidence import (
     EvidenceSource,
     RepairEvidence,
     evidence_on,
     worthwhile_price,
 )
-from lightning_nrl.records.repair_record import RepairRecord
-from lightning_nrl.records.splits import pool
 from lightning_nrl.records.stats import Evidence
 from lightning_nrl.report.page import Tone
 from lightning_nrl.report.tables import Fact

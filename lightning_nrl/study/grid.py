@@ -9,8 +9,7 @@ from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.localization import LOCALIZERS, Localizer
-from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
-from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings
 from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 

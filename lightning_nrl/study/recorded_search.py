@@ -14,8 +14,8 @@ from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.localization import KnownData, Localization, Localizer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
+from lightning_nrl.pipeline import Settings
 from lightning_nrl.pipeline.problem_builder import passed_rows
-from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search import SearchHistory, WeightStats, search
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.study.grid import Setting

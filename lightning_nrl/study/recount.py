@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.data import Batch, Source
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.head_features import all_batches
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.evaluation.sample_results import (

@@ -16,16 +16,16 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl._utils.timing import Observer, StageTimer
-from lightning_nrl.data.batch import Source
+from lightning_nrl.data import Source
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import find_scope, layer_names
 from lightning_nrl.methods import Auto, Problem
+from lightning_nrl.pipeline import Settings
 from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.plain_values import text_hash
 from lightning_nrl.pipeline.problem_builder import build_problem
-from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import Provenance, Role
 from lightning_nrl.search import ParticleSwarm, SearchHistory
 from lightning_nrl.study.grid import Setting, Sweepable, parse_settings

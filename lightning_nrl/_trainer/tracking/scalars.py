@@ -20,8 +20,8 @@ from lightning_nrl._trainer.tracking.tags import (
     STRENGTH_TAG,
     tagged,
 )
+from lightning_nrl.evaluation import FlipCounts
 from lightning_nrl.evaluation.rates import UPDATE_RATES
-from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.evaluation.slices import slice_tags
 from lightning_nrl.records import Rung, SplitReport, pool
 from lightning_nrl.report import RepairReport

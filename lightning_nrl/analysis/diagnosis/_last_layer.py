@@ -21,7 +21,8 @@ from lightning_nrl.analysis.diagnosis.findings import (
     TargetFinding,
 )
 from lightning_nrl.analysis.diagnosis.fixability import Fixability, find_fixability
-from lightning_nrl.data.batch import Source
+from lightning_nrl.data import Source
+from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.head_features import (
     NEIGHBOURS,
     HeadFeatures,
@@ -29,7 +30,6 @@ from lightning_nrl.evaluation.head_features import (
     doubtful,
     neighbours,
 )
-from lightning_nrl.evaluation.sample_results import SampleResults
 
 MAX_TARGETS_TRIED = 512  # if there are more targets, a random sample of them is tried
 # For all tried targets on all passed samples, once: about a second on one core.

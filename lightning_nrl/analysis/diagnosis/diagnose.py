@@ -21,13 +21,12 @@ from lightning_nrl.analysis.diagnosis._last_layer import (
 from lightning_nrl.analysis.diagnosis.advice import advise, estimate_costs
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
 from lightning_nrl.analysis.diagnosis.layer_capacity import layer_capacities
-from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.data import Source
+from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, row_batches
 from lightning_nrl.evaluation.layers import last_linear
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.pipeline import Settings
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
-from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import Provenance
 
 # For the comparison of layers; medians need few samples.

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_nrl._utils.device import no_autocast
 from lightning_nrl.analysis.diagnosis.findings import LayerCapacity
 from lightning_nrl.analysis.diagnosis.fixability import REQUIRED_MARGIN
-from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.data import Batch
+from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.layer_gradients import (
     LayerCall,
     is_by_sample,
@@ -19,7 +19,6 @@ from lightning_nrl.evaluation.layer_gradients import (
     sample_gradients,
 )
 from lightning_nrl.evaluation.layers import Layer, layers_of
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.solvers.qp import solve_duals
 
 SKETCH_SIZE = 16_384  # gradients of layers with more weights are projected to this size at random

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.sample_results import SampleResults, judged_margin
+from lightning_nrl.data import Batch
+from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.evaluation.sample_results import judged_margin
 from lightning_nrl.methods.budget import (
     ENFORCING_TIME_FRACTION,
     FIRST_ENFORCING_ROUNDS,

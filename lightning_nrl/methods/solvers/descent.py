@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory, repeatable_gradients
 from lightning_nrl._utils.state import State, completed, live_tensors, temporary_weights
-from lightning_nrl.data.batch import Batch
+from lightning_nrl.data import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, Part, load_batches

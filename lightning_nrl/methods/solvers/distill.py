@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.data.batch import Batch
+from lightning_nrl.data import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.methods.budget import PACE_STEPS
 from lightning_nrl.methods.problem import Problem, Trained

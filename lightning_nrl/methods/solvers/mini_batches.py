@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.interrupts import poll
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data import Batch, Source
 from lightning_nrl.methods.problem import Problem
 
 BATCH_SIZE = 128  # samples per step over all ranks; the recipes are tuned for it

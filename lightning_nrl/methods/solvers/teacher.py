@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.state import State, completed, temporary_weights
-from lightning_nrl.data.batch import Batch
+from lightning_nrl.data import Batch
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.logit_cache import LogitCache
 from lightning_nrl.methods.solvers.mini_batches import load_rows

@@ -27,7 +27,7 @@ from lightning_nrl.errors import (
     PerformanceWarning,
     ReplayError,
 )
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Recompute, ReplayGroup
 from lightning_nrl.search.scoring.memory import free_memory

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.scoring.activation_cache import ActivationCache

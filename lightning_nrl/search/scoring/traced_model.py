@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from lightning_nrl._utils.state import plain_copy, temporary_weights
 from lightning_nrl.data.batch import Batch, run_model
 from lightning_nrl.errors import ReplayError
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, force_eager
 from lightning_nrl.evaluation.recurrent import patched_forward, unroll
 
