@@ -34,12 +34,7 @@ class KeptStream(Dataset[Sample]):
 
     @random_state()
     def __init__(
-        self,
-        stream: Loader,
-        name: str,
-        limit: int = STREAM_LIMIT,
-        max_batches: int | None = None,
-        n_trained: int = 0,
+        self, stream: Loader, name: str, limit: int, max_batches: int | None, n_trained: int = 0
     ) -> None:
         """Reads the stream. Refuses one whose samples need more than `limit` bytes.
 

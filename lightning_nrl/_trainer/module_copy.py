@@ -39,7 +39,7 @@ def copied_module(
     state: State,
     modes: Mapping[nn.Module, bool],
     *,
-    shared: Sequence[object] = (),
+    shared: Sequence[object],
     left_out: tuple[type, ...] = (),
     rate: float | None = None,
 ) -> LightningModule:

@@ -18,7 +18,7 @@ from lightning_nrl._trainer.lightning.checkpoint_files import CheckpointWriter, 
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_info, rank_zero_warn
 from lightning_nrl._utils.atomic_files import EARLIER, StagedFiles
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
-from lightning_nrl._utils.state import State, current_state, hash_tensors, saved_names
+from lightning_nrl._utils.state import State, current_state, hash_tensor, hash_tensors, saved_names
 from lightning_nrl.errors import (
     ConfigurationError,
     FilesWarning,
@@ -312,7 +312,7 @@ def _difference(
 def _is_same(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return hash_tensors({"": a}) == hash_tensors({"": b})
+    return hash_tensor(a) == hash_tensor(b)
 
 
 def short_message(error: Exception) -> str:

@@ -54,7 +54,7 @@ class StartingWeights:
 
 @contextmanager
 def prepared_for_dry_fit(
-    trainer: Trainer, callback: Callback, *, weights_only: bool = True
+    trainer: Trainer, callback: Callback, *, weights_only: bool
 ) -> Iterator[None]:
     """Prepares a trainer for one fit without steps: adds a callback and drops `TUNING_CALLBACKS`.
 

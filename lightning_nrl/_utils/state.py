@@ -263,6 +263,11 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_tensor(tensor: Tensor) -> str:
+    """Returns the SHA-256 of the dtype, shape and bytes of one tensor, see `hash_tensors`."""
+    return hash_tensors({"": tensor})
+
+
 def hash_tensors(state: Mapping[str, object]) -> str:
     """Returns the SHA-256 of names, dtypes, shapes and bytes of tensors, as hexadecimal digits.
 

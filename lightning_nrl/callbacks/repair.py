@@ -43,7 +43,7 @@ from lightning_nrl._utils.state import (
     State,
     changed,
     current_state,
-    hash_tensors,
+    hash_tensor,
     saved_names,
 )
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
@@ -515,4 +515,4 @@ class RegressionFreeRepair(RepairCallback):
 
 def _hashes(model: nn.Module) -> dict[str, str]:
     """Returns the hash of each parameter and persistent buffer, on any device."""
-    return {name: hash_tensors({"": value}) for name, value in current_state(model).items()}
+    return {name: hash_tensor(value) for name, value in current_state(model).items()}

@@ -52,8 +52,8 @@ class Method(ABC):
     def with_parts(
         self,
         *,
-        localizer: str | Localizer | None = None,
-        fitness: str | FitnessFunction | None = None,
+        localizer: str | Localizer | None,
+        fitness: str | FitnessFunction | None,
     ) -> Method:
         """Returns the method with the parts that the user chose; None keeps the method's own."""
         return self

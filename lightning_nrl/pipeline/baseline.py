@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class Baseline:
     before: SampleResults
     other_data: Mapping[Role, EvaluatedData]
     set_aside: Tensor
-    update: Update | None = None
-    leaked: Mapping[str, int] = field(default_factory=dict)
+    update: Update | None
+    leaked: Mapping[str, int]
 
 
 def evaluate_baseline(
@@ -73,7 +73,7 @@ def evaluate_baseline(
     known: Sequence[Source],
     settings: Settings,
     *,
-    unseen: Sequence[Source] = (),
+    unseen: Sequence[Source],
     calibration: Sequence[Source] = (),
     clock: StageTimer,
     reference: Reference | None = None,

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.preserve import loading_mode
-from lightning_nrl._utils.state import State, hash_tensors, saved_names, write
+from lightning_nrl._utils.state import State, hash_tensor, hash_tensors, saved_names, write
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.patch_file import (
     PatchContents,
     TensorChange,
-    hash_tensor,
     read_patch,
     write_patch,
 )

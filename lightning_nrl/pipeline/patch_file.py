@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.json_records import Record, parse_json
-from lightning_nrl._utils.state import hash_tensors, plain_copy
+from lightning_nrl._utils.state import hash_tensor, hash_tensors, plain_copy
 from lightning_nrl.errors import ConfigurationError, first_line
 from lightning_nrl.records import installed_versions
 
@@ -99,11 +99,6 @@ class TensorChange:
         copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         _bytes(copied)[self.index.long()] = _bytes(values)
         return copied.to(tensor.device)
-
-
-def hash_tensor(tensor: Tensor) -> str:
-    """Returns the SHA-256 of the dtype, shape and bytes of one tensor."""
-    return hash_tensors({"": tensor})
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_nrl._utils.state import hash_file, hash_tensors
+from lightning_nrl._utils.state import hash_file, hash_tensor, hash_tensors
 from lightning_nrl.data import Target
 from lightning_nrl.gate import Gate
 
@@ -69,7 +69,7 @@ def content_hashes(value: object) -> object:
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Tensor):
-        return hash_tensors({"": value})
+        return hash_tensor(value)
     if isinstance(value, Mapping):
         return {str(key): content_hashes(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

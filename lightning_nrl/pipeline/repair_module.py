@@ -291,17 +291,15 @@ def _run_method(problem: Problem, builder: ReportBuilder) -> Solution:
     slices miss quotas and time is left, repeats it with larger weights on their targets.
     """
     settings = builder.settings
-    solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
+    solution = _solved(problem, settings, "method")
     first = solution.proposal
     if first is not None and _breaks_too_many(problem, builder, first.after):
         known = builder.baseline.known
         passed = passed_rows(known, problem.known, settings)
         problem = replace(problem, before=known, passed=passed)
-        work = partial(solve, settings.method, problem)
-        again = problem.work.once("method for all samples", work, Solution)
+        again = _solved(problem, settings, "method for all samples", ", keeping all")
         if again.proposal is not None:
-            renamed = [replace(step, name=f"{step.name}, keeping all") for step in again.steps]
-            solution = replace(again, steps=(*solution.steps, *renamed))
+            solution = replace(again, steps=(*solution.steps, *again.steps))
     if not problem.needed:
         return solution
     for _ in range(QUOTA_ROUNDS):
@@ -310,14 +308,20 @@ def _run_method(problem: Problem, builder: ReportBuilder) -> Solution:
         if steered is problem or not problem.deadline.leaves(problem.clock.elapsed):
             break
         problem = steered
-        work = partial(solve, settings.method, problem)
-        again = problem.work.once("method for quotas", work, Solution)
-        new_steps = [replace(step, name=f"{step.name}, for quotas") for step in again.steps]
-        steps = (*solution.steps, *new_steps)
+        again = _solved(problem, settings, "method for quotas", ", for quotas")
+        steps = (*solution.steps, *again.steps)
         if better([best, again.proposal]) is not best:
             solution = again
         solution = replace(solution, steps=steps)
     return solution
+
+
+def _solved(problem: Problem, settings: Settings, name: str, purpose: str = "") -> Solution:
+    """Solves a problem as the step `name`; adds the purpose to the names of the method's steps."""
+    work = partial(solve, settings.method, problem)
+    solution = problem.work.once(name, work, Solution)
+    steps = [replace(step, name=step.name + purpose) for step in solution.steps]
+    return replace(solution, steps=steps)
 
 
 @dataclass(frozen=True)

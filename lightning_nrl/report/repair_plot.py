@@ -95,7 +95,7 @@ def repair_figures(report: RepairRecord) -> dict[str, Figure]:
 
 
 def reviewer_figures(
-    report: RepairRecord, changes: Mapping[str, Tensor] | None = None
+    report: RepairRecord, changes: Mapping[str, Tensor] | None
 ) -> dict[str, Figure]:
     """Draws all figures for a reviewer, by title.
 

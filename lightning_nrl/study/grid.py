@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import product
 from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings
+from lightning_nrl.pipeline.plain_values import fields_of
 from lightning_nrl.search import FITNESSES, ParticleSwarm
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 
@@ -103,9 +104,7 @@ class Setting:
 
 def _fields(part: object) -> dict[str, Any]:
     """Returns the fields of a dataclass by name, and nothing for any other object."""
-    if not is_dataclass(part):
-        return {}
-    return {f.name: getattr(part, f.name) for f in fields(part)}
+    return fields_of(part) if is_dataclass(part) else {}
 
 
 def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:

@@ -19,11 +19,16 @@ from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.layers import find_scope, layer_names
+from lightning_nrl.evaluation.layers import layer_names
 from lightning_nrl.methods import Auto, Problem
 from lightning_nrl.pipeline import Settings
 from lightning_nrl.pipeline.baseline import evaluate_baseline
-from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
+from lightning_nrl.pipeline.input_checks import (
+    check_sources,
+    check_targets,
+    given_or_default,
+    scope_of,
+)
 from lightning_nrl.pipeline.plain_values import text_hash
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.records import Provenance, Role
@@ -72,10 +77,7 @@ def sweep_module(
     check_sources(known, (*calibration, *unseen), base)
     _check_options(base)
     _check_undivided((*known, *calibration, *unseen))
-    include_bias = base.localizer.include_bias
-    layers = find_scope(
-        evaluator.model, base.layer, include_bias=include_bias, called=evaluator.called
-    )
+    layers = scope_of(base, evaluator)
     # Each rank evaluates all data, since the ranks share the runs, not the data.
     alone, clock = replace(evaluator, collective=Collective()), StageTimer(observer)
     with preserve_state(evaluator.model):

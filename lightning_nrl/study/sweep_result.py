@@ -28,6 +28,10 @@ from lightning_nrl.study.grid import Setting
 from lightning_nrl.study.run_store import RUN_COLUMNS, Run, StoredRun, run_of_text
 
 
+def _unwritten() -> Any:
+    return field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
+
+
 @dataclass(frozen=True)
 class SweepResult(Report):
     """Runs of many settings and seeds. `rich.print(result)` shows mean and spread of each setting.
@@ -44,15 +48,9 @@ class SweepResult(Report):
     runs: tuple[Run, ...]
     target: str = ""
     layer: str = ""
-    settings: Mapping[str, Setting] = field(
-        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
-    )
-    weights: Mapping[tuple[str, int], StoredRun] = field(
-        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
-    )
-    original: Mapping[str, Tensor] = field(
-        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
-    )
+    settings: Mapping[str, Setting] = _unwritten()
+    weights: Mapping[tuple[str, int], StoredRun] = _unwritten()
+    original: Mapping[str, Tensor] = _unwritten()
 
     def page(self, full: bool = False) -> Page:
         blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(self))]

@@ -112,7 +112,7 @@ def interpolation_numbers(choice: InterpolationChoice) -> Scalars:
     }
 
 
-def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
+def release_numbers(report: ReleaseReport, name: str) -> Scalars:
     """Returns `accepted` (1 or 0), and the numbers of each split and of each slice in it."""
     numbers = tagged(NUMBER_TAG, {"accepted": float(report.accepted)}, name=name)
     tags = slice_tags({row.slice for row in report.rows if row.slice})

@@ -23,7 +23,7 @@ MAX_SMALL_CHANGE = 0.5
 
 
 def estimate_costs(
-    one_pass: float, head: float, alone: float, has_margins: bool, epochs: int | None = None
+    one_pass: float, head: float, alone: float, has_margins: bool, epochs: int | None
 ) -> dict[str, float]:
     """Estimates the seconds of each method, in ascending order, without methods of unknown time.
 

@@ -79,7 +79,7 @@ class ActiveSet:
         after: SampleResults,
         enforced: Tensor,
         *,
-        holds_repairs: bool = True,
+        holds_repairs: bool,
     ) -> None:
         before = problem.before
         self.problem = problem

@@ -104,7 +104,7 @@ def make_head_scorer(
     gathered: GatheredInputs,
     y: Tensor,
     target: Tensor,
-    reserve: Tensor | None = None,
+    reserve: Tensor | None,
 ) -> HeadScorer:
     """Builds a scorer from original logits `y`, `n x C`, and minimum margins `reserve`, `n`."""
     has_one_logit = y.shape[1] == 1
