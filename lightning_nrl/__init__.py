@@ -26,7 +26,7 @@ _PACKAGES = {
     "report": "RepairReport",
     "search": "ParticleSwarm",
     "study": "Grid sweep",
-    "updates": "OldModel",
+    "updates": "OldModel RegressionSuite",
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names.split()}
 

@@ -17,7 +17,7 @@ from lightning_nrl.published import TrainingHistory
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.study import Grid, sweep
-from lightning_nrl.updates import OldModel
+from lightning_nrl.updates import OldModel, RegressionSuite
 
 __version__: str
 
@@ -32,6 +32,7 @@ __all__ = [
     "PositiveCongruentTraining",
     "RegressionFreeRepair",
     "RegressionMetrics",
+    "RegressionSuite",
     "ReleaseGate",
     "RepairInTraining",
     "RepairReport",
