@@ -36,6 +36,7 @@ from lightning_nrl.callbacks import ReleaseGate
 from lightning_nrl.data.targets import Target
 from lightning_nrl.entrypoints.arguments import is_used
 from lightning_nrl.entrypoints.command_project import (
+    GROW,
     JUNIT,
     ON_UNDECIDED,
     OWN_ARGUMENTS,
@@ -194,6 +195,7 @@ def decide_release(
     junit: str | None,
     summary: str | None,
     suite: str | None,
+    grow: str,
 ) -> int:
     """Decides on a release from two files of predictions. Returns `ReleaseReport.exit_status`."""
     if out:
@@ -202,8 +204,9 @@ def decide_release(
     if junit is not None:
         check_writable("junit", junit)
     parsed_rules = parse_rules(rules or ["instance"], require)
-    kept = None if suite is None else RegressionSuite.read(suite)
-    if kept is not None:
+    kept = None
+    if suite is not None:
+        kept = RegressionSuite.read(RegressionSuite(suite, grow == "true"))
         parsed_rules += (ProtectedIntact(kept),)
     slice_names = None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
@@ -344,14 +347,17 @@ def compare_project(project: Project) -> int:
             "give --old best.ckpt --new new.ckpt, or only --methods.",
         )
     summary = find_summary(values["summary"])
+    suite = values["suite"]
     with errors_in_junit(values["junit"]):  # from YAML; later ones are written by the gate
+        if suite:
+            suite = RegressionSuite(suite, values["grow"] is not False)
         gate = ReleaseGate(
             values["old"],
             values["rules"] or ["instance"],
             values["require"] or "not-worse",
             on_undecided=values["on_undecided"],
             junit=values["junit"],
-            suite=values["suite"],
+            suite=suite,
             task=project.options.get("task"),
             dirpath=project.options.get("dirpath"),
             verbose=False,
@@ -425,6 +431,7 @@ RELEASE: Arguments = {
     "--on_undecided": {"choices": list(ACTIONS), "help": ON_UNDECIDED},
     "--out": {"help": "folder to write report.json, report.md and report.html"},
     "--suite": {"metavar": "FILE", "help": SUITE_HELP},
+    "--grow": {"choices": ("true", "false"), "default": "true", "help": GROW},
     "--junit": {"metavar": "FILE", "help": JUNIT},
     "--summary": {"metavar": "FILE", "nargs": "?", "const": "", "help": SUMMARY},
 }

@@ -42,7 +42,8 @@ REQUIRE = (
 )
 ON_UNDECIDED = "what becomes of a model that fails only for lack of samples; else exit status 3"
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
-SUITE_HELP = "CSV file of samples that must stay right; grows by those that a release repairs"
+SUITE_HELP = "CSV file of samples that must stay right"
+GROW = "false: only read the suite; true (the default): an accepted release adds samples to it"
 JUNIT = "file for the decision as JUnit XML: a suite for each split, a case for each rule"
 SUMMARY = f"file to which the report is appended in Markdown; '' means ${SUMMARY_VARIABLE}"
 
@@ -85,6 +86,7 @@ OWN_ARGUMENTS: Mapping[str, TypesAndHelp] = {
         "require": (Require, REQUIRE),
         "on_undecided": (OnUndecided, ON_UNDECIDED),
         "suite": (str, SUITE_HELP),
+        "grow": (bool, GROW),
         "junit": (str, JUNIT),
         "summary": (str, SUMMARY),
     },

@@ -17,7 +17,7 @@ import yaml
 from junitparser import JUnitXml
 from repository import ROOT
 
-from lightning_nrl import RepairReport
+from lightning_nrl import RegressionSuite, RepairReport
 from lightning_nrl.entrypoints import command_project as project_module
 from lightning_nrl.entrypoints.command_line import COMMANDS, main
 from lightning_nrl.entrypoints.command_project import read_project
@@ -328,6 +328,20 @@ def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(
     assert [suite.failures for suite in JUnitXml.fromfile("release.xml")] == [2]
     assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt"]) == 2
     assert "HINT: give --old" in capsys.readouterr().err
+
+
+def test_an_accepted_checkpoint_leaves_a_suite_alone_that_may_not_grow(folder: Path) -> None:
+    state = torch.load("best.ckpt", weights_only=True)
+    state["state_dict"]["network.3.bias"][3] = -9.0
+    torch.save(state, "worse.ckpt")
+    text = "split,id\ntest,0\n"
+    Path("suite.csv").write_text(text)
+    both = ["--old", "worse.ckpt", "--new", "best.ckpt", "--suite", "suite.csv"]
+    command = ["compare", "--config", "config.yaml", *both, "--rules", "[tolerance:50%]"]
+    assert main([*command, "--grow", "false"]) == 0
+    assert Path("suite.csv").read_text() == text
+    assert main(command) == 0
+    assert len(RegressionSuite.read("suite.csv").samples) > 1
 
 
 def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
