@@ -20,20 +20,25 @@ from lightning_nrl._trainer.lightning.private_parts import (
     batch_limit,
     validating,
 )
-from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.loaders import SPLITS, LoaderSource
 from lightning_nrl._trainer.prediction import describe_uncounted_outputs, open_sources
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.random_transforms import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl.errors import DataWarning, UnusableSamplesError
+from lightning_nrl.errors import (
+    DataWarning,
+    UnusableSamplesError,
+    check_choice,
+)
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.methods import Method
 from lightning_nrl.pipeline import Outcome, Settings, repair_module
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates import Reference
+from lightning_nrl.updates.suite import RegressionSuite
 
 MAX_EXCLUSION_RUNS = 6
 """Number of reruns of a repair without samples that turned out to be unusable."""
@@ -94,6 +99,7 @@ class TrainerRepair:
     reference: Reference | None
     data: DataRequest
     left_out: tuple[type, ...]
+    suite: RegressionSuite | None = None
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
         """Checks a repair before training, on one batch of each split.
@@ -106,6 +112,7 @@ class TrainerRepair:
             first = self._open_data(loaders, ASSUMED_EPOCHS, limit=1, whole=False)
             failing = [source.split for source in first.known if source.failed]
             settings = _in_trainer(settings, trainer, failing)
+            self._read_suite(first)
             run_sanity_check(first.evaluator, first.sources, settings, reference=self.reference)
             if self.reference is None and settings.layer == "auto" and settings.trains:
                 first.training.warn()
@@ -126,6 +133,7 @@ class TrainerRepair:
         settings = _in_trainer(self.settings, trainer, None)
         work = work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
+            suite = self._read_suite(trained)
             for tries_left in range(MAX_EXCLUSION_RUNS, -1, -1):
                 try:
                     outcome = repair_module(
@@ -136,6 +144,7 @@ class TrainerRepair:
                         calibration=trained.calibration,
                         training=trained.training,
                         reference=self.reference,
+                        suite=suite,
                         observer=trained.observer,
                         work=work,
                         began=began,
@@ -172,6 +181,31 @@ class TrainerRepair:
             if self.settings.layer == "auto":
                 sentences.append(describe_uncounted_outputs(trained.evaluator, trained.known[0]))
             yield replace(trained, observer=progress, notes=" ".join(filter(None, sentences)))
+
+    def _read_suite(self, trained: TrainedModel) -> RegressionSuite | None:
+        """Reads the samples to protect, to which an earlier repair may have added some.
+
+        Warns of samples in other splits of a trainer, and refuses unknown splits.
+        """
+        if self.suite is None:
+            return None
+        suite = trained.evaluator.collective.of_first(  # another process may add some now
+            RegressionSuite.read(self.suite, may_be_new=True)
+        )
+        known = [source.split for source in (*trained.known, *trained.calibration)]
+        for split in sorted(suite.splits.difference(known)):
+            check_choice("suite: split", split.partition(":")[0], (*known, *SPLITS))
+            rank_zero_warn(
+                DataWarning(
+                    f"`suite`: its samples of {split!r} are not known data of this repair, so they "
+                    "are not protected.",
+                    "judge the repaired model by `ReleaseGate(suite=...)`, or give their data as "
+                    "`data=DataOptions(passed=[...])`.",
+                )
+            )
+        return replace(
+            suite, samples={key: entry for key, entry in suite.samples.items() if key[0] in known}
+        )
 
     def _open_data(
         self, loaders: SplitLoaders, epochs: int, *, limit: int | None, whole: bool

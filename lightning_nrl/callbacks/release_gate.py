@@ -147,8 +147,6 @@ class ReleaseGate(CallbackBase):
         self.reference = check_reference("reference", reference)
         self.rules = parse_rules(rules, require)
         self.suite = None if suite is None else RegressionSuite.read(suite)
-        if self.suite is not None:
-            self.rules += (ProtectedIntact(self.suite),)
         self.slices = None if slices is None else find_column("slices", slices)
         self.sample_id = None if sample_id is None else find_column("sample_id", sample_id)
         check_loaders(loaders)
@@ -165,6 +163,8 @@ class ReleaseGate(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_packages(trainer)
         if stage in ("test", "validate"):
+            if self.suite and self.report:  # an earlier test may have added samples
+                self.suite = RegressionSuite.read(self.suite)
             self.report = None  # `on_test_start` does not run without batches
             check_strategy(
                 trainer,
@@ -275,10 +275,12 @@ class ReleaseGate(CallbackBase):
             loaders = _loaders_by_name(data, stage)
         else:
             limits = [batch_limit(trainer)] * len(loaders)
-        rules: Sequence[Rule] = self.rules
+        rules = self.rules
+        if self.suite is not None:
+            rules += (ProtectedIntact(self.suite),)
         of_suite = self._loaders_of_suite(trainer, model, loaders)
         if of_suite:
-            rules = [limited_to(rule, tuple(loaders)) for rule in rules]
+            rules = tuple(limited_to(rule, tuple(loaders)) for rule in rules)
             loaders = {**loaders, **of_suite}
             limits = [*limits, *[batch_limit(trainer)] * len(of_suite)]
         make = partial(make_source, trainer=trainer, model=model, adapter=self.adapter)
@@ -294,7 +296,7 @@ class ReleaseGate(CallbackBase):
         self, trainer: Trainer, model: LightningModule, tested: Mapping[str, Loaders]
     ) -> dict[str, Loaders]:
         loaders = {}
-        splits = {split for split, _ in self.suite.samples} if self.suite is not None else set()
+        splits = set() if self.suite is None else self.suite.splits
         for split in sorted(splits - tested.keys()):
             loader = None
             if split_and_loader(split)[0] in SPLITS:

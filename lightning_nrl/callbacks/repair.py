@@ -59,12 +59,7 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.old_model import AnyReference, parse_reference
-from lightning_nrl.updates.suite import (
-    RegressionSuite,
-    protecting,
-    repaired_samples,
-    unprotected_splits,
-)
+from lightning_nrl.updates.suite import RegressionSuite, protecting, repaired_samples
 
 
 class RepairCallback(CallbackBase):
@@ -194,8 +189,10 @@ class RegressionFreeRepair(RepairCallback):
             seed=seed,
             search=search or SearchOptions(),
             bounds=bounds or BoundOptions(),
-            samples=protecting(samples or SampleOptions(), self.suite),
+            samples=samples or SampleOptions(),
         )
+        if self.suite is not None:
+            protecting(self.settings.samples, self.suite)  # refuses other protected samples
         self.data = data or DataOptions()
         check_limit(self.settings, calibration is not None)
         self.repair = TrainerRepair(
@@ -204,6 +201,7 @@ class RegressionFreeRepair(RepairCallback):
             task=task_of_output(task, self.data.output),
             reference=parse_reference(reference),
             left_out=(RepairCallback, WeightInterpolation),
+            suite=self.suite,
         )
         self.dirpath = dirpath
         self.verbose = verbose
@@ -454,8 +452,8 @@ class RegressionFreeRepair(RepairCallback):
                 report = self._report = saved.warn_missing(report, parameters is not None)
             if trainer.is_global_zero:
                 self._box.put(report.to_json)
-                if self.suite is not None:
-                    self._follow_suite(self.suite, report)
+                if self.suite is not None and report.files:
+                    self.suite.grow_by(repaired_samples(report))
         except BaseException:
             if self._pending:
                 self._report = self._parameters = None
@@ -463,20 +461,6 @@ class RegressionFreeRepair(RepairCallback):
         finally:
             self._pending = False
         return name
-
-    def _follow_suite(self, suite: RegressionSuite, report: RepairReport) -> None:
-        splits = unprotected_splits(suite, report)
-        if splits:
-            rank_zero_warn(
-                DataWarning(
-                    f"`suite`: its samples of {', '.join(map(repr, splits))} are not known data of "
-                    "this repair, so they were not protected.",
-                    "judge the repaired model by `ReleaseGate(suite=...)`, or give their data as "
-                    "`data=DataOptions(passed=[...])`.",
-                )
-            )
-        if report.files:
-            suite.grow_by(repaired_samples(report))
 
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
         """Logs and prints the report of a saved repair."""

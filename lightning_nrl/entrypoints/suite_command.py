@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.records.provenance import today
 from lightning_nrl.report import RepairReport
-from lightning_nrl.updates import Predictions, ProtectedIntact
+from lightning_nrl.updates import Predictions
 from lightning_nrl.updates.model_pair import pair_from_files
-from lightning_nrl.updates.suite import RegressionSuite, SuiteSample, repaired_samples
+from lightning_nrl.updates.suite import (
+    RegressionSuite,
+    Samples,
+    SuiteSample,
+    repaired_samples,
+    rows_of,
+)
 
 SUITE: Mapping[str, Mapping[str, Any]] = {
     "action": {"choices": ("add", "list", "check")},
@@ -41,36 +47,47 @@ def run_suite(
 
     Returns 1 if the predictions are wrong for a sample of the suite, else 0.
     """
-    kept = RegressionSuite.read(suite, may_be_new=action == "add")
     if action == "add":
-        new = dict(_samples_to_add(report, samples, reason))
+        new = _samples_to_add(report, samples, reason)
         if not new:
-            hint = "write `--sample test:3 --reason WHY`, or `--report report.json` of a repair."
-            raise ConfigurationError("there is no sample to add.", hint)
-        kept.grow_by(new)
-        for split, at in new.keys() & kept.samples.keys():
-            print(f"{split} {at} is there already: {kept.samples[split, at].reason}")
-        print(f"{suite}: {len(kept.samples)} samples, {len(kept.added(new).samples)} now.")
+            raise ConfigurationError(
+                "there is no sample to add.",
+                "write `--sample test:3 --reason WHY`, or `--report report.json` of a repair.",
+            )
+        kept = RegressionSuite(suite).grow_by(new).samples
+        _show(new, kept)
+        print(f"{suite}: {len(kept):,} samples.")
         return 0
+    kept = RegressionSuite.read(suite).samples
     if action == "list":
-        for (split, at), entry in sorted(kept.samples.items()):
-            print(f"{split} {at}: {entry.reason or 'no reason'} ({entry.since or 'once right'})")
+        _show(sorted(kept), kept)
         return 0
     if predictions is None:
-        hint = f"lightning-nrl suite check {suite} --predictions predictions.csv"
-        raise ConfigurationError("`predictions` of the model to check are not given.", hint)
+        raise ConfigurationError(
+            "`predictions` of the model to check are not given.",
+            f"lightning-nrl suite check {suite} --predictions predictions.csv",
+        )
     answers = Predictions.read(predictions, "predictions")
-    result = ProtectedIntact(kept).check(pair_from_files(answers, answers))
-    print(f"{result.verdict}: {result.reason}")
-    return int(not result.passed)
+    pair = pair_from_files(answers, answers)
+    rows = rows_of("suite", kept, pair.after, pair.keys)
+    wrong = [sample for sample, row in zip(kept, rows, strict=True) if not pair.after.passed[row]]
+    print(f"{len(wrong):,} of {len(kept):,} samples are wrong.")
+    _show(wrong, kept)
+    return int(bool(wrong))
 
 
-def _samples_to_add(
-    report: str | None, samples: Sequence[str], reason: str | None
-) -> Iterator[tuple[tuple[str, int], SuiteSample]]:
+def _show(samples: Iterable[tuple[str, int]], kept: Samples) -> None:
+    for split, at in samples:
+        entry = kept[split, at]
+        print(f"{split} {at}: {entry.reason or 'no reason'} ({entry.since or 'once right'})")
+
+
+def _samples_to_add(report: str | None, samples: Sequence[str], reason: str | None) -> Samples:
+    new = {}
     if report is not None:
         repaired = RepairReport.from_json(Path(report).read_text(encoding="utf-8"))
-        yield from repaired_samples(repaired).items()
+        for target, entry in repaired_samples(repaired).items():
+            new[target] = entry._replace(reason=reason or entry.reason)
     if samples and not reason:
         raise ConfigurationError("`reason` is empty.", "say why: `--reason 'incident 12'`.")
     for sample in samples:
@@ -79,4 +96,5 @@ def _samples_to_add(
             raise ConfigurationError(
                 f"`sample={sample!r}` is no sample.", "write `--sample test:3`."
             )
-        yield (split, int(at)), SuiteSample(since=today(), reason=reason or "")
+        new[split, int(at)] = SuiteSample(since=today(), reason=reason or "")
+    return new

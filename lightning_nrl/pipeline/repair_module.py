@@ -19,6 +19,7 @@ from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, current_state, temporary_weights, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
+from lightning_nrl.data.sample_identity import read_keys
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
@@ -46,6 +47,7 @@ from lightning_nrl.records.stats import limit_after
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.updates import Reference
+from lightning_nrl.updates.suite import RegressionSuite, protecting, rows_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def repair_module(
     calibration: Sequence[Source] = (),
     training: Training | None = None,
     reference: Reference | None = None,
+    suite: RegressionSuite | None = None,
     observer: Observer | None = None,
     work: ResumeStore | None = None,
     began: float | None = None,
@@ -124,6 +127,7 @@ def repair_module(
             steps of their own.
         reference: knows which samples the replaced model gets right. Then only failures among these
             are repaired.
+        suite: samples of known and calibration data that must not break.
         observer: is notified of progress.
         work: saves finished steps and restores the steps that an earlier process saved. If None,
             nothing is saved.
@@ -133,8 +137,8 @@ def repair_module(
         The outcome. If nothing can be repaired, its report says why.
 
     Raises:
-        ConfigurationError: the layer, data, target or task cannot be used, or a calibration sample
-            is also known.
+        ConfigurationError: the layer, data, target or task cannot be used, a calibration sample
+            is also known, or the data lack a sample of the suite or have another in its place.
         EvaluationError: the original model has NaN or infinite losses. The error names the samples.
         DeviceMemoryError: memory ran out while the original model was evaluated or, with several
             ranks, later. With one rank, the status is `not repaired` if memory runs out later.
@@ -145,6 +149,8 @@ def repair_module(
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
     layers = scope_of(settings, evaluator)
+    if suite is not None:
+        settings = replace(settings, samples=protecting(settings.samples, suite))
     with preserve_state(evaluator.model) as rewritten:
         evaluate = partial(
             evaluate_baseline,
@@ -158,6 +164,13 @@ def repair_module(
         )
         alone = evaluator.collective.world_size == 1
         baseline = twice_if_out_of_memory(evaluate, "the data were counted", alone=alone)
+        if suite is not None:
+            tables = [baseline.known]
+            if calibration:
+                tables.append(baseline.other_data["calibration"].before)
+            has_keys = any(entry.key for entry in suite.samples.values())
+            keys = read_keys((*known, *calibration), evaluator.collective) if has_keys else []
+            rows_of("suite", suite.samples, SampleResults.concat(tables), keys)
         space, _ = layers
         sources = {source.split: source for source in (*known, *calibration, *unseen)}
         builder = ReportBuilder(evaluator, space, settings, sources, baseline, clock.seconds)

@@ -281,7 +281,9 @@ def _marked(target: Target, before: SampleResults, after: SampleResults) -> Tens
         ) from error
 
 
-def check_splits(argument: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+def check_splits(
+    argument: str, asked: Sequence[str], known: Sequence[str], hint: str = "name one of these."
+) -> tuple[str, ...]:
     """Returns `asked`, or `known` if `asked` is empty.
 
     Raises:
@@ -291,7 +293,7 @@ def check_splits(argument: str, asked: Sequence[str], known: Sequence[str]) -> t
         if name not in known:
             raise ConfigurationError(
                 f"`{argument}` names the split {name!r}, but the data have {list(known)}.",
-                "name one of these.",
+                hint,
             )
     return tuple(asked) or tuple(known)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import read_keys
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.evaluation import Evaluator, SampleResults
 
 WEIGHTS = "# weights "
@@ -27,7 +27,8 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")  # `int` would accept `1_0` and more t
 class Line(NamedTuple):
     """One line of a CSV file, with the texts for error messages about it."""
 
-    place: str  # names the argument, the file and the line number
+    file: str  # names the argument and the file
+    number: int
     hint: str
     values: dict[str, str]  # by column
 
@@ -48,7 +49,7 @@ class Line(NamedTuple):
         return text == "1"
 
     def error(self, problem: str) -> ConfigurationError:
-        return ConfigurationError(f"{self.place}: {problem}.", self.hint)
+        return ConfigurationError(f"{self.file}, line {self.number:,}: {problem}.", self.hint)
 
 
 def read_csv(
@@ -56,15 +57,16 @@ def read_csv(
 ) -> Iterator[Line]:
     """Yields the lines of a UTF-8 CSV file of samples after its header.
 
-    The header must have all names in `columns`, such as `split` and `id`. If it lacks an `optional`
-    column, the values of that column are empty. Empty lines and a first line that begins with
-    "# weights " are skipped. Quoted values cannot contain line breaks.
+    The header must have all names in `columns`, such as `split` and `id`, and no unknown name. If
+    it lacks an `optional` column, the values of that column are empty. Empty lines and a first line
+    that begins with "# weights " are skipped. Quoted values cannot contain line breaks.
 
     Raises:
         ConfigurationError: a line cannot be read or repeats a sample. The message names it.
     """
     file = f"`{argument}={str(path)!r}`"
-    hint = f"give a CSV file with the columns {','.join((*columns, *optional))}."
+    known = (*columns, *optional)
+    hint = f"give a CSV file with the columns {','.join(known)}."
     try:
         texts = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -74,11 +76,11 @@ def read_csv(
     for number, text in enumerate(texts, 1):
         if not text.strip() or (number == 1 and text.startswith(WEIGHTS)):
             continue
-        line = Line(f"{file}, line {number:,}", hint, dict.fromkeys(optional, ""))
+        line = Line(file, number, hint, dict.fromkeys(optional, ""))
         try:
             (values,) = csv.reader([text], strict=True)
         except (csv.Error, ValueError) as error:
-            raise ConfigurationError(f"{line.place} cannot be read ({error}).", hint) from error
+            raise line.error(f"it cannot be read ({error})") from error
         if not header:
             header = list(map(str.strip, values))
             for column in columns:
@@ -86,14 +88,16 @@ def read_csv(
                     raise line.error(f"the column {column!r} is missing (found {header})")
             if len(set(header)) < len(header):
                 raise line.error(f"a column occurs twice (found {header})")
+            for column in header:
+                check_choice(f"column of {path}", column, known)
             continue
         if len(values) != len(header):
             raise line.error(f"{len(values)} values for {len(header)} columns")
         line.values.update(zip(header, values, strict=True))
-        if line.sample in samples:
-            split, at = line.sample
-            raise line.error(f"sample {at} of {split!r} occurs twice")
-        samples.add(line.sample)
+        sample = line.sample
+        if sample in samples:
+            raise line.error(f"sample {sample[1]} of {sample[0]!r} occurs twice")
+        samples.add(sample)
         yield line
     if not header:
         raise ConfigurationError(f"{file} is empty.", hint)
@@ -139,7 +143,7 @@ class Predictions:
         """
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
         keys = {}
-        for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed")):
+        for line in read_csv(argument, path, ("split", "id"), ("prediction", "passed", "key")):
             predicted, passed = -1, None
             if line.values["prediction"].strip():
                 predicted = line.whole_number("prediction")
@@ -149,8 +153,8 @@ class Predictions:
                 raise line.error("neither `prediction` nor `passed` is given")
             split, at = line.sample
             splits.setdefault(split, {})[at] = predicted, passed
-            if key := line.values.get("key"):
-                keys[line.sample] = key.strip()
+            if key := line.values["key"].strip():
+                keys[split, at] = key
         with Path(path).open(encoding="utf-8-sig") as file:
             first_line = file.readline()
         if not first_line.startswith(WEIGHTS):
@@ -306,13 +310,17 @@ SAME_DATA = (
 
 
 def refuse_samples(
-    samples: SampleResults, mask: Tensor, problem: str, hint: str = SAME_DATA
+    samples: SampleResults,
+    mask: Tensor,
+    problem: str,
+    hint: str = SAME_DATA,
+    argument: str = "reference",
 ) -> None:
     """Raises a `ConfigurationError` if `mask`, `N` bool, marks a sample."""
     for split, ids in samples.ids(mask).items():
         if ids:
             raise ConfigurationError(
-                f"`reference`: {len(ids):,} samples of `{split}` {problem} "
+                f"`{argument}`: {len(ids):,} samples of `{split}` {problem} "
                 f"({', '.join(map(str, ids[:5]))}).",
                 hint,
             )

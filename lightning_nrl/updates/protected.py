@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.formatting import plural
+from lightning_nrl._utils.formatting import list_ids, plural
 from lightning_nrl.data.targets import Predicate, Target, target_in
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.updates.model_pair import ModelPair
+from lightning_nrl.updates.model_pair import ModelPair, check_splits
 from lightning_nrl.updates.predictions import Ids
 from lightning_nrl.updates.rules import Rule, RuleResult, Verdict, ids_in
-from lightning_nrl.updates.suite import RegressionSuite, Samples, SuiteSample
-
-NAMED_SAMPLES = 5  # in the reason of a refusal
+from lightning_nrl.updates.suite import RegressionSuite, Samples, SuiteSample, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +62,14 @@ class ProtectedIntact(Rule):
         return ()
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        unread = sorted(self._by_split(splits).keys() - set(splits))
-        if unread:
-            loaders = ", ".join(f"{split!r}: loader" for split in (*splits, *unread))
-            raise ConfigurationError(
-                f"{self._argument} names the split {', '.join(map(repr, unread))}, but the data "
-                f"have {list(splits)}.",
-                f"read all of them, such as by `trainer.test(model, {{{loaders}}})`.",
-            )
+        asked = sorted({split for split, _ in self._in(splits)})
+        loaders = ", ".join(f"{split!r}: loader" for split in dict.fromkeys((*splits, *asked)))
+        hint = f"read all of them, such as by `trainer.test(model, {{{loaders}}})`."
+        check_splits(str(self), asked, splits, hint)
 
     def check(self, pair: ModelPair) -> RuleResult:
-        protected, needed, reasons = self._protected(pair)
+        samples = self._in(pair.splits)
+        protected, needed = self._protected(pair, samples)
         counts = pair.flips.counts(protected)
         reason = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
         n_wrong = counts.failing + counts.repaired
@@ -87,11 +81,12 @@ class ProtectedIntact(Rule):
         ids = ids_in(pair, violating)
         named = []
         for split, rows in ids.items():
-            named += [f"{split} {at} ({reasons[split, at]})" for at in rows if reasons[split, at]]
+            for at in rows:
+                entry = samples.get((split, at), SuiteSample())
+                if entry.reason:
+                    named.append(f"{split} {at} ({entry.reason})")
         if named:
-            reason += f"; wrong: {', '.join(named[:NAMED_SAMPLES])}"
-            if len(named) > NAMED_SAMPLES:
-                reason += f" and {len(named) - NAMED_SAMPLES:,} more"
+            reason += f"; wrong: {list_ids(named, 'the JSON')}"
         by_split: dict[str, Verdict] = {}
         for split in ids_in(pair, protected):
             by_split[split] = "NOT satisfied" if split in ids else "satisfied"
@@ -101,49 +96,24 @@ class ProtectedIntact(Rule):
         passed = not ids and not missing
         return RuleResult(str(self), passed, f"{reason}.", ids, missing, by_split)
 
-    @property
-    def _argument(self) -> str:
-        return "`ids`" if isinstance(self.ids, (Mapping, list, tuple, type(None))) else f"`{self}`"
-
-    def _by_split(self, splits: Sequence[str]) -> dict[str, dict[int, SuiteSample]]:
-        by_split: dict[str, dict[int, SuiteSample]] = defaultdict(dict)
+    def _in(self, splits: Sequence[str]) -> Samples:
+        """Returns the protected samples; those without a split are in the only one."""
+        samples = {}
         for (split, at), entry in self._samples.items():
             if not split and len(splits) != 1:
                 raise ConfigurationError(
                     f"`ids` names no split, but the data have {list(splits)}.",
                     f"write ids={{{splits[0]!r}: [...]}}.",
                 )
-            by_split[split or splits[0]][at] = entry
-        return by_split
+            samples[split or splits[0], at] = entry
+        return samples
 
-    def _protected(self, pair: ModelPair) -> tuple[Tensor, Tensor, dict[tuple[str, int], str]]:
-        """Returns masks of protected samples and of those that must be right, and the reasons."""
+    def _protected(self, pair: ModelPair, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Returns masks of protected samples and of those that must be right."""
         protected, needed = torch.zeros(2, len(pair.after), dtype=torch.bool)
-        reasons = defaultdict(str)
-        row_of = {sample: row for row, sample in enumerate(pair.after.samples)}
-        changed = []
-        for split, entries in self._by_split(pair.splits).items():
-            missing = sorted(at for at in entries if (split, at) not in row_of)
-            if missing:
-                raise ConfigurationError(
-                    f"{self._argument}: {len(missing):,} protected samples are not in `{split}` "
-                    f"({missing[:5]}).",
-                    "give positions in the data set; missing samples cannot be checked.",
-                )
-            for at, entry in entries.items():
-                row = row_of[split, at]
-                protected[row], needed[row] = True, bool(entry.since)
-                reasons[split, at] = entry.reason
-                label, key = int(pair.after.label[row]), pair.keys[row] if pair.keys else ""
-                has_other_label = entry.label is not None and label not in (entry.label, -1)
-                if has_other_label or (entry.key and key not in (entry.key, "")):
-                    changed.append((split, at))
-        if changed:
-            raise ConfigurationError(
-                f"{self._argument}: {len(changed):,} samples are not those in the suite, or have "
-                f"another label ({', '.join(f'{split} {at}' for split, at in changed[:5])}).",
-                "bring the data back into their order; or correct the lines of these samples.",
-            )
+        rows = rows_of(str(self), samples, pair.after, pair.keys)
+        protected[rows] = True
+        needed[rows] = torch.tensor([entry.since != "" for entry in samples.values()]).bool()
         for target in self.targets:
             marked = pair.marked[target]
             if not marked.any():
@@ -153,20 +123,20 @@ class ProtectedIntact(Rule):
                     "give data that have such samples, or leave the rule out.",
                 )
             protected |= marked
-        return protected, needed, reasons
+        return protected, needed
 
     def __str__(self) -> str:
         protected = list(map(str, self.targets))
-        if isinstance(self.ids, (str, Path)):
+        if isinstance(self.ids, (str, Path, RegressionSuite)):
             protected.insert(0, str(self.ids))
-        elif isinstance(self.ids, RegressionSuite):
-            protected.insert(0, str(self.ids.path))
         elif self._samples:
             protected.insert(0, plural(len(self._samples), "sample"))
         return f"protected:{' and '.join(protected)}"
 
 
 def _samples_of(ids: Ids | Sequence[int] | str | Path | RegressionSuite | None) -> Samples:
+    if isinstance(ids, RegressionSuite) and ids.samples:
+        return ids.samples
     if isinstance(ids, (str, Path, RegressionSuite)):
         return RegressionSuite.read(ids).samples
     by_split = ids or {}

@@ -5,28 +5,31 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import torch
+from filelock import FileLock
 from typing_extensions import Self
 
-from lightning_nrl._utils.atomic_files import write_text
+from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl.errors import ConfigurationError, visible
+from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.sample_options import SampleOptions
 from lightning_nrl.report import RepairReport
 from lightning_nrl.updates.model_pair import ModelPair
-from lightning_nrl.updates.predictions import read_csv
+from lightning_nrl.updates.predictions import Line, read_csv, refuse_samples
 
 NEEDED_COLUMNS = ("split", "id")
-OPTIONAL_COLUMNS = ("label", "since", "reason", "key")
 
 
 class SuiteSample(NamedTuple):
-    """An entry of a suite, without the split and the id of its sample."""
+    """An entry of a suite, without the split and the id of its sample: the other columns."""
 
-    label: int | None = None
+    label: int = -1  # -1: unknown
     since: str = ""  # day from which the sample must be right; empty: once it is right
     reason: str = ""
     key: str = ""  # identifies the sample, as in files of predictions
@@ -70,55 +73,104 @@ class RegressionSuite:
         """
         if isinstance(suite, (str, Path)):
             suite = cls(suite)
-        hint = f"add some: `lightning-nrl suite add {suite.path} --sample test:3 --reason WHY`."
-        if not Path(suite.path).exists():
-            if may_be_new:
-                return cls(suite.path, suite.grow)
-            raise ConfigurationError(f"`suite={str(suite.path)!r}` does not exist.", hint)
         samples = {}
-        for line in read_csv("suite", suite.path, NEEDED_COLUMNS, OPTIONAL_COLUMNS):
-            label = line.whole_number("label") if line.values["label"] else None
-            since, reason, key = (line.values[name] for name in ("since", "reason", "key"))
-            samples[line.sample] = SuiteSample(label, since, reason, key)
+        if Path(suite.path).exists():
+            for line in read_csv("suite", suite.path, NEEDED_COLUMNS, SuiteSample._fields):
+                samples[line.sample] = _entry(line)
         if not samples and not may_be_new:
             raise ConfigurationError(
-                f"`suite={str(suite.path)!r}` holds no sample, so it would protect nothing.",
-                hint,
+                f"`suite={str(suite.path)!r}` does not exist, or holds no sample, so it would "
+                "protect nothing.",
+                f"add some: `lightning-nrl suite add {suite.path} --sample test:3 --reason WHY`.",
             )
-        return cls(suite.path, suite.grow, samples)
-
-    def added(self, new: Samples) -> Self:
-        """Returns the suite with further samples. A sample that has a day keeps its line."""
-        samples = dict(self.samples)
-        for sample, entry in new.items():
-            if not samples.get(sample, SuiteSample()).since:
-                samples[sample] = entry
-        return type(self)(self.path, self.grow, samples)
+        return replace(suite, samples=samples)
 
     def save(self) -> None:
-        """Writes the file atomically, with sorted lines."""
+        """Writes the file atomically, with sorted lines. Lines that ended with CRLF still do."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*NEEDED_COLUMNS, *OPTIONAL_COLUMNS])
+        path = Path(self.path)
+        has_crlf = path.exists() and b"\r\n" in path.read_bytes()
+        writer = csv.writer(text, lineterminator="\r\n" if has_crlf else "\n")
+        writer.writerow([*NEEDED_COLUMNS, *SuiteSample._fields])
         for (split, at), entry in sorted(self.samples.items()):
-            label = "" if entry.label is None else entry.label
+            label = "" if entry.label < 0 else entry.label
             reason = visible(entry.reason).replace("\n", " ")
             writer.writerow([split, at, label, entry.since, reason, entry.key])
-        write_text(self.path, text.getvalue())
+        replacing(path, lambda part: part.write_bytes(text.getvalue().encode()))
 
-    def grow_by(self, new: Samples) -> None:
-        """Adds samples to the file, which may have changed since it was read."""
-        if self.grow and new:
-            self.read(self, may_be_new=True).added(new).save()
+    def grow_by(self, new: Samples) -> Self:
+        """Adds samples to the file, and returns all that it holds then.
+
+        A sample that has a day keeps its line. Other processes wait.
+        """
+        if not (self.grow and new):
+            return self
+        with FileLock(f"{self.path}.lock"):
+            samples = dict(self.read(self, may_be_new=True).samples)  # others may have added some
+            for sample, entry in new.items():
+                old = samples.get(sample, SuiteSample())
+                if not old.since:
+                    samples[sample] = entry._replace(
+                        label=max(entry.label, old.label),  # they are equal, or one is unknown
+                        key=entry.key or old.key,
+                    )
+            grown = replace(self, samples=samples)
+            grown.save()
+        return grown
+
+    @property
+    def splits(self) -> set[str]:
+        return {split for split, _ in self.samples}
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
-def protecting(samples: SampleOptions, suite: RegressionSuite | None) -> SampleOptions:
+def _entry(line: Line) -> SuiteSample:
+    label = line.whole_number("label") if line.values["label"] else -1
+    since = line.values["since"]
+    try:
+        date.fromisoformat(since or "2026-12-01")
+    except ValueError as error:
+        raise line.error(f"`since` is {since[:40]!r}, not a day such as 2026-12-01") from error
+    return SuiteSample(label, since, line.values["reason"], line.values["key"])
+
+
+def rows_of(
+    argument: str, samples: Samples, results: SampleResults, keys: Sequence[str]
+) -> list[int]:
+    """Returns the row of each sample in results. `keys` are those of all rows, if known.
+
+    Raises:
+        ConfigurationError: a sample is missing, or has another key or label.
+    """
+    row_of = {sample: row for row, sample in enumerate(results.samples)}
+    missing = sorted(samples.keys() - row_of.keys())
+    if missing:
+        raise ConfigurationError(
+            f"`{argument}`: {len(missing):,} protected samples are not in the data "
+            f"({', '.join(f'{split} {at}' for split, at in missing[:5])}).",
+            "give positions in the data set; missing samples cannot be checked.",
+        )
+    labels = results.label.tolist()
+    is_changed = torch.zeros_like(results.passed)
+    for sample, entry in samples.items():
+        row = row_of[sample]
+        key = keys[row] if keys else ""
+        # Two known values that differ, and the unknown one.
+        if len({entry.label, labels[row], -1}) == 3 or len({entry.key, key, ""}) == 3:
+            is_changed[row] = True
+    refuse_samples(
+        results, is_changed, "have another label or key than in the suite", argument=argument
+    )
+    return [row_of[sample] for sample in samples]
+
+
+def protecting(samples: SampleOptions, suite: RegressionSuite) -> SampleOptions:
     """Returns the options of a repair that breaks no sample of a suite.
 
     Raises a `ConfigurationError` if the options protect other samples.
     """
-    if suite is None or not suite.samples:
-        return samples
     if samples.protected is not None:
         raise ConfigurationError(
             "`suite` and `SampleOptions.protected` both protect samples.",
@@ -127,13 +179,7 @@ def protecting(samples: SampleOptions, suite: RegressionSuite | None) -> SampleO
     ids = defaultdict(list)
     for split, at in suite.samples:
         ids[split].append(at)
-    return replace(samples, protected=dict(ids))
-
-
-def unprotected_splits(suite: RegressionSuite, report: RepairReport) -> list[str]:
-    """Returns the splits of a suite whose samples a repair could not protect."""
-    protected = {split.split for split in report.splits if split.role != "unseen"}
-    return sorted({split for split, _ in suite.samples} - protected)
+    return replace(samples, protected=dict(ids) or None)
 
 
 def repaired_samples(report: RepairReport) -> Samples:
@@ -142,11 +188,11 @@ def repaired_samples(report: RepairReport) -> Samples:
     day = report.provenance.created.partition(" ")[0]  # without the time
     reason = f"repaired on {day} by `{report.target}`"
     for split in report.splits:
-        if report.status == "repaired" and split.role != "unseen":
-            for flip in split.flipped:
-                if flip.flip == "repaired" and flip.in_target:
-                    label = flip.label if flip.label >= 0 else None
-                    samples[split.split, flip.id] = SuiteSample(label, day, reason)
+        if report.status == "repaired" and split.role == "known":
+            targeted = set(split.targeted_ids)
+            for flip in split.flipped_as("repaired"):
+                if flip.id in targeted:
+                    samples[split.split, flip.id] = SuiteSample(flip.label, day, reason)
     return samples
 
 
@@ -154,16 +200,15 @@ def released_samples(pair: ModelPair, day: str, name: str) -> Samples:
     """Returns samples that an accepted release repairs or breaks; the latter have no day."""
     samples = {}
     flipped = pair.flips.repaired | pair.flips.broken
-    identities = list(pair.after.samples)
+    identities = pair.after.samples
     for row in flipped.nonzero().flatten().tolist():
-        label = int(pair.after.label[row])
         verb, since = "repaired", day
         if pair.flips.broken[row]:
             verb, since = "broke", ""
         samples[identities[row]] = SuiteSample(
-            label if label >= 0 else None,
+            int(pair.after.label[row]),
             since,
             f"{verb} in the release of {day} ({name})",
-            pair.keys[row] if pair.keys else "",
+            pair.keys[row],
         )
     return samples

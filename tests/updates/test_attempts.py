@@ -52,18 +52,23 @@ def rule(text: str, *more: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Two files of predictions, the arguments, further files, and the exit status."""
+    """Two files of predictions, the arguments, further files, and the exit status.
+
+    `header` is that of the new predictions.
+    """
 
     status: int
     arguments: Sequence[str] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     old: Sequence[str] = tuple(rows(OLD))
     new: Sequence[str] = tuple(rows(NEW))
+    header: str = HEADER
 
 
 KEPT = rows(OLD)
 SUITE = rule("tolerance:50", "--suite", "suite.csv")
 SLICED = rule("slices", "--slices", "slices.csv")
+SLICED_SUITE = {"suite.csv": slices("night")}
 SMALL_SLICES = {"slices.csv": slices(*map(str, range(10)))}
 ONE_SAMPLE = rows("+" * 400, key="k")
 ATTEMPTS = {
@@ -97,6 +102,32 @@ ATTEMPTS = {
     "a suite of another split": Attempt(2, SUITE, suite("Test,95,1,2026-01-01,,")),
     "a suite of ids that are gone": Attempt(2, SUITE, suite("test,950,1,2026-01-01,,")),
     "a suite of moved samples": Attempt(2, SUITE, suite("test,3,1,2026-01-01,,k95")),
+    "a misspelt column of the suite": Attempt(
+        2, SUITE, {"suite.csv": "split,id,sinse\ntest,95,2026-01-01"}
+    ),
+    "a capital in a column": Attempt(2, SUITE, {"suite.csv": "split,id,Since\ntest,95,2026-01-01"}),
+    "a suite without a header": Attempt(2, SUITE, {"suite.csv": "test,95"}),
+    "a suite of slices": Attempt(2, SUITE, SLICED_SUITE),
+    "a day that is none": Attempt(2, SUITE, suite("test,95,1,never,,")),
+    "a day that comes never": Attempt(2, SUITE, suite("test,95,1,2026-02-30,,")),
+    "a day in another order": Attempt(2, SUITE, suite("test,95,1,01/02/2026,,")),
+    "a space for a day": Attempt(2, SUITE, suite("test,95,1, ,,"), old=rows(NEW)),
+    "a line that is commented out": Attempt(2, SUITE, suite("#test,95,1,2026-01-01,,")),
+    "a line without its commas": Attempt(2, SUITE, suite("test,95")),
+    "a label that is none": Attempt(2, SUITE, suite("test,95,one,2026-01-01,,")),
+    "another label": Attempt(2, SUITE, suite("test,95,0,2026-01-01,,")),
+    "a sample under two numbers": Attempt(2, SUITE, suite("test,3,,,,\ntest,03,,,,"), new=KEPT),
+    "a sample that broke, without a day": Attempt(1, SUITE, suite("test,95,,,,")),
+    "a folder for a suite": Attempt(2, rule("tolerance:50", "--suite", ".")),
+    "a suite that may not grow": Attempt(
+        1, [*SUITE, "--grow", "false"], suite("test,95,1,2026-01-01,,"), old=rows(NEW)
+    ),
+    "a sample that the new model was not shown": Attempt(
+        2, [*SUITE, "--allow-missing", "test"], suite("test,95,,,,"), new=KEPT[:90]
+    ),
+    "a column of predictions misspelt": Attempt(
+        2, new=[row.replace("k", "") for row in rows(NEW)], header=HEADER.replace("key", "kye")
+    ),
     "a sample of the suite twice": Attempt(2, SUITE, suite("test,3,,,,\ntest,3,,,,"), new=KEPT),
     "an old model that had lost it": Attempt(
         1, SUITE, suite("test,95,1,2026-01-01,,"), old=rows(NEW)
@@ -110,11 +141,16 @@ def test_no_attempt_is_accepted(
 ) -> None:
     made = ATTEMPTS[attempt]
     monkeypatch.chdir(tmp_path)
-    for name, lines in (("old.csv", made.old), ("new.csv", made.new)):
-        Path(name).write_text(HEADER + "\n".join(lines) + "\n")
+    for name, header, lines in (
+        ("old.csv", HEADER, made.old),
+        ("new.csv", made.header, made.new),
+    ):
+        Path(name).write_text(header + "\n".join(lines) + "\n")
     for name, text in made.files.items():
         Path(name).write_text(text + "\n")
     assert main(["release", "old.csv", "new.csv", *made.arguments]) == made.status
+    for name, text in made.files.items():
+        assert Path(name).read_text() == text + "\n"
 
 
 def test_a_junit_file_of_before_is_replaced(

@@ -251,7 +251,7 @@ def test_what_is_no_rule_is_refused_at_once(make: Any, message: str) -> None:
         ),
         (NoSliceWorse(), "the rule `slices` needs slices"),
         (MaxNegativeFlipRate(0.1, each_slice=True), "the rule `slice-nfr:10%` needs slices"),
-        (ProtectedIntact({"tst": [1]}), "`ids` names the split 'tst'"),
+        (ProtectedIntact({"tst": [1]}), "`protected:1 sample` names the split 'tst'"),
         (ProtectedIntact([1]), "`ids` names no split"),
     ],
 )
@@ -265,7 +265,7 @@ def test_data_that_a_rule_cannot_judge_are_refused_before_anything_runs(
 def test_what_protects_no_sample_that_is_there_does_not_pass() -> None:
     target = Target.label(3)
     data = seen(test="kk", marked={target: torch.tensor([False, False])})
-    with pytest.raises(ConfigurationError, match=r"1 protected samples are not in `test`"):
+    with pytest.raises(ConfigurationError, match=r"1 protected samples are not in .* \(test 7\)"):
         ProtectedIntact({"test": [100, 7]}).check(data)
     with pytest.raises(ConfigurationError, match="'label 3' selects none of 2 samples"):
         ProtectedIntact(where=target).check(data)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 import pytest
 from hypothesis import given
@@ -11,9 +14,10 @@ from hypothesis import strategies as st
 
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.updates import RegressionSuite
+from lightning_nrl.updates import ProtectedIntact, RegressionSuite
 from lightning_nrl.updates.suite import SuiteSample
 
+ROOT = Path(__file__).parents[2]
 HEADER = "split,id,prediction,passed,key\n"
 Files = Callable[[str, str], str]
 
@@ -70,7 +74,7 @@ def test_what_was_repaired_stays_repaired_over_five_releases(
         ("", "holds no sample"),
         ("test,1\ntest,1\n", "sample 1 of 'test' occurs twice"),
         ("later,1\n", "names the split 'later', but the data have"),
-        ("test,17\n", "1 protected samples are not in `test` ([17])"),
+        ("test,17\n", "1 protected samples are not in the data (test 17)"),
         ("test,x\n", "`id` is 'x'"),
     ],
 )
@@ -91,13 +95,15 @@ def test_another_sample_in_its_place_is_an_error(
     model = predictions("model.csv", "++++")
     Path("suite.csv").write_text(f"split,id,label,since,reason,key\n{line}")
     assert decide(model, model) == 2
-    assert "1 samples are not those in the suite" in capsys.readouterr().err
+    message = "1 samples of `test` have another label or key than in the suite (1)"
+    assert message in capsys.readouterr().err
 
 
 def test_a_suite_that_is_gone_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     model = predictions("model.csv", "++++")
     assert decide(model, model) == 2
     assert "`suite='suite.csv'` does not exist" in capsys.readouterr().err
+    assert not Path("suite.csv").exists()  # an accepted release would have started it
 
 
 def test_the_command_lists_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +116,7 @@ def test_the_command_lists_and_checks(capsys: pytest.CaptureFixture[str]) -> Non
     check = ["suite", "check", "suite.csv", "--predictions"]
     assert main([*check, predictions("good.csv", "+-+")]) == 0
     assert main([*check, predictions("bad.csv", "++-")]) == 1
-    assert "wrong: test 2 (incident 12)" in capsys.readouterr().out
+    assert "1 of 2 samples are wrong.\ntest 2: incident 12 (2026-12-01)" in capsys.readouterr().out
 
 
 def test_a_suite_that_may_not_grow_is_only_read() -> None:
@@ -130,13 +136,92 @@ def test_two_writers_lose_nothing() -> None:
     }
 
 
+ADD_MANY = """
+import sys
+from lightning_nrl.entrypoints.command_line import main
+for at in range(int(sys.argv[1]), int(sys.argv[2])):
+    assert main(["suite", "add", "suite.csv", "--sample", f"test:{at}", "--reason", "x"]) == 0
+"""
+
+
+def test_two_processes_that_add_lose_nothing() -> None:
+    command = [sys.executable, "-c", ADD_MANY]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ranges = (("0", "60"), ("60", "120"))
+    writers = [Popen([*command, *ids], env=env, stdout=DEVNULL) for ids in ranges]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(RegressionSuite.read("suite.csv").samples) == 120
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("split,id,sinse\ntest,1,2026-01-01\n", "sinse'` is unknown.\nHINT: did you mean 'since'?"),
+        ("split,id,Since\ntest,1,2026-01-01\n", "did you mean 'since'?"),
+        ("split,id,since,\ntest,1,2026-01-01,\n", "`column of suite.csv=''` is unknown"),
+        ("split,id,owner\ntest,1,me\n", "owner'` is unknown"),
+        ("split,id,since\ntest,1,never\n", "line 2: `since` is 'never', not a day"),
+        ("split,id,since\ntest,1,01/02/2026\n", "`since` is '01/02/2026'"),
+        ("split,id,since\ntest,1, \n", "`since` is ' '"),
+        ("split,id,since\ntest,1,2026-02-30\n", "`since` is '2026-02-30'"),
+    ],
+)
+def test_what_a_suite_cannot_mean_is_an_error(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("suite.csv").write_text(text)
+    assert decide(predictions("old.csv", "+-"), predictions("new.csv", "++")) == 2
+    assert message in capsys.readouterr().err
+    assert main(["suite", "add", "suite.csv", "--sample", "test:0", "--reason", "x"]) == 2
+    assert Path("suite.csv").read_text() == text
+
+
+def test_line_ends_stay_as_they_are() -> None:
+    Path("suite.csv").write_bytes(b"split,id,since\r\ntest,1,2026-01-01\r\n")
+    assert main(["suite", "add", "suite.csv", "--sample", "test:0", "--reason", "x"]) == 0
+    assert Path("suite.csv").read_bytes() == (
+        b"split,id,label,since,reason,key\r\ntest,0,,2026-12-01,x,\r\ntest,1,,2026-01-01,,\r\n"
+    )
+
+
+def test_a_wrong_sample_without_a_day_fails_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("suite.csv").write_text("split,id\ntest,0\ntest,1\n")
+    model = predictions("model.csv", "+-")
+    assert main(["suite", "check", "suite.csv", "--predictions", model]) == 1
+    assert "1 of 2 samples are wrong.\ntest 1: no reason (once right)" in capsys.readouterr().out
+
+
+def test_a_sample_that_gets_a_day_keeps_its_label_and_key() -> None:
+    Path("suite.csv").write_text("split,id,label,since,reason,key\ntest,1,1,,broke,k1\n")
+    assert main(["suite", "add", "suite.csv", "--sample", "test:1", "--reason", "x"]) == 0
+    entry = SuiteSample(1, "2026-12-01", "x", "k1")
+    assert RegressionSuite.read("suite.csv").samples == {("test", 1): entry}
+
+
+def test_a_release_leaves_a_suite_alone_that_may_not_grow() -> None:
+    text = "split,id\ntest,0\n"
+    Path("suite.csv").write_text(text)
+    models = predictions("old.csv", "+-"), predictions("new.csv", "++")
+    assert decide(*models, "--grow", "false") == 0
+    assert Path("suite.csv").read_text() == text
+    assert decide(*models, "--grow", "true") == 0
+    assert RegressionSuite.read("suite.csv").samples.keys() == {("test", 0), ("test", 1)}
+
+
+def test_a_suite_that_was_read_is_not_read_again() -> None:
+    Path("suite.csv").write_text("split,id\ntest,0\n")
+    suite = RegressionSuite.read("suite.csv")
+    Path("suite.csv").unlink()
+    assert str(ProtectedIntact(suite)) == "protected:suite.csv"
+
+
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=8)
 
 
 @given(
     st.dictionaries(
         st.tuples(st.text("abc:, \"'", min_size=1, max_size=4), st.integers(0, 99)),
-        st.builds(SuiteSample, st.none() | st.integers(0, 9), st.just(""), TEXTS, st.just("k")),
+        st.builds(SuiteSample, st.integers(-1, 9), st.just(""), TEXTS, st.just("k")),
         min_size=1,
     )
 )
