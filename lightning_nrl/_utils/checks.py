@@ -103,12 +103,21 @@ def count_or_share(value: object) -> int | float | None:
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5)."""
+    """Parses a whole number, a decimal number or a percentage: `5`, `0.5` or `50%` (0.5).
+
+    Refuses a decimal number such as `1.0`, which may mean the number 1 or the share 100 %.
+    """
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)
         if text.lstrip("+-").isdigit():
             return int(text)
-        return float(text)
+        decimal = float(text)
     except ValueError as error:
         raise ConfigurationError(f"{where}: {text!r} is no number.", hint) from error
+    if decimal.is_integer():
+        raise ConfigurationError(
+            f"{where}: {text!r} may be a number or a share.",
+            f"write {decimal:.0f} for the number, {decimal:.0%} for the share.",
+        )
+    return decimal

@@ -30,6 +30,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def exact_percent(share: float) -> str:
+    """Formats a share so that `read_number` reads the same share."""
+    return f"{100 * share:.12g}%"
+
+
 def rough_percent(share: float) -> str:
     """Formats an estimated share in percent with about two digits.
 

@@ -73,6 +73,7 @@ from lightning_nrl.updates.release import (
     check_on_undecided,
     check_reference,
     judge_pair,
+    read_noise,
 )
 from lightning_nrl.updates.rule_parsing import Require
 from lightning_nrl.updates.rules import limited_to
@@ -114,6 +115,7 @@ class ReleaseGate(CallbackBase):
         suite: samples that must stay right: a `RegressionSuite` or the path of its CSV file, which
             grows by the samples that an accepted release repairs or breaks.
         sample_id: as in `lightning_nrl.updates.release`.
+        noise: as in `lightning_nrl.updates.release`.
 
     Attributes:
         report: the `ReleaseReport` with the decision. None until the test has ended.
@@ -142,6 +144,7 @@ class ReleaseGate(CallbackBase):
         junit: str | Path | None = None,
         suite: RegressionSuite | str | Path | None = None,
         sample_id: str | int | Column | None = None,
+        noise: Sequence[str | Path] | None = None,
     ) -> None:
         super().__init__()
         self.reference = check_reference("reference", reference)
@@ -149,6 +152,7 @@ class ReleaseGate(CallbackBase):
         self.suite = None if suite is None else RegressionSuite.read(suite)
         self.slices = None if slices is None else find_column("slices", slices)
         self.sample_id = None if sample_id is None else find_column("sample_id", sample_id)
+        self.noise = read_noise(noise)
         check_loaders(loaders)
         self.loaders = loaders
         self.task = task_of_output(task, output)
@@ -230,6 +234,7 @@ class ReleaseGate(CallbackBase):
             name=name,
             on_undecided=self.on_undecided,
             sample_id=self.sample_id,
+            noise=self.noise,
         )
         check_classes(pair.after, evaluator)
         if len(sources) == 1:

@@ -68,6 +68,7 @@ from lightning_nrl.updates.release import (
     OnUndecided,
     ReleaseReport,
     make_report,
+    read_noise,
 )
 from lightning_nrl.updates.rule_parsing import REQUIRED, RULES, Require, parse_rules
 from lightning_nrl.updates.suite import RegressionSuite, released_samples
@@ -196,6 +197,7 @@ def decide_release(
     summary: str | None,
     suite: str | None,
     grow: str,
+    noise: list[str] | None,
 ) -> int:
     """Decides on a release from two files of predictions. Returns `ReleaseReport.exit_status`."""
     if out:
@@ -223,6 +225,7 @@ def decide_release(
         new=Identity(new, after.weights or ""),
         task="as recorded in the files",
         precision="as recorded in the files",
+        noise=read_noise(noise),
     )
     report = replace(report, missing=missing, on_undecided=on_undecided)
     if out:
@@ -422,6 +425,12 @@ RELEASE: Arguments = {
     },
     "--require": {"choices": list(REQUIRED), "default": "not-worse", "help": REQUIRE},
     "--slices": {"help": "CSV file with the columns split,id,slice"},
+    "--noise": {
+        "nargs": 2,
+        "metavar": "FILE",
+        "help": "predictions of two trainings of the old recipe, which show how many flips are "
+        "chance",
+    },
     "--allow_missing": {
         "action": "append",
         "default": [],

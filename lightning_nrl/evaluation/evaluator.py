@@ -55,6 +55,7 @@ DTYPES = {
     "prediction": torch.int64,
     "loss": torch.float32,
     "margin": torch.float32,
+    "confidence": torch.float32,
     "passed": torch.bool,
     "targeted": torch.bool,
     "in_target": torch.bool,
@@ -384,17 +385,22 @@ def _columns(
     for method, values in numbers.items():
         if values is not None:
             check_per_sample(f"`task`: `{method}` of {name}", values, n, tensors_only=True)
-    if task.by_arg_max:
-        marker.check(class_logits(output).shape[1])
-    targeted, in_target = marker(batch, label, prediction, passed)
     loss = at_least_float32(loss)
+    no_number = torch.full_like(loss, torch.nan)
+    confidence = no_number
+    if task.by_arg_max:
+        logits = class_logits(output)
+        marker.check(logits.shape[1])
+        confidence = at_least_float32(logits).softmax(1).amax(1)
+    targeted, in_target = marker(batch, label, prediction, passed)
     no_class = torch.full_like(passed, -1, dtype=torch.int64)
     columns = {
         "position": batch.position,
         "label": no_class if label is None else label.long(),
         "prediction": no_class if prediction is None else prediction.long(),
         "loss": loss,
-        "margin": torch.full_like(loss, torch.nan) if margin is None else at_least_float32(margin),
+        "margin": no_number if margin is None else at_least_float32(margin),
+        "confidence": confidence,
         "passed": passed,
         "targeted": targeted,
         "in_target": in_target,

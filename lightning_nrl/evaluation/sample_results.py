@@ -36,6 +36,8 @@ class SampleResults:
         in_target: `N` bool, True for samples, right or wrong, in the target (`Target.covers`);
             default: `targeted`.
         margin: `N` float, the task's margin, NaN if the task has no margins.
+        confidence: `N` float, probability of the predicted class; NaN, the default, if the task has
+            none.
         weight: `N` float64, 1 by default. For a targeted sample, the value of its repair, 1 on
             average. For a passed sample, the cost of breaking it: a whole number from 1, or
             infinity if the sample is protected.
@@ -55,6 +57,7 @@ class SampleResults:
     passed: Tensor
     targeted: Tensor
     margin: Tensor
+    confidence: Tensor = NO_COLUMN
     _: KW_ONLY
     weight: Tensor = NO_COLUMN
     slices: tuple[str, ...] = ()
@@ -67,6 +70,7 @@ class SampleResults:
         n = len(self.passed)
         # Expanded, so that a default takes no memory.
         defaults = {
+            "confidence": torch.full((1,), torch.nan).expand(n),
             "weight": torch.ones(1, dtype=torch.float64).expand(n),
             "slice_number": torch.full((1,), -1).expand(n),
             "in_target": self.targeted,
@@ -99,7 +103,7 @@ class SampleResults:
         return SampleResults(tuple(splits), tuple(map(len, rows)), *columns)
 
     def _columns(self) -> tuple[Tensor, ...]:
-        """Returns the columns without a default, in the order of the fields."""
+        """Returns the columns that have no other default, in the order of the fields."""
         return (
             self.index,
             self.label,
@@ -108,6 +112,7 @@ class SampleResults:
             self.passed,
             self.targeted,
             self.margin,
+            self.confidence,
         )
 
     def rows(self, split: str, position: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, final
 from torch import Tensor
 
 from lightning_nrl._utils.checks import count_or_share, read_number
-from lightning_nrl._utils.formatting import plural
+from lightning_nrl._utils.formatting import exact_percent, plural
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
@@ -127,7 +127,8 @@ class Gate(ABC):
 
         The text is `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (3 samples),
         `tolerance:1%` or `tolerance:0.01` (1 % of the samples that passed), or the name of a
-        registered gate. A number after the colon is the gate's argument.
+        registered gate. A number after the colon is the gate's argument; `1.0` is refused, which
+        may be 1 or 100 %.
 
         Raises:
             ConfigurationError: the text is no gate. The message names `argument`.
@@ -201,7 +202,7 @@ class Accuracy(Gate):
         return "accuracy"
 
 
-@GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
+@GATES.register("tolerance", "tolerance:3", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
     """Allows `limit` known samples to break: a number, or a share of the samples that passed."""
@@ -231,7 +232,9 @@ class Tolerance(Gate):
         return f"at most {float(Fraction(repr(self.limit)) * 100):g} % of those that passed"
 
     def __str__(self) -> str:
-        return f"tolerance:{self.limit!r}"
+        if isinstance(self.limit, int):
+            return f"tolerance:{self.limit}"
+        return f"tolerance:{exact_percent(self.limit)}"
 
 
 def allowance(gate: Gate, counts: FlipCounts) -> str:

@@ -94,7 +94,7 @@ class BoundOptions:
 
     Example:
         >>> str(BoundOptions(limit="tolerance:1%").limit)
-        'tolerance:0.01'
+        'tolerance:1%'
     """
 
     strength: float | None = None

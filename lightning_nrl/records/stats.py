@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import lru_cache
@@ -29,6 +30,7 @@ __all__ = [
     "Selection",
     "binomial_cdf",
     "evidence_of",
+    "largest_fall",
     "limit_after",
     "lower_limit",
     "p_worse",
@@ -191,6 +193,26 @@ def evidence_of(repaired: int, broken: int, choices: int = 1) -> Evidence:
     return "better" if repaired > broken else "worse"
 
 
+def largest_fall(*, repaired: int, broken: int, n: int, confidence: float = 0.95) -> float:
+    """Computes a one-sided upper limit on the fall of accuracy, (broken - repaired) / n.
+
+    It combines the limits of Clopper and Pearson on both rates ("MOVER", Newcombe 1998; Zou and
+    Donner 2008), so that it is `upper_limit` if no sample is repaired.
+
+    Example:
+        >>> round(largest_fall(repaired=0, broken=4, n=908), 4)
+        0.0101
+        >>> round(largest_fall(repaired=4, broken=4, n=908), 4)
+        0.0067
+    """
+    excess = upper_limit(broken, n, confidence) - broken / n
+    shortfall = repaired / n - lower_limit(repaired, n, confidence)
+    # A sample that breaks cannot be repaired, so the two rates are negatively correlated.
+    correlation = math.sqrt(broken * repaired / max(1, (n - broken) * (n - repaired)))
+    variance = excess**2 + shortfall**2 + 2 * correlation * excess * shortfall
+    return (broken - repaired) / n + math.sqrt(variance)
+
+
 def net_repairs_in_standard_errors(counts: FlipCounts) -> float:
     """Returns repaired minus broken in units of its standard error.
 
@@ -250,21 +272,17 @@ class Bound:
         )
 
 
-def least_samples(broken: int, limit: float, confidence: float) -> int:
-    """Returns the least number of samples for which `upper_limit` is at most `limit`, in (0, 1).
+def least_number(start: int, is_enough: Callable[[int], bool]) -> int:
+    """Returns the least number from `start`, at least 1, that is enough; all larger ones are, too.
 
     Example:
-        >>> least_samples(0, 0.05, 0.95), least_samples(2, 0.05, 0.95)
-        (59, 124)
+        >>> least_number(1, lambda n: upper_limit(0, n) <= 0.05)
+        59
     """
-
-    def is_enough(n: int) -> bool:
-        return binomial_cdf(broken, n, limit) <= 1 - confidence
-
-    n = broken + 1
+    n = start
     while not is_enough(n):
         n *= 2
-    return bisect_left(range(n + 1), True, lo=broken + 1, key=is_enough)
+    return bisect_left(range(n + 1), True, lo=start, key=is_enough)
 
 
 def percent_down(rate: float) -> str:
@@ -290,10 +308,10 @@ def show_confidence(confidence: float) -> str:
     return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
 
 
-def check_confidence(confidence: float, argument: str = "confidence") -> float:
-    """Returns a number between 0 and 1. Raises a `ConfigurationError` for any other value."""
-    hint = "write 0.95 for 95 %, for instance."
-    check_real(argument, confidence, "share between 0 and 1", hint, above=0, below=1)
+def check_confidence(confidence: float) -> float:
+    """Returns a number in [0.5, 1). Raises a `ConfigurationError` for any other value."""
+    hint = "write 0.95 for 95 %; 0.05 is its error probability."
+    check_real("confidence", confidence, "confidence of at least 50 %", hint, least=0.5, below=1)
     return float(confidence)
 
 

@@ -20,6 +20,9 @@ from lightning_nrl.updates.rule_parsing import parse_rules
 from lightning_nrl.updates.rules import Rule, RuleResult
 from lightning_nrl.updates.statistical_rules import (
     IsBetter,
+    IsEquivalent,
+    IsNonInferior,
+    MaxCalibrationRise,
     MaxNegativeFlipRate,
     MinAccuracy,
     NoSliceWorse,
@@ -31,7 +34,10 @@ __all__ = [
     "FocalDistillation",
     "Identity",
     "IsBetter",
+    "IsEquivalent",
+    "IsNonInferior",
     "MarginHinge",
+    "MaxCalibrationRise",
     "MaxNegativeFlipRate",
     "MinAccuracy",
     "ModelPair",

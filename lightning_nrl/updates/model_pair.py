@@ -231,11 +231,14 @@ def pair_from_files(
     before = old.results(after, keys)
     is_same = (after.prediction >= 0) & (before.prediction == after.prediction)
     contradictory = is_same & (before.passed != after.passed)
-    refuse_samples(after, contradictory, "have the same `prediction`, but not the same `passed`")
+    argument = old.argument
+    problem = "have the same `prediction`, but not the same `passed`"
+    refuse_samples(after, contradictory, problem, argument=argument)
     has_classes = (before.prediction >= 0) & (after.prediction >= 0)
     has_two_labels = has_classes & ~is_same & before.passed & after.passed
     hint = "predict the same data; if several classes are right, leave out the column `prediction`."
-    refuse_samples(after, has_two_labels, "are right by two different predictions", hint)
+    problem = "are right by two different predictions"
+    refuse_samples(after, has_two_labels, problem, hint, argument)
     names = sorted(filter(str.strip, set(slices.values())))
     check_distinct(names)
     numbers = dict(zip(names, range(len(names)), strict=True))

@@ -42,7 +42,8 @@ class Reference(Protocol):
 
         `evaluator` holds the new model, its task and precision. `sources` are this rank's share of
         the data. `like` are the new model's results on the same data; the returned table has the
-        same rows. Only its columns `prediction` and `passed` are used.
+        same rows. Only its columns `prediction`, `passed` and, in the rule `calibration`,
+        `confidence` are used.
         """
 
 

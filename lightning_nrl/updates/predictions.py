@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,16 @@ class Line(NamedTuple):
         if text not in ("0", "1"):
             raise self.error(f"`{column}` is {text[:40]!r}, neither 0 nor 1")
         return text == "1"
+
+    def share(self, column: str) -> float:
+        text = self.values[column].strip(" ")
+        try:
+            share = float(text)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share <= 1:
+            raise self.error(f"`{column}` is {text[:40]!r}, not a number from 0 to 1")
+        return share
 
     def error(self, problem: str) -> ConfigurationError:
         return ConfigurationError(f"{self.file}, line {self.number:,}: {problem}.", self.hint)
@@ -115,11 +126,14 @@ class Predictions:
     The id of a sample is its position in the data set. The CSV file has the columns `split`, `id`
     and `prediction`. A prediction is a class, numbered as in the new model. For tasks without
     classes the column `passed` (1 or 0) replaces `prediction`. The column `key`, if it exists,
-    identifies the samples: predictions of other samples are refused.
+    identifies the samples: predictions of other samples are refused. The column `confidence`, if it
+    exists, has the probability of the predicted class.
 
     Attributes:
         splits: for each split, the prediction of each sample by its id (`Rows`).
         keys: key of each sample by (split, id); samples without a key are missing.
+        confidences: confidence of each sample, in [0, 1], like `keys`.
+        argument: argument that the predictions come from, in errors.
         weights: hash of the model's weights; None: unknown.
         seal: SHA-256 by which `OldModel` finds out if its cache file is still valid; empty in other
             files.
@@ -133,6 +147,8 @@ class Predictions:
     weights: str | None = None
     seal: str = ""
     keys: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    confidences: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    argument: str = "reference"
 
     @classmethod
     def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
@@ -143,7 +159,9 @@ class Predictions:
         """
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
         keys = {}
-        for line in read_csv(argument, path, ("split", "id"), ("prediction", "passed", "key")):
+        confidences = {}
+        optional = ("prediction", "passed", "key", "confidence")
+        for line in read_csv(argument, path, ("split", "id"), optional):
             predicted, passed = -1, None
             if line.values["prediction"].strip():
                 predicted = line.whole_number("prediction")
@@ -154,13 +172,16 @@ class Predictions:
             split, at = line.sample
             splits.setdefault(split, {})[at] = predicted, passed
             if key := line.values["key"].strip():
-                keys[split, at] = key
+                keys[line.sample] = key
+            if line.values["confidence"].strip():
+                confidences[line.sample] = line.share("confidence")
         with Path(path).open(encoding="utf-8-sig") as file:
             first_line = file.readline()
+        read = cls(splits, keys=keys, confidences=confidences, argument=argument)
         if not first_line.startswith(WEIGHTS):
-            return cls(splits, keys=keys)
+            return read
         weights, _, seal = first_line.removeprefix(WEIGHTS).strip().partition(" ")
-        return cls(splits, weights, seal, keys)
+        return replace(read, weights=weights, seal=seal)
 
     def save(self, path: str | Path) -> None:
         """Writes atomically a file that `read` can read."""
@@ -173,6 +194,8 @@ class Predictions:
     def _table(self) -> str:
         file = io.StringIO()
         columns = ["split", "id", "prediction", "passed"]
+        if self.confidences:
+            columns.append("confidence")
         if self.keys:
             columns.append("key")
         writer = csv.DictWriter(file, columns)
@@ -184,6 +207,8 @@ class Predictions:
                     line["prediction"] = predicted
                 if passed is not None:
                     line["passed"] = int(passed)
+                if (split, at) in self.confidences:
+                    line["confidence"] = f"{self.confidences[split, at]:.9g}"  # exact for float32
                 if self.keys:
                     line["key"] = self.keys.get((split, at))
                 writer.writerow(line)
@@ -201,7 +226,11 @@ class Predictions:
         rows = list(zip(results.index.tolist(), answers, strict=True))
         splits = {split: dict(rows[results.of(split)]) for split in results.splits}
         by_sample = dict(zip(results.samples, keys, strict=False))
-        return cls(splits, weights, keys=by_sample)
+        confidences = {}
+        for sample, confidence in zip(results.samples, results.confidence.tolist(), strict=True):
+            if not math.isnan(confidence):
+                confidences[sample] = confidence
+        return cls(splits, weights, keys=by_sample, confidences=confidences)
 
     def answers(
         self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults
@@ -222,27 +251,31 @@ class Predictions:
         """
         predicted, stated = torch.full_like(like.prediction, -1), torch.full_like(like.label, -1)
         is_other = torch.zeros_like(like.passed)
+        confidence = torch.full_like(like.margin, torch.nan)
         for split in like.splits:
             self._check_complete(split, like)
         for row, (split, at) in enumerate(like.samples):
             predicted[row], flag = self.splits[split][at]
+            confidence[row] = self.confidences.get((split, at), math.nan)
             if flag is not None:
                 stated[row] = int(flag)
             if keys:
                 key = self.keys.get((split, at))
                 is_other[row] = bool(key and keys[row]) and key != keys[row]
-        refuse_samples(like, is_other, "are not those that were predicted")
+        problem = "are not those that were predicted"
+        refuse_samples(like, is_other, problem, argument=self.argument)
         is_stated, right = stated >= 0, predicted == like.label
         if (~is_stated & (like.label < 0)).any():
             raise ConfigurationError(
-                "`reference`: the task has no classes to compare.",
+                f"`{self.argument}`: the task has no classes to compare.",
                 "add a column `passed`, 1 or 0.",
             )
         # A task may call other predictions right than the true class.
         if torch.equal(like.passed, like.prediction == like.label):
             has_class = is_stated & (predicted >= 0) & (like.label >= 0)
             contradictory = has_class & (right != (stated == 1))
-            refuse_samples(like, contradictory, "have a label that contradicts `passed`")
+            problem = "have a label that contradicts `passed`"
+            refuse_samples(like, contradictory, problem, argument=self.argument)
         passed = torch.where(is_stated, stated == 1, right)
         return replace(
             like,
@@ -250,6 +283,7 @@ class Predictions:
             passed=passed,
             loss=(~passed).to(like.loss),
             margin=torch.full_like(like.margin, torch.nan),
+            confidence=confidence,
             targeted=torch.zeros_like(passed),
             in_target=torch.zeros_like(passed),
         )
@@ -259,7 +293,7 @@ class Predictions:
         missing = [at for at in ids if at not in rows]
         if missing:
             raise ConfigurationError(
-                f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no "
+                f"`{self.argument}`: {len(missing):,} of {len(ids):,} samples of `{split}` have no "
                 f"prediction ({missing[:5]}); there are predictions for {self.listed_splits}.",
                 "give one prediction for each known and unseen sample; "
                 "ids are positions in the data set.",

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from lightning_nrl._utils.formatting import list_ids, percent, relative_to_cwd, titled
-from lightning_nrl._utils.json_records import Derives
+from lightning_nrl._utils.json_records import OPTIONAL, Derives
 from lightning_nrl._utils.preserve import outside_inference_mode
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
-from lightning_nrl.evaluation import Evaluator, FlipCounts
+from lightning_nrl.evaluation import Evaluator, FlipCounts, Flips
 from lightning_nrl.evaluation.rates import UPDATE_RATES
 from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.records.provenance import Provenance
@@ -51,6 +52,7 @@ def release(
     seeds: Mapping[str, int] | None = None,
     on_undecided: OnUndecided | None = None,
     sample_id: str | int | Column | None = None,
+    noise: Sequence[str | Path] | None = None,
 ) -> ReleaseReport:
     """Decides if a new model may replace the old one, by one pass of each model over the data.
 
@@ -80,6 +82,8 @@ def release(
             `accept`. Without it, `exit_status` is 3.
         sample_id: column with your name of each sample, given as `slices` are; the report shows the
             names of broken samples.
+        noise: CSV files of the predictions of two trainings of the old recipe. The report shows how
+            many samples flip between these, beside the flips from the old to the new model.
 
     Example:
         >>> import torch
@@ -121,6 +125,7 @@ def release(
         seeds=dict(seeds or {}),
         on_undecided=on_undecided,
         sample_id=sample_id,
+        noise=read_noise(noise),
     )
     return report
 
@@ -139,6 +144,7 @@ def judge_pair(
     sample_id: object,
     is_limited: bool = False,
     is_stream: bool = False,
+    noise: Sequence[Predictions] = (),
 ) -> tuple[ModelPair, ReleaseReport]:
     """Does the work of `release` on data in `pieces`, and also returns the `ModelPair`.
 
@@ -160,12 +166,32 @@ def judge_pair(
         new=Identity(name or type(new.model).__name__, hash_tensors(new.model.state_dict())),
         task=str(new.task),
         precision=str(new.precision),
+        noise=noise,
     )
     provenance = Provenance.of(new.model, pair.after)
     caveats = check_accepted(old, identity.sha256, pair, provenance.data) + report.caveats
     return pair, replace(
         report, seeds=seeds, provenance=provenance, on_undecided=on_undecided, caveats=caveats
     )
+
+
+def read_noise(files: Sequence[str | Path] | None) -> tuple[Predictions, ...]:
+    """Reads the predictions of two trainings; returns () for None.
+
+    Raises:
+        ConfigurationError: these are not two files, or both have the same predictions.
+    """
+    if files is None:
+        return ()
+    is_pair = isinstance(files, (tuple, list)) and len(files) == 2
+    check_kind("noise", files, is_pair, "pair of files", "noise=('A.csv', 'B.csv')")
+    first, second = (Predictions.read(file, "noise") for file in files)
+    if first == second:
+        raise ConfigurationError(
+            "`noise`: both files have the same predictions.",
+            "train the old recipe twice, with two seeds, and give a file for each training.",
+        )
+    return first, second
 
 
 def check_on_undecided(value: str | None) -> None:
@@ -214,6 +240,7 @@ class ReleaseRow(Derives):
             this confidence, the limits of all slices of a split hold at the same time.
         p_worse: p-value of the one-sided sign test; a small value means that the new model is
             worse.
+        noise: flips between two trainings of the old recipe, if given.
     """
 
     split: str
@@ -221,6 +248,14 @@ class ReleaseRow(Derives):
     counts: FlipCounts
     upper: float
     p_worse: float
+    noise: FlipCounts | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def noise_rate(self) -> float:
+        """Negative flip rate between two trainings, the mean of both directions."""
+        if self.noise is None:
+            return math.nan
+        return (self.noise.broken + self.noise.repaired) / (2 * self.noise.n)
 
     @property
     def derived(self) -> dict[str, float]:
@@ -337,6 +372,9 @@ class ReleaseReport(Report):
             _counts_table(self.rows, self.confidence),
             _rates_table(self.rows),
         ]
+        if self.rows[0].noise is not None:
+            noise = "; ".join(_noise(row) for row in self.rows if not row.slice)
+            blocks.append(Text(f"Between two trainings of the old recipe: {noise}."))
         if self.traits:
             title = "What the broken samples have in common more than chance explains"
             blocks += [Heading(title), *map(Text, self.traits)]
@@ -375,6 +413,12 @@ def _verdict(report: ReleaseReport) -> str:
     return f"{text}."
 
 
+def _noise(row: ReleaseRow) -> str:
+    n = row.counts.n
+    flips = f"{row.noise_rate * n:,.4g} of {n:,} samples break by chance, which means nothing"
+    return f"in {row.split}, {flips}; {row.counts.broken:,} break by the new model"
+
+
 def _facts(report: ReleaseReport, full: bool) -> FactList:
     facts = [
         ("new model", report.new.name),
@@ -401,11 +445,12 @@ def make_report(
     new: Identity,
     task: str,
     precision: str,
+    noise: Sequence[Predictions] = (),
 ) -> ReleaseReport:
     """Checks every rule and builds the report.
 
     The limits in the rows have the confidence of the first `MaxNegativeFlipRate` rule, or 95 %
-    without such a rule.
+    without such a rule. `noise` has the predictions of two trainings of the old recipe.
     """
     findings = tuple(rule.check(pair) for rule in rules)
     confidence = 0.95
@@ -413,8 +458,12 @@ def make_report(
         if isinstance(rule, MaxNegativeFlipRate):
             confidence = rule.confidence
     rows = []
+    by_noise = None
+    if noise:
+        first, second = (predictions.results(pair.after, pair.keys) for predictions in noise)
+        by_noise = Flips.between(first, second)
     for split in pair.splits:
-        rows += _rows(pair, split, confidence)
+        rows += _rows(pair, split, confidence, by_noise)
     verdicts = {finding.verdict for finding in findings}
     status: Literal["accepted", "refused", "undecided"] = "accepted"
     if "NOT satisfied" in verdicts:
@@ -438,7 +487,7 @@ def make_report(
     )
 
 
-def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
+def _rows(pair: ModelPair, split: str, confidence: float, noise: Flips | None) -> list[ReleaseRow]:
     rows = []
     slices = pair.slices_of(split)
     for name, mask in {"": pair.rows(split), **slices}.items():
@@ -449,7 +498,8 @@ def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
         distinct = pair.flips.counts(mask & pair.distinct)
         upper = Bound.at_level(distinct.broken, distinct.n, level).upper
         p = p_worse(repaired=distinct.repaired, broken=distinct.broken)
-        rows.append(ReleaseRow(split, name, counts, upper, p))
+        by_noise = None if noise is None else noise.counts(mask)
+        rows.append(ReleaseRow(split, name, counts, upper, p, by_noise))
     return rows
 
 
@@ -493,5 +543,10 @@ def _rates_table(rows: Sequence[ReleaseRow]) -> Table:
             value = rate.of(row.counts)
             is_share = rate.short != "relative_nfr" or not math.isfinite(value)
             cells.append(percent(value) if is_share else f"{value:.3g}")
+        if row.noise is not None:
+            cells.append(percent(row.noise_rate))
         lines.append(Row(_label(row), tuple(cells)))
-    return Table(tuple((rate.title, "") for rate in UPDATE_RATES), tuple(lines))
+    columns = [(rate.title, "") for rate in UPDATE_RATES]
+    if rows[0].noise is not None:
+        columns.append(("NFR", "by noise"))
+    return Table(tuple(columns), tuple(lines))

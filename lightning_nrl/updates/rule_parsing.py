@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 from lightning_nrl._utils.checks import read_number
@@ -15,6 +16,10 @@ from lightning_nrl.updates.protected import ProtectedIntact
 from lightning_nrl.updates.rules import Rule
 from lightning_nrl.updates.statistical_rules import (
     IsBetter,
+    IsEquivalent,
+    IsNonInferior,
+    LimitRule,
+    MaxCalibrationRise,
     MaxNegativeFlipRate,
     MinAccuracy,
     NoSliceWorse,
@@ -110,26 +115,31 @@ def _is_better(text: RuleText) -> Rule | None:
     return IsBetter(text.splits)
 
 
-@RULES.register("slice-nfr", "slice-nfr:5%")
-@RULES.register("nfr", "nfr:1%", "nfr:1%:99%")
-def _max_nfr(text: RuleText) -> Rule | None:
-    return _rate_rule(MaxNegativeFlipRate, text)
+LIMIT_RULES: Mapping[str, Callable[[float, float, bool, tuple[str, ...]], LimitRule]] = {
+    "nfr:1%": MaxNegativeFlipRate,
+    "floor:95%": MinAccuracy,
+    "non-inferior:1%": IsNonInferior,
+    "equivalent:1%": IsEquivalent,
+    "calibration:1%": MaxCalibrationRise,
+}
+"""Rules with a limit, by an example of their text."""
 
 
-@RULES.register("slice-floor", "slice-floor:90%")
-@RULES.register("floor", "floor:95%", "floor:95%:99%")
-def _min_accuracy(text: RuleText) -> Rule | None:
-    return _rate_rule(MinAccuracy, text)
-
-
-def _rate_rule(rule: type[MaxNegativeFlipRate] | type[MinAccuracy], text: RuleText) -> Rule | None:
+def _limit_rule(example: str, text: RuleText) -> Rule | None:
     numbers = text.numbers()
     if len(numbers) == 1:
         numbers.append(0.95)
     if len(numbers) != 2:
         return None
     limit, confidence = numbers
-    return rule(limit, confidence, text.name.startswith("slice-"), text.splits)
+    each_slice = text.name.startswith("slice-")
+    return LIMIT_RULES[example](limit, confidence, each_slice, text.splits)
+
+
+for example in LIMIT_RULES:
+    name = example.partition(":")[0]
+    RULES.register(name, example, f"{example}:99%")(partial(_limit_rule, example))
+    RULES.register(f"slice-{name}", f"slice-{example}")(partial(_limit_rule, example))
 
 
 @RULES.register("slices", "slices", "slices:count")

@@ -190,6 +190,10 @@ class SplitRule(Rule):
         ids = ids_in(pair, violating & self.objections(pair))
         return RuleResult(str(self), not missing, reason, ids, needs, by_split)
 
+    def count(self, pair: ModelPair, rows: Tensor) -> FlipCounts:
+        """Counts what the rule needs on the samples in a mask, `N` bool."""
+        return pair.flips.counts(rows)
+
     def _parts(self, pair: ModelPair, split: str) -> list[Part]:
         masks = {}
         if self.whole_splits:
@@ -203,9 +207,9 @@ class SplitRule(Rule):
         parts = []
         for name, rows in masks.items():
             counted = rows & pair.distinct if self.is_statistical else rows
-            parts.append(Part(split, name, rows, pair.flips.counts(counted)))
-        if not parts[0].counts.n:
-            raise self._has_nothing_to_check(f"`{split}` has no sample")
+            if not counted.any():
+                raise self._has_nothing_to_check(f"`{split}` has no sample")
+            parts.append(Part(split, name, rows, self.count(pair, counted)))
         return parts
 
     def _has_nothing_to_check(self, reason: str) -> ConfigurationError:
@@ -235,8 +239,3 @@ def ids_in(pair: ModelPair, mask: Tensor) -> Ids:
 def accuracies(counts: FlipCounts) -> str:
     """Formats the accuracies of the old and of the new model."""
     return f"accuracy {percent(counts.accuracy_before)}, now {percent(counts.accuracy_after)}"
-
-
-def exact_percent(share: float) -> str:
-    """Formats a share so that `read_number` reads the same share."""
-    return f"{100 * share:.12g}%"

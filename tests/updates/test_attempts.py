@@ -37,6 +37,11 @@ def rows(right: str, split: str = "test", key: str = "k{}") -> list[str]:
     ]
 
 
+def sure(right: str, confidence: str = "0.9", key: str = "k{}") -> list[str]:
+    """The same with a confidence. The header has a sixth column only if the rows have one."""
+    return [f"{row},{confidence}" for row in rows(right, key=key)]
+
+
 def slices(*names: str) -> str:
     lines = [f"test,{at},{names[at % len(names)]}" for at in range(100)]
     return "split,id,slice\n" + "\n".join(lines)
@@ -71,6 +76,10 @@ SLICED = rule("slices", "--slices", "slices.csv")
 SLICED_SUITE = {"suite.csv": slices("night")}
 SMALL_SLICES = {"slices.csv": slices(*map(str, range(10)))}
 ONE_SAMPLE = rows("+" * 400, key="k")
+SLIGHTLY_BELOW = rows("+" * 95 + "-" * 5)
+NIGHT = {"slices.csv": slices("night")}
+SWAPPED = rows("+" * 20 + "-" * 20 + "+" * 60), rows("-" * 20 + "+" * 80)
+SURE_ONE_SAMPLE = sure("+" * 400, key="k")
 ATTEMPTS = {
     "the change as it is": Attempt(1),
     "no predictions": Attempt(2, new=[]),
@@ -95,7 +104,39 @@ ATTEMPTS = {
     "a floor of nothing": Attempt(2, rule("floor:0%")),
     "a limit that is no number": Attempt(2, rule("nfr:nan%")),
     "an infinite tolerance": Attempt(2, rule("tolerance:inf")),
-    "a rule that nothing can satisfy yet": Attempt(1, ["--require", "better"], new=KEPT),
+    "a rule that nothing can satisfy yet": Attempt(3, ["--require", "better"], new=KEPT),
+    "a floor with 5 % confidence": Attempt(2, rule("floor:96%:5%"), new=SLIGHTLY_BELOW),
+    "a limit with 5 % confidence": Attempt(2, rule("nfr:0.2%:5%"), new=SLIGHTLY_BELOW),
+    "slices at a level of 90 %": Attempt(2, ["--rule", "slices:90%", *SLICED[4:]], NIGHT, new=KEPT),
+    "one sample or all": Attempt(2, rule("tolerance:1.0")),
+    "equivalence with 5 % confidence": Attempt(2, rule("equivalent:1%:5%"), new=KEPT),
+    "equivalence of too few samples": Attempt(3, rule("equivalent:1%"), new=KEPT),
+    "equivalence of one sample many times": Attempt(
+        3, rule("equivalent:1%"), old=ONE_SAMPLE, new=ONE_SAMPLE
+    ),
+    "breaks that repairs hide": Attempt(3, rule("non-inferior:5%"), old=SWAPPED[0], new=SWAPPED[1]),
+    "calibration without confidences": Attempt(2, rule("calibration:50%"), new=KEPT),
+    "a confidence in the new file alone": Attempt(2, rule("calibration:50%"), new=sure(OLD)),
+    "a confidence for all samples but one": Attempt(
+        2, rule("calibration:50%"), old=sure(OLD), new=[*sure(OLD)[:-1], f"{KEPT[-1]},"]
+    ),
+    "a confidence above 1": Attempt(
+        2, rule("calibration:50%"), old=sure(OLD), new=sure(OLD, "1.01")
+    ),
+    "a confidence that is no number": Attempt(
+        2, rule("calibration:50%"), old=sure(OLD), new=sure(OLD, "nan")
+    ),
+    "calibration of one sample many times": Attempt(
+        3, rule("calibration:1%"), old=SURE_ONE_SAMPLE, new=SURE_ONE_SAMPLE
+    ),
+    "a noise floor does not excuse": Attempt(1, ["--noise", "old.csv", "new.csv"]),
+    "a noise of one training": Attempt(2, ["--noise", "old.csv", "old.csv"], new=KEPT),
+    "a noise of other samples": Attempt(
+        2, ["--noise", "old.csv", "b.csv"], {"b.csv": HEADER + "\n".join(rows(OLD, key="k1{}"))}
+    ),
+    "a noise without the samples that broke": Attempt(
+        2, ["--noise", "old.csv", "b.csv"], {"b.csv": HEADER + "\n".join(rows(NEW[:90]))}
+    ),
     "a wrong word for undecided": Attempt(2, ["--on-undecided", "yes"], new=KEPT),
     "an emptied suite": Attempt(2, SUITE, suite("")),
     "a suite that is gone": Attempt(2, SUITE),
@@ -145,6 +186,8 @@ def test_no_attempt_is_accepted(
         ("old.csv", HEADER, made.old),
         ("new.csv", made.header, made.new),
     ):
+        if lines and lines[0].count(",") > header.count(","):
+            header = HEADER.replace("key", "key,confidence")
         Path(name).write_text(header + "\n".join(lines) + "\n")
     for name, text in made.files.items():
         Path(name).write_text(text + "\n")
