@@ -203,7 +203,7 @@ def largest_fall(*, repaired: int, broken: int, n: int, confidence: float = 0.95
         >>> round(largest_fall(repaired=0, broken=4, n=908), 4)
         0.0101
         >>> round(largest_fall(repaired=4, broken=4, n=908), 4)
-        0.0067
+        0.0064
     """
     excess = upper_limit(broken, n, confidence) - broken / n
     shortfall = repaired / n - lower_limit(repaired, n, confidence)

@@ -275,7 +275,7 @@ def test_files_of_different_samples_are_refused(
     old = write(tmp_path / "old.csv", {3: old_row, 4: "1,1,0a"}, header)
     new = write(tmp_path / "new.csv", {3: new_row, 4: "2,0,0a"}, header)
     assert decide([old, new]) == 2
-    assert "`reference`: 1 samples of `test` " in capsys.readouterr().err
+    assert "`old`: 1 samples of `test` " in capsys.readouterr().err
     assert decide([old, old]) == 0
 
 

@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from sample_tables import sample_table
 
 from lightning_nrl.data.targets import Target
+from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.records.stats import p_worse, upper_limit
 from lightning_nrl.updates import (
     AtMostBroken,
     IsBetter,
+    IsEquivalent,
+    IsNonInferior,
+    MaxCalibrationRise,
     MaxNegativeFlipRate,
     MinAccuracy,
     ModelPair,
@@ -84,6 +88,41 @@ def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit() -> 
             assert result.missing.startswith(f"test: {n} samples would do")
             assert upper_limit(len(word), n) <= 0.01 < upper_limit(len(word), n - 1)
     assert MaxNegativeFlipRate(0.01).check(seen(test="k" * 299)).passed
+
+
+def test_an_accuracy_may_fall_by_a_margin() -> None:
+    # 4 of 908 broken: at most 1.01 points lower; with 4 repaired at most 0.64 (Newcombe 1998).
+    assert not IsNonInferior(0.01).check(seen(test="bbbb" + "k" * 904)).passed
+    assert IsNonInferior(0.0102).check(seen(test="bbbb" + "k" * 904)).passed
+    balanced = seen(test="bbbbrrrr" + "k" * 900)
+    assert IsNonInferior(0.0065).check(balanced).passed
+    assert IsNonInferior(0.0063).check(balanced).verdict == "undecided"
+    assert "at most 0.64 points lower" in IsNonInferior(0.01).check(balanced).reason
+
+
+def test_equivalence_forbids_a_rise_too() -> None:
+    improved = seen(test="r" * 20 + "k" * 80)
+    assert IsNonInferior(0.01).check(improved).passed
+    assert IsEquivalent(0.01).check(improved).verdict == "NOT satisfied"
+    assert IsEquivalent(0.01).check(seen(test="k" * 299)).passed
+    few = IsEquivalent(0.01).check(seen(test="k" * 298))
+    assert few.verdict == "undecided"
+    assert few.missing.startswith("test: 299 samples would do")
+
+
+def test_two_trainings_show_how_many_flips_are_chance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"old": "+" * 100, "new": "+" * 98 + "--", "a": "-" * 3 + "+" * 97, "b": "+" * 99 + "-"}
+    for name, word in words.items():
+        lines = [f"test,{at},{int(c == '+')}" for at, c in enumerate(word)]
+        (tmp_path / f"{name}.csv").write_text("split,id,passed\n" + "\n".join(lines) + "\n")
+    old, new, *noise = [str(tmp_path / f"{name}.csv") for name in words]
+    arguments = ["release", old, new, "--rules", "tolerance:5", "--require", "any"]
+    assert main([*arguments, "--noise", *noise]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    # 3 samples are right in b alone, and 1 in a alone.
+    assert "in test, 2 of 100 samples break by chance" in shown
 
 
 def test_each_split_and_each_slice_is_held_to_the_limit() -> None:
@@ -203,6 +242,9 @@ def test_protected_samples_by_what_they_are() -> None:
         ("tolerance:1% in suite", AtMostBroken("tolerance:1%", ("suite",))),
         ("accuracy in a, b", AtMostBroken("accuracy", ("a", "b"))),
         ("nfr:0.5%:99% in test", MaxNegativeFlipRate(0.005, 0.99, splits=("test",))),
+        ("non-inferior:1%", IsNonInferior(0.01)),
+        ("equivalent:2%:90% in test", IsEquivalent(0.02, 0.9, splits=("test",))),
+        ("slice-calibration:1%", MaxCalibrationRise(0.01, each_slice=True)),
         ("slice-nfr:5%", MaxNegativeFlipRate(0.05, each_slice=True)),
         ("better in later, suite", IsBetter(("later", "suite"))),
         ("slices:1%", NoSliceWorse(level=0.01)),
@@ -229,6 +271,9 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
         (lambda: parse_rule("slices:count:2"), "is no rule"),
         (lambda: parse_rule("tolerance:x"), "'x' is no number"),
         (lambda: MaxNegativeFlipRate(1.0), "`limit=1.0` is no share"),
+        (lambda: parse_rule("nfr:0.2%:5%"), "`confidence=0.05` is no confidence of at least 50 %"),
+        (lambda: parse_rule("slices:90%"), "90 %|0.9"),
+        (lambda: parse_rule("tolerance:1.0"), "1.0"),
         (lambda: NoSliceWorse("p"), "`by='p'` is unknown"),
         (lambda: AtMostBroken("instance-in-target"), "needs a target, but none is given"),
         (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
