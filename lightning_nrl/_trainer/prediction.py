@@ -125,10 +125,8 @@ def _instability(
         return (
             "`model`: it keeps a state from batch to batch (two predictions of the same batch "
             "differ), so all counts depend on the order and the size of the batches.",
-            "reset the state before each prediction, as your steps do, for instance by "
-            + ADAPTER_HINT.replace(
-                "logits = ", "module.reset()  # whatever resets it\n        logits = "
-            ),
+            "reset the state before each prediction, as your steps do: "
+            + ADAPTER_HINT.replace("logits =", RESET_LINE),
         )
     if not _is_close(first, reseeded):
         return (

@@ -61,7 +61,8 @@ class Multiclass(Task):
                 f"`task`: there is a label {int(label.max())}, and the model returned "
                 f"{list(output.shape)} logits.",
                 f"give labels from 0 to {n_classes - 1}; for ordered classes with a logit for each "
-                "threshold use `task='ordinal'`, for numeric targets `Regression(tolerance=...)`.",
+                "threshold use `task='ordinal'` (CORN: `Ordinal(conditional=True)`), for numeric "
+                "targets `Regression(tolerance=...)`.",
             )
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
@@ -89,7 +90,10 @@ class Multiclass(Task):
         if output.ndim not in (1, 2) or output.shape[1:] == (0,):
             hint = "return one logit for each class (one is enough for two classes), or pass "
             if output.ndim == 3:
-                hint = "write `task='sequence'` if each token has a class, or pass "
+                hint = (
+                    "write `task='sequence'` if each token has a class; average the members of an "
+                    "ensemble by an `adapter`; or pass "
+                )
             raise ConfigurationError(
                 "`task`: multiclass needs logits [samples, classes], the model returned "
                 f"{list(output.shape)}.",
