@@ -44,6 +44,10 @@ def test_parse_reads_every_form(text: str | Gate, gate: Gate) -> None:
         ("tolerance:x%", "'x%' is no number"),
         ("tolerance:-1", "`limit=-1` is no tolerance"),
         ("tolerance:150%", "`limit=1.5` is no tolerance"),
+        (
+            "tolerance:1.0",
+            "'1.0' may be a number or a share.\nHINT: write 1 for .*, 100% for",
+        ),
     ],
 )
 def test_parse_refuses_what_it_cannot_read(text: str, message: str) -> None:

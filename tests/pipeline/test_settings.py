@@ -64,7 +64,7 @@ def test_settings_are_told_as_plain_values() -> None:
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]
-    assert plain["gate"] == "tolerance:0.01"
+    assert plain["gate"] == "tolerance:1%"
     assert plain["fitness"]["alpha"] == 8
     assert plain["localizer"]["n_weights"] == 32
     assert plain["method"]["swarm"]["particles"] == 100

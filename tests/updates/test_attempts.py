@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -712,3 +713,34 @@ def test_a_protected_confusion_says_what_is_missing(
         judged(rules=rule)
     assert main(["release", "predictions.csv", "predictions.csv", "--rule", rule]) == 2
     assert "asks what a model predicts" in capsys.readouterr().err
+
+
+NEW_RULES = {
+    "non-inferior:1%": "accuracy 100.00 %, now 98.00 % (0 repaired, 2 broken of 100)",
+    "equivalent:1%": "accuracy 100.00 %, now 98.00 % (0 repaired, 2 broken of 100)",
+    "calibration:1%": "expected calibration error 2.00 %, now 4.00 %",
+}
+
+
+@pytest.mark.parametrize("text", NEW_RULES)
+def test_a_new_rule_shows_in_report_summary_and_junit(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    header = HEADER.replace("key", "key,confidence")
+    old, new = sure(OLD, "0.98"), sure("+" * 98 + "-" * 2, "0.94")
+    for name, lines in {"old": old, "new": new, "a": old, "b": sure("-" * 4 + "+" * 96)}.items():
+        Path(f"{name}.csv").write_text(header + "\n".join(lines))
+    files = ["--out", "out", "--summary", "summary.md", "--junit", "release.xml"]
+    assert main(["release", "old.csv", "new.csv", *rule(text, "--noise", "a.csv", "b.csv"), *files])
+    junit = Path("release.xml").read_text()
+    assert f'name="{text}"' in junit
+    assert "<failure" in junit
+    for page in (Path("summary.md").read_text(), Path("out/report.md").read_text(), junit):
+        assert NEW_RULES[text] in page
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["findings"][0]["passed"] is False
+    assert report["rows"][0]["noise"]["broken"] == 4
+    # Of 4 samples that flip between the trainings, 2 are to be expected in either direction.
+    assert "2 of 100 samples break by chance" in Path("summary.md").read_text()
+    assert "2.00 %" in Path("summary.md").read_text()

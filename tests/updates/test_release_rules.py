@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_tables import sample_table
+from torchmetrics.functional.classification import binary_calibration_error
 
 from lightning_nrl.data.targets import Target
 from lightning_nrl.entrypoints.command_line import main
@@ -33,6 +34,7 @@ from lightning_nrl.updates import (
     Rule,
     RuleResult,
 )
+from lightning_nrl.updates.calibration import Calibration
 from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
 from lightning_nrl.updates.rule_parsing import parse_rule, parse_rules
 
@@ -208,6 +210,99 @@ def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
     assert IsBetter(splits=("test",)).check(seen(suite="k", test="r" * 6)).passed
 
 
+@pytest.mark.parametrize(
+    ("word", "verdict", "more"),
+    [
+        ("k", "undecided", "test: 6"),
+        ("r", "undecided", "test: 5"),
+        ("rb", "undecided", "test: 7"),
+        ("b", "NOT satisfied", ""),
+    ],
+)
+def test_better_lacks_samples_unless_more_broke(word: str, verdict: str, more: str) -> None:
+    result = IsBetter().check(seen(test=word))
+    assert (result.verdict, result.missing.partition(" more")[0]) == (verdict, more)
+
+
+def test_an_accuracy_that_falls_by_less_than_the_limit_is_not_inferior() -> None:
+    rule = parse_rule("non-inferior:1%")
+    # Without a flip, as many samples as `nfr:1%` needs.
+    few = rule.check(seen(test="k" * 298))
+    assert few.verdict == "undecided"
+    assert few.missing == "test: 299 samples would do with no more flips, there are 298"
+    assert rule.check(seen(test="k" * 299)).passed
+    # A fall of 6 / 500 on the samples themselves.
+    fallen = rule.check(seen(test="b" * 12 + "r" * 6 + "k" * 482))
+    assert fallen.verdict == "NOT satisfied"
+    assert "(6 repaired, 12 broken of 500), with 95 % confidence at most" in fallen.reason
+    assert fallen.reason.endswith("points lower, above the limit of 1%.")
+    assert fallen.ids == {"test": list(range(100, 112))}
+    assert rule.check(seen(test="r" * 100 + "k" * 400)).passed
+
+
+def test_an_accuracy_that_rises_is_not_equivalent() -> None:
+    rule = parse_rule("equivalent:1%")
+    assert rule.check(seen(test="k" * 299)).passed
+    risen = rule.check(seen(test="r" * 100 + "k" * 400))
+    assert risen.verdict == "NOT satisfied"
+    assert risen.reason.endswith("points lower or higher, above the limit of 1%.")
+    # As for one broken of 473 under `nfr:1%`.
+    few = rule.check(seen(test="r" + "k" * 298))
+    assert few.missing == "test: 473 samples would do with no more flips, there are 299"
+
+
+def confident(old: float, new: float, letters: str) -> ModelPair:
+    """Both models are right where letters have a `+`, with these confidences."""
+    passed = [letter == "+" for letter in letters]
+    before, after = (
+        sample_table(
+            passed, {"test": len(passed)}, confidence=torch.full((len(passed),), confidence)
+        )
+        for confidence in (old, new)
+    )
+    return ModelPair(before, after, (), torch.full((len(passed),), -1))
+
+
+NINE_OF_TEN = ("+" * 9 + "-") * 100
+
+
+def test_a_calibration_error_that_rises_is_refused() -> None:
+    # 90 % are right. The new model is 97 % sure, so its error is 7 points.
+    pair = confident(0.9, 0.97, NINE_OF_TEN)
+    result = parse_rule("calibration:5%").check(pair)
+    assert result.verdict == "NOT satisfied"
+    assert result.reason.startswith("test: expected calibration error < 0.01 %, now 7.00 %, with")
+    assert result.reason.endswith("points higher, above the limit of 5%.")
+    assert parse_rule("calibration:5%").check(pair) == result  # the seed is fixed
+    assert parse_rule("calibration:1%").check(confident(0.97, 0.9, NINE_OF_TEN)).passed
+
+
+def test_an_equal_calibration_needs_as_many_samples_as_a_rate() -> None:
+    rule = parse_rule("calibration:1%")
+    few = rule.check(confident(0.9, 0.9, "+" * 298))
+    assert few.missing == "test: 299 samples would do with no more calibration error, there are 298"
+    assert rule.check(confident(0.9, 0.9, "+" * 299)).passed
+
+
+def test_a_rise_within_the_limit_lacks_samples() -> None:
+    result = parse_rule("calibration:1%").check(confident(0.9, 0.905, NINE_OF_TEN))
+    assert result.verdict == "undecided"
+    assert result.missing.endswith("would do with no more calibration error, there are 1,000")
+
+
+def test_the_calibration_error_is_that_of_torchmetrics() -> None:
+    torch.manual_seed(0)
+    confidence = torch.rand(500)
+    passed = torch.rand(500) < confidence
+    old = sample_table(passed.tolist(), {"test": 500}, confidence=confidence)
+    new = replace(old, confidence=confidence.sqrt())
+    pair = ModelPair(old, new, (), torch.full((500,), -1))
+    found = Calibration.of_pair(pair, torch.ones(500, dtype=torch.bool), 0.95)
+    for table, error in ((old, found.before), (new, found.after)):
+        expected = binary_calibration_error(table.confidence, passed.long(), n_bins=15)
+        assert error == pytest.approx(float(expected), abs=1e-6)
+
+
 def test_a_requirement_is_one_more_rule() -> None:
     assert parse_rules("instance", "not-worse") == (AtMostBroken(), AtMostBroken("accuracy"))
     assert parse_rules(["better", "accuracy"], "better") == (IsBetter(), AtMostBroken("accuracy"))
@@ -248,6 +343,9 @@ def test_protected_samples_by_what_they_are() -> None:
         ("slice-nfr:5%", MaxNegativeFlipRate(0.05, each_slice=True)),
         ("better in later, suite", IsBetter(("later", "suite"))),
         ("slices:1%", NoSliceWorse(level=0.01)),
+        ("equivalent:1%:99% in test", IsEquivalent(0.01, 0.99, splits=("test",))),
+        ("slice-non-inferior:2%", IsNonInferior(0.02, each_slice=True)),
+        ("calibration:1%", MaxCalibrationRise(0.01)),
         ("slices:count in suite", NoSliceWorse("count", splits=("suite",))),
     ],
 )
@@ -271,9 +369,14 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
         (lambda: parse_rule("slices:count:2"), "is no rule"),
         (lambda: parse_rule("tolerance:x"), "'x' is no number"),
         (lambda: MaxNegativeFlipRate(1.0), "`limit=1.0` is no share"),
-        (lambda: parse_rule("nfr:0.2%:5%"), "`confidence=0.05` is no confidence of at least 50 %"),
-        (lambda: parse_rule("slices:90%"), "90 %|0.9"),
-        (lambda: parse_rule("tolerance:1.0"), "1.0"),
+        (lambda: MaxNegativeFlipRate(0.01, 0.05), "`confidence=0.05` is no confidence of at least"),
+        (
+            lambda: MinAccuracy(0.9, 0.49),
+            "HINT: write 0.95 for 95 %; 0.05 is its error",
+        ),
+        (lambda: NoSliceWorse(level=0.9), "`level=0.9` is no error probability of at most 50 %"),
+        (lambda: parse_rule("floor:96%:5%"), "`confidence=0.05` is no confidence"),
+        (lambda: parse_rule("tolerance:1.0"), "'1.0' may be a number or a share"),
         (lambda: NoSliceWorse("p"), "`by='p'` is unknown"),
         (lambda: AtMostBroken("instance-in-target"), "needs a target, but none is given"),
         (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
