@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "`failed='valid'` is no split": {"failed": "valid"},
     "`passed` data: found int, not a DataLoader": {"passed": 3},
     "`adapter='nowhere:f'`": {"adapter": "nowhere:f"},
-    "`limit='tolerance:0.01'` needs calibration data": {"limit": "tolerance:1%"},
+    "`limit='tolerance:1%'` needs calibration data": {"limit": "tolerance:1%"},
 }
 
 

@@ -375,6 +375,6 @@ def test_every_rule_in_the_how_to_can_be_read(
     assert table is not None
     column = "".join(line.split("|")[1] for line in table[0].strip().splitlines()[2:])
     texts = re.findall("`(.*?)`", column)
-    assert len(texts) == 16
+    assert len(texts) == 17
     for rule in parse_rules(texts):
         assert str(parse_rules(str(rule))[0]) == str(rule)
