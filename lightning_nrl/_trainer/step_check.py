@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -29,13 +30,14 @@ from lightning_nrl._trainer.proof import (
 )
 from lightning_nrl._trainer.step_outputs import Probe, forward_hooks, replaced
 from lightning_nrl._trainer.trainer_state import untracked
+from lightning_nrl._trainer.unused_weights import unused_weights
 from lightning_nrl._utils.preserve import preserve_attributes, seed_all
 from lightning_nrl._utils.state import plain_copy
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import Adapter, Args, ModelCall, ModelOutput
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.tasks import Task
+from lightning_nrl.tasks import NamedHead, Task
 
 Step = Callable[..., object]
 """A step of a LightningModule."""
@@ -43,6 +45,7 @@ Calls = list[tuple[Tensor, Tensor]]
 """Input and output of a layer in each of its calls."""
 # Largest relative distance at which two inputs or outputs of a layer count as equal.
 LAYER_TOLERANCE = 1e-3
+MAX_NAMES_SHOWN = 120  # characters
 SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to see if it augments
 # Augmentation explains a distance to our inputs up to this multiple of that between two runs.
 SPREAD_FACTOR = 3.0
@@ -87,7 +90,24 @@ def check_step(
     decide(evidence, prediction, task, split, has_adapter=has_adapter)
     are_probabilities = not has_adapter and show_probabilities(evidence, prediction, task)
     is_proven = any(of_step.is_proven for of_step in evidence)
+    is_named = has_adapter or isinstance(task, NamedHead)
+    if not is_named and model.training_step in [step for step, _ in _own_steps(model, known)]:
+        _warn_of(unused_weights(trainer, model, evaluator, known[0]))
     return Evidence(is_proven=is_proven, are_probabilities=are_probabilities)
+
+
+def _warn_of(unused: Sequence[str]) -> None:
+    if unused:
+        names = shorten(", ".join(unused), MAX_NAMES_SHOWN, placeholder=" ...")
+        rank_zero_warn(
+            DataWarning(
+                f"`model`: `training_step` trains {names}, but the prediction that is counted does "
+                "not depend on them.",
+                "nothing is wrong if only an auxiliary loss uses them. If the module keeps what it "
+                "computes from them in evaluation mode, give an old model as a module, not as a "
+                "path. If they choose the classes, as the transitions of a CRF do, " + ADAPTER_HINT,
+            )
+        )
 
 
 def _own_steps(

@@ -485,6 +485,43 @@ def test_a_decoder_is_not_sent_back_to_its_logits(tmp_path: Path) -> None:
         by_gate(tmp_path, Decoded, Decoded(), task="sequence", adapter=tokens)
 
 
+class Cached(Module):
+    """Keeps in evaluation mode what it has computed from its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: Any = None
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            self.cache = None
+            return self.net(x)
+        if self.cache is None:
+            self.cache = deepcopy(self.net)
+        return self.cache(x).detach()
+
+
+class Transitions(Module):
+    """Has weights that its loss and its decoder use, but not the emissions, which are proven."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transitions = nn.Parameter(torch.eye(N_CLASSES))
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        return super().loss(output, y) + hidden(output @ self.transitions, y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [(Cached, "net.0.weight, net.0.bias"), (Transitions, "transitions")]
+)
+def test_trained_weights_that_the_counts_do_not_use_are_said(
+    tmp_path: Path, kind: type[Module], names: str
+) -> None:
+    with pytest.warns(DataWarning, match=rf"`training_step` trains {names}[\s\S]*HINT: nothing is"):
+        by_gate(tmp_path, kind, deepcopy(trained(kind)))
+
+
 class Channels(Hidden):
     """Returns `n x C x T` with as many tokens as classes."""
 
