@@ -25,7 +25,11 @@ from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import choose_samples, record_known
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.methods.solvers.convex_head import ConvexHead, regularization_path
+from lightning_nrl.methods.solvers.convex_head import (
+    MAX_MOMENT_RANK,
+    ConvexHead,
+    regularization_path,
+)
 from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl.search.scoring.replay_plan import same_values
@@ -150,7 +154,7 @@ def _passes_to_whiten(problem: Problem) -> float:
     d = problem.space.sites[0].module.weight.shape[-1]
     n = min(len(problem.before), problem.n_scored)
     # In double precision, which takes twice the time.
-    return 2 * d**2 * (n + d) / (len(problem.before) * problem.n_parameters)
+    return 2 * d * min(d, MAX_MOMENT_RANK) * (n + d) / (len(problem.before) * problem.n_parameters)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,20 @@ def test_large_data_are_read_only_where_a_margin_may_be_too_small(
     assert 0 < n_read < 3 * 600
 
 
+@pytest.mark.parametrize("rank", [4, 60])
+def test_the_root_of_few_samples_is_exact_if_they_are_all(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = make_head()
+    wide = replace(head, features=torch.cat([head.features, torch.zeros(60, 60)], 1))
+    expected = path(wide, 0.1, 1.0, 30.0)
+    monkeypatch.setattr(convex_head, "MAX_MOMENT_RANK", rank)
+    for i, change in enumerate(path(replace(wide), 0.1, 1.0, 30.0)):
+        assert wide.right(change)[~wide.targeted].all()
+        if rank == 60:
+            torch.testing.assert_close(change, expected[i], rtol=1e-4, atol=1e-6)
+
+
 def test_passed_samples_stay_right_when_time_runs_out() -> None:
     head = make_head()
     calls = itertools.count()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ LEAST_KEPT_MARGIN = 0.01
 # Share of the mean eigenvalue, added to each; or else directions without passed samples would be
 # free.
 HEAD_RIDGE = 1e-4
+# With more inputs, the second moment is that of at most as many samples, as its factor takes d^3.
+MAX_MOMENT_RANK = 2048
 MAX_PATH_ROUNDS = 31  # of solving and adding constraints, at each strength
 PAIRS_PER_ROUND = 400  # maximum number of constraints to add, the most violated first
 VIOLATION_TOLERANCE = 1e-3  # the final scaling removes smaller violations
@@ -39,6 +42,76 @@ ROWS_PER_BLOCK = 65_536
 ROWS_OF_MANY = 8_192
 LOGITS_PER_BLOCK = 2**22
 REACH_SLACK = 1.001  # for rounding of the distances
+
+
+class Whitening(Protocol):
+    """The root R of a matrix R R' that inverts the second moment of passed features."""
+
+    def whiten(self, features: Tensor) -> Tensor:
+        """Returns `m x d` whitened features of features `m x d`, in any precision."""
+
+    def weights(self, white: Tensor) -> Tensor:
+        """Returns the weights, `C x d`, that make of features what `white` makes of white ones."""
+
+    def whitened_weights(self, weights: Tensor) -> Tensor:
+        """Reverts `weights`."""
+
+
+@dataclass(frozen=True)
+class TriangularRoot:
+    """The whole root, upper triangular, `d x d`."""
+
+    root: Tensor
+
+    def whiten(self, features: Tensor) -> Tensor:
+        return features @ self.root.to(features)
+
+    def weights(self, white: Tensor) -> Tensor:
+        return white @ self.root.T
+
+    def whitened_weights(self, weights: Tensor) -> Tensor:
+        white: Tensor = torch.linalg.solve_triangular(self.root, weights.T, upper=True).T
+        return white
+
+
+@dataclass(frozen=True)
+class LowRankRoot:
+    """The symmetric root of a moment of few samples and a ridge, in their span and outside of it.
+
+    Attributes:
+        basis: orthonormal columns, `d x r`, that span the samples.
+        inner: eigenvalues of the root in the span, `r`.
+        outer: eigenvalue of the root outside the span.
+    """
+
+    basis: Tensor
+    inner: Tensor
+    outer: float
+
+    @classmethod
+    def of(cls, features: Tensor) -> LowRankRoot:
+        """Returns the root for samples, `m x d`; its time grows with d m^2."""
+        n, d = features.shape
+        gram = (features @ features.T).to("cpu", torch.float64) / n
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        ridge = HEAD_RIDGE * max(float(gram.trace()) / d, 1e-30)
+        # Smaller ones are rounding, and their directions are not orthogonal.
+        is_real = eigenvalues > HEAD_RIDGE * ridge
+        eigenvalues, vectors = eigenvalues[is_real].to(features), vectors[:, is_real].to(features)
+        basis = features.T @ (vectors / (n * eigenvalues).sqrt())
+        return cls(basis, (eigenvalues + ridge).rsqrt(), ridge**-0.5)
+
+    def whiten(self, features: Tensor) -> Tensor:
+        return self._times(features, self.inner, self.outer)
+
+    weights = whiten  # the root is symmetric
+
+    def whitened_weights(self, weights: Tensor) -> Tensor:
+        return self._times(weights, 1 / self.inner, 1 / self.outer)
+
+    def _times(self, x: Tensor, inner: Tensor, outer: float) -> Tensor:
+        basis = self.basis.to(x)
+        return outer * x + ((x @ basis) * (inner - outer).to(x)) @ basis.T
 
 
 @dataclass(frozen=True)
@@ -109,23 +182,28 @@ class ConvexHead:
         return torch.where(self.targeted, HEAD_TARGET_MARGIN * self.unit, kept)
 
     @cached_property
-    def root(self) -> Tensor:
-        """Upper triangular R, `d x d`: R R' inverts the second moment of passed features."""
-        dtype = widest(self.features.device)
-        passed = ~self.targeted
-        moment = self.features.new_zeros(self.n_features, self.n_features, dtype=dtype)
-        for block in self.blocks(self.all):
-            features = self.inputs(block)[passed[block]].to(dtype)
+    def whitening(self) -> Whitening:
+        passed = (~self.targeted).nonzero().flatten()
+        if self.n_features > MAX_MOMENT_RANK:
+            spread = torch.linspace(0, len(passed) - 1, min(len(passed), MAX_MOMENT_RANK))
+            return LowRankRoot.of(self.inputs(passed[spread.long()]).to(self.dtype))
+        moment = self.features.new_zeros(self.n_features, self.n_features, dtype=self.dtype)
+        for block in self.blocks(passed):
+            features = self.inputs(block).to(self.dtype)
             moment += features.T @ features
-        moment /= passed.sum()
+        moment /= len(passed)
         # In float64, and with a ridge above the rounding of the sum, so that a factor exists.
-        ridge = HEAD_RIDGE + len(moment) * torch.finfo(dtype).eps
+        ridge = HEAD_RIDGE + len(moment) * torch.finfo(self.dtype).eps
         root = whitening_root(moment.to("cpu", torch.float64), ridge)
-        return root.to(self.features.device, dtype)
+        return TriangularRoot(root.to(self.features.device, self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return widest(self.features.device)
 
     def white(self, block: Tensor) -> Tensor:
         """Returns whitened features, `m x d`; passed samples have the identity as second moment."""
-        return self.inputs(block).to(self.root.dtype) @ self.root
+        return self.whitening.whiten(self.inputs(block).to(self.dtype))
 
     def changed(self, change: Tensor, block: Tensor) -> Tensor:
         """Returns the logits, `m x C`, after `change`, `C x d`, is added to the weights."""
@@ -141,11 +219,13 @@ class ConvexHead:
         The size of a change is the largest distance by which it moves the whitened weights of two
         classes apart.
         """
-        root = self.root.to(self.features)
         # Cauchy-Schwarz: a margin changes by at most this distance times the length of the whitened
         # features.
-        lengths = [(self.inputs(block) @ root).norm(dim=1) for block in self.blocks(self.all)]
-        length = torch.cat(lengths).clamp_min(torch.finfo(root.dtype).tiny)
+        blocks = self.blocks(self.all)
+        length = torch.cat(
+            [self.whitening.whiten(self.inputs(block)).norm(dim=1) for block in blocks]
+        )
+        length = length.clamp_min(torch.finfo(length.dtype).tiny)
         return (self.narrowest - self.required) / length
 
     def reached(self, change: Tensor, among: Tensor) -> Tensor:
@@ -155,7 +235,7 @@ class ConvexHead:
         """
         if not self.is_large:
             return self.all
-        white = torch.linalg.solve_triangular(self.root, change.T.to(self.root), upper=True).T
+        white = self.whitening.whitened_weights(change.to(self.dtype))
         # The distance of two classes is at most the sum of their distances from the mean.
         distance = (white - white.mean(0)).norm(dim=1)
         apart = REACH_SLACK * (distance + distance.amax()).to(self.reach)
@@ -196,7 +276,7 @@ def regularization_path(
     for strength in strengths:
         programme.begin(strength * unit)
         add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, ends)
-        yield _scale_back(head, programme.change @ head.root.T, used)
+        yield _scale_back(head, head.whitening.weights(programme.change), used)
         if programme.n_pairs > max_pairs:
             return
 
@@ -213,9 +293,9 @@ class _PairProgramme:
         self.is_over = is_over
         self.price = 0.0
         # sample * C + class
-        self._codes = torch.zeros(0, dtype=torch.int64, device=head.root.device)
-        self._multipliers = head.root.new_zeros(0)
-        self.change = head.root.new_zeros(head.n_classes, head.n_features)
+        self._codes = head.all[:0]
+        self._multipliers = head.features.new_zeros(0, dtype=head.dtype)
+        self.change = self._multipliers.new_zeros(head.n_classes, head.n_features)
 
     def begin(self, price: float) -> None:
         """Sets the price of missing margin; drops constraints that did not bind at the last one."""
@@ -247,7 +327,7 @@ class _PairProgramme:
     def add_violated(self) -> bool:
         """Adds the constraints that `change` violates most; returns False if no new one is."""
         head = self.head
-        change = self.change @ head.root.T
+        change = head.whitening.weights(self.change)
         codes = [self._codes[:0]]
         lacks = [head.required[:0]]
         for block in head.blocks(head.reached(change, self.used)):
