@@ -68,9 +68,6 @@ ASKED_TASKS = (Multiclass, Multilabel, Ordinal, ElementsTask)
 # largest value, or to the spread of a row.
 COMPARED_TOLERANCE = 1e-2
 FEWEST_PROBABILITIES = 8  # fewer logits may all lie between 0 and 1 by chance
-# Averages over batches differ a little from the share of right samples, other measures do by more.
-LOGGED_ACCURACY_TOLERANCE = 0.02
-OTHER_ACCURACY = 0.1
 
 
 class ScoreUse(NamedTuple):
@@ -255,47 +252,14 @@ def decide(
     raise _question(prediction, task, f"{n_right} of the first {len(logits)} samples of `{split}`")
 
 
-def accuracies(right: Tensor, label: Tensor) -> list[float]:
-    """Returns the share of right samples, and its mean over the classes; [] without classes."""
-    if (label < 0).any():
-        return []
-    shares = [right[label == of_class].double().mean() for of_class in label.unique()]
-    if not shares:
-        return []
-    return [float(right.double().mean()), float(torch.stack(shares).mean())]
-
-
-def check_logged_accuracy(
-    trainer: Trainer, split: str, counted: Sequence[float], task: Task
-) -> None:
-    """Compares an accuracy that the module logged for a split, such as `val_acc`, with ours.
-
-    `counted` has our accuracies, which are averaged in different ways. If all are far from what was
-    logged, the model is refused; if the user has named the output, or the accuracies differ by
-    little, a warning is shown.
-    """
-    distances = {}
+def logged_accuracies(trainer: Trainer, split: str) -> dict[str, float]:
+    """Returns the accuracies that the module logged for a split, such as `val_acc`, by name."""
+    logged = {}
     for name, value in trainer.callback_metrics.items():
         is_accuracy = "acc" in name.lower() and "top" not in name.lower()
         if name.lower().startswith(split) and is_accuracy:
-            logged = float(value)
-            logged = logged / 100 if logged > 1 else logged  # some log percent
-            for accuracy in counted:
-                distances[abs(logged - accuracy)] = (name, logged, accuracy)
-    if not distances or min(distances) <= LOGGED_ACCURACY_TOLERANCE:
-        return
-    name, logged, accuracy = distances[min(distances)]
-    problem = (
-        f"`{name}`: the module logged {logged:.3f}, but by its output an accuracy of "
-        f"{accuracy:.3f} was counted on the same `{split}` data."
-    )
-    hint = (
-        "if both measure the same, name the logits by `output=` "
-        f"(`data=DataOptions(output=...)` in a repair), or {ADAPTER_HINT}"
-    )
-    if min(distances) > OTHER_ACCURACY and not isinstance(task, NamedHead):
-        raise ConfigurationError(problem, hint)
-    rank_zero_warn(DataWarning(problem, hint))
+            logged[name] = float(value)
+    return logged
 
 
 def outputs_in(output: ModelOutput) -> dict[int | str, Tensor]:

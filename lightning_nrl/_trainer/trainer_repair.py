@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -124,16 +124,19 @@ class TrainerRepair:
         epochs: int,
         work: ResumeStore | None = None,
         began: float | None = None,
+        logged: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Outcome:
         """Searches for a repair of a model that was trained for `epochs` epochs.
 
         Leaves model and trainer unchanged. `max_time` counts from `began`, or else from now.
+        `logged` is as in `Evaluator`.
         """
         began = began or time.perf_counter()
         settings = _in_trainer(self.settings, trainer, None)
         work = work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             suite = self._read_suite(trained)
+            trained = replace(trained, evaluator=replace(trained.evaluator, logged=logged or {}))
             for tries_left in range(MAX_EXCLUSION_RUNS, -1, -1):
                 try:
                     outcome = repair_module(

@@ -43,7 +43,7 @@ from lightning_nrl._trainer.loaders import (
     pieces_of,
 )
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.proof import accuracies, check_logged_accuracy
+from lightning_nrl._trainer.proof import logged_accuracies
 from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.tracking.scalars import Scalars, update_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, PART_TAG, parse_prefix, tagged
@@ -56,7 +56,7 @@ from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
-from lightning_nrl.pipeline.input_checks import check_classes
+from lightning_nrl.pipeline.input_checks import check_accuracy, check_classes
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.model_pair import evaluate_pieces
@@ -186,12 +186,8 @@ class FlipCounter:
         if label is not None:
             self.label.append(label)
 
-    def accuracies(self) -> list[float]:
-        """Returns this rank's accuracies as the function `accuracies` does, if there are labels."""
-        right, label = self._joined()
-        return accuracies(right, label) if len(right) == len(label) else []
-
-    def _joined(self) -> tuple[Tensor, Tensor]:
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Returns which samples of this rank are right, and their labels if they have any."""
         right, label = (
             torch.cat([x.cpu() for x in batches]) for batches in (self.right, self.label)
         )
@@ -203,7 +199,7 @@ class FlipCounter:
         The columns are kept, broken, repaired and failing.
         """
         old = self.reference
-        right, label = self._joined()
+        right, label = self.joined()
         # A validation that was stopped has only the first batches.
         n = len(right)
         masks = torch.stack(flip_masks(old.passed[:n], right), 1) & old.once[:n, None]
@@ -372,8 +368,11 @@ class RegressionMetrics(CallbackBase):
             names, rows = self._counter.counts(collective)
             if not self._compared:
                 self._compared = True
-                counted = collective.of_first(self._counter.accuracies())
-                check_logged_accuracy(trainer, "val", counted, self.task)
+                right, label = collective.of_first(self._counter.joined())
+                if len(right) == len(label):
+                    check_accuracy(
+                        self.task, "val", logged_accuracies(trainer, "val"), right, label
+                    )
             self._counter = None
             all_data, *slices = [update_numbers(FlipCounts(*row)) for row in rows.tolist()]
             numbers = tagged(NUMBER_TAG, all_data, name=self.prefix)

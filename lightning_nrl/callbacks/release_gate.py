@@ -39,7 +39,7 @@ from lightning_nrl._trainer.loaders import (
     split_and_loader,
 )
 from lightning_nrl._trainer.prediction import open_sources
-from lightning_nrl._trainer.proof import accuracies, check_logged_accuracy
+from lightning_nrl._trainer.proof import logged_accuracies
 from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
@@ -236,11 +236,11 @@ class ReleaseGate(CallbackBase):
             sample_id=self.sample_id,
             noise=self.noise,
         )
-        check_classes(pair.after, evaluator)
         if len(sources) == 1:
             stage = "val" if trainer.state.fn == "validate" else "test"
-            counted = accuracies(pair.after.passed, pair.after.label)
-            check_logged_accuracy(trainer, stage, counted, evaluator.task)
+            logged = {sources[0].split: logged_accuracies(trainer, stage)}
+            evaluator = replace(evaluator, logged=logged)
+        check_classes(pair.after, evaluator)
         files, log_name = report_files(self.dirpath, trainer, "release", RELEASE_FILES)
         missing = {source.split: source.n_left_out for source in sources if source.n_left_out}
         if not (missing or any(stream.limit for stream in streams)):

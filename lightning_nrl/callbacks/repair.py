@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from lightning_nrl._trainer.lightning.private_parts import (
     logged_hparams,
     state_key_of,
 )
-from lightning_nrl._trainer.proof import check_logged_accuracy
+from lightning_nrl._trainer.proof import logged_accuracies
 from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.step_outputs import follow_hook, follow_own_hook, release_hook
 from lightning_nrl._trainer.tracking.loggers import declare
@@ -375,19 +376,12 @@ class RegressionFreeRepair(RepairCallback):
             self.handle_signals(trainer),
             starting_weights(start_from, trainer, pl_module) as start,
         ):
-            outcome = self.attempt(trainer, pl_module, began=began)
-            if self._validated_at == trainer.global_step and not start.path:
-                self._check_logged_accuracy(trainer, outcome.report)
-            logged = self.save_outcome(trainer, pl_module, outcome, start)
-        self.announce(trainer, outcome, logged)
+            is_validated = self._validated_at == trainer.global_step and not start.path
+            logged = {"val": logged_accuracies(trainer, "val")} if is_validated else {}
+            outcome = self.attempt(trainer, pl_module, began=began, logged=logged)
+            log_name = self.save_outcome(trainer, pl_module, outcome, start)
+        self.announce(trainer, outcome, log_name)
         return outcome
-
-    def _check_logged_accuracy(self, trainer: Trainer, report: RepairReport) -> None:
-        for split in report.splits:
-            if split.split == "val" and split.classes:
-                of_classes = [counted.counts.accuracy_before for counted in split.classes]
-                counted = [split.accuracy_before, sum(of_classes) / len(of_classes)]
-                check_logged_accuracy(trainer, "val", counted, self.repair.task)
 
     def forget_stale_weights(self, pl_module: LightningModule) -> None:
         """Forgets the repaired weights if further training has changed the model."""
@@ -401,15 +395,18 @@ class RegressionFreeRepair(RepairCallback):
         epochs: int | None = None,
         *,
         began: float | None = None,
+        logged: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Outcome:
         """Searches for a repair without changing the model.
 
         `epochs` (None: as in the fit) limits further training. `max_time` counts from `began`, a
-        moment of `time.perf_counter`, or else from now.
+        moment of `time.perf_counter`, or else from now. `logged` is as in `Evaluator`.
         """
         save_every = self.settings.search.save_every
         self._work = folders.resume_store(self._folder, trainer, save_every, self._name)
-        return self.repair.run(trainer, pl_module, epochs or epochs_of(trainer), self._work, began)
+        return self.repair.run(
+            trainer, pl_module, epochs or epochs_of(trainer), self._work, began, logged
+        )
 
     def save_outcome(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,6 +81,8 @@ class Evaluator:
             left: ranks must run a sharded model equally often. None if the model is whole.
         is_proven: True if the model's own losses or metrics compare its logits with the labels;
             None if the model has no steps that could show it.
+        logged: accuracies that the module itself logged, by split and name; counts that are far
+            from them are refused.
     """
 
     model: nn.Module
@@ -91,6 +93,7 @@ class Evaluator:
     argument: str = "model"
     spare_batch: Callable[[], Batch] | None = None
     is_proven: bool | None = None
+    logged: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_kind(

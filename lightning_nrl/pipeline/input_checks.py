@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -38,6 +38,9 @@ from lightning_nrl.updates.old_model import Reference, in_memory
 # torch cannot concatenate them with other dtypes.
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 MAX_LISTED_IDS = 10  # ids of samples in a message
+# Averages over batches differ a little from the share of right samples, other measures do by more.
+LOGGED_ACCURACY_TOLERANCE = 0.02
+OTHER_ACCURACY = 0.1
 FAR_BELOW_CHANCE = 0.25  # share of the samples that are right by chance
 FEWEST_AT_CHANCE = 100  # samples; of fewer, a right model may see a part of the classes only
 
@@ -138,8 +141,12 @@ def check_classes(before: SampleResults, evaluator: Evaluator) -> None:
     """Refuses results that logits rarely give, unless it is proven or said what the logits are.
 
     These are results at chance that mostly name classes without labels, as features do, and results
-    far below chance, as of distances.
+    far below chance, as of distances. So are results that differ from `Evaluator.logged`.
     """
+    for split, logged in evaluator.logged.items():
+        if split in before.splits:
+            rows = before.of(split)
+            check_accuracy(evaluator.task, split, logged, before.passed[rows], before.label[rows])
     n = len(before)
     n_classes = int(before.label.max()) + 1 if n else 0
     if n < FEWEST_AT_CHANCE or n_classes < 2:
@@ -162,6 +169,40 @@ def check_classes(before: SampleResults, evaluator: Evaluator) -> None:
             "name another output by `output=`, write `output='logits'` if this one has the logits, "
             f"or {ADAPTER_HINT}",
         )
+
+
+def check_accuracy(
+    task: Task, split: str, logged: Mapping[str, float], right: Tensor, label: Tensor
+) -> None:
+    """Compares accuracies that the module logged for a split with the share of right samples.
+
+    `right` and `label`, `n`, are ours for the same data. The mean over the classes counts, too. If
+    both are far from what was logged, the model is refused; if the user has named the output, or
+    the accuracies differ by little, a warning is shown.
+    """
+    if (label < 0).any() or not len(label):
+        return
+    shares = [right[label == of_class].double().mean() for of_class in label.unique()]
+    counted = (float(right.double().mean()), float(torch.stack(shares).mean()))
+    distances = {}
+    for name, value in logged.items():
+        share = value / 100 if value > 1 else value  # some log percent
+        for accuracy in counted:
+            distances[abs(share - accuracy)] = (name, share, accuracy)
+    if not distances or min(distances) <= LOGGED_ACCURACY_TOLERANCE:
+        return
+    name, share, accuracy = distances[min(distances)]
+    problem = (
+        f"`{name}`: the module logged {share:.3f}, but by its output an accuracy of "
+        f"{accuracy:.3f} was counted on the same `{split}` data."
+    )
+    hint = (
+        "if both measure the same, name the logits by `output=` "
+        f"(`data=DataOptions(output=...)` in a repair), or {ADAPTER_HINT}"
+    )
+    if min(distances) > OTHER_ACCURACY and not isinstance(task, NamedHead):
+        raise ConfigurationError(problem, hint)
+    warnings.warn(DataWarning(problem, hint), stacklevel=2)
 
 
 def check_targets(before: SampleResults, settings: Settings) -> None:

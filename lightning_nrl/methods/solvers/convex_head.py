@@ -44,7 +44,7 @@ LOGITS_PER_BLOCK = 2**22
 REACH_SLACK = 1.001  # for rounding of the distances
 
 
-class Whitening(Protocol):
+class WhiteningRoot(Protocol):
     """The root R of a matrix R R' that inverts the second moment of passed features."""
 
     def whiten(self, features: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class ConvexHead:
         return torch.where(self.targeted, HEAD_TARGET_MARGIN * self.unit, kept)
 
     @cached_property
-    def whitening(self) -> Whitening:
+    def whitening(self) -> WhiteningRoot:
         passed = (~self.targeted).nonzero().flatten()
         if self.n_features > MAX_MOMENT_RANK:
             spread = torch.linspace(0, len(passed) - 1, min(len(passed), MAX_MOMENT_RANK))
