@@ -38,16 +38,6 @@ SUFFICIENT_MARGIN = 0.04
 
 
 @dataclass(frozen=True)
-class SearchGoal:
-    """The goal of a localisation and search, which is to repair the targets (I_neg)."""
-
-    passed: Tensor  # N bool, samples that new weights should not break (I_pos)
-    fitness: FitnessFunction
-    reserve: Tensor | None  # N, margins that samples need to count as passing; None: no minimum
-    deadline: Deadline
-
-
-@dataclass(frozen=True)
 class LocalSearchResult:
     """The result of `localize_and_search`."""
 
@@ -152,10 +142,8 @@ class LocalSearch(Method):
                 None,
                 f"no time was left for a search after {clock.elapsed:.1f} s; raise `max_time`.",
             )
-        goal = SearchGoal(
-            problem.passed, problem.fitness, problem.rounding_reserve, end.within(self.seconds)
-        )
-        best = localize_and_search(problem, searcher, goal)
+        end = end.within(self.seconds)
+        best = localize_and_search(problem, searcher, end, problem.rounding_reserve)
         if best.state is None:
             return best.solution(None, "the search found nothing better than the original weights.")
         with clock.stage("judge"):
@@ -181,8 +169,8 @@ def constrained_search(problem: Problem, searcher: Searcher, end: Deadline) -> S
     fitness = problem.fitness.as_constraint(float(problem.gate.allowed(counts)))
     sufficient = max(SUFFICIENT_MARGIN * before.margin_unit, problem.rounding)
     kept = (KEPT_MARGIN_SHARE * before.margin).nan_to_num(0.0).clamp(0, sufficient)
-    goal = SearchGoal(before.passed, fitness, kept.where(before.passed, 0.0), end)
-    search = localize_and_search(problem, searcher, goal)
+    problem = replace(problem, passed=before.passed, fitness=fitness)
+    search = localize_and_search(problem, searcher, end, kept.where(before.passed, 0.0))
     final = original
     if search.state is not None:
         with problem.clock.stage("judge"):
@@ -192,19 +180,19 @@ def constrained_search(problem: Problem, searcher: Searcher, end: Deadline) -> S
 
 
 def localize_and_search(
-    problem: Problem, searcher: Searcher, goal: SearchGoal
+    problem: Problem, searcher: Searcher, end: Deadline, reserve: Tensor | None
 ) -> LocalSearchResult:
-    """Localises weights, then searches new values.
+    """Localises weights, then searches new values that repair targets and break no `passed` sample.
 
-    Raises an `EmptyLocalizationError` if no weights are found.
+    To count as passing, a sample needs the margin in `reserve`, `N`; None: no minimum. Raises an
+    `EmptyLocalizationError` if no weights are found.
     """
-    return problem.work.once(
-        "search", partial(_localize_and_search, problem, searcher, goal), LocalSearchResult
-    )
+    work = partial(_localize_and_search, problem, searcher, end, reserve)
+    return problem.work.once("search", work, LocalSearchResult)
 
 
 def _localize_and_search(
-    problem: Problem, searcher: Searcher, goal: SearchGoal
+    problem: Problem, searcher: Searcher, end: Deadline, reserve: Tensor | None
 ) -> LocalSearchResult:
     space = problem.space
     clock = problem.clock
@@ -212,12 +200,12 @@ def _localize_and_search(
     choice = choose_samples(
         before,
         failed=before.targeted,
-        passed=goal.passed,
-        most=n_to_score(problem, goal.deadline),
+        passed=problem.passed,
+        most=n_to_score(problem, end),
         seed=problem.seed,
     )
     failed = before.targeted & choice.recorded
-    kept = goal.passed & choice.recorded
+    kept = problem.passed & choice.recorded
     with clock.stage("localize"):
         recording = record_known(problem, choice.recorded)
         localizer = problem.localizer.on(KnownData(problem.evaluator, problem.known, before, space))
@@ -225,7 +213,7 @@ def _localize_and_search(
             recording,
             problem.evaluator,
             failed=failed,
-            passed=goal.passed & choice.representative,
+            passed=problem.passed & choice.representative,
         )
     where = localization.weights.to(space.device)
     n_passed = int(kept.sum())
@@ -236,20 +224,20 @@ def _localize_and_search(
             where,
             failed,
             kept,
-            goal.fitness,
-            reserve=goal.reserve,
+            problem.fitness,
+            reserve=reserve,
         )
         result = search(
             scorer,
             space.flat()[where],
             stats=WeightStats.around(space, where),
-            fitness=goal.fitness,
+            fitness=problem.fitness,
             searcher=searcher,
             seed=problem.seed,
-            deadline=goal.deadline,
+            deadline=end,
             on_progress=progress(problem, searcher, n_passed),
         )
-    if not goal.fitness.uses_passed_loss:
+    if not problem.fitness.uses_passed_loss:
         unknown = torch.full_like(result.history.loss_passed, torch.nan)
         result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)
