@@ -377,15 +377,12 @@ def add_cutting_planes(
     add_violated: Callable[[], bool],
     max_rounds: int,
     is_over: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Calls `solve` and `add_violated` in turn; returns True if no violation is left."""
+) -> None:
+    """Calls `solve` and `add_violated` in turn until no violation is left."""
     for _ in range(max_rounds):
         solve()
-        if not add_violated():
-            return True
-        if is_over():
-            break
-    return False
+        if not add_violated() or is_over():
+            return
 
 
 def margins_over_rivals(logits: Tensor, label: Tensor) -> Tensor:
