@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEFT_OUT = frozenset({"seconds", "versions", "timing", "scaling"})
+LEFT_OUT = frozenset({"seconds", "versions", "timing", "scaling", "created"})
 """Fields that differ from run to run."""
+OF_ONE_RUN = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00|/\S*(?=/prepared/)")
+"""When a report was made, and where the prepared checkpoints are."""
 LONG = 40
 """Lists of more floats than this are kept as their ends and a hash."""
 
@@ -40,7 +42,8 @@ def clean(value: Any, folder: str = "") -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     if isinstance(value, (str, Path)):
-        return str(value).replace(folder, "<folder>") if folder else str(value)
+        text = OF_ONE_RUN.sub("<of one run>", str(value))
+        return text.replace(folder, "<folder>") if folder else text
     if isinstance(value, Tensor):
         if value.numel() > LONG:
             return {"shape": list(value.shape), "sha256": hash_of({"": value})}
