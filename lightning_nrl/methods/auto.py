@@ -39,6 +39,7 @@ WITHOUT_MARGINS = (
     "Only a search ran, since the other rungs need a task with margins. For more repairs, give it "
     "some: `Custom(passed=..., loss=..., margin=f)`."
 )
+TOLERANCE = 0.01  # is proposed if it allows at least twice the repairs
 # For `Solution.price`, shares of passed samples that may break.
 PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
 
@@ -107,10 +108,14 @@ class Auto(Method):
         climb.run()
         solutions = [result.solution for result in climb.results]
         search = solutions[0]
-        reason = "" if climb.best else _why_none(climb.results)
+        prices = price_points(_counted(problem, climb.results))
+        reason, choice = "", " ".join(result.verdict for result in climb.results)
+        if not climb.best:
+            reason, choice = _why_none(climb.results), ""
+        offer = _what_a_tolerance_gives(prices, climb.best)
         return Solution(
             climb.best,
-            reason,
+            f"{reason} {offer}".strip() if reason else "",
             tuple(step for solution in solutions for step in solution.steps),
             localization=search.localization,
             result=search.result,
@@ -118,8 +123,8 @@ class Auto(Method):
             n_passed=search.n_passed,
             held_out=climb.held_out,
             rungs=tuple(result.record(problem) for result in climb.results),
-            choice=" ".join(result.verdict for result in climb.results) if climb.best else "",
-            price=price_points(_counted(problem, climb.results)),
+            choice=f"{choice} {offer}".strip() if choice else "",
+            price=prices,
             caution=climb.caution_points,
         )
 
@@ -460,6 +465,20 @@ def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:
                 )
                 break
     return tuple(points)
+
+
+def _what_a_tolerance_gives(points: Sequence[PricePoint], best: Proposal | None) -> str:
+    """Returns a sentence if the gate alone forbids many repairs, and held-out samples gain."""
+    repaired = best.repaired if best else 0
+    for point in points:
+        gains = point.held_out is not None and point.held_out.repaired > point.held_out.broken
+        if point.allowed == TOLERANCE and gains and point.repaired_in_target >= 2 * repaired + 1:
+            return (
+                f'With `gate="tolerance:{TOLERANCE:.0%}"`, '
+                f"{plural(point.repaired_in_target, 'target')} would be repaired and "
+                f"{plural(point.broken, 'known sample')} broken."
+            )
+    return ""
 
 
 def _is_one_layer(problem: Problem) -> bool:

@@ -76,6 +76,7 @@ DOUBTED_VISITS = 1 / 5
 POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visits
 # Of the training's visits. A polish stops after that many without fewer violated samples.
 STALLED_POLISH_SHARE = 1 / 3
+RESTORING_SHARE = 1 / 2  # of the visits, added to restore what pushing has broken at their end
 RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back
 MAX_STALLED_ROUNDS = 20  # without a result or a new low of violated samples
 MAX_ROUNDS = 100  # in total, even while fewer and fewer samples are violated

@@ -24,13 +24,13 @@ from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT
-from lightning_nrl.methods.solvers.distill import distill
+from lightning_nrl.methods.solvers.distill import distill, trusted_rate
 from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.records import CautionPoint, Step
 from lightning_nrl.records.stats import CHANCE_STANDARD_ERRORS, net_repairs_in_standard_errors
 
-# Learning rate of AdamW with the user's `training_step`, which is tried if the user's optimizers
-# repair too little.
+# Learning rate of AdamW with the user's `training_step`, at most (`trusted_rate`). This is tried if
+# the user's optimizers repair too little.
 OWN_RATE = 1e-3
 HEALTHY_REPAIRS = 1 / 5  # of the targets; a training whose first round repairs fewer may be stopped
 
@@ -53,7 +53,7 @@ class Recipe:
 
 
 CONTINUED = Recipe("continued training")
-OWN_OPTIMIZER = Recipe(f"AdamW through training_step, rate {OWN_RATE:g}", OWN_RATE)
+OWN_OPTIMIZER = Recipe("AdamW through training_step", OWN_RATE)
 DISTILLED = Recipe("distilled steps", distilled=True)
 
 
@@ -246,7 +246,9 @@ def _fine_tune(
     trainings: list[FineTuned] = []
     for recipe in recipes:
         with problem.clock.stage("fit"):
-            rounds = TrainingRounds(problem, held_out_rows, recipe, deadline, cautions)
+            rate = recipe.rate and trusted_rate(problem, recipe.rate)
+            suited = replace(recipe, rate=rate)
+            rounds = TrainingRounds(problem, held_out_rows, suited, deadline, cautions)
             work = partial(rounds.run, is_last=recipe is recipes[-1])
             tuned = problem.work.once("fit", work, FineTuned)
         if tuned is not None:
@@ -428,7 +430,8 @@ class TrainingRounds:
             sum(trained.epochs for trained in self._rounds),
             sum(trained.planned for trained in self._rounds),
         )
-        note = f"{self.recipe.name}, {trained.note}"
+        rate = "" if self.recipe.rate is None else f", rate {self.recipe.rate:.2g}"
+        note = f"{self.recipe.name}{rate}, {trained.note}"
         if len(self._rounds) > 1:
             note += f" in {len(self._rounds)} rounds"
         if self.held_out is not None:

@@ -50,7 +50,11 @@ ACTIVE_MARGIN = 1.0
 WORKING_SET_MARGIN = 2.0
 MAX_REHEARSED = 8 * BATCH_SIZE  # passed samples drawn at random that hold the model in place
 MAX_WORKING_SET = 64 * BATCH_SIZE  # keeps rounds short on large data
-POLISH_RATE = 5e-5  # of Adam; small, since each step moves unmeasured samples too
+POLISH_RATE = 5e-5  # of Adam, at most; small, since each step moves unmeasured samples too
+# What the first step of a round moves at most, see `Descent.limited_step`. Targets far from right
+# need larger steps.
+MOST_MOVED = 0.015
+MOST_MOVED_BY_PUSHING = 0.1
 # Factors of the rate: per broken sample, or per violated sample while targets are enforced. Small
 # steps do not reach hundreds of samples, and few samples are not worth large steps.
 RATE_PER_BROKEN_SAMPLE = 1 / 2
@@ -141,8 +145,10 @@ class ActiveSet:
         self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
-    def round(self, descent: Descent) -> float:
+    def round(self, descent: Descent, length: float) -> float:
         """Makes a round of steps on the working set and updates margins.
+
+        `length`, at most 1, shortens all steps.
 
         Returns:
             the visits (passes of one sample).
@@ -175,14 +181,18 @@ class ActiveSet:
             return pushing + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
         rate = self._rate()
+        most = length * (MOST_MOVED_BY_PUSHING if self.enforced.any() else MOST_MOVED)
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)
         batches: list[Tensor] = []
         while len(rows) and len(batches) < MIN_STEPS_PER_ROUND:
             batches += shuffled_batches(rows, self._generator)
         visits = FORWARD_BACKWARD * sum(map(len, batches))
-        for parts in load_batches(self.problem, batches):
-            descent.step(parts, loss, rate=rate)
+        for number, parts in enumerate(load_batches(self.problem, batches)):
+            if number == 0:
+                descent.limited_step(parts, loss, rate=rate, most=most)
+            else:
+                descent.step(parts, loss, rate=rate)
         self.margin = merge_measurements(self.problem, self.margin, measured)
         if not self.enforced.any() or int(self.violated.sum()) <= MAX_VIOLATED_TO_MEASURE:
             measured = self._measure(descent.state(), active)

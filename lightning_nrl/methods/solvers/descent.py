@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -33,6 +34,10 @@ class Descent:
     tensor for a parameter, only weights marked there move. Losses are sums over samples, so that
     they add up over splits and ranks and do not vanish in half precision. The optimizer must
     therefore be scale-invariant, such as Adam.
+
+    The right size of a step depends on the network: a rate of 1e-3 suits a small one, 5e-6 a
+    pretrained transformer. So `limited_step` limits how far a step moves the logits (a trust
+    region). `trust`, at most 1, is the factor of all learning rates that this takes.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Descent:
             copy = self._copies[name]
             self._masked.append((copy, mask.to(copy.device)))
         self._samples_at_once = BATCH_SIZE
+        self.trust = 1.0
         self.optimizer = optimizer(list(self._copies.values()))
 
     @torch.no_grad()
@@ -79,7 +85,7 @@ class Descent:
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
         """Makes one step on a mini-batch; each rank passes its `parts` of it.
 
-        `rate` replaces the learning rate.
+        `rate` replaces the learning rate, and is multiplied by `trust`.
 
         Raises:
             DeviceMemoryError: on all ranks, before the step, if a single sample exceeds the memory
@@ -87,7 +93,7 @@ class Descent:
         """
         if rate is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * self.trust
         has_fitted = self._backward(list(parts), loss)
         if self.problem.collective.world_size > 1:
             has_fitted = self._sum_gradients(has_fitted)
@@ -106,6 +112,45 @@ class Descent:
             # Weight decay also moves weights without gradients.
             copy.detach().copy_(copy.detach().where(mask, value))
         self.optimizer.zero_grad()
+
+    def limited_step(self, parts: Iterable[Part], loss: Loss, *, rate: float, most: float) -> None:
+        """Makes a `step` that moves the logits of the mini-batch by at most `most`.
+
+        The movement is the root mean square in units of the passed samples' median margin. `trust`
+        doubles before the step; if the step is too large, it is shortened, and `trust` falls.
+        """
+        parts = list(parts)
+        self.trust = min(1.0, 2 * self.trust)
+        before = {name: copy.detach().clone() for name, copy in self._copies.items()}
+        logits = self._logits(parts)
+        self.step(parts, loss, rate=rate)
+        moved = self._moved(logits, self._logits(parts))
+        if moved > most:
+            self.trust *= most / moved
+            with torch.no_grad():
+                for name, copy in self._copies.items():
+                    copy.copy_(torch.lerp(before[name], copy, most / moved))
+
+    def restore(self, state: State) -> None:
+        """Takes the moving weights from `state`, and forgets earlier gradients."""
+        with torch.no_grad():
+            for name, copy in self._copies.items():
+                copy.copy_(state[name])
+        self.optimizer.state.clear()
+
+    @torch.no_grad()
+    def _logits(self, parts: Sequence[Part]) -> list[Tensor]:
+        with self.running():
+            evaluator = self.problem.evaluator
+            return [evaluator.output(batch).float() for batch, _ in self._pieces(parts)]
+
+    def _moved(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
+        total = torch.zeros(2, dtype=torch.float64)
+        for x, y in zip(old, new, strict=True):
+            squares = (y - x).nan_to_num(0).square()
+            total += torch.tensor([float(squares.sum()), squares.numel()], dtype=torch.float64)
+        squares, n = self.problem.collective.sum(total).tolist()
+        return math.sqrt(squares / max(1, n)) / (self.problem.before.margin_unit or 1.0)
 
     def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
         """Adds gradients of this rank's parts; returns False if one sample exceeds the memory."""

@@ -21,13 +21,15 @@ from lightning_nrl.methods.budget import PACE_STEPS
 from lightning_nrl.methods.problem import Problem, Trained
 from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl.methods.solvers.mini_batches import (
+    BATCH_SIZE,
     load_batches,
     merge_measurements,
     shuffled_batches,
 )
 from lightning_nrl.methods.solvers.teacher import DISTILLATION_WEIGHT, Teacher
 
-DISTILL_RATE = 1e-3  # of AdamW at first; falls to 0 along a cosine
+DISTILL_RATE = 1e-3  # of AdamW at first, at most; falls to 0 along a cosine
+MOST_MOVED_BY_TRAINING = 0.1  # by the first step of an epoch, see `Descent.limited_step`
 WEIGHT_DECAY = 0.01  # of AdamW, torch's default
 TARGET_EMPHASIS = 3.0  # weight of a target's loss relative to that of other samples
 # Samples with a larger margin, relative to the median margin of passed samples, are easy.
@@ -73,6 +75,15 @@ def distill(
     return Trained(run.descent.state(), run.visits / n, planned / n)
 
 
+def trusted_rate(problem: Problem, rate: float) -> float:
+    """Returns a rate of AdamW, at most `rate`, with a first step of `MOST_MOVED_BY_TRAINING`."""
+    rows = (problem.used & problem.before.targeted).nonzero().flatten()[:BATCH_SIZE]
+    run = _Distillation(problem, {}, 1, Deadline(), problem.used)
+    for parts in load_batches(problem, [rows]):
+        run.descent.limited_step(parts, run.loss, rate=rate, most=MOST_MOVED_BY_TRAINING)
+    return rate * run.descent.trust
+
+
 class _Distillation:
     def __init__(
         self, problem: Problem, start: State, epochs: int, deadline: Deadline, used: Tensor
@@ -112,7 +123,11 @@ class _Distillation:
             if self.visits >= self.planned or self.deadline.is_over():
                 return False
             cosine = math.cos(math.pi * (self.visits / self.planned))
-            self.descent.step(parts, self._loss, rate=DISTILL_RATE * (1 + cosine) / 2)
+            rate = DISTILL_RATE * (1 + cosine) / 2
+            if number == 0:
+                self.descent.limited_step(parts, self.loss, rate=rate, most=MOST_MOVED_BY_TRAINING)
+            else:
+                self.descent.step(parts, self.loss, rate=rate)
             self.visits += len(batch)
         self.margin = merge_measurements(self.problem, self.margin, self._measured)
         self._plan()
@@ -127,7 +142,7 @@ class _Distillation:
         is_drawn = ~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)
         return (is_drawn & self.used).nonzero().flatten()
 
-    def _loss(self, batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+    def loss(self, batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
         task = self.problem.evaluator.task
         margin = task.margin(output.detach(), batch.target)
         if margin is not None:

@@ -35,6 +35,7 @@ from lightning_nrl.methods.budget import (
     MAX_STALLED_ROUNDS,
     POLISH_SHARE,
     RESERVED_PASSES,
+    RESTORING_SHARE,
     SMALL_BUDGET,
     STALLED_POLISH_SHARE,
 )
@@ -54,6 +55,10 @@ NEEDS: tuple[Need, ...] = ("margins",)
 RETREAT_FACTOR = 0.9  # part of the way from the original weights that a retreat keeps
 # Starts that hold repairs; each retreat starts anew, and later starts may lose repairs.
 HOLDING_STARTS = 3
+# A round is taken back if it leaves more than this multiple of violated samples, and a few more.
+TAKEN_BACK = 1.5
+FEW_VIOLATED = 4
+SHORTENED, LENGTHENED = 4.0, 1.25  # steps, after a round that is taken back, or is not
 BISECTIONS = 6  # of the way back, on samples known to be broken
 # Evaluations of all known samples on the way back; each may reveal more broken samples.
 MAX_COUNTS = 6
@@ -174,6 +179,7 @@ class _Polish:
         self.rounds = self.retreats = self._rounds_left = 0
         self._fewest_violated = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
+        self._length = 1.0
         # There is no training before a polish that enforces targets, so it has a minimum budget.
         self._budget = problem.visits if visits is None else visits
         self._most = POLISH_SHARE if visits is None else 1.0  # multiple of the budget
@@ -226,13 +232,22 @@ class _Polish:
     def _step(self) -> Phase:
         self.targets.before_round(self.active_set)
         began = self._deadline.clock()
+        before, margin = self.descent.state(), self.active_set.margin
+        n_before = int(self.active_set.violated.sum())
         try:
-            self._visits += self.active_set.round(self.descent) / self._budget
+            visits = self.active_set.round(self.descent, self._length)
+            self._visits += visits / self._budget
         except DeviceMemoryError:
             return self._stop_steps()
         self._round_seconds = self._deadline.clock() - began
         self.rounds += 1
         self._rounds_left -= 1
+        if int(self.active_set.violated.sum()) > TAKEN_BACK * n_before + FEW_VIOLATED:
+            self.descent.restore(before)
+            self.active_set.margin = margin
+            self._length /= SHORTENED
+            return self._after_round()
+        self._length = min(1.0, LENGTHENED * self._length)
         is_violated = self.active_set.violated
         n_violated = int(is_violated.sum())
         total = max(self._n_first, n_violated)
@@ -264,6 +279,11 @@ class _Polish:
     def _after_round(self) -> Phase:
         if self._is_time_over():
             return self._cut
+        if self._visits > self._most and self.best is None and self.targets.enforced.any():
+            # Pushing takes all visits: what is right by now is kept, the rest given up.
+            self.targets.enforced[:] = self.targets.wanted[:] = False
+            self._most *= 1 + RESTORING_SHARE
+            self._renew_rounds()
         if self._visits > self._most:
             self.stopped = "stopped at its limit of forward passes"
             return self._stop_steps()

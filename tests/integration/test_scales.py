@@ -1,0 +1,81 @@
+"""Steps of a repair suit networks whose owners train at very different rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import Digits, quiet_trainer, right
+from lightning_package import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl import repair
+from lightning_nrl.methods import Polish
+
+GAIN = 1000
+
+
+class Scaled(nn.Module):
+    """A Linear whose weights count `gain` times, so that a rate fits if it is as much smaller."""
+
+    def __init__(self, n_in: int, n_out: int, gain: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(n_in, n_out)
+        self.gain = gain
+        with torch.no_grad():
+            self.layer.weight /= gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.gain * x)
+
+
+class Network(LightningModule):
+    def __init__(self, gain: float, optimizer: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = [(64, 64), (64, 64)]
+        layers = [module for size in sizes for module in (Scaled(*size, gain), nn.ReLU())]
+        self.network = nn.Sequential(nn.Flatten(), *layers, Scaled(64, 10, gain))
+        self.optimizer = optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+@pytest.mark.parametrize("method", ["finetune-polish", Polish()], ids=["training", "steps"])
+@pytest.mark.parametrize(
+    ("gain", "pretrained", "optimizer"),
+    [
+        (1, 0, lambda parameters: torch.optim.SGD(parameters, 0.1)),
+        (1, 0, lambda parameters: torch.optim.Adam(parameters, 1e-3)),
+        (GAIN, 20, lambda parameters: torch.optim.AdamW(parameters, 1e-2 / GAIN)),
+    ],
+    ids=["SGD", "Adam", "AdamW, pretrained"],
+)
+def test_a_repair_holds_at_any_rate(
+    tmp_path: Path, gain: float, pretrained: int, optimizer: Any, method: Any
+) -> None:
+    model, data = Network(gain, optimizer), Digits()
+    trainer = quiet_trainer(tmp_path, enable_checkpointing=False, max_epochs=15 + pretrained)
+    trainer.fit(model, datamodule=data)
+    parts = (data.train, data.repair)
+    before = [right(model, part) for part in parts]
+    repair(
+        quiet_trainer(tmp_path, max_epochs=15), model, datamodule=data, method=method, verbose=False
+    )
+    after = [right(model, part) for part in parts]
+    assert not any((old & ~new).any() for old, new in zip(before, after, strict=True))
+    n_targets = int((~before[1]).sum())
+    assert int((~before[1] & after[1]).sum()) >= 0.5 * n_targets > 5
