@@ -1,4 +1,4 @@
-"""Measures seconds and memory of a repair as samples, parameters, classes and processes grow.
+"""Measures seconds, passes and memory of a repair as samples, parameters and so on grow.
 
     python examples/studies/cost.py                          # prints tables; draws cost.svg
     python examples/studies/cost.py --axis samples --most 100000
@@ -6,8 +6,9 @@
 
 A network is trained for three epochs on samples around random centres, and repaired by the default.
 Each row is a process of its own in one thread. *Training* is the stage `fit` of the report, *ratio*
-the time of all stages to its time. *MB* is the largest memory beyond that before the repair, which
-Linux tells; the second table has both by stage.
+the time of all stages to its time. *Passes* are forward passes over the known data, without
+training steps; the second number is those of the stage `fit`. *MB* is the largest memory beyond
+that before the repair, which Linux tells; the second table has both by stage.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ def measure(axis: str, size: int, max_time: float | None) -> dict[str, Any]:
         "repaired": sum(split.repaired_in_target for split in known),
         "broken": sum(split.broken for split in known),
         "seconds": dict(report.seconds),
+        "passes": dict(report.passes),
         # Of a child process they are unknown.
         "megabytes": vars(repair).get("megabytes", {}),
         "took": vars(repair).get("took", 0.0),
@@ -177,15 +179,19 @@ def all_megabytes(row: dict[str, Any]) -> float:
 
 
 def show(axis: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n| {axis} | repaired | broken | a pass, s | training, s | all, s | ratio | MB |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        f"\n| {axis} | repaired | broken | a pass, s | training, s | all, s | ratio | passes | MB |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         one_pass, training = row["seconds"]["collect"], row["seconds"].get("fit", 0.0)
         ratio = all_seconds(row) / training if training else float("nan")
         counts = f"{row['size']:,} | {row['repaired']:,} | {row['broken']:,}"
         times = f"{one_pass:.1f} | {training:.1f} | {all_seconds(row):.1f} | {ratio:.1f}"
         memory = f"{all_megabytes(row):,.0f}" if row["megabytes"] else ""
-        print(f"| {counts} | {times} | {memory} |", flush=True)
+        in_training = row["passes"].get("fit", 0.0)
+        passes = f"{sum(row['passes'].values()) - in_training:.1f} + {in_training:.1f}"
+        print(f"| {counts} | {times} | {passes} | {memory} |", flush=True)
     sizes = " | ".join(format(row["size"], ",") for row in rows)
     print(f"\n| stage | {sizes} |")
     print(f"|---|{'---:|' * len(rows)}")

@@ -120,11 +120,12 @@ FINISHED = ".finished"  # end of a step's file
 
 
 class SavedStep(NamedTuple):
-    """The content of a step's file. `elapsed` and `seconds` are those of the clock at its end."""
+    """The content of a step's file: the result, and fields of the clock at the end of the step."""
 
     result: Any
     elapsed: float
     seconds: dict[str, float]
+    visits: dict[str, int]
 
 
 class ResumeStore:
@@ -193,7 +194,7 @@ class ResumeStore:
             saved = self._read(hint) if self._resumes else None
             if saved is not None:
                 result: Result = saved.result
-                self._clock.resume(saved.elapsed, saved.seconds)
+                self._clock.resume(saved.elapsed, saved.seconds, saved.visits)
                 return result
             result = work()
             if self._folder is not None and self._clock.elapsed - began >= self._every:
@@ -222,7 +223,8 @@ class ResumeStore:
 
     def _write(self, folder: Path, result: object) -> None:
         try:
-            data = to_bytes((result, self._clock.elapsed, self._clock.seconds))
+            clock = self._clock
+            data = to_bytes((result, clock.elapsed, clock.seconds, clock.visits))
         except Exception:  # results of custom methods may not be serialisable
             return
         try:
@@ -258,7 +260,9 @@ class ResumeStore:
             return None
         saved = None
         problem = ""
-        kinds = GenericAlias(tuple, ((hint or object) | None, float, dict[str, float]))
+        kinds = GenericAlias(
+            tuple, ((hint or object) | None, float, dict[str, float], dict[str, int])
+        )
         try:
             value = from_bytes(data, hint, self._device)
             if not _fits(value, kinds):

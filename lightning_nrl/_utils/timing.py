@@ -80,10 +80,11 @@ class Deadline:
 
 
 class StageTimer:
-    """Times the stages of a repair, and passes progress on to an observer.
+    """Times the stages of a repair, counts forward passes, and passes progress on to an observer.
 
-    `max_time` is the time limit in seconds from `began`, a moment of the clock `now`; None: from
-    now. The time since `began` is the stage `load`.
+    `seconds` has the time by stage, and `visits` the number of samples in forward passes without
+    gradients. `max_time` is the time limit in seconds from `began`, a moment of the clock `now`;
+    None: from now. The time since `began` is the stage `load`.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class StageTimer:
     ) -> None:
         self.observer = observer
         self.seconds: dict[str, float] = {}
+        self.visits: dict[str, int] = {}
+        self._stage = "checks"
         self._clock = now
         self._ahead = 0.0
         self._began = self.now()
@@ -118,14 +121,21 @@ class StageTimer:
         """Seconds until the end of `max_time`, or infinity without a limit."""
         return self.deadline().seconds_left
 
-    def resume(self, elapsed: float, seconds: Mapping[str, float]) -> None:
-        """Continues from the `elapsed` and `seconds` of an earlier process.
+    def visit(self, n: int) -> None:
+        """Counts a forward pass of `n` samples in the present stage."""
+        self.visits[self._stage] = self.visits.get(self._stage, 0) + n
+
+    def resume(
+        self, elapsed: float, seconds: Mapping[str, float], visits: Mapping[str, int]
+    ) -> None:
+        """Continues from the `elapsed`, `seconds` and `visits` of an earlier process.
 
         `max_time` limits both times together.
         """
         self._ahead += elapsed - self.elapsed
         self.seconds.clear()  # in place, since others hold the dict
         self.seconds.update(seconds)
+        self.visits = dict(visits)
 
     @property
     def one_pass(self) -> float:
@@ -139,10 +149,12 @@ class StageTimer:
         self.seconds.setdefault(name, 0.0)
         start = self.now()
         seconds_before = sum(self.seconds.values())
+        outer, self._stage = self._stage, name
         try:
             with self.observer.stage(name) if self.observer else nullcontext():
                 yield
         finally:
+            self._stage = outer
             inner = sum(self.seconds.values()) - seconds_before
             self.seconds[name] = max(0.0, self.seconds.get(name, 0.0) + self.now() - start - inner)
 

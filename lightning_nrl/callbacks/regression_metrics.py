@@ -51,7 +51,7 @@ from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import outside_inference_mode, preserve_state, random_state
-from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked, run_model
+from lightning_nrl.data.batch import Adapter, Batch, ModelCall, Unpacked, run_model
 from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
@@ -423,8 +423,12 @@ class RegressionMetrics(CallbackBase):
             )
             evaluator, ((source,),) = open_sources(trainer, model, self.task, [source])
             recorder = SliceRecorder(source, self.slices, self.task)
+
+            def logits(batch: Batch) -> Tensor:
+                return evaluator.task.logits(probe(*batch.args, **batch.kwargs))
+
             with preserve_state(model):
-                new = evaluator.run([recorder], forward=probe)
+                new = evaluator.run([recorder], forward=logits)
             answers = self.reference.answers(evaluator, [source], new)
             check_classes(answers, evaluator)
         self._outputs.attach(model, probe.parts or ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
@@ -92,7 +92,25 @@ class Source(Protocol):
         """Yields a batch for each tensor of positions, all among this rank's `positions`."""
 
 
-class RecordingSource:
+class WrappedSource:
+    """Source of the samples of another source."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.split = source.split
+        self.passed = source.passed
+        self.failed = source.failed
+        self.index = source.index
+        self.positions = source.positions
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.source
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        return self.source.draw(batches)
+
+
+class RecordingSource(WrappedSource):
     """Source that wraps another source and records values of each sample when it is iterated.
 
     `note` returns the values of a batch, a tensor with one row per sample; `empty` is such a tensor
@@ -100,14 +118,9 @@ class RecordingSource:
     """
 
     def __init__(self, source: Source, note: Callable[[Batch], Tensor], empty: Tensor) -> None:
-        self.source = source
+        super().__init__(source)
         self.note = note
         self.empty = empty
-        self.split = source.split
-        self.passed = source.passed
-        self.failed = source.failed
-        self.index = source.index
-        self.positions = source.positions
         self.read: list[Tensor] = []  # positions in each batch of the last pass
         self.noted: list[Tensor] = []  # values of each batch of the last pass
 
@@ -119,15 +132,33 @@ class RecordingSource:
             self.noted.append(self.note(batch))
             yield batch
 
-    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        return self.source.draw(batches)
-
     def gathered(self, collective: Collective) -> Tensor:
         """Returns the values of the last pass from all ranks, in order of position, on the CPU."""
         noted = torch.cat(self.noted or [self.empty]).cpu()
         read = torch.cat(self.read or [self.index[:0]]).cpu()
         order = torch.cat(collective.gather(read)).argsort()
         return torch.cat(collective.gather(noted))[order]
+
+
+class SourcePart(WrappedSource):
+    """Some samples of another source, as a source with positions of its own.
+
+    `chosen` has the positions of the samples in `source`, ascending.
+    """
+
+    def __init__(self, source: Source, chosen: Tensor) -> None:
+        super().__init__(source)
+        self.chosen = chosen
+        self.index = source.index[chosen]
+        self.positions = torch.isin(chosen, source.positions).nonzero().flatten()
+
+    def __iter__(self) -> Iterator[Batch]:
+        if len(self.positions):
+            yield from self.draw(self.positions.split(256))
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        for batch in self.source.draw([self.chosen[positions] for positions in batches]):
+            yield replace(batch, position=torch.searchsorted(self.chosen, batch.position))
 
 
 class ModelCall(ABC):

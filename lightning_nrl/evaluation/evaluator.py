@@ -22,7 +22,6 @@ from lightning_nrl.data.batch import (
     Adapter,
     Batch,
     BatchTarget,
-    ModelOutput,
     RawBatch,
     Source,
     run_model,
@@ -44,8 +43,8 @@ from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task, class_logits
 
-Forward = Callable[..., ModelOutput]
-"""A model, or a function to call in its place with the same arguments."""
+Forward = Callable[[Batch], Tensor]
+"""Computes the logits of a batch in place of the model."""
 Table = dict[str, Tensor]
 """Maps column names to tensors with one row per sample."""
 
@@ -83,6 +82,7 @@ class Evaluator:
             None if the model has no steps that could show it.
         logged: accuracies that the module itself logged, by split and name; counts that are far
             from them are refused.
+        visited: is called with the number of samples of each forward pass without gradients.
     """
 
     model: nn.Module
@@ -94,6 +94,7 @@ class Evaluator:
     spare_batch: Callable[[], Batch] | None = None
     is_proven: bool | None = None
     logged: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    visited: Callable[[int], None] | None = None
 
     def __post_init__(self) -> None:
         check_kind(
@@ -119,12 +120,18 @@ class Evaluator:
     def precision(self) -> DeployedPrecision:
         return DeployedPrecision.of(self.model, self.context)
 
+    def visit(self, n: int) -> None:
+        """Counts a forward pass of `n` samples, unless it is a training step."""
+        if self.visited is not None and not torch.is_grad_enabled():
+            self.visited(n)
+
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
         """Computes the logits of a batch by the model, or by `forward` instead."""
         with self.context():
-            if forward is None:
-                return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
-            return self.task.logits(forward(*batch.args, **batch.kwargs))
+            if forward is not None:
+                return forward(batch)
+            self.visit(len(batch))
+            return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
 
     @torch.no_grad()
     def run(
@@ -147,7 +154,7 @@ class Evaluator:
                 with `failed=False`, a warning is given and `in_target` is True for all samples of
                 the source.
             everywhere: True to mark failures in all sources, not only in those with `failed=True`.
-            forward: is called instead of the model.
+            forward: computes the logits instead of the model.
 
         Raises:
             ConfigurationError: no source is given, a split is given twice, or a batch or target

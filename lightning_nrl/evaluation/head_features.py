@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import plain_copy
-from lightning_nrl.data.batch import Batch, ModelOutput, Source, run_model
-from lightning_nrl.data.targets import AllFailures, Target
+from lightning_nrl.data.batch import Batch, BatchTarget, Source
+from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import force_eager, last_linear
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -26,6 +27,8 @@ MAX_SAMPLES = 20_000
 Targets come first, then other failures, then passed samples by rising margin.
 """
 
+MAX_BYTES = 2**27  # of the inputs and outputs of all known samples that the first pass may record
+
 
 class Features(NamedTuple):
     """Inputs and outputs of the head, the last Linear, for `n` samples, on the model's device."""
@@ -33,6 +36,95 @@ class Features(NamedTuple):
     rows: Tensor  # n int64 on the CPU: row of each sample in the results, ascending
     inputs: Tensor  # n x D: samples x input features, at least float32
     logits: Tensor  # n x C: samples x classes, as returned by `class_logits`
+
+
+class HeadRecord(NamedTuple):
+    """What the head did in a pass over this rank's share of the known data."""
+
+    rows: Tensor  # n int64 on the CPU: row of each sample in the results
+    sizes: list[int]  # number of samples in each batch
+    inputs: Tensor  # n x D, as the head got them
+    outputs: Tensor  # n x C, the logits
+    targets: list[BatchTarget]  # of each batch
+
+    def features(self, rows: Tensor, collective: Collective) -> Features:
+        """Gathers the features of the samples in `rows` of the results from all ranks."""
+        if collective.world_size == 1 and torch.equal(rows, self.rows):
+            x = at_least_float32(self.inputs)  # without a copy, since large data may not fit twice
+            return Features(rows, x, class_logits(self.outputs).to(x.dtype))
+        at = torch.isin(self.rows, rows).nonzero().flatten()
+        inputs, outputs = (column[at.to(column.device)] for column in (self.inputs, self.outputs))
+        x = at_least_float32(inputs)
+        logits = class_logits(outputs).to(x.dtype)
+        return Features(*collective.gather_sorted([self.rows[at]], [x], [logits]))
+
+
+class HeadRecorder:
+    """Runs the model on batches, and records inputs and outputs of its head meanwhile.
+
+    `rows` are the rows of the samples in the results, in the order of the batches. It stops
+    recording if the outputs are not the logits, or if all would take more than `most_bytes`.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        head: nn.Linear | None,
+        rows: Tensor,
+        most_bytes: float = math.inf,
+    ) -> None:
+        self.evaluator = evaluator
+        self.head = head
+        self.most_bytes = most_bytes
+        empty = torch.zeros(0)
+        self._record = HeadRecord(rows, [], empty, empty, [])
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns the logits of a batch."""
+        if self.head is None:
+            return self.evaluator.output(batch)
+        calls: list[tuple[Tensor, Tensor]] = []
+
+        def record(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            # Copies, since the model may change its tensors in place.
+            calls.append((plain_copy(args[0]), plain_copy(output)))
+
+        with self.head.register_forward_hook(record):
+            logits = self.evaluator.output(batch)
+        if len(calls) != 1 or logits.ndim != 2 or not torch.equal(calls[0][1], logits):
+            self._stop()
+        else:
+            self._add(*calls[0], batch)
+        return logits
+
+    def _add(self, x: Tensor, y: Tensor, batch: Batch) -> None:
+        rows, sizes, inputs, outputs, targets = self._record
+        n, start = len(rows), sum(sizes)
+        if not start:
+            if n * (x.nbytes + y.nbytes) > self.most_bytes * len(batch):
+                self._stop()
+                return
+            # Allocated once, since large data may not fit twice.
+            inputs, outputs = x.new_empty(n, *x.shape[1:]), y.new_empty(n, *y.shape[1:])
+            self._record = self._record._replace(inputs=inputs, outputs=outputs)
+        inputs[start : start + len(x)], outputs[start : start + len(y)] = x, y
+        sizes.append(len(batch))
+        targets.append(batch.target)
+
+    def _stop(self) -> None:
+        self.head = None
+        self._record = HeadRecord(self._record.rows, [], torch.zeros(0), torch.zeros(0), [])
+
+    def record(self) -> HeadRecord | None:
+        """Returns the record after the pass.
+
+        Returns None on all ranks unless the head returned the logits on every rank.
+        """
+        collective, has_record = self.evaluator.collective, bool(self._record.sizes)
+        lacks_record = len(self._record.rows) > 0 and not has_record
+        if collective.any(lacks_record) or not collective.any(has_record):
+            return None
+        return self._record
 
 
 class HeadFeatures(NamedTuple):
@@ -56,38 +148,57 @@ def collect_features(
     the same features.
     """
     records_all = sum(len(source.index) for source in known) <= MAX_SAMPLES
-    recorder = _HeadRecorder(evaluator, head if records_all else None)
+    recorder = HeadRecorder(evaluator, head if records_all else None, rows_of(known))
     start = time.perf_counter()
-    results = evaluator.run(known, target, forward=recorder)
+    with force_eager():
+        results = evaluator.run(known, target, forward=recorder)
     seconds = time.perf_counter() - start
-    if records_all:
-        rows = torch.cat([results.rows(source.split, source.positions) for source in known])
-        features = _gather_features(recorder, rows, evaluator.collective)
-    else:
-        rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
-        rank[results.targeted] = -2.0
-        rows = rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
-        features = record_rows(evaluator, known, head, results, rows)
+    rows = _rows_near_failing(results)
+    if not records_all:
+        return HeadFeatures(results, head_features(evaluator, known, head, results, rows), seconds)
+    record = recorder.record()
+    features = None if record is None else record.features(rows, evaluator.collective)
     return HeadFeatures(results, features, seconds)
 
 
-def record_rows(
+def _rows_near_failing(results: SampleResults) -> Tensor:
+    """Returns the rows of at most `MAX_SAMPLES` samples, ascending."""
+    rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
+    rank[results.targeted] = -2.0
+    return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
+
+
+def head_features(
     evaluator: Evaluator,
     known: Sequence[Source],
     head: nn.Linear | None,
     results: SampleResults,
     rows: Tensor,
+    record: HeadRecord | None = None,
 ) -> Features | None:
-    """Records the head features of the samples in `rows` of the results.
+    """Returns the head features of the samples in `rows` of the results.
 
-    Returns None unless the model ends in a Linear that returns the logits.
+    They are recorded unless `record` has them. Returns None unless the model ends in a Linear that
+    returns the logits.
     """
-    recorder = _HeadRecorder(evaluator, head)
-    recorded = [torch.zeros(0, dtype=torch.int64)]
-    for batch, batch_rows in row_batches(known, results, rows):
-        evaluator.output(batch, recorder)
-        recorded.append(batch_rows)
-    return _gather_features(recorder, torch.cat(recorded), evaluator.collective)
+    if record is not None:
+        return record.features(rows, evaluator.collective)
+    of_rank = rows_of(known)
+    recorder = HeadRecorder(evaluator, head, of_rank[torch.isin(of_rank, rows)])
+    with force_eager():
+        for batch, _ in row_batches(known, results, rows):
+            recorder(batch)
+    record = recorder.record()
+    return None if record is None else record.features(rows, evaluator.collective)
+
+
+def rows_of(known: Sequence[Source]) -> Tensor:
+    """Returns the rows in the results of this rank's samples, in the order of a pass."""
+    rows, start = [], 0
+    for source in known:
+        rows.append(source.positions + start)
+        start += len(source.index)
+    return torch.cat(rows)
 
 
 def row_batches(
@@ -110,56 +221,6 @@ def all_batches(known: Sequence[Source], results: SampleResults) -> Iterator[tup
     for source in known:
         for batch in source:
             yield batch, results.rows(source.split, batch.position)
-
-
-class _HeadRecorder:
-    """Calls the model and records inputs and outputs of its head.
-
-    It stops recording if the outputs are not the logits.
-    """
-
-    def __init__(self, evaluator: Evaluator, head: nn.Linear | None) -> None:
-        self.evaluator = evaluator
-        self.head = head
-        self.inputs: list[Tensor] = []
-        self.logits: list[Tensor] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        model = self.evaluator.model
-        if self.head is None:
-            return run_model(model, args, kwargs)
-        inputs = []
-        outputs = []
-
-        def record(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            # Copies, since the model may change its tensors in place.
-            inputs.append(plain_copy(args[0]))
-            outputs.append(plain_copy(output))
-
-        with self.head.register_forward_hook(record), force_eager():
-            output = run_model(model, args, kwargs)
-        logits = self.evaluator.task.logits(output)
-        if len(outputs) != 1 or logits.ndim != 2 or not torch.equal(outputs[0], logits):
-            self.head = None
-            return output
-        x = at_least_float32(inputs[0])
-        self.inputs.append(x)
-        self.logits.append(class_logits(logits).to(x.dtype))
-        return output
-
-
-def _gather_features(
-    recorder: _HeadRecorder, rows: Tensor, collective: Collective
-) -> Features | None:
-    """Gathers the features of all ranks in row order.
-
-    Returns None unless the head returns the logits on every rank.
-    """
-    has_features = recorder.head is not None and bool(recorder.inputs)
-    lacks_features = len(rows) > 0 and not has_features
-    if collective.any(lacks_features) or not collective.any(has_features):
-        return None
-    return Features(*collective.gather_sorted([rows], recorder.inputs, recorder.logits))
 
 
 NEIGHBOURS = 10  # number of nearest passed samples
@@ -247,17 +308,18 @@ def doubtful(near: Neighbours, samples: LayerSamples, passed: LayerSamples) -> T
 
 
 def find_label_issues(
-    evaluator: Evaluator, known: Sequence[Source], results: SampleResults
+    evaluator: Evaluator, known: Sequence[Source], results: SampleResults, record: HeadRecord | None
 ) -> Tensor:
     """Marks the targets with a doubtful label (see `doubtful`), `N` bool by row of `results`.
 
-    Runs the model over the known data once, and if there are more than `MAX_SAMPLES`, again over a
-    selection. Marks nothing unless the last Linear returns the logits. `results` are the model's
-    results on the known data.
+    Looks at no more than `MAX_SAMPLES` samples. Marks nothing unless the last Linear returns the
+    logits. `results` are the model's results on the known data, and `record` is of the same pass;
+    if it is None, the samples are recorded.
     """
     is_doubtful = torch.zeros_like(results.passed)
     _, head = last_linear(evaluator.model, evaluator.called)
-    features = collect_features(evaluator, known, head, AllFailures()).features
+    rows = _rows_near_failing(results)
+    features = head_features(evaluator, known, head, results, rows, record)
     if features is None:
         return is_doubtful
     rows, inputs, logits = features

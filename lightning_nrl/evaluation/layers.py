@@ -385,6 +385,17 @@ def last_linear(
     return None, None
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """True if calls of the model or of a part are compiled."""
+    for module in model.modules():
+        # `torch.compile(model)`, `model.compile()`, and Lightning's way to call a compiled model.
+        is_wrapper = type(module).__name__ == "OptimizedModule"
+        by_lightning = vars(module).get("_compiler_ctx") is not None
+        if is_wrapper or by_lightning or module._compiled_call_impl is not None:
+            return True
+    return False
+
+
 def force_eager() -> AbstractContextManager[object]:
     """Returns a context in which compiled parts of a model run as plain Python.
 

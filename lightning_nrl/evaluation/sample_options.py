@@ -15,7 +15,7 @@ from lightning_nrl.data import Batch, Source, Target
 from lightning_nrl.data.batch import RecordingSource
 from lightning_nrl.data.columns import Column, find_column, numbers
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.evaluator import Evaluator, Forward
 from lightning_nrl.evaluation.sample_names import sample_names
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import (
@@ -153,6 +153,7 @@ class SampleOptions:
         *,
         everywhere: bool = False,
         known: bool = True,
+        forward: Forward | None = None,
     ) -> tuple[SampleResults, Tensor]:
         """Evaluates the model and applies the options.
 
@@ -179,7 +180,7 @@ class SampleOptions:
             groupers = [
                 GroupRecorder(slicer, column, evaluator.task, "groups") for slicer in slicers
             ]
-        results = evaluator.run(groupers or slicers, target, everywhere=everywhere)
+        results = evaluator.run(groupers or slicers, target, everywhere=everywhere, forward=forward)
         ranks = evaluator.collective
         if groupers:
             group = torch.cat([grouper.gathered(ranks) for grouper in groupers])

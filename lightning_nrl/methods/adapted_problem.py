@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.methods.known_record import KnownRecord
 from lightning_nrl.methods.lora import AttachedLayers, Lora, LoraAdapter
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
@@ -37,7 +38,7 @@ def solve_with_adapters(
     """Solves the problem by adapters of this rank or `LoraConfig`, and merges them."""
     adapter = LoraAdapter.configured(lora, problem.model, problem.scope)
     with adapter.attached(problem.model, problem.seed) as layers:
-        fields = {**vars(problem), "scope": layers.scope}
+        fields = {**vars(problem), "scope": layers.scope, "record": KnownRecord()}
         solution = solve(AdaptedProblem(**fields, layers=layers))
         # Alternatives have names that the model lacks once the adapters are detached.
         solution = replace(solution, alternatives=())

@@ -10,7 +10,6 @@ pass visits all known samples once.
 | training | its epochs over all known data | what is left, without the reserve for the polish |
 | polish after a training | the visits of the training | what is left, without `JUDGING_PASSES` |
 | polish alone | `POLISH_SHARE` times as many visits | the same |
-| curve over strength | `CURVE_SHARE` of the visits of the training | what is left |
 | verdict | `JUDGING_PASSES` | |
 
 If there is time for fewer than `FEW_EPOCHS` of training, the searches get
@@ -92,8 +91,6 @@ FIRST_ROUND_PASSES = 5.0  # estimate for the first linearization
 MAX_LINEARIZATIONS = 10  # 3 to 6 usually suffice
 
 # After the method
-CURVE_SHARE = 0.1  # of the training's visits, for the curve over strength
-FULL_CURVE_SAMPLES = 4096  # up to this many known samples, all points are counted
 MAX_POLISHES = 3  # of changes scaled by different strengths; a polish may break calibration samples
 MAX_POLISHED_SIZES = 4  # of a sparse patch; each is half or twice the size before
 

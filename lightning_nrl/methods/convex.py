@@ -10,20 +10,19 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
+from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.head_features import head_features
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.search_samples import choose_samples, record_known
+from lightning_nrl.methods.search_samples import choose_samples
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.convex_head import (
     MAX_MOMENT_RANK,
@@ -31,8 +30,8 @@ from lightning_nrl.methods.solvers.convex_head import (
     regularization_path,
 )
 from lightning_nrl.records.steps import CUT, Step
-from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
-from lightning_nrl.search.scoring.replay_plan import same_values
+from lightning_nrl.search.scoring.activation_cache import ActivationCache
+from lightning_nrl.search.scoring.replay_plan import ReplayPlan
 
 # Prices of a target's missing margin. At 1 the median target would just be repaired on its own.
 PRICES = tuple(2.0**power for power in range(-4, 6))
@@ -40,7 +39,6 @@ N_FOLDS = 4  # each sample from data sets with failures to repair is held out on
 # Parts of the change, tried in turn, since the deployed model may round differently from the
 # recording.
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
-ROWS_PER_COPY = 4096  # samples that are compared, or copied out of a recording, at once
 NO_TIME_TO_SOLVE = "no time was left to solve anything."
 
 
@@ -80,8 +78,9 @@ class Convex(Method):
     def check_recording(self, recording: ActivationCache) -> None:
         """Raises a `ConfigurationError` unless the logits are the output of a Linear layer."""
         _check_layers(recording.space)
-        if not _outputs_are_logits(recording):
-            raise _not_last(recording.space)
+        for group in recording.groups:
+            if not (isinstance(group.plan, ReplayPlan) and group.plan.is_last_layer):
+                raise _not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
         """Solves at each price and takes the price that does best on held-out samples."""
@@ -90,7 +89,10 @@ class Convex(Method):
         check_needs(self.needs, problem.before, problem.evaluator.task)
         _check_layers(problem.space)
         end = problem.deadline_of_method().within(self.seconds)
-        if not end.leaves((RECORDING_PASSES + _passes_to_whiten(problem)) * clock.one_pass):
+        passes = _passes_to_whiten(problem)
+        if problem.record.cache is None:
+            passes += RECORDING_PASSES
+        if not end.leaves(passes * clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
         with clock.stage("record"):
             known = _KnownHead.record(problem)
@@ -377,72 +379,11 @@ def _recorded(problem: Problem, keep: Tensor) -> tuple[Tensor, Tensor]:
 
     They are in the order of the results.
     """
-    collective = problem.collective
-    try:
-        recording = record_known(problem, keep)
-    except InseparableBatchError as error:
-        raise _not_last(problem.space) from error
-    recorded = _inputs_and_logits(recording)
-    if collective.any(recorded is None):
+    head = problem.space.sites[0].module
+    assert isinstance(head, torch.nn.Linear)
+    record = None if problem.record.cache is None else problem.record.cache.head
+    rows = keep.nonzero().flatten()
+    features = head_features(problem.evaluator, problem.known, head, problem.before, rows, record)
+    if features is None:
         raise _not_last(problem.space)
-    assert recorded is not None
-    features, logits = recorded
-    rows = torch.cat(collective.gather(recording.rows))
-    del recording
-    if collective.world_size > 1:
-        features = torch.cat(collective.gather(features))
-        logits = torch.cat(collective.gather(logits))
-    if not torch.equal(rows, rows.sort().values):
-        order = rows.argsort().to(features.device)
-        features, logits = features[order], logits[order]
-    # A single logit belongs to class 1; class 0 gets the logit 0.
-    return features, F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
-
-
-def _outputs_are_logits(recording: ActivationCache) -> bool:
-    return all(_read_chunk(recording, chunk) for chunk in recording.chunks(ROWS_PER_COPY))
-
-
-def _inputs_and_logits(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """Returns the layer's inputs and logits, or None if its outputs are not the logits."""
-    stored = _stored_tensors(recording)
-    if stored is not None:
-        return stored if _outputs_are_logits(recording) else None
-    # Allocated once, since two copies of large data may not fit.
-    weight = at_least_float32(recording.space.sites[0].module.weight.detach())
-    n_out, n_in = weight.shape
-    x = weight.new_empty(len(recording.rows), n_in)
-    y = weight.new_empty(len(recording.rows), n_out)
-    start = 0
-    for chunk in recording.chunks(ROWS_PER_COPY):
-        part = _read_chunk(recording, chunk)
-        if part is None:
-            return None
-        end = start + len(chunk)
-        x[start:end], y[start:end] = part
-        start = end
-    return x, y
-
-
-def _stored_tensors(recording: ActivationCache) -> tuple[Tensor, Tensor] | None:
-    """Returns the recorded tensors, which saves a copy, or None if they do not fit."""
-    if len(recording.groups) != 1 or recording.groups[0].recomputed:
-        return None
-    chunk = next(iter(recording.chunks()), None)
-    if chunk is None or not recording.is_replayable(chunk):
-        return None
-    x, y = recording.activations(chunk)
-    fits = x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64)
-    is_plain = x.ndim == y.ndim == 2 and x.is_contiguous() and y.is_contiguous()
-    return (x, y) if fits and is_plain else None
-
-
-def _read_chunk(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """Returns the layer's inputs and outputs for a chunk, or None if the outputs are no logits."""
-    if not recording.is_replayable(chunk):
-        return None
-    x, y = recording.activations(chunk)
-    logits = recording.replay(chunk, lambda site, x, y: y)
-    if x.ndim != 2 or not same_values(y, logits):
-        return None
-    return at_least_float32(x), at_least_float32(y)
+    return features.inputs, features.logits

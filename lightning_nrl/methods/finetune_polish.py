@@ -384,17 +384,14 @@ class TrainingRounds:
         problem, held_out = self.problem, self.held_out
         passes = len(self.cautions) + budget.FORWARD_BACKWARD + 1
         has_time = self.deadline.leaves(passes * problem.clock.one_pass)
-        if self._held_out_rows is None or held_out is None or not has_time:
+        rows = self._held_out_rows
+        if rows is None or held_out is None or not has_time:
             return ()
-        # Only these splits have held-out samples.
-        sources = [source for source in problem.known if source.failed]
-        before = problem.before.only([source.split for source in sources])
-        rows = torch.cat([self._held_out_rows[problem.before.of(s.split)] for s in sources])
         old, new = current_state(problem.model), self._proposal.state
         points = [CautionPoint(0.0, held_out)]
         for caution in self.cautions[1:]:
-            after = problem.evaluator.run_with(between(old, new, 1 - caution), sources)
-            points.append(CautionPoint(caution, estimate(before, after, rows)))
+            after = problem.evaluate_some(between(old, new, 1 - caution), rows)
+            points.append(CautionPoint(caution, estimate(problem.before, after, rows)))
         return tuple(points)
 
     def _does_well(self) -> bool:

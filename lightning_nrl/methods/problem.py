@@ -17,6 +17,7 @@ from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, device_of, temporary_weights
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data import Source
+from lightning_nrl.data.batch import SourcePart
 from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.errors import ModelError, RepairError, TrainingWarning, first_line
 from lightning_nrl.evaluation import Evaluator
@@ -33,6 +34,7 @@ from lightning_nrl.methods.budget import (
     SMALL_BUDGET,
     SMALL_NETWORK,
 )
+from lightning_nrl.methods.known_record import KnownRecord
 from lightning_nrl.methods.solution import Proposal
 from lightning_nrl.records.steps import CUT
 from lightning_nrl.search import FitnessFunction
@@ -145,6 +147,7 @@ class Problem:
         unmasked: `before` with held-out samples still marked as passed or targeted; None if no
             samples are held out.
         work: saves the results of finished steps, so that an interrupted repair can resume.
+        record: what passes over the known data have recorded.
     """
 
     evaluator: Evaluator
@@ -167,6 +170,7 @@ class Problem:
     held_out_rows: Tensor | None = None
     unmasked: SampleResults | None = None
     work: ResumeStore = field(default_factory=ResumeStore)
+    record: KnownRecord = field(default_factory=KnownRecord)
 
     @property
     def model(self) -> nn.Module:
@@ -235,13 +239,28 @@ class Problem:
         )
 
     def evaluate(self, state: State) -> SampleResults:
-        """Returns the results of the deployed model with the tensors of `state` on known data."""
+        """Returns the results of the deployed model with the tensors of `state` on known data.
+
+        If they follow from the record, no pass is made.
+        """
+        return self.record.evaluate(self.evaluator, state, self.known, self.before)
+
+    def deployed(self, state: State) -> SampleResults:
+        """Returns the results as `evaluate` does, of a pass in any case."""
+        return self.record.deployed(self.evaluator, state, self.known, self.before)
+
+    def evaluate_some(self, state: State, rows: Tensor) -> SampleResults:
+        """Evaluates the samples in `rows`, `N` bool; what is right of others is as in `before`."""
         before = self.before
-        after = self.evaluator.run_with(state, self.known)
-        index, label = after.index, after.label
-        if torch.equal(before.index, index) and torch.equal(before.label, label):
-            index, label = before.index, before.label  # so that memory holds them once
-        return replace(after, index=index, label=label, group=before.group)
+        parts = []
+        for source in self.known:
+            positions = rows[before.of(source.split)].nonzero().flatten()
+            if len(positions):
+                parts.append(SourcePart(source, positions))
+        after = self.evaluator.run_with(state, parts)
+        passed, loss = before.passed.clone(), before.loss.clone()
+        passed[rows], loss[rows] = after.passed, after.loss
+        return replace(before, passed=passed, loss=loss)
 
     def propose(self, name: str, state: State) -> Proposal:
         """Evaluates a state on all known data and returns it as a proposal."""
@@ -306,9 +325,15 @@ class Problem:
             passed=passed,
             targeted=self.before.targeted & ~passed,
         )
+        record = self.record.at(self.model, start.state)
         with temporary_weights(self.model, start.state):
             yield replace(
-                self, before=before, passed=self.passed & passed, needed={}, gate=Instance()
+                self,
+                before=before,
+                passed=self.passed & passed,
+                needed={},
+                gate=Instance(),
+                record=record,
             )
 
     @property

@@ -122,11 +122,15 @@ def nearest(distance: Tensor, mask: Tensor, n: int) -> Tensor:
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
-    """Records the activations of the known samples in `keep`, `N` bool, under the present weights.
+    """Returns activations of the known samples in `keep`, `N` bool, under the present weights.
+
+    Records them unless a pass has done so.
 
     Raises:
         ReplayError: on all ranks, if one rank cannot record a layer.
     """
+    if problem.record.cache is not None:
+        return problem.record.cache.only(keep)
     draw = partial(row_batches, problem.known, problem.before)
     batches = all_batches(problem.known, problem.before)
     if len(keep) > problem.n_scored and int(keep.sum()) < FEW_SHARE * len(keep):

@@ -26,8 +26,14 @@ from lightning_nrl.data.sample_identity import (
 )
 from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
-from lightning_nrl.evaluation.head_features import find_label_issues
-from lightning_nrl.evaluation.layers import forbid_batch_statistics
+from lightning_nrl.evaluation.head_features import (
+    MAX_BYTES,
+    HeadRecord,
+    HeadRecorder,
+    find_label_issues,
+    rows_of,
+)
+from lightning_nrl.evaluation.layers import forbid_batch_statistics, is_compiled, last_linear
 from lightning_nrl.evaluation.slices import normalise_weights
 from lightning_nrl.pipeline.input_checks import (
     MAX_LISTED_IDS,
@@ -58,6 +64,7 @@ class Baseline:
         update: results of the replaced model. None if no model is replaced.
         leaked: for each unseen split with leaks, the number of its samples that are also known or
             calibration data.
+        record: what the last Linear did in the pass over known data; None if that is not recorded.
     """
 
     known: SampleResults
@@ -66,6 +73,7 @@ class Baseline:
     set_aside: Tensor
     update: Update | None
     leaked: Mapping[str, int]
+    record: HeadRecord | None = None
 
 
 def evaluate_baseline(
@@ -77,10 +85,12 @@ def evaluate_baseline(
     calibration: Sequence[Source] = (),
     clock: StageTimer,
     reference: Reference | None = None,
+    records: bool = False,
 ) -> Baseline:
     """Evaluates the model on all data.
 
-    `clock` measures the time. Other arguments are as in `repair_module`.
+    `clock` measures the time. With `records`, the pass over known data records the last Linear.
+    Other arguments are as in `repair_module`.
     """
     other_data: dict[Role, Sequence[Source]] = {}
     if calibration:
@@ -88,10 +98,16 @@ def evaluate_baseline(
     if unseen:
         other_data["unseen"] = unseen
     leaks = LeakCheck(known, other_data)
+    recorder = _recorder(evaluator, known, records, settings.search.memory_limit)
     with clock.stage("collect"), forbid_batch_statistics(evaluator.model):
         results, set_aside = settings.samples.evaluate(
-            evaluator, leaks.known, settings.target, everywhere=reference is not None
+            evaluator,
+            leaks.known,
+            settings.target,
+            everywhere=reference is not None,
+            forward=recorder,
         )
+        record = recorder.record()
     other_results: dict[Role, SampleResults] = {}
     for role, sources in leaks.other_data.items():
         with clock.stage("unseen"):
@@ -116,7 +132,7 @@ def evaluate_baseline(
         before = update.kept(results, settings.samples.keep)
     if settings.samples.set_aside == DOUBTFUL:
         with clock.stage("labels"):
-            set_aside = find_label_issues(evaluator, known, before)
+            set_aside = find_label_issues(evaluator, known, before, record)
     return Baseline(
         _without(results, set_aside),
         _without(before, set_aside),
@@ -124,7 +140,19 @@ def evaluate_baseline(
         set_aside,
         update,
         {split: int(mask.sum()) for split, mask in leaked.items()},
+        record,
     )
+
+
+def _recorder(
+    evaluator: Evaluator, known: Sequence[Source], records: bool, memory_limit: int | None
+) -> HeadRecorder:
+    head = None
+    # Compiled code would ignore the hook, and a sharded layer holds only a part of its weights.
+    if records and evaluator.spare_batch is None and not is_compiled(evaluator.model):
+        _, head = last_linear(evaluator.model, evaluator.called)
+    most_bytes = min(MAX_BYTES, memory_limit or MAX_BYTES)
+    return HeadRecorder(evaluator, head, rows_of(known), most_bytes)
 
 
 def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nrl.evaluation.head_features import record_rows
+from lightning_nrl.evaluation.head_features import HeadRecord, head_features
 from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.held_out import draw_held_out_rows
@@ -19,12 +19,12 @@ COPY_DISTANCE = 0.7
 
 
 @torch.no_grad()
-def has_near_copies(problem: Problem) -> bool:
+def has_near_copies(problem: Problem, record: HeadRecord | None) -> bool:
     """True if held-out samples look like copies of used samples beside them in the data set.
 
     Divides the distance of a held-out and a used sample in successive positions by the distance to
-    a random used sample of the same class, both between head features. False if groups are given
-    or too few samples are held out.
+    a random used sample of the same class, both between head features. These are recorded unless
+    `record` has them. False if groups are given or too few samples are held out.
     """
     evaluator, before = problem.evaluator, problem.before
     if before.group is not None:
@@ -43,7 +43,7 @@ def has_near_copies(problem: Problem) -> bool:
     if len(rows) < FEWEST_COMPARED:
         return False
     _, head = last_linear(evaluator.model, evaluator.called)
-    features = record_rows(evaluator, problem.known, head, before, rows)
+    features = head_features(evaluator, problem.known, head, before, rows, record)
     if features is None:
         return False
     x = features.inputs[torch.searchsorted(features.rows, rows)].flatten(2)

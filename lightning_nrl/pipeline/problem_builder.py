@@ -13,8 +13,10 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.evaluation.head_features import HeadRecord, row_batches
+from lightning_nrl.evaluation.layers import ParameterSpace, last_linear
 from lightning_nrl.methods import Problem, Training
+from lightning_nrl.methods.known_record import KnownRecord
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.plain_values import (
     content_hashes,
@@ -24,6 +26,10 @@ from lightning_nrl.pipeline.plain_values import (
 )
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.records import installed_versions
+from lightning_nrl.search.scoring.activation_cache import ActivationCache
+from lightning_nrl.search.scoring.recording import head_cache
+
+FEW = 4  # samples that show if the last layer gives the logits
 
 
 def build_problem(
@@ -35,10 +41,12 @@ def build_problem(
     *,
     clock: StageTimer | None = None,
     training: Training | None = None,
+    record: HeadRecord | None = None,
 ) -> Problem:
     """Builds the problem for a method.
 
-    `layers` is the result of `find_scope`. The other arguments are fields of `Problem`.
+    `layers` is the result of `find_scope`. `record` is of the pass that gave `before`. The other
+    arguments are fields of `Problem`.
     """
     space, scope = layers
     if training is not None:
@@ -59,7 +67,26 @@ def build_problem(
         training=training,
         whole_network=settings.layer == "auto",
         gate=settings.gate,
+        record=KnownRecord(_head_cache(evaluator, known, before, space, record)),
     )
+
+
+def _head_cache(
+    evaluator: Evaluator,
+    known: Sequence[Source],
+    before: SampleResults,
+    space: ParameterSpace,
+    record: HeadRecord | None,
+) -> ActivationCache | None:
+    """Returns the recorded activations if the last layer is what the method changes."""
+    _, head = last_linear(evaluator.model, evaluator.called)
+    if record is None or [site.module for site in space.sites] != [head]:
+        return None
+    few = next(row_batches(known, before, record.rows[:FEW]), None)
+    cache = None
+    if few is not None:
+        cache = head_cache(evaluator, space, record, few[0])
+    return None if evaluator.collective.any(cache is None) else cache
 
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.device import twice_if_out_of_memory
+from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.preserve import loading_mode, preserve_state
 from lightning_nrl._utils.resume import ResumeStore
-from lightning_nrl._utils.state import State, changed, current_state, temporary_weights, write
+from lightning_nrl._utils.state import State, changed, current_state, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.data.sample_identity import read_keys
@@ -26,8 +27,9 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleRes
 from lightning_nrl.evaluation.slices import required_repairs
 from lightning_nrl.gate import Gate, GateDecision, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
-from lightning_nrl.methods.budget import CURVE_SHARE, JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
+from lightning_nrl.methods.budget import JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
 from lightning_nrl.methods.lora import LoraAdapter
+from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import (
     check_limit,
@@ -146,6 +148,7 @@ def repair_module(
     settings = given_or_default(settings)
     evaluator = Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time, began=began)
+    evaluator = replace(evaluator, visited=clock.visit)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
     layers = scope_of(settings, evaluator)
@@ -161,6 +164,7 @@ def repair_module(
             calibration=calibration,
             clock=clock,
             reference=reference,
+            records=True,
         )
         alone = evaluator.collective.world_size == 1
         baseline = twice_if_out_of_memory(evaluate, "the data were counted", alone=alone)
@@ -173,13 +177,20 @@ def repair_module(
             rows_of("suite", suite.samples, SampleResults.concat(tables), keys)
         space, _ = layers
         sources = {source.split: source for source in (*known, *calibration, *unseen)}
-        builder = ReportBuilder(evaluator, space, settings, sources, baseline, clock.seconds)
+        builder = ReportBuilder(evaluator, space, settings, sources, baseline, clock)
         if not baseline.before.targeted.any():
             reason = _nothing_targeted(baseline, known, settings)
             return Outcome(builder.without_candidate("nothing to repair", reason))
         quotas, impossible = required_repairs(baseline.before, settings.samples.quotas or {})
         problem = build_problem(
-            evaluator, known, baseline.before, layers, settings, clock=clock, training=training
+            evaluator,
+            known,
+            baseline.before,
+            layers,
+            settings,
+            clock=clock,
+            training=training,
+            record=baseline.record,
         )
         problem = replace(problem, update=baseline.update is not None, needed=quotas)
         obstacle = impossible or _nothing_passes(problem)
@@ -219,12 +230,11 @@ def _expected_seconds(problem: Problem, settings: Settings) -> dict[str, float]:
     # The default trains only if the whole network may change.
     may_train = problem.whole_network or not isinstance(settings.method, Auto)
     if not settings.trains or problem.update or not may_train:
-        return {"strength": one_pass, "judge": judging}
+        return {"judge": judging}
     training = problem.visits / max(1, len(problem.before)) * one_pass
     return {
         "fit": training,
         "polish": POLISH_PASSES * one_pass,
-        "strength": CURVE_SHARE * training + one_pass,
         "judge": judging,
     }
 
@@ -233,7 +243,9 @@ def _finish(
     problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]
 ) -> Outcome:
     settings, model = builder.settings, problem.model
-    near_copies = solution.held_out is not None and has_near_copies(problem)
+    near_copies = solution.held_out is not None and has_near_copies(
+        problem, builder.baseline.record
+    )
     if settings.bounds.sparse is not None and solution.proposal is not None:
         with problem.clock.stage("sparse"):
             work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)
@@ -262,7 +274,9 @@ def _finish(
     if result.chosen is None:
         reason = f"no strength is within the limit ({settings.limit})."
         return Outcome(builder.without_candidate("not repaired", reason))
-    loaded, patch = to_be_loaded(model, changed(model, result.state), rewritten)
+    state, steps = _confirmed(problem, result.state)
+    builder = replace(builder, solution=replace(solution, steps=(*solution.steps, *steps)))
+    loaded, patch = to_be_loaded(model, changed(model, state), rewritten)
     if not patch:
         # A polish of the weaker patch, `eval()` or rounding has undone the change.
         reason = f"at strength {result.chosen:g} no weight changes."
@@ -284,13 +298,33 @@ def _finish(
     return Outcome(report, loaded, patch, changes, adapter=adapter)
 
 
+def _confirmed(problem: Problem, state: State) -> tuple[State, tuple[Step, ...]]:
+    """Runs the deployed model with weights that were evaluated from the record.
+
+    If it breaks more than the record says and the gate allows, small steps restore that.
+    """
+    if not problem.record.covers(problem.model, state):
+        return state, ()
+    with problem.clock.stage("judge"):
+        expected = problem.counted("record", state, problem.evaluate(state))
+        deployed = problem.counted("judge", state, problem.deployed(state))
+    if expected.excess or not deployed.excess or not problem.before.has_margins:
+        return state, ()
+    problem.record.is_trusted = False
+    scope = tuple(name for name in problem.scope if name in state)
+    proposal, step, _ = polished(replace(problem, scope=scope), deployed)
+    differing = int((deployed.after.passed != expected.after.passed).sum())
+    note = f"the model differs from its recorded layer on {plural(differing, 'sample')}"
+    return proposal.state, (deployed.step(0.0, note), step)
+
+
 def _recount_attached(problem: Problem, adapter: LoraAdapter, patch: State) -> Step:
     """Evaluates the adapters beside the old weights, and compares them with the merged weights."""
     began = problem.clock.elapsed
     with problem.clock.stage("judge"):
-        merged = problem.evaluate(patch)
+        merged = problem.deployed(patch)
         with adapter.attached(problem.model):
-            after = problem.evaluate(adapter.state)
+            after = problem.evaluator.run_with(adapter.state, problem.known)
     differs = (after.prediction != merged.prediction) | (after.passed != merged.passed)
     note = f"beside the old weights; {int(differs.sum()):,} known predictions differ from merged"
     proposal = problem.counted("adapter", adapter.state, after)
@@ -362,17 +396,20 @@ def _breaks_too_many(
 
 
 def _judge(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
-    """Evaluates the model with the patch on all data, and decides whether to accept the patch."""
+    """Evaluates the model with the patch on all data, and decides whether to accept the patch.
+
+    A pass over known data that was made with the same weights is not repeated.
+    """
     settings, baseline = builder.settings, builder.baseline
     other_results = {}
-    with problem.clock.stage("judge"), temporary_weights(problem.model, patch):
-        after = problem.evaluator.run(problem.known)
+    with problem.clock.stage("judge"):
+        after = problem.deployed(patch)
         decision = judge(problem.before, after, settings.gate, problem.needed)
         if decision.accepted:
             decision = _breaks_too_many(problem, builder, after) or decision
         if decision.accepted:
             for role, data in baseline.other_data.items():
-                other_results[role] = problem.evaluator.run(data.sources)
+                other_results[role] = problem.evaluator.run_with(patch, data.sources)
     bounds = None
     if "calibration" in other_results:
         before = baseline.other_data["calibration"].before

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import compress
 
+import torch
+
 from lightning_nrl._utils.state import State, current_state, hash_tensors
-from lightning_nrl._utils.timing import rounded_seconds
+from lightning_nrl._utils.timing import StageTimer, rounded_seconds
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DataWarning, first_line
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, GroupCounts, SampleResults
@@ -71,7 +73,7 @@ class ReportBuilder:
     """Builds the report of a repair, from the results of the stages that have run.
 
     Attributes:
-        seconds: seconds by stage, in a mapping that is updated while the repair runs.
+        clock: has the seconds and visits by stage, and counts on while the repair runs.
     """
 
     evaluator: Evaluator
@@ -79,7 +81,7 @@ class ReportBuilder:
     settings: Settings
     sources: Mapping[str, Source]
     baseline: Baseline
-    seconds: Mapping[str, float]
+    clock: StageTimer
     solution: Solution = NO_SOLUTION
     line_search: LineSearchResult = UNDECIDED
     near_copies: bool = False
@@ -167,10 +169,20 @@ class ReportBuilder:
             leaked=self.baseline.leaked,
             judge=self._judge(after.get("known", known)),
             seed=settings.seed,
-            seconds=rounded_seconds(self.seconds),
+            seconds=rounded_seconds(self.clock.seconds),
+            passes=self._passes(),
             settings=settings.plain(),
             provenance=Provenance.of(self.evaluator.model, *self._before.values()),
         )
+
+    def _passes(self) -> dict[str, float]:
+        """Returns the forward passes by stage over the known data, of all ranks together."""
+        visits = self.clock.visits
+        stages = [*self.clock.seconds, "checks"]
+        counts = torch.tensor([visits.get(stage, 0) for stage in stages])
+        n_known = len(self.baseline.known)
+        passes = (self.evaluator.collective.sum(counts).double() / n_known).tolist()
+        return {stage: round(n, 3) for stage, n in zip(stages, passes, strict=True) if n}
 
     def _search(self) -> SearchReport | None:
         result, n_failed = self.solution.result, self.solution.n_failed

@@ -14,7 +14,7 @@ from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import Problem
-from lightning_nrl.methods.budget import CURVE_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHES
+from lightning_nrl.methods.budget import MAX_POLISHES
 from lightning_nrl.methods.solvers.polish import polish
 from lightning_nrl.pipeline.baseline import EvaluatedData
 from lightning_nrl.records import StrengthPoint
@@ -53,6 +53,11 @@ class PatchPath:
     @property
     def points(self) -> tuple[StrengthPoint, ...]:
         return tuple(self.counted[strength] for strength in sorted(self.counted))
+
+    @property
+    def curve(self) -> tuple[StrengthPoint, ...]:
+        """The points, or none if only strength 1 was counted."""
+        return self.points if self.counted.keys() != {1.0} else ()
 
     def state(self, strength: float) -> State:
         return between(current_state(self.problem.model), self.patch, strength)
@@ -175,8 +180,9 @@ LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(strength < 1 for strength in LIMIT_STR
 class LineSearchResult:
     """The `chosen` strength, or None if no strength keeps the limit.
 
-    `path` has the counts at each tried strength, `state` each changed tensor at the chosen
-    strength. `selection` says how calibration data chose this strength.
+    `path` has the counts at each tried strength, or nothing if only strength 1 was tried. `state`
+    has each changed tensor at the chosen strength. `selection` says how calibration data chose this
+    strength.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -198,22 +204,20 @@ def line_search(
 ) -> LineSearchResult:
     """Evaluates a patch at several strengths and chooses one, by default with `choose_strength`.
 
-    If `fixed` is given, this strength is chosen. `limit` is a limit on broken calibration samples.
-    If it is given, the greatest strength in `LIMIT_STRENGTHS` is chosen whose weights keep the
-    limit and the gate, if necessary after a polish. `after` has the results on known data with the
-    patch, if they are available.
+    Without calibration data, strengths other than `fixed` and 1 are only evaluated if that needs no
+    passes. If `fixed` is given, this strength is chosen. `limit` is a limit on broken calibration
+    samples. If it is given, the greatest strength in `LIMIT_STRENGTHS` is chosen whose weights keep
+    the limit and the gate, if necessary after a polish. `after` has the results on known data with
+    the patch, if they are available.
     """
     path = PatchPath(problem, patch, gate, calibration, may_polish=may_polish)
     strengths = PATH_STRENGTHS
-    if fixed is not None and fixed not in strengths:
+    if calibration is None and not problem.record.covers(problem.model, patch):
+        # Without calibration data the points are only reported, which is worth no pass.
+        strengths = (1.0,)
+    if fixed is not None:
         strengths = (fixed, *strengths)
-    if calibration is None:
-        # Without calibration data the points are only reported, so strengths up to 1 come first.
-        strengths = tuple(sorted(strengths, key=lambda strength: (strength != fixed, strength > 1)))
-        if problem.work_of_pass > FULL_CURVE_SAMPLES:
-            n_affordable = int(CURVE_SHARE * problem.visits / len(problem.before))
-            strengths = strengths[: max(2, n_affordable)]
-    points = path.count(strengths, after=after)
+    points = path.count(dict.fromkeys(strengths), after=after)
     if limit is None and fixed is None and math.isinf(_whole_patch(points).cost_of_calibration):
         # The patch breaks protected calibration samples. This limit allows any broken samples but
         # these.
@@ -222,7 +226,7 @@ def line_search(
         return _strongest_within(path, limit)
     if fixed is not None:
         state = path.take(fixed)
-        return LineSearchResult(path.points, fixed, state)
+        return LineSearchResult(path.curve, fixed, state)
     selection = Selection(1 + len(_free(points)))
     if calibration is not None and calibration.before.weighted:
         # With protected samples the data decide which weights are tried, so all that could be tried
@@ -230,7 +234,7 @@ def line_search(
         selection = Selection(LIMIT_STATES)
     strength = choose_strength(points)
     state = path.take(strength)
-    return LineSearchResult(path.points, strength, state, selection)
+    return LineSearchResult(path.curve, strength, state, selection)
 
 
 def choose_strength(path: Sequence[StrengthPoint]) -> float:

@@ -231,6 +231,8 @@ class RepairRecord(Record):
         judge: precision of the evaluation.
         seed: seed of the run.
         seconds: wall time by stage, in order.
+        passes: samples that the model evaluated by stage, divided by the number of known samples.
+            Training steps do not count.
         versions: versions of the software by name.
         provenance: when the report was made, and from which model and data.
         files: paths of the written files by kind, such as `checkpoint` or `json`.
@@ -269,6 +271,7 @@ class RepairRecord(Record):
     judge: Judge | None = None
     seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    passes: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=installed_versions)
     provenance: Provenance = field(default_factory=Provenance)
     files: Mapping[str, str] = field(default_factory=dict)
@@ -279,7 +282,7 @@ class RepairRecord(Record):
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        for name in ("leaked", "seconds", "files", "settings"):
+        for name in ("leaked", "seconds", "passes", "files", "settings"):
             object.__setattr__(self, name, to_plain(getattr(self, name)))
 
     @classmethod

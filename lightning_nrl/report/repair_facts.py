@@ -61,6 +61,9 @@ def repair_facts(report: RepairRecord) -> list[Fact]:
     if report.change is not None:
         name = "weights changed" if report.status == "repaired" else "would change"
         facts.append((name, _change(report.change)))
+    if report.passes:
+        passes = f"{sum(report.passes.values()):,.1f} passes over the known data"
+        facts.append(("cost", f"{sum(report.seconds.values()):,.1f} s, {passes}"))
     return facts
 
 
@@ -136,15 +139,13 @@ def hash_facts(hashes: Hashes) -> list[Fact]:
 
 
 def run_facts(report: RepairRecord) -> list[Fact]:
-    """Lists the seed and the precision of the run, and the seconds of each stage."""
+    """Lists the seed and the precision of the run."""
     facts = []
     if report.task == USUAL_TASK:
         facts.append(("task", report.task))
     facts.append(("seed", str(report.seed)))
     if report.judge is not None:
         facts.append(("judged in", str(report.judge.precision)))
-    for stage, seconds in report.seconds.items():
-        facts.append((f"seconds to {stage}", f"{seconds:,.2f}"))
     return facts
 
 

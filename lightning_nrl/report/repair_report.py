@@ -34,6 +34,7 @@ from lightning_nrl.report.tables import (
     rungs_table,
     sample_blocks,
     slice_table,
+    stages_table,
     steps_table,
     strength_table,
     unchanged_table,
@@ -174,6 +175,8 @@ def _details(report: RepairRecord) -> list[Block]:
     if report.hashes is not None:
         blocks += [Heading("Weights"), FactList(hash_facts(report.hashes))]
     blocks += [Heading("Run"), FactList(run_facts(report))]
+    if report.seconds:
+        blocks.append(stages_table(report.seconds, report.passes))
     if report.settings:
         settings = [(name, format_setting(value)) for name, value in report.settings.items()]
         blocks += [Heading("Settings"), FactList(settings)]

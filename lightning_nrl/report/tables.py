@@ -148,6 +148,15 @@ def steps_table(steps: Sequence[Step]) -> Table:
     return Table(columns, rows, notes=True)
 
 
+def stages_table(seconds: Mapping[str, float], passes: Mapping[str, float]) -> Table:
+    """Tabulates the time of each stage, and its forward passes over the known data."""
+    rows = []
+    for stage in {**seconds, **passes}:
+        cells = f"{seconds.get(stage, 0.0):,.2f}", f"{passes.get(stage, 0.0):,.1f}"
+        rows.append(Row(stage, cells))
+    return Table((("seconds", ""), ("passes", "")), rows)
+
+
 def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
     """Tabulates counts by strength and marks the chosen strength."""
     columns = [("repaired", "of the target"), ("repaired", "known"), ("broken", "known")]

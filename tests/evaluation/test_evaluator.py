@@ -129,10 +129,10 @@ def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> N
 
 def test_a_model_that_fails_on_one_rank_is_named_on_all() -> None:
     def run(collective: Any) -> ModelError:
-        def forward(x: Tensor) -> Tensor:
+        def forward(batch: Batch) -> Tensor:
             if collective.rank == 1:
                 raise IndexError("index out of range")
-            return x
+            return batch.args[0]
 
         positions = torch.arange(5)[collective.rank :: 2]
         share = Share("train", LOGITS, LABELS, torch.arange(5) + 10, positions, 2)

@@ -125,7 +125,7 @@ class Shift(Callback):
 
 
 @pytest.mark.parametrize("start_from", ["last", "best"])
-@pytest.mark.parametrize("fails_after", [10, 20, 35])
+@pytest.mark.parametrize("fails_after", [16, 20, 35])
 def test_an_exception_leaves_no_trace(tmp_path: Path, start_from: str, fails_after: int) -> None:
     """While the known samples are counted, recorded, and counted again."""
     repair = witness(start_from=start_from, layer="network.3")

@@ -35,7 +35,8 @@ class Mortal(Classifier):
 
     def forward(self, images: Tensor) -> Tensor:
         Mortal.passes_since += 1
-        # Known data have 17 batches: after a round, all of them are evaluated once.
+        # Known data have 17 batches: after a round, all of them are evaluated once. The rung after
+        # the training makes steps of its own.
         if Mortal.dies and Mortal.steps and Mortal.passes_since > 25:
             raise Death
         return super().forward(images)
@@ -43,7 +44,7 @@ class Mortal(Classifier):
 
 def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, RepairReport]:
     model = Mortal.load_from_checkpoint(trained_path)
-    settings = {**QUICK, "method": "finetune-polish", "save_every": 0}
+    settings = {**QUICK, "method": "auto", "save_every": 0}
     trainer = quiet_trainer(folder, logger=loggers.CSVLogger(folder))
     return model, repair(trainer, model, datamodule=Digits(), **with_options(settings))
 

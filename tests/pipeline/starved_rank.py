@@ -22,7 +22,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.methods import FineTunePolish
 from lightning_nrl.tasks import Multiclass
 
-TRAINED = ("fit", "polish", "strength")
+TRAINED = ("fit", "polish")
 """Stages of a method that makes steps; the others are those of a swarm."""
 
 
@@ -81,7 +81,9 @@ def one(stage: str, collective: Collective, model: nn.Module) -> dict[str, Any]:
             Evaluator(model, Starved(watch, stage if is_starved else ""), collective=collective),
             shares(known(), collective.rank, 2),
             quick(
-                method=FineTunePolish() if stage in TRAINED else swarm(particles=6, iterations=4)
+                method=FineTunePolish() if stage in TRAINED else swarm(particles=6, iterations=4),
+                # Of the last layer the first pass records what a localisation needs.
+                layer="0" if stage == "localize" else "auto",
             ),
             unseen=shares(unseen(), collective.rank, 2),
             observer=watch,

@@ -238,7 +238,7 @@ def test_stages_and_progress_are_told_in_order() -> None:
             events.append((done, total))
 
     outcome = repair_module(trained(), known(), quick(), observer=Listener())
-    expected = ({"strength", "judge"}, math.inf)
+    expected = ({"judge"}, math.inf)
     search = ["localize", "search", (10, 12), (12, 12)]
-    assert events == ["collect", expected, *search, "judge", "strength", "judge"]
+    assert events == ["collect", expected, *search, "judge", "strength", "judge", "judge"]
     assert list(outcome.report.seconds) == ["collect", "localize", "search", "judge", "strength"]

@@ -143,7 +143,7 @@ def further_numbers(report: RepairReport, name: str) -> Scalars:
     if report.localization is not None:
         sizes = {"n_g": report.localization.n_g, **report.localization.sizes}
         numbers |= tagged(LOCALIZATION_TAG, sizes, name=name)
-    of_repair = {"seconds": sum(report.seconds.values())}
+    of_repair = {"seconds": sum(report.seconds.values()), "passes": sum(report.passes.values())}
     if report.change is not None:
         of_repair["weights_changed"] = report.change.changed
     return _finite(numbers | tagged(FURTHER_TAG, of_repair, name=name))

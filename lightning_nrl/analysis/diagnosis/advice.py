@@ -7,11 +7,9 @@ import math
 from lightning_nrl._utils.formatting import rough_percent, rough_time
 from lightning_nrl.analysis.diagnosis.diagnosis import Diagnosis
 from lightning_nrl.methods import budget
-from lightning_nrl.pipeline.strength import PATH_STRENGTHS
 from lightning_nrl.search import ParticleSwarm
 
-# Evaluate, localise, count twice, and count at each strength.
-PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)
+PASSES_AROUND_SEARCH = 2  # evaluate and record; judge
 # If at least this share of targets has a doubtful label, the advice begins with labels.
 DOUBTED_SHARE = 0.2
 # The last layer is advised only if its fixes repair this many other targets per broken sample, and

@@ -64,6 +64,7 @@ class Descent:
             self._masked.append((copy, mask.to(copy.device)))
         self._samples_at_once = BATCH_SIZE
         self.trust = 1.0
+        self._trusted_rate = 0.0  # is not measured again
         self.optimizer = optimizer(list(self._copies.values()))
 
     @torch.no_grad()
@@ -120,12 +121,22 @@ class Descent:
         doubles before the step; if the step is too large, it is shortened, and `trust` falls.
         """
         parts = list(parts)
+        if rate <= self._trusted_rate:
+            self.step(parts, loss, rate=rate)
+            return
         self.trust = min(1.0, 2 * self.trust)
         before = {name: copy.detach().clone() for name, copy in self._copies.items()}
-        logits = self._logits(parts)
-        self.step(parts, loss, rate=rate)
-        moved = self._moved(logits, self._logits(parts))
-        if moved > most:
+        logits = {}
+
+        def keeping_logits(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+            logits[tuple(rows.tolist())] = output.detach().float()
+            return loss(batch, rows, output)
+
+        self.step(parts, keeping_logits, rate=rate)
+        moved = self._moved(parts, logits)
+        if moved <= most and self.trust == 1:
+            self._trusted_rate = rate
+        elif moved > most:
             self.trust *= most / moved
             with torch.no_grad():
                 for name, copy in self._copies.items():
@@ -137,18 +148,16 @@ class Descent:
             for name, copy in self._copies.items():
                 copy.copy_(state[name])
         self.optimizer.state.clear()
+        self._trusted_rate = 0.0
 
     @torch.no_grad()
-    def _logits(self, parts: Sequence[Part]) -> list[Tensor]:
-        with self.running():
-            evaluator = self.problem.evaluator
-            return [evaluator.output(batch).float() for batch, _ in self._pieces(parts)]
-
-    def _moved(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
+    def _moved(self, parts: Sequence[Part], logits: Mapping[tuple[int, ...], Tensor]) -> float:
         total = torch.zeros(2, dtype=torch.float64)
-        for x, y in zip(old, new, strict=True):
-            squares = (y - x).nan_to_num(0).square()
-            total += torch.tensor([float(squares.sum()), squares.numel()], dtype=torch.float64)
+        with self.running():
+            for batch, rows in self._pieces(parts):
+                new = self.problem.evaluator.output(batch).float()
+                squares = (new - logits[tuple(rows.tolist())]).nan_to_num(0).square()
+                total += torch.tensor([float(squares.sum()), squares.numel()], dtype=torch.float64)
         squares, n = self.problem.collective.sum(total).tolist()
         return math.sqrt(squares / max(1, n)) / (self.problem.before.margin_unit or 1.0)
 

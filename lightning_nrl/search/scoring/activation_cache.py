@@ -9,13 +9,14 @@ that the model uses again after the layer, such as the shortcut of a residual bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_nrl._utils.interrupts import poll
+from lightning_nrl.evaluation.head_features import HeadRecord
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.search.scoring.replay_plan import Plan, ReplayPlan, WholePlan
 from lightning_nrl.search.scoring.sample_layout import Tree, index_all, to_device
@@ -111,6 +112,41 @@ class ActivationCache:
     groups: list[ReplayGroup]
     rows: Tensor  # n int64 on the CPU, rows of the samples in the results, in stored order
     fallback_reason: str | None = None  # why some samples need the whole model; None: none does
+    head: HeadRecord | None = None  # from which the cache is made, see `of_head`
+
+    @classmethod
+    def of_head(cls, model: EditableModel, plan: ReplayPlan, record: HeadRecord) -> ActivationCache:
+        """Makes a cache of a last layer, whose plan is `ReplayPlan.of_last_layer`."""
+        group = ReplayGroup(plan, record.inputs.device)
+        group.parts = [[record.inputs], [record.outputs]]
+        group.targets = [to_device(target, torch.device("cpu")) for target in record.targets]
+        group.rows = [record.rows]
+        group.finish()
+        return cls(model, [group], record.rows, head=record)
+
+    def with_head(self, record: HeadRecord) -> ActivationCache:
+        """Returns a cache of the same last layer under other weights."""
+        plan = self.groups[0].plan
+        assert isinstance(plan, ReplayPlan)
+        return ActivationCache.of_head(self.model, plan, record)
+
+    def only(self, keep: Tensor) -> ActivationCache:
+        """Returns a cache of the stored samples in `keep`, `N` bool by row of the results."""
+        if keep[self.rows].all():
+            return self
+        groups = []
+        for group in self.groups:
+            at = keep[group.rows[0]].nonzero().flatten()
+            part = ReplayGroup(group.plan, group.device)
+            part.add(
+                group.take(at.to(group.device), group.device),
+                index_all(group.targets[0], at),
+                group.rows[0][at],
+            )
+            groups.append(part)
+            part.finish()
+        rows = torch.cat([group.rows[0] for group in groups])
+        return replace(self, groups=groups, rows=rows, head=None)
 
     @property
     def space(self) -> ParameterSpace:
@@ -125,8 +161,10 @@ class ActivationCache:
         memory = f"{kept:,} samples in memory, " if kept else ""
         return f"activations: {memory}{again:,} samples computed again whenever needed"
 
-    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """Yields chunks of at most `size` samples of one group, as `Replay` explains."""
+    def chunks(
+        self, size: int | list[int] | None = None, keep: Tensor | None = None
+    ) -> Iterator[Chunk]:
+        """Yields chunks of samples of one group, of at most `size` or with these sizes in turn."""
         for group in self.groups:
             rows = group.rows[0]
             positions = torch.arange(len(rows))

@@ -28,6 +28,7 @@ from lightning_nrl.errors import (
     ReplayError,
 )
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.head_features import HeadRecord
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Recompute, ReplayGroup
 from lightning_nrl.search.scoring.memory import free_memory
@@ -118,6 +119,23 @@ def record(
         )
     stored_rows = [torch.zeros(0, dtype=torch.int64), *(group.rows[0] for group in groups)]
     return ActivationCache(recorder.model, groups, torch.cat(stored_rows), recorder.fallback_reason)
+
+
+@torch.no_grad()
+def head_cache(
+    evaluator: Evaluator, space: ParameterSpace, record: HeadRecord, few: Batch
+) -> ActivationCache | None:
+    """Makes a cache of the last layer from its record in a pass.
+
+    Returns None unless the layer is the only one of `space`, and maps its inputs to the logits
+    under other weights, too, as the pass of a `few` samples shows.
+    """
+    model = EditableModel(evaluator, space)
+    try:
+        plan, _ = PassRecorder(model).record_last_layer(inputs_of(few), len(few))
+    except (ReplayError, ConfigurationError):
+        return None
+    return ActivationCache.of_head(model, plan, record)
 
 
 def _group_with_room(
@@ -277,4 +295,6 @@ def _gives_logits(
     (site,), flat = model.space.sites, model.space.flat()
     everywhere = torch.arange(len(flat), device=flat.device)
     changed = model.space.changed(everywhere, perturbed(flat))
-    return same_values(output_under(changed, site, x), model.logits(inputs, changed))
+    with model.evaluator.context():
+        output = output_under(changed, site, x)
+    return same_values(output, model.logits(inputs, changed))

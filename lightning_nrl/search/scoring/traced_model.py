@@ -80,6 +80,7 @@ class EditableModel:
         with unroll(self.space.gates), traced as trace, self.evaluator.context():
             args, kwargs = _cloned(inputs)
             output = run_model(self.model, args, kwargs)
+            logits = self.evaluator.task.logits(output)
         for name in self.sites:
             if name not in trace.layer_order:
                 raise ReplayError(
@@ -88,7 +89,8 @@ class EditableModel:
                     "name a layer that is called as a module; parts of fused modules, such as "
                     "`MultiheadAttention.out_proj`, are not.",
                 )
-        return trace, self.evaluator.task.logits(output)
+        self.evaluator.visit(len(logits))
+        return trace, logits
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Returns the logits of a pass. The model may change the inputs in place."""
@@ -98,7 +100,9 @@ class EditableModel:
 
     def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
         with temporary_weights(self.model, parameters):
-            return self.forward(_cloned(inputs))
+            logits = self.forward(_cloned(inputs))
+        self.evaluator.visit(len(logits))
+        return logits
 
 
 def inputs_of(batch: Batch) -> Inputs:
