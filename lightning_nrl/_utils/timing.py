@@ -15,6 +15,11 @@ from lightning_nrl._utils.interrupts import poll
 Clock = Callable[[], float]  # returns seconds since some fixed moment
 
 
+def seconds_now() -> float:
+    """Returns `time.perf_counter()`, looked up at each call, so that tests can replace it."""
+    return time.perf_counter()
+
+
 class Observer(Protocol):
     """Receiver of a repair's progress."""
 
@@ -43,7 +48,7 @@ class Deadline:
 
     end: float = math.inf
     collective: Collective = field(default_factory=Collective)
-    clock: Clock = time.perf_counter
+    clock: Clock = seconds_now
 
     @property
     def is_set(self) -> bool:
@@ -91,7 +96,7 @@ class StageTimer:
         self,
         observer: Observer | None = None,
         max_time: float | None = None,
-        now: Clock = time.perf_counter,
+        now: Clock = seconds_now,
         began: float | None = None,
     ) -> None:
         self.observer = observer
@@ -115,6 +120,11 @@ class StageTimer:
 
     def deadline(self, collective: Collective | None = None) -> Deadline:
         return Deadline(self._began + self._max_time, collective or Collective(), self.now)
+
+    @property
+    def most(self) -> float:
+        """The time limit in seconds, or infinity."""
+        return self._max_time
 
     @property
     def left(self) -> float:

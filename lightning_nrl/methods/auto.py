@@ -58,6 +58,7 @@ class Auto(Method):
     - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer
       with `Convex`. If only one layer may change and `Convex` does not suit it, `Linearized` is
       used.
+    - If `max_time` is too short for `FEW_EPOCHS` of training, `exact` comes before it.
     - `push` takes small steps from there until the targets that are left are right (`Polish`).
     - `polish` replaces all rungs but `search` in an update, where a new model replaces an old one.
       Small steps from the new model restore all samples that the old model got right (`Polish`).
@@ -225,12 +226,16 @@ class _Climb:
         self._climb("search", self._search)
         if self.problem.update:
             self._climb("polish", Polish(share=budget.UPDATE_TIME_SHARE))
-        elif not self._is_one_layer:
-            self._climb("training", self._training)
-        if not self.problem.update:
+        else:
+            rungs: list[tuple[str, Callable[[Problem], Solution | None]]] = []
+            if not self._is_one_layer:
+                rungs.append(("training", self._training))
             if self.problem.whole_network or self._is_one_layer:
-                self._climb("exact", self._exact)
-            self._climb("push", self._push)
+                rungs.append(("exact", self._exact))
+            if self._is_hurried:
+                rungs.reverse()
+            for name, solve in (*rungs, ("push", self._push)):
+                self._climb(name, solve)
         if self.best is None:
             first = self.results.pop(0).solution
             self._climb("search", partial(self._search_again, first))
@@ -244,7 +249,7 @@ class _Climb:
         is_kept = result.usable is not None and self._is_better(result)
         if is_kept:
             self.best = result.solution.proposal
-            if self.held_out is None or name in ("search", "training"):
+            if self.held_out is None or name in ("search", "training") or self._is_hurried:
                 self.held_out = result.solution.held_out
             if name == "training":
                 # It starts at the original weights, so nothing is left of a search before it.
@@ -317,6 +322,12 @@ class _Climb:
 
     def _search_until(self, problem: Problem, end: Deadline) -> Solution:
         return _safely(problem, partial(constrained_search, problem, self.searcher, end))
+
+    @property
+    def _is_hurried(self) -> bool:
+        """True if there is time for less than `FEW_EPOCHS`, of which a solver makes more."""
+        few = least_seconds(self.problem, budget.FEW_EPOCHS)
+        return self.problem.deadline.is_set and self.problem.clock.most < few
 
     def _time_share_of_search(self, end: Deadline) -> float:
         problem = self.problem

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 # All methods
 FORWARD_BACKWARD = 3.0  # visits of a training step on a sample
-JUDGING_PASSES = 3  # reserved to judge a method's result and count unseen data
+JUDGING_PASSES = 1  # reserved to judge a method's result; the time of unseen data is added
 QUOTA_ROUNDS = 2  # reruns of a method with more weight on slices that miss their quota
 POLISH_PASSES = 12.0  # reserved for a polish during the training
 LEAST_POLISH_SECONDS = 0.5  # minimum of this reserve
@@ -44,7 +44,7 @@ MAX_PAIRS = 1_500  # `Convex.max_pairs` in the default
 
 # Samples of a search
 PREPARATION_TIME_SHARE = 0.5  # of the search's time, for recording, localising and the scorer
-PREPARATION_PASSES = 10.0  # visits to prepare a sample: record, replay, localise
+PREPARATION_PASSES = 3.0  # visits to prepare a sample that is not recorded yet
 PREPARATION_SECONDS = 3e-5  # added per sample, whatever the size of the network
 # A search uses at least these many, however short the time is, and no more if a training follows.
 FEWEST_SAMPLES = 10_000
@@ -76,7 +76,7 @@ POLISH_SHARE = 2.0  # maximum of a polish, as a multiple of the training's visit
 # Of the training's visits. A polish stops after that many without fewer violated samples.
 STALLED_POLISH_SHARE = 1 / 3
 RESTORING_SHARE = 1 / 2  # of the visits, added to restore what pushing has broken at their end
-RESERVED_PASSES = 3.0  # reserved after the rounds, to count samples on the way back
+RESERVED_PASSES = 1.0  # reserved after the rounds, to count the result
 MAX_STALLED_ROUNDS = 20  # without a result or a new low of violated samples
 MAX_ROUNDS = 100  # in total, even while fewer and fewer samples are violated
 MAX_RETREATS = 4

@@ -232,11 +232,10 @@ class Problem:
     def deadline_of_method(self, share: float = 1.0) -> Deadline:
         """Returns the deadline of a method that may use `share` of the time left.
 
-        It leaves time to judge a result.
+        It leaves time to judge a result, the only reserve that all methods share.
         """
-        return self.deadline.within(share * self.clock.left).earlier(
-            JUDGING_PASSES * self.clock.one_pass
-        )
+        judging = JUDGING_PASSES * self.clock.one_pass + self.clock.seconds.get("unseen", 0.0)
+        return self.deadline.earlier(judging).within(share * (self.clock.left - judging))
 
     def evaluate(self, state: State) -> SampleResults:
         """Returns the results of the deployed model with the tensors of `state` on known data.

@@ -60,6 +60,8 @@ def n_to_score(problem: Problem, deadline: Deadline) -> int:
 def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
     """Estimates the seconds to prepare a search on `n` known samples, or all if there are fewer."""
     size = len(problem.before)
+    if problem.record.cache is not None:
+        return min(n, size) * PREPARATION_SECONDS
     return min(n, size) * (
         PREPARATION_PASSES * problem.clock.one_pass / max(1, size) + PREPARATION_SECONDS
     )

@@ -98,7 +98,7 @@ def test_training_goes_on_in_rounds_and_is_polished() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "max_time", "needed"), [(1.0, 3.0, 11), (0.1, 20.0, 110), (0.5, 1e-9, 22)]
+    ("share", "max_time", "needed"), [(1.0, 2.0, 7), (0.1, 10.0, 70), (0.5, 1e-9, 14)]
 )
 def test_without_time_the_reason_says_how_much_it_needs(
     share: float, max_time: float, needed: int
@@ -110,8 +110,7 @@ def test_without_time_the_reason_says_how_much_it_needs(
     )
     problem.clock.seconds["collect"] = 1.0
     solution = FineTunePolish(share)(problem)
-    # A second to begin, and ten passes: three are an epoch, one counts its result, three each for
-    # the polish and for judging.
+    # A second to begin, five passes to train, count and polish, and one to judge.
     assert solution == Solution(
         None, f"no time was left for training: it needs about {needed} s of `max_time`."
     )
@@ -119,7 +118,7 @@ def test_without_time_the_reason_says_how_much_it_needs(
     enough = StageTimer(max_time=needed, now=lambda: 0.0)
     enough.seconds["collect"] = 1.0
     FineTunePolish(share)(replace(problem, clock=enough))
-    assert training.calls[0]["seconds"] == pytest.approx(8 * 2 / 3 - 1)
+    assert training.calls[0]["seconds"] == pytest.approx((needed - 1) * share * 2 / 3 - 1)
 
 
 def test_weights_that_are_no_numbers_are_no_proposal() -> None:

@@ -304,12 +304,11 @@ def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short() -
     many = results([1.0] * 1_000_000)
     for problem in (timed(None, 99.0, before=many), timed(1e6, 1.0, before=many), timed(30.0, 3.0)):
         assert n_to_score(problem, problem.deadline_of_method()) == 100_000
-    # Half of what is left of 100 s when three passes have been kept, at 10 passes of 1 us and 30 us
-    # each.
+    # Half of what is left of 100 s when a pass has been kept, at 3 passes of 1 us and 30 us each.
     problem = timed(100.0, 1.0, before=many, n_scored=2_000_000)
-    assert 0.9 * 48.5 / 40e-6 < n_to_score(problem, problem.deadline_of_method()) < 48.5 / 40e-6
-    assert preparation_seconds(problem, 2_000_000) == pytest.approx(40.0)
-    late = timed(5.0, 1.6, before=many)
+    assert 0.9 * 49.5 / 33e-6 < n_to_score(problem, problem.deadline_of_method()) < 49.5 / 33e-6
+    assert preparation_seconds(problem, 2_000_000) == pytest.approx(33.0)
+    late = timed(2.0, 1.6, before=many)
     assert n_to_score(late, late.deadline_of_method()) == FEWEST_SAMPLES
 
 
