@@ -35,7 +35,7 @@ from lightning_nrl.records import Provenance, Role
 from lightning_nrl.search import ParticleSwarm, SearchHistory
 from lightning_nrl.study.grid import Setting, Sweepable, parse_settings
 from lightning_nrl.study.recorded_search import RecordedSearch, RunRequest
-from lightning_nrl.study.recount import Recount
+from lightning_nrl.study.recount import Recount, record_other_data
 from lightning_nrl.study.run_store import RunStore, StoredRun, gather_runs, results_digest
 from lightning_nrl.study.sweep_result import SweepResult
 
@@ -82,13 +82,24 @@ def sweep_module(
     alone, clock = replace(evaluator, collective=Collective()), StageTimer(observer)
     with preserve_state(evaluator.model):
         baseline = evaluate_baseline(
-            alone, known, base, unseen=unseen, calibration=calibration, clock=clock
+            alone,
+            known,
+            base,
+            unseen=unseen,
+            calibration=calibration,
+            clock=clock,
+            records=True,
         )
         check_targets(baseline.before, base)
-        problem = build_problem(alone, known, baseline.before, layers, base, clock=clock)
-        recounts: dict[Role, Recount] = {"known": Recount(problem, known, baseline.before)}
+        problem = build_problem(
+            alone, known, baseline.before, layers, base, clock=clock, record=baseline.record
+        )
+        recounts: dict[Role, Recount] = {
+            "known": Recount(problem, known, baseline.before, problem.record)
+        }
         for role, data in baseline.other_data.items():
-            recounts[role] = Recount(problem, data.sources, data.before)
+            record = record_other_data(problem, data.sources)
+            recounts[role] = Recount(problem, data.sources, data.before, record)
         store = RunStore(None if dirpath is None else Path(dirpath))
         return _Sweep(problem, base, recounts, evaluator.collective, store).run(
             parsed_settings, parsed_seeds

@@ -38,7 +38,7 @@ def sweep(
     """Runs the paper's search on one model with many settings and seeds.
 
     Counts what each run repairs and breaks. Each run finds the same weights as `repair` with the
-    same arguments, bit for bit. It takes a fraction of the time, since the sweep reads the data
+    same arguments, bit for bit. It takes a fraction of the time, since the sweep records the data
     once. Ranks share the runs. Model, trainer and random state are not changed. Trainer, model,
     data, checkpoint and further arguments, such as `method=ParticleSwarm(...)` and
     `search=SearchOptions(...)`, are those of `repair`; an argument without an effect is refused

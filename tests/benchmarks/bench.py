@@ -16,7 +16,7 @@ CASES = {
     ),
     "memory": ("scoring", "peak memory of scoring"),
     "samples": ("whole_repairs", "repairs of very many samples [method samples seconds]"),
-    "sweep": ("study", "the paper's study by `sweep_module`; long [iterations]"),
+    "sweep": ("sweeps", "the paper's study by `sweep_module`; long [iterations]"),
     "history": ("history", "what `TrainingHistory` adds to an epoch"),
     "bounds": ("bounds", "how often each bound is missed"),
     "strengths": ("strengths", "how often the limit of a chosen strength is missed"),

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
-from lightning_nrl.study.recount import exact_batches
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -150,48 +149,3 @@ def test_random_networks_have_the_same_predictions_and_losses(
     recording = problem.recording(4, 5)
     assert recording.fallback_reason is None
     check(problem, recording, 1e-5, k=k, seed=seed, gap=1e-4)
-
-
-class Odd(nn.Module):
-    """Gives other last bits while somebody looks at its head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.head(self.body(x))
-        return y * (1 + 1e-6 * len(self.head._forward_hooks))
-
-
-PRECISE = ("head", "middle linear", "residual, both", "two inputs")
-EXACT: dict[str, tuple[Case, torch.dtype, bool | None]] = {
-    **{name: (case, torch.float32, None) for name, (case, _) in WHOLE.items()},
-    **{f"{name}, double": (REPLAYED[name], torch.float64, True) for name in PRECISE},
-    **{f"{name}, bfloat16": (REPLAYED[name], torch.bfloat16, None) for name in PRECISE},
-    "another rounding": (Case(Odd, floats(6), "head"), torch.float32, False),
-}
-
-
-@pytest.mark.parametrize("context", [nullcontext, AUTOCAST], ids=["", "autocast"])
-@pytest.mark.parametrize(("case", "dtype", "replayed"), EXACT.values(), ids=EXACT)
-def test_batches_under_other_weights_are_those_of_the_deployed_model_bit_for_bit(
-    case: Case, dtype: torch.dtype, replayed: bool | None, context: Callable[[], Any]
-) -> None:
-    problem = make_problem(case, n=13, dtype=dtype, include_bias=True)
-    batches = problem.batches(5, 5, 3)
-    where, values = problem.candidates(3, 7)
-    evaluator = Evaluator(problem.model, context=context)
-    for (batch, rows), exact in zip(
-        batches, exact_batches(evaluator, batches, problem.space), strict=True
-    ):
-        assert torch.equal(exact.chunk.rows, rows)
-        assert torch.equal(exact.chunk.target, batch.target)
-        is_replayed = exact.cache.is_replayable(exact.chunk)
-        assert replayed is None or context is AUTOCAST or is_replayed is replayed
-        for v in values:
-            with context():
-                expected = problem.oracle(where, v[None], rows)[0]
-            with torch.no_grad():
-                logits = exact.logits(problem.space.changed(where, v))
-            assert torch.equal(logits, expected)
