@@ -24,6 +24,7 @@ from lightning_nrl.records.splits import (
     UpdateSplit,
     by_role,
     pool,
+    pool_by_role,
     pool_updates,
 )
 from lightning_nrl.records.stats import Bound, upper_limit
@@ -396,8 +397,7 @@ class RepairRecord(Record):
         return points
 
     def pooled(self, role: Role) -> SplitReport | None:
-        splits = by_role(self.splits).get(role)
-        return pool(splits) if splits else None
+        return pool_by_role(self.splits).get(role)
 
     def pooled_update(self, role: Role) -> UpdateSplit | None:
         splits = by_role(self.update).get(role)

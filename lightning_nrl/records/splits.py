@@ -222,6 +222,11 @@ def by_role(splits: Sequence[AnySplit]) -> dict[Role, list[AnySplit]]:
     return groups
 
 
+def pool_by_role(splits: Sequence[SplitReport]) -> dict[Role, SplitReport]:
+    """Adds up the splits of each role, in the order of `ROLES`."""
+    return {role: pool(of_role) for role, of_role in by_role(splits).items()}
+
+
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
     """Adds up several splits of one role.
 

@@ -29,8 +29,7 @@ from lightning_nrl.records.splits import (
     Role,
     SplitReport,
     UpdateSplit,
-    by_role,
-    pool,
+    pool_by_role,
 )
 from lightning_nrl.report.figures import (
     BLUE,
@@ -102,10 +101,9 @@ def reviewer_figures(
     These are the panels, the whole search, and `changes` of weights.
     """
     figures = repair_figures(report)
-    if report.search is not None:
-        figure = search_figure(report.search)
-        if figure is not None:
-            figures[SEARCH_TITLE] = figure
+    search_panels = _search_panels(report.search)
+    if search_panels:
+        figures[SEARCH_TITLE] = _draw_together(search_panels, SEARCH_WIDTH, SEARCH_ROW)
     return figures | weight_figures(changes or {}, report.localization)
 
 
@@ -154,12 +152,6 @@ def draw_repair(report: RepairRecord) -> Figure:
     return figure
 
 
-def search_figure(search: SearchReport) -> Figure | None:
-    """Draws all curves of a search in panels of one figure. Returns None without curves."""
-    panels = _search_panels(search)
-    return _draw_together(panels, SEARCH_WIDTH, SEARCH_ROW) if panels else None
-
-
 def _draw_together(panels: Mapping[str, Draw], width: float, height: float) -> Figure:
     """Draws panels in one figure, two per row."""
     n_rows = max(1, -(-len(panels) // 2))
@@ -175,8 +167,7 @@ def _draw_together(panels: Mapping[str, Draw], width: float, height: float) -> F
 
 def _panels(report: RepairRecord) -> dict[str, Draw]:
     panels: dict[str, Draw] = {}
-    for role, splits in by_role(report.candidate or report.splits).items():
-        split = pool(splits)
+    for role, split in pool_by_role(report.candidate or report.splits).items():
         changed = [cell for cell in split.confusion if cell.change]
         if split.margins is not None and split.n:
             panels[f"Margins of {role} data"] = partial(_draw_margins, split.margins)
@@ -193,10 +184,9 @@ def _panels(report: RepairRecord) -> dict[str, Draw]:
         panels["How careful to be, held-out samples by caution"] = partial(
             _draw_cautions, report.caution
         )
-    if report.search is not None:
-        search_panels = _search_panels(report.search)
-        if COUNTS_TITLE in search_panels:
-            panels[SEARCH_TITLE] = search_panels[COUNTS_TITLE]
+    search_panels = _search_panels(report.search)
+    if COUNTS_TITLE in search_panels:
+        panels[SEARCH_TITLE] = search_panels[COUNTS_TITLE]
     return panels
 
 
@@ -269,11 +259,11 @@ def _draw_matrix(cells: Sequence[ConfusionCell], class_name: ClassName, axes: Ax
 def _draw_strengths(path: Sequence[StrengthPoint], chosen: float | None, axes: Axes) -> None:
     known = [(point.strength, point.known) for point in path]
     calibration = [(point.strength, point.calibration) for point in path if point.calibration]
-    _draw_flips(axes, known, ("o-", "s--"), "")
+    _draw_flips(axes, known)
     if calibration:
-        _draw_flips(axes, calibration, ("x:", "x:"), ", calibration")
+        _draw_flips(axes, calibration, "x:", "x:", ", calibration")
     if chosen is not None:
-        axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
+        _mark_chosen(chosen, axes)
     _finish_curves(
         axes,
         "strength: 0 the original weights, 1 the patch",
@@ -282,29 +272,38 @@ def _draw_strengths(path: Sequence[StrengthPoint], chosen: float | None, axes: A
 
 
 def _draw_cautions(points: Sequence[CautionPoint], axes: Axes) -> None:
-    _draw_flips(axes, [(point.caution, point.held_out) for point in points], ("o-", "s--"), "")
+    _draw_flips(axes, [(point.caution, point.held_out) for point in points])
     for point in points:
         if point.chosen:
-            axes.axvline(point.caution, color=INK, linewidth=1, linestyle=":", label="chosen")
+            _mark_chosen(point.caution, axes)
     _finish_curves(axes, "caution: 0 the trained weights, 1 the original ones", "held-out samples")
 
 
+def _mark_chosen(x: float, axes: Axes) -> None:
+    axes.axvline(x, color=INK, linewidth=1, linestyle=":", label="chosen")
+
+
 def _draw_flips(
-    axes: Axes, points: Sequence[tuple[float, FlipCounts]], lines: tuple[str, str], data: str
+    axes: Axes,
+    points: Sequence[tuple[float, FlipCounts]],
+    repaired_line: str = "o-",
+    broken_line: str = "s--",
+    data: str = "",
 ) -> None:
     strengths = [strength for strength, _ in points]
     repaired = [counts.repaired for _, counts in points]
     broken = [counts.broken for _, counts in points]
-    axes.plot(strengths, repaired, lines[0], color=GREEN, label=f"repaired{data}")
-    axes.plot(strengths, broken, lines[1], color=RED, label=f"broken{data}")
+    axes.plot(strengths, repaired, repaired_line, color=GREEN, label=f"repaired{data}")
+    axes.plot(strengths, broken, broken_line, color=RED, label=f"broken{data}")
 
 
-def _search_panels(search: SearchReport) -> dict[str, Draw]:
+def _search_panels(search: SearchReport | None) -> dict[str, Draw]:
     panels: dict[str, Draw] = {}
+    recorded = {} if search is None else search.curves
     for title, labels in SEARCH_PANELS.items():
         curves = {}
         for name, label in labels.items():
-            curve = search.curves.get(name, ())
+            curve = recorded.get(name, ())
             if len(curve) > 1:  # a single value is no curve
                 curves[label] = curve
         if curves:
@@ -405,8 +404,8 @@ class SummaryCell(NamedTuple):
 def summary_columns(report: RepairRecord) -> dict[Role, dict[str, SummaryCell]]:
     """Returns the cells of the summary by role and label."""
     columns = {}
-    for role, splits in by_role(report.candidate or report.splits).items():
-        columns[role] = _summary_column(pool(splits), report.pooled_update(role))
+    for role, split in pool_by_role(report.candidate or report.splits).items():
+        columns[role] = _summary_column(split, report.pooled_update(role))
     return columns
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.formatting import format_setting, number, relative_to_cwd, sentence
 from lightning_nrl.records import RepairRecord
-from lightning_nrl.records.splits import by_role, pool
+from lightning_nrl.records.splits import pool_by_role
 from lightning_nrl.report.figures import Plotted
 from lightning_nrl.report.html import HtmlTable, Report, html_page, svg_of
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Text, Tone
@@ -53,8 +53,7 @@ class RepairReport(RepairRecord, Report, Plotted):
 
     def __repr__(self) -> str:
         parts = [self.verdict.headline]
-        for role, splits in by_role(self.splits).items():
-            split = pool(splits)
+        for role, split in pool_by_role(self.splits).items():
             parts.append(f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}")
         return f"<RepairReport: {'; '.join(parts)}>"
 

@@ -22,6 +22,7 @@ from lightning_nrl.records.splits import (
     UpdateSplit,
     by_role,
     pool,
+    pool_by_role,
     pool_updates,
 )
 from lightning_nrl.report.page import Block, Heading, Row, Table, Tone
@@ -41,7 +42,6 @@ ClassName = Callable[[int], str]
 LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
 RUNG_TONES: Mapping[str, Tone] = {"targets repaired": "good", "known samples broken": "bad"}
 LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
-MARGINS = ("margin before", "margin after")
 FLIPPED_COLUMNS = (
     "split",
     "position",
@@ -49,7 +49,8 @@ FLIPPED_COLUMNS = (
     "true",
     "before",
     "after",
-    *MARGINS,
+    "margin before",
+    "margin after",
     "in target",
     "slice",
     "name",
@@ -256,8 +257,7 @@ def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
 def sample_blocks(report: RepairRecord) -> Iterator[Block]:
     """Yields tables of changed classes and confusions by role, and of flipped samples by split."""
     splits = flipped_splits(report)
-    for role, role_splits in by_role(splits).items():
-        pooled = pool(role_splits)
+    for role, pooled in pool_by_role(splits).items():
         if not pooled.broken and not pooled.repaired:
             continue
         if pooled.classes:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_nrl._utils.formatting import percent, sentence
 from lightning_nrl._utils.json_records import to_plain
-from lightning_nrl.records.splits import SplitReport, by_role, pool
+from lightning_nrl.records.splits import SplitReport, pool_by_role
 from lightning_nrl.records.stats import percent_up
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
@@ -40,7 +40,7 @@ class LoadedRepair:
     @cached_property
     def summary(self) -> Plain:
         report = self.report
-        splits = by_role(flipped_splits(report))
+        splits = pool_by_role(flipped_splits(report))
         limit = report.unseen_limit
         verdict = report.verdict
         return {
@@ -56,8 +56,8 @@ class LoadedRepair:
             "weights_changed": None if report.change is None else report.change.changed,
             "seconds": sum(report.seconds.values()),
             "made": report.provenance.created,
-            "known": _numbers(splits.get("known", ())),
-            "unseen": _numbers(splits.get("unseen", ())),
+            "known": _numbers(splits.get("known")),
+            "unseen": _numbers(splits.get("unseen")),
         }
 
     @cached_property
@@ -144,10 +144,9 @@ class LoadedRepair:
         return {path.name for path in (self.folder.path / SAMPLES_FOLDER).glob("*")}
 
 
-def _numbers(splits: Sequence[SplitReport]) -> Plain | None:
-    if not splits:
+def _numbers(split: SplitReport | None) -> Plain | None:
+    if split is None:
         return None
-    split = pool(splits)
     return {
         "n": split.n,
         "broken": split.broken,
@@ -164,8 +163,8 @@ def _numbers(splits: Sequence[SplitReport]) -> Plain | None:
 def _confusion(splits: Sequence[SplitReport]) -> Plain:
     """Returns label, prediction, count before and count after of changed confusions, by role."""
     changes: Plain = {}
-    for role, role_splits in by_role(splits).items():
-        cells = confusion_changes(pool(role_splits).confusion)
+    for role, split in pool_by_role(splits).items():
+        cells = confusion_changes(split.confusion)
         if cells:
             changes[role] = list(map(astuple, cells))
     return changes
