@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
+from werkzeug.exceptions import abort
 
 from lightning_nrl.report.tensorboard_plugin.repair_folders import (
     RepairFolder,
@@ -87,8 +88,6 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _repair(self, request: Request) -> Response:
         loaded = self._requested(request)
-        if isinstance(loaded, str):
-            return _missing(request, loaded)
         try:
             return _json(request, loaded.details)
         except Exception as error:  # no report may break the tab
@@ -96,8 +95,6 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _beside(self, request: Request) -> Response:
         repair, second = self._requested(request), self._requested(request, "other")
-        if isinstance(repair, str) or isinstance(second, str):
-            return _missing(request, "there is no repair of that name.")
         try:
             return _json(request, {"html": repair.beside(second)})
         except Exception as error:  # such as repairs of different models
@@ -105,8 +102,6 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _sample(self, request: Request) -> Response:
         loaded = self._requested(request)
-        if isinstance(loaded, str):
-            return _missing(request, loaded)
         split, kind = request.args.get("split", ""), request.args.get("kind", "")
         name = loaded.sample_file(split, request.args.get("position", -1, type=int), kind)
         if name is not None:
@@ -122,12 +117,16 @@ class RepairPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 self._scanned_at = time.monotonic()
             return self._scanned
 
-    def _requested(self, request: Request, argument: str = "name") -> LoadedRepair | str:
+    def _requested(self, request: Request, argument: str = "name") -> LoadedRepair:
+        """Returns the repair that a request names, or answers the request that it is missing."""
+        loaded: LoadedRepair | str = "there is no repair of that name."
         name = request.args.get(argument, "")
         for folder in self._folders():
             if folder.name == name:
-                return self._load(folder)
-        return "there is no repair of that name."
+                loaded = self._load(folder)
+        if isinstance(loaded, str):
+            abort(_missing(request, loaded))
+        return loaded
 
     def _summary(self, folder: RepairFolder) -> dict[str, Any]:
         with self._lock:
