@@ -28,6 +28,7 @@ from lightning_nrl.records.splits import (
 from lightning_nrl.report.page import Block, Heading, Row, Table, Tone
 
 Fact = tuple[str, str]
+RELATIVE_RATE = "relative_negative_flip_rate"  # no share, so not in percent
 SHOWN_RATES = (
     "break_rate",
     "negative_flip_rate",
@@ -35,6 +36,7 @@ SHOWN_RATES = (
     "negative_flip_impact",
     "backward_trust_compatibility",
     "backward_error_compatibility",
+    RELATIVE_RATE,
 )
 
 ClassName = Callable[[int], str]
@@ -76,7 +78,7 @@ def outcome_table(splits: Sequence[SplitReport]) -> Table:
     ]
     if not in_target:
         del rows[5:7]
-    return _table(_with_totals(splits, pool), rows)
+    return _table(splits, rows, pool)
 
 
 def unchanged_table(splits: Sequence[SplitReport]) -> Table:
@@ -88,17 +90,14 @@ def unchanged_table(splits: Sequence[SplitReport]) -> Table:
         ("wrong", "failing"),
         ("failures to repair (the target)", "targeted"),
     ]
-    return _table(_with_totals(splits, pool), rows)
+    return _table(splits, rows, pool)
 
 
 def rates_table(splits: Sequence[SplitReport]) -> Table:
     """Tabulates the repair rate, the break rate and published rates for model updates, by split."""
-    columns = _with_totals(splits, pool)
     rates = [(RATES[name].label, name) for name in SHOWN_RATES]
-    table = _table(columns, [("repair rate: repaired of the targeted", "repair_rate"), *rates])
-    relative = RATES["relative_negative_flip_rate"]
-    last = Row(relative.label, [number(split.rates[relative.name]) for split in columns])
-    return Table(table.columns, [*table.rows, last])
+    rows = [("repair rate: repaired of the targeted", "repair_rate"), *rates]
+    return _table(splits, rows, pool)
 
 
 def update_table(splits: Sequence[UpdateSplit]) -> Table:
@@ -114,7 +113,7 @@ def update_table(splits: Sequence[UpdateSplit]) -> Table:
         ("negative flip rate of the new one", "trained.negative_flip_rate"),
         ("negative flip rate now", "final.negative_flip_rate"),
     ]
-    return _table(_with_totals(splits, pool_updates), rows)
+    return _table(splits, rows, pool_updates)
 
 
 def slice_table(slices: Sequence[SliceReport]) -> Table:
@@ -376,24 +375,21 @@ def _confusion_table(cells: Sequence[ConfusionCell], class_name: ClassName) -> T
     return Table(_named("before", "after", "change"), rows)
 
 
-def _with_totals(
-    splits: Sequence[AnySplit], total: Callable[[Sequence[AnySplit]], AnySplit]
-) -> list[AnySplit]:
-    """Sorts splits by role, known first, and adds a total for each role that has several splits."""
+def _table(
+    splits: Sequence[AnySplit],
+    rows: Iterable[tuple[Any, ...]],
+    total: Callable[[Sequence[AnySplit]], AnySplit],
+) -> Table:
+    """Builds a table with a column per split, known first, and a total of each role with several.
+
+    Each of `rows` has a label, a key of `numbers`, and options of `Row`. In an update, `trained.`
+    or `final.` precedes the key.
+    """
     columns = []
     for role_splits in by_role(splits).values():
         columns += role_splits
         if len(role_splits) > 1:
             columns.append(total(role_splits))
-    return columns
-
-
-def _table(columns: Sequence[AnySplit], rows: Iterable[tuple[Any, ...]]) -> Table:
-    """Builds a table with a column per split.
-
-    Each of `rows` has a label, a key of `numbers`, and options of `Row`. In an update, `trained.`
-    or `final.` precedes the key.
-    """
     heads = [(split.split, split.role) for split in columns]
     lines = []
     for label, key, *options in rows:
@@ -406,7 +402,9 @@ def _cell(split: SplitReport | UpdateSplit, key: str) -> str:
         part, _, key = key.partition(".")
         split = {"trained": split.trained, "final": split.final}[part]
     value = split.numbers[key]
-    return f"{value:,}" if isinstance(value, int) else percent(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return number(value) if key == RELATIVE_RATE else percent(value)
 
 
 def _named(*names: str) -> list[tuple[str, str]]:
