@@ -9,11 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lightning_nrl._utils.atomic_files import replacing
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.json_records import Derives, flat, from_plain, required_fields
 from lightning_nrl._utils.resume import from_bytes, to_bytes
 from lightning_nrl.errors import ConfigurationError, DataWarning
@@ -161,7 +159,7 @@ class RunStore:
         stored: dict[str, StoredRun] = {}
         for path in sorted(self.folder.glob("runs-*.pt")):
             try:
-                stored |= _unpacked(path.read_bytes())
+                stored |= from_bytes(path.read_bytes(), dict[str, StoredRun])
             except (OSError, ValueError) as error:
                 warnings.warn(
                     DataWarning(
@@ -195,19 +193,3 @@ def results_digest(results: SampleResults) -> str:
     ):
         sha.update(column.numpy().tobytes())
     return sha.hexdigest()
-
-
-def gather_runs(runs: Mapping[str, StoredRun], collective: Collective) -> dict[str, StoredRun]:
-    """Gathers the runs of all ranks."""
-    if collective.world_size == 1:
-        return dict(runs)
-    packed = torch.frombuffer(bytearray(to_bytes(dict(runs))), dtype=torch.uint8)
-    gathered: dict[str, StoredRun] = {}
-    for packed_on_rank in collective.gather(packed):
-        gathered |= _unpacked(packed_on_rank.numpy().tobytes())
-    return gathered
-
-
-def _unpacked(data: bytes) -> dict[str, StoredRun]:
-    runs: dict[str, StoredRun] = from_bytes(data, dict[str, StoredRun])
-    return runs

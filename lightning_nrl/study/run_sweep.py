@@ -36,7 +36,7 @@ from lightning_nrl.search import ParticleSwarm, SearchHistory
 from lightning_nrl.study.grid import Setting, Sweepable, parse_settings
 from lightning_nrl.study.recorded_search import RecordedSearch, RunRequest
 from lightning_nrl.study.recount import Recount, record_other_data
-from lightning_nrl.study.run_store import RunStore, StoredRun, gather_runs, results_digest
+from lightning_nrl.study.run_store import RunStore, StoredRun, results_digest
 from lightning_nrl.study.sweep_result import SweepResult
 
 Seeds = int | Sequence[int]
@@ -191,10 +191,13 @@ class _Sweep:
 
         If `work` fails on one rank, all ranks fail.
         """
-        return gather_runs(
-            self.collective.all_or_none(work, "another rank could not make its runs of the sweep."),
-            self.collective,
+        own_runs = self.collective.all_or_none(
+            work, "another rank could not make its runs of the sweep."
         )
+        runs: dict[str, StoredRun] = {}
+        for runs_of_rank in self.collective.gather_objects(own_runs):
+            runs |= runs_of_rank
+        return runs
 
     def _make(
         self,
@@ -246,7 +249,6 @@ class _Sweep:
                 runs[name, request.seed] = replace(run, run=replace(run.run, setting=name))
         folder = self.store.folder
         if folder is not None and self.collective.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
             SweepResult(tuple(run.run for run in runs.values())).to_csv(folder / "sweep.csv")
         return runs
 

@@ -208,15 +208,7 @@ def _written(text: str, path: str | Path | None) -> str:
     return text
 
 
-SETTING_COLUMNS = (
-    "setting",
-    "fitness",
-    "alpha",
-    "perfect_intact",
-    "n_weights",
-    "n_passed",
-    "particles",
-)
+SETTING_COLUMNS = RUN_COLUMNS[: RUN_COLUMNS.index("seed")]
 SWEEP_NOTE = (
     "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs "
     "that repair something known and break nothing known. No gate judged."
