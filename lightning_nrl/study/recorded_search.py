@@ -118,19 +118,15 @@ class RecordedSearch:
         for known_localizer, known_passed, localization in self._localizations:
             if known_localizer == localizer and known_passed is passed:
                 return localization
-        localization = self._localize(localizer, passed)
-        self._localizations.append((localizer, passed, localization))
-        return localization
-
-    def _localize(self, localizer: Localizer, passed: Tensor) -> Localization | None:
-        problem, recording = self.problem, self.recording
+        problem, localization = self.problem, None
         known = KnownData(problem.evaluator, problem.known, problem.before, problem.space)
         with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
             localize = localizer.on(known)
-            return localize(
-                recording, problem.evaluator, failed=problem.before.targeted, passed=passed
+            localization = localize(
+                self.recording, problem.evaluator, failed=problem.before.targeted, passed=passed
             )
-        return None
+        self._localizations.append((localizer, passed, localization))
+        return localization
 
     def passed(self, request: RunRequest) -> Tensor:
         """Returns the mask of passed samples to score, the same object for equal requests."""
