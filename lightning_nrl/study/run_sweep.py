@@ -203,7 +203,7 @@ class _Sweep:
         self,
         share: Sequence[RunRequest],
         requests: Sequence[RunRequest],
-        stored: Mapping[str, StoredRun],
+        stored: dict[str, StoredRun],
     ) -> dict[str, StoredRun]:
         new: dict[str, StoredRun] = {}
         clock = self.problem.clock
@@ -222,7 +222,7 @@ class _Sweep:
                     clock.tell(done, work)
                 self.store.write(runs)
                 new |= runs
-                self._write_table(requests, {**stored, **new})
+                self._result(requests, stored | new)
         return new
 
     def _tell(
@@ -237,28 +237,19 @@ class _Sweep:
         seconds = round(stored.run.seconds + time.perf_counter() - began, 4)
         return replace(stored, run=replace(stored.run, seconds=seconds, **counts))
 
-    def _write_table(
+    def _result(
         self, requests: Sequence[RunRequest], stored: Mapping[str, StoredRun]
-    ) -> dict[tuple[str, int], StoredRun]:
-        """Writes the table, and returns the runs by setting and seed in the order of `requests`."""
+    ) -> SweepResult:
+        """Returns the stored runs in the order of `requests`, and writes their table."""
         runs = {}
         for request in requests:
             if request.key in stored:
                 run = stored[request.key]
                 name = request.setting.name  # the stored run may have another one
                 runs[name, request.seed] = replace(run, run=replace(run.run, setting=name))
-        folder = self.store.folder
-        if folder is not None and self.collective.rank == 0:
-            SweepResult(tuple(run.run for run in runs.values())).to_csv(folder / "sweep.csv")
-        return runs
-
-    def _result(
-        self, requests: Sequence[RunRequest], stored: Mapping[str, StoredRun]
-    ) -> SweepResult:
-        runs = self._write_table(requests, stored)
         results = [data.before for data in self.recounts.values()]
         parameters = self.problem.space.parameters.items()
-        return SweepResult(
+        result = SweepResult(
             tuple(run.run for run in runs.values()),
             str(self.base.target),
             ", ".join(layer_names(self.base.layer)),
@@ -267,3 +258,6 @@ class _Sweep:
             provenance=Provenance.of(self.problem.model, *results),
             original={name: value.detach().cpu().clone() for name, value in parameters},
         )
+        if self.store.folder is not None and self.collective.rank == 0:
+            result.to_csv(self.store.folder / "sweep.csv")
+        return result
