@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,19 +27,25 @@ from lightning_nrl._trainer.proof import (
     show_probabilities,
     weigh,
 )
-from lightning_nrl._trainer.step_outputs import Probe, forward_hooks, replaced
+from lightning_nrl._trainer.step_outputs import (
+    Probe,
+    Step,
+    call_step,
+    forward_hooks,
+    loss_in,
+    no_op,
+    replaced,
+)
 from lightning_nrl._trainer.trainer_state import untracked
-from lightning_nrl._trainer.unused_weights import unused_weights
 from lightning_nrl._utils.preserve import preserve_attributes, seed_all
-from lightning_nrl._utils.state import plain_copy
+from lightning_nrl._utils.sharded import is_sharded
+from lightning_nrl._utils.state import plain_copy, temporary_weights
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
-from lightning_nrl.data.batch import Adapter, Args, ModelCall, ModelOutput
+from lightning_nrl.data.batch import Adapter, Args, ModelCall, ModelOutput, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import NamedHead, Task
 
-Step = Callable[..., object]
-"""A step of a LightningModule."""
 Calls = list[tuple[Tensor, Tensor]]
 """Input and output of a layer in each of its calls."""
 # Largest relative distance at which two inputs or outputs of a layer count as equal.
@@ -51,6 +56,7 @@ SEEDS_OF_AUGMENTATION = 4  # number of runs of a step with different seeds, to s
 SPREAD_FACTOR = 3.0
 
 
+@torch.no_grad()
 def check_step(
     trainer: Trainer,
     model: LightningModule,
@@ -90,9 +96,8 @@ def check_step(
     decide(evidence, prediction, task, split, has_adapter=has_adapter)
     are_probabilities = not has_adapter and show_probabilities(evidence, prediction, task)
     is_proven = any(of_step.is_proven for of_step in evidence)
-    is_named = has_adapter or isinstance(task, NamedHead)
-    if not is_named and model.training_step in [step for step, _ in _own_steps(model, known)]:
-        _warn_of(unused_weights(trainer, model, evaluator, known[0]))
+    if not (has_adapter or isinstance(task, NamedHead)) and _trains_by_step(model):
+        _warn_of(steps.unused_weights(known[0]))
     return Evidence(is_proven=is_proven, are_probabilities=are_probabilities)
 
 
@@ -114,14 +119,15 @@ def _own_steps(
     model: LightningModule, known: Sequence[LoaderSource]
 ) -> Iterator[tuple[Step, LoaderSource]]:
     """Yields the module's own steps, and the data on which to run each."""
-    for step, source in (
-        (model.validation_step, known[-1]),
-        (model.test_step, known[-1]),
-        (model.training_step, known[0]),
-    ):
-        is_manual = step.__name__ == "training_step" and not model.automatic_optimization
-        if overrides(model, step.__name__) and not is_manual:
-            yield step, source
+    for step in (model.validation_step, model.test_step):
+        if overrides(model, step.__name__):
+            yield step, known[-1]
+    if _trains_by_step(model):
+        yield model.training_step, known[0]
+
+
+def _trains_by_step(model: LightningModule) -> bool:
+    return model.automatic_optimization and overrides(model, "training_step")
 
 
 def _weigh(
@@ -219,7 +225,6 @@ class _Steps:
         seed: int,
     ) -> _StepRun | None:
         raw = source.first_batch()
-        n_parameters = len(inspect.signature(step).parameters)
         n_scores = 0 if prediction.logits is None else prediction.logits.numel()
         logits = []
         accuracies = set()
@@ -239,36 +244,87 @@ class _Steps:
                 log(name, value)
 
         modules = {name: self.model.get_submodule(name) for name in parts}
-        with (
-            untracked(self.trainer),
-            preserve_attributes(self.model),
-            self._recording() as calls,
-            forward_hooks(modules, keep_logits),
-            replaced(self.model, log=log, log_dict=log_dict),
-        ):
+        with self._recording(log, log_dict) as calls, forward_hooks(modules, keep_logits):
             seed_all(seed)
             try:
                 with recorded_uses(self.model, n_scores) as uses:
-                    loss = step(*(raw, 0, 0)[:n_parameters])
+                    loss = loss_in(call_step(step, raw))
             except Exception:
                 return None
-        if isinstance(loss, Mapping):
-            loss = loss.get("loss")
         value = math.nan
-        if isinstance(loss, Tensor) and loss.numel() == 1:
+        if loss is not None and loss.numel() == 1:
             value = float(loss)
         return _StepRun(calls, value, uses, logits, accuracies)
 
+    def unused_weights(self, source: LoaderSource) -> list[str]:
+        """Returns the names of parameters that `training_step` trains and the logits ignore.
+
+        Such as the transitions of a decoder, or weights of which a module keeps what it has
+        computed. The training step runs first, in training mode, in which modules drop what they
+        keep.
+        """
+        model = self.model
+        if is_sharded(model):
+            return []
+        parameters = dict(model.named_parameters())
+        raw = source.first_batch()
+
+        def loss() -> Tensor | None:
+            model.train()
+            return loss_in(call_step(model.training_step, raw))
+
+        def logits() -> Tensor:
+            args, kwargs, _ = source.adapter(raw)
+            return self.evaluator.task.logits(run_model(model, args, kwargs))
+
+        def run(call: Callable[[], Tensor | None]) -> Tensor:
+            with self._recording():
+                result = call()
+                assert result is not None
+                return result
+
+        with suppress(Exception):  # the evaluation and the training report an error
+            with torch.enable_grad():
+                unused_ids = _leaves(run(loss)) - _leaves(run(logits))
+            unused = {name: x for name, x in parameters.items() if id(x) in unused_ids}
+            if not unused:
+                return []
+            before = run(logits)
+            # A prediction may depend on parameters without gradients.
+            with temporary_weights(model, {name: x + 1 for name, x in unused.items()}):
+                after = run(logits)
+            return list(unused) if torch.equal(before, after) else []
+        return []
+
     @contextmanager
-    def _recording(self) -> Iterator[Calls]:
+    def _recording(self, log: Step = no_op, log_dict: Step = no_op) -> Iterator[Calls]:
+        """Records calls of the layers in a block that leaves trainer and model unchanged."""
         calls = []
 
         def record(name: str, args: tuple[Tensor, ...], output: Tensor) -> None:
             calls.append((plain_copy(args[0]).float(), plain_copy(output).float()))
 
-        context = evaluation_context(self.model, self.evaluator)
-        with context, torch.no_grad(), forward_hooks(self.layers, record):
+        with (
+            untracked(self.trainer),
+            preserve_attributes(self.model),
+            evaluation_context(self.model, self.evaluator),
+            forward_hooks(self.layers, record),
+            replaced(self.model, log=log, log_dict=log_dict),
+        ):
             yield calls
+
+
+def _leaves(result: Tensor) -> set[int]:
+    """Returns the `id` of each parameter from which a result was computed."""
+    leaves, seen, nodes = set(), set(), [result.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves.add(id(getattr(node, "variable", None)))
+        nodes.extend(next_node for next_node, _ in node.next_functions)
+    return leaves
 
 
 def _is_augmented(calls: Calls, expected: Calls, run: Callable[..., _StepRun | None]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nrl._trainer.lightning.packages import LightningModule
 from lightning_nrl._trainer.lightning.private_parts import is_compiled, original_module, overrides
-from lightning_nrl.data.batch import Args, Kwargs, ModelOutput, run_model
+from lightning_nrl.data.batch import Args, Kwargs, ModelOutput, RawBatch, run_model
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
@@ -35,6 +36,8 @@ class Call(NamedTuple):
         return has_args and all(value is kwargs[name] for name, value in self.kwargs.items())
 
 
+Step = Callable[..., object]
+"""A step of a LightningModule."""
 ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."
@@ -222,18 +225,30 @@ def find_forward_pass(
     )
 
 
+def call_step(step: Step, batch: RawBatch) -> object:
+    """Calls a step with a batch and, if it takes them, the batch's and the data loader's number."""
+    n_parameters = len(inspect.signature(step).parameters)
+    return step(*(batch, 0, 0)[:n_parameters])
+
+
+def loss_in(result: object) -> Tensor | None:
+    """Returns the loss in the result of a training step, if it has one."""
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    return loss if isinstance(loss, Tensor) else None
+
+
 def add_to_loss(result: object, term: Tensor) -> object:
     """Adds a scalar to the loss that a training step returned. None, a skipped step, stays None."""
     if result is None:
         return None
-    if isinstance(result, Tensor):
-        return result + term.to(result.device)
-    if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
-        return {**result, "loss": result["loss"] + term.to(result["loss"].device)}
-    raise ConfigurationError(
-        f"`training_step` returned a {type(result).__name__} without a loss.",
-        "return the loss, or a dict with the key 'loss'.",
-    )
+    loss = loss_in(result)
+    if loss is None:
+        raise ConfigurationError(
+            f"`training_step` returned a {type(result).__name__} without a loss.",
+            "return the loss, or a dict with the key 'loss'.",
+        )
+    total = loss + term.to(loss.device)
+    return {**result, "loss": total} if isinstance(result, Mapping) else total
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
@@ -12,7 +11,6 @@ from types import NoneType, UnionType
 from typing import (
     Any,
     Literal,
-    Protocol,
     TypeAlias,
     TypeVar,
     Union,
@@ -20,9 +18,10 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
-    runtime_checkable,
 )
 
+import numpy as np
+from torch import Tensor
 from typing_extensions import Self
 
 from lightning_nrl.errors import ConfigurationError
@@ -34,7 +33,6 @@ Hint: TypeAlias = Any  # a type hint, such as `int | None`
 # json.dumps would make an encoder per call.
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
-WHOLE_NUMBER_LIMIT = 2**63  # the range of int64
 TYPE_NAMES: Mapping[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
 LONGEST_SHOWN = 60  # characters of a value in a message
 PLAIN_HINT = "give JSON that `to_json` has written."
@@ -47,11 +45,6 @@ OPTIONAL: Mapping[str, bool] = {"optional": True}
 def flat(prefix: str = "") -> Mapping[str, str]:
     """Returns metadata for a dataclass whose fields join the outer object, with a prefix."""
     return {"flat": prefix}
-
-
-def null_is(value: float) -> Mapping[str, float]:
-    """Returns metadata for a number field: null in JSON is read as `value` instead of NaN."""
-    return {"null": value}
 
 
 class Derives:
@@ -93,11 +86,6 @@ class Record(Derives):
         return cls.from_dict(parse_json(text))
 
 
-@runtime_checkable
-class _Listable(Protocol):
-    def tolist(self) -> object: ...
-
-
 def to_plain(value: object) -> Plain:
     """Converts dataclasses, arrays and so on to dicts, lists, text, numbers, bools and None.
 
@@ -115,7 +103,7 @@ def to_plain(value: object) -> Plain:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    if isinstance(value, _Listable):
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return to_plain(value.tolist())
     for kind in (int, float):
         if isinstance(value, kind):
@@ -177,35 +165,22 @@ def from_plain(kind: type[T], data: object) -> T:
 
 
 def parse_json(text: str) -> Plain:
-    """Parses strict JSON; refuses repeated keys, NaN and Infinity."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError, TypeError) as error:
-        raise ConfigurationError(f"this is no strict JSON: {error}.", PLAIN_HINT) from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"this is no JSON: {error}.", PLAIN_HINT) from error
 
 
-def _unique(pairs: list[tuple[str, Plain]]) -> dict[str, Plain]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} occurs twice")
-    return data
-
-
-def _refuse_constant(name: str) -> Plain:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def _read(kind: Hint, value: Plain, path: str, null: float = math.nan) -> Any:
+def _read(kind: Hint, value: Plain, path: str) -> Any:
     origin: Hint = get_origin(kind)
     arguments = get_args(kind)
     if kind in (Any, object, NoneType):
         return value
     if origin in (Union, UnionType):
         if type(value) in arguments:
-            return _read(type(value), value, path, null)
+            return _read(type(value), value, path)
         choice = next(argument for argument in arguments if argument is not NoneType)
-        return _read(choice, value, path, null)
+        return _read(choice, value, path)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             raise _wrong(path, f"one of {list(arguments)}", value)
@@ -227,20 +202,18 @@ def _read(kind: Hint, value: Plain, path: str, null: float = math.nan) -> Any:
         data = _object(value, path)
         return {key: _read(arguments[1], item, f"{path}.{key}") for key, item in data.items()}
     if kind is float:
-        return _read_float(value, path, null)
+        return _read_float(value, path)
     if kind not in TYPE_NAMES:
         raise TypeError(f"{path}: a {kind} cannot be read")
     if type(value) is not kind:
         raise _wrong(path, TYPE_NAMES[kind], value)
-    if kind is int and abs(value) >= WHOLE_NUMBER_LIMIT:
-        raise _wrong(path, "a whole number of 64 bits", value)
     return value
 
 
-def _read_float(value: Plain, path: str, null: float) -> float:
+def _read_float(value: Plain, path: str) -> float:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return null
-    if type(value) is int and abs(value) < WHOLE_NUMBER_LIMIT and int(float(value)) == value:
+        return math.nan
+    if type(value) is int:
         return float(value)
     if type(value) is not float or math.isinf(value):
         raise _wrong(path, "a finite number", value)
@@ -262,8 +235,7 @@ def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
         if "optional" in field.metadata and field.name not in data:
             continue
         if "flat" not in field.metadata:
-            null = field.metadata.get("null", math.nan)
-            values[field.name] = _read(hint, take(field.name), prefix + field.name, null)
+            values[field.name] = _read(hint, take(field.name), prefix + field.name)
             continue
         start = field.metadata["flat"]
         inner_kind = _flat_kind(kind, field)

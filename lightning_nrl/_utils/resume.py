@@ -14,11 +14,10 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from types import GenericAlias, UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 from torch.serialization import add_safe_globals, default_restore_location
@@ -83,32 +82,6 @@ def _records(hint: Hint, kinds: set[type]) -> set[type]:
         for inner in get_type_hints(hint).values():
             _records(inner, kinds)
     return kinds
-
-
-def _fits(value: object, hint: Hint) -> bool:
-    """True if a value and its parts have the types of a type hint."""
-    kinds = get_args(hint)
-    origin: Hint = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, kind) for kind in kinds)
-    if origin is Literal:
-        return value in kinds
-    if hint is float:
-        return isinstance(value, (float, int))
-    if hint is Any or not isinstance(value, origin or hint):
-        return hint is Any
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return all(map(_fits, value, get_type_hints(type(value)).values()))
-    if isinstance(value, Mapping):
-        return all(_fits(item, kinds[-1]) for item in value.values())
-    if isinstance(value, (tuple, list)) and kinds:
-        is_long = origin is not tuple or kinds[-1] is Ellipsis
-        kinds = kinds[:1] * len(value) if is_long else kinds
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if not is_dataclass(value):
-        return True
-    hints = get_type_hints(type(value))
-    return all(_fits(vars(value).get(x.name, MISSING), hints[x.name]) for x in fields(value))
 
 
 Result = TypeVar("Result")
@@ -260,14 +233,8 @@ class ResumeStore:
             return None
         saved = None
         problem = ""
-        kinds = GenericAlias(
-            tuple, ((hint or object) | None, float, dict[str, float], dict[str, int])
-        )
         try:
-            value = from_bytes(data, hint, self._device)
-            if not _fits(value, kinds):
-                raise ValueError("it holds values of other types")
-            saved = SavedStep(*value)
+            saved = SavedStep(*from_bytes(data, hint, self._device))
         except ValueError as error:
             problem = str(error)
         problem = self._collective.first_text(problem)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,10 +21,7 @@ from toy_problems import FakeTraining, between, resume_store, retrained, same, s
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
-from lightning_nrl._utils.resume import from_bytes, to_bytes
-from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish, Solution
-from lightning_nrl.methods.auto import RungResult
-from lightning_nrl.methods.solvers.polish import PolishResult
+from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
 
 METHODS: dict[str, Any] = {
@@ -177,40 +174,18 @@ def flip(data: bytes) -> bytes:
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def retype(data: bytes) -> bytes:
-    """The same step, with a checksum that is right and a field of another type."""
-    result, elapsed, seconds, visits = from_bytes(data, tuple[RungResult, Solution, PolishResult])
-    for name, value in vars(result).items():
-        if isinstance(value, (int, float)):
-            object.__setattr__(result, name, "text")
-            break
-    else:
-        elapsed = "text"
-    return to_bytes((result, elapsed, seconds, visits))
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (flip, "the checksum is wrong"),
-        (retype, "it holds values of other types"),
-        (lambda data: to_bytes({"a": 1}), "it holds values of other types"),
-    ],
-)
-def test_damaged_files_are_not_used_and_the_result_is_the_same(
-    tmp_path: Path, damage: Callable[[bytes], bytes], problem: str
-) -> None:
+def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:
     with pytest.raises(Death):
         repaired(tmp_path, 24, "auto")
     (folder,) = tmp_path.iterdir()
     files = [path for path in folder.iterdir() if path.suffix != ".json"]
     assert len(files) >= 2
     for path in files:
-        path.write_bytes(damage(path.read_bytes()))
+        path.write_bytes(flip(path.read_bytes()))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         found, _, _ = repaired(tmp_path, method="auto")
-    assert any(f"is not used: {problem}" in str(one.message) for one in warned)
+    assert any("is not used: the checksum is wrong" in str(one.message) for one in warned)
     assert_same(whole("auto"), found)
 
 

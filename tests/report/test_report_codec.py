@@ -308,13 +308,11 @@ def changed(way: str, value: Any) -> dict[str, Any]:
     [
         ("splits.0.kept", "x", r"^splits\[0\]\.kept: expected a whole number, found 'x'\."),
         ("splits.0.kept", True, r"^splits\[0\]\.kept: expected a whole number, found True"),
-        ("splits.0.kept", 2**63, r"^splits\[0\]\.kept: expected a whole number of 64 bits"),
         ("splits.0.role", "tin", r"^splits\[0\]\.role: expected one of .* found 'tin'"),
         ("splits.0.colour", "red", r"^splits\[0\]\.colour: this key is unknown"),
         ("splits.0", 3, r"^splits\[0\]: expected an object, found 3"),
         ("splits", {}, r"^splits: expected a list, found \{\}"),
         ("strength.0.strength", math.inf, "strength: expected a finite number, found inf"),
-        ("strength.0.strength", 2**53 + 1, "expected a finite number, found 9007199254740993"),
         ("splits.0.flipped.0.in_target", 1, "in_target: expected true or false, found 1"),
     ],
 )
@@ -326,14 +324,12 @@ def test_what_cannot_be_read_is_named_with_its_place(way: str, value: Any, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": -Infinity}', "-Infinity is not a number in JSON"),
-        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
-        ("1" * 5000, "no strict JSON"),
+        ("1" * 5000, "this is no JSON"),
         ("[]", r"expected an object"),
     ],
-    ids=["infinity", "twice", "long", "list"],
+    ids=["long", "list"],
 )
-def test_what_is_no_strict_json_is_refused(text: str, message: str) -> None:
+def test_what_is_no_json_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         RepairReport.from_json(text)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
-
-from lightning_nrl._utils.json_records import null_is
 
 Fixable = Literal["yes", "no", "undecided", "not tried"]
 
@@ -109,4 +107,8 @@ class LayerCapacity:
     layer: str
     kind: str
     weights: int
-    change: float = field(metadata=null_is(math.inf))
+    change: float
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.change):  # in JSON, infinity is null
+            object.__setattr__(self, "change", math.inf)
