@@ -372,9 +372,6 @@ def _joined(part: RawBatch, augmented: RawBatch) -> RawBatch:
     return part + augmented if isinstance(part, list) else part
 
 
-INDICES_AT_ONCE = 2**14  # converted to Python integers at once, to limit memory
-
-
 class ShuffledSampler(Sampler[int]):
     """Sampler that draws `n` samples in random order, divided among the ranks.
 
@@ -401,8 +398,7 @@ class ShuffledSampler(Sampler[int]):
         order = torch.randperm(self._n, generator=self.generator)
         if self.weight is not None and bool((self.weight != self.weight[0]).any()):
             order = self._draw_weighted(order, self.weight)
-        for part in order[self._rank :: self._world_size][: len(self)].split(INDICES_AT_ONCE):
-            yield from part.tolist()
+        yield from order[self._rank :: self._world_size][: len(self)].tolist()
 
     def _draw_weighted(self, order: Tensor, weight: Tensor) -> Tensor:
         # A sample of weight 2.3 is drawn twice, and with a chance of 0.3 a third time.

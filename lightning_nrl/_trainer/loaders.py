@@ -144,11 +144,6 @@ class LoaderSource:
         """The `id` of each sample's innermost data set and its position there, `n x 2` int64."""
         return base_samples(self.loader.dataset, self.index)
 
-    @property
-    def has_validation_view(self) -> bool:
-        """True if samples are read with the `transform` of the validation data."""
-        return self.samples.dataset is not self.loader.dataset
-
     def first_batch(self) -> RawBatch:
         """Returns, on every rank, the first raw batch on the device; seeds all generators."""
         seed_all(self.seed)
@@ -159,7 +154,10 @@ class LoaderSource:
 
     def __iter__(self) -> Iterator[Batch]:
         seed_all(self.seed)
-        batches = self.positions.split(self.batch_size) if len(self.positions) else ()
+        yield from self.draw(self.positions.split(self.batch_size) if len(self.positions) else ())
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Yields a batch for each tensor of positions. Samples are the same in every read."""
         for position, raw in self._read(batches):
             (args, kwargs, target), n = self._unpack(raw)
             if n != len(position):
@@ -168,12 +166,6 @@ class LoaderSource:
                     f"targets.\n{describe(raw)}",
                     f"the target's first dimension must count samples; {adapter_hint(raw)}",
                 )
-            yield Batch(args, target, position, kwargs, raw)
-
-    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yields a batch for each tensor of positions. Samples are the same in every read."""
-        for position, raw in self._read(batches):
-            args, kwargs, target = self.adapter(raw)
             yield Batch(args, target, position, kwargs, raw)
 
     def _read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, RawBatch]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,8 +17,15 @@ from lightning_nrl._trainer.called_layers import call_order, called_layers, eval
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
 from lightning_nrl._trainer.loaders import LoaderSource, length_of
-from lightning_nrl._trainer.proof import FEWEST_PROBABILITIES, Evidence, has_labels, outputs_in
+from lightning_nrl._trainer.proof import (
+    FEWEST_PROBABILITIES,
+    Evidence,
+    has_labels,
+    is_close,
+    outputs_in,
+)
 from lightning_nrl._trainer.step_check import check_step
+from lightning_nrl._trainer.step_outputs import call_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
 from lightning_nrl._utils.sharded import is_sharded
@@ -71,12 +77,11 @@ def open_sources(
     choose = partial(choose_prediction, model, evaluator, adapter, raw)
     # The prediction may fail or differ on a single rank, so the first rank chooses for all.
     choice = ranks.of_first(ranks.all_or_none(choose, failed))
-    call = choice.call(adapter, task)
-    if needs_gradients and choice.by_predict_step:
-        ranks.all_or_none(partial(_check_gradients, model, evaluator, call, raw), failed)
-    own_adapter = adapter
-    if call.changes_output:
-        adapter = partial(_adapt_raw, call, own_adapter)
+    call = DeployedCall(adapter, task, choice)
+    if choice.by_predict_step:
+        adapter = call.adapt
+        if needs_gradients:
+            ranks.all_or_none(partial(_check_gradients, model, evaluator, call, raw), failed)
     layers = ranks.of_first(called_layers(model, evaluator, adapter, raw))
     evaluator = replace(evaluator, called=layers)
     if is_sharded(model):
@@ -93,8 +98,8 @@ def open_sources(
 
     evidence = ranks.of_first(ranks.all_or_none(check, failed))
     evaluator = replace(evaluator, is_proven=evidence.is_proven)
-    if evidence.are_probabilities and not call.gives_probabilities:
-        adapter = partial(_adapt_raw, replace(call, gives_probabilities=True), own_adapter)
+    if evidence.are_probabilities and not choice.gives_probabilities:
+        adapter = replace(call, choice=choice._replace(gives_probabilities=True)).adapt
     opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
     return evaluator, opened
 
@@ -121,14 +126,14 @@ def _instability(
     if len(outputs) < 3:
         return "", ""
     first, second, reseeded = outputs
-    if not _is_close(first, second):
+    if not is_close(first, second, SAME_OUTPUT_TOLERANCE):
         return (
             "`model`: it keeps a state from batch to batch (two predictions of the same batch "
             "differ), so all counts depend on the order and the size of the batches.",
             "reset the state before each prediction, as your steps do: "
             + ADAPTER_HINT.replace("logits =", RESET_LINE),
         )
-    if not _is_close(first, reseeded):
+    if not is_close(first, reseeded, SAME_OUTPUT_TOLERANCE):
         return (
             "`model`: its predictions are random in evaluation mode, for instance by dropout that "
             "stays on.",
@@ -153,6 +158,23 @@ def describe_uncounted_outputs(evaluator: Evaluator, source: LoaderSource) -> st
     return f"Not counted, so it is unknown what breaks in them: {', '.join(uncounted)}."
 
 
+class Choice(NamedTuple):
+    """How a module predicts.
+
+    Attributes:
+        by_predict_step: True to call `predict_step`, of modules that have one, not `forward`.
+        on_inputs: True if `predict_step` takes the inputs without targets.
+        gives_probabilities: True if the output has probabilities, to be converted to logits.
+        is_shown: True if `predict_step` shows that the logits are right, by classes or
+            probabilities that agree with them.
+    """
+
+    by_predict_step: bool = False
+    on_inputs: bool = False
+    gives_probabilities: bool = False
+    is_shown: bool = False
+
+
 @dataclass(frozen=True)
 class DeployedCall(ModelCall):
     """Prediction as the deployed module makes it, by its own `predict_step` or by `forward`.
@@ -160,25 +182,20 @@ class DeployedCall(ModelCall):
     Attributes:
         adapter: separates inputs from targets.
         task: converts outputs to logits.
-        by_predict_step: True to call `predict_step`, of modules that have one.
-        on_inputs: True if `predict_step` takes the inputs without targets.
-        gives_probabilities: True if the output has probabilities, to be converted to logits.
+        choice: how the module predicts.
     """
 
     adapter: Adapter
     task: Task
-    by_predict_step: bool = False
-    on_inputs: bool = False
-    gives_probabilities: bool = False
+    choice: Choice
 
-    @property
-    def changes_output(self) -> bool:
-        """False if `forward` returns the logits."""
-        return self.by_predict_step or self.gives_probabilities
+    def adapt(self, raw: RawBatch) -> Unpacked:
+        """Adapter for a batch that the call takes as a whole."""
+        return (self, raw), {}, self.adapter(raw)[2]
 
     def __call__(self, model: nn.Module, raw: RawBatch) -> ModelOutput:
         output = self._output(model, raw)
-        if not self.gives_probabilities:
+        if not self.choice.gives_probabilities:
             return output
         probabilities = self.task.logits(output)
         limits = torch.finfo(probabilities.dtype)
@@ -189,35 +206,14 @@ class DeployedCall(ModelCall):
     def _output(self, model: nn.Module, raw: RawBatch) -> ModelOutput:
         args, kwargs, _ = self.adapter(raw)
         # An old model may lack the step.
-        if not self.by_predict_step or not isinstance(model, LightningModule):
-            return run_model(model, args, kwargs)
-        if not overrides(model, "predict_step"):
-            return run_model(model, args, kwargs)
-        inputs = args if self.on_inputs else (raw,)
-        batch = inputs[0] if len(inputs) == 1 else inputs
-        n = len(inspect.signature(model.predict_step).parameters)
-        return model.predict_step(*(batch, 0, 0)[:n])
-
-
-class Choice(NamedTuple):
-    """How a module predicts: fields of a `DeployedCall`.
-
-    `is_shown` is True if `predict_step` shows that the logits are right, by classes or
-    probabilities that agree with them.
-    """
-
-    by_predict_step: bool = False
-    on_inputs: bool = False
-    gives_probabilities: bool = False
-    is_shown: bool = False
-
-    def call(self, adapter: Adapter, task: Task) -> DeployedCall:
-        by_predict_step, on_inputs, gives_probabilities, _ = self
-        return DeployedCall(adapter, task, by_predict_step, on_inputs, gives_probabilities)
-
-
-def _adapt_raw(call: ModelCall, adapter: Adapter, raw: RawBatch) -> Unpacked:
-    return (call, raw), {}, adapter(raw)[2]
+        if (
+            self.choice.by_predict_step
+            and isinstance(model, LightningModule)
+            and overrides(model, "predict_step")
+        ):
+            inputs = args if self.choice.on_inputs else (raw,)
+            return call_step(model.predict_step, inputs[0] if len(inputs) == 1 else inputs)
+        return run_model(model, args, kwargs)
 
 
 @torch.no_grad()
@@ -251,12 +247,12 @@ def choose_prediction(
                 ADAPTER_HINT,
             ) from forward
         return Choice()  # the evaluation reports any other problem
-    call = DeployedCall(adapter, task, by_predict_step=True)
-    output = result_or_error(partial(call, model, raw))
-    if isinstance(output, Exception):
-        call = replace(call, on_inputs=True)
+    for on_inputs in (False, True):
+        call = DeployedCall(adapter, task, Choice(by_predict_step=True, on_inputs=on_inputs))
         output = result_or_error(partial(call, model, raw))
-    if isinstance(output, Exception):
+        if not isinstance(output, Exception):
+            break
+    else:
         if isinstance(forward, Exception):
             error = f"{type(forward).__name__}: {first_line(forward)}"
             raise ConfigurationError(
@@ -285,13 +281,13 @@ def choose_prediction(
         return Choice(is_shown=True)
     are_probabilities = _are_probabilities(logits, task)
     if not isinstance(forward_logits, Exception) and forward_logits.shape == logits.shape:
-        if _is_close(forward_logits, logits):
+        if is_close(forward_logits, logits, SAME_OUTPUT_TOLERANCE):
             return Choice()
         if are_probabilities:
             probabilities = class_logits(forward_logits).softmax(1)[:, -logits.shape[1] :]
-            if _is_close(probabilities, logits):
+            if is_close(probabilities, logits, SAME_OUTPUT_TOLERANCE):
                 return Choice(is_shown=True)
-    return Choice(True, call.on_inputs, are_probabilities, is_shown=are_probabilities)
+    return Choice(True, on_inputs, are_probabilities, is_shown=are_probabilities)
 
 
 def _logits(task: Task, output: ModelOutput, target: Any) -> Tensor | Exception:
@@ -305,12 +301,6 @@ def _logits(task: Task, output: ModelOutput, target: Any) -> Tensor | Exception:
     except Exception as error:
         return error
     return TypeError(f"{logits.dtype} {list(logits.shape)} has no logits")
-
-
-def _is_close(x: Tensor, expected: Tensor) -> bool:
-    expected = expected.float()
-    distance = (x.float() - expected).abs().max()
-    return bool(distance <= SAME_OUTPUT_TOLERANCE * expected.abs().max())
 
 
 def _are_probabilities(x: Tensor, task: Task) -> bool:

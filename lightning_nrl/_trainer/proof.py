@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_warn
+from lightning_nrl._trainer.step_outputs import replaced
 from lightning_nrl.data.adapters import (
     ADAPTER_HINT,
     adapter_hint,
@@ -138,9 +139,8 @@ def recorded_uses(model: nn.Module, n_scores: int) -> Iterator[list[ScoreUse]]:
 
         for module in model.modules():
             if isinstance(module, Metric):
-                own_update = module.update
-                vars(module)["update"] = partial(update, module, own_update)
-                stack.callback(vars(module).update, update=own_update)
+                recording = partial(update, module, module.update)
+                stack.enter_context(replaced(module, update=recording))
         yield recorder.uses
 
 
@@ -366,7 +366,7 @@ def agrees(use: ScoreUse, logits: Tensor, task: Task) -> bool:
     except ConfigurationError:
         return False  # of a wrong shape
     if not ours:
-        return _is_equal(scores, logits)
+        return is_close(scores, logits)
     for ranking in ours:
         if not scores.is_floating_point():
             decided = _decided(ranking, logits, task)
@@ -455,9 +455,9 @@ def _takes_probabilities(use: ScoreUse, logits: Tensor, task: Task) -> bool | No
     if not has_labels(logits, task) or scores.numel() != logits.numel():
         return None
     if use.function in TAKE_LOGITS:
-        return _is_equal(scores.sigmoid(), logits)
+        return is_close(scores.sigmoid(), logits)
     if use.function == "binary_cross_entropy":
-        return _is_equal(scores, logits)
+        return is_close(scores, logits)
     return None
 
 
@@ -480,11 +480,13 @@ def show_probabilities(evidence: Sequence[Evidence], prediction: Prediction, tas
     return is_range and logits.numel() >= FEWEST_PROBABILITIES and not isinstance(task, NamedHead)
 
 
-def _is_equal(x: Tensor, y: Tensor) -> bool:
-    if x.numel() != y.numel():
+def is_close(x: Tensor, expected: Tensor, tolerance: float = COMPARED_TOLERANCE) -> bool:
+    """True if all numbers are equal, within a tolerance relative to the largest."""
+    if x.numel() != expected.numel():
         return False
-    difference = (x.float().flatten() - y.float().flatten()).abs().max()
-    return bool(difference <= COMPARED_TOLERANCE * y.float().abs().max())
+    numbers = expected.float().flatten()
+    distance = (x.float().flatten() - numbers).abs().max()
+    return bool(distance <= tolerance * numbers.abs().max())
 
 
 def _is_same(target: Tensor, labels: Tensor) -> bool:

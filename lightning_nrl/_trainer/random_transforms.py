@@ -173,7 +173,7 @@ def _describe_draws(source: LoaderSource) -> str:
             f"`{source.split}` is a stream: its {len(samples):,} samples were read once, in order, "
             f"and kept in memory ({samples.n_bytes / 1e6:,.3g} MB)."
         )
-    if source.has_validation_view:
+    if source.samples.dataset is not samples:
         return f"`{source.split}` was read with the `transform` of the validation data."
     if not source.samples.draws:
         return ""

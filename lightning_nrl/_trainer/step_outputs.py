@@ -252,7 +252,7 @@ def add_to_loss(result: object, term: Tensor) -> object:
 
 
 @contextmanager
-def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, **methods: Callable[..., Any]) -> Iterator[None]:
     """Replaces methods of a module for a block."""
     attributes = vars(module)
     before = {name: attributes[name] for name in methods if name in attributes}

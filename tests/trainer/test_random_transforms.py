@@ -180,6 +180,10 @@ def inputs(source: LoaderSource) -> list[float]:
     return torch.cat([batch.args[0] for batch in source]).flatten().tolist()
 
 
+def has_view(source: LoaderSource) -> bool:
+    return source.samples.dataset is not source.loader.dataset
+
+
 def viewed(train: Dataset[Any], *validation: Dataset[Any]) -> LoaderSource:
     loaders = [DataLoader(data, 8) for data in validation]
     return with_validation_view(source(train), lambda: loaders[0] if len(loaders) == 1 else loaders)
@@ -189,7 +193,7 @@ def test_two_data_sets_over_the_same_images_split_by_position() -> None:
     train, val = Images(0, 6, jitter), Images(0, 6, clean)
     data = Subset(train, [5, 0, 2])
     view = viewed(data, Subset(val, [1, 3, 4]))
-    assert view.has_validation_view
+    assert has_view(view)
     assert inputs(view) == [150.0, 100.0, 120.0]
     # The training goes on with what the user made.
     assert view.loader.dataset is data
@@ -221,4 +225,4 @@ JITTERED = Images(0, 6, jitter)
     ],
 )
 def test_a_view_that_may_show_other_samples_is_not_taken(train: Any, validation: Any) -> None:
-    assert not viewed(train, *validation).has_validation_view
+    assert not has_view(viewed(train, *validation))
