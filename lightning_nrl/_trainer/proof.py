@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_warn
-from lightning_nrl._trainer.step_outputs import replaced
+from lightning_nrl._utils.preserve import replaced
 from lightning_nrl.data.adapters import (
     ADAPTER_HINT,
     adapter_hint,

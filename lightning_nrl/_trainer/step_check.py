@@ -34,10 +34,9 @@ from lightning_nrl._trainer.step_outputs import (
     forward_hooks,
     loss_in,
     no_op,
-    replaced,
 )
 from lightning_nrl._trainer.trainer_state import untracked
-from lightning_nrl._utils.preserve import preserve_attributes, seed_all
+from lightning_nrl._utils.preserve import preserve_attributes, replaced, seed_all
 from lightning_nrl._utils.sharded import is_sharded
 from lightning_nrl._utils.state import plain_copy, temporary_weights
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter

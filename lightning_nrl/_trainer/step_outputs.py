@@ -251,20 +251,6 @@ def add_to_loss(result: object, term: Tensor) -> object:
     return {**result, "loss": total} if isinstance(result, Mapping) else total
 
 
-@contextmanager
-def replaced(module: nn.Module, **methods: Callable[..., Any]) -> Iterator[None]:
-    """Replaces methods of a module for a block."""
-    attributes = vars(module)
-    before = {name: attributes[name] for name in methods if name in attributes}
-    attributes.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            attributes.pop(name, None)
-        attributes.update(before)
-
-
 def no_op(*args: Any, **kwargs: Any) -> None:
     """Does nothing, in place of a method that must not run."""
 

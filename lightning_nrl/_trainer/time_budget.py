@@ -162,11 +162,9 @@ class TrainingTrial(TimeBudget):
         began = time.perf_counter()
         super().__init__(began + PACE_TIME_SHARE * (end - began), collective)
         self._ends: list[float] = []
-        self._epoch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._epoch = int(trainer.num_training_batches)
         self._ends = [time.perf_counter()]
 
     def epochs(self, end: float) -> float:
@@ -178,7 +176,7 @@ class TrainingTrial(TimeBudget):
             even = even[WARM_UP_BATCHES:]
         batch = (even[-1] - even[0]) / (len(even) - 1)
         left = (end - time.perf_counter()) * (1 - RESERVED_TIME_SHARE) - started
-        return left / max(batch * self._epoch, 1e-9)
+        return left / max(batch * self._per_epoch, 1e-9)
 
     def _is_over(self, device: torch.device) -> bool:
         if device.type == "cuda":

@@ -32,10 +32,16 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
 from lightning_nrl._trainer.module_copy import DROPPED_CALLBACKS
-from lightning_nrl._trainer.step_outputs import no_op, replaced
+from lightning_nrl._trainer.step_outputs import no_op
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import interruptible
-from lightning_nrl._utils.preserve import has_own_modes, module_flags, random_state, set_modes
+from lightning_nrl._utils.preserve import (
+    has_own_modes,
+    module_flags,
+    random_state,
+    replaced,
+    set_modes,
+)
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task

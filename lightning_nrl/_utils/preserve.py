@@ -202,6 +202,20 @@ def mixed_seed(seed: int, i: int) -> int:
     return z ^ (z >> 31)
 
 
+@contextmanager
+def replaced(owner: object, **attributes: object) -> Iterator[None]:
+    """Replaces attributes of an object for a block."""
+    members = vars(owner)
+    earlier = {name: members[name] for name in attributes if name in members}
+    members.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            members.pop(name, None)
+        members.update(earlier)
+
+
 class _TensorCopy(NamedTuple):
     tensor: Tensor
     memory: Tensor  # refers to the tensor's storage, even if `tensor.data` is set later
@@ -219,7 +233,7 @@ class _TensorSnapshot:
         for tensor in self._earlier.values():
             if tensor is not None and is_copied(tensor):
                 memory = own_part(tensor.data)
-                self.copies.append(_TensorCopy(tensor, memory, _copy(memory)))
+                self.copies.append(_TensorCopy(tensor, memory, plain_tensor(memory).clone()))
 
     def overwritten(self) -> dict[int, Tensor]:
         """Maps the `id` of each changed tensor to its earlier values."""
@@ -256,13 +270,6 @@ def _is_copied_once(value: Tensor) -> bool:
     return isinstance(value, nn.Parameter) and id(value) not in PRESERVED and _has_values(value)
 
 
-def _copy(value: Tensor) -> Tensor:
-    try:
-        return plain_tensor(value).clone()
-    except torch.OutOfMemoryError:
-        return value.cpu()
-
-
 def _is_at(value: Tensor, memory: Tensor) -> bool:
     return _place(value) == _place(memory)
 
@@ -278,7 +285,7 @@ def _is_same(value: Tensor, copy: Tensor) -> bool:
     size = SAME_SIZE.get(value.element_size())
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False
-    return torch.equal(value.view(size), copy.to(value.device).view(size))
+    return torch.equal(value.view(size), copy.view(size))
 
 
 @contextmanager

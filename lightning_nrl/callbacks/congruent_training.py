@@ -27,7 +27,7 @@ from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagge
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.checks import check_per_sample
-from lightning_nrl._utils.preserve import preserve_state
+from lightning_nrl._utils.preserve import preserve_state, replaced
 from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data import Adapter
 from lightning_nrl.data.adapters import bind_adapter
@@ -129,7 +129,7 @@ class PositiveCongruentTraining(CallbackBase):
         # call the original's.
         self._step.close()
         step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
-        self._step.enter_context(step_outputs.replaced(pl_module, training_step=step))
+        self._step.enter_context(replaced(pl_module, training_step=step))
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._step.close()

@@ -63,7 +63,12 @@ class Target(ABC):
 
         Ignores conditions on the predicted class: a confusion covers all samples of its true class.
         """
-        return self.select(batch, label, prediction)
+        if label is None:
+            return self.select(batch, label, prediction)
+        covered = self.select(batch, label, label)
+        for predicted in classes_in(self):
+            covered = covered | self.select(batch, label, torch.full_like(label, predicted))
+        return covered
 
     @abstractmethod
     def __str__(self) -> str:
@@ -164,10 +169,7 @@ class Confusion(Target):
                 f"choose the class: `label {self.true}`.",
             )
         is_predicted = _required(self, prediction) == self.predicted
-        return self.covers(batch, label, prediction) & is_predicted.cpu()
-
-    def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
-        return (_required(self, label) == self.true).cpu()
+        return ((_required(self, label) == self.true) & is_predicted).cpu()
 
     def __str__(self) -> str:
         return f"confusion {self.true} -> {self.predicted}"
@@ -232,10 +234,6 @@ class TargetPair(Target):
         left = self.left.select(batch, label, prediction)
         return type(self).combine(left, self.right.select(batch, label, prediction))
 
-    def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
-        left = self.left.covers(batch, label, prediction)
-        return type(self).combine(left, self.right.covers(batch, label, prediction))
-
     def __str__(self) -> str:
         left = _operand(self.left)
         if isinstance(self.left, type(self)):  # is read first even without parentheses
@@ -268,17 +266,6 @@ class Not(Target):
 
     def select(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
         return ~self.target.select(batch, label, prediction)
-
-    def covers(self, batch: Batch, label: Classes, prediction: Classes) -> Tensor:
-        inner = self.target
-        if isinstance(inner, Not):
-            return inner.target.covers(batch, label, prediction)
-        if isinstance(inner, And):
-            return (~inner.left | ~inner.right).covers(batch, label, prediction)
-        if isinstance(inner, Or):
-            return (~inner.left & ~inner.right).covers(batch, label, prediction)
-        # With labels as predictions, no sample is a confusion: `not confusion` covers all samples.
-        return ~inner.select(batch, label, label)
 
     def __str__(self) -> str:
         return f"not {_operand(self.target)}"

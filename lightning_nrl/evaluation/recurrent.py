@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.preserve import replaced
 from lightning_nrl.errors import ConfigurationError
 
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
@@ -111,14 +112,8 @@ def patched_forward(
     else:
         patch["_forward_hooks"] = OrderedDict()
         patch["_forward_pre_hooks"] = OrderedDict()
-    replaced = {name: attributes[name] for name in patch if name in attributes}
-    attributes.update(patch)
-    try:
+    with replaced(module, **patch):
         yield
-    finally:
-        for name in patch:
-            attributes.pop(name, None)
-        attributes.update(replaced)
 
 
 @dataclass(frozen=True)

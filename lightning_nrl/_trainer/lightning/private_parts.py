@@ -22,6 +22,7 @@ from lightning_nrl._trainer.lightning.packages import (
     class_for,
 )
 from lightning_nrl._utils.device import is_out_of_memory
+from lightning_nrl._utils.preserve import replaced
 from lightning_nrl.data.adapters import describe
 from lightning_nrl.data.batch import RawBatch, with_plain_tensors
 from lightning_nrl.errors import ConfigurationError, first_line
@@ -98,12 +99,9 @@ def overrides(module: LightningModule, name: str) -> bool:
 @contextmanager
 def validating(trainer: Trainer) -> Iterator[None]:
     """Sets the trainer's stage to validation, in which modules do not augment, for a block."""
-    stage = trainer.state.stage
-    trainer.state.stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
-    try:
+    stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
+    with replaced(trainer.state, stage=stage):
         yield
-    finally:
-        trainer.state.stage = stage
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: RawBatch) -> RawBatch:
