@@ -19,7 +19,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_info,
 )
 from lightning_nrl._utils.formatting import rough_time
-from lightning_nrl._utils.timing import Clock
+from lightning_nrl._utils.timing import Clock, Observer
 
 STAGES = {
     "collect": "counting what is right and wrong",
@@ -61,7 +61,7 @@ class _ActiveStage:
     note: str = ""
 
 
-class RepairProgress:
+class RepairProgress(Observer):
     """Progress bar of a repair, with the current stage, and the time left if known."""
 
     clock: Clock = staticmethod(time.perf_counter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from lightning_nrl._trainer.lightning.checkpoint_files import CheckpointWriter, writing_checkpoint
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_info, rank_zero_warn
 from lightning_nrl._utils.atomic_files import EARLIER, StagedFiles
-from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
-from lightning_nrl._utils.state import State, current_state, hash_tensor, hash_tensors, saved_names
+from lightning_nrl._utils.checkpoint import REFUSED_OBJECT, damaged_part
+from lightning_nrl._utils.state import State, current_state, hash_tensor, saved_names
 from lightning_nrl.errors import (
     ConfigurationError,
     FilesWarning,
@@ -99,8 +98,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
     ) -> None:
         self._files = {kind: Path(path) for kind, path in files.items()}
         self._trainer = trainer
-        self._problems: dict[str, str] = {}  # reasons for missing files, by kind
-        self._holds_other_weights = False  # True if the checkpoint would not hold the judged ones
+        self._problems: dict[str, Exception] = {}  # reasons for missing files, by kind
         self._direct: set[str] = set()  # kinds that the user's own plugin writes in place
         self._stage: StagedFiles | None = None
         if files and (trainer is None or trainer.is_global_zero):
@@ -129,8 +127,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         try:
             yield
         except Exception as error:
-            self._problems[kind] = short_message(error)
-            self._holds_other_weights |= isinstance(error, _OtherWeightsError)
+            self._problems[kind] = error
 
     def patch(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
         """Stages the patch that changes the current weights of the model to `parameters`."""
@@ -162,7 +159,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
                 except OSError as error:
                     writer.error = error
             self._trainer.save_checkpoint(path, weights_only=False)
-        check = partial(_check_checkpoint, writer, report, model, parameters)
+        check = partial(_check_checkpoint, writer, model, parameters)
         if writer.is_plain:
             self.write("checkpoint", check)
         elif self._stage is not None:
@@ -194,7 +191,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         except OSError as error:
             for kind, path in self._files.items():
                 if path.name not in self._stage.placed and kind not in self._direct:
-                    self._problems.setdefault(kind, short_message(error))
+                    self._problems.setdefault(kind, error)
             return
         for path in earlier:
             name = path.name.removeprefix(EARLIER)
@@ -210,7 +207,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             if accepted:
                 state = "the repair was accepted and is in the model"
             hint = "make room, and write the report with `report.to_json()`."
-            if self._holds_other_weights:
+            if isinstance(self._problems.get("checkpoint"), _OtherWeightsError):
                 hint = (
                     "look at what `on_save_checkpoint` of the module does; "
                     "the patch has the change."
@@ -234,7 +231,8 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
 
     def _missing(self) -> str:
         return "; ".join(
-            f"`{self._files[kind].name}` ({reason})" for kind, reason in self._problems.items()
+            f"`{self._files[kind].name}` ({short_message(error)})"
+            for kind, error in self._problems.items()
         )
 
     def _named(self, report: AnyReport) -> AnyReport:
@@ -247,17 +245,13 @@ class _OtherWeightsError(OSError):
 
 
 def _check_checkpoint(
-    writer: CheckpointWriter,
-    report: RepairReport,
-    model: nn.Module,
-    parameters: State,
-    path: Path | None,
+    writer: CheckpointWriter, model: nn.Module, parameters: State, path: Path | None
 ) -> None:
     if writer.error is not None:
         raise writer.error
     if path is not None and not path.exists():
         raise OSError("nothing was written")
-    if difference := _difference(_read_back(writer, path), report, model, parameters):
+    if difference := _difference(_read_back(writer, path), model, parameters):
         raise _OtherWeightsError(f"it would not hold {difference}")
 
 
@@ -272,47 +266,25 @@ def _read_back(writer: CheckpointWriter, path: Path | None) -> Mapping[str, Any]
     except Exception as error:
         if not REFUSED_OBJECT.search(str(error)):
             raise
-        # Check the file without loading its objects.
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
-        if broken is not None:
-            raise OSError(f"{broken} in it is damaged") from error
+        if part := damaged_part(path):
+            raise OSError(f"{part} in it is damaged") from error
         return writer.state_dict
 
 
-def _difference(
-    state: Mapping[str, Any], report: RepairReport, model: nn.Module, parameters: State
-) -> str:
+def _difference(state: Mapping[str, Any], model: nn.Module, parameters: State) -> str:
+    """Describes the first tensor in a saved state dict that is not as judged, if any."""
     names = saved_names(model)
     judged = {**current_state(model), **parameters}
-    saved: dict[str, Tensor] = {}
-    unnamed = []
-    for key, value in state.items():
-        if key in names and isinstance(value, Tensor):
-            saved[names[key]] = value
-        elif isinstance(value, Tensor):
-            unnamed.append(value)
-    if report.hashes is not None and hash_tensors(saved) == report.hashes.model_after:
-        return ""
+    hashes = {key: hash_tensor(x) for key, x in state.items() if isinstance(x, Tensor)}
+    for key, digest in hashes.items():
+        if key in names and digest != hash_tensor(judged[names[key]]):
+            return f"the weights that were judged: {names[key]!r} differs"
+    named = {names.get(key) for key in hashes}
     for name in parameters:
-        if name not in saved and not any(_is_same(value, judged[name]) for value in unnamed):
+        # The module may save a tensor under a name of its own.
+        if name not in named and hash_tensor(judged[name]) not in hashes.values():
             return f"the repaired {name!r}"
-    wrong = [name for name, value in saved.items() if not _is_same(value, judged[name])]
-    if not wrong:
-        return ""
-    name = wrong[0]
-    difference = "has other values"
-    if saved[name].dtype != judged[name].dtype:
-        difference = f"is {saved[name].dtype}, not {judged[name].dtype}"
-    if len(wrong) > 1:
-        difference += f", and {len(wrong) - 1} more differ"
-    return f"the weights that were judged: {name!r} {difference}"
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return hash_tensor(a) == hash_tensor(b)
+    return ""
 
 
 def short_message(error: Exception) -> str:

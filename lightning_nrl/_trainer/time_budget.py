@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._utils.distributed import Collective
@@ -196,9 +197,6 @@ def _average_gradients(model: LightningModule, collective: Collective) -> None:
             parameter.grad = torch.zeros_like(parameter)
         if parameter.grad is not None:
             gradients.append(parameter.grad)
-    if not gradients:
-        return
-    total = collective.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-    means = (total / collective.world_size).split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    if gradients:
+        total = collective.sum(parameters_to_vector(gradients))
+        vector_to_parameters(total / collective.world_size, gradients)

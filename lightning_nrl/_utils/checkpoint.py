@@ -52,7 +52,14 @@ def load_mapping(
         raise ConfigurationError(
             f"`{argument}`: {str(path)!r} cannot be read ({reason(error)}).", hint
         ) from error
-    _check_sums(argument, path)
+    if part := damaged_part(path):
+        warnings.warn(
+            DataWarning(
+                f"`{argument}`: {str(path)!r} is damaged: the checksum of {part!r} is wrong.",
+                "take another copy of the file.",
+            ),
+            stacklevel=2,
+        )
     if not isinstance(content, Mapping):
         raise ConfigurationError(
             f"`{argument}`: {str(path)!r} holds a {type(content).__name__}.",
@@ -61,25 +68,17 @@ def load_mapping(
     return content
 
 
-def _check_sums(argument: str, path: str | Path) -> None:
-    # `torch.load` does not check the checksums of a zip file.
+def damaged_part(path: str | Path) -> str:
+    """Returns a part of a zip file with a wrong checksum, which `torch.load` ignores, if any."""
     try:
         file = zipfile.ZipFile(path)
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
-        return  # the file has another format
+        return ""  # the file has another format
     with file:
         try:
-            damaged = file.testzip()
+            return file.testzip() or ""
         except Exception as error:  # the bytes are damaged
-            damaged = type(error).__name__
-    if damaged is not None:
-        warnings.warn(
-            DataWarning(
-                f"`{argument}`: {str(path)!r} is damaged: the checksum of {damaged!r} is wrong.",
-                "take another copy of the file.",
-            ),
-            stacklevel=3,
-        )
+            return type(error).__name__
 
 
 def reason(error: Exception) -> str:

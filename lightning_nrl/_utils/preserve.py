@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.sharded import own_part, reshard
-from lightning_nrl._utils.state import plain_copy, plain_tensor
+from lightning_nrl._utils.state import memory_of, plain_copy, plain_tensor
 
 # By size in bytes, to compare bits.
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -239,7 +239,7 @@ class _TensorSnapshot:
         """Maps the `id` of each changed tensor to its earlier values."""
         overwritten = {}
         for tensor, memory, values in self.copies:
-            if not (_is_at(own_part(tensor), memory) and _is_same(memory, values)):
+            if not (memory_of(tensor) == memory_of(memory) and _is_same(memory, values)):
                 overwritten[id(tensor)] = values
         return overwritten
 
@@ -256,7 +256,7 @@ class _TensorSnapshot:
             if tensors[name] is not tensor:
                 tensors[name] = tensor
         for tensor, memory, values in self.copies:
-            if not _is_at(own_part(tensor), memory):
+            if memory_of(tensor) != memory_of(memory):
                 tensor.data = memory
             if not _is_same(memory, values):
                 own_part(tensor).copy_(values)
@@ -268,16 +268,6 @@ def _has_values(value: Tensor) -> bool:
 
 def _is_copied_once(value: Tensor) -> bool:
     return isinstance(value, nn.Parameter) and id(value) not in PRESERVED and _has_values(value)
-
-
-def _is_at(value: Tensor, memory: Tensor) -> bool:
-    return _place(value) == _place(memory)
-
-
-def _place(value: Tensor) -> tuple[object, ...]:
-    if value.layout != torch.strided:
-        return value.device, value.dtype, value.layout
-    return value.device, value.dtype, value.shape, value.stride(), value.data_ptr()
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:

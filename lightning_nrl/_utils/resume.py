@@ -149,7 +149,7 @@ class ResumeStore:
             has_results = self._find(self._folder, origin)
         self._resumes = collective.any(has_results)
         if self._resumes:
-            clock.announce(f"Repair: resumes after the finished steps ({self._folder}).")
+            clock.observer.announce(f"Repair: resumes after the finished steps ({self._folder}).")
 
     def once(self, name: str, work: Callable[[], Result], hint: Hint = None) -> Result:
         """Returns a step's saved result, or runs `work` and saves its result if it was slow.
@@ -269,7 +269,7 @@ class ResumeStore:
             newest = max(files, key=lambda file: file.stat().st_mtime)
             earlier_origin = dict(json.loads(newest.read_text(encoding="utf-8")))
             differing = [name for name in origin if earlier_origin.get(name) != origin[name]]
-            self._clock.announce(
+            self._clock.observer.announce(
                 f"Repair: starts again, since {newest.parent} is from a repair with other "
                 f"{' and '.join(differing)}; delete it if you do not need it."
             )

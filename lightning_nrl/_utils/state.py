@@ -196,16 +196,16 @@ def saved_names(model: nn.Module) -> dict[str, str]:
     """
     live = live_tensors(model)
     state = model.state_dict()
-    name_at = {_place(value): name for name, value in live.items()}
+    name_at = {memory_of(value): name for name, value in live.items()}
     names = {}
     for key, value in state.items():
         if not isinstance(value, Tensor) or not value.numel():
             if key in live:
                 names[key] = key
-        elif key in live and _place(live[key]) == _place(value):
+        elif key in live and memory_of(live[key]) == memory_of(value):
             names[key] = key
-        elif _place(value) in name_at:
-            names[key] = name_at[_place(value)]
+        elif memory_of(value) in name_at:
+            names[key] = name_at[memory_of(value)]
     names.update((name, name) for name in _copied_names(model, live.keys() - names.values()))
     return names
 
@@ -240,8 +240,12 @@ def check_saved(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def _place(value: Tensor) -> tuple[int, torch.Size, torch.device]:
-    return own_part(value).data_ptr(), value.shape, value.device
+def memory_of(value: Tensor) -> tuple[object, ...]:
+    """Returns what two tensors share if, and only if, they are the same part of the memory."""
+    value = own_part(value)
+    if value.layout != torch.strided:
+        return value.device, value.dtype, value.layout
+    return value.device, value.dtype, value.shape, value.stride(), value.data_ptr()
 
 
 def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:

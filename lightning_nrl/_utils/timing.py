@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
@@ -20,11 +19,12 @@ def seconds_now() -> float:
     return time.perf_counter()
 
 
-class Observer(Protocol):
-    """Receiver of a repair's progress."""
+class Observer:
+    """Receiver of a repair's progress. The base class ignores it."""
 
     def stage(self, name: str) -> AbstractContextManager[object]:
         """Returns a context manager in which a stage runs, such as `fit`, `search` or `judge`."""
+        return nullcontext()
 
     def search(
         self, done: int, total: int, repaired: int | None = None, broken: int | None = None
@@ -99,7 +99,7 @@ class StageTimer:
         now: Clock = seconds_now,
         began: float | None = None,
     ) -> None:
-        self.observer = observer
+        self.observer = observer or Observer()
         self.seconds: dict[str, float] = {}
         self.visits: dict[str, int] = {}
         self._stage = "checks"
@@ -161,7 +161,7 @@ class StageTimer:
         seconds_before = sum(self.seconds.values())
         outer, self._stage = self._stage, name
         try:
-            with self.observer.stage(name) if self.observer else nullcontext():
+            with self.observer.stage(name):
                 yield
         finally:
             self._stage = outer
@@ -172,16 +172,10 @@ class StageTimer:
         self, done: int, total: int, repaired: int | None = None, broken: int | None = None
     ) -> None:
         poll()
-        if self.observer:
-            self.observer.search(done, total, repaired, broken)
+        self.observer.search(done, total, repaired, broken)
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        if self.observer:
-            self.observer.expect(seconds, self.left)
-
-    def announce(self, text: str) -> None:
-        if self.observer:
-            self.observer.announce(text)
+        self.observer.expect(seconds, self.left)
 
 
 def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
