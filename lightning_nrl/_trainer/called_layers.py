@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,12 @@ def call_order(model: nn.Module, run: Callable[[], object]) -> list[str]:
 def _unused_last_layers(
     model: nn.Module, linear: Mapping[str, nn.Linear], run: Callable[[], Tensor]
 ) -> set[str]:
-    needed, unused = set[str](), set[str]()
+    unused = set[str]()
     logits = _changed_logits(nn.Identity(), {}, model, run)
     if logits is None:
         return unused
 
+    @cache
     def is_unused(name: str) -> bool:
         for change in OUTPUT_CHANGES:
             changed = _changed_logits(change, {name: linear[name]}, model, run)
@@ -83,11 +84,8 @@ def _unused_last_layers(
     # both orders.
     for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
         left = [name for name in order if name not in unused]
-        while len(left) > 1 and left[-1] not in needed:
-            if is_unused(left[-1]):
-                unused.add(left.pop())
-            else:
-                needed.add(left[-1])
+        while len(left) > 1 and is_unused(left[-1]):
+            unused.add(left.pop())
     return unused
 
 

@@ -83,9 +83,8 @@ def open_sources(
         if needs_gradients:
             ranks.all_or_none(partial(_check_gradients, model, evaluator, call, raw), failed)
     layers = ranks.of_first(called_layers(model, evaluator, adapter, raw))
-    evaluator = replace(evaluator, called=layers)
-    if is_sharded(model):
-        evaluator = replace(evaluator, spare_batch=partial(_spare_batch, adapter, raw))
+    spare_batch = partial(_spare_batch, adapter, raw) if is_sharded(model) else None
+    evaluator = replace(evaluator, called=layers, spare_batch=spare_batch)
 
     def check() -> Evidence:
         problem, hint = _instability(model, evaluator, adapter, raw)

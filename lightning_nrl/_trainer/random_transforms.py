@@ -120,9 +120,9 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
     for source in sources:
         instability = _find_instability(source)
         if instability is not None:
-            changed, problem, hint = instability
+            changed, hint = instability
             hint = f"no guarantee holds for them. {hint}"
-            rank_zero_warn(DataWarning(f"`{source.split}` data: {problem}.", hint))
+            rank_zero_warn(DataWarning(f"`{source.split}` data: {changed}.", hint))
             sentences.append(f"No guarantee for `{source.split}`: {changed}.")
             continue
         sentence = _describe_draws(source)
@@ -132,8 +132,8 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
     return " ".join(sentences)
 
 
-def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
-    """Says which samples change, the problem and a hint; None if all samples are repeatable."""
+def _find_instability(source: LoaderSource) -> tuple[str, str] | None:
+    """Says which samples change, with a hint; None if all samples are repeatable."""
     samples, collate = source.loader.dataset, source.loader.collate_fn
     if isinstance(samples, KeptStream) and (n_changed := count_changed(samples, collate)):
         changed = f"{plural(n_changed, 'sample')} changed or swapped places between two reads"
@@ -141,17 +141,19 @@ def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
             "Another read may give samples that were not counted, and their ids in reports are "
             f"wrong. Give a stream that neither shuffles nor augments: {CLEAN_LOADER}."
         )
-        return changed, changed, hint
+        return changed, hint
     positions = _checked_positions(source)
     n_changed = check_stability(source.samples, positions, source.loader.collate_fn)
     if n_changed:
-        changed = f"{n_changed} of {len(positions)} samples that were read twice changed"
-        problem = f"{changed}, though they were read with the same random numbers"
+        changed = (
+            f"{n_changed} of {len(positions)} samples that were read twice changed, though they "
+            "were read with the same random numbers"
+        )
         hint = (
             "Draw in the data set, not in the collate function, and from the global generator of "
             f"torch, numpy or Python; or give a loader that draws nothing: {CLEAN_LOADER}."
         )
-        return changed, problem, hint
+        return changed, hint
     batch = positions[: source.batch_size]
     n_changed = check_order(source, batch)
     if not n_changed:
@@ -163,7 +165,7 @@ def _find_instability(source: LoaderSource) -> tuple[str, str, str] | None:
         "Their ids in reports are wrong. Let the collate function keep the order, and draw nothing "
         f"in it; or, with MixUp in it, give a loader without: {CLEAN_LOADER}."
     )
-    return changed, changed, hint
+    return changed, hint
 
 
 def _describe_draws(source: LoaderSource) -> str:

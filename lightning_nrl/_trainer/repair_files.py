@@ -142,7 +142,7 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
 
         self.write("patch", write)
 
-    def checkpoint(self, report: RepairReport, model: nn.Module, parameters: State) -> None:
+    def checkpoint(self, model: nn.Module, parameters: State) -> None:
         """Stages the trainer's checkpoint, and checks that it holds `parameters`.
 
         All ranks must call it.

@@ -177,10 +177,8 @@ def _read(kind: Hint, value: Plain, path: str) -> Any:
     if kind in (Any, object, NoneType):
         return value
     if origin in (Union, UnionType):
-        if type(value) in arguments:
-            return _read(type(value), value, path)
-        choice = next(argument for argument in arguments if argument is not NoneType)
-        return _read(choice, value, path)
+        choices = [argument for argument in arguments if argument is not NoneType]
+        return _read(type(value) if type(value) in arguments else choices[0], value, path)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             raise _wrong(path, f"one of {list(arguments)}", value)
@@ -203,8 +201,6 @@ def _read(kind: Hint, value: Plain, path: str) -> Any:
         return {key: _read(arguments[1], item, f"{path}.{key}") for key, item in data.items()}
     if kind is float:
         return _read_float(value, path)
-    if kind not in TYPE_NAMES:
-        raise TypeError(f"{path}: a {kind} cannot be read")
     if type(value) is not kind:
         raise _wrong(path, TYPE_NAMES[kind], value)
     return value
@@ -221,32 +217,25 @@ def _read_float(value: Plain, path: str) -> float:
 
 
 def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
-    known = set()
-
-    def take(name: str) -> Plain:
-        known.add(name)
-        if name not in data:
-            raise _error(prefix + name, "this is missing")
-        return data[name]
-
-    values = {}
+    values: dict[str, Any] = {}
+    known: set[str] = set()
     for field in _written_fields(kind):
         hint = hints_of(kind)[field.name]
-        if "optional" in field.metadata and field.name not in data:
-            continue
-        if "flat" not in field.metadata:
-            values[field.name] = _read(hint, take(field.name), prefix + field.name)
-            continue
-        start = field.metadata["flat"]
-        inner_kind = _flat_kind(kind, field)
-        inner = {}
-        for part in fields(inner_kind):
-            if "optional" not in part.metadata or start + part.name in data:
-                inner[part.name] = take(start + part.name)
-        if NoneType in get_args(hint) and not any(item is not None for item in inner.values()):
-            values[field.name] = None
-        else:
-            values[field.name] = _read_record(inner_kind, inner, prefix + start)
+        if "flat" in field.metadata:
+            start = field.metadata["flat"]
+            inner_kind = _flat_kind(kind, field)
+            names = {start + part.name: part.name for part in fields(inner_kind)}
+            known.update(names)
+            inner = {name: data[key] for key, name in names.items() if key in data}
+            if NoneType in get_args(hint) and not any(item is not None for item in inner.values()):
+                values[field.name] = None
+            else:
+                values[field.name] = _read_record(inner_kind, inner, prefix + start)
+        elif field.name in data:
+            known.add(field.name)
+            values[field.name] = _read(hint, data[field.name], prefix + field.name)
+        elif "optional" not in field.metadata:
+            raise _error(prefix + field.name, "this is missing")
     record = kind(**values)
     if isinstance(record, Derives):
         known.update(record.derived)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
     buffers = [_TensorSnapshot(module._buffers, _has_values) for module in modules]
     snapshots = [*parameters, *buffers]
-    copied = {id(copy.tensor) for snapshot in parameters for copy in snapshot.copies}
+    copied = {id(tensor) for snapshot in parameters for tensor, _, _ in snapshot.copies}
     PRESERVED.update(copied)
     try:
         overwritten = {}
@@ -216,12 +216,6 @@ def replaced(owner: object, **attributes: object) -> Iterator[None]:
         members.update(earlier)
 
 
-class _TensorCopy(NamedTuple):
-    tensor: Tensor
-    memory: Tensor  # refers to the tensor's storage, even if `tensor.data` is set later
-    values: Tensor
-
-
 class _TensorSnapshot:
     """Copies of the parameters or the buffers of one module."""
 
@@ -229,11 +223,12 @@ class _TensorSnapshot:
         self._tensors = tensors
         # The mapping of a scripted module has no other iterator than `items()`.
         self._earlier: dict[str, Tensor | None] = dict(tensors.items())
+        # `memory` refers to the tensor's storage, even if `tensor.data` is set later.
         self.copies = []
         for tensor in self._earlier.values():
             if tensor is not None and is_copied(tensor):
                 memory = own_part(tensor.data)
-                self.copies.append(_TensorCopy(tensor, memory, plain_tensor(memory).clone()))
+                self.copies.append((tensor, memory, plain_tensor(memory).clone()))
 
     def overwritten(self) -> dict[int, Tensor]:
         """Maps the `id` of each changed tensor to its earlier values."""

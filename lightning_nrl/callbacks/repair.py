@@ -434,7 +434,7 @@ class RegressionFreeRepair(RepairCallback):
             with repair_files.SavedFiles(files, trainer, file_names) as saved:
                 if parameters is not None:
                     saved.patch(report, pl_module, parameters)
-                    saved.checkpoint(report, pl_module, parameters)
+                    saved.checkpoint(pl_module, parameters)
                 if outcome.adapter is not None:
                     saved.write("adapter", outcome.adapter.write)
                 report = saved.reports(report, outcome.views, outcome.changes)

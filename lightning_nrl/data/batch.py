@@ -265,6 +265,12 @@ def tensors_in(tree: object) -> Iterator[Tensor]:
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 
+def _arguments(inputs: Inputs) -> tuple[Args, Kwargs]:
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return inputs if isinstance(inputs, tuple) else (inputs,), {}
+
+
 @dataclass(frozen=True, eq=False)
 class TensorSource:
     """Split of `n` samples in memory (a `lightning_nrl.data.Source`).
@@ -299,17 +305,12 @@ class TensorSource:
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        self._check("targets", self.targets)
-        if isinstance(self.inputs, Mapping):
-            for name, x in self.inputs.items():
-                self._check(f"inputs[{name!r}]", x)
-        elif isinstance(self.inputs, tuple):
-            for i, x in enumerate(self.inputs):
-                self._check(f"inputs[{i}]", x)
-        else:
-            self._check("inputs", self.inputs)
-        for i, extra in enumerate(self.extras):
-            self._check(f"extras[{i}]", extra)
+        args, kwargs = _arguments(self.inputs)
+        samples = {"targets": self.targets}
+        samples |= {f"inputs[{key!r}]": x for key, x in (*enumerate(args), *kwargs.items())}
+        samples |= {f"extras[{i}]": x for i, x in enumerate(self.extras)}
+        for argument, x in samples.items():
+            self._check(argument, x)
         check_whole("batch_size", self.batch_size, 1)
 
     def __len__(self) -> int:
@@ -337,17 +338,8 @@ class TensorSource:
         def take(x: Tensor) -> Tensor:
             return x[rows].to(self.device)  # a copy, into which a forward may write
 
-        args: Args = ()
-        kwargs: Kwargs = {}
-        inputs: Inputs
-        if isinstance(self.inputs, Mapping):
-            inputs = kwargs = {name: take(x) for name, x in self.inputs.items()}
-        elif isinstance(self.inputs, tuple):
-            inputs = args = tuple(map(take, self.inputs))
-        else:
-            inputs = take(self.inputs)
-            args = (inputs,)
-        target, *extras = map(take, (self.targets, *self.extras))
+        inputs, target, extras = pytree.tree_map(take, (self.inputs, self.targets, self.extras))
+        args, kwargs = _arguments(inputs)
         return Batch(args, target, position, kwargs, (inputs, target, *extras))
 
     def _check(self, argument: str, x: object) -> None:

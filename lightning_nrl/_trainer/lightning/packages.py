@@ -15,9 +15,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core import rank_zero
-from lightning_utilities.core.rank_zero import rank_zero_info as rank_zero_info
-from lightning_utilities.core.rank_zero import rank_zero_only as rank_zero_only
-from lightning_utilities.core.rank_zero import rank_zero_warn as rank_zero_warn
+from lightning_utilities.core.rank_zero import (
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 from torch import nn
 
 FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
@@ -79,26 +81,34 @@ def _base(path: str) -> Any:
 if TYPE_CHECKING:
     from lightning_fabric.utilities.cloud_io import _load
     from lightning_fabric.utilities.distributed import (
-        DistributedSamplerWrapper as DistributedSamplerWrapper,
+        DistributedSamplerWrapper,
     )
-    from pytorch_lightning import Callback as Callback
-    from pytorch_lightning import LightningDataModule as LightningDataModule
-    from pytorch_lightning import LightningModule as LightningModule
-    from pytorch_lightning import Trainer as Trainer
-    from pytorch_lightning.callbacks import Checkpoint as Checkpoint
-    from pytorch_lightning.callbacks import ModelCheckpoint as ModelCheckpoint
-    from pytorch_lightning.callbacks import ModelPruning as ModelPruning
-    from pytorch_lightning.callbacks import ProgressBar as ProgressBar
-    from pytorch_lightning.callbacks import RichProgressBar as RichProgressBar
-    from pytorch_lightning.callbacks import TQDMProgressBar as TQDMProgressBar
-    from pytorch_lightning.loggers import Logger as Logger
-    from pytorch_lightning.loggers import MLFlowLogger as MLFlowLogger
-    from pytorch_lightning.loggers import TensorBoardLogger as TensorBoardLogger
-    from pytorch_lightning.loggers import WandbLogger as WandbLogger
+    from pytorch_lightning import (
+        Callback,
+        LightningDataModule,
+        LightningModule,
+        Trainer,
+    )
+    from pytorch_lightning.callbacks import (
+        Checkpoint,
+        ModelCheckpoint,
+        ModelPruning,
+        ProgressBar,
+        RichProgressBar,
+        TQDMProgressBar,
+    )
+    from pytorch_lightning.loggers import (
+        Logger,
+        MLFlowLogger,
+        TensorBoardLogger,
+        WandbLogger,
+    )
     from pytorch_lightning.loggers.logger import DummyLogger
-    from pytorch_lightning.plugins.io import AsyncCheckpointIO as AsyncCheckpointIO
-    from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIO
-    from pytorch_lightning.plugins.io import TorchCheckpointIO as TorchCheckpointIO
+    from pytorch_lightning.plugins.io import (
+        AsyncCheckpointIO,
+        CheckpointIO,
+        TorchCheckpointIO,
+    )
     from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 
     CallbackBase = Callback
