@@ -23,25 +23,24 @@ Both keep typical values, since a NaN that becomes an index would crash a GPU.
 
 
 @contextmanager
-def evaluation_context(model: nn.Module, evaluator: Evaluator) -> Iterator[None]:
+def evaluation_context(evaluator: Evaluator) -> Iterator[None]:
     """Prepares a model for a prediction with seed 0, and restores its state on exit."""
-    with preserve_state(model), evaluator.context(), force_eager():
+    with preserve_state(evaluator.model), evaluator.context(), force_eager():
         seed_all(0)
         yield
 
 
 @torch.no_grad()
-def called_layers(
-    model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: RawBatch
-) -> list[str] | None:
+def called_layers(evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> list[str] | None:
     """Returns the names of the layers that the prediction calls, by last call; None on an error.
 
     Omits Linear layers at the end that do not affect the logits, such as a second head.
     """
+    model = evaluator.model
     args, kwargs, _ = adapter(raw)
     run = partial(run_model, model, args, kwargs)
     try:
-        with evaluation_context(model, evaluator):
+        with evaluation_context(evaluator):
             called = call_order(model, run)
     except Exception:
         return None
@@ -49,7 +48,7 @@ def called_layers(
     for name, layer in layers_of(model).items():
         if name in called and isinstance(layer, nn.Linear):
             linear[name] = layer
-    with evaluation_context(model, evaluator):
+    with evaluation_context(evaluator):
         unused = _unused_last_layers(model, linear, lambda: evaluator.task.logits(run()))
     return [name for name in called if name not in unused]
 

@@ -212,17 +212,12 @@ class DataRequest:
         held_out = _single_loader(find_data(argument, value, loaders, optional=True))
         samples = held_out.identity()
         for kind, loader in used:
-            if loader.name == held_out.name:
-                raise ConfigurationError(
-                    f"`{argument}={value!r}` is {kind} data too.",
-                    "name a split that is used for nothing else.",
-                )
             n_common = int(is_among(samples, loader.identity()).sum())
             if n_common and (argument == "calibration" or n_common == len(samples)):
                 raise ConfigurationError(
                     f"`{argument}`: {n_common} of its {len(samples)} samples are in "
                     f"`{loader.name}` too, which is {kind} data.",
-                    "give data that are used for nothing else.",
+                    "name a split that is used for nothing else, or give other data.",
                 )
         return [held_out]
 

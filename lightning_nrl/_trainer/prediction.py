@@ -81,13 +81,13 @@ def open_sources(
     if choice.by_predict_step:
         adapter = call.adapt
         if needs_gradients:
-            ranks.all_or_none(partial(_check_gradients, model, evaluator, call, raw), failed)
-    layers = ranks.of_first(called_layers(model, evaluator, adapter, raw))
+            ranks.all_or_none(partial(_check_gradients, evaluator, call, raw), failed)
+    layers = ranks.of_first(called_layers(evaluator, adapter, raw))
     spare_batch = partial(_spare_batch, adapter, raw) if is_sharded(model) else None
     evaluator = replace(evaluator, called=layers, spare_batch=spare_batch)
 
     def check() -> Evidence:
-        problem, hint = _instability(model, evaluator, adapter, raw)
+        problem, hint = _instability(evaluator, adapter, raw)
         if problem:
             rank_zero_warn(DataWarning(problem, hint))
         known = [replace(source, adapter=adapter) for source in splits[0]]
@@ -110,16 +110,14 @@ def _spare_batch(adapter: Adapter, raw: RawBatch) -> Batch:
 
 
 @torch.no_grad()
-def _instability(
-    model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: RawBatch
-) -> tuple[str, str]:
+def _instability(evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> tuple[str, str]:
     """Returns the problem and the hint if predictions of one batch differ, else empty texts."""
     outputs = []
-    with suppress(Exception), evaluation_context(model, evaluator):
+    with suppress(Exception), evaluation_context(evaluator):
         for seed in (0, 0, 1):
             seed_all(seed)
             args, kwargs, target = adapter(copy.deepcopy(raw))  # a forward may write into it
-            logits = _logits(evaluator.task, run_model(model, args, kwargs), target)
+            logits = _logits(evaluator.task, run_model(evaluator.model, args, kwargs), target)
             assert not isinstance(logits, Exception)
             outputs.append(logits.nan_to_num())
     if len(outputs) < 3:
@@ -148,7 +146,7 @@ def describe_uncounted_outputs(evaluator: Evaluator, source: LoaderSource) -> st
     if not isinstance(task, NamedHead):
         return ""
     args, kwargs, _ = source.adapter(source.first_batch())
-    with evaluation_context(model, evaluator):
+    with evaluation_context(evaluator):
         output = run_model(model, args, kwargs)
     counted = task.logits(output)
     uncounted = [f"output `{name}`" for name, x in outputs_in(output).items() if x is not counted]
@@ -232,7 +230,7 @@ def choose_prediction(
 
     def result_or_error(call: Callable[[], ModelOutput]) -> ModelOutput:
         try:
-            with evaluation_context(model, evaluator):
+            with evaluation_context(evaluator):
                 return call()
         except Exception as error:
             return error
@@ -326,10 +324,9 @@ def _warn(problem: str) -> None:
 
 
 @torch.no_grad()
-def _check_gradients(
-    model: nn.Module, evaluator: Evaluator, call: DeployedCall, raw: RawBatch
-) -> None:
-    with evaluation_context(model, evaluator):
+def _check_gradients(evaluator: Evaluator, call: DeployedCall, raw: RawBatch) -> None:
+    model = evaluator.model
+    with evaluation_context(evaluator):
         called = call_order(model, partial(call, model, raw))
         probe = OutputProbe({name: layers_of(model)[name] for name in called[-1:]})
         with torch.enable_grad(), probe.hooked():

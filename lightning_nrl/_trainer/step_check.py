@@ -306,7 +306,7 @@ class _Steps:
         with (
             untracked(self.trainer),
             preserve_attributes(self.model),
-            evaluation_context(self.model, self.evaluator),
+            evaluation_context(self.evaluator),
             forward_hooks(self.layers, record),
             replaced(self.model, log=log, log_dict=log_dict),
         ):

@@ -180,13 +180,13 @@ BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
         {"dirpath": "s3://bucket/repair"},
         "`dirpath`: the files of a repair cannot go to 's3://bucket/repair'",
     ),
-    (Digits, {"failed": "val", "unseen": "val"}, "`unseen='val'` is known data too"),
+    (Digits, {"failed": "val", "unseen": "val"}, "`unseen.* are in `val` too, which is known"),
     (
         OfTrain,
         {"unseen": "test"},
         "`unseen.*`: 2 of its 2 samples are in `train` too, which is known data",
     ),
-    (Digits, {"calibration": "val", "unseen": "val"}, "`calibration='val'` is unseen data too"),
+    (Digits, {"calibration": "val", "unseen": "val"}, "`calibration.* too, which is unseen data"),
     (Streamed, {}, r"`train` data: Stream yields whole batches.*DataLoader\(stream, batch_size=64"),
     (
         Wrapped,

@@ -51,7 +51,7 @@ class FirstOutput(nn.Module):
 def test_a_second_head_is_no_part_of_the_prediction(stop: bool) -> None:
     torch.manual_seed(0)
     model, raw = FirstOutput(Heads(stop)), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
-    called = called_layers(model, Evaluator(model), first, raw)
+    called = called_layers(Evaluator(model), first, raw)
     assert called == ["net.body", "net.classes"]
     space, _ = find_scope(model, called=called)
     assert [site.name for site in space.sites] == ["net.classes"]
@@ -62,7 +62,7 @@ def test_a_second_head_that_adds_to_the_logits_is_one() -> None:
         FirstOutput(Heads(joint=True)),
         (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64)),
     )
-    assert called_layers(model, Evaluator(model), first, raw) == [
+    assert called_layers(Evaluator(model), first, raw) == [
         "net.body",
         "net.box",
         "net.classes",
@@ -73,7 +73,7 @@ def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_ha
     model, raw = FirstOutput(Heads()), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     model.net.get_submodule("classes").requires_grad_(False)
     model.net.get_submodule("box").requires_grad_(False)
-    called = called_layers(model, Evaluator(model), first, raw)
+    called = called_layers(Evaluator(model), first, raw)
     assert called == ["net.body", "net.classes"]
     assert last_linear(model, called)[0] == "net.classes"
     assert [site.name for site in find_scope(model, called=called)[0].sites] == ["net.body"]
@@ -100,4 +100,4 @@ class Looked(nn.Module):
 def test_a_layer_may_give_places_or_directions(by_place: bool) -> None:
     torch.manual_seed(0)
     model, raw = Looked(by_place), (3 * torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))
-    assert set(called_layers(model, Evaluator(model), first, raw) or ()) == {"rows", "place"}
+    assert set(called_layers(Evaluator(model), first, raw) or ()) == {"rows", "place"}
