@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.kept_streams import STREAM_LIMIT, KeptStream, keep_stream
+from lightning_nrl._trainer.kept_streams import STREAM_LIMIT, KeptStream
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
@@ -322,7 +322,7 @@ class SplitLoaders:
                 n_trained = least_samples_of_epoch(self.trainer, batch_size_of(stream))
             limit = batch_limit(self.trainer)
             samples = KeptStream(stream, name, self.stream_limit, limit, n_trained)
-            self._kept[id(stream)] = keep_stream(stream, samples)
+            self._kept[id(stream)] = samples.loader_like(stream)
         return NamedLoader(self._kept[id(stream)], name)
 
     def for_training(self) -> Loaders:

@@ -68,6 +68,17 @@ class KeptStream(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def loader_like(self, stream: Loader) -> Loader:
+        """Returns a loader like that of the stream, of the samples in memory."""
+        return loader_like(
+            stream,
+            self,
+            batch_size=stream.batch_size,
+            num_workers=0,
+            prefetch_factor=None,
+            multiprocessing_context=None,
+        )
+
     def __getitem__(self, i: int) -> Sample:
         return self.samples[i]
 
@@ -75,18 +86,6 @@ class KeptStream(Dataset[Sample]):
         """Reads the stream anew, in this process, after seeding the global generators."""
         seed_all(seed)
         return islice(self.stream, self.max_samples)
-
-
-def keep_stream(stream: Loader, samples: KeptStream) -> Loader:
-    """Returns a loader like that of the stream, of the samples in memory."""
-    return loader_like(
-        stream,
-        samples,
-        batch_size=stream.batch_size,
-        num_workers=0,
-        prefetch_factor=None,
-        multiprocessing_context=None,
-    )
 
 
 def _size_of(sample: Sample) -> int:

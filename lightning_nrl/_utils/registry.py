@@ -96,7 +96,7 @@ class Registry(Generic[T]):
         if name in self._factories:
             return self._factories[name]
         if name in self.on_demand:
-            return cast(Callable[..., T], load_on_demand(self.on_demand[name]))
+            return cast(Callable[..., T], pkgutil.resolve_name(self.on_demand[name]))
         if name in self._added:
             return self._loaded(argument, self._added[name])
         registry = next(registry for registry in self.include if name in registry)
@@ -140,11 +140,6 @@ class Registry(Generic[T]):
             if similar != name:
                 return ConfigurationError(f"{problem}, did you mean {similar!r}?", hint)
         return ConfigurationError(f"{problem}.", hint)
-
-
-def load_on_demand(address: str) -> Any:
-    """Imports `package.module:name` of this package on first use, which most users never need."""
-    return pkgutil.resolve_name(address)
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -38,7 +39,6 @@ from lightning_nrl._trainer.trainer_state import (
     starting_weights,
 )
 from lightning_nrl._utils.interrupts import defer_signals
-from lightning_nrl._utils.registry import load_on_demand
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import (
     State,
@@ -222,7 +222,8 @@ class RegressionFreeRepair(RepairCallback):
 
         `arguments` override the row.
         """
-        with_paper_row = load_on_demand("lightning_nrl.study.table_ii:with_paper_row")
+        # Most users never need the wing.
+        with_paper_row = pkgutil.resolve_name("lightning_nrl.study.table_ii:with_paper_row")
         return cls(**with_paper_row(row, arguments))
 
     @property

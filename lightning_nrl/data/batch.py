@@ -305,9 +305,12 @@ class TensorSource:
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        args, kwargs = _arguments(self.inputs)
-        samples = {"targets": self.targets}
-        samples |= {f"inputs[{key!r}]": x for key, x in (*enumerate(args), *kwargs.items())}
+        samples: dict[str, object] = {"targets": self.targets}
+        if isinstance(self.inputs, (Mapping, tuple)):
+            args, kwargs = _arguments(self.inputs)
+            samples |= {f"inputs[{key!r}]": x for key, x in (*enumerate(args), *kwargs.items())}
+        else:
+            samples["inputs"] = self.inputs
         samples |= {f"extras[{i}]": x for i, x in enumerate(self.extras)}
         for argument, x in samples.items():
             self._check(argument, x)

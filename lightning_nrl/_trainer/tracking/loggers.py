@@ -48,7 +48,7 @@ from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.figures import image_of
 from lightning_nrl.report.page import FactList, Heading, Page
-from lightning_nrl.report.tables import FLIPPED_COLUMNS
+from lightning_nrl.report.tables import FLIPPED_COLUMNS, flipped_rows
 from lightning_nrl.updates import ReleaseReport
 
 LONGEST_TEXT = 60  # characters; more would widen the table of the HParams tab
@@ -70,7 +70,7 @@ def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
                     logger.log_metrics(scalars, step=step)
             if run := _run_of(logger):
                 # Files first, since a picture may fail.
-                run.upload(log.files, log.name, log.step)
+                run.upload(written(log.report.files), log.name, log.step)
                 run.write(log)
             # The process may end before loggers are finalised.
             logger.save()
@@ -291,8 +291,8 @@ class WandbRun:
             rows = [[view.caption, view.text] for view in views]
             key = tag(SAMPLES_TAG, name, safe_name(title))
             logger.log_text(key, ["sample", "text"], rows, step=step)
-        if log.flipped:
-            columns, rows = _flipped_with_pictures(log)
+        columns, rows = _flipped_with_pictures(log)
+        if rows:
             logger.log_table(tag(FLIPPED_TAG, name), columns, rows, step=step)
 
     def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:
@@ -315,11 +315,13 @@ class WandbRun:
 def _flipped_with_pictures(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
     import wandb
 
-    pixels = {(view.split, view.id): view.pixels for view in log.views if view.pixels is not None}
+    pictured = [view for view in log.views if view.pixels is not None]
+    pixels: dict[object, object] = {(view.split, view.id): view.pixels for view in pictured}
+    flipped = flipped_rows(log.report)
     if not pixels:
-        return list(FLIPPED_COLUMNS), log.flipped[:MOST_ROWS]
+        return list(FLIPPED_COLUMNS), flipped[:MOST_ROWS]
     rows = []
-    for row in sorted(log.flipped, key=lambda row: (row[0], row[1]) not in pixels)[:MOST_ROWS]:
+    for row in sorted(flipped, key=lambda row: (row[0], row[1]) not in pixels)[:MOST_ROWS]:
         picture = pixels.get((row[0], row[1]))
         rows.append([*row, None if picture is None else wandb.Image(picture)])
     return [*FLIPPED_COLUMNS, "input"], rows
@@ -339,10 +341,9 @@ class MlflowRun:
         for title, views in log.texts.items():
             text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
             client.log_text(run_id, text, f"{name}/samples/{safe_name(title)}.txt")
-        if log.flipped and find_spec("pandas") is not None:  # MLflow needs pandas for tables
-            columns = {}
-            for i, column in enumerate(FLIPPED_COLUMNS):
-                columns[column] = [row[i] for row in log.flipped]
+        flipped = flipped_rows(log.report)
+        if flipped and find_spec("pandas") is not None:  # MLflow needs pandas for tables
+            columns = dict(zip(FLIPPED_COLUMNS, map(list, zip(*flipped, strict=True)), strict=True))
             client.log_table(run_id, columns, f"{name}/flipped_samples.json")
 
     def upload(self, files: Mapping[str, Path], name: str, step: int) -> None:

@@ -25,7 +25,6 @@ from lightning_nrl.report.repair_plot import (
     summary_figure,
 )
 from lightning_nrl.report.sample_views import SampleView, by_flip
-from lightning_nrl.report.tables import flipped_rows
 
 CARD = (4.2, 3.0)  # inches; small, so that text is large in loggers
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
@@ -88,14 +87,6 @@ class RepairLog:
     @cached_property
     def texts(self) -> dict[str, list[SampleView]]:
         return by_flip([view for view in self.views if view.pixels is None])
-
-    @cached_property
-    def flipped(self) -> list[list[Any]]:
-        return flipped_rows(self.report)
-
-    @property
-    def files(self) -> dict[str, Path]:
-        return written(self.report.files)
 
 
 def written(files: Mapping[str, str]) -> dict[str, Path]:
