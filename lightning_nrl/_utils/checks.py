@@ -60,8 +60,8 @@ def _is_kind(value: Tensor, kind: Kind) -> bool:
     is_bool = value.dtype == torch.bool
     if kind == "bool":
         return is_bool
-    if value.is_complex() or kind == "number":
-        return not value.is_complex()
+    if kind == "number":
+        return True
     return not (is_bool or value.is_floating_point() or (value < 0).any())
 
 

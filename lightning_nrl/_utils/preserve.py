@@ -60,8 +60,8 @@ def eval_mode(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     modules = _modules_with_modes(model)
     modes = [module.training for module in modules]
     flags = module_flags(modules)
-    parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
-    buffers = [_TensorSnapshot(module._buffers, _has_values) for module in modules]
+    parameters = [_TensorSnapshot(module._parameters) for module in modules]
+    buffers = [_TensorSnapshot(module._buffers) for module in modules]
     snapshots = [*parameters, *buffers]
     copied = {id(tensor) for snapshot in parameters for tensor, _, _ in snapshot.copies}
     PRESERVED.update(copied)
@@ -219,14 +219,14 @@ def replaced(owner: object, **attributes: object) -> Iterator[None]:
 class _TensorSnapshot:
     """Copies of the parameters or the buffers of one module."""
 
-    def __init__(self, tensors: dict[str, Any], is_copied: Callable[[Tensor], bool]) -> None:
+    def __init__(self, tensors: dict[str, Any]) -> None:
         self._tensors = tensors
         # The mapping of a scripted module has no other iterator than `items()`.
         self._earlier: dict[str, Tensor | None] = dict(tensors.items())
         # `memory` refers to the tensor's storage, even if `tensor.data` is set later.
         self.copies = []
         for tensor in self._earlier.values():
-            if tensor is not None and is_copied(tensor):
+            if tensor is not None and id(tensor) not in PRESERVED and _has_values(tensor):
                 memory = own_part(tensor.data)
                 self.copies.append((tensor, memory, plain_tensor(memory).clone()))
 
@@ -259,10 +259,6 @@ class _TensorSnapshot:
 
 def _has_values(value: Tensor) -> bool:
     return not value.is_meta and not nn.parameter.is_lazy(value)
-
-
-def _is_copied_once(value: Tensor) -> bool:
-    return isinstance(value, nn.Parameter) and id(value) not in PRESERVED and _has_values(value)
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:

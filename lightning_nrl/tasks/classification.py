@@ -106,7 +106,7 @@ class Multiclass(Task):
         return True
 
     def label(self, target: Tensor) -> Tensor:
-        if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
+        if not isinstance(target, Tensor) or target.ndim not in (1, 2):
             refuse_boxes(target)
             raise ConfigurationError(
                 "`task`: multiclass needs whole-number labels [samples], found "

@@ -98,10 +98,9 @@ class ElementsTask(Task):
         """Returns the true classes, `n x ...` int64.
 
         `ndim` is the expected number of dimensions, including samples. Raises a
-        `ConfigurationError` if the target is not a tensor of real numbers with at least two
-        dimensions.
+        `ConfigurationError` if the target is not a tensor with at least two dimensions.
         """
-        if isinstance(target, Tensor) and not target.is_complex() and target.ndim > 1:
+        if isinstance(target, Tensor) and target.ndim > 1:
             return target.long()
         raise ConfigurationError(
             f"`task`: {type(self).__name__} needs whole-number labels [samples, ...], found "

@@ -53,7 +53,7 @@ class Regression(Task):
         return f"Regression: every output within {tolerance} of its target"
 
     def check(self, output: Tensor, target: BatchTarget) -> None:
-        if not isinstance(target, Tensor) or target.is_complex():
+        if not isinstance(target, Tensor):
             raise ConfigurationError(
                 "`task`: regression needs a tensor of numbers as target, found "
                 f"{described(target)}.",

@@ -315,7 +315,6 @@ def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None
         (torch.tensor([[1, 1], [0, 1], [1, 0]]), "not probabilities of 2 classes"),
         (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
         ([0, 0, 1], r"multiclass needs whole-number labels \[samples\]"),
-        (LABELS.cfloat(), r"multiclass needs whole-number labels \[samples\]"),
     ],
 )
 def test_labels_that_do_not_fit_the_logits_are_refused(target: Any, found: str) -> None:
