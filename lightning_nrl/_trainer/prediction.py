@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def open_sources(
     evidence = ranks.of_first(ranks.all_or_none(check, failed))
     evaluator = replace(evaluator, is_proven=evidence.is_proven)
     if evidence.are_probabilities and not choice.gives_probabilities:
-        adapter = replace(call, choice=choice._replace(gives_probabilities=True)).adapt
+        adapter = replace(call, choice=replace(choice, gives_probabilities=True)).adapt
     opened = tuple([replace(source, adapter=adapter) for source in part] for part in splits)
     return evaluator, opened
 
@@ -155,7 +155,8 @@ def describe_uncounted_outputs(evaluator: Evaluator, source: LoaderSource) -> st
     return f"Not counted, so it is unknown what breaks in them: {', '.join(uncounted)}."
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """How a module predicts.
 
     Attributes:

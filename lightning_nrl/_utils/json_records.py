@@ -167,7 +167,7 @@ def from_plain(kind: type[T], data: object) -> T:
 def parse_json(text: str) -> Plain:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, TypeError) as error:
         raise ConfigurationError(f"this is no JSON: {error}.", PLAIN_HINT) from error
 
 
@@ -227,7 +227,9 @@ def _read_record(kind: Hint, data: Mapping[str, Plain], prefix: str) -> Any:
             names = {start + part.name: part.name for part in fields(inner_kind)}
             known.update(names)
             inner = {name: data[key] for key, name in names.items() if key in data}
-            if NoneType in get_args(hint) and not any(item is not None for item in inner.values()):
+            is_null = all(item is None for item in inner.values())
+            is_whole = inner.keys() >= set(required_fields(inner_kind))
+            if is_null and is_whole and NoneType in get_args(hint):
                 values[field.name] = None
             else:
                 values[field.name] = _read_record(inner_kind, inner, prefix + start)

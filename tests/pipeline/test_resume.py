@@ -21,6 +21,7 @@ from toy_problems import FakeTraining, between, resume_store, retrained, same, s
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
+from lightning_nrl._utils.timing import Observer
 from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
 
@@ -41,7 +42,7 @@ class Death(BaseException):
     pass
 
 
-class Mortal:
+class Mortal(Observer):
     """An observer that dies when it has been told so often how it goes."""
 
     def __init__(self, life: int | None) -> None:
@@ -56,9 +57,6 @@ class Mortal:
         self.told += 1
         if self.life is not None and self.told > self.life:
             raise Death(self.said)
-
-    def expect(self, *args: Any) -> None:
-        pass
 
     def announce(self, text: str) -> None:
         self.said = text
