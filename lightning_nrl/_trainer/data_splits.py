@@ -114,10 +114,9 @@ class DataOptions:
         object.__setattr__(self, "passed", _check_known("passed", self.passed))
         object.__setattr__(self, "failed", _check_known("failed", self.failed))
         object.__setattr__(self, "adapter", parse_adapter(self.adapter))
-        if self.render is not None:
-            object.__setattr__(self, "render", import_function("render", self.render))
-        if self.augment is not None:
-            object.__setattr__(self, "augment", import_function("augment", self.augment))
+        for name, function in {"render": self.render, "augment": self.augment}.items():
+            if function is not None:
+                object.__setattr__(self, name, import_function(name, function))
         check_whole("draws", self.draws, 1)
         check_whole("stream_limit", self.stream_limit, 1)
         check_choice("start_from", self.start_from, ("last", "best"))

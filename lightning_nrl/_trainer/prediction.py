@@ -83,8 +83,9 @@ def open_sources(
         if needs_gradients:
             ranks.all_or_none(partial(_check_gradients, evaluator, call, raw), failed)
     layers = ranks.of_first(called_layers(evaluator, adapter, raw))
-    spare_batch = partial(_spare_batch, adapter, raw) if is_sharded(model) else None
-    evaluator = replace(evaluator, called=layers, spare_batch=spare_batch)
+    evaluator = replace(evaluator, called=layers)
+    if is_sharded(model):
+        evaluator = replace(evaluator, spare_batch=partial(_spare_batch, adapter, raw))
 
     def check() -> Evidence:
         problem, hint = _instability(evaluator, adapter, raw)
@@ -209,8 +210,10 @@ class DeployedCall(ModelCall):
             and isinstance(model, LightningModule)
             and overrides(model, "predict_step")
         ):
-            inputs = args if self.choice.on_inputs else (raw,)
-            return call_step(model.predict_step, inputs[0] if len(inputs) == 1 else inputs)
+            batch = raw
+            if self.choice.on_inputs:
+                batch = args[0] if len(args) == 1 else args
+            return call_step(model.predict_step, batch)
         return run_model(model, args, kwargs)
 
 

@@ -233,8 +233,9 @@ def call_step(step: Step, batch: RawBatch) -> object:
 
 def loss_in(result: object) -> Tensor | None:
     """Returns the loss in the result of a training step, if it has one."""
-    loss = result.get("loss") if isinstance(result, Mapping) else result
-    return loss if isinstance(loss, Tensor) else None
+    if isinstance(result, Mapping):
+        result = result.get("loss")
+    return result if isinstance(result, Tensor) else None
 
 
 def add_to_loss(result: object, term: Tensor) -> object:
@@ -248,7 +249,9 @@ def add_to_loss(result: object, term: Tensor) -> object:
             "return the loss, or a dict with the key 'loss'.",
         )
     total = loss + term.to(loss.device)
-    return {**result, "loss": total} if isinstance(result, Mapping) else total
+    if isinstance(result, Mapping):
+        return {**result, "loss": total}
+    return total
 
 
 def no_op(*args: Any, **kwargs: Any) -> None:

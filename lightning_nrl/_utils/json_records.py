@@ -178,7 +178,9 @@ def _read(kind: Hint, value: Plain, path: str) -> Any:
         return value
     if origin in (Union, UnionType):
         choices = [argument for argument in arguments if argument is not NoneType]
-        return _read(type(value) if type(value) in arguments else choices[0], value, path)
+        if type(value) in arguments:
+            choices = [type(value)]
+        return _read(choices[0], value, path)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             raise _wrong(path, f"one of {list(arguments)}", value)

@@ -268,7 +268,9 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 def _arguments(inputs: Inputs) -> tuple[Args, Kwargs]:
     if isinstance(inputs, Mapping):
         return (), inputs
-    return inputs if isinstance(inputs, tuple) else (inputs,), {}
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    return (inputs,), {}
 
 
 @dataclass(frozen=True, eq=False)
