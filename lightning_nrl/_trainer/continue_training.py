@@ -297,9 +297,13 @@ class ContinuedTraining(Training):
     def _template_loader(self) -> DataLoader[Any]:
         """Returns the training loader, or the first known one if the former reads no samples."""
         loader = self.trained_on
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-            return self.known[0].loader
-        return loader if isinstance(loader.dataset, Sized) else self.known[0].loader
+        if (
+            isinstance(loader, DataLoader)
+            and loader.batch_sampler is not None
+            and isinstance(loader.dataset, Sized)
+        ):
+            return loader
+        return self.known[0].loader
 
 
 def _length(data: Dataset[Any]) -> int:

@@ -22,14 +22,13 @@ from lightning_nrl._trainer.proof import (
     Evidence,
     has_labels,
     is_close,
-    outputs_in,
 )
 from lightning_nrl._trainer.step_check import check_step
 from lightning_nrl._trainer.step_outputs import call_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
 from lightning_nrl._utils.sharded import is_sharded
-from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
+from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter, outputs_in
 from lightning_nrl.data.batch import (
     Adapter,
     Batch,
@@ -88,13 +87,12 @@ def open_sources(
         evaluator = replace(evaluator, spare_batch=partial(_spare_batch, adapter, raw))
 
     def check() -> Evidence:
-        problem, hint = _instability(evaluator, adapter, raw)
-        if problem:
-            rank_zero_warn(DataWarning(problem, hint))
+        instability = _instability(evaluator, adapter, raw)
+        if instability is not None:
+            rank_zero_warn(instability)
         known = [replace(source, adapter=adapter) for source in splits[0]]
-        return check_step(
-            trainer, model, evaluator, known, is_stable=not problem, is_shown=choice.is_shown
-        )
+        is_stable, is_shown = instability is None, choice.is_shown
+        return check_step(trainer, model, evaluator, known, is_stable=is_stable, is_shown=is_shown)
 
     evidence = ranks.of_first(ranks.all_or_none(check, failed))
     evaluator = replace(evaluator, is_proven=evidence.is_proven)
@@ -111,8 +109,8 @@ def _spare_batch(adapter: Adapter, raw: RawBatch) -> Batch:
 
 
 @torch.no_grad()
-def _instability(evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> tuple[str, str]:
-    """Returns the problem and the hint if predictions of one batch differ, else empty texts."""
+def _instability(evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> DataWarning | None:
+    """Returns a warning if predictions of one batch differ."""
     outputs = []
     with suppress(Exception), evaluation_context(evaluator):
         for seed in (0, 0, 1):
@@ -122,22 +120,22 @@ def _instability(evaluator: Evaluator, adapter: Adapter, raw: RawBatch) -> tuple
             assert not isinstance(logits, Exception)
             outputs.append(logits.nan_to_num())
     if len(outputs) < 3:
-        return "", ""
+        return None
     first, second, reseeded = outputs
     if not is_close(first, second, SAME_OUTPUT_TOLERANCE):
-        return (
+        return DataWarning(
             "`model`: it keeps a state from batch to batch (two predictions of the same batch "
             "differ), so all counts depend on the order and the size of the batches.",
             "reset the state before each prediction, as your steps do: "
             + ADAPTER_HINT.replace("logits =", RESET_LINE),
         )
     if not is_close(first, reseeded, SAME_OUTPUT_TOLERANCE):
-        return (
+        return DataWarning(
             "`model`: its predictions are random in evaluation mode, for instance by dropout that "
             "stays on.",
             "all counts hold for one fixed draw; draw only `if self.training`, or " + ADAPTER_HINT,
         )
-    return "", ""
+    return None
 
 
 @torch.no_grad()

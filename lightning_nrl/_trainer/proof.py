@@ -24,8 +24,8 @@ from lightning_nrl._utils.preserve import replaced
 from lightning_nrl.data.adapters import (
     ADAPTER_HINT,
     adapter_hint,
-    fields_of,
     is_default,
+    outputs_in,
     paths_in,
 )
 from lightning_nrl.data.batch import Adapter, Args, BatchTarget, ModelOutput, RawBatch, tensors_in
@@ -260,14 +260,6 @@ def logged_accuracies(trainer: Trainer, split: str) -> dict[str, float]:
         if name.lower().startswith(split) and is_accuracy:
             logged[name] = float(value)
     return logged
-
-
-def outputs_in(output: ModelOutput) -> dict[int | str, Tensor]:
-    """Returns the tensors among several outputs by position, key or field."""
-    parts = fields_of(output) or {}
-    if not parts and isinstance(output, (tuple, list)):
-        parts = dict(enumerate(output))
-    return {name: x for name, x in parts.items() if isinstance(x, Tensor) and x.ndim}
 
 
 def _question(prediction: Prediction, task: Task, share: str) -> ConfigurationError:

@@ -92,6 +92,14 @@ def fields_of(value: object) -> Fields | None:
     return None
 
 
+def outputs_in(output: ModelOutput) -> dict[int | str, Tensor]:
+    """Returns the tensors among several outputs by position, key or field, but no scalars."""
+    parts = fields_of(output) or {}
+    if not parts and isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
+    return {name: x for name, x in parts.items() if isinstance(x, Tensor) and x.ndim}
+
+
 class _Part(NamedTuple):
     path: str  # Python expression for the value, such as `batch['x'][0]`
     name: str  # last key or index of the path

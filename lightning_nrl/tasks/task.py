@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.data.adapters import describe, fields_of
+from lightning_nrl.data.adapters import describe, fields_of, outputs_in
 from lightning_nrl.data.batch import BatchTarget, ModelOutput
 from lightning_nrl.errors import ConfigurationError
 
@@ -87,10 +87,8 @@ class Task(ABC):
             logits = fields.get(key)
             if isinstance(logits, Tensor):
                 return logits
-        is_sequence = isinstance(output, (tuple, list))
-        values = output if is_sequence else fields.values()
-        tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
-        if len(tensors) == 1 or (tensors and is_sequence):
+        tensors = list(outputs_in(output).values())
+        if len(tensors) == 1 or (tensors and isinstance(output, (tuple, list))):
             return tensors[0]
         refuse_boxes(output)
         if isinstance(output, Distribution):
