@@ -228,14 +228,12 @@ def decide(
     """
     if isinstance(task, (Custom, NamedHead)) or any(of_step.is_proven for of_step in evidence):
         return
-    for of_step in evidence:
-        if of_step.contradiction is not None and has_adapter:
-            problem = of_step.contradiction.problem
-            hint = "make sure that the adapter predicts as the deployed model does."
-            rank_zero_warn(DataWarning(problem, hint))
-            return
-        if of_step.contradiction is not None:
-            raise of_step.contradiction
+    for contradiction in filter(None, [of_step.contradiction for of_step in evidence]):
+        if not has_adapter:
+            raise contradiction
+        hint = "make sure that the adapter predicts as the deployed model does."
+        rank_zero_warn(DataWarning(contradiction.problem, hint))
+        return
     if (
         has_adapter
         or any(of_step.is_used for of_step in evidence)

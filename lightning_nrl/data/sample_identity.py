@@ -32,6 +32,7 @@ MAX_SAMPLES_HASHED = 1000  # of each data set in memory, to limit time
 MAX_SAMPLES_TRIED = 8
 """Number of samples read from a wrapper to find the data set and the positions that it reads."""
 
+NO_KEYS = torch.zeros(0, 2, dtype=torch.int64, device="cpu")
 AnyDataset = Dataset[Any]
 
 
@@ -169,12 +170,12 @@ def is_among(samples: Tensor, others: Tensor) -> Tensor:
 
 def content_recorder(source: Source) -> RecordingSource:
     """Wraps a source so that iterating it records the `content_keys` of its samples."""
-    return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
+    return RecordingSource(source, content_keys, NO_KEYS)
 
 
 def raw_recorder(source: Source) -> RecordingSource:
     """Wraps a source so that iterating it records the `raw_keys` of its samples."""
-    return RecordingSource(source, raw_keys, torch.zeros(0, 2, dtype=torch.int64))
+    return RecordingSource(source, raw_keys, NO_KEYS)
 
 
 def read_keys(sources: Sequence[Source], ranks: Collective) -> list[str]:
