@@ -228,7 +228,7 @@ class _TensorSnapshot:
         for tensor in self._earlier.values():
             if tensor is not None and id(tensor) not in PRESERVED and _has_values(tensor):
                 memory = own_part(tensor.data)
-                self.copies.append((tensor, memory, plain_tensor(memory).clone()))
+                self.copies.append((tensor, memory, _copy(memory)))
 
     def overwritten(self) -> dict[int, Tensor]:
         """Maps the `id` of each changed tensor to its earlier values."""
@@ -261,12 +261,19 @@ def _has_values(value: Tensor) -> bool:
     return not value.is_meta and not nn.parameter.is_lazy(value)
 
 
+def _copy(value: Tensor) -> Tensor:
+    try:
+        return plain_tensor(value).clone()
+    except torch.OutOfMemoryError:
+        return value.cpu()
+
+
 def _is_same(value: Tensor, copy: Tensor) -> bool:
     # Sparse tensors cannot be compared bit for bit, and count as changed.
     size = SAME_SIZE.get(value.element_size())
     if value.layout != torch.strided or size is None or value.is_quantized:
         return False
-    return torch.equal(value.view(size), copy.view(size))
+    return torch.equal(value.view(size), copy.to(value.device).view(size))
 
 
 @contextmanager
