@@ -63,32 +63,7 @@ from lightning_nrl.updates.old_model import AnyReference, parse_reference
 from lightning_nrl.updates.suite import RegressionSuite, protecting, repaired_samples
 
 
-class RepairCallback(CallbackBase):
-    """Base class of callbacks that repair the model of a trainer."""
-
-    settings: Settings
-    data: DataOptions
-
-    def is_repaired(self, pl_module: LightningModule) -> bool:
-        """True if the model is as the last accepted repair left it."""
-        return False
-
-    @property
-    def state_key(self) -> str:
-        return state_key_of(self, layer=self.settings.layer, target=str(self.settings.target))
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        trainer_checks.check_packages(trainer)
-        if stage == "fit":
-            trainer_checks.check_strategy(trainer)
-            trainer_checks.check_twins(self, trainer)
-            earlier, start_from = (WeightInterpolation,), self.data.start_from
-            trainer_checks.check_order(self, trainer, earlier, start_from, kind=RepairCallback)
-            if hparams := logged_hparams(trainer):  # which Lightning logs next
-                declare(trainer.loggers, hparams)
-
-
-class RegressionFreeRepair(RepairCallback):
+class RegressionFreeRepair(CallbackBase):
     """Repairs failures of a model after `fit` without breaking known samples that it gets right.
 
     After training, the callback evaluates the known data. The default method then searches new
@@ -196,12 +171,12 @@ class RegressionFreeRepair(RepairCallback):
             protecting(self.settings.samples, self.suite)  # refuses other protected samples
         self.data = data or DataOptions()
         check_limit(self.settings, calibration is not None)
-        self.repair = TrainerRepair(
+        self.trainer_repair = TrainerRepair(
             settings=self.settings,
             data=DataRequest(self.data, unseen, calibration),
             task=task_of_output(task, self.data.output),
             reference=parse_reference(reference),
-            left_out=(RepairCallback, WeightInterpolation),
+            left_out=(RegressionFreeRepair, WeightInterpolation),
             suite=self.suite,
         )
         self.dirpath = dirpath
@@ -249,6 +224,22 @@ class RegressionFreeRepair(RepairCallback):
         """Path of the weight change, which `Patch.load` reads. None if no repair was accepted."""
         return None if self.report is None else self.report.files.get("patch")
 
+    @property
+    def state_key(self) -> str:
+        return state_key_of(self, layer=self.settings.layer, target=str(self.settings.target))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer_checks.check_packages(trainer)
+        if stage == "fit":
+            trainer_checks.check_strategy(trainer)
+            trainer_checks.check_twins(self, trainer)
+            earlier, start_from = (WeightInterpolation,), self.data.start_from
+            trainer_checks.check_order(
+                self, trainer, earlier, start_from, kind=RegressionFreeRepair
+            )
+            if hparams := logged_hparams(trainer):  # which Lightning logs next
+                declare(trainer.loggers, hparams)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer_checks.check_whole(pl_module)
         if self.settings.layer != "auto":
@@ -263,7 +254,7 @@ class RegressionFreeRepair(RepairCallback):
         release_hook(pl_module, "on_train_end")
         self._report = self._parameters = None
         folders.check_folder(self.dirpath, trainer)
-        self.repair.check(trainer, pl_module)
+        self.trainer_repair.check(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # `trainer.test()` without a model loads the best checkpoint of the fit, from before the
@@ -304,7 +295,7 @@ class RegressionFreeRepair(RepairCallback):
 
     def _warn_if_undone(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A later repair may have changed the weights again.
-        repairs = (self, *callbacks_of_class(trainer, RepairCallback))
+        repairs = (self, *callbacks_of_class(trainer, RegressionFreeRepair))
         if any(repair.is_repaired(pl_module) for repair in repairs):
             return
         current = _hashes(pl_module)
@@ -322,12 +313,7 @@ class RegressionFreeRepair(RepairCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
-        self.add_to_checkpoint(checkpoint, pl_module, self.state_key)
-
-    def add_to_checkpoint(
-        self, checkpoint: CheckpointState, pl_module: LightningModule, state_key: str
-    ) -> None:
-        """Writes the report, under `state_key`, and the repaired weights into a checkpoint.
+        """Writes the report and the repaired weights into a checkpoint.
 
         The weights are written to `repaired.ckpt`, which is saved before the model changes, and
         later to any checkpoint of a model that has them. They replace the average of a
@@ -335,7 +321,7 @@ class RegressionFreeRepair(RepairCallback):
         """
         if self.report is not None:
             states = checkpoint.setdefault("callbacks", {})
-            states.setdefault(state_key, {})["report"] = self.report.to_json()
+            states.setdefault(self.state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not self._is_changed(pl_module)):
             state = checkpoint.get("current_model_state") or checkpoint["state_dict"]
             checkpoint["state_dict"] = state
@@ -384,11 +370,6 @@ class RegressionFreeRepair(RepairCallback):
         self.announce(trainer, outcome, log_name)
         return outcome
 
-    def forget_stale_weights(self, pl_module: LightningModule) -> None:
-        """Forgets the repaired weights if further training has changed the model."""
-        if self._is_changed(pl_module):
-            self._parameters = None
-
     def attempt(
         self,
         trainer: Trainer,
@@ -405,7 +386,7 @@ class RegressionFreeRepair(RepairCallback):
         """
         save_every = self.settings.search.save_every
         self._work = folders.resume_store(self._folder, trainer, save_every, self._name)
-        return self.repair.run(
+        return self.trainer_repair.run(
             trainer, pl_module, epochs or epochs_of(trainer), self._work, began, logged
         )
 
@@ -480,6 +461,7 @@ class RegressionFreeRepair(RepairCallback):
         return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
 
     def is_repaired(self, pl_module: LightningModule) -> bool:
+        """True if the model is as the last accepted repair left it."""
         return bool(self._parameters) and self._written == _hashes(pl_module)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:

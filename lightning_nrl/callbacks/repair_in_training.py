@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import CheckpointState, rerun_validation
-from lightning_nrl._trainer.step_outputs import follow_hook, follow_own_hook, release_hook
+from lightning_nrl._trainer.step_outputs import follow_hook, release_hook
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import random_state
-from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.errors import (
     ConfigurationError,
     TrainingWarning,
@@ -20,12 +20,13 @@ from lightning_nrl.errors import (
     check_real,
     check_whole,
 )
+from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
 
 HOOK = "on_train_epoch_end"  # hook of the module after which repairs run
 
 
-class RepairInTraining(RepairCallback):
+class RepairInTraining(RegressionFreeRepair):
     """Repairs the model after chosen epochs and at the end of training.
 
     Training continues with the repaired weights, and may break samples again. Each repair works as
@@ -50,8 +51,7 @@ class RepairInTraining(RepairCallback):
         **arguments: arguments of `RegressionFreeRepair`.
 
     Attributes:
-        repair: the `RegressionFreeRepair` that makes the repairs. Its `report` is the report of the
-            last repair.
+        report: the report of the last repair.
         reports: reports of all repairs of this training, the oldest first.
 
     Example::
@@ -70,9 +70,7 @@ class RepairInTraining(RepairCallback):
         at_end: bool = True,
         **arguments: Any,
     ) -> None:
-        super().__init__()
-        self.repair = RegressionFreeRepair(**arguments)
-        self.settings, self.data = self.repair.settings, self.repair.data
+        super().__init__(**arguments)
         if every_n_epochs is None and monitor is None:
             raise ConfigurationError(
                 "`every_n_epochs` and `monitor` are both None.",
@@ -93,28 +91,13 @@ class RepairInTraining(RepairCallback):
         self._last_step: int | None = None
         self._warned = False
 
-    @property
-    def report(self) -> RepairReport | None:
-        return self.repair.report
-
-    @property
-    def repaired_model_path(self) -> str | None:
-        return self.repair.repaired_model_path
-
-    @property
-    def patch_path(self) -> str | None:
-        return self.repair.patch_path
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._best = None  # before a checkpoint is loaded, which may set it
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.repair.on_fit_start(trainer, pl_module)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.repair.on_train_start(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
         # It may be left from a training that ended without calling a hook.
         release_hook(pl_module, HOOK)
         self.reports, self._last_step, self._warned = [], None, False
@@ -128,40 +111,31 @@ class RepairInTraining(RepairCallback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         release_hook(pl_module, HOOK)
-        self.repair.on_exception(trainer, pl_module, exception)
+        super().on_exception(trainer, pl_module, exception)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        return  # repairs within a training are not compared with what the module logs
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end and self._last_step != trainer.global_step:
-            repair = partial(self._repair_at_end, trainer, pl_module)
-            follow_own_hook(pl_module, "on_train_end", repair)
-        else:
-            self.repair.forget_stale_weights(pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.repair.on_fit_end(trainer, pl_module)
+            super().on_train_end(trainer, pl_module)
+        elif self._is_changed(pl_module):  # by training after the last repair
+            self._parameters = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._last_step == trainer.global_step:
-            self.repair.teardown(trainer, pl_module, stage)
-
-    def is_repaired(self, pl_module: LightningModule) -> bool:
-        return self.repair.is_repaired(pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.repair.on_test_start(trainer, pl_module)
+            super().teardown(trainer, pl_module, stage)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: CheckpointState
     ) -> None:
-        self.repair.add_to_checkpoint(checkpoint, pl_module, self.state_key)
-        # There is no method `state_dict`: with one, Lightning would refuse equal callbacks before
-        # `setup` can say why.
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._best is not None:
             states = checkpoint.setdefault("callbacks", {})
             states.setdefault(self.state_key, {})["best"] = self._best
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.repair.load_state_dict(state_dict)
+        super().load_state_dict(state_dict)
         self._best = state_dict.get("best")
 
     def _repair_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,20 +145,23 @@ class RepairInTraining(RepairCallback):
         # `repaired.ckpt` must not store a metric of other weights.
         best, self._best = self._best, None
         name = f"repair-step-{trainer.global_step}"
-        outcome = self.repair.repair_now(trainer, pl_module, name=name)
-        self._record_report(trainer)
+        outcome = self.repair_now(trainer, pl_module, name=name)
         if outcome.parameters is not None:
             best = self._validated_again(trainer)
         self._best = best
 
-    def _repair_at_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.repair.repair_now(trainer, pl_module, self.repair.data.start_from)
-        self._record_report(trainer)
-
-    def _record_report(self, trainer: Trainer) -> None:
+    def repair_now(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        start_from: str = "last",
+        name: str = "repair",
+    ) -> Outcome:
+        outcome = super().repair_now(trainer, pl_module, start_from, name)
         self._last_step = trainer.global_step
-        assert self.repair.report is not None
-        self.reports.append(self.repair.report)
+        assert self.report is not None
+        self.reports.append(self.report)
+        return outcome
 
     def _validated_again(self, trainer: Trainer) -> float | None:
         if self.monitor is None or not trainer.enable_validation:

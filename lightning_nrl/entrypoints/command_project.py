@@ -16,7 +16,7 @@ from lightning_utilities.core.imports import RequirementCache
 from lightning_nrl._trainer.lightning.packages import classes
 from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl._utils.registry import import_function
-from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, is_used
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.updates.release import OnUndecided
@@ -219,7 +219,7 @@ class _ProjectArguments:
         kept = []
         for entry in callbacks:
             callback = import_function("callbacks", entry.class_path)
-            if not (isinstance(callback, type) and issubclass(callback, RepairCallback)):
+            if not (isinstance(callback, type) and issubclass(callback, RegressionFreeRepair)):
                 kept.append(entry)
                 continue
             repair = self.config.repair

@@ -40,7 +40,7 @@ from lightning_nrl._utils.formatting import percent
 from lightning_nrl._utils.preserve import loading_mode
 from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
-from lightning_nrl.callbacks.repair import RegressionFreeRepair, RepairCallback
+from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.entrypoints.arguments import callback_with, check_model, check_used
 from lightning_nrl.errors import ConfigurationError, RepairError, TrainingWarning, check_kind
 from lightning_nrl.pipeline.repair_module import Outcome
@@ -90,7 +90,7 @@ def dry_fit(
     results: list[Result] = []
 
     def run(trainer: Trainer, module: LightningModule, epochs: int) -> None:
-        with callback.repair.opened(trainer, module, epochs, whole=whole) as trained:
+        with callback.trainer_repair.opened(trainer, module, epochs, whole=whole) as trained:
             result = work(trained)
             provenance = result.provenance.loaded_from(trainer.ckpt_path)
             results.append(replace(result, provenance=provenance))
@@ -110,7 +110,7 @@ def without_training(
 
     If `work` returns an outcome, saves, logs and applies it.
     """
-    for attached in callbacks_of_class(trainer, RepairCallback):
+    for attached in callbacks_of_class(trainer, RegressionFreeRepair):
         raise ConfigurationError(
             f"`trainer` has a {type(attached).__name__} of its own.",
             "use a trainer without it, or call `fit`.",

@@ -12,7 +12,6 @@ from lightning_package import LightningCLI
 from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairInTraining, Target
-from lightning_nrl.callbacks.repair import RepairCallback
 from lightning_nrl.gate import Instance, Tolerance
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto
@@ -98,7 +97,7 @@ def cli(
 
 
 def repair_of(found: LightningCLI) -> Any:
-    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RepairCallback))  # type: ignore[attr-defined]
+    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RegressionFreeRepair))  # type: ignore[attr-defined]
     return repair
 
 
@@ -196,5 +195,5 @@ PARTS: dict[str, Any] = {
 @pytest.mark.parametrize("words", PARTS, ids=lambda words: words[:40])
 def test_tasks_and_methods_have_names_and_arguments(tmp_path: Path, words: str) -> None:
     made = repair_of(cli(tmp_path, words, run=False))
-    found = made.repair.task if words.startswith("task") else made.settings.method
+    found = made.trainer_repair.task if words.startswith("task") else made.settings.method
     assert repr(found) == repr(PARTS[words])

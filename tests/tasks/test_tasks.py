@@ -178,7 +178,7 @@ def test_names_stand_for_tasks_with_their_defaults() -> None:
     assert parse_task("multilabel") == Multilabel()
     assert parse_task("Segmentation") == Segmentation()
     assert type(parse_task("binary")) is Binary
-    assert Repair(task="sequence").repair.task == Sequence()
+    assert Repair(task="sequence").trainer_repair.task == Sequence()
     assert type(parse_task(None)) is type(parse_task("multiclass")) is Multiclass
 
 
