@@ -11,29 +11,28 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._trainer import step_outputs
-from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import (
     callbacks_of_class,
     trainer_of,
     validating,
 )
-from lightning_nrl._trainer.loaders import length_of, parse_adapter
+from lightning_nrl._trainer.loaders import length_of
 from lightning_nrl._trainer.reference_copy import (
     check_other_model,
     parse_teacher,
     reference_module,
 )
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagged
-from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.preserve import preserve_state, replaced
 from lightning_nrl._utils.registry import import_function
+from lightning_nrl.callbacks.data_callback import DataCallback
 from lightning_nrl.data import Adapter
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
-from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates import OldModel, Predictions
 from lightning_nrl.updates.loss_terms import (
     ModelTeacher,
@@ -45,7 +44,7 @@ from lightning_nrl.updates.loss_terms import (
 from lightning_nrl.updates.old_model import AnyReference
 
 
-class PositiveCongruentTraining(CallbackBase):
+class PositiveCongruentTraining(DataCallback):
     """Adds a loss term that keeps the new model right where the replaced model is right.
 
     The idea and the default term come from Yan et al. 2021, Positive-Congruent Training: Towards
@@ -87,7 +86,7 @@ class PositiveCongruentTraining(CallbackBase):
         adapter: str | Adapter | None = None,
         output: int | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(task, adapter, output)
         self.reference = parse_teacher(reference)
         self.terms = parse_terms(term)
         self.index = None if index is None else import_function("index", index)
@@ -98,8 +97,6 @@ class PositiveCongruentTraining(CallbackBase):
                 "or give the model as `reference`.",
             )
         self.prefix = parse_prefix(prefix, "regression")
-        self.task = task_of_output(task, output)
-        self.adapter = parse_adapter(adapter)
         self._step = ExitStack()  # while it is open, the module's step is replaced
         self._outputs = step_outputs.OutputCapture()
         self._held = ExitStack()  # resources of the replaced model
@@ -107,11 +104,10 @@ class PositiveCongruentTraining(CallbackBase):
         self._called = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
+        super().setup(trainer, pl_module, stage)
         self.teardown()
         if stage != "fit":
             return
-        check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if len(callbacks_of_class(trainer, PositiveCongruentTraining)) > 1:
             raise ConfigurationError(
                 "`callbacks`: there are several PositiveCongruentTraining.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,12 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_nrl._trainer.lightning.packages import (
-    CallbackBase,
-    LightningModule,
-    Trainer,
-    rank_zero_warn,
-)
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import (
     Loader,
     Loaders,
@@ -34,23 +28,15 @@ from lightning_nrl._trainer.lightning.private_parts import (
     validating,
     validation_loaders,
 )
-from lightning_nrl._trainer.loaders import (
-    check_loader,
-    check_loaders,
-    loader_like,
-    make_source,
-    parse_adapter,
-    pieces_of,
-)
-from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.loaders import check_loader, check_loaders, loader_like, pieces_of
 from lightning_nrl._trainer.proof import logged_accuracies
 from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
 from lightning_nrl._trainer.tracking.scalars import Scalars, update_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, PART_TAG, parse_prefix, tagged
-from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import forward_context
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import outside_inference_mode, preserve_state, random_state
+from lightning_nrl.callbacks.data_callback import DataCallback
 from lightning_nrl.data.batch import Adapter, Batch, ModelCall, Unpacked, run_model
 from lightning_nrl.data.columns import Column, find_column
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
@@ -58,7 +44,6 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
 from lightning_nrl.pipeline.input_checks import check_accuracy, check_classes
 from lightning_nrl.tasks import Task
-from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.model_pair import evaluate_pieces
 from lightning_nrl.updates.old_model import AnyReference, in_memory
 from lightning_nrl.updates.release import check_reference
@@ -218,7 +203,7 @@ class FlipCounter:
         return old.slices, total[:-1].view(-1, 4)
 
 
-class RegressionMetrics(CallbackBase):
+class RegressionMetrics(DataCallback):
     """Logs in every validation how many samples break and are repaired since the replaced model.
 
     Logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
@@ -249,6 +234,9 @@ class RegressionMetrics(CallbackBase):
         Trainer(callbacks=[metrics, best]).fit(new_model, datamodule=dm)
     """
 
+    stages = ("fit", "validate")
+    only_evaluates = True
+
     def __init__(
         self,
         reference: AnyReference,
@@ -260,7 +248,7 @@ class RegressionMetrics(CallbackBase):
         adapter: str | Adapter | None = None,
         output: int | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(task, adapter, output)
         self.reference = check_reference("reference", reference)
         self.slices = None if slices is None else find_column("slices", slices)
         self.prefix = parse_prefix(prefix, "regression")
@@ -268,8 +256,6 @@ class RegressionMetrics(CallbackBase):
         self.dataloader = dataloader
         check_loaders(loaders)
         self.loaders = loaders
-        self.task = task_of_output(task, output)
-        self.adapter = parse_adapter(adapter)
         self._outputs = OutputCapture()
         self._reference_results: ReferenceResults | None = None
         self._counter: FlipCounter | None = None
@@ -278,14 +264,8 @@ class RegressionMetrics(CallbackBase):
         self._compared = False  # with the accuracy that the module logs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
-        check_strategy(
-            trainer,
-            "which are needed whole",
-            "train with a single device or with ddp.",
-            only_evaluates=True,
-        )
-        if stage in ("fit", "validate"):
+        super().setup(trainer, pl_module, stage)
+        if stage in self.stages:
             self.teardown()
             self._outputs.attach(pl_module)
 
@@ -384,14 +364,10 @@ class RegressionMetrics(CallbackBase):
 
     def _evaluate_loaders(self, trainer: Trainer, model: LightningModule) -> dict[str, FlipCounts]:
         """Returns the counts of the user's own loaders, and of the slices in each."""
-        make = partial(make_source, trainer=trainer, model=model, adapter=self.adapter)
         limit = batch_limit(trainer)
+        loaders = [(loader, name, limit) for name, loader in (self.loaders or {}).items()]
         with random_state(), validating(trainer):
-            sources = [
-                make(loader, name, limit=limit, streams=True)
-                for name, loader in (self.loaders or {}).items()
-            ]
-            evaluator, (sources,) = open_sources(trainer, model, self.task, sources)
+            evaluator, sources = self.open_loaders(trainer, model, loaders, streams=True)
             old = in_memory(self.reference)
             pair = evaluate_pieces(old, evaluator, pieces_of(sources), slices=self.slices)
         tags = slice_tags(pair.slices)
@@ -418,10 +394,8 @@ class RegressionMetrics(CallbackBase):
                 # The source sorts the positions.
                 sampler=SubsetRandomSampler(torch.cat(by_rank).tolist()),
             )
-            source = make_source(
-                loader_in_order, "val", trainer=trainer, model=model, adapter=self.adapter
-            )
-            evaluator, ((source,),) = open_sources(trainer, model, self.task, [source])
+            loaders = [(loader_in_order, "val", None)]
+            evaluator, (source,) = self.open_loaders(trainer, model, loaders)
             recorder = SliceRecorder(source, self.slices, self.task)
 
             def logits(batch: Batch) -> Tensor:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.data_splits import SplitLoaders
 from lightning_nrl._trainer.folders import check_folder, report_files
 from lightning_nrl._trainer.lightning.packages import (
-    CallbackBase,
     LightningModule,
     Trainer,
     rank_zero_warn,
@@ -34,56 +32,45 @@ from lightning_nrl._trainer.loaders import (
     check_loaders,
     loaders_in,
     make_source,
-    parse_adapter,
     pieces_of,
     split_and_loader,
 )
-from lightning_nrl._trainer.prediction import open_sources
 from lightning_nrl._trainer.proof import logged_accuracies
 from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
-from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.atomic_files import check_writable
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
+from lightning_nrl.callbacks.data_callback import DataCallback
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.data.columns import Column, find_column
+from lightning_nrl.data.columns import Column
 from lightning_nrl.data.sample_identity import read_keys
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_whole
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.input_checks import check_classes
 from lightning_nrl.records.provenance import today
 from lightning_nrl.tasks import Task
-from lightning_nrl.tasks.custom import task_of_output
-from lightning_nrl.updates import (
-    ProtectedIntact,
-    RegressionSuite,
-    ReleaseReport,
-    Rule,
-    parse_rules,
-)
+from lightning_nrl.updates import RegressionSuite, ReleaseReport, Rule
 from lightning_nrl.updates.accepted import predictions_beside
 from lightning_nrl.updates.junit import write_error, write_junit
 from lightning_nrl.updates.model_pair import ModelPair, evaluate_pieces
 from lightning_nrl.updates.old_model import AnyReference, OldModel, in_memory
 from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.release import (
+    Criteria,
     OnUndecided,
-    check_on_undecided,
     check_reference,
     judge_pair,
-    read_noise,
 )
 from lightning_nrl.updates.rule_parsing import Require
-from lightning_nrl.updates.rules import limited_to
 from lightning_nrl.updates.suite import released_samples
 
 TRAINING_SAMPLES = 1000
 """Number of training samples whose contents are sought in the tested data, to limit time."""
 
 
-class ReleaseGate(CallbackBase):
+class ReleaseGate(DataCallback):
     """Decides in `trainer.test` or `trainer.validate` if the model may replace the one in use.
 
     After the test, each model makes one pass over the data in the precision of the trainer. The
@@ -127,6 +114,10 @@ class ReleaseGate(CallbackBase):
         sys.exit(gate.report.exit_status)
     """
 
+    stages = ("test", "validate")
+    only_evaluates = True
+    hint = "test with a single device or with ddp."
+
     def __init__(
         self,
         reference: AnyReference,
@@ -146,39 +137,33 @@ class ReleaseGate(CallbackBase):
         sample_id: str | int | Column | None = None,
         noise: Sequence[str | Path] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(task, adapter, output)
         self.reference = check_reference("reference", reference)
-        self.rules = parse_rules(rules, require)
+        self.criteria = Criteria(
+            rules,
+            require,
+            slices=slices,
+            on_undecided=on_undecided,
+            sample_id=sample_id,
+            noise=noise,
+        )
         self.suite = None if suite is None else RegressionSuite.read(suite)
-        self.slices = None if slices is None else find_column("slices", slices)
-        self.sample_id = None if sample_id is None else find_column("sample_id", sample_id)
-        self.noise = read_noise(noise)
         check_loaders(loaders)
         self.loaders = loaders
-        self.task = task_of_output(task, output)
-        self.adapter = parse_adapter(adapter)
         check_whole("seed", seed, 0, 2**32 - 1)
         self.seed, self.dirpath, self.verbose = seed, dirpath, verbose
-        check_on_undecided(on_undecided)
-        self.on_undecided = on_undecided
         self.junit = junit
         self.report: ReleaseReport | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
-        if stage in ("test", "validate"):
+        super().setup(trainer, pl_module, stage)
+        if stage in self.stages:
             if self.suite and self.report:  # an earlier test may have added samples
                 self.suite = RegressionSuite.read(self.suite)
             self.report = None  # `on_test_start` does not run without batches
-            check_strategy(
-                trainer,
-                "which are needed whole",
-                "test with a single device or with ddp.",
-                only_evaluates=True,
-            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage in ("test", "validate") and self.report is None:
+        if stage in self.stages and self.report is None:
             limit, _ = batch_limits(trainer)
             raise ConfigurationError(
                 f"`data`: no sample was read ({limit or 'no data'}), so nothing was compared.",
@@ -200,15 +185,15 @@ class ReleaseGate(CallbackBase):
         check_folder(self.dirpath, trainer, "release", RELEASE_FILES)
         if self.junit is not None:
             check_writable("junit", self.junit)
-        evaluator, few, rules = self._open(trainer, pl_module, first_batch=True)
-        for rule in rules:
-            rule.check_data([source.split for source in few], self.slices is not None)
+        evaluator, few, criteria = self._open(trainer, pl_module, first_batch=True)
+        splits = [source.split for source in few]
+        criteria.check_data(splits, sliced=criteria.slices is not None)
         evaluate_pieces(
             in_memory(self.reference),
             evaluator,
             pieces_of(few),
-            slices=self.slices,
-            sample_id=self.sample_id,
+            slices=criteria.slices,
+            sample_id=criteria.sample_id,
         )
 
     on_validation_start = on_test_start
@@ -219,22 +204,18 @@ class ReleaseGate(CallbackBase):
         name = type(pl_module).__name__
         if trainer.ckpt_path:
             name += f" from {trainer.ckpt_path}"
-        evaluator, sources, rules = self._open(trainer, pl_module)
+        evaluator, sources, criteria = self._open(trainer, pl_module)
         streams = [source for source in sources if isinstance(source, StreamSource)]
         limit, _ = batch_limits(trainer)
         pair, report = judge_pair(
             self.reference,
             evaluator,
             pieces_of(sources),
-            rules,
+            criteria,
             is_limited=bool(limit),
             is_stream=bool(streams),
-            slices=self.slices,
             seeds={"data": self.seed, **_global_seed()},
             name=name,
-            on_undecided=self.on_undecided,
-            sample_id=self.sample_id,
-            noise=self.noise,
         )
         if len(sources) == 1:
             stage = "val" if trainer.state.fn == "validate" else "test"
@@ -269,7 +250,7 @@ class ReleaseGate(CallbackBase):
 
     def _open(
         self, trainer: Trainer, model: LightningModule, *, first_batch: bool = False
-    ) -> tuple[Evaluator, list[LoaderSource], Sequence[Rule]]:
+    ) -> tuple[Evaluator, list[LoaderSource], Criteria]:
         """Opens the tested loaders, and those of other splits in the suite, for its rule alone."""
         stage, data = "test", trainer.test_dataloaders
         if trainer.state.fn == "validate":
@@ -280,29 +261,25 @@ class ReleaseGate(CallbackBase):
             loaders = _loaders_by_name(data, stage)
         else:
             limits = [batch_limit(trainer)] * len(loaders)
-        rules = self.rules
+        criteria = self.criteria
         if self.suite is not None:
-            rules += (ProtectedIntact(self.suite),)
-        of_suite = self._loaders_of_suite(trainer, model, loaders)
-        if of_suite:
-            rules = tuple(limited_to(rule, tuple(loaders)) for rule in rules)
+            of_suite = self._loaders_of_suite(trainer, model, self.suite.splits - loaders.keys())
+            criteria = criteria.protecting(self.suite, tuple(loaders) if of_suite else ())
             loaders = {**loaders, **of_suite}
             limits = [*limits, *[batch_limit(trainer)] * len(of_suite)]
-        make = partial(make_source, trainer=trainer, model=model, adapter=self.adapter)
-        sources = [
-            make(loader, name, seed=self.seed, limit=1 if first_batch else limit, streams=True)
-            for (name, loader), limit in zip(loaders.items(), limits, strict=False)
-        ]
-        with random_state():
-            evaluator, (sources,) = open_sources(trainer, model, self.task, sources)
-        return evaluator, sources, rules
+        if first_batch:
+            limits = [1] * len(loaders)
+        limited = zip(loaders.values(), loaders, limits, strict=False)
+        evaluator, sources = self.open_loaders(
+            trainer, model, limited, seed=self.seed, streams=True
+        )
+        return evaluator, sources, criteria
 
     def _loaders_of_suite(
-        self, trainer: Trainer, model: LightningModule, tested: Mapping[str, Loaders]
+        self, trainer: Trainer, model: LightningModule, splits: set[str]
     ) -> dict[str, Loaders]:
         loaders = {}
-        splits = set() if self.suite is None else self.suite.splits
-        for split in sorted(splits - tested.keys()):
+        for split in sorted(splits):
             loader = None
             if split_and_loader(split)[0] in SPLITS:
                 loader = SplitLoaders(trainer, model).get(split)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,28 +10,22 @@ from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.data_splits import DataChoice, SplitLoaders, find_calibration, find_one
-from lightning_nrl._trainer.lightning.packages import (
-    CallbackBase,
-    LightningModule,
-    Trainer,
-    rank_zero_warn,
-)
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import CheckpointState, batch_limit, validating
-from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
-from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.loaders import LoaderSource, check_data
 from lightning_nrl._trainer.reference_copy import check_other_model, parse_with_weights
 from lightning_nrl._trainer.tracking.loggers import track_numbers
 from lightning_nrl._trainer.tracking.scalars import interpolation_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, parse_prefix, tagged
-from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy
+from lightning_nrl._trainer.trainer_checks import check_order
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.state import State, write
+from lightning_nrl.callbacks.data_callback import DataCallback
 from lightning_nrl.data import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
 from lightning_nrl.tasks import Task
-from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.interpolation import (
     ACCURACY_TOLERANCE,
     DEFAULT_STRENGTHS,
@@ -50,7 +43,7 @@ MIN_COSINE = 0.5
 """Below this cosine of initial and replaced weights, a warning says that they are unrelated."""
 
 
-class WeightInterpolation(CallbackBase):
+class WeightInterpolation(DataCallback):
     """Sets the weights after `fit` to `(1 - strength) old + strength new`.
 
     `old` are the weights of the replaced model. This breaks fewer samples at little or no loss of
@@ -111,7 +104,7 @@ class WeightInterpolation(CallbackBase):
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(task, adapter, output)
         self.reference = parse_with_weights(reference)
         if strength != "auto":
             check_part("strength", strength, "strength")
@@ -129,19 +122,15 @@ class WeightInterpolation(CallbackBase):
         check_whole("seed", seed, 0, 2**32 - 1)
         self.batches, self.seed, self.verbose = batches, seed, verbose
         self.prefix = parse_prefix(prefix, "interpolation")
-        self.task = task_of_output(task, output)
-        self.adapter = parse_adapter(adapter)
         self.choice: InterpolationChoice | None = None
         self._reference_state: Mapping[str, Any] = {}
         self._changed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
-        if stage != "fit":
-            return
-        check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
-        check_order(self, trainer, change="the interpolation")
-        check_other_model(self.reference, pl_module)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            check_order(self, trainer, change="the interpolation")
+            check_other_model(self.reference, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Read before training, which may overwrite the file.
@@ -238,13 +227,8 @@ class WeightInterpolation(CallbackBase):
         statistics = None
         if self.strength not in (0, 1) and batch_norms(pl_module):
             statistics = find_one("statistics", self.statistics, loaders)
-        make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter)
-        sources = [
-            make(*loader, seed=self.seed, limit=limit)
-            for loader in (statistics, calibration)
-            if loader is not None
-        ]
-        _, (opened,) = open_sources(trainer, pl_module, self.task, sources)
+        limited = [(*loader, limit) for loader in (statistics, calibration) if loader]
+        _, opened = self.open_loaders(trainer, pl_module, limited, seed=self.seed)
         validation = opened[-1] if calibration else None
         return validation, opened[0] if statistics else None
 

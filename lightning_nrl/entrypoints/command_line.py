@@ -33,7 +33,6 @@ from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.json_records import parse_json
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.callbacks import ReleaseGate
-from lightning_nrl.data.targets import Target
 from lightning_nrl.entrypoints.arguments import is_used
 from lightning_nrl.entrypoints.command_project import (
     GROW,
@@ -57,20 +56,20 @@ from lightning_nrl.records.provenance import today
 from lightning_nrl.report import RepairReport, Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
 from lightning_nrl.report.side_by_side import side_by_side
-from lightning_nrl.updates import ProtectedIntact, recount
+from lightning_nrl.updates import recount
 from lightning_nrl.updates.accepted import reports_in
 from lightning_nrl.updates.junit import errors_in_junit, write_junit
 from lightning_nrl.updates.model_pair import check_missing, pair_from_files
 from lightning_nrl.updates.predictions import Predictions, read_slices
 from lightning_nrl.updates.release import (
     ACTIONS,
+    Criteria,
     Identity,
     OnUndecided,
     ReleaseReport,
     make_report,
-    read_noise,
 )
-from lightning_nrl.updates.rule_parsing import REQUIRED, RULES, Require, parse_rules
+from lightning_nrl.updates.rule_parsing import REQUIRED, RULES, Require
 from lightning_nrl.updates.suite import RegressionSuite, released_samples
 
 __all__ = ["COMMANDS", "main"]
@@ -205,29 +204,25 @@ def decide_release(
     summary = find_summary(summary)
     if junit is not None:
         check_writable("junit", junit)
-    parsed_rules = parse_rules(rules or ["instance"], require)
+    criteria = Criteria(rules or ["instance"], require, on_undecided=on_undecided, noise=noise)
     kept = None
     if suite is not None:
         kept = RegressionSuite.read(RegressionSuite(suite, grow == "true"))
-        parsed_rules += (ProtectedIntact(kept),)
+        criteria = criteria.protecting(kept)
     slice_names = None if slices is None else read_slices(slices)
     before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
-    targets: list[Target] = []
-    for parsed in parsed_rules:
-        parsed.check_data(tuple(after.splits), slice_names is not None)
-        targets += parsed.targets
+    criteria.check_data(tuple(after.splits), sliced=slice_names is not None)
     missing = check_missing(before, after, allow_missing)
-    pair = pair_from_files(before, after, slice_names, targets)
+    pair = pair_from_files(before, after, slice_names, criteria.targets)
     report = make_report(
         pair,
-        parsed_rules,
+        criteria,
         old=Identity(old, before.weights or ""),
         new=Identity(new, after.weights or ""),
         task="as recorded in the files",
         precision="as recorded in the files",
-        noise=read_noise(noise),
+        missing=missing,
     )
-    report = replace(report, missing=missing, on_undecided=on_undecided)
     if out:
         folder = Path(out)
         with must_be_written("out", out):

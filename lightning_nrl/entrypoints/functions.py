@@ -22,7 +22,6 @@ from lightning_nrl._trainer.lightning.packages import (
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     CheckpointState,
-    Loaders,
     callbacks_of_class,
     restore_training,
     starts_own_processes,
@@ -70,17 +69,16 @@ def dry_fit(
     ckpt_path: str | Path | None,
     weights_only: bool,
     *,
-    train_dataloaders: Loaders,
-    val_dataloaders: Loaders,
-    datamodule: LightningDataModule | None,
     whole: bool = False,
+    **data: Any,
 ) -> Result:
     """Returns the result of `work`, run in a `fit` without steps.
 
     Model, trainer and random state do not change. `callback` has the data options, the task and the
-    seed. With `whole`, each rank reads all samples instead of its share.
+    seed. `data` are arguments of `Trainer.fit`. With `whole`, each rank reads all samples instead
+    of its share.
     """
-    check_packages(trainer, model=model, datamodule=datamodule)
+    check_packages(trainer, model=model, datamodule=data["datamodule"])
     if starts_own_processes(trainer):
         raise ConfigurationError(
             f"`strategy`: {type(trainer.strategy).__name__} starts processes of its own, which "
@@ -96,9 +94,7 @@ def dry_fit(
             results.append(replace(result, provenance=provenance))
 
     with untracked(trainer), without_training(trainer, callback, run, weights_only):
-        trainer.fit(
-            model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path
-        )
+        trainer.fit(model, ckpt_path=ckpt_path, **data)
     return results[0]
 
 

@@ -13,18 +13,13 @@ from torch import Tensor
 
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
 from lightning_nrl._trainer.folders import base_folder
-from lightning_nrl._trainer.lightning.packages import (
-    CallbackBase,
-    LightningModule,
-    Trainer,
-    rank_zero_warn,
-)
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
-from lightning_nrl._trainer.loaders import check_data, parse_adapter
+from lightning_nrl._trainer.loaders import check_data
 from lightning_nrl._trainer.tracking.loggers import track_figures, track_numbers
 from lightning_nrl._trainer.tracking.tags import parse_prefix
-from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.callbacks.data_callback import DataCallback
 from lightning_nrl.data import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_whole
 from lightning_nrl.evaluation import SampleResults
@@ -32,10 +27,9 @@ from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.published.learning_curves import Learning, record_figures
 from lightning_nrl.published.training_record import TrainingRecord, forget_after, write_point
 from lightning_nrl.tasks import Task
-from lightning_nrl.tasks.custom import task_of_output
 
 
-class TrainingHistory(CallbackBase):
+class TrainingHistory(DataCallback):
     """Records in every epoch which samples are right, their losses, and the weights of some layers.
 
     `NeuRecover` localises with this history, and `TrainingRecord.read(folder)` reads it. A resumed
@@ -84,7 +78,7 @@ class TrainingHistory(CallbackBase):
         adapter: str | Adapter | None = None,
         output: int | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(task, adapter, output)
         self.splits = (splits,) if isinstance(splits, str) else tuple(splits)
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise ConfigurationError(
@@ -101,8 +95,6 @@ class TrainingHistory(CallbackBase):
         self.layers = layers
         self.dirpath = dirpath
         self.prefix = parse_prefix(prefix, "history")
-        self.task = task_of_output(task, output)
-        self.adapter = parse_adapter(adapter)
         self.folder: Path | None = None
         self.recorded: tuple[str, ...] = ()
         self._resumed: str | None = None
@@ -111,11 +103,8 @@ class TrainingHistory(CallbackBase):
         self._ever_right: dict[str, Tensor] = {}  # by split, samples that were right at some record
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_strategy(
-                trainer, "which are needed whole", "train with a single device or with ddp."
-            )
             self._layer_names(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

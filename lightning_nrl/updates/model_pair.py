@@ -132,20 +132,13 @@ def near_copies(results: SampleResults) -> list[str]:
     return list(map(str, number))
 
 
-def evaluate_pair(
+def _evaluate_piece(
     old: Reference,
     new: Evaluator,
     data: Sequence[Source],
-    *,
-    slices: Slices | None = None,
-    targets: Sequence[Target] = (),
+    slices: Slices | None,
+    targets: Sequence[Target],
 ) -> ModelPair:
-    """Runs each model over the data once, batch by batch. Leaves models and random states alone.
-
-    `new` holds the new model, its task and precision. `data` is this rank's share of the splits;
-    every rank gets the results for all samples. `ModelPair.marked` gets a mask for each of the
-    `targets`.
-    """
     key_recorders = list(map(raw_recorder, data))
     slice_recorders = [SliceRecorder(source, slices, new.task) for source in key_recorders]
     target_recorders = {}
@@ -176,9 +169,12 @@ def evaluate_pieces(
     targets: Sequence[Target] = (),
     sample_id: object = None,
 ) -> ModelPair:
-    """Does what `evaluate_pair` does for data in pieces; those of one split follow each other.
+    """Runs each model over the data once, batch by batch. Leaves models and random states alone.
 
-    Broken samples get the names that `sample_id` gives them.
+    `new` holds the new model, its task and precision. `pieces` are this rank's share of the splits,
+    those of one split one after the other; every rank gets the results for all samples.
+    `ModelPair.marked` gets a mask for each of the `targets`. Broken samples get the names that
+    `sample_id` gives them.
     """
     pairs: list[ModelPair] = []
     names = defaultdict[str, list[str]](list)
@@ -186,7 +182,7 @@ def evaluate_pieces(
         if sample_id is not None and not pairs:
             for source in piece:
                 sample_names(sample_id, source, [], new)  # refuses a wrong column
-        pair = evaluate_pair(old, new, piece, slices=slices, targets=targets)
+        pair = _evaluate_piece(old, new, piece, slices, targets)
         pairs.append(pair)
         if sample_id is not None:
             broken = pair.after.ids(pair.flips.broken)

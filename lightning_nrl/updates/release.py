@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +18,7 @@ from lightning_nrl._utils.preserve import outside_inference_mode
 from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import Column, find_column
+from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation import Evaluator, FlipCounts, Flips
 from lightning_nrl.evaluation.rates import UPDATE_RATES
@@ -28,9 +31,11 @@ from lightning_nrl.updates.accepted import check_accepted
 from lightning_nrl.updates.model_pair import ModelPair, check_missing, evaluate_pieces
 from lightning_nrl.updates.old_model import OldModel, Reference, in_memory, parse_reference
 from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.protected import ProtectedIntact
 from lightning_nrl.updates.rule_parsing import Require, parse_rules
-from lightning_nrl.updates.rules import Rule, RuleResult
+from lightning_nrl.updates.rules import Rule, RuleResult, limited_to
 from lightning_nrl.updates.statistical_rules import MaxNegativeFlipRate
+from lightning_nrl.updates.suite import RegressionSuite
 from lightning_nrl.updates.traits import common_traits
 
 OnUndecided = Literal["refuse", "accept"]
@@ -108,26 +113,57 @@ def release(
             "write `data=[TensorSource(inputs, targets, split='test')]`, "
             "or use the callback `ReleaseGate`.",
         )
-    if slices is not None:
-        slices = find_column("slices", slices)
-    if sample_id is not None:
-        sample_id = find_column("sample_id", sample_id)
-    check_on_undecided(on_undecided)
-    parsed_rules = parse_rules(rules, require)
-    for rule in parsed_rules:
-        rule.check_data([source.split for source in sources], slices is not None)
-    _, report = judge_pair(
-        check_reference("old", old),
-        Evaluator.of(new),
-        [sources],
-        parsed_rules,
+    criteria = Criteria(
+        rules,
+        require,
         slices=slices,
-        seeds=dict(seeds or {}),
         on_undecided=on_undecided,
         sample_id=sample_id,
-        noise=read_noise(noise),
+        noise=noise,
     )
+    splits = [source.split for source in sources]
+    criteria.check_data(splits, sliced=slices is not None)
+    old = check_reference("old", old)
+    _, report = judge_pair(old, Evaluator.of(new), [sources], criteria, seeds=dict(seeds or {}))
     return report
+
+
+class Criteria:
+    """Rules of a release and what its report shows. The arguments are those of `release`."""
+
+    def __init__(
+        self,
+        rules: str | Rule | Sequence[str | Rule],
+        require: Require = "any",
+        *,
+        slices: str | int | Slices | None = None,
+        on_undecided: OnUndecided | None = None,
+        sample_id: str | int | Column | None = None,
+        noise: Sequence[str | Path] | None = None,
+    ) -> None:
+        if on_undecided is not None:
+            check_choice("on_undecided", on_undecided, ACTIONS)
+        self.rules = parse_rules(rules, require)
+        self.slices = None if slices is None else find_column("slices", slices)
+        self.on_undecided = on_undecided
+        self.sample_id = None if sample_id is None else find_column("sample_id", sample_id)
+        self.noise = read_noise(noise)
+
+    def protecting(self, suite: RegressionSuite, splits: tuple[str, ...] = ()) -> Criteria:
+        """Adds a rule that no sample of a suite may break; limits the others to `splits`."""
+        criteria = copy.copy(self)
+        rules = [limited_to(rule, splits) for rule in self.rules]
+        criteria.rules = (*rules, ProtectedIntact(suite))
+        return criteria
+
+    def check_data(self, splits: Sequence[str], *, sliced: bool) -> None:
+        """Refuses data that a rule cannot judge; see `Rule.check_data`."""
+        for rule in self.rules:
+            rule.check_data(splits, sliced)
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for rule in self.rules for target in rule.targets]
 
 
 @outside_inference_mode()  # in which split weights have no state dict
@@ -135,44 +171,40 @@ def judge_pair(
     old: Reference,
     new: Evaluator,
     pieces: Iterable[Sequence[Source]],
-    rules: Sequence[Rule],
+    criteria: Criteria,
     *,
-    slices: Slices | None,
     seeds: Mapping[str, int],
     name: str = "",
-    on_undecided: OnUndecided | None = None,
-    sample_id: object,
     is_limited: bool = False,
     is_stream: bool = False,
-    noise: Sequence[Predictions] = (),
 ) -> tuple[ModelPair, ReleaseReport]:
     """Does the work of `release` on data in `pieces`, and also returns the `ModelPair`.
 
     `name` is the new model's name in the report. If the data are limited, they may lack samples
     that a file of predictions has.
     """
-    targets = [target for rule in rules for target in rule.targets]
-    reference = in_memory(old) if is_stream else old
     pair = evaluate_pieces(
-        reference, new, pieces, slices=slices, targets=targets, sample_id=sample_id
+        in_memory(old) if is_stream else old,
+        new,
+        pieces,
+        slices=criteria.slices,
+        targets=criteria.targets,
+        sample_id=criteria.sample_id,
     )
     if isinstance(old, Predictions) and not is_limited:
         check_missing(old, Predictions.of(pair.after, ""))
     identity = _identity(old, new.model)
     report = make_report(
         pair,
-        rules,
+        criteria,
         old=identity,
         new=Identity(name or type(new.model).__name__, hash_tensors(new.model.state_dict())),
         task=str(new.task),
         precision=str(new.precision),
-        noise=noise,
     )
     provenance = Provenance.of(new.model, pair.after)
     caveats = check_accepted(old, identity.sha256, pair, provenance.data) + report.caveats
-    return pair, replace(
-        report, seeds=seeds, provenance=provenance, on_undecided=on_undecided, caveats=caveats
-    )
+    return pair, replace(report, seeds=seeds, provenance=provenance, caveats=caveats)
 
 
 def read_noise(files: Sequence[str | Path] | None) -> tuple[Predictions, ...]:
@@ -192,12 +224,6 @@ def read_noise(files: Sequence[str | Path] | None) -> tuple[Predictions, ...]:
             "train the old recipe twice, with two seeds, and give a file for each training.",
         )
     return first, second
-
-
-def check_on_undecided(value: str | None) -> None:
-    """Raises a `ConfigurationError` if a value says nothing of undecided releases."""
-    if value is not None:
-        check_choice("on_undecided", value, ACTIONS)
 
 
 def check_reference(argument: str, old: Any) -> Reference:
@@ -439,19 +465,20 @@ def _facts(report: ReleaseReport, full: bool) -> FactList:
 
 def make_report(
     pair: ModelPair,
-    rules: Sequence[Rule],
+    criteria: Criteria,
     *,
     old: Identity,
     new: Identity,
     task: str,
     precision: str,
-    noise: Sequence[Predictions] = (),
+    missing: Mapping[str, int] = MappingProxyType({}),
 ) -> ReleaseReport:
     """Checks every rule and builds the report.
 
     The limits in the rows have the confidence of the first `MaxNegativeFlipRate` rule, or 95 %
-    without such a rule. `noise` has the predictions of two trainings of the old recipe.
+    without such a rule.
     """
+    rules = criteria.rules
     findings = tuple(rule.check(pair) for rule in rules)
     confidence = 0.95
     for rule in reversed(rules):
@@ -459,8 +486,8 @@ def make_report(
             confidence = rule.confidence
     rows = []
     by_noise = None
-    if noise:
-        first, second = (predictions.results(pair.after, pair.keys) for predictions in noise)
+    if criteria.noise:
+        first, second = (noise.results(pair.after, pair.keys) for noise in criteria.noise)
         by_noise = Flips.between(first, second)
     for split in pair.splits:
         rows += _rows(pair, split, confidence, by_noise)
@@ -481,6 +508,8 @@ def make_report(
         new=new,
         task=task,
         precision=precision,
+        missing=missing,
+        on_undecided=criteria.on_undecided,
         traits=common_traits(pair) if status == "refused" else (),
         caveats=pair.unproven if any(rule.is_statistical for rule in rules) else (),
         broken_names=pair.broken_names,

@@ -93,7 +93,7 @@ CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
     (
         ReleaseGate,
         {"rules": ["accuracy", "nfr:5%"], "require": "better", "slices": "digit_models:digit"},
-        lambda made: [str(rule) for rule in made.rules],
+        lambda made: [str(rule) for rule in made.criteria.rules],
         ["accuracy", "nfr:5%", "better"],
     ),
     (

@@ -35,7 +35,7 @@ from lightning_nrl.updates import (
     RuleResult,
 )
 from lightning_nrl.updates.calibration import Calibration
-from lightning_nrl.updates.release import Identity, ReleaseReport, make_report
+from lightning_nrl.updates.release import Criteria, Identity, ReleaseReport, make_report
 from lightning_nrl.updates.rule_parsing import parse_rule, parse_rules
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
@@ -452,7 +452,7 @@ def test_a_bool_of_numpy_or_torch_is_a_verdict() -> None:
 
 def report_of(data: ModelPair, *rules: Rule) -> ReleaseReport:
     old, new = Identity("old"), Identity("new")
-    return make_report(data, rules, old=old, new=new, task="", precision="")
+    return make_report(data, Criteria(rules), old=old, new=new, task="", precision="")
 
 
 def test_the_accuracy_of_the_new_model_has_a_floor_with_confidence() -> None:

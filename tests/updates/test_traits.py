@@ -7,7 +7,7 @@ from sample_tables import sample_table
 from torch import Tensor
 
 from lightning_nrl.updates import Identity, ModelPair, parse_rules
-from lightning_nrl.updates.release import make_report
+from lightning_nrl.updates.release import Criteria, make_report
 from lightning_nrl.updates.traits import MAX_TRAITS, common_traits
 
 
@@ -81,7 +81,7 @@ def test_the_report_of_a_refusal_shows_them() -> None:
     pair = pair_of(label, torch.where(label == 3, 2, label))
     identity = Identity("model")
     reports = [
-        make_report(pair, [rule], old=identity, new=identity, task="", precision="")
+        make_report(pair, Criteria([rule]), old=identity, new=identity, task="", precision="")
         for rule in parse_rules(["instance", "tolerance:50"])
     ]
     refused, accepted = reports
