@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -147,10 +147,8 @@ def interpolate(
     """
     check_part("strength", strength, "strength")
     evaluator = Evaluator.of(new)
-    statistics = partial(
-        estimate_statistics, evaluator, training, batches=batches, seed=seed, adapter=adapter
-    )
-    return _Path(old, evaluator.model, statistics).weights(strength)
+    path = _Path(old, evaluator, training, batches=batches, seed=seed, adapter=adapter)
+    return path.weights(strength)
 
 
 @torch.no_grad()
@@ -193,10 +191,7 @@ def choose_interpolation(
     for strength in strengths:
         check_part("strengths", strength, "strength")
     evaluator = Evaluator.of(new)
-    statistics = partial(
-        estimate_statistics, evaluator, training, batches=batches, seed=seed, adapter=adapter
-    )
-    path = _Path(old, evaluator.model, statistics)
+    path = _Path(old, evaluator, training, batches=batches, seed=seed, adapter=adapter)
     old_answers = _answers(evaluator, path.start, data, adapter)
     curve = []
     for strength in sorted({1.0, *map(float, strengths)}, reverse=True):
@@ -209,15 +204,18 @@ def choose_interpolation(
 
 
 class _Path:
-    """Weights between the old and the new model, with matching batch norm statistics."""
+    """Weights between the old and the new model, with matching batch norm statistics.
+
+    `reading` are arguments of `estimate_statistics`.
+    """
 
     def __init__(
-        self, old: OldWeights, new: nn.Module, statistics: Callable[[], dict[str, Tensor]]
+        self, old: OldWeights, new: Evaluator, training: Data | None, **reading: Any
     ) -> None:
-        self.model = new
-        self.start: State = read_fitting("old", old, new)
-        self.end = snapshot(new)
-        self.statistics = statistics
+        self.model = new.model
+        self.start: State = read_fitting("old", old, self.model)
+        self.end = snapshot(self.model)
+        self.statistics = partial(estimate_statistics, new, training, **reading)
         # Kept in memory, so that the chosen strength needs no second pass over the training data.
         self.estimated: dict[float, dict[str, Tensor]] = {}
 

@@ -38,8 +38,9 @@ from lightning_nrl.updates.statistical_rules import MaxNegativeFlipRate
 from lightning_nrl.updates.suite import RegressionSuite
 from lightning_nrl.updates.traits import common_traits
 
+Status = Literal["accepted", "refused", "undecided"]
 OnUndecided = Literal["refuse", "accept"]
-ACTIONS: Mapping[OnUndecided, Literal["accepted", "refused"]] = {
+ACTIONS: Mapping[OnUndecided, Status] = {
     "accept": "accepted",
     "refuse": "refused",
 }
@@ -323,7 +324,7 @@ class ReleaseReport(Report):
             predicted when it was accepted.
     """
 
-    status: Literal["accepted", "refused", "undecided"]
+    status: Status
     findings: tuple[RuleResult, ...]
     rows: tuple[ReleaseRow, ...]
     broken_ids: Mapping[str, Sequence[int]]
@@ -492,7 +493,7 @@ def make_report(
     for split in pair.splits:
         rows += _rows(pair, split, confidence, by_noise)
     verdicts = {finding.verdict for finding in findings}
-    status: Literal["accepted", "refused", "undecided"] = "accepted"
+    status: Status = "accepted"
     if "NOT satisfied" in verdicts:
         status = "refused"
     elif "undecided" in verdicts:
