@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
 from lightning_nrl._trainer.folders import base_folder
-from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import check_data
 from lightning_nrl._trainer.tracking.loggers import track_figures, track_numbers
@@ -21,7 +21,7 @@ from lightning_nrl._trainer.tracking.tags import parse_prefix
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.callbacks.data_callback import DataCallback
 from lightning_nrl.data import Adapter
-from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_whole
+from lightning_nrl.errors import ConfigurationError, FilesWarning, check_whole
 from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.published.learning_curves import Learning, record_figures
@@ -161,17 +161,7 @@ class TrainingHistory(DataCallback):
         return {} if self.folder is None else {"folder": str(self.folder.absolute())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        folder = state_dict.get("folder") if isinstance(state_dict, dict) else state_dict
-        if isinstance(state_dict, dict) and isinstance(folder, str | None):
-            self._resumed = folder
-            return
-        rank_zero_warn(
-            DataWarning(
-                "`TrainingHistory`: the state in the checkpoint names no folder "
-                f"(found a {type(folder).__name__}).",
-                "training continues with a new record; give `dirpath` to continue the old one.",
-            )
-        )
+        self._resumed = state_dict.get("folder")
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluates `recorded` splits and writes a record. All ranks must call it.
