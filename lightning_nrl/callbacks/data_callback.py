@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import Loaders
@@ -45,7 +44,9 @@ class DataCallback(CallbackBase):
         trainer: Trainer,
         model: LightningModule,
         loaders: Iterable[tuple[Loaders, str, int | None]],
-        **options: Any,
+        *,
+        seed: int = 0,
+        streams: bool = False,
     ) -> tuple[Evaluator, list[LoaderSource]]:
         """Returns an evaluator, and a source for each loader with its split and batch limit."""
         with random_state():
@@ -56,8 +57,9 @@ class DataCallback(CallbackBase):
                     trainer=trainer,
                     model=model,
                     adapter=self.adapter,
+                    seed=seed,
                     limit=limit,
-                    **options,
+                    streams=streams,
                 )
                 for loader, split, limit in loaders
             ]
