@@ -65,21 +65,29 @@ def windows(layer: Layer, x: Tensor, max_positions: int) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return x[None]
-    x = pad_input(layer, x)
-    n_dims = x.ndim - 2
+    x = unfolded(layer, x)
+    n_dims = layer.weight.ndim - 2
     per_dim = max(1, int(max_positions ** (1 / n_dims)))
-    for dim, (width, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
-    ):
-        # Only views are made here, so skipped positions are never copied.
-        span = dilation * (width - 1) + 1
-        x = x.unfold(dim, span, stride)[..., ::dilation]
-        step = math.ceil(x.shape[dim] / per_dim)
-        x = x.movedim(dim, 0)[::step].movedim(0, dim)
+    steps = [math.ceil(size / per_dim) for size in x.shape[2 : 2 + n_dims]]
+    # Still a view, so skipped positions are never copied.
+    x = x[(..., *(slice(None, None, step) for step in steps), *[slice(None)] * n_dims)]
     x = x.unflatten(1, (layer.groups, -1))  # r x groups x channels x positions... x kernel...
     # groups x r x positions... x channels x kernel...
     x = x.transpose(0, 1).movedim(2, 2 + n_dims)
     return x.flatten(2 + n_dims).flatten(1, -2)
+
+
+def unfolded(layer: Convolution, x: Tensor) -> Tensor:
+    """Returns a view of a padded input: `r x channels x positions... x kernel...`.
+
+    At a place of the kernel it has what this place multiplies at each output position.
+    """
+    x = pad_input(layer, x)
+    for dim, (width, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        x = x.unfold(dim, dilation * (width - 1) + 1, stride)[..., ::dilation]
+    return x
 
 
 def pad_input(layer: Convolution, x: Tensor) -> Tensor:

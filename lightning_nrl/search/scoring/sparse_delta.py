@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_nrl._utils.device import no_autocast
-from lightning_nrl.evaluation.layer_gradients import pad_input
-from lightning_nrl.evaluation.layers import Convolution, LayerRef, ParameterSpace, layer_output
+from lightning_nrl.evaluation.layer_gradients import as_rows, unfolded
+from lightning_nrl.evaluation.layers import Layer, LayerRef, ParameterSpace, layer_output
 from lightning_nrl.search.scoring.candidate_tensor import CandidateTensor, as_dense
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
@@ -32,43 +33,19 @@ class UnitBucket:
     """Group of u output units with up to m changed weights each, padded with unchanged weights."""
 
     columns: Tensor  # u x m int64, position of each weight among the K values; K: unchanged
-    kernel_index: Tensor  # u x m int64, position in the unit's flattened kernel
-    channels: Tensor  # int64, input channels of the weights, ascending
-    channel: Tensor  # u x m int64, index of each weight's channel in `channels`
+    channel: Tensor  # u x m int64, input channel of each weight
+    place: tuple[Tensor, ...]  # u x m int64 for each dimension of a convolution's kernel
 
-    def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
-        """Returns the input of each weight of a Linear, `u x copies x m x R`.
+    def inputs(self, layer: Layer, x: Tensor, copies: int) -> Tensor:
+        """Returns the input of each weight, `u x copies x m x R`, from the layer's input `x`.
 
-        `x` has R rows per copy.
+        In one copy, a Linear has R rows, and a convolution R output positions of all samples.
         """
-        u, m = self.kernel_index.shape
-        inputs = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
-        return inputs.view(*inputs.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
-
-    def convolution_inputs(
-        self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int
-    ) -> Tensor:
-        """Returns the input of each weight of a convolution, `u x copies x m x R`.
-
-        `x`, `copies * n x C x ...`, is the layer's input, and `out` is the spatial shape of its
-        output. R is the number of output positions of n samples, n times the product of `out`.
-        """
-        u, m = self.kernel_index.shape
-        x = pad_input(conv, x.index_select(1, self.channels))
-        size, kernel = x.shape[2:], conv.kernel_size
-        # Positions in a flattened sample: of the weight's input at output position 0, and by how
-        # much each output position moves it.
-        first = self.channel.view(u, m, 1)
-        step = torch.zeros(1, dtype=torch.int64, device=x.device)
-        in_kernel = self.kernel_index % math.prod(kernel)
-        for d in range(len(size)):
-            place = in_kernel // math.prod(kernel[d + 1 :]) % kernel[d] * conv.dilation[d]
-            first = first * size[d] + place.unsqueeze(2)
-            stride = torch.arange(out[d], device=x.device) * conv.stride[d]
-            step = (step.unsqueeze(1) * size[d] + stride).flatten()
-        position = (first + step).flatten()
-        inputs = x.flatten(1).index_select(1, position).view(copies, -1, u, m, len(step))
-        return inputs.permute(2, 0, 3, 1, 4).flatten(3)
+        x = as_rows(layer, x)
+        if not isinstance(layer, nn.Linear):
+            x = unfolded(layer, x)
+        inputs = x.movedim(1, 0)[(self.channel, ..., *self.place)]
+        return inputs.unflatten(2, (copies, -1)).transpose(1, 2).flatten(3)
 
 
 @dataclass(frozen=True)
@@ -139,14 +116,9 @@ class LayerDelta:
             with no_autocast(x.device):
                 base = layer_output(module, x.to(y.dtype).float(), weight, bias)
             base = self._units_of(base, copies)
-        inputs = []
-        for bucket in self.buckets:
-            if isinstance(module, nn.Linear):
-                x_of_bucket = bucket.linear_inputs(x, copies)
-            else:
-                x_of_bucket = bucket.convolution_inputs(module, x, y.shape[2:], copies)
-            inputs.append(x_of_bucket.to(y.dtype).to(compute))
-        return GatheredInputs(tuple(inputs), base, rounded)
+        inputs = [bucket.inputs(module, x, copies) for bucket in self.buckets]
+        rounded_inputs = tuple(x.to(y.dtype).to(compute) for x in inputs)
+        return GatheredInputs(rounded_inputs, base, rounded)
 
     def _units_of(self, y: Tensor, copies: int) -> Tensor:
         units: Tensor = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
@@ -242,36 +214,28 @@ def _layer_delta(site: LayerRef, where: Tensor, original: Tensor) -> LayerDelta:
     size, unit_size = site.weight_shape.numel(), math.prod(unit_shape)
     is_weight = (where >= 0) & (where < size)
     is_bias = (where >= size) & (where < site.size)
-    unit, kernel_index = where[is_weight] // unit_size, where[is_weight] % unit_size
-    bias_unit = where[is_bias] - size
+    unit, bias_unit = where[is_weight] // unit_size, where[is_bias] - size
     units = torch.cat([unit, bias_unit]).unique()
     if len(units) > MIN_SHARE_OF_ALL_UNITS * n_units:
         units = torch.arange(n_units, device=where.device)
     bias = torch.full((len(units),), len(where), device=where.device)
     bias[torch.searchsorted(units, bias_unit)] = is_bias.nonzero().flatten()
 
-    # The weights sorted by unit: unit s has the entries first[s] to first[s] + counts[s] - 1. The
-    # entry behind all of them is an unchanged weight.
     slot = torch.searchsorted(units, unit)
     counts = torch.bincount(slot, minlength=len(units))
-    first = counts.cumsum(0) - counts
-    order = slot.argsort(stable=True)
-    columns = F.pad(is_weight.nonzero().flatten()[order], (0, 1), value=len(where))
-    kernel_index = F.pad(kernel_index[order], (0, 1))
-    size_class = counts.clamp_min(1).double().log2().ceil().long()
-    buckets, slots_of_buckets = [], []
-    for number in size_class.unique().tolist():
-        slots = (size_class == number).nonzero().flatten()
-        place = torch.arange(max(1, int(counts[slots].max())), device=where.device)
-        is_padding = place >= counts[slots, None]
-        entry = torch.where(is_padding, len(order), first[slots, None] + place)
-        buckets.append(_unit_bucket(site, units[slots], columns[entry], kernel_index[entry]))
-        slots_of_buckets.append(slots)
-    if buckets:
-        slots = torch.cat(slots_of_buckets)
-        units, bias = units[slots], bias[slots]
+    columns = is_weight.nonzero().flatten()[slot.argsort(stable=True)].split(counts.tolist())
+    size_class = counts.clamp_min(1).double().log2().ceil()
+    order = size_class.argsort(stable=True)
+    buckets = []
+    for slots in order.split(size_class.unique(return_counts=True)[1].tolist()):
+        of_bucket = [columns[i] for i in slots.tolist()]
+        padded = pad_sequence(of_bucket, batch_first=True, padding_value=len(where))
+        kernel_index = F.pad(where % unit_size, (0, 1))[padded]
+        buckets.append(_unit_bucket(site, units[slots], padded, kernel_index))
     device = original.device
-    return LayerDelta(site, original, units.to(device), tuple(buckets), bias.to(device))
+    return LayerDelta(
+        site, original, units[order].to(device), tuple(buckets), bias[order].to(device)
+    )
 
 
 def _unit_bucket(
@@ -279,10 +243,11 @@ def _unit_bucket(
 ) -> UnitBucket:
     module, device = site.module, site.module.weight.device
     n_units, group_channels, *kernel = site.weight_shape
-    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    place: tuple[Tensor, ...] = ()
+    groups = 1
+    if not isinstance(module, nn.Linear):
+        groups = module.groups
+        place = torch.unravel_index(kernel_index % math.prod(kernel), kernel)
     group = units // (n_units // groups)
     channel = group.unsqueeze(1) * group_channels + kernel_index // math.prod(kernel)
-    channels, index = channel.unique(return_inverse=True)
-    return UnitBucket(
-        columns.to(device), kernel_index.to(device), channels.to(device), index.to(device)
-    )
+    return UnitBucket(columns.to(device), channel.to(device), tuple(x.to(device) for x in place))
