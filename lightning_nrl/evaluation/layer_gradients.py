@@ -68,9 +68,10 @@ def windows(layer: Layer, x: Tensor, max_positions: int) -> Tensor:
     x = unfolded(layer, x)
     n_dims = layer.weight.ndim - 2
     per_dim = max(1, int(max_positions ** (1 / n_dims)))
-    steps = [math.ceil(size / per_dim) for size in x.shape[2 : 2 + n_dims]]
-    # Still a view, so skipped positions are never copied.
-    x = x[(..., *(slice(None, None, step) for step in steps), *[slice(None)] * n_dims)]
+    # Only views are made here, so skipped positions are never copied.
+    for dim in range(2, 2 + n_dims):
+        step = math.ceil(x.shape[dim] / per_dim)
+        x = x.movedim(dim, 0)[::step].movedim(0, dim)
     x = x.unflatten(1, (layer.groups, -1))  # r x groups x channels x positions... x kernel...
     # groups x r x positions... x channels x kernel...
     x = x.transpose(0, 1).movedim(2, 2 + n_dims)

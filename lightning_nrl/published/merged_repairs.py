@@ -48,7 +48,7 @@ from lightning_nrl.search import (
 )
 from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.scoring.last_layer_scorer import sum_over_samples
-from lightning_nrl.search.scoring.scorer import WEIGHT, scores_of_sums
+from lightning_nrl.search.scoring.scorer import scores_of_sums
 
 COEFFICIENT_SEARCHER = ParticleSwarm(particles=30, iterations=30, patience=10)
 
@@ -307,9 +307,13 @@ class WholeModelScorer(Scorer):
         if reserve is not None:
             passes = passes & ~(after.margin < reserve)
         sums = []
-        for rows in (before.targeted, before.passed):
-            weight = before.finite_weight[rows]
-            loss = after.loss[None, rows].double()
-            sums.append(sum_over_samples(passes[None, rows], loss, weight, self.fitness)[:, 0])
-        sums[1][WEIGHT] = weight.sum() - sums[1][WEIGHT]
+        for rows, of_passed in ((before.targeted, False), (before.passed, True)):
+            sums_of_rows = sum_over_samples(
+                passes[None, rows],
+                after.loss[None, rows].double(),
+                before.finite_weight[rows],
+                self.fitness,
+                of_passed=of_passed,
+            )
+            sums.append(sums_of_rows[:, 0])
         return torch.stack(sums)

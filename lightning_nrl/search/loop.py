@@ -92,7 +92,7 @@ def search(
         for _ in range(min(check_every - log.done % check_every, method.iterations - log.done)):
             state = method.ask(state, random)
             limit = None
-            if scorer.gives_up and state.threshold is not None:
+            if state.threshold is not None:
                 limit = fitness.most_broken(state.threshold, before.n_failed)
             scores = scorer(state.candidates.to(original.dtype), limit)
             ranking = log.record(state.candidates, scores, fitness(scores, before))

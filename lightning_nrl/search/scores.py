@@ -73,19 +73,13 @@ class Scores:
 
 
 class Scorer(ABC):
-    """Base class of objects that score candidates on I_neg and I_pos.
-
-    Attributes:
-        gives_up: True if scoring may stop early for candidates that break too many samples.
-    """
-
-    gives_up: bool = False
+    """Base class of objects that score candidates on I_neg and I_pos."""
 
     @abstractmethod
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         """Scores candidates `P x K`, values of the localised weights.
 
-        A scorer that gives up may get `most_broken`, `P`: the total sample weight of I_pos that
-        each candidate may break. A candidate that breaks more may get NaN losses and meaningless
-        counts.
+        `most_broken`, `P`, is the total sample weight of I_pos that each candidate may break.
+        Scoring may stop early for a candidate that breaks more: it may get NaN losses and
+        meaningless counts.
         """

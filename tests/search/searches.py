@@ -30,7 +30,6 @@ class Plain(Scorer):
 class Quitting(Plain):
     """Gives up all candidates that it may, and counts them."""
 
-    gives_up = True
     given_up = 0
 
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:

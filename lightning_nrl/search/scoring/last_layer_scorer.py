@@ -25,25 +25,32 @@ def is_plain_multiclass(task: Task) -> bool:
 
 
 def sum_over_samples(
-    passed: Tensor, loss: Tensor | None, weight: Tensor | None, fitness: FitnessFunction
+    passed: Tensor,
+    loss: Tensor | None,
+    weight: Tensor | None,
+    fitness: FitnessFunction,
+    *,
+    of_passed: bool,
 ) -> Tensor:
     """Returns four sums over n samples, `4 x P`, for candidates with results `P x n`.
 
     The sums are the number of passed samples, the (weighted) loss, the weight of passed samples,
-    and the fitness's credit. A sum whose terms are not known is 0.
+    or of broken samples if `of_passed` (I_pos), and the fitness's credit. A sum whose terms are not
+    known is 0.
     """
     wide = widest(passed.device)
     total_loss = total_credit = passed.new_zeros(len(passed), dtype=wide)
-    n_passed = total_weight = passed.sum(-1).to(wide)
+    counted = ~passed if of_passed else passed
+    total_weight = counted.sum(-1).to(wide)
     if weight is not None:
-        total_weight = torch.where(passed, weight, 0.0).sum(-1)
+        total_weight = torch.where(counted, weight, 0.0).sum(-1)
     if loss is not None:
         weighted_loss = loss if weight is None else loss * weight
         total_loss = weighted_loss.sum(-1, dtype=wide)
         credit = fitness.credit(passed, loss)
         if credit is not None:
             total_credit = credit.sum(-1, dtype=wide)
-    return torch.stack([n_passed, total_loss, total_weight, total_credit])
+    return torch.stack([passed.sum(-1).to(wide), total_loss, total_weight, total_credit])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
-from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer, ChunkScorerFactory
+from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer, ScoringData
 from lightning_nrl.search.scoring.memory import free_memory
 from lightning_nrl.search.scoring.sparse_delta import make_layer_deltas
 
@@ -29,63 +29,38 @@ PASSED, LOSS, WEIGHT, CREDIT = range(N_SUMS)
 class SwarmScorer(Scorer):
     """Scores candidates on recorded data. `make_scorer` builds it."""
 
-    cache: ActivationCache  # the known data of this rank
     failed: list[ChunkScorer]  # scorers of the samples of I_neg
     passed: list[ChunkScorer]  # scorers of the samples of I_pos
     n_failed: int  # |I_neg| over all ranks
     n_passed: int  # |I_pos| over all ranks
     collective: Collective
-    fitness: FitnessFunction  # the fitness that reads the scores
-    gives_up: bool = False  # True if scoring stops early for candidates that break too many samples
-    least: float = 1.0  # smallest weight of a sample of I_neg
+    device: torch.device
+    least: float  # smallest weight of a sample of I_neg
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         """Scores candidates `P x K` on the samples of all ranks.
 
-        With `gives_up`, `most_broken`, `P`, limits the total sample weight of I_pos that a
-        candidate may break. The losses of a candidate that breaks more are NaN, and its counts are
-        meaningless.
+        On a CPU, `most_broken`, `P`, limits the total sample weight of I_pos that a candidate may
+        break. The losses of a candidate that breaks more are NaN, and its counts are meaningless.
         """
-        device = self.cache.space.device
-        values = values.to(device)
+        values = values.to(self.device)
         shape = (2, N_SUMS, len(values))
-        sums = torch.zeros(shape, dtype=widest(device), device=device)
-        failed, passed = sums
-        if self.gives_up and most_broken is not None:
-            self._score_hopeful(values, most_broken, failed, passed)
-        else:
-            for scorer in self.passed:
-                passed += self._sums_of_passed(scorer, values)
-            for scorer in self.failed:
-                failed += scorer.sums(values, self.fitness)
+        sums = torch.zeros(shape, dtype=widest(self.device), device=self.device)
+        hopeful = torch.arange(len(values), device=self.device)
+        for scorer in (*self.passed, *self.failed):
+            if not len(hopeful):
+                break
+            table = sums[int(scorer.of_passed)]
+            table[:, hopeful] += scorer.sums(values[hopeful])
+            # Giving up asks the device, and a GPU would have to be waited for.
+            if scorer.of_passed and most_broken is not None and self.device.type == "cpu":
+                hopeful = hopeful[table[WEIGHT, hopeful] <= most_broken[hopeful]]
+        is_hopeless = torch.ones_like(values[:, 0], dtype=torch.bool).index_fill(0, hopeful, 0)
+        sums[:, LOSS:] = sums[:, LOSS:].masked_fill(is_hopeless, torch.nan)
         return scores_of_sums(
             self.collective.sum(sums), self.n_failed, self.n_passed, self.least, values.dtype
         )
-
-    def _score_hopeful(
-        self, values: Tensor, most_broken: Tensor, failed: Tensor, passed: Tensor
-    ) -> None:
-        """Adds to the sums `failed` and `passed`, and drops candidates once they break too many."""
-        hopeful = torch.arange(len(values), device=values.device)
-        for scorer in self.passed:
-            if not len(hopeful):
-                break
-            passed[:, hopeful] += self._sums_of_passed(scorer, values[hopeful])
-            hopeful = hopeful[passed[WEIGHT, hopeful] <= most_broken[hopeful]]
-        for scorer in self.failed:
-            if not len(hopeful):
-                break
-            failed[:, hopeful] += scorer.sums(values[hopeful], self.fitness)
-        dropped = torch.ones(len(values), dtype=torch.bool, device=values.device)
-        dropped[hopeful] = False
-        failed[LOSS:, dropped] = torch.nan
-        passed[LOSS:, dropped] = torch.nan
-
-    def _sums_of_passed(self, scorer: ChunkScorer, values: Tensor) -> Tensor:
-        sums = scorer.sums(values, self.fitness, with_loss=self.fitness.uses_passed_loss)
-        sums[WEIGHT] = scorer.total_weight - sums[WEIGHT]
-        return sums
 
 
 def scores_of_sums(
@@ -141,41 +116,33 @@ def make_scorer(
         weight: `N` float64, finite sample weights, mean 1 over I_neg; None: equal weights.
     """
     device, collective = cache.space.device, evaluator.collective
-    # Giving up asks the device after each chunk, and a GPU would have to be waited for.
-    gives_up = device.type == "cpu"
     budget = free_memory(device) // 4 if budget is None else budget
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
     counts = torch.stack([failed[cache.rows].sum(), passed[cache.rows].sum()])
     n_failed, n_passed = collective.sum(counts).tolist()
     # A quarter of the budget is for what the scorers keep, half of it for each of I_neg and I_pos.
     room = budget // 4 // 2
-    factory = ChunkScorerFactory(
+    data = ScoringData(
         cache,
         make_layer_deltas(cache.space, where),
         where,
         evaluator.task,
+        fitness or Fitness(),
         budget - budget // 4,
         reserve,
         weight,
     )
     first = torch.zeros_like(passed)
-    if gives_up and fragility is not None:
+    if device.type == "cpu" and fragility is not None:
         first = _most_fragile(passed, fragility)
-    scorers_of_passed = factory.scorers_of(first, room // 4)
-    scorers_of_passed += factory.scorers_of(passed & ~first, room - room // 4)
+    scorers_of_passed = data.scorers_of(first, room // 4, of_passed=True)
+    scorers_of_passed += data.scorers_of(passed & ~first, room - room // 4, of_passed=True)
     least = 1.0
     if weight is not None and bool(failed.any()):
         least = min(1.0, float(weight[failed].min()))
+    scorers_of_failed = data.scorers_of(failed, room, of_passed=False)
     return SwarmScorer(
-        cache,
-        factory.scorers_of(failed, room),
-        scorers_of_passed,
-        n_failed,
-        n_passed,
-        collective,
-        fitness or Fitness(),
-        gives_up=gives_up,
-        least=least,
+        scorers_of_failed, scorers_of_passed, n_failed, n_passed, collective, device, least
     )
 
 

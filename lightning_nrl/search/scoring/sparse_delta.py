@@ -33,8 +33,8 @@ class UnitBucket:
     """Group of u output units with up to m changed weights each, padded with unchanged weights."""
 
     columns: Tensor  # u x m int64, position of each weight among the K values; K: unchanged
-    channel: Tensor  # u x m int64, input channel of each weight
-    place: tuple[Tensor, ...]  # u x m int64 for each dimension of a convolution's kernel
+    # u x m int64 each: the weights' input channel and, in a convolution, place in the kernel
+    at: tuple[Tensor, ...]
 
     def inputs(self, layer: Layer, x: Tensor, copies: int) -> Tensor:
         """Returns the input of each weight, `u x copies x m x R`, from the layer's input `x`.
@@ -44,8 +44,9 @@ class UnitBucket:
         x = as_rows(layer, x)
         if not isinstance(layer, nn.Linear):
             x = unfolded(layer, x)
-        inputs = x.movedim(1, 0)[(self.channel, ..., *self.place)]
-        return inputs.unflatten(2, (copies, -1)).transpose(1, 2).flatten(3)
+        n = len(self.at)
+        inputs: Tensor = x.movedim((1, *range(1 - n, 0)), tuple(range(n)))[self.at]
+        return torch.unflatten(inputs, 2, (copies, -1)).transpose(1, 2).flatten(3)
 
 
 @dataclass(frozen=True)
@@ -243,11 +244,11 @@ def _unit_bucket(
 ) -> UnitBucket:
     module, device = site.module, site.module.weight.device
     n_units, group_channels, *kernel = site.weight_shape
-    place: tuple[Tensor, ...] = ()
+    at: list[Tensor] = []
     groups = 1
     if not isinstance(module, nn.Linear):
         groups = module.groups
-        place = torch.unravel_index(kernel_index % math.prod(kernel), kernel)
+        at += torch.unravel_index(kernel_index % math.prod(kernel), kernel)
     group = units // (n_units // groups)
     channel = group.unsqueeze(1) * group_channels + kernel_index // math.prod(kernel)
-    return UnitBucket(columns.to(device), channel.to(device), tuple(x.to(device) for x in place))
+    return UnitBucket(columns.to(device), tuple(x.to(device) for x in (channel, *at)))
