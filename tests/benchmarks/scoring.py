@@ -129,7 +129,7 @@ def layers() -> None:
                 with torch.no_grad():
                     functional_call(model, space.changed(where, values[0]), (x[:30],))
                 wholes.append((time.process_time() - began) * n_particles * n / 30)
-            units = len(scorer.passed[0].deltas[0].units)
+            units = len(scorer.passed[0].data.deltas[0].units)
             times = [milliseconds(s) for s in (floors, ours, wholes)]
             ratios = f"{ratio(ours, floors):.2f}", f"{ratio(wholes, ours):.0f} x"
             rows.append([f"{name}, {kind} ({units})", str(n), *times, *ratios])

@@ -104,6 +104,8 @@ class CandidateTensor(Tensor):
     def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
         """Applies a channelwise `function(values, channels)`; None stands for all channels."""
         base = function(self.base, None)
+        if base is self.base:
+            return self
         if self.identical:
             return CandidateTensor.repeated(base, self.copies)
         changed = function(self.changed.flatten(0, 1), self.units).unflatten(0, (self.copies, -1))
