@@ -95,9 +95,8 @@ def measure(
     Raises:
         ConfigurationError: the aggregation is unknown.
         EvaluationError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called, or its output is detached. With `per_sample` or
-            `weight`, also if the size of the first dimension of a layer's input is not the number
-            of samples.
+        ReplayError: a layer's output is detached. With `per_sample` or `weight`, also if the size
+            of the first dimension of a layer's input is not the number of samples.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
     space = recording.space
@@ -273,16 +272,6 @@ def _differentiable(evaluator: Evaluator, logits: Tensor, target: object) -> Ten
     return values
 
 
-def check_called(site: LayerRef, count: float) -> None:
-    """Raises a `ReplayError` if each weight of a layer was used `count` = 0 times."""
-    if not count:
-        raise ReplayError(
-            f"`layer={site.name!r}` is never called when the model runs.",
-            "name a layer whose own forward is called; "
-            "attention uses the weights of its `out_proj` directly.",
-        )
-
-
 def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns a site's part of a flat vector: values for its weight and, if searched, its bias."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
@@ -296,7 +285,7 @@ def _mean(
     mixed: Tensor,
     samples: Tensor,
 ) -> Impact:
-    for site, count, is_mixed in zip(space.sites, positions.tolist(), mixed.tolist(), strict=True):
+    for site, is_mixed in zip(space.sites, mixed.tolist(), strict=True):
         if is_mixed:
             raise ReplayError(
                 f"`aggregation='per_sample'`: input rows of `layer={site.name!r}` "
@@ -304,7 +293,6 @@ def _mean(
                 "use `aggregation='mean_gradient'`; "
                 "NeuRecover needs a layer with samples in the first dimension.",
             )
-        check_called(site, count)
     size = torch.tensor([site.size for site in space.sites], device=gradient.device)
     backward = gradient.abs() / samples
     forward = inputs / positions.repeat_interleave(size) * space.flat().to(inputs).abs()

@@ -19,7 +19,6 @@ from lightning_nrl.evaluation.layer_gradients import (
 from lightning_nrl.evaluation.layers import LayerRef, layer_output
 from lightning_nrl.localization.impact import (
     accumulate,
-    check_called,
     flat_part,
     measure,
     replay_with_probe,
@@ -128,7 +127,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     influence on z, the `MAX_OUTPUTS` largest logits of a sample. The means are over samples and, in
     a convolution, over positions. The result has one number per weight, in the order of
     `ParameterSpace.flat`. The arguments are those of `measure`. Raises an `EvaluationError` if no
-    sample is marked, and a `ReplayError` if a layer is not called or has no gradient.
+    sample is marked, and a `ReplayError` if a layer has no gradient.
     """
     space = recording.space
     sites = {site.name: site for site in space.sites}
@@ -159,7 +158,6 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     columns = (space.sites, share.split(n_weights), influence.split(n_neurons), positions.tolist())
     impacts = []
     for site, shares, influences, uses in zip(*columns, strict=True):
-        check_called(site, uses)
         weight = site.module.weight
         mean = influences / uses
         by_weight = mean.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)

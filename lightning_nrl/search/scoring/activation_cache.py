@@ -43,10 +43,6 @@ class ReplayGroup:
     rows: list[Tensor] = field(default_factory=list)
 
     @property
-    def recomputed(self) -> bool:
-        return self.again is not None
-
-    @property
     def nbytes(self) -> int:
         tensors = [x for parts in self.parts for x in parts]
         if self.latest is not None:
@@ -54,7 +50,7 @@ class ReplayGroup:
         return sum(x.nbytes for x in tensors)
 
     def add(self, stored: Sequence[Tensor], target: Tree, rows: Tensor) -> None:
-        if not self.recomputed:
+        if self.again is None:
             self.parts = self.parts or [[] for _ in stored]
             for parts, x in zip(self.parts, stored, strict=True):
                 parts.append(x.to(self.device))
@@ -75,19 +71,18 @@ class ReplayGroup:
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
         """Returns the rows `samples` of each stored tensor, or only of the last k = `last` > 0."""
         tensors = [parts[0] for parts in self.parts]
-        if self.recomputed:
-            tensors = self._recompute(samples)
+        if self.again is not None:
+            tensors = self._recompute(self.again, samples)
             samples = slice(None)
         wanted = zip(tensors[-last:], self.plan.layouts[-last:], strict=True)
         return [layout.take(x, samples).to(device, non_blocking=True) for x, layout in wanted]
 
-    def _recompute(self, samples: slice | Tensor) -> list[Tensor]:
-        assert self.again is not None
+    def _recompute(self, again: Recompute, samples: slice | Tensor) -> list[Tensor]:
         index = samples if isinstance(samples, slice) else samples.cpu()
         rows = self.rows[0][index]
         if self.latest is None or not torch.equal(rows, self.latest[0]):
             self.latest = None  # frees the old tensors before new ones are computed
-            self.latest = rows, self.again(rows)
+            self.latest = rows, again(rows)
         return self.latest[1]
 
 
@@ -154,7 +149,7 @@ class ActivationCache:
 
     @property
     def storage(self) -> str:
-        again = sum(len(group.rows[0]) for group in self.groups if group.recomputed)
+        again = sum(len(group.rows[0]) for group in self.groups if group.again is not None)
         if not again:
             return ""
         kept = len(self.rows) - again

@@ -5,11 +5,11 @@ products. A handler gets the torch function and its arguments. If a handler retu
 function gets whole tensors.
 
 A search on whole tensors (the cost of `torch.func.vmap`, too) takes longer on a CPU. If the changed
-weights lie in all channels of a layer, the factor is 2.2 in the last block of a residual network,
-1.7 in that of a densely connected one, 1.2 to 1.3 in a multilayer perceptron or a transformer block,
-and 1 in a convolution that another one follows. If they lie in few channels, it is 15, 2.2, 1.4 to
-2.1 and 1 to 3. Without `_conv`, `_cat`, `_binary`, `_linear`, `_pool`, `_flatten` or `_batch_norm`
-alone, one of these networks takes 1.2 to 3.6 times as long.
+weights lie in all channels of a layer, it takes 2.2 times as long in the last block of a residual
+network, 1.7 in that of a densely connected one, 1.2 to 1.3 in a multilayer perceptron or a
+transformer block, and 1 in a convolution before another one. If they lie in few channels, it takes
+15, 2.2, 1.4 to 2.1 and 1 to 3 times as long. Without one of `_conv`, `_cat`, `_binary`, `_linear`,
+`_pool`, `_flatten` and `_batch_norm`, one of these networks takes 1.2 to 3.6 times as long.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def _group_with_room(
         memory[device] -= nbytes
     for group in groups:
         is_like = group.plan is plan and group.device == device
-        if is_like and group.recomputed == (again is not None):
+        if is_like and (group.again is None) == (again is None):
             return group
     groups.append(ReplayGroup(plan, device, again))
     return groups[-1]
@@ -180,7 +180,8 @@ class PassRecorder:
     """Finds plans for passes, and what to store of each pass."""
 
     model: EditableModel
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[ReplayPlan] = field(default_factory=list)
+    whole_plans: list[WholePlan] = field(default_factory=list)
     fallback_reason: str | None = None  # why passes need the whole model
     _can_cut: bool | None = None  # unknown before the first batch
 
@@ -192,14 +193,13 @@ class PassRecorder:
 
     def record(self, inputs: Inputs, n: int) -> tuple[Plan, list[Tensor]]:
         """Runs a batch of `n` samples; returns its plan, which may be new, and what to store."""
-        plans = [plan for plan in self.plans if isinstance(plan, ReplayPlan)]
-        live_calls = {name for plan in plans for name in plan.live_calls}
+        live_calls = {name for plan in self.plans for name in plan.live_calls}
         trace, logits = self.model.trace(inputs, live_calls.__contains__)
-        for plan in plans:
+        for plan in self.plans:
             stored = plan.match(trace, inputs, n)
             if stored is not None:
                 return self._checked(plan, stored, inputs, n, logits)
-        if plans and all(tuple(trace.calls) != plan.calls for plan in plans):
+        if self.plans and all(tuple(trace.calls) != plan.calls for plan in self.plans):
             return self.record_whole(inputs, n, OTHER_ORDER)
         try:
             plan = find_replay_plan(self.model, inputs, n)
@@ -250,7 +250,7 @@ class PassRecorder:
             )
         values, spec = flatten_last_layer(x, y)
         for plan in self.plans:
-            if isinstance(plan, ReplayPlan) and plan.select(values, spec, n) is not None:
+            if plan.select(values, spec, n) is not None:
                 return plan, [x, y]
         plan = ReplayPlan.of_last_layer(site, x, y)
         self.plans.append(plan)
@@ -261,13 +261,12 @@ class PassRecorder:
     ) -> tuple[WholePlan, list[Tensor]]:
         """Replaces `record` for a batch that must run through the whole model, for a `reason`."""
         self.fallback_reason = self.fallback_reason or reason
-        for plan in self.plans:
-            if isinstance(plan, WholePlan):
-                stored = plan.record(self.model, inputs, n)
-                if stored is not None:
-                    return plan, stored
+        for plan in self.whole_plans:
+            stored = plan.record(self.model, inputs, n)
+            if stored is not None:
+                return plan, stored
         plan = WholePlan.of(inputs, n)
-        self.plans.append(plan)
+        self.whole_plans.append(plan)
         return plan, plan.stored_among(pytree.tree_leaves(inputs))
 
 

@@ -6,7 +6,6 @@ A `ReplayPlan` resumes passes at the first repaired layer, and a `WholePlan` run
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -91,7 +90,7 @@ class LeafSpec:
 
 
 @dataclass(frozen=True)
-class Plan(ABC):
+class StoredLeaves:
     """Base class of plans. It stores some leaves of a tree."""
 
     spec: pytree.TreeSpec  # structure of the tree
@@ -123,27 +122,9 @@ class Plan(ABC):
         source = iter(stored)
         return [leaf.rebuild(source, n, copies, device) for leaf in self.leaves]
 
-    @abstractmethod
-    def record(self, model: EditableModel, inputs: Inputs, n: int) -> list[Tensor] | None:
-        """Returns the tensors of a pass to store; None if the pass has another structure."""
-
-    @abstractmethod
-    def resume(
-        self,
-        model: EditableModel,
-        stored: Sequence[Tensor],
-        n: int,
-        edit: LayerEdit,
-        copies: int = 1,
-    ) -> Tensor:
-        """Runs the passes of `n` samples from their `stored` tensors.
-
-        `ActivationCache.replay` explains the other arguments.
-        """
-
 
 @dataclass(frozen=True)
-class WholePlan(Plan):
+class WholePlan(StoredLeaves):
     """Plan to run the whole model. The tree is that of the model's inputs."""
 
     @classmethod
@@ -156,6 +137,7 @@ class WholePlan(Plan):
         return cls(spec, tuple(leaves))
 
     def record(self, model: EditableModel, inputs: Inputs, n: int) -> list[Tensor] | None:
+        """Returns the tensors of a pass to store; None if the pass has another structure."""
         values, spec = pytree.tree_flatten(inputs)
         stored = self.select(values, spec, n)
         if stored is None:
@@ -181,12 +163,16 @@ class WholePlan(Plan):
         edit: LayerEdit,
         copies: int = 1,
     ) -> Tensor:
+        """Runs the passes of `n` samples from their `stored` tensors.
+
+        `ActivationCache.replay` explains the other arguments.
+        """
         with edit_outputs(model.space.sites, edit):
             return model.forward(self.inputs(model, stored, n))
 
 
 @dataclass(frozen=True)
-class ReplayPlan(Plan):
+class ReplayPlan(StoredLeaves):
     """Plan to resume passes at the first repaired layer. `traced_model` explains the frontier.
 
     The tree holds the model's inputs, the outputs of the frontier, and the input and the output of
@@ -255,6 +241,9 @@ class ReplayPlan(Plan):
             with_cached_outputs(self.calls, self.modules, outputs, self.first.module, first_output),
         ):
             return model.forward(inputs)
+
+
+Plan = WholePlan | ReplayPlan
 
 
 def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[object], pytree.TreeSpec]:
