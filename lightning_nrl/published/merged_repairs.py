@@ -261,7 +261,7 @@ def _scorer(
 
 
 @dataclass(frozen=True)
-class MixScorer(Scorer):
+class MixScorer:
     """Scores coefficients of merged repairs on recorded activations."""
 
     weights: Scorer  # scores the weights that differ between the states
@@ -275,7 +275,7 @@ class MixScorer(Scorer):
 
 
 @dataclass(frozen=True)
-class WholeModelScorer(Scorer):
+class WholeModelScorer:
     """Scores coefficients of merged repairs by passes of the whole model over all known data.
 
     A sample passes only if its margin is larger than any change by rounding in the deployed

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -72,14 +72,10 @@ class Scores:
         )
 
 
-class Scorer(ABC):
-    """Base class of objects that score candidates on I_neg and I_pos."""
+Scorer: TypeAlias = Callable[..., Scores]
+"""Scores candidates `P x K`, values of the localised weights, on I_neg and I_pos.
 
-    @abstractmethod
-    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
-        """Scores candidates `P x K`, values of the localised weights.
-
-        `most_broken`, `P`, is the total sample weight of I_pos that each candidate may break.
-        Scoring may stop early for a candidate that breaks more: it may get NaN losses and
-        meaningless counts.
-        """
+A second argument `P`, if any, is the total sample weight of I_pos that each candidate may break.
+Scoring may stop early for a candidate that breaks more: it may get NaN losses and meaningless
+counts.
+"""

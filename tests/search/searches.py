@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.search import SearchResult, WeightStats
-from lightning_nrl.search.scores import Scorer, Scores
+from lightning_nrl.search.scores import Scores
 
 WIDE = WeightStats(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
 N = 50
 
 
-class Plain(Scorer):
+class Plain:
     """Scores by a function, and remembers the candidates of each call."""
 
     def __init__(self, score: Callable[[Tensor], Scores]) -> None:

@@ -11,7 +11,7 @@ from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
-from lightning_nrl.search.scores import Scorer, Scores
+from lightning_nrl.search.scores import Scores
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.chunk_scorer import ChunkScorer, ScoringData
 from lightning_nrl.search.scoring.memory import free_memory
@@ -26,7 +26,7 @@ PASSED, LOSS, WEIGHT, CREDIT = range(N_SUMS)
 
 
 @dataclass(frozen=True)
-class SwarmScorer(Scorer):
+class SwarmScorer:
     """Scores candidates on recorded data. `make_scorer` builds it."""
 
     failed: list[ChunkScorer]  # scorers of the samples of I_neg

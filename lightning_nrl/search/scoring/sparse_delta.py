@@ -172,10 +172,8 @@ class LayerDelta:
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
     """Computes the output of a site (repaired layer) under parameters by dotted name."""
-    # A gate of a recurrent layer has names such as `rnn.weight_ih_l0`.
-    kinds = {name.rpartition(".")[2].split("_")[0]: name for name in site.parameters}
-    bias = parameters[kinds["bias"]] if "bias" in kinds else site.module.bias
-    return layer_output(site.module, x, parameters[kinds["weight"]], bias)
+    weight, *bias = (parameters[name] for name in site.parameters)
+    return layer_output(site.module, x, weight, bias[0] if bias else site.module.bias)
 
 
 def edit_layers(
@@ -211,8 +209,8 @@ def _layer_delta(site: LayerRef, where: Tensor, original: Tensor) -> LayerDelta:
 
     `where`, `K` on the CPU, are positions in the layer; those outside belong to other layers.
     """
-    n_units, *unit_shape = site.weight_shape
-    size, unit_size = site.weight_shape.numel(), math.prod(unit_shape)
+    n_units, size = len(site.module.weight), site.weight_shape.numel()
+    unit_size = size // n_units
     is_weight = (where >= 0) & (where < size)
     is_bias = (where >= size) & (where < site.size)
     unit, bias_unit = where[is_weight] // unit_size, where[is_bias] - size
