@@ -83,11 +83,11 @@ def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pin
     size = whole.groups[0].nbytes
     parted = problem.recording(4, 4, 4, budget=size // 2)
     assert [group.device.type for group in parted.groups] == ["cuda", "cpu"]
-    assert [group.rows[0].tolist() for group in parted.groups] == [
+    assert [group.rows.tolist() for group in parted.groups] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7, 8, 9, 10, 11],
     ]
-    assert all(x.is_pinned() for parts in parted.groups[1].parts for x in parts)
+    assert all(x.is_pinned() for x in parted.groups[1].tensors)
     expected, actual = (
         make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU))
         for cache in (whole, parted)

@@ -9,7 +9,7 @@ that the model uses again after the layer, such as the shortcut of a residual bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,46 +31,25 @@ class ReplayGroup:
     """Samples whose passes have the same structure, and the tensors from which they resume."""
 
     plan: Plan
-    device: torch.device  # device of the stored tensors
-    # Recomputes the tensors each time they are needed; None: they are stored.
-    again: Recompute | None = None
-    # For each stored tensor, its parts, which `finish` joins.
-    parts: list[list[Tensor]] = field(default_factory=list)
+    tensors: list[Tensor]  # stored tensors; none if they are recomputed
+    target: Tree  # on the CPU
+    rows: Tensor  # n int64 on the CPU, rows of the samples in the results
+    again: Recompute | None = None  # recomputes the tensors each time they are needed
     # Rows and tensors of the last recomputation.
     latest: tuple[Tensor, list[Tensor]] | None = None
-    # Per batch, targets on the CPU and rows in the results; `finish` joins them.
-    targets: list[Tree] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device if self.tensors else torch.device("cpu")
 
     @property
     def nbytes(self) -> int:
-        tensors = [x for parts in self.parts for x in parts]
-        if self.latest is not None:
-            tensors += self.latest[1]
-        return sum(x.nbytes for x in tensors)
-
-    def add(self, stored: Sequence[Tensor], target: Tree, rows: Tensor) -> None:
-        if self.again is None:
-            self.parts = self.parts or [[] for _ in stored]
-            for parts, x in zip(self.parts, stored, strict=True):
-                parts.append(x.to(self.device))
-        self.targets.append(to_device(target, torch.device("cpu")))
-        self.rows.append(rows)
-
-    def finish(self, pin: bool = False) -> None:
-        """Joins the tensors of all batches.
-
-        `pin` page-locks the results, for asynchronous copies to a GPU.
-        """
-        for parts, layout in zip(self.parts, self.plan.layouts, strict=bool(self.parts)):
-            joined = _concatenate(parts, layout.dim)
-            parts[:] = [joined.pin_memory() if pin else joined]
-        self.rows = [torch.cat(self.rows)]
-        self.targets = [pytree.tree_map(_join_leaves, *self.targets)]
+        latest = [] if self.latest is None else self.latest[1]
+        return sum(x.nbytes for x in (*self.tensors, *latest))
 
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
         """Returns the rows `samples` of each stored tensor, or only of the last k = `last` > 0."""
-        tensors = [parts[0] for parts in self.parts]
+        tensors = self.tensors
         if self.again is not None:
             tensors = self._recompute(self.again, samples)
             samples = slice(None)
@@ -78,8 +57,7 @@ class ReplayGroup:
         return [layout.take(x, samples).to(device, non_blocking=True) for x, layout in wanted]
 
     def _recompute(self, again: Recompute, samples: slice | Tensor) -> list[Tensor]:
-        index = samples if isinstance(samples, slice) else samples.cpu()
-        rows = self.rows[0][index]
+        rows = self.rows[samples if isinstance(samples, slice) else samples.cpu()]
         if self.latest is None or not torch.equal(rows, self.latest[0]):
             self.latest = None  # frees the old tensors before new ones are computed
             self.latest = rows, again(rows)
@@ -112,11 +90,8 @@ class ActivationCache:
     @classmethod
     def of_head(cls, model: EditableModel, plan: ReplayPlan, record: HeadRecord) -> ActivationCache:
         """Makes a cache of a last layer, whose plan is `ReplayPlan.of_last_layer`."""
-        group = ReplayGroup(plan, record.inputs.device)
-        group.parts = [[record.inputs], [record.outputs]]
-        group.targets = [to_device(target, torch.device("cpu")) for target in record.targets]
-        group.rows = [record.rows]
-        group.finish()
+        tensors = [record.inputs, record.outputs]
+        group = ReplayGroup(plan, tensors, joined_targets(record.targets), record.rows)
         return cls(model, [group], record.rows, head=record)
 
     def with_head(self, record: HeadRecord) -> ActivationCache:
@@ -131,16 +106,11 @@ class ActivationCache:
             return self
         groups = []
         for group in self.groups:
-            at = keep[group.rows[0]].nonzero().flatten()
-            part = ReplayGroup(group.plan, group.device)
-            part.add(
-                group.take(at.to(group.device), group.device),
-                index_all(group.targets[0], at),
-                group.rows[0][at],
-            )
-            groups.append(part)
-            part.finish()
-        rows = torch.cat([group.rows[0] for group in groups])
+            at = keep[group.rows].nonzero().flatten()
+            tensors = group.take(at.to(group.device), group.device)
+            target = index_all(group.target, at)
+            groups.append(ReplayGroup(group.plan, tensors, target, group.rows[at]))
+        rows = torch.cat([group.rows for group in groups])
         return replace(self, groups=groups, rows=rows, head=None)
 
     @property
@@ -149,7 +119,7 @@ class ActivationCache:
 
     @property
     def storage(self) -> str:
-        again = sum(len(group.rows[0]) for group in self.groups if group.again is not None)
+        again = sum(len(group.rows) for group in self.groups if group.again is not None)
         if not again:
             return ""
         kept = len(self.rows) - again
@@ -161,7 +131,7 @@ class ActivationCache:
     ) -> Iterator[Chunk]:
         """Yields chunks of samples of one group, of at most `size` or with these sizes in turn."""
         for group in self.groups:
-            rows = group.rows[0]
+            rows = group.rows
             positions = torch.arange(len(rows))
             if keep is not None:
                 positions = positions[keep.cpu()[rows]]
@@ -174,7 +144,7 @@ class ActivationCache:
                 if len(part) < last + 1 - first:
                     # On the device of the samples, so that indexing does not wait for the device.
                     samples = part.to(group.device)
-                target = to_device(index_all(group.targets[0], part), self.space.device)
+                target = to_device(index_all(group.target, part), self.space.device)
                 yield Chunk(group, samples, rows[part], target)
 
     def split(self, chunk: Chunk, size: int) -> Iterator[Chunk]:
@@ -220,23 +190,10 @@ class ActivationCache:
         )
 
 
-def _join_leaves(*leaves: Tree) -> Tree:
-    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+def joined_targets(targets: Sequence[Tree]) -> Tree:
+    """Joins the targets of batches on the CPU."""
 
+    def join(*leaves: Tree) -> Tree:
+        return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
 
-def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
-    """Concatenates and empties `parts`.
-
-    Each part is freed once it is copied, so that memory is not held twice.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    shape = list(parts[0].shape)
-    shape[dim] = sum(x.shape[dim] for x in parts)
-    joined, start = parts[0].new_empty(shape), 0
-    parts.reverse()
-    while parts:
-        x = parts.pop()
-        joined.narrow(dim, start, x.shape[dim]).copy_(x)
-        start += x.shape[dim]
-    return joined
+    return pytree.tree_map(join, *(to_device(target, torch.device("cpu")) for target in targets))

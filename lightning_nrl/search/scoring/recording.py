@@ -10,7 +10,7 @@ depends only on the sizes of tensors and on the memory budgets.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,7 +30,12 @@ from lightning_nrl.errors import (
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.head_features import HeadRecord
 from lightning_nrl.evaluation.layers import ParameterSpace
-from lightning_nrl.search.scoring.activation_cache import ActivationCache, Recompute, ReplayGroup
+from lightning_nrl.search.scoring.activation_cache import (
+    ActivationCache,
+    Recompute,
+    ReplayGroup,
+    joined_targets,
+)
 from lightning_nrl.search.scoring.memory import free_memory
 from lightning_nrl.search.scoring.replay_plan import (
     OTHER_ORDER,
@@ -43,7 +48,7 @@ from lightning_nrl.search.scoring.replay_plan import (
     perturbed,
     same_values,
 )
-from lightning_nrl.search.scoring.sample_layout import index_batch
+from lightning_nrl.search.scoring.sample_layout import index_batch, to_device
 from lightning_nrl.search.scoring.sparse_delta import output_under
 from lightning_nrl.search.scoring.traced_model import EditableModel, Inputs, inputs_of
 
@@ -85,7 +90,7 @@ def record(
     if not space.sites:
         raise ReplayError(space.obstacle)
     recorder = PassRecorder(EditableModel(evaluator, space))
-    groups: list[ReplayGroup] = []
+    growing: list[_GrowingGroup] = []
     memory = {place: free_memory(place) // 2 for place in (space.device, torch.device("cpu"))}
     if budget is not None:
         memory[space.device] = budget
@@ -104,10 +109,9 @@ def record(
         else:
             plan, stored = recorder.record_last_layer(inputs, n)
             stored = [x.index_select(0, index.to(x.device)) for x in stored]
-        group = _group_with_room(groups, plan, sum(x.nbytes for x in stored), memory, again)
+        group = _group_with_room(growing, plan, sum(x.nbytes for x in stored), memory, again)
         group.add(stored, index_batch(batch.target, index, n), rows[index])
-    for group in groups:
-        group.finish(pin=space.device.type == "cuda" and group.device.type == "cpu")
+    groups = [group.joined(pin=space.device.type == "cuda") for group in growing]
     if recorder.fallback_reason is not None:
         reason = recorder.fallback_reason
         warnings.warn(
@@ -117,7 +121,7 @@ def record(
             ),
             stacklevel=2,
         )
-    stored_rows = [torch.zeros(0, dtype=torch.int64), *(group.rows[0] for group in groups)]
+    stored_rows = [torch.zeros(0, dtype=torch.int64), *(group.rows for group in groups)]
     return ActivationCache(recorder.model, groups, torch.cat(stored_rows), recorder.fallback_reason)
 
 
@@ -138,13 +142,62 @@ def head_cache(
     return ActivationCache.of_head(model, plan, record)
 
 
+@dataclass
+class _GrowingGroup:
+    """A group while its samples are recorded, with a part of each batch."""
+
+    plan: Plan
+    device: torch.device  # of the stored tensors
+    again: Recompute | None
+    tensors: list[list[Tensor]] = field(default_factory=list)  # the parts of each stored tensor
+    targets: list[object] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+
+    def add(self, stored: Sequence[Tensor], target: object, rows: Tensor) -> None:
+        if self.again is None:
+            self.tensors = self.tensors or [[] for _ in stored]
+            for parts, x in zip(self.tensors, stored, strict=True):
+                parts.append(x.to(self.device))
+        self.targets.append(to_device(target, torch.device("cpu")))
+        self.rows.append(rows)
+
+    def joined(self, *, pin: bool) -> ReplayGroup:
+        """Joins the batches, and page-locks tensors on the CPU to copy them to a GPU if `pin`."""
+        tensors = []
+        for parts, layout in zip(self.tensors, self.plan.layouts, strict=bool(self.tensors)):
+            x = _concatenate(parts, layout.dim)
+            tensors.append(x.pin_memory() if pin and x.device.type == "cpu" else x)
+            parts.clear()
+        return ReplayGroup(
+            self.plan, tensors, joined_targets(self.targets), torch.cat(self.rows), self.again
+        )
+
+
+def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
+    """Concatenates and empties `parts`.
+
+    Each part is freed once it is copied, so that memory is not held twice.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[dim] = sum(x.shape[dim] for x in parts)
+    joined, start = parts[0].new_empty(shape), 0
+    parts.reverse()
+    while parts:
+        x = parts.pop()
+        joined.narrow(dim, start, x.shape[dim]).copy_(x)
+        start += x.shape[dim]
+    return joined
+
+
 def _group_with_room(
-    groups: list[ReplayGroup],
+    groups: list[_GrowingGroup],
     plan: Plan,
     nbytes: int,  # size of the tensors of a batch
     memory: dict[torch.device, int],  # free bytes
     again: Recompute | None,
-) -> ReplayGroup:
+) -> _GrowingGroup:
     """Chooses the memory for a batch, and returns the group of its plan in that memory."""
     fitting = [device for device, room in memory.items() if nbytes <= room]
     device = fitting[0] if fitting else torch.device("cpu")
@@ -156,7 +209,7 @@ def _group_with_room(
         is_like = group.plan is plan and group.device == device
         if is_like and (group.again is None) == (again is None):
             return group
-    groups.append(ReplayGroup(plan, device, again))
+    groups.append(_GrowingGroup(plan, device, again))
     return groups[-1]
 
 
