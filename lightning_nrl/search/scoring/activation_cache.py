@@ -40,12 +40,16 @@ class ReplayGroup:
 
     @property
     def device(self) -> torch.device:
-        return self.tensors[0].device if self.tensors else torch.device("cpu")
+        if self.tensors:
+            return self.tensors[0].device
+        return torch.device("cpu")
 
     @property
     def nbytes(self) -> int:
-        latest = [] if self.latest is None else self.latest[1]
-        return sum(x.nbytes for x in (*self.tensors, *latest))
+        tensors = list(self.tensors)
+        if self.latest is not None:
+            tensors += self.latest[1]
+        return sum(x.nbytes for x in tensors)
 
     def take(self, samples: slice | Tensor, device: torch.device, last: int = 0) -> list[Tensor]:
         """Returns the rows `samples` of each stored tensor, or only of the last k = `last` > 0."""
@@ -194,6 +198,8 @@ def joined_targets(targets: Sequence[Tree]) -> Tree:
     """Joins the targets of batches on the CPU."""
 
     def join(*leaves: Tree) -> Tree:
-        return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+        if isinstance(leaves[0], Tensor):
+            return torch.cat(leaves)
+        return leaves[0]
 
-    return pytree.tree_map(join, *(to_device(target, torch.device("cpu")) for target in targets))
+    return pytree.tree_map(join, *to_device(list(targets), torch.device("cpu")))

@@ -316,7 +316,9 @@ def _of_two(
 
 
 def _channels(x: CandidateTensor, dim: int, units: Tensor) -> Tensor:
-    return x.base.index_select(dim, units).unsqueeze(0) if x.identical else x.changed
+    if x.identical:
+        return x.base.index_select(dim, units).unsqueeze(0)
+    return x.changed
 
 
 def _with_plain(

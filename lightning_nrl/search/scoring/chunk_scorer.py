@@ -183,7 +183,9 @@ def _scorers_of_group(whole: ChunkScorer) -> list[ChunkScorer]:
     data, group = whole.data, whole.chunk
     if not data.cache.is_replayable(group):
         return [replace(whole, rows=_rows_per_pass(whole, ON_GPU.block_bytes))]
-    size = ON_CPU if data.cache.space.device.type == "cpu" else ON_GPU
+    size = ON_GPU
+    if data.cache.space.device.type == "cpu":
+        size = ON_CPU
     _, y = data.cache.activations(next(data.cache.split(group, 1)))
     n_units = len(whole.first_delta.units)
     is_head = (

@@ -166,7 +166,9 @@ class _GrowingGroup:
         tensors = []
         for parts, layout in zip(self.tensors, self.plan.layouts, strict=bool(self.tensors)):
             x = _concatenate(parts, layout.dim)
-            tensors.append(x.pin_memory() if pin and x.device.type == "cpu" else x)
+            if pin and x.device.type == "cpu":
+                x = x.pin_memory()
+            tensors.append(x)
             parts.clear()
         return ReplayGroup(
             self.plan, tensors, joined_targets(self.targets), torch.cat(self.rows), self.again

@@ -117,8 +117,9 @@ class LayerDelta:
             with no_autocast(x.device):
                 base = layer_output(module, x.to(y.dtype).float(), weight, bias)
             base = self._units_of(base, copies)
-        inputs = [bucket.inputs(module, x, copies) for bucket in self.buckets]
-        rounded_inputs = tuple(x.to(y.dtype).to(compute) for x in inputs)
+        rounded_inputs = tuple(
+            bucket.inputs(module, x, copies).to(y.dtype).to(compute) for bucket in self.buckets
+        )
         return GatheredInputs(rounded_inputs, base, rounded)
 
     def _units_of(self, y: Tensor, copies: int) -> Tensor:
