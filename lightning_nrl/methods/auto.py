@@ -338,9 +338,8 @@ class _Climb:
         return budget.HURRIED_SEARCH_TIME_SHARE
 
     def _training(self, problem: Problem) -> Solution:
-        return fine_tune_and_polish(
-            problem, self._held_out_rows, budget.TRAINING_TIME_SHARE, self.caution
-        )
+        share = 1.0 if self._is_hurried else budget.TRAINING_TIME_SHARE
+        return fine_tune_and_polish(problem, self._held_out_rows, share, self.caution)
 
     def _exact(self, problem: Problem) -> Solution | None:
         """Repairs the chosen layer by a solver. Returns None if none suits the layer or task."""

@@ -36,7 +36,9 @@ SEARCH_TIME_SHARE = 0.1
 HURRIED_SEARCH_TIME_SHARE = 0.5  # if there is time for fewer than `FEW_EPOCHS` of training
 FEW_EPOCHS = 8  # of a training with fewer epochs, a tenth of the time is too short for a search
 LONE_SEARCH_TIME_SHARE = 1 / 4  # if no training follows
-TRAINING_TIME_SHARE = 0.7  # of the time left, with its polish; `exact` and `push` get the rest
+# Of the time left, with its polish; `exact` and `push` get the rest. If there is time for fewer
+# than `FEW_EPOCHS`, the training gets all.
+TRAINING_TIME_SHARE = 0.7
 EXACT_TIME_SHARE = 0.5  # of the time left
 PUSH_TIME_SHARE = 0.5  # of the time left, without the held-out samples
 PUSH_SHARE = 0.25  # of the visits of the training, for each polish of a push
