@@ -176,28 +176,32 @@ class ContinuedTraining(Training):
         self, end: float, clock: StageTimer, epochs: int, run: _TrainingRun, folder: str
     ) -> Trained | None:
         collective = Collective.current(self.model.device)
-        planned = epochs
+        planned, share = epochs, 1.0
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
             self._fit(pace, epochs, run, folder)
             affordable = float(collective.agreed(torch.tensor(pace.epochs(end))))
             if affordable < LEAST_EPOCH:
                 return None
-            # `end` cuts an epoch that does not fit as a whole.
-            epochs = min(epochs, max(1, int(affordable)))
+            # Schedules end only with the last epoch, so shorter epochs are better than a cut.
+            epochs = min(epochs, math.ceil(affordable))
+            share = min(1.0, affordable / epochs)
         budget = TimeBudget(end, collective, clock)
-        state = self._fit(budget, epochs, run, folder)
+        state = self._fit(budget, epochs, run, folder, share)
         state = {
             name: collective.agreed(value.to(self.model.device)) for name, value in state.items()
         }
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
-        done = budget.epochs_done
+        done = share * budget.epochs_done
         # Without a time limit, only the module itself can have stopped early, so the training
         # counts as complete.
         return Trained(state, done, planned if math.isfinite(end) else done)
 
-    def _fit(self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str) -> State:
+    def _fit(
+        self, budget: TimeBudget, epochs: int, run: _TrainingRun, folder: str, share: float = 1.0
+    ) -> State:
+        """Returns the weights after `epochs` with a share of their batches each."""
         outer = self.trainer
 
         def copies() -> tuple[LightningModule, Trainer, Loaders]:
@@ -212,8 +216,9 @@ class ContinuedTraining(Training):
                     rate=run.rate,
                 )
                 loader = self._loader(run)
+                batches = max(1, int(share * len(loader)))
                 trainer = inner_trainer(
-                    outer, budget, epochs=epochs, batches=len(loader), folder=folder
+                    outer, budget, epochs=epochs, batches=batches, folder=folder
                 )
             except Exception as error:
                 reason = f"it or its trainer cannot be copied ({describe_failure(error)})"

@@ -37,6 +37,7 @@ def inner_trainer(
         precision=outer.precision,
         max_epochs=epochs,
         max_steps=max_steps,
+        limit_train_batches=batches,
         gradient_clip_val=outer.gradient_clip_val,
         gradient_clip_algorithm=outer.gradient_clip_algorithm,
         accumulate_grad_batches=outer.accumulate_grad_batches,

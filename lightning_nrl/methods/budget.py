@@ -14,9 +14,9 @@ pass visits all known samples once.
 
 If there is time for fewer than `FEW_EPOCHS` of training, the searches get
 `HURRIED_SEARCH_TIME_SHARE`. If no training fits, they get all time. A search that was cut runs
-again if the training leaves time. The reserve for the polish is `POLISH_PASSES`, but at most
-`POLISH_TIME_SHARE` of the time left. An update polishes for `UPDATE_TIME_SHARE` of the time left,
-then searches.
+again if the training leaves time. The reserve for the polish is `POLISH_PASSES`, but at most the
+pass that counts its result and `POLISH_TIME_SHARE` of the other time left. An update polishes for
+`UPDATE_TIME_SHARE` of the time left, then searches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ JUDGING_PASSES = 1  # reserved to judge a method's result; the time of unseen da
 QUOTA_ROUNDS = 2  # reruns of a method with more weight on slices that miss their quota
 POLISH_PASSES = 12.0  # reserved for a polish during the training
 LEAST_POLISH_SECONDS = 0.5  # minimum of this reserve
-POLISH_TIME_SHARE = 1 / 3  # maximum of this reserve, as a share of the time left
+POLISH_TIME_SHARE = 1 / 3  # maximum of this reserve, without the count of the result
 UPDATE_TIME_SHARE = 0.9  # for the polish of an update; its search gets the rest
 TIME_SHARE_OF_PARTS = 0.7  # to repair the parts; the search of the coefficients gets the rest
 

@@ -216,11 +216,12 @@ def _moved_back(problem: Problem, trained: Proposal, caution: float) -> Proposal
 
 def _deadline_of_training(problem: Problem, deadline: Deadline) -> Deadline:
     polish_seconds = max(budget.POLISH_PASSES * problem.clock.one_pass, budget.LEAST_POLISH_SECONDS)
+    count_seconds = budget.RESERVED_PASSES * problem.clock.one_pass  # ends the polish
     # All ranks must agree on the time left, even without a deadline.
-    most_seconds = budget.POLISH_TIME_SHARE * deadline.agreed_seconds_left()
+    left = deadline.agreed_seconds_left() - count_seconds
     if not deadline.is_set:
         return deadline
-    return deadline.earlier(min(polish_seconds, most_seconds))
+    return deadline.earlier(min(polish_seconds, count_seconds + budget.POLISH_TIME_SHARE * left))
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:

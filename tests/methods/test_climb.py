@@ -281,8 +281,8 @@ def test_without_time_the_reason_says_what_training_needs(seconds: float) -> Non
     problem = make(clock=frozen_clock(seconds, 2.0), training=FakeTraining({}))
     solution = AUTO(problem)
     assert solution.proposal is None
-    # A second to begin and five passes, in 70 % of the time, and one to judge.
-    assert "No time was left for training: it needs about 19 s of `max_time`." in solution.reason
+    # A second to begin, five passes and one to judge.
+    assert "No time was left for training: it needs about 13 s of `max_time`." in solution.reason
     assert not any(rungs(solution).values())
 
 
@@ -291,9 +291,10 @@ def test_without_time_the_reason_says_what_training_needs(seconds: float) -> Non
     [
         # 70 % of all but a pass to judge, without 12 to polish, halved as another round follows.
         (100.0, (0.7 * 99 - 12) / 2 - 1),
-        (31.0, 0.7 * 30 * 2 / 3 / 2 - 1),
+        # A third for a shorter polish, and a pass to count its result.
+        (31.0, (0.7 * 30 - 1) * 2 / 3 / 2 - 1),
         # There is time for one round.
-        (11.0, 0.7 * 10 * 2 / 3 - 1),
+        (11.0, (10 - 1) * 2 / 3 - 1),
     ],
 )
 def test_training_has_a_share_of_the_time(max_time: float, seconds: float) -> None:

@@ -118,7 +118,7 @@ def test_without_time_the_reason_says_how_much_it_needs(
     enough = StageTimer(max_time=needed, now=lambda: 0.0)
     enough.seconds["collect"] = 1.0
     FineTunePolish(share)(replace(problem, clock=enough))
-    assert training.calls[0]["seconds"] == pytest.approx((needed - 1) * share * 2 / 3 - 1)
+    assert training.calls[0]["seconds"] == pytest.approx(((needed - 1) * share - 1) * 2 / 3 - 1)
 
 
 def test_weights_that_are_no_numbers_are_no_proposal() -> None:
