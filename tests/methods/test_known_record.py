@@ -149,8 +149,8 @@ def test_ranks_record_their_shares(method: str) -> None:
         assert 2.0 <= sum(report.passes.values()) < 2.2
 
 
-@pytest.mark.parametrize("method", ["swarm", "convex"])
-def test_without_room_for_a_record_samples_are_recorded_later(method: str) -> None:
+@pytest.mark.parametrize("method", [ParticleSwarm(particles=8, iterations=8), "convex"])
+def test_without_room_for_a_record_samples_are_recorded_later(method: Any) -> None:
     search = SearchOptions(memory_limit=1000)
     report = repair_module(trained(), known(), Settings(method=method, search=search)).report
     assert report.status == "repaired"
