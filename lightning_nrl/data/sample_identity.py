@@ -12,7 +12,7 @@ import secrets
 from collections import deque
 from collections.abc import Sequence, Sized
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,9 @@ MAX_SAMPLES_HASHED = 1000  # of each data set in memory, to limit time
 MAX_SAMPLES_TRIED = 8
 """Number of samples read from a wrapper to find the data set and the positions that it reads."""
 
-NO_KEYS = torch.zeros(0, 2, dtype=torch.int64, device="cpu")
+KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes that inputs may be rounded to before they are compared, from fine to coarse."""
+
 AnyDataset = Dataset[Any]
 
 
@@ -170,12 +172,33 @@ def is_among(samples: Tensor, others: Tensor) -> Tensor:
 
 def content_recorder(source: Source) -> RecordingSource:
     """Wraps a source so that iterating it records the `content_keys` of its samples."""
-    return RecordingSource(source, content_keys, NO_KEYS)
+    return RecordingSource(source, content_keys, torch.zeros(0, 3, dtype=torch.int64))
+
+
+def has_content_of(source: RecordingSource, other: RecordingSource, ranks: Collective) -> Tensor:
+    """Marks the samples of `source` on all ranks whose content is also in `other`.
+
+    Both are from `content_recorder`. If their dtypes differ in precision, both are read again and
+    rounded to the coarsest one.
+    """
+    keys, other_keys = source.gathered(ranks), other.gathered(ranks)
+    dtypes = torch.cat([keys, other_keys])[:, 2].unique()
+    if len(dtypes) > 1:
+        dtype = KEY_DTYPES[int(dtypes[-1])]
+        keys, other_keys = (_rounded_keys(data, dtype, ranks) for data in (source, other))
+    return is_among(keys, other_keys)
+
+
+def _rounded_keys(source: RecordingSource, dtype: torch.dtype, ranks: Collective) -> Tensor:
+    rounded = RecordingSource(source.source, partial(content_keys, dtype=dtype), source.empty)
+    for _ in rounded:
+        pass
+    return rounded.gathered(ranks)
 
 
 def raw_recorder(source: Source) -> RecordingSource:
     """Wraps a source so that iterating it records the `raw_keys` of its samples."""
-    return RecordingSource(source, raw_keys, NO_KEYS)
+    return RecordingSource(source, raw_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
 def read_keys(sources: Sequence[Source], ranks: Collective) -> list[str]:
@@ -201,19 +224,25 @@ def gathered_keys(recorders: Sequence[RecordingSource], ranks: Collective) -> li
     return texts
 
 
-def content_keys(batch: Batch) -> Tensor:
-    """Hashes the inputs and the target of each sample to two 64-bit integers, `n x 2`.
+def content_keys(batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Hashes the inputs and the target of each sample to two 64-bit integers.
 
-    Samples that are equal in float32 have equal keys. Each integer is a sum with random weights
-    modulo 2^64, so two different samples have equal keys with a probability below 2^-64. Zeros add
-    nothing to a key, because sequences may be padded to different lengths. If it is unknown which
-    inputs belong to which sample, the keys are random.
+    Returns them with the place in `KEY_DTYPES` of the coarsest dtype, `n x 3`. Samples that are
+    equal in `dtype` have equal keys. Each integer is a sum with random weights modulo 2^64, so two
+    different samples have equal keys with a probability below 2^-64. Zeros add nothing to a key,
+    because sequences may be padded to different lengths. If it is unknown which inputs belong to
+    which sample, the keys are random.
     """
     n = len(batch)
-    if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
+    tree = batch.args, batch.kwargs, batch.target
+    if not is_sliceable(tree[:2], n) and not _has_samples(batch):
         random = [secrets.randbits(63) for _ in range(2 * n)]
-        return torch.tensor(random, dtype=torch.int64, device="cpu").view(n, 2)
-    return _hash_samples((batch.args, batch.kwargs, batch.target), n)
+        keys = torch.tensor(random, dtype=torch.int64, device="cpu").view(n, 2)
+    else:
+        keys = _hash_samples(tree, n, dtype)
+    dtypes = {dtype, *(x.dtype for x in tensors_in(tree))}
+    coarsest = max(place for place, kind in enumerate(KEY_DTYPES) if kind in dtypes)
+    return torch.cat([keys, torch.full_like(keys[:, :1], coarsest)], 1)
 
 
 def raw_keys(batch: Batch) -> Tensor:
@@ -228,12 +257,15 @@ def raw_keys(batch: Batch) -> Tensor:
     return torch.stack([keys, torch.full_like(keys, size)], 1)
 
 
-def _hash_samples(tree: object, n: int) -> Tensor:
+def _hash_samples(tree: object, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Hashes the tensors in `tree` that have a row for each of `n` samples."""
     keys = torch.zeros(n, 2, dtype=torch.int64)
     for seed, x in enumerate(tensors_in(tree)):
         if x.ndim and len(x) == n:
-            keys = keys.to(x.device) + _hash_rows(x.detach(), seed)
+            rounded = x.detach()
+            if x.is_floating_point():
+                rounded = rounded.to(dtype)
+            keys = keys.to(x.device) + _hash_rows(rounded, seed)
     return keys
 
 

@@ -21,6 +21,7 @@ from lightning_nrl.data.batch import RecordingSource
 from lightning_nrl.data.sample_identity import (
     Identified,
     content_recorder,
+    has_content_of,
     is_among,
 )
 from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
@@ -201,7 +202,7 @@ class LeakCheck:
 
     First run the model over the attributes `known` and `other_data`, then call `leaked`. The
     attributes wrap the given sources to record a hash of each sample. Two samples are the same if
-    their inputs and labels are equal in float32, or if they have the same
+    their inputs and labels are equal in the coarsest dtype of both, or if they have the same
     position in the same data set, even if subsets or unions wrap the data set.
     """
 
@@ -268,7 +269,7 @@ def _leaked_rows(
     """Marks the source's samples on all ranks that are also in `earlier`."""
     mask = torch.zeros(len(source.gathered(collective)), dtype=torch.bool)
     for recorder in earlier:
-        mask |= is_among(source.gathered(collective), recorder.gathered(collective))
+        mask |= has_content_of(source, recorder, collective)
         if isinstance(source.source, Identified) and isinstance(recorder.source, Identified):
             mask |= is_among(source.source.identity, recorder.source.identity)
     return mask

@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 import torch
 from ranks import Collective, on_ranks
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from toy_problems import Share
 
 from lightning_nrl import TensorSource
 from lightning_nrl.data import Batch
+from lightning_nrl.data.batch import RecordingSource
 from lightning_nrl.data.sample_identity import (
     base_samples,
     content_keys,
     content_recorder,
     gathered_keys,
+    has_content_of,
     raw_recorder,
 )
 
@@ -117,6 +120,31 @@ def test_a_dtype_hides_nothing(dtype: torch.dtype) -> None:
     assert keys(x.to(dtype), target=y.float()) == keys(x, target=y)
     large = 2**40 + torch.arange(8)[:, None]
     assert len({tuple(key) for key in keys(large)}) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_copies_of_less_precision_are_found_and_others_are_not(dtype: torch.dtype) -> None:
+    digits = torch.as_tensor(load_digits().data / 16)
+    noise = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    for x in (digits.float(), digits, noise):
+        y = torch.arange(len(x)) % 10
+        half = len(x) // 2
+        coarse = recorded(x.to(dtype), y)
+        known, rest = recorded(x[:half], y[:half]), recorded(x[half:], y[half:])
+        marked = torch.arange(len(x)) < half
+        assert torch.equal(has_content_of(coarse, known, Collective()), marked)
+        assert has_content_of(known, coarse, Collective()).all()
+        assert not has_content_of(known, rest, Collective()).any()
+    values = torch.arange(1, 9) / 7
+    coarse, fine = recorded(X[:8], values.to(dtype)), recorded(X[:8], values)
+    assert has_content_of(coarse, fine, Collective()).all()
+
+
+def recorded(x: Tensor, y: Tensor) -> RecordingSource:
+    recorder = content_recorder(TensorSource(x, y, "data", batch_size=64))
+    for _ in recorder:
+        pass
+    return recorder
 
 
 class Images(Dataset):
