@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import MagicMock
 
 from lightning_nrl._trainer.lightning.packages import (
     LOGGER_NAMES,
@@ -68,6 +67,24 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+class NullExperiment:
+    """A logger experiment that accepts any call and does nothing."""
+
+    def __getattr__(self, name: str) -> NullExperiment:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: object, **kwargs: object) -> NullExperiment:
+        return self
+
+    def __getitem__(self, key: object) -> NullExperiment:
+        return self
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
 class NullLogger(DummyLoggerBase):
     """A logger that writes nothing.
 
@@ -88,9 +105,7 @@ class NullLogger(DummyLoggerBase):
 
     @property
     def experiment(self) -> Any:
-        return MagicMock()  # accepts any call
+        return NullExperiment()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock()
+    def __getattr__(self, name: str) -> NullExperiment:
+        return NullExperiment().__getattr__(name)
