@@ -122,11 +122,6 @@ class StageTimer:
         return Deadline(self._began + self._max_time, collective or Collective(), self.now)
 
     @property
-    def most(self) -> float:
-        """The time limit in seconds, or infinity."""
-        return self._max_time
-
-    @property
     def left(self) -> float:
         """Seconds until the end of `max_time`, or infinity without a limit."""
         return self.deadline().seconds_left

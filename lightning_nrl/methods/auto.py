@@ -212,6 +212,10 @@ class _Climb:
         self.best: Proposal | None = None
         self.held_out: TargetCounts | None = None
         self._held_out_rows = None if problem.update else draw_held_out_rows(problem)
+        # In so little time a solver repairs more than the training.
+        few = least_seconds(problem, budget.FEW_EPOCHS)
+        trains = not (self._is_one_layer or problem.update)
+        self._is_hurried = trains and not problem.deadline_of_method().leaves(few)
 
     @property
     def caution_points(self) -> tuple[CautionPoint, ...]:
@@ -323,19 +327,11 @@ class _Climb:
     def _search_until(self, problem: Problem, end: Deadline) -> Solution:
         return _safely(problem, partial(constrained_search, problem, self.searcher, end))
 
-    @property
-    def _is_hurried(self) -> bool:
-        """True if there is time for less than `FEW_EPOCHS`, of which a solver makes more."""
-        few = least_seconds(self.problem, budget.FEW_EPOCHS)
-        return self.problem.deadline.is_set and self.problem.clock.most < few
-
     def _time_share_of_search(self, end: Deadline) -> float:
         problem = self.problem
         if problem.update or self._is_one_layer or not end.leaves(least_seconds(problem)):
             return budget.LONE_SEARCH_TIME_SHARE
-        if end.leaves(least_seconds(problem, budget.FEW_EPOCHS)):
-            return budget.SEARCH_TIME_SHARE
-        return budget.HURRIED_SEARCH_TIME_SHARE
+        return budget.HURRIED_SEARCH_TIME_SHARE if self._is_hurried else budget.SEARCH_TIME_SHARE
 
     def _training(self, problem: Problem) -> Solution:
         share = 1.0 if self._is_hurried else budget.TRAINING_TIME_SHARE
