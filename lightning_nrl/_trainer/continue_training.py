@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -225,7 +226,7 @@ class ContinuedTraining(Training):
                 raise CannotTrainError(reason) from error
             return model, trainer, loader
 
-        with random_state(), torch.enable_grad():
+        with random_state(), torch.enable_grad(), _collected_garbage():
             # Each rank draws its own dropout and augmentation.
             seed_all((run.seed + outer.global_rank) % 2**32)
             model, trainer, loader = budget.on_all_ranks(copies)
@@ -234,10 +235,9 @@ class ContinuedTraining(Training):
             if data is not None:
                 fit = partial(trainer.fit, model, datamodule=copied_data_module(data, loader))
             budget.on_all_ranks(fit)
-        # `eval` merges LoRA weights, as they are merged in the model to repair.
-        state = shared_tensors(self.model, snapshot(budget.on_all_ranks(model.eval)))
-        del model, trainer, loader, fit
-        gc.collect()  # large reference cycles
+            # `eval` merges LoRA weights, as they are merged in the model to repair.
+            state = shared_tensors(self.model, snapshot(budget.on_all_ranks(model.eval)))
+            del model, trainer, loader, fit
         return state
 
     def _loader(self, run: _TrainingRun) -> Loaders:
@@ -309,6 +309,20 @@ class ContinuedTraining(Training):
         ):
             return loader
         return self.known[0].loader
+
+
+@contextmanager
+def _collected_garbage() -> Iterator[None]:
+    """Frees the large reference cycles that a block leaves; visits no older objects."""
+    is_frozen = gc.get_freeze_count() > 0  # by the user
+    if not is_frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if not is_frozen:
+            gc.unfreeze()
 
 
 def _length(data: Dataset[Any]) -> int:
