@@ -41,13 +41,15 @@ def display(
     normalization: Normalization | None = None,
     *,
     convolves: bool = True,
+    features: Sequence[str] = (),
 ) -> Pixels | str | None:
     """Returns the model's input for one sample as an image, `height x width x 3`, or as text.
 
     Returns None if neither fits.
 
     A vector of integers is shown as the longest text in `sample`, or, if `sample` has no text, as a
-    list of tokens. Any other vector is shown as a table. A tensor with more dimensions is shown as
+    list of tokens. Any other vector is shown as a line of values with their `features`, which are
+    the names of all values, or else with their positions. A tensor with more dimensions is shown as
     an image if the model has 2D or 3D convolutions (`convolves`), or if the tensor has one or three
     channels or is uint8. The image shows only the first three channels, and only the middle frame
     of a video. If values are outside of [0, 1], they are scaled to [0, 1].
@@ -56,10 +58,10 @@ def display(
     if x.is_complex() or not x.numel():
         return None
     if x.ndim == 1 and not (x.is_floating_point() or x.dtype == torch.bool):
-        tokens = _first_values(x, TOKENS, "{1:.4g}")
-        return _longest_text(sample) or f"tokens: {' '.join(tokens)}"
+        tokens = _first_values(x, TOKENS, "{1:.4g}", " ")
+        return _longest_text(sample) or f"tokens: {tokens}"
     if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) < FEWEST_PIXELS):
-        return "\n".join(_first_values(x.flatten(), TABLE_VALUES, "{}: {:.4g}"))
+        return _first_values(x.flatten(), TABLE_VALUES, "{}: {:.4g}", ", ", features)
     has_channels = x.ndim > 2 and not {1, 3}.isdisjoint(x.shape)
     if not (convolves or has_channels or x.dtype == torch.uint8):
         return None
@@ -174,11 +176,14 @@ def _longest_text(sample: object) -> str:
     return max((part for part in parts if isinstance(part, str)), key=len, default="")
 
 
-def _first_values(x: Tensor, most: int, template: str) -> list[str]:
-    values = [template.format(i, value) for i, value in enumerate(x[:most].tolist())]
+def _first_values(
+    x: Tensor, most: int, template: str, separator: str, features: Sequence[str] = ()
+) -> str:
+    names = features if len(features) == len(x) else range(len(x))
+    values = list(map(template.format, names, x[:most].tolist()))
     if len(x) > most:
         values.append(f"... {len(x):,} in all")
-    return values
+    return separator.join(values)
 
 
 def sample_views(
@@ -196,14 +201,12 @@ def sample_views(
     by_split = {source.split: source for source in sources}
     views: list[SampleView] = []
     try:
-        for split in flipped_splits(report):
-            source = by_split.get(split.split)
-            if source is None:
-                continue
-            telling = most_telling(split.flipped)
-            for flip, n in VIEWED_SAMPLES.items():
-                samples = [sample for sample in telling if sample.flip == flip][:n]
-                views += _views(report, source, samples, render, convolves)
+        for flip, n in VIEWED_SAMPLES.items():
+            for split in flipped_splits(report):
+                source = by_split.get(split.split)
+                if source is not None:
+                    samples = most_telling(split.flipped_as(flip))[:n]
+                    views += _views(report, source, samples, render, convolves)
     except Exception as error:  # of the user's code; a missing picture must not end the repair
         raised = f"{type(error).__name__}: {first_line(error)}"
         rank_zero_warn(
@@ -223,6 +226,7 @@ def _views(
     convolves: bool,
 ) -> Iterator[SampleView]:
     normalization = find_normalization(source.samples)
+    features = names_in([source], "feature_names")
     for flip in flipped:
         sample = source.samples[flip.id]
         if render is not None:
@@ -230,7 +234,7 @@ def _views(
             if not isinstance(view, str):
                 view = to_pixels(view)
         else:
-            view = _display_input(source, sample, normalization, convolves)
+            view = _display_input(source, sample, normalization, convolves, features)
         caption = caption_of(flip, report.class_name)
         if isinstance(view, str):
             yield SampleView(source.split, flip.id, flip.flip, caption, text=view)
@@ -239,20 +243,27 @@ def _views(
 
 
 def _display_input(
-    source: LoaderSource, sample: object, normalization: Normalization | None, convolves: bool
+    source: LoaderSource,
+    sample: object,
+    normalization: Normalization | None,
+    convolves: bool,
+    features: Sequence[str],
 ) -> Pixels | str | None:
     args, kwargs, _ = source.adapter(source.loader.collate_fn([sample]))
     first = next(tensors_in((args, kwargs)), None)
     if first is None or not len(first):
         return None
-    return display(first[0], sample, normalization, convolves=convolves)
+    return display(first[0], sample, normalization, convolves=convolves, features=features)
 
 
-def class_names(sources: Iterable[LoaderSource]) -> tuple[str, ...]:
-    """Returns the attribute `classes`, as in torchvision, of the first data set that has it."""
+def names_in(sources: Iterable[LoaderSource], attribute: str) -> tuple[str, ...]:
+    """Returns the names in an attribute of the first data set that has it.
+
+    `classes` is as in torchvision, `feature_names` as in scikit-learn.
+    """
     for source in sources:
         for dataset in innermost_datasets(source.loader):
-            names = getattr(dataset, "classes", None)
+            names = getattr(dataset, attribute, None)
             is_list = isinstance(names, (list, tuple))
             if is_list and names and all(isinstance(name, str) for name in names):
                 return tuple(map(writable, names))

@@ -10,7 +10,7 @@ from typing import cast
 
 from lightning_nrl._trainer.continue_training import Augment, ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
-from lightning_nrl._trainer.flipped_samples import Render, class_names, sample_views
+from lightning_nrl._trainer.flipped_samples import Render, names_in, sample_views
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
@@ -158,7 +158,8 @@ class TrainerRepair:
                         raise
                     trained = trained.without(error)
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
-            report = replace(outcome.report, reason=reason, class_names=class_names(trained.known))
+            classes = names_in(trained.known, "classes")
+            report = replace(outcome.report, reason=reason, class_names=classes)
             if trainer.is_global_zero:
                 render = cast(Render | None, self.data.known.render)
                 views = sample_views(report, trained.sources, render, model=trained.model)

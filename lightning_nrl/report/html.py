@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 from torch import Tensor
 from typing_extensions import Self
 
@@ -28,6 +30,13 @@ TEMPLATES = Environment(
 )
 STYLE = (PAGE_FILES / "report.css").read_text(encoding="utf-8")
 SCRIPT = (PAGE_FILES / "table.js").read_text(encoding="utf-8")
+
+
+def _prose(text: str) -> Markup:
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
+
+
+TEMPLATES.filters["prose"] = _prose
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from lightning_nrl.records import (
     CautionPoint,
     LocalizationReport,
     RepairRecord,
-    SearchReport,
     StrengthPoint,
 )
 from lightning_nrl.records.splits import (
@@ -101,7 +100,7 @@ def reviewer_figures(
     These are the panels, the whole search, and `changes` of weights.
     """
     figures = repair_figures(report)
-    search_panels = _search_panels(report.search)
+    search_panels = _search_panels(report)
     if search_panels:
         figures[SEARCH_TITLE] = _draw_together(search_panels, SEARCH_WIDTH, SEARCH_ROW)
     return figures | weight_figures(changes or {}, report.localization)
@@ -184,7 +183,7 @@ def _panels(report: RepairRecord) -> dict[str, Draw]:
         panels["How careful to be, held-out samples by caution"] = partial(
             _draw_cautions, report.caution
         )
-    search_panels = _search_panels(report.search)
+    search_panels = _search_panels(report)
     if COUNTS_TITLE in search_panels:
         panels[SEARCH_TITLE] = search_panels[COUNTS_TITLE]
     return panels
@@ -297,9 +296,11 @@ def _draw_flips(
     axes.plot(strengths, broken, broken_line, color=RED, label=f"broken{data}")
 
 
-def _search_panels(search: SearchReport | None) -> dict[str, Draw]:
+def _search_panels(report: RepairRecord) -> dict[str, Draw]:
     panels: dict[str, Draw] = {}
-    recorded = {} if search is None else search.curves
+    recorded = {} if report.search is None else report.search.curves
+    is_dropped = any(rung.name == "search" and not rung.kept for rung in report.rungs)
+    note = "its result is not part of the repair" if is_dropped else ""
     for title, labels in SEARCH_PANELS.items():
         curves = {}
         for name, label in labels.items():
@@ -307,11 +308,12 @@ def _search_panels(search: SearchReport | None) -> dict[str, Draw]:
             if len(curve) > 1:  # a single value is no curve
                 curves[label] = curve
         if curves:
-            panels[title] = partial(_draw_search, title, curves)
+            panels[title] = partial(_draw_search, title, curves, note)
     return panels
 
 
-def _draw_search(title: str, curves: Mapping[str, Sequence[float]], axes: Axes) -> None:
+def _draw_search(title: str, curves: Mapping[str, Sequence[float]], note: str, axes: Axes) -> None:
+    axes.set_title(note, color=INK, fontsize=9, loc="left")
     styles = ((GREEN, "-"), (RED, "--"))
     for (label, curve), (colour, line) in zip(curves.items(), styles, strict=False):
         axes.plot(curve, line, color=colour, label=label)
@@ -330,7 +332,7 @@ def _finish_curves(axes: Axes, across: str, up: str) -> None:
 def weight_figures(
     changes: Mapping[str, Tensor], localization: LocalizationReport | None = None
 ) -> dict[str, Figure]:
-    """Draws the change of each tensor, and of each weight in the tensor that changes most.
+    """Draws the change of each tensor, and of each weight in the matrix that changes most.
 
     `changes` has new minus old values, whole tensors by state-dict name. If all values are 0, there
     is no figure.
@@ -359,9 +361,11 @@ def weight_figures(
         if "total" in sizes:
             searched += f" of {sizes['total']:,}"
         axes.set_title(f"{searched} weights", color=INK, fontsize=9, loc="left")
-    picture = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
-    _draw_change(picture, changes[names[0]])
-    return {"Weights, change by tensor": figure, f"Weights, change of {names[0]}": picture}
+    figures = {"Weights, change by tensor": figure}
+    for name in [name for name in names if changes[name].ndim > 1][:1]:
+        picture = figures[f"Weights, change of {name}"] = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
+        _draw_change(picture, changes[name])
+    return figures
 
 
 def _draw_change(figure: Figure, change: Tensor) -> None:
@@ -372,11 +376,8 @@ def _draw_change(figure: Figure, change: Tensor) -> None:
         grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest"
     )
     figure.colorbar(image, ax=axes, label="added to the weight")
-    across = up = ""
-    if change.ndim > 1:
-        shape = " x ".join(map(str, change.shape))
-        across, up = f"inputs ({shape}; blank: as before)", "outputs"
-    label_axes(axes, across, up)
+    shape = " x ".join(map(str, change.shape))
+    label_axes(axes, f"inputs ({shape}; blank: as before)", "outputs")
 
 
 def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
@@ -385,7 +386,7 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
     In a larger tensor, each cell stands for several weights and has the largest change among them,
     with its sign.
     """
-    n_rows = change.shape[0] if change.ndim > 1 else 1
+    n_rows = len(change)
     rows = change.reshape(1, n_rows, -1).double()
     size = min(n_rows, GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
     highest = adaptive_max_pool2d(rows, size)[0]

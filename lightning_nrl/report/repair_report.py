@@ -45,6 +45,12 @@ from lightning_nrl.report.verdicts import Verdict, verdict_on
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RULE_OF_THE_CLIMB = (
+    "`training` starts from the original weights and takes the place of `search`: if it repairs "
+    "more targets, unless it gains significantly less on held-out samples; if it repairs fewer, "
+    "only if it gains significantly more there. `exact` and `push` are kept if they repair more "
+    "targets and break no more of the samples that they do not use than they repair."
+)
 FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 
 
@@ -76,11 +82,11 @@ class RepairReport(RepairRecord, Report, Plotted):
         ]
         if self.choice and not self.rungs:
             blocks.append(Text(sentence(self.choice)))
+        if self.rungs:
+            blocks += _climb(self, full)
         if full:
             return Page([*blocks, *sample_blocks(self), *_details(self)])
-        if self.rungs:
-            blocks += _ladder(self)
-        elif len(self.steps) > 1:
+        if not self.rungs and len(self.steps) > 1:
             blocks += _steps(self)
         facts = FactList([*repair_facts(self), *_files(self, relative_to_cwd)])
         return Page([*blocks, facts])
@@ -136,9 +142,11 @@ def _tables(report: RepairRecord) -> Iterator[Block]:
         yield slice_table(report.slices)
 
 
-def _ladder(report: RepairRecord) -> Iterator[Block]:
+def _climb(report: RepairRecord, has_rule: bool) -> Iterator[Block]:
     yield Heading("The climb, each rung from where the last one stands")
     yield rungs_table(report.rungs)
+    if has_rule and not report.update:
+        yield Text(RULE_OF_THE_CLIMB)
     if report.choice:
         yield Text(sentence(report.choice))
 
@@ -156,8 +164,6 @@ def _details(report: RepairRecord) -> list[Block]:
         Heading("What was done"),
         FactList([*repair_facts(report), *_files(report)]),
     ]
-    if report.rungs:
-        blocks += _ladder(report)
     if report.price:
         blocks += [Heading("The price of no broken known sample"), price_table(report.price)]
     if report.caution:

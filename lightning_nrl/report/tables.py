@@ -265,8 +265,8 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
         if confusion_changes(pooled.confusion):
             yield Heading(f"Confusions that changed, {role} data")
             yield _confusion_table(pooled.confusion, report.class_name)
-    for split in splits:
-        for flip, most in LISTED_FLIPS.items():
+    for flip, most in LISTED_FLIPS.items():
+        for split in splits:
             samples = most_telling(split.flipped_as(flip))
             if samples:
                 title = f"{flip.capitalize()} in {split.split}, by position in the data set"
@@ -277,10 +277,14 @@ def sample_blocks(report: RepairRecord) -> Iterator[Block]:
 
 
 def flipped_splits(report: RepairRecord) -> Sequence[SplitReport]:
-    """Returns the splits whose flips are shown: of an update, of refused weights or the repair."""
+    """Returns the splits whose flips are shown: of an update, of refused weights or the repair.
+
+    Known data come last.
+    """
+    splits = report.candidate or report.splits
     if report.update:
-        return [split.final for split in report.update]
-    return report.candidate or report.splits
+        splits = [split.final for split in report.update]
+    return sorted(splits, key=lambda split: split.role == "known")
 
 
 def flipped_rows(report: RepairRecord) -> list[list[str | float]]:

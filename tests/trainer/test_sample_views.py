@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_nrl._trainer.flipped_samples import (
-    class_names,
     display,
     find_normalization,
+    names_in,
     sample_views,
     to_pixels,
 )
@@ -76,7 +76,7 @@ def test_names_of_classes_are_found_in_subsets_and_unions() -> None:
     plain, named = TensorDataset(torch.zeros(4)), TensorDataset(torch.zeros(4))
     named.classes = ["cat", "dog"]
     union = ConcatDataset([plain, Subset(named, [1])])
-    assert class_names([source(plain), source(union)]) == ("cat", "dog")
+    assert names_in([source(plain), source(union)], "classes") == ("cat", "dog")
 
 
 BANDS = torch.arange(5.0)[:, None, None] / 10
@@ -94,7 +94,7 @@ ROWS = torch.tensor([[0.5, 2.0, -1.0]])
         (BANDS[:, None].expand(5, 3, 4, 4), [51] * 3),  # the middle of a film
         (torch.zeros(0), None),
         (torch.zeros(3, 2, 2), None),
-        (ROWS, "0: 0.5\n1: 2\n2: -1"),
+        (ROWS, "0: 0.5, 1: 2, 2: -1"),
         (torch.tensor([7, 42, 0]), "tokens: 7 42 0"),
     ],
 )
@@ -106,7 +106,8 @@ def test_an_input_is_shown_as_what_it_looks_like(x: Tensor, shown: Any) -> None:
 
 
 def test_long_rows_are_cut_and_words_go_before_tokens() -> None:
-    assert str(display(torch.zeros(100))).endswith("23: 0\n... 100 in all")
+    assert display(ROWS, features=("age", "weight", "height")) == "age: 0.5, weight: 2, height: -1"
+    assert str(display(torch.zeros(100))).endswith("23: 0, ... 100 in all")
     assert str(display(torch.arange(500))).endswith(" 119 ... 500 in all")
     assert display(torch.tensor([7, 42]), {"lang": "en", "text": "a bad day"}) == "a bad day"
 
