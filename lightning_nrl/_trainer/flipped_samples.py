@@ -16,7 +16,7 @@ from lightning_nrl._trainer.random_transforms import innermost_datasets
 from lightning_nrl._utils.formatting import writable
 from lightning_nrl.data.batch import tensors_in
 from lightning_nrl.errors import DataWarning, first_line
-from lightning_nrl.records.splits import FlippedSample
+from lightning_nrl.records.splits import Flip, FlippedSample
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView, caption_of
 from lightning_nrl.report.tables import flipped_splits, most_telling
@@ -31,7 +31,7 @@ FEWEST_PIXELS = 4  # per side; a smaller tensor is not shown as an image
 TABLE_VALUES, TOKENS = 24, 120  # largest number of table rows and of tokens per sample
 ROUNDING = 0.02  # tolerance around [0, 1] of a denormalised image
 MOST_VISITED = 200  # objects in the search for transforms
-VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
+VIEWED_SAMPLES: Mapping[Flip, int] = {"broken": 24, "repaired": 12}
 """Largest number of views per split, of broken and of repaired samples."""
 
 

@@ -33,7 +33,7 @@ SCRIPT = (PAGE_FILES / "table.js").read_text(encoding="utf-8")
 
 
 def _prose(text: str) -> Markup:
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 TEMPLATES.filters["prose"] = _prose
@@ -54,13 +54,16 @@ def html_page(
     figures: Mapping[str, str] | None = None,
     tables: Sequence[HtmlTable] = (),
     galleries: Mapping[str, Sequence[SampleView]] | None = None,
+    n_first: int = 0,
 ) -> str:
     """Renders a page as HTML.
 
-    `figures` (SVG) and `galleries`, by title, follow its first table. `tables` come last.
+    `figures` (SVG) and `galleries`, by title, follow its first `n_first` blocks. `tables` come
+    last.
     """
     body = {
         "blocks": page.blocks,
+        "n_first": n_first,
         "figures": figures or {},
         "tables": tables,
         "galleries": galleries or {},
@@ -146,4 +149,4 @@ class Report(Record, Renderable):
         return html_page(page.title, page)
 
     def _repr_html_(self) -> str:
-        return _macro("fragment", {"blocks": self.page().blocks, "galleries": {}}, STYLE)
+        return _macro("fragment", {"blocks": self.page().blocks}, STYLE)

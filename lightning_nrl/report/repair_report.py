@@ -73,6 +73,15 @@ class RepairReport(RepairRecord, Report, Plotted):
         return self.verdict.tone
 
     def page(self, full: bool = False) -> Page:
+        blocks = self._first_blocks(full)
+        if full:
+            return Page([*blocks, *sample_blocks(self), *_details(self)])
+        if not self.rungs and len(self.steps) > 1:
+            blocks += _steps(self)
+        facts = FactList([*repair_facts(self), *_files(self, relative_to_cwd)])
+        return Page([*blocks, facts])
+
+    def _first_blocks(self, full: bool) -> list[Block]:
         verdict = self.verdict
         blocks = [
             Heading(verdict.headline, 1, verdict.tone),
@@ -84,12 +93,7 @@ class RepairReport(RepairRecord, Report, Plotted):
             blocks.append(Text(sentence(self.choice)))
         if self.rungs:
             blocks += _climb(self, full)
-        if full:
-            return Page([*blocks, *sample_blocks(self), *_details(self)])
-        if not self.rungs and len(self.steps) > 1:
-            blocks += _steps(self)
-        facts = FactList([*repair_facts(self), *_files(self, relative_to_cwd)])
-        return Page([*blocks, facts])
+        return blocks
 
     def figure(self) -> Figure:
         return draw_repair(self)
@@ -113,7 +117,8 @@ class RepairReport(RepairRecord, Report, Plotted):
             title = f"All {len(rows):,} samples that flipped"
             tables.append(HtmlTable(title, FLIPPED_COLUMNS, rows))
         title = f"{self.status.capitalize()}: {self.target}"
-        return html_page(title, page, figures, tables, galleries)
+        n_first = len(self._first_blocks(full=True))
+        return html_page(title, page, figures, tables, galleries, n_first)
 
 
 def _cell(value: str | float) -> str:

@@ -281,7 +281,7 @@ def flipped_splits(report: RepairRecord) -> Sequence[SplitReport]:
 
     Known data come last.
     """
-    splits = report.candidate or report.splits
+    splits: Sequence[SplitReport] = report.candidate or report.splits
     if report.update:
         splits = [split.final for split in report.update]
     return sorted(splits, key=lambda split: split.role == "known")
