@@ -205,17 +205,12 @@ def _solve(
 ) -> list[tuple[Tensor, Tensor]]:
     """Collects the results of `_path`, which runs on the first rank, on all ranks."""
     collective = problem.collective
-    head = known.head
-    changes = head.logits.new_zeros(len(PRICES), head.n_classes, head.n_features)
-    right = torch.zeros(len(PRICES), len(known.rows), dtype=torch.uint8)
-    n_solved = torch.zeros((), dtype=torch.int64)
+    logits = known.head.logits
+    solved = []
     if collective.rank == 0:
-        for i, (change, held_out_right) in enumerate(_path(problem, known, method, end)):
-            changes[i] = change
-            right[i] = held_out_right
-            n_solved += 1
-    solved = zip(collective.agreed(changes), collective.agreed(right).bool(), strict=True)
-    return list(solved)[: int(collective.agreed(n_solved))]
+        for change, right in _path(problem, known, method, end):
+            solved.append((change.to("cpu", logits.dtype), right))
+    return [(change.to(logits.device), right) for change, right in collective.of_first(solved)]
 
 
 def _path(
@@ -340,9 +335,7 @@ class _KnownHead:
         keep = torch.ones_like(before.passed)
         note = ""
         if len(before) > problem.n_scored:
-            choice = choose_samples(
-                before, before.targeted, before.passed, problem.n_scored, problem.seed
-            )
+            choice = choose_samples(before, before.passed, problem.n_scored, problem.seed)
             keep, note = choice.recorded, choice.note
         features, logits = _recorded(problem, keep)
         label = before.label[keep].to(features.device)

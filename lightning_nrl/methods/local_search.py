@@ -15,7 +15,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.evaluation.sample_results import Flips
-from lightning_nrl.localization import LOCALIZERS, KnownData, Localization, Localizer
+from lightning_nrl.localization import LOCALIZERS, KnownData, Localizer
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import (
@@ -41,35 +41,18 @@ SUFFICIENT_MARGIN = 0.04
 class LocalSearchResult:
     """The result of `localize_and_search`."""
 
-    localization: Localization  # the weights that were searched
+    solution: Solution  # what was searched, without a proposal
     search: SearchResult  # the best values found, and the log of the search
     state: State | None  # whole tensors with the best values; None if the original values are best
-    n_failed: int  # number of targets that the search scored
-    n_passed: int  # number of passed samples that the search scored
     notes: tuple[str, ...]  # how the recording is stored, and how many samples are used
 
-    @property
-    def was_cut(self) -> bool:
-        return self.search.stopped == TIME_WAS_OVER
-
-    @property
-    def note(self) -> str:
-        size = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
-        cut = [CUT] if self.was_cut else []
-        return "; ".join(filter(None, [size, *cut, *self.notes]))
-
-    def solution(
-        self, proposal: Proposal | None, reason: str = "", steps: tuple[Step, ...] = ()
-    ) -> Solution:
-        return Solution(
-            proposal,
-            reason,
-            steps,
-            localization=self.localization,
-            result=self.search,
-            n_failed=self.n_failed,
-            n_passed=self.n_passed,
-        )
+    def solved_by(self, proposal: Proposal) -> Solution:
+        search = self.search
+        was_cut = search.stopped == TIME_WAS_OVER
+        size = f"{len(search.values):,} weights, {search.iterations:,} iterations"
+        note = "; ".join(filter(None, [size, CUT if was_cut else "", *self.notes]))
+        step = proposal.step(search.seconds, note, was_cut=was_cut)
+        return replace(self.solution, proposal=proposal, steps=(step,))
 
 
 def parse_parts(method: Method, prefix: str, /, **registries: Registry[Any]) -> None:
@@ -145,11 +128,10 @@ class LocalSearch(Method):
         end = end.within(self.seconds)
         best = localize_and_search(problem, searcher, end, problem.rounding_reserve)
         if best.state is None:
-            return best.solution(None, "the search found nothing better than the original weights.")
+            reason = "the search found nothing better than the original weights."
+            return replace(best.solution, reason=reason)
         with clock.stage("judge"):
-            proposal = problem.propose(searcher.label, best.state)
-        step = proposal.step(best.search.seconds, best.note, was_cut=best.was_cut)
-        return best.solution(proposal, steps=(step,))
+            return best.solved_by(problem.propose(searcher.label, best.state))
 
 
 def constrained_search(problem: Problem, searcher: Searcher, end: Deadline) -> Solution:
@@ -175,8 +157,7 @@ def constrained_search(problem: Problem, searcher: Searcher, end: Deadline) -> S
     if search.state is not None:
         with problem.clock.stage("judge"):
             final = better([original, problem.propose("swarm", search.state)]) or original
-    step = final.step(search.search.seconds, search.note, was_cut=search.was_cut)
-    return search.solution(final, steps=(step,))
+    return search.solved_by(final)
 
 
 def localize_and_search(
@@ -197,13 +178,7 @@ def _localize_and_search(
     space = problem.space
     clock = problem.clock
     before = problem.before
-    choice = choose_samples(
-        before,
-        failed=before.targeted,
-        passed=problem.passed,
-        most=n_to_score(problem, end),
-        seed=problem.seed,
-    )
+    choice = choose_samples(before, problem.passed, n_to_score(problem, end), problem.seed)
     failed = before.targeted & choice.recorded
     kept = problem.passed & choice.recorded
     with clock.stage("localize"):
@@ -218,15 +193,7 @@ def _localize_and_search(
     where = localization.weights.to(space.device)
     n_passed = int(kept.sum())
     with clock.stage("search"), torch.no_grad():
-        scorer = scorer_for(
-            problem,
-            recording,
-            where,
-            failed,
-            kept,
-            problem.fitness,
-            reserve=reserve,
-        )
+        scorer = scorer_for(problem, recording, where, failed, kept, problem.fitness, reserve)
         result = search(
             scorer,
             space.flat()[where],
@@ -242,6 +209,11 @@ def _localize_and_search(
         result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)
     state = None if torch.equal(values, space.flat()[where]) else space.changed(where, values)
-    return LocalSearchResult(
-        localization, result, state, int(failed.sum()), n_passed, (recording.storage, choice.note)
+    solution = Solution(
+        None,
+        localization=localization,
+        result=result,
+        n_failed=int(failed.sum()),
+        n_passed=n_passed,
     )
+    return LocalSearchResult(solution, result, state, (recording.storage, choice.note))

@@ -67,10 +67,8 @@ def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:
     )
 
 
-def choose_samples(
-    before: SampleResults, failed: Tensor, passed: Tensor, most: int, seed: int
-) -> SampleChoice:
-    """Chooses at most `most` samples to repair (`failed`) and to keep (`passed`), `N` bool.
+def choose_samples(before: SampleResults, passed: Tensor, most: int, seed: int) -> SampleChoice:
+    """Chooses at most `most` samples: targets to repair, and samples to keep (`passed`, `N` bool).
 
     If there are more than `most`, at most half of the chosen samples (more if passed samples are
     few) are failed ones, nearest to the boundary. The rest are passed samples: half nearest to the
@@ -78,14 +76,14 @@ def choose_samples(
     """
     # If there is room, all passed samples are recorded: sums over a batch then equal those of
     # `sweep` bit for bit.
-    wanted = failed | passed
+    wanted = before.targeted | passed
     with_passed = wanted | before.passed
     if int(with_passed.sum()) <= most:
         return SampleChoice(with_passed, before.passed | passed)
     n_wanted = int(wanted.sum())
     if n_wanted <= most:
         return SampleChoice(wanted, passed)
-    failed = failed & ~passed
+    failed = before.targeted & ~passed
     room_for_failed = max(most - int(passed.sum()), int(FAILED_SHARE * most))
     n_failed = min(int(failed.sum()), room_for_failed)
     n_passed = most - n_failed
@@ -95,12 +93,12 @@ def choose_samples(
     recorded[nearest(distance, failed, n_failed)] = True
     recorded[nearest(distance, passed, n_passed - n_drawn)] = True
     far = (passed & ~recorded).nonzero().flatten()
-    drawn = far[torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))]
-    recorded[drawn[:n_drawn]] = True
+    drawn = far[torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))][:n_drawn]
+    recorded[drawn] = True
     representative = passed
     if bool((passed & ~recorded).any()):
         representative = torch.zeros_like(passed)
-        representative[drawn[: min(n_drawn, MOST_REPRESENTATIVE)]] = True
+        representative[drawn[:MOST_REPRESENTATIVE]] = True
     return SampleChoice(
         recorded, representative, f"on {int(recorded.sum()):,} of {n_wanted:,} samples"
     )
@@ -156,7 +154,6 @@ def scorer_for(
     failed: Tensor,
     passed: Tensor,
     fitness: FitnessFunction,
-    *,
     reserve: Tensor | None,
 ) -> Scorer:
     """Builds a scorer for new values of the weights at `where`.

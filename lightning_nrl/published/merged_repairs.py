@@ -250,12 +250,12 @@ def _scorer(
     original = space.flat().to(widest(space.device))
     change = torch.stack([space.flat(state).to(original) - original for state in states])
     where = (change != 0).any(0).nonzero().flatten()
-    choice = choose_samples(before, before.targeted, before.passed, problem.n_scored, problem.seed)
+    choice = choose_samples(before, before.passed, problem.n_scored, problem.seed)
     recording = record_known(problem, choice.recorded)
     failed = before.targeted & choice.recorded
     passed = before.passed & choice.recorded
     reserve = problem.rounding_reserve
-    scorer = scorer_for(problem, recording, where, failed, passed, fitness, reserve=reserve)
+    scorer = scorer_for(problem, recording, where, failed, passed, fitness, reserve)
     mixed = MixScorer(scorer, original[where], change[:, where], space.dtype)
     return mixed, int(passed.sum())
 

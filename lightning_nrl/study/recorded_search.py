@@ -83,7 +83,7 @@ class RecordedSearch:
                 problem.before.targeted,
                 passed,
                 setting.fitness,
-                reserve=problem.rounding_reserve,
+                problem.rounding_reserve,
             )
             result = search(
                 scorer,

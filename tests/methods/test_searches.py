@@ -277,7 +277,7 @@ def results(margin: list[float]) -> SampleResults:
 
 def test_of_many_those_nearest_to_the_border_are_taken_and_a_draw_of_the_others() -> None:
     before = results([0.1, -5.0, 9.0, -0.5, 8.0, 0.2, 7.0, 6.0, -0.1, 5.0])
-    choices = [choose_samples(before, before.targeted, before.passed, 6, seed) for seed in range(9)]
+    choices = [choose_samples(before, before.passed, 6, seed) for seed in range(9)]
     for choice in choices:
         # Half of them may be targets: all three. Of the passed ones the nearest two, and one drawn
         # of the others.
@@ -288,7 +288,7 @@ def test_of_many_those_nearest_to_the_border_are_taken_and_a_draw_of_the_others(
         assert not choice.representative[[0, 5]].any()
         assert choice.note == "on 6 of 10 samples"
     assert len({int(choice.representative.int().argmax()) for choice in choices}) > 1
-    fewer = choose_samples(before, before.targeted, before.passed, 4, 0)
+    fewer = choose_samples(before, before.passed, 4, 0)
     assert fewer.recorded[before.targeted].tolist() == [False, True, True]
     assert int(fewer.recorded.sum()) == 4
 
