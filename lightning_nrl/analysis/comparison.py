@@ -109,9 +109,7 @@ def compare_module(
         plain = replace(settings, samples=SampleOptions(importance=settings.samples.importance))
         baseline = evaluate_baseline(evaluator, known, plain, unseen=unseen, clock=collecting)
         check_targets(baseline.before, settings)
-        problem = build_problem(
-            evaluator, known, baseline.before, layers, settings, training=training
-        )
+        problem = build_problem(evaluator, known, baseline, layers, settings, training=training)
         unseen_data = baseline.other_data.get("unseen")
         evaluated = [baseline.known]
         if unseen_data is not None:

@@ -54,6 +54,70 @@ class Gates:
     # By suffix of the weight's name, such as `ih_l0` or `hh_l0_reverse`.
     linears: Mapping[str, GateLinear]
 
+    def forward(
+        self, input: Tensor, hx: Tensor | States | None = None
+    ) -> tuple[Tensor, Tensor | States]:
+        """Computes what the layer computes, by the Linears."""
+        module = self.module
+        if not isinstance(input, Tensor) or input.dim() == 2:
+            name = type(module).__name__
+            raise ConfigurationError(
+                f"`layer`: a {name} that gets packed sequences, or a sequence without a batch "
+                "dimension, cannot be repaired.",
+                "give the layer a batch of padded sequences, or name another layer.",
+            )
+        start = (hx,) if isinstance(hx, Tensor) else hx
+        if module.batch_first:
+            x, end = self._run(input, start)
+        else:
+            x, end = self._run(input.transpose(0, 1), start)
+            x = x.transpose(0, 1)
+        if isinstance(module, nn.LSTM):
+            return x, end
+        return x, end[0]
+
+    def _run(self, x: Tensor, start: States | None) -> tuple[Tensor, States]:
+        """Runs all layers on `n x steps x features`, with states `layers x n x units`."""
+        module = self.module
+        ends: list[States] = []
+        for layer in range(module.num_layers):
+            outputs = []
+            for side, reverse in _sides(module, layer):
+                state = None
+                if start is not None:
+                    state = tuple(states[len(ends)] for states in start)
+                output, end = self._run_side(side, x, state, reverse=reverse)
+                outputs.append(output)
+                ends.append(end)
+            x = torch.cat(outputs, -1)
+        states = zip(*ends, strict=True)
+        return x, tuple(map(torch.stack, states))
+
+    def _run_side(
+        self,
+        side: str,
+        x: Tensor,
+        state: States | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, States]:
+        """Runs a layer in one direction; returns outputs and final states, `n x units`."""
+        module = self.module
+        steps = list(self.linears[f"ih_{side}"](x).unbind(1))
+        hidden = self.linears[f"hh_{side}"]
+        if state is None:
+            zero = steps[0].new_zeros(len(x), module.hidden_size)
+            state = (zero, zero) if isinstance(module, nn.LSTM) else (zero,)
+        if reverse:
+            steps.reverse()
+        outputs = []
+        for step in steps:
+            state = _step(module, step, hidden(state[0]), state)
+            outputs.append(state[0])
+        if reverse:
+            outputs.reverse()
+        return torch.stack(outputs, 1), state
+
 
 def gates_of(name: str, module: Recurrent) -> Gates:
     """Creates the Linears of a recurrent layer.
@@ -86,7 +150,7 @@ def unroll(gates: Sequence[Gates]) -> Iterator[None]:
     """Replaces the forward of recurrent layers: they call their Linears step by step."""
     with ExitStack() as stack:
         for layer in gates:
-            stack.enter_context(patched_forward(layer.module, _Unrolled(layer)))
+            stack.enter_context(patched_forward(layer.module, layer.forward))
         yield
 
 
@@ -114,74 +178,6 @@ def patched_forward(
         patch["_forward_pre_hooks"] = OrderedDict()
     with replaced(module, **patch):
         yield
-
-
-@dataclass(frozen=True)
-class _Unrolled:
-    gates: Gates
-
-    def __call__(
-        self, input: Tensor, hx: Tensor | States | None = None
-    ) -> tuple[Tensor, Tensor | States]:
-        module = self.gates.module
-        if not isinstance(input, Tensor) or input.dim() == 2:
-            name = type(module).__name__
-            raise ConfigurationError(
-                f"`layer`: a {name} that gets packed sequences, or a sequence without a batch "
-                "dimension, cannot be repaired.",
-                "give the layer a batch of padded sequences, or name another layer.",
-            )
-        start = (hx,) if isinstance(hx, Tensor) else hx
-        if module.batch_first:
-            x, end = self._run(input, start)
-        else:
-            x, end = self._run(input.transpose(0, 1), start)
-            x = x.transpose(0, 1)
-        if isinstance(module, nn.LSTM):
-            return x, end
-        return x, end[0]
-
-    def _run(self, x: Tensor, start: States | None) -> tuple[Tensor, States]:
-        """Runs all layers on `n x steps x features`, with states `layers x n x units`."""
-        module = self.gates.module
-        ends: list[States] = []
-        for layer in range(module.num_layers):
-            outputs = []
-            for side, reverse in _sides(module, layer):
-                state = None
-                if start is not None:
-                    state = tuple(states[len(ends)] for states in start)
-                output, end = self._run_side(side, x, state, reverse=reverse)
-                outputs.append(output)
-                ends.append(end)
-            x = torch.cat(outputs, -1)
-        states = zip(*ends, strict=True)
-        return x, tuple(map(torch.stack, states))
-
-    def _run_side(
-        self,
-        side: str,
-        x: Tensor,
-        state: States | None,
-        *,
-        reverse: bool,
-    ) -> tuple[Tensor, States]:
-        """Runs a layer in one direction; returns outputs and final states, `n x units`."""
-        module = self.gates.module
-        steps = list(self.gates.linears[f"ih_{side}"](x).unbind(1))
-        hidden = self.gates.linears[f"hh_{side}"]
-        if state is None:
-            zero = steps[0].new_zeros(len(x), module.hidden_size)
-            state = (zero, zero) if isinstance(module, nn.LSTM) else (zero,)
-        if reverse:
-            steps.reverse()
-        outputs = []
-        for step in steps:
-            state = _step(module, step, hidden(state[0]), state)
-            outputs.append(state[0])
-        if reverse:
-            outputs.reverse()
-        return torch.stack(outputs, 1), state
 
 
 def _step(

@@ -108,14 +108,13 @@ def evaluate_baseline(
             forward=recorder,
         )
         record = recorder.record()
-    other_results: dict[Role, SampleResults] = {}
+    tables: dict[Role, SampleResults] = {"known": results}
     for role, sources in leaks.other_data.items():
         with clock.stage("unseen"):
-            other_results[role] = evaluate_other_data(evaluator, sources, settings)
+            tables[role] = evaluate_other_data(evaluator, sources, settings)
     leaked = leaks.leaked(evaluator.collective)
-    if "unseen" in other_results:
-        marked = leaks.mark(other_results["unseen"], leaked, evaluator.collective)
-        other_results["unseen"] = marked
+    if "unseen" in tables:
+        tables["unseen"] = leaks.mark(tables["unseen"], leaked, evaluator.collective)
     check_losses(results)
     check_classes(results, evaluator)
     check_task(settings, results, evaluator.task)
@@ -123,20 +122,17 @@ def evaluate_baseline(
     before, update = results, None
     if reference is not None:
         with clock.stage("reference"):
-            all_results: dict[Role, SampleResults] = {"known": results, **other_results}
-            all_data: dict[Role, Sequence[Source]] = {"known": known, **other_data}
-            update = evaluate_old(reference, evaluator, all_data, all_results)
-        results = update.regressions("known", results)
-        for role in other_results:
-            other_results[role] = update.regressions(role, other_results[role])
-        before = update.kept(results, settings.samples.keep)
+            update = evaluate_old(reference, evaluator, {"known": known, **other_data}, tables)
+        for role, table in tables.items():
+            tables[role] = update.regressions(role, table)
+        before = update.kept(tables["known"], settings.samples.keep)
     if settings.samples.set_aside == DOUBTFUL:
         with clock.stage("labels"):
             set_aside = find_label_issues(evaluator, known, before, record)
     return Baseline(
-        _without(results, set_aside),
+        _without(tables["known"], set_aside),
         _without(before, set_aside),
-        {role: EvaluatedData(other_data[role], other_results[role]) for role in other_data},
+        {role: EvaluatedData(sources, tables[role]) for role, sources in other_data.items()},
         set_aside,
         update,
         {split: int(mask.sum()) for split, mask in leaked.items()},

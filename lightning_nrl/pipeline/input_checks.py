@@ -89,11 +89,13 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
 def check_limit(settings: Settings, calibrated: bool) -> None:
     """Raises a `ConfigurationError` if `limit` only counts the target or lacks calibration data."""
     limit = settings.limit
-    if limit is not None and limit.needs_target:
+    if limit is None:
+        return
+    if limit.needs_target:
         raise ConfigurationError(
             f"`limit='{limit}'` must count more than the target.", "write `tolerance:1%`."
         )
-    if limit is not None and not calibrated:
+    if not calibrated:
         raise ConfigurationError(
             f"`limit='{limit}'` needs calibration data, and there are none.",
             "give `calibration` data that the repair does not use, or leave `limit` out.",

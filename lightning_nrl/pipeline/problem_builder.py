@@ -35,20 +35,19 @@ FEW = 4  # samples that show if the last layer gives the logits
 def build_problem(
     evaluator: Evaluator,
     known: Sequence[Source],
-    before: SampleResults,
+    baseline: Baseline,
     layers: tuple[ParameterSpace, tuple[str, ...]],
     settings: Settings,
     *,
     clock: StageTimer | None = None,
     training: Training | None = None,
-    record: HeadRecord | None = None,
 ) -> Problem:
     """Builds the problem for a method.
 
-    `layers` is the result of `find_scope`. `record` is of the pass that gave `before`. The other
-    arguments are fields of `Problem`.
+    `layers` is the result of `find_scope`. The other arguments are fields of `Problem`.
     """
     space, scope = layers
+    before = baseline.before
     if training is not None:
         training = training.for_targets(before.targeted)
     return Problem(
@@ -66,8 +65,9 @@ def build_problem(
         n_scored=settings.search.n_scored,
         training=training,
         whole_network=settings.layer == "auto",
+        update=baseline.update is not None,
         gate=settings.gate,
-        record=KnownRecord(_head_cache(evaluator, known, before, space, record)),
+        record=KnownRecord(_head_cache(evaluator, known, before, space, baseline.record)),
     )
 
 

@@ -185,14 +185,13 @@ def repair_module(
         problem = build_problem(
             evaluator,
             known,
-            baseline.before,
+            baseline,
             layers,
             settings,
             clock=clock,
             training=training,
-            record=baseline.record,
         )
-        problem = replace(problem, update=baseline.update is not None, needed=quotas)
+        problem = replace(problem, needed=quotas)
         obstacle = impossible or _nothing_passes(problem)
         if obstacle:
             return _give_up(builder, obstacle)

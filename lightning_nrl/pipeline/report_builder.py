@@ -63,7 +63,6 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
     return f"{sentence} and gets {update.final.broken:,} wrong now."
 
 
-NOTHING: Mapping[Role, SampleResults] = {}
 NO_SOLUTION = Solution(None)
 UNDECIDED = LineSearchResult(chosen=None)
 
@@ -91,8 +90,8 @@ class ReportBuilder:
         layers = hash_tensors(self.space.parameters)
         model = self._hash_model({})
         return replace(
-            self._report(status, reason, NOTHING),
-            slices=self._slices(NOTHING),
+            self._report(status, reason, self._before),
+            slices=self._slices(self._before),
             hashes=Hashes(layers, layers, model, model),
         )
 
@@ -110,13 +109,13 @@ class ReportBuilder:
         """
         state = current_state(self.evaluator.model)
         old = {name: state[name] for name in new}
-        results: dict[Role, SampleResults] = {"known": after}
+        results = {**self._before, "known": after}
         if decision.accepted:
             results |= other_results
             report = self._report(decision.status, decision.reason, results)
             written = new
         else:
-            report = self._report(decision.status, decision.reason, NOTHING)
+            report = self._report(decision.status, decision.reason, self._before)
             report = replace(report, candidate=tuple(by_role(self._splits(results))["known"]))
             written = old
         return replace(
@@ -138,9 +137,9 @@ class ReportBuilder:
     ) -> RepairReport:
         """Returns the report without weights.
 
-        `after` has the results after the repair by role. It is empty if no weights changed.
+        `after` has the results after the repair by role.
         """
-        known, settings, solution = self.baseline.known, self.settings, self.solution
+        settings, solution = self.settings, self.solution
         update = self._updates(after)
         localization, chosen = None, solution.localization
         if chosen is not None:
@@ -167,7 +166,7 @@ class ReportBuilder:
             chosen_strength=self.line_search.chosen,
             set_aside=self._set_aside(),
             leaked=self.baseline.leaked,
-            judge=self._judge(after.get("known", known)),
+            judge=self._judge(after["known"]),
             seed=settings.seed,
             seconds=rounded_seconds(self.clock.seconds),
             passes=self._passes(),
@@ -232,9 +231,8 @@ class ReportBuilder:
     def _splits(self, after: Mapping[Role, SampleResults]) -> tuple[SplitReport, ...]:
         splits = []
         for role, before in self._before.items():
-            results = after.get(role, before)
             for split in before.splits:
-                splits.append(self._split(split, role, before, results))
+                splits.append(self._split(split, role, before, after[role]))
         return tuple(splits)
 
     def _split(
@@ -264,7 +262,7 @@ class ReportBuilder:
         quotas, _ = required_repairs(self.baseline.known, self.settings.samples.quotas or {})
         reports = []
         for role, before in self._before.items():
-            flips = Flips.between(before, after.get(role, before))
+            flips = Flips.between(before, after[role])
             for number, name in enumerate(before.slices):
                 report = SliceReport(
                     name, role, flips.target_counts(before, before.slice_number == number)
@@ -275,13 +273,12 @@ class ReportBuilder:
         return tuple(reports)
 
     def _unseen_groups(self, after: Mapping[Role, SampleResults]) -> GroupCounts | None:
-        before = self._before.get("unseen")
-        if before is None:
+        if "unseen" not in after:
             return None
-        results = after.get("unseen", before)
+        before = self._before["unseen"]
         if self.baseline.update is not None:
             before = self.baseline.update.answers["unseen"]
-        return Flips.between(before, results).counts().groups
+        return Flips.between(before, after["unseen"]).counts().groups
 
     def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
         if self.baseline.update is None:
@@ -291,7 +288,7 @@ class ReportBuilder:
             trained = self._before[role]
             for split in old.splits:
                 compare = partial(self._split, split, role, old)
-                updates.append(UpdateSplit(compare(trained), compare(after.get(role, trained))))
+                updates.append(UpdateSplit(compare(trained), compare(after[role])))
         return tuple(updates)
 
     def _hash_model(self, changed: State) -> str:

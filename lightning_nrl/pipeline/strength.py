@@ -24,31 +24,23 @@ from lightning_nrl.records.stats import Selection
 PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
 
 
+@dataclass
 class PatchPath:
     """Counts what a patch repairs and breaks at several strengths, on known and calibration data.
 
     A patch that breaks nothing at strength 1 may break samples at a lower strength. Then `take`
     polishes the weights: it takes small steps until these samples are right again, if `may_polish`
-    is True and the task has margins. `counted` has the counts by strength; for polished weights,
+    is True. `counted` has the counts by strength; for polished weights,
     those after the polish. `broken_unpolished` counts broken calibration samples before any polish.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        patch: State,
-        gate: Gate | None = None,
-        calibration: EvaluatedData | None = None,
-        *,
-        may_polish: bool = True,
-    ) -> None:
-        self.problem = problem
-        self.patch = patch
-        self.calibration = calibration
-        self.gate = gate or Gate.instance()
-        self.may_polish = may_polish and problem.before.has_margins
-        self.counted: dict[float, StrengthPoint] = {}
-        self.broken_unpolished: dict[float, int] = {}
+    problem: Problem
+    patch: State
+    gate: Gate = field(default_factory=Gate.instance)
+    calibration: EvaluatedData | None = None
+    may_polish: bool = False
+    counted: dict[float, StrengthPoint] = field(default_factory=dict)
+    broken_unpolished: dict[float, int] = field(default_factory=dict)
 
     @property
     def points(self) -> tuple[StrengthPoint, ...]:
@@ -63,7 +55,7 @@ class PatchPath:
         return between(current_state(self.problem.model), self.patch, strength)
 
     def count(
-        self, strengths: Iterable[float] = PATH_STRENGTHS, *, after: SampleResults | None = None
+        self, strengths: Iterable[float], *, after: SampleResults | None = None
     ) -> tuple[StrengthPoint, ...]:
         """Evaluates the patch at several strengths in turn, and returns all points counted so far.
 
@@ -73,7 +65,7 @@ class PatchPath:
         """
         clock, seconds, strongest = self.problem.clock, 0.0, math.inf
         if after is not None:
-            self._add(1.0, after)
+            self.point(1.0, after)
         for number, strength in enumerate(strengths):
             if number and not self.leaves_time_for(seconds):
                 break
@@ -86,16 +78,13 @@ class PatchPath:
                 strongest = strength
         return self.points
 
-    def point(self, strength: float) -> StrengthPoint:
+    def point(self, strength: float, after: SampleResults | None = None) -> StrengthPoint:
         if strength not in self.counted:
-            self._add(strength)
+            point = self._count(strength, self.state(strength), after)
+            self.counted[strength] = point
+            if point.calibration is not None:
+                self.broken_unpolished[strength] = point.calibration.broken
         return self.counted[strength]
-
-    def _add(self, strength: float, after: SampleResults | None = None) -> None:
-        point = self._count(strength, self.state(strength), after)
-        self.counted[strength] = point
-        if point.calibration is not None:
-            self.broken_unpolished[strength] = point.calibration.broken
 
     def take(self, strength: float) -> State:
         """Returns the weights at a strength.
@@ -210,7 +199,9 @@ def line_search(
     the limit and the gate, if necessary after a polish. `after` has the results on known data with
     the patch, if they are available.
     """
-    path = PatchPath(problem, patch, gate, calibration, may_polish=may_polish)
+    # Without margins there is no polish.
+    may_polish = may_polish and problem.before.has_margins
+    path = PatchPath(problem, patch, gate, calibration, may_polish)
     strengths = PATH_STRENGTHS
     if calibration is None and not problem.record.covers(problem.model, patch):
         # Without calibration data the points are only reported, which is worth no pass.

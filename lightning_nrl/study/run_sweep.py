@@ -91,9 +91,7 @@ def sweep_module(
             records=True,
         )
         check_targets(baseline.before, base)
-        problem = build_problem(
-            alone, known, baseline.before, layers, base, clock=clock, record=baseline.record
-        )
+        problem = build_problem(alone, known, baseline, layers, base, clock=clock)
         recounts: dict[Role, Recount] = {
             "known": Recount(problem, known, baseline.before, problem.record)
         }

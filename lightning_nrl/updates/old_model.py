@@ -19,7 +19,7 @@ from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.sharded import is_sharded
 from lightning_nrl._utils.state import State, device_of, hash_tensors
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
-from lightning_nrl.data.batch import Adapter, Batch, Source
+from lightning_nrl.data.batch import Adapter, Batch, Source, WrappedSource
 from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.sample_options import Keep
@@ -174,13 +174,12 @@ def in_memory(reference: Reference) -> Reference:
     return replace(reference, model=model, cache=None)
 
 
-class _Adapted:
+class _Adapted(WrappedSource):
     """Source whose batches have the inputs of the old model."""
 
     def __init__(self, source: Source, adapter: Adapter) -> None:
-        self.source, self.adapter = source, adapter
-        self.split, self.passed, self.failed = source.split, source.passed, source.failed
-        self.index, self.positions, self.draw = source.index, source.positions, source.draw
+        super().__init__(source)
+        self.adapter = adapter
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.source:

@@ -43,7 +43,7 @@ def recorded_problem(model: nn.Module, context: Any = nullcontext) -> Problem:
     baseline = evaluate_baseline(
         evaluator, data, settings, unseen=(), clock=StageTimer(), records=True
     )
-    return build_problem(evaluator, data, baseline.before, layers, settings, record=baseline.record)
+    return build_problem(evaluator, data, baseline, layers, settings)
 
 
 def autocast() -> Any:
