@@ -336,8 +336,11 @@ class Flips:
                 "samples.",
                 "collect both from the same data, without shuffling.",
             )
-        masks = flip_masks(before.right, after.right)
-        return cls(*(mask & ~before.leaked for mask in masks), group=before.group)
+        counted = ~before.leaked
+        kept, broken, repaired, failing = flip_masks(before.right, after.right)
+        return cls(
+            kept & counted, broken & counted, repaired & counted, failing & counted, before.group
+        )
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
         masks = [mask[rows] for mask in (self.kept, self.broken, self.repaired, self.failing)]

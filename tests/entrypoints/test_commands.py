@@ -27,6 +27,7 @@ PAGE = (ROOT / "docs" / "command_line.md").read_text()
 PROJECT = ["--config", "config.yaml", "--ckpt_path", "best.ckpt"]
 
 pytestmark = [
+    pytest.mark.usefixtures("without_figures"),
     pytest.mark.filterwarnings("ignore:[\\s\\S]*deprecated"),
     pytest.mark.filterwarnings("ignore:.*dirpath has changed"),
 ]

@@ -46,7 +46,7 @@ class Tiny(problems.SlashedZeros):
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_figures: None) -> None:
     """One problem in a few seconds, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     tiny = problems.Problem(Tiny, problems.DigitNet, 3, Target.all(), ("classifier",))

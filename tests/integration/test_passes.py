@@ -12,10 +12,11 @@ from digit_models import Classifier, Digits, quiet_trainer
 from lightning_package import Trainer
 from torch import Tensor, nn
 
-from lightning_nrl import BoundOptions, RegressionFreeRepair
+from lightning_nrl import BoundOptions, ParticleSwarm, RegressionFreeRepair
 from lightning_nrl.records.splits import by_role
 
 HEAD = "network.3"
+SWARM = ParticleSwarm(particles=20, iterations=20)
 
 
 class Many(Digits):
@@ -52,10 +53,10 @@ def repaired(path: Path, **arguments: Any) -> tuple[float, Counted]:
 @pytest.mark.parametrize(
     ("most", "has_curve", "arguments"),
     [
-        (2.3, True, {"method": "swarm", "layer": HEAD}),
+        (2.3, True, {"method": SWARM, "layer": HEAD}),
         (2.3, True, {"method": "convex", "layer": HEAD}),
         (4.0, True, {"layer": HEAD}),
-        (3.3, False, {"method": "swarm", "layer": "network.1"}),
+        (3.3, False, {"method": SWARM, "layer": "network.1"}),
         (8.0, False, {}),
     ],
     ids=["swarm", "convex", "head", "inner", "all"],
@@ -76,6 +77,6 @@ def test_a_repair_makes_few_passes_besides_its_training(
 
 def test_a_curve_that_is_asked_for_is_counted_by_passes(tmp_path: Path) -> None:
     bounds = BoundOptions(strength=0.9)
-    _, callback = repaired(tmp_path, method="swarm", layer="network.1", bounds=bounds)
+    _, callback = repaired(tmp_path, method=SWARM, layer="network.1", bounds=bounds)
     assert [point.strength for point in callback.report.strength] == [0.9, 1.0]
     assert callback.report.passes["strength"] == 1.0

@@ -281,8 +281,9 @@ def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path, use: s
 
 
 @pytest.mark.filterwarnings("error::lightning_nrl.errors.DataWarning")
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("kind", [Labels, Probability, Thresholds])
+@pytest.mark.parametrize(
+    ("kind", "use"), [*((Labels, use) for use in USES), (Probability, "gate"), (Thresholds, "gate")]
+)
 def test_probabilities_that_a_loss_takes_are_probabilities(
     tmp_path: Path, use: str, kind: type[Module]
 ) -> None:
@@ -405,7 +406,6 @@ SOUND = [
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_sound_module_is_not_asked(tmp_path: Path, kind: type[Module]) -> None:
     check_counts(tmp_path, "gate", kind)
-    check_counts(tmp_path, "callback", kind)
 
 
 class Logging(Negative):

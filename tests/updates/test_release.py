@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -345,16 +344,19 @@ def test_no_fault_ends_with_the_status_of_a_refusal(
 
 
 @pytest.mark.slow
-def test_the_example_decides(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "examples" / "release.py", "--fast"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+def test_the_example_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = ROOT / "examples" / "release.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(example.parent)
+    monkeypatch.setattr(sys, "argv", [str(example), "--fast"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(example), run_name="__main__")
     (found,) = tmp_path.rglob("release/report.json")
     report = ReleaseReport.from_json(found.read_text())
-    assert done.returncode == report.exit_status, done.stderr
-    assert done.stdout.lstrip().startswith(report.status.upper())
+    assert (ended.value.code or 0) == report.exit_status
+    assert capsys.readouterr().out.lstrip().startswith(report.status.upper())
     assert {row.split for row in report.rows} == {"known", "later"}
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from two_processes import server
 
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import ConfigurationError
@@ -136,21 +135,21 @@ def test_two_writers_lose_nothing() -> None:
     }
 
 
-ADD_MANY = """
-import sys
-from lightning_nrl.entrypoints.command_line import main
-for at in range(int(sys.argv[1]), int(sys.argv[2])):
-    assert main(["suite", "add", "suite.csv", "--sample", f"test:{at}", "--reason", "x"]) == 0
-"""
+def add_many(folder: Path, *ids: int) -> None:
+    os.chdir(folder)
+    for at in ids:
+        assert main(["suite", "add", "suite.csv", "--sample", f"test:{at}", "--reason", "x"]) == 0
 
 
-def test_two_processes_that_add_lose_nothing() -> None:
-    command = [sys.executable, "-c", ADD_MANY]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ranges = (("0", "60"), ("60", "120"))
-    writers = [Popen([*command, *ids], env=env, stdout=DEVNULL) for ids in ranges]
-    assert [writer.wait() for writer in writers] == [0, 0]
-    assert len(RegressionSuite.read("suite.csv").samples) == 120
+def test_two_processes_that_add_lose_nothing(tmp_path: Path) -> None:
+    ranges = range(30), range(30, 60)
+    writers = [server().Process(target=add_many, args=(tmp_path, *ids)) for ids in ranges]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert len(RegressionSuite.read("suite.csv").samples) == 60
 
 
 @pytest.mark.parametrize(
