@@ -118,6 +118,10 @@ class TimeBudget(CallbackBase):
             # have read it by now.
             trainer.fit_loop.epoch_loop.max_steps = -1
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning has bound these to the module, which would stay in memory.
+        self.log = self.log_dict = None
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages all gradients over ranks, which changes nothing if they are equal already."""
         if self._collective.world_size > 1:

@@ -244,7 +244,8 @@ def _fine_tune(
     recipes: tuple[Recipe, ...] = (DISTILLED,)
     if problem.whole_network and problem.training is not None:
         recipes = (CONTINUED, OWN_OPTIMIZER, DISTILLED)
-    trainings: list[FineTuned] = []
+    best: FineTuned | None = None
+    steps: list[Step] = []
     for recipe in recipes:
         with problem.clock.stage("fit"):
             rate = recipe.rate and trusted_rate(problem, recipe.rate)
@@ -252,12 +253,14 @@ def _fine_tune(
             rounds = TrainingRounds(problem, held_out_rows, suited, deadline, cautions)
             work = partial(rounds.run, is_last=recipe is recipes[-1])
             tuned = problem.work.once("fit", work, FineTuned)
-        if tuned is not None:
-            trainings.append(tuned)
-            if tuned.is_done:
-                break
-    best = max(trainings, key=lambda tuned: (tuned.is_done, tuned.proposal.repaired), default=None)
-    return best, tuple(tuned.step for tuned in trainings)
+        if tuned is None:
+            continue
+        steps.append(tuned.step)
+        if best is None or tuned.is_done or tuned.proposal.repaired > best.proposal.repaired:
+            best = tuned
+        if tuned.is_done:
+            break
+    return best, tuple(steps)
 
 
 class TrainingRounds:
