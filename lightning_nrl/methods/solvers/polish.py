@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.formatting import plural
-from lightning_nrl._utils.state import State, between, snapshot
+from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.evaluation.evaluator import Need, check_needs
@@ -318,7 +318,7 @@ class _Polish:
             if not self.active_set.broken.any():
                 self._keep(state)
         self.targets.give_up(self.active_set)
-        self.state = between(snapshot(self.problem.model), state, RETREAT_FACTOR)
+        self.state = between(current_state(self.problem.model), state, RETREAT_FACTOR)
         self.after = self._count(self.state)
         self.retreats += 1
         if self.retreats <= MAX_RETREATS:
@@ -333,7 +333,7 @@ class _Polish:
         samples for the next bisection. Ends at the original weights after `MAX_COUNTS` evaluations,
         or if time runs out after the first.
         """
-        original = snapshot(self.problem.model)
+        original = current_state(self.problem.model)
         strength = 1.0
         rows = self.active_set.broken.nonzero().flatten()
         for counts in range(MAX_COUNTS):
