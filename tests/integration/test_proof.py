@@ -406,6 +406,7 @@ SOUND = [
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_sound_module_is_not_asked(tmp_path: Path, kind: type[Module]) -> None:
     check_counts(tmp_path, "gate", kind)
+    check_counts(tmp_path, "callback", kind)
 
 
 class Logging(Negative):
