@@ -127,29 +127,16 @@ def repaired(
     return int((~before[1] & after[1]).sum())
 
 
-@pytest.mark.parametrize(
-    ("make", "layer", "limits"),
-    [
-        (noisy_digits, "auto", (4, 7)),
-        (drifted_clusters, "auto", (4, 7, 50)),
-        (quadrants, "auto", (4, 7)),
-        (noisy_digits, "head", (4, 7, 50)),
-        (drifted_clusters, "head", (4, 7)),
-        (quadrants, "head", (4, 7)),
-    ],
-)
+@pytest.mark.parametrize("layer", ["head", "auto"])
+@pytest.mark.parametrize("make", [noisy_digits, drifted_clusters, quadrants])
 def test_a_short_limit_repairs_and_a_longer_one_no_less(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    make: Callable[[], Data],
-    layer: str,
-    limits: tuple[float, ...],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Data], layer: str
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
-    few, more, *most = (
+    few, more, most = (
         repaired(tmp_path / str(passes), clock, make, passes=passes, layer=layer)
-        for passes in limits
+        for passes in (4, 7, 50)
     )
     assert 0 < few <= more
-    assert all(0.9 * more <= repairs for repairs in most)
+    assert 0.9 * more <= most

@@ -53,7 +53,7 @@ def repaired(path: Path, **arguments: Any) -> tuple[float, Counted]:
 @pytest.mark.parametrize(
     ("most", "has_curve", "arguments"),
     [
-        (2.3, True, {"method": SWARM, "layer": HEAD}),
+        (2.3, True, {"method": "swarm", "layer": HEAD}),
         (2.3, True, {"method": "convex", "layer": HEAD}),
         (4.0, True, {"layer": HEAD}),
         (3.3, False, {"method": SWARM, "layer": "network.1"}),

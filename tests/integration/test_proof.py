@@ -281,9 +281,8 @@ def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path, use: s
 
 
 @pytest.mark.filterwarnings("error::lightning_nrl.errors.DataWarning")
-@pytest.mark.parametrize(
-    ("kind", "use"), [*((Labels, use) for use in USES), (Probability, "gate"), (Thresholds, "gate")]
-)
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", [Labels, Probability, Thresholds])
 def test_probabilities_that_a_loss_takes_are_probabilities(
     tmp_path: Path, use: str, kind: type[Module]
 ) -> None:
