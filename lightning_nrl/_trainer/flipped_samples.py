@@ -226,7 +226,6 @@ def _views(
     convolves: bool,
 ) -> Iterator[SampleView]:
     normalization = find_normalization(source.samples)
-    features = names_in([source], "feature_names")
     for flip in flipped:
         sample = source.samples[flip.id]
         if render is not None:
@@ -234,7 +233,7 @@ def _views(
             if not isinstance(view, str):
                 view = to_pixels(view)
         else:
-            view = _display_input(source, sample, normalization, convolves, features)
+            view = _display_input(source, sample, normalization, convolves)
         caption = caption_of(flip, report.class_name)
         if isinstance(view, str):
             yield SampleView(source.split, flip.id, flip.flip, caption, text=view)
@@ -243,16 +242,13 @@ def _views(
 
 
 def _display_input(
-    source: LoaderSource,
-    sample: object,
-    normalization: Normalization | None,
-    convolves: bool,
-    features: Sequence[str],
+    source: LoaderSource, sample: object, normalization: Normalization | None, convolves: bool
 ) -> Pixels | str | None:
     args, kwargs, _ = source.adapter(source.loader.collate_fn([sample]))
     first = next(tensors_in((args, kwargs)), None)
     if first is None or not len(first):
         return None
+    features = names_in([source], "feature_names")
     return display(first[0], sample, normalization, convolves=convolves, features=features)
 
 

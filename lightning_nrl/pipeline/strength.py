@@ -30,8 +30,8 @@ class PatchPath:
 
     A patch that breaks nothing at strength 1 may break samples at a lower strength. Then `take`
     polishes the weights: it takes small steps until these samples are right again, if `may_polish`
-    is True. `counted` has the counts by strength; for polished weights,
-    those after the polish. `broken_unpolished` counts broken calibration samples before any polish.
+    is True. `counted` has the counts by strength; for polished weights, those after the polish.
+    `broken_unpolished` counts broken calibration samples before any polish.
     """
 
     problem: Problem
@@ -199,9 +199,8 @@ def line_search(
     the limit and the gate, if necessary after a polish. `after` has the results on known data with
     the patch, if they are available.
     """
-    # Without margins there is no polish.
-    may_polish = may_polish and problem.before.has_margins
-    path = PatchPath(problem, patch, gate, calibration, may_polish)
+    has_margins = problem.before.has_margins  # without them there is no polish
+    path = PatchPath(problem, patch, gate, calibration, may_polish and has_margins)
     strengths = PATH_STRENGTHS
     if calibration is None and not problem.record.covers(problem.model, patch):
         # Without calibration data the points are only reported, which is worth no pass.

@@ -45,12 +45,18 @@ from lightning_nrl.report.verdicts import Verdict, verdict_on
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RULE_OF_THE_CLIMB = (
-    "`training` starts from the original weights and takes the place of `search`: if it repairs "
-    "more targets, unless it gains significantly less on held-out samples; if it repairs fewer, "
-    "only if it gains significantly more there. `exact` and `push` are kept if they repair more "
-    "targets and break no more of the samples that they do not use than they repair."
-)
+RULES_OF_RUNGS = {
+    "training": (
+        "`training` starts from the original weights and takes the place of the rungs before it: "
+        "if it repairs more targets, unless it gains significantly less on held-out samples; if it "
+        "repairs at least half as many, only if it gains significantly more there."
+    ),
+    "push": (
+        "`exact` and `push` are kept if they repair more targets and break no more of the samples "
+        "that they do not use than they repair."
+    ),
+}
+"""When rungs are kept; a rule is shown if the report has the rung that is its key."""
 FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 
 
@@ -147,11 +153,13 @@ def _tables(report: RepairRecord) -> Iterator[Block]:
         yield slice_table(report.slices)
 
 
-def _climb(report: RepairRecord, has_rule: bool) -> Iterator[Block]:
+def _climb(report: RepairRecord, has_rules: bool) -> Iterator[Block]:
     yield Heading("The climb, each rung from where the last one stands")
     yield rungs_table(report.rungs)
-    if has_rule and not report.update:
-        yield Text(RULE_OF_THE_CLIMB)
+    names = [rung.name for rung in report.rungs]
+    rules = [rule for name, rule in RULES_OF_RUNGS.items() if has_rules and name in names]
+    if rules:
+        yield Text(" ".join(rules))
     if report.choice:
         yield Text(sentence(report.choice))
 

@@ -14,6 +14,7 @@ from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.records import (
     CautionPoint,
     LocalizationReport,
+    Rung,
     SearchReport,
     SplitReport,
     StrengthPoint,
@@ -180,3 +181,13 @@ def test_the_tensors_that_moved_are_listed_by_how_far() -> None:
     (image,) = figures["Weights, change of head.weight"].axes[0].images
     assert (image.get_array().tolist(), image.get_clim()) == ([[3.0, 0.0], [4.0, 0.0]], (-4.0, 4.0))
     assert weight_figures({"head.bias": torch.zeros(2)}) == {}
+    # A picture of a single row shows nothing.
+    assert list(weight_figures({"head.bias": torch.ones(2)})) == ["Weights, change by tensor"]
+
+
+def test_the_course_of_a_search_says_if_its_result_was_dropped() -> None:
+    rung = Rung("search", 1, 1, 0, weights_changed=4, seconds=0.5, kept=False)
+    for kept, title in ((False, "its result is not part of the repair"), (True, "")):
+        report = replace(REPORT, rungs=(replace(rung, kept=kept),))
+        axes = repair_figures(report)["Course of the search"].axes[0]
+        assert axes.get_title("left") == title

@@ -79,6 +79,15 @@ def test_names_of_classes_are_found_in_subsets_and_unions() -> None:
     assert names_in([source(plain), source(union)], "classes") == ("cat", "dog")
 
 
+def test_values_have_the_names_of_the_features_of_the_data_set() -> None:
+    data = TensorDataset(torch.tensor([[0.5, 2.0], [1.0, -1.0]]), torch.arange(2))
+    data.feature_names = ["age", "weight"]
+    split = SplitReport("val", "known", TargetCounts(0, 0, 0, 0), flipped=(BROKEN,))
+    report = RepairReport("repaired", "", (), "", "", "", (split,), class_names=("cat", "dog"))
+    (view,) = sample_views(report, [source(data)], model=NO_CONVOLUTION)
+    assert view.text == "age: 0.5, weight: 2"
+
+
 BANDS = torch.arange(5.0)[:, None, None] / 10
 ROWS = torch.tensor([[0.5, 2.0, -1.0]])
 
