@@ -214,7 +214,7 @@ def choose() -> str:
         (
             "only one inner layer may change",
             'layer="encoder.4"',
-            "that layer, searched and then linearised",
+            "that layer, searched and then trained",
         ),
         (
             "as many repairs as possible",

@@ -30,7 +30,6 @@ STAGES = {
     "search": "searching new values for them",
     "record": "recording the last layer",
     "solve": "solving the layer",
-    "linearize": "linearizing the layer",
     "fit": "training with the failures",
     "polish": "polishing the weights",
     "sparse": "changing fewer weights",

@@ -61,7 +61,7 @@ NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 ALL_METHODS: Registry[AnyMethod] = Registry(
     METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES)
 )
-COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm", *BASELINES)
+COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "swarm", *BASELINES)
 """Methods that a comparison runs by default."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]

@@ -85,8 +85,8 @@ class RegressionFreeRepair(CallbackBase):
             `instance-in-target` (no sample in the target is broken), `accuracy` (at least as many
             samples are repaired as broken), `tolerance:3` or `tolerance:1%` (at most 3, or 1 % of
             the passed samples, are broken), or a `Gate`.
-        method: repair method: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an
-            object of `lightning_nrl.methods`.
+        method: repair method: `auto`, `finetune-polish`, `convex`, `swarm`, or an object of
+            `lightning_nrl.methods`.
         lora: rank, or `peft.LoraConfig`, of adapters (LoRA) that `finetune-polish` moves instead of
             the weights. It writes them to `adapter/`, too, for `PeftModel.from_pretrained`. None
             moves the weights.

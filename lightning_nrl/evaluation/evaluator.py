@@ -472,7 +472,7 @@ def check_needs(
     results: SampleResults,
     task: Task,
     by: str = "`method='convex'`",
-    hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
+    hint: str = "use `method='finetune-polish'`, or leave `method` at 'auto'.",
 ) -> None:
     """Raises a `ConfigurationError` if the task lacks margins or classes named in `needs`.
 

@@ -11,7 +11,6 @@ features, so a sample with a sequence has several rows. A row of a convolution i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -54,28 +53,6 @@ def absolute_input(layer: Layer, x: Tensor, output: Tensor) -> Tensor:
     by_group = torch.unflatten(sums, 0, (layer.groups, -1)).squeeze(2)
     outputs_per_group = len(layer.weight) // layer.groups
     return by_group.repeat_interleave(outputs_per_group, 0)
-
-
-def windows(layer: Layer, x: Tensor, max_positions: int) -> Tensor:
-    """Unfolds inputs into the values that one output channel multiplies at one position.
-
-    The shape is `groups x (r * positions) x weights per output channel`. A Linear has one position
-    per row, and a convolution one position for each place of its kernel. About `max_positions` per
-    row are kept, evenly spread.
-    """
-    if isinstance(layer, nn.Linear):
-        return x[None]
-    x = unfolded(layer, x)
-    n_dims = layer.weight.ndim - 2
-    per_dim = max(1, int(max_positions ** (1 / n_dims)))
-    # Only views are made here, so skipped positions are never copied.
-    for dim in range(2, 2 + n_dims):
-        step = math.ceil(x.shape[dim] / per_dim)
-        x = x.movedim(dim, 0)[::step].movedim(0, dim)
-    x = x.unflatten(1, (layer.groups, -1))  # r x groups x channels x positions... x kernel...
-    # groups x r x positions... x channels x kernel...
-    x = x.transpose(0, 1).movedim(2, 2 + n_dims)
-    return x.flatten(2 + n_dims).flatten(1, -2)
 
 
 def unfolded(layer: Convolution, x: Tensor) -> Tensor:

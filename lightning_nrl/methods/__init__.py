@@ -12,7 +12,6 @@ from lightning_nrl.evaluation.evaluator import check_needs
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
-from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.lora import Lora
 from lightning_nrl.methods.method import Method
@@ -44,7 +43,6 @@ METHODS: Registry[AnyMethod] = Registry(
 METHODS.register("auto")(Auto)
 METHODS.register("finetune-polish")(FineTunePolish)
 METHODS.register("convex")(Convex)
-METHODS.register("linearized")(Linearized)
 
 
 def with_lora(method: AnyMethod, lora: Lora) -> FineTunePolish:
@@ -80,7 +78,6 @@ __all__ = [
     "Auto",
     "Convex",
     "FineTunePolish",
-    "Linearized",
     "LocalSearch",
     "Method",
     "Polish",

@@ -16,12 +16,12 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, Rep
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import (
+    FineTunePolish,
     check_caution,
     fine_tune_and_polish,
     least_seconds,
 )
 from lightning_nrl.methods.held_out import draw_held_out_rows, estimate, is_ahead
-from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch, constrained_search
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.polish_weights import Polish
@@ -56,8 +56,8 @@ class Auto(Method):
     - `training` runs if more than one layer may change. It continues the training from the
       original weights, then polishes (`FineTunePolish`).
     - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer
-      with `Convex`. If only one layer may change and `Convex` does not suit it, `Linearized` is
-      used.
+      with `Convex`. If only one layer may change and `Convex` does not suit it, `FineTunePolish`
+      is used.
     - If `max_time` is too short for `FEW_EPOCHS` of training, `exact` comes before it.
     - `push` takes small steps from there until the targets that are left are right (`Polish`).
     - `polish` replaces all rungs but `search` in an update, where a new model replaces an old one.
@@ -338,7 +338,7 @@ class _Climb:
         return fine_tune_and_polish(problem, self._held_out_rows, share, self.caution)
 
     def _exact(self, problem: Problem) -> Solution | None:
-        """Repairs the chosen layer by a solver. Returns None if none suits the layer or task."""
+        """Repairs the chosen layer. Returns None if `Convex` does not suit it under `auto`."""
         seconds = budget.EXACT_TIME_SHARE * problem.deadline_of_method().agreed_seconds_left()
         try:
             convex = Convex(PATIENCE_OF_PRICES, seconds, budget.MAX_PAIRS)
@@ -346,10 +346,7 @@ class _Climb:
         except ConfigurationError:
             if not self._is_one_layer:
                 return None
-        try:
-            return self._extend("linearized", Linearized())
-        except ConfigurationError:
-            return None
+            return self._extend("finetune-polish", FineTunePolish())
 
     def _push(self, problem: Problem) -> Solution | None:
         return self._extend("push", self._push_from)

@@ -86,18 +86,15 @@ MAX_RETREATS = 4
 FIRST_ENFORCING_ROUNDS = 4
 ENFORCING_TIME_FRACTION = 0.4  # the same limit as a share of the time left
 
-# Convex and linearized
+# Convex
 RECORDING_PASSES = 2.0  # to record the layer and compare its output with the logits
 TRIAL_PASSES = 2.0  # to count one fraction of a change, and to judge it
-FIRST_ROUND_PASSES = 5.0  # estimate for the first linearization
-MAX_LINEARIZATIONS = 10  # 3 to 6 usually suffice
 
 # After the method
 MAX_POLISHES = 3  # of changes scaled by different strengths; a polish may break calibration samples
 MAX_POLISHED_SIZES = 4  # of a sparse patch; each is half or twice the size before
 
 # Estimates of a diagnosis
-LINEARIZED_PASSES = 40  # of a `linearized` repair
 CONVEX_SOLVES = 16.0  # time of `convex` relative to one solution for each target alone
 SCORED_SHARE = 0.15  # of all scores of a swarm; most candidates are rejected early
 LADDER_SEARCHES = 1.0  # time of the default's searches relative to that of `swarm`

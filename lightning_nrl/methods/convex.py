@@ -187,7 +187,7 @@ def _check_layers(space: ParameterSpace) -> None:
     if len(names) > 1 or not isinstance(space.sites[0].module, torch.nn.Linear):
         raise ConfigurationError(
             f"`method='convex'` repairs only the last Linear layer, but `layer` names {names}.",
-            "leave `layer` at 'auto', or use `method='linearized'`.",
+            "leave `layer` at 'auto', or use `method='finetune-polish'`.",
         )
 
 
@@ -195,7 +195,7 @@ def _not_last(space: ParameterSpace) -> ConfigurationError:
     layer = space.sites[0].name
     return ConfigurationError(
         f"`method='convex'`: the output of `layer={layer!r}` is not the model's logits.",
-        "name the last Linear layer, or use `method='linearized'`.",
+        "name the last Linear layer, or use `method='finetune-polish'`.",
     )
 
 

@@ -125,7 +125,7 @@ def test_ranks_that_share_the_data_find_what_one_finds() -> None:
 
 
 def test_methods_are_named_or_given() -> None:
-    own = ["auto", "finetune-polish", "convex", "linearized", "swarm"]
+    own = ["auto", "finetune-polish", "convex", "swarm"]
     assert list(parse_methods(None)) == [*own, *BASELINES]
     assert parse_methods("fine-tuning") == {"fine-tuning": FineTuning()}
     assert list(parse_methods(["distillation", FineTuning()])) == ["distillation", "FineTuning"]

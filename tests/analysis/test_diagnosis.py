@@ -197,7 +197,7 @@ def test_of_very_many_samples_those_nearest_to_failing_are_looked_at() -> None:
 WHOLE = "Use the default, method='auto', on the whole network, about 10 s:"
 LAST = "the last layer (head)"
 KNOWN = {"samples": 100, "passed": 90, "failed": 10, "targeted": 4}
-COSTS = dict.fromkeys(("convex", "linearized", "auto"), 10.0)
+COSTS = dict.fromkeys(("convex", "finetune-polish", "auto"), 10.0)
 DEEP, HEAD = (
     LayerCapacity("conv", "Conv2d", 9, 0.01),
     LayerCapacity("head", "Linear", 9, 0.03),

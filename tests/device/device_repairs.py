@@ -11,7 +11,7 @@ from toy_repairs import known, mlp, quick
 
 from lightning_nrl import BoundOptions, ParticleSwarm, Settings, TensorSource
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, LocalSearch, Polish
+from lightning_nrl.methods import Auto, Convex, FineTunePolish, LocalSearch, Polish
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.published import BUNDLES, CmaEs, bundle
 from lightning_nrl.tasks import Multilabel, NamedHead, Regression, Segmentation, Sequence
@@ -54,7 +54,6 @@ METHODS: dict[str, Settings] = {
     "auto": Settings(method=Auto(swarm=ParticleSwarm(particles=20, iterations=15))),
     "finetune-polish": Settings(method=FineTunePolish()),
     "convex": Settings(method=Convex()),
-    "linearized": Settings(method=Linearized()),
     "cma-es": swarm(method=CmaEs(iterations=12)),
     **{name: Settings(method=_published(name)) for name in BUNDLES if name != "neurecover"},
 }
@@ -70,7 +69,6 @@ CASES: dict[str, tuple[Any, Settings]] = {
         Conv,
         swarm(layer="first", memory_limit=300_000, method=ParticleSwarm(particles=6, iterations=5)),
     ),
-    "linearized, two layers": (Conv, Settings(method=Linearized(), layer=["first", "second"])),
 }
 LONG_CASES: dict[str, tuple[Any, Settings]] = {
     "auto as it is": (mlp, Settings()),

@@ -180,8 +180,6 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     "finetune-polish": lambda: {"method": "finetune-polish"},
     "finetune-polish-layer": lambda: {"method": "finetune-polish", "layer": "0"},
     "convex": lambda: {"method": "convex", "layer": "2"},
-    "linearized": lambda: {"method": "linearized", "layer": "0"},
-    "linearized-last": lambda: {"method": "linearized", "layer": "2"},
     "swarm": lambda: {"method": "swarm"},
     "swarm-paper": lambda: quick(
         method=ParticleSwarm(particles=20, iterations=20, start="paper", patience=10)
@@ -213,7 +211,6 @@ def _many_layers(folder: Path) -> Any:
         "several": repaired(model, **short_auto(layer=["0", "3"])),
         "block": repaired(model, **short_auto(layer="2")),
         "swarm over several": repaired(model, **quick(layer=["2.0", "2.2"])),
-        "linearized over several": repaired(model, method="linearized", layer=["2.0", "2.2"]),
         "finetune-polish block": repaired(model, method="finetune-polish", layer="2"),
     }
 
@@ -244,7 +241,6 @@ def _convolution(folder: Path) -> Any:
         "swarm": repaired(
             model, **given, layer="3", method=swarm, localizer=NeuRecoverLite(n_weights=20)
         ),
-        "linearized": repaired(model, **given, layer="3", method="linearized"),
         "convex": repaired(model, **given, layer="7", method="convex"),
     }
 
@@ -344,7 +340,6 @@ def _importance(folder: Path) -> Any:
     found["column"] = repaired(method="convex", layer="2", importance=2, sources=column, unseen=[])
     found["swarm"] = repaired(**quick(importance=worth))
     found["finetune-polish"] = repaired(method="finetune-polish", importance=worth)
-    found["linearized"] = repaired(method="linearized", layer="0", importance=worth)
     return found
 
 
@@ -398,7 +393,6 @@ def _ways() -> dict[str, dict[str, Any]]:
     return {
         "auto": short_auto(),
         "finetune-polish": {"method": "finetune-polish"},
-        "linearized": {"method": "linearized"},
         "swarm": quick(),
     }
 
@@ -589,7 +583,6 @@ def _checkpoint(folder: Path) -> Any:
         "convex": one(
             "convex", method="convex", layer="network.3", calibration="val", limit="tolerance:2%"
         ),
-        "linearized": one("linearized", method="linearized", layer="network.1", sparse=0.1),
         "finetune-polish": one(
             "finetune-polish",
             method="finetune-polish",

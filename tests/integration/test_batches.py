@@ -118,7 +118,7 @@ def test_tensors_with_metadata_are_repaired_as_plain_ones(tmp_path: Path) -> Non
         train, val = (DataLoader(x, 64, collate_fn=collate) for x in (data.train, data.repair))
         torch.manual_seed(0)
         made, _ = fitted(
-            tmp_path, Classifier(), train, val, method="linearized", reference=Classifier()
+            tmp_path, Classifier(), train, val, method="convex", reference=Classifier()
         )
         return [(split.split, split.repaired_ids, split.kept) for split in made.splits]
 
@@ -155,7 +155,7 @@ class Labelling(Classifier):
 def test_tensors_that_cannot_be_copied_without_their_attributes(tmp_path: Path) -> None:
     data = Digits()
     train, val = DataLoader(data.train, 64), DataLoader(data.repair, 64)
-    report, _ = fitted(tmp_path, Labelling(), train, val, method="linearized")
+    report, _ = fitted(tmp_path, Labelling(), train, val, method="finetune-polish")
     assert report.status == "repaired"
     assert Path(report.files["patch"]).exists()
 
@@ -182,7 +182,7 @@ def test_labels_of_such_tensors_in_a_mapping_of_its_own(tmp_path: Path) -> None:
     digits = Digits()
     loaders = [DataLoader(part, 64, collate_fn=labelled) for part in (digits.train, digits.repair)]
     data = DataOptions(adapter=predict)
-    report, _ = fitted(tmp_path, OfFields(), *loaders, data=data, method="linearized")
+    report, _ = fitted(tmp_path, OfFields(), *loaders, data=data, method="convex")
     assert report.status == "repaired"
 
 

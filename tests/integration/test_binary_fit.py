@@ -83,7 +83,7 @@ def test_the_task_is_found(tmp_path: Path) -> None:
         quiet_trainer(tmp_path),
         model,
         datamodule=digit_pairs,
-        method="linearized",
+        method="convex",
         target=Target.label(1),
         unseen="test",
         verbose=False,

@@ -15,7 +15,7 @@ LAYERS = {"mlp": "network.1", "cnn": "network.3"}
 REPAIRS: list[tuple[str, dict[str, Any]]] = [
     (network, arguments)
     for network, layer in LAYERS.items()
-    for arguments in ({}, {"layer": layer, "method": "linearized"})
+    for arguments in ({}, {"layer": layer, "method": "finetune-polish"})
 ]
 
 
@@ -47,7 +47,7 @@ def test_a_repaired_model_breaks_nothing_that_is_known(
         assert split.failing == int((~old & ~new).sum())
         assert not split.broken or split.role == "unseen"
     if "method" in arguments:
-        assert report.pooled("known").repaired_in_target >= 0.5 * report.pooled("known").targeted
+        assert report.pooled("known").repaired_in_target >= 0.4 * report.pooled("known").targeted
         assert report.status == "repaired"
     if report.status == "repaired":
         flipped = (~before.right["repair"] & after["repair"]).nonzero().flatten().tolist()

@@ -81,10 +81,10 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
     ("name", "method"),
     [
         ("multilabel", Auto(SWARM)),
-        ("regression", "linearized"),
+        ("regression", "finetune-polish"),
         ("ordinal", "auto"),
-        ("segmentation", "linearized"),
-        ("sequence", "linearized"),
+        ("segmentation", "finetune-polish"),
+        ("sequence", "finetune-polish"),
         ("custom", SWARM),
     ],
 )
@@ -146,7 +146,8 @@ def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path: Path, lea
     seed_everything(1, verbose=False)
     _, new = case.make()
     reference = OldModel(old, cache=tmp_path / "old.csv")
-    callback = RegressionFreeRepair(**arguments(case, reference=reference, method="linearized"))
+    settings = arguments(case, reference=reference, method="finetune-polish")
+    callback = RegressionFreeRepair(**settings)
     quiet_trainer(tmp_path, callback, max_epochs=12).fit(new, datamodule=data)
     was, now = by_split(case, old, data), by_split(case, new, data)
     for split in callback.report.update:

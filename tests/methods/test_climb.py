@@ -32,7 +32,7 @@ from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, TensorSou
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Auto, Convex, Linearized, Method, Problem, Solution
+from lightning_nrl.methods import Auto, Convex, Method, Problem, Solution
 from lightning_nrl.methods import auto as auto_module
 from lightning_nrl.methods import held_out as held_out_module
 from lightning_nrl.methods.held_out import draw_held_out_rows, estimate, is_ahead
@@ -167,11 +167,11 @@ def test_quotas_are_met_by_the_whole_climb() -> None:
         assert solution.rungs[0].repaired_in_target < 12
 
 
-def test_a_layer_within_is_linearized() -> None:
+def test_a_layer_within_is_trained() -> None:
     problem = make("0")
     solution = checked(problem, AUTO(problem))
-    assert rungs(solution) == {"search": True, "exact": True, "push": False}
-    assert names(solution) == ["swarm", "linearized", "polish", "polish"]
+    assert rungs(solution) == {"search": True, "exact": True, "push": True}
+    assert names(solution)[:3] == ["swarm", "fit", "polish"]
     assert solution.proposal is not None
     assert set(solution.proposal.state) <= {"0.weight", "0.bias"}
 
@@ -182,26 +182,6 @@ def test_an_update_is_searched_and_polished() -> None:
     assert list(rungs(solution)) == ["search", "polish"]
     assert names(solution) == ["swarm", "polish"]
     assert solution.held_out is None
-
-
-class TimeFirst(torch.nn.Module):
-    """Its inner layer sees time first and samples second: gradients cannot be split by sample."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, _, self.head = trained()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        steps = torch.stack([x, x / 2, x / 4])
-        return self.head(torch.relu(self.inner(steps)).mean(0))
-
-
-def test_a_rung_that_does_not_suit_the_model_is_passed_over() -> None:
-    problem = make_problem(TimeFirst(), known(), "inner")
-    with pytest.raises(ConfigurationError, match="sample by sample"):
-        Linearized()(problem)
-    solution = checked(problem, AUTO(with_few_weights(problem)))
-    assert list(rungs(solution)) == ["search", "push"]
 
 
 def test_a_block_changes_inside_alone() -> None:

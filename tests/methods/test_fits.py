@@ -46,7 +46,6 @@ from lightning_nrl.methods import (
     METHODS,
     Auto,
     FineTunePolish,
-    Linearized,
     Polish,
     Problem,
     Solution,
@@ -305,7 +304,7 @@ def test_where_no_steps_of_the_owner_do_well_they_are_distilled() -> None:
     assert re.fullmatch(r"distilled steps, \d+(\.\d+)? epochs in 3 rounds", solution.steps[2].note)
 
 
-@pytest.mark.parametrize("method", [FineTunePolish(), Polish("no such file"), Linearized()])
+@pytest.mark.parametrize("method", [FineTunePolish(), Polish("no such file")])
 def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> None:
     training = FakeTraining(None)
     with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):

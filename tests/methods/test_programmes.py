@@ -11,14 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from toy_problems import make_problem
+from torch import Tensor
 
 import lightning_nrl.methods.solvers.convex_head as convex_head
-from lightning_nrl import TensorSource
 from lightning_nrl.methods.solvers.convex_head import ConvexHead, regularization_path
 from lightning_nrl.methods.solvers.qp import solve_dual, solve_duals
-from lightning_nrl.methods.solvers.whitening import fit_whitening, margin_gradients
 
 
 @settings(max_examples=30, deadline=None)
@@ -125,39 +122,3 @@ def test_passed_samples_stay_right_when_time_runs_out() -> None:
     assert next(calls) >= 30
     assert change.any()
     assert head.right(change)[~head.targeted].all()
-
-
-class Images(nn.Sequential):
-    def __init__(self, groups: int = 1) -> None:
-        torch.manual_seed(0)
-        super().__init__(
-            nn.Conv2d(1, 4, 3, padding=1),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Conv2d(4, 6, 3, stride=2, groups=groups),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(24, 3),
-        )
-
-
-@pytest.mark.parametrize(
-    ("layer", "groups", "bias", "widest"),
-    [("3", 1, True, 2048), ("3", 2, False, 2048), ("3", 2, True, 8), (["0", "6"], 1, True, 2048)],
-)
-def test_gradients_predict_margins_in_whitened_coordinates(
-    layer: str | list[str], groups: int, bias: bool, widest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_nrl.methods.solvers.whitening.MAX_FULL_MOMENT", widest)
-    model = Images(groups).double().eval()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 1, 6, 6, generator=generator).double()
-    y = torch.randint(0, 3, (60,), generator=generator)
-    source = TensorSource(x, y, "all", passed=True, failed=True)
-    problem = make_problem(model, [source], layer, bias=bias)
-    whitening = fit_whitening(problem, 10**6)
-    assert whitening.size == problem.space.size
-    change = 1e-6 * torch.randn(whitening.size, generator=generator).double()
-    _, gradients = margin_gradients(problem, torch.arange(60), whitening, {})
-    moved = problem.evaluate(whitening.state(change)).margin - problem.before.margin
-    torch.testing.assert_close(gradients @ change, moved.to(gradients), rtol=1e-3, atol=1e-10)

@@ -53,7 +53,7 @@ def possible(model: nn.Module) -> list[TensorSource]:
 
 
 @pytest.mark.parametrize(("make", "task"), [(Masked, Multiclass()), (trained, Odd())])
-@pytest.mark.parametrize("method", ["auto", "finetune-polish", "linearized"])
+@pytest.mark.parametrize("method", ["auto", "finetune-polish"])
 def test_methods_repair_beside_samples_without_a_finite_margin(
     make: type[nn.Module], task: Task, method: str
 ) -> None:
@@ -61,8 +61,6 @@ def test_methods_repair_beside_samples_without_a_finite_margin(
     sources = possible(model)
     before = [right(model, source) for source in sources]
     settings = Settings(method=method, bounds=BoundOptions(sparse=0.0))
-    if method == "linearized":
-        settings = Settings(method=method, layer="network.2" if make is Masked else "2")
     with pytest.warns(DataWarning, match=r"no finite margin for \d+ known sample"):
         outcome = repair_module(Evaluator(model, task), sources, settings)
     assert outcome.report.status == "repaired"
@@ -77,4 +75,4 @@ def test_methods_repair_beside_samples_without_a_finite_margin(
 def test_ordinary_samples_are_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
-        repair_module(trained(), known(), Settings(method="linearized", layer="2"))
+        repair_module(trained(), known(), Settings(method="convex", layer="2"))

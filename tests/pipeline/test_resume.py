@@ -22,14 +22,13 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
 from lightning_nrl._utils.timing import Observer
-from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
+from lightning_nrl.methods import Auto, Convex, FineTunePolish, Polish
 from lightning_nrl.pipeline import Outcome
 
 METHODS: dict[str, Any] = {
     "auto": Auto(ParticleSwarm(particles=12, iterations=12)),
     "convex": Convex(),
     "finetune-polish": FineTunePolish(),
-    "linearized": Linearized(),
     "polish": Polish(),
     "swarm": ParticleSwarm(particles=12, iterations=12),
     "cma-es": "cma-es",

@@ -35,7 +35,6 @@ def estimate_costs(
     if has_margins:
         passes = (epochs or budget.LEAST_EPOCHS) * budget.FORWARD_BACKWARD + budget.POLISH_PASSES
         seconds["convex"] = budget.CONVEX_SOLVES * alone
-        seconds["linearized"] = budget.LINEARIZED_PASSES * one_pass
         seconds["finetune-polish"] = seconds["auto"] = passes * one_pass
         for cost in (budget.LADDER_SEARCHES * search, seconds["convex"]):
             if not math.isnan(cost):
@@ -86,8 +85,8 @@ def _advise_method(diagnosis: Diagnosis) -> str:
         reason = f": {objection}" if diagnosis.n_tried else ""
         return (
             f"Use the default, method='auto', on the whole network, {times['auto']}{reason}. "
-            f"{facts} To change a single layer, use method='linearized' on {best.layer}, "
-            f"{times['linearized']}."
+            f"{facts} To change a single layer, use method='finetune-polish' on {best.layer}, "
+            f"{times['finetune-polish']}."
         )
     if mixing is not None:
         share = rough_percent(mixing.targets)
