@@ -42,7 +42,7 @@ def test_a_batch_by_hand() -> None:
     # value exceeds any limit.
     gram = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, -1.0], [-1.0, 1.0]]], dtype=torch.float64)
     required = torch.tensor([[1.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
-    values, value = solve_duals(gram, required, torch.zeros(2, 2), max_value=100.0)
+    values, value = solve_duals(gram, required, max_value=100.0)
     assert values[0].tolist() == pytest.approx([1, 2])
     assert value[0].item() == pytest.approx(2.5)
     assert value[1] > 100

@@ -119,9 +119,7 @@ class _FixProgramme:
         sides = pair_sides(label, rows.rival, logits) * is_used[:, :, None]
         missing = torch.where(is_used, self._missing[places, rows.rival], 0.0)
         max_value = 0.5 * self.limit**2
-        multipliers, value = solve_duals(
-            pair_gram(features, sides), missing, rows.multiplier, max_value
-        )
+        multipliers, value = solve_duals(pair_gram(features, sides), missing, max_value)
         self._rows = rows._replace(multiplier=multipliers)
         self._is_beyond = (value > max_value).to(self._open.device)
         self._solution = sum_of_pairs(features, sides, multipliers)

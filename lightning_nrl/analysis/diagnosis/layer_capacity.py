@@ -68,11 +68,9 @@ def _needed_change(weight: Tensor, gradient: Tensor, missing: Tensor, members: T
     unit = gradient / length[:, None]
     # The matrices are so small that a CPU is as fast.
     gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norm
-    required = (missing / length)[members]
     _, value = solve_duals(
         gram[members[:, :, None], members[:, None, :]],
-        required,
-        start=torch.zeros_like(required),
+        (missing / length)[members],
         max_value=0.5 * MAX_RELATIVE_CHANGE**2,
     )
     change = (2 * value.clamp_min(0)).sqrt()

@@ -12,17 +12,16 @@ constrained only by bounds,
 and x = A' a. The dual's value at any a within the bounds is a lower bound of the minimum. The dual
 is unbounded exactly if the hard rows contradict each other.
 
-There are two solvers, each too slow for the other's task. One programme of 955 rows takes 0.2 s
-with the Newton method and 22 s with the active-set method; 208 programmes of up to 64 rows take
-0.86 s and 0.08 s, in this order. Both solvers run in float64 on the CPU: a GPU would wait for the
-host some 30,000 times per repair. If a row of A is zero, its `required` must be 0.
+There are two solvers, each too slow for the other's task. Both run in float64 on the CPU: a GPU
+would wait for the host some 30,000 times per repair. If a row of A is zero, its `required` must be
+0.
 
 - `solve_dual` solves one large dual, singular if there are more rows than unknowns. It makes
   proximal steps (Rockafellar 1976), each by a semismooth Newton method with an exact line search
   (Li, Sun and Toh 2018).
-- `solve_duals` solves many small duals with hard rows. Its active-set method (Lawson and Hanson
-  1974) adds or drops one row at a time. To limit the dual's value, K + bb' / (2 max_value) with b =
-  required replaces K. Then the optimum is bounded, and the optimal a is only scaled.
+- `solve_duals` solves many small duals with hard rows, each as non-negative least squares (Lawson
+  and Hanson 1974). To limit the dual's value, K + bb' / (2 max_value) with b = required replaces K.
+  Then the optimum is bounded, and the optimal a is only scaled.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from lightning_nrl._utils.interrupts import poll
@@ -188,95 +189,43 @@ def _line_search(
     return (low + high) / 2
 
 
-# Share of the diagonal's mean, added to the diagonal: equal rows then have unique multipliers.
-RELATIVE_JITTER = 1e-9
-MAX_EXCHANGES = 400  # rows added or dropped; about twice the number of binding rows
-RESIDUAL_TOLERANCE = 1e-6  # relative to the largest of `required`
+LEAST_EIGENVALUE = 1e-9  # relative to the largest; equal rows then have unique multipliers
+EXCHANGES_PER_ROW = 30  # rows added or dropped, at most; usually about two per binding row
 
 
 @torch.no_grad()
-def solve_duals(
-    gram: Tensor, required: Tensor, start: Tensor, max_value: float
-) -> tuple[Tensor, Tensor]:
+def solve_duals(gram: Tensor, required: Tensor, max_value: float) -> tuple[Tensor, Tensor]:
     """Solves the duals of `T` small programmes whose rows are all hard.
 
     Args:
         gram: K = A A' of each programme, `T x m x m`.
         required: lower bound of each row, `T x m`.
-        start: initial multipliers, `T x m`.
         max_value: programmes with a larger optimum count as infeasible.
 
     Returns:
         the multipliers, `T x m`, on the device of `gram`, and each dual's value, `T`, on the CPU. A
         value above `max_value` shows that the rows contradict each other or need a larger change.
     """
-    original = gram
-    gram = gram.to("cpu", torch.float64)
-    required = required.to(gram)
-    values = start.to(gram)
+    exact = gram.to("cpu", torch.float64)
+    required = required.to(exact)
     if not required.numel():
-        return values.to(original), required.sum(1)
-    mean = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
-    jitter = (RELATIVE_JITTER * mean)[:, None]
-    gram = gram + torch.diag_embed(jitter.expand_as(required))
-    bounded = gram + (0.5 / max_value) * required[:, :, None] * required[:, None, :]
-    small = RESIDUAL_TOLERANCE * required.abs().amax(1)
-    values = _best_multiple(values, bounded, required)
-    binding = values > 0
-    converged = ~binding.any(1)
-    going = torch.arange(len(gram))
-    for _ in range(MAX_EXCHANGES):
-        g, h, b, u, active = (x[going] for x in (gram, bounded, required, values, binding))
-        lacking = torch.where(active, -torch.inf, b - _times(h, u))
-        most, new = lacking.max(1)
-        enters = converged[going] & (most > small[going])
-        over = converged[going] & ~enters
-        active[enters, new[enters]] = True
-        goal = _solve_equalities(h, b, active)
-        bad = active & (goal <= 0)
-        ratio = torch.where(bad, u / (u - goal).clamp_min(torch.finfo(u.dtype).tiny), torch.inf)
-        length = ratio.amin(1, keepdim=True).clamp_max(1.0)
-        leaves = bad & (ratio <= length)
-        next_u = torch.where(leaves, 0.0, (u + length * (goal - u)).clamp_min(0))
-        # By rounding, a row may be added and dropped at once. Such a programme stops.
-        over |= ~next_u.isfinite().all(1) | (enters & (length[:, 0] <= 0))
-        values[going] = torch.where(over[:, None], u, next_u)
-        binding[going] = active & ~leaves
-        converged[going] = ~bad.any(1)
-        over |= _value(g, b, _best_multiple(values[going], g, b)) > max_value
-        going = going[~over]
-        if not len(going):
-            break
-    values = _best_multiple(values, gram, required)
-    return values.to(original), _value(gram, required, values)
-
-
-def _solve_equalities(gram: Tensor, required: Tensor, binding: Tensor) -> Tensor:
-    """Returns multipliers that make the binding rows equalities, or NaN. Other rows get 0."""
-    width = max(1, int(binding.sum(1).amax()))
-    rows = binding.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-    is_binding = binding.gather(1, rows)
-    block = gram.gather(1, rows[:, :, None].expand(-1, -1, gram.shape[2]))
-    block = block.gather(2, rows[:, None].expand(-1, width, -1))
-    identity = torch.diag_embed((~is_binding).to(gram.dtype))
-    block = torch.where(is_binding[:, :, None] & is_binding[:, None, :], block, identity)
-    factor, failed = torch.linalg.cholesky_ex(block)
-    right = torch.where(is_binding, required.gather(1, rows), 0.0)
-    solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
-    solved = torch.where((failed > 0)[:, None], torch.nan, solved)
-    return torch.zeros_like(required).scatter(1, rows, torch.where(is_binding, solved, 0.0))
-
-
-def _best_multiple(values: Tensor, gram: Tensor, required: Tensor) -> Tensor:
-    """Scales the multipliers of each programme so that the value of its dual is largest."""
+        return required.to(gram), required.sum(1)
+    bounded = exact + (0.5 / max_value) * required[:, :, None] * required[:, None, :]
+    eigenvalues, vectors = torch.linalg.eigh(bounded)
+    least = torch.finfo(exact.dtype).tiny + LEAST_EIGENVALUE * eigenvalues[:, -1:]
+    root = eigenvalues.maximum(least).sqrt()[:, :, None]
+    factors = root * vectors.mT
+    right = (vectors.mT @ required[:, :, None] / root)[:, :, 0]
+    most = EXCHANGES_PER_ROW * required.shape[1]
+    solved = [nnls(factor, b, maxiter=most)[0] for factor, b in zip(factors, right, strict=True)]
+    values = torch.from_numpy(np.stack(solved))
+    # The best multiple.
     rise = (required * values).sum(1)
-    curve = (values * _times(gram, values)).sum(1)
-    return values * (rise.clamp_min(0) / curve.clamp_min(torch.finfo(gram.dtype).tiny))[:, None]
+    curve = (values * _times(exact, values)).sum(1)
+    values *= (rise.clamp_min(0) / curve.clamp_min(torch.finfo(exact.dtype).tiny))[:, None]
+    value = (required * values).sum(1) - 0.5 * (values * _times(exact, values)).sum(1)
+    return values.to(gram), value
 
 
 def _times(gram: Tensor, values: Tensor) -> Tensor:
     return torch.bmm(gram, values[:, :, None])[:, :, 0]
-
-
-def _value(gram: Tensor, required: Tensor, values: Tensor) -> Tensor:
-    return (required * values).sum(1) - 0.5 * (values * _times(gram, values)).sum(1)
