@@ -16,9 +16,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from functools import lru_cache
 from operator import index
 from typing import Literal, SupportsIndex
+
+from scipy.special import bdtr, betainccinv
+from scipy.stats import hypergeom
 
 from lightning_nrl._utils.json_records import OPTIONAL
 from lightning_nrl.errors import ConfigurationError, check_real
@@ -42,7 +44,6 @@ Evidence = Literal["better", "no difference shown", "worse"]
 """Comparison of a model with an earlier model, by a test on repaired and broken samples."""
 EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
 CHANCE_STANDARD_ERRORS = 2.0  # smaller differences may be chance
-NEGLIGIBLE = 1e-17  # a term of this relative size no longer changes a sum in double precision
 # Share of the error probability for strengths that are accepted from weak to strong. The rest is
 # for other weights.
 ORDERED_LEVEL_SHARE = 0.8
@@ -85,49 +86,14 @@ def interval(k: int, n: int, choices: int = 1) -> tuple[float, float]:
     return lower_limit(k, n, confidence), upper_limit(k, n, confidence)
 
 
-@lru_cache(maxsize=4096)
 def limit_at_level(broken: int, n: int, level: float) -> float:
-    """Computes `upper_limit` by bisection.
-
-    The error probability `level` may be so small that 1 - level rounds to 1.
-    """
-    if broken == n:
-        return 1.0
-    low, high = 0.0, 1.0
-    while low < (middle := (low + high) / 2) < high:
-        if binomial_cdf(broken, n, middle) > level:
-            low = middle
-        else:
-            high = middle
-    return high
+    """Computes `upper_limit` for an error probability, which may be so small that 1 - it is 1."""
+    return 1.0 if broken == n else float(betainccinv(broken + 1, n - broken, level))
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
     """Computes the probability of at most k successes in n draws with probability p in (0, 1)."""
-    if k >= n:
-        return 1.0
-    # Terms are summed from k away from the mean; all are positive, so no digits cancel.
-    odds = p / (1 - p)
-    if k <= n * p:
-        return min(1.0, _pmf(k, n, p) * _falling(k, n + 1 - k, 1 / odds))
-    return max(0.0, 1 - _pmf(k + 1, n, p) * _falling(n - k - 1, k + 2, odds))
-
-
-def _pmf(k: int, n: int, p: float) -> float:
-    return math.exp(min(0.0, _log_ways(k, n) + k * math.log(p) + (n - k) * math.log1p(-p)))
-
-
-def _falling(top: int, bottom: int, factor: float) -> float:
-    """Sums a binomial tail over its largest term.
-
-    The sum is 1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)).
-    """
-    total = term = 1.0
-    while top and term > NEGLIGIBLE * total:
-        term *= top / bottom * factor
-        total += term
-        top, bottom = top - 1, bottom + 1
-    return total
+    return float(bdtr(min(k, n), n, p))
 
 
 def p_worse(*, repaired: int, broken: int) -> float:
@@ -155,16 +121,7 @@ def p_of_overlap(n_both: int, n_drawn: int, n_marked: int, n: int) -> float:
     """
     if n_both * n <= n_drawn * n_marked:
         return 1.0
-    n_ways = _log_ways(n_drawn, n)
-    total = 0.0
-    for k in range(n_both, min(n_drawn, n_marked) + 1):
-        n_rest = n_drawn - k
-        total += math.exp(_log_ways(k, n_marked) + _log_ways(n_rest, n - n_marked) - n_ways)
-    return min(1.0, total)
-
-
-def _log_ways(k: int, n: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return float(hypergeom.sf(n_both - 1, n, n_marked, n_drawn))
 
 
 def sign_test(repaired: int, broken: int, choices: int = 1) -> float:
