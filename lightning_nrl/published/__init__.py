@@ -9,7 +9,6 @@ package imports this one.
 from lightning_nrl.published.apricot import Apricot
 from lightning_nrl.published.arachne import Arachne, ArachneV2
 from lightning_nrl.published.bundles import BUNDLES, bundle
-from lightning_nrl.published.cma_es import CmaEs
 from lightning_nrl.published.differential_evolution import DifferentialEvolution
 from lightning_nrl.published.fitnesses import ArachneDEFitness, ArachneFitness, NeuRecoverFitness
 from lightning_nrl.published.history import CheckpointHistory, History, HistoryPoint
@@ -26,7 +25,6 @@ __all__ = [
     "ArachneFitness",
     "ArachneV2",
     "CheckpointHistory",
-    "CmaEs",
     "DifferentialEvolution",
     "History",
     "HistoryPoint",

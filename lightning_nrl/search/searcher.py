@@ -63,10 +63,6 @@ class RandomStream:
         """Draws standard normal numbers, in the dtype and on the device of `like`."""
         return self._draw(torch.randn, like, shape)
 
-    def seed(self) -> int:
-        """Draws a seed below 2^31."""
-        return int(torch.randint(2**31, (1,), generator=self.generator, device="cpu"))
-
     def _draw(self, draw: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
         drawn = draw(shape, generator=self.generator, dtype=like.dtype, device="cpu")
         if like.is_cuda:
@@ -161,7 +157,6 @@ SEARCHERS: Registry[Searcher] = Registry(
     lambda value: isinstance(value, Searcher),
     on_demand={
         "differential-evolution": "lightning_nrl.published:DifferentialEvolution",
-        "cma-es": "lightning_nrl.published:CmaEs",
     },
     group="searchers",
 )

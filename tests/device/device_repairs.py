@@ -13,7 +13,7 @@ from lightning_nrl import BoundOptions, ParticleSwarm, Settings, TensorSource
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.methods import Auto, Convex, FineTunePolish, LocalSearch, Polish
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.published import BUNDLES, CmaEs, bundle
+from lightning_nrl.published import BUNDLES, bundle
 from lightning_nrl.tasks import Multilabel, NamedHead, Regression, Segmentation, Sequence
 
 GPU = torch.device("cuda")
@@ -54,7 +54,6 @@ METHODS: dict[str, Settings] = {
     "auto": Settings(method=Auto(swarm=ParticleSwarm(particles=20, iterations=15))),
     "finetune-polish": Settings(method=FineTunePolish()),
     "convex": Settings(method=Convex()),
-    "cma-es": swarm(method=CmaEs(iterations=12)),
     **{name: Settings(method=_published(name)) for name in BUNDLES if name != "neurecover"},
 }
 CASES: dict[str, tuple[Any, Settings]] = {

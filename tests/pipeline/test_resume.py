@@ -31,7 +31,6 @@ METHODS: dict[str, Any] = {
     "finetune-polish": FineTunePolish(),
     "polish": Polish(),
     "swarm": ParticleSwarm(particles=12, iterations=12),
-    "cma-es": "cma-es",
 }
 if importlib.util.find_spec("peft") is not None:
     METHODS["lora"] = FineTunePolish(lora=2)
