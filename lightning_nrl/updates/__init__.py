@@ -6,7 +6,6 @@ terms that make negative flips rare; interpolated weights; and a `ReleaseReport`
 release rule if the new model satisfies it.
 """
 
-from lightning_nrl.updates.counting_rules import AtMostBroken
 from lightning_nrl.updates.deployed import recount
 from lightning_nrl.updates.interpolation import choose_interpolation, interpolate
 from lightning_nrl.updates.junit import to_junit
@@ -17,7 +16,7 @@ from lightning_nrl.updates.predictions import Predictions
 from lightning_nrl.updates.protected import ProtectedIntact
 from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow, release
 from lightning_nrl.updates.rule_parsing import parse_rules
-from lightning_nrl.updates.rules import Rule, RuleResult
+from lightning_nrl.updates.rules import AtMostBroken, Rule, RuleResult
 from lightning_nrl.updates.statistical_rules import (
     IsBetter,
     IsEquivalent,

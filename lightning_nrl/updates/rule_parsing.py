@@ -11,9 +11,8 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.targets import target_in
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import GATES
-from lightning_nrl.updates.counting_rules import AtMostBroken
 from lightning_nrl.updates.protected import ProtectedIntact
-from lightning_nrl.updates.rules import Rule
+from lightning_nrl.updates.rules import AtMostBroken, Rule
 from lightning_nrl.updates.statistical_rules import (
     IsBetter,
     IsEquivalent,
