@@ -15,9 +15,6 @@ from lightning_nrl.search.searcher import RandomStream, SearchOrigin
 # Initial distributions, which `ParticleSwarm` explains.
 Start = Literal["local", "half", "paper", "normal"]
 
-# Positions of extra candidates on the line through the original weights (0) and an elite (1).
-ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
-
 
 def first_positions(
     origin: SearchOrigin,
@@ -29,10 +26,7 @@ def first_positions(
 ) -> Tensor:
     """Returns `n` candidates, `n x K`. `ParticleSwarm` explains the last three arguments.
 
-    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites. Elites
-    also move the other candidates that `start` would place near the original weights: up to half of
-    these candidates lie on lines from the original weights through an elite, the rest lie around
-    the original weights and around each elite in turn.
+    Candidate 0 is the original weights. With M elites, candidates 1 to M are the elites.
     """
     original = origin.original
     mean, std = origin.tensor(origin.stats.mean), origin.tensor(origin.stats.std)
@@ -49,16 +43,9 @@ def first_positions(
     offset = scale * std * random.normal(original, n, len(original))
     candidate = torch.arange(n, device=original.device)[:, None]
     centre = torch.where(candidate < n_near, original, mean)
-    is_moved = candidate >= n_unmoved
-    position = torch.where(is_moved, centre + offset, original)
-    first, change = origin.first_candidates, origin.elites - original
-    lines = torch.cat([original + step * change for step in ELITE_STEPS])
-    lines = lines[: max(0, n_near - len(first)) // 2]
-    begin = len(first) + len(lines)
-    end = max(begin, n_near)
-    turn = torch.arange(end - begin, device=original.device) % len(first)
-    around = first[turn] + offset.where(is_moved, 0.0)[begin:end]
-    return torch.cat([first, lines, around, position[end:]])
+    position = torch.where(candidate >= n_unmoved, centre + offset, original)
+    first = origin.first_candidates
+    return torch.cat([first, position[len(first) :]])
 
 
 def check_start(searcher: str, start: Start, scale_min: float, scale_max: float) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,32 +43,22 @@ LOGITS_PER_BLOCK = 2**22
 REACH_SLACK = 1.001  # for rounding of the distances
 
 
-class WhiteningRoot(Protocol):
-    """The root R of a matrix R R' that inverts the second moment of passed features."""
-
-    def whiten(self, features: Tensor) -> Tensor:
-        """Returns `m x d` whitened features of features `m x d`, in any precision."""
-
-    def weights(self, white: Tensor) -> Tensor:
-        """Returns the weights, `C x d`, that make of features what `white` makes of white ones."""
-
-    def whitened_weights(self, weights: Tensor) -> Tensor:
-        """Reverts `weights`."""
-
-
 @dataclass(frozen=True)
 class TriangularRoot:
-    """The whole root, upper triangular, `d x d`."""
+    """A root R, upper triangular, `d x d`: R R' inverts the second moment of passed features."""
 
     root: Tensor
 
     def whiten(self, features: Tensor) -> Tensor:
+        """Returns `m x d` whitened features of features `m x d`, in any precision."""
         return features @ self.root.to(features)
 
     def weights(self, white: Tensor) -> Tensor:
+        """Returns the weights, `C x d`, that make of features what `white` makes of white ones."""
         return white @ self.root.T
 
     def whitened_weights(self, weights: Tensor) -> Tensor:
+        """Reverts `weights`."""
         white: Tensor = torch.linalg.solve_triangular(self.root, weights.T, upper=True).T
         return white
 
@@ -182,7 +171,7 @@ class ConvexHead:
         return torch.where(self.targeted, HEAD_TARGET_MARGIN * self.unit, kept)
 
     @cached_property
-    def whitening(self) -> WhiteningRoot:
+    def whitening(self) -> TriangularRoot | LowRankRoot:
         passed = (~self.targeted).nonzero().flatten()
         if self.n_features > MAX_MOMENT_RANK:
             spread = torch.linspace(0, len(passed) - 1, min(len(passed), MAX_MOMENT_RANK))

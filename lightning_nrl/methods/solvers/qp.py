@@ -212,7 +212,7 @@ def solve_duals(gram: Tensor, required: Tensor, max_value: float) -> tuple[Tenso
         return required.to(gram), required.sum(1)
     bounded = exact + (0.5 / max_value) * required[:, :, None] * required[:, None, :]
     eigenvalues, vectors = torch.linalg.eigh(bounded)
-    least = torch.finfo(exact.dtype).tiny + LEAST_EIGENVALUE * eigenvalues[:, -1:]
+    least = 1e-300 + LEAST_EIGENVALUE * eigenvalues[:, -1:]
     root = eigenvalues.maximum(least).sqrt()[:, :, None]
     factors = root * vectors.mT
     right = (vectors.mT @ required[:, :, None] / root)[:, :, 0]
@@ -222,7 +222,7 @@ def solve_duals(gram: Tensor, required: Tensor, max_value: float) -> tuple[Tenso
     # The best multiple.
     rise = (required * values).sum(1)
     curve = (values * _times(exact, values)).sum(1)
-    values *= (rise.clamp_min(0) / curve.clamp_min(torch.finfo(exact.dtype).tiny))[:, None]
+    values *= (rise / curve.clamp_min(1e-300))[:, None]
     value = (required * values).sum(1) - 0.5 * (values * _times(exact, values)).sum(1)
     return values.to(gram), value
 
