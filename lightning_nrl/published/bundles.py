@@ -1,6 +1,6 @@
 """Published methods that localise and search, with replaceable localiser, fitness and searcher.
 
-docs/published_methods.md has their equations and the differences from the papers.
+docs/published_methods.md says how they differ from the papers.
 """
 
 from __future__ import annotations
