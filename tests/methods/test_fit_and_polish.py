@@ -189,6 +189,14 @@ def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired() -> None:
     torch.testing.assert_close(result.state["weight"], given.state["weight"], rtol=0, atol=0.05)
 
 
+def test_steps_that_restore_nothing_grow() -> None:
+    problem = on_a_line()
+    # At the rate of a single broken sample, a step moves the threshold by at most 5e-5.
+    result = checked(problem, polish(problem, threshold(0.55), visits=20_000.0))
+    assert (result.repaired, result.strength) == (1, 1.0)
+    assert result.rounds < 0.05 / 5e-5 / 8
+
+
 def test_where_steps_do_not_get_there_the_way_is_gone_back_as_far_as_needed() -> None:
     problem = on_a_line()
     given = problem.propose("given", threshold(-3.0))

@@ -148,7 +148,7 @@ class ActiveSet:
     def round(self, descent: Descent, length: float) -> float:
         """Makes a round of steps on the working set and updates margins.
 
-        `length`, at most 1, shortens all steps.
+        `length` is a factor of the largest step, and above 1 also of the learning rate.
 
         Returns:
             the visits (passes of one sample).
@@ -180,7 +180,7 @@ class ActiveSet:
             pushing = (weight * F.relu(hinge - margin)).sum()
             return pushing + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
-        rate = self._rate()
+        rate = max(1.0, length) * self._rate()
         most = length * (MOST_MOVED_BY_PUSHING if self.enforced.any() else MOST_MOVED)
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)

@@ -58,7 +58,10 @@ HOLDING_STARTS = 3
 # A round is taken back if it leaves more than this multiple of violated samples, and a few more.
 TAKEN_BACK = 1.5
 FEW_VIOLATED = 4
-SHORTENED, LENGTHENED = 4.0, 1.25  # steps, after a round that is taken back, or is not
+# Factors of the length of steps after a round: one that is taken back, one that restores samples,
+# and one that restores none.
+TAKEN_BACK_FACTOR, RESTORING_FACTOR, STALLED_FACTOR = 1 / 4, 1.25, 2.0
+MOST_LENGTH = 16.0
 BISECTIONS = 6  # of the way back, on samples known to be broken
 # Evaluations of all known samples on the way back; each may reveal more broken samples.
 MAX_COUNTS = 6
@@ -180,6 +183,7 @@ class _Polish:
         self._fewest_violated = self._fewest_ever = math.inf
         self._visits = self._visits_at_low = 0.0
         self._length = 1.0
+        self._fewest_since_count = math.inf
         # There is no training before a polish that enforces targets, so it has a minimum budget.
         self._budget = problem.visits if visits is None else visits
         self._most = POLISH_SHARE if visits is None else 1.0  # multiple of the budget
@@ -245,11 +249,11 @@ class _Polish:
         if int(self.active_set.violated.sum()) > TAKEN_BACK * n_before + FEW_VIOLATED:
             self.descent.restore(before)
             self.active_set.margin = margin
-            self._length /= SHORTENED
+            self._length *= TAKEN_BACK_FACTOR
             return self._after_round()
-        self._length = min(1.0, LENGTHENED * self._length)
         is_violated = self.active_set.violated
         n_violated = int(is_violated.sum())
+        self._adapt_length(n_violated)
         total = max(self._n_first, n_violated)
         self.problem.clock.tell(total - n_violated, total, broken=int(self.active_set.broken.sum()))
         if n_violated < self._fewest_ever:
@@ -264,11 +268,24 @@ class _Polish:
             return self._verify
         return self._after_round()
 
+    def _adapt_length(self, n_violated: int) -> None:
+        """Lengthens steps beyond 1 while rounds restore nothing.
+
+        Steps that push targets stay short: long ones break what they do not see.
+        """
+        if self.targets.enforced.any() or n_violated < self._fewest_since_count:
+            self._length = min(1.0, RESTORING_FACTOR * self._length)
+        else:
+            self._length = min(MOST_LENGTH, STALLED_FACTOR * self._length)
+        self._fewest_since_count = min(self._fewest_since_count, n_violated)
+
     def _verify(self) -> Phase | None:
         """Evaluates all known samples; keeps the weights if no sample is violated."""
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
+        self._fewest_since_count = math.inf
+        self._length = min(1.0, self._length)
         if self._is_satisfied(self.active_set.violated):
             if not self._keep(state) or not self._may_enforce_again:
                 return None
