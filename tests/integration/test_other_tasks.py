@@ -91,7 +91,7 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
 def test_each_task_is_repaired(tmp_path: Path, learned: Any, name: str, method: Any) -> None:
     case, data, model = learned(name)
     old = by_split(case, model, data)
-    settings = arguments(case, method=method, max_time=10)
+    settings = arguments(case, method=method)
     report = repair(quiet_trainer(tmp_path), model, datamodule=data, **settings)
     assert report.status == "repaired", report.reason
     assert not any("it raised" in rung.note for rung in report.rungs)
