@@ -46,7 +46,7 @@ from lightning_nrl._trainer.time_budget import (
 )
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
-from lightning_nrl._utils.state import State, current_state, shared_tensors, snapshot
+from lightning_nrl._utils.state import State, current_state, shared_tensors
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import RawBatch
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
@@ -236,7 +236,7 @@ class ContinuedTraining(Training):
                 fit = partial(trainer.fit, model, datamodule=copied_data_module(data, loader))
             budget.on_all_ranks(fit)
             # `eval` merges LoRA weights, as they are merged in the model to repair.
-            state = shared_tensors(self.model, snapshot(budget.on_all_ranks(model.eval)))
+            state = shared_tensors(self.model, current_state(budget.on_all_ranks(model.eval)))
             del model, trainer, loader, fit
         return state
 

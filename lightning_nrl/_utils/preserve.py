@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.sharded import own_part, reshard
-from lightning_nrl._utils.state import memory_of, plain_copy, plain_tensor
+from lightning_nrl._utils.state import memory_of, parked, plain_copy, plain_tensor
 
 # By size in bytes, to compare bits.
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -263,7 +263,7 @@ def _has_values(value: Tensor) -> bool:
 
 def _copy(value: Tensor) -> Tensor:
     try:
-        return plain_tensor(value).clone()
+        return parked(plain_tensor(value))
     except torch.OutOfMemoryError:
         return value.cpu()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -15,12 +16,30 @@ from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.sharded import is_split, own_part, reshard
 from lightning_nrl.errors import ConfigurationError
 
+LEAST_PARKED = 2**20  # bytes
+
 State = Mapping[str, Tensor]  # parameters and buffers by their names in the module tree
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Returns detached copies of all parameters and persistent buffers, on their devices."""
     return {name: value.clone() for name, value in current_state(model).items()}
+
+
+def parked(x: Tensor) -> Tensor:
+    """Copies a tensor that is rarely read. Large ones go to the CPU, and from there to a file.
+
+    The file is mapped into memory, and is deleted with the copy.
+    """
+    if x.nbytes < LEAST_PARKED or x.layout != torch.strided:
+        return x.clone()
+    if x.device.type != "cpu":
+        return x.cpu()
+    with suppress(OSError, RuntimeError), NamedTemporaryFile() as file:
+        file.write(x.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        return torch.from_file(file.name, size=x.numel(), dtype=x.dtype).view(x.shape)
+    return x.clone()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -138,6 +138,7 @@ class RungResult:
     solution: Solution
     seconds: float
     is_kept: bool = False
+    weights_changed: int = 0
 
     @property
     def usable(self) -> Proposal | None:
@@ -183,8 +184,19 @@ class RungResult:
             repaired_in_target=proposal.repaired,
             repaired=counts.repaired,
             broken=counts.broken,
-            weights_changed=_n_changed(problem, proposal),
+            weights_changed=self.weights_changed,
         )
+
+    def without_weights(self, problem: Problem) -> RungResult:
+        """Replaces the weights of a training, exact solution or push by their number."""
+        proposal = self.solution.proposal
+        if proposal is None:
+            return self
+        solution = self.solution
+        # A search that is restored later changes few.
+        if self.name != "search":
+            solution = replace(solution, proposal=replace(proposal, state={}))
+        return replace(self, solution=solution, weights_changed=_n_changed(problem, proposal))
 
 
 def _n_changed(problem: Problem, proposal: Proposal) -> int:
@@ -258,7 +270,8 @@ class _Climb:
             if name == "training":
                 # It starts at the original weights, so nothing is left of a search before it.
                 self.results = [replace(earlier, is_kept=False) for earlier in self.results]
-        self.results.append(replace(result, is_kept=is_kept))
+        result = replace(result, is_kept=is_kept)
+        self.results.append(result.without_weights(self.problem))
 
     def _timed(self, name: str, solve: Callable[[Problem], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed

@@ -174,7 +174,9 @@ def fine_tune_and_polish(
         return Solution(None, reason, steps, held_out=tuned.held_out)
     if caution is None:
         caution = choose_caution(tuned.caution)
+    counts = problem.target_counts(tuned.proposal.after)
     start = _moved_back(problem, tuned.proposal, caution)
+    tuned = replace(tuned, proposal=start)  # to free the memory of the trained weights
     proposal, step, course = polished(
         problem, start, steered=True, deadline=deadline, visits=problem.visits
     )
@@ -183,7 +185,7 @@ def fine_tune_and_polish(
         proposal if is_repaired else None,
         "" if is_repaired else "no target was repaired without breaking what is right.",
         steps=(*steps, step),
-        tried=(problem.target_counts(tuned.proposal.after), *course),
+        tried=(counts, *course),
         held_out=tuned.held_out,
         n_choices=max(1, tuned.n_counts + len(steps) - 1),
         caution=tuple(replace(point, chosen=point.caution == caution) for point in tuned.caution),

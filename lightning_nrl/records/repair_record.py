@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,6 +29,8 @@ from lightning_nrl.records.splits import (
 )
 from lightning_nrl.records.stats import Bound, upper_limit
 from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
+
+BLOCK = 2**16  # values that are compared at once
 
 
 @dataclass(frozen=True)
@@ -146,21 +148,27 @@ class WeightChange:
     @classmethod
     def between(cls, old: State, new: State) -> Self:
         """Measures the change between tensors of the same names, in float64 on the CPU."""
-        names = [name for name, value in old.items() if value.is_floating_point()]
-        before, after = _flattened(old, names), _flattened(new, names)
-        change = after - before
-        return cls(
-            changed=int((change != 0).sum()),
-            total=len(change),
-            l2=float(change.norm()),
-            relative=float(change.norm() / before.norm()),
-            largest=float(change.abs().max()) if len(change) else 0.0,
-        )
+        changed = total = 0
+        largest = 0.0
+        squares = torch.zeros(2, dtype=torch.float64)  # of the change and of the old weights
+        for name, value in old.items():
+            if not (value.is_floating_point() and value.numel()):
+                continue
+            parts = zip(_blocks(value), _blocks(new[name]), strict=True)
+            for before, after in parts:
+                change = after - before
+                changed += int((change != 0).sum())
+                total += len(change)
+                largest = max(largest, float(change.abs().max()))
+                squares += torch.stack([change.square().sum(), before.square().sum()])
+        length, length_before = squares.sqrt()
+        return cls(changed, total, float(length), float(length / length_before), largest)
 
 
-def _flattened(state: State, names: Iterable[str]) -> Tensor:
-    parts = [state[name].detach().flatten().cpu().double() for name in names]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+def _blocks(value: Tensor) -> Iterator[Tensor]:
+    """Yields all values in float64 on the CPU, in blocks that take little memory."""
+    for block in value.detach().flatten().split(BLOCK):
+        yield block.cpu().double()
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.device import none_if_out_of_memory, repeatable_gradients
-from lightning_nrl._utils.state import State, completed, live_tensors, temporary_weights
+from lightning_nrl._utils.state import State, completed, live_tensors, parked, temporary_weights
 from lightning_nrl.data import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, Part, load_batches
 
+PART = 2**16  # weights that an optimizer moves at once
 MAX_SAMPLE_WEIGHT = 10.0  # a larger weight would drown all other losses
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
@@ -55,6 +56,8 @@ class Descent:
         self._kept = {name: value for name, value in self._fixed.items() if name in state}
         self._dtypes = {name: live[name].dtype for name in problem.scope}
         self._copies = {}
+        self._marked: State = start
+        self._is_at_mark = True
         for name, dtype in self._dtypes.items():
             copy = start[name].to(torch.promote_types(dtype, torch.float32), copy=True)
             self._copies[name] = copy.requires_grad_()
@@ -65,7 +68,26 @@ class Descent:
         self._samples_at_once = BATCH_SIZE
         self.trust = 1.0
         self._trusted_rate = 0.0  # is not measured again
-        self.optimizer = optimizer(list(self._copies.values()))
+        # The optimizer sees parts of the copies, so that its temporary tensors are small.
+        self._parts = [(copy, _parts(copy)) for copy in self._copies.values()]
+        self.optimizer = optimizer([part for _, parts in self._parts for part in parts])
+
+    @torch.no_grad()
+    def mark(self) -> None:
+        """Keeps the present weights, to which `restore` goes back; at first these are the start."""
+        if not self._is_at_mark:
+            self._marked = {}  # to free its memory
+            self._marked = {name: parked(copy) for name, copy in self._copies.items()}
+            self._is_at_mark = True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Goes back to the weights at the last `mark`, and forgets earlier gradients."""
+        for name, copy in self._copies.items():
+            copy.copy_(self._marked[name])
+        self._is_at_mark = True
+        self.optimizer.state.clear()
+        self._trusted_rate = 0.0
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
@@ -99,20 +121,25 @@ class Descent:
         if self.problem.collective.world_size > 1:
             has_fitted = self._sum_gradients(has_fitted)
         if not has_fitted:
-            self.optimizer.zero_grad()
+            self._zero_grad()
             raise DeviceMemoryError(
                 "the gradient of a single sample does not fit in the memory of the device.",
                 "name a later `layer`, or free memory.",
             )
+        self._is_at_mark = False
         old = [copy.detach().clone() for copy, _ in self._masked]
         for copy, mask in self._masked:
             if copy.grad is not None:
                 copy.grad = copy.grad.where(mask, 0)
+        for copy, weights in self._parts:
+            if copy.grad is not None:
+                for weight, gradient in zip(weights, _parts(copy.grad), strict=True):
+                    weight.grad = gradient
         self.optimizer.step()
         for (copy, mask), value in zip(self._masked, old, strict=True):
             # Weight decay also moves weights without gradients.
             copy.detach().copy_(copy.detach().where(mask, value))
-        self.optimizer.zero_grad()
+        self._zero_grad()
 
     def limited_step(self, parts: Iterable[Part], loss: Loss, *, rate: float, most: float) -> None:
         """Makes a `step` that moves the logits of the mini-batch by at most `most`.
@@ -125,7 +152,7 @@ class Descent:
             self.step(parts, loss, rate=rate)
             return
         self.trust = min(1.0, 2 * self.trust)
-        before = {name: copy.detach().clone() for name, copy in self._copies.items()}
+        self.mark()
         logits = {}
 
         def keeping_logits(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
@@ -140,15 +167,8 @@ class Descent:
             self.trust *= most / moved
             with torch.no_grad():
                 for name, copy in self._copies.items():
-                    copy.copy_(torch.lerp(before[name], copy, most / moved))
-
-    def restore(self, state: State) -> None:
-        """Takes the moving weights from `state`, and forgets earlier gradients."""
-        with torch.no_grad():
-            for name, copy in self._copies.items():
-                copy.copy_(state[name])
-        self.optimizer.state.clear()
-        self._trusted_rate = 0.0
+                    start = self._marked[name].to(copy)
+                    copy.copy_(torch.lerp(start, copy, most / moved))
 
     @torch.no_grad()
     def _moved(self, parts: Sequence[Part], logits: Mapping[tuple[int, ...], Tensor]) -> float:
@@ -171,7 +191,7 @@ class Descent:
             return True
 
         while none_if_out_of_memory(work) is None:
-            self.optimizer.zero_grad()
+            self._zero_grad()
             largest = max(len(rows) for _, rows in parts)
             if min(largest, self._samples_at_once) <= 1:
                 return False
@@ -181,6 +201,11 @@ class Descent:
             if copy.grad is not None and copy.grad.is_sparse:
                 copy.grad = copy.grad.to_dense()
         return True
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        for copy in self._copies.values():
+            copy.grad = None
 
     def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
         for batch, rows in parts:
@@ -208,3 +233,10 @@ class Descent:
             # decay skips it.
             copy.grad = total.view_as(copy).to(copy.dtype) if n else None
         return not n_failed
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Splits a tensor along its first dimension into views of some `PART` values."""
+    x = torch.atleast_1d(x.detach())
+    parts: Sequence[Tensor] = x.split(max(1, PART * len(x) // max(1, x.numel())))
+    return parts

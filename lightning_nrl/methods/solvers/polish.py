@@ -236,7 +236,8 @@ class _Polish:
     def _step(self) -> Phase:
         self.targets.before_round(self.active_set)
         began = self._deadline.clock()
-        before, margin = self.descent.state(), self.active_set.margin
+        self.descent.mark()
+        margin = self.active_set.margin
         n_before = int(self.active_set.violated.sum())
         try:
             visits = self.active_set.round(self.descent, self._length)
@@ -247,7 +248,7 @@ class _Polish:
         self.rounds += 1
         self._rounds_left -= 1
         if int(self.active_set.violated.sum()) > TAKEN_BACK * n_before + FEW_VIOLATED:
-            self.descent.restore(before)
+            self.descent.restore()
             self.active_set.margin = margin
             self._length *= TAKEN_BACK_FACTOR
             return self._after_round()
@@ -318,8 +319,14 @@ class _Polish:
         return self._stop_steps()
 
     def _stop_steps(self) -> Phase:
-        self.state = self.descent.state()
+        self.state = self._end_descent()
         return self._scale_back
+
+    def _end_descent(self) -> State:
+        """Returns the weights that steps have reached, and frees the memory that steps need."""
+        state = self.descent.state()
+        del self.descent
+        return state
 
     def _retreat(self) -> Phase:
         """Gives up targets and moves part of the way back to the original weights.
@@ -327,7 +334,7 @@ class _Polish:
         First keeps the current weights as a result if nothing is broken and only enforced targets
         are still wrong.
         """
-        state = self.descent.state()
+        state = self._end_descent()
         broken = self.active_set.broken & self.active_set.working
         if self.targets.enforced.any() and not broken.any():
             self.after = self._count(state)

@@ -1,0 +1,92 @@
+"""The memory that a repair takes: copies of a large network's weights, and bytes by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from digit_models import quiet_trainer
+from lightning_package import pl
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nrl import RegressionFreeRepair
+
+WIDTH = 700  # a matrix of more than `parked` copies into memory
+
+
+class LivingTensors(TorchDispatchMode):
+    """Counts the bytes of tensors of at least `least` bytes that live at once, files left out."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.most = 0
+        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        output = func(*args, **(kwargs or {}))
+        if any([self.is_new(x) for x in pytree.tree_leaves((args, output))]):
+            self.living = {at: x for at, x in self.living.items() if not x[0].expired()}
+            self.most = max(self.most, sum(size for _, size in self.living.values()))
+        return output
+
+    def is_new(self, x: object) -> bool:
+        if not isinstance(x, Tensor) or x.untyped_storage().nbytes() < self.least:
+            return False
+        storage = x.untyped_storage()
+        if storage.is_shared():  # mapped from a file
+            return False
+        at = storage._cdata
+        if at in self.living and not self.living[at][0].expired():
+            return False
+        self.living[at] = StorageWeakRef(storage), storage.nbytes()
+        return True
+
+
+class Wide(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        hidden = [nn.Linear(20, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()]
+        self.net = nn.Sequential(*hidden, nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.02)
+
+
+def test_the_default_holds_few_copies_of_the_weights(tmp_path: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(360, 20, generator=generator)
+    y = (x @ torch.randn(20, 6, generator=generator)).argmax(1)
+    train, val = TensorDataset(x[:260], y[:260]), TensorDataset(x[260:], y[260:])
+    model = Wide()
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    callback = RegressionFreeRepair(dirpath=tmp_path, verbose=False)
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=3)
+    with LivingTensors(least=200_000) as tensors:
+        trainer.fit(model, DataLoader(train, 64, shuffle=True), DataLoader(val, 64))
+    assert callback.report.status == "repaired"
+    assert {"training", "push"} <= {rung.name for rung in callback.report.rungs if rung.kept}
+    # Besides the trained ones.
+    assert tensors.most / size - 1 < 6.5
