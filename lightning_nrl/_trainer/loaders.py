@@ -295,6 +295,8 @@ def make_source(
         if limit is not None:
             index = index[: limit * batch_size_of(loader)]
     positions = torch.arange(len(index))
+    if torch.equal(positions, index):
+        positions = index  # to hold them once
     if not whole:
         positions = positions[trainer.global_rank :: trainer.world_size]
     return make(

@@ -51,7 +51,7 @@ Table = dict[str, Tensor]
 DTYPES = {
     "position": torch.int64,
     "label": torch.int64,
-    "prediction": torch.int64,
+    "prediction": torch.int32,
     "loss": torch.float32,
     "margin": torch.float32,
     "confidence": torch.float32,
@@ -407,7 +407,7 @@ def _columns(
     columns = {
         "position": batch.position,
         "label": no_class if label is None else label.long(),
-        "prediction": no_class if prediction is None else prediction.long(),
+        "prediction": (no_class if prediction is None else prediction).int(),
         "loss": loss,
         "margin": no_number if margin is None else at_least_float32(margin),
         "confidence": confidence,

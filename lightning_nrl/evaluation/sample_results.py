@@ -28,7 +28,7 @@ class SampleResults:
         sizes: number of samples in each split.
         index: `N` int64, position of the sample in the data set, which is its id in reports.
         label: `N` int64, true class, -1 if the task has no classes.
-        prediction: `N` int64, predicted class, -1 if the task has no classes.
+        prediction: `N` int32, predicted class, -1 if the task has no classes.
         loss: `N` float, the task's loss.
         passed: `N` bool, True if the sample is right.
         targeted: `N` bool, True if the sample failed and the target selects it (on known data:

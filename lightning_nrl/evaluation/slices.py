@@ -262,6 +262,8 @@ def normalise_weights(before: SampleResults) -> SampleResults:
     targets = before.weight[before.targeted]
     if len(targets):
         weight = torch.where(before.targeted, before.weight / targets.mean(), weight)
+    if bool((weight == 1).all()):
+        weight = torch.ones_like(weight[:1]).expand(len(weight))  # which takes no memory
     return replace(before, weight=weight)
 
 

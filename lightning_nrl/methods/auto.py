@@ -123,7 +123,7 @@ class Auto(Method):
             n_failed=search.n_failed,
             n_passed=search.n_passed,
             held_out=climb.held_out,
-            rungs=tuple(result.record(problem) for result in climb.results),
+            rungs=tuple(result.record() for result in climb.results),
             choice=f"{choice} {offer}".strip() if choice else "",
             price=prices,
             caution=climb.caution_points,
@@ -138,6 +138,7 @@ class RungResult:
     solution: Solution
     seconds: float
     is_kept: bool = False
+    counts: TargetCounts | None = None
     weights_changed: int = 0
 
     @property
@@ -160,7 +161,7 @@ class RungResult:
         verb = "is kept" if self.is_kept else "is not kept"
         return f"`{self.name}` {verb}: it {_repairs(self)}."
 
-    def record(self, problem: Problem) -> Rung:
+    def record(self) -> Rung:
         solution = self.solution
         note = solution.steps[-1].note if solution.steps else solution.reason
         rung = Rung(
@@ -175,28 +176,30 @@ class RungResult:
             note=note,
             n_choices=solution.n_choices,
         )
-        proposal = solution.proposal
-        if proposal is None:
+        if self.counts is None:
             return rung
-        counts = problem.target_counts(proposal.after)
         return replace(
             rung,
-            repaired_in_target=proposal.repaired,
-            repaired=counts.repaired,
-            broken=counts.broken,
+            repaired_in_target=self.counts.repaired_in_target,
+            repaired=self.counts.repaired,
+            broken=self.counts.broken,
             weights_changed=self.weights_changed,
         )
 
-    def without_weights(self, problem: Problem) -> RungResult:
-        """Replaces the weights of a training, exact solution or push by their number."""
-        proposal = self.solution.proposal
+    def counted(self, problem: Problem) -> RungResult:
+        """Replaces the weights of a training, exact solution or push, and their results, by counts.
+
+        A search, which may be restored later, keeps its few weights.
+        """
+        solution, proposal = self.solution, self.solution.proposal
         if proposal is None:
             return self
-        solution = self.solution
-        # A search that is restored later changes few.
+        counts = problem.target_counts(proposal.after)
+        n_changed = _n_changed(problem, proposal)
         if self.name != "search":
-            solution = replace(solution, proposal=replace(proposal, state={}))
-        return replace(self, solution=solution, weights_changed=_n_changed(problem, proposal))
+            proposal = replace(proposal, state={}, after=problem.before)
+            solution = replace(solution, proposal=proposal)
+        return replace(self, solution=solution, counts=counts, weights_changed=n_changed)
 
 
 def _n_changed(problem: Problem, proposal: Proposal) -> int:
@@ -271,7 +274,7 @@ class _Climb:
                 # It starts at the original weights, so nothing is left of a search before it.
                 self.results = [replace(earlier, is_kept=False) for earlier in self.results]
         result = replace(result, is_kept=is_kept)
-        self.results.append(result.without_weights(self.problem))
+        self.results.append(result.counted(self.problem))
 
     def _timed(self, name: str, solve: Callable[[Problem], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed
@@ -448,11 +451,10 @@ def _counted(problem: Problem, results: Iterable[RungResult]) -> Iterator[Counte
         solution = result.solution
         # The held-out counts of the other rungs are from where these start.
         held_out = solution.held_out if result.name in ("search", "training") else None
-        for proposal in (solution.proposal, *solution.alternatives):
-            if proposal is not None:
-                yield problem.target_counts(proposal.after), held_out
-        for counts in solution.tried:
-            yield counts, held_out
+        others = [problem.target_counts(proposal.after) for proposal in solution.alternatives]
+        for counts in (result.counts, *others, *solution.tried):
+            if counts is not None:
+                yield counts, held_out
 
 
 def price_points(counted: Iterable[Counted]) -> tuple[PricePoint, ...]:

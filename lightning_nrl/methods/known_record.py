@@ -12,7 +12,7 @@ from torch.utils.weak import TensorWeakRef
 from lightning_nrl._utils.state import State, changed, temporary_weights
 from lightning_nrl.data.batch import Batch, Source, WrappedSource
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.evaluation.head_features import MAX_BYTES, HeadRecorder, rows_of
+from lightning_nrl.evaluation.head_features import MAX_BYTES, HeadRecorder
 from lightning_nrl.evaluation.layers import LayerRef, layer_output
 from lightning_nrl.search.scoring.activation_cache import ActivationCache, Chunk
 
@@ -104,8 +104,9 @@ class KnownRecord:
         # Only the last cache is kept, to limit memory.
         self.passes[:] = [replace(earlier, cache=None) for earlier in in_use]
         head = None if self.cache is None else self.cache.space.sites[0].module
+        rows = torch.zeros(0) if self.cache is None else self.cache.rows
         assert head is None or isinstance(head, nn.Linear)
-        recorder = HeadRecorder(evaluator, head, rows_of(known), MAX_SECOND_BYTES)
+        recorder = HeadRecorder(evaluator, head, rows, MAX_SECOND_BYTES)
         with temporary_weights(evaluator.model, state):
             after = _shared(evaluator.run(known, forward=recorder), before)
         cache = None

@@ -38,7 +38,8 @@ class LivingTensors(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         output = func(*args, **(kwargs or {}))
-        if any([self.is_new(x) for x in pytree.tree_leaves((args, output))]):
+        new = [x for x in pytree.tree_leaves((args, output)) if self.is_new(x)]
+        if new:
             self.living = {at: x for at, x in self.living.items() if not x[0].expired()}
             self.most = max(self.most, sum(size for _, size in self.living.values()))
         return output

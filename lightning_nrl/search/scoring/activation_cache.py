@@ -100,9 +100,8 @@ class ActivationCache:
 
     def with_head(self, record: HeadRecord) -> ActivationCache:
         """Returns a cache of the same last layer under other weights."""
-        plan = self.groups[0].plan
-        assert isinstance(plan, ReplayPlan)
-        return ActivationCache.of_head(self.model, plan, record)
+        group = replace(self.groups[0], tensors=[record.inputs, record.outputs])
+        return replace(self, groups=[group], head=record)
 
     def only(self, keep: Tensor) -> ActivationCache:
         """Returns a cache of the stored samples in `keep`, `N` bool by row of the results."""
