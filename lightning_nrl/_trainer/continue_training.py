@@ -53,7 +53,6 @@ from lightning_nrl.errors import ConfigurationError, TrainingWarning, first_line
 from lightning_nrl.methods import Trained, Training
 from lightning_nrl.methods.budget import LEAST_EPOCH
 
-DRAWN_AT_ONCE = 2**16
 Sample: TypeAlias = Any  # as a data set returns it
 Augment = Callable[[RawBatch], RawBatch]
 """Maps a batch of targets, as the data loader returns it, to another batch."""
@@ -422,8 +421,8 @@ class ShuffledSampler(Sampler[int]):
         order = torch.randperm(self._n, generator=self.generator)
         if self.weight is not None and bool((self.weight != self.weight[0]).any()):
             order = self._draw_weighted(order, self.weight)
-        for numbers in order[self._rank :: self._world_size][: len(self)].split(DRAWN_AT_ONCE):
-            yield from numbers.tolist()  # whose integers take 40 bytes each
+        # Not as a list, whose integers would take 40 bytes each.
+        yield from map(int, order[self._rank :: self._world_size][: len(self)].numpy())
 
     def _draw_weighted(self, order: Tensor, weight: Tensor) -> Tensor:
         # A sample of weight 2.3 is drawn twice, and with a chance of 0.3 a third time.

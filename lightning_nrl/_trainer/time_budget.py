@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._utils.distributed import Collective
@@ -122,11 +121,16 @@ class TimeBudget(CallbackBase):
         # Lightning has bound these to the module, which would stay in memory.
         self.log = self.log_dict = None
 
+    @torch.no_grad()
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages all gradients over ranks, which changes nothing if they are equal already."""
         if self._collective.world_size > 1:
             self.meet()
-            _average_gradients(pl_module, self._collective)
+            parameters = list(pl_module.parameters())
+            self._collective.sum_gradients(parameters)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self._collective.world_size
 
     def on_train_batch_end(
         self,
@@ -188,19 +192,3 @@ class TrainingTrial(TimeBudget):
             torch.cuda.synchronize(device)
         self._ends.append(time.perf_counter())
         return len(self._ends) > WARM_UP_BATCHES + TIMED_BATCHES or super()._is_over(device)
-
-
-@torch.no_grad()
-def _average_gradients(model: LightningModule, collective: Collective) -> None:
-    # A missing gradient counts as 0, unless it is missing on all ranks: then it stays missing.
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    n_ranks = collective.sum(torch.tensor([parameter.grad is not None for parameter in trained]))
-    gradients = []
-    for parameter, n in zip(trained, n_ranks.tolist(), strict=True):
-        if n and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if parameter.grad is not None:
-            gradients.append(parameter.grad)
-    if gradients:
-        total = collective.sum(parameters_to_vector(gradients))
-        vector_to_parameters(total / collective.world_size, gradients)

@@ -58,6 +58,16 @@ class Collective:
             dist.all_reduce(total)
         return total.to(x.device, x.dtype)
 
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Sums the gradients of all ranks; one that is missing on all ranks stays missing."""
+        n_ranks = self.sum(torch.tensor([parameter.grad is not None for parameter in parameters]))
+        for parameter, n in zip(parameters, n_ranks.tolist(), strict=True):
+            if n:
+                gradient = parameter.grad
+                parameter.grad = self.sum(
+                    torch.zeros_like(parameter) if gradient is None else gradient
+                )
+
     def gather(self, x: Tensor) -> list[Tensor]:
         """Returns the tensors of all ranks, in rank order; sizes and dtypes may differ."""
         if self.world_size == 1:

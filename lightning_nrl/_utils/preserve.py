@@ -228,7 +228,7 @@ class _TensorSnapshot:
         for tensor in self._earlier.values():
             if tensor is not None and id(tensor) not in PRESERVED and _has_values(tensor):
                 memory = own_part(tensor.data)
-                self.copies.append((tensor, memory, _copy(memory)))
+                self.copies.append((tensor, memory, parked(plain_tensor(memory))))
 
     def overwritten(self) -> dict[int, Tensor]:
         """Maps the `id` of each changed tensor to its earlier values."""
@@ -259,13 +259,6 @@ class _TensorSnapshot:
 
 def _has_values(value: Tensor) -> bool:
     return not value.is_meta and not nn.parameter.is_lazy(value)
-
-
-def _copy(value: Tensor) -> Tensor:
-    try:
-        return parked(plain_tensor(value))
-    except torch.OutOfMemoryError:
-        return value.cpu()
 
 
 def _is_same(value: Tensor, copy: Tensor) -> bool:

@@ -272,7 +272,7 @@ class Interpolation(Method):
         start = problem.clock.elapsed
         mixed = between(snapshot(problem.model), end.proposal.state, self.a)
         solution = _propose(problem, "interpolate", mixed, start, f"a = {self.a:g}")
-        return replace(solution, steps=(*end.steps, *solution.steps), alternatives=(end.proposal,))
+        return replace(solution, steps=(*end.steps, *solution.steps))
 
 
 BASELINES: Registry[Method] = Registry(

@@ -40,8 +40,6 @@ def solve_with_adapters(
     with adapter.attached(problem.model, problem.seed) as layers:
         fields = {**vars(problem), "scope": layers.scope, "record": KnownRecord()}
         solution = solve(AdaptedProblem(**fields, layers=layers))
-        # Alternatives have names that the model lacks once the adapters are detached.
-        solution = replace(solution, alternatives=())
         proposal = solution.proposal
         if proposal is None:
             return solution

@@ -39,6 +39,7 @@ WITHOUT_MARGINS = (
     "Only a search ran, since the other rungs need a task with margins. For more repairs, give it "
     "some: `Custom(passed=..., loss=..., margin=f)`."
 )
+NO_COUNTS = TargetCounts(0, 0, 0, 0)
 TOLERANCE = 0.01  # is proposed if it allows at least twice the repairs
 # For `Solution.price`, shares of passed samples that may break.
 PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
@@ -109,7 +110,7 @@ class Auto(Method):
         climb.run()
         solutions = [result.solution for result in climb.results]
         search = solutions[0]
-        prices = price_points(_counted(problem, climb.results))
+        prices = price_points(_counted(climb.results))
         reason, choice = "", " ".join(result.verdict for result in climb.results)
         if not climb.best:
             reason, choice = _why_none(climb.results), ""
@@ -138,7 +139,7 @@ class RungResult:
     solution: Solution
     seconds: float
     is_kept: bool = False
-    counts: TargetCounts | None = None
+    counts: TargetCounts = NO_COUNTS
     weights_changed: int = 0
 
     @property
@@ -164,26 +165,17 @@ class RungResult:
     def record(self) -> Rung:
         solution = self.solution
         note = solution.steps[-1].note if solution.steps else solution.reason
-        rung = Rung(
+        return Rung(
             self.name,
-            repaired_in_target=0,
-            repaired=0,
-            broken=0,
-            weights_changed=0,
+            repaired_in_target=self.counts.repaired_in_target,
+            repaired=self.counts.repaired,
+            broken=self.counts.broken,
+            weights_changed=self.weights_changed,
             seconds=round(self.seconds, 3),
             held_out=solution.held_out,
             kept=self.is_kept,
             note=note,
             n_choices=solution.n_choices,
-        )
-        if self.counts is None:
-            return rung
-        return replace(
-            rung,
-            repaired_in_target=self.counts.repaired_in_target,
-            repaired=self.counts.repaired,
-            broken=self.counts.broken,
-            weights_changed=self.weights_changed,
         )
 
     def counted(self, problem: Problem) -> RungResult:
@@ -195,18 +187,13 @@ class RungResult:
         if proposal is None:
             return self
         counts = problem.target_counts(proposal.after)
-        n_changed = _n_changed(problem, proposal)
+        # As `WeightChange` counts them for the repair.
+        old, new = current_state(problem.model), changed(problem.model, proposal.state)
+        n_changed = WeightChange.between({name: old[name] for name in new}, new).changed
         if self.name != "search":
             proposal = replace(proposal, state={}, after=problem.before)
             solution = replace(solution, proposal=proposal)
         return replace(self, solution=solution, counts=counts, weights_changed=n_changed)
-
-
-def _n_changed(problem: Problem, proposal: Proposal) -> int:
-    """Counts the weights that a proposal changes, as `WeightChange` does for the repair."""
-    old = current_state(problem.model)
-    new = changed(problem.model, proposal.state)
-    return WeightChange.between({name: old[name] for name in new}, new).changed
 
 
 class _Climb:
@@ -273,8 +260,7 @@ class _Climb:
             if name == "training":
                 # It starts at the original weights, so nothing is left of a search before it.
                 self.results = [replace(earlier, is_kept=False) for earlier in self.results]
-        result = replace(result, is_kept=is_kept)
-        self.results.append(result.counted(self.problem))
+        self.results.append(replace(result, is_kept=is_kept).counted(self.problem))
 
     def _timed(self, name: str, solve: Callable[[Problem], Solution | None]) -> RungResult | None:
         began = self.problem.clock.elapsed
@@ -430,9 +416,8 @@ def _why_none(results: Sequence[RungResult]) -> str:
 
 
 def _repairs(result: RungResult) -> str:
-    proposal, counts = result.solution.proposal, result.solution.held_out
-    n = 0 if proposal is None else proposal.repaired
-    text = f"repairs {plural(n, 'target')}"
+    counts = result.solution.held_out
+    text = f"repairs {plural(result.counts.repaired_in_target, 'target')}"
     if counts is None:
         return text
     return (
@@ -446,14 +431,13 @@ def _repairs(result: RungResult) -> str:
 Counted = tuple[TargetCounts, TargetCounts | None]
 
 
-def _counted(problem: Problem, results: Iterable[RungResult]) -> Iterator[Counted]:
+def _counted(results: Iterable[RungResult]) -> Iterator[Counted]:
     for result in results:
         solution = result.solution
         # The held-out counts of the other rungs are from where these start.
         held_out = solution.held_out if result.name in ("search", "training") else None
-        others = [problem.target_counts(proposal.after) for proposal in solution.alternatives]
-        for counts in (result.counts, *others, *solution.tried):
-            if counts is not None:
+        for counts in (result.counts, *solution.tried):
+            if counts.n:
                 yield counts, held_out
 
 

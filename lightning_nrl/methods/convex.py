@@ -136,16 +136,10 @@ class Convex(Method):
             )
         else:
             steps.append(proposal.step(seconds, note, was_cut=is_cut))
-        tried = []
-        for alternative in alternatives:
-            # On a part of the samples it is unknown what an alternative breaks.
-            if alternative is not best and alternative.proposal.repaired and not choice_note:
-                tried.append(problem.target_counts(alternative.proposal.after))
         return Solution(
             proposal,
             reason,
             steps,
-            tried=tried,
             held_out=best.held_out,
             n_choices=len(alternatives),
         )

@@ -16,7 +16,7 @@ from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.solution import Solution
 from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.records import Step
 
@@ -66,7 +66,6 @@ class Polish(Method):
         """Polishes; raises a `ConfigurationError` if `new` does not fit or there are no margins."""
         deadline = problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
-        starts: tuple[Proposal, ...] = ()
         if self.new is None:
             start = problem.counted("original", {}, problem.before)
             reason = "small steps repair no target without breaking what is right."
@@ -78,12 +77,11 @@ class Polish(Method):
                 began = time.perf_counter()
                 start = problem.propose("given", state)
                 steps = (start.step(time.perf_counter() - began, "before the polish"),)
-            starts = (start,)
         proposal, step, _ = polished(problem, start, deadline=deadline, enforce=self.new is None)
         steps = (*steps, step)
         if not proposal.repaired:
-            return Solution(None, reason, steps, starts)
-        return Solution(proposal, steps=steps, alternatives=starts)
+            return Solution(None, reason, steps)
+        return Solution(proposal, steps=steps)
 
 
 def _check_scope(problem: Problem, state: State) -> None:

@@ -67,9 +67,8 @@ class Solution:
         proposal: the best weights; None if no weights are better than the original ones.
         reason: why the method found no better weights; empty if it found some.
         steps: the steps taken, in order.
-        alternatives: further proposals, which `Auto` counts in `price`.
         tried: counts of the known samples under weights that are not kept. `Auto` uses them in
-            `price` too.
+            `price`.
         localization: the weights that a search could change; None if there was no search.
         result: the log of the search.
         n_failed: number of targets that the search scored; None means all.
@@ -90,7 +89,6 @@ class Solution:
     proposal: Proposal | None
     reason: str = ""
     steps: Sequence[Step] = ()
-    alternatives: Sequence[Proposal] = ()
     tried: Sequence[TargetCounts] = ()
     localization: Localization | None = None
     result: SearchResult | None = None

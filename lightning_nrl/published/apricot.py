@@ -161,18 +161,10 @@ class Apricot(Method):
         steps = [best.step(time.perf_counter() - began, note)]
         trained = self._train_and_polish(problem, ahead, steps)
         best = better([best, *trained]) or best
-        alternatives = []
-        for proposal in (ahead, *trained):
-            if proposal is not best and proposal.state:
-                alternatives.append(proposal)
         if best.repaired:
-            return Solution(best, steps=steps, alternatives=alternatives)
-        return Solution(
-            None,
-            "no move toward the checkpoints repairs a target within the gate.",
-            steps,
-            alternatives,
-        )
+            return Solution(best, steps=steps)
+        reason = "no move toward the checkpoints repairs a target within the gate."
+        return Solution(None, reason, steps)
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
         """Returns the tensors that may change, of each checkpoint that differs from the model."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from lightning_nrl._utils.json_records import OPTIONAL, Record, to_plain
@@ -152,23 +151,18 @@ class WeightChange:
         largest = 0.0
         squares = torch.zeros(2, dtype=torch.float64)  # of the change and of the old weights
         for name, value in old.items():
-            if not (value.is_floating_point() and value.numel()):
+            if not value.is_floating_point() or not value.numel():
                 continue
-            parts = zip(_blocks(value), _blocks(new[name]), strict=True)
-            for before, after in parts:
-                change = after - before
+            parts = zip(value.flatten().split(BLOCK), new[name].flatten().split(BLOCK), strict=True)
+            for old_part, new_part in parts:
+                before = old_part.cpu().double()
+                change = new_part.cpu().double() - before
                 changed += int((change != 0).sum())
                 total += len(change)
                 largest = max(largest, float(change.abs().max()))
                 squares += torch.stack([change.square().sum(), before.square().sum()])
         length, length_before = squares.sqrt()
         return cls(changed, total, float(length), float(length / length_before), largest)
-
-
-def _blocks(value: Tensor) -> Iterator[Tensor]:
-    """Yields all values in float64 on the CPU, in blocks that take little memory."""
-    for block in value.detach().flatten().split(BLOCK):
-        yield block.cpu().double()
 
 
 @dataclass(frozen=True)

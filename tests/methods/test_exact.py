@@ -42,7 +42,6 @@ def test_no_known_sample_breaks(seed: int) -> None:
     problem = make_problem(trained(seed=seed), known(seed), "2")
     solution = checked(problem, Convex()(problem))
     assert [step.name for step in solution.steps][-1] == "convex"
-    assert all(broken(problem, other.state) == other.broken for other in solution.alternatives)
 
 
 @pytest.mark.parametrize("n_scored", [60, 1000])

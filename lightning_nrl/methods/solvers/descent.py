@@ -61,10 +61,7 @@ class Descent:
         for name, dtype in self._dtypes.items():
             copy = start[name].to(torch.promote_types(dtype, torch.float32), copy=True)
             self._copies[name] = copy.requires_grad_()
-        self._masked = []
-        for name, mask in (masks or {}).items():
-            copy = self._copies[name]
-            self._masked.append((copy, mask.to(copy.device)))
+        self._masks = masks or {}
         self._samples_at_once = BATCH_SIZE
         self.trust = 1.0
         self._trusted_rate = 0.0  # is not measured again
@@ -118,27 +115,25 @@ class Descent:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * self.trust
         has_fitted = self._backward(list(parts), loss)
-        if self.problem.collective.world_size > 1:
-            has_fitted = self._sum_gradients(has_fitted)
-        if not has_fitted:
+        collective = self.problem.collective
+        if collective.world_size > 1:
+            collective.sum_gradients(list(self._copies.values()))
+        if collective.any(not has_fitted):
             self._zero_grad()
             raise DeviceMemoryError(
                 "the gradient of a single sample does not fit in the memory of the device.",
                 "name a later `layer`, or free memory.",
             )
         self._is_at_mark = False
-        old = [copy.detach().clone() for copy, _ in self._masked]
-        for copy, mask in self._masked:
+        for name, mask in self._masks.items():
+            copy = self._copies[name]
             if copy.grad is not None:
-                copy.grad = copy.grad.where(mask, 0)
+                copy.grad = copy.grad.where(mask.to(copy.device), 0)
         for copy, weights in self._parts:
             if copy.grad is not None:
                 for weight, gradient in zip(weights, _parts(copy.grad), strict=True):
                     weight.grad = gradient
         self.optimizer.step()
-        for (copy, mask), value in zip(self._masked, old, strict=True):
-            # Weight decay also moves weights without gradients.
-            copy.detach().copy_(copy.detach().where(mask, value))
         self._zero_grad()
 
     def limited_step(self, parts: Iterable[Part], loss: Loss, *, rate: float, most: float) -> None:
@@ -215,28 +210,8 @@ class Descent:
             for pieces in load_batches(self.problem, rows.split(self._samples_at_once)):
                 yield from pieces
 
-    def _sum_gradients(self, has_fitted: bool) -> bool:
-        """Sums gradients over ranks; returns False if `has_fitted` is False on a rank."""
-        copies = list(self._copies.values())
-        flags = [copy.grad is not None for copy in copies]
-        gradients = []
-        for copy in copies:
-            gradient = torch.zeros_like(copy) if copy.grad is None else copy.grad
-            gradients.append(gradient.flatten())
-        flat = torch.cat(gradients)
-        table = torch.cat([flat, torch.tensor([*flags, not has_fitted]).to(flat)])
-        sizes = [copy.numel() for copy in copies]
-        *sums, counts = self.problem.collective.sum(table).split([*sizes, len(copies) + 1])
-        *n_gradients, n_failed = counts.tolist()
-        for copy, total, n in zip(copies, sums, n_gradients, strict=True):
-            # A parameter that has no gradient on any rank gets none, as on a single rank, so weight
-            # decay skips it.
-            copy.grad = total.view_as(copy).to(copy.dtype) if n else None
-        return not n_failed
-
 
 def _parts(x: Tensor) -> Sequence[Tensor]:
     """Splits a tensor along its first dimension into views of some `PART` values."""
     x = torch.atleast_1d(x.detach())
-    parts: Sequence[Tensor] = x.split(max(1, PART * len(x) // max(1, x.numel())))
-    return parts
+    return list(x.split(max(1, PART * len(x) // max(1, x.numel()))))

@@ -231,7 +231,7 @@ class _Polish:
             self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks
         )
         self._renew_rounds()
-        return self._cut if self._is_time_over() else self._step
+        return self._stop(CUT) if self._is_time_over() else self._step
 
     def _step(self) -> Phase:
         self.targets.before_round(self.active_set)
@@ -243,7 +243,7 @@ class _Polish:
             visits = self.active_set.round(self.descent, self._length)
             self._visits += visits / self._budget
         except DeviceMemoryError:
-            return self._stop_steps()
+            return self._stop()
         self._round_seconds = self._deadline.clock() - began
         self.rounds += 1
         self._rounds_left -= 1
@@ -296,29 +296,24 @@ class _Polish:
 
     def _after_round(self) -> Phase:
         if self._is_time_over():
-            return self._cut
+            return self._stop(CUT)
         if self._visits > self._most and self.best is None and self.targets.enforced.any():
             # Pushing takes all visits: what is right by now is kept, the rest given up.
             self.targets.enforced[:] = self.targets.wanted[:] = False
             self._most *= 1 + RESTORING_SHARE
             self._renew_rounds()
         if self._visits > self._most:
-            self.stopped = "stopped at its limit of forward passes"
-            return self._stop_steps()
+            return self._stop("stopped at its limit of forward passes")
         if self.best is not None and self._visits - self._visits_at_low > STALLED_POLISH_SHARE:
-            self.stopped = "stopped without progress"
-            return self._stop_steps()
+            return self._stop("stopped without progress")
         return self._step if self._rounds_left else self._retreat
 
     def _is_time_over(self) -> bool:
         """True if the time left is too short for another round."""
         return not self._end_of_rounds.leaves(self._round_seconds)
 
-    def _cut(self) -> Phase:
-        self.stopped = CUT
-        return self._stop_steps()
-
-    def _stop_steps(self) -> Phase:
+    def _stop(self, why: str = "") -> Phase:
+        self.stopped = why
         self.state = self._end_descent()
         return self._scale_back
 

@@ -89,14 +89,7 @@ class ActivationCache:
     groups: list[ReplayGroup]
     rows: Tensor  # n int64 on the CPU, rows of the samples in the results, in stored order
     fallback_reason: str | None = None  # why some samples need the whole model; None: none does
-    head: HeadRecord | None = None  # from which the cache is made, see `of_head`
-
-    @classmethod
-    def of_head(cls, model: EditableModel, plan: ReplayPlan, record: HeadRecord) -> ActivationCache:
-        """Makes a cache of a last layer, whose plan is `ReplayPlan.of_last_layer`."""
-        tensors = [record.inputs, record.outputs]
-        group = ReplayGroup(plan, tensors, joined_targets(record.targets), record.rows)
-        return cls(model, [group], record.rows, head=record)
+    head: HeadRecord | None = None  # from which the cache is made, see `head_cache`
 
     def with_head(self, record: HeadRecord) -> ActivationCache:
         """Returns a cache of the same last layer under other weights."""

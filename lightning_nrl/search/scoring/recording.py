@@ -139,7 +139,9 @@ def head_cache(
         plan, _ = PassRecorder(model).record_last_layer(inputs_of(few), len(few))
     except (ReplayError, ConfigurationError):
         return None
-    return ActivationCache.of_head(model, plan, record)
+    tensors = [record.inputs, record.outputs]
+    group = ReplayGroup(plan, tensors, joined_targets(record.targets), record.rows)
+    return ActivationCache(model, [group], record.rows, head=record)
 
 
 @dataclass
