@@ -36,7 +36,7 @@ def parked(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x.cpu()
     with suppress(OSError, RuntimeError), NamedTemporaryFile() as file:
-        file.write(x.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        file.write(x.detach().flatten().view(torch.uint8).numpy().data)
         file.flush()
         return torch.from_file(file.name, size=x.numel(), dtype=x.dtype).view(x.shape)
     return x.clone()

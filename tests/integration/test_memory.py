@@ -75,6 +75,12 @@ class Wide(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.02)
 
 
+class Narrow(Wide):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
 def test_the_default_holds_few_copies_of_the_weights(tmp_path: Path) -> None:
     pl.seed_everything(0, verbose=False)
     generator = torch.Generator().manual_seed(0)
@@ -91,3 +97,22 @@ def test_the_default_holds_few_copies_of_the_weights(tmp_path: Path) -> None:
     assert {"training", "push"} <= {rung.name for rung in callback.report.rungs if rung.kept}
     # Besides the trained ones.
     assert tensors.most / size - 1 < 6.5
+
+
+def test_a_training_and_a_polish_hold_few_bytes_by_sample(tmp_path: Path) -> None:
+    pl.seed_everything(0, verbose=False)
+    n, n_train = 24_000, 18_000
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2, generator=generator)
+    # Beyond 1.5, labels are others, which training lacks.
+    x[:n_train, 1].clamp_(max=1.4)
+    y = ((x[:, 0] > 0) ^ (x[:, 1] > 1.5)).long()
+    train, val = TensorDataset(x[:n_train], y[:n_train]), TensorDataset(x[n_train:], y[n_train:])
+    callback = RegressionFreeRepair(method="finetune-polish", dirpath=tmp_path, verbose=False)
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=2)
+    with LivingTensors(least=n // 2) as tensors:
+        trainer.fit(Narrow(), DataLoader(train, 512, shuffle=True), DataLoader(val, 512))
+    assert callback.report.status == "repaired"
+    print(tensors.most / n)
+    # The samples themselves have 16 bytes, their inputs and outputs of the last layer 24 a pass.
+    assert tensors.most / n < 100

@@ -165,13 +165,16 @@ class ActiveSet:
         is_pushed = before.passed | self.enforced
         weight = self._weight * torch.where(is_pushed, self.multiplier, attempted.float())
         is_taught = (self._right | before.passed).float()
+        rows_of_round = torch.cat([active, rehearsed])
+        used = rows_of_round.sort().values
+        columns = [column[used] for column in (weight, self._hinge, is_taught)]
         # One transfer to the device per round.
-        table = torch.stack([weight, self._hinge, is_taught], 1).to(self.problem.device)
+        table = torch.stack(columns, 1).to(self.problem.device)
         measured = []
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-            columns = table[rows.to(table.device, non_blocking=True)].to(output.device)
-            weight, hinge, is_taught = columns.unbind(1)
+            places = torch.searchsorted(used, rows).to(table.device, non_blocking=True)
+            weight, hinge, is_taught = table[places].to(output.device).unbind(1)
             margin = self._margin(output, batch)
             measured.append((rows, margin.detach()))
             divergence = self.problem.evaluator.task.divergence(
@@ -182,11 +185,10 @@ class ActiveSet:
 
         rate = max(1.0, length) * self._rate()
         most = length * (MOST_MOVED_BY_PUSHING if self.enforced.any() else MOST_MOVED)
-        rows = torch.cat([active, rehearsed])
-        self._teacher.prepare(rows)
+        self._teacher.prepare(rows_of_round)
         batches: list[Tensor] = []
-        while len(rows) and len(batches) < MIN_STEPS_PER_ROUND:
-            batches += shuffled_batches(rows, self._generator)
+        while len(used) and len(batches) < MIN_STEPS_PER_ROUND:
+            batches += shuffled_batches(rows_of_round, self._generator)
         visits = FORWARD_BACKWARD * sum(map(len, batches))
         for number, parts in enumerate(load_batches(self.problem, batches)):
             if number == 0:

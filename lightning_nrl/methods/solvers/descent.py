@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -82,7 +82,6 @@ class Descent:
         """Goes back to the weights at the last `mark`, and forgets earlier gradients."""
         for name, copy in self._copies.items():
             copy.copy_(self._marked[name])
-        self._is_at_mark = True
         self.optimizer.state.clear()
         self._trusted_rate = 0.0
 
@@ -102,7 +101,7 @@ class Descent:
         with temporary_weights(self.problem.model, {**self._fixed, **cast}):
             yield
 
-    def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
+    def step(self, parts: Sequence[Part], loss: Loss, *, rate: float | None = None) -> None:
         """Makes one step on a mini-batch; each rank passes its `parts` of it.
 
         `rate` replaces the learning rate, and is multiplied by `trust`.
@@ -114,7 +113,7 @@ class Descent:
         if rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * self.trust
-        has_fitted = self._backward(list(parts), loss)
+        has_fitted = self._backward(parts, loss)
         collective = self.problem.collective
         if collective.world_size > 1:
             collective.sum_gradients(list(self._copies.values()))
@@ -136,13 +135,12 @@ class Descent:
         self.optimizer.step()
         self._zero_grad()
 
-    def limited_step(self, parts: Iterable[Part], loss: Loss, *, rate: float, most: float) -> None:
+    def limited_step(self, parts: Sequence[Part], loss: Loss, *, rate: float, most: float) -> None:
         """Makes a `step` that moves the logits of the mini-batch by at most `most`.
 
         The movement is the root mean square in units of the passed samples' median margin. `trust`
         doubles before the step; if the step is too large, it is shortened, and `trust` falls.
         """
-        parts = list(parts)
         if rate <= self._trusted_rate:
             self.step(parts, loss, rate=rate)
             return

@@ -87,5 +87,5 @@ def merge_measurements(
         for (rows, _), part in zip(measured, values.split(sizes), strict=True):
             new[rows] = part.to(column.dtype)
             is_new[rows] = 1.0
-    new, is_new = problem.collective.sum(torch.stack([new, is_new])).unbind()
+    new, is_new = map(problem.collective.sum, (new, is_new))
     return torch.where(is_new > 0, new, column)
