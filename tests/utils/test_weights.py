@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import random
+import tempfile
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_nrl._utils.state import (
     changed,
     check_saved,
     hash_tensors,
+    parked,
     saved_names,
     snapshot,
     temporary_weights,
@@ -304,3 +306,22 @@ def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
         model(torch.arange(3))
         assert not torch.equal(model.weight, before)
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_of_a_large_tensor_is_in_a_file(dtype: torch.dtype) -> None:
+    x = torch.randn(600, 1000).to(dtype).T
+    copy = parked(x)
+    assert torch.equal(copy, x)
+    assert copy.untyped_storage().is_shared()
+    copy.zero_()  # does not change the file of another copy
+    assert torch.equal(parked(x), x)
+    assert not parked(x[:10]).untyped_storage().is_shared()
+
+
+def test_without_a_disk_a_copy_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/does/not/exist")
+    x = torch.randn(600, 1000)
+    copy = parked(x)
+    assert torch.equal(copy, x)
+    assert not copy.untyped_storage().is_shared()

@@ -113,7 +113,7 @@ def polish(
     `visits` visits at most, by default `POLISH_SHARE` times those of a training.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the
-    scope, and at most 256 MiB for the logits of the working set.
+    scope and one that is `parked`, and at most 256 MiB for the logits of the working set.
     """
     check_needs(NEEDS, problem.before, problem.evaluator.task)
     return problem.work.once(
