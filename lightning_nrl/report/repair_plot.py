@@ -17,7 +17,6 @@ from torch.nn.functional import adaptive_max_pool2d
 from lightning_nrl._utils.formatting import percent
 from lightning_nrl.evaluation import FlipCounts
 from lightning_nrl.records import (
-    CautionPoint,
     LocalizationReport,
     RepairRecord,
     StrengthPoint,
@@ -179,10 +178,6 @@ def _panels(report: RepairRecord) -> dict[str, Draw]:
     if len(report.strength) > 1:
         draw = partial(_draw_strengths, report.path, report.chosen_strength)
         panels["How far to go, samples by strength"] = draw
-    if report.caution:
-        panels["How careful to be, held-out samples by caution"] = partial(
-            _draw_cautions, report.caution
-        )
     search_panels = _search_panels(report)
     if COUNTS_TITLE in search_panels:
         panels[SEARCH_TITLE] = search_panels[COUNTS_TITLE]
@@ -262,24 +257,12 @@ def _draw_strengths(path: Sequence[StrengthPoint], chosen: float | None, axes: A
     if calibration:
         _draw_flips(axes, calibration, "x:", "x:", ", calibration")
     if chosen is not None:
-        _mark_chosen(chosen, axes)
+        axes.axvline(chosen, color=INK, linewidth=1, linestyle=":", label="chosen")
     _finish_curves(
         axes,
         "strength: 0 the original weights, 1 the patch",
         "samples" if calibration else "known samples",
     )
-
-
-def _draw_cautions(points: Sequence[CautionPoint], axes: Axes) -> None:
-    _draw_flips(axes, [(point.caution, point.held_out) for point in points])
-    for point in points:
-        if point.chosen:
-            _mark_chosen(point.caution, axes)
-    _finish_curves(axes, "caution: 0 the trained weights, 1 the original ones", "held-out samples")
-
-
-def _mark_chosen(x: float, axes: Axes) -> None:
-    axes.axvline(x, color=INK, linewidth=1, linestyle=":", label="chosen")
 
 
 def _draw_flips(

@@ -12,7 +12,6 @@ from repository import ROOT
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.records import (
-    CautionPoint,
     LocalizationReport,
     Rung,
     SearchReport,
@@ -49,10 +48,6 @@ REPORT = RepairReport(
         StrengthPoint(1.0, 1, FlipCounts(5, 1, 1, 0)),
     ),
     chosen_strength=1.0,
-    caution=(
-        CautionPoint(0.0, TargetCounts(5, 1, 3, 1)),
-        CautionPoint(0.1, TargetCounts(6, 0, 2, 2), chosen=True),
-    ),
 )
 
 
@@ -81,7 +76,6 @@ PANELS = [
     "Margins of known data",
     "Change of the confusion matrix, known data",
     "How far to go, samples by strength",
-    "How careful to be, held-out samples by caution",
     "Course of the search",
 ]
 
@@ -89,22 +83,19 @@ PANELS = [
 def test_there_is_a_panel_for_all_that_has_data_together_and_by_itself() -> None:
     assert list(repair_figures(REPORT)) == PANELS
     assert REPORT.to_html().count("<svg") == len(PANELS)
-    margins, matrix, strength, caution, search, _ = REPORT.plot().axes
+    margins, matrix, strength, search = REPORT.plot().axes
     assert [patch.get_data().values.tolist() for patch in margins.patches] == [[1, 6], [1, 6]]
     cells = [(text.get_position(), text.get_text()) for text in matrix.texts]
     assert cells == [((0, 0), "-1"), ((1, 0), "+1"), ((0, 1), "-1")]
     shades = matrix.images[0].get_array().tolist()
     assert shades == [[-1, -1], [1, 0]]  # for the worse, the worse, the better
     assert [list(line.get_ydata()) for line in strength.lines[:2]] == [[0, 0, 1], [0, 0, 1]]
-    assert [list(line.get_ydata()) for line in caution.lines[:2]] == [[3, 2], [1, 0]]
-    assert list(caution.lines[2].get_xdata()) == [0.1, 0.1]
     assert [list(line.get_ydata()) for line in search.lines] == [[0, 1], [0, 1]]
     bare = replace(
         REPORT,
         splits=(replace(KNOWN, margins=None, confusion=()),),
         search=None,
         strength=(),
-        caution=(),
     )
     assert repair_figures(bare) == {}
     assert "<svg" not in bare.to_html()
@@ -157,9 +148,7 @@ def test_the_summary_of_refused_weights_says_what_they_would_do() -> None:
 
 def test_names_with_dollars_are_no_mathematics() -> None:
     name = r"$\nonsense{$"
-    report = replace(
-        REPORT, target=name, class_names=(name, "b"), search=None, strength=(), caution=()
-    )
+    report = replace(REPORT, target=name, class_names=(name, "b"), search=None, strength=())
     views = [SampleView("val", 1, "broken", name, np.zeros((4, 4, 3), dtype=np.uint8))]
     for figure in (report.plot(), summary_figure(report), *gallery_figures(views).values()):
         assert image_of(figure).std() > 0
