@@ -313,6 +313,9 @@ class TargetCounts(FlipCounts):
     broken_in_target: int = 0
 
 
+NO_COUNTS = TargetCounts(0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Flips:
     """Masks, `N` bool each, of kept, broken, repaired and failing samples (see `FlipCounts`).

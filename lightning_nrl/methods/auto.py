@@ -13,7 +13,7 @@ from lightning_nrl._utils.formatting import plural
 from lightning_nrl._utils.state import changed, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
-from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.evaluation.sample_results import NO_COUNTS, TargetCounts
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import (
     FineTunePolish,
@@ -39,7 +39,6 @@ WITHOUT_MARGINS = (
     "Only a search ran, since the other rungs need a task with margins. For more repairs, give it "
     "some: `Custom(passed=..., loss=..., margin=f)`."
 )
-NO_COUNTS = TargetCounts(0, 0, 0, 0)
 TOLERANCE = 0.01  # is proposed if it allows at least twice the repairs
 # For `Solution.price`, shares of passed samples that may break.
 PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)

@@ -29,7 +29,7 @@ from lightning_nrl.records.splits import (
 from lightning_nrl.records.stats import Bound, upper_limit
 from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 
-BLOCK = 2**16  # values that are compared at once
+COMPARED_AT_ONCE = 2**16  # values that are compared at once
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,11 @@ class WeightChange:
         for name, value in old.items():
             if not value.is_floating_point() or not value.numel():
                 continue
-            parts = zip(value.flatten().split(BLOCK), new[name].flatten().split(BLOCK), strict=True)
+            parts = zip(
+                value.flatten().split(COMPARED_AT_ONCE),
+                new[name].flatten().split(COMPARED_AT_ONCE),
+                strict=True,
+            )
             for old_part, new_part in parts:
                 before = old_part.cpu().double()
                 change = new_part.cpu().double() - before

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import EmptyLocalizationError
+from lightning_nrl.evaluation.sample_results import NO_COUNTS
 from lightning_nrl.localization import KnownData, Localization, Localizer
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.search_samples import record_known, scorer_for
@@ -19,7 +20,7 @@ from lightning_nrl.pipeline.problem_builder import passed_rows
 from lightning_nrl.search import SearchHistory, WeightStats, search
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.study.grid import Setting
-from lightning_nrl.study.run_store import NO_COUNTS, Run, StoredRun
+from lightning_nrl.study.run_store import Run, StoredRun
 
 # Called with the number of iterations so far.
 OnProgress = Callable[[int, SearchHistory], None]

@@ -15,11 +15,10 @@ from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.json_records import Derives, flat, from_plain, required_fields
 from lightning_nrl._utils.resume import from_bytes, to_bytes
 from lightning_nrl.errors import ConfigurationError, DataWarning
-from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
+from lightning_nrl.evaluation.sample_results import NO_COUNTS, SampleResults, TargetCounts
 from lightning_nrl.pipeline.plain_values import text_hash
 from lightning_nrl.records.splits import ROLES, Role
 
-NO_COUNTS = TargetCounts(0, 0, 0, 0)
 ACCURACIES = ("accuracy_before", "accuracy_after")
 
 

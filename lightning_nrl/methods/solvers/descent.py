@@ -16,7 +16,7 @@ from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE, Part, load_batches
 
-PART = 2**16  # weights that an optimizer moves at once
+MOVED_AT_ONCE = 2**16  # weights that an optimizer moves at once
 MAX_SAMPLE_WEIGHT = 10.0  # a larger weight would drown all other losses
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
@@ -210,6 +210,6 @@ class Descent:
 
 
 def _parts(x: Tensor) -> Sequence[Tensor]:
-    """Splits a tensor along its first dimension into views of some `PART` values."""
+    """Splits a tensor along its first dimension into views of some `MOVED_AT_ONCE` values."""
     x = torch.atleast_1d(x.detach())
-    return list(x.split(max(1, PART * len(x) // max(1, x.numel()))))
+    return list(x.split(max(1, MOVED_AT_ONCE * len(x) // max(1, x.numel()))))
