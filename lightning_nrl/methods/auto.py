@@ -163,7 +163,6 @@ class RungResult:
 
     def record(self) -> Rung:
         solution = self.solution
-        note = solution.steps[-1].note if solution.steps else solution.reason
         return Rung(
             self.name,
             repaired_in_target=self.counts.repaired_in_target,
@@ -173,7 +172,7 @@ class RungResult:
             seconds=round(self.seconds, 3),
             held_out=solution.held_out,
             kept=self.is_kept,
-            note=note,
+            note=solution.steps[-1].note if solution.steps else solution.reason,
             n_choices=solution.n_choices,
         )
 
@@ -185,14 +184,16 @@ class RungResult:
         solution, proposal = self.solution, self.solution.proposal
         if proposal is None:
             return self
-        counts = problem.target_counts(proposal.after)
+        if self.name != "search":
+            solution = replace(solution, proposal=replace(proposal, state={}, after=problem.before))
         # As `WeightChange` counts them for the repair.
         old, new = current_state(problem.model), changed(problem.model, proposal.state)
-        n_changed = WeightChange.between({name: old[name] for name in new}, new).changed
-        if self.name != "search":
-            proposal = replace(proposal, state={}, after=problem.before)
-            solution = replace(solution, proposal=proposal)
-        return replace(self, solution=solution, counts=counts, weights_changed=n_changed)
+        return replace(
+            self,
+            solution=solution,
+            counts=problem.target_counts(proposal.after),
+            weights_changed=WeightChange.between({name: old[name] for name in new}, new).changed,
+        )
 
 
 class _Climb:

@@ -163,8 +163,9 @@ class Apricot(Method):
         best = better([best, *trained]) or best
         if best.repaired:
             return Solution(best, steps=steps)
-        reason = "no move toward the checkpoints repairs a target within the gate."
-        return Solution(None, reason, steps)
+        return Solution(
+            None, "no move toward the checkpoints repairs a target within the gate.", steps
+        )
 
     def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
         """Returns the tensors that may change, of each checkpoint that differs from the model."""

@@ -92,9 +92,12 @@ class ActivationCache:
     head: HeadRecord | None = None  # from which the cache is made, see `head_cache`
 
     def with_head(self, record: HeadRecord) -> ActivationCache:
-        """Returns a cache of the same last layer under other weights."""
-        group = replace(self.groups[0], tensors=[record.inputs, record.outputs])
-        return replace(self, groups=[group], head=record)
+        """Returns a cache of the same last layer under other weights, or on other data."""
+        rows, _, *tensors, targets = record
+        group = replace(self.groups[0], tensors=tensors, rows=rows)
+        if rows is not self.rows:
+            group.target = joined_targets(targets)
+        return replace(self, groups=[group], rows=rows, head=record)
 
     def only(self, keep: Tensor) -> ActivationCache:
         """Returns a cache of the stored samples in `keep`, `N` bool by row of the results."""

@@ -139,9 +139,8 @@ def head_cache(
         plan, _ = PassRecorder(model).record_last_layer(inputs_of(few), len(few))
     except (ReplayError, ConfigurationError):
         return None
-    tensors = [record.inputs, record.outputs]
-    group = ReplayGroup(plan, tensors, joined_targets(record.targets), record.rows)
-    return ActivationCache(model, [group], record.rows, head=record)
+    rows = record.rows[:0]
+    return ActivationCache(model, [ReplayGroup(plan, [], None, rows)], rows).with_head(record)
 
 
 @dataclass
