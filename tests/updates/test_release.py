@@ -333,16 +333,6 @@ def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
     assert message in capsys.readouterr().err
 
 
-def test_no_fault_ends_with_the_status_of_a_refusal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = write(tmp_path / "good.csv", dict.fromkeys(range(4), "1,1"))
-    (tmp_path / "file").write_text("not a folder")
-    assert decide([good, good, "--out", str(tmp_path / "file" / "out")]) == 4
-    assert decide(["--help"]) == 0
-    assert "nfr:1%" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_the_example_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
