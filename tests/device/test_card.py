@@ -84,7 +84,7 @@ def short_of_memory() -> Iterator[None]:
 
 
 def test_memory_keeps_to_a_budget_and_little_of_it_costs_nothing(record_property: Record) -> None:
-    budget, n = (2**28, 40_000) if STRICT is None else (2**20, 400)
+    budget, n = (2**28, 40_000) if STRICT is None else (2**19, 200)
     swarm = ParticleSwarm(particles=100, iterations=3)
     model, data = trained(Conv).to(GPU), sources(GPU, n)
     held = torch.cuda.memory_allocated()
@@ -109,7 +109,7 @@ def test_the_same_seed_gives_the_same_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "precision", ["32-true", "bf16-mixed", *(() if STRICT else ("16-mixed", "bf16-true"))]
+    "precision", ["bf16-mixed", *(() if STRICT else ("32-true", "16-mixed", "bf16-true"))]
 )
 def test_a_fit_in_each_precision_breaks_nothing(
     precision: str, tmp_path: Path, record_property: Record

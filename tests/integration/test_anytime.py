@@ -127,8 +127,9 @@ def repaired(
     return int((~before[1] & after[1]).sum())
 
 
-@pytest.mark.parametrize("layer", ["head", "auto"])
-@pytest.mark.parametrize("make", [noisy_digits, drifted_clusters, quadrants])
+@pytest.mark.parametrize(
+    ("make", "layer"), [(noisy_digits, "head"), (drifted_clusters, "auto"), (quadrants, "auto")]
+)
 def test_a_short_limit_repairs_and_a_longer_one_no_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Data], layer: str
 ) -> None:

@@ -11,11 +11,9 @@ from digit_models import Classifier, Digits, Remember, quick_repair, quiet_train
 from lightning_package import Callback, Trainer
 from torch import Tensor
 
-LAYERS = {"mlp": "network.1", "cnn": "network.3"}
 REPAIRS: list[tuple[str, dict[str, Any]]] = [
-    (network, arguments)
-    for network, layer in LAYERS.items()
-    for arguments in ({}, {"layer": layer, "method": "finetune-polish"})
+    ("mlp", {}),
+    ("cnn", {"layer": "network.3", "method": "finetune-polish"}),
 ]
 
 

@@ -82,7 +82,7 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
     [
         ("multilabel", Auto(SWARM)),
         ("regression", "finetune-polish"),
-        ("ordinal", "auto"),
+        ("ordinal", Auto(SWARM)),
         ("segmentation", "finetune-polish"),
         ("sequence", "finetune-polish"),
         ("custom", SWARM),

@@ -272,17 +272,18 @@ def test_an_embedding_as_wide_as_the_classes_is_refused(tmp_path: Path, use: str
     check_counts(tmp_path, use, Embedding, adapter=embedded)
 
 
-@pytest.mark.parametrize("use", USES)
-def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path, use: str) -> None:
+def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path) -> None:
     problem = r"ranks the classes the other way round[\s\S]*HINT[\s\S]*logits = -module\(x\)"
     with pytest.raises(ConfigurationError, match=problem):
-        USES[use](tmp_path, Distances, deepcopy(trained(Distances)))
-    check_counts(tmp_path, use, Distances, adapter=nearest)
+        by_gate(tmp_path, Distances, deepcopy(trained(Distances)))
+    check_counts(tmp_path, "gate", Distances, adapter=nearest)
 
 
 @pytest.mark.filterwarnings("error::lightning_nrl.errors.DataWarning")
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("kind", [Labels, Probability, Thresholds])
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [*((Labels, use) for use in USES), (Probability, "gate"), (Thresholds, "gate")],
+)
 def test_probabilities_that_a_loss_takes_are_probabilities(
     tmp_path: Path, use: str, kind: type[Module]
 ) -> None:
@@ -404,7 +405,6 @@ SOUND = [
 
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_sound_module_is_not_asked(tmp_path: Path, kind: type[Module]) -> None:
-    check_counts(tmp_path, "gate", kind)
     check_counts(tmp_path, "callback", kind)
 
 

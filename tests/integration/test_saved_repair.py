@@ -14,6 +14,7 @@ from options import with_options
 from torch import Tensor
 
 from lightning_nrl import RepairReport, repair
+from lightning_nrl.methods import Auto
 
 
 class Death(BaseException):
@@ -44,7 +45,7 @@ class Mortal(Classifier):
 
 def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, RepairReport]:
     model = Mortal.load_from_checkpoint(trained_path)
-    settings = {**QUICK, "method": "auto", "save_every": 0}
+    settings = {**QUICK, "method": Auto(QUICK["method"]), "save_every": 0}
     trainer = quiet_trainer(folder, logger=loggers.CSVLogger(folder))
     return model, repair(trainer, model, datamodule=Digits(), **with_options(settings))
 

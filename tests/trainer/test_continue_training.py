@@ -207,25 +207,25 @@ def test_every_known_sample_is_trained_on_once_an_epoch_in_a_new_order() -> None
     assert int(state["body.1.num_batches_tracked"] - model.body[1].num_batches_tracked) == 10
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "half": {"precision": "bf16-mixed"},
-    "double": {"precision": "64-true"},
-    "clipped": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-    "accumulated": {"accumulate_grad_batches": 2},
-}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"precision": "bf16-mixed"},
+    {"precision": "64-true"},
+    {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    {"accumulate_grad_batches": 2},
+]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_seed_gives_the_same_weights_to_the_bit(way: str) -> None:
-    callback = Continue(seeds=(3, 3, 4))
-    fit(Net(), callback, **WAYS[way])
-    first, again, by_another_seed = callback.states
-    assert_same(first, again)
-    assert not torch.equal(first["head.weight"], by_another_seed["head.weight"])
-    if way != "plain":
-        plain = fit(Net(), Continue(seeds=(3,)))
-        assert not torch.equal(first["head.weight"].float(), plain["head.weight"])
+def test_the_same_seed_gives_the_same_weights_to_the_bit() -> None:
+    heads = set()
+    for way in WAYS:
+        callback = Continue(seeds=(3, 3, 4))
+        fit(Net(), callback, **way)
+        first, again, by_another_seed = callback.states
+        assert_same(first, again)
+        assert not torch.equal(first["head.weight"], by_another_seed["head.weight"])
+        heads.add(str(first["head.weight"].double().tolist()))
+    assert len(heads) == len(WAYS)
 
 
 class Doubled(Points):
