@@ -73,7 +73,6 @@ def test_the_version_stands_in_one_place() -> None:
     version = lightning_nrl.__version__
     assert yaml.safe_load((ROOT / ".github/CITATION.cff").read_text())["version"] == version
     newest = re.search(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert newest is not None
     assert newest[1] == ("Unreleased" if ".dev" in version else version)
 
 

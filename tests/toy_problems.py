@@ -275,7 +275,6 @@ def checked(problem: Problem, solution: Solution) -> Solution:
     """What must be true of every solution with a proposal, counted again by a forward pass of its
     own.
     """
-    assert solution.proposal is not None
     now = right(problem, solution.proposal.state)
     assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
     assert solution.proposal.repaired == int((problem.before.targeted & now).sum()) > 0

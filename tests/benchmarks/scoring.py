@@ -154,7 +154,6 @@ def floor(recording: ActivationCache, rows: int, particles: int) -> Callable[[],
     """
     group = recording.groups[0]
     plan = group.plan
-    assert plan is not None
     copies = min(particles, rows)
     n = max(1, rows // copies)
     stored = group.take(slice(0, n), torch.device("cpu"))

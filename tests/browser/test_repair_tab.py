@@ -73,8 +73,6 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(
 ) -> None:
     open_tab(browser, "version_0/repair")
     known, unseen = report.pooled("known"), report.pooled("unseen")
-    assert known is not None
-    assert unseen is not None
     # The verdict and the bound stand at the top.
     assert browser.elements("h1")[0].text == report.verdict.headline
     assert (

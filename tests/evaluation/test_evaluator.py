@@ -225,7 +225,6 @@ def test_a_repair_in_bfloat16_keeps_margins_above_rounding() -> None:
     report = outcome.report
     assert report.status == "repaired"
     judge = report.judge
-    assert judge is not None
     assert judge.rounding is not None
     after = evaluator.run_with(outcome.parameters or {}, known())
     kept = before.passed & (before.margin > 2 * judge.rounding)

@@ -34,7 +34,6 @@ def evaluated(groups: Any, *extras: torch.Tensor) -> SampleResults:
 
 def groups_of(results: SampleResults) -> list[int]:
     """Numbers the groups by first appearance."""
-    assert results.group is not None
     numbers: dict[int, int] = {}
     return [numbers.setdefault(group, len(numbers)) for group in results.group.tolist()]
 
@@ -84,7 +83,6 @@ def test_two_processes_number_groups_alike() -> None:
 
     def group(evaluator: Evaluator, sources: Any) -> Any:
         results, _ = options.evaluate(evaluator, sources)
-        assert results.group is not None
         return results.group.tolist()
 
     alone = group(Evaluator(trained().eval()), known(n=30))

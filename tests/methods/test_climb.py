@@ -115,7 +115,6 @@ def test_a_rung_that_harms_samples_it_does_not_use_is_not_kept() -> None:
     solution = checked(problem, AUTO(problem))
     assert rungs(solution) == {"search": True, "exact": False, "push": False}
     exact = solution.rungs[1].held_out
-    assert exact is not None
     assert exact.broken > exact.repaired
     harm = f"breaks {exact.broken} of the samples that it does not use and repairs {exact.repaired}"
     assert f"`exact` is not kept: it {harm}." in solution.choice
@@ -127,7 +126,6 @@ def test_the_last_rung_that_is_kept_is_the_repair(gate: str) -> None:
     solution = AUTO(problem)
     rung = last_kept(solution)
     proposal = solution.proposal
-    assert proposal is not None
     passes = right(problem, proposal.state)
     assert rung.repaired == int((~problem.before.passed & passes).sum())
     assert rung.repaired_in_target == proposal.repaired
@@ -163,7 +161,6 @@ def test_quotas_are_met_by_the_whole_climb() -> None:
     )
     for n, is_met in ((12, True), (16, False)):
         solution = AUTO(replace(problem, before=before, needed={"first": n}))
-        assert solution.proposal is not None
         assert (solution.proposal.missing == 0) == is_met
         # The search alone does not meet them.
         assert solution.rungs[0].repaired_in_target < 12
@@ -174,7 +171,6 @@ def test_a_layer_within_is_trained() -> None:
     solution = checked(problem, AUTO(problem))
     assert rungs(solution) == {"search": True, "exact": True, "push": True}
     assert names(solution)[:3] == ["swarm", "fit", "polish"]
-    assert solution.proposal is not None
     assert set(solution.proposal.state) <= {"0.weight", "0.bias"}
 
 
@@ -238,8 +234,6 @@ def test_how_busy_the_machine_is_changes_nothing(gate: str) -> None:
         clock = StageTimer(now=lambda speed=speed: speed * time.perf_counter())
         solutions.append(AUTO(make(clock=clock, gate=Gate.parse(gate))))
     quiet, busy = solutions
-    assert quiet.proposal is not None
-    assert busy.proposal is not None
     assert same(quiet.proposal.state, busy.proposal.state)
     for part in ("rungs", "steps"):
         records = [
@@ -385,10 +379,8 @@ def test_of_what_is_in_two_splits_both_copies_are_held_out_and_one_is_counted() 
     hard = Placed(points[:40], labels[:40], split="hard", failed=True)
     problem = make_problem(trained(), [Placed(points, labels, split="train", passed=True), hard])
     rows = draw_held_out_rows(problem)
-    assert rows is not None
     assert not rows[problem.before.of("train")].any()
     out = problem.without(rows).held_out_rows
-    assert out is not None
     assert torch.equal(out[problem.before.of("hard")], rows[problem.before.of("hard")])
     assert torch.equal(out[problem.before.of("train")][:40], rows[problem.before.of("hard")])
 
@@ -400,11 +392,9 @@ def test_no_fold_of_the_exact_programmes_keeps_copies_of_what_it_leaves_out() ->
         [kind(points, labels, **mark) for mark in marks] for kind in (Placed, TensorSource)
     )
     found = Convex()(make_problem(trained(), copied)).held_out
-    assert found is not None
     assert found.broken > 0
     # Where nobody knows that they are the same, copies stay, and have to stay right.
     blind = Convex()(make_problem(trained(), known_twice)).held_out
-    assert blind is not None
     assert blind.broken == 0
 
 
@@ -419,7 +409,6 @@ def test_what_is_protected_stays_in() -> None:
 def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out() -> None:
     problem = make_problem(trained(), known())
     rows = draw_held_out_rows(problem)
-    assert rows is not None
     without = problem.without(rows)
     assert not (without.before.passed & rows).any()
     assert not (without.before.targeted & rows).any()

@@ -32,7 +32,6 @@ def test_what_can_be_repaired_without_a_regression_is() -> None:
     with left_alone(problem.model):
         solution = checked(problem, Convex()(problem))
     # 0.7 is repaired; 0.5 cannot be without breaking 0.6.
-    assert solution.proposal is not None
     assert solution.proposal.repaired == 1
     assert set(solution.proposal.state) == {"weight"}
 
@@ -65,7 +64,6 @@ def test_what_is_solved_for_a_part_of_the_samples_breaks_none_of_the_others(n_sc
     problem = replace(make_problem(trained(), known(), "2"), n_scored=n_scored)
     solution = checked(problem, Convex()(problem))
     assert f"on {n_scored} of" in solution.steps[-1].note
-    assert solution.proposal is not None
     assert solution.proposal.repaired > 0
     assert solution.proposal.broken == 0
 

@@ -78,7 +78,6 @@ def test_training_goes_on_in_rounds_and_is_polished() -> None:
     assert (second["seed"], last["seed"]) == (8, 9)
     assert second["start"] is last["start"] is new
     fitted, polished = solution.tried[0], solution.proposal
-    assert polished is not None
     assert fitted == problem.target_counts(problem.evaluate(training.states[-1]))
     assert fitted.broken > 0
     fit, polish = solution.steps
@@ -199,7 +198,6 @@ def test_each_round_says_how_often_the_last_one_visits_samples(
     if solution.held_out is not None:
         assert (solution.held_out.repaired, solution.held_out.broken) == counts
     assert [step.name for step in solution.steps] == ["fit", "polish"]
-    assert solution.proposal is not None
     assert (solution.proposal.repaired, solution.proposal.broken) == (2, 0)
 
 
@@ -272,7 +270,6 @@ def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
     solution, _ = trained_on_a_line(threshold(-3.0), REVERSED, range(5))
     assert solution.proposal is None
     assert solution.reason == "continued training breaks more held-out samples than it repairs."
-    assert solution.held_out is not None
     assert (solution.held_out.repaired, solution.held_out.broken) == (0, 5)
     # Four are 2.
     assert trained_on_a_line(threshold(-3.0), REVERSED, range(1, 5))[0].reason != solution.reason
@@ -333,7 +330,6 @@ def test_a_new_model_is_polished(in_file: bool, tmp_path: Path) -> None:
         torch.save({"epoch": 3, "state_dict": dict(state), "optimizer_states": []}, new)
     with left_alone(model):
         solution = checked(problem, Polish(new)(problem))
-    assert solution.proposal is not None
     first, second = solution.steps
     assert (first.name, first.note, first.broken) == ("given", "before the polish", 1)
     assert (second.name, second.broken) == ("polish", 0)
@@ -349,7 +345,6 @@ def test_the_model_itself_is_stepped_until_its_targets_are_right() -> None:
     assert int(problem.before.targeted.sum()) == 2
     with left_alone(problem.model):
         solution = Polish()(problem)
-    assert solution.proposal is not None
     # 0.7 is right, 0.5 would cost 0.6.
     assert right(problem, solution.proposal.state).tolist() == [True] * 6 + [False]
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
@@ -419,7 +414,6 @@ def test_tied_weights_are_polished_as_one() -> None:
     problem = make_problem(model, known())
     new = barely(problem, retrained(model))
     solution = Polish(new)(problem)
-    assert solution.proposal is not None
     assert broken(problem, solution.proposal.state) == 0
     outcome = repair_module(
         model, known(), Settings(method=Polish(new), bounds=BoundOptions(strength=1.0))
@@ -489,11 +483,9 @@ def test_a_network_with_its_checkpoints_in_a_folder(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "last.ckpt")  # the model itself, which says nothing
     solution = Apricot(str(tmp_path), rate=0.02)(problem)
     assert solution.steps[0].note.startswith("2 checkpoints, ")
-    assert solution.proposal is not None
     assert solution.proposal.repaired > 0
     assert solution.proposal.broken == 0
     again = Apricot([tmp_path / "epoch=0.ckpt", tmp_path / "epoch=1.ckpt"], rate=0.02)(problem)
-    assert again.proposal is not None
     assert same(solution.proposal.state, again.proposal.state)
 
 

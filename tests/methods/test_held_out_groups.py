@@ -41,7 +41,6 @@ def test_groups_are_held_out_as_a_whole(seed: int) -> None:
     problem = make(PATIENTS, seed=seed)
     before = problem.before
     rows = draw_held_out_rows(problem)
-    assert rows is not None
     held_out = problem.without(rows)
     drawn = PATIENTS[rows].unique()
     # Only samples of `new` are counted, and no other sample of these patients is used.
@@ -84,8 +83,6 @@ def test_a_group_is_in_one_fold() -> None:
 @pytest.mark.parametrize("group", [PATIENTS, torch.zeros(180).long()])
 def test_the_exact_solution_is_cross_validated_by_group(group: torch.Tensor) -> None:
     solution = Convex()(make(group, layer="2"))
-    assert solution.held_out is not None
-    assert solution.held_out.groups is not None
     # All groups with samples in `new`.
     assert solution.held_out.groups.passed == len(group[120:].unique())
 
@@ -93,10 +90,8 @@ def test_the_exact_solution_is_cross_validated_by_group(group: torch.Tensor) -> 
 def test_counts_of_groups_survive_a_resume() -> None:
     solution = AUTO(make(PATIENTS))
     again = from_bytes(to_bytes(solution), Solution)
-    assert solution.rungs[0].held_out is not None
     assert solution.rungs[0].held_out.groups is not None
     assert again.rungs == solution.rungs
-    assert again.proposal is not None
     assert again.proposal.after.group is not None
     assert torch.equal(again.proposal.after.group, PATIENTS)
 
@@ -104,7 +99,6 @@ def test_counts_of_groups_survive_a_resume() -> None:
 def test_the_default_trains_without_the_held_out_patients() -> None:
     problem = make(PATIENTS)
     rows = draw_held_out_rows(problem)
-    assert rows is not None
     training = FakeTraining(retrained(problem.model))
     solution = AUTO(replace(problem, training=training))
     first, second, last = (call["weight"] == 0 for call in training.calls)
@@ -113,7 +107,6 @@ def test_the_default_trains_without_the_held_out_patients() -> None:
     assert torch.equal(second, unused)
     assert not last.any()
     held_out = solution.rungs[1].held_out
-    assert held_out is not None
     assert held_out.n == rows.sum()
     assert held_out.groups is not None
 

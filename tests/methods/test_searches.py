@@ -180,7 +180,6 @@ def test_a_searcher_of_ones_own_is_a_method_of_a_repair() -> None:
     report = first.report
     assert report.status == "repaired"
     assert report.splits[0].broken == report.splits[1].broken == 0
-    assert report.search is not None
     assert report.search.iterations <= 40
     assert report.settings["method"]["class"] == "RandomLocalSearch"
     assert torch.equal(first.parameters["2.weight"], again.parameters["2.weight"])
@@ -239,7 +238,6 @@ def few_weights() -> Problem:
 
 
 def total(solution: Solution) -> tuple[int, int]:
-    assert solution.proposal is not None
     return solution.proposal.broken, solution.proposal.repaired
 
 
@@ -249,7 +247,6 @@ def test_every_known_passed_sample_counts_however_few_were_drawn() -> None:
     drawn[problem.passed.nonzero()[:2]] = True
     few = replace(problem, passed=drawn)
     of_few = LocalSearch(QUICK)(few).proposal
-    assert of_few is not None
     assert of_few.broken > 0
     solution = constrained_search(few, QUICK, Deadline())
     assert total(solution)[0] == 0
@@ -260,7 +257,6 @@ def test_passed_samples_keep_half_of_their_margin_or_what_is_enough() -> None:
     problem = few_weights()
     searcher = ParticleSwarm(particles=20, iterations=40)
     solution = constrained_search(problem, searcher, Deadline())
-    assert solution.proposal is not None
     assert solution.proposal.repaired > 0
     passed = problem.before.passed
     margin = problem.before.margin[passed]
@@ -327,7 +323,6 @@ def test_a_search_on_some_samples_is_judged_on_all(method: object) -> None:
         trained(), known(), Settings(layer="2", method=method, search=search)
     ).report
     assert report.status == "repaired"
-    assert report.search is not None
     assert report.search.n_passed is not None
     assert report.search.n_passed < 60
     assert any("on 60 of 1" in step.note for step in report.steps)

@@ -244,7 +244,6 @@ def test_a_polish_scales_back() -> None:
 def results(problem: Problem) -> dict[str, Any]:
     polished = polish(problem, barely(problem, retrained(problem.model)))
     moved = Apricot([retrained(problem.model, seed) for seed in range(2)], rate=0.005)(problem)
-    assert moved.proposal is not None
     return {
         "fit": distilled(problem).state,
         "polish": dict(polished.state),

@@ -100,12 +100,9 @@ def test_a_rung_and_the_repair_count_the_same_weights_and_a_search_its_own_failu
     training = FakeTraining(retrained(model))
     report = repair_module(model, known(), settings, training=training).report
     (kept,) = (rung for rung in report.rungs if rung.kept)
-    assert report.change is not None
-    assert report.search is not None
     # Statistics of the batch norm are among them.
     assert kept.weights_changed == report.change.changed > 123
     targets, held_out = report.known_counts.targeted, report.rungs[0].held_out
-    assert held_out is not None
     assert report.search.n_failed == targets - held_out.targeted < targets
 
 
@@ -122,7 +119,6 @@ def test_batches_counted_by_a_batch_norm_are_no_changed_weights() -> None:
     outcome = repair_module(model, known(), settings)
     assert outcome.report.status == "repaired"
     change = outcome.report.change
-    assert change is not None
     assert (change.changed, change.total) == (1, 3)
     assert abs(change.largest - 0.5) < 1e-6
     assert outcome.changes is not None

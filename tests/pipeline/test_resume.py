@@ -104,7 +104,6 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     assert other.parameters is not None
     assert same(one.parameters, other.parameters)
     if one.adapter is not None:
-        assert other.adapter is not None
         assert one.adapter.config == other.adapter.config
         assert same(one.adapter.state, other.adapter.state)
     assert timeless(json.loads(one.report.to_json())) == timeless(

@@ -122,7 +122,6 @@ def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None
         seed=seed,
     )
     whole = WeightStats(seed)(own).proposal
-    assert whole is not None
     found, _ = sparsify(own, whole, loss)
     recounted = own.propose("again", found.state)
     assert (recounted.repaired, recounted.broken) == (found.repaired, found.broken)

@@ -47,7 +47,6 @@ def test_parts_are_repaired_alone_and_mixed_without_a_regression() -> None:
     problem = on_a_line()
     with left_alone(problem.model):
         solution = MergedRepairs(PARTS, method=Lowered())(problem)
-    assert solution.proposal is not None
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
     assert [(step.name, step.repaired, step.broken) for step in solution.steps] == [
         ("where above", 1, 0),
@@ -57,7 +56,6 @@ def test_parts_are_repaired_alone_and_mixed_without_a_regression() -> None:
     assert solution.steps[0].note == "1 of 1 targets of this part"
     assert solution.steps[2].note.startswith("where above ")
     alone = MergedRepairs(PARTS[1:], method=Lowered())(problem).proposal
-    assert alone is not None  # a part of the change will do
     assert (alone.repaired, alone.broken) == (1, 0)
     greedy = MergedRepairs(PARTS, method=Lowered(), fitness="arachne-de")(problem)
     assert greedy.steps[-1].repaired == 2
@@ -80,7 +78,6 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
             close = {"atol": 1e-5, "rtol": 1e-5, "check_dtype": False}
             torch.testing.assert_close(vars(fast)[name], expected, **close)
     if weighted:
-        assert whole.cost is not None
         assert whole.cost.tolist() == [0, 0, 3, 0, 0]
 
 

@@ -364,7 +364,6 @@ def test_every_rule_in_the_how_to_can_be_read(
     monkeypatch.chdir(tmp_path)
     Path("ids.csv").write_text("split,id\ntest,1\n")
     table = re.search(r"\| as text .*?\n\n", HOW_TO.read_text(), re.DOTALL)
-    assert table is not None
     column = "".join(line.split("|")[1] for line in table[0].strip().splitlines()[2:])
     texts = re.findall("`(.*?)`", column)
     assert len(texts) == 17

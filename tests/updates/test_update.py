@@ -36,8 +36,6 @@ def test_regressions_are_repaired_wherever_they_are_known() -> None:
     report = outcome.report
     assert report.status == "repaired"
     known, aside = report.pooled_update("known"), report.pooled_update("unseen")
-    assert known is not None
-    assert aside is not None
     assert (known.trained.kept, known.trained.broken, known.trained.repaired) == (4, 1, 0)
     assert (known.final.kept, known.final.broken) == (5, 0)
     assert known.trained.broken_ids == ()  # pooled; by split they are named
@@ -94,7 +92,6 @@ def test_nothing_that_may_not_break_breaks(keep: Any, method: Any) -> None:
     assert not (kept & ~now).any()
     assert now.sum() >= trained_new.sum()
     update = outcome.report.pooled_update("known")
-    assert update is not None
     assert update.trained.broken == int((was & ~trained_new).sum())
     assert update.final.broken == int((was & ~now).sum())
     assert outcome.report.status == (
