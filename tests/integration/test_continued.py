@@ -26,8 +26,15 @@ from distributed_fit import Continued
 from self_writing import NothingAtAll
 from two_processes import in_two_processes
 
-from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, repair
+from lightning_nrl import (
+    ConfigurationError,
+    Gate,
+    ParticleSwarm,
+    RegressionFreeRepair,
+    repair,
+)
 from lightning_nrl.errors import TrainingWarning
+from lightning_nrl.methods import Auto
 from lightning_nrl.pipeline import Patch
 
 
@@ -133,7 +140,11 @@ def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path: Path
             assert len(self.trainer.train_dataloader.dataset.tensors) == 3
             return super().training_step(batch, batch_idx)
 
-    callback, model, data = continued(method="auto", gate="instance", max_time=60), Bank(), Few()
+    callback, model, data = (
+        continued(method=Auto(ParticleSwarm(20, 20)), gate="instance"),
+        Bank(),
+        Few(),
+    )
     with pytest.warns(
         TrainingWarning,
         match=r"AttributeError: 'ConcatDataset' .* \(training_step, test_continued.py:",

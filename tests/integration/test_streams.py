@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, repair
 from lightning_nrl.errors import DataWarning, TrainingWarning
+from lightning_nrl.methods import Auto
 
 SPLITS = ("train", "repair", "test")
 
@@ -146,7 +147,7 @@ class OnTwoLoaders(Classifier):
 
 def test_the_default_method_trains_on_streams(tmp_path: Path) -> None:
     data = Digits()
-    callback = RegressionFreeRepair(verbose=False)
+    callback = quick_repair(method=Auto(QUICK["method"]))
     trainer = quiet_trainer(tmp_path, callback, num_sanity_val_steps=0)
     streams = {"a": DataLoader(Stream(data.train), 32), "b": DataLoader(Stream(data.train), 64)}
     with warnings.catch_warnings():

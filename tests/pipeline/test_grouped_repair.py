@@ -83,8 +83,7 @@ def test_the_default_reports_held_out_groups_and_no_near_copies() -> None:
     assert "groups with passed samples broken" in report.to_markdown()
 
 
-@pytest.mark.parametrize("groups", [None, 2])
-@pytest.mark.parametrize("is_video", [False, True])
+@pytest.mark.parametrize(("is_video", "groups"), [(False, None), (True, None), (True, 2)])
 def test_near_copies_are_found_where_no_groups_are_given(is_video: bool, groups: Any) -> None:
     """Frames of a video differ little from each other; independent samples differ."""
     train, new = known(n=240)
