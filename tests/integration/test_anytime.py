@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from digit_models import digits, quiet_trainer, right
-from lightning_package import LightningModule
+from task_models import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,24 +36,11 @@ class Clock:
         self.seconds += SECONDS_A_SAMPLE * len(args[0]) * (3 if torch.is_grad_enabled() else 1)
 
 
-class Network(LightningModule):
-    def __init__(self, n_inputs: int, n_classes: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(n_inputs, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
-        self.head = nn.Linear(32, n_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), 1e-3)
+def network(n_inputs: int, n_classes: int) -> Net:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(n_inputs, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+    parts = {"body": body, "head": nn.Linear(32, n_classes)}
+    return Net(nn.Sequential(OrderedDict(parts)), F.cross_entropy, lr=1e-3)
 
 
 class Data(NamedTuple):
@@ -91,9 +79,9 @@ def quadrants() -> Data:
 
 
 @cache
-def trained(make: Callable[[], Data]) -> tuple[Data, Network]:
+def trained(make: Callable[[], Data]) -> tuple[Data, Net]:
     data = make()
-    model = Network(data.train[0][0].numel(), int(data.train.tensors[1].max()) + 1)
+    model = network(data.train[0][0].numel(), int(data.train.tensors[1].max()) + 1)
     trainer = quiet_trainer(None, enable_checkpointing=False, max_epochs=12)
     trainer.fit(model, DataLoader(data.train, 64, shuffle=True))
     return data, model
@@ -107,7 +95,7 @@ def repaired(
     model = deepcopy(fitted)
     before = [right(model, part) for part in data]
     one_pass = SECONDS_A_SAMPLE * sum(map(len, data))
-    hook = model.body.register_forward_pre_hook(clock.tick)
+    hook = model.network.body.register_forward_pre_hook(clock.tick)
     began = clock.seconds
     repair(
         quiet_trainer(folder, max_epochs=12),
@@ -128,7 +116,8 @@ def repaired(
 
 
 @pytest.mark.parametrize(
-    ("make", "layer"), [(noisy_digits, "head"), (drifted_clusters, "auto"), (quadrants, "auto")]
+    ("make", "layer"),
+    [(noisy_digits, "network.head"), (drifted_clusters, "auto"), (quadrants, "auto")],
 )
 def test_a_short_limit_repairs_and_a_longer_one_no_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Data], layer: str

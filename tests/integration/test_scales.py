@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Digits, quiet_trainer, right
-from lightning_package import LightningModule
+from task_models import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,23 +32,14 @@ class Scaled(nn.Module):
         return self.layer(self.gain * x)
 
 
-class Network(LightningModule):
+class Network(Net):
     def __init__(self, gain: float, optimizer: Any) -> None:
-        super().__init__()
         torch.manual_seed(0)
         sizes = [(64, 64), (64, 64)]
         layers = [module for size in sizes for module in (Scaled(*size, gain), nn.ReLU())]
-        self.network = nn.Sequential(nn.Flatten(), *layers, Scaled(64, 10, gain))
+        whole = nn.Sequential(nn.Flatten(), *layers, Scaled(64, 10, gain))
+        super().__init__(whole, F.cross_entropy)
         self.optimizer = optimizer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
