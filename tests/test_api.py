@@ -109,12 +109,12 @@ def reference() -> dict[str, str]:
     return pages
 
 
-def test_the_reference_has_each_public_name() -> None:
+def test_the_reference_has_each_public_name():
     there = {path.name: path.read_text(encoding="utf-8") for path in REFERENCE.glob("*.md")}
     assert there == reference(), "run `python tests/test_api.py`"
 
 
-def test_every_public_name_has_a_docstring() -> None:
+def test_every_public_name_has_a_docstring():
     without = [
         f"{module.__name__}.{name}"
         for module in public_modules()
@@ -124,7 +124,7 @@ def test_every_public_name_has_a_docstring() -> None:
     assert not without
 
 
-def test_type_checkers_see_the_names_that_there_are() -> None:
+def test_type_checkers_see_the_names_that_there_are():
     stub = ast.parse(
         Path(lightning_nrl.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
     ).body
@@ -138,7 +138,7 @@ def test_type_checkers_see_the_names_that_there_are() -> None:
     assert sorted(homes) == sorted(lightning_nrl.__all__)
 
 
-def test_the_face_can_be_held() -> None:
+def test_the_face_can_be_held():
     assert len(lightning_nrl.__all__) <= 26
 
 

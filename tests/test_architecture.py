@@ -43,13 +43,13 @@ def definitions(kind: str) -> Iterator[tuple[str, str]]:
                         yield name.id, where
 
 
-def test_imports_go_down_only_and_never_in_circles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_go_down_only_and_never_in_circles(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
 
 
 @pytest.mark.parametrize("kind", ["module", "class", "constant"])
-def test_no_name_stands_for_two_things(kind: str) -> None:
+def test_no_name_stands_for_two_things(kind):
     places = defaultdict(list)
     for name, where in definitions(kind):
         places[name].append(where)
@@ -58,11 +58,11 @@ def test_no_name_stands_for_two_things(kind: str) -> None:
     assert {name for name, where in places.items() if len(where) > 1 and len(name) > 1} == set()
 
 
-def test_the_root_holds_six_modules_at_most() -> None:
+def test_the_root_holds_six_modules_at_most():
     assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
-def test_every_package_says_what_it_is_for() -> None:
+def test_every_package_says_what_it_is_for():
     for path in (path for path in MODULES if path.name == "__init__.py"):
         text = ast.get_docstring(ast.parse(path.read_text()))
         assert text, path
@@ -70,7 +70,7 @@ def test_every_package_says_what_it_is_for() -> None:
         assert path.parent == PACKAGE or ("In:" in text and "Out:" in text), path
 
 
-def test_the_map_names_every_package() -> None:
+def test_the_map_names_every_package():
     picture = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
     for path in PACKAGE.iterdir():
         if path.is_dir() and (path / "__init__.py").exists():
@@ -88,7 +88,7 @@ def private_uses(source: str) -> list[str]:
     return [name for name in names if re.match("_[^_]", name) and name not in OF_TORCH]
 
 
-def test_the_search_for_private_uses_finds_them() -> None:
+def test_the_search_for_private_uses_finds_them():
     source = """\
 from pytorch_lightning.core import _x
 self._mine
@@ -98,9 +98,7 @@ self.trainer.fit_loop._data_source
     assert sorted(private_uses(source)) == ["_data_source", "_trainer", "_x"]
 
 
-def test_one_package_alone_touches_private_parts_of_lightning_and_one_module_alone_imports_it() -> (
-    None
-):
+def test_one_package_alone_touches_private_parts_of_lightning_and_one_module_alone_imports_it():
     home = PACKAGE / "_trainer" / "lightning"
     for path in MODULES:
         source = path.read_text(encoding="utf-8")
@@ -133,7 +131,7 @@ def _known_names() -> set[str]:
     return names
 
 
-def test_every_name_on_the_map_exists() -> None:
+def test_every_name_on_the_map_exists():
     page = re.sub(
         r"```.*?```", "", (ROOT / "docs" / "architecture.md").read_text(), flags=re.DOTALL
     )
@@ -152,14 +150,14 @@ NAMELESS = re.compile(
 """Words that name nothing: a reader of such a variable has to look back for what it holds."""
 
 
-def test_every_variable_has_a_name() -> None:
+def test_every_variable_has_a_name():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 assert not NAMELESS.fullmatch(node.id), f"{path}:{node.lineno}"
 
 
-def test_attributes_are_rarely_looked_up_by_name() -> None:
+def test_attributes_are_rarely_looked_up_by_name():
     source = "".join(path.read_text() for path in MODULES)
     n_lookups = len(re.findall(r"\b(getattr|hasattr)\(", source))
     assert 1000 * n_lookups <= 2 * source.count("\n")

@@ -111,9 +111,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_checkpoint_is_read_whichever_package_saved_it(
-    package: str, old: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_read_whichever_package_saved_it(package, old, tmp_path):
     model = net(package).load_from_checkpoint(old)
     trainer, quick = trainer_of(package, tmp_path), {**DATA, "ckpt_path": old}
     assert diagnose(trainer, model, **quick).known["failed"] > 0
@@ -127,9 +125,7 @@ def test_a_checkpoint_is_read_whichever_package_saved_it(
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_an_update_is_trained_counted_interpolated_and_released(
-    package: str, old: str, tmp_path: Path
-) -> None:
+def test_an_update_is_trained_counted_interpolated_and_released(package, old, tmp_path):
     gate = ReleaseGate(reference=old, rules=["nfr:50%"], verbose=False)
     training, metrics = PositiveCongruentTraining(old), RegressionMetrics(old)
     interpolation = WeightInterpolation(old, verbose=False)
@@ -142,9 +138,7 @@ def test_an_update_is_trained_counted_interpolated_and_released(
 
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)
-def test_what_is_of_the_other_package_is_refused_before_anything_runs(
-    own: str, other: str, tmp_path: Path
-) -> None:
+def test_what_is_of_the_other_package_is_refused_before_anything_runs(own, other, tmp_path):
     theirs, model = import_module(other), net(own)()
     logger = theirs.loggers.CSVLogger(tmp_path)
     with pytest.raises(
@@ -172,7 +166,7 @@ def test_what_is_of_the_other_package_is_refused_before_anything_runs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "other"), PAIRS)
-def test_neither_package_needs_the_other(name: str, other: str, tmp_path: Path) -> None:
+def test_neither_package_needs_the_other(name, other, tmp_path):
     tests = [str(ROOT / "tests" / "integration" / test) for test in TELLING if name == OTHER]
     script = f"""
 import sys

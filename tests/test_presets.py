@@ -23,7 +23,7 @@ EXP-C4 (2) 8 True 16 500 200
 
 
 @pytest.mark.parametrize("line", PRINTED.split("\n")[1:-1])
-def test_a_row_is_what_the_paper_prints(line: str) -> None:
+def test_a_row_is_what_the_paper_prints(line):
     name, equation, alpha, pi, n_weights, n_passed, particles = line.split()
     settings = Settings(**paper_arguments(name))
     assert settings.fitness.kind == {"(1)": "eq1", "(2)": "eq2"}[equation]
@@ -34,11 +34,11 @@ def test_a_row_is_what_the_paper_prints(line: str) -> None:
     assert settings.method.particles == int(particles)
 
 
-def test_all_twelve_rows_are_there() -> None:
+def test_all_twelve_rows_are_there():
     assert list(TABLE_II) == [line.split()[0] for line in PRINTED.split("\n")[1:-1]]
 
 
-def test_what_the_paper_says_outside_the_table() -> None:
+def test_what_the_paper_says_outside_the_table():
     settings = Settings(**paper_arguments("EXP-C1"))
     assert settings.fitness.beta == 0.25
     assert settings.fitness.infeasible == "zero"
@@ -48,7 +48,7 @@ def test_what_the_paper_says_outside_the_table() -> None:
     assert (settings.method.iterations, settings.method.patience) == (100, 10)
 
 
-def test_the_callback_takes_a_row_and_what_the_user_adds() -> None:
+def test_the_callback_takes_a_row_and_what_the_user_adds():
     repair = RegressionFreeRepair.from_paper("EXP-B4", gate="instance", seed=3)
     arguments = {**paper_arguments("EXP-B4"), "gate": repair.settings.gate, "seed": 3}
     assert repair.settings == Settings(**arguments)
@@ -56,6 +56,6 @@ def test_the_callback_takes_a_row_and_what_the_user_adds() -> None:
 
 
 @pytest.mark.parametrize("row", ["EXP-B5", "b1", "", None])
-def test_a_row_that_is_not_there_is_refused_with_the_nearest(row: str) -> None:
+def test_a_row_that_is_not_there_is_refused_with_the_nearest(row):
     with pytest.raises(ConfigurationError, match=r"`row=.*is unknown[\s\S]*HINT: .*'EXP-"):
         paper_row(row)

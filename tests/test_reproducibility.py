@@ -27,9 +27,7 @@ def timeless(report: RepairReport) -> str:
     return replace(report, seconds={}, steps=steps).to_json()
 
 
-def test_the_same_seed_gives_the_same_report_to_the_bit_whatever_the_global_random_state_is() -> (
-    None
-):
+def test_the_same_seed_gives_the_same_report_to_the_bit_whatever_the_global_random_state_is():
     reports = []
     for _ in range(2):
         reports.append(repair_module(trained(), known(), quick(seed=3), unseen=unseen()))
@@ -40,9 +38,7 @@ def test_the_same_seed_gives_the_same_report_to_the_bit_whatever_the_global_rand
     assert not torch.equal(other.change, reports[0].change)
 
 
-def test_reports_of_another_day_are_equal_and_say_when_they_were_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_reports_of_another_day_are_equal_and_say_when_they_were_made(monkeypatch):
     reports = []
     for seconds in ("0", "86400"):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)
@@ -59,7 +55,7 @@ def test_reports_of_another_day_are_equal_and_say_when_they_were_made(
     assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 600
 
 
-def test_data_of_the_same_size_with_other_labels_have_another_identity() -> None:
+def test_data_of_the_same_size_with_other_labels_have_another_identity():
     def identity(sources: Any) -> str:
         report = diagnose_module(trained(), sources, quick())
         assert report.provenance.data["train"].n == len(sources[0].index)
@@ -70,14 +66,14 @@ def test_data_of_the_same_size_with_other_labels_have_another_identity() -> None
 
 
 @pytest.mark.parametrize("batch_size", [7, 1000])
-def test_the_batch_size_of_the_data_does_not_matter(batch_size: int) -> None:
+def test_the_batch_size_of_the_data_does_not_matter(batch_size):
     expected = repair_module(trained(), known(), quick())
     outcome = repair_module(trained(), known(batch_size=batch_size), quick())
     assert outcome.report.splits == expected.report.splits
     torch.testing.assert_close(outcome.change, expected.change, rtol=1e-4, atol=1e-6)
 
 
-def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
+def test_all_ranks_end_with_the_outcome_of_one_process():
     alone = repair_module(trained(), known(), quick(n_passed=50))
     models = [trained(), trained()]
 
@@ -94,14 +90,14 @@ def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
     assert first.report.search.n_passed == alone.report.search.n_passed == 50
 
 
-def test_all_ranks_go_on_with_the_values_of_the_first() -> None:
+def test_all_ranks_go_on_with_the_values_of_the_first():
     def run(collective: Any) -> Tensor:
         return collective.agreed(torch.tensor([1.0, -2.0]) + 1e-7 * collective.rank)
 
     assert [values.tolist() for values in on_ranks(3, run)] == [[1.0, -2.0]] * 3
 
 
-def test_passed_samples_are_drawn_by_seed_and_the_gate_counts_the_others_too() -> None:
+def test_passed_samples_are_drawn_by_seed_and_the_gate_counts_the_others_too():
     def drawn(**arguments: Any) -> Tensor:
         """The known samples that a method is to keep."""
         found: list[Tensor] = []

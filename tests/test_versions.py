@@ -29,7 +29,7 @@ WORKFLOWS = {
 lowest = runpy.run_path(str(ROOT / ".ci/versions"))["lowest"]
 
 
-def test_it_runs_on_every_python_that_the_package_names() -> None:
+def test_it_runs_on_every_python_that_the_package_names():
     classified = [
         line.rpartition(" ")[2] for line in PROJECT["classifiers"] if ":: Python :: 3." in line
     ]
@@ -38,14 +38,14 @@ def test_it_runs_on_every_python_that_the_package_names() -> None:
     assert f"Python {classified[0]} to {classified[-1]}" in (ROOT / "README.md").read_text()
 
 
-def test_the_oldest_python_gets_the_floors_and_the_newest_the_newest() -> None:
+def test_the_oldest_python_gets_the_floors_and_the_newest_the_newest():
     commands = {row["python"]: row["command"] for row in MATRIX["include"]}
     assert list(commands) == MATRIX["python"]
     assert commands[MATRIX["python"][0]] == ".ci/versions floors"
     assert commands[MATRIX["python"][-1]] == ".ci/versions newest"
 
 
-def test_both_packages_of_lightning_are_tested() -> None:
+def test_both_packages_of_lightning_are_tested():
     assert set(MATRIX["lightning"]) == {NAME, OTHER}
     assert WORKFLOW["jobs"]["tests"]["env"] == {
         "NRL_LIGHTNING": "${{ matrix.lightning }}",
@@ -53,7 +53,7 @@ def test_both_packages_of_lightning_are_tested() -> None:
     }
 
 
-def test_they_may_only_read_save_where_something_is_published() -> None:
+def test_they_may_only_read_save_where_something_is_published():
     assert set(WORKFLOWS) == {"ci", "docs", "release"}
     for workflow in WORKFLOWS.values():
         assert workflow["permissions"] == {"contents": "read"}
@@ -61,13 +61,13 @@ def test_they_may_only_read_save_where_something_is_published() -> None:
         assert allowed <= {"publish"}
 
 
-def test_actions_are_taken_by_their_major_version() -> None:
+def test_actions_are_taken_by_their_major_version():
     for path in (ROOT / ".github/workflows").glob("*.yml"):
         for action in re.findall(r"uses: (\S+)", path.read_text()):
             assert re.fullmatch(r"(actions|pypa)/[\w-]+@(release/)?v\d+", action)
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_the_version_stands_in_one_place():
     assert "version" in PROJECT["dynamic"]
     assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "lightning_nrl/__init__.py"
     version = lightning_nrl.__version__
@@ -76,7 +76,7 @@ def test_the_version_stands_in_one_place() -> None:
     assert newest[1] == ("Unreleased" if ".dev" in version else version)
 
 
-def test_the_page_on_pypi_has_no_link_into_the_repository() -> None:
+def test_the_page_on_pypi_has_no_link_into_the_repository():
     text = (ROOT / "README.md").read_text()
     hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     assert re.search(r"\]\(docs/", text)
@@ -90,7 +90,7 @@ def test_the_page_on_pypi_has_no_link_into_the_repository() -> None:
     assert [path for path in inside if not (ROOT / path).exists()] == []
 
 
-def test_every_lower_bound_is_a_floor() -> None:
+def test_every_lower_bound_is_a_floor():
     requirements = [
         "pytorch-lightning<3,>=2.5",
         "torch>=2.6",
@@ -101,7 +101,7 @@ def test_every_lower_bound_is_a_floor() -> None:
     assert lowest(requirements) == ["jsonargparse==4.34.1", "pytorch-lightning==2.5", "torch==2.6"]
 
 
-def test_every_requirement_has_one_lower_bound() -> None:
+def test_every_requirement_has_one_lower_bound():
     parts: list[list[Any]] = [
         *PROJECT["optional-dependencies"].values(),
         *PYPROJECT["dependency-groups"].values(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,15 +87,13 @@ def tuned_by_hand(model: nn.Module, names: list[str], rate: float = 3e-4) -> dic
         (DistilledFineTuning(base=0, scale=0), "4", ["4.weight", "4.bias"], 3e-4),
     ],
 )
-def test_fine_tuning_is_adamw_on_the_deployed_network(
-    method: Any, layer: str, names: list[str], rate: float
-) -> None:
+def test_fine_tuning_is_adamw_on_the_deployed_network(method, layer, names, rate):
     model = network()
     state = method(make_problem(model, SOURCES, layer)).proposal.state
     torch.testing.assert_close(state, tuned_by_hand(model, names, rate), rtol=0, atol=2e-6)
 
 
-def test_what_it_breaks_is_counted_and_does_not_stop_it() -> None:
+def test_what_it_breaks_is_counted_and_does_not_stop_it():
     # 0.6 is of class 0 and 0.5 of class 1: whoever repairs 0.5 breaks 0.6.
     solution = FineTuning(epochs=60, learning_rate=0.1, emphasis=9.0)(
         make_problem(threshold(0.75), KNOWN)
@@ -107,7 +104,7 @@ def test_what_it_breaks_is_counted_and_does_not_stop_it() -> None:
 
 
 @pytest.mark.parametrize(("label", "held"), [(1, True), (0, False)])
-def test_distillation_holds_outputs_where_the_old_model_is_right(label: int, held: bool) -> None:
+def test_distillation_holds_outputs_where_the_old_model_is_right(label, held):
     # The old logits of (1, 1) are 0.75 and 1: class 1 is right with a margin of 0.25, and class 0
     # is wrong.
     source = TensorSource(torch.tensor([[1.0, 1.0]]), torch.tensor([label]), "new", failed=True)
@@ -122,7 +119,7 @@ def test_distillation_holds_outputs_where_the_old_model_is_right(label: int, hel
 
 
 @pytest.mark.parametrize("method", [FineTuning(), LayerFineTuning(), DistilledFineTuning()])
-def test_the_model_is_left_as_found(method: Any) -> None:
+def test_the_model_is_left_as_found(method):
     model = network()
     model[0].bias.requires_grad_(False)
     problem = make_problem(model, SOURCES)
@@ -132,7 +129,7 @@ def test_the_model_is_left_as_found(method: Any) -> None:
     torch.testing.assert_close(first.proposal.state, again.proposal.state)
 
 
-def test_where_time_is_short_the_learning_rate_falls_all_the_same() -> None:
+def test_where_time_is_short_the_learning_rate_falls_all_the_same():
     rates: list[float] = []
     clock = StageTimer(max_time=100.0, now=lambda: float(len(rates)))  # a second a step
     clock.seconds["collect"] = 20.0
@@ -153,18 +150,14 @@ def test_where_time_is_short_the_learning_rate_falls_all_the_same() -> None:
     # other.
     [(0.125, 0.65625, 1, 0), (0.25, 0.5625, 1, 1), (0.5, 0.375, 2, 1), (1.0, 0.0, 2, 1)],
 )
-def test_interpolation_lies_between_the_old_weights_and_the_new(
-    share: float, at: float, repaired: int, broken: int
-) -> None:
+def test_interpolation_lies_between_the_old_weights_and_the_new(share, at, repaired, broken):
     solution = Interpolation(Moved(0.0), share)(make_problem(threshold(0.75), KNOWN))
     assert torch.equal(solution.proposal.state["weight"], threshold(at).weight)
     assert (solution.proposal.repaired, solution.proposal.broken) == (repaired, broken)
     assert solution.steps[-1].note == f"a = {share:g}"
 
 
-def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time_for_a_pass() -> (
-    None
-):
+def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time_for_a_pass():
     def training(**arguments: Any) -> Any:
         given.update(arguments)
         return Trained({"weight": threshold(0.65).weight.detach()}, 1.0, 1.0)
@@ -196,7 +189,7 @@ def test_training_begins_with_fresh_weights_or_with_the_old_ones_and_leaves_time
         ),
     ],
 )
-def test_why_there_may_be_no_proposal(method: Any, arguments: dict[str, Any], reason: str) -> None:
+def test_why_there_may_be_no_proposal(method, arguments, reason):
     solution = method(make_problem(threshold(0.75), KNOWN, **arguments))
     assert solution.proposal is None
     assert solution.reason.startswith(reason)
@@ -214,9 +207,7 @@ def made_anew() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("make", "dtype"), [(None, torch.float32), (made_anew, torch.float64)])
-def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(
-    make: Any, dtype: torch.dtype
-) -> None:
+def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(make, dtype):
     used = made_anew()
     used(torch.randn(8, 1, 4))
     for parameter in used.to(dtype).parameters():
@@ -245,6 +236,6 @@ def test_fresh_weights_are_those_of_a_network_that_has_just_been_made(
         (lambda: FineTuning(emphasis=math.nan), "`emphasis=nan`"),
     ],
 )
-def test_what_cannot_be_used_is_refused(make: Callable[[], object], message: str) -> None:
+def test_what_cannot_be_used_is_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()

@@ -4,7 +4,6 @@ import csv
 import io
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +43,7 @@ def counts(point: CurvePoint) -> tuple[Any, ...]:
     return point.strength, point.targeted, *flips
 
 
-def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -> None:
+def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found():
     # At strength t the threshold is 0.75 (1 - t). The one sample that breaks, 0.6, does so beyond t
     # = 0.2.
     comparison = compare_module(
@@ -70,7 +69,7 @@ def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -
     assert len(bare.plot().axes) == 1
 
 
-def test_what_cannot_be_done_is_left_out_and_says_why() -> None:
+def test_what_cannot_be_done_is_left_out_and_says_why():
     methods = {"retraining": "retraining", "wrong layer": Unsuitable(), "move": Moved(0.65)}
     comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods=methods)
     reasons = [(entry.method, entry.note) for entry in comparison.entries if entry.given is None]
@@ -81,7 +80,7 @@ def test_what_cannot_be_done_is_left_out_and_says_why() -> None:
     assert re.search(r"^retraining +it is not known how", comparison.render(), re.MULTILINE)
 
 
-def test_the_far_end_of_an_interpolation_is_made_once() -> None:
+def test_the_far_end_of_an_interpolation_is_made_once():
     end = Moved(0.0)
     comparison = compare_module(
         threshold(0.75), [TRAIN, NEW], methods={"end": end, "between": Interpolation(end)}
@@ -90,7 +89,7 @@ def test_the_far_end_of_an_interpolation_is_made_once() -> None:
     assert counts(comparison["between"].given)[1:4] == (2, 2, 1)
 
 
-def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
+def test_counts_are_those_of_the_model_and_the_model_is_left_as_found():
     model, sources, (later,) = trained(), known(), unseen()
     solutions: list[Any] = []
 
@@ -110,7 +109,7 @@ def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
     assert comparison["swarm"].given.targeted > 0
 
 
-def test_ranks_that_share_the_data_find_what_one_finds() -> None:
+def test_ranks_that_share_the_data_find_what_one_finds():
     def run(collective: Any) -> Comparison:
         model = Evaluator(trained(), collective=collective)
         sources = [*known(), *unseen()]
@@ -124,7 +123,7 @@ def test_ranks_that_share_the_data_find_what_one_finds() -> None:
     assert first["distillation"].given.targeted > 0
 
 
-def test_methods_are_named_or_given() -> None:
+def test_methods_are_named_or_given():
     own = ["auto", "finetune-polish", "convex", "swarm"]
     assert list(parse_methods(None)) == [*own, *BASELINES]
     assert parse_methods("fine-tuning") == {"fine-tuning": FineTuning()}
@@ -152,7 +151,7 @@ def test_methods_are_named_or_given() -> None:
         ({"methods": 3}, "`methods=3` is no list"),
     ],
 )
-def test_what_is_of_another_kind_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_what_is_of_another_kind_is_refused(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         compare_module(**{"model": threshold(0.75), "known": [TRAIN, NEW], **arguments})
     if "methods" not in arguments and "no sample" not in message:
@@ -160,7 +159,7 @@ def test_what_is_of_another_kind_is_refused(arguments: dict[str, Any], message: 
             diagnose_module(**{"model": threshold(0.75), "known": [TRAIN, NEW], **arguments})
 
 
-def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_takes() -> None:
+def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_takes():
     clocks: list[Any] = []
 
     def timed(problem: Problem) -> Solution:
@@ -204,7 +203,7 @@ COMPARISON = Comparison(
 )
 
 
-def test_the_table_has_a_second_line_where_weights_are_scaled_back() -> None:
+def test_the_table_has_a_second_line_where_weights_are_scaled_back():
     page = COMPARISON.render()
     assert max(map(len, page.splitlines())) <= 80
     lines = [line.split() for line in page.splitlines()]
@@ -214,7 +213,7 @@ def test_the_table_has_a_second_line_where_weights_are_scaled_back() -> None:
     assert "| fine-tuning | 211 |" in COMPARISON.to_markdown()
 
 
-def test_json_is_read_back_and_csv_has_a_line_for_every_point(tmp_path: Path) -> None:
+def test_json_is_read_back_and_csv_has_a_line_for_every_point(tmp_path):
     assert Comparison.from_json(COMPARISON.to_json()) == COMPARISON
     rows = list(csv.DictReader(io.StringIO(COMPARISON.to_csv())))
     assert len(rows) == 4 * 4
@@ -224,7 +223,7 @@ def test_json_is_read_back_and_csv_has_a_line_for_every_point(tmp_path: Path) ->
     assert {path.suffix for path in (tmp_path / "new").iterdir()} == {".csv", ".json", ".md"}
 
 
-def test_the_picture_names_every_curve(tmp_path: Path) -> None:
+def test_the_picture_names_every_curve(tmp_path):
     figure = COMPARISON.plot(tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     panels = figure.axes

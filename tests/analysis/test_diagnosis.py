@@ -53,7 +53,7 @@ def toy() -> Diagnosis:
     return diagnose_module(by_score(-0.1, -1.0, 1.0), [KEPT, FAILED])
 
 
-def test_what_can_be_fixed_alone_and_which_passed_sample_stands_in_the_way() -> None:
+def test_what_can_be_fixed_alone_and_which_passed_sample_stands_in_the_way():
     found = toy()
     assert found.known == {"samples": 7, "passed": 4, "failed": 3, "targeted": 3}
     assert [(t.id, t.fixable) for t in found.targets] == [(0, "yes"), (1, "no"), (3, "yes")]
@@ -78,7 +78,7 @@ class Squashed(nn.Module):
         return self.head(self.first(x))
 
 
-def test_the_layer_that_can_tell_samples_apart_is_advised() -> None:
+def test_the_layer_that_can_tell_samples_apart_is_advised():
     kept = points([[1.0, 0.0], [-1.0, 0.0]], [0, 1], "train", passed=True)
     failed = points([[1.0, 1.0], [1.0, -1.0]], [1, 0], "new", failed=True)
     found = diagnose_module(Squashed(), [kept, failed])
@@ -91,7 +91,7 @@ def test_the_layer_that_can_tell_samples_apart_is_advised() -> None:
     assert found.easiest_layer == first
 
 
-def test_a_wrong_label_is_found() -> None:
+def test_a_wrong_label_is_found():
     generator = torch.Generator().manual_seed(0)
     x = 0.3 * torch.randn(40, 2, generator=generator)
     x[:, 0] += torch.tensor([-2.0, 2.0]).repeat_interleave(20)
@@ -108,7 +108,7 @@ def test_a_wrong_label_is_found() -> None:
     assert (found.mixing.k, found.mixing.targets, found.mixing.passed) == (10, 0.0, 1.0)
 
 
-def test_the_model_is_left_as_found() -> None:
+def test_the_model_is_left_as_found():
     model = trained()
     with left_alone(model):
         diagnosis = diagnose_module(model, known())
@@ -116,7 +116,7 @@ def test_the_model_is_left_as_found() -> None:
     assert diagnosis.known["targeted"] > 10
 
 
-def test_json_gives_all_of_it_back() -> None:
+def test_json_gives_all_of_it_back():
     for found in (toy(), diagnose_module(trained(), known())):
         text = found.to_json()
         again = Diagnosis.from_json(text)
@@ -125,7 +125,7 @@ def test_json_gives_all_of_it_back() -> None:
         assert json.loads(text)["fixable"]["yes"] == found.count("yes")
 
 
-def test_pages_fit_their_width_and_name_what_was_found() -> None:
+def test_pages_fit_their_width_and_name_what_was_found():
     found = diagnose_module(trained(), known())
     for width in (56, 120):
         assert max(map(len, found.render(width).splitlines())) <= width
@@ -140,7 +140,7 @@ def test_pages_fit_their_width_and_name_what_was_found() -> None:
     assert "new 23" in many.to_markdown()
 
 
-def test_the_picture_shows_every_target(tmp_path: Any) -> None:
+def test_the_picture_shows_every_target(tmp_path):
     found = toy()
     (axes,) = found.plot(tmp_path / "diagnosis.png").axes
     assert (tmp_path / "diagnosis.png").stat().st_size > 10_000
@@ -151,7 +151,7 @@ def test_the_picture_shows_every_target(tmp_path: Any) -> None:
     ]
 
 
-def test_nothing_to_repair_is_an_answer() -> None:
+def test_nothing_to_repair_is_an_answer():
     found = diagnose_module(
         by_score(-0.1, -1.0, 1.0), [KEPT, FAILED], Settings(target=Target.label(0))
     )
@@ -162,7 +162,7 @@ def test_nothing_to_repair_is_an_answer() -> None:
     assert [text.get_text() for text in axes.texts] == ["no margin is known"]
 
 
-def test_a_task_without_margins_leaves_the_swarm() -> None:
+def test_a_task_without_margins_leaves_the_swarm():
     found = diagnose_module(Evaluator(by_score(-0.1, -1.0, 1.0), Within()), [KEPT, FAILED])
     assert found.advice.startswith(
         "Use method='auto', which is the swarm here: the task has no margins"
@@ -172,19 +172,19 @@ def test_a_task_without_margins_leaves_the_swarm() -> None:
     assert notes == ["What the last layer can fix, and neighbourhoods", "Change by layer"]
 
 
-def test_a_last_linear_that_does_not_give_the_logits_is_said() -> None:
+def test_a_last_linear_that_does_not_give_the_logits_is_said():
     found = diagnose_module(nn.Sequential(by_score(-0.1, -1.0, 1.0), nn.Softmax(1)), [KEPT, FAILED])
     assert found.notes[0].endswith("neighbourhoods: the last Linear does not return the logits.")
     assert [t.fixable for t in found.targets] == 3 * ["not tried"]
     assert found.layers
 
 
-def test_losses_that_are_not_finite_are_refused() -> None:
+def test_losses_that_are_not_finite_are_refused():
     with pytest.raises(EvaluationError, match="NaN or infinite on 7 known samples"):
         diagnose_module(by_score(float("nan"), 0.0, 0.0), [KEPT, FAILED])
 
 
-def test_of_very_many_samples_those_nearest_to_failing_are_looked_at() -> None:
+def test_of_very_many_samples_those_nearest_to_failing_are_looked_at():
     far = points([[0, 0, 4.0]] * 20_000, [1] * 20_000, "far", passed=True)
     found = diagnose_module(by_score(-0.1, -1.0, 1.0), [KEPT, FAILED, far])
     assert [t.fixable for t in found.targets] == ["yes", "no", "yes"]
@@ -259,11 +259,11 @@ def advice_on(
         (advice_on(("no",), known={**KNOWN, "passed": 0}), "Get data"),
     ],
 )
-def test_the_advice_follows_the_figures(advice: str, words: str) -> None:
+def test_the_advice_follows_the_figures(advice, words):
     assert advice.startswith(words)
 
 
-def test_an_advice_gives_its_reasons_in_figures() -> None:
+def test_an_advice_gives_its_reasons_in_figures():
     advice = advice_on(SOME, HARMLESS, (DEEP, HEAD))
     assert "the last layer can fix 3 of 4 targets without known regressions" in advice
     assert "fixing one repairs 1.0 other targets and breaks 0.1 passed samples" in advice

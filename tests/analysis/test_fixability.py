@@ -55,9 +55,7 @@ def smallest(passed: LayerSamples, target: LayerSamples, root: Tensor, share: fl
 
 @settings(max_examples=10, deadline=None)
 @given(problems())
-def test_another_solver_with_all_rows_at_once_agrees(
-    problem: tuple[LayerSamples, LayerSamples],
-) -> None:
+def test_another_solver_with_all_rows_at_once_agrees(problem):
     passed, targets = (
         LayerSamples(*(x.double() if x.is_floating_point() else x for x in part))
         for part in problem

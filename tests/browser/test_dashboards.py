@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from live_tensorboard import Browser
-
-from lightning_nrl import RepairReport
 
 pytestmark = pytest.mark.browser
 
@@ -38,9 +33,7 @@ RUN = "version_0/repair"
         ("#hparams", ["repair/known_broken", "repair/unseen_broken"], "", "hparams"),
     ],
 )
-def test_a_dashboard_shows_the_repair(
-    browser: Browser, place: str, texts: list[str], waits_for: str, picture: str
-) -> None:
+def test_a_dashboard_shows_the_repair(browser, place, texts, waits_for, picture):
     browser.open(place, 2100 if place == "#hparams" else 1360, 1000)
     browser.shows(*texts)
     if waits_for:
@@ -50,9 +43,7 @@ def test_a_dashboard_shows_the_repair(
     browser.picture(picture)
 
 
-def test_the_page_alone_shows_sorts_and_filters(
-    browser: Browser, report: RepairReport, log_dir: Path
-) -> None:
+def test_the_page_alone_shows_sorts_and_filters(browser, report, log_dir):
     browser.open((log_dir / RUN / "report.html").as_uri(), 1360, 1000)
     driver = browser.driver
     assert browser.elements("h1")[0].text == report.verdict.headline

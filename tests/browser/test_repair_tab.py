@@ -9,7 +9,6 @@ import pytest
 from browsed_logs import HOSTILE, HOSTILE_NAME, N_FLIPS, write_copy, write_hostile
 from live_tensorboard import SCREENSHOTS, Browser
 
-from lightning_nrl import RepairReport
 from lightning_nrl.report.tables import confusion_changes
 
 pytestmark = pytest.mark.browser
@@ -51,7 +50,7 @@ def count(browser: Browser) -> str:
 
 
 @pytest.mark.skipif(SCREENSHOTS is None, reason="no pictures are wanted")
-def test_pictures_for_the_docs(browser: Browser) -> None:
+def test_pictures_for_the_docs(browser):
     open_tab(browser, "version_0/repair", 1320)
     browser.until(lambda: browser.image_sizes("table.flips img"))
     browser.picture("repair-tab")
@@ -68,9 +67,7 @@ def test_pictures_for_the_docs(browser: Browser) -> None:
 
 
 @pytest.mark.usefixtures("other_repairs")
-def test_a_repair_is_judged_used_and_kept_apart_from_others(
-    browser: Browser, report: RepairReport
-) -> None:
+def test_a_repair_is_judged_used_and_kept_apart_from_others(browser, report):
     open_tab(browser, "version_0/repair")
     known, unseen = report.pooled("known"), report.pooled("unseen")
     # The verdict and the bound stand at the top.
@@ -176,9 +173,7 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(
 
 @pytest.mark.usefixtures("other_repairs")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_is_cut_off_on_a_laptop_or_a_phone(
-    browser: Browser, log_dir: Path, width: int
-) -> None:
+def test_nothing_is_cut_off_on_a_laptop_or_a_phone(browser, log_dir, width):
     driver = browser.driver
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     too_wide = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
@@ -203,7 +198,7 @@ def test_nothing_is_cut_off_on_a_laptop_or_a_phone(
 
 
 @pytest.mark.usefixtures("other_repairs")
-def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Browser) -> None:
+def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser):
     open_tab(browser, HOSTILE_NAME)
     assert count(browser) == f"{N_FLIPS:,} of {N_FLIPS:,}, 1 to 25 on this page"
     assert len(rows(browser)) == 25
@@ -226,7 +221,7 @@ def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Brows
 
 
 @pytest.mark.usefixtures("other_repairs")
-def test_whoever_cannot_see_or_point_finds_every_control(browser: Browser) -> None:
+def test_whoever_cannot_see_or_point_finds_every_control(browser):
     open_tab(browser, "version_0/repair")
     unnamed = browser.driver.execute_script("""
         const named = one =>

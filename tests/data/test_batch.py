@@ -42,7 +42,7 @@ MAPPED = {"x": X, "y": Y}
     "raw",
     [(X, Y), [X, Y, "name"], Pair(X, Y), MAPPED, UserDict(MAPPED), Encoding(MAPPED), ({"x": X}, Y)],
 )
-def test_raw_batches_are_moved_to_the_device(raw: Any) -> None:
+def test_raw_batches_are_moved_to_the_device(raw):
     [(args, kwargs, target)] = unpacked([raw], unpack, torch.device("meta"))
     inputs = kwargs or args[0]
     assert (inputs["x"] if isinstance(inputs, dict) else inputs).is_meta
@@ -53,7 +53,7 @@ class WithMetadata(Tensor):
     pass
 
 
-def test_tensors_lose_their_metadata_but_not_their_layout() -> None:
+def test_tensors_lose_their_metadata_but_not_their_layout():
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)
     raw = [X.as_subclass(WithMetadata)], nested
     [(((x,),), _, target)] = unpacked([raw], unpack, torch.device("cpu"))
@@ -74,9 +74,7 @@ def test_tensors_lose_their_metadata_but_not_their_layout() -> None:
         ("a", False),
     ],
 )
-def test_samples_can_be_taken_from_inputs_that_count_them_everywhere(
-    inputs: Any, sliceable: bool
-) -> None:
+def test_samples_can_be_taken_from_inputs_that_count_them_everywhere(inputs, sliceable):
     assert is_sliceable(inputs, 2) is sliceable
 
 
@@ -86,7 +84,7 @@ DARK = torch.tensor([True, True, False, False, True])
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])
-def test_batches_go_through_all_samples_in_order(n: int, sizes: list[int]) -> None:
+def test_batches_go_through_all_samples_in_order(n, sizes):
     x, y = torch.arange(2.0 * n).view(n, 2), torch.arange(n)
     source = TensorSource(x, y, split="train", batch_size=4)
     for _ in range(2):
@@ -96,7 +94,7 @@ def test_batches_go_through_all_samples_in_order(n: int, sizes: list[int]) -> No
             assert torch.equal(batch.target, batch.position)
 
 
-def test_a_forward_that_works_in_place_leaves_the_tensors_alone() -> None:
+def test_a_forward_that_works_in_place_leaves_the_tensors_alone():
     x = torch.arange(6.0)[:, None]
     source = TensorSource(x, torch.arange(6), split="train", batch_size=4)
     for batch in (*source, *source.draw([torch.arange(6)])):
@@ -104,7 +102,7 @@ def test_a_forward_that_works_in_place_leaves_the_tensors_alone() -> None:
     assert x.flatten().tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_tuple_of_inputs_is_given_by_position_and_a_mapping_by_name() -> None:
+def test_a_tuple_of_inputs_is_given_by_position_and_a_mapping_by_name():
     (by_position,) = TensorSource((FIVE, DARK), FIVE_LABELS, split="train")
     assert all(map(torch.equal, by_position.args, (FIVE, DARK)))
     (by_name,) = TensorSource({"x": FIVE, "mask": DARK}, FIVE_LABELS, split="train")
@@ -126,7 +124,7 @@ def test_a_tuple_of_inputs_is_given_by_position_and_a_mapping_by_name() -> None:
         ({"batch_size": 0}, "`batch_size=0`"),
     ],
 )
-def test_what_are_no_samples_is_refused(arguments: dict[str, Any], problem: str) -> None:
+def test_what_are_no_samples_is_refused(arguments, problem):
     with pytest.raises(ConfigurationError, match=rf"{problem}[\s\S]*HINT"):
         TensorSource(**{"inputs": FIVE, "targets": FIVE_LABELS, "split": "train", **arguments})
 
@@ -149,7 +147,7 @@ def taken(raw: Any, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], Mappi
 
 @pytest.mark.parametrize("target_key", TARGET_KEYS)
 @pytest.mark.parametrize("input_key", INPUT_KEYS)
-def test_a_mapping_with_usual_keys_is_one_input(input_key: str, target_key: str) -> None:
+def test_a_mapping_with_usual_keys_is_one_input(input_key, target_key):
     (x,), kwargs, target = unpack({"id": 7, input_key: X, target_key: Y})
     assert (x is X, kwargs, target is Y) == (True, {}, True)
 
@@ -182,9 +180,7 @@ TABLE = {"continuous": A, "categorical": B, "target": Y}
         (GRAPHS, lambda self, x, batch: 0, (), {"x": GRAPHS.x, "batch": GRAPHS.batch}),
     ],
 )
-def test_forward_gets_what_it_takes(
-    raw: Any, forward: Callable[..., Any], args: Any, kwargs: Any
-) -> None:
+def test_forward_gets_what_it_takes(raw, forward, args, kwargs):
     unpacked_args, unpacked_kwargs, target = taken(raw, forward)
     assert str(unpacked_args) == str(args)
     assert list(map(id, unpacked_kwargs.values())) == list(map(id, kwargs.values()))
@@ -192,7 +188,7 @@ def test_forward_gets_what_it_takes(
     assert target is Y
 
 
-def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch() -> None:
+def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch():
     raw = {"image": X, "label": Y}
 
     def forward(self: nn.Module, x: dict[str, Tensor]) -> None: ...
@@ -209,7 +205,7 @@ def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch() -> No
         ({"label": Y, "text": ["a", "b"]}, "no tensor besides the target"),
     ],
 )
-def test_what_is_no_batch_is_refused_with_the_way_out(raw: Any, problem: str) -> None:
+def test_what_is_no_batch_is_refused_with_the_way_out(raw, problem):
     message = rf"`adapter`: .*{problem}[\s\S]*HINT: pass `adapter=f`"
     with pytest.raises(ConfigurationError, match=message):
         unpack(raw)
@@ -221,7 +217,7 @@ class Graded:
     grade: Tensor
 
 
-def test_the_structure_has_names_types_and_shapes() -> None:
+def test_the_structure_has_names_types_and_shapes():
     raw = {"signal": X, "meta": {"class": Y, "names": ["a", "b"]}, "ragged": [X[0]] * 9, "fold": 3}
     assert describe(raw).splitlines() == [
         "    batch: dict of 4",
@@ -249,7 +245,7 @@ def test_the_structure_has_names_types_and_shapes() -> None:
         {"fold": 3},
     ],
 )
-def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
+def test_the_adapter_is_python_with_the_names_of_the_batch(raw):
     names: dict[str, Any] = {"INPUT": X, "TARGET": Y}
     exec("if True:\n" + adapter_hint(raw).partition("\n")[2], names)
     (x,), kwargs, y = names["f"](raw)
@@ -257,12 +253,12 @@ def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
 
 
 @pytest.mark.parametrize("raw", [(X, Y, Y), {"image": X, "digit": Y, "large": Y}])
-def test_an_adapter_with_several_candidates_is_no_guess(raw: Any) -> None:
+def test_an_adapter_with_several_candidates_is_no_guess(raw):
     assert "args, kwargs = (INPUT,), {}" in adapter_hint(raw)
     assert "return args, kwargs, TARGET" in adapter_hint(raw)
 
 
-def test_a_model_is_no_adapter() -> None:
+def test_a_model_is_no_adapter():
     with pytest.raises(
         ConfigurationError, match=r"`adapter`: Linear is a model.\nHINT: .*`reference=`"
     ):
@@ -274,7 +270,7 @@ def halved(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return module(x / 2), y
 
 
-def test_an_adapter_of_two_parameters_runs_the_module() -> None:
+def test_an_adapter_of_two_parameters_runs_the_module():
     args, kwargs, target = bind_adapter(halved, nn.Linear(3, 2))((X, Y))
     assert target is Y
     updated_model = nn.Linear(3, 2)

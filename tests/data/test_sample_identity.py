@@ -61,13 +61,11 @@ def places(dataset: Dataset[Any], n: int) -> list[tuple[str, int]]:
         (Noisy(FIRST, [5, 3, 4]), [("first", 5), ("first", 3), ("first", 4)]),
     ],
 )
-def test_subsets_and_unions_are_seen_through(
-    dataset: Dataset[Any], expected: list[tuple[str, int]]
-) -> None:
+def test_subsets_and_unions_are_seen_through(dataset, expected):
     assert places(dataset, len(expected)) == expected
 
 
-def test_samples_that_come_from_places_that_no_list_names_are_their_own() -> None:
+def test_samples_that_come_from_places_that_no_list_names_are_their_own():
     backwards = Noisy(FIRST, backwards=True)
     state = torch.get_rng_state()
     assert base_samples(backwards, torch.arange(10)).tolist() == [
@@ -82,7 +80,7 @@ def keys(*args: Tensor, target: Tensor | None = None, **kwargs: Tensor) -> list[
     return content_keys(Batch(args, target, torch.arange(n), kwargs)).tolist()
 
 
-def test_alike_to_the_bit_is_the_same_whatever_the_batch() -> None:
+def test_alike_to_the_bit_is_the_same_whatever_the_batch():
     assert keys(X)[4:6] == keys(X[4:6])
     assert len({tuple(key) for key in keys(X)}) == 10
     assert keys(X.nextafter(X + 1))[3] != keys(X)[3]
@@ -90,14 +88,14 @@ def test_alike_to_the_bit_is_the_same_whatever_the_batch() -> None:
     assert keys(torch.tensor([[-0.0]])) == keys(torch.tensor([[0.0]]))
 
 
-def test_inputs_do_not_change_places_and_padding_does_not_count() -> None:
+def test_inputs_do_not_change_places_and_padding_does_not_count():
     left, right = torch.tensor([[1, 2]]), torch.tensor([[3, 4]])
     assert keys(left, right) != keys(right, left)
     assert keys(a=left, b=right) == keys(b=right, a=left)
     assert keys(torch.tensor([[5, 6, 0, 0]])) == keys(torch.tensor([[5, 6]]))
 
 
-def test_a_second_pass_counts_alone_and_ranks_join_theirs() -> None:
+def test_a_second_pass_counts_alone_and_ranks_join_theirs():
     source = TensorSource(X, torch.zeros(10), "all", batch_size=3)
     alone = content_recorder(source)
     for _ in range(2):
@@ -115,7 +113,7 @@ def test_a_second_pass_counts_alone_and_ranks_join_theirs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
-def test_a_dtype_hides_nothing(dtype: torch.dtype) -> None:
+def test_a_dtype_hides_nothing(dtype):
     x, y = torch.arange(2**24 - 4, 2**24 + 4)[:, None].float(), torch.arange(8)
     assert keys(x.to(dtype), target=y.float()) == keys(x, target=y)
     large = 2**40 + torch.arange(8)[:, None]
@@ -123,7 +121,7 @@ def test_a_dtype_hides_nothing(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_copies_of_less_precision_are_found_and_others_are_not(dtype: torch.dtype) -> None:
+def test_copies_of_less_precision_are_found_and_others_are_not(dtype):
     digits = torch.as_tensor(load_digits().data / 16)
     noise = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     for x in (digits.float(), digits, noise):
@@ -164,7 +162,7 @@ Y = torch.arange(10)
 
 
 @pytest.mark.parametrize("x", [X, X.numpy(), [f"{i}.png" for i in range(10)]])
-def test_two_objects_over_the_same_data_are_one_data_set(x: Any) -> None:
+def test_two_objects_over_the_same_data_are_one_data_set(x):
     index = torch.arange(10)
     known = base_samples(Images(x, Y, augment=True), index)
     assert torch.equal(base_samples(Images(x, Y), index), known)
@@ -173,14 +171,14 @@ def test_two_objects_over_the_same_data_are_one_data_set(x: Any) -> None:
     assert not torch.equal(as_read, known)
 
 
-def test_a_tensor_data_set_that_is_made_again_is_the_same() -> None:
+def test_a_tensor_data_set_that_is_made_again_is_the_same():
     index = torch.arange(10)
     known = base_samples(TensorDataset(X, Y), index)
     assert torch.equal(base_samples(TensorDataset(X.clone(), Y.clone()), index), known)
     assert not torch.equal(base_samples(TensorDataset(X, Y + 1), index), known)
 
 
-def test_equal_labels_alone_are_not_the_same_data() -> None:
+def test_equal_labels_alone_are_not_the_same_data():
     first, second = Images(range(10), Y), Images(range(10), Y)
     index = torch.arange(10)
     assert not torch.equal(base_samples(first, index), base_samples(second, index))
@@ -194,7 +192,7 @@ class Windows(Images):
         self.start = start
 
 
-def test_windows_from_other_positions_are_other_data() -> None:
+def test_windows_from_other_positions_are_other_data():
     index = torch.arange(10)
     first = base_samples(Windows(X, 0), index)
     assert torch.equal(base_samples(Windows(X, 0), index), first)
@@ -211,7 +209,7 @@ class Padded(TensorSource):
 
 
 @pytest.mark.parametrize(("length", "has_keys"), [(3, True), (4, False)])
-def test_padded_samples_have_no_key(length: int, has_keys: bool) -> None:
+def test_padded_samples_have_no_key(length, has_keys):
     recorder = raw_recorder(Padded(torch.ones(4, 3), torch.full((4,), length), "train", True))
     list(recorder)
     keys = gathered_keys([recorder], Collective())

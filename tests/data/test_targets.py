@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,13 +64,11 @@ def occluded(raw: tuple[Tensor, Tensor, dict[str, Tensor]]) -> Tensor:
     ],
     ids=str,
 )
-def test_covers_are_the_samples_that_would_be_chosen_if_they_failed(
-    target: Target, expected: list[int]
-) -> None:
+def test_covers_are_the_samples_that_would_be_chosen_if_they_failed(target, expected):
     assert target.covers(batch(), LABEL, PREDICTION).nonzero().flatten().tolist() == expected
 
 
-def test_targets_are_values() -> None:
+def test_targets_are_values():
     assert Target.label(3) | Target.confusion(3, 5) == Or(Label(3), Confusion(3, 5))
     assert ~Target.all() & Target.where(occluded) == And(Not(AllFailures()), Where(occluded))
     assert len({Target.label(3), Label(3), Label(4)}) == 2
@@ -91,13 +88,13 @@ def test_targets_are_values() -> None:
         (lambda raw: None, "NoneType"),
     ],
 )
-def test_a_predicate_that_returns_something_else_is_refused(give: Callable, found: str) -> None:
+def test_a_predicate_that_returns_something_else_is_refused(give, found):
     message = f"(?s)where hidden.*returned ({found}) for a batch of 5.*HINT"
     with pytest.raises(ConfigurationError, match=message):
         chosen(Target.where(give, name="hidden"))
 
 
-def test_an_exception_in_a_predicate_is_named_and_kept() -> None:
+def test_an_exception_in_a_predicate_is_named_and_kept():
     with pytest.raises(
         ConfigurationError, match=r"(?s)where hidden.*KeyError: 'hidden'.*HINT"
     ) as caught:
@@ -119,14 +116,14 @@ def test_an_exception_in_a_predicate_is_named_and_kept() -> None:
         (lambda: Or(Target.label(3), 5), "Or was given 5"),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_no_target_is_refused_on_construction(make: Callable, message: str) -> None:
+def test_what_is_no_target_is_refused_on_construction(make, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         make()
     assert "HINT:" in str(error.value)
 
 
 @pytest.mark.parametrize("label", [np.int64(3), torch.tensor(3)])
-def test_whole_numbers_of_any_library_become_int(label: object) -> None:
+def test_whole_numbers_of_any_library_become_int(label):
     target = Target.label(label)  # type: ignore[arg-type]
     assert target == Label(3)
     assert type(target.label) is int
@@ -135,12 +132,12 @@ def test_whole_numbers_of_any_library_become_int(label: object) -> None:
 @pytest.mark.parametrize(
     "target", [Target.label(3), Target.confusion(3, 5), Target.all() & Target.label(3)]
 )
-def test_classes_in_a_task_without_classes_are_refused(target: Target) -> None:
+def test_classes_in_a_task_without_classes_are_refused(target):
     with pytest.raises(ConfigurationError, match=r"(?s)asks for classes.*Target.where"):
         target.select(batch(), None, None)
 
 
-def test_and_or_as_keywords_are_refused() -> None:
+def test_and_or_as_keywords_are_refused():
     with pytest.raises(TypeError, match=r"(?s)neither true nor false.*HINT"):
         Target.label(3) or Target.label(5)
 
@@ -165,13 +162,13 @@ def trees(classes: st.SearchStrategy[int], predicates: list[Any]) -> st.SearchSt
 
 
 @given(trees(st.integers(0, 5), [occluded]), trees(st.integers(0, 5), [occluded]))
-def test_combinations_obey_de_morgan(a: Target, b: Target) -> None:
+def test_combinations_obey_de_morgan(a, b):
     assert chosen(~(a & b)) == chosen(~a | ~b)
     assert chosen(~(a | b)) == chosen(~a & ~b)
     assert chosen(~~a) == chosen(a)
 
 
-def test_a_cli_builds_a_target_from_yaml() -> None:
+def test_a_cli_builds_a_target_from_yaml():
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--target", type=Target | None)
@@ -185,7 +182,7 @@ def test_a_cli_builds_a_target_from_yaml() -> None:
 
 
 @given(trees(CLASSES, ["os.path:exists", "torch.isnan", "lightning_nrl.data.targets:Target.all"]))
-def test_what_reports_print_is_read_back(target: Target) -> None:
+def test_what_reports_print_is_read_back(target):
     assert parse_target(str(target)) == target
 
 
@@ -200,7 +197,7 @@ def test_what_reports_print_is_read_back(target: Target) -> None:
         ("not(label 1 or (label 2))", Not(Or(Label(1), Label(2)))),
     ],
 )
-def test_text_may_be_written_as_people_write_it(text: str, target: Target) -> None:
+def test_text_may_be_written_as_people_write_it(text, target):
     assert parse_target(text) == target
 
 
@@ -218,24 +215,24 @@ def test_text_may_be_written_as_people_write_it(text: str, target: Target) -> No
         ("(" * 100_000, "nested too deeply"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_its_place(text: str, problem: str) -> None:
+def test_what_cannot_be_read_is_refused_with_its_place(text, problem):
     with pytest.raises(ConfigurationError, match=rf"(?s){problem}.*HINT: "):
         parse_target(text)
 
 
 @given(st.text("labelnotwhrcfusidk ()->.:0123456789", max_size=40))
-def test_any_text_is_a_target_or_one_error(text: str) -> None:
+def test_any_text_is_a_target_or_one_error(text):
     with contextlib.suppress(ConfigurationError):
         assert isinstance(parse_target(text), Target)
 
 
 @pytest.mark.parametrize("value", [3, None, Label])
-def test_what_is_neither_text_nor_target_is_refused(value: Any) -> None:
+def test_what_is_neither_text_nor_target_is_refused(value):
     with pytest.raises(ConfigurationError, match=r"`target=.*is no Target"):
         parse_target(value)
 
 
-def test_text_is_taken_wherever_a_target_is() -> None:
+def test_text_is_taken_wherever_a_target_is():
     assert Settings(target="label 3").target == Label(3)  # type: ignore[arg-type]
     assert RegressionFreeRepair(target="confusion 3 -> 5").settings.target == Confusion(3, 5)
     assert find_column("slices", "not label 3") == Not(Label(3))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ Record = Callable[[str, object], None]
 
 @on_a_card
 @pytest.mark.parametrize("name", ["head", "convolution"])
-def test_seconds_of_an_iteration(name: str, record_property: Record) -> None:
+def test_seconds_of_an_iteration(name, record_property):
     model, features, layer = (
         (nn.Linear(64, 10), 64, "auto") if name == "head" else (Conv(), 4, "first")
     )
@@ -83,7 +82,7 @@ def short_of_memory() -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_memory_keeps_to_a_budget_and_little_of_it_costs_nothing(record_property: Record) -> None:
+def test_memory_keeps_to_a_budget_and_little_of_it_costs_nothing(record_property):
     budget, n = (2**28, 40_000) if STRICT is None else (2**19, 200)
     swarm = ParticleSwarm(particles=100, iterations=3)
     model, data = trained(Conv).to(GPU), sources(GPU, n)
@@ -99,7 +98,7 @@ def test_memory_keeps_to_a_budget_and_little_of_it_costs_nothing(record_property
 
 
 @pytest.mark.parametrize("name", ["convex", "arachne"] if STRICT else METHODS)
-def test_the_same_seed_gives_the_same_weights(name: str) -> None:
+def test_the_same_seed_gives_the_same_weights(name):
     a, b = (
         repair_module(trained(mlp).to(GPU), sources(GPU), METHODS[name]).parameters or {}
         for _ in range(2)
@@ -111,9 +110,7 @@ def test_the_same_seed_gives_the_same_weights(name: str) -> None:
 @pytest.mark.parametrize(
     "precision", ["bf16-mixed", *(() if STRICT else ("32-true", "16-mixed", "bf16-true"))]
 )
-def test_a_fit_in_each_precision_breaks_nothing(
-    precision: str, tmp_path: Path, record_property: Record
-) -> None:
+def test_a_fit_in_each_precision_breaks_nothing(precision, tmp_path, record_property):
     sys.path.append(str(ROOT / "tests" / "integration"))
     from digit_models import Classifier, Digits
 
@@ -157,7 +154,7 @@ print("RANK", trainer.global_rank, repair.report.status, own, flush=True)
 
 @on_a_card
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one card")
-def test_two_cards_hold_the_same_weights(tmp_path: Path) -> None:
+def test_two_cards_hold_the_same_weights(tmp_path):
     tests = ROOT / "tests"
     paths = [ROOT, tests, tests / "integration", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}

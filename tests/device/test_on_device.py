@@ -28,7 +28,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", CASES if STRICT else {**CASES, **LONG_CASES})
-def test_a_repair_there_is_what_it_is_on_the_cpu(name: str) -> None:
+def test_a_repair_there_is_what_it_is_on_the_cpu(name):
     make, settings = {**CASES, **LONG_CASES}[name]
     model = trained(make).to(GPU)
     before = copy.deepcopy(model).eval()
@@ -49,7 +49,7 @@ def test_a_repair_there_is_what_it_is_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_each_task_is_counted_as_on_the_cpu(name: str) -> None:
+def test_each_task_is_counted_as_on_the_cpu(name):
     there, here = (
         repair_module(*untrained(name, device), quick()) for device in (GPU, torch.device("cpu"))
     )
@@ -58,7 +58,7 @@ def test_each_task_is_counted_as_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("gate", ["instance", "instance-in-target", "accuracy", "tolerance:0.05"])
-def test_each_gate(gate: str) -> None:
+def test_each_gate(gate):
     settings = quick(gate=Gate.parse(gate), target=Target.label(0), slices=lambda batch: batch[1])
     settings = replace(
         settings,
@@ -73,7 +73,7 @@ def near(batch: Any) -> Any:
     return batch[0][:, 0] > 1.5
 
 
-def test_limits_from_calibration_data_and_figures_of_unseen_data() -> None:
+def test_limits_from_calibration_data_and_figures_of_unseen_data():
     settings = quick(limit="tolerance:0.1", gate=Gate.tolerance(0.1))
     extra = {
         name: [TensorSource(*blobs(80, 1.5, seed), split=name, device=GPU)]
@@ -87,7 +87,7 @@ def two() -> tuple[Any, Any]:
     return trained(seed=1).to(GPU), trained(seed=2).to(GPU)
 
 
-def test_an_update_is_repaired_and_released() -> None:
+def test_an_update_is_repaired_and_released():
     old, new = two()
     for reference in (OldModel(old), OldModel(trained(seed=1))):
         report = repair_module(new, sources(GPU), quick(), reference=reference).report
@@ -99,7 +99,7 @@ def test_an_update_is_repaired_and_released() -> None:
     assert released.rows[0].counts.n == 200
 
 
-def test_diagnosis_comparison_and_sweep() -> None:
+def test_diagnosis_comparison_and_sweep():
     diagnosis = diagnose_module(trained().to(GPU), sources(GPU))
     assert diagnosis.to_markdown()
     compared = compare_module(trained().to(GPU), sources(GPU), methods={"swarm": QUICK_SWARM})

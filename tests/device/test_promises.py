@@ -62,14 +62,14 @@ def watched_looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("name", SEARCHES)
-def test_a_search_waits_once_in_ten_iterations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_waits_once_in_ten_iterations(name, monkeypatch):
     make, settings = CASES[name]
     with watched_looks(monkeypatch) as looks:
         repair_module(trained(make).to(GPU), sources(GPU), settings)
     assert looks == [0, 10, 20]
 
 
-def test_a_step_of_training_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_training_never_waits(monkeypatch):
     step, steps = Descent.step, []
 
     def watched(*args: Any, **rest: Any) -> None:
@@ -104,9 +104,7 @@ def grabbed(
 
 
 @pytest.mark.parametrize(("name", "n"), [("convolution", 600), ("head", 1500)])
-def test_blocks_do_not_shrink_with_the_data(
-    name: str, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_do_not_shrink_with_the_data(name, n, monkeypatch):
     make, layer = (Conv, "first") if name == "convolution" else (mlp, "auto")
     settings = quick(layer=layer, method=ParticleSwarm(particles=100, iterations=1))
     rows = []
@@ -124,7 +122,7 @@ LAUNCHES = {"convolution": 250, "weights": 240}
 
 @counting
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_of_an_iteration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_an_iteration(name, monkeypatch):
     make, layer = (Conv, "first") if name == "convolution" else (mlp, "auto")
     more: dict[str, Any] = {"importance": "focal"} if name == "weights" else {}
     counts = []
@@ -139,7 +137,7 @@ def test_launches_of_an_iteration(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @counting
-def test_memory_that_runs_out_once_changes_nothing() -> None:
+def test_memory_that_runs_out_once_changes_nothing():
     make, settings = CASES["swarm"]
     model = trained(make).to(GPU)
     alone = repair_module(model, sources(GPU), settings)
@@ -150,7 +148,7 @@ def test_memory_that_runs_out_once_changes_nothing() -> None:
 
 
 @counting
-def test_memory_that_does_not_suffice_leaves_the_weights_and_says_so() -> None:
+def test_memory_that_does_not_suffice_leaves_the_weights_and_says_so():
     make, settings = CASES["swarm"]
     model = trained(make).to(GPU)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -11,7 +11,7 @@ from repository import ROOT
 from strict_build import built, reason_not_to
 
 
-def test_what_needs_a_device_holds_on_a_strict_one() -> None:
+def test_what_needs_a_device_holds_on_a_strict_one():
     reason = reason_not_to()
     if reason:
         pytest.skip(reason)

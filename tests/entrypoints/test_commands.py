@@ -61,9 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_work_as_they_stand(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_the_page_work_as_they_stand(folder, capsys):
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(lines) == 13
     shown = {}
@@ -93,7 +91,7 @@ def test_the_commands_of_the_page_work_as_they_stand(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(command, capsys):
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: lightning-nrl {command}")
@@ -108,7 +106,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         )
 
 
-def test_the_help_of_diagnose_lists_what_has_an_effect(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_diagnose_lists_what_has_an_effect(capsys):
     assert main(["diagnose", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     options = set(re.findall(r"--repair\.(\w+)", shown)) - {"ARGUMENT"}
@@ -116,12 +114,12 @@ def test_the_help_of_diagnose_lists_what_has_an_effect(capsys: pytest.CaptureFix
     assert "FIELD: passed, failed, adapter, output, draws, stream_limit." in shown
 
 
-def test_the_whole_help_is_that_of_lightning_cli(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_help_is_that_of_lightning_cli(capsys):
     assert main(["repair", "--help_lightning"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
 
 
-def test_versions_are_printed_without_torch() -> None:
+def test_versions_are_printed_without_torch():
     command = [sys.executable, "-X", "importtime", "-m", "lightning_nrl", "--version"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r"lightning_nrl \S+, torch \S+, pytorch-lightning ", result.stdout)
@@ -133,7 +131,7 @@ def test_versions_are_printed_without_torch() -> None:
     )
 
 
-def test_the_program_has_help_and_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_has_help_and_a_version(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {command} " in shown for command in COMMANDS)
@@ -152,7 +150,7 @@ def failing(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
     return said
 
 
-def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_said_with_a_hint(folder, capsys):
     message = failing(folder, capsys, *PROJECT, "--repair.target", "label three")
     assert "found `three`" in message
     assert "HINT: write `label 3`" in message
@@ -185,9 +183,7 @@ def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture
         ("--ckpt_path state.pt", "`ckpt_path='state.pt'` is no Lightning checkpoint: it has no `"),
     ],
 )
-def test_values_that_cannot_be_used_have_no_traceback(
-    folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
-) -> None:
+def test_values_that_cannot_be_used_have_no_traceback(folder, capsys, arguments, message):
     (folder / "nested.yaml").write_text(
         blocks("yaml")[0].replace("unseen: test", "search: {n_scored: -1}")
     )
@@ -195,7 +191,7 @@ def test_values_that_cannot_be_used_have_no_traceback(
     assert f"error: {message}" in failing(folder, capsys, *PROJECT, *arguments.split())
 
 
-def test_options_of_the_callback_of_the_trainer_are_heeded(folder: Path) -> None:
+def test_options_of_the_callback_of_the_trainer_are_heeded(folder):
     nested = "data: {failed: train}\n        method: {class_path: lightning_nrl.ParticleSwarm}"
     (folder / "options.yaml").write_text(blocks("yaml")[0].replace("unseen: test", nested))
     options = read_project("repair", "", [*PROJECT, "--config", "options.yaml"]).options
@@ -203,9 +199,7 @@ def test_options_of_the_callback_of_the_trainer_are_heeded(folder: Path) -> None
 
 
 @pytest.mark.parametrize("command", ["repair", "compare"])
-def test_weights_that_nobody_has_trained_are_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_weights_that_nobody_has_trained_are_refused(folder, capsys, command):
     assert main([command, "--config", "config.yaml"]) == 2
     message = capsys.readouterr().err
     assert "error: `ckpt_path` is not given" in message
@@ -219,9 +213,7 @@ def test_weights_that_nobody_has_trained_are_refused(
 CONVEX = [*PROJECT, "--repair.method", "convex", "--repair.dirpath"]
 
 
-def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(folder, capsys):
     for place in ("best.ckpt", "best.ckpt/inside"):
         assert main(["repair", *CONVEX, place]) == 4
         out, err = capsys.readouterr()
@@ -229,9 +221,7 @@ def test_a_folder_that_cannot_be_written_ends_with_3_before_the_repair(
         assert "network.3" not in out  # no line of a report
 
 
-def test_a_repair_that_cannot_be_saved_ends_with_3_and_claims_nothing(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repair_that_cannot_be_saved_ends_with_3_and_claims_nothing(folder, capsys, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -243,9 +233,7 @@ def test_a_repair_that_cannot_be_saved_ends_with_3_and_claims_nothing(
     assert "REPAIRED" not in out
 
 
-def test_a_fault_of_the_project_ends_with_2_and_its_traceback(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fault_of_the_project_ends_with_2_and_its_traceback(folder, capsys):
     (folder / "faulty.py").write_text(
         "from my_project import *\nclass Faulty(Digits):\n  def setup(self, stage): 1 / 0\n"
     )
@@ -253,7 +241,7 @@ def test_a_fault_of_the_project_ends_with_2_and_its_traceback(
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_a_refusal_ends_with_1(folder: Path) -> None:
+def test_a_refusal_ends_with_1(folder):
     options = (
         "--repair.dirpath refused --repair.method lightning_nrl.ParticleSwarm "
         "--repair.method.iterations 1 --repair.method.particles 2 --repair.verbose false "
@@ -279,9 +267,7 @@ class Loaded(Method):
 """
 
 
-def test_a_repair_that_is_not_what_is_required_ends_with_1(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_repair_that_is_not_what_is_required_ends_with_1(folder, capsys):
     (folder / "loaded.py").write_text(LOADED)
     last = torch.load("best.ckpt", weights_only=True)["state_dict"]
     last = {name: last[f"network.3.{name}"] for name in ("weight", "bias")}
@@ -305,18 +291,14 @@ def test_a_repair_that_is_not_what_is_required_ends_with_1(
     assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt." in messages["better"]
 
 
-def test_what_is_required_needs_unseen_data(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_required_needs_unseen_data(folder, capsys):
     (folder / "seen.yaml").write_text(blocks("yaml")[0].replace("        unseen: test\n", ""))
     arguments = "repair --config seen.yaml --ckpt_path best.ckpt --require better"
     assert main(arguments.split()) == 2
     assert "`require=better`" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(folder, capsys):
     state = torch.load("best.ckpt", weights_only=True)
     state["state_dict"]["network.3.bias"][3] = -9.0
     torch.save(state, "worse.ckpt")
@@ -330,7 +312,7 @@ def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(
     assert "HINT: give --old" in capsys.readouterr().err
 
 
-def test_an_accepted_checkpoint_leaves_a_suite_alone_that_may_not_grow(folder: Path) -> None:
+def test_an_accepted_checkpoint_leaves_a_suite_alone_that_may_not_grow(folder):
     state = torch.load("best.ckpt", weights_only=True)
     state["state_dict"]["network.3.bias"][3] = -9.0
     torch.save(state, "worse.ckpt")
@@ -344,9 +326,7 @@ def test_an_accepted_checkpoint_leaves_a_suite_alone_that_may_not_grow(folder: P
     assert len(RegressionSuite.read("suite.csv").samples) > 1
 
 
-def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(folder, capsys):
     checkpoint = torch.load("best.ckpt", weights_only=True)
     hparams = {"_class_path": "my_project.Classifier", "hidden": 24, "_instantiator": "x"}
     checkpoint["hyper_parameters"] = hparams
@@ -357,9 +337,7 @@ def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
     assert "Change by layer" in capsys.readouterr().out
 
 
-def test_without_jsonargparse_the_error_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_jsonargparse_the_error_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(
         project_module, "RequirementCache", lambda requirement: False
     )  # part of it may be there
@@ -371,7 +349,7 @@ def test_without_jsonargparse_the_error_says_what_to_install(
     assert said.endswith('HINT: python -m pip install "lightning_nrl[cli]"\n')
 
 
-def test_the_configuration_of_the_page_is_one_of_lightning_cli(folder: Path) -> None:
+def test_the_configuration_of_the_page_is_one_of_lightning_cli(folder):
     from lightning.pytorch.cli import LightningCLI
 
     project = LightningCLI(args=["--config", "config.yaml"], run=False, save_config_callback=None)

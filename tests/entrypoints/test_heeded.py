@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from typing import Any
 
 import pytest
 from repository import ROOT
@@ -27,7 +26,7 @@ from lightning_nrl.entrypoints.arguments import (
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 
 
-def test_the_docs_say_which_call_uses_which_option() -> None:
+def test_the_docs_say_which_call_uses_which_option():
     table = OPTIONS.partition("## Which call uses which option")[2]
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE)
     documented = {name: set(re.findall(r"`(\w+)`", options)) for name, options in rows}
@@ -42,7 +41,7 @@ def test_the_docs_say_which_call_uses_which_option() -> None:
     }
 
 
-def test_the_docs_have_every_field() -> None:
+def test_the_docs_have_every_field():
     for name, kind in OPTION_CLASSES.items():
         section = OPTIONS.partition(f"## `{name}`: `{kind.__name__}`")[2].partition("\n## ")[0]
         assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [
@@ -74,14 +73,12 @@ def test_the_docs_have_every_field() -> None:
         ),
     ],
 )
-def test_what_has_no_effect_is_refused_with_what_to_do(
-    entry_point: str, arguments: dict[str, Any], message: str
-) -> None:
+def test_what_has_no_effect_is_refused_with_what_to_do(entry_point, arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         check_used(entry_point, arguments)
 
 
-def test_what_has_an_effect_or_says_nothing_is_taken() -> None:
+def test_what_has_an_effect_or_says_nothing_is_taken():
     samples, search = SampleOptions(importance="focal"), SearchOptions("eq1", n_passed=3)
     check_used(
         "compare", {"samples": samples, "search": search, "max_time": 3.0, "bounds": BoundOptions()}
@@ -104,7 +101,7 @@ def test_what_has_an_effect_or_says_nothing_is_taken() -> None:
         ("qwxyz", r"it is one of \['target'"),
     ],
 )
-def test_an_argument_that_is_not_there_is_answered_with_where_it_is(name: str, hint: str) -> None:
+def test_an_argument_that_is_not_there_is_answered_with_where_it_is(name, hint):
     with pytest.raises(
         ConfigurationError, match=rf"`{name}` is no argument of a repair\.\nHINT: {hint}"
     ):

@@ -58,7 +58,7 @@ class Share:
                 yield Batch((self.x[part],), self.y[part], part)
 
 
-def test_targeted_are_the_failures_that_the_target_chooses_in_sources_marked_failed() -> None:
+def test_targeted_are_the_failures_that_the_target_chooses_in_sources_marked_failed():
     sources = [source("train"), source("new", failed=True)]
     evidence = Evaluator(nn.Identity()).run(sources, Target.label(1))
     assert evidence.ids(evidence.targeted) == {"train": [], "new": [2]}
@@ -68,7 +68,7 @@ def test_targeted_are_the_failures_that_the_target_chooses_in_sources_marked_fai
     assert everywhere.ids(everywhere.targeted) == {"train": [2], "new": [2]}
 
 
-def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
+def test_where_a_target_cannot_say_it_all_samples_count_as_in_it():
     def second(batch: tuple[Tensor, ...]) -> Tensor:
         return batch[2]
 
@@ -88,9 +88,7 @@ def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
     world_size=st.integers(1, 4),
     seed=st.integers(0, 999),
 )
-def test_every_sample_is_there_exactly_once_in_order(
-    sizes: list[int], batch_size: int, world_size: int, seed: int
-) -> None:
+def test_every_sample_is_there_exactly_once_in_order(sizes, batch_size, world_size, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(sizes), 3, generator=generator)
     y = torch.randint(0, 3, (len(x),), generator=generator)
@@ -118,7 +116,7 @@ def test_every_sample_is_there_exactly_once_in_order(
 
 
 @pytest.mark.parametrize("position", [[0, 1, 2, 3], [0, 1, 2, 3, 3], [0, 1, 2, 3, 4, 4]])
-def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> None:
+def test_a_sample_that_is_missing_or_twice_is_an_error(position):
     six = [0, 1, 2, 3, 4, 4]
     share = Share("train", LOGITS[six], LABELS[six], torch.arange(5), torch.tensor(position), 2)
     with pytest.raises(
@@ -127,7 +125,7 @@ def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> N
         Evaluator(nn.Identity()).run([share])
 
 
-def test_a_model_that_fails_on_one_rank_is_named_on_all() -> None:
+def test_a_model_that_fails_on_one_rank_is_named_on_all():
     def run(collective: Any) -> ModelError:
         def forward(batch: Batch) -> Tensor:
             if collective.rank == 1:
@@ -149,7 +147,7 @@ def test_a_model_that_fails_on_one_rank_is_named_on_all() -> None:
     assert isinstance(second.__cause__, IndexError)
 
 
-def test_sources_need_names_of_their_own() -> None:
+def test_sources_need_names_of_their_own():
     with pytest.raises(ConfigurationError, match=r"`sources` has the splits \['a', 'a'\]"):
         Evaluator(nn.Identity()).run([source("a"), source("a")])
     with pytest.raises(ConfigurationError, match=r"`sources` has the splits \[\]"):
@@ -178,13 +176,13 @@ class Column(Task):
         ("dtype", "float32"),
     ],
 )
-def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong: str, found: str) -> None:
+def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong, found):
     with pytest.raises(ConfigurationError, match=f"`task`: .*{found}"):
         Evaluator(nn.Identity(), Column(wrong)).run([source()])
 
 
 @pytest.mark.parametrize("no_class", [-100, -1])
-def test_samples_without_a_class_are_named(no_class: int) -> None:
+def test_samples_without_a_class_are_named(no_class):
     labels = TensorSource(LOGITS, torch.tensor([0, no_class, 1, 1, no_class]), split="train")
     with pytest.raises(
         EvaluationError,
@@ -193,7 +191,7 @@ def test_samples_without_a_class_are_named(no_class: int) -> None:
         Evaluator(nn.Identity()).run([labels])
 
 
-def test_data_that_lie_elsewhere_than_the_model_are_named() -> None:
+def test_data_that_lie_elsewhere_than_the_model_are_named():
     evaluator = Evaluator(nn.Linear(3, 3, device="meta"))
     with pytest.raises(ConfigurationError, match="`train` data are on cpu, but the model is on"):
         evaluator.run([source()])
@@ -210,15 +208,13 @@ BFLOAT16 = partial(torch.autocast, "cpu", torch.bfloat16)
         (torch.float16, False, 2.0**-10, "float16 on cpu"),
     ],
 )
-def test_the_coarsest_numbers_count(
-    dtype: torch.dtype, autocast: bool, eps: float, text: str
-) -> None:
+def test_the_coarsest_numbers_count(dtype, autocast, eps, text):
     model = nn.Linear(2, 2).to(dtype)
     precision = Evaluator(model, context=BFLOAT16 if autocast else nullcontext).precision
     assert (precision.eps, str(precision)) == (eps, text)
 
 
-def test_a_repair_in_bfloat16_keeps_margins_above_rounding() -> None:
+def test_a_repair_in_bfloat16_keeps_margins_above_rounding():
     evaluator = Evaluator(trained(mlp).eval(), context=BFLOAT16)
     before = evaluator.run(known())
     outcome = repair_module(evaluator, known(), Settings(method=FineTunePolish()))

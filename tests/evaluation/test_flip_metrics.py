@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 
 import pytest
@@ -51,7 +50,7 @@ def logits(classes: Tensor, n_classes: int = 3) -> Tensor:
         (BreakRate, 2 / 7),
     ],
 )
-def test_every_rate_follows_its_formula(kind: type[FlipMetric], expected: float) -> None:
+def test_every_rate_follows_its_formula(kind, expected):
     assert kind()(OLD, NEW, TARGET).item() == pytest.approx(expected)
     assert kind()(logits(OLD), logits(NEW), TARGET).item() == pytest.approx(expected)
 
@@ -68,9 +67,7 @@ def test_every_rate_follows_its_formula(kind: type[FlipMetric], expected: float)
         (torch.tensor([0, 1, 0]), NAN, torch.tensor([0, 1, 1]), [0, 2, 1, 0]),
     ],
 )
-def test_kept_broken_repaired_and_failing_are_counted(
-    old: Tensor, new: Tensor, target: Tensor, counts: list[int]
-) -> None:
+def test_kept_broken_repaired_and_failing_are_counted(old, new, target, counts):
     metric = NegativeFlipRate()
     metric.update(old, new, target)
     assert metric.flips.tolist() == counts
@@ -86,9 +83,7 @@ def test_kept_broken_repaired_and_failing_are_counted(
         (BreakRate, math.nan, math.nan, 0.0),
     ],
 )
-def test_what_is_undefined_is_nan(
-    kind: type[FlipMetric], without_samples: float, old_all_wrong: float, new_all_right: float
-) -> None:
+def test_what_is_undefined_is_nan(kind, without_samples, old_all_wrong, new_all_right):
     empty = torch.zeros(0, dtype=torch.int64)
     assert kind()(empty, empty, empty).item() == pytest.approx(without_samples, nan_ok=True)
     right, wrong, half = torch.tensor([1, 1]), torch.tensor([0, 0]), torch.tensor([1, 0])
@@ -104,7 +99,7 @@ def test_what_is_undefined_is_nan(
         (torch.rand(10, 3), r"`old_preds`: torch.float32 of shape \[10, 3\]"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(old: Tensor, message: str) -> None:
+def test_shapes_that_do_not_fit_are_refused(old, message):
     with pytest.raises(ConfigurationError, match=message):
         NegativeFlipRate().update(old, NEW, TARGET)
     with pytest.raises(ConfigurationError, match=message.replace("old_preds", "new_preds")):
@@ -130,7 +125,7 @@ def at_once(kind: type[FlipMetric], rows: slice = slice(None)) -> Tensor:
     return kind()(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows])
 
 
-def test_batches_add_up_to_the_rate_of_all_until_a_reset() -> None:
+def test_batches_add_up_to_the_rate_of_all_until_a_reset():
     metric = RepairRate()
     for rows in UNEVEN:
         value = metric(MANY_OLD[rows], MANY_NEW[rows], MANY_TARGET[rows])
@@ -150,9 +145,7 @@ def _on_rank(folder: str) -> None:
     torch.save(metrics.compute(), f"{folder}/{rank}.pt")
 
 
-def test_two_ranks_with_uneven_shards_give_the_single_process_values(
-    tmp_path: os.PathLike[str],
-) -> None:
+def test_two_ranks_with_uneven_shards_give_the_single_process_values(tmp_path):
     in_two_processes(_on_rank, str(tmp_path))
     for rank in range(2):
         rates = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)

@@ -39,18 +39,18 @@ def groups_of(results: SampleResults) -> list[int]:
 
 
 @pytest.mark.parametrize("groups", [2, name_of, f"{__name__}:name_of"])
-def test_a_value_is_the_same_group_in_all_splits(groups: Any) -> None:
+def test_a_value_is_the_same_group_in_all_splits(groups):
     places = torch.arange(6) if groups != 2 else torch.tensor([4, 5, 4, 7, 5, 6])
     results = evaluated(groups, places)
     assert groups_of(results) == [0, 1, 0, 2, 1, 3, 3, 1, 2, 0, 1, 0]
 
 
-def test_names_of_groups_need_not_be_utf_8() -> None:
+def test_names_of_groups_need_not_be_utf_8():
     results = evaluated(lambda batch: [f"\udcff{number}" for number in batch[2]], torch.arange(6))
     assert groups_of(results) == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
 
 
-def test_samples_have_no_groups_unless_they_are_given() -> None:
+def test_samples_have_no_groups_unless_they_are_given():
     results = evaluated(None)
     assert results.group is None
     assert Flips.between(results, results).counts().groups is None
@@ -66,19 +66,19 @@ def test_samples_have_no_groups_unless_they_are_given() -> None:
         (lambda batch: [" "] * len(batch[0]), "a sample of `new` has the group ' '", "a name"),
     ],
 )
-def test_columns_that_give_no_groups_are_refused(groups: Any, problem: str, hint: str) -> None:
+def test_columns_that_give_no_groups_are_refused(groups, problem, hint):
     with pytest.raises(ConfigurationError) as error:
         evaluated(groups, torch.linspace(0, 1, 6))
     assert problem in error.value.problem
     assert hint in error.value.hint
 
 
-def test_a_value_that_is_no_column_is_refused_at_once() -> None:
+def test_a_value_that_is_no_column_is_refused_at_once():
     with pytest.raises(ConfigurationError, match="`groups`: a value of type float"):
         SampleOptions(groups=0.5)
 
 
-def test_two_processes_number_groups_alike() -> None:
+def test_two_processes_number_groups_alike():
     options = SampleOptions(groups=1)
 
     def group(evaluator: Evaluator, sources: Any) -> Any:
@@ -100,7 +100,7 @@ def flips(group: torch.Tensor | None) -> Flips:
     return Flips.between(before, sample_table(AFTER.tolist(), {"a": 8, "b": 5}))
 
 
-def test_a_group_counts_once() -> None:
+def test_a_group_counts_once():
     counts = flips(GROUP).counts()
     assert (counts.kept, counts.broken, counts.repaired, counts.failing) == (3, 3, 5, 2)
     # Net repairs: 3 - 2, 1 - 1, 1 and 0. Right samples: 0, 1, 3. Wrong samples: 0, 1, 2.
@@ -110,7 +110,7 @@ def test_a_group_counts_once() -> None:
     assert counts.groups == counts.units == expected
 
 
-def test_a_group_in_two_splits_counts_once_in_each_and_once_in_all() -> None:
+def test_a_group_in_two_splits_counts_once_in_each_and_once_in_all():
     # Split `a` has two samples of group 1, split `b` the other two.
     by_split = [flips(GROUP).counts(rows).units for rows in (slice(0, 8), slice(8, 13))]
     assert [units.passed for units in by_split] == [2, 1]
@@ -118,11 +118,11 @@ def test_a_group_in_two_splits_counts_once_in_each_and_once_in_all() -> None:
     assert (by_split[0].worse, by_split[1].better) == (1, 2)
 
 
-def test_no_samples_are_no_groups() -> None:
+def test_no_samples_are_no_groups():
     assert flips(GROUP).counts(torch.zeros(13).bool()).groups == GroupCounts(0, 0, 0, 0, 0, 0, 0)
 
 
-def test_without_groups_each_sample_is_a_unit() -> None:
+def test_without_groups_each_sample_is_a_unit():
     counts = flips(None).counts()
     assert counts == FlipCounts(3, 3, 5, 2)
     assert counts.units == GroupCounts(

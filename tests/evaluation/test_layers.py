@@ -142,7 +142,7 @@ def test_parametrised_layer_is_refused():
         find_layers(nn.Sequential(weight_norm(nn.Linear(3, 3))))
 
 
-def test_looking_for_layers_leaves_the_power_iteration_of_a_spectral_norm() -> None:
+def test_looking_for_layers_leaves_the_power_iteration_of_a_spectral_norm():
     model = nn.Sequential(spectral_norm(nn.Linear(30, 40)), nn.Linear(40, 2)).train()
     before = copy.deepcopy(model.state_dict())
     assert [site.name for site in find_layers(model).sites] == ["1"]

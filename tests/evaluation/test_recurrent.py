@@ -39,7 +39,7 @@ class Last(nn.Module):
     "options",
     [{"bias": False}, {"batch_first": True, "bidirectional": True, "num_layers": 2}],
 )
-def test_an_unrolled_layer_gives_the_same_outputs(kind: Any, options: dict[str, Any]) -> None:
+def test_an_unrolled_layer_gives_the_same_outputs(kind, options):
     torch.manual_seed(0)
     layer, x = kind(3, 4, **options).eval(), torch.randn(5, 5, 3)
     h = torch.randn(layer.num_layers * (1 + layer.bidirectional), 5, 4)
@@ -52,7 +52,7 @@ def test_an_unrolled_layer_gives_the_same_outputs(kind: Any, options: dict[str, 
 
 
 @pytest.mark.parametrize("layer", ["rnn", ["rnn", "head"], "first"])
-def test_candidates_score_as_in_the_whole_model(layer: Any) -> None:
+def test_candidates_score_as_in_the_whole_model(layer):
     torch.manual_seed(0)
     model = Last(nn.GRU(3, 4, batch_first=True, num_layers=2)).eval()
     if layer == "first":  # recurrent layers behind a Linear, which is called first
@@ -75,7 +75,7 @@ def test_candidates_score_as_in_the_whole_model(layer: Any) -> None:
         assert int((right & results.passed).sum()) == int(scores.intact[p])
 
 
-def test_what_cannot_be_taken_apart_is_refused() -> None:
+def test_what_cannot_be_taken_apart_is_refused():
     with pytest.raises(ConfigurationError, match="is an LSTM with projections"):
         find_layers(Last(nn.LSTM(3, 4, proj_size=2)), "rnn")
     layer = nn.GRU(3, 4)
@@ -111,7 +111,7 @@ def rows_of_digits() -> tuple[Last, list[TensorSource]]:
     return model.eval(), known
 
 
-def test_arachne_repairs_an_lstm_that_reads_digits_row_by_row() -> None:
+def test_arachne_repairs_an_lstm_that_reads_digits_row_by_row():
     model, known = rows_of_digits()
     swarm = ParticleSwarm(particles=16, iterations=8)
     method = bundle("arachne", searcher=swarm, fitness="lexicographic")

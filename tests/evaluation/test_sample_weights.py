@@ -60,7 +60,7 @@ WEIGHTS = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0])
         {"new": {2: 2, 4: 3}},
     ],
 )
-def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance: Any) -> None:
+def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance):
     results, aside = counted(SampleOptions(importance=importance), (WEIGHTS,))
     # 1 on average over the failures; passed samples keep their weight.
     assert results.weight.tolist() == [0.5, 1, 1, 1, 1.5, 1]
@@ -68,7 +68,7 @@ def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance: Any)
     assert not aside.any()
 
 
-def test_hard_failures_count_more_by_the_factor_of_the_focal_loss() -> None:
+def test_hard_failures_count_more_by_the_factor_of_the_focal_loss():
     # The model gives the truth the probabilities 1/2 and 1/10.
     loss = -torch.tensor([0.5, 0.1, 0.5, 0.1]).log()
     weight = Focal(2.0).weigh(evidence([False] * 4, loss=loss))
@@ -78,7 +78,7 @@ def test_hard_failures_count_more_by_the_factor_of_the_focal_loss() -> None:
     assert results.weight.tolist() == [1.0] * 6  # all are equally hard
 
 
-def test_protected_samples_and_those_that_count_for_several() -> None:
+def test_protected_samples_and_those_that_count_for_several():
     def weights(protected: Any, *extras: Tensor) -> list[float]:
         return counted(SampleOptions(protected=protected), extras)[0].weight.tolist()
 
@@ -93,14 +93,14 @@ def test_protected_samples_and_those_that_count_for_several() -> None:
 
 
 @pytest.mark.parametrize("aside", [2, Target.where(lambda batch: batch[2]), [2, 3], {"new": [2]}])
-def test_failures_that_are_set_aside_are_no_targets(aside: Any) -> None:
+def test_failures_that_are_set_aside_are_no_targets(aside):
     marks = torch.tensor([False, True, True, False, False, False])
     results, left_out = counted(SampleOptions(set_aside=aside), (marks,))
     assert results.ids(results.targeted) == {"new": [0, 4]}
     assert results.ids(left_out) == {"new": [2]}
 
 
-def test_slices_by_a_column_or_a_target() -> None:
+def test_slices_by_a_column_or_a_target():
     codes = torch.tensor([0, 0, 1, 1, 2, 2])
     results, _ = counted(SampleOptions(slices=2), (codes,))
     assert results.slices == ("0", "1", "2")
@@ -110,7 +110,7 @@ def test_slices_by_a_column_or_a_target() -> None:
     assert results.slice_number.tolist() == [0, -1] * 3
 
 
-def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none() -> None:
+def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none():
     names = ["<30", ">30", "a b", "a/b", "", None]
     slices = SampleOptions(slices=lambda batch: [names[i] for i in batch[2]])
     results, _ = counted(slices, (torch.arange(6),))
@@ -131,7 +131,7 @@ def test_each_name_is_a_slice_of_its_own_and_an_empty_one_is_none() -> None:
         ({"slices": 2, "quotas": [3]}, "`quotas`: found a list"),
     ],
 )
-def test_what_means_nothing_is_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+def test_what_means_nothing_is_refused_at_once(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         Settings(**with_options(arguments))
 
@@ -147,7 +147,7 @@ def test_what_means_nothing_is_refused_at_once(arguments: dict[str, Any], messag
         ({"set_aside": {"old": [1]}}, "`set_aside` names the split 'old'"),
     ],
 )
-def test_what_does_not_fit_the_data_is_refused_with_a_name(options: Any, message: str) -> None:
+def test_what_does_not_fit_the_data_is_refused_with_a_name(options, message):
     with pytest.raises(ConfigurationError, match=message):
         counted(SampleOptions(**options), (WEIGHTS,))
 
@@ -158,7 +158,7 @@ def flipped(before: SampleResults, *rows: int) -> SampleResults:
     return replace(before, passed=passed)
 
 
-def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
+def test_the_gate_counts_by_weight_and_spares_the_protected():
     weight = torch.tensor([1, 4, torch.inf, 1, 1, 1], dtype=torch.float64)
     before = evidence([True, True, True, False, False, False], weight=weight)
     assert judge(before, flipped(before, 0, 3), Gate.tolerance(3)).accepted
@@ -173,7 +173,7 @@ def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
     assert check_protected(good, before, flipped(before, 2)).status == "refused"
 
 
-def test_a_quota_that_is_not_met_is_a_reason() -> None:
+def test_a_quota_that_is_not_met_is_a_reason():
     before = evidence(
         [True, True, True, False, False, False],
         slices=("night",),
@@ -210,9 +210,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("worthy", [4, 5])
-def test_of_two_failures_every_method_repairs_the_one_that_counts_more(
-    method: str, worthy: int
-) -> None:
+def test_of_two_failures_every_method_repairs_the_one_that_counts_more(method, worthy):
     model = at_threshold()
     samples = SampleOptions(importance={worthy: 9, 9 - worthy: 1})
     settings = Settings(samples=samples, **with_options(METHODS[method]))
@@ -222,7 +220,7 @@ def test_of_two_failures_every_method_repairs_the_one_that_counts_more(
 
 
 @pytest.mark.parametrize("name", ["0", "1"])
-def test_of_two_slices_the_one_with_a_quota_is_repaired(name: str) -> None:
+def test_of_two_slices_the_one_with_a_quota_is_repaired(name):
     source = replace(either_or(), extras=(torch.tensor([-1, -1, -1, -1, 0, 1]),))
     samples = SampleOptions(slices=2, quotas={name: 1})
     settings = Settings(method="convex", samples=samples)
@@ -232,7 +230,7 @@ def test_of_two_slices_the_one_with_a_quota_is_repaired(name: str) -> None:
     assert (row.repaired_in_target, row.quota) == (1, 1)
 
 
-def test_equal_weights_change_nothing_to_the_bit() -> None:
+def test_equal_weights_change_nothing_to_the_bit():
     equal = SampleOptions(importance=lambda batch: [3.0] * len(batch[1]))
     plain, weighted = (
         repair_module(trained(), known(), Settings(method="convex", samples=samples))
@@ -242,7 +240,7 @@ def test_equal_weights_change_nothing_to_the_bit() -> None:
     assert plain.report.splits == weighted.report.splits
 
 
-def test_the_report_has_a_row_for_each_slice_and_survives_json() -> None:
+def test_the_report_has_a_row_for_each_slice_and_survives_json():
     calibration = TensorSource(*blobs(60, 1.5, 9), split="cal")
     sources = [replace(s, extras=(s.targets % 2,)) for s in (*known(), *unseen(), calibration)]
     settings = quick(method="convex", slices=2, quotas={"0": 2}, set_aside=[0, 1, 2, 3])
@@ -263,7 +261,7 @@ def test_the_report_has_a_row_for_each_slice_and_survives_json() -> None:
     assert "By slice" in report.to_markdown()
 
 
-def test_a_quota_that_cannot_be_met_ends_early_and_says_so() -> None:
+def test_a_quota_that_cannot_be_met_ends_early_and_says_so():
     slices = [replace(s, extras=(s.targets,)) for s in known()]
     with pytest.warns(UserWarning, match="names the slice 'night'"):
         outcome = repair_module(trained(), slices, quick(slices=2, quotas={"night": 1}))
@@ -271,7 +269,7 @@ def test_a_quota_that_cannot_be_met_ends_early_and_says_so() -> None:
     assert outcome.report.status == "not repaired"
 
 
-def test_samples_of_two_processes_have_the_same_weights() -> None:
+def test_samples_of_two_processes_have_the_same_weights():
     options = SampleOptions(importance=lambda batch: batch[1] + 1.0, slices=1)
 
     def weights(evaluator: Evaluator, sources: Any) -> list[float]:
@@ -283,7 +281,7 @@ def test_samples_of_two_processes_have_the_same_weights() -> None:
     assert of_ranks == [alone] * 2
 
 
-def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> None:
+def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs():
     # Samples 0, 2 and 4 of class 0 are taken for 1; 1, 3 and 5 of class 1 are right.
     for risk in ({(0, 1): 4, 1: 2, (1, 0): 3}, {"0 -> 1": 4, "1": 2, "1 -> 0": 3}):
         results, _ = counted(SampleOptions(risk=risk))
@@ -299,6 +297,6 @@ def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> 
 @pytest.mark.parametrize(
     "risk", [[3], {(3, 3): 2}, {"3 > 5": 2}, {3: 0}, {3: 1.5}, {True: 2}, {"²": 2}]
 )
-def test_what_is_no_risk_is_refused(risk: Any) -> None:
+def test_what_is_no_risk_is_refused(risk):
     with pytest.raises(ConfigurationError, match="risk"):
         SampleOptions(risk=risk)

@@ -103,7 +103,7 @@ def outcomes(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_refusal_fails_the_job_and_is_published(folder: Path) -> None:
+def test_a_refusal_fails_the_job_and_is_published(folder):
     status, shown = in_bash(f"{sys.executable} -m lightning_nrl", STEPS["Gate"]["run"], REFUSED)
     assert status == 1
     assert "\nREFUSED\n" in shown
@@ -138,13 +138,7 @@ def test_a_refusal_fails_the_job_and_is_published(folder: Path) -> None:
     ],
     ids=["accepted", "undecided", "undecided and accepted"],
 )
-def test_the_status_is_what_the_variables_ask_for(
-    folder: Path,
-    changes: Mapping[str, str],
-    status: int,
-    verdict: str,
-    counts: Mapping[str, int],
-) -> None:
+def test_the_status_is_what_the_variables_ask_for(folder, changes, status, verdict, counts):
     _, words = in_bash("printf '%s\\0'", STEPS["Gate"]["run"], changes)
     assert main(words.split("\0")[:-1]) == status
     assert outcomes(folder).items() >= counts.items()
@@ -153,14 +147,14 @@ def test_the_status_is_what_the_variables_ask_for(
     assert grown == (verdict == "Accepted")
 
 
-def test_without_a_word_on_undecided_models_the_status_is_3(folder: Path) -> None:
+def test_without_a_word_on_undecided_models_the_status_is_3(folder):
     _, words = in_bash("printf '%s\\0'", STEPS["Gate"]["run"], UNDECIDED)
     arguments = words.split("\0")[:-1]
     at = arguments.index("--on_undecided")
     assert main(arguments[:at] + arguments[at + 2 :]) == 3
 
 
-def test_the_package_is_installed_with_extras_that_it_has() -> None:
+def test_the_package_is_installed_with_extras_that_it_has():
     lines = [shlex.split(line) for line in STEPS["Install"]["run"].splitlines()]
     assert [line[:4] for line in lines] == [["python", "-m", "pip", "install"]] * 2
     package = Requirement(lines[1][4])
@@ -170,7 +164,7 @@ def test_the_package_is_installed_with_extras_that_it_has() -> None:
     assert package.url == "git+https://github.com/lightning-nrl/lightning_nrl"
 
 
-def test_what_follows_the_gate_runs_after_a_refusal_too() -> None:
+def test_what_follows_the_gate_runs_after_a_refusal_too():
     *_, gate, show, keep = WORKFLOW["jobs"]["gate"]["steps"]
     assert "if" not in gate
     assert show["if"] == keep["if"] == "${{ !cancelled() }}"

@@ -77,9 +77,7 @@ def check_lines(out: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_found")
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_an_example_repairs_and_breaks_nothing_known(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_example_repairs_and_breaks_nothing_known(name, monkeypatch, capsys):
     skip_if_long(name)
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not among the test dependencies")
@@ -98,7 +96,7 @@ def test_an_example_repairs_and_breaks_nothing_known(
 
 
 @pytest.mark.slow
-def test_two_processes_repair_alike(tmp_path: Path) -> None:
+def test_two_processes_repair_alike(tmp_path):
     skip_if_long("ddp")
     environment = {**os.environ, "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(EXAMPLES / "ddp.py"), "--fast"]
@@ -110,7 +108,7 @@ def test_two_processes_repair_alike(tmp_path: Path) -> None:
     assert "2 processes hold the same weights" in done.stdout
 
 
-def test_the_page_of_examples_names_each_and_no_other() -> None:
+def test_the_page_of_examples_names_each_and_no_other():
     page = (EXAMPLES / "README.md").read_text()
     named = re.findall(r"^\| \[`(\w+)\.py`\]", page, re.MULTILINE)
     assert sorted(named) == sorted({*SCRIPTS, *ALONE})

@@ -41,9 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.mark.slow
-def test_only_an_accepted_or_a_forced_version_becomes_the_champion(
-    run: Callable[..., int], tmp_path: Path
-) -> None:
+def test_only_an_accepted_or_a_forced_version_becomes_the_champion(run, tmp_path):
     from mlflow import MlflowClient
 
     client = MlflowClient("sqlite:///mlflow.db")

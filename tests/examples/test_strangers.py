@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import pytest
 from repository import ROOT
 from torch import nn
 
@@ -31,7 +30,7 @@ def small() -> strangers.Project:
     return strangers.Project(make_module, lambda: strangers.loaders(*strangers.digit_pairs()))
 
 
-def test_four_uses_agree_with_the_modules_own_counts(monkeypatch: pytest.MonkeyPatch, capsys):
+def test_four_uses_agree_with_the_modules_own_counts(monkeypatch, capsys):
     monkeypatch.setitem(strangers.MODULES, "small", ("torch", "pytorch_lightning", small))
     strangers.use("small", max_time=1, verbose=False)
     lines = capsys.readouterr().out.splitlines()

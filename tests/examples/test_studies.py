@@ -96,7 +96,7 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) -> None:
+def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys):
     line, names = COMMANDS[script]
     monkeypatch.setattr(updates, "UPDATES", ("from_the_old_weights", "from the old weights"))
     rows = printed(script, line, monkeypatch, capsys)
@@ -107,7 +107,7 @@ def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) 
 
 
 @pytest.mark.slow
-def test_adapters_are_compared_with_all_weights(monkeypatch, capsys) -> None:
+def test_adapters_are_compared_with_all_weights(monkeypatch, capsys):
     pytest.importorskip("peft")
     small = replace(low_rank.NETWORKS["CNN"], data=Tiny)
     monkeypatch.setitem(low_rank.NETWORKS, "CNN", small)
@@ -124,7 +124,7 @@ def test_adapters_are_compared_with_all_weights(monkeypatch, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_the_cost_of_a_repair_is_measured_by_stage(monkeypatch, capsys) -> None:
+def test_the_cost_of_a_repair_is_measured_by_stage(monkeypatch, capsys):
     line = "cost.py --axis classes --most 10 --max-time 60"
     monkeypatch.setattr(sys, "argv", line.split())
     runpy.run_path(str(STUDIES / "cost.py"), run_name="__main__")

@@ -30,7 +30,7 @@ from lightning_nrl.updates.rule_parsing import parse_rule
         (Instance(), Instance()),
     ],
 )
-def test_parse_reads_every_form(text: str | Gate, gate: Gate) -> None:
+def test_parse_reads_every_form(text, gate):
     assert Gate.parse(text) == gate
     assert Gate.parse(str(gate)) == gate
 
@@ -50,7 +50,7 @@ def test_parse_reads_every_form(text: str | Gate, gate: Gate) -> None:
         ),
     ],
 )
-def test_parse_refuses_what_it_cannot_read(text: str, message: str) -> None:
+def test_parse_refuses_what_it_cannot_read(text, message):
     with pytest.raises(ConfigurationError, match=message):
         Gate.parse(text)
 
@@ -66,7 +66,7 @@ def test_parse_refuses_what_it_cannot_read(text: str, message: str) -> None:
         (Tolerance(1.0), 100),
     ],
 )
-def test_how_many_may_break(gate: Gate, allowed: int) -> None:
+def test_how_many_may_break(gate, allowed):
     assert gate.allowed(FlipCounts(kept=90, broken=10, repaired=7, failing=5)) == allowed
 
 
@@ -96,7 +96,7 @@ def after(*flipped: int, nan: tuple[int, ...] = ()) -> SampleResults:
 BEFORE = evidence(PASSED, TARGETED)
 
 
-def test_accepted_without_a_regression() -> None:
+def test_accepted_without_a_regression():
     decision = judge(BEFORE, after(3, 5), Instance())
     assert decision.accepted
     counts = decision.counts
@@ -108,7 +108,7 @@ def test_accepted_without_a_regression() -> None:
     )
 
 
-def test_refused_for_one_regression_of_any_known_split() -> None:
+def test_refused_for_one_regression_of_any_known_split():
     for broken, split in ((0, "train"), (7, "repair")):
         decision = judge(BEFORE, after(5, 6, broken), Gate.instance())
         assert decision.status == "refused"
@@ -119,7 +119,7 @@ def test_refused_for_one_regression_of_any_known_split() -> None:
         )
 
 
-def test_of_the_target_none_may_break_and_of_the_others_any_that_is_not_protected() -> None:
+def test_of_the_target_none_may_break_and_of_the_others_any_that_is_not_protected():
     # Right before: 0, 1, 2, 4 and 7; of these 1 and 7 are in the target.
     before = replace(BEFORE, in_target=torch.tensor([i in (1, 5, 6, 7) for i in range(8)]))
     gate = Gate.instance_in_target()
@@ -140,7 +140,7 @@ def test_of_the_target_none_may_break_and_of_the_others_any_that_is_not_protecte
 
 
 @pytest.mark.parametrize("gate", ["instance", "accuracy", "tolerance:100%"])
-def test_nothing_targeted_repaired_is_never_accepted(gate: str) -> None:
+def test_nothing_targeted_repaired_is_never_accepted(gate):
     decision = judge(BEFORE, after(3), Gate.parse(gate))
     assert (decision.status, decision.counts.repaired) == ("not repaired", 1)
     assert decision.reason == (
@@ -149,7 +149,7 @@ def test_nothing_targeted_repaired_is_never_accepted(gate: str) -> None:
     )
 
 
-def test_a_loss_that_is_not_finite_is_a_failure() -> None:
+def test_a_loss_that_is_not_finite_is_a_failure():
     decision = judge(BEFORE, after(5, 6, nan=(0, 6)), Gate.instance())
     counts = decision.counts
     assert (counts.kept, counts.broken, counts.repaired, counts.failing) == (4, 1, 1, 2)
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_is_a_failure() -> None:
     )
 
 
-def test_tables_of_other_samples_are_not_compared() -> None:
+def test_tables_of_other_samples_are_not_compared():
     shuffled = replace(after(5), index=BEFORE.index.flip(0))
     with pytest.raises(
         EvaluationError, match=r"before \(train: 4, repair: 4\).*of different samples"
@@ -183,9 +183,7 @@ class OneFor(Gate):
         return f"one-for:{self.repaired}"
 
 
-def test_a_registered_gate_of_ones_own_is_read_with_its_argument(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_registered_gate_of_ones_own_is_read_with_its_argument(monkeypatch):
     monkeypatch.setattr(GATES, "on_demand", {"one-for": f"{__name__}:OneFor"})
     assert Gate.parse("one-for:3") == OneFor(3)
     assert Gate.parse("one-for") == OneFor()
@@ -196,7 +194,7 @@ def test_a_registered_gate_of_ones_own_is_read_with_its_argument(
         Gate.parse("one-for:few")
 
 
-def test_a_gate_of_ones_own_on_the_target_is_judged_alike_with_samples_and_with_counts() -> None:
+def test_a_gate_of_ones_own_on_the_target_is_judged_alike_with_samples_and_with_counts():
     class OneInTarget(Tolerance):
         needs_target = True
 
@@ -218,7 +216,7 @@ tables = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_si
 
 @settings(max_examples=80, deadline=None)
 @given(tables, st.sampled_from(["instance", "accuracy", "tolerance:2", "tolerance:10%"]))
-def test_accepted_means_what_it_says(rows: list[tuple[bool, bool, bool]], text: str) -> None:
+def test_accepted_means_what_it_says(rows, text):
     old = [row[0] for row in rows]
     new = [row[1] for row in rows]
     targeted = [row[2] and not row[0] for row in rows]
@@ -241,7 +239,7 @@ class Unlimited(OneFor):
 
 
 @pytest.mark.parametrize("limit", [math.nan, math.inf])
-def test_a_gate_without_a_finite_limit_accepts_nothing(limit: float) -> None:
+def test_a_gate_without_a_finite_limit_accepts_nothing(limit):
     decision = judge(BEFORE, after(0, 5, 6), Unlimited(limit=limit))
     assert decision.status == "refused"
     assert f"the gate allows {limit}, which is no number of samples" in decision.reason

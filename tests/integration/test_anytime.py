@@ -119,9 +119,7 @@ def repaired(
     ("make", "layer"),
     [(noisy_digits, "network.head"), (drifted_clusters, "auto"), (quadrants, "auto")],
 )
-def test_a_short_limit_repairs_and_a_longer_one_no_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Data], layer: str
-) -> None:
+def test_a_short_limit_repairs_and_a_longer_one_no_less(tmp_path, monkeypatch, make, layer):
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
     few, more, most = (

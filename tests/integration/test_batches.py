@@ -45,9 +45,7 @@ def fitted(path: Path, model: LightningModule, train: Any, val: Any, **arguments
 
 
 @pytest.mark.parametrize("method", ["convex", "finetune-polish"])
-def test_graphs_are_repaired_and_counted_as_the_module_counts_them(
-    tmp_path: Path, method: str
-) -> None:
+def test_graphs_are_repaired_and_counted_as_the_module_counts_them(tmp_path, method):
     torch.manual_seed(0)
     model, val = GraphClassifier(), graph_loader(60, seed=2)
     report, trainer = fitted(tmp_path, model, graph_loader(120, seed=1), val, method=method)
@@ -57,9 +55,7 @@ def test_graphs_are_repaired_and_counted_as_the_module_counts_them(
     assert (report.status, known.broken) == ("repaired", 0)
 
 
-def test_a_layer_of_nodes_cannot_be_searched_and_that_is_known_before_training(
-    tmp_path: Path,
-) -> None:
+def test_a_layer_of_nodes_cannot_be_searched_and_that_is_known_before_training(tmp_path):
     graphs = graph_loader(40, seed=1)
     with pytest.raises(RepairError, match=r"`layer='net\.node'`: samples cannot be taken out"):
         fitted(tmp_path, GraphClassifier(), graphs, graphs, method="swarm", layer="net.node")
@@ -89,9 +85,7 @@ class Signals(LightningModule):
         (2, "y", r"the model returned \[16, 2\] for 8 targets"),
     ],
 )
-def test_a_batch_that_does_not_fit_is_shown(
-    tmp_path: Path, copies: int, truth: str, problem: str
-) -> None:
+def test_a_batch_that_does_not_fit_is_shown(tmp_path, copies, truth, problem):
     data = DataLoader([{"signal": torch.zeros(3), truth: 1}] * 20, 8)  # type: ignore[arg-type]
     message = (
         rf"{problem}[\s\S]*signal: float32 \[8, 3\][\s\S]*HINT: [\s\S]*\(batch\['signal'\],\), {{}}"
@@ -127,7 +121,7 @@ class Labelling(Classifier):
         pass
 
 
-def test_tensors_that_cannot_be_copied_without_their_attributes(tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_copied_without_their_attributes(tmp_path):
     data = Digits()
     train, val = DataLoader(data.train, 64), DataLoader(data.repair, 64)
     report, _ = fitted(tmp_path, Labelling(), train, val, method="finetune-polish")
@@ -140,7 +134,7 @@ class OwnTransfer(Digits):
         return [x.to(device) for x in (batch[0], batch[1], batch[2])]
 
 
-def test_loaders_that_the_data_module_cannot_transfer_are_refused(tmp_path: Path) -> None:
+def test_loaders_that_the_data_module_cannot_transfer_are_refused(tmp_path):
     data = OwnTransfer()
     given = DataLoader(TensorDataset(*data.repair.tensors[:2]), 64)
     repair = RegressionFreeRepair(data=DataOptions(failed=given))

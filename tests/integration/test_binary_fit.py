@@ -4,7 +4,6 @@ in a Trainer.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def check_counts(report: RepairReport, model: Transfer, own: Data) -> None:
         assert not split.broken or split.role == "unseen"
 
 
-def test_updates_are_counted_held_to_the_old_model_and_repaired(tmp_path: Path) -> None:
+def test_updates_are_counted_held_to_the_old_model_and_repaired(tmp_path):
     seed_everything(0, verbose=False)
     old, new, own = Transfer(), Transfer(), data()
     quiet_trainer(tmp_path).fit(old, datamodule=own)

@@ -5,7 +5,6 @@ file is enough.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,15 +58,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "arguments", "message"), REFUSED)
-def test_an_argument_without_a_meaning_is_refused_at_once(
-    kind: Any, arguments: dict[str, Any], message: str
-) -> None:
+def test_an_argument_without_a_meaning_is_refused_at_once(kind, arguments, message):
     given = {"reference": mlp()} if kind in UPDATES else {}
     with pytest.raises(ConfigurationError, match=message):
         kind(**{**given, **arguments})
 
 
-def test_predictions_have_no_weights_to_go_back_to(tmp_path: Path) -> None:
+def test_predictions_have_no_weights_to_go_back_to(tmp_path):
     (tmp_path / "old.csv").write_text("split,id,prediction\nval,0,1\n")
     with pytest.raises(ConfigurationError, match="it has no weights"):
         WeightInterpolation(tmp_path / "old.csv")
@@ -106,14 +103,7 @@ CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
     "ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0"
 )
 @pytest.mark.parametrize(("kind", "written", "look", "expected"), CONFIGURED)
-def test_a_configuration_file_is_enough(
-    kind: Any,
-    written: dict[str, Any],
-    look: Callable[[Any], Any],
-    expected: Any,
-    trained_path: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_configuration_file_is_enough(kind, written, look, expected, trained_path, tmp_path):
     words = yaml.safe_dump({"reference": str(trained_path), **written})
     (made,) = (
         c

@@ -52,7 +52,7 @@ def without_a_trace(folder: Path, trained_path: Path) -> Iterator[tuple[Trainer,
     assert not list(folder.iterdir())
 
 
-def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path: Path) -> None:
+def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path, trained_path):
     data, target = Digits(), Target.where(is_noisy, name="noisy")
     with without_a_trace(tmp_path, trained_path) as (trainer, model):
         found = diagnose(trainer, model, datamodule=data, ckpt_path=trained_path, target=target)
@@ -68,7 +68,7 @@ def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path:
     assert all(passes[sample.split][sample.id] for sample in found.binding)
 
 
-def test_retraining_and_repair_beside_each_other(tmp_path: Path, trained_path: Path) -> None:
+def test_retraining_and_repair_beside_each_other(tmp_path, trained_path):
     data, methods = Digits(), {**QUICKLY["methods"], "retraining": "retraining"}
     with without_a_trace(tmp_path, trained_path) as (trainer, model):
         comparison = compare(
@@ -90,9 +90,7 @@ def test_retraining_and_repair_beside_each_other(tmp_path: Path, trained_path: P
     assert retraining.targeted > 0
 
 
-def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(tmp_path, trained_path):
     data = Digits()
     with without_a_trace(tmp_path, trained_path) as (trainer, model):
         result = sweep(
@@ -127,9 +125,7 @@ def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(
     assert same(model, again)
 
 
-def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(
-    tmp_path: Path, trained: Classifier
-) -> None:
+def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(tmp_path, trained):
     logger = TensorBoardLogger(tmp_path / "logs", name="", version="")
     trainer, folder = quiet_trainer(tmp_path, logger=logger), tmp_path / "sweep"
     how: dict[str, Any] = {**SWEEP, "dirpath": folder, "unseen": None}
@@ -148,7 +144,7 @@ def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(
     assert means == pytest.approx(sum(run.known.broken for run in result.runs) / 3)
 
 
-def test_the_best_checkpoint_of_the_trainer_can_be_diagnosed(tmp_path: Path) -> None:
+def test_the_best_checkpoint_of_the_trainer_can_be_diagnosed(tmp_path):
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     trainer = quiet_trainer(tmp_path, best, logger=CSVLogger(tmp_path), max_epochs=2)
     trainer.fit(model := Classifier(), datamodule=Digits())
@@ -167,16 +163,14 @@ def test_the_best_checkpoint_of_the_trainer_can_be_diagnosed(tmp_path: Path) -> 
         (sweep, {"targets": None}, "did you mean `target`"),
     ],
 )
-def test_what_means_nothing_is_refused(
-    tmp_path: Path, call: Any, arguments: dict[str, Any], message: str
-) -> None:
+def test_what_means_nothing_is_refused(tmp_path, call, arguments, message):
     given = SWEEP if call is sweep else {}
     with pytest.raises(ConfigurationError, match=message):
         call(quiet_trainer(tmp_path), Untrainable(), datamodule=Digits(), **{**given, **arguments})
 
 
 @pytest.mark.parametrize("call", [diagnose, repair])
-def test_a_trainer_with_a_repair_of_its_own_is_refused(tmp_path: Path, call: Any) -> None:
+def test_a_trainer_with_a_repair_of_its_own_is_refused(tmp_path, call):
     with pytest.raises(ConfigurationError, match="`trainer` has a RegressionFreeRepair of its own"):
         call(quiet_trainer(tmp_path, quick_repair()), Untrainable(), datamodule=Digits())
 
@@ -193,7 +187,7 @@ def calls(
     return diagnosis, timeless, dict(result.state(result.runs[-1]))
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path, trained_path: Path) -> None:
+def test_two_processes_find_what_one_finds(tmp_path, trained_path):
     first, second = in_two_processes(calls, tmp_path, trained_path, "ddp", 2)
     assert (first[0].advice, first[0].costs) == (second[0].advice, second[0].costs)
     for diagnosis, result, state in (second, calls(tmp_path, trained_path, "auto", 1)):

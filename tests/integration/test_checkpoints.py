@@ -45,7 +45,7 @@ def assert_holds(path: str | Path, model: Classifier, weights_only: bool = True)
     assert same(saved(path, weights_only)["state_dict"], model)
 
 
-def test_the_repaired_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
+def test_the_repaired_checkpoint_is_an_ordinary_one(tmp_path):
     repair = quick_repair(unseen="test")
     trainer, model = fit(tmp_path, repair)
     assert repair.repaired_model_path == str(tmp_path / "repair" / "repaired.ckpt")
@@ -68,7 +68,7 @@ def test_the_repaired_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
         )
 
 
-def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path: Path) -> None:
+def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path):
     repair, again, model = quick_repair(), quick_repair(), Classifier()
     _, repaired = fit(tmp_path, repair, max_epochs=1)
     with pytest.warns(UserWarning, match="no repair was made, because no training step ran"):
@@ -79,9 +79,7 @@ def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path: Path)
     assert again.report == repair.report
 
 
-def test_the_best_checkpoint_is_not_touched_and_the_last_one_holds_the_repair(
-    tmp_path: Path,
-) -> None:
+def test_the_best_checkpoint_is_not_touched_and_the_last_one_holds_the_repair(tmp_path):
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     last = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=5)
     _, model = fit(tmp_path, best, last, repair := quick_repair())
@@ -95,7 +93,7 @@ def test_the_best_checkpoint_is_not_touched_and_the_last_one_holds_the_repair(
 
 
 @pytest.mark.parametrize("before", OVERWRITING)
-def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, before: str) -> None:
+def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path, before):
     repair = quick_repair()
     trainer, model = fit(tmp_path, overwriting(before), repair, network="cnn", max_epochs=2)
     assert repair.report.status == "repaired"
@@ -119,9 +117,7 @@ def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, bef
 
 
 @since_2_6
-def test_the_averaged_weights_of_a_checkpoint_are_repaired_not_the_live_ones(
-    tmp_path: Path,
-) -> None:
+def test_the_averaged_weights_of_a_checkpoint_are_repaired_not_the_live_ones(tmp_path):
     keep = ModelCheckpoint(tmp_path, monitor="val_loss")
     trainer, _ = fit(tmp_path, keep, overwriting("WeightAveraging"))
     averaged, model = saved(keep.best_model_path), Classifier()
@@ -138,7 +134,7 @@ def test_the_averaged_weights_of_a_checkpoint_are_repaired_not_the_live_ones(
     assert_holds(report.files["checkpoint"], model)
 
 
-def test_repairs_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:
+def test_repairs_may_start_from_the_best_checkpoint(tmp_path):
     keep = ModelCheckpoint(
         tmp_path, monitor="val_loss", mode="max"
     )  # the best is the worst: the first epoch
@@ -158,7 +154,7 @@ def test_repairs_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:
     assert_holds(second.repaired_model_path or first.repaired_model_path, model)
 
 
-def test_two_repairs_of_two_layers_come_one_after_the_other(tmp_path: Path) -> None:
+def test_two_repairs_of_two_layers_come_one_after_the_other(tmp_path):
     first, second = quick_repair(layer="network.3"), quick_repair(layer="network.1")
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer, model = fit(tmp_path, first, second, logger=logger)
@@ -181,8 +177,8 @@ def test_two_repairs_of_two_layers_come_one_after_the_other(tmp_path: Path) -> N
 
 
 def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpoints_alone(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     repair = quick_repair()
     _, first = fit(tmp_path / "a", repair, max_epochs=1)
     report, path = repair.report, repair.repaired_model_path
@@ -197,7 +193,7 @@ def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpo
     assert not torch.equal(*steps)
 
 
-def test_apricot_takes_the_checkpoints_of_the_trainer(tmp_path: Path) -> None:
+def test_apricot_takes_the_checkpoints_of_the_trainer(tmp_path):
     kept = ModelCheckpoint(tmp_path / "kept", monitor="val_loss", save_top_k=3)
     repair = quick_repair(method="apricot")
     fit(tmp_path, kept, repair)

@@ -101,7 +101,7 @@ def repair_of(found: LightningCLI) -> Any:
     return repair
 
 
-def test_words_in_a_file_make_a_repair(tmp_path: Path) -> None:
+def test_words_in_a_file_make_a_repair(tmp_path):
     found = cli(tmp_path, WORDS)
     settings = repair_of(found).settings
     assert settings.target == Target.label(3) & ~Target.where("digit_models:is_noisy")
@@ -122,14 +122,14 @@ verbose: false
 """
 
 
-def test_a_file_makes_repairs_within_the_training(tmp_path: Path) -> None:
+def test_a_file_makes_repairs_within_the_training(tmp_path):
     repair = repair_of(cli(tmp_path, WITHIN, run=False, kind=RepairInTraining))
     assert isinstance(repair, RepairInTraining)
     assert (repair.every_n_epochs, repair.monitor, repair.at_end) == (2, "val_loss", False)
     assert repair.settings.target == Target.label(3) | Target.label(8)
 
 
-def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
+def test_objects_in_a_file_make_a_repair(tmp_path):
     found = cli(tmp_path, OBJECTS)
     settings = repair_of(found).settings
     assert settings.layer == ["network.1", "network.3"]
@@ -141,9 +141,7 @@ def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
     assert set(repair_of(found).report.layers) <= {"network.1", "network.3"}
 
 
-def test_a_file_may_leave_everything_out_and_the_command_line_may_add_or_do_alone(
-    tmp_path: Path,
-) -> None:
+def test_a_file_may_leave_everything_out_and_the_command_line_may_add_or_do_alone(tmp_path):
     added = ["seed=5", "method=lightning_nrl.ParticleSwarm", "method.particles=7"]
     settings = repair_of(
         cli(tmp_path, "", *(f"--trainer.callbacks.{one}" for one in added), run=False)
@@ -161,9 +159,7 @@ def test_a_file_may_leave_everything_out_and_the_command_line_may_add_or_do_alon
     assert repair_of(found).settings.target == Target.label(3)
 
 
-def test_a_printed_configuration_can_be_read_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_printed_configuration_can_be_read_again(tmp_path, capsys):
     arguments = ["fit", "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair", "--print_config"]
     with pytest.raises(SystemExit):
         LightningCLI(Classifier, Digits, args=arguments)
@@ -193,7 +189,7 @@ PARTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("words", PARTS, ids=lambda words: words[:40])
-def test_tasks_and_methods_have_names_and_arguments(tmp_path: Path, words: str) -> None:
+def test_tasks_and_methods_have_names_and_arguments(tmp_path, words):
     made = repair_of(cli(tmp_path, words, run=False))
     found = made.trainer_repair.task if words.startswith("task") else made.settings.method
     assert repr(found) == repr(PARTS[words])

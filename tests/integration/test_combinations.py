@@ -163,7 +163,7 @@ def trainer_of(row: Row, folder: Path, *given: Any) -> Trainer:
     )
 
 
-def test_the_rows_are_those_of_the_page() -> None:
+def test_the_rows_are_those_of_the_page():
     assert VERDICTS.keys() == {*ROWS, *ELSEWHERE}
     for path, text in ELSEWHERE.values():
         assert text in (ROOT / "tests" / path).read_text(encoding="utf-8")
@@ -173,7 +173,7 @@ def test_the_rows_are_those_of_the_page() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[since_2_6] if "EMA" in n else []) for n in ROWS]
 )
-def test_a_row_does_what_the_page_says(tmp_path: Path, name: str) -> None:
+def test_a_row_does_what_the_page_says(tmp_path, name):
     row, repair, ckpt_path = ROWS[name], quickest(**ROWS[name].repair), None
     if row.resumed:
         first = quiet_trainer(tmp_path / "first", max_epochs=1)

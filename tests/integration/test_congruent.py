@@ -119,9 +119,7 @@ def by_hand(trained_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Cla
 
 @pytest.mark.filterwarnings("ignore:Attribute 'teacher' is an instance")
 @pytest.mark.parametrize("form", FORMS)
-def test_the_term_is_added_as_if_written_by_hand(
-    form: str, by_hand: Classifier, trained_path: Path, tmp_path: Path
-) -> None:
+def test_the_term_is_added_as_if_written_by_hand(form, by_hand, trained_path, tmp_path):
     model = FORMS[form]()
     index = third if form == "remembered" else None
     congruent = PositiveCongruentTraining(trained_path, index=index)
@@ -132,7 +130,7 @@ def test_the_term_is_added_as_if_written_by_hand(
     assert float(trainer.callback_metrics["regression/focal_distillation"]) > 0
 
 
-def test_the_term_of_a_manual_optimisation(trained_path: Path, tmp_path: Path) -> None:
+def test_the_term_of_a_manual_optimisation(trained_path, tmp_path):
     by_hand = ByHand(Classifier.load_from_checkpoint(trained_path))
     fit(tmp_path, by_hand)
     fit(tmp_path, model := Manual(), PositiveCongruentTraining(trained_path))
@@ -141,7 +139,7 @@ def test_the_term_of_a_manual_optimisation(trained_path: Path, tmp_path: Path) -
     )
 
 
-def test_nothing_but_the_loss_is_touched(old: Classifier, tmp_path: Path) -> None:
+def test_nothing_but_the_loss_is_touched(old, tmp_path):
     terms = [FocalDistillation(weight=1e-30), MarginHinge(weight=1e-30)]
     models, teacher = [], copy.deepcopy(old)
     old.train()
@@ -164,7 +162,7 @@ class Failing(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_training_that_fails_leaves_the_module_as_it_was(old: Classifier, tmp_path: Path) -> None:
+def test_a_training_that_fails_leaves_the_module_as_it_was(old, tmp_path):
     model = Failing()
     old.train()
     with pytest.raises(KeyError, match="in the middle"):
@@ -193,9 +191,7 @@ class Listening(nn.Module):
         return self.inside(x)
 
 
-def test_the_old_model_gets_the_inputs_that_the_new_one_got(
-    old: Classifier, tmp_path: Path
-) -> None:
+def test_the_old_model_gets_the_inputs_that_the_new_one_got(old, tmp_path):
     teacher = Listening(cnn())
     fit(
         tmp_path,
@@ -213,7 +209,7 @@ def test_the_old_model_gets_the_inputs_that_the_new_one_got(
     ]
 
 
-def test_predictions_and_margins(old: Classifier, trained_path: Path, tmp_path: Path) -> None:
+def test_predictions_and_margins(old, trained_path, tmp_path):
     data = Numbered()
     was = right(old, data.train)
     rows = {
@@ -237,9 +233,7 @@ class OneMore(Flat):
         return F.pad(super().forward(pixels), (0, 1), value=-50.0)
 
 
-def test_another_architecture_with_other_inputs_and_classes(
-    old: Classifier, tmp_path: Path
-) -> None:
+def test_another_architecture_with_other_inputs_and_classes(old, tmp_path):
     reference = OldModel(OneMore(old), adapter=flattened, classes={9 - i: i for i in range(10)})
     models = [Classifier(), Classifier()]
     terms = ["focal_distillation", "margin_hinge"]
@@ -274,18 +268,14 @@ class ByItself(Classifier):
         (ByItself, r"uses manual optimisation, .*\nHINT: add `loss = loss \+"),
     ],
 )
-def test_a_step_that_it_cannot_be_added_to_is_refused(
-    kind: Any, message: str, old: Classifier, tmp_path: Path
-) -> None:
+def test_a_step_that_it_cannot_be_added_to_is_refused(kind, message, old, tmp_path):
     model = kind()
     with pytest.raises(ConfigurationError, match=message):
         fit(tmp_path, model, PositiveCongruentTraining(old))
     assert "training_step" not in vars(model)
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(
-    old: Classifier, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_refused_before_the_first_step(old, tmp_path):
     untouched, model = Classifier(), Classifier()
     with pytest.raises(ConfigurationError, match="`reference` is the model in training"):
         fit(tmp_path, old, PositiveCongruentTraining(old))
@@ -334,7 +324,7 @@ def distributed_fit(folder: Path, strategy: str, devices: int) -> dict[str, Any]
     return {"rows": drawn.rows, "state": dict(model.state_dict())}
 
 
-def test_two_processes_train_as_one(trained_path: Path) -> None:
+def test_two_processes_train_as_one(trained_path):
     alone = distributed_fit(trained_path.parent, "auto", 1)
     first, second = in_two_processes(distributed_fit, trained_path.parent, "ddp", 2)
     assert Counter(first["rows"] + second["rows"]) == Counter(alone["rows"])

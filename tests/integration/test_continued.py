@@ -5,7 +5,6 @@ one.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import distributed_fit
@@ -43,7 +42,7 @@ def continued(**arguments: Any) -> RegressionFreeRepair:
     return RegressionFreeRepair(**{**defaults, **arguments})
 
 
-def test_the_whole_network_is_repaired_statistics_included(tmp_path: Path) -> None:
+def test_the_whole_network_is_repaired_statistics_included(tmp_path):
     callback, model, data = continued(unseen="test"), Classifier("cnn", lr=0.01), Digits()
     quiet_trainer(tmp_path, callback, max_epochs=4).fit(model, datamodule=data)
     report = callback.report
@@ -60,7 +59,7 @@ def test_the_whole_network_is_repaired_statistics_included(tmp_path: Path) -> No
         assert split.kept + split.repaired == int(right(model, part).sum())
 
 
-def test_a_refused_training_leaves_the_model_as_it_was(tmp_path: Path, trained: Classifier) -> None:
+def test_a_refused_training_leaves_the_model_as_it_was(tmp_path, trained):
     before = state_of(trained)
     callback = continued(gate=NothingAtAll())
     report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=callback)
@@ -74,9 +73,7 @@ def test_a_refused_training_leaves_the_model_as_it_was(tmp_path: Path, trained: 
     assert report.reason.startswith("no time.")
 
 
-def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(tmp_path, trained_path):
     class Counted(Classifier):
         steps = 0
 
@@ -97,7 +94,7 @@ def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(
     torch.testing.assert_close(saved["optimizer_states"], old["optimizer_states"], rtol=0, atol=0)
 
 
-def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path) -> None:
+def test_two_processes_train_what_one_trains(tmp_path, trained_path):
     shutil.copy(trained_path, tmp_path / "trained.ckpt")
     distributed_fit.fit_continued(tmp_path / "alone")
     in_two_processes(distributed_fit.fit_continued, tmp_path / "two", "ddp", 2)
@@ -116,9 +113,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path)
     assert same(ranks[0], ranks[1])
 
 
-def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_trained(
-    tmp_path: Path,
-) -> None:
+def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_trained(tmp_path):
     trainer, model, data = quiet_trainer(tmp_path, max_epochs=4), Classifier("cnn", lr=0.01), Few()
     trainer.fit(model, datamodule=data)
     report = repair(trainer, model, datamodule=data, callback=continued())
@@ -132,7 +127,7 @@ def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_traine
     assert int(other.network[1].num_batches_tracked) == start + 20 * (260 // 32)
 
 
-def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path: Path) -> None:
+def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path):
     class Bank(Classifier):
         """Reads what its own data set has, and no union of data sets."""
 
@@ -169,7 +164,7 @@ class CountingWins(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_buffer_that_training_lets_grow_is_left_out(tmp_path: Path) -> None:
+def test_a_buffer_that_training_lets_grow_is_left_out(tmp_path):
     callback = quick_repair(method="finetune-polish")
     trainer = quiet_trainer(tmp_path, callback)
     trainer.fit(model := CountingWins(), datamodule=Digits())

@@ -62,9 +62,7 @@ def assert_true(report: RepairReport, split: str, model: Classifier, data: Any) 
     assert set(found.repaired_ids) <= set(now.nonzero().flatten().tolist())
 
 
-def test_a_shuffled_loader_that_drops_its_last_batch_is_read_whole_and_in_order(
-    tmp_path: Path,
-) -> None:
+def test_a_shuffled_loader_that_drops_its_last_batch_is_read_whole_and_in_order(tmp_path):
     data = Digits(batch_size=96)  # 400 is no multiple of it
     assert data.train_dataloader().drop_last
     report, model = repaired(tmp_path, data)
@@ -91,9 +89,7 @@ class OwnBatches(Sampler[list[int]]):
         ({"sampler": WeightedRandomSampler([1.0] * 400, 50), "batch_size": 32}, 400),
     ],
 )
-def test_a_sampler_over_a_subset_is_kept_to_and_any_other_is_not(
-    tmp_path: Path, batching: dict[str, Any], n: int
-) -> None:
+def test_a_sampler_over_a_subset_is_kept_to_and_any_other_is_not(tmp_path, batching, n):
     class Sampled(Digits):
         def train_dataloader(self) -> DataLoader:
             return DataLoader(self.train, **batching)
@@ -110,7 +106,7 @@ class WithoutRepair(Digits):
     repair_dataloader = None  # type: ignore[assignment]
 
 
-def test_splits_are_chosen_by_argument(tmp_path: Path) -> None:
+def test_splits_are_chosen_by_argument(tmp_path):
     data = Digits()
     splits = {"passed": "val", "failed": "repair", "unseen": "test"}
     report, _ = repaired(tmp_path, data, **splits)
@@ -127,7 +123,7 @@ def test_splits_are_chosen_by_argument(tmp_path: Path) -> None:
     assert sizes(report) == {"train": 400, "val": 100}
 
 
-def test_unseen_data_are_set_up_once(tmp_path: Path) -> None:
+def test_unseen_data_are_set_up_once(tmp_path):
     class SetUp(Digits):
         def __init__(self) -> None:
             super().__init__()
@@ -186,7 +182,7 @@ class NamedClassifier(Classifier):
         pass
 
 
-def test_a_target_sees_the_whole_batch_extras_included(tmp_path: Path) -> None:
+def test_a_target_sees_the_whole_batch_extras_included(tmp_path):
     report, model = repaired(
         tmp_path, NamedDigits(), NamedClassifier(), target=Target.where(is_noisy)
     )
@@ -221,9 +217,7 @@ def take_apart(batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any
         (OddlyNamed, "test_data:take_apart"),
     ],
 )
-def test_a_mapping_without_usual_keys_becomes_keywords_or_is_adapted(
-    tmp_path: Path, model: Any, adapter: Any
-) -> None:
+def test_a_mapping_without_usual_keys_becomes_keywords_or_is_adapted(tmp_path, model, adapter):
     report, found = repaired(tmp_path, NamedDigits(model.keys), model(), adapter=adapter)
     assert_true(report, "repair", found, Digits().repair)
 
@@ -241,7 +235,7 @@ class AugmentingClassifier(Classifier):
     on_after_batch_transfer = upside_down
 
 
-def test_augmentation_on_the_device_is_left_to_training(tmp_path: Path) -> None:
+def test_augmentation_on_the_device_is_left_to_training(tmp_path):
     data = Digits()
     report, model = repaired(tmp_path, AugmentingDigits())
     assert_true(report, "train", model, data.train)
@@ -273,9 +267,7 @@ def drawn(data: Dataset[Any], n: int) -> TensorDataset:
     return TensorDataset(*(torch.stack(column) for column in columns))
 
 
-def test_nothing_breaks_in_the_draws_that_count(
-    tmp_path: Path, trained: Classifier, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_nothing_breaks_in_the_draws_that_count(tmp_path, trained, recwarn):
     data = Jittered()
     train_draws = drawn(Jitter(data.train), 1200)
     before = right(trained, train_draws)
@@ -319,7 +311,7 @@ class WithTransforms(Digits):
         return DataLoader(Transformed(self.val, lambda x: x), 64)
 
 
-def test_the_transform_of_the_validation_data_is_preferred_to_one_draw(tmp_path: Path) -> None:
+def test_the_transform_of_the_validation_data_is_preferred_to_one_draw(tmp_path):
     report, model = repaired(tmp_path, data := WithTransforms())
     assert_true(report, "train", model, data.train)
     assert report.splits[0].broken == 0
@@ -329,7 +321,7 @@ def test_the_transform_of_the_validation_data_is_preferred_to_one_draw(tmp_path:
 PACKAGE = Path(lightning_nrl.__file__).parent
 
 
-def test_nothing_else_is_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_nothing_else_is_warned_of(tmp_path, recwarn):
     repaired(tmp_path, Digits(), unseen="test")
     assert not [
         w for w in recwarn if "HINT" in str(w.message) or PACKAGE in Path(w.filename).parents
@@ -345,7 +337,7 @@ class Lossy(Digits):
         return DataLoader(self.repair, 64, collate_fn=without_noise)
 
 
-def test_a_collate_function_that_drops_samples_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_collate_function_that_drops_samples_is_refused_before_training(tmp_path):
     with pytest.raises(
         ConfigurationError, match=r"`repair` data: a batch of 64 samples came with \d+ targets"
     ):
@@ -362,7 +354,7 @@ class ValidatesSeveral(Classifier):
         pass
 
 
-def test_all_validation_loaders_are_known(tmp_path: Path) -> None:
+def test_all_validation_loaders_are_known(tmp_path):
     report, model = repaired(tmp_path, SeveralValidations(), ValidatesSeveral())
     assert sizes(report) == {"train": 400, "val:clean": 100, "val:noisy": 203}
     assert_true(report, "val:clean", model, Digits().val)
@@ -370,7 +362,7 @@ def test_all_validation_loaders_are_known(tmp_path: Path) -> None:
     assert "Not counted" not in report.reason
 
 
-def test_one_of_several_validation_loaders_is_named(tmp_path: Path) -> None:
+def test_one_of_several_validation_loaders_is_named(tmp_path):
     data = SeveralValidations()
     report, model = repaired(tmp_path, data, ValidatesSeveral(), failed="val:noisy")
     assert sizes(report) == {"train": 400, "val:noisy": 203}
@@ -395,7 +387,7 @@ class TrainsOnTwo(Classifier):
         return sum(super(TrainsOnTwo, self).training_step(one, batch_idx) for one in batch.values())
 
 
-def test_all_samples_of_mixed_batches_are_known(tmp_path: Path) -> None:
+def test_all_samples_of_mixed_batches_are_known(tmp_path):
     callback = quick_repair(method="finetune-polish")
     quiet_trainer(tmp_path, callback, max_epochs=1).fit(TrainsOnTwo(), datamodule=MixedTraining())
     assert sizes(callback.report) == {"train:a": 160, "train:b": 100, "val": 32}
@@ -409,9 +401,7 @@ def test_all_samples_of_mixed_batches_are_known(tmp_path: Path) -> None:
         ({"limit_train_batches": 2}, [400, 203], "All 400 samples of `train` are known data"),
     ],
 )
-def test_limits_of_batches_and_known_data(
-    tmp_path: Path, limit: dict[str, Any], n: list[int], said: str
-) -> None:
+def test_limits_of_batches_and_known_data(tmp_path, limit, n, said):
     callback = quick_repair()
     quiet_trainer(tmp_path, callback, max_epochs=1, **limit).fit(Classifier(), datamodule=Digits())
     assert [split.n for split in callback.report.splits] == n
@@ -438,7 +428,7 @@ class SplitAnew(WithoutRepair):
         return DataLoader(self.test_part, 64)
 
 
-def test_test_data_that_a_new_split_makes_known_are_noticed(tmp_path: Path) -> None:
+def test_test_data_that_a_new_split_makes_known_are_noticed(tmp_path):
     with pytest.warns(DataWarning, match=r"`unseen`: \d+ of the 100 samples of `test` are known"):
         report, _ = repaired(tmp_path, SplitAnew(), unseen="test")
     n_leaked = report.leaked["test"]
@@ -454,7 +444,7 @@ class Paired(NamedClassifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -> None:
+def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path):
     seen: list[Tensor] = []
 
     def darker(batch: Any) -> Any:
@@ -473,7 +463,7 @@ def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -
     assert 23 * targets < len(torch.cat(seen)) < 42 * targets
 
 
-def test_doubted_labels_are_set_aside_and_listed(tmp_path: Path) -> None:
+def test_doubted_labels_are_set_aside_and_listed(tmp_path):
     model, data = Classifier(lr=0.01), Digits()
     quiet_trainer(tmp_path).fit(model, datamodule=data)
     images, labels, _ = data.repair.tensors

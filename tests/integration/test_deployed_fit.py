@@ -35,17 +35,13 @@ def rehearse(tmp_path: Path, module: Any, adapter: Any = None, output: str | Non
 
 
 @pytest.mark.parametrize("kind", ["Flipped", "Predicts", "PredictsProbabilities"])
-def test_what_agrees_beyond_augmentation_and_regularisation_goes_on(
-    tmp_path: Path, kind: str
-) -> None:
+def test_what_agrees_beyond_augmentation_and_regularisation_goes_on(tmp_path, kind):
     with pytest.raises(Training):
         rehearse(tmp_path, getattr(models, kind)())
 
 
 @pytest.mark.parametrize("kind", ["StepNormalises", "StepNormalisesWithNoise", "BothNormalise"])
-def test_a_step_that_changes_the_inputs_is_refused_before_training(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_step_that_changes_the_inputs_is_refused_before_training(tmp_path, kind):
     step = "validation_step" if kind == "BothNormalise" else "training_step"
     with pytest.raises(
         ConfigurationError, match=rf"`{step}` gives the layer 'net.2' other inputs.* loss .*\nHINT"
@@ -58,7 +54,7 @@ class AveragesDraws(models.Plain):
         return sum(self(torch.dropout(batch[0], 0.3, train=True)) for _ in range(8)) / 8
 
 
-def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path: Path) -> None:
+def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path):
     with (
         pytest.raises(Training),
         pytest.warns(DataWarning, match="`model`: its predictions are random"),
@@ -66,13 +62,13 @@ def test_predictions_that_are_drawn_are_named_as_the_cause(tmp_path: Path) -> No
         rehearse(tmp_path, AveragesDraws(), output="logits")
 
 
-def test_predictions_that_no_step_makes_are_refused(tmp_path: Path) -> None:
+def test_predictions_that_no_step_makes_are_refused(tmp_path):
     problem = r"`argmax` \(in `validation_step`\)[\s\S]*HINT[\s\S]*`output='logits'`"
     with pytest.raises(ConfigurationError, match=problem):
         rehearse(tmp_path, models.PredictsWithItsTeacher())
 
 
-def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
+def test_the_users_own_adapter_is_believed(tmp_path):
     module = models.BothNormalise()
     with pytest.raises(Training):
         rehearse(tmp_path, module, ADAPTER)
@@ -93,9 +89,7 @@ def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
         ("SavesAverage", "does not save 'net.2.weight' as it is"),
     ],
 )
-def test_what_cannot_be_repaired_is_refused_before_training(
-    tmp_path: Path, kind: str, match: str
-) -> None:
+def test_what_cannot_be_repaired_is_refused_before_training(tmp_path, kind, match):
     with pytest.raises(ConfigurationError, match=match):
         rehearse(tmp_path, getattr(models, kind)())
 
@@ -109,9 +103,7 @@ def test_what_cannot_be_repaired_is_refused_before_training(
         ("Averages", None, "average.2"),
     ],
 )
-def test_counts_are_those_of_the_own_validation(
-    tmp_path: Path, kind: str, adapter: str | None, layer: str
-) -> None:
+def test_counts_are_those_of_the_own_validation(tmp_path, kind, adapter, layer):
     module, data = getattr(models, kind)(), models.Clusters()
     repair = RegressionFreeRepair(data=DataOptions(adapter=adapter), **QUICK)
     quiet_trainer(
@@ -133,7 +125,7 @@ def test_counts_are_those_of_the_own_validation(
     assert right(repaired) == split.counts.kept + split.counts.repaired
 
 
-def test_a_prediction_of_several_inputs_is_made_from_their_tuple(tmp_path: Path) -> None:
+def test_a_prediction_of_several_inputs_is_made_from_their_tuple(tmp_path):
     data = models.Clusters()
     data.train, data.val = (
         [((x[:3], x[3:]), y) for x, y in split] for split in (data.train, data.val)
@@ -150,7 +142,7 @@ def test_a_prediction_of_several_inputs_is_made_from_their_tuple(tmp_path: Path)
     assert sum(right) == split.kept + split.repaired
 
 
-def test_an_update_is_counted_on_what_is_deployed(tmp_path: Path) -> None:
+def test_an_update_is_counted_on_what_is_deployed(tmp_path):
     module, data = models.Predicts(), models.Clusters()
     metrics = RegressionMetrics(models.Predicts())
     trainer = quiet_trainer(tmp_path, metrics, max_epochs=2, enable_checkpointing=False)
@@ -160,7 +152,7 @@ def test_an_update_is_counted_on_what_is_deployed(tmp_path: Path) -> None:
     assert own["regression/accuracy"] > own["regression/reference_accuracy"]
 
 
-def test_the_module_is_as_found_after_its_step(tmp_path: Path) -> None:
+def test_the_module_is_as_found_after_its_step(tmp_path):
     class Remembers(models.Plain):
         def __init__(self) -> None:
             super().__init__()

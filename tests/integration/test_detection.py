@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +71,7 @@ def loader() -> DataLoader:
     "callback",
     [RegressionFreeRepair(), RegressionMetrics(Detector(1)), ReleaseGate(Detector(1))],
 )
-def test_detection_is_refused_in_these_words(callback: Any, tmp_path: Path) -> None:
+def test_detection_is_refused_in_these_words(callback, tmp_path):
     trainer = quiet_trainer(tmp_path, callback, enable_checkpointing=False)
     message = r"object detection and instance segmentation are not supported\.\nHINT: judge which"
     run = partial(trainer.fit, Detector(), loader(), loader())
@@ -92,7 +91,7 @@ def classes_found(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(scores).logit(1e-4), torch.stack(truth)
 
 
-def test_the_classes_found_can_be_judged(tmp_path: Path) -> None:
+def test_the_classes_found_can_be_judged(tmp_path):
     old, new = Detector(1), Detector(0)
     gate = ReleaseGate(old, task="multilabel", adapter=classes_found, verbose=False)
     quiet_trainer(tmp_path, gate).test(new, loader(), verbose=False)

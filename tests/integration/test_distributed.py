@@ -59,7 +59,7 @@ def together(alone: Path) -> Path:
     return folder
 
 
-def test_two_processes_repair_as_one(alone: Path, together: Path) -> None:
+def test_two_processes_repair_as_one(alone, together):
     reports = [
         assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES
     ]
@@ -72,9 +72,7 @@ def test_two_processes_repair_as_one(alone: Path, together: Path) -> None:
     ]
 
 
-def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_own(
-    together: Path,
-) -> None:
+def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_own(together):
     first, second = (rank["state"] for rank in ranks(together / "batch_norm"))
     assert same(first, second)
     report = report_in(together / "batch_norm")
@@ -84,9 +82,7 @@ def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_
     assert found.kept + found.repaired == int(right(model, Digits().repair).sum())
 
 
-def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(
-    alone: Path,
-) -> None:
+def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(alone):
     together = alone.with_name("spawned")
     trainer, model = distributed_fit.fit(together, [203], spawning(), 2)
     report = assert_like_one_process(alone / "203", together / "203")
@@ -100,7 +96,7 @@ def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weigh
     assert same(saved, ranks(together / "203")[1]["state"])
 
 
-def test_spawned_processes_repair_a_checkpoint_and_the_main_process_gets_it(alone: Path) -> None:
+def test_spawned_processes_repair_a_checkpoint_and_the_main_process_gets_it(alone):
     folder, model = alone.with_name("spawned") / "checkpoint", Classifier()
     trainer = distributed_fit.trainer_on(folder, spawning(), 2)
     callback = quick_repair(unseen="test", dirpath=folder)

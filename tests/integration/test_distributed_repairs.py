@@ -125,7 +125,7 @@ def told(report: RepairReport) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", USED_OPTIONS)
-def test_two_processes_repair_what_one_repairs(found: tuple[Made, list[Made]], name: str) -> None:
+def test_two_processes_repair_what_one_repairs(found, name):
     (alone, one), ranks = found[0][name], found[1]
     for state, report in (rank[name] for rank in ranks):
         assert told(report) == told(one)
@@ -133,18 +133,14 @@ def test_two_processes_repair_what_one_repairs(found: tuple[Made, list[Made]], n
 
 
 @pytest.mark.parametrize("name", [*USED_OPTIONS, DRAWN])
-def test_both_processes_have_the_same_weights_and_the_same_report(
-    found: tuple[Made, list[Made]], name: str
-) -> None:
+def test_both_processes_have_the_same_weights_and_the_same_report(found, name):
     (first, one), (second, two) = (rank[name] for rank in found[1])
     assert same(first, second)
     assert told(one) == told(two)
     assert one.hashes == two.hashes
 
 
-def test_other_mini_batches_make_another_repair_that_breaks_nothing(
-    found: tuple[Made, list[Made]],
-) -> None:
+def test_other_mini_batches_make_another_repair_that_breaks_nothing(found):
     (_, alone), (state, report) = found[0][DRAWN], found[1][0][DRAWN]
     assert (alone.status, report.status) == ("repaired", "repaired")
     data, model = CASES[DRAWN].make()
@@ -156,7 +152,7 @@ def test_other_mini_batches_make_another_repair_that_breaks_nothing(
         assert two.kept + two.repaired == int(passed.sum())
 
 
-def test_what_was_asked_for_had_an_effect(found: tuple[Made, list[Made]]) -> None:
+def test_what_was_asked_for_had_an_effect(found):
     """Else equal reports would say little."""
     reports = {name: report for name, (_, report) in found[1][0].items()}
     assert {name: report.status for name, report in reports.items()} == {

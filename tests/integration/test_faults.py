@@ -126,7 +126,7 @@ class Shift(Callback):
 
 @pytest.mark.parametrize("start_from", ["last", "best"])
 @pytest.mark.parametrize("fails_after", [16, 20, 35])
-def test_an_exception_leaves_no_trace(tmp_path: Path, start_from: str, fails_after: int) -> None:
+def test_an_exception_leaves_no_trace(tmp_path, start_from, fails_after):
     """While the known samples are counted, recorded, and counted again."""
     repair = witness(start_from=start_from, layer="network.3")
     repair.fails_after = fails_after
@@ -137,9 +137,7 @@ def test_an_exception_leaves_no_trace(tmp_path: Path, start_from: str, fails_aft
     assert repair.repaired_model_path is None
 
 
-def test_an_interrupt_of_the_training_leaves_everything_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_of_the_training_leaves_everything_as_it_was(tmp_path, monkeypatch):
     # Lightning would ignore Ctrl-C from here on.
     monkeypatch.setattr("signal.signal", lambda *args: None)
     repair = witness(method=Continued())
@@ -149,7 +147,7 @@ def test_an_interrupt_of_the_training_leaves_everything_as_it_was(
     assert_same(repair.before, repair.after)
 
 
-def test_a_failure_to_save_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_failure_to_save_leaves_no_trace(tmp_path):
     repair = witness(start_from="best")
 
     class Full(Callback):
@@ -188,7 +186,7 @@ class Closed(Logger):
         pass
 
 
-def test_a_logger_without_a_store_does_not_cost_the_fit(tmp_path: Path) -> None:
+def test_a_logger_without_a_store_does_not_cost_the_fit(tmp_path):
     repair = witness()
     with pytest.warns(
         LoggingWarning, match="Closed has no folder .Broken: the file store takes no runs any more"
@@ -198,7 +196,7 @@ def test_a_logger_without_a_store_does_not_cost_the_fit(tmp_path: Path) -> None:
     assert repair.repaired_model_path == str(tmp_path / "repair" / "repaired.ckpt")
 
 
-def test_a_repair_changes_nothing_but_the_layer(tmp_path: Path) -> None:
+def test_a_repair_changes_nothing_but_the_layer(tmp_path):
     repair = witness(layer="network.3")
     fit(tmp_path, repair)
     assert repair.report.status == "repaired"
@@ -220,9 +218,7 @@ def damaged(where: str) -> Digits:
 
 
 @pytest.mark.parametrize("where", ["input", "no class"])
-def test_a_sample_that_cannot_be_judged_is_left_out_and_named(
-    tmp_path: Path, trained: Classifier, where: str
-) -> None:
+def test_a_sample_that_cannot_be_judged_is_left_out_and_named(tmp_path, trained, where):
     with pytest.warns(DataWarning, match=r"left out: .*\[?150\]?"):
         report = repair(
             quiet_trainer(tmp_path), trained, datamodule=damaged(where), **with_options(QUICK)
@@ -236,7 +232,7 @@ def test_a_sample_that_cannot_be_judged_is_left_out_and_named(
     assert right(trained, Digits().repair)[repaired].all()
 
 
-def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Classifier) -> None:
+def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path, trained):
     data = Digits()
     data.repair.tensors[1][64:] = 77
     before = state_of(trained)
@@ -259,9 +255,7 @@ def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Cl
         ("mlp", "network.1", "convex", "is not the model's logits"),
     ],
 )
-def test_what_is_known_before_is_said_before(
-    tmp_path: Path, network: str, layer: Any, method: Any, message: str
-) -> None:
+def test_what_is_known_before_is_said_before(tmp_path, network, layer, method, message):
     callback = quick_repair(layer=layer, method=method)
     with pytest.raises(ConfigurationError, match=message):
         quiet_trainer(tmp_path, callback, max_epochs=1).fit(
@@ -269,9 +263,7 @@ def test_what_is_known_before_is_said_before(
         )
 
 
-def test_a_report_that_cannot_be_read_does_not_stop_a_resume(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_a_report_that_cannot_be_read_does_not_stop_a_resume(tmp_path, trained_path):
     callback, checkpoint = quick_repair(), torch.load(trained_path, weights_only=True)
     checkpoint["callbacks"][callback.state_key] = {"report": '{"status": 3}'}
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
@@ -281,9 +273,7 @@ def test_a_report_that_cannot_be_read_does_not_stop_a_resume(
     assert callback.report.status == "repaired"
 
 
-def test_a_test_of_the_best_is_not_of_the_repair(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_a_test_of_the_best_is_not_of_the_repair(tmp_path, recwarn):
     callback, model = quick_repair(), Classifier()
     trainer = quiet_trainer(tmp_path, callback, ModelCheckpoint(monitor="val_loss"), max_epochs=1)
     trainer.fit(model, datamodule=Digits())
@@ -301,9 +291,7 @@ def test_a_test_of_the_best_is_not_of_the_repair(
     assert callback.repaired_model_path in text
 
 
-def test_a_checkpoint_whose_checksums_do_not_fit_is_said_to_be_damaged(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_a_checkpoint_whose_checksums_do_not_fit_is_said_to_be_damaged(tmp_path, trained_path):
     data = bytearray(trained_path.read_bytes())
     value = torch.load(trained_path, weights_only=True)["state_dict"]["network.1.weight"]
     at = data.index(value.numpy().tobytes())

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -94,9 +94,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"flipped_samples"}
 
 
-def test_a_run_without_a_repair_does_not_pass_an_earlier_model_off_as_its_own(
-    found: Repaired,
-) -> None:
+def test_a_run_without_a_repair_does_not_pass_an_earlier_model_off_as_its_own(found):
     assert found.save().status == "repaired"
     assert names_in(found.folder) == NAMES
     assert (found.folder / "flipped_samples").is_dir()
@@ -126,9 +124,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("missing", ["repaired.ckpt", "report.json", ""])
-def test_a_full_disk_costs_a_message(
-    found: Repaired, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_a_full_disk_costs_a_message(found, monkeypatch, missing):
     full_disk(monkeypatch, missing)
     message = r"the repair was accepted and is in the model, but .* lacks .*No space left on device"
     with pytest.warns(FilesWarning, match=message):
@@ -150,9 +146,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: Base
         (announcement, "track", "the report was not shown (ZeroDivisionError: on purpose)"),
     ],
 )
-def test_a_late_exception_costs_a_message(
-    found: Repaired, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, message: str
-) -> None:
+def test_a_late_exception_costs_a_message(found, monkeypatch, owner, name, message):
     fails(monkeypatch, owner, name, ZeroDivisionError("on purpose"))
     with pytest.warns(RepairWarning, match=re.escape(message)):
         report = found.save()
@@ -165,9 +159,7 @@ def test_a_late_exception_costs_a_message(
     ("owner", "name"),
     [(announcement, "show"), (RepairReport, "to_html")],
 )
-def test_an_interrupt_and_the_files_agree(
-    found: Repaired, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
-) -> None:
+def test_an_interrupt_and_the_files_agree(found, monkeypatch, owner, name):
     fails(monkeypatch, owner, name, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         found.save()
@@ -195,13 +187,8 @@ def renamed(state: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_a_checkpoint_that_is_not_what_was_judged_is_not_kept(
-    found: Repaired,
-    monkeypatch: pytest.MonkeyPatch,
-    recwarn: pytest.WarningsRecorder,
-    change: Callable[[dict[str, Any]], dict[str, Any]],
-    extra: Any,
-    message: str,
-) -> None:
+    found, monkeypatch, recwarn, change, extra, message
+):
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = change(checkpoint["state_dict"])
         checkpoint["extra"] = extra
@@ -216,9 +203,7 @@ def test_a_checkpoint_that_is_not_what_was_judged_is_not_kept(
 
 
 @pytest.mark.parametrize("name", [*sorted(NAMES), "flipped_samples"])
-def test_a_file_of_the_user_is_refused_before_the_work_and_never_removed(
-    found: Repaired, name: str
-) -> None:
+def test_a_file_of_the_user_is_refused_before_the_work_and_never_removed(found, name):
     notes = found.folder / name
     if name == "flipped_samples":
         notes /= "notes.md"
@@ -234,7 +219,7 @@ def test_a_file_of_the_user_is_refused_before_the_work_and_never_removed(
         assert (kept / "notes.md" if kept.is_dir() else kept).read_text().startswith("mine")
 
 
-def test_a_mark_is_there_only_beside_whole_files(tmp_path: Path) -> None:
+def test_a_mark_is_there_only_beside_whole_files(tmp_path):
     """Every moment at which a process may be killed, and what the folder holds then."""
     names, states = ["a", "b", "mark"], []
 
@@ -341,7 +326,7 @@ def assert_whole(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_nothing_half_written(tmp_path):
     """NRL_KILLS is how many processes are killed, each at a random moment."""
     dice, whole = random.Random(0), 0
     kills = int(os.environ.get("NRL_KILLS", "1"))

@@ -30,9 +30,7 @@ class Before(Callback):
 
 
 @pytest.mark.parametrize(("network", "arguments"), REPAIRS)
-def test_a_repaired_model_breaks_nothing_that_is_known(
-    tmp_path: Path, network: str, arguments: dict[str, Any]
-) -> None:
+def test_a_repaired_model_breaks_nothing_that_is_known(tmp_path, network, arguments):
     data, model, before = Digits(), Classifier(network), Before()
     repair = quick_repair(unseen="test", **arguments)
     quiet_trainer(tmp_path, before, repair).fit(model, datamodule=Digits())
@@ -85,9 +83,7 @@ def answers(model: Recorded, precision: Any, path: Path) -> Tensor:
         ("bf16-mixed", "network.1"),
     ],
 )
-def test_nothing_breaks_in_the_precision_of_training(
-    tmp_path: Path, precision: Any, layer: str
-) -> None:
+def test_nothing_breaks_in_the_precision_of_training(tmp_path, precision, layer):
     model, start = Recorded(), Recorded()
     repair = quick_repair(layer=layer)
     trainer = quiet_trainer(

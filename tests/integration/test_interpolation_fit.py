@@ -69,9 +69,7 @@ def old_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "old.ckpt"
 
 
-def test_a_given_strength_is_taken_and_nothing_else_is_touched(
-    trained_path: Path, tmp_path: Path
-) -> None:
+def test_a_given_strength_is_taken_and_nothing_else_is_touched(trained_path, tmp_path):
     interpolation = WeightInterpolation(trained_path, strength=0.75, calibration=None)
     trainer, _, before, after = trained_on(trained_path, tmp_path, interpolation)
     old = Classifier.load_from_checkpoint(trained_path).state_dict()
@@ -86,9 +84,7 @@ def test_a_given_strength_is_taken_and_nothing_else_is_touched(
     assert "interpolation/nfr" not in trainer.callback_metrics
 
 
-def test_the_strength_is_chosen_logged_and_repaired(
-    old_cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_strength_is_chosen_logged_and_repaired(old_cnn, tmp_path, capsys):
     interpolation = WeightInterpolation(old_cnn, tolerance=0.02)
     repair = quick_repair(reference=str(old_cnn), dirpath=tmp_path / "repair", layer="network.7")
     logger = CSVLogger(tmp_path)
@@ -128,7 +124,7 @@ def test_the_strength_is_chosen_logged_and_repaired(
     assert before.modes == between.modes
 
 
-def test_the_replaced_model_in_any_form_with_weights(trained_path: Path, tmp_path: Path) -> None:
+def test_the_replaced_model_in_any_form_with_weights(trained_path, tmp_path):
     module = Classifier.load_from_checkpoint(trained_path)
     torch.save(module.state_dict(), tmp_path / "last.pt")
 
@@ -149,9 +145,7 @@ def test_the_replaced_model_in_any_form_with_weights(trained_path: Path, tmp_pat
     assert same(states[0], states[2])
 
 
-def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(
-    trained: Classifier, tmp_path: Path
-) -> None:
+def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(trained, tmp_path):
     expected = state_of(trained)
     interpolation = WeightInterpolation(trained.state_dict(), strength=0, calibration=None)
     trainer = quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2)
@@ -167,9 +161,7 @@ def refused(path: Any, *callbacks: Callback, data: Any = None, model: Any = None
     return str(refusal.value)
 
 
-def test_it_comes_before_the_repair_and_after_what_sets_weights(
-    trained_path: Path, tmp_path: Path
-) -> None:
+def test_it_comes_before_the_repair_and_after_what_sets_weights(trained_path, tmp_path):
     def interpolation() -> WeightInterpolation:
         return WeightInterpolation(trained_path)
 
@@ -185,9 +177,7 @@ def test_it_comes_before_the_repair_and_after_what_sets_weights(
     assert f"`start_from='best'`: {lacking}" in message
 
 
-def test_what_does_not_fit_is_refused_before_training(
-    trained_path: Path, trained: Classifier, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_refused_before_training(trained_path, trained, tmp_path):
     message = refused(tmp_path, WeightInterpolation(trained_path), data=NoValidation())
     assert message.startswith("`calibration='val'`: there is no `val_dataloader()`.")
     assert "or a number as `strength=` with `calibration=None`" in message
@@ -195,7 +185,7 @@ def test_what_does_not_fit_is_refused_before_training(
     assert message.startswith("`reference` is the model in training")
 
 
-def test_a_model_that_begins_elsewhere_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
+def test_a_model_that_begins_elsewhere_is_warned_of(trained_path, tmp_path):
     trainer = quiet_trainer(
         tmp_path, WeightInterpolation(trained_path, verbose=False), fast_dev_run=True
     )
@@ -245,7 +235,7 @@ def distributed_fits(
     return [distributed_fit(folder, network, strategy, devices) for network in ("mlp", "cnn")]
 
 
-def test_two_processes_choose_as_one(trained_path: Path) -> None:
+def test_two_processes_choose_as_one(trained_path):
     alone = distributed_fits(trained_path.parent)
     first, second = in_two_processes(distributed_fits, trained_path.parent, "ddp", 2)
     for a, b in zip(first, second, strict=True):

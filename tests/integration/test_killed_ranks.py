@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     not KILLS, reason="it takes minutes: NRL_RANK_DEATHS=20 tries as many of each method"
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_ranks_may_die_at_any_moment(method: str, trained: Path, tmp_path: Path) -> None:
+def test_ranks_may_die_at_any_moment(method, trained, tmp_path):
     in_two_processes(repaired, tmp_path / "whole", trained, method, End())
     (state, counts), (other_state, other_counts) = results(tmp_path / "whole")
     assert same(state, other_state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods import FineTunePolish
 
 
-def test_the_checkpoint_and_the_folder_give_the_same_predictions(tmp_path: Path) -> None:
+def test_the_checkpoint_and_the_folder_give_the_same_predictions(tmp_path):
     peft = pytest.importorskip("peft")
     model, data = Classifier("cnn"), Digits()
     quiet_trainer(tmp_path, max_epochs=3).fit(model, datamodule=data)
@@ -57,7 +56,7 @@ def test_the_checkpoint_and_the_folder_give_the_same_predictions(tmp_path: Path)
     assert same(torch.load(second.files["checkpoint"], weights_only=True)["state_dict"], again)
 
 
-def test_a_folder_of_the_user_stays_where_it_is(tmp_path: Path) -> None:
+def test_a_folder_of_the_user_stays_where_it_is(tmp_path):
     notes = tmp_path / "adapter" / "notes.txt"
     notes.parent.mkdir()
     notes.write_text("mine")
@@ -78,9 +77,7 @@ class Frozen(Classifier):
         return self.network(images) * self.scale
 
 
-def test_what_cannot_work_is_refused_before_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_work_is_refused_before_the_training(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     with pytest.raises(ConfigurationError, match=r"`lora=4`: \w+ changes whole weights"):
         RegressionFreeRepair(lora=4, method="convex")

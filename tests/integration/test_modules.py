@@ -105,9 +105,7 @@ class Uncopyable(Classifier):
         (Uncopyable, {}),
     ],
 )
-def test_the_training_goes_on(
-    tmp_path: Path, kind: type[Classifier], arguments: dict[str, Any]
-) -> None:
+def test_the_training_goes_on(tmp_path, kind, arguments):
     report = continued(tmp_path, kind(), **arguments)
     assert report.status == "repaired"
     assert report.splits[1].repaired > 20
@@ -125,7 +123,7 @@ class Closed(Classifier):
         return self.loss_function(batch[0], batch[1])
 
 
-def test_a_training_that_does_not_go_on_is_warned_of(tmp_path: Path) -> None:
+def test_a_training_that_does_not_go_on_is_warned_of(tmp_path):
     with pytest.warns(TrainingWarning, match="changed nothing"):
         assert continued(tmp_path, Closed()).status == "not repaired"
 
@@ -141,7 +139,7 @@ class Merged(Classifier):
             self.network[3].b.mul_(0.3)
 
 
-def test_merged_adapters_are_judged_as_they_are_loaded(tmp_path: Path) -> None:
+def test_merged_adapters_are_judged_as_they_are_loaded(tmp_path):
     """Lightning ends a validation by flags alone: what `eval()` merged stays merged, and would be
     merged again.
     """
@@ -172,6 +170,6 @@ class Outside(Untrainable):
         return torch.optim.Adam([weight for layer in self.layers for weight in layer.parameters()])
 
 
-def test_layers_outside_of_the_module_tree_are_named(tmp_path: Path) -> None:
+def test_layers_outside_of_the_module_tree_are_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"`layers`(.|\n)*HINT(.|\n)*nn.ModuleList"):
         quiet_trainer(tmp_path, quick_repair()).fit(Outside(), datamodule=Digits())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from digit_models import Classifier, Digits, quiet_trainer
 from torch.utils.data import TensorDataset
@@ -25,7 +23,7 @@ class Videos(Digits):
         self.train = TensorDataset(images, labels, 100 + torch.arange(len(labels)))
 
 
-def test_near_copies_are_named(tmp_path: Path) -> None:
+def test_near_copies_are_named(tmp_path):
     repair = RegressionFreeRepair(
         method=Auto(ParticleSwarm(particles=12, iterations=8)), verbose=False
     )

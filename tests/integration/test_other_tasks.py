@@ -86,7 +86,7 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
         ("custom", SWARM),
     ],
 )
-def test_each_task_is_repaired(tmp_path: Path, learned: Any, name: str, method: Any) -> None:
+def test_each_task_is_repaired(tmp_path, learned, name, method):
     case, data, model = learned(name)
     old = by_split(case, model, data)
     settings = arguments(case, method=method)
@@ -116,9 +116,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "given", "message"), REFUSED)
-def test_what_a_task_lacks_is_refused_before_training(
-    tmp_path: Path, name: str, given: dict[str, Any], message: str
-) -> None:
+def test_what_a_task_lacks_is_refused_before_training(tmp_path, name, given, message):
     data, model = CASES[name].make()
     trainer = quiet_trainer(tmp_path, RegressionFreeRepair(**arguments(CASES[name], **given)))
     with pytest.raises(ConfigurationError, match=message):
@@ -127,9 +125,7 @@ def test_what_a_task_lacks_is_refused_before_training(
 
 
 @pytest.mark.parametrize("name", ["segmentation", "regression"])
-def test_a_diagnosis_says_what_can_be_said_without_classes(
-    tmp_path: Path, learned: Any, name: str
-) -> None:
+def test_a_diagnosis_says_what_can_be_said_without_classes(tmp_path, learned, name):
     case, data, model = learned(name)
     diagnosis = diagnose(quiet_trainer(tmp_path), model, datamodule=data, task=case.task)
     assert diagnosis.known["targeted"] > 0
@@ -160,7 +156,7 @@ def token_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output.transpose(1, 2), target)
 
 
-def test_sequences_of_several_lengths_are_repaired(tmp_path: Path) -> None:
+def test_sequences_of_several_lengths_are_repaired(tmp_path):
     seed_everything(0, verbose=False)
     data, model = padded_rows(), Net(Tokens(), token_loss)
     batches = (*data.train_dataloader(), *data.repair_dataloader())
@@ -178,7 +174,7 @@ def test_sequences_of_several_lengths_are_repaired(tmp_path: Path) -> None:
         assert split.kept + split.repaired == int(passed.sum())
 
 
-def test_padding_is_not_distilled(tmp_path: Path) -> None:
+def test_padding_is_not_distilled(tmp_path):
     seed_everything(0, verbose=False)
     data = padded_rows()
     old, new = (Net(Tokens(), token_loss, lr=0.0) for _ in range(2))
@@ -197,9 +193,7 @@ def test_padding_is_not_distilled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["regression", "segmentation", "sequence"])
-def test_a_training_may_be_held_to_the_replaced_model(
-    tmp_path: Path, learned: Any, name: str
-) -> None:
+def test_a_training_may_be_held_to_the_replaced_model(tmp_path, learned, name):
     case, data, old = learned(name)
     _, new = case.make()
     terms = ["focal_distillation", "margin_hinge"]

@@ -81,14 +81,14 @@ LOSSES: dict[str, Loss] = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_another_output_than_that_of_the_loss_is_refused(tmp_path: Path, name: str) -> None:
+def test_another_output_than_that_of_the_loss_is_refused(tmp_path, name):
     problem = r"your loss .*compares output 1, \[50, 3\], with `batch\[1\]`"
     with pytest.raises(ConfigurationError, match=rf"{problem}[\s\S]*HINT: .*`output=1`"):
         fit(tmp_path, Features(LOSSES[name]), RegressionFreeRepair(verbose=False))
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_the_named_output_is_repaired(tmp_path: Path, named: bool) -> None:
+def test_the_named_output_is_repaired(tmp_path, named):
     name: str | int = "classes" if named else 1
     model = Features(lambda output, batch: F.cross_entropy(output[name], batch[1]), named=named)
     callback = quick_repair(data=DataOptions(output=name), layer="net")
@@ -99,7 +99,7 @@ def test_the_named_output_is_repaired(tmp_path: Path, named: bool) -> None:
     assert n_right == counts.kept + counts.repaired
 
 
-def test_all_callbacks_and_functions_take_an_output(tmp_path: Path) -> None:
+def test_all_callbacks_and_functions_take_an_output(tmp_path):
     old, new = Features(classes), Features(classes)
     fit(tmp_path, new, RegressionMetrics(old, output=1), PositiveCongruentTraining(old, output=1))
     gate = ReleaseGate(old, output=1, verbose=False, require="any")
@@ -111,7 +111,7 @@ def test_all_callbacks_and_functions_take_an_output(tmp_path: Path) -> None:
     repair(quiet_trainer(tmp_path), new, loader(), loader(seed=1), verbose=False, **arguments)
 
 
-def test_other_labels_than_those_of_the_loss_are_refused(tmp_path: Path) -> None:
+def test_other_labels_than_those_of_the_loss_are_refused(tmp_path):
     model = Features(lambda output, batch: F.cross_entropy(output[1], batch[2]))
     callback = RegressionFreeRepair(data=DataOptions(output=1), verbose=False)
     hint = r"HINT: .*\n.*def f\(batch\):\n.*\(batch\[0\],\).*\n.*kwargs, batch\[2\]"
@@ -127,7 +127,7 @@ class Validated(Features):
 
 
 @pytest.mark.parametrize("is_validated", [True, False])
-def test_labels_that_are_confirmed_or_given_stay(tmp_path: Path, is_validated: bool) -> None:
+def test_labels_that_are_confirmed_or_given_stay(tmp_path, is_validated):
     data = DataOptions(output=1)
     model = Validated if is_validated else Features
     if not is_validated:
@@ -138,7 +138,7 @@ def test_labels_that_are_confirmed_or_given_stay(tmp_path: Path, is_validated: b
     assert counts.n == 60
 
 
-def test_several_outputs_without_a_known_loss_are_refused(tmp_path: Path) -> None:
+def test_several_outputs_without_a_known_loss_are_refused(tmp_path):
     model = Features(lambda output, batch: focal(output[1], batch[1]))
     with pytest.raises(ConfigurationError, match=r"`output`: .*0, .*1,[\s\S]*HINT: .*`output=`"):
         fit(tmp_path, model, RegressionFreeRepair(verbose=False))
@@ -158,7 +158,7 @@ class Clustered(Embedding):
         self(batch[0]).argmax(1)
 
 
-def test_an_accuracy_at_chance_with_columns_without_a_class_is_refused(tmp_path: Path) -> None:
+def test_an_accuracy_at_chance_with_columns_without_a_class_is_refused(tmp_path):
     model = Clustered(lambda h, batch: focal(model.net(h), batch[1]))
     trainer = quiet_trainer(tmp_path)
     with pytest.raises(ConfigurationError, match=r"predicts classes that no label has[\s\S]*HINT"):
@@ -186,7 +186,7 @@ class TakesTheBatch(Features):
 
 
 @pytest.mark.parametrize("make", [RegressionMetrics, ReleaseGate])
-def test_a_forward_that_fails_shows_the_batch(tmp_path: Path, make: Any) -> None:
+def test_a_forward_that_fails_shows_the_batch(tmp_path, make):
     model, callback = TakesTheBatch(classes), make(TakesTheBatch(classes), adapter=first_label)
     trainer = quiet_trainer(tmp_path, callback, max_epochs=1)
     problem = r"raised TypeError on [\s\S]*HINT"
@@ -196,7 +196,7 @@ def test_a_forward_that_fails_shows_the_batch(tmp_path: Path, make: Any) -> None
         run(model, *data)
 
 
-def test_a_logged_accuracy_is_compared(tmp_path: Path) -> None:
+def test_a_logged_accuracy_is_compared(tmp_path):
     model = Features(lambda output, batch: focal(output[1], batch[1]), logs=True)
     wrong = quick_repair(data=DataOptions(output=0))
     trainer = quiet_trainer(tmp_path, wrong, max_epochs=1)
@@ -204,12 +204,12 @@ def test_a_logged_accuracy_is_compared(tmp_path: Path) -> None:
         trainer.fit(model, loader(45), loader(45, seed=1))
 
 
-def test_the_same_accuracy_is_silent(tmp_path: Path, recwarn: Any) -> None:
+def test_the_same_accuracy_is_silent(tmp_path, recwarn):
     fit(tmp_path, Features(classes, logs=True), quick_repair(data=DataOptions(output=1)))
     assert not [warning for warning in recwarn if "val_acc" in str(warning.message)]
 
 
-def test_heads_that_are_not_counted_are_named(tmp_path: Path) -> None:
+def test_heads_that_are_not_counted_are_named(tmp_path):
     model = Features(lambda output, batch: F.cross_entropy(output["classes"], batch[1]), named=True)
     callback = quick_repair(task=NamedHead("classes"), layer="auto")
     fit(tmp_path, model, callback)

@@ -62,9 +62,7 @@ def repaired(path: Path, **arguments: Any) -> tuple[float, Counted]:
     ],
     ids=["swarm", "convex", "head", "inner", "all"],
 )
-def test_a_repair_makes_few_passes_besides_its_training(
-    tmp_path: Path, most: float, has_curve: bool, arguments: Any
-) -> None:
+def test_a_repair_makes_few_passes_besides_its_training(tmp_path, most, has_curve, arguments):
     passes, callback = repaired(tmp_path, **arguments)
     report = callback.report
     assert passes - report.passes.get("fit", 0.0) <= most, (passes, report.passes)
@@ -76,7 +74,7 @@ def test_a_repair_makes_few_passes_besides_its_training(
     assert "strength" not in report.passes
 
 
-def test_a_curve_that_is_asked_for_is_counted_by_passes(tmp_path: Path) -> None:
+def test_a_curve_that_is_asked_for_is_counted_by_passes(tmp_path):
     bounds = BoundOptions(strength=0.9)
     _, callback = repaired(tmp_path, method=SWARM, layer="network.1", bounds=bounds)
     assert [point.strength for point in callback.report.strength] == [0.9, 1.0]

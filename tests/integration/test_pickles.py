@@ -89,9 +89,7 @@ READERS: dict[str, Callable[[Path, Path], Any]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_a_checkpoint_holds_does_not_run(
-    tmp_path: Path, trained_path: Path, reader: str
-) -> None:
+def test_what_a_checkpoint_holds_does_not_run(tmp_path, trained_path, reader):
     path, mark = tmp_path / "evil.ckpt", tmp_path / "it-ran"
     with_object(trained_path, path, "hyper_parameters", Payload(mark))
     with pytest.raises(ConfigurationError, match=r"cannot be read \(UnpicklingError: .*\nHINT: "):
@@ -101,9 +99,7 @@ def test_what_a_checkpoint_holds_does_not_run(
     assert mark.exists()
 
 
-def test_a_trusted_checkpoint_is_read_if_that_is_asked_for_by_name(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_a_trusted_checkpoint_is_read_if_that_is_asked_for_by_name(tmp_path, trained_path):
     path = with_object(trained_path, tmp_path / "objects.ckpt", "extra", Custom())
     model, trainer = Classifier(), quiet_trainer(tmp_path)
     with pytest.raises(ConfigurationError, match="`weights_only=False`"):
@@ -120,7 +116,7 @@ class SavesObjects(Classifier):
         checkpoint["extra"] = Custom()
 
 
-def test_the_best_checkpoint_is_data_too(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_data_too(tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="val_loss")
     callback = quick_repair(start_from="best")
     with pytest.raises(ConfigurationError, match=r"`start_from=.*cannot be read[\s\S]*HINT: "):

@@ -264,14 +264,14 @@ def check_counts(path: Path, use: str, kind: type[Module], **options: Any) -> No
 
 
 @pytest.mark.parametrize("use", USES)
-def test_an_embedding_as_wide_as_the_classes_is_refused(tmp_path: Path, use: str) -> None:
+def test_an_embedding_as_wide_as_the_classes_is_refused(tmp_path, use):
     problem = r"your `cross_entropy` .*compares \[64, 5\], which is no output[\s\S]*HINT.*adapter"
     with pytest.raises(ConfigurationError, match=problem):
         USES[use](tmp_path, Embedding, deepcopy(trained(Embedding)))
     check_counts(tmp_path, use, Embedding, adapter=embedded)
 
 
-def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path) -> None:
+def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path):
     problem = r"ranks the classes the other way round[\s\S]*HINT[\s\S]*logits = -module\(x\)"
     with pytest.raises(ConfigurationError, match=problem):
         by_gate(tmp_path, Distances, deepcopy(trained(Distances)))
@@ -283,9 +283,7 @@ def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path: Path) -> Non
     ("kind", "use"),
     [*((Labels, use) for use in USES), (Probability, "gate"), (Thresholds, "gate")],
 )
-def test_probabilities_that_a_loss_takes_are_probabilities(
-    tmp_path: Path, use: str, kind: type[Module]
-) -> None:
+def test_probabilities_that_a_loss_takes_are_probabilities(tmp_path, use, kind):
     task = {Labels: "multilabel", Thresholds: "ordinal"}.get(kind)
     check_counts(tmp_path, use, kind, task=task)
 
@@ -315,7 +313,7 @@ class Negative(Hidden):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_the_user_is_asked_if_nothing_is_seen(tmp_path: Path, use: str) -> None:
+def test_the_user_is_asked_if_nothing_is_seen(tmp_path, use):
     question = r"\d+ of the first 64 samples of `val` are right.*\nHINT: .*`output='logits'`"
     with pytest.raises(ConfigurationError, match=question):
         USES[use](tmp_path, Hidden, deepcopy(trained(Hidden)))
@@ -403,7 +401,7 @@ SOUND = [
 
 
 @pytest.mark.parametrize("kind", SOUND)
-def test_a_sound_module_is_not_asked(tmp_path: Path, kind: type[Module]) -> None:
+def test_a_sound_module_is_not_asked(tmp_path, kind):
     check_counts(tmp_path, "callback", kind)
 
 
@@ -417,7 +415,7 @@ class Logging(Negative):
 
 
 @pytest.mark.parametrize("use", ["callback", "gate", "metrics"])
-def test_another_accuracy_than_that_of_the_loop_is_refused(tmp_path: Path, use: str) -> None:
+def test_another_accuracy_than_that_of_the_loop_is_refused(tmp_path, use):
     with pytest.raises(ConfigurationError, match=r"`val_acc`.*logged 0\.\d+.* 0\.\d+ |far fewer"):
         USES[use](tmp_path, Logging, deepcopy(trained(Logging)))
 
@@ -450,7 +448,7 @@ def after_reset(module: Any, batch: list[Tensor]) -> Any:
     return module(batch[0]), batch[1]
 
 
-def test_a_state_from_batch_to_batch_is_said(tmp_path: Path) -> None:
+def test_a_state_from_batch_to_batch_is_said(tmp_path):
     model = trained(Spiking)
     with pytest.warns(DataWarning, match=r"keeps a state[\s\S]*HINT[\s\S]*module\.reset\(\)"):
         by_gate(tmp_path, Spiking, deepcopy(model))
@@ -478,7 +476,7 @@ def tokens(batch: list[Tensor]) -> Any:
     return (batch[0],), {}, batch[1][:, None].expand(-1, 6)
 
 
-def test_a_decoder_is_not_sent_back_to_its_logits(tmp_path: Path) -> None:
+def test_a_decoder_is_not_sent_back_to_its_logits(tmp_path):
     problem = r"By the largest logit, [\s\S]*HINT: .*decoder.*F\.one_hot"
     with pytest.raises(ConfigurationError, match=problem):
         by_gate(tmp_path, Decoded, Decoded(), task="sequence", adapter=tokens)
@@ -514,9 +512,7 @@ class Transitions(Module):
 @pytest.mark.parametrize(
     ("kind", "names"), [(Cached, "net.0.weight, net.0.bias"), (Transitions, "transitions")]
 )
-def test_trained_weights_that_the_counts_do_not_use_are_said(
-    tmp_path: Path, kind: type[Module], names: str
-) -> None:
+def test_trained_weights_that_the_counts_do_not_use_are_said(tmp_path, kind, names):
     with pytest.warns(DataWarning, match=rf"`training_step` trains {names}[\s\S]*HINT: nothing is"):
         by_gate(tmp_path, kind, deepcopy(trained(kind)))
 
@@ -539,7 +535,7 @@ def few_tokens(batch: list[Tensor]) -> Any:
     return (batch[0],), {}, batch[1][:, None].expand(-1, N_CLASSES)
 
 
-def test_classes_are_in_the_dimension_of_the_loss(tmp_path: Path) -> None:
+def test_classes_are_in_the_dimension_of_the_loss(tmp_path):
     options: Any = {"task": "sequence", "adapter": few_tokens}
     with pytest.raises(ConfigurationError, match=r"HINT: write `task=Sequence\(class_dim=1\)`"):
         by_gate(tmp_path, Channels, Channels(), **options)
@@ -557,13 +553,13 @@ class Windows(Focal):
         self.log("val_loss", self.loss(logits, batch[1]))
 
 
-def test_another_prediction_of_the_validation_is_refused(tmp_path: Path) -> None:
+def test_another_prediction_of_the_validation_is_refused(tmp_path):
     problem = r"your `softmax` \(in `validation_step`\) takes \[64, 5\], which is no output"
     with pytest.raises(ConfigurationError, match=problem):
         by_gate(tmp_path, Windows, deepcopy(trained(Windows)))
 
 
-def test_an_adapter_that_the_loss_contradicts_is_said(tmp_path: Path) -> None:
+def test_an_adapter_that_the_loss_contradicts_is_said(tmp_path):
     with pytest.warns(
         DataWarning, match=r"`cross_entropy` [\s\S]*HINT: make sure that the adapter"
     ):
@@ -606,8 +602,6 @@ class Tokens(Module):
         (Tokens, {}, r"\[64, 6, 5\][\s\S]*HINT: .*`task='sequence'`"),
     ],
 )  # fmt: skip
-def test_an_output_without_logits_says_what_to_write(
-    tmp_path: Path, kind: type[Module], options: Any, problem: str
-) -> None:
+def test_an_output_without_logits_says_what_to_write(tmp_path, kind, options, problem):
     with pytest.raises(ConfigurationError, match=problem):
         by_gate(tmp_path, kind, kind(), **options)

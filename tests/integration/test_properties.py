@@ -90,7 +90,7 @@ def passes(model: nn.Module, splits: list[TensorSource], outcome: Outcome | None
 
 @settings(max_examples=25, deadline=None)
 @given(problems())
-def test_an_accepted_repair_breaks_nothing_and_the_model_is_never_touched(problem: tuple) -> None:
+def test_an_accepted_repair_breaks_nothing_and_the_model_is_never_touched(problem):
     model, splits, chosen = problem
     before, state = passes(model, splits), copy.deepcopy(model.state_dict())
     outcome = repair_module(model, splits, chosen)

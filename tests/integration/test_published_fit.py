@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,7 @@ from lightning_nrl.published import Apricot, NeuRecover
 
 
 @pytest.mark.parametrize("method", METHODS.on_demand)
-def test_every_published_method_runs_after_a_fit_and_on_a_checkpoint(
-    method: str, tmp_path: Path
-) -> None:
+def test_every_published_method_runs_after_a_fit_and_on_a_checkpoint(method, tmp_path):
     arguments: dict[str, Any] = {
         "method": method,
         "gate": "accuracy",

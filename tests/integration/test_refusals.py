@@ -41,7 +41,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("message", ARGUMENTS)
-def test_an_argument_without_a_meaning_is_refused_at_once(message: str) -> None:
+def test_an_argument_without_a_meaning_is_refused_at_once(message):
     with pytest.raises(ConfigurationError, match=rf"^{re.escape(message)}[\s\S]*\nHINT: "):
         quick_repair(**ARGUMENTS[message])
 
@@ -57,12 +57,12 @@ def refused(path: Path, data: Any, *callbacks: Any, model: Any = None, **argumen
 
 
 @pytest.mark.parametrize("later", OVERWRITING)
-def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, later: str) -> None:
+def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path, later):
     message = refused(tmp_path, Digits(), quick_repair(), overwriting(later))
     assert f"`callbacks`: {later} comes after the repair" in message
 
 
-def test_repairs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+def test_repairs_that_do_not_go_together_are_refused(tmp_path):
     message = refused(
         tmp_path, Digits(), quick_repair(target="label 3"), quick_repair(target="label 3", seed=1)
     )
@@ -89,9 +89,7 @@ class SingleDeviceXLAStrategy(SingleDeviceStrategy):
         (SingleDeviceXLAStrategy, "runs on XLA"),
     ],
 )
-def test_a_strategy_without_whole_weights_on_torchs_device_is_refused(
-    tmp_path: Path, kind: Any, words: str
-) -> None:
+def test_a_strategy_without_whole_weights_on_torchs_device_is_refused(tmp_path, kind, words):
     message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=kind("cpu"))
     assert message.startswith(f"`strategy`: {kind.__name__} {words}")
 
@@ -106,7 +104,7 @@ class ShardedByHand(Untrainable):
         layer.weight = DTensor(layer.weight.detach())
 
 
-def test_a_model_that_shards_itself_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_shards_itself_is_refused(tmp_path):
     message = refused(tmp_path, Digits(), quick_repair(), model=ShardedByHand("cnn"))
     assert message.startswith("`model`: 'network.0.weight' is a DTensor, split over ranks")
 
@@ -210,13 +208,11 @@ BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("data", "arguments", "message"), BEFORE_TRAINING)
-def test_what_does_not_fit_is_refused_before_training(
-    tmp_path: Path, data: Any, arguments: dict[str, Any], message: str
-) -> None:
+def test_what_does_not_fit_is_refused_before_training(tmp_path, data, arguments, message):
     assert re.match(message, refused(tmp_path, data(), quick_repair(**arguments)), re.DOTALL)
 
 
-def test_samples_of_another_loader_are_counted_if_its_data_are_known(tmp_path: Path) -> None:
+def test_samples_of_another_loader_are_counted_if_its_data_are_known(tmp_path):
     data = Wrapped()
     callback = quick_repair(passed=DataLoader(data.train, 64))
     quiet_trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), datamodule=data)
@@ -224,7 +220,7 @@ def test_samples_of_another_loader_are_counted_if_its_data_are_known(tmp_path: P
     assert [split.n for split in callback.report.splits] == [400, 203]
 
 
-def test_without_validation_data_the_train_data_are_repaired(tmp_path: Path) -> None:
+def test_without_validation_data_the_train_data_are_repaired(tmp_path):
     callback = quick_repair()
     with pytest.warns(DataWarning, match="failures of the train data are repaired"):
         quiet_trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), datamodule=TrainAlone())
@@ -236,7 +232,7 @@ class Trainer:
 
 
 @pytest.mark.parametrize("call", [repair, diagnose, compare])
-def test_every_face_refuses_what_it_cannot_use(tmp_path: Path, call: Any) -> None:
+def test_every_face_refuses_what_it_cannot_use(tmp_path, call):
     trainer, model = quiet_trainer(tmp_path), Untrainable()
     with pytest.raises(ConfigurationError, match="`trainer`: found a Trainer of `test_refusals`"):
         call(Trainer(), model)

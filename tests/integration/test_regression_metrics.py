@@ -124,9 +124,7 @@ def fit(
 
 
 @pytest.mark.parametrize("form", ["path", "predictions"])
-def test_every_validation_counts_as_two_plain_passes_do(
-    form: str, old: Classifier, trained_path: Path, tmp_path: Path
-) -> None:
+def test_every_validation_counts_as_two_plain_passes_do(form, old, trained_path, tmp_path):
     data, reference = Noisy(), trained_path
     was = right(old, data.counted)
     if form == "predictions":
@@ -144,7 +142,7 @@ def test_every_validation_counts_as_two_plain_passes_do(
         }
 
 
-def test_slices_are_counted_apart(old: Classifier, tmp_path: Path) -> None:
+def test_slices_are_counted_apart(old, tmp_path):
     data = Noisy()
     witness, metrics = Witness(data.counted), RegressionMetrics(old, slices=digit, prefix="old")
     fit(tmp_path, metrics, witness, data=data, max_epochs=1)
@@ -186,9 +184,7 @@ class Counting(Classifier):
 @pytest.mark.parametrize(
     ("style", "passes"), [("self", 4), ("part", 4), ("twice", 8), ("halves", 10)]
 )
-def test_no_pass_is_made_but_the_step_s_own(
-    style: str, passes: int, old: Classifier, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_no_pass_is_made_but_the_step_s_own(style, passes, old, tmp_path, recwarn):
     data, model = Noisy(), Counting(style)
     witness = Witness(data.counted, passes=[])
     fit(tmp_path, RegressionMetrics(old), witness, data=data, model=model, max_epochs=1)
@@ -199,16 +195,14 @@ def test_no_pass_is_made_but_the_step_s_own(
     assert close(logged(witness.logged[0]), by_hand(right(old, data.counted), witness.right[0]))
 
 
-def test_one_of_several_loaders_counts(old: Classifier, tmp_path: Path) -> None:
+def test_one_of_several_loaders_counts(old, tmp_path):
     data, metrics = Several(), RegressionMetrics(old, dataloader=1)
     witness = Witness(data.val)
     fit(tmp_path, metrics, witness, data=data, model=Counting(), max_epochs=1)
     assert close(logged(witness.logged[0]), by_hand(right(old, data.val), witness.right[0]))
 
 
-def test_a_validation_alone_counts_the_same(
-    trained_path: Path, old: Classifier, tmp_path: Path
-) -> None:
+def test_a_validation_alone_counts_the_same(trained_path, old, tmp_path):
     data = Noisy()
     trainer = quiet_trainer(tmp_path, RegressionMetrics(old))
     (metrics,) = trainer.validate(
@@ -217,7 +211,7 @@ def test_a_validation_alone_counts_the_same(
     assert close(logged(metrics), by_hand(right(old, data.counted), right(model, data.counted)))
 
 
-def test_checkpoints_and_early_stopping_follow_it(old: Classifier, tmp_path: Path) -> None:
+def test_checkpoints_and_early_stopping_follow_it(old, tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="regression/nfr", filename="{epoch}", mode="min")
     stop = EarlyStopping("regression/btc", patience=1, mode="max", min_delta=1.0)
     data = Noisy()
@@ -234,9 +228,7 @@ def test_checkpoints_and_early_stopping_follow_it(old: Classifier, tmp_path: Pat
     assert by_hand(was, now)["nfr"] == pytest.approx(min(rates))
 
 
-def test_only_what_is_validated_counts_and_everything_is_left_as_found(
-    old: Classifier, tmp_path: Path
-) -> None:
+def test_only_what_is_validated_counts_and_everything_is_left_as_found(old, tmp_path):
     data = Noisy()
     few = TensorDataset(*(x[:128] for x in data.repair.tensors))
     trained = []
@@ -289,16 +281,14 @@ class Drawn(BatchSampler):
         (Noisy(), {"reference": nn.Linear(3, 2).state_dict()}, "`reference` lacks"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_training(
-    data: Any, arguments: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_refused_before_training(data, arguments, message, tmp_path):
     metrics = RegressionMetrics(**{"reference": OldModel(mlp()), **arguments})
     # Without the sanity check, in which some of these data would fail on their own.
     with pytest.raises(ConfigurationError, match=re.compile(message, re.DOTALL)):
         fit(tmp_path, metrics, data=data, model=Untrainable(), num_sanity_val_steps=0)
 
 
-def test_labels_that_moved_are_noticed(old: Classifier, tmp_path: Path) -> None:
+def test_labels_that_moved_are_noticed(old, tmp_path):
     data = Noisy()
     images, labels, noisy = data.repair.tensors
     moving = labels.clone()
@@ -343,7 +333,7 @@ def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dic
     return found
 
 
-def test_two_processes_count_as_one(trained_path: Path) -> None:
+def test_two_processes_count_as_one(trained_path):
     alone = distributed_fits(trained_path.parent, "auto", 1)
     for together in in_two_processes(distributed_fits, trained_path.parent, "ddp", 2):
         assert alone.keys() == together.keys()
@@ -352,7 +342,7 @@ def test_two_processes_count_as_one(trained_path: Path) -> None:
     assert alone["200"]["regression/broken"] > 0
 
 
-def test_loaders_of_ones_own_are_counted_instead(old: Classifier, tmp_path: Path) -> None:
+def test_loaders_of_ones_own_are_counted_instead(old, tmp_path):
     """The validation shuffles its data, which are refused by themselves."""
     data = Noisy(batch_size=64, shuffle=True)
     suite = data.counted

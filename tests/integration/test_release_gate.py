@@ -39,13 +39,7 @@ def gate_of(reference: Any, **arguments: Any) -> ReleaseGate:
     )
 
 
-def test_the_test_is_followed_by_a_verdict(
-    old: Classifier,
-    new: Classifier,
-    trained_path: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_test_is_followed_by_a_verdict(old, new, trained_path, tmp_path, capsys):
     data = Digits()
     was, now = right(old, data.test), right(new, data.test)
     gate = gate_of(trained_path, rules=["instance", ProtectedIntact(where=is_noisy)], verbose=True)
@@ -66,16 +60,14 @@ def test_the_test_is_followed_by_a_verdict(
     assert "REFUSED" in capsys.readouterr().out
 
 
-def test_predictions_of_the_user_are_not_replaced(old: Classifier, tmp_path: Path) -> None:
+def test_predictions_of_the_user_are_not_replaced(old, tmp_path):
     (tmp_path / "predictions.csv").write_text("split,id,prediction\n")
     gate = gate_of(old, rules="instance", dirpath=tmp_path)
     with pytest.raises(ConfigurationError, match=r"predictions\.csv is no file of this package"):
         quiet_trainer(tmp_path, gate, enable_checkpointing=False).test(old, datamodule=Digits())
 
 
-def test_validate_and_test_are_judged_and_fit_is_not(
-    old: Classifier, new: Classifier, trained_path: Path, tmp_path: Path
-) -> None:
+def test_validate_and_test_are_judged_and_fit_is_not(old, new, trained_path, tmp_path):
     gate = gate_of(old, rules="instance")
     trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False, max_epochs=1)
     trainer.fit(Classifier(), datamodule=Digits())
@@ -102,7 +94,7 @@ class PredictsInPlace(deployed_models.Predicts):
 
 
 @pytest.mark.parametrize("kind", [deployed_models.Predicts, PredictsInPlace])
-def test_a_module_is_judged_by_its_predict_step(kind: Any, tmp_path: Path) -> None:
+def test_a_module_is_judged_by_its_predict_step(kind, tmp_path):
     model, data = kind(), deployed_models.Clusters()
     gate = ReleaseGate(kind(), "accuracy", verbose=False)
     trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
@@ -111,7 +103,7 @@ def test_a_module_is_judged_by_its_predict_step(kind: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [ReleaseGate, RegressionMetrics])
-def test_a_step_that_changes_the_inputs_is_refused(kind: Any, tmp_path: Path) -> None:
+def test_a_step_that_changes_the_inputs_is_refused(kind, tmp_path):
     model, data = deployed_models.BothNormalise(), deployed_models.Clusters()
     trainer = quiet_trainer(tmp_path, kind(deployed_models.BothNormalise()))
     with pytest.raises(ConfigurationError, match=r"`validation_step` gives .*'net.2' other"):
@@ -138,7 +130,7 @@ class Plain(Classifier):
 
 
 @pytest.mark.parametrize("names", [["test:0", "test:1"], ["suite", "later"]])
-def test_each_data_loader_is_a_split(names: list[str], old: Classifier, tmp_path: Path) -> None:
+def test_each_data_loader_is_a_split(names, old, tmp_path):
     model = Plain()
     model.load_state_dict(old.state_dict())
     gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"])
@@ -150,9 +142,7 @@ def test_each_data_loader_is_a_split(names: list[str], old: Classifier, tmp_path
     ]
 
 
-def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(
-    old: Classifier, tmp_path: Path
-) -> None:
+def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(old, tmp_path):
     gate = gate_of(old, junit=tmp_path / "release.xml")
     quiet_trainer(tmp_path, gate, fast_dev_run=True).test(old, datamodule=Digits(), verbose=False)
     assert gate.report.rows[0].counts.n == 64
@@ -166,9 +156,7 @@ def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(
     assert (tmp_path / "release.xml").exists()
 
 
-def test_tensorboard_shows_the_page_and_the_numbers(
-    old: Classifier, new: Classifier, tmp_path: Path
-) -> None:
+def test_tensorboard_shows_the_page_and_the_numbers(old, new, tmp_path):
     gate, logger = gate_of(old), TensorBoardLogger(tmp_path)
     quiet_trainer(tmp_path, gate, logger=logger).test(new, datamodule=Digits(), verbose=False)
     events = EventAccumulator(logger.log_dir).Reload()
@@ -179,9 +167,7 @@ def test_tensorboard_shows_the_page_and_the_numbers(
     assert Path(gate.report.files["json"]).parent == Path(logger.log_dir) / "release"
 
 
-def test_it_is_the_deployed_precision_that_is_judged(
-    old: Classifier, new: Classifier, tmp_path: Path
-) -> None:
+def test_it_is_the_deployed_precision_that_is_judged(old, new, tmp_path):
     gate, data = gate_of(old), Digits()
     trainer = quiet_trainer(tmp_path, gate, precision="bf16-mixed")
     trainer.test(new, datamodule=data, verbose=False)
@@ -213,13 +199,7 @@ class WrittenTo(Classifier):
         return super().forward(x.mul_(0.5).mul_(2))
 
 
-def test_a_stream_and_loaders_of_ones_own_are_judged(
-    old: Classifier,
-    new: Classifier,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    recwarn: pytest.WarningsRecorder,
-) -> None:
+def test_a_stream_and_loaders_of_ones_own_are_judged(old, new, tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(loaders, "PIECE_SIZE", 3)
     torch.save(old.state_dict(), tmp_path / "old.pt")
     changed = WrittenTo()
@@ -244,9 +224,7 @@ def test_a_stream_and_loaders_of_ones_own_are_judged(
 
 
 @pytest.mark.parametrize("data", [Digits().test, Stream()])
-def test_a_limited_test_says_how_much_was_seen(
-    data: Any, old: Classifier, new: Classifier, tmp_path: Path
-) -> None:
+def test_a_limited_test_says_how_much_was_seen(data, old, new, tmp_path):
     gate = gate_of(old)
     trainer = quiet_trainer(tmp_path, gate, limit_test_batches=2)
     trainer.test(new, DataLoader(data, 10), verbose=False)
@@ -269,9 +247,7 @@ def test_a_limited_test_says_how_much_was_seen(
         ({"loaders": {"night": Stream()}}, None, "`night` data: found Stream, not a DataLoader"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(
-    arguments: dict[str, Any], loader: Any, message: str, old: Classifier, tmp_path: Path
-) -> None:
+def test_what_cannot_be_judged_is_refused(arguments, loader, message, old, tmp_path):
     data = Digits()
     if loader is not None:
         data.test_dataloader = lambda: loader  # type: ignore[method-assign]
@@ -304,7 +280,7 @@ def error_of(folder: Path) -> str:
     return str(error.value)
 
 
-def test_the_other_rank_names_the_cause(tmp_path: Path) -> None:
+def test_the_other_rank_names_the_cause(tmp_path):
     other, torn = in_two_processes(error_of, tmp_path)
     assert torn == "no such image"
     cause = "the prediction could not be tried on another rank. OSError: no such image\nHINT: "
@@ -325,9 +301,7 @@ class Reordered(Digits):
         self.test = TensorDataset(*(column[rows] for column in self.test.tensors))
 
 
-def test_predictions_of_other_samples_are_refused(
-    old: Classifier, new: Classifier, tmp_path: Path
-) -> None:
+def test_predictions_of_other_samples_are_refused(old, new, tmp_path):
     gate = gate_of(old)
     trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
     trainer.test(old, datamodule=Digits(), verbose=False)
@@ -355,7 +329,7 @@ def release_of(old: Classifier, new: Classifier, folder: Path) -> ReleaseReport:
     return gate.report
 
 
-def test_a_test_of_nothing_leaves_no_earlier_verdict(old: Classifier, tmp_path: Path) -> None:
+def test_a_test_of_nothing_leaves_no_earlier_verdict(old, tmp_path):
     gate = gate_of(old)
     with pytest.warns(DataWarning, match="`reference` is the tested model itself"):
         quiet_trainer(tmp_path, gate).test(old, datamodule=Digits(), verbose=False)
@@ -366,7 +340,7 @@ def test_a_test_of_nothing_leaves_no_earlier_verdict(old: Classifier, tmp_path: 
     assert gate.report is None
 
 
-def test_a_reference_that_cannot_run_is_refused_before_the_test(tmp_path: Path) -> None:
+def test_a_reference_that_cannot_run_is_refused_before_the_test(tmp_path):
     trainer = quiet_trainer(tmp_path, gate_of(nn.Linear(3, 10)))
     with pytest.raises(ModelError, match="`reference`: Linear raised RuntimeError on batch 0 of"):
         trainer.test(Untested(), datamodule=Digits(), verbose=False)
@@ -386,7 +360,7 @@ class Words(LightningModule):
         F.cross_entropy(self(batch[0]), batch[1])
 
 
-def test_a_word_that_the_old_model_does_not_know_is_named(tmp_path: Path) -> None:
+def test_a_word_that_the_old_model_does_not_know_is_named(tmp_path):
     loader = DataLoader(TensorDataset(torch.arange(60), torch.arange(60) % 3), 8)
     trainer = quiet_trainer(tmp_path, ReleaseGate(Words(50)))
     message = "`reference`: Words raised IndexError on batch 6 of `test` data, from sample 48 on"
@@ -405,7 +379,7 @@ class Once(IterableDataset):
         return self.samples
 
 
-def test_a_stream_that_ends_before_it_is_judged_is_refused(old: Classifier, tmp_path: Path) -> None:
+def test_a_stream_that_ends_before_it_is_judged_is_refused(old, tmp_path):
     gate = gate_of(old, loaders={"night": DataLoader(Once(), 8)})
     with pytest.raises(ConfigurationError, match=r"`night` data are empty\.\nHINT: .*once"):
         quiet_trainer(tmp_path, gate).test(Untested(), DataLoader(Stream(), 50), verbose=False)

@@ -67,7 +67,7 @@ def fit(folder: Path, *callbacks: Any, model: Any = None, epochs: int = 4, **mor
     return trainer
 
 
-def test_training_goes_on_from_what_each_repair_leaves(tmp_path: Path) -> None:
+def test_training_goes_on_from_what_each_repair_leaves(tmp_path):
     watch, repair = Watch(), in_training(every_n_epochs=2)
     logger = TensorBoardLogger(tmp_path)
     fit(tmp_path, watch, repair, epochs=5, logger=[logger, CSVLogger(tmp_path / "csv")])
@@ -101,8 +101,8 @@ def test_training_goes_on_from_what_each_repair_leaves(tmp_path: Path) -> None:
     ],
 )
 def test_a_metric_that_is_worse_than_its_best_calls_for_a_repair(
-    numbers: list[float], arguments: dict[str, Any], steps: list[int], tmp_path: Path
-) -> None:
+    numbers, arguments, steps, tmp_path
+):
     nothing = {"target": Target.where(nobody), "dirpath": tmp_path / "files"}
     repair = in_training(monitor="slice", at_end=False, **nothing, **arguments)
     fit(tmp_path, repair, model=Scripted(numbers), epochs=5, limit_train_batches=2)
@@ -110,9 +110,7 @@ def test_a_metric_that_is_worse_than_its_best_calls_for_a_repair(
     assert folders == [f"repair-step-{step}" for step in steps]
 
 
-def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_validation(
-    tmp_path: Path,
-) -> None:
+def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_validation(tmp_path):
     repair = in_training(monitor="slice", at_end=False)
     with pytest.warns(
         TrainingWarning, match="no metric of that name was logged, so it triggers no repair"
@@ -124,7 +122,7 @@ def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_valida
         fit(tmp_path, repair, model=Scripted([0.1, 0.1]), epochs=2, check_val_every_n_epoch=2)
 
 
-def test_the_last_step_is_not_repaired_twice(tmp_path: Path) -> None:
+def test_the_last_step_is_not_repaired_twice(tmp_path):
     repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files", **QUICK)
     fit(tmp_path, repair, epochs=1)
     assert [Path(report.files["json"]).parent for report in repair.reports] == [
@@ -148,7 +146,7 @@ class Counting(Classifier):
         self.log("counted", float(self.epochs))
 
 
-def test_what_the_module_does_when_an_epoch_ends_is_in_the_file(tmp_path: Path) -> None:
+def test_what_the_module_does_when_an_epoch_ends_is_in_the_file(tmp_path):
     model, saved = (
         Counting(),
         ModelCheckpoint(tmp_path, monitor="counted", filename="{epoch}", save_top_k=-1),
@@ -184,7 +182,7 @@ class Failing(Callback):
         raise ArithmeticError
 
 
-def test_the_module_has_its_own_hook_after_an_error(tmp_path: Path) -> None:
+def test_the_module_has_its_own_hook_after_an_error(tmp_path):
     model = Classifier()
     repairs = [
         in_training(every_n_epochs=1, target=target, dirpath=tmp_path)
@@ -210,7 +208,7 @@ class Wrong(Classifier):
             self.validated.append((self.trainer.global_step, wrong))
 
 
-def test_the_best_is_that_of_the_repaired_model(tmp_path: Path) -> None:
+def test_the_best_is_that_of_the_repaired_model(tmp_path):
     model = Wrong()
     best = ModelCheckpoint(tmp_path, monitor="wrong", filename="{epoch}", save_top_k=-1)
     repair = in_training(
@@ -236,7 +234,7 @@ def test_the_best_is_that_of_the_repaired_model(tmp_path: Path) -> None:
     assert files[1]["callbacks"][best.state_key]["current_score"] == after
 
 
-def test_two_of_the_same_layer_and_target_are_refused(tmp_path: Path) -> None:
+def test_two_of_the_same_layer_and_target_are_refused(tmp_path):
     twins = [in_training(every_n_epochs=n, layer="network.3") for n in (1, 2)]
     with pytest.raises(
         ConfigurationError, match="there are 2 RepairInTraining of the same layer and target"
@@ -252,9 +250,7 @@ def test_two_of_the_same_layer_and_target_are_refused(tmp_path: Path) -> None:
         ({"report": 3}, None, "the report in the checkpoint cannot be read"),
     ],
 )
-def test_a_state_is_read_or_warned_of_and_costs_nothing(
-    state: Any, best: Any, said: str | None
-) -> None:
+def test_a_state_is_read_or_warned_of_and_costs_nothing(state, best, said):
     repair = in_training(monitor="slice")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

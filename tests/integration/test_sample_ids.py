@@ -83,7 +83,7 @@ def repaired(
 
 
 @pytest.mark.parametrize("kind", [Table, Stream])
-def test_a_report_has_the_users_ids_of_flipped_samples(tmp_path: Path, kind: Any) -> None:
+def test_a_report_has_the_users_ids_of_flipped_samples(tmp_path, kind):
     report = repaired(tmp_path, kind)
     assert report.status == "repaired"
     prefixes = {"train": "train", "val": "repair", "unseen": "test"}
@@ -113,7 +113,7 @@ class FromDisk(Table):
         return {**super().__getitem__(i), "key": os.fsdecode(f"{i}\xff".encode("latin1"))}
 
 
-def test_ids_need_not_be_utf_8(tmp_path: Path) -> None:
+def test_ids_need_not_be_utf_8(tmp_path):
     report = repaired(tmp_path, FromDisk)
     assert {"json", "patch"} <= report.files.keys()
     saved = RepairReport.from_json((tmp_path / "report.json").read_text())
@@ -121,7 +121,7 @@ def test_ids_need_not_be_utf_8(tmp_path: Path) -> None:
     assert all(sample.name == rf"{sample.id}\udcff" for sample in saved.splits[1].flipped)
 
 
-def test_a_wrong_column_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_wrong_column_is_refused_before_training(tmp_path):
     with pytest.raises(ConfigurationError, match=r"(?s)`sample_id` raised LookupError.*'image'"):
         repaired(tmp_path, Table, NeverTrained(), sample_id="url")
     with pytest.raises(ConfigurationError, match=r"(?s)`sample_id` returned Tensor.*HINT: return"):
@@ -141,7 +141,7 @@ def few() -> tuple[torch.nn.Module, TensorSource]:
     return model, source
 
 
-def test_ids_may_repeat_and_be_missing() -> None:
+def test_ids_may_repeat_and_be_missing():
     model, source = few()
 
     def patient(batch: Any) -> list[int | None]:
@@ -154,7 +154,7 @@ def test_ids_may_repeat_and_be_missing() -> None:
     assert all((x.name == "7") == bool(source.inputs[x.id, 0] > 4) for x in flipped)  # type: ignore[index, call-overload]
 
 
-def test_a_column_that_fails_late_costs_names_and_no_repair() -> None:
+def test_a_column_that_fails_late_costs_names_and_no_repair():
     model, source = few()
 
     def only_first(batch: Any) -> list[str]:
@@ -169,9 +169,7 @@ def test_a_column_that_fails_late_costs_names_and_no_repair() -> None:
     assert not any(sample.name for sample in report.splits[0].flipped)
 
 
-def test_samples_that_cannot_be_read_again_cost_names_and_no_repair(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_samples_that_cannot_be_read_again_cost_names_and_no_repair(monkeypatch):
     model, source = few()
     draw = TensorSource.draw
 
@@ -190,9 +188,7 @@ def test_samples_that_cannot_be_read_again_cost_names_and_no_repair(
 
 
 @pytest.mark.parametrize("kind", [Table, Stream])
-def test_a_refused_release_names_the_broken_samples(
-    trained: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
-) -> None:
+def test_a_refused_release_names_the_broken_samples(trained, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(loaders, "PIECE_SIZE", 3)
     new = OnTables()
     new.load_state_dict(trained.state_dict())

@@ -50,7 +50,7 @@ def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, RepairReport
     return model, repair(trainer, model, datamodule=Digits(), **with_options(settings))
 
 
-def test_a_finished_training_is_not_repeated(tmp_path: Path, trained_path: Path) -> None:
+def test_a_finished_training_is_not_repeated(tmp_path, trained_path):
     uninterrupted, report = repaired(tmp_path / "uninterrupted", trained_path)
     assert report.status == "repaired"
     steps, Mortal.steps, Mortal.dies = Mortal.steps, 0, True

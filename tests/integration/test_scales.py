@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,9 +53,7 @@ class Network(Net):
     ],
     ids=["SGD", "AdamW, pretrained"],
 )
-def test_a_repair_holds_at_any_rate(
-    tmp_path: Path, gain: float, pretrained: int, optimizer: Any, method: Any
-) -> None:
+def test_a_repair_holds_at_any_rate(tmp_path, gain, pretrained, optimizer, method):
     model, data = Network(gain, optimizer), Digits()
     trainer = quiet_trainer(tmp_path, enable_checkpointing=False, max_epochs=15 + pretrained)
     trainer.fit(model, datamodule=data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ ENDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_leaves_the_weights_as_training_left_them(tmp_path: Path, kind: str) -> None:
+def test_a_fit_leaves_the_weights_as_training_left_them(tmp_path, kind):
     model, before, after = classifier(kind), Watch(), Watch()
     callback = quick_repair(**ENDS["refused"])
     quiet_trainer(tmp_path, before, callback, after, max_epochs=1).fit(model, datamodule=Digits())
@@ -55,7 +54,7 @@ def test_a_fit_leaves_the_weights_as_training_left_them(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_call_that_repairs_nothing_leaves_the_model_as_it_was(tmp_path: Path, kind: str) -> None:
+def test_a_call_that_repairs_nothing_leaves_the_model_as_it_was(tmp_path, kind):
     model = classifier(kind)
     before = fingerprint(model)
     for status, arguments in ENDS.items():
@@ -77,9 +76,7 @@ def merged_in_training(model: Classifier) -> Classifier:
 
 
 @pytest.mark.parametrize("start", [Classifier.eval, merged_in_training])
-def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(
-    tmp_path: Path, start: Any
-) -> None:
+def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(tmp_path, start):
     model, data = classifier("merge"), Digits()
     quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(model, datamodule=data)
     start(model)
@@ -104,9 +101,7 @@ def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(
 
 
 @pytest.mark.parametrize("start", [Classifier.train, merged_in_training])
-def test_a_checkpoint_that_is_loaded_into_a_merged_module_is_counted(
-    tmp_path: Path, start: Any
-) -> None:
+def test_a_checkpoint_that_is_loaded_into_a_merged_module_is_counted(tmp_path, start):
     model, data = classifier("merge"), Digits()
     trainer = quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
     trainer.fit(model, datamodule=data)

@@ -138,7 +138,7 @@ def on_rank(folder: Path) -> tuple[list[ReleaseReport], list[dict[str, float]], 
     return reports, counted(folder, 2), messages
 
 
-def test_two_ranks_with_parts_of_the_weights_count_as_one_process(trained_path: Path) -> None:
+def test_two_ranks_with_parts_of_the_weights_count_as_one_process(trained_path):
     folder = trained_path.parent
     old = Sharded()
     old.load_state_dict(torch.load(trained_path, weights_only=True)["state_dict"])

@@ -77,12 +77,8 @@ def repaired(
     ("signum", "method"), [("SIGTERM", "swarm"), ("SIGTERM", "training"), ("SIGINT", "swarm")]
 )
 def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
-    tmp_path: Path,
-    model: Signalling,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
-    signum: str,
-) -> None:
+    tmp_path, model, capsys, method, signum
+):
     before, modes = state_of(model), [module.training for module in model.modules()]
     stopped = pl.utilities.exceptions.SIGTERMException if signum == "SIGTERM" else SystemExit
     with pytest.raises(stopped) as error:
@@ -100,8 +96,8 @@ def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_leaves_the_trained_weights_or_a_whole_repair(
-    tmp_path: Path, model: Signalling, signum: int
-) -> None:
+    tmp_path, model, signum
+):
     """NRL_SIGNALS says how many moments; seeds of the moments are their numbers."""
     before, main_thread = state_of(model), threading.main_thread().ident
     for number in range(int(os.environ.get("NRL_SIGNALS", "1"))):

@@ -116,7 +116,7 @@ def rights(model: Classifier, stream: IterableDataset) -> list[bool]:
         return [bool(model(x[None]).argmax(1) == label) for x, label, _ in stream]
 
 
-def test_streams_are_repaired_like_the_same_samples_by_index(tmp_path: Path) -> None:
+def test_streams_are_repaired_like_the_same_samples_by_index(tmp_path):
     indexed, expected = fitted(tmp_path / "index", [by_index] * 3)
     streamed, repaired = fitted(tmp_path / "streams", [Stream] * 3)
     assert same(expected, repaired)
@@ -145,7 +145,7 @@ class OnTwoLoaders(Classifier):
         return sum(super(OnTwoLoaders, self).training_step(x, batch_idx) for x in batch.values())
 
 
-def test_the_default_method_trains_on_streams(tmp_path: Path) -> None:
+def test_the_default_method_trains_on_streams(tmp_path):
     data = Digits()
     callback = quick_repair(method=Auto(QUICK["method"]))
     trainer = quiet_trainer(tmp_path, callback, num_sanity_val_steps=0)
@@ -167,14 +167,14 @@ def test_the_default_method_trains_on_streams(tmp_path: Path) -> None:
         (Shuffled, r"\d+ samples changed or swapped places"),
     ],
 )
-def test_a_stream_that_changes_is_noticed(tmp_path: Path, kind: Any, words: str) -> None:
+def test_a_stream_that_changes_is_noticed(tmp_path, kind, words):
     with pytest.warns(DataWarning, match=rf"`train` data: {words}.*(.|\n)*neither shuffles"):
         callback, _ = fitted(tmp_path, [kind, Stream, Stream])
     assert "No guarantee for `train`: " in callback.report.reason
     assert "No guarantee for `val`: " not in callback.report.reason
 
 
-def test_a_stream_that_has_lost_samples_since_the_check_is_noticed(tmp_path: Path) -> None:
+def test_a_stream_that_has_lost_samples_since_the_check_is_noticed(tmp_path):
     data = Digits()
     train, val = DataLoader(Halved(data.train), 32), DataLoader(data.repair, 32)
     with pytest.warns(DataWarning, match="`train` data: 80 samples changed"):
@@ -195,13 +195,13 @@ def test_a_stream_that_has_lost_samples_since_the_check_is_noticed(tmp_path: Pat
     ],
 )
 def test_a_stream_that_cannot_be_kept_is_refused_before_training(
-    tmp_path: Path, kinds: Any, arguments: Any, message: str
-) -> None:
+    tmp_path, kinds, arguments, message
+):
     with pytest.raises(ConfigurationError, match=f"(?s){message}"):
         fitted(tmp_path, kinds, Untrainable(), **arguments)
 
 
-def test_a_fast_dev_run_reads_only_its_batches(tmp_path: Path) -> None:
+def test_a_fast_dev_run_reads_only_its_batches(tmp_path):
     data = Digits()
     callback = quick_repair(failed="val")
     trainer = quiet_trainer(tmp_path, callback, fast_dev_run=2)
@@ -222,7 +222,7 @@ class NamedColumns(Classifier):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_data_sets_of_hugging_face_are_read(tmp_path: Path, streamed: bool) -> None:
+def test_data_sets_of_hugging_face_are_read(tmp_path, streamed):
     datasets = pytest.importorskip("datasets")
 
     def columns(data: Any) -> Any:

@@ -23,9 +23,7 @@ from lightning_nrl.methods import Convex
 from lightning_nrl.updates import Predictions
 
 
-def test_what_a_repair_repairs_is_protected_from_then_on(
-    trained_path: Path, tmp_path: Path
-) -> None:
+def test_what_a_repair_repairs_is_protected_from_then_on(trained_path, tmp_path):
     trained = Classifier.load_from_checkpoint(trained_path)
     suite = tmp_path / "suite.csv"
     arguments = {"datamodule": Digits(), "method": Convex(), "verbose": False, "suite": suite}
@@ -72,9 +70,7 @@ def test_what_a_repair_repairs_is_protected_from_then_on(
         quiet_trainer(tmp_path / "d", gate).test(trained, datamodule=Digits(), verbose=False)
 
 
-def test_a_suite_and_protected_samples_are_one_too_many(
-    trained: Classifier, tmp_path: Path
-) -> None:
+def test_a_suite_and_protected_samples_are_one_too_many(trained, tmp_path):
     suite = tmp_path / "suite.csv"
     suite.write_text("split,id\nval,3\n")
     with pytest.raises(ConfigurationError, match="both protect samples"):
@@ -99,9 +95,7 @@ def repaired(trained: Classifier, folder: Path, suite: Path) -> RepairReport:
     )
 
 
-def test_samples_that_a_repair_cannot_protect_are_named(
-    trained: Classifier, tmp_path: Path
-) -> None:
+def test_samples_that_a_repair_cannot_protect_are_named(trained, tmp_path):
     suite = tmp_path / "suite.csv"
     suite.write_text("split,id\ntest,3\nrepair,1\n")
     with pytest.warns(DataWarning, match=r"its samples of 'test' are not known data"):
@@ -116,9 +110,7 @@ OTHERS = {
 }
 
 
-def test_another_sample_in_its_place_is_an_error_in_a_repair_too(
-    trained: Classifier, trained_path: Path, tmp_path: Path
-) -> None:
+def test_another_sample_in_its_place_is_an_error_in_a_repair_too(trained, trained_path, tmp_path):
     data = Digits()
     gate = ReleaseGate(trained_path, loaders={"repair": data.repair_dataloader()}, verbose=False)
     quiet_trainer(tmp_path, gate).test(trained, datamodule=data, verbose=False)
@@ -135,7 +127,7 @@ def test_another_sample_in_its_place_is_an_error_in_a_repair_too(
     assert repaired(trained, tmp_path, suite).status == "repaired"
 
 
-def test_an_unknown_split_is_found_before_training(tmp_path: Path) -> None:
+def test_an_unknown_split_is_found_before_training(tmp_path):
     suite = tmp_path / "suite.csv"
     suite.write_text("split,id\ntset,3\n")
     model = Classifier()
@@ -145,7 +137,7 @@ def test_an_unknown_split_is_found_before_training(tmp_path: Path) -> None:
     assert trainer.global_step == 0
 
 
-def test_a_second_repair_protects_what_was_added_since(trained: Classifier, tmp_path: Path) -> None:
+def test_a_second_repair_protects_what_was_added_since(trained, tmp_path):
     callback = RegressionFreeRepair(
         suite=tmp_path / "suite.csv", method=Convex(), target="label 3", verbose=False
     )
@@ -163,9 +155,7 @@ def test_a_second_repair_protects_what_was_added_since(trained: Classifier, tmp_
     assert added == RegressionSuite.read(tmp_path / "suite.csv").samples.keys()
 
 
-def test_a_gate_checks_what_an_earlier_test_added(
-    trained: Classifier, trained_path: Path, tmp_path: Path
-) -> None:
+def test_a_gate_checks_what_an_earlier_test_added(trained, trained_path, tmp_path):
     """The model in use gets it wrong, the first model right, the second wrong again."""
     suite = tmp_path / "suite.csv"
     old = Classifier.load_from_checkpoint(trained_path)

@@ -49,9 +49,7 @@ def without_times(report: RepairReport) -> RepairReport:
     )
 
 
-def test_the_report_is_that_of_the_callback_after_training(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_the_report_is_that_of_the_callback_after_training(tmp_path, trained_path):
     callback, model = quick_repair(unseen="test"), Classifier()
     quiet_trainer(tmp_path / "fit", callback).fit(model, datamodule=Digits())
     report = repaired(
@@ -67,9 +65,7 @@ def test_the_report_is_that_of_the_callback_after_training(
     assert loaded.module == "digit_models.Classifier"
 
 
-def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_the_repaired_checkpoint_and_the_patch_are_made_of_the_trained_one(tmp_path, trained_path):
     report = repaired(tmp_path, model := Classifier(), datamodule=Digits(), ckpt_path=trained_path)
     old, new = (
         torch.load(path, weights_only=True) for path in (trained_path, report.files["checkpoint"])
@@ -115,7 +111,7 @@ class SlowToLoad(Classifier):
         time.sleep(1)
 
 
-def test_the_time_to_load_counts_too(tmp_path: Path, trained_path: Path) -> None:
+def test_the_time_to_load_counts_too(tmp_path, trained_path):
     arguments = {"datamodule": Digits(), "ckpt_path": trained_path, "max_time": 1}
     report = repaired(tmp_path, SlowToLoad(), **arguments)
     assert report.status == "not repaired"
@@ -132,8 +128,8 @@ class OtherGroups(Classifier):
 
 @pytest.mark.parametrize(("kind", "weights_only"), [(Classifier, True), (OtherGroups, False)])
 def test_states_of_optimizers_that_are_missing_or_do_not_fit_cost_no_repair(
-    tmp_path: Path, kind: type[Classifier], weights_only: bool
-) -> None:
+    tmp_path, kind, weights_only
+):
     trainer = quiet_trainer(tmp_path, enable_checkpointing=False)
     trainer.fit(Classifier(), datamodule=Digits())
     trainer.save_checkpoint(path := tmp_path / "a.ckpt", weights_only=weights_only)
@@ -145,9 +141,7 @@ def test_states_of_optimizers_that_are_missing_or_do_not_fit_cost_no_repair(
     assert [state["state"] for state in new["optimizer_states"]] == [{}]
 
 
-def test_data_loaders_arguments_and_the_model_may_give_the_data(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_data_loaders_arguments_and_the_model_may_give_the_data(tmp_path, trained_path):
     data, model = Digits(), Classifier.load_from_checkpoint(trained_path)
     report = repaired(tmp_path, model, data.train_dataloader(), data.repair_dataloader())
     assert [(split.split, split.n) for split in report.splits] == [("train", 400), ("val", 203)]
@@ -160,9 +154,7 @@ class Idle(Untrainable):
         raise AssertionError("validation has begun")
 
 
-def test_the_model_is_repaired_as_it_is_and_nothing_is_trained(
-    tmp_path: Path, trained_path: Path
-) -> None:
+def test_the_model_is_repaired_as_it_is_and_nothing_is_trained(tmp_path, trained_path):
     model = Idle.load_from_checkpoint(trained_path)
     trainer, old = (
         quiet_trainer(tmp_path, finder := LearningRateFinder()),
@@ -197,7 +189,7 @@ class Asking(Classifier):
 
 
 @pytest.mark.parametrize("kind", [Asking, lambda: torch.compile(Classifier(), backend="eager")])
-def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, kind: Any) -> None:
+def test_the_trainer_is_as_before_and_can_train(tmp_path, kind):
     trainer, model = quiet_trainer(tmp_path, ModelCheckpoint(tmp_path), max_epochs=1), kind()
     before, random = settings(trainer), torch.get_rng_state()
     repair(trainer, model, datamodule=Digits(), **QUICK)
@@ -208,8 +200,8 @@ def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, kind: Any) -> No
 
 
 def test_a_module_compiled_as_a_whole_is_diagnosed_and_repaired_by_what_it_computes(
-    tmp_path: Path, trained: Classifier
-) -> None:
+    tmp_path, trained
+):
     data, before = Digits(), right(trained, Digits().repair)
     model = torch.compile(trained, backend="aot_eager")
     found = diagnose(quiet_trainer(tmp_path), model, datamodule=data)
@@ -223,9 +215,7 @@ def test_a_module_compiled_as_a_whole_is_diagnosed_and_repaired_by_what_it_compu
         assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
 
 
-def test_an_exception_leaves_neither_callback_nor_trace(
-    tmp_path: Path, trained: Classifier
-) -> None:
+def test_an_exception_leaves_neither_callback_nor_trace(tmp_path, trained):
     class Broken(Instance):
         def allowed(self, counts: FlipCounts) -> int:
             raise ArithmeticError
@@ -252,13 +242,7 @@ def test_an_exception_leaves_neither_callback_nor_trace(
         ({}, {"ckpt_path": "none.ckpt"}, r"`ckpt_path='none\.ckpt'` cannot be read \(FileNotFound"),
     ],
 )
-def test_bad_input_is_refused(
-    tmp_path: Path,
-    trained: Classifier,
-    of_trainer: dict[str, int],
-    arguments: dict[str, Any],
-    message: str,
-) -> None:
+def test_bad_input_is_refused(tmp_path, trained, of_trainer, arguments, message):
     trainer = quiet_trainer(tmp_path, **of_trainer)
     before, old = settings(trainer), state_of(trained)
     with pytest.raises(ConfigurationError, match=message):
@@ -267,7 +251,7 @@ def test_bad_input_is_refused(
     assert same(trained, old)
 
 
-def test_a_trainer_that_would_not_train_repairs(tmp_path: Path, trained_path: Path) -> None:
+def test_a_trainer_that_would_not_train_repairs(tmp_path, trained_path):
     limits = {"max_epochs": 0, "limit_train_batches": 0, "limit_val_batches": 0}
     data, trainer = Digits(), quiet_trainer(tmp_path, **limits)
     loaders = data.train_dataloader(), data.val_dataloader()
@@ -277,9 +261,7 @@ def test_a_trainer_that_would_not_train_repairs(tmp_path: Path, trained_path: Pa
     assert trainer.max_epochs == 0
 
 
-def test_loaders_may_be_partial_functions_of_the_data_module(
-    tmp_path: Path, trained: Classifier
-) -> None:
+def test_loaders_may_be_partial_functions_of_the_data_module(tmp_path, trained):
     digits, data = Digits(), LightningDataModule()
     for name in ("train", "val", "test"):
         hook = partial(getattr(digits, f"{name}_dataloader"))
@@ -288,9 +270,7 @@ def test_loaders_may_be_partial_functions_of_the_data_module(
     assert [split.split for split in report.splits] == ["train", "val", "test"]
 
 
-def test_untrained_weights_are_said_and_trained_ones_are_not(
-    tmp_path: Path, trained: Classifier, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_untrained_weights_are_said_and_trained_ones_are_not(tmp_path, trained, recwarn):
     def said() -> list[str]:
         return [str(w.message) for w in recwarn if "`ckpt_path` is None" in str(w.message)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from digit_models import (
     Classifier,
@@ -38,14 +37,14 @@ def fit(
     return trainer, model
 
 
-def test_training_is_the_same_with_a_repair_and_without(tmp_path: Path) -> None:
+def test_training_is_the_same_with_a_repair_and_without(tmp_path):
     plain, repaired = Remember(), Remember()
     fit(tmp_path, plain, network="cnn")  # has dropout, and its data are shuffled
     fit(tmp_path, repaired, quick_repair(), network="cnn")
     assert same(plain.state, repaired.state)
 
 
-def test_a_fast_run_of_a_few_batches_repairs_on_those_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_fast_run_of_a_few_batches_repairs_on_those_and_writes_nothing(tmp_path):
     repair = quick_repair()
     fit(tmp_path, repair, fast_dev_run=2)
     assert [split.n for split in repair.report.splits] == [64, 128]
@@ -71,7 +70,7 @@ def hparam_columns(folder: Path) -> set[str]:
     return {info.name for info in infos}
 
 
-def test_every_logger_is_told_what_the_report_says(tmp_path: Path) -> None:
+def test_every_logger_is_told_what_the_report_says(tmp_path):
     loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tensorboard")]
     trainer, _ = fit(tmp_path, repair := quick_repair(), logger=loggers)
     csv, run = (Path(logger.log_dir) for logger in loggers)
@@ -88,7 +87,7 @@ def test_every_logger_is_told_what_the_report_says(tmp_path: Path) -> None:
     assert trainer.callback_metrics["repair/known_broken"] == 0.0
 
 
-def test_slices_reach_report_markdown_and_tensorboard(tmp_path: Path) -> None:
+def test_slices_reach_report_markdown_and_tensorboard(tmp_path):
     callback, logger = quick_repair(unseen="test", slices=camera), TensorBoardLogger(tmp_path)
     fit(tmp_path, callback, logger=logger)
     report = callback.report
@@ -102,9 +101,7 @@ def test_slices_reach_report_markdown_and_tensorboard(tmp_path: Path) -> None:
     assert logged == rows["noisy", "unseen"].broken
 
 
-def test_the_report_is_shown_once_and_can_be_silenced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_is_shown_once_and_can_be_silenced(tmp_path, capsys):
     fit(tmp_path, quick_repair(verbose=True))
     assert capsys.readouterr().out.lower().count("targeted failures pass now") == 1
     fit(tmp_path, quick_repair(verbose=False))

@@ -59,7 +59,7 @@ def recorded(
     return folder, TrainingRecord.read(folder / "history"), trainer
 
 
-def test_each_point_is_what_its_weights_do_on_every_sample(recorded: Any) -> None:
+def test_each_point_is_what_its_weights_do_on_every_sample(recorded):
     _, record, _ = recorded
     assert [point.epoch for point in record.points] == [0, 1, 2]
     for i, point in enumerate(record.points):
@@ -71,7 +71,7 @@ def test_each_point_is_what_its_weights_do_on_every_sample(recorded: Any) -> Non
             torch.testing.assert_close(found.loss[i].float(), loss, rtol=2e-3, atol=1e-6)
 
 
-def test_the_training_does_not_notice(recorded: Any, tmp_path: Path) -> None:
+def test_the_training_does_not_notice(recorded, tmp_path):
     _, record, _ = recorded
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     fit(tmp_path, checkpoint)
@@ -79,7 +79,7 @@ def test_the_training_does_not_notice(recorded: Any, tmp_path: Path) -> None:
     assert same(dict(record.points[-1].weights), plain)
 
 
-def test_curves_of_learning_and_forgetting_go_to_the_loggers(recorded: Any) -> None:
+def test_curves_of_learning_and_forgetting_go_to_the_loggers(recorded):
     folder, record, _ = recorded
     with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         *_, last = (row for row in csv.DictReader(file) if row["history/val/learned"])
@@ -90,12 +90,12 @@ def test_curves_of_learning_and_forgetting_go_to_the_loggers(recorded: Any) -> N
     assert float(last["history_val/learned/3"]) == int(learned[label == 3].sum())
 
 
-def test_without_a_record_neurecover_says_what_is_missing_before_training(tmp_path: Path) -> None:
+def test_without_a_record_neurecover_says_what_is_missing_before_training(tmp_path):
     with pytest.raises(ConfigurationError, match="put a `TrainingHistory`"):
         fit(tmp_path, quick_repair(search=SearchOptions(localizer=NeuRecover())))
 
 
-def test_a_resumed_training_goes_on_with_its_record(tmp_path: Path) -> None:
+def test_a_resumed_training_goes_on_with_its_record(tmp_path):
     history = TrainingHistory("val", every_n_epochs=1)
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", save_top_k=-1, filename="{epoch}")
     fit(tmp_path, history, checkpoint, epochs=3, logger=CSVLogger(tmp_path))
@@ -111,9 +111,7 @@ def test_a_resumed_training_goes_on_with_its_record(tmp_path: Path) -> None:
     assert [point.epoch for point in TrainingRecord.read(anew.folder).points] == [0]
 
 
-def test_a_full_disk_costs_a_point_and_no_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_costs_a_point_and_no_training(tmp_path, monkeypatch):
     written: list[Path] = []
     replacing = training_record.replacing
 
@@ -148,7 +146,7 @@ def on_rank(folder: Path) -> dict[str, torch.Tensor]:
     return state_of(model)
 
 
-def test_two_processes_record_each_sample_once(tmp_path: Path) -> None:
+def test_two_processes_record_each_sample_once(tmp_path):
     states = in_two_processes(on_rank, tmp_path)
     record = TrainingRecord.read(tmp_path / "history")
     assert len(record.points) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,9 +52,7 @@ def undone(recwarn: pytest.WarningsRecorder) -> list[str]:
 
 
 @pytest.mark.parametrize("in_training", [False, True])
-def test_a_repair_follows_the_modules_own_hook(
-    tmp_path: Path, in_training: bool, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_a_repair_follows_the_modules_own_hook(tmp_path, in_training, recwarn):
     data, model = Few(), Averaged()
     model.swaps_in = "on_train_end"
     callback: Any = quick_repair(**QUICK)
@@ -72,7 +69,7 @@ def test_a_repair_follows_the_modules_own_hook(
 
 
 @pytest.mark.parametrize("hook", ["on_fit_end", "teardown"])
-def test_a_later_hook_of_the_module_is_said(tmp_path: Path, hook: str) -> None:
+def test_a_later_hook_of_the_module_is_said(tmp_path, hook):
     model, callback = Averaged(), quick_repair(**QUICK)
     model.swaps_in = hook
     with pytest.warns(TrainingWarning, match="other weights than the repaired") as record:
@@ -81,21 +78,21 @@ def test_a_later_hook_of_the_module_is_said(tmp_path: Path, hook: str) -> None:
     assert not same(model, callback.repaired_model_path)
 
 
-def test_a_later_callback_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_later_callback_is_said(tmp_path, recwarn):
     for callbacks in ([Swap(), quick_repair(**QUICK)], [quick_repair(**QUICK), Swap()]):
         assert not undone(recwarn)
         quiet_trainer(tmp_path, *callbacks, max_epochs=1).fit(Classifier(), datamodule=Few())
     assert len(undone(recwarn)) == 1
 
 
-def test_a_second_repair_undoes_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_second_repair_undoes_nothing(tmp_path, recwarn):
     callbacks = [quick_repair(target=f"label {label}", **QUICK) for label in (3, 8)]
     quiet_trainer(tmp_path, *callbacks, max_epochs=1).fit(Classifier(), datamodule=Few())
     assert any(callback.repaired_model_path for callback in callbacks)
     assert not undone(recwarn)
 
 
-def test_a_repair_without_training_says_it_too(tmp_path: Path, trained: Classifier) -> None:
+def test_a_repair_without_training_says_it_too(tmp_path, trained):
     model = Averaged()
     model.load_state_dict(trained.state_dict())
     model.average, model.swaps_in = state_of(model), "on_fit_end"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from digit_models import (
     Classifier,
@@ -19,7 +17,7 @@ from digit_models import (
 from lightning_nrl import ParticleSwarm, Target, repair
 
 
-def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_path: Path) -> None:
+def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_path):
     callback = quick_repair(target=Target.where(nobody, name="purple digits"))
     model, remember = Classifier(), Remember()
     quiet_trainer(tmp_path, remember, callback, max_epochs=1).fit(model, datamodule=Digits())
@@ -35,9 +33,7 @@ def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_pat
     assert (tmp_path / "repair" / "report.json").exists()
 
 
-def test_a_refused_repair_names_the_samples_that_it_would_break(
-    tmp_path: Path, trained: Classifier
-) -> None:
+def test_a_refused_repair_names_the_samples_that_it_would_break(tmp_path, trained):
     data, settings = (
         Digits(),
         {"fitness": "eq2", "n_passed": 1, "method": ParticleSwarm(20, 40, start="half")},
@@ -55,7 +51,7 @@ def test_a_refused_repair_names_the_samples_that_it_would_break(
     assert all(split.broken == 0 for split in refused.splits)
 
 
-def test_where_training_is_skipped_a_warning_says_so(tmp_path: Path) -> None:
+def test_where_training_is_skipped_a_warning_says_so(tmp_path):
     callback = quick_repair()
     with pytest.warns(UserWarning, match=r"no repair was made, because no training step ran"):
         quiet_trainer(tmp_path, callback, max_epochs=0).fit(Classifier(), datamodule=Digits())

@@ -28,7 +28,7 @@ def updating(reference: Any, folder: Path, **arguments: Any) -> RegressionFreeRe
     )
 
 
-def test_what_fit_has_broken_is_brought_back(trained_path: Path, tmp_path: Path) -> None:
+def test_what_fit_has_broken_is_brought_back(trained_path, tmp_path):
     old = Classifier.load_from_checkpoint(trained_path)
     model, data = Classifier.load_from_checkpoint(trained_path), OnNewData()
     updated = updating(str(trained_path), tmp_path)
@@ -48,7 +48,7 @@ def test_what_fit_has_broken_is_brought_back(trained_path: Path, tmp_path: Path)
     )
 
 
-def test_a_reference_that_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_reference_that_does_not_fit_is_refused_before_training(tmp_path):
     torch.save({"state_dict": nn.Linear(3, 2).state_dict()}, tmp_path / "old.ckpt")
     (tmp_path / "old.csv").write_text("split,id,prediction\nrepair,0,1\n")
     refused = {"old.ckpt": "`reference` lacks", "old.csv": r"samples of `\w+` have no prediction"}

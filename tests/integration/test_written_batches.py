@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def loader(seed: int) -> DataLoader[Any]:
     return DataLoader([{"x": x[i], "y": y[i]} for i in range(60)], batch_size=20)  # type: ignore[arg-type]
 
 
-def test_a_written_label_counts_for_nothing(tmp_path: Path) -> None:
+def test_a_written_label_counts_for_nothing(tmp_path):
     model = Writer()
     truth = list(loader(1).dataset)
     x, y = (torch.stack([sample[name] for sample in truth]) for name in "xy")

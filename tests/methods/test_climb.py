@@ -62,7 +62,7 @@ def last_kept(solution: Solution) -> Rung:
     return [rung for rung in solution.rungs if rung.kept][-1]
 
 
-def test_each_rung_starts_where_the_last_one_ended() -> None:
+def test_each_rung_starts_where_the_last_one_ended():
     problem = make()
     with left_alone(problem.model):
         solution = checked(problem, AUTO(problem))
@@ -77,7 +77,7 @@ def test_each_rung_starts_where_the_last_one_ended() -> None:
 
 
 @pytest.mark.parametrize("part", [0.6, 1.0])
-def test_a_training_that_is_better_starts_over_from_the_original_weights(part: float) -> None:
+def test_a_training_that_is_better_starts_over_from_the_original_weights(part):
     problem = make()
     state = between(snapshot(problem.model), retrained(problem.model), part)
     training = FakeTraining(state)
@@ -94,7 +94,7 @@ def test_a_training_that_is_better_starts_over_from_the_original_weights(part: f
     assert solution.held_out == solution.rungs[1].held_out
 
 
-def test_the_held_out_samples_are_known_to_no_rung_before_they_are_counted() -> None:
+def test_the_held_out_samples_are_known_to_no_rung_before_they_are_counted():
     problem = make()
     rows = draw_held_out_rows(problem)
     assert rows is not None
@@ -109,7 +109,7 @@ def test_the_held_out_samples_are_known_to_no_rung_before_they_are_counted() -> 
     assert solution.rungs[1].n_choices == 2  # counts, after each round but the last
 
 
-def test_a_rung_that_harms_samples_it_does_not_use_is_not_kept() -> None:
+def test_a_rung_that_harms_samples_it_does_not_use_is_not_kept():
     """Wrong labels that are learned by heart make neighbours wrong."""
     problem = with_few_weights(memorised(100, 6, 64, n_wrong=20, layer="0"))
     solution = checked(problem, AUTO(problem))
@@ -121,7 +121,7 @@ def test_a_rung_that_harms_samples_it_does_not_use_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("gate", ["instance", "tolerance:100%"])
-def test_the_last_rung_that_is_kept_is_the_repair(gate: str) -> None:
+def test_the_last_rung_that_is_kept_is_the_repair(gate):
     problem = make(gate=Gate.parse(gate))
     solution = AUTO(problem)
     rung = last_kept(solution)
@@ -142,7 +142,7 @@ def test_the_last_rung_that_is_kept_is_the_repair(gate: str) -> None:
         assert f"`{name}` is {'kept' if kept else 'not kept'}: " in solution.choice
 
 
-def test_a_looser_gate_buys_repairs() -> None:
+def test_a_looser_gate_buys_repairs():
     repaired = []
     for gate in ("instance", "tolerance:100%"):
         problem = make(gate=Gate.parse(gate))
@@ -154,7 +154,7 @@ def test_a_looser_gate_buys_repairs() -> None:
     assert repaired == sorted(repaired)
 
 
-def test_quotas_are_met_by_the_whole_climb() -> None:
+def test_quotas_are_met_by_the_whole_climb():
     problem = make()
     before = replace(
         problem.before, slice_number=problem.before.label, slices=("first", "second", "third")
@@ -166,7 +166,7 @@ def test_quotas_are_met_by_the_whole_climb() -> None:
         assert solution.rungs[0].repaired_in_target < 12
 
 
-def test_a_layer_within_is_trained() -> None:
+def test_a_layer_within_is_trained():
     problem = make("0")
     solution = checked(problem, AUTO(problem))
     assert rungs(solution) == {"search": True, "exact": True, "push": True}
@@ -174,7 +174,7 @@ def test_a_layer_within_is_trained() -> None:
     assert set(solution.proposal.state) <= {"0.weight", "0.bias"}
 
 
-def test_an_update_is_searched_and_polished() -> None:
+def test_an_update_is_searched_and_polished():
     problem = make(update=True)
     solution = checked(problem, AUTO(problem))
     assert list(rungs(solution)) == ["search", "polish"]
@@ -182,7 +182,7 @@ def test_an_update_is_searched_and_polished() -> None:
     assert solution.held_out is None
 
 
-def test_a_block_changes_inside_alone() -> None:
+def test_a_block_changes_inside_alone():
     model = torch.nn.Sequential(torch.nn.Sequential(*trained()[:2]), trained()[2])
     problem = with_few_weights(make_problem(model, known(), ["0", "1"]))
     solution = checked(problem, AUTO(problem))
@@ -190,7 +190,7 @@ def test_a_block_changes_inside_alone() -> None:
     assert names(solution) == ["swarm", "fit", "polish", "polish"]
 
 
-def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
+def test_what_is_no_swarm_or_no_solution_is_refused():
     with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no searcher"):
         Auto(50)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="is no method"):
@@ -206,13 +206,13 @@ def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
         repair_module(trained(), known(), Settings(method=Forgetful()))
 
 
-def test_a_task_without_margins_is_searched_by_the_swarm_alone() -> None:
+def test_a_task_without_margins_is_searched_by_the_swarm_alone():
     solution = AUTO(make("2", task=Marginless()))
     assert names(solution) == ["swarm"]
     assert "give it some: `Custom(passed=..., loss=..., margin=f)`" in solution.choice
 
 
-def test_a_layer_that_does_not_fit_in_memory_is_not_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_does_not_fit_in_memory_is_not_solved(monkeypatch):
     def full(*settings: Any) -> Any:
         def solve(problem: Problem) -> Solution:
             raise torch.OutOfMemoryError("out of memory")
@@ -228,7 +228,7 @@ def test_a_layer_that_does_not_fit_in_memory_is_not_solved(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("gate", ["instance", "tolerance:100%"])
-def test_how_busy_the_machine_is_changes_nothing(gate: str) -> None:
+def test_how_busy_the_machine_is_changes_nothing(gate):
     solutions = []
     for speed in (1, 1000):
         clock = StageTimer(now=lambda speed=speed: speed * time.perf_counter())
@@ -253,7 +253,7 @@ def frozen_clock(max_time: float, one_pass: float) -> StageTimer:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-6])
-def test_without_time_the_reason_says_what_training_needs(seconds: float) -> None:
+def test_without_time_the_reason_says_what_training_needs(seconds):
     problem = make(clock=frozen_clock(seconds, 2.0), training=FakeTraining({}))
     solution = AUTO(problem)
     assert solution.proposal is None
@@ -273,14 +273,14 @@ def test_without_time_the_reason_says_what_training_needs(seconds: float) -> Non
         (11.0, (10 - 1) * 2 / 3 - 1),
     ],
 )
-def test_training_has_a_share_of_the_time(max_time: float, seconds: float) -> None:
+def test_training_has_a_share_of_the_time(max_time, seconds):
     problem = make(clock=frozen_clock(max_time, 1.0))
     training = FakeTraining(retrained(problem.model))
     AUTO(replace(problem, training=training))
     assert training.calls[0]["seconds"] == pytest.approx(seconds)
 
 
-def test_time_for_one_layer_is_used_up_and_kept() -> None:
+def test_time_for_one_layer_is_used_up_and_kept():
     ticks = itertools.count()
     problem = make("2", clock=StageTimer(max_time=2.0, now=lambda: 0.005 * next(ticks)))
     solution = checked(problem, AUTO(problem))
@@ -289,7 +289,7 @@ def test_time_for_one_layer_is_used_up_and_kept() -> None:
     assert 0.5 * 2 < problem.clock.elapsed < 2
 
 
-def test_time_is_kept_and_nothing_is_broken_for_it() -> None:
+def test_time_is_kept_and_nothing_is_broken_for_it():
     problem, now = with_few_weights(make_problem(trained(), known(n=240))), [0.0]
 
     def pass_time(module: Any, args: Any, output: Any) -> None:
@@ -327,17 +327,11 @@ def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> 
         (9, counts(19, 0), 20, counts(2, 1), False),
     ],
 )
-def test_when_a_training_is_better_than_a_search(
-    value: float,
-    held_out: TargetCounts | None,
-    other_value: float,
-    other: TargetCounts | None,
-    ahead: bool,
-) -> None:
+def test_when_a_training_is_better_than_a_search(value, held_out, other_value, other, ahead):
     assert is_ahead(value, held_out, other_value, other) == ahead
 
 
-def test_half_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind() -> None:
+def test_half_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind():
     problem = make_problem(trained(), known())
     before, rows = problem.before, draw_held_out_rows(problem)
     assert rows is not None
@@ -351,7 +345,7 @@ def test_half_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind()
     assert torch.equal(rows, again)
 
 
-def test_no_more_failures_are_held_out_than_an_estimate_needs() -> None:
+def test_no_more_failures_are_held_out_than_an_estimate_needs():
     problem = make_problem(trained(), known(n=3000))
     before, n_failures = (
         problem.before,
@@ -374,7 +368,7 @@ class Placed(TensorSource):
         return torch.stack([torch.zeros_like(self.index), self.index], 1)
 
 
-def test_of_what_is_in_two_splits_both_copies_are_held_out_and_one_is_counted() -> None:
+def test_of_what_is_in_two_splits_both_copies_are_held_out_and_one_is_counted():
     points, labels = blobs(60, 1.5)
     hard = Placed(points[:40], labels[:40], split="hard", failed=True)
     problem = make_problem(trained(), [Placed(points, labels, split="train", passed=True), hard])
@@ -385,7 +379,7 @@ def test_of_what_is_in_two_splits_both_copies_are_held_out_and_one_is_counted() 
     assert torch.equal(out[problem.before.of("train")][:40], rows[problem.before.of("hard")])
 
 
-def test_no_fold_of_the_exact_programmes_keeps_copies_of_what_it_leaves_out() -> None:
+def test_no_fold_of_the_exact_programmes_keeps_copies_of_what_it_leaves_out():
     points, labels = blobs(240, 1.5)
     marks = [{"split": "train", "passed": True}, {"split": "hard", "failed": True}]
     copied, known_twice = (
@@ -398,7 +392,7 @@ def test_no_fold_of_the_exact_programmes_keeps_copies_of_what_it_leaves_out() ->
     assert blind.broken == 0
 
 
-def test_what_is_protected_stays_in() -> None:
+def test_what_is_protected_stays_in():
     problem = make_problem(trained(), known())
     weight = torch.where(problem.before.passed, torch.inf, 1.0).double()
     assert (
@@ -406,7 +400,7 @@ def test_what_is_protected_stays_in() -> None:
     )
 
 
-def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out() -> None:
+def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out():
     problem = make_problem(trained(), known())
     rows = draw_held_out_rows(problem)
     without = problem.without(rows)

@@ -27,7 +27,7 @@ from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.methods import Convex, Problem, Proposal
 
 
-def test_what_can_be_repaired_without_a_regression_is() -> None:
+def test_what_can_be_repaired_without_a_regression_is():
     problem = on_a_line(layer="")
     with left_alone(problem.model):
         solution = checked(problem, Convex()(problem))
@@ -37,14 +37,14 @@ def test_what_can_be_repaired_without_a_regression_is() -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_no_known_sample_breaks(seed: int) -> None:
+def test_no_known_sample_breaks(seed):
     problem = make_problem(trained(seed=seed), known(seed), "2")
     solution = checked(problem, Convex()(problem))
     assert [step.name for step in solution.steps][-1] == "convex"
 
 
 @pytest.mark.parametrize("n_scored", [60, 1000])
-def test_two_ranks_solve_what_one_does(n_scored: int) -> None:
+def test_two_ranks_solve_what_one_does(n_scored):
     def solve(problem: Problem) -> Proposal | None:
         return Convex()(replace(problem, n_scored=n_scored)).proposal
 
@@ -60,7 +60,7 @@ def test_two_ranks_solve_what_one_does(n_scored: int) -> None:
 
 
 @pytest.mark.parametrize("n_scored", [40, 100])
-def test_what_is_solved_for_a_part_of_the_samples_breaks_none_of_the_others(n_scored: int) -> None:
+def test_what_is_solved_for_a_part_of_the_samples_breaks_none_of_the_others(n_scored):
     problem = replace(make_problem(trained(), known(), "2"), n_scored=n_scored)
     solution = checked(problem, Convex()(problem))
     assert f"on {n_scored} of" in solution.steps[-1].note
@@ -68,7 +68,7 @@ def test_what_is_solved_for_a_part_of_the_samples_breaks_none_of_the_others(n_sc
     assert solution.proposal.broken == 0
 
 
-def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samples_too() -> None:
+def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samples_too():
     sources = [
         TensorSource(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), "passed", passed=True),
         TensorSource(torch.tensor([[1.0, 0.1]]), torch.tensor([1]), "failed", failed=True),
@@ -88,7 +88,7 @@ def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samp
     assert on_ranks(2, refused) == ["refused", "refused"]
 
 
-def test_solving_ends_with_its_time() -> None:
+def test_solving_ends_with_its_time():
     problem = make_problem(trained(), known(), clock=StageTimer(now=lambda: 0.0))
     assert len(Convex()(problem).steps) > 3
     assert Convex(seconds=0.0)(problem).reason == "no time was left to solve anything."
@@ -104,7 +104,7 @@ def test_solving_ends_with_its_time() -> None:
     assert {0, 2} <= counts
 
 
-def test_the_path_ends_after_a_strength_with_too_many_rows() -> None:
+def test_the_path_ends_after_a_strength_with_too_many_rows():
     problem = make_problem(trained(), known())
     whole, short = Convex()(problem), Convex(max_pairs=1)(problem)
     assert len(short.steps) == 2 < len(whole.steps)

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +56,7 @@ from lightning_nrl.published import Apricot
 from lightning_nrl.records import CautionPoint
 
 
-def test_training_goes_on_in_rounds_and_is_polished() -> None:
+def test_training_goes_on_in_rounds_and_is_polished():
     model = trained(normed).eval()
     new = retrained(model)
     training = FakeTraining(new, new, barely(make_problem(model, known()), new))
@@ -98,9 +97,7 @@ def test_training_goes_on_in_rounds_and_is_polished() -> None:
 @pytest.mark.parametrize(
     ("share", "max_time", "needed"), [(1.0, 2.0, 7), (0.1, 10.0, 70), (0.5, 1e-9, 14)]
 )
-def test_without_time_the_reason_says_how_much_it_needs(
-    share: float, max_time: float, needed: int
-) -> None:
+def test_without_time_the_reason_says_how_much_it_needs(share, max_time, needed):
     model = trained()
     training = FakeTraining(retrained(model))
     problem = make_problem(
@@ -119,7 +116,7 @@ def test_without_time_the_reason_says_how_much_it_needs(
     assert training.calls[0]["seconds"] == pytest.approx(((needed - 1) * share - 1) * 2 / 3 - 1)
 
 
-def test_weights_that_are_no_numbers_are_no_proposal() -> None:
+def test_weights_that_are_no_numbers_are_no_proposal():
     model = trained().eval()
     new = retrained(model)
     nan = {name: torch.full_like(value, math.nan) for name, value in snapshot(model).items()}
@@ -186,9 +183,7 @@ def trained_on_a_line(
         (threshold(-3.0), (0, 1), [0, 0, 0.5, 0.5, 3, 1, 1, 1, 0], (0, 0)),
     ],
 )
-def test_each_round_says_how_often_the_last_one_visits_samples(
-    rounds: State, rows: Sequence[int], weight: list[float], counts: tuple[int, int] | None
-) -> None:
+def test_each_round_says_how_often_the_last_one_visits_samples(rounds, rows, weight, counts):
     # With the threshold at 0.705 in the end, 0.71 is right and 0.7 is not.
     solution, training = trained_on_a_line(rounds, threshold(0.705), rows)
     last = training.calls[-1]
@@ -201,7 +196,7 @@ def test_each_round_says_how_often_the_last_one_visits_samples(
     assert (solution.proposal.repaired, solution.proposal.broken) == (2, 0)
 
 
-def test_rounds_go_on_while_each_repairs_more() -> None:
+def test_rounds_go_on_while_each_repairs_more():
     problem = make_problem(trained(), known(n=300))
     old, new = snapshot(problem.model), retrained(problem.model)
     rows = draw_held_out_rows(problem)
@@ -212,7 +207,7 @@ def test_rounds_go_on_while_each_repairs_more() -> None:
 
 
 @pytest.mark.parametrize(("caution", "chosen"), [(None, 0.0), (0.1, 0.1), (0.25, 0.25)])
-def test_held_out_samples_say_how_far_to_go_back(caution: float | None, chosen: float) -> None:
+def test_held_out_samples_say_how_far_to_go_back(caution, chosen):
     problem, held_out = on_a_line_with_doubts(), torch.zeros(9, dtype=torch.bool)
     held_out[[0, 4, 5, 6]] = True
     # From 0.55 back to 0.75: 0.6, which is of class 0, is right again from 0.6 on.
@@ -244,9 +239,7 @@ def test_held_out_samples_say_how_far_to_go_back(caution: float | None, chosen: 
         (((9, 6), (5, 0)), 0.0),
     ],
 )
-def test_a_caution_is_chosen_if_it_gains_more_than_chance(
-    counts: Sequence[tuple[int, int]], chosen: float
-) -> None:
+def test_a_caution_is_chosen_if_it_gains_more_than_chance(counts, chosen):
     points = [
         CautionPoint(place / 10, TargetCounts(20 - broken, broken, repaired, 20 - repaired))
         for place, (repaired, broken) in enumerate(counts)
@@ -254,7 +247,7 @@ def test_a_caution_is_chosen_if_it_gains_more_than_chance(
     assert choose_caution(points) == chosen
 
 
-def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> None:
+def test_targets_that_count_more_are_visited_more_often_up_to_ten_times():
     problem, training = on_a_line_with_doubts(), FakeTraining(threshold(0.65))
     weight = problem.before.weight.clone()
     weight[5], weight[6] = 3.0, 30.0
@@ -265,7 +258,7 @@ def test_targets_that_count_more_are_visited_more_often_up_to_ten_times() -> Non
     assert training.calls[-1]["weight"].tolist() == [0.5, 0.5, 0.5, 0.5, 1, 3, 10, 1, 1]
 
 
-def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
+def test_training_that_breaks_what_is_held_out_is_no_proposal():
     # Five broken and none repaired are 2.2 standard errors.
     solution, _ = trained_on_a_line(threshold(-3.0), REVERSED, range(5))
     assert solution.proposal is None
@@ -276,9 +269,7 @@ def test_training_that_breaks_what_is_held_out_is_no_proposal() -> None:
 
 
 @pytest.mark.parametrize(("first", "kinds"), [(0.9, 2), (0.725, 2), (0.719, 1)])
-def test_steps_that_repair_hardly_anything_at_first_make_room_for_the_next_kind(
-    first: float, kinds: int
-) -> None:
+def test_steps_that_repair_hardly_anything_at_first_make_room_for_the_next_kind(first, kinds):
     def gives(rate: float | None, **rest: Any) -> State:
         return threshold(first if rate is None else 0.65)
 
@@ -291,7 +282,7 @@ def test_steps_that_repair_hardly_anything_at_first_make_room_for_the_next_kind(
     assert [step.name for step in solution.steps] == ["trial"] * (kinds - 1) + ["fit", "polish"]
 
 
-def test_where_no_steps_of_the_owner_do_well_they_are_distilled() -> None:
+def test_where_no_steps_of_the_owner_do_well_they_are_distilled():
     model = trained().eval()
     training = FakeTraining(snapshot(model))
     problem = make_problem(model, known(), training=training)
@@ -302,7 +293,7 @@ def test_where_no_steps_of_the_owner_do_well_they_are_distilled() -> None:
 
 
 @pytest.mark.parametrize("method", [FineTunePolish(), Polish("no such file")])
-def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> None:
+def test_a_task_without_margins_is_refused_before_any_training(method):
     training = FakeTraining(None)
     with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
         solve(method, make_problem(trained(), known(), "0", task=Marginless(), training=training))
@@ -310,7 +301,7 @@ def test_a_task_without_margins_is_refused_before_any_training(method: Any) -> N
 
 
 @pytest.mark.parametrize("share", [0, 1.5, "half"])
-def test_a_share_that_is_none_is_refused(share: Any) -> None:
+def test_a_share_that_is_none_is_refused(share):
     for caution in (-1, 1):
         with pytest.raises(ConfigurationError, match=rf"`Auto.caution={caution}`"):
             Auto(caution=caution)
@@ -319,7 +310,7 @@ def test_a_share_that_is_none_is_refused(share: Any) -> None:
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_a_new_model_is_polished(in_file: bool, tmp_path: Path) -> None:
+def test_a_new_model_is_polished(in_file, tmp_path):
     model = trained(normed).eval()
     problem = make_problem(model, known())
     state = barely(problem, retrained(model))
@@ -338,7 +329,7 @@ def test_a_new_model_is_polished(in_file: bool, tmp_path: Path) -> None:
         assert same(snapshot(new), state)
 
 
-def test_the_model_itself_is_stepped_until_its_targets_are_right() -> None:
+def test_the_model_itself_is_stepped_until_its_targets_are_right():
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.7005))
     problem = make_problem(model, on_a_line().known)
@@ -352,7 +343,7 @@ def test_the_model_itself_is_stepped_until_its_targets_are_right() -> None:
 
 
 @pytest.mark.parametrize("new", [0.9, 0.75, math.nan])
-def test_what_repairs_nothing_is_no_proposal(new: float) -> None:
+def test_what_repairs_nothing_is_no_proposal(new):
     solution = Polish(threshold(new))(on_a_line())
     assert solution.proposal is None
     assert solution.reason == "the new weights repair no target without breaking what is right."
@@ -370,14 +361,14 @@ def test_what_repairs_nothing_is_no_proposal(new: float) -> None:
         ),
     ],
 )
-def test_another_architecture_is_refused(new: Any, message: str) -> None:
+def test_another_architecture_is_refused(new, message):
     with pytest.raises(
         ConfigurationError, match=message + r"[\s\S]*\nHINT: give weights of the same architecture"
     ):
         Polish(new)(make_problem(trained(), known()))
 
 
-def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
+def test_weights_that_differ_beyond_the_layer_are_refused():
     problem = make_problem(trained(), known(), layer="2")
     new = retrained(problem.model)
     with pytest.raises(
@@ -390,7 +381,7 @@ def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
     assert torch.equal(state["0.weight"], problem.model[0].weight)
 
 
-def test_a_repair_that_is_late_still_breaks_nothing() -> None:
+def test_a_repair_that_is_late_still_breaks_nothing():
     problem = on_a_line(clock=StageTimer(max_time=1e-9))
     solution = Polish(threshold(-3.0))(problem)
     assert (
@@ -400,7 +391,7 @@ def test_a_repair_that_is_late_still_breaks_nothing() -> None:
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 0)
 
 
-def test_tied_weights_are_polished_as_one() -> None:
+def test_tied_weights_are_polished_as_one():
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -434,7 +425,7 @@ def at(solution: Any) -> float:
     return float(solution.proposal.state["weight"][0, 1])
 
 
-def test_rounds_move_the_threshold_until_a_target_is_right() -> None:
+def test_rounds_move_the_threshold_until_a_target_is_right():
     problem = on_a_line()
     with left_alone(problem.model):
         solution = Apricot([RIGHT, WRONG], rate=0.1)(problem)
@@ -452,13 +443,13 @@ def test_rounds_move_the_threshold_until_a_target_is_right() -> None:
     )  # 0.75 - 0.2 (0.9 - 0.75) = 0.72, and the same from there
 
 
-def test_one_round_goes_no_further_than_a_fifth() -> None:
+def test_one_round_goes_no_further_than_a_fifth():
     solution = Apricot([RIGHT], strategy="right", rate=100.0, rounds=1, polish=False)(on_a_line())
     assert solution.proposal is None  # 0.75 + 0.2 (0.65 - 0.75) = 0.73 repairs nothing
     assert solution.reason == "no move toward the checkpoints repairs a target within the gate."
 
 
-def test_the_training_goes_on_from_there_and_what_breaks_comes_back() -> None:
+def test_the_training_goes_on_from_there_and_what_breaks_comes_back():
     training = FakeTraining(threshold(0.55))  # repairs 0.7 and breaks 0.6
     solution = Apricot([RIGHT, WRONG], rate=0.1, rounds=1, epochs=3)(on_a_line(training=training))
     (call,) = training.calls
@@ -475,7 +466,7 @@ def test_the_training_goes_on_from_there_and_what_breaks_comes_back() -> None:
     ]
 
 
-def test_a_network_with_its_checkpoints_in_a_folder(tmp_path: Path) -> None:
+def test_a_network_with_its_checkpoints_in_a_folder(tmp_path):
     model = trained()
     problem = make_problem(model, known())
     for seed in range(2):
@@ -499,12 +490,12 @@ def test_a_network_with_its_checkpoints_in_a_folder(tmp_path: Path) -> None:
         ({"rounds": 0}, "`Apricot.rounds=0`"),
     ],
 )
-def test_what_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_what_means_nothing_is_refused(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         Apricot(**arguments)
 
 
-def test_without_checkpoints_it_says_how_to_keep_some(tmp_path: Path) -> None:
+def test_without_checkpoints_it_says_how_to_keep_some(tmp_path):
     with pytest.raises(ConfigurationError, match=r"is missing\.[\s\S]*save_top_k=5"):
         METHODS.parse("method", "apricot")(on_a_line())
     with pytest.raises(ConfigurationError, match="is no folder with checkpoints"):

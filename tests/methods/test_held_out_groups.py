@@ -37,7 +37,7 @@ PATIENTS = torch.cat([TRAIN, NEW])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_groups_are_held_out_as_a_whole(seed: int) -> None:
+def test_groups_are_held_out_as_a_whole(seed):
     problem = make(PATIENTS, seed=seed)
     before = problem.before
     rows = draw_held_out_rows(problem)
@@ -52,7 +52,7 @@ def test_groups_are_held_out_as_a_whole(seed: int) -> None:
     assert (unused & before.passed).sum() <= before.passed.sum() / 5
 
 
-def test_groups_of_protected_samples_are_used_as_a_whole() -> None:
+def test_groups_of_protected_samples_are_used_as_a_whole():
     problem = make(PATIENTS)
     rows = draw_held_out_rows(problem)
     assert rows is not None
@@ -68,11 +68,11 @@ def test_groups_of_protected_samples_are_used_as_a_whole() -> None:
     assert torch.equal(~used, torch.isin(PATIENTS, PATIENTS[rows].unique()))
 
 
-def test_a_single_group_leaves_nothing_to_hold_out() -> None:
+def test_a_single_group_leaves_nothing_to_hold_out():
     assert draw_held_out_rows(make(torch.zeros(180).long())) is None
 
 
-def test_a_group_is_in_one_fold() -> None:
+def test_a_group_is_in_one_fold():
     fold = _folds(make(PATIENTS))
     assert (fold[:120] == -1).all()
     for patient in range(10):
@@ -81,13 +81,13 @@ def test_a_group_is_in_one_fold() -> None:
 
 
 @pytest.mark.parametrize("group", [PATIENTS, torch.zeros(180).long()])
-def test_the_exact_solution_is_cross_validated_by_group(group: torch.Tensor) -> None:
+def test_the_exact_solution_is_cross_validated_by_group(group):
     solution = Convex()(make(group, layer="2"))
     # All groups with samples in `new`.
     assert solution.held_out.groups.passed == len(group[120:].unique())
 
 
-def test_counts_of_groups_survive_a_resume() -> None:
+def test_counts_of_groups_survive_a_resume():
     solution = AUTO(make(PATIENTS))
     again = from_bytes(to_bytes(solution), Solution)
     assert solution.rungs[0].held_out.groups is not None
@@ -96,7 +96,7 @@ def test_counts_of_groups_survive_a_resume() -> None:
     assert torch.equal(again.proposal.after.group, PATIENTS)
 
 
-def test_the_default_trains_without_the_held_out_patients() -> None:
+def test_the_default_trains_without_the_held_out_patients():
     problem = make(PATIENTS)
     rows = draw_held_out_rows(problem)
     training = FakeTraining(retrained(problem.model))
@@ -111,7 +111,7 @@ def test_the_default_trains_without_the_held_out_patients() -> None:
     assert held_out.groups is not None
 
 
-def test_standard_errors_count_groups() -> None:
+def test_standard_errors_count_groups():
     alone = FlipCounts(80, 4, 12, 4)
     assert variance_of_net_rate(alone) == 16 / 84**2
     assert net_repairs_in_standard_errors(alone) == 8 / 4

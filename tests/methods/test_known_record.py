@@ -51,7 +51,7 @@ def autocast() -> Any:
 
 
 @pytest.mark.parametrize("context", [nullcontext, autocast])
-def test_results_from_the_record_are_those_of_a_pass_bit_for_bit(context: Any) -> None:
+def test_results_from_the_record_are_those_of_a_pass_bit_for_bit(context):
     problem = recorded_problem(trained(), context)
     head = {name: x for name, x in jittered(problem.model, 1, 0.3).items() if name[0] == "2"}
     from_record, by_pass = problem.evaluate(head), problem.evaluator.run_with(head, problem.known)
@@ -60,7 +60,7 @@ def test_results_from_the_record_are_those_of_a_pass_bit_for_bit(context: Any) -
         assert torch.equal(vars(from_record)[column], vars(by_pass)[column])
 
 
-def test_a_pass_with_other_weights_is_recorded_too() -> None:
+def test_a_pass_with_other_weights_is_recorded_too():
     problem = recorded_problem(trained())
     state = jittered(problem.model, 1, 0.1)
     start = problem.propose("start", state)
@@ -93,7 +93,7 @@ class Drifting(nn.Module):
         return logits - self.drift * torch.tensor([1.0, 0.0, 0.0])
 
 
-def test_the_deployed_model_decides_where_the_record_is_wrong() -> None:
+def test_the_deployed_model_decides_where_the_record_is_wrong():
     model = trained(Drifting)
     assert isinstance(model, Drifting)
     model.old, model.drift = model.network[2].weight.detach().clone(), 1.0
@@ -115,7 +115,7 @@ class Softened(nn.Sequential):
         return super().forward(x) / 2
 
 
-def test_a_layer_that_does_not_give_the_logits_takes_the_passes() -> None:
+def test_a_layer_that_does_not_give_the_logits_takes_the_passes():
     model = trained(lambda: Softened(*mlp()))
     passes, outcome = passes_of(
         model, model[0], quick(method=ParticleSwarm(particles=40, iterations=40))
@@ -124,7 +124,7 @@ def test_a_layer_that_does_not_give_the_logits_takes_the_passes() -> None:
     assert passes > 3
 
 
-def test_compiled_models_are_not_hooked() -> None:
+def test_compiled_models_are_not_hooked():
     model = trained()
     compiled = torch.compile(model, backend="eager")
     settings = Settings(method=ParticleSwarm(particles=20, iterations=20))
@@ -136,7 +136,7 @@ def test_compiled_models_are_not_hooked() -> None:
 
 
 @pytest.mark.parametrize("method", ["swarm", "convex"])
-def test_ranks_record_their_shares(method: str) -> None:
+def test_ranks_record_their_shares(method):
     model = trained()
 
     def run(collective: Any) -> Any:
@@ -150,7 +150,7 @@ def test_ranks_record_their_shares(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", [ParticleSwarm(particles=8, iterations=8), "convex"])
-def test_without_room_for_a_record_samples_are_recorded_later(method: Any) -> None:
+def test_without_room_for_a_record_samples_are_recorded_later(method):
     search = SearchOptions(memory_limit=1000)
     report = repair_module(trained(), known(), Settings(method=method, search=search)).report
     assert report.status == "repaired"

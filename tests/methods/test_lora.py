@@ -36,7 +36,7 @@ def loaded(model: nn.Module, adapter: LoraAdapter, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
 
 
-def test_weights_are_old_weights_and_a_product_of_two_factors(tmp_path: Path) -> None:
+def test_weights_are_old_weights_and_a_product_of_two_factors(tmp_path):
     model = trained()
     before, objects = snapshot(model), list(model.modules())
     outcome = repair_module(model, known(), quick(method=FineTunePolish(lora=2)), unseen=unseen())
@@ -90,7 +90,7 @@ class Net(nn.Module):
         return self.head(torch.relu(self.xhead(self.norm(self.also_tied(self.tied(x))))))
 
 
-def test_only_layers_whose_adapters_do_what_merged_weights_do_have_some() -> None:
+def test_only_layers_whose_adapters_do_what_merged_weights_do_have_some():
     model, data = trained(Net, seed=1), known(1)
     names = {"stem", "xhead", "head"}
     outcome = repair_module(model, data, quick(method=FineTunePolish(lora=4)))
@@ -108,7 +108,7 @@ def test_only_layers_whose_adapters_do_what_merged_weights_do_have_some() -> Non
 
 
 @pytest.mark.parametrize("strength", [0.8, 1.15])
-def test_another_strength_keeps_the_rank(tmp_path: Path, strength: float) -> None:
+def test_another_strength_keeps_the_rank(tmp_path, strength):
     model = trained()
     settings = quick(method=FineTunePolish(lora=2), strength=strength, gate="tolerance:20%")
     outcome = repair_module(model, known(), settings)
@@ -121,7 +121,7 @@ def test_another_strength_keeps_the_rank(tmp_path: Path, strength: float) -> Non
         assert torch.allclose(value, snapshot(model)[name], atol=1e-6)
 
 
-def test_half_precision_counts_the_rounded_weights(tmp_path: Path) -> None:
+def test_half_precision_counts_the_rounded_weights(tmp_path):
     model = trained().bfloat16()
     sources = [replace(source, inputs=source.inputs.bfloat16()) for source in known()]
     outcome = repair_module(model, sources, quick(method=FineTunePolish(lora=2)))
@@ -144,7 +144,7 @@ def with_own_adapters(frozen: bool) -> nn.Module:
     return model
 
 
-def test_own_adapters_stay_in_use() -> None:
+def test_own_adapters_stay_in_use():
     model = with_own_adapters(frozen=False)
     before, config = snapshot(model), model.peft_config
     flags = [x.requires_grad for x in model.parameters()]
@@ -162,7 +162,7 @@ def test_own_adapters_stay_in_use() -> None:
     assert int((~old_right & new_right).sum()) > 0
 
 
-def test_no_layer_is_left_beside_own_adapters() -> None:
+def test_no_layer_is_left_beside_own_adapters():
     model = with_own_adapters(frozen=True)
     with pytest.raises(ConfigurationError, match="leave `lora` out"):
         FineTunePolish(lora=2).check(model)
@@ -180,12 +180,12 @@ def test_no_layer_is_left_beside_own_adapters() -> None:
         (peft.LoraConfig(bias="all"), "`bias='all'` is not plain LoRA"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused(lora: Any, words: str) -> None:
+def test_what_is_no_plain_lora_is_refused(lora, words):
     with pytest.raises(ConfigurationError, match=words):
         FineTunePolish(lora=lora)
 
 
-def test_other_methods_and_options_are_refused() -> None:
+def test_other_methods_and_options_are_refused():
     assert with_lora(FineTunePolish(0.5), 2) == FineTunePolish(0.5, lora=2)
     with pytest.raises(ConfigurationError, match=r"`lora=2`: Convex changes whole weights"):
         with_lora(Convex(), 2)

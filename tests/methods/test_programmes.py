@@ -20,7 +20,7 @@ from lightning_nrl.methods.solvers.qp import solve_dual, solve_duals
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), m=st.integers(1, 12), hard=st.booleans())
-def test_a_solution_fulfils_its_conditions(seed: int, m: int, hard: bool) -> None:
+def test_a_solution_fulfils_its_conditions(seed, m, hard):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(m, 5, generator=generator).double()
     # Required of some x, so that hard rows do not contradict each other.
@@ -37,7 +37,7 @@ def test_a_solution_fulfils_its_conditions(seed: int, m: int, hard: bool) -> Non
     assert (slack[values > 0] < tolerance).all()
 
 
-def test_a_batch_by_hand() -> None:
+def test_a_batch_by_hand():
     # Rows x >= 1 and y >= 2: |v|^2 / 2 = 2.5. Rows x >= 1 and -x >= 0 contradict each other, so the
     # value exceeds any limit.
     gram = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, -1.0], [-1.0, 1.0]]], dtype=torch.float64)
@@ -68,7 +68,7 @@ def path(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> None:
+def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed):
     head = make_head(seed)
     repaired = []
     for change in path(head, 0.1, 1.0, 30.0):
@@ -79,9 +79,7 @@ def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> N
 
 
 @pytest.mark.parametrize("limit", ["ROWS_PER_BLOCK", "LOGITS_PER_BLOCK"])
-def test_large_data_are_read_only_where_a_margin_may_be_too_small(
-    limit: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_data_are_read_only_where_a_margin_may_be_too_small(limit, monkeypatch):
     head = make_head(n=600)
     expected = path(head, 0.1, 1.0, 30.0)
     right = [head.right(change) for change in expected]
@@ -102,9 +100,7 @@ def test_large_data_are_read_only_where_a_margin_may_be_too_small(
 
 
 @pytest.mark.parametrize("rank", [4, 60])
-def test_the_root_of_few_samples_is_exact_if_they_are_all(
-    rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_root_of_few_samples_is_exact_if_they_are_all(rank, monkeypatch):
     head = make_head()
     wide = replace(head, features=torch.cat([head.features, torch.zeros(60, 60)], 1))
     expected = path(wide, 0.1, 1.0, 30.0)
@@ -115,7 +111,7 @@ def test_the_root_of_few_samples_is_exact_if_they_are_all(
             torch.testing.assert_close(change, expected[i], rtol=1e-4, atol=1e-6)
 
 
-def test_passed_samples_stay_right_when_time_runs_out() -> None:
+def test_passed_samples_stay_right_when_time_runs_out():
     head = make_head()
     calls = itertools.count()
     (change,) = path(head, 30.0, is_over=lambda: next(calls) >= 30)  # in a Newton step

@@ -57,7 +57,7 @@ from lightning_nrl.study import paper_arguments
 QUICK = ParticleSwarm(particles=12, iterations=12)
 
 
-def test_parts_are_replaced_by_name_or_object() -> None:
+def test_parts_are_replaced_by_name_or_object():
     method = bundle("arachne", localizer="random", searcher=QUICK)
     assert method == LocalSearch(QUICK, localizer=RandomWeights(), fitness=ArachneFitness())
     assert LocalSearch("swarm", localizer="all", fitness="eq2") == LocalSearch(
@@ -70,7 +70,7 @@ def test_parts_are_replaced_by_name_or_object() -> None:
         bundle("arachnes")
 
 
-def test_what_the_options_say_goes_before_the_parts_of_the_method() -> None:
+def test_what_the_options_say_goes_before_the_parts_of_the_method():
     search = SearchOptions(localizer="gradient")
     settings = Settings(method="arachne", search=search)  # type: ignore[arg-type]
     assert settings.method == bundle("arachne", localizer="gradient")
@@ -136,7 +136,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("installed")
-def test_other_distributions_add_names_by_entry_points() -> None:
+def test_other_distributions_add_names_by_entry_points():
     assert {"ours", "small"} <= set(METHODS)
     search = SearchOptions(fitness="counting")
     settings = Settings(method="ours", search=search)  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def test_other_distributions_add_names_by_entry_points() -> None:
         ("min", "did you mean 'mine'"),
     ],
 )
-def test_an_entry_point_that_gives_nothing_of_use_says_whose_it_is(name: str, message: str) -> None:
+def test_an_entry_point_that_gives_nothing_of_use_says_whose_it_is(name, message):
     with pytest.raises(ConfigurationError, match=message):
         SearchOptions(localizer=name)
 
@@ -172,7 +172,7 @@ def settings_of(method: object, **more: object) -> Settings:
     return Settings(**(arguments | more))  # type: ignore[arg-type]
 
 
-def test_a_searcher_of_ones_own_is_a_method_of_a_repair() -> None:
+def test_a_searcher_of_ones_own_is_a_method_of_a_repair():
     first, again, other = (
         repair_module(trained(), known(), settings_of(RandomLocalSearch(), seed=s))
         for s in (0, 0, 1)
@@ -186,7 +186,7 @@ def test_a_searcher_of_ones_own_is_a_method_of_a_repair() -> None:
     assert not torch.equal(first.parameters["2.weight"], other.parameters["2.weight"])
 
 
-def test_weights_are_localised_on_the_passed_samples_that_are_scored() -> None:
+def test_weights_are_localised_on_the_passed_samples_that_are_scored():
     asked: list[tuple[Tensor, Tensor]] = []
 
     @dataclass(frozen=True)
@@ -214,14 +214,14 @@ class Forgetful(RandomLocalSearch):
         return state._replace(candidates=state.candidates + 1)
 
 
-def test_a_searcher_that_does_not_score_the_original_weights_is_refused() -> None:
+def test_a_searcher_that_does_not_score_the_original_weights_is_refused():
     with pytest.raises(
         ConfigurationError, match=r"Forgetful\.init does not begin with the original weights"
     ):
         repair_module(trained(), known(), settings_of(Forgetful()))
 
 
-def test_nothing_better_is_no_proposal_and_the_model_is_left_alone() -> None:
+def test_nothing_better_is_no_proposal_and_the_model_is_left_alone():
     problem = make_problem(trained(), known(), "2")
     before = snapshot(problem.model)
     solution = LocalSearch(
@@ -241,7 +241,7 @@ def total(solution: Solution) -> tuple[int, int]:
     return solution.proposal.broken, solution.proposal.repaired
 
 
-def test_every_known_passed_sample_counts_however_few_were_drawn() -> None:
+def test_every_known_passed_sample_counts_however_few_were_drawn():
     problem = few_weights()
     drawn = torch.zeros_like(problem.passed)
     drawn[problem.passed.nonzero()[:2]] = True
@@ -253,7 +253,7 @@ def test_every_known_passed_sample_counts_however_few_were_drawn() -> None:
     assert solution.n_passed == int(problem.before.passed.sum())
 
 
-def test_passed_samples_keep_half_of_their_margin_or_what_is_enough() -> None:
+def test_passed_samples_keep_half_of_their_margin_or_what_is_enough():
     problem = few_weights()
     searcher = ParticleSwarm(particles=20, iterations=40)
     solution = constrained_search(problem, searcher, Deadline())
@@ -271,7 +271,7 @@ def results(margin: list[float]) -> SampleResults:
     return SampleResults(("a",), (len(m),), index, index * 0, index * 0, -m, m > 0, m < 0, m)
 
 
-def test_of_many_those_nearest_to_the_border_are_taken_and_a_draw_of_the_others() -> None:
+def test_of_many_those_nearest_to_the_border_are_taken_and_a_draw_of_the_others():
     before = results([0.1, -5.0, 9.0, -0.5, 8.0, 0.2, 7.0, 6.0, -0.1, 5.0])
     choices = [choose_samples(before, before.passed, 6, seed) for seed in range(9)]
     for choice in choices:
@@ -296,7 +296,7 @@ def timed(max_time: float | None, one_pass: float, **changes: object) -> Problem
     return replace(problem, **changes)  # type: ignore[arg-type]
 
 
-def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short() -> None:
+def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short():
     many = results([1.0] * 1_000_000)
     for problem in (timed(None, 99.0, before=many), timed(1e6, 1.0, before=many), timed(30.0, 3.0)):
         assert n_to_score(problem, problem.deadline_of_method()) == 100_000
@@ -309,7 +309,7 @@ def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short() -
 
 
 @pytest.mark.parametrize("method", [LocalSearch(QUICK), Convex(), Auto(QUICK)])
-def test_what_no_time_is_left_for_is_not_begun(method: object) -> None:
+def test_what_no_time_is_left_for_is_not_begun(method):
     problem = timed(60.0, 19.9)
     solution = method(problem)  # type: ignore[operator]
     assert "no time" in solution.reason.lower()
@@ -317,7 +317,7 @@ def test_what_no_time_is_left_for_is_not_begun(method: object) -> None:
 
 
 @pytest.mark.parametrize("method", [Auto(QUICK), QUICK])
-def test_a_search_on_some_samples_is_judged_on_all(method: object) -> None:
+def test_a_search_on_some_samples_is_judged_on_all(method):
     search = replace(TOY["search"], n_scored=60)
     report = repair_module(
         trained(), known(), Settings(layer="2", method=method, search=search)

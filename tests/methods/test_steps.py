@@ -5,11 +5,9 @@ holds few samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +73,7 @@ def first_logit(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
     return output[:, 0].sum()
 
 
-def test_a_plain_step_by_hand() -> None:
+def test_a_plain_step_by_hand():
     problem = make_problem(two_weights(), [numbers(2, 3)])
     steps = Descent(problem, {}, SGD)
     with left_alone(problem.model):
@@ -90,7 +88,7 @@ def test_a_plain_step_by_hand() -> None:
 
 @pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.Adam, lr=0.1)])
 @pytest.mark.parametrize("slope", [1.0, torch.inf])
-def test_masks_keep_weights_bit_for_bit(optimizer: Callable[..., Any], slope: float) -> None:
+def test_masks_keep_weights_bit_for_bit(optimizer, slope):
     model = nn.Linear(2, 2, bias=False)
     model.weight.data = torch.tensor([[0.1, 0.7], [-0.3, -0.0]])
     source = TensorSource(torch.ones(1, 2), torch.tensor([0]), "train", passed=True)
@@ -114,9 +112,7 @@ def test_masks_keep_weights_bit_for_bit(optimizer: Callable[..., Any], slope: fl
     world_size=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_over_all_ranks_each_row_of_a_mini_batch_comes_once(
-    sizes: list[int], batch_size: int, world_size: int, seed: int
-) -> None:
+def test_over_all_ranks_each_row_of_a_mini_batch_comes_once(sizes, batch_size, world_size, seed):
     generator = torch.Generator().manual_seed(seed)
     n = sum(sizes)
     whole = [numbers(*range(10 * k, 10 * k + size), split=f"{k}") for k, size in enumerate(sizes)]
@@ -140,7 +136,7 @@ STATES = ({"weight": torch.tensor([[10.0], [0.0]])}, {})
 WHICH = torch.tensor([0, 1, 0, 1])
 
 
-def test_each_sample_is_asked_of_its_own_teacher() -> None:
+def test_each_sample_is_asked_of_its_own_teacher():
     problem = make_problem(two_weights(), [numbers(1, 2, 3), numbers(4, split="new")])
     passes = []
     problem.model.register_forward_hook(lambda module, args, output: passes.append(output))
@@ -195,7 +191,7 @@ def stepped(problem: Problem) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("most", [1, 20])
-def test_a_step_that_does_not_fit_is_made_of_smaller_passes(most: int) -> None:
+def test_a_step_that_does_not_fit_is_made_of_smaller_passes(most):
     whole = stepped(make_problem(trained(), known()))
     small = stepped(make_problem(trained(), known(), task=Cramped(most)))
     assert not same(whole, snapshot(trained()))
@@ -203,7 +199,7 @@ def test_a_step_that_does_not_fit_is_made_of_smaller_passes(most: int) -> None:
         torch.testing.assert_close(small[name], value)
 
 
-def test_a_sample_that_does_not_fit_ends_the_steps_and_changes_nothing() -> None:
+def test_a_sample_that_does_not_fit_ends_the_steps_and_changes_nothing():
     problem = make_problem(trained(), known(), task=Cramped(0))
     descent = Descent(problem, {}, partial(torch.optim.SGD, lr=0.01))
     (parts,) = load_batches(problem, [ROWS])
@@ -214,7 +210,7 @@ def test_a_sample_that_does_not_fit_ends_the_steps_and_changes_nothing() -> None
     )
 
 
-def test_where_one_rank_runs_out_all_stop() -> None:
+def test_where_one_rank_runs_out_all_stop():
     def work(problem: Problem) -> str:
         task = Cramped(0 if problem.collective.rank else 1000)
         try:
@@ -228,7 +224,7 @@ def test_where_one_rank_runs_out_all_stop() -> None:
     assert "does not fit" in first
 
 
-def test_a_polish_scales_back() -> None:
+def test_a_polish_scales_back():
     problem = make_problem(trained(), known(), task=Cramped(0))
     new = {
         name: value + 0.3 * torch.randn(value.shape)
@@ -261,7 +257,7 @@ def work(folder: str) -> None:
     torch.save(results(problem), f"{folder}/{rank}.pt")
 
 
-def test_both_ranks_have_the_weights_and_counts_of_one_process(tmp_path: Path) -> None:
+def test_both_ranks_have_the_weights_and_counts_of_one_process(tmp_path):
     in_two_processes(work, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     problem = make_problem(trained(normed), known())

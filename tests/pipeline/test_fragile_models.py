@@ -36,7 +36,7 @@ class Fragile(nn.Module):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["raises", "NaN"])
 @pytest.mark.parametrize("method", ["swarm", "convex", "finetune-polish"])
-def test_a_failure_at_any_call_leaves_the_model_as_it_was(method: str, how: str) -> None:
+def test_a_failure_at_any_call_leaves_the_model_as_it_was(method, how):
     settings = quick() if method == "swarm" else quick(method=method)
     model = Fragile(how)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -103,9 +103,7 @@ class WithoutTraining(nn.Module):
 @pytest.mark.parametrize(
     "run", [without_gradients, in_inference_mode, in_numpy, without_backward, in_place]
 )
-def test_the_default_keeps_what_other_rungs_found_if_a_training_fails(
-    run: Callable[[nn.Module, Tensor], Tensor],
-) -> None:
+def test_the_default_keeps_what_other_rungs_found_if_a_training_fails(run):
     settings = quick(method=Auto(ParticleSwarm(particles=12, iterations=12)))
     model = WithoutTraining(run)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -122,7 +120,7 @@ def test_the_default_keeps_what_other_rungs_found_if_a_training_fails(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_embedding_with_sparse_gradients_is_trained() -> None:
+def test_an_embedding_with_sparse_gradients_is_trained():
     class Embedded(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -27,7 +27,7 @@ def repaired(settings: Settings, **data: Any) -> RepairReport:
     ).report
 
 
-def test_calibration_and_unseen_data_are_counted_by_group() -> None:
+def test_calibration_and_unseen_data_are_counted_by_group():
     calibration = in_groups(TensorSource(*blobs(200, 0.0, 7), split="calibration"), first=100)
     later = [in_groups(source, first=200) for source in unseen()]
     settings = quick(groups=2, gate="tolerance:20%", method="convex")
@@ -53,7 +53,7 @@ def test_calibration_and_unseen_data_are_counted_by_group() -> None:
     assert "groups" not in without_groups.to_dict()["splits"][0]
 
 
-def test_a_group_in_two_unseen_splits_counts_once() -> None:
+def test_a_group_in_two_unseen_splits_counts_once():
     x, y = blobs(40, 1.5, 2)
     later = [
         TensorSource(x[rows], y[rows], split, extras=(torch.arange(20) // 2,))
@@ -64,7 +64,7 @@ def test_a_group_in_two_unseen_splits_counts_once() -> None:
     assert max(split.counts.units.passed for split in report.unseen_splits) <= units.passed <= 10
 
 
-def test_an_update_counts_groups_that_break_since_the_replaced_model() -> None:
+def test_an_update_counts_groups_that_break_since_the_replaced_model():
     settings = quick(groups=2, method="swarm")
     later = [in_groups(source) for source in unseen()]
     report = repaired(settings, unseen=later, reference=OldModel(trained(seed=1)))
@@ -75,7 +75,7 @@ def test_an_update_counts_groups_that_break_since_the_replaced_model() -> None:
     assert report.unseen_groups == final.counts.groups
 
 
-def test_the_default_reports_held_out_groups_and_no_near_copies() -> None:
+def test_the_default_reports_held_out_groups_and_no_near_copies():
     arguments = with_options({**QUICK, "method": Auto(QUICK["method"]), "groups": 2})
     report = repaired(Settings(**arguments))
     assert report.held_out.groups is not None
@@ -84,7 +84,7 @@ def test_the_default_reports_held_out_groups_and_no_near_copies() -> None:
 
 
 @pytest.mark.parametrize(("is_video", "groups"), [(False, None), (True, None), (True, 2)])
-def test_near_copies_are_found_where_no_groups_are_given(is_video: bool, groups: Any) -> None:
+def test_near_copies_are_found_where_no_groups_are_given(is_video, groups):
     """Frames of a video differ little from each other; independent samples differ."""
     train, new = known(n=240)
     if is_video:

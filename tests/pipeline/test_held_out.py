@@ -5,7 +5,7 @@ refused or named.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ class Torn(TensorSource):
         raise OSError("a file is torn")
 
 
-def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
+def test_unseen_data_that_one_rank_cannot_read_stop_every_rank():
     def run(collective: Collective) -> str:
         later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
         with pytest.raises((OSError, EvaluationError)) as error:
@@ -48,7 +48,7 @@ def missing(batch: Any) -> Any:
 
 
 @pytest.mark.parametrize("where", [missing, lambda batch: None])
-def test_a_target_that_cannot_be_asked_is_a_warning(where: Callable[[Any], Any]) -> None:
+def test_a_target_that_cannot_be_asked_is_a_warning(where):
     later = TensorSource(*blobs(8), split="later")
     settings = quick(target=Target.where(where))
     with pytest.warns(DataWarning, match="not counted on held-out data: `target`: the pred"):
@@ -57,7 +57,7 @@ def test_a_target_that_cannot_be_asked_is_a_warning(where: Callable[[Any], Any])
     assert not results.targeted.any()
 
 
-def test_a_target_that_one_rank_cannot_ask_is_left_out_on_all() -> None:
+def test_a_target_that_one_rank_cannot_ask_is_left_out_on_all():
     def run(collective: Collective) -> int:
         target = Target.where(
             missing
@@ -81,7 +81,7 @@ class Half(TensorSource):
         return self.draw([self.index[int(self.extras[0][0]) :: 2]])
 
 
-def test_whatever_else_is_wrong_is_no_warning() -> None:
+def test_whatever_else_is_wrong_is_no_warning():
     x, y = blobs(8)
     negative = TensorSource(x, y - 3, split="later")
     with pytest.raises(EvaluationError, match="have labels below 0"):
@@ -101,7 +101,7 @@ def leaking(own: TensorSource, other: TensorSource, rows: list[int]) -> TensorSo
     return replace(own, inputs=inputs, targets=torch.cat([own.targets, other.targets[rows]]))
 
 
-def test_calibration_data_that_are_known_too_are_refused() -> None:
+def test_calibration_data_that_are_known_too_are_refused():
     (data,) = calibration()
     n = len(data)
     message = rf"2 of the {n + 2} samples of `{data.split}` are known data too \(\[{n}, {n + 1}\]"
@@ -109,7 +109,7 @@ def test_calibration_data_that_are_known_too_are_refused() -> None:
         repair_module(trained(), known(), quick(), calibration=[leaking(data, known()[0], [3, 5])])
 
 
-def test_unseen_data_that_are_known_too_are_a_warning_and_are_named_in_the_report() -> None:
+def test_unseen_data_that_are_known_too_are_a_warning_and_are_named_in_the_report():
     (data,) = unseen()
     sources = [leaking(leaking(data, known()[1], [0, 1]), calibration()[0], [5])]
     message = rf"`unseen`: 3 of the {len(data) + 3} samples of `{data.split}` are known"
@@ -121,7 +121,7 @@ def test_unseen_data_that_are_known_too_are_a_warning_and_are_named_in_the_repor
     assert f"leak into {data.split}" in outcome.report.to_markdown()
 
 
-def test_known_samples_count_for_nothing_in_unseen_data() -> None:
+def test_known_samples_count_for_nothing_in_unseen_data():
     (data,), first = unseen(), known()[1]
     report = repair_module(trained(), known(), quick(), unseen=[data]).report
     with pytest.warns(DataWarning, match="remove them; they are not counted"):
@@ -133,7 +133,7 @@ def test_known_samples_count_for_nothing_in_unseen_data() -> None:
     assert leaky.unseen_limit == report.unseen_limit
 
 
-def test_repeated_unseen_samples_are_tested_once() -> None:
+def test_repeated_unseen_samples_are_tested_once():
     (data,) = unseen()
     report = repair_module(trained(), known(), quick(), unseen=[data]).report
     with pytest.warns(DataWarning, match=rf"`unseen`: {len(data)} of {2 * len(data)} samples rep"):
@@ -149,7 +149,7 @@ def test_repeated_unseen_samples_are_tested_once() -> None:
     assert "(sign test of distinct samples, 8 better, 0 worse," in page
 
 
-def test_data_without_leaks_give_no_warning() -> None:
+def test_data_without_leaks_give_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
         report = repair_module(
@@ -168,7 +168,7 @@ class Placed(TensorSource):
         return torch.stack([torch.zeros_like(self.targets), self.extras[0]], 1)
 
 
-def test_samples_are_known_by_their_place_where_it_is_known() -> None:
+def test_samples_are_known_by_their_place_where_it_is_known():
     zeros = torch.zeros(3, dtype=torch.int64)
     first = Placed(torch.randn(3, 2), zeros, "train", extras=(torch.tensor([4, 5, 6]),))
     later = Placed(torch.randn(3, 2), zeros, "later", extras=(torch.tensor([6, 7, 5]),))

@@ -12,7 +12,7 @@ from toy_repairs import known, right, trained
 from lightning_nrl import BoundOptions, Settings, TensorSource, repair_module
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Multiclass
 
 
 class Odd(Multiclass):
@@ -54,9 +54,7 @@ def possible(model: nn.Module) -> list[TensorSource]:
 
 @pytest.mark.parametrize(("make", "task"), [(Masked, Multiclass()), (trained, Odd())])
 @pytest.mark.parametrize("method", ["auto", "finetune-polish"])
-def test_methods_repair_beside_samples_without_a_finite_margin(
-    make: type[nn.Module], task: Task, method: str
-) -> None:
+def test_methods_repair_beside_samples_without_a_finite_margin(make, task, method):
     model = make()
     sources = possible(model)
     before = [right(model, source) for source in sources]
@@ -72,7 +70,7 @@ def test_methods_repair_beside_samples_without_a_finite_margin(
     assert repaired >= 5
 
 
-def test_ordinary_samples_are_not_warned_of() -> None:
+def test_ordinary_samples_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
         repair_module(trained(), known(), Settings(method="convex", layer="2"))

@@ -13,7 +13,7 @@ from lightning_nrl.methods import Method, Problem, Solution
 from lightning_nrl.pipeline.input_checks import run_sanity_check
 
 
-def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:
+def test_a_repair_that_fits_is_rehearsed_without_a_trace():
     model = nn.Sequential(*trained(), Counting())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run_sanity_check(Evaluator(model), known(), quick(layer=["0", "2"]))
@@ -45,7 +45,7 @@ class Detour(nn.Module):
         return x @ self.unused.weight.T
 
 
-def test_a_layer_that_is_never_called_is_found() -> None:
+def test_a_layer_that_is_never_called_is_found():
     with pytest.raises(ReplayError, match="`layer='unused'` is never called"):
         run_sanity_check(Evaluator(Detour()), known(), quick())
 
@@ -62,7 +62,7 @@ class Detached(nn.Module):
         return 2 * self.layer(x)
 
 
-def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one() -> None:
+def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one():
     with pytest.raises(
         ReplayError, match="the loss has no gradient with respect to the outputs of"
     ):
@@ -70,9 +70,7 @@ def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one() -> No
     run_sanity_check(Evaluator(Detached()), known(), quick(localizer=AllWeights()))
 
 
-def test_an_empty_localisation_of_a_few_samples_says_nothing(
-    recwarn: pytest.WarningsRecorder,
-) -> None:
+def test_an_empty_localisation_of_a_few_samples_says_nothing(recwarn):
     run_sanity_check(Evaluator(trained()), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)))
     assert not recwarn
 
@@ -91,6 +89,6 @@ class Picky(Method):
 
 
 @pytest.mark.parametrize("asked", ["check", "check_recording"])
-def test_a_method_of_ones_own_is_asked_before_training(asked: str) -> None:
+def test_a_method_of_ones_own_is_asked_before_training(asked):
     with pytest.raises(ConfigurationError, match="it does not suit this model"):
         run_sanity_check(Evaluator(trained()), known(), quick(method=Picky(asked)))

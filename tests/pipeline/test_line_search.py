@@ -43,8 +43,8 @@ def search(right: TensorSource, *calibration: TensorSource, **arguments: Any) ->
     ],
 )
 def test_a_strength_above_1_is_taken_only_if_it_breaks_nothing(
-    right: TensorSource, calibration: Any, chosen: float, selection: Selection
-) -> None:
+    right, calibration, chosen, selection
+):
     result = search(right, *calibration)
     assert (result.chosen, result.selection) == (chosen, selection)
 
@@ -61,9 +61,7 @@ def test_a_strength_above_1_is_taken_only_if_it_breaks_nothing(
         ("accuracy", 0.55, Selection(LIMIT_STATES)),
     ],
 )
-def test_the_greatest_strength_within_a_limit_is_found_on_a_finer_grid(
-    limit: str, chosen: float, selection: Selection
-) -> None:
+def test_the_greatest_strength_within_a_limit_is_found_on_a_finer_grid(limit, chosen, selection):
     calibration = line(0.57, 0.72, 9, label=0), line(9.0, split="wrong too")
     result = search(RIGHT, *calibration, limit=Gate.parse(limit))
     assert (result.chosen, result.selection) == (chosen, selection)
@@ -72,13 +70,13 @@ def test_the_greatest_strength_within_a_limit_is_found_on_a_finer_grid(
     assert strengths == sorted(set(strengths))
 
 
-def test_a_polished_strength_is_not_accepted_in_order() -> None:
+def test_a_polished_strength_is_not_accepted_in_order():
     result = search(RIGHT, line(0.57, 0.72, 9, 9.5, label=0), limit=Gate.tolerance(3))
     assert [point.polished for point in result.path if point.strength == result.chosen] == [True]
     assert result.selection == Selection(LIMIT_STATES, True)
 
 
-def test_without_time_to_count_weaker_strengths_none_is_accepted_in_order() -> None:
+def test_without_time_to_count_weaker_strengths_none_is_accepted_in_order():
     late = problem(WRONG, SAFE, clock=StageTimer(max_time=0))
     data = aside(late, line(2.0, label=0))
     result = line_search(late, PATCH, Gate.instance(), calibration=data, limit=Gate.instance())
@@ -104,7 +102,7 @@ def on_bumps(*sources: TensorSource) -> Problem:
     return replace(problem(*sources), evaluator=evaluator, before=before, passed=before.passed)
 
 
-def test_a_strength_above_a_weaker_one_that_breaks_more_is_not_accepted_in_order() -> None:
+def test_a_strength_above_a_weaker_one_that_breaks_more_is_not_accepted_in_order():
     bumps = on_bumps(WRONG, SAFE)
     # Between two strengths of the path, at 0.3, a sample breaks that is right at both.
     for place, allowed in ((0.3, None), (9.0, 0)):
@@ -113,7 +111,7 @@ def test_a_strength_above_a_weaker_one_that_breaks_more_is_not_accepted_in_order
         assert (result.chosen, result.selection) == (1.2, Selection(LIMIT_STATES, True, allowed))
 
 
-def test_a_known_sample_that_breaks_at_a_lower_strength_is_polished() -> None:
+def test_a_known_sample_that_breaks_at_a_lower_strength_is_polished():
     bumps = on_bumps(WRONG, bump(-1.0, 0.6, "right"))
     result = line_search(bumps, PATCH, Gate.instance(), fixed=0.6)
     (point,) = (point for point in result.path if point.strength == 0.6)
@@ -140,7 +138,7 @@ def repaired(calibration: Sequence[TensorSource] = (), **settings: Any) -> Outco
     return repair_module(model, known(), quick(**options), calibration=calibration)
 
 
-def test_a_fixed_strength_is_what_is_written() -> None:
+def test_a_fixed_strength_is_what_is_written():
     outcome = repaired(strength=0.5)
     bias = outcome.parameters["2.bias"] - trained()[2].bias.detach()
     torch.testing.assert_close(bias, torch.tensor([0.5, 0.0, 0.0]))
@@ -153,7 +151,7 @@ def calibration() -> list[TensorSource]:
 
 
 @pytest.mark.parametrize("limit", ["tolerance:100%", "tolerance:5%", "instance"])
-def test_a_limit_holds_on_calibration_data(limit: str) -> None:
+def test_a_limit_holds_on_calibration_data(limit):
     report = repaired(calibration(), limit=limit, confidence=0.9).report
     split, bounds, gate = report.splits[-1], report.bounds, Gate.parse(limit)
     assert (split.split, split.role, split.n) == ("calibration", "calibration", 300)
@@ -169,20 +167,20 @@ def test_a_limit_holds_on_calibration_data(limit: str) -> None:
         assert f"the limit for {bounds.allowed} broken" in report.to_markdown()
 
 
-def test_calibration_data_that_choose_nothing_give_a_plain_limit() -> None:
+def test_calibration_data_that_choose_nothing_give_a_plain_limit():
     report = repaired(calibration(), strength=1.0).report
     assert report.bounds.upper == limit_at_level(report.bounds.broken, report.bounds.n, 1 - 0.95)
     assert f"broken {report.bounds.broken} of {report.bounds.n}" in report.to_markdown()
 
 
-def test_refused_weights_have_no_bounds() -> None:
+def test_refused_weights_have_no_bounds():
     bias = trained()[2].bias.detach() + torch.tensor([9.0, 0.0, 0.0])
     method = KnownAnswer({"2.bias": bias})
     report = repaired(calibration(), strength=1.0, gate=Gate.instance(), method=method).report
     assert (report.status, report.bounds) == ("refused", None)
 
 
-def test_without_a_strength_within_the_limit_nothing_changes() -> None:
+def test_without_a_strength_within_the_limit_nothing_changes():
     inputs = 3 * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
     everywhere = TensorSource(inputs, trained()(inputs).argmax(1), split="calibration")
     outcome = repaired([everywhere], limit="instance")
@@ -191,7 +189,7 @@ def test_without_a_strength_within_the_limit_nothing_changes() -> None:
     assert outcome.parameters is None
 
 
-def test_a_limit_needs_calibration_data() -> None:
+def test_a_limit_needs_calibration_data():
     with pytest.raises(ConfigurationError, match="`limit='instance'` needs calibration data"):
         repaired(limit="instance")
 
@@ -205,12 +203,12 @@ def test_a_limit_needs_calibration_data() -> None:
         (Selection(45, True), 4, 0.01 / 45),
     ],
 )
-def test_the_limit_depends_on_the_choice(selection: Selection, broken: int, level: float) -> None:
+def test_the_limit_depends_on_the_choice(selection, broken, level):
     limit = limit_after(4, 908, selection, 0.95)
     assert limit == pytest.approx(limit_at_level(broken, 908, level), abs=1e-12)
 
 
-def test_limits_fail_no_more_often_than_they_say() -> None:
+def test_limits_fail_no_more_often_than_they_say():
     draws = 150
     most = next(k for k in range(draws) if binomial_cdf(k, draws, 1 - CONFIDENCE) >= 0.999)
     studies = trials(draws)

@@ -88,7 +88,7 @@ ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_only_a_method_that_trains_does_without_a_layer_to_be_searched(kind: str) -> None:
+def test_only_a_method_that_trains_does_without_a_layer_to_be_searched(kind):
     make, reason = ODD[kind]
     run_sanity_check(Evaluator(make()), known(), Settings())
     with pytest.raises(RepairError, match=reason):
@@ -96,7 +96,7 @@ def test_only_a_method_that_trains_does_without_a_layer_to_be_searched(kind: str
 
 
 @pytest.mark.parametrize("kind", ["weight norm", "functions", "scripted"])
-def test_training_repairs_what_has_no_layer_to_be_searched(kind: str) -> None:
+def test_training_repairs_what_has_no_layer_to_be_searched(kind):
     make, reason = ODD[kind]
     model, data = trained(make), known()
     before = torch.cat([right(model, source) for source in data])
@@ -113,7 +113,7 @@ def test_training_repairs_what_has_no_layer_to_be_searched(kind: str) -> None:
 
 
 @pytest.mark.parametrize("make", [traced, frozen_body])
-def test_parts_by_torch_jit_come_back_as_they_were(make: Callable[[], nn.Module]) -> None:
+def test_parts_by_torch_jit_come_back_as_they_were(make):
     model = make()
     state = {name: x.clone() for name, x in model.state_dict().items()}
     report = repair_module(model, known(), Settings(method="finetune-polish")).report
@@ -121,7 +121,7 @@ def test_parts_by_torch_jit_come_back_as_they_were(make: Callable[[], nn.Module]
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
 
-def test_a_prediction_that_depends_on_the_batch_is_refused() -> None:
+def test_a_prediction_that_depends_on_the_batch_is_refused():
     norm = nn.BatchNorm1d(12, track_running_stats=False)
     model = nn.Sequential(nn.Linear(4, 12), norm, nn.Linear(12, 3))
     for check in (repair_module, run_sanity_check):
@@ -136,7 +136,7 @@ def test_a_prediction_that_depends_on_the_batch_is_refused() -> None:
 @pytest.mark.parametrize(
     "form", [lambda y: F.one_hot(y, 3), lambda y: y.double(), lambda y: y.to(torch.uint16)]
 )
-def test_targets_of_several_forms_are_refused(form: Callable[[Tensor], Tensor]) -> None:
+def test_targets_of_several_forms_are_refused(form):
     first, second = known()
     second = replace(second, targets=form(second.targets))
     with pytest.raises(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -63,7 +62,7 @@ def right(model: nn.Module) -> Tensor:
         ({}, ()),  # a swarm
     ],
 )
-def test_every_method_repairs_what_a_plain_threshold_counts(method: Any, end: Any) -> None:
+def test_every_method_repairs_what_a_plain_threshold_counts(method, end):
     model = learned(*end)
     before, is_1 = right(model), torch.cat([source.targets.view(-1) == 1 for source in known()])
     outcome = repair_module(model, known(), quick(target=Target.label(1), **method))
@@ -74,13 +73,13 @@ def test_every_method_repairs_what_a_plain_threshold_counts(method: Any, end: An
     assert (after & ~before & is_1).any()
 
 
-def test_a_diagnosis_knows_the_last_layer() -> None:
+def test_a_diagnosis_knows_the_last_layer():
     diagnosis = diagnose_module(learned(nn.Flatten(0)), known())
     assert diagnosis.head == "2"
     assert set(diagnosis.costs) >= {"convex", "swarm", "auto"}
 
 
-def test_labels_have_any_dtype() -> None:
+def test_labels_have_any_dtype():
     settings = Settings(method="convex")
     expected = repair_module(learned(), known(), settings).report.splits
     for form in (
@@ -93,7 +92,7 @@ def test_labels_have_any_dtype() -> None:
         assert repair_module(learned(), sources, settings).report.splits == expected
 
 
-def test_probabilities_are_not_taken_for_logits_without_a_word() -> None:
+def test_probabilities_are_not_taken_for_logits_without_a_word():
     with pytest.warns(
         DataWarning, match=r"all outputs on `new` data are from 0 to 1, but count as logits"
     ):
@@ -103,7 +102,7 @@ def test_probabilities_are_not_taken_for_logits_without_a_word() -> None:
         repair_module(learned(), known(), quick())
 
 
-def test_a_report_says_binary_where_it_was_asked_for() -> None:
+def test_a_report_says_binary_where_it_was_asked_for():
     model = learned()
     asked = repair_module(Evaluator(model, Binary()), known(), Settings(method="convex")).report
     assert asked.task == "Binary"

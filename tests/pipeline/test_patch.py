@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,9 +56,7 @@ def changed(state: dict[str, Tensor], name: str, at: int, value: float) -> dict[
 
 @pytest.mark.parametrize(("n_changed", "n_stored"), [(1, 1), (20, 24)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_file_keeps_every_bit(
-    tmp_path: Path, dtype: torch.dtype, n_changed: int, n_stored: int
-) -> None:
+def test_a_file_keeps_every_bit(tmp_path, dtype, n_changed, n_stored):
     old = bytes(torch.arange(24 * dtype.itemsize).mul(37).remainder(256).tolist())
     n_bytes = n_changed * dtype.itemsize
     new = bytes(x ^ 1 for x in old[:n_bytes]) + old[n_bytes:]
@@ -73,7 +70,7 @@ def test_a_file_keeps_every_bit(
     assert same(patch.revert(after), before)
 
 
-def test_a_module_is_changed_in_place_and_a_state_dict_is_copied() -> None:
+def test_a_module_is_changed_in_place_and_a_state_dict_is_copied():
     model = network()
     parameters, old = list(model.parameters()), copied(model)
     new = changed(changed(old, "0.weight", 5, 7.0), "1.num_batches_tracked", 0, 3)
@@ -87,7 +84,7 @@ def test_a_module_is_changed_in_place_and_a_state_dict_is_copied() -> None:
     assert same(state, old)
 
 
-def test_another_model_is_refused_and_stays() -> None:
+def test_another_model_is_refused_and_stays():
     old = copied(network())
     patch = Patch.between(old, changed(old, "3.weight", 2, 1.0))
     other = network()
@@ -110,7 +107,7 @@ def test_another_model_is_refused_and_stays() -> None:
         patch.apply("model.ckpt")  # type: ignore[call-overload]
 
 
-def test_patches_stack_and_come_off_in_order() -> None:
+def test_patches_stack_and_come_off_in_order():
     first = copied(network())
     second = changed(first, "3.weight", 2, 1.0)
     third = changed(second, "3.weight", 2, 2.0)
@@ -138,7 +135,7 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
 
 
-def test_tied_parameters_stay_tied_and_are_kept_once(tmp_path: Path) -> None:
+def test_tied_parameters_stay_tied_and_are_kept_once(tmp_path):
     model = Tied()
     torch.save(model.state_dict(), tmp_path / "old.pt")
     old = copied(model)
@@ -156,7 +153,7 @@ def test_tied_parameters_stay_tied_and_are_kept_once(tmp_path: Path) -> None:
     assert state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr()
 
 
-def test_a_repair_is_a_patch_with_its_report(tmp_path: Path) -> None:
+def test_a_repair_is_a_patch_with_its_report(tmp_path):
     model = trained()
     outcome = repair_module(model, known(), quick())
     state = copied(model)
@@ -183,7 +180,7 @@ def test_a_repair_is_a_patch_with_its_report(tmp_path: Path) -> None:
         ({"w": torch.zeros(2)}, {"w": torch.zeros(2, device="meta")}, "no plain tensor"),
     ],
 )
-def test_states_that_make_no_patch_are_refused(old: Any, new: Any, problem: str) -> None:
+def test_states_that_make_no_patch_are_refused(old, new, problem):
     with pytest.raises(ConfigurationError, match=problem):
         Patch.between(old, new)
 
@@ -197,7 +194,7 @@ class Saving(nn.Linear):
         return OrderedDict(saved=weight, bias=bias.clone(), mean=weight.mean(0))
 
 
-def test_a_patch_has_the_names_of_the_state_dict() -> None:
+def test_a_patch_has_the_names_of_the_state_dict():
     model = Saving(2, 2)
     old = copied(model)
     new = changed(changed(old, "saved", 0, 9.0), "bias", 1, 8.0)
@@ -215,7 +212,7 @@ THREE = {"w": torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0, -0.0]), "b": torch.ones(2)}
 ONE_CHANGE = Patch.between(ZEROS, THREE)
 
 
-def test_all_else_in_a_checkpoint_stays(tmp_path: Path) -> None:
+def test_all_else_in_a_checkpoint_stays(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": ZEROS, "epoch": 3}, path)
     for undo, state in ((False, THREE), (True, ZEROS)):
@@ -226,7 +223,7 @@ def test_all_else_in_a_checkpoint_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_refused_checkpoint_writes_nothing(tmp_path: Path) -> None:
+def test_a_refused_checkpoint_writes_nothing(tmp_path):
     out, objects = tmp_path / "out.ckpt", tmp_path / "objects.ckpt"
     torch.save({"state_dict": THREE}, tmp_path / "new.ckpt")
     torch.save([1], tmp_path / "list.ckpt")

@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "p.safetensors"
 
 
-def test_other_tools_can_read_it(path: Path) -> None:
+def test_other_tools_can_read_it(path):
     tensors = load_file(path)
     assert tensors["index/a"].tolist() == [0, 5, 10]
     assert tensors["old/a"].tolist() == [0, 5, 10]
@@ -35,7 +35,7 @@ def test_other_tools_can_read_it(path: Path) -> None:
     assert len(tensors) == 5
 
 
-def test_a_truncated_file_is_refused(path: Path) -> None:
+def test_a_truncated_file_is_refused(path):
     content = path.read_bytes()
     for n in range(0, len(content), 11):
         path.write_bytes(content[:n])
@@ -43,7 +43,7 @@ def test_a_truncated_file_is_refused(path: Path) -> None:
             Patch.load(path)
 
 
-def test_a_flipped_byte_is_refused_or_means_the_same(path: Path) -> None:
+def test_a_flipped_byte_is_refused_or_means_the_same(path):
     content = path.read_bytes()
     for at in range(0, len(content), 7):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
@@ -88,15 +88,13 @@ def record(**changes: Any) -> dict[str, Any]:
         ({}, None, "{"),
     ],
 )
-def test_an_inconsistent_file_is_refused(
-    path: Path, tensors: Any, header: Any, report: str
-) -> None:
+def test_an_inconsistent_file_is_refused(path, tensors, header, report):
     rewrite(path, tensors, header, report)
     with pytest.raises(ConfigurationError, match=r"p.safetensors'` is damaged: |`patch` "):
         Patch.load(path).apply(OLD)
 
 
-def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
+def test_files_of_something_else_are_refused(tmp_path):
     file = tmp_path / "model"
     for metadata, problem in (
         ({}, "has the format 'none'"),

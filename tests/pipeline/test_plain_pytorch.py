@@ -40,7 +40,7 @@ class ByName(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Output, dict])
-def test_models_that_take_keywords_and_return_an_object(kind: Any) -> None:
+def test_models_that_take_keywords_and_return_an_object(kind):
     model = ByName(kind)
     sources = [replace(s, inputs={"x": s.inputs, "mask": torch.ones(len(s))}) for s in known()]
     outcome = repair_module(model, sources, quick())
@@ -51,7 +51,7 @@ def test_models_that_take_keywords_and_return_an_object(kind: Any) -> None:
     assert list(outcome.parameters) == ["body.2.weight"]
 
 
-def test_a_task_of_the_user_s_own_without_classes() -> None:
+def test_a_task_of_the_user_s_own_without_classes():
     model = nn.Sequential(nn.Linear(4, 1))
     model[0].weight.data = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     model[0].bias.data.zero_()
@@ -69,7 +69,7 @@ def test_a_task_of_the_user_s_own_without_classes() -> None:
 
 
 @pytest.mark.parametrize("method", ["swarm", "neurecover-lite", "arachne", "auto"])
-def test_counts_and_a_loss_of_0_and_1_suffice_for_a_search(method: str) -> None:
+def test_counts_and_a_loss_of_0_and_1_suffice_for_a_search(method):
     def passed(output: Tensor, target: Tensor) -> Tensor:
         return output.argmax(1) == target
 
@@ -92,7 +92,7 @@ def test_counts_and_a_loss_of_0_and_1_suffice_for_a_search(method: str) -> None:
     assert is_said == (method == "auto")
 
 
-def test_an_outcome_is_written_whole_or_not_at_all() -> None:
+def test_an_outcome_is_written_whole_or_not_at_all():
     model = trained()
     outcome = repair_module(model, known(), quick(layer=["0", "2"], localizer=AllWeights()))
     other = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 4))

@@ -71,8 +71,8 @@ class Aliased(nn.Module):
     ],
 )
 def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(
-    layer: Any, include_bias: bool, names: list[str]
-) -> None:
+    layer, include_bias, names
+):
     model, sources = trained(), [*known(), *unseen()]
     before = [right(model, source) for source in sources]
     settings = quick(layer=layer, localizer=AllWeights(include_bias=include_bias))
@@ -91,7 +91,7 @@ def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(
     assert list(outcome.parameters) == names
 
 
-def test_unseen_failures_of_the_target_are_counted_and_never_searched() -> None:
+def test_unseen_failures_of_the_target_are_counted_and_never_searched():
     model, settings = trained(), quick(target=Target.label(0))
     (later,) = (replace(source, passed=True, failed=True) for source in unseen())
     wrong = ~right(model, later) & (later.targets == 0)
@@ -101,7 +101,7 @@ def test_unseen_failures_of_the_target_are_counted_and_never_searched() -> None:
     assert torch.equal(outcome.change, without.change)
 
 
-def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> None:
+def test_refused_weights_stay_out_and_the_report_says_what_they_would_do():
     model, sources = trained(), known()
     outcome = repair_module(model, sources, quick(gate=Never()), unseen=unseen())
     report = outcome.report
@@ -117,7 +117,7 @@ def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> No
 
 
 @pytest.mark.parametrize("layer", ["auto", "head", "exit"])
-def test_the_hash_after_is_that_of_the_written_model_under_all_its_names(layer: str) -> None:
+def test_the_hash_after_is_that_of_the_written_model_under_all_its_names(layer):
     model = Aliased()
     before = hash_tensors(model.state_dict())
     outcome = repair_module(model, known(), quick(layer=layer, localizer=AllWeights()))
@@ -128,7 +128,7 @@ def test_the_hash_after_is_that_of_the_written_model_under_all_its_names(layer: 
     assert sorted(outcome.parameters) == ["exit.weight", "head.weight"]
 
 
-def test_without_failures_there_is_nothing_to_repair() -> None:
+def test_without_failures_there_is_nothing_to_repair():
     model = trained()
 
     def is_passed(batch: Any) -> Tensor:
@@ -141,7 +141,7 @@ def test_without_failures_there_is_nothing_to_repair() -> None:
     assert outcome.report.reason.startswith(reason)
 
 
-def test_a_class_that_does_not_occur_or_that_the_model_does_not_have_is_named() -> None:
+def test_a_class_that_does_not_occur_or_that_the_model_does_not_have_is_named():
     sources = [replace(source, targets=source.targets.clamp_max(1)) for source in known()]
     report = repair_module(trained(), sources, quick(target=Target.label(2))).report
     assert report.status == "nothing to repair"
@@ -150,7 +150,7 @@ def test_a_class_that_does_not_occur_or_that_the_model_does_not_have_is_named() 
         repair_module(trained(), known(), quick(target=Target.label(7)))
 
 
-def test_without_passed_samples_a_warning_says_why() -> None:
+def test_without_passed_samples_a_warning_says_why():
     model = trained()
     model[2].bias.data[0] = 100.0
     sources = [replace(source, targets=torch.full((len(source),), 2)) for source in known()]
@@ -159,7 +159,7 @@ def test_without_passed_samples_a_warning_says_why() -> None:
     assert outcome.report.status == "not repaired"
 
 
-def test_an_empty_localisation_is_a_report_with_a_warning() -> None:
+def test_an_empty_localisation_is_a_report_with_a_warning():
     with pytest.warns(UserWarning, match="not repaired: `localizer` leaves no weight") as caught:
         outcome = repair_module(trained(), known(), quick(localizer=Nowhere()), unseen=unseen())
     assert caught[0].filename == __file__
@@ -167,14 +167,14 @@ def test_an_empty_localisation_is_a_report_with_a_warning() -> None:
     assert [split.role for split in outcome.report.splits] == ["known", "known", "unseen"]
 
 
-def test_a_search_that_finds_nothing_better_says_so() -> None:
+def test_a_search_that_finds_nothing_better_says_so():
     outcome = repair_module(trained(), known(), quick(fitness=Mute()))
     assert outcome.report.status == "not repaired"
     assert "nothing better than the original weights" in outcome.report.reason
     assert outcome.change is outcome.parameters is None
 
 
-def test_a_loss_that_is_not_finite_names_the_samples() -> None:
+def test_a_loss_that_is_not_finite_names_the_samples():
     sources = known()
     sources[1].inputs[3:5] = float("nan")
     with pytest.raises(
@@ -192,16 +192,14 @@ def test_a_loss_that_is_not_finite_names_the_samples() -> None:
         (known(), {"layer": "4"}, "`layer='4'` is not in the model"),
     ],
 )
-def test_wrong_data_or_layers_are_refused_before_the_model_runs(
-    sources: Any, arguments: Any, problem: str
-) -> None:
+def test_wrong_data_or_layers_are_refused_before_the_model_runs(sources, arguments, problem):
     model = trained()
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ConfigurationError, match=problem):
         repair_module(model, sources, quick(**arguments))
 
 
-def test_stages_and_progress_are_told_in_order() -> None:
+def test_stages_and_progress_are_told_in_order():
     events: list[Any] = []
 
     class Listener:

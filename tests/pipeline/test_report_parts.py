@@ -42,7 +42,7 @@ BEFORE = results([0, 1, 1, 0, 2, 1, 1], [2.0, -1.0, 0.5, -0.25, 4.0, -2.0, 1.0])
 AFTER = results([0, 0, 2, 0, 2, 0, 1], [2.0, 0.5, -0.5, -0.25, 4.0, 0.25, float("nan")])
 
 
-def test_a_split_by_hand() -> None:
+def test_a_split_by_hand():
     train = split_report("train", "known", BEFORE, AFTER, EDGES)
     assert train.counts == TargetCounts(
         2, 1, 1, 1, targeted=1, repaired_in_target=1, passed_in_target=1
@@ -75,7 +75,7 @@ def test_a_split_by_hand() -> None:
     assert unchanged.margins is None
 
 
-def test_splits_are_pooled() -> None:
+def test_splits_are_pooled():
     pooled = pool([split_report(split, "known", BEFORE, AFTER, EDGES) for split in BEFORE.splits])
     assert pooled.counts == TargetCounts(
         3, 1, 2, 1, targeted=2, repaired_in_target=2, passed_in_target=1
@@ -86,7 +86,7 @@ def test_splits_are_pooled() -> None:
     assert (pooled.rates["negative_flip_rate"], pooled.rates["repair_rate"]) == (1 / 7, 1)
 
 
-def test_change_between_two_layers() -> None:
+def test_change_between_two_layers():
     old = {"a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor([0.0])}
     new = {"b": torch.tensor([1.0]), "a": torch.tensor([[3.0, 2.0], [0.0, 2.0]])}
     assert WeightChange.between(old, new) == WeightChange(
@@ -94,7 +94,7 @@ def test_change_between_two_layers() -> None:
     )
 
 
-def test_a_rung_and_the_repair_count_the_same_weights_and_a_search_its_own_failures() -> None:
+def test_a_rung_and_the_repair_count_the_same_weights_and_a_search_its_own_failures():
     model = trained(normed)
     settings = Settings(method=Auto(ParticleSwarm(particles=12, iterations=12)))
     training = FakeTraining(retrained(model))
@@ -106,7 +106,7 @@ def test_a_rung_and_the_repair_count_the_same_weights_and_a_search_its_own_failu
     assert report.search.n_failed == targets - held_out.targeted < targets
 
 
-def test_batches_counted_by_a_batch_norm_are_no_changed_weights() -> None:
+def test_batches_counted_by_a_batch_norm_are_no_changed_weights():
     class Retrained(Method):
         def __call__(self, problem: Problem) -> Solution:
             state = dict(problem.model.state_dict())

@@ -121,9 +121,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
         ),
     ],
 )
-def test_a_repair_that_died_ends_as_one_that_did_not(
-    tmp_path: Path, method: str, lives: tuple[int, ...]
-) -> None:
+def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path, method, lives):
     for life in lives:
         with pytest.raises(Death):
             repaired(tmp_path, life, method)
@@ -136,7 +134,7 @@ def test_a_repair_that_died_ends_as_one_that_did_not(
 
 @pytest.mark.skipif("NRL_DEATHS" not in os.environ, reason="it takes minutes")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_repair_may_die_at_any_moment(tmp_path: Path, method: str) -> None:
+def test_a_repair_may_die_at_any_moment(tmp_path, method):
     observer = repaired(None, method=method)[1]
     for life in range(observer.told):
         with pytest.raises(Death):
@@ -146,7 +144,7 @@ def test_a_repair_may_die_at_any_moment(tmp_path: Path, method: str) -> None:
         work.done()
 
 
-def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Path) -> None:
+def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path):
     with pytest.raises(Death):
         repaired(tmp_path, 7)
     for part, changes in (("settings", {"max_time": 500.0}), ("weights and data", {"seed": 3})):
@@ -156,7 +154,7 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
         work.done()
 
 
-def test_another_training_is_another_repair(tmp_path: Path) -> None:
+def test_another_training_is_another_repair(tmp_path):
     with pytest.raises(Death):
         repaired(tmp_path, 17, "auto", origin=["a rate of 0.1"])
     with pytest.raises(Death, match="is from a repair with other training; delete it"):
@@ -164,7 +162,7 @@ def test_another_training_is_another_repair(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks")
-def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
+def test_a_killed_process_is_resumed(tmp_path):
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)

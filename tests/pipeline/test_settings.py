@@ -20,7 +20,7 @@ from lightning_nrl import (
     Settings,
     Target,
 )
-from lightning_nrl.localization import AllWeights, Localizer, NeuRecoverLite
+from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.pipeline.options import changed_options
 from lightning_nrl.search import Fitness, FitnessFunction
 
@@ -51,7 +51,7 @@ class MyFitness(FitnessFunction):
         return scores.patched
 
 
-def test_settings_are_told_as_plain_values() -> None:
+def test_settings_are_told_as_plain_values():
     search = SearchOptions(Fitness("eq2", alpha=8), NeuRecoverLite(n_weights=32))
     target = Target.label(3) | Target.confusion(1, 2)
     plain = Settings(target, layer=["a", "b"], gate="tolerance:1%", search=search).plain()  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def test_settings_are_told_as_plain_values() -> None:
 
 
 @pytest.mark.parametrize("localizer", [NeuRecoverLite, ByHand, Learned])
-def test_equal_settings_have_equal_json(localizer: type[Localizer]) -> None:
+def test_equal_settings_have_equal_json(localizer):
     first, second = (
         json.dumps(Settings(search=SearchOptions(MyFitness(), localizer())).plain())
         for _ in range(2)
@@ -99,12 +99,12 @@ def test_equal_settings_have_equal_json(localizer: type[Localizer]) -> None:
         ({"max_time": "60"}, "`max_time='60'` is no time"),
     ],
 )
-def test_a_wrong_setting_is_refused_at_once(arguments: dict[str, Any], problem: str) -> None:
+def test_a_wrong_setting_is_refused_at_once(arguments, problem):
     with pytest.raises(ConfigurationError, match=rf"{problem}[\s\S]*HINT: "):
         Settings(**arguments)
 
 
-def test_options_that_differ_from_the_defaults() -> None:
+def test_options_that_differ_from_the_defaults():
     assert changed_options(SearchOptions()) == {}
     assert changed_options(SearchOptions("eq1", n_passed=3)) == {
         "fitness": Fitness("eq1"),
@@ -132,8 +132,6 @@ def test_options_that_differ_from_the_defaults() -> None:
         (SampleOptions, {"keep": "all"}, r"`keep='all'` is unknown"),
     ],
 )
-def test_a_wrong_option_is_refused_at_once(
-    options: Callable[..., object], arguments: dict[str, Any], problem: str
-) -> None:
+def test_a_wrong_option_is_refused_at_once(options, arguments, problem):
     with pytest.raises(ConfigurationError, match=rf"{problem}[\s\S]*HINT: "):
         options(**arguments)

@@ -58,7 +58,7 @@ def differing(found: Proposal) -> list[int]:
 
 
 @pytest.mark.parametrize(("loss", "kept"), [(0.0, [3, 7]), (0.4, [3, 7]), (0.5, [3]), (0.99, [3])])
-def test_the_fewest_weights_that_keep_the_repairs(loss: float, kept: list[int]) -> None:
+def test_the_fewest_weights_that_keep_the_repairs(loss, kept):
     own = problem()
     whole = own.propose("whole", patch(w3=2.0, w7=1.0))
     found, step = sparsify(own, whole, loss)
@@ -85,7 +85,7 @@ class WeightStats(Method):
 
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 99), loss=st.sampled_from([0.0, 0.3, 0.6]))
-def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None:
+def test_no_more_is_lost_and_broken_than_allowed(seed, loss):
     own = make_problem(trained(), known(), seed=seed)
     whole = WeightStats(seed)(own).proposal
     found, _ = sparsify(own, whole, loss)
@@ -95,7 +95,7 @@ def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None
     assert found.broken <= whole.broken
 
 
-def test_a_sparse_repair_says_how_many_weights_differ() -> None:
+def test_a_sparse_repair_says_how_many_weights_differ():
     outcome = repair_module(trained(), known(), quick(sparse=0.5))
     assert [step.name for step in outcome.report.steps] == ["swarm", "sparse"]
     full = repair_module(trained(), known(), quick())

@@ -4,8 +4,6 @@ changed.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from starved_rank import outcomes
 from two_processes import free_port, in_two_processes
@@ -15,7 +13,7 @@ GOES_ON = ("fit", "polish")
 """Steps that do not fit on one rank end on both, and what was reached so far is judged."""
 
 
-def test_a_rank_without_memory_ends_both(tmp_path: Path) -> None:
+def test_a_rank_without_memory_ends_both(tmp_path):
     stages = (*ENDS, *GOES_ON)
     in_two_processes(outcomes, tmp_path, stages, [free_port() for _ in stages])
     other, starved = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ class Lowered(Method):
         return Solution(problem.propose("lowered", threshold({5: 0.65, 6: 0.45}[row])))
 
 
-def test_parts_are_repaired_alone_and_mixed_without_a_regression() -> None:
+def test_parts_are_repaired_alone_and_mixed_without_a_regression():
     problem = on_a_line()
     with left_alone(problem.model):
         solution = MergedRepairs(PARTS, method=Lowered())(problem)
@@ -62,7 +61,7 @@ def test_parts_are_repaired_alone_and_mixed_without_a_regression() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> None:
+def test_recorded_activations_and_whole_passes_score_alike(weighted):
     problem = on_a_line()
     if weighted:
         weight = torch.tensor([1, 1, 1, 1, 3, 1.5, 0.5], dtype=torch.float64)
@@ -81,7 +80,7 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
         assert whole.cost.tolist() == [0, 0, 3, 0, 0]
 
 
-def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
+def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip():
     # At 0.69 the target 0.7 passes by 0.01; bfloat16 rounds the median margin of 1.25 by 0.02.
     for context, patched in ((nullcontext, 1), (partial(torch.autocast, "cpu", torch.bfloat16), 0)):
         problem, states = on_a_line(context=context), [threshold(0.69)]
@@ -93,7 +92,7 @@ def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
             assert (int(scores.patched), int(scores.intact)) == (patched, 5)
 
 
-def test_pairs_of_classes_are_parts_and_risks_are_their_weights() -> None:
+def test_pairs_of_classes_are_parts_and_risks_are_their_weights():
     risk = {(0, 1): 4, 2: 3}
     part = bundle("arachne", searcher=QUICK)
     settings = Settings(
@@ -119,6 +118,6 @@ def test_pairs_of_classes_are_parts_and_risks_are_their_weights() -> None:
         ({"method": "arachnid"}, "arachnid"),
     ],
 )
-def test_what_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_what_means_nothing_is_refused(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         MergedRepairs(**arguments)

@@ -26,7 +26,7 @@ def recorded(folder: Path, *thresholds: float) -> KnownData:
     return KnownData(problem.evaluator, problem.known, problem.before, problem.space)
 
 
-def test_what_samples_went_through_by_hand(tmp_path: Path) -> None:
+def test_what_samples_went_through_by_hand(tmp_path):
     recorded(tmp_path, 0.45, 0.65, 0.45, 0.8)
     record = TrainingRecord.read(tmp_path)
     split = record.splits["all"]
@@ -43,7 +43,7 @@ def test_what_samples_went_through_by_hand(tmp_path: Path) -> None:
     assert split.loss.dtype == torch.float16
 
 
-def test_neurecover_finds_in_a_folder_what_it_finds_in_checkpoints(tmp_path: Path) -> None:
+def test_neurecover_finds_in_a_folder_what_it_finds_in_checkpoints(tmp_path):
     known = recorded(tmp_path, 0.45, 0.65, 0.75)
     folder = NeuRecover(str(tmp_path)).on(known).flips
     checkpoints = NeuRecover([threshold(0.45), threshold(0.65)]).on(known).flips
@@ -51,15 +51,13 @@ def test_neurecover_finds_in_a_folder_what_it_finds_in_checkpoints(tmp_path: Pat
         assert torch.equal(column, vars(checkpoints)[name])
 
 
-def test_points_of_a_training_that_went_on_from_an_earlier_step_are_forgotten(
-    tmp_path: Path,
-) -> None:
+def test_points_of_a_training_that_went_on_from_an_earlier_step_are_forgotten(tmp_path):
     recorded(tmp_path, 0.45, 0.65, 0.75)
     forget_after(tmp_path, 2)
     assert [point.step for point in TrainingRecord.read(tmp_path).points] == [1, 2]
 
 
-def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="contains no training record"):
         TrainingRecord.read(tmp_path)
     known = recorded(tmp_path / "other")

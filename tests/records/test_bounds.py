@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.j
 
 @pytest.mark.parametrize(("broken", "n"), COUNTS)
 @pytest.mark.parametrize("confidence", CONFIDENCES)
-def test_limits_are_those_of_the_beta_distribution(broken: int, n: int, confidence: float) -> None:
+def test_limits_are_those_of_the_beta_distribution(broken, n, confidence):
     beta = pytest.importorskip("scipy.stats").beta
     assert upper_limit(broken, n, confidence) == pytest.approx(
         beta.ppf(confidence, broken + 1, n - broken), abs=1e-9
@@ -39,12 +38,12 @@ def test_limits_are_those_of_the_beta_distribution(broken: int, n: int, confiden
 
 
 @pytest.mark.parametrize(("broken", "n"), LARGE)
-def test_a_million_samples_are_no_problem(broken: int, n: int) -> None:
+def test_a_million_samples_are_no_problem(broken, n):
     beta = pytest.importorskip("scipy.stats").beta
     assert upper_limit(broken, n) == pytest.approx(beta.ppf(0.95, broken + 1, n - broken), abs=1e-9)
 
 
-def test_limits_where_there_is_nothing_to_say() -> None:
+def test_limits_where_there_is_nothing_to_say():
     assert (upper_limit(0, 0), lower_limit(0, 0)) == (1.0, 0.0)
     assert (upper_limit(7, 7), lower_limit(0, 7)) == (1.0, 0.0)
     assert upper_limit(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100), abs=1e-15)
@@ -53,7 +52,7 @@ def test_limits_where_there_is_nothing_to_say() -> None:
     assert interval(0, 100, 2)[1] == pytest.approx(1 - 0.025 ** (1 / 100), abs=1e-15)
 
 
-def test_p_values_are_those_of_the_binomial_distribution() -> None:
+def test_p_values_are_those_of_the_binomial_distribution():
     for n in (1, 2, 17, 400):
         for p in (Fraction(1, 10**12), Fraction(3, 1000), Fraction(1, 2), Fraction(97, 100)):
             for k in {0, 1, n // 100, n // 2, n - 1, n, int(n * p), min(n, int(n * p) + 1)}:
@@ -65,7 +64,7 @@ def test_p_values_are_those_of_the_binomial_distribution() -> None:
 
 @quick
 @given(counts, confidences)
-def test_the_rate_lies_between_the_limits(sample: tuple[int, int], confidence: float) -> None:
+def test_the_rate_lies_between_the_limits(sample, confidence):
     broken, n = sample
     level = 1 - confidence
     upper = upper_limit(broken, n, confidence)
@@ -79,15 +78,13 @@ def test_the_rate_lies_between_the_limits(sample: tuple[int, int], confidence: f
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 60), st.floats(1e-4, 1 - 1e-4), st.sampled_from([0.5, 0.9, 0.95]))
-def test_the_limit_is_missed_no_more_often_than_it_says_whatever_the_rate(
-    n: int, rate: float, level: float
-) -> None:
+def test_the_limit_is_missed_no_more_often_than_it_says_whatever_the_rate(n, rate, level):
     misses = [k for k in range(n + 1) if upper_limit(k, n, level) < rate]
     assert misses == list(range(len(misses)))
     assert not misses or binomial_cdf(misses[-1], n, rate) <= (1 - level) * (1 + 1e-9)
 
 
-def test_a_bound_reads_as_a_sentence() -> None:
+def test_a_bound_reads_as_a_sentence():
     bound = Bound.of(4, 908)
     text = "broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples"
     assert str(bound) == text
@@ -98,7 +95,7 @@ def test_a_bound_reads_as_a_sentence() -> None:
     assert str(Bound.of(0, 0)) == "broken 0 of 0; nothing is known of such samples"
 
 
-def test_a_limit_is_rounded_up_and_a_confidence_is_not_rounded_to_certainty() -> None:
+def test_a_limit_is_rounded_up_and_a_confidence_is_not_rounded_to_certainty():
     for count, n, end in (
         (0, 10**6, "0.00030 %"),
         (0, 4_000, "0.075 %"),
@@ -113,7 +110,7 @@ def test_a_limit_is_rounded_up_and_a_confidence_is_not_rounded_to_certainty() ->
 
 @quick
 @given(counts, confidences)
-def test_a_printed_limit_holds_too(sample: tuple[int, int], confidence: float) -> None:
+def test_a_printed_limit_holds_too(sample, confidence):
     bound = Bound.of(*sample, confidence)
     (printed,) = re.findall(r"at most ([\d.]+) %", str(bound))
     assert bound.upper <= float(printed) / 100 * (1 + 1e-12)
@@ -135,15 +132,13 @@ def test_a_printed_limit_holds_too(sample: tuple[int, int], confidence: float) -
         ((1, 4, "95%"), "`confidence='95%'` is no confidence of at least 50 %"),
     ],
 )
-def test_what_is_no_count_or_confidence_is_refused(
-    arguments: tuple[Any, ...], message: str
-) -> None:
+def test_what_is_no_count_or_confidence_is_refused(arguments, message):
     for function in (upper_limit, lower_limit, Bound.of):
         with pytest.raises(ConfigurationError, match=rf"{message}.*\nHINT: "):
             function(*arguments)
 
 
-def test_numbers_of_numpy_and_torch_are_counts() -> None:
+def test_numbers_of_numpy_and_torch_are_counts():
     assert upper_limit(np.int64(4), torch.tensor(908)) == upper_limit(4, 908)  # type: ignore[arg-type]
 
 
@@ -152,20 +147,18 @@ def study() -> list[Trial]:
     return trials()
 
 
-def test_no_bound_is_missed_more_often_than_it_says_and_what_is_not_promised_does_not_hold(
-    study: list[Trial],
-) -> None:
+def test_no_bound_is_missed_more_often_than_it_says_and_what_is_not_promised_does_not_hold(study):
     assert len(study) == 8
     for trial in study:
         assert (trial.missed <= trial.allowed) is trial.promised, trial
 
 
-def test_the_allowance_is_a_quantile_of_what_may_be_missed() -> None:
+def test_the_allowance_is_a_quantile_of_what_may_be_missed():
     binom = pytest.importorskip("scipy.stats").binom
     assert Trial("", "", True, 0, 1000).allowed == binom.ppf(0.999, 1000, 0.05)
 
 
-def test_the_page_shows_what_the_study_counts(study: list[Trial]) -> None:
+def test_the_page_shows_what_the_study_counts(study):
     page = HOW_TO.read_text(encoding="utf-8")
     for trial in study:
         assert f"| {trial.bound} | {trial.data} | {trial.missed} |" in page

@@ -58,7 +58,7 @@ def luminance(colour: str) -> float:
     return float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05
 
 
-def test_repaired_and_broken_differ_without_colour_too() -> None:
+def test_repaired_and_broken_differ_without_colour_too():
     style = (ROOT / "lightning_nrl/report/tensorboard_plugin/static/tab.css").read_text()
     colours = {name: re.findall(rf"--{name}: (#\w+)", style) for name in ("repaired", "broken")}
     papers = ["#ffffff", "#161616"] * 2  # light and dark, by the browser and by TensorBoard
@@ -80,7 +80,7 @@ PANELS = [
 ]
 
 
-def test_there_is_a_panel_for_all_that_has_data_together_and_by_itself() -> None:
+def test_there_is_a_panel_for_all_that_has_data_together_and_by_itself():
     assert list(repair_figures(REPORT)) == PANELS
     assert REPORT.to_html().count("<svg") == len(PANELS)
     margins, matrix, strength, search = REPORT.plot().axes
@@ -101,7 +101,7 @@ def test_there_is_a_panel_for_all_that_has_data_together_and_by_itself() -> None
     assert "<svg" not in bare.to_html()
 
 
-def test_where_many_classes_changed_the_largest_changes_are_bars() -> None:
+def test_where_many_classes_changed_the_largest_changes_are_bars():
     cells = tuple(ConfusionCell(i, i + 10, 0, i + 1) for i in range(10))
     figures = repair_figures(replace(REPORT, splits=(replace(KNOWN, confusion=cells),)))
     (axes,) = figures["Confusions that changed, known data"].axes
@@ -110,7 +110,7 @@ def test_where_many_classes_changed_the_largest_changes_are_bars() -> None:
     assert not any("matrix" in title for title in figures)
 
 
-def test_pictures_are_drawn_side_by_side_and_text_is_left_out() -> None:
+def test_pictures_are_drawn_side_by_side_and_text_is_left_out():
     views = [
         SampleView("val", i, "broken", str(i), np.full((4, 5, 3), i, dtype=np.uint8))
         for i in range(4)
@@ -121,7 +121,7 @@ def test_pictures_are_drawn_side_by_side_and_text_is_left_out() -> None:
     assert [text.get_text() for text in axes.texts] == ["0", "1", "2", "3"]
 
 
-def test_the_summary_has_what_a_reviewer_decides_on() -> None:
+def test_the_summary_has_what_a_reviewer_decides_on():
     columns = summary_columns(REPORT)
     assert list(columns) == ["known", "unseen"]
     assert {label: cell.text for label, cell in columns["unseen"].items()} == {
@@ -135,7 +135,7 @@ def test_the_summary_has_what_a_reviewer_decides_on() -> None:
     }
 
 
-def test_the_summary_of_refused_weights_says_what_they_would_do() -> None:
+def test_the_summary_of_refused_weights_says_what_they_would_do():
     would = replace(KNOWN, counts=TargetCounts(88, 2, 9, 1, targeted=10, repaired_in_target=9))
     refused = replace(REPORT, status="refused", candidate=(would,))
     texts = {text.get_text(): text.get_color() for text in summary_figure(refused).axes[0].texts}
@@ -146,7 +146,7 @@ def test_the_summary_of_refused_weights_says_what_they_would_do() -> None:
     assert (accepted["1 of 16"] == HARM_COLOUR, accepted["0 of 90"] == HARM_COLOUR) == (True, False)
 
 
-def test_names_with_dollars_are_no_mathematics() -> None:
+def test_names_with_dollars_are_no_mathematics():
     name = r"$\nonsense{$"
     report = replace(REPORT, target=name, class_names=(name, "b"), search=None, strength=())
     views = [SampleView("val", 1, "broken", name, np.zeros((4, 4, 3), dtype=np.uint8))]
@@ -154,7 +154,7 @@ def test_names_with_dollars_are_no_mathematics() -> None:
         assert image_of(figure).std() > 0
 
 
-def test_the_tensors_that_moved_are_listed_by_how_far() -> None:
+def test_the_tensors_that_moved_are_listed_by_how_far():
     changes = {
         "body.weight": torch.tensor([[0.5, 0.0]]),
         "head.weight": torch.tensor([[3.0, 0.0], [4.0, 0.0]]),
@@ -174,7 +174,7 @@ def test_the_tensors_that_moved_are_listed_by_how_far() -> None:
     assert list(weight_figures({"head.bias": torch.ones(2)})) == ["Weights, change by tensor"]
 
 
-def test_the_course_of_a_search_says_if_its_result_was_dropped() -> None:
+def test_the_course_of_a_search_says_if_its_result_was_dropped():
     rung = Rung("search", 1, 1, 0, weights_changed=4, seconds=0.5, kept=False)
     for kept, title in ((False, "its result is not part of the repair"), (True, "")):
         report = replace(REPORT, rungs=(replace(rung, kept=kept),))

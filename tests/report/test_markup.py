@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from tensorboard.plugin_util import markdown_to_safe_html
@@ -71,7 +70,7 @@ def named(name: str) -> RepairReport:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_stays_a_name_in_markdown(name: str) -> None:
+def test_a_name_stays_a_name_in_markdown(name):
     shown = markdown_to_safe_html(named(name).to_markdown())
     plain = markdown_to_safe_html(named("plain").to_markdown())
     for tag in ("<table", "<tr", "<td", "<h"):
@@ -80,9 +79,7 @@ def test_a_name_stays_a_name_in_markdown(name: str) -> None:
     assert "(JSON)**: `a*b` \\* \\`c" in named("`a*b` * `c").to_markdown()
 
 
-def test_a_terminal_is_shown_what_it_must_not_obey(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_terminal_is_shown_what_it_must_not_obey(tmp_path, capsys):
     path = tmp_path / "report.json"
     path.write_text(
         named("a\x1b[31m\x9b2J\r\x08\u202e\ud800z").to_json(),
@@ -102,7 +99,7 @@ def test_a_terminal_is_shown_what_it_must_not_obey(
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_names_stay_names_in_html() -> None:
+def test_names_stay_names_in_html():
     text = named(" ".join((*HOSTILE, "a\x1b[31m\x9b2J\r\x08\u202e\ud800z"))).to_html()
     assert "evil.example" in text
     assert not CONTROL_CHARACTERS.search(text)

@@ -102,13 +102,13 @@ def asked(tmp_path: Path) -> Asked:
     return Asked(tmp_path / "log")
 
 
-def test_there_is_a_tab_where_there_is_a_repair(tmp_path: Path, asked: Asked) -> None:
+def test_there_is_a_tab_where_there_is_a_repair(tmp_path, asked):
     assert asked.plugin.is_active()
     assert not Asked(tmp_path / "none").plugin.is_active()
     assert not RepairPlugin(TBContext()).is_active()
 
 
-def test_a_row_of_the_list_has_what_a_repair_is_judged_by(asked: Asked) -> None:
+def test_a_row_of_the_list_has_what_a_repair_is_judged_by(asked):
     listed = asked.json("/repairs")
     assert listed["found"] == 1
     (row,) = listed["repairs"]
@@ -127,7 +127,7 @@ def test_a_row_of_the_list_has_what_a_repair_is_judged_by(asked: Asked) -> None:
     assert row["unseen"].items() >= unseen.items()
 
 
-def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
+def test_a_repair_has_its_flips_the_broken_ones_first(asked):
     repair = asked.json("/repair", name="version_0/repair")
     rows = repair["flips"]["rows"]
     assert [row[1] for row in rows] == [8, 7, 2, 1, 0, 2]
@@ -149,7 +149,7 @@ def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
     assert repair["answers"][1] == ["evidence", evidence]
 
 
-def test_two_repairs_are_compared(tmp_path: Path, asked: Asked) -> None:
+def test_two_repairs_are_compared(tmp_path, asked):
     write(tmp_path / "log" / "second", replace(REPORT, splits=(KNOWN,)))
     names = {"name": "version_0/repair", "other": "second"}
     html = asked.json("/beside", **names)["html"]
@@ -157,7 +157,7 @@ def test_two_repairs_are_compared(tmp_path: Path, asked: Asked) -> None:
     assert asked.get("/beside", name="version_0/repair", other="nothing").status_code == 404
 
 
-def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
+def test_refused_weights_show_what_they_would_have_done(tmp_path):
     as_it_is = replace(KNOWN, counts=TargetCounts(6, 0, 0, 2, 2, 0), flipped=())
     refused = replace(REPORT, status="refused", splits=(as_it_is,), candidate=(KNOWN,))
     write(tmp_path / "repair", refused)
@@ -167,7 +167,7 @@ def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
     assert "Effect of the refused weights" in repair["outcome"]
 
 
-def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:
+def test_samples_that_flipped_have_pictures_or_text(asked):
     picture = asked.sample(position=7, kind="picture")
     assert picture.content_type == "image/png"
     assert picture.data.startswith(b"\x89PNG")
@@ -189,13 +189,13 @@ def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:
         ("/static/../repair_plugin.py", {}),
     ],
 )
-def test_nothing_else_is_served(asked: Asked, path: str, values: dict[str, Any]) -> None:
+def test_nothing_else_is_served(asked, path, values):
     answer = asked.get(path, **{"name": "version_0/repair" if "split" in values else "", **values})
     assert answer.status_code == 404
     assert set(answer.json or {}) == {"problem"}
 
 
-def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: Asked) -> None:
+def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path, asked):
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"\x89PNG secret")
     picture = tmp_path / "log/version_0/repair/flipped_samples/test-7.png"
@@ -220,14 +220,14 @@ def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: 
     ],
     ids=["cut", "schema", "long"],
 )
-def test_a_report_that_cannot_be_read_says_why(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_report_that_cannot_be_read_says_why(tmp_path, text, problem):
     (tmp_path / "report.json").write_text(text)
     (row,) = Asked(tmp_path).json("/repairs")["repairs"]
     assert (row["name"], problem in row["problem"]) == (tmp_path.name, True), row
     assert Asked(tmp_path).get("/repair", name=tmp_path.name).json == {"problem": row["problem"]}
 
 
-def test_one_report_that_cannot_be_shown_leaves_the_others(tmp_path: Path) -> None:
+def test_one_report_that_cannot_be_shown_leaves_the_others(tmp_path):
     write(tmp_path / "good")
     for name, old, new in (
         ("unknown", '"search": 2.0', '"search": null'),
@@ -244,9 +244,7 @@ def test_one_report_that_cannot_be_shown_leaves_the_others(tmp_path: Path) -> No
         assert (answer.status_code, "problem" in answer.json) == (404, True)
 
 
-def test_other_reports_are_left_out_and_new_ones_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_reports_are_left_out_and_new_ones_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(repair_plugin, "LOOK_SECONDS", 0.0)
     asked = Asked(tmp_path)
     (tmp_path / "report.json").write_text('{"status": "accepted", "findings": []}')
@@ -257,7 +255,7 @@ def test_other_reports_are_left_out_and_new_ones_are_found(
     assert asked.json("/repairs")["repairs"][0]["status"] == "not repaired"
 
 
-def test_log_folders_by_name_are_looked_into(tmp_path: Path) -> None:
+def test_log_folders_by_name_are_looked_into(tmp_path):
     write(tmp_path / "a" / "repair")
     write(tmp_path / "b")
     flags = Namespace(logdir="", logdir_spec=f"first:{tmp_path / 'a'},{tmp_path / 'b'}")
@@ -266,9 +264,7 @@ def test_log_folders_by_name_are_looked_into(tmp_path: Path) -> None:
     assert sorted(row["name"] for row in rows) == ["b", "first/repair"]
 
 
-def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsewhere(
-    asked: Asked,
-) -> None:
+def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsewhere(asked):
     imported = {"index.js", "tab.css", "report.css"}
     for name in repair_plugin.STATIC_FILES:
         text = asked.get(f"/static/{name}").text
@@ -277,7 +273,7 @@ def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsew
     assert imported == set(repair_plugin.STATIC_FILES)
 
 
-def test_tensorboard_need_not_load_torch_to_have_the_tab() -> None:
+def test_tensorboard_need_not_load_torch_to_have_the_tab():
     text = (ROOT / "pyproject.toml").read_text()
     (address,) = re.findall(
         r'\[project\.entry-points\.tensorboard_plugins\]\n\w+ = "([\w.:]+)"', text

@@ -14,7 +14,7 @@ from lightning_nrl.records import SearchReport, WeightChange
 from lightning_nrl.report import RepairReport
 
 
-def test_what_is_not_finite_is_null_and_comes_back_as_nan() -> None:
+def test_what_is_not_finite_is_null_and_comes_back_as_nan():
     search = SearchReport(3, "stopped", math.nan, -math.inf, {"best": [1.0, math.nan]})
     odd = replace(REPAIRED, search=search, change=WeightChange(0, 4, 0.0, math.nan, 0.0))
     data = json.loads(odd.to_json())
@@ -25,7 +25,7 @@ def test_what_is_not_finite_is_null_and_comes_back_as_nan() -> None:
     assert back.to_json() == odd.to_json()
 
 
-def test_splits_of_a_role_are_added_up() -> None:
+def test_splits_of_a_role_are_added_up():
     assert REPAIRED.pooled("known").counts == TargetCounts(1460, 0, 23, 33, 30, 14)
     assert replace(REPAIRED, splits=(TRAIN,)).pooled("unseen") is None
     assert "Repaired: promise kept, better on unseen data; known 23 repaired, 0 broken" in repr(
@@ -43,6 +43,6 @@ def test_splits_of_a_role_are_added_up() -> None:
         (0.12345, "12.35 %"),
     ],
 )
-def test_percentages_never_round_a_sample_away(share: float, text: str) -> None:
+def test_percentages_never_round_a_sample_away(share, text):
     change = WeightChange(31, 640, 0.1, share, 0.1)
     assert f"({text} of the layers' norm)" in replace(REPAIRED, change=change).render(200)

@@ -206,7 +206,7 @@ def null_for_nan(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_a_report_comes_back_as_it_was_written(name: str) -> None:
+def test_a_report_comes_back_as_it_was_written(name):
     report = REPORTS[name]
     text = report.to_json()
     again = type(report).from_json(text)
@@ -216,7 +216,7 @@ def test_a_report_comes_back_as_it_was_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_no_key_may_be_missing_and_none_may_be_new(name: str) -> None:
+def test_no_key_may_be_missing_and_none_may_be_new(name):
     report = REPORTS[name]
     data = json.loads(report.to_json())
     key = min(data.keys() - report.derived.keys())
@@ -246,7 +246,7 @@ def fields_of(record: Any, plain: Any) -> Any:
 @pytest.mark.parametrize("name", REPORTS)
 @given(st.data())
 @settings(max_examples=50, deadline=None)
-def test_a_damaged_report_is_refused_or_read_as_it_is(name: str, data: st.DataObject) -> None:
+def test_a_damaged_report_is_refused_or_read_as_it_is(name, data):
     damaged = deepcopy(json.loads(REPORTS[name].to_json()))
     for _ in range(data.draw(st.integers(1, 2))):
         *way, last = data.draw(st.sampled_from(places(damaged)))
@@ -288,7 +288,7 @@ def test_a_damaged_report_is_refused_or_read_as_it_is(name: str, data: st.DataOb
         ),
     ],
 )
-def test_what_cannot_be_shown_is_not_read(name: str, damage: dict[str, Any]) -> None:
+def test_what_cannot_be_shown_is_not_read(name, damage):
     with pytest.raises(
         ConfigurationError, match=r"(?s)^(the report cannot be shown \(|`margins`: ).*\nHINT: give "
     ):
@@ -316,7 +316,7 @@ def changed(way: str, value: Any) -> dict[str, Any]:
         ("splits.0.flipped.0.in_target", 1, "in_target: expected true or false, found 1"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_place(way: str, value: Any, message: str) -> None:
+def test_what_cannot_be_read_is_named_with_its_place(way, value, message):
     with pytest.raises(ConfigurationError, match=message):
         RepairReport.from_dict(changed(way, value))
 
@@ -329,13 +329,13 @@ def test_what_cannot_be_read_is_named_with_its_place(way: str, value: Any, messa
     ],
     ids=["long", "list"],
 )
-def test_what_is_no_json_is_refused(text: str, message: str) -> None:
+def test_what_is_no_json_is_refused(text, message):
     with pytest.raises(ConfigurationError, match=message):
         RepairReport.from_json(text)
 
 
 @pytest.mark.parametrize("schema", [2, "1", None])
-def test_a_report_of_another_version_is_refused(schema: object) -> None:
+def test_a_report_of_another_version_is_refused(schema):
     with pytest.raises(
         ConfigurationError, match=r"(?s)^schema: expected 1, .*HINT: .* version of lightning_nrl"
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -44,7 +43,7 @@ def flipped(flips: str) -> tuple[FlippedSample, ...]:
     )
 
 
-def test_samples_that_one_repair_alone_gets_right_are_counted_and_named() -> None:
+def test_samples_that_one_repair_alone_gets_right_are_counted_and_named():
     page = side_by_side(repair("r..", "rrrrrrrr.b"), repair("rr.", "r......b.."), ("a", "b"))
     text = " ".join(page.plain(200).split())
     # 1 to 6 are repaired by `a` alone, 7 is broken by `b`, 9 by `a`.
@@ -56,16 +55,14 @@ def test_samples_that_one_repair_alone_gets_right_are_counted_and_named() -> Non
     assert "Unseen data: a is better; 7 samples right in a alone" in page.plain(200)
 
 
-def test_other_models_or_data_are_not_compared() -> None:
+def test_other_models_or_data_are_not_compared():
     first = repair("r", "r")
     for other in (repair("r", "r", start="x"), repair("rr", "rr"), replace(first, splits=())):
         with pytest.raises(ConfigurationError, match="do not start from the same model and data"):
             side_by_side(first, other, ("a", "b"))
 
 
-def test_the_command_takes_a_second_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_takes_a_second_report(tmp_path, capsys):
     paths = []
     for name, unseen in (("a.json", "rrrrrrr"), ("b.json", ".......")):
         (tmp_path / name).write_text(repair("r", unseen).to_json())

@@ -128,16 +128,14 @@ def pages(report: RepairReport) -> dict[str, str]:
 @pytest.mark.parametrize("kind", ["txt", "md", "html"])
 @pytest.mark.parametrize("name", SHOWN)
 @pytest.mark.usefixtures("without_figures")
-def test_a_page_is_the_stored_one(name: str, kind: str) -> None:
+def test_a_page_is_the_stored_one(name, kind):
     stored = (PAGES / f"{name}.{kind}").read_text(encoding="utf-8")
     assert pages(SHOWN[name])[kind].splitlines() == stored.splitlines()
 
 
 @pytest.mark.parametrize("width", [60, 120])
 @pytest.mark.parametrize("name", SHOWN)
-def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(
-    name: str, width: int
-) -> None:
+def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(name, width):
     report = replace(SHOWN[name], files={})
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
@@ -152,9 +150,7 @@ def test_the_screen_shows_the_same_words_as_plain_text_within_the_width(
     ]
 
 
-def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = str(Path.cwd() / "logs" / "repaired.ckpt")
     report = replace(REPAIRED, files={"checkpoint": checkpoint, "json": "elsewhere/report.json"})
@@ -181,7 +177,7 @@ class Open(HTMLParser):
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_document_closes_what_it_opens_and_fetches_nothing() -> None:
+def test_a_document_closes_what_it_opens_and_fetches_nothing():
     picture = SampleView("val", 7, "broken", "7: true <cat>", np.zeros((4, 4, 3), dtype=np.uint8))
     text = SampleView("val", 2, "repaired", "2: true dog", text="a <b> c")
     html = REPAIRED.to_html([picture, text])
@@ -194,7 +190,7 @@ def test_a_document_closes_what_it_opens_and_fetches_nothing() -> None:
     assert "<script" not in REPAIRED._repr_html_()
 
 
-def test_only_changed_weights_have_a_limit_on_unseen_data() -> None:
+def test_only_changed_weights_have_a_limit_on_unseen_data():
     assert REPAIRED.unseen_limit == upper_limit(1, 271)
     for report in (replace(REPAIRED, splits=(VAL,)), replace(REPAIRED, status="refused")):
         assert report.unseen_limit is None

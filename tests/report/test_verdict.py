@@ -39,7 +39,7 @@ def judged(*splits: SplitReport, **changes: Any) -> RepairReport:
 @pytest.mark.parametrize(
     ("repaired", "broken"), [(0, 0), (3, 3), (6, 0), (0, 6), (5, 0), (14, 16), (3, 20), (120, 14)]
 )
-def test_the_p_value_is_twice_the_smaller_tail_of_a_fair_coin(repaired: int, broken: int) -> None:
+def test_the_p_value_is_twice_the_smaller_tail_of_a_fair_coin(repaired, broken):
     n = repaired + broken
     tail = sum(comb(n, k) for k in range(min(repaired, broken) + 1)) / 2**n
     assert sign_test(repaired, broken) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
@@ -54,9 +54,7 @@ def test_the_p_value_is_twice_the_smaller_tail_of_a_fair_coin(repaired: int, bro
         ((3, 20), "worse", "bad"),
     ],
 )
-def test_unseen_data_decide_and_harm_is_never_green(
-    flips: tuple[int, int], evidence: str, tone: str
-) -> None:
+def test_unseen_data_decide_and_harm_is_never_green(flips, evidence, tone):
     report = judged(unseen(*flips), rungs=(held_out(60, 0),))
     verdict = report.verdict
     assert (verdict.evidence, verdict.tone, verdict.source) == (evidence, tone, "unseen")
@@ -66,13 +64,13 @@ def test_unseen_data_decide_and_harm_is_never_green(
     assert f'<h1 class="{tone}">{verdict.headline}</h1>' in report.to_html()
 
 
-def test_unseen_splits_are_counted_together() -> None:
+def test_unseen_splits_are_counted_together():
     verdict = judged(unseen(4, 0), unseen(4, 0, "night")).verdict
     assert (verdict.evidence, verdict.repaired, verdict.n) == ("better", 8, 800)
     assert verdict.p_value == pytest.approx(2 / 2**8)
 
 
-def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others() -> None:
+def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others():
     verdict = judged(unseen(40, 2), unseen(1, 12, "night")).verdict
     assert (verdict.evidence, verdict.repaired, verdict.broken) == ("worse", 1, 12)
     assert verdict.headline == "Repaired: promise kept, worse on unseen data (night)"
@@ -80,7 +78,7 @@ def test_one_unseen_split_that_is_worse_is_not_hidden_by_the_others() -> None:
     assert judged(unseen(40, 2), unseen(2, 3, "night")).verdict.evidence == "better"
 
 
-def test_prices_and_rounds_of_a_kept_rung_count_as_choices() -> None:
+def test_prices_and_rounds_of_a_kept_rung_count_as_choices():
     for n_choices in (1, 3):
         search = replace(held_out(3, 0, kept=False), n_choices=5)
         rungs = search, replace(held_out(9, 0), name="exact", n_choices=n_choices)
@@ -91,16 +89,14 @@ def test_prices_and_rounds_of_a_kept_rung_count_as_choices() -> None:
 @pytest.mark.parametrize(
     "changes", [{"chosen_strength": 0.05}, {"steps": (Step("fit", 1, 0, 0.1, kind="sparse"),)}]
 )
-def test_held_out_counts_of_weights_that_are_not_written_are_no_evidence(
-    changes: dict[str, Any],
-) -> None:
+def test_held_out_counts_of_weights_that_are_not_written_are_no_evidence(changes):
     assert judged(rungs=(held_out(35, 4),), chosen_strength=1.0).verdict.evidence == "better"
     verdict = judged(rungs=(held_out(35, 4),), **changes).verdict
     assert (verdict.source, verdict.evidence) == ("none", "no difference shown")
     assert verdict.headline == "Repaired: promise kept, not counted on unseen data"
 
 
-def test_groups_are_tested_instead_of_samples() -> None:
+def test_groups_are_tested_instead_of_samples():
     # 3 patients got better and 2 worse, though 14 samples were repaired and 2 broke.
     patients = GroupCounts(39, 3, 20, 4, better=3, worse=2, squared_net=60)
     split = unseen(14, 2)
@@ -121,7 +117,7 @@ def test_groups_are_tested_instead_of_samples() -> None:
     assert both.unseen.counts.repaired == 28
 
 
-def test_one_unseen_split_with_worse_groups_is_not_hidden() -> None:
+def test_one_unseen_split_with_worse_groups_is_not_hidden():
     worse = GroupCounts(39, 9, 20, 0, better=0, worse=9, squared_net=9)
     night = unseen(0, 9, "night")
     night = replace(night, counts=replace(night.counts, groups=worse))
@@ -131,7 +127,7 @@ def test_one_unseen_split_with_worse_groups_is_not_hidden() -> None:
     assert verdict.p_value == pytest.approx(2 * 2 / 2**9)  # of two splits
 
 
-def test_the_held_out_estimate_counts_groups() -> None:
+def test_the_held_out_estimate_counts_groups():
     counts = replace(held_out(5, 1).held_out, groups=GroupCounts(40, 3, 12, 3, 2, 3, 9))
     report = judged(rungs=(replace(held_out(5, 1), held_out=counts),))
     text = " ".join(report.to_markdown().split())
@@ -140,7 +136,7 @@ def test_the_held_out_estimate_counts_groups() -> None:
     assert report.verdict.p_value == sign_test(2, 3)
 
 
-def test_near_copies_are_named_beside_the_held_out_estimate() -> None:
+def test_near_copies_are_named_beside_the_held_out_estimate():
     hint = "HINT: say which samples belong together"
     report = judged(rungs=(held_out(5, 1),), near_copies=True)
     assert hint in " ".join(report.to_markdown().split())
@@ -148,7 +144,7 @@ def test_near_copies_are_named_beside_the_held_out_estimate() -> None:
     assert hint not in judged(near_copies=True).to_markdown()
 
 
-def test_without_unseen_data_the_held_out_samples_of_the_kept_rung_are_the_evidence() -> None:
+def test_without_unseen_data_the_held_out_samples_of_the_kept_rung_are_the_evidence():
     verdict = judged(rungs=(held_out(0, 50, kept=False), held_out(12, 1))).verdict
     assert (verdict.source, verdict.evidence, verdict.tone) == ("held-out", "better", "good")
     assert verdict.p_value == pytest.approx(2 * 2 * (1 + 13) / 2**13)  # one of two rungs
@@ -159,7 +155,7 @@ def test_without_unseen_data_the_held_out_samples_of_the_kept_rung_are_the_evide
     assert "no unseen data were given" in dict(verdict.facts)["evidence"]
 
 
-def test_an_update_is_compared_with_the_model_that_it_replaces() -> None:
+def test_an_update_is_compared_with_the_model_that_it_replaces():
     update = UpdateSplit(unseen(50, 20), unseen(3, 20))
     verdict = judged(unseen(30, 0), update=(update,), rungs=(held_out(30, 0),)).verdict
     assert (verdict.evidence, verdict.repaired, verdict.broken) == ("worse", 3, 20)
@@ -177,13 +173,13 @@ def test_an_update_is_compared_with_the_model_that_it_replaces() -> None:
     ("status", "tone"),
     [("nothing to repair", "good"), ("not repaired", "warn"), ("refused", "warn")],
 )
-def test_unchanged_weights_are_no_repair_and_no_evidence(status: Any, tone: str) -> None:
+def test_unchanged_weights_are_no_repair_and_no_evidence(status, tone):
     verdict = judged(unseen(0, 0), status=status).verdict
     assert (verdict.kept, verdict.source, verdict.tone) == (False, "none", tone)
     assert verdict.headline == f"{status.capitalize()}: the weights are unchanged"
 
 
-def test_the_promise_says_what_breaks() -> None:
+def test_the_promise_says_what_breaks():
     known = replace(KNOWN, counts=TargetCounts(1028, 10, 5, 15, 20, 5))
     refused = judged(status="refused", candidate=(known,)).verdict
     assert "would break 10 of 1,038 known samples" in refused.promise
@@ -208,7 +204,7 @@ def test_the_promise_says_what_breaks() -> None:
         (PricePoint(0.01, 9, 20, 20), False),
     ],
 )
-def test_a_dear_promise_names_the_gate_that_repairs_more(point: PricePoint, named: bool) -> None:
+def test_a_dear_promise_names_the_gate_that_repairs_more(point, named):
     rungs = (held_out(30, 10),)
     for allowed, gate in ((0.01, "tolerance:1%"), (1.0, "tolerance:9")):
         price = (replace(point, allowed=allowed),)
@@ -217,13 +213,13 @@ def test_a_dear_promise_names_the_gate_that_repairs_more(point: PricePoint, name
     assert "looser" not in judged(unseen(3, 20), rungs=rungs, price=(point,)).verdict.advice
 
 
-def test_a_difference_that_more_data_would_show_says_how_many() -> None:
+def test_a_difference_that_more_data_would_show_says_how_many():
     # 12 to 4 is not enough (p = 0.08), 24 to 8 is (p = 0.007).
     assert "2 times as many" in judged(unseen(12, 4)).verdict.advice
     assert "hardly" in judged(unseen(7, 7)).verdict.advice
 
 
-def test_harm_says_how_to_go_back() -> None:
+def test_harm_says_how_to_go_back():
     revert = (
         "--patch 'logs/my repair/repair.patch.safetensors' --ckpt 'logs/my repair/repaired.ckpt'"
     )

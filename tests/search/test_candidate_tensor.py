@@ -75,7 +75,7 @@ MIXING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("units", [(), (2,), (4, 1), (5, 3, 0, 1, 2, 4)], ids=str)
 @pytest.mark.parametrize("name", CHANNELWISE | MIXING)
-def test_gives_what_whole_tensors_give(name: str, units: tuple[int, ...]) -> None:
+def test_gives_what_whole_tensors_give(name, units):
     shape, function = (CHANNELWISE | MIXING)[name]
     x = candidates(*shape, units=units)
     expected = function(candidates(*shape, units=units).dense())
@@ -85,7 +85,7 @@ def test_gives_what_whole_tensors_give(name: str, units: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("name", CHANNELWISE)
-def test_channels_that_do_not_differ_are_not_computed_again(name: str) -> None:
+def test_channels_that_do_not_differ_are_not_computed_again(name):
     shape, function = CHANNELWISE[name]
     x = candidates(*shape)
     actual = function(x)
@@ -107,7 +107,7 @@ def changed(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor) -> tuple
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unchanged_candidates_keep_the_recorded_output_to_the_bit(dtype: torch.dtype) -> None:
+def test_unchanged_candidates_keep_the_recorded_output_to_the_bit(dtype):
     layer, x = nn.Linear(30, 6).to(dtype), torch.randn(5, 30).to(dtype)
     where = torch.arange(0, 180, 7)
     unchanged = find_layers(layer, "").flat()[where].unsqueeze(0)
@@ -134,7 +134,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 @settings(max_examples=60, deadline=None)
 @given(convolutions(), st.integers(1, 40), st.integers(0, 99))
-def test_convolutions_of_every_kind(problem: tuple[nn.Module, Tensor], k: int, seed: int) -> None:
+def test_convolutions_of_every_kind(problem, k, seed):
     layer, x = problem
     g = torch.Generator().manual_seed(seed)
     size = find_layers(layer, "", include_bias=True).size

@@ -53,7 +53,7 @@ def on_gpu(name: str, n: int = N) -> Problem:
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "conv2d"])
-def test_an_iteration_never_waits_for_the_device_whatever_samples_weigh(name: str) -> None:
+def test_an_iteration_never_waits_for_the_device_whatever_samples_weigh(name):
     problem = on_gpu(name)
     where, values = problem.candidates(9, 6)
     failed = torch.arange(N) % 3 == 0
@@ -65,7 +65,7 @@ def test_an_iteration_never_waits_for_the_device_whatever_samples_weigh(name: st
     assert scores.cost is not None
 
 
-def test_all_samples_in_front_of_a_last_layer_are_one_chunk() -> None:
+def test_all_samples_in_front_of_a_last_layer_are_one_chunk():
     problem = on_gpu("head")
     where, _ = problem.candidates(1, 6)
     failed = torch.arange(N) % 3 == 0
@@ -73,9 +73,7 @@ def test_all_samples_in_front_of_a_last_layer_are_one_chunk() -> None:
     assert (len(scorer.failed), len(scorer.passed)) == (1, 1)
 
 
-def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pins_the_rest() -> (
-    None
-):
+def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pins_the_rest():
     problem = on_gpu("middle linear", n=12)
     where, values = problem.candidates(3, 6)
     failed = torch.arange(12) % 3 == 0

@@ -182,7 +182,7 @@ def test_what_a_gate_allows_to_break_costs_nothing():
 # AFTER: 1 of 4 repaired, 10 of 10 kept, losses 1 and 3/4; and 4, 9, losses 0 and 1.
 
 
-def test_the_published_by_hand() -> None:
+def test_the_published_by_hand():
     close(ArachneFitness()(AFTER, BEFORE), [2 / 2 + 11 / 1.75, 5 / 1 + 10 / 2])
     expected = [1.25 / 2 + 3 * 2 / 1.75, 2 / 1 + 3 * 1.9 / 2]
     close(NeuRecoverFitness(alpha=3)(AFTER, BEFORE), expected)
@@ -194,7 +194,7 @@ def test_the_published_by_hand() -> None:
         ArachneDEFitness()(AFTER, BEFORE)
 
 
-def test_weights_of_samples_count_and_losses_that_are_no_numbers_do_not() -> None:
+def test_weights_of_samples_count_and_losses_that_are_no_numbers_do_not():
     weighted = replace(AFTER, value=torch.tensor([2.0, 4.0]), cost=torch.tensor([3.0, 1.0]))
     close(ArachneFitness()(weighted, BEFORE), [3 / 2 + 8 / 1.75, 5 / 1 + 10 / 2])
     not_finite = scores([1, 4], [10, 9], [math.nan, 0.0], [1.0, math.inf])
@@ -207,7 +207,7 @@ class Balance(FitnessFunction):
         return scores.patched + scores.intact
 
 
-def test_a_fitness_of_ones_own_has_defaults() -> None:
+def test_a_fitness_of_ones_own_has_defaults():
     fitness = Balance()
     assert fitness.uses_passed_loss
     assert fitness.credit(torch.ones(1, 1) > 0, torch.ones(1, 1)) is None

@@ -61,7 +61,7 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*REPLAYED, *WHOLE])
-def test_candidates_score_as_in_the_whole_model(name: str, dtype: torch.dtype) -> None:
+def test_candidates_score_as_in_the_whole_model(name, dtype):
     case, reason = WHOLE[name] if name in WHOLE else (REPLAYED[name], None)
     problem = make_problem(case, dtype=dtype)
     with pytest.warns(UserWarning, match=reason) if reason else nullcontext():
@@ -73,7 +73,7 @@ def test_candidates_score_as_in_the_whole_model(name: str, dtype: torch.dtype) -
 @pytest.mark.parametrize(
     "name", ["head", "middle linear", "conv2d", "residual, first", "attention, batch first"]
 )
-def test_under_autocast_as_the_model_is_deployed(name: str) -> None:
+def test_under_autocast_as_the_model_is_deployed(name):
     problem = make_problem(REPLAYED[name], n=40)
     recording = problem.recording(40, evaluator=Evaluator(problem.model, context=AUTOCAST))
     assert recording.fallback_reason is None
@@ -138,9 +138,7 @@ class Stack(nn.Module):
     st.sampled_from([1, 5]),
     st.data(),
 )
-def test_random_networks_have_the_same_predictions_and_losses(
-    kinds: list[str], seed: int, k: int, dtype: torch.dtype, classes: int, data: st.DataObject
-) -> None:
+def test_random_networks_have_the_same_predictions_and_losses(kinds, seed, k, dtype, classes, data):
     names = [*(f"convs.{i}" for i in range(len(kinds))), "middle", "head"]
     layers = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
     case = Case(lambda: Stack(kinds, classes), floats(WIDTH, 5, 5), layers)

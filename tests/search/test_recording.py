@@ -44,7 +44,7 @@ def replayed(recording: ActivationCache, size: int | None = None) -> tuple[Tenso
     return rows[rows.argsort()], logits[rows.argsort()]
 
 
-def test_only_wanted_samples_are_kept() -> None:
+def test_only_wanted_samples_are_kept():
     problem = make_problem(REPLAYED["residual, second"])
     keep = torch.arange(12) % 3 != 1
     rows, logits = replayed(problem.recording(5, 6, 1, keep=keep), size=3)
@@ -54,7 +54,7 @@ def test_only_wanted_samples_are_kept() -> None:
 
 
 @pytest.mark.parametrize("name", ["residual, second", "branch run second", "before attention"])
-def test_nothing_before_the_layer_is_run_again(name: str) -> None:
+def test_nothing_before_the_layer_is_run_again(name):
     problem = make_problem(REPLAYED[name])
     recording = problem.recording(12)
     plan = recording.groups[0].plan
@@ -67,7 +67,7 @@ def test_nothing_before_the_layer_is_run_again(name: str) -> None:
     assert called == []
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_is_left_as_it_was():
     problem = make_problem(REPLAYED["residual, both"])
     before = {name: dict(module.__dict__) for name, module in problem.model.named_modules()}
     state = torch.random.get_rng_state()
@@ -76,7 +76,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert {name: module.__dict__ for name, module in problem.model.named_modules()} == before
 
 
-def test_hooks_of_the_user_are_applied_once() -> None:
+def test_hooks_of_the_user_are_applied_once():
     problem = make_problem(REPLAYED["middle linear"])
     for module in problem.model:  # type: ignore[attr-defined]
         module.register_forward_hook(lambda m, a, y: y * 1.5)
@@ -86,7 +86,7 @@ def test_hooks_of_the_user_are_applied_once() -> None:
         torch.testing.assert_close(logits, problem.model(problem.data[0]))
 
 
-def test_batches_of_other_shapes_get_a_group_of_their_own() -> None:
+def test_batches_of_other_shapes_get_a_group_of_their_own():
     model = nn.Sequential(
         nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 5)
     ).eval()
@@ -104,7 +104,7 @@ def test_batches_of_other_shapes_get_a_group_of_their_own() -> None:
         torch.testing.assert_close(replayed(recording)[1], torch.cat([model(x) for x in xs]))
 
 
-def test_a_layer_that_is_never_called_is_refused() -> None:
+def test_a_layer_that_is_never_called_is_refused():
     problem = make_problem(Case(attention, floats(2, 6), "layer.out_proj"))
     with pytest.raises(ReplayError, match=r"never called .*\nHINT: name a layer that is called"):
         problem.recording(12)
@@ -120,9 +120,7 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
     ],
     ids=str,
 )
-def test_memory_that_runs_out_is_no_reason_to_run_the_whole_model(
-    when: str, error: Exception
-) -> None:
+def test_memory_that_runs_out_is_no_reason_to_run_the_whole_model(when, error):
     def short(net: Any, x: Tensor) -> Tensor:
         """Fails where what follows the layer is run alone."""
         y = net.first(x).tanh()
@@ -150,7 +148,7 @@ def graph_recording(layer: str, keep: Tensor) -> tuple[GraphNet, ActivationCache
     return model, record(Evaluator(model), batches, find_layers(model, layer), keep), logits
 
 
-def test_of_batches_that_cannot_be_cut_the_last_layer_is_replayed_sample_by_sample() -> None:
+def test_of_batches_that_cannot_be_cut_the_last_layer_is_replayed_sample_by_sample():
     keep = torch.arange(40) % 3 == 0
     model, recording, logits = graph_recording("head", keep)
     rows, found = replayed(recording, size=5)
@@ -169,14 +167,14 @@ def test_of_batches_that_cannot_be_cut_the_last_layer_is_replayed_sample_by_samp
 
 
 @pytest.mark.parametrize("layer", ["node", "graph"])
-def test_other_layers_of_such_batches_are_refused(layer: str) -> None:
+def test_other_layers_of_such_batches_are_refused(layer):
     with pytest.raises(
         InseparableBatchError, match=rf"`layer='{layer}'`: samples cannot be taken out"
     ):
         graph_recording(layer, torch.ones(40, dtype=torch.bool))
 
 
-def test_a_module_that_returns_a_packed_sequence_stands_in_no_way_of_the_last_layer() -> None:
+def test_a_module_that_returns_a_packed_sequence_stands_in_no_way_of_the_last_layer():
     def packing(net: Any, x: Tensor, n: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, n, batch_first=True, enforce_sorted=False)
         return net.head(net.rnn(packed)[1][-1])
@@ -209,7 +207,7 @@ def recomputed(problem: Problem, n: int, budget: int = 0) -> ActivationCache:
 @pytest.mark.parametrize(
     "name", ["head", "residual, second", "attention, batch second", "folded", "not linear"]
 )
-def test_what_is_computed_again_counts_the_same(name: str, share: float) -> None:
+def test_what_is_computed_again_counts_the_same(name, share):
     problem = make_problem(WHOLE[name][0] if name in WHOLE else REPLAYED[name], n=24)
     where, values = problem.candidates(9, 6)
     failed = torch.arange(24) % 3 == 0
@@ -228,7 +226,7 @@ def test_what_is_computed_again_counts_the_same(name: str, share: float) -> None
     assert not whole.storage
 
 
-def test_a_repair_gives_the_same_weights_and_says_what_was_computed_again() -> None:
+def test_a_repair_gives_the_same_weights_and_says_what_was_computed_again():
     def repaired(budget: int) -> tuple[dict[str, Tensor], str]:
         outcome = repair_module(trained(), known(), quick(layer="0", memory_limit=budget))
         return dict(outcome.parameters or {}), outcome.report.steps[0].note

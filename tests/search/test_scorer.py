@@ -70,7 +70,7 @@ class OneHot(Multiclass):
     ],
     ids=["int64", "uint8", "int32", "one-hot"],
 )
-def test_by_hand(task: Task, target: Tensor) -> None:
+def test_by_hand(task, target):
     x = torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 0.0]])
     problem = linear(torch.eye(2), x, target)
     recording = problem.recording(3, evaluator=Evaluator(problem.model, task))
@@ -90,9 +90,7 @@ def test_by_hand(task: Task, target: Tensor) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 6), st.sampled_from(FITNESSES))
-def test_small_whole_numbers_are_exact_down_to_ties(
-    seed: int, k: int, classes: int, fitness: Fitness
-) -> None:
+def test_small_whole_numbers_are_exact_down_to_ties(seed, k, classes, fitness):
     g = torch.Generator().manual_seed(seed)
     weight = torch.randint(-2, 3, (classes, 4), generator=g).float()
     x = torch.randint(-2, 3, (N, 4), generator=g).float()
@@ -107,7 +105,7 @@ def test_small_whole_numbers_are_exact_down_to_ties(
 
 @pytest.mark.parametrize("budget", [1, 10_000])
 @pytest.mark.parametrize("name", ["head", "middle linear", "residual, both", "called twice"])
-def test_any_budget_gives_the_same(name: str, budget: int) -> None:
+def test_any_budget_gives_the_same(name, budget):
     problem = make_problem(WHOLE[name][0] if name in WHOLE else REPLAYED[name], n=N)
     with pytest.warns(UserWarning, match="whole model") if name in WHOLE else nullcontext():
         recording = problem.recording(7, 17)
@@ -116,7 +114,7 @@ def test_any_budget_gives_the_same(name: str, budget: int) -> None:
     close(tight, scored(*arguments, recording=recording, budget=1 << 30))
 
 
-def test_out_of_memory_halves_the_block_and_carries_on() -> None:
+def test_out_of_memory_halves_the_block_and_carries_on():
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(9, 6)
     scorer = problem.scorer(where, FAILED, ~FAILED)
@@ -140,7 +138,7 @@ class TwoRanks(Collective):
         return x + x
 
 
-def test_counts_are_sums_over_ranks_and_one_without_samples_adds_nothing() -> None:
+def test_counts_are_sums_over_ranks_and_one_without_samples_adds_nothing():
     problem = make_problem(REPLAYED["head"], n=N)
     arguments = problem, *problem.candidates(4, 6)
     alone = scored(*arguments)
@@ -154,7 +152,7 @@ def test_counts_are_sums_over_ranks_and_one_without_samples_adds_nothing() -> No
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "conv2d"])
-def test_candidates_that_are_not_numbers_have_no_finite_loss(name: str) -> None:
+def test_candidates_that_are_not_numbers_have_no_finite_loss(name):
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(3, 6)
     values[1, 0], values[2] = torch.nan, 1e30
@@ -176,7 +174,7 @@ class Positive(Task):
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear"])
-def test_tasks_of_the_user_see_outputs_and_targets(name: str) -> None:
+def test_tasks_of_the_user_see_outputs_and_targets(name):
     wanted = torch.linspace(-1, 1, N)
     problem = replace(make_problem(REPLAYED[name], n=N), target=wanted)
     recording = problem.recording(N, evaluator=Evaluator(problem.model, Positive()))
@@ -190,9 +188,7 @@ def test_tasks_of_the_user_see_outputs_and_targets(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "residual, both"])
 @pytest.mark.parametrize("options", [{}, {"fitness": COUNTS_ONLY}, {"weight": 1.0 + ALL}], ids=str)
-def test_only_who_breaks_more_than_told_is_given_up(
-    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_who_breaks_more_than_told_is_given_up(name, options, monkeypatch):
     monkeypatch.setattr("lightning_nrl.search.scoring.scorer.N_MOST_FRAGILE", 4)
     problem = make_problem(REPLAYED[name], n=N)
     arguments = problem, *problem.candidates(9, 12)
@@ -215,7 +211,7 @@ class Logits(Multiclass):
 
 @pytest.mark.parametrize("fitness", FITNESSES)
 @pytest.mark.parametrize("task", [Multiclass(), Logits()], ids=["short cut", "any"])
-def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, fitness: Fitness) -> None:
+def test_a_sample_passes_while_it_keeps_its_reserve(task, fitness):
     problem = make_problem(REPLAYED["head"], n=N)
     where, values = problem.candidates(3, 6)
     reserve = torch.rand(N, generator=torch.Generator().manual_seed(0))
@@ -232,7 +228,7 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, fitness: Fitness
 
 @pytest.mark.parametrize("budget", [None, 4_000], ids=["roomy", "tight"])
 @pytest.mark.parametrize("name", ["head", "middle linear"])
-def test_credits_of_wrong_samples_by_their_loss_and_weights(name: str, budget: int | None) -> None:
+def test_credits_of_wrong_samples_by_their_loss_and_weights(name, budget):
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 6)
     weight = torch.arange(N, dtype=torch.float64) / 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,6 @@ from lightning_nrl.search import (
     SEARCHERS,
     ParticleSwarm,
     RandomStream,
-    Searcher,
     SearchOrigin,
     Swarm,
     WeightStats,
@@ -42,7 +40,7 @@ def begin() -> Tensor:
     return original(3, least=0.9)
 
 
-def test_names_stand_for_searchers() -> None:
+def test_names_stand_for_searchers():
     for name, searcher in (
         ("swarm", ParticleSwarm()),
         ("differential-evolution", DifferentialEvolution()),
@@ -60,15 +58,13 @@ def test_names_stand_for_searchers() -> None:
             search(wall, begin(), WIDE, searcher=wrong)  # type: ignore[arg-type]
 
 
-def test_solves_a_sphere() -> None:
+def test_solves_a_sphere():
     searcher = DifferentialEvolution()
     assert search(sphere, original(), WIDE, searcher=searcher).history.loss_failed[-1] < 1e-3
 
 
 @each_searcher
-def test_the_original_and_the_elites_are_scored_first_and_nothing_is_worth_less(
-    searcher: Searcher,
-) -> None:
+def test_the_original_and_the_elites_are_scored_first_and_nothing_is_worth_less(searcher):
     scorer, elite = Plain(wall), torch.tensor([[0.5, 2.0, 3.0]])
     result = search(scorer, begin(), WIDE, searcher=searcher, elites=elite)
     assert torch.equal(scorer.seen[0][:2], torch.cat([begin()[None], elite]))
@@ -78,7 +74,7 @@ def test_the_original_and_the_elites_are_scored_first_and_nothing_is_worth_less(
 
 
 @each_searcher
-def test_quitting_early_finds_what_finishing_finds(searcher: Searcher) -> None:
+def test_quitting_early_finds_what_finishing_finds(searcher):
     wide = WeightStats(mean=0.0, std=4.0, lowest=-9.0, highest=9.0)
     if isinstance(searcher, RandomLocalSearch):
         searcher = replace(searcher, step=1.0)
@@ -94,7 +90,7 @@ class WithoutElites(RandomLocalSearch):
         return super().init(replace(origin, elites=NO_ELITES), random)
 
 
-def test_first_candidates_without_the_original_weights_and_the_elites_are_refused() -> None:
+def test_first_candidates_without_the_original_weights_and_the_elites_are_refused():
     for searcher in (WithoutElites(), WithoutElites(n_candidates=1)):
         with pytest.raises(ConfigurationError, match=r"WithoutElites.init does not begin with"):
             search(wall, begin(), WIDE, searcher=searcher, elites=torch.zeros(1, 3))
@@ -111,7 +107,7 @@ class Drawn(RandomStream):
         return self.numbers.pop(0)
 
 
-def test_a_trial_by_hand() -> None:
+def test_a_trial_by_hand():
     searcher = DifferentialEvolution(population=4, crossover=0.5, start="normal")
     stats = WeightStats(mean=0.0, std=1.0, lowest=-1.0, highest=2.0)
     origin = SearchOrigin(torch.zeros(2), stats, torch.zeros(0, 2))
@@ -134,7 +130,7 @@ def test_a_trial_by_hand() -> None:
     assert state.members.tolist() == [[-1.25, 0.0], [1.0, 1.0], [2.0, -1.0], [5.0, 3.0]]
 
 
-def test_each_weight_has_the_numbers_of_its_own_layer() -> None:
+def test_each_weight_has_the_numbers_of_its_own_layer():
     model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 3.0]]))
@@ -166,7 +162,7 @@ def factors(n_weights: int) -> Drawn:
     return Drawn(torch.tensor([0.5, 0.25]).view(2, 1, 1).expand(2, 1, n_weights))
 
 
-def test_steps_by_hand() -> None:
+def test_steps_by_hand():
     moved = ParticleSwarm().ask(swarm([0.5, 0.0]), factors(2))
     # 0.7298 * (v + 2.05 * 0.5 * (2 - 1) + 2.05 * 0.25 * (4 - 1)), v = 0.5 and 0
     torch.testing.assert_close(moved.velocity, torch.tensor([[2.2350125, 1.8701125]]))
@@ -180,7 +176,7 @@ def test_steps_by_hand() -> None:
     assert (moved.velocity == 0).all()
 
 
-def test_a_step_with_coefficients_of_ones_own_by_hand() -> None:
+def test_a_step_with_coefficients_of_ones_own_by_hand():
     slow = ParticleSwarm(inertia=0.5, cognitive=2, social=1, max_speed=0.1, min_speed=0.05)
     moved = replace(slow, max_speed=9, min_speed=0).ask(swarm([0.5, -4.0]), factors(2))
     # v / 2 + 2 * 0.5 * (2 - 1) + 1 * 0.25 * (4 - 1), v = 0.5 and -4
@@ -190,7 +186,7 @@ def test_a_step_with_coefficients_of_ones_own_by_hand() -> None:
     torch.testing.assert_close(moved.velocity, torch.tensor([[2.0, -1.0]]))
 
 
-def test_tell_remembers_the_better_and_keeps_the_earlier_among_equals() -> None:
+def test_tell_remembers_the_better_and_keeps_the_earlier_among_equals():
     particles, fives = torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.full((4,), 5.0)
     state = swarm([0.0])._replace(
         position=particles,
@@ -219,7 +215,7 @@ def first_positions(
 @pytest.mark.parametrize(
     ("kind", "at_original", "near"), [("local", 1, 8), ("half", 1, 4), ("paper", 5, 0)]
 )
-def test_where_particles_start(kind: str, at_original: int, near: int) -> None:
+def test_where_particles_start(kind, at_original, near):
     centre = torch.tensor([0.5, -1.5, 2.0])
     position = first_positions(centre, start=kind, scale_min=1e-6, scale_max=1e-6)
     distance = (position - centre).abs().amax(1)
@@ -229,13 +225,13 @@ def test_where_particles_start(kind: str, at_original: int, near: int) -> None:
     assert (distance[at_original + near :] > 0.1).all()
 
 
-def test_local_scales_are_spread_on_a_logarithmic_scale() -> None:
+def test_local_scales_are_spread_on_a_logarithmic_scale():
     position = first_positions(torch.zeros(20_000), 5, scale_min=0.01, scale_max=10.0)
     expected = 2.0 * torch.tensor([0.0, 0.01, 0.1, 1.0, 10.0])
     torch.testing.assert_close(position.std(1), expected, rtol=0.05, atol=0)
 
 
-def test_elites_follow_the_original_weights() -> None:
+def test_elites_follow_the_original_weights():
     start = torch.tensor([1.0, 0.0])
     elites = torch.tensor([[3.0, 4.0], [1.0, -2.0]])
     position = first_positions(start, 15, elites, scale_min=1e-6, scale_max=1e-6)
@@ -267,7 +263,7 @@ def test_elites_follow_the_original_weights() -> None:
         (lambda: DifferentialEvolution(reach=0.5), "reach"),
     ],
 )
-def test_wrong_settings_are_refused(make: Callable[[], object], message: str) -> None:
+def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ConfigurationError, match="HINT: ") as error:
         make()
     assert message in str(error.value)

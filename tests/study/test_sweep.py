@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -93,7 +92,7 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
             )
 
 
-def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
+def test_each_run_is_what_a_single_repair_finds_and_counts():
     model = trained()
     result = run(model)
     assert len(result.runs) == 2 * (4 + 2 * 2 * 4)
@@ -145,7 +144,7 @@ class Twice(nn.Module):
         (None, {"set_aside": "doubtful"}),
     ],
 )
-def test_any_layers_and_any_failures_are_swept(make: Any, shared: dict[str, Any]) -> None:
+def test_any_layers_and_any_failures_are_swept(make, shared):
     model = trained() if make is None else trained(make)
     result = run(
         model, Grid(fitness=["eq1", "lexicographic"], n_passed=[None, 50]), base=quick(**shared)
@@ -157,7 +156,7 @@ def test_any_layers_and_any_failures_are_swept(make: Any, shared: dict[str, Any]
         )
 
 
-def test_known_samples_count_for_nothing_in_unseen_data() -> None:
+def test_known_samples_count_for_nothing_in_unseen_data():
     model = trained()
     (later,) = unseen()
     x, y = (torch.cat(parts) for parts in zip(blobs(60, 1.5, 1), blobs(80, 1.5, 2), strict=True))
@@ -167,7 +166,7 @@ def test_known_samples_count_for_nothing_in_unseen_data() -> None:
         assert chosen.counts("unseen") == clean.counts("unseen")
 
 
-def test_a_setting_that_leaves_no_weight_has_rows_of_its_own() -> None:
+def test_a_setting_that_leaves_no_weight_has_rows_of_its_own():
     (one, *_) = run(trained(), {"n_g": 36}).runs
     found = (one.n_localized, one.iterations, one.value, one.changed, one.patched, one.intact)
     assert found == (0, 0, None, False, 0, 164)
@@ -182,7 +181,7 @@ def timeless(result: SweepResult) -> SweepResult:
     return replace(result, runs=tuple(replace(one, seconds=0.0) for one in result.runs))
 
 
-def test_data_are_read_once_for_all_runs_of_the_last_layer() -> None:
+def test_data_are_read_once_for_all_runs_of_the_last_layer():
     reads: list[str] = []
 
     class Read(TensorSource):
@@ -213,7 +212,7 @@ class Noting(ParticleSwarm):
 NOTING = quick(method=Noting(particles=12, iterations=12))
 
 
-def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
+def test_a_second_call_makes_only_what_is_missing(tmp_path):
     model, folder, made = trained(), tmp_path / "sweep", Noting.seeds
     made.clear()
     Noting.fails = lambda seed: KeyboardInterrupt() if len(made) > 4 else None
@@ -252,7 +251,7 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path) -> None:
         assert made == [0, 1]
 
 
-def test_an_observer_is_told_how_much_of_the_work_is_done() -> None:
+def test_an_observer_is_told_how_much_of_the_work_is_done():
     stages, told = list[str](), list[float]()
 
     def search(done: int, total: int, *_: Any) -> None:
@@ -270,7 +269,7 @@ def test_an_observer_is_told_how_much_of_the_work_is_done() -> None:
     assert any(0.2 < share < 0.5 for share in told)
 
 
-def test_a_rank_that_fails_ends_the_sweep_on_all() -> None:
+def test_a_rank_that_fails_ends_the_sweep_on_all():
     Noting.fails = lambda seed: RuntimeError("broken") if seed == 1 else None
 
     def work(collective: Any) -> str:
@@ -301,12 +300,12 @@ def test_a_rank_that_fails_ends_the_sweep_on_all() -> None:
         ({"unseen": known()}, "give each split its own name"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_swept_is_refused(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         run(trained(), **arguments)
 
 
-def test_data_that_are_shared_out_over_ranks_are_refused(tmp_path: Path) -> None:
+def test_data_that_are_shared_out_over_ranks_are_refused(tmp_path):
     class Half(TensorSource):
         @property
         def positions(self) -> Tensor:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +60,7 @@ ROWS = [
 RESULT = SweepResult(tuple(ROWS), "label 3", "head")
 
 
-def test_the_table_has_the_columns_that_figures_are_drawn_from(tmp_path: Path) -> None:
+def test_the_table_has_the_columns_that_figures_are_drawn_from(tmp_path):
     roles = [f"{role}_{name}" for role in ("known", "calibration", "unseen") for name in COUNTED]
     assert list(RUN_COLUMNS) == [*ASKED, *FOUND, *roles, "seconds"]
     text = RESULT.to_csv(tmp_path / "sweep.csv")
@@ -76,7 +75,7 @@ def test_the_table_has_the_columns_that_figures_are_drawn_from(tmp_path: Path) -
     assert (last["alpha"], last["value"], last["known_accuracy_after"]) == ("", "1.5", "0.9")
 
 
-def test_a_table_is_read_back(tmp_path: Path) -> None:
+def test_a_table_is_read_back(tmp_path):
     RESULT.to_csv(tmp_path / "sweep.csv")
     for source in (tmp_path / "sweep.csv", str(tmp_path / "sweep.csv"), RESULT.to_csv()):
         again = SweepResult.from_csv(source)
@@ -103,7 +102,7 @@ def seen(runs: tuple[Run, ...], role: str = "known") -> list[tuple[int, int]]:
     return [(run.counts(role).broken, run.counts(role).repaired) for run in runs]
 
 
-def test_the_front_goes_from_few_broken_to_many() -> None:
+def test_the_front_goes_from_few_broken_to_many():
     assert seen(RESULT.pareto()) == [(0, 7), (2, 8)]
     assert seen(RESULT.pareto("unseen"), "unseen") == [(0, 5), (3, 6), (9, 9)]
     with pytest.raises(ConfigurationError, match="did you mean 'unseen'"):
@@ -113,9 +112,7 @@ def test_the_front_goes_from_few_broken_to_many() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=12))
-def test_nothing_is_better_than_what_is_on_the_front_and_what_is_not_is_worse(
-    counts: list[tuple[int, int]],
-) -> None:
+def test_nothing_is_better_than_what_is_on_the_front_and_what_is_not_is_worse(counts):
     front = seen(
         SweepResult(tuple(made("plain", i, pair) for i, pair in enumerate(counts))).pareto()
     )
@@ -126,7 +123,7 @@ def test_nothing_is_better_than_what_is_on_the_front_and_what_is_not_is_worse(
         assert (broken, repaired) in front or any(pair != (broken, repaired) for pair in better)
 
 
-def test_the_best_is_chosen_on_known_and_calibration_data() -> None:
+def test_the_best_is_chosen_on_known_and_calibration_data():
     # Two gain 4 on calibration data; one of them breaks nothing there.
     assert RESULT.best() == ROWS[3]
     without = SweepResult(tuple(replace(run, calibration=None, unseen=None) for run in ROWS))
@@ -140,7 +137,7 @@ def test_the_best_is_chosen_on_known_and_calibration_data() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=5, max_size=5))
-def test_unseen_data_have_no_part_in_the_choice(counts: list[tuple[int, int]]) -> None:
+def test_unseen_data_have_no_part_in_the_choice(counts):
     runs = tuple(
         replace(run, unseen=made("", 0, (0, 0), unseen=u).unseen)
         for run, u in zip(ROWS, counts, strict=True)
@@ -148,7 +145,7 @@ def test_unseen_data_have_no_part_in_the_choice(counts: list[tuple[int, int]]) -
     assert SweepResult(runs).best() == runs[3]
 
 
-def test_a_line_for_each_setting() -> None:
+def test_a_line_for_each_setting():
     assert [run.regression_free for run in ROWS] == [False, True, True, True, False]
     assert RESULT.of("eq1 alpha=6") == tuple(ROWS[2:4])
     with pytest.raises(ConfigurationError, match="did you mean 'eq1 alpha=6'"):

@@ -17,7 +17,7 @@ def names(settings: Any, base: Settings = BASE) -> list[str]:
     return [setting.name for setting in parse_settings(settings, base)]
 
 
-def test_a_grid_is_the_product_of_its_axes_and_the_last_runs_fastest() -> None:
+def test_a_grid_is_the_product_of_its_axes_and_the_last_runs_fastest():
     grid = Grid(fitness="eq1", alpha=[4, 5], n_weights=[16, 32], patience=[10, 50])
     assert names(grid) == [
         f"eq1 alpha={alpha} lw={n} pos=all p=100{patience}"
@@ -34,7 +34,7 @@ def test_a_grid_is_the_product_of_its_axes_and_the_last_runs_fastest() -> None:
     )
 
 
-def test_what_makes_no_difference_is_tried_once() -> None:
+def test_what_makes_no_difference_is_tried_once():
     grid = Grid(fitness=["lexicographic", "eq1"], alpha=[4, 6], perfect_intact=[False, True])
     assert names(grid) == [
         "lexicographic lw=auto pos=all p=100",
@@ -48,7 +48,7 @@ def test_what_makes_no_difference_is_tried_once() -> None:
     )
 
 
-def test_whole_objects_are_taken_as_they_are() -> None:
+def test_whole_objects_are_taken_as_they_are():
     given = {
         "fitness": Fitness("eq2", alpha=8),
         "localizer": AllWeights(),
@@ -81,12 +81,12 @@ def test_whole_objects_are_taken_as_they_are() -> None:
         ),
     ],
 )
-def test_what_cannot_be_tried_is_refused(settings: Any, message: str) -> None:
+def test_what_cannot_be_tried_is_refused(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_settings(settings, BASE)
 
 
-def test_a_grid_without_values_and_another_method_are_refused() -> None:
+def test_a_grid_without_values_and_another_method_are_refused():
     with pytest.raises(ConfigurationError, match="the grid has no argument"):
         Grid()
     with pytest.raises(ConfigurationError, match="`patience` has no value"):
@@ -97,7 +97,7 @@ def test_a_grid_without_values_and_another_method_are_refused() -> None:
         parse_settings({"alpha": 4}, Settings(method="convex"))
 
 
-def test_seeds_are_a_number_or_a_list() -> None:
+def test_seeds_are_a_number_or_a_list():
     assert parse_seeds(3) == (0, 1, 2)
     assert parse_seeds([7, 5]) == (7, 5)
     for wrong in (0, [], [1, 1], "ab", True, [-1], [2**32]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -96,9 +95,7 @@ ALL = [multiclass, binary, multilabel, ordinal, regression, sequence, segmentati
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_a_margin_is_above_0_where_a_sample_passed_and_0_only_on_ties(
-    make: Callable[..., Any], data: Any, seed: int
-) -> None:
+def test_a_margin_is_above_0_where_a_sample_passed_and_0_only_on_ties(make, data, seed):
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
     task.check(output, target)
     margin, passed = task.margin(output, target), task.passed(output, target)
@@ -107,7 +104,7 @@ def test_a_margin_is_above_0_where_a_sample_passed_and_0_only_on_ties(
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), c=st.integers(1, 4))
-def test_right_is_what_arg_max_gives_in_all_tasks_with_classes(seed: int, c: int) -> None:
+def test_right_is_what_arg_max_gives_in_all_tasks_with_classes(seed, c):
     g = torch.Generator().manual_seed(seed)
     output, label = logits(g, 50, c), whole(g, max(2, c), 50, ignored=False)
     right = (output[:, 0] > 0 if c == 1 else output.argmax(1)) == label
@@ -120,9 +117,7 @@ def test_right_is_what_arg_max_gives_in_all_tasks_with_classes(seed: int, c: int
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31), class_major=st.booleans())
-def test_what_is_computed_in_one_call_is_what_each_gives(
-    make: Callable[..., Any], data: Any, seed: int, class_major: bool
-) -> None:
+def test_what_is_computed_in_one_call_is_what_each_gives(make, data, seed, class_major):
     g = torch.Generator().manual_seed(seed)
     task, output, target = data.draw(make(g))
     margin = task.margin(output, target)
@@ -140,7 +135,7 @@ def test_what_is_computed_in_one_call_is_what_each_gives(
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_samples_are_judged_one_by_one(make: Callable[..., Any], data: Any, seed: int) -> None:
+def test_samples_are_judged_one_by_one(make, data, seed):
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
     for judge in (task.passed, task.loss, task.margin):
         one_by_one = torch.cat([judge(output[i : i + 1], target[i : i + 1]) for i in range(6)])
@@ -150,9 +145,7 @@ def test_samples_are_judged_one_by_one(make: Callable[..., Any], data: Any, seed
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_steps_along_the_margin_make_it_grow(
-    make: Callable[..., Any], data: Any, seed: int
-) -> None:
+def test_steps_along_the_margin_make_it_grow(make, data, seed):
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
     for _ in range(200):
         at = output.clone().requires_grad_()
@@ -167,9 +160,7 @@ def test_steps_along_the_margin_make_it_grow(
 @pytest.mark.parametrize("make", ALL)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_the_divergence_is_0_from_oneself_and_never_below(
-    make: Callable[..., Any], data: Any, seed: int
-) -> None:
+def test_the_divergence_is_0_from_oneself_and_never_below(make, data, seed):
     task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
     shifted = output.roll(1, 0)
     for truth in (None, target):
@@ -189,7 +180,7 @@ def mean_iou(prediction: Tensor, truth: Tensor, ignored: int = -100) -> float:
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
-def test_the_iou_is_that_of_sets_of_pixels(data: Any, seed: int) -> None:
+def test_the_iou_is_that_of_sets_of_pixels(data, seed):
     g = torch.Generator().manual_seed(seed)
     output, target = logits(g, 4, 3, 3, 4), whole(g, 3, 4, 3, 4)
     threshold = data.draw(SHARES)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,7 +24,6 @@ from lightning_nrl.tasks import (
     Regression,
     Segmentation,
     Sequence,
-    Task,
     parse_task,
 )
 
@@ -69,7 +68,7 @@ SEVEN_OF_TEN = torch.stack([torch.tensor([1.0] * 7 + [-1.0] * 3), torch.zeros(10
         (Segmentation(), PIXELS * NAN, TRUTH, [-INF]),
     ],
 )
-def test_margins_by_hand(task: Task, output: Tensor, target: Tensor, margin: list[float]) -> None:
+def test_margins_by_hand(task, output, target, margin):
     task.check(output, target)
     torch.testing.assert_close(task.margin(output, target), torch.tensor(margin))
     assert task.passed(output, target).tolist() == [value > 0 for value in margin]
@@ -95,11 +94,11 @@ def test_margins_by_hand(task: Task, output: Tensor, target: Tensor, margin: lis
         (Segmentation(ignore_index=255), PIXELS, HALF_IGNORED, [0.162926]),
     ],
 )
-def test_losses_by_hand(task: Task, output: Tensor, target: Tensor, loss: list[float]) -> None:
+def test_losses_by_hand(task, output, target, loss):
     torch.testing.assert_close(task.loss(output, target), torch.tensor(loss))
 
 
-def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
+def test_one_logit_a_pixel_is_that_of_class_1_over_a_0():
     two, task = torch.cat([torch.zeros_like(PIXELS), PIXELS], 1), Segmentation()
     for truth in (TRUTH, TRUTH[:, None], TRUTH.bool(), TRUTH[:, None].float()):
         task.check(PIXELS, truth)
@@ -110,7 +109,7 @@ def test_one_logit_a_pixel_is_that_of_class_1_over_a_0() -> None:
     )
 
 
-def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> None:
+def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest():
     logits, truth = PIXELS.expand(2, -1, -1, -1), torch.cat([TRUTH, torch.zeros_like(TRUTH)])
     # Class 1 has an IoU of 1/2; the second image has only class 0, of which two pixels of four are
     # right.
@@ -147,9 +146,7 @@ def test_the_foreground_alone_may_count_and_where_there_is_none_the_rest() -> No
         (Segmentation(classes=(2,)), PIXELS, TRUTH, "the model returned 2 logits a pixel"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    task: Task, output: Tensor, target: Any, message: str
-) -> None:
+def test_what_does_not_fit_is_refused(task, output, target, message):
     with pytest.raises(ConfigurationError, match=message) as error:
         task.check(output, target)
     assert "HINT:" in str(error.value)
@@ -168,13 +165,13 @@ def test_what_does_not_fit_is_refused(
         (Segmentation, "classes", [(), 1, ["a"]]),
     ],
 )
-def test_values_out_of_range_are_refused(kind: Any, name: str, values: list[Any]) -> None:
+def test_values_out_of_range_are_refused(kind, name, values):
     for value in values:
         with pytest.raises(ConfigurationError, match=f"`{kind.__name__}.{name}="):
             kind(**{"tolerance": 1.0, name: value} if kind is Regression else {name: value})
 
 
-def test_names_stand_for_tasks_with_their_defaults() -> None:
+def test_names_stand_for_tasks_with_their_defaults():
     assert parse_task("multilabel") == Multilabel()
     assert parse_task("Segmentation") == Segmentation()
     assert type(parse_task("binary")) is Binary
@@ -192,14 +189,14 @@ def test_names_stand_for_tasks_with_their_defaults() -> None:
         (3, "is no Task"),
     ],
 )
-def test_what_is_no_task_is_refused(task: Any, message: str) -> None:
+def test_what_is_no_task_is_refused(task, message):
     with pytest.raises(ConfigurationError, match=message):
         Repair(task=task)
 
 
 @pytest.mark.parametrize("task", [Binary(), Multiclass()])
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
-def test_one_logit_a_sample_is_that_of_class_1_over_a_0(task: Task, shape: tuple[int, ...]) -> None:
+def test_one_logit_a_sample_is_that_of_class_1_over_a_0(task, shape):
     logits, labels = torch.tensor([2.0, -1.0, 0.5, 0.0]), torch.tensor([1, 0, 0, 0])
     output, two = logits.view(shape), torch.stack([torch.zeros(4), logits], 1)
     for truth in (labels, labels.bool(), labels[:, None].double()):
@@ -232,7 +229,7 @@ class Output:
     attention: Tensor | None = None
 
 
-def test_ordinal_predicts_how_many_thresholds_are_exceeded() -> None:
+def test_ordinal_predicts_how_many_thresholds_are_exceeded():
     logits = torch.tensor([[2.0, -1.0], [3.0, 0.5], [-0.5, -2.0], [0.25, NAN]])
     classes = torch.tensor([1, 1, 0, 1])
     task = Ordinal()
@@ -244,7 +241,7 @@ def test_ordinal_predicts_how_many_thresholds_are_exceeded() -> None:
     torch.testing.assert_close(task.loss(logits, classes)[0], torch.tensor(0.220095))
 
 
-def test_conditional_probabilities_are_multiplied() -> None:
+def test_conditional_probabilities_are_multiplied():
     # Both thresholds have a probability of 0.6, so both are exceeded with 0.36.
     logits = torch.full((2, 2), math.log(0.6 / 0.4))
     task = Ordinal(conditional=True)
@@ -256,7 +253,7 @@ def test_conditional_probabilities_are_multiplied() -> None:
     torch.testing.assert_close(loss, -torch.tensor([0.6, 0.4]).log())
 
 
-def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
+def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy():
     task = Multiclass()
     assert task.prediction(LOGITS).tolist() == [0, 1, 0]
     assert task.passed(LOGITS, LABELS).tolist() == [True, False, False]
@@ -266,7 +263,7 @@ def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
     )
 
 
-def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teacher() -> None:
+def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teacher():
     task = Multiclass()
     output = torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True)
     margin = task.margin(output, torch.tensor([0, 2]))
@@ -279,7 +276,7 @@ def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teach
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (3, 2, 4)])
-def test_output_that_is_no_logits_is_refused(shape: tuple[int, ...]) -> None:
+def test_output_that_is_no_logits_is_refused(shape):
     with pytest.raises(ConfigurationError, match=r"multiclass needs logits \[samples, classes\]"):
         Multiclass().passed(torch.zeros(shape), LABELS)
 
@@ -292,14 +289,14 @@ def test_output_that_is_no_logits_is_refused(shape: tuple[int, ...]) -> None:
         torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.25, 0.75]]),
     ],
 )
-def test_labels_are_also_columns_floats_one_hot_and_soft(target: Tensor) -> None:
+def test_labels_are_also_columns_floats_one_hot_and_soft(target):
     Multiclass().check(LOGITS, target)
     assert Multiclass().label(target).tolist() == [0, 0, 1]
     assert Multiclass().passed(LOGITS, target).tolist() == [True, False, False]
     assert Multiclass().margin(LOGITS, target).tolist() == [0.0, -1.0, -2.0]
 
 
-def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None:
+def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them():
     soft = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.25, 0.75]])
     # ln 2; ln(1 + 1 / e); ln(1 + e^2) - 2 / 4
     torch.testing.assert_close(
@@ -317,7 +314,7 @@ def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None
         ([0, 0, 1], r"multiclass needs whole-number labels \[samples\]"),
     ],
 )
-def test_labels_that_do_not_fit_the_logits_are_refused(target: Any, found: str) -> None:
+def test_labels_that_do_not_fit_the_logits_are_refused(target, found):
     with pytest.raises(ConfigurationError, match=found):
         Multiclass().check(LOGITS, target)
 
@@ -335,7 +332,7 @@ def test_labels_that_do_not_fit_the_logits_are_refused(target: Any, found: str) 
         [LOGITS],
     ],
 )
-def test_logits_are_found_in_what_models_return(output: Any) -> None:
+def test_logits_are_found_in_what_models_return(output):
     assert Multiclass().logits(output) is LOGITS
 
 
@@ -349,7 +346,7 @@ def test_logits_are_found_in_what_models_return(output: Any) -> None:
         (torch.tensor(1.0),),
     ],
 )
-def test_output_without_logits_is_refused(output: Any) -> None:
+def test_output_without_logits_is_refused(output):
     with pytest.raises(ConfigurationError, match="has no tensor of logits"):
         Multiclass().logits(output)
 
@@ -372,9 +369,7 @@ class Heads:
         ("digit", {"digit": {"logits": HEAD}}, HEAD_LABELS),
     ],
 )
-def test_a_task_judges_the_head_as_it_would_judge_it_alone(
-    name: Any, output: Any, target: Any
-) -> None:
+def test_a_task_judges_the_head_as_it_would_judge_it_alone(name, output, target):
     task, alone = NamedHead(name), Multiclass()
     logits = task.logits(output)
     assert logits is HEAD
@@ -388,14 +383,14 @@ def test_a_task_judges_the_head_as_it_would_judge_it_alone(
     assert task.prediction(logits).tolist() == [1, 0]
 
 
-def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
+def test_a_head_that_is_not_there_is_refused_with_what_is():
     with pytest.raises(
         ConfigurationError, match=r"not in the output[\s\S]*colour: float32 \[2, 5\]"
     ):
         NamedHead("digit").logits({"colour": OTHER_HEAD})
 
 
-def test_the_task_of_a_head_may_be_a_name() -> None:
+def test_the_task_of_a_head_may_be_a_name():
     assert NamedHead("digit", "multiclass").passed(HEAD, HEAD_LABELS).tolist() == [True, False]
     assert repr(NamedHead("digit", "sequence")) == repr(NamedHead("digit", Sequence()))
     with pytest.raises(ConfigurationError, match=r"`task='regression'` needs arguments"):
@@ -417,7 +412,7 @@ def spare(output: Tensor, target: Tensor) -> Tensor:
     return 0.5 - far(output, target)
 
 
-def test_functions_say_what_passed_and_loss_mean() -> None:
+def test_functions_say_what_passed_and_loss_mean():
     task = Custom(passed=near, loss=far, margin=spare)
     task.check(OUTPUT, TARGET)
     assert task.passed(OUTPUT, TARGET).tolist() == [True, False]
@@ -428,7 +423,7 @@ def test_functions_say_what_passed_and_loss_mean() -> None:
     assert task.loss(OUTPUT.half(), TARGET.half()).dtype == torch.float32
 
 
-def test_addresses_will_do() -> None:
+def test_addresses_will_do():
     task = Custom("test_tasks:near", "test_tasks.far", "test_tasks:spare")
     assert task.passed(OUTPUT, TARGET).tolist() == [True, False]
     assert str(task) == "Custom: passed by test_tasks:near"
@@ -442,7 +437,7 @@ def test_addresses_will_do() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"passed": "nowhere:f"}, {"loss": 3}, {"margin": "test_tasks:missing"}]
 )
-def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> None:
+def test_what_is_no_function_is_refused_by_its_name(wrong):
     with pytest.raises(ConfigurationError, match=f"`Custom.{next(iter(wrong))}"):
         Custom(**{"passed": near, "loss": far, **wrong})
 
@@ -458,7 +453,7 @@ def test_what_is_no_function_is_refused_by_its_name(wrong: dict[str, Any]) -> No
         ({"margin": far}, "`Custom.margin` returned 3 for a sample that did not pass"),
     ],
 )
-def test_functions_that_do_not_fit_are_refused(functions: dict[str, Any], message: str) -> None:
+def test_functions_that_do_not_fit_are_refused(functions, message):
     task = Custom(**{"passed": near, "loss": far, "margin": spare, **functions})
     with pytest.raises(ConfigurationError, match=f"{message}[\\s\\S]*HINT:"):
         task.check(OUTPUT, TARGET)

@@ -108,7 +108,7 @@ class Continue(Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_ranks_leave_a_training_in_one_way(tmp_path: Path) -> None:
+def test_all_ranks_leave_a_training_in_one_way(tmp_path):
     trainer = quiet_trainer(
         max_epochs=1,
         devices=2,

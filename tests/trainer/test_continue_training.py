@@ -192,7 +192,7 @@ def noted(kind: str) -> list[Any]:
     return [note[1:] for note in Net.notes if note[0] == kind]
 
 
-def test_every_known_sample_is_trained_on_once_an_epoch_in_a_new_order() -> None:
+def test_every_known_sample_is_trained_on_once_an_epoch_in_a_new_order():
     callback = Continue(epochs=2)
     model = Net()
     state = fit(model, callback)
@@ -216,7 +216,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_same_seed_gives_the_same_weights_to_the_bit() -> None:
+def test_the_same_seed_gives_the_same_weights_to_the_bit():
     heads = set()
     for way in WAYS:
         callback = Continue(seeds=(3, 3, 4))
@@ -238,7 +238,7 @@ class Doubled(Points):
 
 
 @pytest.mark.parametrize("clean", [None, DataLoader(Points(TRAIN), 64)])
-def test_training_data_are_augmented_by_their_data_set(clean: Any) -> None:
+def test_training_data_are_augmented_by_their_data_set(clean):
     """Also where a view of them without augmentation serves as passed data."""
     assert fit(Net(), Continue(passed=clean, epochs=2), train_loader(Doubled(TRAIN))) is not None
     seen = [i for (i,) in noted("seen")][-2 * TRAIN :]
@@ -267,7 +267,7 @@ class AugmentingData(LightningDataModule):
 
 
 @pytest.mark.parametrize(("model", "data"), [(AugmentingNet, None), (Net, AugmentingData)])
-def test_batches_are_augmented_by_the_hooks_of_model_or_data_module(model: Any, data: Any) -> None:
+def test_batches_are_augmented_by_the_hooks_of_model_or_data_module(model, data):
     assert fit(model(), Continue(epochs=1), data and data()) is not None
     assert noted("augmented") == [((data or model).__name__,)] * 5
     assert noted("set up") == []
@@ -296,7 +296,7 @@ class Talkative(Net):
         self.note("end")
 
 
-def test_what_is_logged_on_the_way_goes_nowhere(tmp_path: Path, capsys: Any, recwarn: Any) -> None:
+def test_what_is_logged_on_the_way_goes_nowhere(tmp_path, capsys, recwarn):
     logger = CSVLogger(tmp_path)
     assert fit(Talkative(), Continue(), logger=logger, log_every_n_steps=1) is not None
     (folder,) = {str(path) for (path,) in noted("log")}
@@ -308,7 +308,7 @@ def test_what_is_logged_on_the_way_goes_nowhere(tmp_path: Path, capsys: Any, rec
     assert noted("end") == [()]  # of the outer training alone
 
 
-def test_what_is_frozen_stays_frozen() -> None:
+def test_what_is_frozen_stays_frozen():
     model = Net()
     model.body.requires_grad_(False).eval()
     state = fit(model, Continue())
@@ -329,14 +329,14 @@ class MadeAnew(Net):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def test_layers_that_are_made_in_setup_keep_their_weights() -> None:
+def test_layers_that_are_made_in_setup_keep_their_weights():
     model = MadeAnew()
     state = fit(model, Continue(epochs=2))
     assert moved(state, model) == set()
     assert noted("steps") == [(2,)]
 
 
-def test_where_the_owners_rate_is_zero_own_steps_go_through_the_owners_training_step() -> None:
+def test_where_the_owners_rate_is_zero_own_steps_go_through_the_owners_training_step():
     class Still(Net):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), 0.0)
@@ -353,7 +353,7 @@ def test_where_the_owners_rate_is_zero_own_steps_go_through_the_owners_training_
     assert 1e-3 < far < 0.1
 
 
-def test_a_module_that_needs_its_own_optimizers_is_not_trained_by_another_one() -> None:
+def test_a_module_that_needs_its_own_optimizers_is_not_trained_by_another_one():
     class Grouped(Net):
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(
@@ -368,7 +368,7 @@ def test_a_module_that_needs_its_own_optimizers_is_not_trained_by_another_one() 
         assert fit(Grouped(), Continue(rate=1e-3)) is None
 
 
-def test_a_compiled_model_is_trained_as_a_copy_of_its_own() -> None:
+def test_a_compiled_model_is_trained_as_a_copy_of_its_own():
     torch._dynamo.reset()
     expected = fit(Net(), Continue())
     state = fit(torch.compile(Net(), backend="eager"), Continue())
@@ -381,7 +381,7 @@ class Counting(Callback):
         Net.notes.append(("counted",))
 
 
-def test_callbacks_that_the_model_asks_for_take_part() -> None:
+def test_callbacks_that_the_model_asks_for_take_part():
     class Asking(Net):
         def configure_callbacks(self) -> Any:
             return [Counting(), callback]
@@ -392,7 +392,7 @@ def test_callbacks_that_the_model_asks_for_take_part() -> None:
 
 
 @pytest.mark.parametrize(("mode", "batches"), [("min_size", 2), ("max_size", 4), (None, 4)])
-def test_several_loaders_go_on_as_they_are_mixed(mode: Any, batches: int) -> None:
+def test_several_loaders_go_on_as_they_are_mixed(mode, batches):
     class Two(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             parts = [part for part in batch.values() if part is not None]
@@ -435,14 +435,12 @@ class Single(Net):
         ),
     ],
 )
-def test_whatever_the_owners_code_raises_is_a_warning_that_says_where(
-    model: Any, message: str
-) -> None:
+def test_whatever_the_owners_code_raises_is_a_warning_that_says_where(model, message):
     with pytest.warns(TrainingWarning, match=message):
         assert fit(model(), Continue(seconds=60.0)) is None
 
 
-def test_an_error_in_a_worker_is_named_as_it_was_raised() -> None:
+def test_an_error_in_a_worker_is_named_as_it_was_raised():
     class Unreadable(Points):
         def __getitem__(self, i: int) -> Any:
             if get_worker_info() is not None:
@@ -454,7 +452,7 @@ def test_an_error_in_a_worker_is_named_as_it_was_raised() -> None:
         assert fit(Net(), callback, train_loader(num_workers=1)) is None
 
 
-def test_weights_that_are_not_finite_are_none() -> None:
+def test_weights_that_are_not_finite_are_none():
     class Diverging(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) * (
@@ -464,7 +462,7 @@ def test_weights_that_are_not_finite_are_none() -> None:
     assert fit(Diverging(), Continue()) is None
 
 
-def test_a_subset_is_kept_to_and_a_last_batch_of_one_is_left_out() -> None:
+def test_a_subset_is_kept_to_and_a_last_batch_of_one_is_left_out():
     sampler = SubsetRandomSampler(range(0, TRAIN, 2))
     fit(Net(), Continue(epochs=1), train_loader(shuffle=False, sampler=sampler, batch_size=9))
     # 25 + 21 samples are 5 batches of 9 and a single one.
@@ -484,9 +482,7 @@ class Slow(Net):
 @pytest.mark.parametrize(
     ("seconds", "least", "most"), [(1e-6, 0, 0), (0.1, 1, 2), (1.5, 3, 30), (30.0, 5, 5)]
 )
-def test_as_many_epochs_are_trained_as_there_is_time_for(
-    seconds: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_as_many_epochs_are_trained_as_there_is_time_for(seconds, least, most, monkeypatch):
     """An epoch takes 50 ms; no more are trained than the model had."""
     Slow.seconds = 0.0
     # A clock that only steps move, so that a busy machine changes nothing.
@@ -501,7 +497,7 @@ def test_as_many_epochs_are_trained_as_there_is_time_for(
         assert Slow.seconds - 0.04 <= min(seconds, 3)  # the fit before took four batches
 
 
-def test_training_starts_at_given_weights_on_samples_by_their_weights() -> None:
+def test_training_starts_at_given_weights_on_samples_by_their_weights():
     model = Net()
     start = {"head.bias": torch.full((3,), 7.0)}
     weight = (torch.arange(TRAIN + FAILED) < TRAIN).double()
@@ -516,7 +512,7 @@ def test_training_starts_at_given_weights_on_samples_by_their_weights() -> None:
     assert max(map(numbers.count, numbers)) > 2
 
 
-def test_samples_are_drawn_in_proportion_to_their_weights_whatever_ranks_share_them() -> None:
+def test_samples_are_drawn_in_proportion_to_their_weights_whatever_ranks_share_them():
     weight = torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0, 3.0])
     drawn = ShuffledSampler(6, 0, weight=weight)
     visits = torch.tensor([[*drawn] for _ in range(500)])

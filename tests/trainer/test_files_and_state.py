@@ -51,7 +51,7 @@ def folder_of(dirpath: Any, trainer: Any, name: str = "repair") -> tuple[Path, s
     return folder, tag
 
 
-def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
+def test_the_log_folder_goes_before_the_root_folder(tmp_path):
     remote = SimpleNamespace(log_dir=None, save_dir=None, name="digits", version="x7k2")
     local = SimpleNamespace(log_dir=None, save_dir=str(tmp_path / "runs"), name=None, version=3)
     for logger, folder in (
@@ -63,7 +63,7 @@ def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
         assert folder_of(None, trainer_in(tmp_path, logger))[0] == tmp_path / folder
 
 
-def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path: Path) -> None:
+def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path):
     for name in ("release", "release-1", "release-2"):
         folder, tag = folder_of(None, trainer_in(tmp_path), "release")
         assert (folder, tag) == (tmp_path / name, name)
@@ -73,7 +73,7 @@ def test_a_folder_with_a_report_is_left_alone_unless_the_user_named_it(tmp_path:
 
 
 @pytest.mark.parametrize(("dirpath", "root"), [("s3://bucket/a", "."), (None, "gs://bucket/a")])
-def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -> None:
+def test_a_folder_that_is_not_local_is_refused(dirpath, root):
     with pytest.raises(
         ConfigurationError, match=r"`dirpath`: [\s\S]*://bucket/a', which is no local folder"
     ):
@@ -81,7 +81,7 @@ def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -
 
 
 @pytest.mark.parametrize("name", ["a\0b", 300 * "a"])
-def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path, name):
     with pytest.raises(UnwritableFolderError, match=r"`dirpath`: .* cannot be written to"):
         check_folder(tmp_path / "new" / name, trainer_in(tmp_path))
     assert not (tmp_path / "new").exists()
@@ -92,9 +92,7 @@ def report() -> RepairReport:
     return repair_module(trained(), known(), quick()).report
 
 
-def test_a_report_is_written_where_it_says_with_views_of_samples_beside(
-    tmp_path: Path, report: RepairReport
-) -> None:
+def test_a_report_is_written_where_it_says_with_views_of_samples_beside(tmp_path, report):
     report = replace(
         report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0]
     )
@@ -110,9 +108,7 @@ def test_a_report_is_written_where_it_says_with_views_of_samples_beside(
     assert (folder / "test-2.txt").read_text() == "a film"
 
 
-def test_a_text_of_another_process_is_taken_once_and_no_file_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_of_another_process_is_taken_once_and_no_file_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     box, process = ResultBox(), os.getpid()
     box.put(lambda: pytest.fail("nobody waits for it"))
@@ -158,9 +154,7 @@ class Best:
 
 
 @pytest.mark.parametrize(("keep", "value"), [(False, 1.0), (True, 2.0)])
-def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(
-    keep: bool, value: float
-) -> None:
+def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(keep, value):
     model = Slim(1.0)
     trainer: Any = Best(model)
     weight, statistics = model.head.weight, model.frozen.running_mean
@@ -176,7 +170,7 @@ def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(
     ("limits", "epochs"),
     [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 9}, 2)],
 )
-def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
+def test_training_is_as_long_as_its_epochs_add_up_to(limits, epochs):
     """An epoch has 4 batches."""
     trainer = quiet_trainer(max_epochs=3, **limits)
     four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)

@@ -58,7 +58,7 @@ def source(loader: Any, rank: int = 0, world_size: int = 1, **arguments: Any) ->
     return make_source(loader, "train", trainer=rank_of(rank, world_size), model=MODEL, **arguments)
 
 
-def test_a_loader_is_read_in_order_with_nothing_dropped() -> None:
+def test_a_loader_is_read_in_order_with_nothing_dropped():
     batches = list(source(DataLoader(numbers(7), batch_size=3, shuffle=True, drop_last=True)))
     assert [batch.args[0].tolist() for batch in batches] == [[0, 10, 20], [30, 40, 50], [60]]
     assert [batch.target.tolist() for batch in batches] == [[0, 1, 2], [0, 1, 2], [0]]
@@ -72,9 +72,7 @@ def test_a_loader_is_read_in_order_with_nothing_dropped() -> None:
     step=st.integers(1, 4),
 )
 @settings(max_examples=50, deadline=None)
-def test_the_ranks_read_every_sample_of_a_subset_once(
-    n: int, world_size: int, batch_size: int, step: int
-) -> None:
+def test_the_ranks_read_every_sample_of_a_subset_once(n, world_size, batch_size, step):
     chosen = list(range(0, n, step))
     loader = DataLoader(numbers(n), batch_size, sampler=SubsetRandomSampler(chosen))
     positions = []
@@ -108,7 +106,7 @@ def rows(batches: list[Batch]) -> dict[int, list[float]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> None:
+def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers):
     noisy = source(DataLoader(Noisy(), 2, num_workers=workers), seed=5)
     first = rows(list(noisy))
     assert len({tuple(row) for row in first.values()}) == 6
@@ -151,7 +149,7 @@ def leave_mark(worker_id: int) -> None:
         TensorDataset(torch.eye(4).to_sparse()),
     ],
 )
-def test_samples_read_at_once_are_those_read_one_by_one(data: Dataset[Any]) -> None:
+def test_samples_read_at_once_are_those_read_one_by_one(data):
     index = [3, 0, 3, 1]
     for together, alone in zip(SeededDataset(data, 0).__getitems__(index), index, strict=True):
         assert type(together) is tuple
@@ -159,7 +157,7 @@ def test_samples_read_at_once_are_those_read_one_by_one(data: Dataset[Any]) -> N
             assert torch.equal(x.to_dense(), y.to_dense())
 
 
-def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
+def test_the_start_of_a_worker_gets_the_users_data_set():
     (batch,) = list(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
     assert batch.args[0].tolist() == [True, True]
     assert batch.target.tolist() == [7, 7]
@@ -187,7 +185,7 @@ class Drawn(Dataset):
 
 
 @pytest.mark.parametrize("draw", [from_torch, from_numpy, random.random])
-def test_a_draw_depends_on_seed_and_position_alone(draw: Callable[[], float]) -> None:
+def test_a_draw_depends_on_seed_and_position_alone(draw):
     first = SeededDataset(Drawn(draw), 3).__getitems__(range(8))
     assert len(set(first)) == 8
     again = SeededDataset(Drawn(draw), 3)
@@ -239,7 +237,7 @@ def loaders() -> SplitLoaders:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_held_out_data_that_are_known_too_are_found(way: str, loaders: SplitLoaders) -> None:
+def test_held_out_data_that_are_known_too_are_found(way, loaders):
     known, held_out, common = WAYS[way]
     options = DataOptions(DataLoader(known, 4), FAILED)
     with pytest.raises(
@@ -257,14 +255,14 @@ def test_held_out_data_that_are_known_too_are_found(way: str, loaders: SplitLoad
         assert int(is_among(unseen.identity(), passed.identity()).sum()) == common
 
 
-def test_a_sampler_says_which_samples_are_meant(loaders: SplitLoaders) -> None:
+def test_a_sampler_says_which_samples_are_meant(loaders):
     first = DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(10)))
     second = DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(10, 20)))
     *_, calibration = DataRequest(DataOptions(first, FAILED), calibration=second).find(loaders)
     assert calibration == [(second, "calibration")]
 
 
-def test_two_loaders_of_the_same_samples_are_one_split(loaders: SplitLoaders) -> None:
+def test_two_loaders_of_the_same_samples_are_one_split(loaders):
     def known(passed: Any, failed: Any) -> list[LoaderSource]:
         options = DataOptions(DataLoader(passed, 4), DataLoader(failed, 4))
         return DataRequest(options).sources(loaders, seed=0, limit=None)[0]

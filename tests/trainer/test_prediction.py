@@ -48,7 +48,7 @@ class FirstOutput(nn.Module):
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_a_second_head_is_no_part_of_the_prediction(stop: bool) -> None:
+def test_a_second_head_is_no_part_of_the_prediction(stop):
     torch.manual_seed(0)
     model, raw = FirstOutput(Heads(stop)), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     called = called_layers(Evaluator(model), first, raw)
@@ -57,7 +57,7 @@ def test_a_second_head_is_no_part_of_the_prediction(stop: bool) -> None:
     assert [site.name for site in space.sites] == ["net.classes"]
 
 
-def test_a_second_head_that_adds_to_the_logits_is_one() -> None:
+def test_a_second_head_that_adds_to_the_logits_is_one():
     model, raw = (
         FirstOutput(Heads(joint=True)),
         (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64)),
@@ -69,7 +69,7 @@ def test_a_second_head_that_adds_to_the_logits_is_one() -> None:
     ]
 
 
-def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_have_a_part() -> None:
+def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_have_a_part():
     model, raw = FirstOutput(Heads()), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     model.net.get_submodule("classes").requires_grad_(False)
     model.net.get_submodule("box").requires_grad_(False)
@@ -97,7 +97,7 @@ class Looked(nn.Module):
 
 
 @pytest.mark.parametrize("by_place", [True, False])
-def test_a_layer_may_give_places_or_directions(by_place: bool) -> None:
+def test_a_layer_may_give_places_or_directions(by_place):
     torch.manual_seed(0)
     model, raw = Looked(by_place), (3 * torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))
     assert set(called_layers(Evaluator(model), first, raw) or ()) == {"rows", "place"}

@@ -129,9 +129,7 @@ def fit(tmp_path: Any, *callbacks: Callback, bar: bool = True) -> None:
 
 
 @pytest.mark.parametrize("repair_first", [True, False])
-def test_tqdm_shows_every_stage_below_the_training_bar(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], repair_first: bool
-) -> None:
+def test_tqdm_shows_every_stage_below_the_training_bar(tmp_path, capsys, repair_first):
     callbacks = [Repairing(all_stages), TQDMProgressBar()]
     fit(tmp_path, *(callbacks if repair_first else callbacks[::-1]))
     shown = capsys.readouterr().out
@@ -141,7 +139,7 @@ def test_tqdm_shows_every_stage_below_the_training_bar(
     assert "Epoch 0: 100%" in shown
 
 
-def test_rich_shows_every_stage_among_lightnings_tasks(tmp_path: Any) -> None:
+def test_rich_shows_every_stage_among_lightnings_tasks(tmp_path):
     repairing = Repairing(all_stages)
     fit(tmp_path, repairing, RichProgressBar())
     assert repairing.tasks == [
@@ -156,9 +154,7 @@ def test_rich_shows_every_stage_among_lightnings_tasks(tmp_path: Any) -> None:
 
 
 @BARS
-def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: type[ProgressBar]
-) -> None:
+def test_a_stage_inside_another_takes_its_place_and_gives_it_back(tmp_path, capsys, bar):
     nesting = Repairing(nested_stages)
     fit(tmp_path, bar(), nesting)
     if bar is RichProgressBar:
@@ -172,9 +168,7 @@ def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
         assert shown.rindex("Repair: training") > shown.index("Repair: counting")
 
 
-def test_the_bar_never_goes_back_and_shows_the_time_left(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bar_never_goes_back_and_shows_the_time_left(tmp_path, capsys):
     repairing = Repairing(planned_stages)
     fit(tmp_path, repairing, RichProgressBar())
     texts, shares, _ = zip(*repairing.tasks, strict=True)
@@ -198,7 +192,7 @@ def slow_stages(progress: Any, look: Callable[[], None]) -> None:
         look()
 
 
-def test_a_slow_stage_corrects_the_time_left(tmp_path: Any) -> None:
+def test_a_slow_stage_corrects_the_time_left(tmp_path):
     repairing = Repairing(slow_stages)
     fit(tmp_path, repairing, RichProgressBar())
     [(text, _, _)] = repairing.tasks
@@ -206,9 +200,7 @@ def test_a_slow_stage_corrects_the_time_left(tmp_path: Any) -> None:
 
 
 @BARS
-def test_no_line_is_left_after_a_repair(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: type[ProgressBar]
-) -> None:
+def test_no_line_is_left_after_a_repair(tmp_path, capsys, bar):
     repairing = Repairing(all_stages)
     fit(tmp_path, bar(), repairing)
     assert not any("Repair" in text for text in repairing.after)
@@ -226,15 +218,13 @@ class Plain(ProgressBar):
 @pytest.mark.parametrize(
     "bar", [None, TQDMProgressBar(refresh_rate=0), RichProgressBar(refresh_rate=0), Plain()]
 )
-def test_nothing_is_shown_without_a_bar_or_beside_a_disabled_or_foreign_one(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: ProgressBar | None
-) -> None:
+def test_nothing_is_shown_without_a_bar_or_beside_a_disabled_or_foreign_one(tmp_path, capsys, bar):
     bars = [] if bar is None else [bar]
     fit(tmp_path, Repairing(all_stages), *bars, bar=bar is not None)
     assert "Repair" not in capsys.readouterr().out
 
 
-def test_every_stage_has_words() -> None:
+def test_every_stage_has_words():
     sources = (path.read_text() for path in Path(lightning_nrl.__file__).parent.rglob("*.py"))
     assert {
         name for source in sources for name in re.findall(r'\.stage\("([^"]+)"\)', source)

@@ -74,9 +74,7 @@ def by_all(i: int) -> float:
     ("draw", "draws"),
     [(float, False), (by_torch_every_second, True), (by_seed, True), (by_all, True)],
 )
-def test_random_samples_stand_still_with_numbers_of_their_own(
-    draw: Callable[[int], float], draws: bool
-) -> None:
+def test_random_samples_stand_still_with_numbers_of_their_own(draw, draws):
     samples = SeededDataset(Numbers(draw), 0)
     torch.manual_seed(3)
     expected = torch.get_rng_state()
@@ -85,7 +83,7 @@ def test_random_samples_stand_still_with_numbers_of_their_own(
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_what_cannot_be_read_again_is_named_with_its_split() -> None:
+def test_what_cannot_be_read_again_is_named_with_its_split():
     sources = [source(float), source(by_own_generator, "repair"), source(by_all, "test")]
     with pytest.warns(
         DataWarning, match="`repair` data: 32 of 32 samples that were read twice changed"
@@ -111,9 +109,7 @@ def mixed_up(batch: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("collate", [in_random_order, by_size, mixed_up])
-def test_a_collate_function_that_moves_or_mixes_samples_is_noticed(
-    collate: Callable[[list[Any]], Any],
-) -> None:
+def test_a_collate_function_that_moves_or_mixes_samples_is_noticed(collate):
     data = Numbers(float)
     moving = replace(source(data, "val"), loader=DataLoader(data, 8, collate_fn=collate))
     with pytest.warns(
@@ -126,7 +122,7 @@ def test_a_collate_function_that_moves_or_mixes_samples_is_noticed(
     assert sentences.startswith("No guarantee for `val`: ")
 
 
-def test_draws_of_a_sample_are_counted_as_samples_and_read_the_same_in_any_order() -> None:
+def test_draws_of_a_sample_are_counted_as_samples_and_read_the_same_in_any_order():
     several = source(by_torch_every_second).with_draws(3)
     assert several.index.tolist() == [*range(100)] * 3
     passes = [torch.cat([batch.args[0] for batch in several]) for _ in range(2)]
@@ -189,7 +185,7 @@ def viewed(train: Dataset[Any], *validation: Dataset[Any]) -> LoaderSource:
     return with_validation_view(source(train), lambda: loaders[0] if len(loaders) == 1 else loaders)
 
 
-def test_two_data_sets_over_the_same_images_split_by_position() -> None:
+def test_two_data_sets_over_the_same_images_split_by_position():
     train, val = Images(0, 6, jitter), Images(0, 6, clean)
     data = Subset(train, [5, 0, 2])
     view = viewed(data, Subset(val, [1, 3, 4]))
@@ -201,7 +197,7 @@ def test_two_data_sets_over_the_same_images_split_by_position() -> None:
     assert train.transform is jitter
 
 
-def test_other_images_for_validation() -> None:
+def test_other_images_for_validation():
     union = ConcatDataset([Images(0, 2, jitter), Subset(Images(2, 3, jitter), [1])])
     assert inputs(viewed(Images(0, 3, jitter), Images(7, 2, None))) == [0.0, 10.0, 20.0]
     assert inputs(viewed(union, Images(7, 2, clean), Images(9, 2, clean))) == [100.0, 110.0, 130.0]
@@ -224,5 +220,5 @@ JITTERED = Images(0, 6, jitter)
         (JITTERED, [Images(7, 2, lambda x: x.expand(10, 1))]),
     ],
 )
-def test_a_view_that_may_show_other_samples_is_not_taken(train: Any, validation: Any) -> None:
+def test_a_view_that_may_show_other_samples_is_not_taken(train, validation):
     assert not has_view(viewed(train, *validation))

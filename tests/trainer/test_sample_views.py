@@ -54,7 +54,7 @@ def views(
     )
 
 
-def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
+def test_broken_samples_come_first_with_captions_and_their_own_pixels():
     broken, repaired = views(IMAGES, REPAIRED, BROKEN)
     assert (broken.id, broken.flip, repaired.id) == (0, "broken", 2)
     assert broken.caption == "0: true cat, cat -> dog, margin 0.5 -> -1"
@@ -62,7 +62,7 @@ def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
     assert (broken.pixels[0, 0].tolist(), broken.pixels[3, 3].tolist()) == ([0] * 3, [255] * 3)
 
 
-def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
+def test_render_gets_the_sample_and_may_give_text_or_an_image():
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     text = views(rows, BROKEN, REPAIRED, render=lambda sample: f"age {sample[0][1]:g}")
     assert [(view.pixels, view.text) for view in text] == [(None, "age 2"), (None, "age 6")]
@@ -72,14 +72,14 @@ def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
         assert views(rows, BROKEN, render=lambda sample: 1 / 0) == ()
 
 
-def test_names_of_classes_are_found_in_subsets_and_unions() -> None:
+def test_names_of_classes_are_found_in_subsets_and_unions():
     plain, named = TensorDataset(torch.zeros(4)), TensorDataset(torch.zeros(4))
     named.classes = ["cat", "dog"]
     union = ConcatDataset([plain, Subset(named, [1])])
     assert names_in([source(plain), source(union)], "classes") == ("cat", "dog")
 
 
-def test_values_have_the_names_of_the_features_of_the_data_set() -> None:
+def test_values_have_the_names_of_the_features_of_the_data_set():
     data = TensorDataset(torch.tensor([[0.5, 2.0], [1.0, -1.0]]), torch.arange(2))
     data.feature_names = ["age", "weight"]
     split = SplitReport("val", "known", TargetCounts(0, 0, 0, 0), flipped=(BROKEN,))
@@ -107,14 +107,14 @@ ROWS = torch.tensor([[0.5, 2.0, -1.0]])
         (torch.tensor([7, 42, 0]), "tokens: 7 42 0"),
     ],
 )
-def test_an_input_is_shown_as_what_it_looks_like(x: Tensor, shown: Any) -> None:
+def test_an_input_is_shown_as_what_it_looks_like(x, shown):
     view = display(x)
     if isinstance(view, np.ndarray):
         view = view[0, 0].tolist()
     assert view == shown
 
 
-def test_long_rows_are_cut_and_words_go_before_tokens() -> None:
+def test_long_rows_are_cut_and_words_go_before_tokens():
     assert display(ROWS, features=("age", "weight", "height")) == "age: 0.5, weight: 2, height: -1"
     assert str(display(torch.zeros(100))).endswith("23: 0, ... 100 in all")
     assert str(display(torch.arange(500))).endswith(" 119 ... 500 in all")
@@ -127,7 +127,7 @@ def images(transform: Any) -> Any:
     return data
 
 
-def test_a_normalisation_is_found_in_wrapped_data_sets_and_nested_transforms() -> None:
+def test_a_normalisation_is_found_in_wrapped_data_sets_and_nested_transforms():
     inner = images(
         SimpleNamespace(
             transforms=[object(), Normalize([0.5, 0.4, 0.3], torch.tensor([0.2, 0.2, 0.1]))]
@@ -140,7 +140,7 @@ def test_a_normalisation_is_found_in_wrapped_data_sets_and_nested_transforms() -
     assert find_normalization(images(Normalize([0.5], [0.1, 0.2]))) is None
 
 
-def test_a_normalisation_is_undone_if_it_can_be_that_of_the_image() -> None:
+def test_a_normalisation_is_undone_if_it_can_be_that_of_the_image():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)
     true = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
     normalised = (true - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

@@ -146,9 +146,7 @@ ATTEMPTS = {
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
-def test_no_attempt_is_accepted(
-    attempt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_attempt_is_accepted(attempt, tmp_path, monkeypatch):
     made = ATTEMPTS[attempt]
     monkeypatch.chdir(tmp_path)
     for name, header, lines in (
@@ -165,9 +163,7 @@ def test_no_attempt_is_accepted(
         assert Path(name).read_text() == text + "\n"
 
 
-def test_equal_models_are_said_to_be_equal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_equal_models_are_said_to_be_equal(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("new.csv").write_text("# weights abc\n" + HEADER + "\n".join(rows(OLD)))
     assert main(["release", "new.csv", "new.csv"]) == 0
@@ -307,9 +303,7 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
-def test_a_forward_changed_since_the_release_is_refused(
-    forward: str, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_changed_since_the_release_is_refused(forward, models, monkeypatch):
     assert judged().status == "accepted"
     assert not judged().caveats
     monkeypatch.setattr(Line, "change", staticmethod(FORWARDS[forward]))
@@ -319,9 +313,7 @@ def test_a_forward_changed_since_the_release_is_refused(
     assert judged("predictions.csv").status == "refused"
 
 
-def test_a_forward_changed_since_a_repair_is_refused(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_changed_since_a_repair_is_refused(models, monkeypatch):
     repair = RegressionFreeRepair(method="convex", unseen="test", verbose=False, dirpath="repaired")
     torch.manual_seed(3)
     model = Line()
@@ -340,9 +332,7 @@ def test_a_forward_changed_since_a_repair_is_refused(
 @pytest.mark.parametrize(
     "rules", ["instance", "nfr:5%", "slices", "tolerance:3", "protected:label 1"]
 )
-def test_nothing_right_before_is_not_satisfied(
-    rules: str, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_right_before_is_not_satisfied(rules, models, monkeypatch):
     torch.save(torch.load("old.ckpt", weights_only=True)["state_dict"], "old.pt")
     monkeypatch.setattr(Line, "change", staticmethod(FORWARDS["nothing"]))
     report = judged("old.pt", rules=rules, require="any", slices=lambda batch: batch[1])
@@ -352,7 +342,7 @@ def test_nothing_right_before_is_not_satisfied(
 
 
 @pytest.mark.parametrize("change", ["removed", "of other weights", "of another split"])
-def test_a_record_that_does_not_vouch_is_no_proof(change: str, models: Path) -> None:
+def test_a_record_that_does_not_vouch_is_no_proof(change, models):
     record = Path("old.ckpt.predictions.csv")
     text = record.read_text()
     if change == "removed":
@@ -365,9 +355,7 @@ def test_a_record_that_does_not_vouch_is_no_proof(change: str, models: Path) -> 
 
 
 @pytest.mark.parametrize("argument", ["limit_test_batches", "data"])
-def test_a_test_of_nothing_is_an_error(
-    argument: str, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_test_of_nothing_is_an_error(argument, models, monkeypatch, capsys):
     limits = {}
     if argument == "data":
         empty = staticmethod(lambda train, test: Subset(test, []))
@@ -385,7 +373,7 @@ def test_a_test_of_nothing_is_an_error(
     assert "no sample was read" in junit_errors("release.xml")[0]
 
 
-def test_a_validation_of_nothing_is_an_error(models: Path) -> None:
+def test_a_validation_of_nothing_is_an_error(models):
     trainer = quiet(ReleaseGate("old.ckpt", verbose=False), limit_val_batches=0)
     with pytest.raises(ConfigurationError, match="no sample was read"):
         trainer.validate(Line(), datamodule=Points(), verbose=False)
@@ -399,9 +387,7 @@ LESS = {
 
 
 @pytest.mark.parametrize("change", LESS)
-def test_less_than_was_predicted_is_refused(
-    change: str, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_less_than_was_predicted_is_refused(change, models, monkeypatch):
     if change == "one of two splits":
         night = Path("predictions.csv").read_text().splitlines()[1:]
         lines = [line.replace("test,", "night,", 1) for line in night if line.startswith("test,")]
@@ -413,7 +399,7 @@ def test_less_than_was_predicted_is_refused(
     assert compared("--old", "predictions.csv") == 2
 
 
-def test_a_limited_test_may_see_less_than_was_predicted_and_says_so(models: Path) -> None:
+def test_a_limited_test_may_see_less_than_was_predicted_and_says_so(models):
     report = judged("predictions.csv", trainer={"limit_test_batches": 1})
     assert "100 of 400 samples were compared" in report.to_markdown()
 
@@ -441,9 +427,7 @@ def n_repeated(report: ReleaseReport) -> int:
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-5])
-def test_copies_with_a_little_noise_count_once(
-    noise: float, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_with_a_little_noise_count_once(noise, models, monkeypatch):
     Path("old.ckpt.predictions.csv").unlink()
     monkeypatch.setattr(Points, "change", staticmethod(copies(20, noise)))
     report = judged(rules="nfr:2%")
@@ -451,13 +435,13 @@ def test_copies_with_a_little_noise_count_once(
     assert 1190 <= n_repeated(report) <= 1210
 
 
-def test_copies_in_one_class_count_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_in_one_class_count_once(models, monkeypatch):
     Path("old.ckpt.predictions.csv").unlink()
     monkeypatch.setattr(Points, "change", staticmethod(copies(20, 1e-6, only=1)))
     assert 590 <= n_repeated(judged(rules="nfr:2%")) <= 610
 
 
-def test_samples_that_differ_count_each(models: Path) -> None:
+def test_samples_that_differ_count_each(models):
     report = judged(rules="nfr:2%")
     assert report.status == "accepted"
     assert "repeated" not in report.findings[0].reason
@@ -477,7 +461,7 @@ MARGINS = {
 
 @pytest.mark.parametrize("margins", MARGINS)
 @pytest.mark.parametrize("n", [1, 20, 100, 10_000])
-def test_margins_of_independent_samples_do_not_look_like_copies(margins: str, n: int) -> None:
+def test_margins_of_independent_samples_do_not_look_like_copies(margins, n):
     torch.manual_seed(0)
     label, no = torch.randint(10, (n,)), torch.zeros(n).bool()
     margin = MARGINS[margins](n)
@@ -485,9 +469,7 @@ def test_margins_of_independent_samples_do_not_look_like_copies(margins: str, n:
     assert near_copies(results) == []
 
 
-def test_files_say_that_copies_cannot_be_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_say_that_copies_cannot_be_found(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("old.csv").write_text(HEADER + "\n".join(rows("+" * 400)))
     main(["release", "old.csv", "old.csv", "--rule", "nfr:1%"])
@@ -507,9 +489,7 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("leak", LEAKS)
-def test_training_data_among_the_tested_data_are_named(
-    leak: str, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_data_among_the_tested_data_are_named(leak, models, monkeypatch):
     Path("old.ckpt.predictions.csv").unlink()
     assert "training samples" not in judged().to_markdown()
     monkeypatch.setattr(Points, "change", staticmethod(LEAKS[leak]))
@@ -531,9 +511,7 @@ GREEN = "<testsuites><testsuite name='test' tests='1'><testcase name='x'/></test
         ["old.csv", "--junit", "release.xml", "--suite", "gone.csv"],
     ],
 )
-def test_an_error_replaces_an_older_junit_file(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_replaces_an_older_junit_file(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("old.csv").write_text(HEADER + "\n".join(rows(OLD)))
     Path("release.xml").write_text(GREEN)
@@ -541,16 +519,14 @@ def test_an_error_replaces_an_older_junit_file(
     assert len(junit_errors("release.xml")) == 1
 
 
-def test_an_error_replaces_the_junit_file_that_a_configuration_names(models: Path) -> None:
+def test_an_error_replaces_the_junit_file_that_a_configuration_names(models):
     Path("release.xml").write_text(GREEN)
     Path("gate.yaml").write_text("{old: old.ckpt, junit: release.xml, rules: [nfr:100%]}")
     assert compared("--config", "gate.yaml") == 2
     assert "limit" in junit_errors("release.xml")[0]
 
 
-def test_help_leaves_the_junit_file_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_leaves_the_junit_file_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("release.xml").write_text(GREEN)
     assert main(["release", "--junit", "release.xml", "--help"]) == 0
@@ -558,7 +534,7 @@ def test_help_leaves_the_junit_file_alone(
     assert Path("release.xml").read_text() == GREEN
 
 
-def test_an_error_in_a_test_replaces_an_older_junit_file(models: Path) -> None:
+def test_an_error_in_a_test_replaces_an_older_junit_file(models):
     Path("release.xml").write_text(GREEN)
     gate = ReleaseGate("old.ckpt", verbose=False, junit="release.xml")
     with pytest.raises(RuntimeError, match="no such image"):
@@ -576,12 +552,7 @@ def test_an_error_in_a_test_replaces_an_older_junit_file(models: Path) -> None:
         ["--out", "old.csv/release"],
     ],
 )
-def test_what_cannot_be_written_ends_with_4(
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_cannot_be_written_ends_with_4(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("old.csv").write_text(HEADER + "\n".join(rows(OLD)))
     assert main(["release", "old.csv", "old.csv", *words]) == 4
@@ -598,14 +569,12 @@ def test_what_cannot_be_written_ends_with_4(
         ["--repair.dirpath", "/proc/release"],
     ],
 )
-def test_what_a_comparison_cannot_write_ends_with_4(
-    words: list[str], models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_comparison_cannot_write_ends_with_4(words, models, capsys):
     assert compared("--old", "old.ckpt", *words) == 4
     assert "ACCEPTED" not in capsys.readouterr().out
 
 
-def test_a_report_that_is_lost_is_an_error(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_is_lost_is_an_error(models, monkeypatch):
     def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -615,7 +584,7 @@ def test_a_report_that_is_lost_is_an_error(models: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("command", ["release", "compare"])
-def test_both_spellings_of_options_are_understood(command: str, models: Path) -> None:
+def test_both_spellings_of_options_are_understood(command, models):
     def decided(*words: str) -> int:
         if command == "compare":
             return compared("--old", "predictions.csv", *words)
@@ -631,9 +600,7 @@ def test_both_spellings_of_options_are_understood(command: str, models: Path) ->
 
 @pytest.mark.parametrize("option", ["require", "on-undecided", "on_undecided"])
 @pytest.mark.parametrize("command", ["release", "compare"])
-def test_an_option_given_twice_is_an_error(
-    command: str, option: str, models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_option_given_twice_is_an_error(command, option, models, capsys):
     values = {"require": ["better", "any"]}.get(option, ["refuse", "accept"])
     words = [f"--{option}={values[0]}", f"--{option.replace('-', '_')}", values[1]]
     if command == "compare":
@@ -643,15 +610,13 @@ def test_an_option_given_twice_is_an_error(
     assert f"`--{option.replace('-', '_')}` is given twice" in capsys.readouterr().err
 
 
-def test_a_shortened_option_does_not_win_silently(models: Path) -> None:
+def test_a_shortened_option_does_not_win_silently(models):
     words = ["--require", "better", "--req", "any"]
     assert main(["release", "predictions.csv", "predictions.csv", *words]) == 2
     assert compared("--old", "old.ckpt", *words) == 2
 
 
-def test_a_protected_confusion_says_what_is_missing(
-    models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_protected_confusion_says_what_is_missing(models, capsys):
     rule = "protected:confusion 1 -> 2"
     with pytest.raises(ConfigurationError, match="asks what a model predicts, which is not known"):
         judged(rules=rule)
@@ -667,9 +632,7 @@ NEW_RULES = {
 
 
 @pytest.mark.parametrize("text", NEW_RULES)
-def test_a_new_rule_shows_in_report_summary_and_junit(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_rule_shows_in_report_summary_and_junit(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     header = HEADER.replace("key", "key,confidence")
     old, new = sure(OLD, "0.98"), sure("+" * 98 + "-" * 2, "0.94")

@@ -34,11 +34,7 @@ def recount(folder: Path, report: RepairReport, model: torch.nn.Module, n: int =
     return main(["recount", *files])
 
 
-def test_the_promise_holds_for_the_repaired_weights(
-    repaired: tuple[RepairReport, torch.nn.Module],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_promise_holds_for_the_repaired_weights(repaired, tmp_path, capsys):
     report, model = repaired
     assert recount(tmp_path, report, model) == 0
     counts = report.known_counts
@@ -48,11 +44,7 @@ def test_the_promise_holds_for_the_repaired_weights(
     assert f"Of {counts.passed} known samples that passed before, none broke" in line
 
 
-def test_a_conversion_that_breaks_samples_is_named(
-    repaired: tuple[RepairReport, torch.nn.Module],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_conversion_that_breaks_samples_is_named(repaired, tmp_path, capsys):
     report, model = repaired
     coarse = torch.nn.Sequential(model, torch.nn.Threshold(1.0, 0.0))
     assert recount(tmp_path, report, coarse) == 1
@@ -68,11 +60,7 @@ def test_a_conversion_that_breaks_samples_is_named(
     assert line.count("\n") == 1
 
 
-def test_other_samples_are_refused(
-    repaired: tuple[RepairReport, torch.nn.Module],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_other_samples_are_refused(repaired, tmp_path, capsys):
     assert recount(tmp_path, *repaired, n=60) == 2
     message = capsys.readouterr().err
     assert "`predictions` have 60 samples of `train`, the report 120" in message

@@ -45,7 +45,7 @@ def chosen(data: Any = DATA, collective: Any = None, **arguments: Any) -> Interp
     )
 
 
-def test_weights_lie_between() -> None:
+def test_weights_lie_between():
     old, new = linear([[1.0, 0.0]]), linear([[0.0, 2.0]])
     assert interpolate(old, new, 0.75)["weight"].tolist() == [[0.25, 1.5]]
     assert interpolate(old.state_dict(), new, 0)["weight"].tolist() == [[1.0, 0.0]]
@@ -55,15 +55,13 @@ def test_weights_lie_between() -> None:
 @pytest.mark.parametrize(
     ("tolerance", "strength"), [(0.0, 1.0), (0.1, 0.9), (0.15, 0.9), (0.2, 0.8), (None, 0.5)]
 )
-def test_the_smallest_strength_within_the_tolerance_is_chosen(
-    tolerance: float | None, strength: float
-) -> None:
+def test_the_smallest_strength_within_the_tolerance_is_chosen(tolerance, strength):
     choice = chosen(tolerance=tolerance)
     assert choice.strength == strength
     assert [point.counts.right for point in choice.curve] == [10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5]
 
 
-def test_a_strength_that_breaks_more_than_the_new_model_is_not_chosen() -> None:
+def test_a_strength_that_breaks_more_than_the_new_model_is_not_chosen():
     # Both tell the sign of x, with hidden units in another order; half way all weights cancel, and
     # all is class 0.
     def signs(order: list[int]) -> nn.Sequential:
@@ -83,7 +81,7 @@ def test_a_strength_that_breaks_more_than_the_new_model_is_not_chosen() -> None:
     assert choose_interpolation(old, new, data, tolerance=None, strengths=[0.5]).strength == 0.5
 
 
-def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told() -> None:
+def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told():
     new = at(0.0)
     choice = choose_interpolation(at(3.0), new, DATA, tolerance=0.1)
     counts = choice.chosen.counts
@@ -105,7 +103,7 @@ def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told()
         [{"x": X, "y": Y}],
     ],
 )
-def test_any_batches_that_can_be_read_again_will_do(data: Any) -> None:
+def test_any_batches_that_can_be_read_again_will_do(data):
     assert chosen(data) == chosen()
 
 
@@ -116,7 +114,7 @@ def pair() -> tuple[nn.Sequential, nn.Sequential, TensorSource]:
     return normed(), normed(), TensorSource(x, y, "train", batch_size=20)
 
 
-def test_batch_norm_statistics_fit_the_weights_and_are_those_of_the_models_at_the_ends() -> None:
+def test_batch_norm_statistics_fit_the_weights_and_are_those_of_the_models_at_the_ends():
     old, new, data = pair()
     for model in (old, new):
         model.train()(data.inputs)
@@ -129,7 +127,7 @@ def test_batch_norm_statistics_fit_the_weights_and_are_those_of_the_models_at_th
         assert same(interpolate(old, new, strength, data), end.state_dict())
 
 
-def test_the_choice_has_the_statistics_that_it_was_counted_with() -> None:
+def test_the_choice_has_the_statistics_that_it_was_counted_with():
     old, new, data = pair()
     choice = choose_interpolation(old, new, data, data, strengths=[0.4], tolerance=None)
     assert same(choice.state, interpolate(old, new, 0.4, data))
@@ -138,7 +136,7 @@ def test_the_choice_has_the_statistics_that_it_was_counted_with() -> None:
     assert choice.chosen.counts.right == int((model(data.inputs).argmax(1) == data.targets).sum())
 
 
-def test_ranks_choose_as_one() -> None:
+def test_ranks_choose_as_one():
     shares = ((X[::2], Y[::2]), (X[1::2], Y[1::2]))
     first, second = on_ranks(
         2, lambda rank: chosen([shares[rank.rank]], tolerance=0.1, collective=rank)
@@ -147,7 +145,7 @@ def test_ranks_choose_as_one() -> None:
 
 
 @pytest.mark.parametrize("strength", [1.1, float("nan"), True, "half"])
-def test_what_is_no_strength_is_refused(strength: Any) -> None:
+def test_what_is_no_strength_is_refused(strength):
     with pytest.raises(ConfigurationError, match=r"`strength=.*` is no strength"):
         interpolate(at(1.0), at(0.0), strength)
     with pytest.raises(ConfigurationError, match=r"`strengths=.*` is no strength"):
@@ -156,7 +154,7 @@ def test_what_is_no_strength_is_refused(strength: Any) -> None:
         chosen(tolerance=strength)
 
 
-def test_batch_norm_needs_training_data() -> None:
+def test_batch_norm_needs_training_data():
     old, new, data = pair()
     with pytest.raises(
         ConfigurationError, match="`training` is missing, but the batch norm layer '1' needs new"
@@ -169,7 +167,7 @@ def once() -> Any:
     yield X, Y
 
 
-def test_data_that_cannot_be_read_twice_are_refused() -> None:
+def test_data_that_cannot_be_read_twice_are_refused():
     with pytest.raises(ConfigurationError, match="`data`: a second pass returned other samples"):
         chosen(once())
     with pytest.raises(ConfigurationError, match="`data` is empty"):
@@ -195,7 +193,7 @@ def source(values: Tensor, batch_size: int) -> TensorSource:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_every_batch_counts_alike_and_nothing_else_is_in_training_mode(training: bool) -> None:
+def test_every_batch_counts_alike_and_nothing_else_is_in_training_mode(training):
     model = norm().train(training)
     with left_alone(model):
         statistics = estimate_statistics(model, BATCHES)
@@ -209,7 +207,7 @@ def test_every_batch_counts_alike_and_nothing_else_is_in_training_mode(training:
     assert estimate_statistics(nn.BatchNorm1d(1), BATCHES)["running_var"].tolist() == [5.0]
 
 
-def test_layers_that_are_frozen_or_track_nothing_are_left_alone() -> None:
+def test_layers_that_are_frozen_or_track_nothing_are_left_alone():
     frozen, untracked = norm().train(), norm()
     frozen[1].eval()
     untracked[1].track_running_stats = False
@@ -217,7 +215,7 @@ def test_layers_that_are_frozen_or_track_nothing_are_left_alone() -> None:
         assert estimate_statistics(model, ["no batch"]) == {}  # data are not even read
 
 
-def test_a_source_is_read_in_random_order() -> None:
+def test_a_source_is_read_in_random_order():
     # In the order in which they come each batch of ten would be of one value, and no variance.
     values = torch.tensor([0.0, 10.0]).repeat_interleave(100)
     first, again, shuffled = (
@@ -228,13 +226,13 @@ def test_a_source_is_read_in_random_order() -> None:
     assert not same(first, shuffled)
 
 
-def test_no_batch_of_a_source_is_left_with_a_single_sample() -> None:
+def test_no_batch_of_a_source_is_left_with_a_single_sample():
     # 3 and 2 of them, where 4 and 1 would be refused by the layer.
     statistics = estimate_statistics(norm(), source(torch.arange(5.0), 4))
     assert int(statistics["1.num_batches_tracked"]) == 2
 
 
-def test_ranks_count_by_their_batches() -> None:
+def test_ranks_count_by_their_batches():
     shares = (BATCHES, [batch(8.0, 10.0)])
     first, second = on_ranks(
         2, lambda rank: estimate_statistics(Evaluator(norm(), collective=rank), shares[rank.rank])
@@ -244,6 +242,6 @@ def test_ranks_count_by_their_batches() -> None:
     assert first["1.running_var"].tolist() == [4.0]  # of 2, 8 and 2
 
 
-def test_data_without_a_batch_are_refused() -> None:
+def test_data_without_a_batch_are_refused():
     with pytest.raises(ConfigurationError, match="no batch for batch norm statistics"):
         estimate_statistics(norm(), [])

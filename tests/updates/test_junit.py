@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> list[str]:
     return ["release", str(tmp_path / "old.csv"), str(tmp_path / "new.csv"), "--require", "any"]
 
 
-def test_a_suite_a_split_and_a_case_a_rule(tmp_path: Path, files: list[str]) -> None:
+def test_a_suite_a_split_and_a_case_a_rule(tmp_path, files):
     path = tmp_path / "release.xml"
     path.write_text("<testsuites><testsuite name='forged' tests='1'/></testsuites>")
     rules = ["--rule", "instance", "--rule", "nfr:5% in night"]
@@ -54,9 +54,7 @@ def test_a_suite_a_split_and_a_case_a_rule(tmp_path: Path, files: list[str]) -> 
 @pytest.mark.parametrize(
     ("action", "status", "kind"), [("refuse", 1, Error), ("accept", 0, Skipped)]
 )
-def test_an_undecided_rule_never_passes(
-    tmp_path: Path, files: list[str], action: str, status: int, kind: type
-) -> None:
+def test_an_undecided_rule_never_passes(tmp_path, files, action, status, kind):
     path = tmp_path / "release.xml"
     rules = ["--rule", "nfr:5% in night", "--on-undecided", action]
     assert main([*files, *rules, "--junit", str(path)]) == status
@@ -64,7 +62,7 @@ def test_an_undecided_rule_never_passes(
     assert [type(result) for result in case.result] == [kind]
 
 
-def test_names_cannot_break_out_of_the_file(tmp_path: Path, files: list[str]) -> None:
+def test_names_cannot_break_out_of_the_file(tmp_path, files):
     path = tmp_path / "release.xml"
     main([*files, "--out", str(tmp_path)])
     report = ReleaseReport.from_json((tmp_path / "report.json").read_text())
@@ -77,9 +75,7 @@ def test_names_cannot_break_out_of_the_file(tmp_path: Path, files: list[str]) ->
     assert case.result[0].message == "\\x1b[2J </failure> \\x00 ]]>"
 
 
-def test_the_summary_is_appended_to_the_file_of_the_job(
-    tmp_path: Path, files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_summary_is_appended_to_the_file_of_the_job(tmp_path, files, monkeypatch, capsys):
     summary = tmp_path / "summary.md"
     summary.write_text("# Before\n")
     assert main([*files, "--summary"]) == 2

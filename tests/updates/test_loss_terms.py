@@ -32,7 +32,7 @@ def old_of(output: Tensor, target: Tensor) -> OldAnswers:
     return OldAnswers(TASK.passed(output, target), output, TASK.margin(output, target))
 
 
-def test_distillation_is_stronger_where_the_old_model_is_right() -> None:
+def test_distillation_is_stronger_where_the_old_model_is_right():
     old = OldAnswers(RIGHT, torch.zeros(2, 2))
     # The divergence is 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4) = 0.143841.
     torch.testing.assert_close(
@@ -45,7 +45,7 @@ def test_distillation_is_stronger_where_the_old_model_is_right() -> None:
     torch.testing.assert_close(soft, torch.tensor([0.575364, 0.575364]))
 
 
-def test_old_outputs_that_are_not_finite_teach_nothing() -> None:
+def test_old_outputs_that_are_not_finite_teach_nothing():
     output = STUDENT.clone().requires_grad_()
     old = OldAnswers(RIGHT, torch.tensor([[math.nan, 0.0], [0.0, 0.0]]))
     found = FocalDistillation(base=1.0)(TASK, output, LABELS, old)
@@ -55,7 +55,7 @@ def test_old_outputs_that_are_not_finite_teach_nothing() -> None:
     assert output.grad[1].isfinite().all()
 
 
-def test_the_hinge_asks_for_a_part_of_the_old_margin() -> None:
+def test_the_hinge_asks_for_a_part_of_the_old_margin():
     output = torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0], [0.0, 4.0, 1.0]], requires_grad=True)
     target = torch.tensor([0, 2, 2])  # margins 1, -3 and -3
     old = OldAnswers(torch.tensor([True, True, False]), None, torch.tensor([6.0, 4.0, 4.0]))
@@ -83,8 +83,8 @@ logits = st.lists(
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_terms_are_never_below_zero_and_zero_for_the_old_model_itself(
-    new: Any, old: Any, label: int, temperature: float, dtype: torch.dtype
-) -> None:
+    new, old, label, temperature, dtype
+):
     n = min(len(new), len(old))
     output, teacher = (torch.tensor(x[:n]).to(dtype) for x in (new, old))
     target = torch.full((n,), label)
@@ -108,7 +108,7 @@ def test_terms_are_never_below_zero_and_zero_for_the_old_model_itself(
     assert (hinge[answers.passed & ~reached] > 0).all()
 
 
-def test_what_a_term_needs_is_asked_for() -> None:
+def test_what_a_term_needs_is_asked_for():
     known = OldAnswers(RIGHT)
     with pytest.raises(ConfigurationError, match="distillation needs the old model"):
         FocalDistillation()(TASK, STUDENT, LABELS, known)
@@ -118,7 +118,7 @@ def test_what_a_term_needs_is_asked_for() -> None:
         FocalDistillation()(TASK, STUDENT, LABELS, OldAnswers(RIGHT, torch.zeros(2, 3)))
 
 
-def test_terms_come_by_name_as_objects_or_several() -> None:
+def test_terms_come_by_name_as_objects_or_several():
     assert parse_terms("margin_hinge") == (MarginHinge(),)
     terms = parse_terms(["focal_distillation", MarginHinge(most=1)])
     assert terms == (FocalDistillation(), MarginHinge(most=1))
@@ -138,7 +138,7 @@ def test_terms_come_by_name_as_objects_or_several() -> None:
         (lambda: MarginHinge(most=0), "`most=0` is no number above 0"),
     ],
 )
-def test_bad_terms_are_refused(make: Any, message: str) -> None:
+def test_bad_terms_are_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
 
@@ -168,7 +168,7 @@ def asked(teacher: Any, x: Tensor = X, y: Tensor = Y, where: Any = (0, 1)) -> An
     return teacher((x,), {}, y, (x, y, torch.tensor(where)), x)
 
 
-def test_it_says_what_the_old_model_says() -> None:
+def test_it_says_what_the_old_model_says():
     answers = asked(ModelTeacher(Counted(), TASK))
     assert answers.passed.tolist() == [True, False]
     assert answers.output.tolist() == X.tolist()
@@ -176,7 +176,7 @@ def test_it_says_what_the_old_model_says() -> None:
     assert not answers.output.requires_grad
 
 
-def test_with_an_index_each_sample_is_asked_about_once() -> None:
+def test_with_an_index_each_sample_is_asked_about_once():
     model = Counted()
     teacher = ModelTeacher(model, TASK, index=ids)
     asked(teacher, where=[5, 2])
@@ -191,7 +191,7 @@ def test_with_an_index_each_sample_is_asked_about_once() -> None:
     assert model.calls == 3
 
 
-def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
+def test_samples_that_come_back_changed_are_asked_about_each_time():
     model = Counted()
     teacher = ModelTeacher(model, TASK, index=ids)
     asked(teacher)
@@ -202,7 +202,7 @@ def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
         assert asked(teacher, 3 * X).output.tolist() == (3 * X).tolist()
 
 
-def test_classes_in_another_order_and_classes_that_only_one_model_has() -> None:
+def test_classes_in_another_order_and_classes_that_only_one_model_has():
     # Old classes 0, 1, 2 are the new ones 2, none and 0; the new class 1 is unknown to the old
     # model.
     teacher = ModelTeacher(Counted(), TASK, classes={0: 2, 2: 0})
@@ -218,7 +218,7 @@ def test_classes_in_another_order_and_classes_that_only_one_model_has() -> None:
     assert answers.margin.tolist() == [-8.0]
 
 
-def test_predictions_say_what_was_right() -> None:
+def test_predictions_say_what_was_right():
     predictions = Predictions({"train": {3: (0, None), 7: (2, None)}})
     teacher = PredictedTeacher(predictions, TASK, ids)
     assert asked(teacher, where=[3, 7]).passed.tolist() == [True, False]
@@ -235,12 +235,12 @@ def test_predictions_say_what_was_right() -> None:
         (lambda batch: batch[2].float(), r"`index` returned torch.float32 \[2\] for a batch of 2"),
     ],
 )
-def test_an_index_that_is_none_is_refused(index: Any, message: str) -> None:
+def test_an_index_that_is_none_is_refused(index, message):
     with pytest.raises(ConfigurationError, match=message):
         asked(ModelTeacher(Counted(), TASK, index=index))
 
 
-def test_another_number_of_samples_is_refused() -> None:
+def test_another_number_of_samples_is_refused():
     with pytest.raises(ConfigurationError, match=r"model raised TypeError on a batch"):
         ModelTeacher(Counted(), TASK)((), {}, Y, (X, Y), X)
     with pytest.raises(ConfigurationError, match=r"returned \[2, 3\] for a batch of 1 samples"):

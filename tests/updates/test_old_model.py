@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,7 +53,7 @@ def asked(
     return reference.answers(evaluator, [source()], evaluator.run([source()]))
 
 
-def test_a_state_is_that_of_the_time_when_it_was_given() -> None:
+def test_a_state_is_that_of_the_time_when_it_was_given():
     model = Scores(turn=1)
     references = [
         OldModel(model.state_dict()),
@@ -66,7 +64,7 @@ def test_a_state_is_that_of_the_time_when_it_was_given() -> None:
         assert asked(reference).prediction.tolist() == [1, 2, 0]
 
 
-def test_a_state_may_hold_what_cannot_be_copied() -> None:
+def test_a_state_may_hold_what_cannot_be_copied():
     state = {**Scores(turn=1).state_dict(), "_extra_state": threading.Lock()}
     assert asked(OldModel(state)).prediction.tolist() == [1, 2, 0]
 
@@ -78,7 +76,7 @@ class Undefined(Scores):
         return super().forward(x).index_fill(0, tensor([0]), torch.nan)
 
 
-def test_an_old_model_is_not_right_where_it_returns_nan() -> None:
+def test_an_old_model_is_not_right_where_it_returns_nan():
     assert asked(OldModel(Undefined())).passed.tolist() == [False, True, False]
 
 
@@ -95,7 +93,7 @@ class Other(nn.Module):
         return self.drop(self.layer(x))
 
 
-def test_a_module_of_another_architecture_runs_as_deployed_and_is_left_as_found() -> None:
+def test_a_module_of_another_architecture_runs_as_deployed_and_is_left_as_found():
     old = Other().train()
     assert asked(OldModel(old)).passed.tolist() == [True, True, True]
     assert old.training
@@ -103,7 +101,7 @@ def test_a_module_of_another_architecture_runs_as_deployed_and_is_left_as_found(
 
 
 @pytest.mark.parametrize("adapter", [None, lambda batch: (batch[0][:, :2], batch[1])])
-def test_an_old_model_with_other_inputs_is_told_how_to_get_them(adapter: Any) -> None:
+def test_an_old_model_with_other_inputs_is_told_how_to_get_them(adapter):
     old = OldModel(nn.Linear(2, 3), adapter)
     shown = (
         r"`reference`: (Linear|its `adapter`) raised (Runtime|Value)Error on (batch 0 of )?`train` "
@@ -115,26 +113,26 @@ def test_an_old_model_with_other_inputs_is_told_how_to_get_them(adapter: Any) ->
 
 
 @pytest.mark.parametrize("classes", [{0: 1, 1: 0}, (["a", "b"], ["b", "a", "c"])])
-def test_classes_are_mapped_by_number_or_name(classes: Any) -> None:
+def test_classes_are_mapped_by_number_or_name(classes):
     answer = asked(OldModel(Other(), classes=classes))
     assert answer.prediction.tolist() == [1, 0, 0]
     assert answer.passed.tolist() == [False, False, False]
 
 
-def test_a_class_that_the_new_model_lacks_is_never_right() -> None:
+def test_a_class_that_the_new_model_lacks_is_never_right():
     answer = asked(OldModel(Other(), classes={0: 0}))
     assert answer.prediction.tolist() == [0, -1, -1]
     assert answer.passed.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("value", [3, [1], OldModel, "nowhere.ckpt"])
-def test_what_no_reference_is(value: Any) -> None:
+def test_what_no_reference_is(value):
     with pytest.raises(ConfigurationError, match=r"`reference=.*\nHINT: "):
         parse_reference(value)
 
 
 @pytest.mark.parametrize("classes", [{0: 1, 1: 1}, {"a": 0}, ["a", "b"], (["a"], ["b"]), {}, 3])
-def test_what_no_mapping_of_classes_is(classes: Any) -> None:
+def test_what_no_mapping_of_classes_is(classes):
     with pytest.raises(ConfigurationError, match=r"`classes=.*\nHINT: write \{old number"):
         OldModel(Scores(), classes=classes)
 
@@ -153,7 +151,7 @@ def table(label: list[int], prediction: list[int]) -> SampleResults:
 FILE = "split,id,prediction\ntrain,10,1\ntrain,12,0\nrepair,0,2\n"
 
 
-def test_a_file_says_what_the_old_model_got_right(tmp_path: Path) -> None:
+def test_a_file_says_what_the_old_model_got_right(tmp_path):
     (tmp_path / "old.csv").write_text(FILE)
     predictions = Predictions.read(tmp_path / "old.csv")
     results = predictions.results(table([1, 1, 2], [0, 1, 2]))
@@ -168,7 +166,7 @@ def test_a_file_says_what_the_old_model_got_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", ["row", "weights", "label", "split", "classes", "precision", "adapter"]
 )
-def test_a_cache_is_used_only_for_what_it_was_made_of(change: str, tmp_path: Path) -> None:
+def test_a_cache_is_used_only_for_what_it_was_made_of(change, tmp_path):
     path, made = tmp_path / "old.csv", replace(source(), targets=tensor([0, 2, 1]))
     ask = partial(OldModel, Scores(turn=1), cache=path)
 
@@ -197,14 +195,14 @@ def test_a_cache_is_used_only_for_what_it_was_made_of(change: str, tmp_path: Pat
     assert path.read_text() != text
 
 
-def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:
+def test_a_task_without_classes_needs_passed(tmp_path):
     (tmp_path / "old.csv").write_text("split,id,passed\ntrain,10,1\ntrain,12,0\nrepair,0,1\n")
     predictions = Predictions.read(tmp_path / "old.csv")
     results = predictions.results(table([-1, -1, -1], [-1, -1, -1]))
     assert results.passed.tolist() == [True, False, True]
 
 
-def test_passed_may_not_contradict_the_labels(tmp_path: Path) -> None:
+def test_passed_may_not_contradict_the_labels(tmp_path):
     (tmp_path / "old.csv").write_text(
         "split,id,prediction,passed\ntrain,10,1,1\ntrain,12,0,1\nrepair,0,,0\n"
     )
@@ -218,7 +216,7 @@ def test_passed_may_not_contradict_the_labels(tmp_path: Path) -> None:
     assert results.passed.tolist() == [True, True, False]
 
 
-def test_samples_without_a_prediction_are_named(tmp_path: Path) -> None:
+def test_samples_without_a_prediction_are_named(tmp_path):
     (tmp_path / "old.csv").write_text("split,id,prediction\ntrain,10,1\n")
     with pytest.raises(
         ConfigurationError, match=r"1 of 2 samples of `train` have no prediction \(\[12\]\)"

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def label(batch: Any) -> Any:
     return batch[1]
 
 
-def test_it_counts_what_plain_passes_count() -> None:
+def test_it_counts_what_plain_passes_count():
     old, new, source = trained(seed=1), trained(seed=2), data()
     was, now = right(old, source), right(new, source)
     report = release(old, new, source, "instance", slices=label)
@@ -56,14 +55,14 @@ def test_it_counts_what_plain_passes_count() -> None:
     )
 
 
-def test_models_and_random_state_are_left_as_found() -> None:
+def test_models_and_random_state_are_left_as_found():
     old, new = trained(seed=1), trained(seed=2)
     new[0].eval()
     with left_alone(old), left_alone(new):
         release(old, new, data(), RULES, slices=label)
 
 
-def test_every_form_of_the_old_model_gives_the_same_report(tmp_path: Path) -> None:
+def test_every_form_of_the_old_model_gives_the_same_report(tmp_path):
     old, new = trained(seed=1), trained(seed=2)
     torch.save(old.state_dict(), tmp_path / "old.pt")
     first = release(old, new, data(), RULES, slices=label)
@@ -79,7 +78,7 @@ def test_every_form_of_the_old_model_gives_the_same_report(tmp_path: Path) -> No
         assert report.old.sha256 == first.old.sha256
 
 
-def test_protected_samples_are_chosen_while_the_data_are_read() -> None:
+def test_protected_samples_are_chosen_while_the_data_are_read():
     old, new, source = trained(seed=1), trained(seed=2), data()
     broken = right(old, source) & ~right(new, source)
     for rule, mine in (
@@ -90,7 +89,7 @@ def test_protected_samples_are_chosen_while_the_data_are_read() -> None:
         assert finding.ids.get("test", []) == (broken & mine).nonzero().flatten().tolist()
 
 
-def test_the_page_and_the_json_say_all() -> None:
+def test_the_page_and_the_json_say_all():
     report = release(
         trained(seed=2),
         trained(seed=1),
@@ -115,7 +114,7 @@ def test_the_page_and_the_json_say_all() -> None:
     )
 
 
-def test_ranks_come_to_the_same_report() -> None:
+def test_ranks_come_to_the_same_report():
     def work(collective: Collective) -> ReleaseReport:
         sources = shares([data()], collective.rank, collective.world_size)
         new = Evaluator(trained(seed=1), collective=collective)
@@ -140,7 +139,7 @@ def test_ranks_come_to_the_same_report() -> None:
         ({"rules": ProtectedIntact(where=lambda batch: batch["kind"])}, "`where` raised"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_judged_is_refused(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         release(**{"old": mlp(), "new": mlp(), "data": data(), **arguments})
 
@@ -163,9 +162,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReleaseReport
     return folder, release(old, new, source, [*RULES, "instance"], slices=label)
 
 
-def test_files_are_judged_as_the_models_are(
-    files: tuple[Path, ReleaseReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_are_judged_as_the_models_are(files, tmp_path, capsys):
     folder, expected = files
     old, new, slices = (str(folder / f"{name}.csv") for name in ("old", "new", "slices"))
     rules = [part for rule in (*RULES, "instance") for part in ("--rule", rule)]
@@ -180,9 +177,7 @@ def test_files_are_judged_as_the_models_are(
     assert decide([new, new, "--rule", "instance"]) == 0
 
 
-def test_protected_classes_are_told_by_right_predictions(
-    files: tuple[Path, ReleaseReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_protected_classes_are_told_by_right_predictions(files, tmp_path, capsys):
     old, new = (str(files[0] / f"{name}.csv") for name in ("old", "new"))
     rule = "protected:label 1 or label 2"
     decide([old, new, "--rule", rule, "--out", str(tmp_path)])
@@ -205,14 +200,7 @@ def test_protected_classes_are_told_by_right_predictions(
         ("test", (), "a", "has nothing to check: `test` has no sample in a slice"),
     ],
 )
-def test_slices_of_other_samples_let_no_loss_through(
-    split: str,
-    ids: Iterable[int],
-    name: str,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_slices_of_other_samples_let_no_loss_through(split, ids, name, message, tmp_path, capsys):
     old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
     slices = tmp_path / "slices.csv"
     slices.write_text("\n".join(["split,id,slice", *(f"{split},{at},{name}" for at in ids)]))
@@ -220,9 +208,7 @@ def test_slices_of_other_samples_let_no_loss_through(
     assert message in capsys.readouterr().err
 
 
-def test_files_that_do_not_say_what_is_right_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_do_not_say_what_is_right_are_refused(tmp_path, capsys):
     (tmp_path / "bare.csv").write_text("split,id,prediction\ntest,0,1\n")
     assert decide([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")]) == 2
     assert re.search(
@@ -235,9 +221,7 @@ def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,p
     return str(path)
 
 
-def test_a_net_loss_is_refused_whatever_the_rules(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_net_loss_is_refused_whatever_the_rules(tmp_path, capsys):
     right, wrong = ["1,1"], ["2,0"]
     rows = dict(enumerate(200 * right + 14 * wrong + 16 * right))
     old = write(tmp_path / "old.csv", rows)
@@ -267,9 +251,7 @@ def test_a_net_loss_is_refused_whatever_the_rules(
 @pytest.mark.parametrize(
     ("old_row", "new_row"), [("1,1,", "1,0,"), ("1,1,0f", "2,0,0e"), ("1,1,0f", "1,1,0e")]
 )
-def test_files_of_different_samples_are_refused(
-    old_row: str, new_row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_different_samples_are_refused(old_row, new_row, tmp_path, capsys):
     header = "split,id,prediction,passed,key"
     old = write(tmp_path / "old.csv", {3: old_row, 4: "1,1,0a"}, header)
     new = write(tmp_path / "new.csv", {3: new_row, 4: "2,0,0a"}, header)
@@ -278,9 +260,7 @@ def test_files_of_different_samples_are_refused(
     assert decide([old, old]) == 0
 
 
-def test_samples_that_are_left_out_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_samples_that_are_left_out_are_refused(tmp_path, capsys):
     old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
     new = write(
         tmp_path / "new.csv", dict.fromkeys(range(30, 100), "1,1")
@@ -312,8 +292,8 @@ def test_samples_that_are_left_out_are_refused(
     ],
 )
 def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
-    name: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    name, text, message, tmp_path, capsys
+):
     headers = {
         "new": "split,id,prediction,passed",
         "spaces": "split,id,prediction,passed, passed",
@@ -334,9 +314,7 @@ def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
 
 
 @pytest.mark.slow
-def test_the_example_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_example_decides(tmp_path, monkeypatch, capsys):
     example = ROOT / "examples" / "release.py"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(example.parent)
@@ -350,7 +328,7 @@ def test_the_example_decides(
     assert {row.split for row in report.rows} == {"known", "later"}
 
 
-def test_the_documented_rule_of_ones_own_can_be_given() -> None:
+def test_the_documented_rule_of_ones_own_can_be_given():
     page = (ROOT / "docs" / "extend.md").read_text().partition("## A release rule")[2]
     found: dict[str, Any] = {}
     exec(page.partition("```python\n")[2].partition("```")[0], found)
@@ -358,9 +336,7 @@ def test_the_documented_rule_of_ones_own_can_be_given() -> None:
     assert report.findings[0].ids == report.broken_ids
 
 
-def test_every_rule_in_the_how_to_can_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_rule_in_the_how_to_can_be_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("ids.csv").write_text("split,id\ntest,1\n")
     table = re.search(r"\| as text .*?\n\n", HOW_TO.read_text(), re.DOTALL)

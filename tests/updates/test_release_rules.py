@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,7 @@ def table(letters: str, splits: dict[str, str], which: int) -> SampleResults:
     return sample_table(passed, {name: len(word) for name, word in splits.items()}, index=index)
 
 
-def test_nothing_may_break_in_any_split() -> None:
+def test_nothing_may_break_in_any_split():
     assert AtMostBroken().check(seen(suite="kkr", test="kf")) == RuleResult(
         "instance",
         True,
@@ -68,7 +67,7 @@ def test_nothing_may_break_in_any_split() -> None:
     assert (found.passed, found.ids) == (False, {"test": [101, 102]})
 
 
-def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit() -> None:
+def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit():
     word = "k" * 97 + "bbr"
     upper = upper_limit(2, 100)  # 2 of all 100, not of the 99 that were right
     assert MaxNegativeFlipRate(upper + 1e-6).check(seen(test=word)).passed
@@ -91,7 +90,7 @@ def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit() -> 
     assert MaxNegativeFlipRate(0.01).check(seen(test="k" * 299)).passed
 
 
-def test_an_accuracy_may_fall_by_a_margin() -> None:
+def test_an_accuracy_may_fall_by_a_margin():
     # 4 of 908 broken: at most 1.01 points lower; with 4 repaired at most 0.64 (Newcombe 1998).
     assert not IsNonInferior(0.01).check(seen(test="bbbb" + "k" * 904)).passed
     assert IsNonInferior(0.0102).check(seen(test="bbbb" + "k" * 904)).passed
@@ -101,7 +100,7 @@ def test_an_accuracy_may_fall_by_a_margin() -> None:
     assert "at most 0.64 points lower" in IsNonInferior(0.01).check(balanced).reason
 
 
-def test_each_split_and_each_slice_is_held_to_the_limit() -> None:
+def test_each_split_and_each_slice_is_held_to_the_limit():
     data = seen("x" * 60 + "y" * 40 + "x" * 60, suite="k" * 60 + "b" * 2 + "k" * 38, test="k" * 60)
     assert MaxNegativeFlipRate(0.07).check(data).passed
     found = MaxNegativeFlipRate(0.07, each_slice=True).check(data)
@@ -112,7 +111,7 @@ def test_each_split_and_each_slice_is_held_to_the_limit() -> None:
 
 @given(st.integers(0, 40), st.integers(0, 40))
 @settings(max_examples=50, deadline=None)
-def test_the_sign_test_is_that_of_scipy(broken: int, repaired: int) -> None:
+def test_the_sign_test_is_that_of_scipy(broken, repaired):
     stats = pytest.importorskip("scipy.stats")
     expected = 1.0
     if broken + repaired:
@@ -120,7 +119,7 @@ def test_the_sign_test_is_that_of_scipy(broken: int, repaired: int) -> None:
     assert p_worse(repaired=repaired, broken=broken) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
+def test_a_slice_is_worse_by_count_if_fewer_are_right():
     data = seen("xxxyyyy", test="kbr" + "kbbr")
     found = NoSliceWorse("count").check(data)
     assert found.ids == {"test": [104, 105]}
@@ -133,9 +132,7 @@ def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
 
 
 @pytest.mark.parametrize("rule", ["slices", "slices:count", "slice-nfr:90%:50%"])
-def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_look_at(
-    rule: str,
-) -> None:
+def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_look_at(rule):
     half = replace(seen("xxxx", suite="kb", test="kk"), slice_number=torch.tensor([0, -1, -1, -1]))
     with pytest.raises(
         ConfigurationError,
@@ -148,7 +145,7 @@ def test_a_rule_on_slices_refuses_a_split_without_any_and_says_what_it_did_not_l
     )
 
 
-def test_a_rule_refuses_an_empty_split_by_name() -> None:
+def test_a_rule_refuses_an_empty_split_by_name():
     with pytest.raises(
         ConfigurationError,
         match=r"^the rule `accuracy` has nothing to check: `suite` has no sample",
@@ -156,7 +153,7 @@ def test_a_rule_refuses_an_empty_split_by_name() -> None:
         AtMostBroken("accuracy").check(seen(suite="", test="k"))
 
 
-def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
+def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it():
     # Of two slices each has half the level: 6 broken and none repaired have p = 1/64 < 0.025, and 5
     # have 1/32.
     five, six = (
@@ -170,7 +167,7 @@ def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
     assert NoSliceWorse(level=0.01).check(six).passed
 
 
-def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
+def test_better_takes_the_two_sided_sign_test_at_5_percent():
     assert IsBetter().check(seen(test="r" * 6)).passed  # p = 2 / 2^6
     five = IsBetter().check(seen(test="r" * 5))  # p = 2 / 2^5
     assert five == RuleResult(
@@ -193,12 +190,12 @@ def test_better_takes_the_two_sided_sign_test_at_5_percent() -> None:
         ("b", "NOT satisfied", ""),
     ],
 )
-def test_better_lacks_samples_unless_more_broke(word: str, verdict: str, more: str) -> None:
+def test_better_lacks_samples_unless_more_broke(word, verdict, more):
     result = IsBetter().check(seen(test=word))
     assert (result.verdict, result.missing.partition(" more")[0]) == (verdict, more)
 
 
-def test_an_accuracy_that_falls_by_less_than_the_limit_is_not_inferior() -> None:
+def test_an_accuracy_that_falls_by_less_than_the_limit_is_not_inferior():
     rule = parse_rule("non-inferior:1%")
     # Without a flip, as many samples as `nfr:1%` needs.
     few = rule.check(seen(test="k" * 298))
@@ -214,7 +211,7 @@ def test_an_accuracy_that_falls_by_less_than_the_limit_is_not_inferior() -> None
     assert rule.check(seen(test="r" * 100 + "k" * 400)).passed
 
 
-def test_an_accuracy_that_rises_is_not_equivalent() -> None:
+def test_an_accuracy_that_rises_is_not_equivalent():
     rule = parse_rule("equivalent:1%")
     assert rule.check(seen(test="k" * 299)).passed
     risen = rule.check(seen(test="r" * 100 + "k" * 400))
@@ -240,7 +237,7 @@ def confident(old: float, new: float, letters: str) -> ModelPair:
 NINE_OF_TEN = ("+" * 9 + "-") * 100
 
 
-def test_a_calibration_error_that_rises_is_refused() -> None:
+def test_a_calibration_error_that_rises_is_refused():
     # 90 % are right. The new model is 97 % sure, so its error is 7 points.
     pair = confident(0.9, 0.97, NINE_OF_TEN)
     result = parse_rule("calibration:5%").check(pair)
@@ -251,20 +248,20 @@ def test_a_calibration_error_that_rises_is_refused() -> None:
     assert parse_rule("calibration:1%").check(confident(0.97, 0.9, NINE_OF_TEN)).passed
 
 
-def test_an_equal_calibration_needs_as_many_samples_as_a_rate() -> None:
+def test_an_equal_calibration_needs_as_many_samples_as_a_rate():
     rule = parse_rule("calibration:1%")
     few = rule.check(confident(0.9, 0.9, "+" * 298))
     assert few.missing == "test: 299 samples would do with no more calibration error, there are 298"
     assert rule.check(confident(0.9, 0.9, "+" * 299)).passed
 
 
-def test_a_rise_within_the_limit_lacks_samples() -> None:
+def test_a_rise_within_the_limit_lacks_samples():
     result = parse_rule("calibration:1%").check(confident(0.9, 0.905, NINE_OF_TEN))
     assert result.verdict == "undecided"
     assert result.missing.endswith("would do with no more calibration error, there are 1,000")
 
 
-def test_the_calibration_error_is_that_of_torchmetrics() -> None:
+def test_the_calibration_error_is_that_of_torchmetrics():
     torch.manual_seed(0)
     confidence = torch.rand(500)
     passed = torch.rand(500) < confidence
@@ -277,13 +274,13 @@ def test_the_calibration_error_is_that_of_torchmetrics() -> None:
         assert error == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_a_requirement_is_one_more_rule() -> None:
+def test_a_requirement_is_one_more_rule():
     assert parse_rules("instance", "not-worse") == (AtMostBroken(), AtMostBroken("accuracy"))
     assert parse_rules(["better", "accuracy"], "better") == (IsBetter(), AtMostBroken("accuracy"))
     assert parse_rules("accuracy", "not-worse") == (AtMostBroken("accuracy"),)
 
 
-def test_protected_samples_must_stay_right() -> None:
+def test_protected_samples_must_stay_right():
     data = seen(suite="kbr", test="kbf")
     assert ProtectedIntact({"suite": [100, 102], "test": [102]}).check(data) == RuleResult(
         "protected:3 samples",
@@ -296,7 +293,7 @@ def test_protected_samples_must_stay_right() -> None:
     assert ProtectedIntact(ids).check(data).ids == ids
 
 
-def test_protected_samples_by_what_they_are() -> None:
+def test_protected_samples_by_what_they_are():
     target = Target.label(3)
     data = seen(test="kbkb", marked={target: torch.tensor([True, True, False, False])})
     rule = ProtectedIntact(ids=[103], where=target)
@@ -323,7 +320,7 @@ def test_protected_samples_by_what_they_are() -> None:
         ("slices:count in suite", NoSliceWorse("count", splits=("suite",))),
     ],
 )
-def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> None:
+def test_rules_are_read_from_what_they_are_shown_as(text, rule):
     assert parse_rule(text) == rule
     assert parse_rule(str(rule)) == rule
     assert parse_rules([text, rule]) == (rule, rule)
@@ -358,7 +355,7 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
         (lambda: ProtectedIntact({"test": ["a"]}), "is no list of samples"),
     ],
 )
-def test_what_is_no_rule_is_refused_at_once(make: Any, message: str) -> None:
+def test_what_is_no_rule_is_refused_at_once(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
 
@@ -376,14 +373,12 @@ def test_what_is_no_rule_is_refused_at_once(make: Any, message: str) -> None:
         (ProtectedIntact([1]), "`ids` names no split"),
     ],
 )
-def test_data_that_a_rule_cannot_judge_are_refused_before_anything_runs(
-    rule: Rule, message: str
-) -> None:
+def test_data_that_a_rule_cannot_judge_are_refused_before_anything_runs(rule, message):
     with pytest.raises(ConfigurationError, match=message):
         rule.check_data(("suite", "test"), sliced=False)
 
 
-def test_what_protects_no_sample_that_is_there_does_not_pass() -> None:
+def test_what_protects_no_sample_that_is_there_does_not_pass():
     target = Target.label(3)
     data = seen(test="kk", marked={target: torch.tensor([False, False])})
     with pytest.raises(ConfigurationError, match=r"1 protected samples are not in .* \(test 7\)"):
@@ -393,9 +388,7 @@ def test_what_protects_no_sample_that_is_there_does_not_pass() -> None:
 
 
 @pytest.mark.parametrize("text", ["split\ntest\n", "split,id\ntest,x\n", "split,id\n"])
-def test_a_file_of_protected_samples_that_cannot_be_read_is_refused(
-    text: str, tmp_path: Path
-) -> None:
+def test_a_file_of_protected_samples_that_cannot_be_read_is_refused(text, tmp_path):
     (tmp_path / "ids.csv").write_text(text)
     with pytest.raises(ConfigurationError, match=r"ids\.csv'.*\nHINT: "):
         ProtectedIntact(tmp_path / "ids.csv")
@@ -413,12 +406,12 @@ class FewRepaired(Rule):
 
 
 @pytest.mark.parametrize("passed", ["False", math.nan, torch.tensor(math.nan), None, 1])
-def test_the_verdict_of_a_rule_is_a_bool(passed: Any) -> None:
+def test_the_verdict_of_a_rule_is_a_bool(passed):
     with pytest.raises(ConfigurationError, match=r"`passed=.* is no bool\.\nHINT: write"):
         RuleResult("mine", passed, "few were repaired.")
 
 
-def test_a_bool_of_numpy_or_torch_is_a_verdict() -> None:
+def test_a_bool_of_numpy_or_torch_is_a_verdict():
     for passed in (np.bool_(False), torch.tensor(False)):
         assert RuleResult("mine", passed, "few were repaired.").passed is False
 
@@ -428,7 +421,7 @@ def report_of(data: ModelPair, *rules: Rule) -> ReleaseReport:
     return make_report(data, Criteria(rules), old=old, new=new, task="", precision="")
 
 
-def test_the_accuracy_of_the_new_model_has_a_floor_with_confidence() -> None:
+def test_the_accuracy_of_the_new_model_has_a_floor_with_confidence():
     rule = parse_rule("floor:90%")
     assert rule == MinAccuracy(0.9)
     assert rule.check(seen(test="r" * 99 + "f")).passed  # whatever the old model does
@@ -447,12 +440,12 @@ def test_the_accuracy_of_the_new_model_has_a_floor_with_confidence() -> None:
 
 
 @pytest.mark.parametrize("percent", range(5, 100, 5))
-def test_an_accuracy_of_exactly_the_floor_lacks_samples(percent: int) -> None:
+def test_an_accuracy_of_exactly_the_floor_lacks_samples(percent):
     exact = seen(test="k" * percent + "f" * (100 - percent))
     assert parse_rule(f"floor:{percent}%").check(exact).verdict == "undecided"
 
 
-def test_every_slice_has_its_floor() -> None:
+def test_every_slice_has_its_floor():
     rule = parse_rule("slice-floor:90%:99% in test")
     assert str(rule) == "slice-floor:90%:99% in test"
     data = seen("x" * 100 + "y" * 10, test="k" * 110)
@@ -462,7 +455,7 @@ def test_every_slice_has_its_floor() -> None:
     assert rule.check(worse).verdict == "NOT satisfied"
 
 
-def test_a_lack_of_samples_alone_is_undecided() -> None:
+def test_a_lack_of_samples_alone_is_undecided():
     few = seen(test="r" * 5)
     report = report_of(few, AtMostBroken(), IsBetter())
     assert (report.status, report.exit_status, report.accepted) == ("undecided", 3, False)
@@ -475,7 +468,7 @@ def test_a_lack_of_samples_alone_is_undecided() -> None:
     assert (report.status, report.exit_status) == ("refused", 1)
 
 
-def test_one_rule_that_is_not_satisfied_refuses() -> None:
+def test_one_rule_that_is_not_satisfied_refuses():
     data = seen("xxyyy", test="krfkk")
     accepted = report_of(data, FewRepaired(), AtMostBroken())
     assert (accepted.accepted, accepted.exit_status, accepted.reasons) == (True, 0, ())

@@ -39,9 +39,7 @@ def decide(old: str, new: str, *more: str) -> int:
     return main(["release", old, new, *arguments, *more])
 
 
-def test_what_was_repaired_stays_repaired_over_five_releases(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_was_repaired_stays_repaired_over_five_releases(capsys):
     assert main(["suite", "add", "suite.csv", "--sample", "test:0", "--reason", "contract"]) == 0
     releases = ["++++--", "+++++-", "++++++", "+-++++", "+-+++-", "++++++"]
     models = [predictions(f"{i}.csv", right) for i, right in enumerate(releases)]
@@ -77,9 +75,7 @@ def test_what_was_repaired_stays_repaired_over_five_releases(
         ("test,x\n", "`id` is 'x'"),
     ],
 )
-def test_a_suite_that_covers_nothing_is_an_error(
-    lines: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_suite_that_covers_nothing_is_an_error(lines, message, capsys):
     model = predictions("model.csv", "++++")
     Path("suite.csv").write_text("split,id\n" + lines)
     assert decide(model, model) == 2
@@ -88,9 +84,7 @@ def test_a_suite_that_covers_nothing_is_an_error(
 
 
 @pytest.mark.parametrize("line", ["test,1,1,,,k2\n", "test,1,0,,,k1\n"])
-def test_another_sample_in_its_place_is_an_error(
-    line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_sample_in_its_place_is_an_error(line, capsys):
     model = predictions("model.csv", "++++")
     Path("suite.csv").write_text(f"split,id,label,since,reason,key\n{line}")
     assert decide(model, model) == 2
@@ -98,14 +92,14 @@ def test_another_sample_in_its_place_is_an_error(
     assert message in capsys.readouterr().err
 
 
-def test_a_suite_that_is_gone_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suite_that_is_gone_is_an_error(capsys):
     model = predictions("model.csv", "++++")
     assert decide(model, model) == 2
     assert "`suite='suite.csv'` does not exist" in capsys.readouterr().err
     assert not Path("suite.csv").exists()  # an accepted release would have started it
 
 
-def test_the_command_lists_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_and_checks(capsys):
     add = ["suite", "add", "suite.csv", "--sample", "test:2", "--sample", "test:0"]
     assert main(add) == 2
     assert "`reason` is empty" in capsys.readouterr().err
@@ -118,14 +112,14 @@ def test_the_command_lists_and_checks(capsys: pytest.CaptureFixture[str]) -> Non
     assert "1 of 2 samples are wrong.\ntest 2: incident 12 (2026-12-01)" in capsys.readouterr().out
 
 
-def test_a_suite_that_may_not_grow_is_only_read() -> None:
+def test_a_suite_that_may_not_grow_is_only_read():
     Path("suite.csv").write_text("split,id\ntest,1\n")
     suite = RegressionSuite.read(RegressionSuite("suite.csv", grow=False))
     suite.grow_by({("test", 2): SuiteSample()})
     assert Path("suite.csv").read_text() == "split,id\ntest,1\n"
 
 
-def test_two_writers_lose_nothing() -> None:
+def test_two_writers_lose_nothing():
     first, second = (RegressionSuite.read("suite.csv", may_be_new=True) for _ in range(2))
     first.grow_by({("test", 1): SuiteSample(since="2026-12-01", reason="a")})
     second.grow_by({("test", 1): SuiteSample(since="2026-12-02"), ("test", 0): SuiteSample()})
@@ -141,7 +135,7 @@ def add_many(folder: Path, *ids: int) -> None:
         assert main(["suite", "add", "suite.csv", "--sample", f"test:{at}", "--reason", "x"]) == 0
 
 
-def test_two_processes_that_add_lose_nothing(tmp_path: Path) -> None:
+def test_two_processes_that_add_lose_nothing(tmp_path):
     ranges = range(8), range(8, 16)
     writers = [server().Process(target=add_many, args=(tmp_path, *ids)) for ids in ranges]
     for writer in writers:
@@ -165,9 +159,7 @@ def test_two_processes_that_add_lose_nothing(tmp_path: Path) -> None:
         ("split,id,since\ntest,1,2026-02-30\n", "`since` is '2026-02-30'"),
     ],
 )
-def test_what_a_suite_cannot_mean_is_an_error(
-    text: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_suite_cannot_mean_is_an_error(text, message, capsys):
     Path("suite.csv").write_text(text)
     assert decide(predictions("old.csv", "+-"), predictions("new.csv", "++")) == 2
     assert message in capsys.readouterr().err
@@ -175,7 +167,7 @@ def test_what_a_suite_cannot_mean_is_an_error(
     assert Path("suite.csv").read_text() == text
 
 
-def test_line_ends_stay_as_they_are() -> None:
+def test_line_ends_stay_as_they_are():
     Path("suite.csv").write_bytes(b"split,id,since\r\ntest,1,2026-01-01\r\n")
     assert main(["suite", "add", "suite.csv", "--sample", "test:0", "--reason", "x"]) == 0
     assert Path("suite.csv").read_bytes() == (
@@ -183,21 +175,21 @@ def test_line_ends_stay_as_they_are() -> None:
     )
 
 
-def test_a_wrong_sample_without_a_day_fails_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_sample_without_a_day_fails_the_check(capsys):
     Path("suite.csv").write_text("split,id\ntest,0\ntest,1\n")
     model = predictions("model.csv", "+-")
     assert main(["suite", "check", "suite.csv", "--predictions", model]) == 1
     assert "1 of 2 samples are wrong.\ntest 1: no reason (once right)" in capsys.readouterr().out
 
 
-def test_a_sample_that_gets_a_day_keeps_its_label_and_key() -> None:
+def test_a_sample_that_gets_a_day_keeps_its_label_and_key():
     Path("suite.csv").write_text("split,id,label,since,reason,key\ntest,1,1,,broke,k1\n")
     assert main(["suite", "add", "suite.csv", "--sample", "test:1", "--reason", "x"]) == 0
     entry = SuiteSample(1, "2026-12-01", "x", "k1")
     assert RegressionSuite.read("suite.csv").samples == {("test", 1): entry}
 
 
-def test_a_release_leaves_a_suite_alone_that_may_not_grow() -> None:
+def test_a_release_leaves_a_suite_alone_that_may_not_grow():
     text = "split,id\ntest,0\n"
     Path("suite.csv").write_text(text)
     models = predictions("old.csv", "+-"), predictions("new.csv", "++")
@@ -207,7 +199,7 @@ def test_a_release_leaves_a_suite_alone_that_may_not_grow() -> None:
     assert RegressionSuite.read("suite.csv").samples.keys() == {("test", 0), ("test", 1)}
 
 
-def test_a_suite_that_was_read_is_not_read_again() -> None:
+def test_a_suite_that_was_read_is_not_read_again():
     Path("suite.csv").write_text("split,id\ntest,0\n")
     suite = RegressionSuite.read("suite.csv")
     Path("suite.csv").unlink()
@@ -224,7 +216,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=
         min_size=1,
     )
 )
-def test_the_file_is_read_as_it_was_written(samples: dict[tuple[str, int], SuiteSample]) -> None:
+def test_the_file_is_read_as_it_was_written(samples):
     suite = RegressionSuite("any.csv", samples=samples)
     suite.save()
     text = Path("any.csv").read_text()
@@ -235,7 +227,7 @@ def test_the_file_is_read_as_it_was_written(samples: dict[tuple[str, int], Suite
     assert Path("any.csv").read_text() == text
 
 
-def test_an_unknown_column_value_is_named() -> None:
+def test_an_unknown_column_value_is_named():
     Path("suite.csv").write_text("split,id,label\ntest,1,three\n")
     with pytest.raises(ConfigurationError, match=r"line 2: `label` is 'three'"):
         RegressionSuite.read("suite.csv")

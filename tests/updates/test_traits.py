@@ -22,7 +22,7 @@ def pair_of(label: Tensor, prediction: Tensor, slices: str = "") -> ModelPair:
     return ModelPair(before, after, names, group)
 
 
-def test_a_slice_and_a_confusion_are_named() -> None:
+def test_a_slice_and_a_confusion_are_named():
     label = torch.arange(200) % 4
     prediction = label.clone()
     at_night = torch.arange(200) < 40
@@ -37,14 +37,14 @@ def test_a_slice_and_a_confusion_are_named() -> None:
     )
 
 
-def test_a_label_whose_broken_samples_go_everywhere_has_no_confusion() -> None:
+def test_a_label_whose_broken_samples_go_everywhere_has_no_confusion():
     label = torch.arange(400) % 10
     prediction = torch.where(label == 3, (label + 1 + torch.arange(400) // 10 % 9) % 10, label)
     [trait] = common_traits(pair_of(label, prediction, "".join(map(str, label.tolist()))))
     assert trait.startswith("test: slice '3': 40 of 40 broken samples")  # not label 3 once more
 
 
-def test_chance_is_not_named() -> None:
+def test_chance_is_not_named():
     n_named = 0
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
@@ -57,14 +57,14 @@ def test_chance_is_not_named() -> None:
     assert n_named <= 5
 
 
-def test_there_are_at_most_five_lines_and_none_without_broken_samples() -> None:
+def test_there_are_at_most_five_lines_and_none_without_broken_samples():
     label = torch.arange(1000) % 20
     prediction = torch.where(label < 8, label + 1, label)
     assert len(common_traits(pair_of(label, prediction))) == MAX_TRAITS
     assert common_traits(pair_of(label, label)) == ()
 
 
-def test_a_task_without_classes_has_slices_alone() -> None:
+def test_a_task_without_classes_has_slices_alone():
     passed = [True] * 90 + [False] * 10
     none = torch.full((100,), -1)
     before, after = (
@@ -76,7 +76,7 @@ def test_a_task_without_classes_has_slices_alone() -> None:
     assert trait.startswith("test: slice 'night': 10 of 10 broken samples, 12 of 100")
 
 
-def test_the_report_of_a_refusal_shows_them() -> None:
+def test_the_report_of_a_refusal_shows_them():
     label = torch.arange(200) % 4
     pair = pair_of(label, torch.where(label == 3, 2, label))
     identity = Identity("model")

@@ -29,7 +29,7 @@ LINE = [
 ]
 
 
-def test_regressions_are_repaired_wherever_they_are_known() -> None:
+def test_regressions_are_repaired_wherever_they_are_known():
     new = threshold(0.5)  # wrong on 0.3, a training sample; the replaced model was right there
     later = [points([0.4, -0.5], [1, 0], "later")]
     outcome = repair_module(new, LINE, unseen=later, reference=OldModel(threshold(0.1)))
@@ -47,7 +47,7 @@ def test_regressions_are_repaired_wherever_they_are_known() -> None:
     assert right(new, LINE[0]).all()
 
 
-def test_what_the_replaced_model_got_wrong_too_is_no_target() -> None:
+def test_what_the_replaced_model_got_wrong_too_is_no_target():
     report = repair_module(threshold(0.5), LINE, reference=OldModel(threshold(0.4))).report
     assert report.status == "nothing to repair"
     assert report.reason.startswith(
@@ -74,7 +74,7 @@ def rights(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("keep", ["both", "reference"])
 @pytest.mark.parametrize("method", ["auto", Polish()])
-def test_nothing_that_may_not_break_breaks(keep: Any, method: Any) -> None:
+def test_nothing_that_may_not_break_breaks(keep, method):
     old = trained()
     new = updated(old)
     was, trained_new = rights(old), rights(new)
@@ -99,7 +99,7 @@ def test_nothing_that_may_not_break_breaks(keep: Any, method: Any) -> None:
     )
 
 
-def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_alone() -> None:
+def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_alone():
     class Worse(Method):
         """Brings one regression back, and breaks two samples that only the new model gets right."""
 
@@ -119,7 +119,7 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
     )
 
 
-def test_a_method_that_breaks_too_many_runs_again_and_keeps_all() -> None:
+def test_a_method_that_breaks_too_many_runs_again_and_keeps_all():
     old = trained(seed=1)
     new = updated(old, seed=1)
     settings = Settings(samples=SampleOptions(keep="reference"))
@@ -134,7 +134,7 @@ PASSED = torch.tensor([True, True, True, False, True])
 MARGIN = torch.tensor([8.0, 2.9, 10.0, -1.0, 8.0])
 
 
-def test_failed_and_near_border_samples_come_more_often() -> None:
+def test_failed_and_near_border_samples_come_more_often():
     # The median margin of the passed samples is 8, and 3/8 of it are 3.
     sampler = Oversampler(PASSED, MARGIN, oversample=3)
     assert sampler.times.tolist() == [1, 3, 1, 3, 1]
@@ -150,9 +150,7 @@ def test_failed_and_near_border_samples_come_more_often() -> None:
     st.integers(1, 4),
     st.integers(0, 3),
 )
-def test_every_epoch_has_each_sample_as_often_as_it_says(
-    rows: Any, oversample: int, seed: int
-) -> None:
+def test_every_epoch_has_each_sample_as_often_as_it_says(rows, oversample, seed):
     passed, margin = torch.tensor([p for p, _ in rows]), torch.tensor([m for _, m in rows])
     first, again = (Oversampler(passed, margin, oversample, seed) for _ in range(2))
     epochs = [list(first) for _ in range(3)]
@@ -166,7 +164,7 @@ def test_every_epoch_has_each_sample_as_often_as_it_says(
     assert set(first.times.tolist()) <= {1, oversample}
 
 
-def test_one_pass_of_a_model_over_the_data_tells_what_is_hard() -> None:
+def test_one_pass_of_a_model_over_the_data_tells_what_is_hard():
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(2, 2, bias=False))
     model[1].load_state_dict({"weight": torch.eye(2)})
     x = torch.tensor([[8.0, 0.0], [0.0, 8.0], [8.0, 0.0], [2.0, 0.0], [0.0, 1.0], [math.nan, 0.0]])
@@ -185,6 +183,6 @@ def test_one_pass_of_a_model_over_the_data_tells_what_is_hard() -> None:
         ({"oversample": 0}, "`oversample=0` is out of range"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
+def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         Oversampler(**{"passed": PASSED, "margin": MARGIN, **arguments})

@@ -194,9 +194,7 @@ def same(a: Any, b: Any) -> bool:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(apply=damage(), foreign=st.sampled_from(sorted(READERS)))
-def test_a_damaged_file_is_refused_warned_of_or_read_as_it_was(
-    folders: dict[str, Path], kind: str, apply: Callable[[bytes, bytes], bytes], foreign: str
-) -> None:
+def test_a_damaged_file_is_refused_warned_of_or_read_as_it_was(folders, kind, apply, foreign):
     reader, path = READERS[kind], folders[kind]
     content = path.read_bytes()
     expected = None if kind == "report" else reader.read(path)
@@ -214,9 +212,7 @@ def test_a_damaged_file_is_refused_warned_of_or_read_as_it_was(
 
 
 @pytest.mark.parametrize("flag", [153, 156])
-def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(
-    folders: dict[str, Path], flag: int
-) -> None:
+def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(folders, flag):
     """Found by fuzzing: torch reads other values then."""
     path, data = (
         folders["checkpoint"].with_name("flag.ckpt"),
@@ -240,7 +236,7 @@ def test_a_checkpoint_with_another_name_in_a_header_is_not_read_in_silence(
     ],
     ids=["number", "ids", "mark", "empty", "brackets", "deep"],
 )
-def test_json_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+def test_json_that_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigurationError):
         read_report(tmp_path / "report.json")
@@ -250,7 +246,7 @@ class Death(BaseException):
     pass
 
 
-def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path: Path) -> None:
+def test_damage_pickles_and_unexpected_objects_are_recognised(tmp_path):
     data = bytes(to_bytes(torch.arange(5)))
     for i in range(0, len(data), 7):
         for damaged in (data[:i], data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :]):
@@ -299,7 +295,7 @@ def counted(work: ResumeStore, steps: list[int], dies_at: int = -1) -> int:
 
 
 @pytest.mark.parametrize("dies_at", [2, 4])
-def test_finished_steps_are_not_run_again(tmp_path: Path, dies_at: int) -> None:
+def test_finished_steps_are_not_run_again(tmp_path, dies_at):
     steps: list[int] = []
     with pytest.raises(Death):
         counted(begun(tmp_path), steps, dies_at)
@@ -312,9 +308,7 @@ def test_finished_steps_are_not_run_again(tmp_path: Path, dies_at: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_all_ranks_read_a_result_or_none_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_ranks_read_a_result_or_none_does(tmp_path, monkeypatch):
     def work(ranks: Collective) -> list[int]:
         steps: list[int] = []
         assert counted(begun(tmp_path, ranks=ranks), steps) == 7
@@ -336,20 +330,20 @@ def test_all_ranks_read_a_result_or_none_does(
         assert on_ranks(3, work) == [[1, 2, 3]] * 3
 
 
-def test_a_folder_that_cannot_be_made_costs_a_message(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_costs_a_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(FilesWarning, match="finished steps cannot be saved in") as warned:
         assert counted(begun(tmp_path / "file"), []) == 7
     assert len(warned) == 1
 
 
-def test_short_steps_and_results_that_cannot_be_saved_leave_no_file(tmp_path: Path) -> None:
+def test_short_steps_and_results_that_cannot_be_saved_leave_no_file(tmp_path):
     assert counted(begun(tmp_path, every=60), []) == 7
     assert callable(begun(tmp_path).once("odd", lambda: lambda: 1))
     assert not list(tmp_path.iterdir())
 
 
-def test_time_that_was_spent_on_finished_steps_counts(tmp_path: Path) -> None:
+def test_time_that_was_spent_on_finished_steps_counts(tmp_path):
     seconds = [100.0]
 
     def work(clock: StageTimer, saved: ResumeStore, dies: bool) -> None:

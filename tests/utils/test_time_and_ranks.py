@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,9 +55,7 @@ def now() -> Time:
         ([("judge", 1, ("judge", 2))], {"judge": 3}),
     ],
 )
-def test_stages_take_their_own_time_in_the_order_in_which_they_began(
-    stages: list[Any], seconds: dict[str, float], now: Time
-) -> None:
+def test_stages_take_their_own_time_in_the_order_in_which_they_began(stages, seconds, now):
     clock = StageTimer(now=now)
 
     def spend(name: str, duration: float, *inner_stages: Any) -> None:
@@ -74,7 +71,7 @@ def test_stages_take_their_own_time_in_the_order_in_which_they_began(
     assert clock.elapsed == sum(seconds.values()) + 1
 
 
-def test_without_a_limit_nothing_ends_and_nothing_is_exchanged(now: Time) -> None:
+def test_without_a_limit_nothing_ends_and_nothing_is_exchanged(now):
     class Deaf(Collective):
         def any(self, flag: bool) -> bool:
             raise AssertionError("nothing is to be exchanged")
@@ -86,7 +83,7 @@ def test_without_a_limit_nothing_ends_and_nothing_is_exchanged(now: Time) -> Non
     assert not deadline.earlier(5.0).is_set
 
 
-def test_time_is_over_on_all_ranks_when_it_is_on_one() -> None:
+def test_time_is_over_on_all_ranks_when_it_is_on_one():
     def run(collective: Collective) -> tuple[float, bool, bool, bool]:
         soon = Deadline(10.0, collective, clock=lambda: 3.0 + 6 * collective.rank)
         late = Deadline(10.0, collective, clock=lambda: 3.0 + 8 * collective.rank)
@@ -110,7 +107,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 )
-def test_a_signal_is_raised_where_work_asks(signum: int, raised: type[BaseException]) -> None:
+def test_a_signal_is_raised_where_work_asks(signum, raised):
     reached, said = [], list[str]()
 
     @interruptible(terminated=Terminated, say=said.append)
@@ -127,9 +124,7 @@ def test_a_signal_is_raised_where_work_asks(signum: int, raised: type[BaseExcept
 
 
 @pytest.mark.parametrize(("signum", "raised"), [(signal.SIGTERM, Terminated), (0, SystemExit)])
-def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success(
-    signum: int, raised: Any
-) -> None:
+def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success(signum, raised):
     @interruptible(terminated=Terminated, say=str)
     def work() -> None:
         if signum:
@@ -140,9 +135,7 @@ def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success(
         work()
 
 
-def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(monkeypatch):
     monkeypatch.setattr(interrupts, "OVERDUE_SECONDS", 0.05)
     began = time.monotonic()
 
@@ -156,7 +149,7 @@ def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(
     assert time.monotonic() - began < 10
 
 
-def test_what_must_not_be_torn_apart_is_finished_first() -> None:
+def test_what_must_not_be_torn_apart_is_finished_first():
     done = []
 
     @interruptible(terminated=Terminated, say=str)
@@ -183,7 +176,7 @@ def failing(times: int, error: Exception) -> Callable[[], int]:
     return work
 
 
-def test_work_is_tried_once_more_and_then_memory_is_the_reason() -> None:
+def test_work_is_tried_once_more_and_then_memory_is_the_reason():
     out = torch.OutOfMemoryError("CUDA out of memory.\nA long story.")
     assert twice_if_out_of_memory(failing(1, out), "it ran") == 7
     with pytest.raises(
@@ -243,7 +236,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     )
 
 
-def test_two_processes_exchange_tensors_and_a_death_ends_with_a_message(tmp_path: Path) -> None:
+def test_two_processes_exchange_tensors_and_a_death_ends_with_a_message(tmp_path):
     with pytest.raises(RuntimeError, match=re.escape("[0, 3]")):
         in_two_processes(work, str(tmp_path))
     message, seconds = torch.load(tmp_path / "alone.pt")
@@ -267,9 +260,7 @@ ELSEWHERE = "OtherRankError: it failed elsewhere. OSError: b\nHINT: look at the 
         ),
     ],
 )
-def test_where_one_rank_fails_all_fail_in_one_way(
-    errors: dict[int, Exception], expected: list[str]
-) -> None:
+def test_where_one_rank_fails_all_fail_in_one_way(errors, expected):
     def outcome(collective: Collective) -> str:
         def task() -> str:
             if collective.rank in errors:

@@ -47,7 +47,7 @@ NEW = torch.tensor([[2.0, 3.0]])
 
 
 @pytest.mark.parametrize("name", ["head.weight", "exit.weight"])
-def test_a_model_runs_on_other_tensors_for_a_while(name: str) -> None:
+def test_a_model_runs_on_other_tensors_for_a_while(name):
     model = Shared().eval()
     weight, mean = model.head.weight, model.norm.running_mean
     new_weight = NEW.clone().requires_grad_()
@@ -74,7 +74,7 @@ WRONG = {
 @pytest.mark.parametrize(
     "use", [write, changed, lambda model, state: temporary_weights(model, state).__enter__()]
 )
-def test_a_state_that_does_not_fit_changes_nothing(name: str, use: Any) -> None:
+def test_a_state_that_does_not_fit_changes_nothing(name, use):
     model = Shared()
     before = snapshot(model)
     message = rf"`model`: its tensor '{name}' (is missing|has the shape \[)"
@@ -83,7 +83,7 @@ def test_a_state_that_does_not_fit_changes_nothing(name: str, use: Any) -> None:
     assert not changed(model, before)
 
 
-def test_half_of_the_way_is_the_mean() -> None:
+def test_half_of_the_way_is_the_mean():
     old = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3), "other": NEW}
     new = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(5)}
     assert between(old, new, 0.5)["w"].tolist() == [0.5, 3.0]
@@ -119,7 +119,7 @@ class Saves(nn.Linear):
         (lambda state: {**state, "weight": torch.zeros(2, 2)}, {"bias": "bias"}),
     ],
 )
-def test_a_state_dict_says_which_tensors_it_saves(form: Any, names: dict[str, str]) -> None:
+def test_a_state_dict_says_which_tensors_it_saves(form, names):
     model = Saves(form)
     before = {name: x.clone() for name, x in model.named_parameters()}
     assert saved_names(model) == names
@@ -130,7 +130,7 @@ def test_a_state_dict_says_which_tensors_it_saves(form: Any, names: dict[str, st
             check_saved(model, ["bias", "weight"])
 
 
-def test_hash_tells_names_shapes_and_dtypes_apart() -> None:
+def test_hash_tells_names_shapes_and_dtypes_apart():
     x = torch.zeros(2, 2)
     states = [{"w": x}, {"v": x}, {"w": x.flatten()}, {"w": x.int()}, {"w": x, "v": x}, {"w": -x}]
     assert len(set(map(hash_tensors, states))) == len(states)
@@ -138,7 +138,7 @@ def test_hash_tells_names_shapes_and_dtypes_apart() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-def test_hash_takes_sparse_tensors_and_sees_values_and_places() -> None:
+def test_hash_takes_sparse_tensors_and_sees_values_and_places():
     rows = ([1.0, 0.0, 2.0], [1.0, 0.0, 3.0], [1.0, 2.0, 0.0])
     hashes = [hash_tensors({"w": torch.tensor([row]).to_sparse_csr()}) for row in (*rows, rows[0])]
     assert len(set(hashes)) == 3
@@ -149,7 +149,7 @@ def draw() -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_the_random_state_is_as_found(error: type[BaseException] | None) -> None:
+def test_the_random_state_is_as_found(error):
     with random_state():
         expected = draw()
     with nullcontext() if error is None else pytest.raises(error), random_state():
@@ -183,7 +183,7 @@ class Rewritten(nn.Module):
         return super().train(mode)
 
 
-def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_memory() -> None:
+def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_memory():
     model = Rewritten()
     parameters = dict(model.named_parameters())
     memory = {name: value.data_ptr() for name, value in parameters.items()}
@@ -208,7 +208,7 @@ def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_me
     assert not model.merged
 
 
-def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
+def test_what_an_inner_use_writes_is_undone_by_the_outer_one():
     model = nn.Embedding(3, 2, max_norm=0.1)
     before = model.weight.detach().clone()
     with eval_mode(model), eval_mode(model):

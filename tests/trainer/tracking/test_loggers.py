@@ -100,9 +100,7 @@ def scalars_in(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_curves_are_scalars_where_no_figure_can_be_drawn(
-    events: EventAccumulator, accepted: RepairReport, tmp_path: Path
-) -> None:
+def test_curves_are_scalars_where_no_figure_can_be_drawn(events, accepted, tmp_path):
     scalars = scalars_in(events)
     assert scalars["repair_search/best_fitness"] == [(0, 4.25), (1, 6.5), (2, 7.5)]
     assert scalars.keys() >= final_numbers(accepted).keys()
@@ -112,8 +110,8 @@ def test_curves_are_scalars_where_no_figure_can_be_drawn(
 
 @pytest.mark.figures
 def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first_card_of_twelve(
-    tmp_path: Path, accepted: RepairReport
-) -> None:
+    tmp_path, accepted
+):
     pytest.importorskip("matplotlib")
     track(RepairLog(accepted, 120, changes=CHANGES), [board(tmp_path)])
     events = read(tmp_path / "run" / "repair")
@@ -134,9 +132,7 @@ def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first
     assert "repair_figures/Course of the search" in tags
 
 
-def test_without_figures_each_picture_is_an_image_of_its_own(
-    tmp_path: Path, accepted: RepairReport
-) -> None:
+def test_without_figures_each_picture_is_an_image_of_its_own(tmp_path, accepted):
     views = [SampleView("val", 7, "broken", "7: true cat", np.zeros((5, 4, 3), dtype=np.uint8))]
     views.append(SampleView("val", 8, "repaired", "8: true cat", text="a *very* bad day"))
     track(RepairLog(accepted, 120, views=views), [board(tmp_path)])
@@ -149,9 +145,7 @@ def test_without_figures_each_picture_is_an_image_of_its_own(
     assert text.endswith("- **8: true cat**: a \\*very\\* bad day\n")
 
 
-def test_tensorboard_reads_back_the_report_as_text(
-    events: EventAccumulator, accepted: RepairReport
-) -> None:
+def test_tensorboard_reads_back_the_report_as_text(events, accepted):
     (event,) = events.Tensors("repair/report/text_summary")
     assert event.step == 120
     assert event.tensor_proto.string_val[0].decode() == accepted.to_markdown()
@@ -171,7 +165,7 @@ def columns_in(events: EventAccumulator) -> tuple[list[str], list[str]]:
     return names, [info.name.tag for info in columns.metric_infos]
 
 
-def test_tensorboard_has_a_row_of_hyperparameters(events: EventAccumulator) -> None:
+def test_tensorboard_has_a_row_of_hyperparameters(events):
     asked = hparams_in(events, "session_start_info").hparams
     assert asked["repair/target"].string_value == "label 3"
     assert asked["repair/seed"].number_value == 3
@@ -183,9 +177,7 @@ def test_tensorboard_has_a_row_of_hyperparameters(events: EventAccumulator) -> N
     }
 
 
-def test_the_row_shows_where_training_logs_hyperparameters_of_its_own(
-    tmp_path: Path, accepted: RepairReport
-) -> None:
+def test_the_row_shows_where_training_logs_hyperparameters_of_its_own(tmp_path, accepted):
     logger = board(tmp_path)
     hparams = {"lr": 0.5, "net": {"width": 8}, "path": "x" * 70, "none": None}
     declare([logger, Notes()], hparams)
@@ -201,9 +193,7 @@ def test_the_row_shows_where_training_logs_hyperparameters_of_its_own(
     assert asked["path"].string_value == "x" * 57 + "..."
 
 
-def test_a_second_repair_in_one_log_is_a_run_of_its_own_with_the_same_tags(
-    tmp_path: Path, accepted: RepairReport
-) -> None:
+def test_a_second_repair_in_one_log_is_a_run_of_its_own_with_the_same_tags(tmp_path, accepted):
     logger = board(tmp_path)
     track(RepairLog(accepted, 5, changes=CHANGES), [logger])
     track(RepairLog(replace(accepted, status="refused"), 6, "repair-1"), [logger])
@@ -215,14 +205,14 @@ def test_a_second_repair_in_one_log_is_a_run_of_its_own_with_the_same_tags(
         assert scalars["repair/accepted"] == [(step, value)]
 
 
-def test_a_logger_without_an_experiment_gets_every_number(accepted: RepairReport) -> None:
+def test_a_logger_without_an_experiment_gets_every_number(accepted):
     notes = Notes()
     track(RepairLog(accepted, 120, changes=CHANGES), [notes])
     final = final_numbers(accepted)
     assert notes.entries == [*enumerate(search_curves(accepted)), (120, final)]
 
 
-def test_a_logger_that_raises_is_warned_of_and_the_others_go_on(accepted: RepairReport) -> None:
+def test_a_logger_that_raises_is_warned_of_and_the_others_go_on(accepted):
     notes = Notes()
     with pytest.warns(
         UserWarning, match="not logged to Broken, which raised ConnectionError: no server"
@@ -231,7 +221,7 @@ def test_a_logger_that_raises_is_warned_of_and_the_others_go_on(accepted: Repair
     assert [step for step, _ in notes.entries] == [0, 1, 2, 120]
 
 
-def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
+def test_what_is_not_finite_reaches_no_logger(accepted):
     notes = Notes()
     empty = SplitReport("empty", "known", TargetCounts(0, 0, 0, 0))
     track(RepairLog(replace(accepted, splits=(empty,)), 120), [notes])
@@ -239,7 +229,7 @@ def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
     assert all(value == value for _, scalars in notes.entries for value in scalars.values())
 
 
-def test_every_number_has_a_row_in_the_table_of_tags(accepted: RepairReport) -> None:
+def test_every_number_has_a_row_in_the_table_of_tags(accepted):
     rows = [row for name, row in vars(tags).items() if name.endswith("_TAG")]
     patterns = [re.sub(r"\\{\w+\\}", "[^/]+", re.escape(row)) for row in rows]
     numbers = [final_numbers(accepted), *search_curves(accepted)]
@@ -248,7 +238,7 @@ def test_every_number_has_a_row_in_the_table_of_tags(accepted: RepairReport) -> 
     assert {tag for tag in logged if not any(re.fullmatch(p, tag) for p in patterns)} == set()
 
 
-def test_slices_that_differ_in_signs_alone_have_tags_of_their_own() -> None:
+def test_slices_that_differ_in_signs_alone_have_tags_of_their_own():
     names = "C", "C#", "C++", "C_2", "<30", ">30", "//"
     assert len({*slice_tags(names).values()}) == len(names)
 
@@ -357,9 +347,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     return fake
 
 
-def test_wandb_gets_numbers_images_tables_text_the_page_and_an_artifact(
-    wandb: Any, log: RepairLog
-) -> None:
+def test_wandb_gets_numbers_images_tables_text_the_page_and_an_artifact(wandb, log):
     logger = FakeWandb()
     track(log, [logger])
     logged = logger.run.of("log")
@@ -414,7 +402,7 @@ class FakeMlflow(loggers.MLFlowLogger):
         return "r1"
 
 
-def test_mlflow_gets_numbers_and_artifacts(log: RepairLog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_gets_numbers_and_artifacts(log, monkeypatch):
     entities = ModuleType("mlflow.entities")
     entities.Metric = lambda key, value, timestamp, step: (key, value, step)
     install(monkeypatch, ModuleType("mlflow"), entities)
@@ -437,7 +425,7 @@ def test_mlflow_gets_numbers_and_artifacts(log: RepairLog, monkeypatch: pytest.M
         }
 
 
-def test_a_release_report_reaches_them_too(wandb: Any, log: RepairLog) -> None:
+def test_a_release_report_reaches_them_too(wandb, log):
     loggers_ = FakeWandb(), FakeMlflow()
     track_release(SimpleNamespace(files=log.report.files), loggers_, step=3)  # type: ignore[arg-type]
     (artifact,) = (call["artifact"] for call in loggers_[0].run.of("log_artifact"))
