@@ -24,7 +24,7 @@ class Rows:
     """A line for each check: what it found, and whether what is promised holds."""
 
     def __init__(self) -> None:
-        self.lines: list[tuple[str, str, str]] = []
+        self.lines = []
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when != "call" and report.passed:

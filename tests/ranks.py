@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 class _Group:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=30)
-        self.slots: list[Any] = [None] * size
+        self.slots = [None] * size
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.slots[rank] = value

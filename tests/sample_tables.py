@@ -17,7 +17,7 @@ def sample_table(
     """
     n, ok = len(passed), torch.tensor(passed, dtype=torch.bool)
     sizes = sizes or {"train": n // 2, "new": n - n // 2}
-    given: dict[str, Any] = {
+    given = {
         "splits": tuple(sizes),
         "sizes": tuple(sizes.values()),
         "index": torch.cat([torch.arange(size) for size in sizes.values()]),

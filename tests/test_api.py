@@ -70,7 +70,7 @@ def homes() -> dict[str, list[str]]:
     """
     modules = public_modules()
     elsewhere = {id(getattr(module, name)) for module in modules[1:] for name in module.__all__}
-    seen: set[int] = set()
+    seen = set()
     found = {}
     for module in [*modules[1:], modules[0]]:
         own = []
@@ -134,7 +134,7 @@ def test_type_checkers_see_the_names_that_there_are():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert homes == {name: f"lightning_nrl.{home}" for name, home in lightning_nrl._HOMES.items()}  # type: ignore[attr-defined]
+    assert homes == {name: f"lightning_nrl.{home}" for name, home in lightning_nrl._HOMES.items()}
     assert sorted(homes) == sorted(lightning_nrl.__all__)
 
 

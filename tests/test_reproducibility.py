@@ -100,7 +100,7 @@ def test_all_ranks_go_on_with_the_values_of_the_first():
 def test_passed_samples_are_drawn_by_seed_and_the_gate_counts_the_others_too():
     def drawn(**arguments: Any) -> Tensor:
         """The known samples that a method is to keep."""
-        found: list[Tensor] = []
+        found = []
 
         def look(problem: Problem) -> Solution:
             found.append(problem.passed)

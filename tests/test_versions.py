@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from typing import Any
 
 import yaml
 from lightning_package import NAME, OTHER
@@ -102,7 +101,7 @@ def test_every_lower_bound_is_a_floor():
 
 
 def test_every_requirement_has_one_lower_bound():
-    parts: list[list[Any]] = [
+    parts = [
         *PROJECT["optional-dependencies"].values(),
         *PYPROJECT["dependency-groups"].values(),
     ]

@@ -18,7 +18,7 @@ from lightning_nrl.methods import Problem
 from lightning_nrl.pipeline.baseline import EvaluatedData
 from lightning_nrl.search import Fitness
 
-PATCH: dict[str, Tensor] = {"weight": torch.tensor([[0.0], [1.0]])}
+PATCH = {"weight": torch.tensor([[0.0], [1.0]])}
 
 
 def line(*crossings: float, split: str = "line", label: int = 1) -> TensorSource:

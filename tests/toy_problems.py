@@ -111,7 +111,7 @@ class FakeTraining(Training):
         self.states = states
         self.gives = gives
         self.epochs = epochs
-        self.calls: list[dict[str, Any]] = []
+        self.calls = []
 
     def __call__(self, *, clock: StageTimer, **call: Any) -> Trained | None:
         state = self.states[min(len(self.calls), len(self.states) - 1)] if self.states else None

@@ -17,7 +17,7 @@ from lightning_nrl import ParticleSwarm, SearchOptions, Settings, TensorSource
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.tasks import Task
 
-QUICK: dict[str, Any] = {
+QUICK = {
     "method": ParticleSwarm(particles=12, iterations=12),
     "search": SearchOptions(localizer=NeuRecoverLite(n_weights=12)),
 }

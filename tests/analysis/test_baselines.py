@@ -130,7 +130,7 @@ def test_the_model_is_left_as_found(method):
 
 
 def test_where_time_is_short_the_learning_rate_falls_all_the_same():
-    rates: list[float] = []
+    rates = []
     clock = StageTimer(max_time=100.0, now=lambda: float(len(rates)))  # a second a step
     clock.seconds["collect"] = 20.0
     problem = make_problem(network(), SOURCES, clock=clock)

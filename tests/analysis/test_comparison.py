@@ -91,7 +91,7 @@ def test_the_far_end_of_an_interpolation_is_made_once():
 
 def test_counts_are_those_of_the_model_and_the_model_is_left_as_found():
     model, sources, (later,) = trained(), known(), unseen()
-    solutions: list[Any] = []
+    solutions = []
 
     def spied(problem: Problem) -> Solution:
         solutions.append(FineTuning(epochs=1)(problem))
@@ -135,7 +135,7 @@ def test_methods_are_named_or_given():
         ({"mine": 3}, "`methods=3` is no method"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            parse_methods(wrong)  # type: ignore[arg-type]
+            parse_methods(wrong)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_what_is_of_another_kind_is_refused(arguments, message):
 
 
 def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_takes():
-    clocks: list[Any] = []
+    clocks = []
 
     def timed(problem: Problem) -> Solution:
         clocks.append(problem.clock)

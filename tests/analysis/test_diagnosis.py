@@ -219,7 +219,7 @@ def advice_on(
 ) -> str:
     found = tuple(
         TargetFinding("new", i, 0, 1, margin, verdict) for i, verdict in enumerate(fixable)
-    )  # type: ignore[arg-type]
+    )
     mixing = NeighbourMixing(2, 0.0, 1.0)
     return advise(
         Diagnosis(

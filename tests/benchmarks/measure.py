@@ -76,7 +76,7 @@ def compare(runs: Sequence[Callable[[], object]], times: int = 7) -> list[list[f
     """Processor seconds of each function, run in turn so that a busy machine slows all alike; one
     warm-up each.
     """
-    seconds: list[list[float]] = [[] for _ in runs]
+    seconds = [[] for _ in runs]
     for i in range(times + 1):
         for function, found in zip(runs, seconds, strict=True):
             began = time.process_time()

@@ -64,11 +64,11 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
     """All ways to choose, in worlds where each is in danger."""
     generator = np.random.default_rng(seed)
     above = LIMIT * 1.0001
-    rising: Rates = lambda t: 0.004 + 0.012 * t  # noqa: E731
-    brink: Rates = lambda t: above  # noqa: E731
-    stair: Rates = lambda t: 0.003 if t <= 0.6 else above  # noqa: E731
+    rising = lambda t: 0.004 + 0.012 * t  # noqa: E731
+    brink = lambda t: above  # noqa: E731
+    stair = lambda t: 0.003 if t <= 0.6 else above  # noqa: E731
     limit = {"limit": Gate.tolerance(ALLOWED)}
-    cases: list[tuple[str, str, Rates, dict]] = [
+    cases = [
         ("given: `strength=0.6`", "rising with the strength", rising, {"fixed": 0.6}),
         ("a step beyond if it is free", "rising with the strength", rising, {}),
         ("a step beyond if it is free", "the same at each strength", lambda t: 0.006, {}),
@@ -157,7 +157,7 @@ def _problem() -> tuple[Problem, EvaluatedData]:
     return Problem(evaluator, known, before, *parts), EvaluatedData(aside, evaluator.run(aside))
 
 
-PATCH: State = {"weight": torch.ones(1)}
+PATCH = {"weight": torch.ones(1)}
 PROBLEM, CALIBRATION = _problem()
 
 

@@ -124,12 +124,12 @@ class Browser:
 
     def texts(self) -> list[str]:
         """All text that is shown, piece by piece, in shadow trees too."""
-        found: list[str] = self.driver.execute_script(SHOWN_TEXT)
+        found = self.driver.execute_script(SHOWN_TEXT)
         return found
 
     def elements(self, selector: str) -> list[Any]:
         """Elements of a page, in shadow trees too."""
-        found: list[Any] = self.driver.execute_script(FOUND, selector)
+        found = self.driver.execute_script(FOUND, selector)
         return found
 
     def shows(self, *texts: str) -> None:

@@ -40,7 +40,7 @@ def open_tab(browser: Browser, name: str, height: int = 1000) -> None:
 def rows(browser: Browser) -> list[list[str]]:
     script = """return [...document.querySelectorAll("table.flips tbody tr")]
         .map(row => [...row.cells].map(cell => cell.textContent))"""
-    found: list[list[str]] = browser.driver.execute_script(script)
+    found = browser.driver.execute_script(script)
     return found
 
 

@@ -246,7 +246,7 @@ def test_the_structure_has_names_types_and_shapes():
     ],
 )
 def test_the_adapter_is_python_with_the_names_of_the_batch(raw):
-    names: dict[str, Any] = {"INPUT": X, "TARGET": Y}
+    names = {"INPUT": X, "TARGET": Y}
     exec("if True:\n" + adapter_hint(raw).partition("\n")[2], names)
     (x,), kwargs, y = names["f"](raw)
     assert (x is X, kwargs, y is Y) == (True, {}, True)

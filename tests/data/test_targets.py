@@ -106,14 +106,14 @@ def test_an_exception_in_a_predicate_is_named_and_kept():
     ("make", "message"),
     [
         (lambda: Target.where("no.such.module:f"), "`predicate='no.such.module:f'` was not found"),
-        (lambda: Target.where(OCCLUDED), "of type Tensor cannot be called"),  # type: ignore[arg-type]
+        (lambda: Target.where(OCCLUDED), "of type Tensor cannot be called"),
         (lambda: Target.label(-1), "`label=-1` is no class"),
         (lambda: Target.label("3"), "`label='3'` is no class"),
         (lambda: Target.label(np.True_), "`label=.*is no class"),
         (lambda: Target.confusion(1.5, 2), "`true=1.5` is no class"),
         (lambda: Target.confusion(2, -1), "`predicted=-1` is no class"),
         (lambda: Target.confusion(3, 3), "confusion 3 -> 3 is not a failure"),
-        (lambda: Or(Target.label(3), 5), "Or was given 5"),  # type: ignore[arg-type]
+        (lambda: Or(Target.label(3), 5), "Or was given 5"),
     ],
 )
 def test_what_is_no_target_is_refused_on_construction(make, message):
@@ -124,7 +124,7 @@ def test_what_is_no_target_is_refused_on_construction(make, message):
 
 @pytest.mark.parametrize("label", [np.int64(3), torch.tensor(3)])
 def test_whole_numbers_of_any_library_become_int(label):
-    target = Target.label(label)  # type: ignore[arg-type]
+    target = Target.label(label)
     assert target == Label(3)
     assert type(target.label) is int
 
@@ -233,7 +233,7 @@ def test_what_is_neither_text_nor_target_is_refused(value):
 
 
 def test_text_is_taken_wherever_a_target_is():
-    assert Settings(target="label 3").target == Label(3)  # type: ignore[arg-type]
+    assert Settings(target="label 3").target == Label(3)
     assert RegressionFreeRepair(target="confusion 3 -> 5").settings.target == Confusion(3, 5)
     assert find_column("slices", "not label 3") == Not(Label(3))
     assert ProtectedIntact(where="label 3 or label 5").where == Or(Label(3), Label(5))

@@ -50,13 +50,13 @@ def _published(name: str) -> LocalSearch:
     return replace(method, searcher=replace(method.searcher, iterations=12))
 
 
-METHODS: dict[str, Settings] = {
+METHODS = {
     "auto": Settings(method=Auto(swarm=ParticleSwarm(particles=20, iterations=15))),
     "finetune-polish": Settings(method=FineTunePolish()),
     "convex": Settings(method=Convex()),
     **{name: Settings(method=_published(name)) for name in BUNDLES if name != "neurecover"},
 }
-CASES: dict[str, tuple[Any, Settings]] = {
+CASES = {
     **{name: (mlp, settings) for name, settings in METHODS.items()},
     "swarm": (mlp, swarm()),
     "swarm with weights": (mlp, swarm(importance="focal")),
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Any, Settings]] = {
         swarm(layer="first", memory_limit=300_000, method=ParticleSwarm(particles=6, iterations=5)),
     ),
 }
-LONG_CASES: dict[str, tuple[Any, Settings]] = {
+LONG_CASES = {
     "auto as it is": (mlp, Settings()),
     "polish": (mlp, Settings(method=Polish())),
     "sparse": (mlp, Settings(method=Convex(), bounds=BoundOptions(sparse=0.2))),
@@ -108,7 +108,7 @@ def _pixels() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
 
 
-TASKS: dict[str, tuple[Any, Any, Any, Any]] = {
+TASKS = {
     "multilabel": (lambda: _net(3), Multilabel(), (6,), lambda o: (o > 0).float()),
     "regression": (
         lambda: nn.Sequential(_net(1), nn.Flatten(0)),

@@ -32,7 +32,7 @@ def built() -> Path:
     Raises:
         subprocess.CalledProcessError: the compiler does not take it; its words are in `stderr`.
     """
-    torch = Path(str(importlib.util.find_spec("torch").origin)).parent  # type: ignore[union-attr]
+    torch = Path(str(importlib.util.find_spec("torch").origin)).parent
     version = (torch / "version.py").read_bytes()
     key = hashlib.sha256(
         SOURCE.read_bytes() + Path(__file__).read_bytes() + version + str(torch).encode()

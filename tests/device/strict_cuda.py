@@ -200,7 +200,7 @@ def _storage(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
     return _new_storage(cls, *args, **kwargs, **({} if device is None else {"device": device}))
 
 
-torch.UntypedStorage.__new__ = staticmethod(_storage)  # type: ignore[assignment, method-assign]
+torch.UntypedStorage.__new__ = staticmethod(_storage)
 
 
 # ------------------------------------------------------------------------------------------
@@ -210,15 +210,15 @@ class Watch:
 
     def __init__(self, package: str) -> None:
         self.package = package
-        self.launches: Counter[str] = Counter()
-        self.waits: Counter[str] = Counter()
+        self.launches = Counter()
+        self.waits = Counter()
 
     def note(self, kind: int, op: bytes) -> None:
         counts = self.waits if kind == WAIT else self.launches
         counts[f"{op.decode()} at {self.place()}"] += 1
 
     def place(self) -> str:
-        frame: Any = sys._getframe()
+        frame = sys._getframe()
         while frame is not None:
             name = frame.f_code.co_filename
             if self.package in name:
@@ -235,7 +235,7 @@ class Watch:
         return self.waits.total()
 
 
-_watches: list[Watch] = []
+_watches = []
 
 
 @_CALLBACK

@@ -44,7 +44,7 @@ def watched_looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Between two looks of a search at its log, nothing may wait; gives the iterations at which it
     looked.
     """
-    looks: list[int] = []
+    looks = []
     read = SearchLog.read
 
     def look(log: SearchLog) -> Any:
@@ -124,9 +124,9 @@ LAUNCHES = {"convolution": 250, "weights": 240}
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_of_an_iteration(name, monkeypatch):
     make, layer = (Conv, "first") if name == "convolution" else (mlp, "auto")
-    more: dict[str, Any] = {"importance": "focal"} if name == "weights" else {}
+    more = {"importance": "focal"} if name == "weights" else {}
     counts = []
-    with grabbed(monkeypatch, STRICT.watch) as found:  # type: ignore[union-attr]
+    with grabbed(monkeypatch, STRICT.watch) as found:
         for iterations in (2, 6):
             method = ParticleSwarm(particles=10, iterations=iterations, patience=100)
             repair_module(
@@ -142,7 +142,7 @@ def test_memory_that_runs_out_once_changes_nothing():
     model = trained(make).to(GPU)
     alone = repair_module(model, sources(GPU), settings)
     for after in (0, 640, 1500):
-        with STRICT.failing(after):  # type: ignore[union-attr]
+        with STRICT.failing(after):
             found = repair_module(model, sources(GPU), settings)
         assert counted(found) == counted(alone)
 
@@ -152,7 +152,7 @@ def test_memory_that_does_not_suffice_leaves_the_weights_and_says_so():
     make, settings = CASES["swarm"]
     model = trained(make).to(GPU)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with warnings.catch_warnings(record=True) as seen, STRICT.failing(1200, times=100_000):  # type: ignore[union-attr]
+    with warnings.catch_warnings(record=True) as seen, STRICT.failing(1200, times=100_000):
         warnings.simplefilter("always")
         outcome = repair_module(model, sources(GPU), settings)
     assert outcome.report.status == "not repaired"

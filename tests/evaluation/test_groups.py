@@ -34,7 +34,7 @@ def evaluated(groups: Any, *extras: torch.Tensor) -> SampleResults:
 
 def groups_of(results: SampleResults) -> list[int]:
     """Numbers the groups by first appearance."""
-    numbers: dict[int, int] = {}
+    numbers = {}
     return [numbers.setdefault(group, len(numbers)) for group in results.group.tolist()]
 
 

@@ -200,7 +200,7 @@ def at_threshold() -> nn.Linear:
     return model
 
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS = {
     "swarm": {"method": ParticleSwarm(particles=40, iterations=40), "localizer": AllWeights()},
     "convex": {"method": "convex"},
     "polish": {"method": Polish()},

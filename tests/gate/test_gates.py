@@ -235,7 +235,7 @@ class Unlimited(OneFor):
     limit: float = math.nan
 
     def allowed(self, counts: FlipCounts) -> int:
-        return self.limit  # type: ignore[return-value]
+        return self.limit
 
 
 @pytest.mark.parametrize("limit", [math.nan, math.inf])

@@ -159,7 +159,7 @@ class LeavesOut(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(self.backbone(self.normalised(x)))
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         return {
             name: x for name, x in super().state_dict().items() if not name.startswith("backbone")
         }

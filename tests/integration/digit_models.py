@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, SearchOptions
 from lightning_nrl.localization import NeuRecoverLite
 
-OVERWRITING: dict[str, dict[str, Any]] = {
+OVERWRITING = {
     "StochasticWeightAveraging": {"swa_lrs": 1e-3, "swa_epoch_start": 1},
     "ModelPruning": {"pruning_fn": "l1_unstructured", "amount": 0.3},
 }
@@ -32,7 +32,7 @@ since_2_6 = pytest.mark.skipif(
     Version(pl.__version__) < Version("2.6"), reason="Lightning does that since 2.6"
 )
 
-QUICK: dict[str, Any] = {
+QUICK = {
     "method": ParticleSwarm(particles=20, iterations=20),
     "search": SearchOptions(localizer=NeuRecoverLite(n_weights=30)),
     "verbose": False,
@@ -178,7 +178,7 @@ def overwriting(name: str) -> Any:
 
 def quiet_trainer(path: Any, *given: Any, **arguments: Any) -> Trainer:
     """A trainer on one CPU process that shows nothing and writes below `path`."""
-    defaults: dict[str, Any] = {
+    defaults = {
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 3,

@@ -128,7 +128,7 @@ class Later(Classifier):
     """
 
     def configure_optimizers(self) -> Any:
-        repairs = any(isinstance(c, RegressionFreeRepair) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        repairs = any(isinstance(c, RegressionFreeRepair) for c in self.trainer.callbacks)
         return torch.optim.SGD(self.parameters(), lr=0.0 if repairs else 0.5)
 
 

@@ -20,7 +20,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.methods import Auto
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
-METHODS: dict[str, Any] = {
+METHODS = {
     "auto": Auto(SWARM),
     "continued": Continued(),
     "finetune-polish": "finetune-polish",

@@ -86,7 +86,7 @@ class Signals(LightningModule):
     ],
 )
 def test_a_batch_that_does_not_fit_is_shown(tmp_path, copies, truth, problem):
-    data = DataLoader([{"signal": torch.zeros(3), truth: 1}] * 20, 8)  # type: ignore[arg-type]
+    data = DataLoader([{"signal": torch.zeros(3), truth: 1}] * 20, 8)
     message = (
         rf"{problem}[\s\S]*signal: float32 \[8, 3\][\s\S]*HINT: [\s\S]*\(batch\['signal'\],\), {{}}"
     )
@@ -99,7 +99,7 @@ class Labelled(Tensor):
 
     labels: list[str]
 
-    def clone(self, **options: Any) -> Labelled:  # type: ignore[override]
+    def clone(self, **options: Any) -> Labelled:
         copied = super().clone(**options).as_subclass(Labelled)
         copied.labels = list(self.labels)
         return copied

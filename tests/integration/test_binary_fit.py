@@ -35,7 +35,7 @@ class Transfer(LightningModule):
         self.train_acc, self.valid_acc = BinaryAccuracy(), BinaryAccuracy()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.feature_extractor(x))  # type: ignore[no-any-return]
+        return self.fc(self.feature_extractor(x))
 
     def step(self, batch: Any, accuracy: BinaryAccuracy) -> Tensor:
         x, y = batch
@@ -56,7 +56,7 @@ class Transfer(LightningModule):
 def data() -> Data:
     images, labels = digits()
     found = Data(images, (labels >= 5).long(), dim)
-    found.val_dataloader = found.repair_dataloader  # type: ignore[method-assign]
+    found.val_dataloader = found.repair_dataloader
     return found
 
 

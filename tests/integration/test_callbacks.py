@@ -4,9 +4,6 @@ file is enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import yaml
 from digit_models import mlp
@@ -25,7 +22,7 @@ from lightning_nrl import (
 from lightning_nrl.updates import FocalDistillation, MarginHinge
 
 UPDATES = (PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation)
-REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+REFUSED = [
     *((kind, {"reference": None}, "`reference=None`") for kind in UPDATES),
     *((kind, {"task": "multi-class"}, "`task='multi-class'` is unknown") for kind in UPDATES),
     (ReleaseGate, {"reference": "nowhere.ckpt"}, r"`reference='nowhere\.ckpt'` does not exist"),
@@ -71,7 +68,7 @@ def test_predictions_have_no_weights_to_go_back_to(tmp_path):
 
 
 TERM = {"class_path": "lightning_nrl.updates.FocalDistillation", "init_args": {"temperature": 2.0}}
-CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
+CONFIGURED = [
     (
         PositiveCongruentTraining,
         {"term": [TERM, "margin_hinge"], "index": "digit_models:digit"},
@@ -109,5 +106,5 @@ def test_a_configuration_file_is_enough(kind, written, look, expected, trained_p
         c
         for c in cli(tmp_path, words, run=False, kind=kind).trainer.callbacks
         if isinstance(c, kind)
-    )  # type: ignore[attr-defined]
+    )
     assert look(made) == expected

@@ -29,8 +29,8 @@ from lightning_nrl import ConfigurationError, Grid, Target, compare, diagnose, r
 from lightning_nrl.analysis.diagnosis import Diagnosis
 from lightning_nrl.study import SweepResult
 
-QUICKLY: dict[str, Any] = {"search": QUICK["search"], "methods": {"swarm": QUICK["method"]}}
-SWEEP: dict[str, Any] = {
+QUICKLY = {"search": QUICK["search"], "methods": {"swarm": QUICK["method"]}}
+SWEEP = {
     "settings": Grid(fitness=["eq1", "lexicographic"], n_passed=[100], particles=[15]),
     "seeds": 3,
     "method": QUICK["method"],
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(tmp_path
 def test_the_folder_and_tensorboard_have_the_runs_of_a_sweep(tmp_path, trained):
     logger = TensorBoardLogger(tmp_path / "logs", name="", version="")
     trainer, folder = quiet_trainer(tmp_path, logger=logger), tmp_path / "sweep"
-    how: dict[str, Any] = {**SWEEP, "dirpath": folder, "unseen": None}
+    how = {**SWEEP, "dirpath": folder, "unseen": None}
     result = sweep(trainer, trained, datamodule=Digits(), log="run", **how)
     assert SweepResult.from_csv(folder / "sweep.csv").runs == result.runs
     assert len(list((tmp_path / "logs" / "sweep").iterdir())) == len(result.runs) == 6
@@ -179,7 +179,7 @@ def calls(
     folder: Path, checkpoint: Path, strategy: str, devices: int
 ) -> tuple[Diagnosis, SweepResult, Any]:
     """What a rank finds, and the weights of a run of the sweep."""
-    arguments: dict[str, Any] = {"datamodule": Digits(), "ckpt_path": checkpoint}
+    arguments = {"datamodule": Digits(), "ckpt_path": checkpoint}
     trainers = [quiet_trainer(folder, devices=devices, strategy=strategy) for _ in range(2)]
     result = sweep(trainers[0], Classifier(), **arguments, **{**SWEEP, "seeds": 1})
     timeless = replace(result, runs=tuple(replace(run, seconds=0.0) for run in result.runs))

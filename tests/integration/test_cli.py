@@ -97,7 +97,7 @@ def cli(
 
 
 def repair_of(found: LightningCLI) -> Any:
-    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RegressionFreeRepair))  # type: ignore[attr-defined]
+    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RegressionFreeRepair))
     return repair
 
 
@@ -171,7 +171,7 @@ def test_a_printed_configuration_can_be_read_again(tmp_path, capsys):
     assert again.settings == RegressionFreeRepair().settings
 
 
-PARTS: dict[str, Any] = {
+PARTS = {
     "task: {class_path: lightning_nrl.tasks.Segmentation, init_args: {iou: 0.7, classes: [1]}}": (
         Segmentation(0.7, (1,))
     ),

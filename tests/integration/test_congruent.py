@@ -100,7 +100,7 @@ class PlainAndFlipped(Classifier):
         return F.cross_entropy(self(batch[0]), batch[1]) + 0 * self(batch[0].flip(3)).sum()
 
 
-FORMS: dict[str, Any] = {
+FORMS = {
     "plain": Classifier,
     "remembered": Classifier,
     "one line": OneLine,
@@ -216,7 +216,7 @@ def test_predictions_and_margins(old, trained_path, tmp_path):
         at: (int(data.train.tensors[1][at]) if ok else 10, None)
         for at, ok in enumerate(was.tolist())
     }
-    known = Predictions({"train": rows})  # type: ignore[arg-type]
+    known = Predictions({"train": rows})
     models = [Classifier(), Classifier()]
     references = [(known, MarginHinge(most=0.5)), (old, MarginHinge(share=1e9, most=0.5))]
     for model, (reference, term) in zip(models, references, strict=True):
@@ -291,7 +291,7 @@ class Drawn(Callback):
     """Notes which samples this process was trained on."""
 
     def __init__(self) -> None:
-        self.rows: list[int] = []
+        self.rows = []
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -313,12 +313,12 @@ class Hard(Numbered):
 def distributed_fit(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
     """What a fit leaves: the weights, and which samples were seen."""
     model, drawn = Classifier(), Drawn()
-    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)  # type: ignore[method-assign]
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)
     congruent = PositiveCongruentTraining(
         folder / "trained.ckpt", ["focal_distillation", "margin_hinge"]
     )
     data = Hard(batch_size=60 // devices)  # a step has all samples, on however many processes
-    means: dict[str, Any] = {"strategy": strategy, "devices": devices, "limit_val_batches": 0}
+    means = {"strategy": strategy, "devices": devices, "limit_val_batches": 0}
     fit(folder, model, congruent, drawn, data=data, **means)
     assert "training_step" not in vars(model)
     return {"rows": drawn.rows, "state": dict(model.state_dict())}

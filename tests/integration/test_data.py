@@ -103,7 +103,7 @@ def test_a_sampler_over_a_subset_is_kept_to_and_any_other_is_not(tmp_path, batch
 
 
 class WithoutRepair(Digits):
-    repair_dataloader = None  # type: ignore[assignment]
+    repair_dataloader = None
 
 
 def test_splits_are_chosen_by_argument(tmp_path):
@@ -127,7 +127,7 @@ def test_unseen_data_are_set_up_once(tmp_path):
     class SetUp(Digits):
         def __init__(self) -> None:
             super().__init__()
-            self.stages: list[str] = []
+            self.stages = []
             self.prepared = self.test
             del self.test
 
@@ -375,7 +375,7 @@ def test_one_of_several_validation_loaders_is_named(tmp_path):
 
 
 class MixedTraining(Few):
-    repair_dataloader = None  # type: ignore[assignment]
+    repair_dataloader = None
 
     def train_dataloader(self) -> Any:
         loaders = {"a": super().train_dataloader(), "b": DataLoader(self.repair, 32)}
@@ -445,7 +445,7 @@ class Paired(NamedClassifier):
 
 
 def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path):
-    seen: list[Tensor] = []
+    seen = []
 
     def darker(batch: Any) -> Any:
         seen.append(batch["label"])

@@ -129,7 +129,7 @@ def test_a_prediction_of_several_inputs_is_made_from_their_tuple(tmp_path):
     data = models.Clusters()
     data.train, data.val = (
         [((x[:3], x[3:]), y) for x, y in split] for split in (data.train, data.val)
-    )  # type: ignore[assignment]
+    )
     module = models.PredictsTuples()
     repair = RegressionFreeRepair(**QUICK, data=DataOptions(output="logits"))
     quiet_trainer(tmp_path, repair, max_epochs=1, enable_checkpointing=False).fit(module, data)
@@ -156,7 +156,7 @@ def test_the_module_is_as_found_after_its_step(tmp_path):
     class Remembers(models.Plain):
         def __init__(self) -> None:
             super().__init__()
-            self.seen: list[int] = []
+            self.seen = []
             self.total = torch.zeros(1)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -32,7 +32,7 @@ def look(batch: Any) -> list[str]:
     return [f"{label} {noisy}" for label, noisy in zip(*batch[1:], strict=True)]
 
 
-USED_OPTIONS: dict[str, dict[str, Any]] = {
+USED_OPTIONS = {
     "columns": {
         "method": "convex",
         "importance": worth,

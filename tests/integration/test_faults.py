@@ -107,7 +107,7 @@ class Witness(RegressionFreeRepair):
 def witness(**arguments: Any) -> Witness:
     repair = quick_repair(**arguments)
     repair.__class__ = Witness
-    return repair  # type: ignore[return-value]
+    return repair
 
 
 def fit(path: Path, repair: RegressionFreeRepair, *callbacks: Any, **arguments: Any) -> None:

@@ -266,7 +266,7 @@ def save_for_ever(folder: Path, connection: Connection, draws: bool) -> None:
     """
     torch.set_num_threads(1)
     if not draws:  # which takes most of the time
-        RepairReport.to_html = lambda report, *_: f"{MARKED}{report.reason}"  # type: ignore[method-assign]
+        RepairReport.to_html = lambda report, *_: f"{MARKED}{report.reason}"
     callback, model = quick_repair(dirpath=folder), Classifier()
     callback.__class__ = Unsaved
     logger = TensorBoardLogger(folder.parent, "log", "run")

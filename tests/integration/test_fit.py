@@ -11,7 +11,7 @@ from digit_models import Classifier, Digits, Remember, quick_repair, quiet_train
 from lightning_package import Callback, Trainer
 from torch import Tensor
 
-REPAIRS: list[tuple[str, dict[str, Any]]] = [
+REPAIRS = [
     ("mlp", {}),
     ("cnn", {"layer": "network.3", "method": "finetune-polish"}),
 ]
@@ -61,7 +61,7 @@ class Recorded(Classifier):
         )  # Adam's squares underflow in float16
 
     def on_validation_epoch_start(self) -> None:
-        self.answers: list[Tensor] = []
+        self.answers = []
 
     def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self.answers.append(self(batch[0]).argmax(1) == batch[1])

@@ -36,7 +36,7 @@ class Ordered(Digits):
 
 
 class NoValidation(Ordered):
-    val_dataloader = None  # type: ignore[assignment]
+    val_dataloader = None
 
 
 class Look(Remember):
@@ -115,9 +115,9 @@ def test_the_strength_is_chosen_logged_and_repaired(old_cnn, tmp_path, capsys):
     # What was trained, for the repair, is what lies between.
     report = repair.report
     known = sum(int(right(models[2], part).sum()) for part in (Digits().train, Digits().repair))
-    assert report.pooled("known").passed == known  # type: ignore[union-attr]
+    assert report.pooled("known").passed == known
     # Statistics fit the weights: they are those of the training data.
-    hidden = models[2].network[0](Digits().train.tensors[0])  # type: ignore[index,operator]
+    hidden = models[2].network[0](Digits().train.tensors[0])
     torch.testing.assert_close(
         between.state["network.1.running_mean"], hidden.mean((0, 2, 3)), rtol=0.02, atol=2e-3
     )
@@ -192,7 +192,7 @@ def test_a_model_that_begins_elsewhere_is_warned_of(trained_path, tmp_path):
     model = Classifier()
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        for part in model.network:  # type: ignore[union-attr]
+        for part in model.network:
             getattr(part, "reset_parameters", int)()
     with pytest.warns(
         UserWarning, match=r"the weights do not begin near those of `reference` \(cosine -?0\.\d"
@@ -210,7 +210,7 @@ def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> 
     with torch.no_grad():
         for parameter in new.parameters():
             parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    strength: Any = "auto" if network == "mlp" else 0.7
+    strength = "auto" if network == "mlp" else 0.7
     interpolation = WeightInterpolation(old, strength, tolerance=0.02, verbose=False)
     trainer = quiet_trainer(
         folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class LivingTensors(TorchDispatchMode):
         super().__init__()
         self.least = least
         self.most = 0
-        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.living = {}
 
     def __torch_dispatch__(
         self,
@@ -81,7 +80,7 @@ class Narrow(Wide):
         self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-def test_the_default_holds_few_copies_of_the_weights(tmp_path: Path) -> None:
+def test_the_default_holds_few_copies_of_the_weights(tmp_path):
     pl.seed_everything(0, verbose=False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(360, 20, generator=generator)
@@ -99,7 +98,7 @@ def test_the_default_holds_few_copies_of_the_weights(tmp_path: Path) -> None:
     assert tensors.most / size - 1 < 6.5
 
 
-def test_a_training_and_a_polish_hold_few_bytes_by_sample(tmp_path: Path) -> None:
+def test_a_training_and_a_polish_hold_few_bytes_by_sample(tmp_path):
     pl.seed_everything(0, verbose=False)
     n, n_train = 12_000, 9_000
     generator = torch.Generator().manual_seed(0)

@@ -52,12 +52,12 @@ class ByHand(Classifier):
         weights = list(self.network.parameters())
         return torch.optim.Adam(weights[:2], 3e-3), torch.optim.SGD(weights[2:], 0.1)
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         loss = super().training_step(batch, batch_idx)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers():
             optimizer.zero_grad()
         self.manual_backward(loss)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers():
             optimizer.step()
 
 
@@ -84,7 +84,7 @@ class Uncopyable(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.lock, self.numbers = threading.Lock(), iter(int, 1)
-        self.kept: dict[str, Any] = {"locks": [threading.RLock()], "losses": []}
+        self.kept = {"locks": [threading.RLock()], "losses": []}
         self.loss_function = partial(F.cross_entropy, label_smoothing=0.1)
         self.batches = (i for i in range(10**9))
 

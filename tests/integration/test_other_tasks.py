@@ -97,7 +97,7 @@ def test_each_task_is_repaired(tmp_path, learned, name, method):
     assert f"right means: {case.task}" in re.sub(r"[*`|]", "", report.to_markdown())
 
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED = [
     ("sequence", {"method": "convex"}, r"'convex'` needs a logit for each class[\s\S]*HINT: "),
     ("ordinal", {"method": "convex"}, r"'convex'` needs a logit for each class[\s\S]*HINT: "),
     ("custom", {"method": "finetune-polish"}, r"Custom has no `margin`[\s\S]*HINT: [\s\S]*swarm"),

@@ -72,7 +72,7 @@ def classes(output: Any, batch: list[Tensor]) -> Tensor:
     return F.cross_entropy(output[1], batch[1])
 
 
-LOSSES: dict[str, Loss] = {
+LOSSES = {
     "cross entropy": classes,
     "nll": lambda output, batch: F.nll_loss(output[1].log_softmax(1), batch[1]),
     "mse": lambda output, batch: F.mse_loss(output[1], F.one_hot(batch[1], 3).float()),
@@ -89,7 +89,7 @@ def test_another_output_than_that_of_the_loss_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_the_named_output_is_repaired(tmp_path, named):
-    name: str | int = "classes" if named else 1
+    name = "classes" if named else 1
     model = Features(lambda output, batch: F.cross_entropy(output[name], batch[1]), named=named)
     callback = quick_repair(data=DataOptions(output=name), layer="net")
     fit(tmp_path, model, callback)
@@ -105,7 +105,7 @@ def test_all_callbacks_and_functions_take_an_output(tmp_path):
     gate = ReleaseGate(old, output=1, verbose=False, require="any")
     quiet_trainer(tmp_path, gate).validate(new, loader(seed=1), verbose=False)
     assert gate.report is not None
-    arguments: dict[str, Any] = {"data": DataOptions(output=1), "layer": "net"}
+    arguments = {"data": DataOptions(output=1), "layer": "net"}
     trainer = quiet_trainer(tmp_path)
     compare(trainer, new, loader(), loader(seed=1), unseen=None, methods=["convex"], **arguments)
     repair(quiet_trainer(tmp_path), new, loader(), loader(seed=1), verbose=False, **arguments)

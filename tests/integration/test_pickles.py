@@ -4,7 +4,6 @@ by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def fit(callback: Any, tmp_path: Path) -> None:
     quiet_trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), datamodule=Digits())
 
 
-READERS: dict[str, Callable[[Path, Path], Any]] = {
+READERS = {
     "repair, asynchronous": lambda path, tmp: repair(
         quiet_trainer(tmp, plugins=[AsyncCheckpointIO()]),
         Classifier(),

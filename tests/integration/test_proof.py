@@ -142,7 +142,7 @@ def loader(kind: type[Module] = Module, n: int = 200, *, seed: int = 0) -> DataL
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 6, generator=generator)
     noise = 0.3 * torch.randn(n, 6, generator=generator)
-    y: Tensor = (x + noise)[:, :N_CLASSES].argmax(1)
+    y = (x + noise)[:, :N_CLASSES].argmax(1)
     if issubclass(kind, Labels):
         y = ((x + noise)[:, :3] > 0).float()
     if issubclass(kind, Probability):
@@ -163,7 +163,7 @@ def trained(kind: type[Module]) -> Any:
 def n_right(model: Any, kind: type[Module], *seeds: int) -> int:
     n = 0
     for seed in seeds:
-        x, y = loader(kind, seed=seed).dataset.tensors  # type: ignore[attr-defined]
+        x, y = loader(kind, seed=seed).dataset.tensors
         with torch.no_grad():
             right = model.predicted(x) == y
         n += int(right.flatten(1).all(1).sum() if right.ndim > 1 else right.sum())
@@ -247,7 +247,7 @@ def by_compare(path: Path, kind: type[Module], model: Any, **options: Any) -> in
 
 COUNTED = {"gate": (1,), "metrics": (1,)}
 """Seeds of the loaders that a use counts; the others count both."""
-USES: dict[str, Use] = {
+USES = {
     "callback": by_callback,
     "repair": by_repair,
     "gate": by_gate,
@@ -487,7 +487,7 @@ class Cached(Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache: Any = None
+        self.cache = None
 
     def forward(self, x: Tensor) -> Any:
         if self.training:
@@ -536,7 +536,7 @@ def few_tokens(batch: list[Tensor]) -> Any:
 
 
 def test_classes_are_in_the_dimension_of_the_loss(tmp_path):
-    options: Any = {"task": "sequence", "adapter": few_tokens}
+    options = {"task": "sequence", "adapter": few_tokens}
     with pytest.raises(ConfigurationError, match=r"HINT: write `task=Sequence\(class_dim=1\)`"):
         by_gate(tmp_path, Channels, Channels(), **options)
     by_gate(tmp_path, Channels, Channels(), **{**options, "task": SequenceTask(class_dim=1)})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from digit_models import Classifier, Digits, quiet_trainer
 from lightning_package import ModelCheckpoint
@@ -15,7 +13,7 @@ from lightning_nrl.published import Apricot, NeuRecover
 
 @pytest.mark.parametrize("method", METHODS.on_demand)
 def test_every_published_method_runs_after_a_fit_and_on_a_checkpoint(method, tmp_path):
-    arguments: dict[str, Any] = {
+    arguments = {
         "method": method,
         "gate": "accuracy",
         "layer": "network.3",

@@ -31,7 +31,7 @@ from lightning_nrl import (
 )
 from lightning_nrl.errors import DataWarning
 
-ARGUMENTS: dict[str, dict[str, Any]] = {
+ARGUMENTS = {
     "`start_from='first'` is unknown": {"start_from": "first"},
     "`failed='valid'` is no split": {"failed": "valid"},
     "`passed` data: found int, not a DataLoader": {"passed": 3},
@@ -169,7 +169,7 @@ def no_bools(batch: Any) -> Any:
     return batch[1]
 
 
-BEFORE_TRAINING: list[tuple[Any, dict[str, Any], str]] = [
+BEFORE_TRAINING = [
     (Digits, {"layer": "netwrok.7"}, "`layer='netwrok.7'` is not in the model.*network.7"),
     (Digits, {"target": Target.where(no_bools)}, ".*returned torch.int64"),
     (Digits, {"importance": 7}, "`importance` raised LookupError: a batch has no column 7"),

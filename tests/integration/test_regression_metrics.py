@@ -97,8 +97,8 @@ class Witness(Callback):
 
     def __init__(self, data: TensorDataset, passes: list[int] | None = None) -> None:
         self.data, self.passes = data, passes
-        self.logged: list[dict[str, float]] = []
-        self.right: list[Tensor] = []
+        self.logged = []
+        self.right = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.passes is not None and not trainer.sanity_checking:
@@ -219,10 +219,10 @@ def test_checkpoints_and_early_stopping_follow_it(old, tmp_path):
     metrics = RegressionMetrics(old)
     trainer = fit(
         tmp_path, witness, best, stop, metrics, data=data, enable_checkpointing=True, max_epochs=9
-    )  # type: ignore[arg-type]
+    )
     assert trainer.current_epoch == 2
     rates = [found["regression/nfr"] for found in witness.logged]
-    assert float(best.best_model_score) == pytest.approx(min(rates))  # type: ignore[arg-type]
+    assert float(best.best_model_score) == pytest.approx(min(rates))
     again = Classifier.load_from_checkpoint(best.best_model_path)
     was, now = right(old, data.counted), right(again, data.counted)
     assert by_hand(was, now)["nfr"] == pytest.approx(min(rates))
@@ -235,7 +235,7 @@ def test_only_what_is_validated_counts_and_everything_is_left_as_found(old, tmp_
     for callback in (RegressionMetrics(old), Callback()):
         torch.manual_seed(1)
         witness, model = Witness(few), Classifier("cnn", lr=0.02)
-        fit(tmp_path, callback, witness, data=data, model=model, limit_val_batches=2)  # type: ignore[arg-type]
+        fit(tmp_path, callback, witness, data=data, model=model, limit_val_batches=2)
         trained.append(model.state_dict())
         assert not model._forward_hooks
         if isinstance(callback, RegressionMetrics):
@@ -318,7 +318,7 @@ def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dic
         metrics = RegressionMetrics(OldModel(folder / "trained.ckpt"), slices=digit)
         model = Still()
         model.inside = inside
-        means: dict[str, Any] = {
+        means = {
             "max_epochs": 1,
             "limit_train_batches": 1,
             "enable_checkpointing": False,

@@ -250,7 +250,7 @@ def test_a_limited_test_says_how_much_was_seen(data, old, new, tmp_path):
 def test_what_cannot_be_judged_is_refused(arguments, loader, message, old, tmp_path):
     data = Digits()
     if loader is not None:
-        data.test_dataloader = lambda: loader  # type: ignore[method-assign]
+        data.test_dataloader = lambda: loader
     trainer = quiet_trainer(tmp_path, gate_of(old, **arguments))
     with pytest.raises(ConfigurationError, match=message):
         trainer.test(Untested(), datamodule=data, verbose=False)

@@ -28,8 +28,8 @@ class Watch(Callback):
     """
 
     def __init__(self) -> None:
-        self.ended: list[Any] = []
-        self.began: list[Any] = []
+        self.ended = []
+        self.began = []
 
     def look(self, model: Any) -> Any:
         data = Digits()
@@ -136,7 +136,7 @@ class Counting(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
-        self.moved: list[torch.Tensor] = []
+        self.moved = []
 
     def on_train_epoch_end(self) -> None:
         self.epochs += 1
@@ -199,7 +199,7 @@ class Wrong(Classifier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.validated: list[tuple[int, int]] = []
+        self.validated = []
 
     def on_validation_epoch_end(self) -> None:
         wrong = int((~right(self, Digits().val)).sum())

@@ -27,7 +27,7 @@ class Table(Dataset):
     """Rows as in Hugging Face's `datasets`, with a column of texts."""
 
     def __init__(self, data: Dataset, prefix: str) -> None:
-        self.data: Any = data
+        self.data = data
         self.prefix = prefix
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ def test_ids_may_repeat_and_be_missing():
     report = repair_module(model, [source], Settings(samples=samples)).report
     flipped = report.splits[0].flipped
     assert {sample.name for sample in flipped} == {"7", ""}
-    assert all((x.name == "7") == bool(source.inputs[x.id, 0] > 4) for x in flipped)  # type: ignore[index, call-overload]
+    assert all((x.name == "7") == bool(source.inputs[x.id, 0] > 4) for x in flipped)
 
 
 def test_a_column_that_fails_late_costs_names_and_no_repair():

@@ -22,7 +22,7 @@ class Watch(Callback):
     """Takes fingerprints before or after the hooks of another callback."""
 
     def __init__(self) -> None:
-        self.prints: dict[str, list[object]] = {"start": [], "end": []}
+        self.prints = {"start": [], "end": []}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.prints["start"].append(fingerprint(pl_module))
@@ -35,7 +35,7 @@ class Watch(Callback):
         return f"Watch {id(self)}"
 
 
-ENDS: dict[str, dict[str, Any]] = {
+ENDS = {
     "nothing to repair": {"target": Target.where(nobody, name="nobody")},
     "refused": {"gate": NothingAtAll()},
 }

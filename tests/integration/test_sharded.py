@@ -60,7 +60,7 @@ class Torn(Dataset):
 
 
 def trainer_on(devices: int, folder: Path, *callbacks: Callback, split: int = 1) -> Trainer:
-    strategy: Any = "auto"
+    strategy = "auto"
     if devices == 2:
         strategy = pl.strategies.ModelParallelStrategy(devices // split, split)
     return quiet_trainer(

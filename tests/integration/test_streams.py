@@ -33,7 +33,7 @@ class Stream(IterableDataset):
     """Yields the samples of map-style data in order."""
 
     def __init__(self, data: Dataset) -> None:
-        self.data: Any = data
+        self.data = data
 
     def __iter__(self) -> Iterator[Any]:
         for i in range(len(self.data)):

@@ -163,12 +163,12 @@ def test_the_model_is_repaired_as_it_is_and_nothing_is_trained(tmp_path, trained
     report = repair(trainer, model, datamodule=Digits(), target=Target.label(3), **QUICK)
     assert (report.status, report.target) == ("repaired", "label 3")
     assert int((model.network[3].weight != old).sum()) == report.change.changed > 0
-    assert finder in trainer.callbacks  # type: ignore[attr-defined]
+    assert finder in trainer.callbacks
 
 
 def settings(trainer: Trainer) -> dict[str, Any]:
     return {
-        "callbacks": list(trainer.callbacks),  # type: ignore[attr-defined]
+        "callbacks": list(trainer.callbacks),
         "sanity": trainer.num_sanity_val_steps,
         "max_epochs": trainer.max_epochs,
         "stop": trainer.should_stop,

@@ -112,7 +112,7 @@ def test_a_resumed_training_goes_on_with_its_record(tmp_path):
 
 
 def test_a_full_disk_costs_a_point_and_no_training(tmp_path, monkeypatch):
-    written: list[Path] = []
+    written = []
     replacing = training_record.replacing
 
     def fill(path: Path, write: Any) -> None:

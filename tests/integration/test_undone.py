@@ -55,7 +55,7 @@ def undone(recwarn: pytest.WarningsRecorder) -> list[str]:
 def test_a_repair_follows_the_modules_own_hook(tmp_path, in_training, recwarn):
     data, model = Few(), Averaged()
     model.swaps_in = "on_train_end"
-    callback: Any = quick_repair(**QUICK)
+    callback = quick_repair(**QUICK)
     if in_training:
         callback = RepairInTraining(every_n_epochs=9, **QUICK)
     quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, datamodule=data)

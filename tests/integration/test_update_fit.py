@@ -39,7 +39,7 @@ def test_what_fit_has_broken_is_brought_back(trained_path, tmp_path):
     lost = sum(int((was & ~now).sum()) for was, now in both)
     update = report.pooled_update("known")
     assert update.final.broken == lost < update.trained.broken
-    assert report.pooled("known").broken == 0  # type: ignore[union-attr]
+    assert report.pooled("known").broken == 0
     again = Classifier.load_from_checkpoint(updated.repaired_model_path)
     assert torch.equal(right(again, data.test), right(model, data.test))
     assert (

@@ -26,7 +26,7 @@ class Writer(LightningModule):
         self.net = nn.Linear(4, 3)
 
     def forward(self, batch: Fields) -> Tensor:
-        logits: Tensor = self.net(batch["x"])
+        logits = self.net(batch["x"])
         batch["y"] = logits.argmax(1)
         return logits
 
@@ -48,7 +48,7 @@ def loader(seed: int) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(60, 4, generator=generator)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    return DataLoader([{"x": x[i], "y": y[i]} for i in range(60)], batch_size=20)  # type: ignore[arg-type]
+    return DataLoader([{"x": x[i], "y": y[i]} for i in range(60)], batch_size=20)
 
 
 def test_a_written_label_counts_for_nothing(tmp_path):

@@ -192,9 +192,9 @@ def test_a_block_changes_inside_alone():
 
 def test_what_is_no_swarm_or_no_solution_is_refused():
     with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no searcher"):
-        Auto(50)  # type: ignore[arg-type]
+        Auto(50)
     with pytest.raises(ConfigurationError, match="is no method"):
-        Settings(method=lambda problem: Solution(None))  # type: ignore[arg-type,return-value]
+        Settings(method=lambda problem: Solution(None))
 
     class Forgetful(Method):
         def __call__(self, problem: Problem) -> Any:

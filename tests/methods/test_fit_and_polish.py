@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -89,7 +88,7 @@ ALL = Target.all()
 
 
 @pytest.mark.parametrize(("layer", "target"), [("auto", ALL), ("0", Target.label(0)), ("4", ALL)])
-def test_steps_by_hand(layer: str, target: Target) -> None:
+def test_steps_by_hand(layer, target):
     model = trained(normed).eval()
     problem = make_problem(model, known(n=40), layer, target=target)
     with left_alone(model):
@@ -100,7 +99,7 @@ def test_steps_by_hand(layer: str, target: Target) -> None:
         torch.testing.assert_close(state[name], value, rtol=0, atol=5e-6)
 
 
-def test_half_precision_is_fitted_in_its_own() -> None:
+def test_half_precision_is_fitted_in_its_own():
     training = FakeTraining(epochs=30)
     problem = make_problem(trained().half(), cast(known(), torch.float16), training=training)
     with left_alone(problem.model):
@@ -110,7 +109,7 @@ def test_half_precision_is_fitted_in_its_own() -> None:
 
 
 @pytest.mark.parametrize("seconds", [8.0, 100.0])
-def test_the_schedule_ends_with_the_time(seconds: float) -> None:
+def test_the_schedule_ends_with_the_time(seconds):
     now, rates = [0.0], list[float]()
 
     def pass_time(rate: float) -> None:
@@ -128,7 +127,7 @@ def test_the_schedule_ends_with_the_time(seconds: float) -> None:
     assert rates[-1] < 1e-4 or seconds == 8
 
 
-def test_steps_start_at_given_weights_on_the_samples_that_have_weight() -> None:
+def test_steps_start_at_given_weights_on_the_samples_that_have_weight():
     n_rows, problem = list[int](), make_problem(trained(), known(n=40))
     start = retrained(problem.model)
 
@@ -147,7 +146,7 @@ def test_steps_start_at_given_weights_on_the_samples_that_have_weight() -> None:
     assert not same(result.state, distilled(problem, weight=weight, epochs=2).state)
 
 
-def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
+def test_ranks_take_as_many_steps_as_the_first_has_time_for():
     def work(problem: Problem) -> State:
         return distilled(
             problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05)
@@ -170,12 +169,12 @@ def checked(problem: Problem, result: PolishResult) -> PolishResult:
     return result
 
 
-def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired() -> None:
+def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired():
     problem = on_a_line()
     given = problem.propose("given", threshold(0.5995))
     assert (given.repaired, given.broken) == (1, 1)
-    told: list[tuple[int | None, ...]] = []
-    observer: Any = SimpleNamespace(search=lambda *counts: told.append(counts))
+    told = []
+    observer = SimpleNamespace(search=lambda *counts: told.append(counts))
     with left_alone(problem.model):
         result = polish(replace(problem, clock=StageTimer(observer)), given.state)
     checked(problem, result)
@@ -189,7 +188,7 @@ def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired() -> None:
     torch.testing.assert_close(result.state["weight"], given.state["weight"], rtol=0, atol=0.05)
 
 
-def test_steps_that_restore_nothing_grow() -> None:
+def test_steps_that_restore_nothing_grow():
     problem = on_a_line()
     # At the rate of a single broken sample, a step moves the threshold by at most 5e-5.
     result = checked(problem, polish(problem, threshold(0.55), visits=20_000.0))
@@ -197,7 +196,7 @@ def test_steps_that_restore_nothing_grow() -> None:
     assert result.rounds < 0.05 / 5e-5 / 8
 
 
-def test_where_steps_do_not_get_there_the_way_is_gone_back_as_far_as_needed() -> None:
+def test_where_steps_do_not_get_there_the_way_is_gone_back_as_far_as_needed():
     problem = on_a_line()
     given = problem.propose("given", threshold(-3.0))
     assert (given.repaired, given.broken) == (2, 3)
@@ -207,7 +206,7 @@ def test_where_steps_do_not_get_there_the_way_is_gone_back_as_far_as_needed() ->
     assert 0 < result.strength < 0.9
 
 
-def test_a_margin_of_next_to_nothing_is_not_enough() -> None:
+def test_a_margin_of_next_to_nothing_is_not_enough():
     problem = on_a_line()
     # 0.6 keeps a margin of 1e-6, which another batch size or device may turn around.
     result = checked(problem, polish(problem, threshold(0.6 + 1e-6)))
@@ -226,7 +225,7 @@ def tied(rows: list[list[float]], labels: list[int]) -> Problem:
 
 
 @pytest.mark.parametrize("margin", [0.0, 1e-7])
-def test_a_tie_that_was_right_is_kept_too(margin: float) -> None:
+def test_a_tie_that_was_right_is_kept_too(margin):
     # Of equal logits the first class is predicted: sample 0 is right before, and wrong with the new
     # weights though its margin is still 0, as happens in half precision.
     problem = tied([[0.0, 1.0, 1.0 - margin], [5.0, 0.0, 0.0], [2.0, 0.0, 1.0]], [1, 0, 2])
@@ -254,7 +253,7 @@ class Spiked(nn.Module):
         return self.body(x[:, :2]) + 10 * x[:, 2:] * self.switch
 
 
-def test_a_loss_that_is_not_finite_counts_as_broken() -> None:
+def test_a_loss_that_is_not_finite_counts_as_broken():
     x = torch.tensor([[-2, 1, 0], [2, 1, 0], [0.7, 1, 0], [2, 1, 1]], dtype=torch.float32)
     source = TensorSource(x, torch.tensor([0, 1, 1, 1]), "all", passed=True, failed=True)
     problem = make_problem(Spiked(), [source])
@@ -278,10 +277,8 @@ def test_a_loss_that_is_not_finite_counts_as_broken() -> None:
     scale=st.sampled_from([0.01, 0.1, 0.3, 1.0, 30.0]),
     label=st.sampled_from([None, 0]),
 )
-def test_whatever_the_new_weights_are_nothing_known_is_broken(
-    net: str, layer: str, seed: int, scale: float, label: int | None
-) -> None:
-    nets: dict[str, Callable[[], nn.Module]] = {
+def test_whatever_the_new_weights_are_nothing_known_is_broken(net, layer, seed, scale, label):
+    nets = {
         "linear": lambda: nn.Sequential(nn.Linear(4, 3)),
         "mlp": partial(mlp, 8),
         "deep": lambda: nn.Sequential(
@@ -305,7 +302,7 @@ def test_whatever_the_new_weights_are_nothing_known_is_broken(
 
 
 @pytest.mark.parametrize("seconds", [0, math.inf])
-def test_masked_weights_stay_as_they_are(seconds: float) -> None:
+def test_masked_weights_stay_as_they_are(seconds):
     problem = make_problem(trained(), known(), scope=("0.weight",))
     old, new = snapshot(problem.model), jittered(problem.model, 0, 0.5)
     mask = torch.rand(new["0.weight"].shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -324,7 +321,7 @@ def test_masked_weights_stay_as_they_are(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_it_is_the_deployed_precision_that_counts(dtype: torch.dtype) -> None:
+def test_it_is_the_deployed_precision_that_counts(dtype):
     model = trained().to(dtype)
     problem = make_problem(model, cast(known(), dtype))
     new = {name: value.to(dtype) for name, value in retrained(trained()).items()}
@@ -335,7 +332,7 @@ def test_it_is_the_deployed_precision_that_counts(dtype: torch.dtype) -> None:
     assert result.repaired > 0
 
 
-def test_its_time_is_kept() -> None:
+def test_its_time_is_kept():
     problem = on_a_line(training=FakeTraining(epochs=1000))
     now, forwards = [0.0], 1.0
 
@@ -354,7 +351,7 @@ def test_its_time_is_kept() -> None:
     assert 0 == took[0] < took[30] < took[100]
 
 
-def test_it_stops_at_twice_the_visits_of_the_training() -> None:
+def test_it_stops_at_twice_the_visits_of_the_training():
     problem = on_a_line()
     result = checked(problem, polish(problem, threshold(-3.0)))
     # A round is 8 steps of 3 visits on 5 samples, and a look at 3 of them: 123; the share is 2 * 3
@@ -365,20 +362,20 @@ def test_it_stops_at_twice_the_visits_of_the_training() -> None:
 
 
 @pytest.mark.parametrize("visits", [None, 200_000.0])
-def test_many_targets_that_are_out_of_reach_are_repaired_all(visits: float | None) -> None:
+def test_many_targets_that_are_out_of_reach_are_repaired_all(visits):
     problem = memorised(400, 16, 256, n_wrong=60)
     assert int(problem.before.targeted.sum()) == 60
     result = polish(problem, {}, after=problem.before, enforce=True, visits=visits)
     assert checked(problem, result).repaired == 60
 
 
-def test_targets_that_contradict_what_passes_are_let_go() -> None:
+def test_targets_that_contradict_what_passes_are_let_go():
     problem = memorised(400, 16, 256, n_wrong=60, n_copies=5)
     result = polish(problem, {}, after=problem.before, enforce=True)
     assert 50 <= checked(problem, result).repaired <= 55
 
 
-def test_with_few_visits_targets_take_turns_and_what_is_repaired_stays() -> None:
+def test_with_few_visits_targets_take_turns_and_what_is_repaired_stays():
     problem = memorised(400, 16, 256, n_wrong=60, n_copies=5)
     repaired = []
     for visits in (100.0, 3000.0, 10_000.0):

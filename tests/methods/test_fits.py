@@ -314,7 +314,7 @@ def test_a_new_model_is_polished(in_file, tmp_path):
     model = trained(normed).eval()
     problem = make_problem(model, known())
     state = barely(problem, retrained(model))
-    new: Any = normed()
+    new = normed()
     new.load_state_dict(state)
     if in_file:
         new = tmp_path / "new.ckpt"

@@ -87,7 +87,7 @@ class Drifting(nn.Module):
         self.old = torch.zeros(3, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x)
+        logits = self.network(x)
         if torch.equal(self.network[2].weight, self.old) or len(x) < 10:
             return logits
         return logits - self.drift * torch.tensor([1.0, 0.0, 0.0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -65,18 +64,18 @@ def test_parts_are_replaced_by_name_or_object():
     )
     for wrong in ({"localizer": "arachnid"}, {"fitness": 3}, {"searcher": "swarmed"}):
         with pytest.raises(ConfigurationError):
-            bundle("arachne", **wrong)  # type: ignore[arg-type]
+            bundle("arachne", **wrong)
     with pytest.raises(ConfigurationError, match="did you mean 'arachne'"):
         bundle("arachnes")
 
 
 def test_what_the_options_say_goes_before_the_parts_of_the_method():
     search = SearchOptions(localizer="gradient")
-    settings = Settings(method="arachne", search=search)  # type: ignore[arg-type]
+    settings = Settings(method="arachne", search=search)
     assert settings.method == bundle("arachne", localizer="gradient")
     assert (settings.localizer, settings.fitness) == (ByGradient(), ArachneFitness())
     assert settings.plain()["localizer"]["class"] == "ByGradient"
-    assert Settings(method="neurecover").localizer == NeuRecover()  # type: ignore[arg-type]
+    assert Settings(method="neurecover").localizer == NeuRecover()
     assert Settings().plain()["localizer"]["class"] == "NeuRecoverLite"
     callback = RegressionFreeRepair(
         method="arachne-de", search=SearchOptions(fitness="lexicographic")
@@ -109,7 +108,7 @@ nothing = 3
 
 
 def look_again_for_entry_points() -> None:
-    registries: tuple[Any, ...] = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
+    registries = (METHODS, LOCALIZERS, SEARCHERS, FITNESSES)
     for registry in registries:
         vars(registry).pop("_added", None)
 
@@ -130,7 +129,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     look_again_for_entry_points()
-    yield tmp_path  # type: ignore[misc]
+    yield tmp_path
     look_again_for_entry_points()
     sys.modules.pop("nrl_plugin", None)
 
@@ -139,7 +138,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_other_distributions_add_names_by_entry_points():
     assert {"ours", "small"} <= set(METHODS)
     search = SearchOptions(fitness="counting")
-    settings = Settings(method="ours", search=search)  # type: ignore[arg-type]
+    settings = Settings(method="ours", search=search)
     assert isinstance(settings.method, LocalSearch)
     assert type(settings.localizer).__name__ == "Mine"
     assert type(METHODS.parse("method", "small")).__name__ == "Small"
@@ -169,7 +168,7 @@ def settings_of(method: object, **more: object) -> Settings:
         "search": SearchOptions(localizer=NeuRecoverLite(n_weights=12)),
         "method": method,
     }
-    return Settings(**(arguments | more))  # type: ignore[arg-type]
+    return Settings(**(arguments | more))
 
 
 def test_a_searcher_of_ones_own_is_a_method_of_a_repair():
@@ -187,7 +186,7 @@ def test_a_searcher_of_ones_own_is_a_method_of_a_repair():
 
 
 def test_weights_are_localised_on_the_passed_samples_that_are_scored():
-    asked: list[tuple[Tensor, Tensor]] = []
+    asked = []
 
     @dataclass(frozen=True)
     class Recorder(AllWeights):
@@ -293,7 +292,7 @@ def timed(max_time: float | None, one_pass: float, **changes: object) -> Problem
     """A problem of which a pass is said to have taken so long."""
     problem = make_problem(trained(), known(), "2", clock=StageTimer(max_time=max_time))
     problem.clock.seconds["collect"] = one_pass
-    return replace(problem, **changes)  # type: ignore[arg-type]
+    return replace(problem, **changes)
 
 
 def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short():
@@ -311,7 +310,7 @@ def test_the_number_of_samples_depends_on_the_clock_only_where_time_is_short():
 @pytest.mark.parametrize("method", [LocalSearch(QUICK), Convex(), Auto(QUICK)])
 def test_what_no_time_is_left_for_is_not_begun(method):
     problem = timed(60.0, 19.9)
-    solution = method(problem)  # type: ignore[operator]
+    solution = method(problem)
     assert "no time" in solution.reason.lower()
     assert not set(problem.clock.seconds) & {"localize", "search", "record", "solve", "fit"}
 

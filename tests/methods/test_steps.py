@@ -119,7 +119,7 @@ def test_over_all_ranks_each_row_of_a_mini_batch_comes_once(sizes, batch_size, w
     value = torch.cat([source.inputs.flatten() for source in whole])
     batches = [torch.randperm(n, generator=generator)[:size] for size in (n, n // 2, 0)]
     problem = make_problem(two_weights(), whole)
-    got: list[list[int]] = [[] for _ in batches]
+    got = [[] for _ in batches]
     for rank in range(world_size):
         share = replace(problem, known=shares(whole, rank, world_size, batch_size))
         for at, parts in enumerate(load_batches(share, batches)):

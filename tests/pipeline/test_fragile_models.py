@@ -60,18 +60,18 @@ def test_a_failure_at_any_call_leaves_the_model_as_it_was(method, how):
 
 class NoBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
 
 def without_gradients(net: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return net(x)  # type: ignore[no-any-return]
+        return net(x)
 
 
 def in_inference_mode(net: nn.Module, x: Tensor) -> Tensor:
     with torch.inference_mode():
-        return net(x)  # type: ignore[no-any-return]
+        return net(x)
 
 
 def in_numpy(net: nn.Module, x: Tensor) -> Tensor:
@@ -79,14 +79,14 @@ def in_numpy(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def without_backward(net: nn.Module, x: Tensor) -> Tensor:
-    return NoBackward.apply(net(x))  # type: ignore[no-any-return,no-untyped-call]
+    return NoBackward.apply(net(x))
 
 
 def in_place(net: nn.Module, x: Tensor) -> Tensor:
-    hidden = net[0](x).exp()  # type: ignore[index]
+    hidden = net[0](x).exp()
     output = net(x) + 0 * hidden.sum()
     hidden /= 10
-    return output  # type: ignore[no-any-return]
+    return output
 
 
 class WithoutTraining(nn.Module):
@@ -128,7 +128,7 @@ def test_an_embedding_with_sparse_gradients_is_trained():
             nn.init.zeros_(self.embedding.weight)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) + self.embedding((x[:, 0] > 0).long())  # type: ignore[no-any-return]
+            return self.net(x) + self.embedding((x[:, 0] > 0).long())
 
     report = repair_module(Embedded(), known(), quick(method="finetune-polish")).report
     assert report.status == "repaired"

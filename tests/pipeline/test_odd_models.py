@@ -21,7 +21,7 @@ from lightning_nrl.pipeline.input_checks import run_sanity_check
 
 def parametrised(how: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     model = mlp()
-    return nn.Sequential(how(model[0]), model[1], how(model[2]))  # type: ignore[arg-type]
+    return nn.Sequential(how(model[0]), model[1], how(model[2]))
 
 
 class ByFunctions(nn.Module):
@@ -61,11 +61,11 @@ class TwoHeads(nn.Module):
 
 
 def scripted() -> nn.Module:
-    return torch.jit.script(mlp())  # type: ignore[no-any-return]
+    return torch.jit.script(mlp())
 
 
 def traced() -> nn.Module:
-    return torch.jit.trace(mlp(), torch.zeros(2, 4))  # type: ignore[no-any-return]
+    return torch.jit.trace(mlp(), torch.zeros(2, 4))
 
 
 def frozen_body() -> nn.Module:
@@ -73,7 +73,7 @@ def frozen_body() -> nn.Module:
     return nn.Sequential(torch.jit.freeze(torch.jit.script(model[:2].eval())), model[2])
 
 
-ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+ODD = {
     "weight norm": (lambda: parametrised(weight_norm), "has no floating-point weight of its own"),
     "spectral norm": (
         lambda: parametrised(spectral_norm),
@@ -129,7 +129,7 @@ def test_a_prediction_that_depends_on_the_batch_is_refused():
             check(Evaluator(model), known(batch_size=1), quick())
     unused = trained()
     unused.norm = norm
-    unused.forward = lambda x: unused[2](unused[1](unused[0](x)))  # type: ignore[method-assign]
+    unused.forward = lambda x: unused[2](unused[1](unused[0](x)))
     run_sanity_check(Evaluator(unused), known(), quick())
 
 

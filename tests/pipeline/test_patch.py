@@ -80,7 +80,7 @@ def test_a_module_is_changed_in_place_and_a_state_dict_is_copied():
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert same(copied(patch.revert(model)), old)
     state = model.state_dict()
-    assert patch.apply(state)._metadata == state._metadata  # type: ignore[attr-defined]
+    assert patch.apply(state)._metadata == state._metadata
     assert same(state, old)
 
 
@@ -104,7 +104,7 @@ def test_another_model_is_refused_and_stays():
             patch.apply(state)
     assert same(copied(other), before)
     with pytest.raises(ConfigurationError, match="found a str, not a module"):
-        patch.apply("model.ckpt")  # type: ignore[call-overload]
+        patch.apply("model.ckpt")
 
 
 def test_patches_stack_and_come_off_in_order():

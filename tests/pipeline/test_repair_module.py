@@ -200,7 +200,7 @@ def test_wrong_data_or_layers_are_refused_before_the_model_runs(sources, argumen
 
 
 def test_stages_and_progress_are_told_in_order():
-    events: list[Any] = []
+    events = []
 
     class Listener:
         @contextmanager

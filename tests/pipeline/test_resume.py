@@ -24,7 +24,7 @@ from lightning_nrl._utils.timing import Observer
 from lightning_nrl.methods import Auto, Convex, FineTunePolish, Polish
 from lightning_nrl.pipeline import Outcome
 
-METHODS: dict[str, Any] = {
+METHODS = {
     "auto": Auto(ParticleSwarm(particles=12, iterations=12)),
     "convex": Convex(),
     "finetune-polish": FineTunePolish(),

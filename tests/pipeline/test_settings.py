@@ -54,7 +54,7 @@ class MyFitness(FitnessFunction):
 def test_settings_are_told_as_plain_values():
     search = SearchOptions(Fitness("eq2", alpha=8), NeuRecoverLite(n_weights=32))
     target = Target.label(3) | Target.confusion(1, 2)
-    plain = Settings(target, layer=["a", "b"], gate="tolerance:1%", search=search).plain()  # type: ignore[arg-type]
+    plain = Settings(target, layer=["a", "b"], gate="tolerance:1%", search=search).plain()
     assert list(plain) == [
         "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer",
         "n_passed", "memory_limit", "save_every", "n_scored",

@@ -139,7 +139,7 @@ def test_what_is_no_count_or_confidence_is_refused(arguments, message):
 
 
 def test_numbers_of_numpy_and_torch_are_counts():
-    assert upper_limit(np.int64(4), torch.tensor(908)) == upper_limit(4, 908)  # type: ignore[arg-type]
+    assert upper_limit(np.int64(4), torch.tensor(908)) == upper_limit(4, 908)
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,7 @@ def test_log_folders_by_name_are_looked_into(tmp_path):
     write(tmp_path / "b")
     flags = Namespace(logdir="", logdir_spec=f"first:{tmp_path / 'a'},{tmp_path / 'b'}")
     plugin = RepairPlugin(TBContext(logdir=flags.logdir_spec, flags=flags))
-    rows = Client(plugin.get_plugin_apps()["/repairs"]).get("/repairs").json["repairs"]  # type: ignore[index]
+    rows = Client(plugin.get_plugin_apps()["/repairs"]).get("/repairs").json["repairs"]
     assert sorted(row["name"] for row in rows) == ["b", "first/repair"]
 
 

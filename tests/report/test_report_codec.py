@@ -68,7 +68,7 @@ SPLIT = SplitReport(
 VERSIONS = {"torch": "2.9.0", "lightning_nrl commit": "3f2e"}
 DATA = {"test": DataIdentity(11, "b")}
 PROVENANCE = Provenance("2026-11-29 06:00:00+00:00", "nets.Net", 28, "best.ckpt", "c", DATA)
-REPORTS: dict[str, Any] = {
+REPORTS = {
     "repair": RepairReport(
         status="repaired",
         reason="2 of 4 pass now.",
@@ -190,7 +190,7 @@ VALUES = st.recursive(
 
 def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value in plain values."""
-    ways: list[tuple[Any, ...]] = []
+    ways = []
     if isinstance(data, (dict, list)):
         for key in data if isinstance(data, dict) else range(len(data)):
             ways += [(*path, key), *places(data[key], (*path, key))]

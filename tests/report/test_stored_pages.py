@@ -164,7 +164,7 @@ class Open(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: list[str] = []
+        self.tags = []
         self.feed(text)
         assert self.tags == []
 
@@ -198,7 +198,7 @@ def test_only_changed_weights_have_a_limit_on_unseen_data():
 
 
 if __name__ == "__main__":
-    repair_report.find_spec = lambda name: None  # type: ignore[assignment]
+    repair_report.find_spec = lambda name: None
     PAGES.mkdir(exist_ok=True)
     for name, report in SHOWN.items():
         for kind, text in pages(report).items():

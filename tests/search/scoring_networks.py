@@ -199,7 +199,7 @@ def _convolution() -> nn.Module:
 
 BRANCHES = linears(branches, a=(6, 4), b=(6, 3), gate=(3, 7), head=(13, 5))
 FOLDED = linears(folded, frame=(4, 6), mix=(6, 6), head=(6, 5))
-REPLAYED: dict[str, Case] = {
+REPLAYED = {
     "head": Case(_mlp, floats(6), "5"),
     "only layer": Case(lambda: nn.Linear(6, 5), floats(6), ""),
     "middle linear": Case(_mlp, floats(6), "2"),
@@ -226,7 +226,7 @@ REPLAYED: dict[str, Case] = {
     "hard mask": Case(linears(hard_mask, stem=(6, 6), mix=(6, 6), head=(6, 5)), floats(6), "mix"),
 }
 
-WHOLE: dict[str, tuple[Case, str]] = {
+WHOLE = {
     "called twice": (
         Case(linears(twice, mix=(6, 6), head=(6, 5)), floats(6), "mix"),
         "called 2 times",

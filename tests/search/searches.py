@@ -20,7 +20,7 @@ class Plain:
 
     def __init__(self, score: Callable[[Tensor], Scores]) -> None:
         self.score = score
-        self.seen: list[Tensor] = []
+        self.seen = []
 
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
         self.seen.append(values.clone())

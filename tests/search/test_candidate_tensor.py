@@ -40,7 +40,7 @@ def _module(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return module.double().eval()
 
 
-CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+CHANNELWISE = {
     "relu": ((), F.relu),
     "relu module, in place": ((5, 5), nn.ReLU(inplace=True)),
     "elu module, in place": ((5,), nn.ELU(inplace=True)),
@@ -61,7 +61,7 @@ CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "gated by its mean": ((5, 5), lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True))),
     "joined": ((5,), lambda x: torch.cat([x, F.relu(x)], 1)),
 }
-MIXING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+MIXING = {
     "linear": ((), _module(nn.Linear(C, 5))),
     "convolution": ((5, 5), _module(nn.Conv2d(C, 3, 3, stride=2, padding=1))),
     "grouped convolution": ((5, 5), _module(nn.Conv2d(C, 4, 3, groups=2))),

@@ -58,7 +58,7 @@ def test_nothing_before_the_layer_is_run_again(name):
     problem = make_problem(REPLAYED[name])
     recording = problem.recording(12)
     plan = recording.groups[0].plan
-    called: list[str] = []
+    called = []
     for call in set(plan.calls):
         module = problem.model.get_submodule(call)
         for child in module.modules():
@@ -78,7 +78,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_hooks_of_the_user_are_applied_once():
     problem = make_problem(REPLAYED["middle linear"])
-    for module in problem.model:  # type: ignore[attr-defined]
+    for module in problem.model:
         module.register_forward_hook(lambda m, a, y: y * 1.5)
         module.register_forward_pre_hook(lambda m, a: (a[0] + 0.25,))
     logits = replayed(problem.recording(12))[1]

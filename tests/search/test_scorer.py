@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_block_and_carries_on():
         if sizes[-1] > 8:
             raise torch.OutOfMemoryError("out of memory")
 
-    problem.model[-1].register_forward_pre_hook(hold_few)  # type: ignore[index]
+    problem.model[-1].register_forward_pre_hook(hold_few)
     close(scorer(values), expected)
     assert max(sizes) > 8
 
@@ -216,7 +216,7 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task, fitness):
     where, values = problem.candidates(3, 6)
     reserve = torch.rand(N, generator=torch.Generator().manual_seed(0))
     recording = problem.recording(N, evaluator=Evaluator(problem.model, task))
-    options: dict[str, Any] = {"recording": recording, "fitness": fitness}
+    options = {"recording": recording, "fitness": fitness}
     plain = scored(problem, where, values, **options)
     kept = scored(problem, where, values, **options, reserve=reserve)
     logits = problem.oracle(where, values)

@@ -27,7 +27,7 @@ from lightning_nrl.search import (
 
 SPREAD = WeightStats(mean=5.0, std=2.0, lowest=-1.0, highest=9.0)
 NO_ELITES = torch.zeros(0, 3)
-QUICK: dict[str, Any] = {"population": 12, "iterations": 40, "patience": 20}
+QUICK = {"population": 12, "iterations": 40, "patience": 20}
 ALL = {
     "a new one": RandomLocalSearch(step=0.2),
     "differential evolution": DifferentialEvolution(**QUICK),
@@ -55,7 +55,7 @@ def test_names_stand_for_searchers():
         (ParticleSwarm, "is no searcher"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            search(wall, begin(), WIDE, searcher=wrong)  # type: ignore[arg-type]
+            search(wall, begin(), WIDE, searcher=wrong)
 
 
 def test_solves_a_sphere():

@@ -57,7 +57,7 @@ def calibration() -> list[TensorSource]:
 
 def run(model: nn.Module | Evaluator, settings: Any = GRID, **arguments: Any) -> SweepResult:
     """A sweep of the blobs; unseen data are read in batches of another size than known."""
-    given: dict[str, Any] = {
+    given = {
         "base": quick(),
         "seeds": 2,
         "unseen": unseen(),
@@ -73,7 +73,7 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
         **arguments,
         "gate": Gate.tolerance(10**6),
     }  # whatever it breaks
-    others: dict[str, Any] = {"unseen": unseen(), "calibration": calibration()}
+    others = {"unseen": unseen(), "calibration": calibration()}
     outcome = repair_module(model, known(batch_size=48), Settings(**with_options(how)), **others)
     report, state = outcome.report, result.state(chosen)
     if not chosen.known.repaired_in_target:
@@ -182,7 +182,7 @@ def timeless(result: SweepResult) -> SweepResult:
 
 
 def test_data_are_read_once_for_all_runs_of_the_last_layer():
-    reads: list[str] = []
+    reads = []
 
     class Read(TensorSource):
         def __iter__(self) -> Iterator[Batch]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,7 +36,7 @@ def made(setting: str, seed: int, known: tuple[int, int], **later: tuple[int, in
     """A run on 100 known samples, of which 90 are right, and 50 of each other role, of which 40
     are.
     """
-    counts: dict[str, Any] = {}
+    counts = {}
     for role, (repaired, broken) in {"known": known, **later}.items():
         n, passed = (100, 90) if role == "known" else (50, 40)
         counts[role] = TargetCounts(

@@ -102,4 +102,4 @@ def test_seeds_are_a_number_or_a_list():
     assert parse_seeds([7, 5]) == (7, 5)
     for wrong in (0, [], [1, 1], "ab", True, [-1], [2**32]):
         with pytest.raises(ConfigurationError, match=r"`seeds=|`seed="):
-            parse_seeds(wrong)  # type: ignore[arg-type]
+            parse_seeds(wrong)

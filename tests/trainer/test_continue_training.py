@@ -103,8 +103,8 @@ class Continue(Callback):
         self.failed = failed or DataLoader(Points(FAILED, 100, 1.5), 64)
         self.passed, self.seconds, self.epochs, self.seeds = passed, seconds, epochs, seeds
         self.options = options
-        self.results: list[Any] = []
-        self.progress: list[Any] = []
+        self.results = []
+        self.progress = []
 
     @property
     def states(self) -> list[Any]:
@@ -131,7 +131,7 @@ class Continue(Callback):
                 n = sum(len(source.index) for source in known)
                 training = training.for_targets(torch.zeros(n, dtype=torch.bool))
                 for seed in self.seeds:
-                    timer = StageTimer(self)  # type: ignore[arg-type]
+                    timer = StageTimer(self)
                     result = training(seconds=self.seconds, seed=seed, clock=timer, **self.options)
                     self.results.append(result)
             assert_same(before, picture(trainer, pl_module))
@@ -207,7 +207,7 @@ def test_every_known_sample_is_trained_on_once_an_epoch_in_a_new_order():
     assert int(state["body.1.num_batches_tracked"] - model.body[1].num_batches_tracked) == 10
 
 
-WAYS: list[dict[str, Any]] = [
+WAYS = [
     {},
     {"precision": "bf16-mixed"},
     {"precision": "64-true"},
@@ -399,7 +399,7 @@ def test_several_loaders_go_on_as_they_are_mixed(mode, batches):
             mixed.append([len(part[0]) for part in parts])
             return super().training_step(parts[0], batch_idx)
 
-    mixed: list[Any] = []
+    mixed = []
     loaders = {"a": train_loader(Points(64)), "b": train_loader(Points(16), batch_size=8)}
     data = loaders if mode is None else CombinedLoader(loaders, mode)
     assert fit(Two(), Continue(passed=train_loader()), data) is not None

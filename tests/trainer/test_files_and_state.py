@@ -156,7 +156,7 @@ class Best:
 @pytest.mark.parametrize(("keep", "value"), [(False, 1.0), (True, 2.0)])
 def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(keep, value):
     model = Slim(1.0)
-    trainer: Any = Best(model)
+    trainer = Best(model)
     weight, statistics = model.head.weight, model.frozen.running_mean
     with starting_weights("best", trainer, model) as start:
         assert torch.equal(model.head.weight, torch.full((2, 2), 2.0))

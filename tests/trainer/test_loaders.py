@@ -47,7 +47,7 @@ def rank_of(rank: int, world_size: int) -> Any:
     )
 
 
-MODEL: Any = SimpleNamespace(_on_before_batch_transfer=same, forward=same)
+MODEL = SimpleNamespace(_on_before_batch_transfer=same, forward=same)
 
 
 def numbers(n: int) -> TensorDataset:

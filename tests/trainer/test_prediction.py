@@ -43,7 +43,7 @@ class FirstOutput(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)[0]
+        out = self.net(x)[0]
         return out
 
 

@@ -47,8 +47,8 @@ class Repairing(Callback):
 
     def __init__(self, steps: Callable[[Any, Callable[[], None]], None]) -> None:
         self.steps = steps
-        self.tasks: list[tuple[str, float, float]] = []
-        self.after: list[str] = []
+        self.tasks = []
+        self.after = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bar = trainer.progress_bar_callback

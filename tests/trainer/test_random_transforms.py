@@ -45,7 +45,7 @@ class Numbers(Dataset):
 
 def source(data: Any, split: str = "train") -> LoaderSource:
     data = data if isinstance(data, Dataset) else Numbers(data)
-    place, loader = torch.arange(len(data)), DataLoader(data, 8)  # type: ignore[arg-type,var-annotated]
+    place, loader = torch.arange(len(data)), DataLoader(data, 8)
     return LoaderSource(
         split, True, True, place, place, loader, SeededDataset(data, 0), lambda raw: raw
     )

@@ -37,7 +37,7 @@ class Normalize:
 
 
 def source(data: Dataset[Any]) -> LoaderSource:
-    place = torch.arange(len(data))  # type: ignore[arg-type]
+    place = torch.arange(len(data))
     samples, adapter = SeededDataset(data, 0), lambda raw: ((raw[0],), {}, raw[1])
     return LoaderSource(
         "val", True, True, place, place, DataLoader(data), samples, lambda raw: raw, adapter
@@ -145,6 +145,6 @@ def test_a_normalisation_is_undone_if_it_can_be_that_of_the_image():
     true = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
     normalised = (true - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     shown, expected = display(normalised, normalization=(mean, std)), to_pixels(true)
-    assert abs(shown.astype(int) - expected.astype(int)).max() <= 1  # type: ignore[union-attr]
+    assert abs(shown.astype(int) - expected.astype(int)).max() <= 1
     stretched = display(10 * normalised, normalization=(mean, std))
-    assert (stretched.min(), stretched.max()) == (0, 255)  # type: ignore[union-attr]
+    assert (stretched.min(), stretched.max()) == (0, 255)

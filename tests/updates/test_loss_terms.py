@@ -130,7 +130,7 @@ def test_terms_come_by_name_as_objects_or_several():
         (lambda: parse_terms("focal distillation"), "did you mean 'focal_distillation'"),
         (lambda: parse_terms([]), "`term` has 0 terms"),
         (lambda: parse_terms(["margin_hinge", MarginHinge()]), "each with its own `name`"),
-        (lambda: parse_terms(3), "`term=3` is no term"),  # type: ignore[arg-type]
+        (lambda: parse_terms(3), "`term=3` is no term"),
         (lambda: FocalDistillation(temperature=0), "`temperature=0` is no number above 0"),
         (lambda: FocalDistillation(base=-1), "`base=-1` is no number from 0"),
         (lambda: FocalDistillation(base=0, focus=0), "the term is always 0"),

@@ -330,7 +330,7 @@ def test_the_example_decides(tmp_path, monkeypatch, capsys):
 
 def test_the_documented_rule_of_ones_own_can_be_given():
     page = (ROOT / "docs" / "extend.md").read_text().partition("## A release rule")[2]
-    found: dict[str, Any] = {}
+    found = {}
     exec(page.partition("```python\n")[2].partition("```")[0], found)
     report = release(trained(seed=2), trained(seed=1), data(), found["NoConfidentRegression"](0.0))
     assert report.findings[0].ids == report.broken_ids

@@ -53,7 +53,7 @@ def test_what_the_replaced_model_got_wrong_too_is_no_target():
     assert report.reason.startswith(
         "no known sample in the target (all failures) is right under the replaced model"
     )
-    assert report.pooled_update("known").final.broken == 0  # type: ignore[union-attr]
+    assert report.pooled_update("known").final.broken == 0
 
 
 def updated(old: nn.Module, steps: int = 30, seed: int = 0) -> nn.Module:

@@ -296,7 +296,7 @@ def counted(work: ResumeStore, steps: list[int], dies_at: int = -1) -> int:
 
 @pytest.mark.parametrize("dies_at", [2, 4])
 def test_finished_steps_are_not_run_again(tmp_path, dies_at):
-    steps: list[int] = []
+    steps = []
     with pytest.raises(Death):
         counted(begun(tmp_path), steps, dies_at)
     work = begun(tmp_path)
@@ -310,7 +310,7 @@ def test_finished_steps_are_not_run_again(tmp_path, dies_at):
 
 def test_all_ranks_read_a_result_or_none_does(tmp_path, monkeypatch):
     def work(ranks: Collective) -> list[int]:
-        steps: list[int] = []
+        steps = []
         assert counted(begun(tmp_path, ranks=ranks), steps) == 7
         return steps
 

@@ -218,7 +218,7 @@ def test_what_an_inner_use_writes_is_undone_by_the_outer_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_copy_of_a_large_tensor_is_in_a_file(dtype: torch.dtype) -> None:
+def test_a_copy_of_a_large_tensor_is_in_a_file(dtype):
     x = torch.randn(600, 1000).to(dtype).T
     copy = parked(x)
     assert torch.equal(copy, x)
@@ -228,7 +228,7 @@ def test_a_copy_of_a_large_tensor_is_in_a_file(dtype: torch.dtype) -> None:
     assert not parked(x[:10]).untyped_storage().is_shared()
 
 
-def test_without_a_disk_a_copy_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_disk_a_copy_is_in_memory(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/does/not/exist")
     x = torch.randn(600, 1000)
     copy = parked(x)

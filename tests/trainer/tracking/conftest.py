@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
@@ -15,7 +13,7 @@ from lightning_nrl.records import (
 )
 from lightning_nrl.report import RepairReport
 
-ASKED: dict[str, Any] = {
+ASKED = {
     "layers": ("classifier",),
     "target": "label 3",
     "gate": "instance",

@@ -46,7 +46,7 @@ class Notes(Logger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: list[tuple[int | None, dict[str, float]]] = []
+        self.entries = []
 
     @property
     def name(self) -> str:
@@ -288,7 +288,7 @@ class Calls:
     """Notes each call of a method of the real class, whose arguments it checks."""
 
     def __init__(self, **methods: Any) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls = []
         for name, signature in methods.items():
             setattr(self, name, self._noting(name, signature))
 
@@ -427,7 +427,7 @@ def test_mlflow_gets_numbers_and_artifacts(log, monkeypatch):
 
 def test_a_release_report_reaches_them_too(wandb, log):
     loggers_ = FakeWandb(), FakeMlflow()
-    track_release(SimpleNamespace(files=log.report.files), loggers_, step=3)  # type: ignore[arg-type]
+    track_release(SimpleNamespace(files=log.report.files), loggers_, step=3)
     (artifact,) = (call["artifact"] for call in loggers_[0].run.of("log_artifact"))
     assert artifact.added == list(FILES)
     assert [call["to"] for call in loggers_[1].client.of("log_artifact")] == ["release"] * 4
