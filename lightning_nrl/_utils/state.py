@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.device import widest
+from lightning_nrl._utils.device import none_if_out_of_memory, widest
 from lightning_nrl._utils.sharded import is_split, own_part, reshard
 from lightning_nrl.errors import ConfigurationError
 
@@ -32,7 +32,8 @@ def parked(x: Tensor) -> Tensor:
     The file is mapped into memory, and is deleted with the copy.
     """
     if x.nbytes < LEAST_PARKED or x.layout != torch.strided:
-        return x.clone()
+        copy = none_if_out_of_memory(x.clone)
+        return x.cpu() if copy is None else copy
     if x.device.type != "cpu":
         return x.cpu()
     with suppress(OSError, RuntimeError), NamedTemporaryFile() as file:

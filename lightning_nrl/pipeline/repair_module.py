@@ -283,7 +283,7 @@ def _finish(
     report = _judge(problem, patch, builder)
     old = current_state(model)
     changes = {
-        name: new.cpu().double().sub_(old[name].cpu()).float()
+        name: (new.cpu().double() - old[name].cpu()).float()
         for name, new in patch.items()
         if new.is_floating_point()
     }
