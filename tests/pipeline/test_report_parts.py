@@ -99,7 +99,7 @@ def test_a_rung_and_the_repair_count_the_same_weights_and_a_search_its_own_failu
     settings = Settings(method=Auto(ParticleSwarm(particles=12, iterations=12)))
     training = FakeTraining(retrained(model))
     report = repair_module(model, known(), settings, training=training).report
-    (kept,) = (rung for rung in report.rungs if rung.kept)
+    *_, kept = (rung for rung in report.rungs if rung.kept)
     # Statistics of the batch norm are among them.
     assert kept.weights_changed == report.change.changed > 123
     targets, held_out = report.known_counts.targeted, report.rungs[0].held_out
