@@ -28,7 +28,7 @@ class Rate:
     short: str
     meaning: str
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    higher_is_better: bool
+    higher_is_better: bool = False
 
     def __call__(self, flips: Tensor) -> Tensor:
         """Computes the rate from counts, `... x 4`: kept, broken, repaired, failing."""
@@ -57,7 +57,6 @@ _ALL = (
         "nfr",
         "broken of all",
         lambda k, b, r, f: b / (k + b + r + f),
-        higher_is_better=False,
     ),
     Rate(
         "positive_flip_rate",
@@ -71,14 +70,12 @@ _ALL = (
         "nfi",
         "broken of those wrong now",
         lambda k, b, r, f: b / (b + f),
-        higher_is_better=False,
     ),
     Rate(
         "relative_negative_flip_rate",
         "relative_nfr",
         "1 if old and new errors were independent",
         lambda k, b, r, f: b / (b + f) / ((k + b) / (k + b + r + f)),
-        higher_is_better=False,
     ),
     Rate(
         "backward_trust_compatibility",
@@ -107,7 +104,6 @@ _ALL = (
         "br",
         "broken of those right before",
         lambda k, b, r, f: b / (k + b),
-        higher_is_better=False,
     ),
 )
 RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
