@@ -210,6 +210,7 @@ class Descent:
 
 
 def _parts(x: Tensor) -> Sequence[Tensor]:
-    """Splits a tensor along its first dimension into views of some `MOVED_AT_ONCE` values."""
-    x = torch.atleast_1d(x.detach())
-    return list(x.split(max(1, MOVED_AT_ONCE * len(x) // max(1, x.numel()))))
+    """Splits a large tensor along its first dimension into views of some `MOVED_AT_ONCE` values."""
+    if x.numel() <= MOVED_AT_ONCE:
+        return [x]
+    return list(x.detach().split(max(1, MOVED_AT_ONCE * len(x) // x.numel())))
