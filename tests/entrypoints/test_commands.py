@@ -279,7 +279,7 @@ def test_a_repair_that_is_not_what_is_required_ends_with_1(folder, capsys):
         "--repair.dirpath"
     )
     messages = {}
-    for require in ("any", "better"):
+    for require in ("any", "not-worse", "better"):
         options = ["--repair.target", "label 3", *loaded.split(), require, "--require", require]
         assert main(["repair", *PROJECT, *options]) == (require != "any"), require
         messages[require] = capsys.readouterr().err
@@ -287,6 +287,7 @@ def test_a_repair_that_is_not_what_is_required_ends_with_1(folder, capsys):
     verdict = report_in(folder / "better").verdict
     assert (verdict.evidence, verdict.source) == ("worse", "unseen")
     counts = f"{verdict.repaired} repaired, {verdict.broken} broken of 1,097 unseen samples"
+    assert f"not accepted: `--require not-worse` is not met: {counts}" in messages["not-worse"]
     assert f"not accepted: `--require better` is not met: {counts}" in messages["better"]
     assert "HINT: do not ship better/repaired.ckpt; keep best.ckpt." in messages["better"]
 

@@ -32,7 +32,7 @@ def small() -> strangers.Project:
 
 def test_four_uses_agree_with_the_modules_own_counts(monkeypatch, capsys):
     monkeypatch.setitem(strangers.MODULES, "small", ("torch", "pytorch_lightning", small))
-    strangers.use("small", max_time=1, verbose=False)
+    strangers.use("small", max_time=2, verbose=False)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["fit", "repair", "update", "diagnose"]
     assert all("agrees" in line and "DIFFERS" not in line for line in lines[-4:])

@@ -61,6 +61,18 @@ class Plain(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
+class Mixed(Plain):
+    """Mixup (Zhang et al. 2018)."""
+
+    validation_step = no_validation_step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        share, order = torch.distributions.Beta(0.4, 0.4).sample(), torch.randperm(len(x))
+        logits = self(share * x + (1 - share) * x[order])
+        return share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y[order])
+
+
 class Flipped(Plain):
     """Augments without chance, and validates as it is."""
 

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 from lightning_nrl import RegressionFreeRepair
 from lightning_nrl.methods import Method, Problem, Solution
 
-SIZES = (203, 1)
-"""203 samples are odd; of 1 sample one of two ranks has none."""
+SIZES = (203, 3, 1)
+"""203 samples are odd; of 3 samples one of two ranks has 1, of 1 sample none."""
 
 
 class FewRepairs(Digits):

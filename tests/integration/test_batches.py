@@ -12,7 +12,7 @@ from graphs import GraphNet, graph_loader
 from lightning_package import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair
 from lightning_nrl.errors import RepairError
@@ -94,6 +94,31 @@ def test_a_batch_that_does_not_fit_is_shown(tmp_path, copies, truth, problem):
         fitted(tmp_path, Signals(copies), data, data)
 
 
+class WithMetadata(Tensor):
+    """Keeps its class in every operation and takes sizes as MONAI's `MetaTensor` does."""
+
+    def new_empty(self, size: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        plain = self.as_subclass(Tensor).new_empty(size=size, dtype=dtype, device=device)
+        return plain.as_subclass(WithMetadata)
+
+
+def with_metadata(batch: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [x.as_subclass(WithMetadata) for x in default_collate(batch)]
+
+
+def test_tensors_with_metadata_are_repaired_as_plain_ones(tmp_path):
+    def report(collate: Any) -> Any:
+        data = Digits()
+        train, val = (DataLoader(x, 64, collate_fn=collate) for x in (data.train, data.repair))
+        torch.manual_seed(0)
+        made, _ = fitted(
+            tmp_path, Classifier(), train, val, method="convex", reference=Classifier()
+        )
+        return [(split.split, split.repaired_ids, split.kept) for split in made.splits]
+
+    assert report(with_metadata) == report(default_collate)
+
+
 class Labelled(Tensor):
     """Has names of its columns, without which it cannot be copied, as pina's `LabelTensor`."""
 
@@ -127,6 +152,32 @@ def test_tensors_that_cannot_be_copied_without_their_attributes(tmp_path):
     report, _ = fitted(tmp_path, Labelling(), train, val, method="finetune-polish")
     assert report.status == "repaired"
     assert Path(report.files["patch"]).exists()
+
+
+class Fields(dict[str, Any]):
+    """A batch as pina's, whose tensors torch's `tree_map` does not find."""
+
+
+def test_labels_of_such_tensors_in_a_mapping_of_its_own(tmp_path):
+    def labelled(rows: Any) -> Fields:
+        x, y, _ = default_collate(rows)
+        return Fields(x=x, y=y.as_subclass(Labelled))
+
+    def predict(module: Any, batch: Fields) -> Any:
+        return module(batch["x"]), batch["y"]
+
+    class OfFields(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch["x"]), batch["y"].as_subclass(Tensor))
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    digits = Digits()
+    loaders = [DataLoader(part, 64, collate_fn=labelled) for part in (digits.train, digits.repair)]
+    data = DataOptions(adapter=predict)
+    report, _ = fitted(tmp_path, OfFields(), *loaders, data=data, method="convex")
+    assert report.status == "repaired"
 
 
 class OwnTransfer(Digits):

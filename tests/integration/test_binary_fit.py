@@ -20,6 +20,8 @@ from lightning_nrl import (
     RegressionFreeRepair,
     RegressionMetrics,
     RepairReport,
+    Target,
+    repair,
 )
 
 
@@ -70,6 +72,23 @@ def check_counts(report: RepairReport, model: Transfer, own: Data) -> None:
     for split in report.splits:
         assert split.kept + split.repaired == int(right(model, getattr(own, split.split)).sum())
         assert not split.broken or split.role == "unseen"
+
+
+def test_the_task_is_found(tmp_path):
+    seed_everything(0, verbose=False)
+    model, digit_pairs = Transfer(), data()
+    quiet_trainer(tmp_path, max_epochs=2).fit(model, datamodule=digit_pairs)
+    report = repair(
+        quiet_trainer(tmp_path),
+        model,
+        datamodule=digit_pairs,
+        method="convex",
+        target=Target.label(1),
+        unseen="test",
+        verbose=False,
+    )
+    assert report.status == "repaired", report.reason
+    check_counts(report, model, digit_pairs)
 
 
 def test_updates_are_counted_held_to_the_old_model_and_repaired(tmp_path):

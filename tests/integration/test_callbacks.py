@@ -26,6 +26,7 @@ REFUSED = [
     *((kind, {"reference": None}, "`reference=None`") for kind in UPDATES),
     *((kind, {"task": "multi-class"}, "`task='multi-class'` is unknown") for kind in UPDATES),
     (ReleaseGate, {"reference": "nowhere.ckpt"}, r"`reference='nowhere\.ckpt'` does not exist"),
+    (PositiveCongruentTraining, {"term": "distillation"}, "did you mean 'focal_distillation'"),
     (PositiveCongruentTraining, {"index": "nowhere:ids"}, "`index='nowhere:ids'` was not found"),
     (
         RegressionMetrics,
@@ -34,6 +35,8 @@ REFUSED = [
     ),
     (RegressionMetrics, {"prefix": ""}, "`prefix=''` is no name"),
     (RegressionMetrics, {"dataloader": -1}, "`dataloader=-1` is out of range"),
+    (ReleaseGate, {"rules": "nothing"}, "is no rule"),
+    (ReleaseGate, {"require": "net"}, "`require='net'` is unknown"),
     (ReleaseGate, {"loaders": {}}, "`loaders={}` is no mapping of data loaders"),
     (ReleaseGate, {"seed": -1}, "`seed=-1` is out of range"),
     (WeightInterpolation, {"strength": "most"}, "`strength='most'` is no strength"),

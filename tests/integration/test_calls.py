@@ -154,10 +154,28 @@ def test_the_best_checkpoint_of_the_trainer_can_be_diagnosed(tmp_path):
     assert (vars(best), trainer.loggers, sorted(tmp_path.rglob("*"))) == (before, loggers, files)
 
 
+def test_data_loaders_will_do(tmp_path, trained_path):
+    data, model = Digits(), Untrainable.load_from_checkpoint(trained_path)
+    loaders = data.train_dataloader(), data.repair_dataloader()
+    found = diagnose(quiet_trainer(tmp_path), model, *loaders, target=Target.label(8))
+    assert {t.label for t in found.targets} == {8}
+    assert found.target == "label 8"
+    nothing = diagnose(
+        quiet_trainer(tmp_path), model, *loaders, target=Target.where(lambda batch: batch[1] < 0)
+    )
+    assert nothing.advice.startswith("Nothing to repair")
+
+
 @pytest.mark.parametrize(
     ("call", "arguments", "message"),
     [
         (diagnose, {"target": 8}, "`target=8` is no Target"),
+        (
+            compare,
+            {**QUICKLY, "gate": "accuracy"},
+            r"`gate='accuracy'`: a comparison counts[\s\S]*HINT: leave `gate`",
+        ),
+        (sweep, {"seed": 3}, "`seed=3`: a sweep has `seeds`"),
         (sweep, {"method": "convex"}, "`method` is a Convex: a sweep runs the paper's search"),
         (sweep, {"settings": Grid(alfa=[1])}, "did you mean 'alpha'"),
         (sweep, {"targets": None}, "did you mean `target`"),

@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_nrl
 from lightning_nrl import ConfigurationError, RepairReport
+from lightning_nrl.pipeline import PATCH_NAME
 
 
 def fit(
@@ -191,6 +192,21 @@ def test_a_second_fit_with_the_same_callback_repairs_anew_and_leaves_its_checkpo
         saved(tmp_path / f"step={step}.ckpt")["state_dict"]["network.3.weight"] for step in (1, 2)
     ]
     assert not torch.equal(*steps)
+
+
+@pytest.mark.figures
+def test_files_go_where_they_are_wanted(tmp_path):
+    folder = tmp_path / "here"
+    fit(tmp_path, quick_repair(dirpath=folder), max_epochs=1)
+    assert {file.name for file in folder.iterdir()} == {
+        "flipped_samples",
+        "repaired.ckpt",
+        PATCH_NAME,
+        "report.json",
+        "report.md",
+        "report.html",
+    }
+    assert (folder / "report.html").read_text().count("<svg") > 3
 
 
 def test_apricot_takes_the_checkpoints_of_the_trainer(tmp_path):

@@ -224,6 +224,8 @@ def test_predictions_and_margins(old, trained_path, tmp_path):
     assert same(*models)
     with pytest.raises(ConfigurationError, match="are found by data-set position"):
         PositiveCongruentTraining(known, MarginHinge(most=0.5))
+    with pytest.raises(ConfigurationError, match="distillation needs the old model"):
+        fit(tmp_path, Classifier(), PositiveCongruentTraining(known, index=third), data=data)
 
 
 class OneMore(Flat):
@@ -241,6 +243,15 @@ def test_another_architecture_with_other_inputs_and_classes(old, tmp_path):
         fit(tmp_path, model, PositiveCongruentTraining(teacher, terms))
     first, second = (list(model.parameters()) for model in models)
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+    with pytest.raises(
+        ConfigurationError,
+        match=r"returned \[32, 11\], but the new one \[32, 10\]\.\nHINT: map the old",
+    ):
+        fit(
+            tmp_path,
+            Classifier(),
+            PositiveCongruentTraining(OldModel(OneMore(old), adapter=flattened)),
+        )
 
 
 class Twice(Classifier):

@@ -11,7 +11,6 @@ import distributed_fit
 import pytest
 import torch
 from digit_models import (
-    QUICK,
     Classifier,
     Digits,
     Few,
@@ -25,15 +24,8 @@ from distributed_fit import Continued
 from self_writing import NothingAtAll
 from two_processes import in_two_processes
 
-from lightning_nrl import (
-    ConfigurationError,
-    Gate,
-    ParticleSwarm,
-    RegressionFreeRepair,
-    repair,
-)
+from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, repair
 from lightning_nrl.errors import TrainingWarning
-from lightning_nrl.methods import Auto
 from lightning_nrl.pipeline import Patch
 
 
@@ -135,11 +127,7 @@ def test_a_step_that_fails_on_other_data_costs_the_training_alone(tmp_path):
             assert len(self.trainer.train_dataloader.dataset.tensors) == 3
             return super().training_step(batch, batch_idx)
 
-    callback, model, data = (
-        continued(method=Auto(ParticleSwarm(20, 20)), gate="instance"),
-        Bank(),
-        Few(),
-    )
+    callback, model, data = continued(method="auto", gate="instance", max_time=60), Bank(), Few()
     with pytest.warns(
         TrainingWarning,
         match=r"AttributeError: 'ConcatDataset' .* \(training_step, test_continued.py:",
@@ -164,15 +152,17 @@ class CountingWins(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_buffer_that_training_lets_grow_is_left_out(tmp_path):
-    callback = quick_repair(method="finetune-polish")
+@pytest.mark.parametrize("method", ["auto", "finetune-polish"])
+def test_a_buffer_that_training_lets_grow_is_left_out(tmp_path, method):
+    callback = quick_repair(method=method)
     trainer = quiet_trainer(tmp_path, callback)
     trainer.fit(model := CountingWins(), datamodule=Digits())
+    assert callback.report is not None
     assert callback.report.status == "repaired"
     assert len(model.wins) == 13
     assert "network.1.weight" in Patch.load(callback.report.files["patch"]).names
     trainer.save_checkpoint(path := tmp_path / "a.ckpt")
-    arguments = {"datamodule": Digits(), "ckpt_path": path, **QUICK}
+    arguments = {"datamodule": Digits(), "ckpt_path": path, "method": method, "verbose": False}
     with pytest.raises(ConfigurationError, match=r"(?s)wins.*HINT: .*`strict_loading = False`"):
         repair(quiet_trainer(tmp_path), CountingWins(), **arguments)
     model = CountingWins()

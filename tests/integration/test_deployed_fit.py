@@ -34,7 +34,7 @@ def rehearse(tmp_path: Path, module: Any, adapter: Any = None, output: str | Non
     trainer.fit(module, datamodule=models.Clusters())
 
 
-@pytest.mark.parametrize("kind", ["Flipped", "Predicts", "PredictsProbabilities"])
+@pytest.mark.parametrize("kind", ["Mixed", "Flipped", "Predicts", "PredictsProbabilities"])
 def test_what_agrees_beyond_augmentation_and_regularisation_goes_on(tmp_path, kind):
     with pytest.raises(Training):
         rehearse(tmp_path, getattr(models, kind)())

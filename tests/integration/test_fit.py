@@ -11,9 +11,11 @@ from digit_models import Classifier, Digits, Remember, quick_repair, quiet_train
 from lightning_package import Callback, Trainer
 from torch import Tensor
 
+LAYERS = {"mlp": "network.1", "cnn": "network.3"}
 REPAIRS = [
-    ("mlp", {}),
-    ("cnn", {"layer": "network.3", "method": "finetune-polish"}),
+    (network, arguments)
+    for network, layer in LAYERS.items()
+    for arguments in ({}, {"layer": layer, "method": "finetune-polish"})
 ]
 
 

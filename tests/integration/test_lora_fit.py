@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right, same, state_of
+from self_writing import classifier
 from torch import Tensor, nn
 
 from lightning_nrl import RegressionFreeRepair, repair
@@ -15,14 +16,16 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods import FineTunePolish
 
 
-def test_the_checkpoint_and_the_folder_give_the_same_predictions(tmp_path):
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+def test_the_checkpoint_and_the_folder_give_the_same_predictions(tmp_path, network):
     peft = pytest.importorskip("peft")
-    model, data = Classifier("cnn"), Digits()
+    model, data = Classifier(network), Digits()
     quiet_trainer(tmp_path, max_epochs=3).fit(model, datamodule=data)
     old = copy.deepcopy(model)
     callback = RegressionFreeRepair(lora=4, dirpath=tmp_path / "repair", verbose=False)
     quiet_trainer(tmp_path, callback, max_epochs=1).fit(model, datamodule=data)
     report = callback.report
+    assert report is not None
     assert report.status == "repaired"
     assert [step.name for step in report.steps] == ["fit", "polish", "adapter"]
     assert report.steps[0].note.startswith("continued training")
@@ -51,9 +54,24 @@ def test_the_checkpoint_and_the_folder_give_the_same_predictions(tmp_path):
     # Only weights of layers changed, not the statistics of batch norm.
     before, after = state_of(old), state_of(again)
     names = {name for name in before if not torch.equal(before[name], after[name])}
-    assert names == {f"network.{layer}.weight" for layer in (0, 3, 7)}
+    layers = {"mlp": ["1", "3"], "cnn": ["0", "3", "7"]}[network]
+    assert names == {f"network.{layer}.weight" for layer in layers}
     assert same(state_of(beside.merge_and_unload()), after)
     assert same(torch.load(second.files["checkpoint"], weights_only=True)["state_dict"], again)
+
+
+def test_a_module_that_merges_adapters_of_its_own(tmp_path):
+    pytest.importorskip("peft")
+    model, data = classifier("merge"), Digits()
+    quiet_trainer(tmp_path, max_epochs=2).fit(model, datamodule=data)
+    objects = [type(part) for part in model.modules()]
+    before = right(model, data.train), right(model, data.repair)
+    report = repair(quiet_trainer(tmp_path), model, datamodule=data, lora=4, verbose=False)
+    assert report.status == "repaired"
+    assert [type(part) for part in model.modules()] == objects
+    assert not (before[0] & ~right(model, data.train)).any()
+    assert int((~before[1] & right(model, data.repair)).sum()) > 10
+    assert same(report.files["checkpoint"], model.train())
 
 
 def test_a_folder_of_the_user_stays_where_it_is(tmp_path):
@@ -63,6 +81,7 @@ def test_a_folder_of_the_user_stays_where_it_is(tmp_path):
     model, data = Classifier(), Digits()
     callback = quick_repair(dirpath=tmp_path)
     quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, datamodule=data)
+    assert callback.report is not None
     assert callback.report.status == "repaired"
     assert notes.read_text() == "mine"
 

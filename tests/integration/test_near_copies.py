@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from digit_models import Classifier, Digits, quiet_trainer
 from torch.utils.data import TensorDataset
 
-from lightning_nrl import ParticleSwarm, RegressionFreeRepair
+from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairReport, SampleOptions
 from lightning_nrl.methods import Auto
 
 
@@ -23,10 +27,30 @@ class Videos(Digits):
         self.train = TensorDataset(images, labels, 100 + torch.arange(len(labels)))
 
 
-def test_near_copies_are_named(tmp_path):
+def fitted(folder: Path, data: Digits, **options: Any) -> RepairReport:
     repair = RegressionFreeRepair(
-        method=Auto(ParticleSwarm(particles=12, iterations=8)), verbose=False
+        method=Auto(ParticleSwarm(particles=12, iterations=8)),
+        samples=SampleOptions(**options),
+        verbose=False,
     )
-    quiet_trainer(tmp_path, repair, max_epochs=8).fit(Classifier(), Videos())
-    assert repair.report.near_copies
-    assert "HINT: say which samples belong together" in repair.report.to_markdown()
+    quiet_trainer(folder, repair, max_epochs=8).fit(Classifier(), data)
+    assert repair.report is not None
+    assert repair.report.held_out is not None
+    return repair.report
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "warns"),
+    [(Videos, {}, True), (Videos, {"groups": 2}, False), (Digits, {}, False)],
+)
+def test_near_copies_are_named(tmp_path, data, options, warns):
+    report = fitted(tmp_path, data(), **options)
+    assert report.near_copies == warns
+    assert ("HINT: say which samples belong together" in report.to_markdown()) == warns
+    assert report.held_out is not None
+    groups = report.held_out.groups
+    assert (groups is not None) == bool(options)
+    if groups is not None:
+        # Whole videos of five frames are held out.
+        assert report.held_out.n % 5 == 0
+        assert groups.passed <= report.held_out.n / 5

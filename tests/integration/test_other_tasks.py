@@ -20,9 +20,11 @@ from torch.nn import functional as F
 
 from lightning_nrl import (
     ConfigurationError,
+    OldModel,
     ParticleSwarm,
     PositiveCongruentTraining,
     RegressionFreeRepair,
+    RegressionMetrics,
     RepairReport,
     Target,
     diagnose,
@@ -80,7 +82,7 @@ def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Te
     [
         ("multilabel", Auto(SWARM)),
         ("regression", "finetune-polish"),
-        ("ordinal", Auto(SWARM)),
+        ("ordinal", "auto"),
         ("segmentation", "finetune-polish"),
         ("sequence", "finetune-polish"),
         ("custom", SWARM),
@@ -133,6 +135,31 @@ def test_a_diagnosis_says_what_can_be_said_without_classes(tmp_path, learned, na
     assert ("swarm" in diagnosis.costs) == (name == "regression")
     assert "convex" not in diagnosis.costs
     assert str(case.task) in diagnosis.to_markdown()
+
+
+def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path, learned):
+    case, data, old = learned("multilabel")
+    seed_everything(1, verbose=False)
+    _, new = case.make()
+    reference = OldModel(old, cache=tmp_path / "old.csv")
+    settings = arguments(case, reference=reference, method="finetune-polish")
+    callback = RegressionFreeRepair(**settings)
+    quiet_trainer(tmp_path, callback, max_epochs=12).fit(new, datamodule=data)
+    was, now = by_split(case, old, data), by_split(case, new, data)
+    for split in callback.report.update:
+        assert split.final.broken == int((was[split.split] & ~now[split.split]).sum())
+    assert (tmp_path / "old.csv").read_text().startswith("# weights ")
+
+
+def test_validations_count_regressions_of_any_task(tmp_path, learned):
+    case, data, old = learned("multilabel")
+    _, new = case.make()
+    data.val_dataloader = data.repair_dataloader
+    trainer = quiet_trainer(tmp_path, RegressionMetrics(old, task="multilabel"), max_epochs=2)
+    trainer.fit(new, datamodule=data)
+    was, now = case.counted(old, data.repair), case.counted(new, data.repair)
+    assert trainer.callback_metrics["regression/broken"] == int((was & ~now).sum())
+    assert trainer.callback_metrics["regression/repaired"] == int((~was & now).sum())
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -151,6 +151,12 @@ class Embedding(Features):
         return self.body(x).relu()
 
 
+def test_an_embedding_is_refused(tmp_path):
+    model = Embedding(lambda h, batch: F.cross_entropy(model.net(h), batch[1]))
+    with pytest.raises(ConfigurationError, match=r"\[50, 3\].*`batch\[1\]`.*\[50, 16\][\s\S]*HINT"):
+        fit(tmp_path, model, RegressionFreeRepair(verbose=False))
+
+
 class Clustered(Embedding):
     """Uses the largest feature, which is no class."""
 

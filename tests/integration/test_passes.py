@@ -13,11 +13,10 @@ from lightning_package import Trainer
 from torch import Tensor, nn
 
 from lightning_nrl import BoundOptions, ParticleSwarm, RegressionFreeRepair
-from lightning_nrl.methods import Auto
 from lightning_nrl.records.splits import by_role
 
 HEAD = "network.3"
-SWARM = ParticleSwarm(particles=12, iterations=8)
+SWARM = ParticleSwarm(particles=20, iterations=20)
 
 
 class Many(Digits):
@@ -54,11 +53,11 @@ def repaired(path: Path, **arguments: Any) -> tuple[float, Counted]:
 @pytest.mark.parametrize(
     ("most", "has_curve", "arguments"),
     [
-        (2.3, True, {"method": SWARM, "layer": HEAD}),
+        (2.3, True, {"method": "swarm", "layer": HEAD}),
         (2.3, True, {"method": "convex", "layer": HEAD}),
-        (4.0, True, {"method": Auto(SWARM), "layer": HEAD}),
+        (4.0, True, {"layer": HEAD}),
         (3.3, False, {"method": SWARM, "layer": "network.1"}),
-        (8.0, False, {"method": Auto(SWARM)}),
+        (8.0, False, {}),
     ],
     ids=["swarm", "convex", "head", "inner", "all"],
 )

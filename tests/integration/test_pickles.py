@@ -15,7 +15,6 @@ from lightning_package import AsyncCheckpointIO, ModelCheckpoint
 from lightning_nrl import (
     ConfigurationError,
     OldModel,
-    ReleaseGate,
     WeightInterpolation,
     compare,
     diagnose,
@@ -77,9 +76,6 @@ READERS = {
     "reference": lambda path, tmp: fit(quick_repair(reference=path), tmp),
     "OldModel": lambda path, tmp: fit(quick_repair(reference=OldModel(path)), tmp),
     "congruent": lambda path, tmp: fit(PositiveCongruentTraining(path), tmp),
-    "release": lambda path, tmp: quiet_trainer(tmp, ReleaseGate(path)).test(
-        Classifier(), datamodule=Digits()
-    ),
     "interpolation": lambda path, tmp: fit(WeightInterpolation(path, verbose=False), tmp),
     "Polish": lambda path, tmp: repair(
         quiet_trainer(tmp), Classifier(), datamodule=Digits(), method=Polish(path), verbose=False

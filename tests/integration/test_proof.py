@@ -205,6 +205,7 @@ def by_repair(path: Path, kind: type[Module], model: Any, **options: Any) -> int
 def by_gate(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
     gate = ReleaseGate(deepcopy(model), verbose=False, require="any", **options)
     quiet_trainer(path / "gate", gate).validate(model, loader(kind, seed=1), verbose=False)
+    assert gate.report is not None
     (row,) = gate.report.rows
     return row.counts.kept + row.counts.broken
 
@@ -271,18 +272,17 @@ def test_an_embedding_as_wide_as_the_classes_is_refused(tmp_path, use):
     check_counts(tmp_path, use, Embedding, adapter=embedded)
 
 
-def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path):
+@pytest.mark.parametrize("use", USES)
+def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path, use):
     problem = r"ranks the classes the other way round[\s\S]*HINT[\s\S]*logits = -module\(x\)"
     with pytest.raises(ConfigurationError, match=problem):
-        by_gate(tmp_path, Distances, deepcopy(trained(Distances)))
-    check_counts(tmp_path, "gate", Distances, adapter=nearest)
+        USES[use](tmp_path, Distances, deepcopy(trained(Distances)))
+    check_counts(tmp_path, use, Distances, adapter=nearest)
 
 
 @pytest.mark.filterwarnings("error::lightning_nrl.errors.DataWarning")
-@pytest.mark.parametrize(
-    ("kind", "use"),
-    [*((Labels, use) for use in USES), (Probability, "gate"), (Thresholds, "gate")],
-)
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", [Labels, Probability, Thresholds])
 def test_probabilities_that_a_loss_takes_are_probabilities(tmp_path, use, kind):
     task = {Labels: "multilabel", Thresholds: "ordinal"}.get(kind)
     check_counts(tmp_path, use, kind, task=task)
@@ -402,6 +402,7 @@ SOUND = [
 
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_sound_module_is_not_asked(tmp_path, kind):
+    check_counts(tmp_path, "gate", kind)
     check_counts(tmp_path, "callback", kind)
 
 

@@ -19,7 +19,7 @@ from two_processes import in_two_processes
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
 from lightning_nrl._trainer import loaders
 from lightning_nrl.errors import DataWarning, ModelError, OtherRankError
-from lightning_nrl.updates import ProtectedIntact, ReleaseReport
+from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
 
@@ -256,6 +256,46 @@ def test_what_cannot_be_judged_is_refused(arguments, loader, message, old, tmp_p
         trainer.test(Untested(), datamodule=data, verbose=False)
 
 
+class Odd(Digits):
+    """203 samples, which two ranks cannot share evenly."""
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(Subset(self.repair, range(203)), 64)
+
+
+def judged(folder: Path, name: str, strategy: str = "auto", devices: int = 1) -> ReleaseReport:
+    """A test of one model against another, which differ by their seed; the report without its
+    files.
+    """
+    model = Classifier()
+    model.load_state_dict(torch.load(folder / "trained.ckpt", weights_only=True)["state_dict"])
+    with torch.no_grad():
+        model.network[3].weight.mul_(torch.linspace(0.5, 1.5, 10)[:, None])
+    rules = [*RULES, ProtectedIntact(where=is_noisy)]
+    gate = gate_of(folder / "trained.ckpt", rules=rules, dirpath=folder / name)
+    quiet_trainer(folder, gate, strategy=strategy, devices=devices).test(
+        model, datamodule=Odd(), verbose=False
+    )
+    return gate.report
+
+
+def test_two_processes_judge_as_one(trained_path):
+    folder = trained_path.parent
+    alone = judged(folder, "alone")
+    reports = in_two_processes(judged, folder, "together", "ddp", 2)
+    assert alone.rows[0].counts.n == 203
+    assert alone.rows[0].counts.broken > 0
+    for together in reports:
+        assert (together.findings, together.rows) == (alone.findings, alone.rows)
+        assert (together.provenance, together.new, together.old) == (
+            alone.provenance,
+            alone.new,
+            alone.old,
+        )
+    saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
+    assert saved[0] == saved[1]
+
+
 class TornOnRank1(Digits):
     """The second rank cannot read the data."""
 
@@ -338,6 +378,17 @@ def test_a_test_of_nothing_leaves_no_earlier_verdict(old, tmp_path):
     with pytest.raises(ConfigurationError, match=r"no sample was read \(limit_test_batches=0\)"):
         trainer.test(old, datamodule=Digits(), verbose=False)
     assert gate.report is None
+
+
+class Pickled:
+    """What a checkpoint holds that is loaded with its code only."""
+
+
+def test_a_reference_that_cannot_be_read_is_refused_before_the_test(tmp_path):
+    torch.save({"state_dict": {}, "settings": Pickled()}, tmp_path / "old.ckpt")
+    trainer = quiet_trainer(tmp_path, gate_of(tmp_path / "old.ckpt"))
+    with pytest.raises(ConfigurationError, match="`reference"):
+        trainer.test(Untested(), datamodule=Digits(), verbose=False)
 
 
 def test_a_reference_that_cannot_run_is_refused_before_the_test(tmp_path):

@@ -49,9 +49,10 @@ class Network(Net):
     ("gain", "pretrained", "optimizer"),
     [
         (1, 0, lambda parameters: torch.optim.SGD(parameters, 0.1)),
+        (1, 0, lambda parameters: torch.optim.Adam(parameters, 1e-3)),
         (GAIN, 20, lambda parameters: torch.optim.AdamW(parameters, 1e-2 / GAIN)),
     ],
-    ids=["SGD", "AdamW, pretrained"],
+    ids=["SGD", "Adam", "AdamW, pretrained"],
 )
 def test_a_repair_holds_at_any_rate(tmp_path, gain, pretrained, optimizer, method):
     model, data = Network(gain, optimizer), Digits()

@@ -41,12 +41,13 @@ ENDS = {
 }
 
 
+@pytest.mark.parametrize("status", list(ENDS))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_leaves_the_weights_as_training_left_them(tmp_path, kind):
+def test_a_fit_leaves_the_weights_as_training_left_them(tmp_path, kind, status):
     model, before, after = classifier(kind), Watch(), Watch()
-    callback = quick_repair(**ENDS["refused"])
+    callback = quick_repair(**ENDS[status])
     quiet_trainer(tmp_path, before, callback, after, max_epochs=1).fit(model, datamodule=Digits())
-    assert callback.report.status == "refused"
+    assert callback.report.status == status
     # At the start there is the sanity check alone.
     assert before.prints == after.prints
     assert len(after.prints["start"]) == len(after.prints["end"]) == 1
@@ -100,7 +101,7 @@ def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(tmp_p
         assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
 
 
-@pytest.mark.parametrize("start", [Classifier.train, merged_in_training])
+@pytest.mark.parametrize("start", [Classifier.train, Classifier.eval, merged_in_training])
 def test_a_checkpoint_that_is_loaded_into_a_merged_module_is_counted(tmp_path, start):
     model, data = classifier("merge"), Digits()
     trainer = quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, repair
 from lightning_nrl.errors import DataWarning, TrainingWarning
-from lightning_nrl.methods import Auto
 
 SPLITS = ("train", "repair", "test")
 
@@ -121,6 +120,7 @@ def test_streams_are_repaired_like_the_same_samples_by_index(tmp_path):
     streamed, repaired = fitted(tmp_path / "streams", [Stream] * 3)
     assert same(expected, repaired)
     assert indexed.report is not None
+    assert streamed.report is not None
     assert streamed.report.status == "repaired"
     assert "`train` is a stream: its 400 samples were read once" in streamed.report.reason
     assert "`unseen` is a stream: its 300 samples" in streamed.report.reason
@@ -147,7 +147,7 @@ class OnTwoLoaders(Classifier):
 
 def test_the_default_method_trains_on_streams(tmp_path):
     data = Digits()
-    callback = quick_repair(method=Auto(QUICK["method"]))
+    callback = RegressionFreeRepair(verbose=False)
     trainer = quiet_trainer(tmp_path, callback, num_sanity_val_steps=0)
     streams = {"a": DataLoader(Stream(data.train), 32), "b": DataLoader(Stream(data.train), 64)}
     with warnings.catch_warnings():
@@ -155,6 +155,7 @@ def test_the_default_method_trains_on_streams(tmp_path):
         trainer.fit(
             OnTwoLoaders(), CombinedLoader(streams, "min_size"), DataLoader(Stream(data.repair), 64)
         )
+    assert callback.report is not None
     assert callback.report.known_counts.repaired_in_target
 
 
@@ -170,6 +171,7 @@ def test_the_default_method_trains_on_streams(tmp_path):
 def test_a_stream_that_changes_is_noticed(tmp_path, kind, words):
     with pytest.warns(DataWarning, match=rf"`train` data: {words}.*(.|\n)*neither shuffles"):
         callback, _ = fitted(tmp_path, [kind, Stream, Stream])
+    assert callback.report is not None
     assert "No guarantee for `train`: " in callback.report.reason
     assert "No guarantee for `val`: " not in callback.report.reason
 
@@ -208,6 +210,7 @@ def test_a_fast_dev_run_reads_only_its_batches(tmp_path):
     trainer.fit(
         Classifier(), DataLoader(Endless(data.train), 32), DataLoader(Endless(data.repair), 32)
     )
+    assert callback.report is not None
     assert "`train` is a stream: its 64 samples" in callback.report.reason
 
 
@@ -232,5 +235,6 @@ def test_data_sets_of_hugging_face_are_read(tmp_path, streamed):
         return data.to_iterable_dataset() if streamed else data
 
     callback, _ = fitted(tmp_path, [columns] * 3, NamedColumns())
+    assert callback.report is not None
     assert callback.report.status == "repaired"
     assert ("is a stream" in callback.report.reason) == streamed

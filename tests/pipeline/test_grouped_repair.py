@@ -35,20 +35,24 @@ def test_calibration_and_unseen_data_are_counted_by_group():
     assert report.status == "repaired"
     split = {split.split: split for split in report.splits}["calibration"]
     units = split.counts.groups
+    assert units is not None
     assert 0 < units.broken <= split.broken
     assert units.passed <= 40
     bounds = report.bounds
+    assert bounds is not None
     assert bounds.by_group
     assert (bounds.broken, bounds.n) == (units.broken, units.passed)
     limit = limit_at_level(units.broken, units.passed, 0.05 / bounds.states)
     assert bounds.upper == pytest.approx(limit, abs=1e-12)
     assert f"broken {units.broken} of {units.passed} groups" in report.to_markdown()
     assert report.unseen_groups == report.splits[-1].counts.groups
+    assert report.unseen_groups is not None
     assert report.unseen_limit == upper_limit(
         report.unseen_groups.broken, report.unseen_groups.passed
     )
     assert RepairReport.from_json(report.to_json()).unseen_groups == report.unseen_groups
     without_groups = repaired(replace(settings, samples=quick().samples), calibration=[calibration])
+    assert without_groups.bounds is not None
     assert without_groups.bounds.n == split.passed
     assert "groups" not in without_groups.to_dict()["splits"][0]
 
@@ -60,7 +64,9 @@ def test_a_group_in_two_unseen_splits_counts_once():
         for split, rows in (("later", slice(0, 20)), ("night", slice(20, 40)))
     ]
     report = repaired(quick(groups=2), unseen=later)
+    assert report.unseen is not None
     units = report.unseen.counts.groups
+    assert units is not None
     assert max(split.counts.units.passed for split in report.unseen_splits) <= units.passed <= 10
 
 
@@ -68,6 +74,7 @@ def test_an_update_counts_groups_that_break_since_the_replaced_model():
     settings = quick(groups=2, method="swarm")
     later = [in_groups(source) for source in unseen()]
     report = repaired(settings, unseen=later, reference=OldModel(trained(seed=1)))
+    assert report.unseen is not None
     final = report.update[-1].final
     assert final.split == "later"
     assert report.unseen.counts == final.counts
@@ -78,12 +85,14 @@ def test_an_update_counts_groups_that_break_since_the_replaced_model():
 def test_the_default_reports_held_out_groups_and_no_near_copies():
     arguments = with_options({**QUICK, "method": Auto(QUICK["method"]), "groups": 2})
     report = repaired(Settings(**arguments))
+    assert report.held_out is not None
     assert report.held_out.groups is not None
     assert not report.near_copies
     assert "groups with passed samples broken" in report.to_markdown()
 
 
-@pytest.mark.parametrize(("is_video", "groups"), [(False, None), (True, None), (True, 2)])
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("is_video", [False, True])
 def test_near_copies_are_found_where_no_groups_are_given(is_video, groups):
     """Frames of a video differ little from each other; independent samples differ."""
     train, new = known(n=240)

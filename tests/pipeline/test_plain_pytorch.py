@@ -92,6 +92,35 @@ def test_counts_and_a_loss_of_0_and_1_suffice_for_a_search(method):
     assert is_said == (method == "auto")
 
 
+def test_double_and_half_precision_are_repaired_as_they_are():
+    for dtype in (torch.float64, torch.bfloat16):
+        model = trained().to(dtype)
+        sources = [replace(s, inputs=s.inputs.to(dtype)) for s in known()]
+        before = [right(model, s) for s in sources]
+        outcome = repair_module(model, sources, quick())
+        assert outcome.report.status == "repaired"
+        assert outcome.parameters["2.weight"].dtype == dtype
+        outcome.write(model)
+        for source, old, split in zip(sources, before, outcome.report.splits, strict=True):
+            assert split.repaired == int((~old & right(model, source)).sum())
+
+
+def test_the_gate_judges_in_the_precision_that_is_deployed():
+    def deployed() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    model, sources = trained(), known()
+    with deployed():
+        before = [right(model, source) for source in sources]
+    outcome = repair_module(Evaluator(model, context=deployed), sources, quick())
+    assert outcome.write(model)
+    for source, old, split in zip(sources, before, outcome.report.splits, strict=True):
+        with deployed():
+            new = right(model, source)
+        assert (split.repaired, split.broken) == (int((~old & new).sum()), int((old & ~new).sum()))
+    assert model[2].weight.dtype == torch.float32
+
+
 def test_an_outcome_is_written_whole_or_not_at_all():
     model = trained()
     outcome = repair_module(model, known(), quick(layer=["0", "2"], localizer=AllWeights()))

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained, unseen
 
@@ -17,7 +19,7 @@ from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.localization import AllWeights, Localizer
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.records import Hashes, hash_tensors
-from lightning_nrl.search import FitnessFunction
+from lightning_nrl.search import Fitness, FitnessFunction
 
 
 class Mute(FitnessFunction):
@@ -89,6 +91,23 @@ def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(
         assert split.broken_ids == tuple((old & ~new).nonzero().flatten().tolist())
         assert split.broken == 0 or split.role == "unseen"
     assert list(outcome.parameters) == names
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    layer=st.sampled_from(["0", "auto"]),
+    kind=st.sampled_from(["lexicographic", "eq1", "eq2"]),
+)
+def test_an_accepted_repair_has_broken_nothing_that_is_known(seed, layer, kind):
+    model, sources = trained(seed=seed % 7), known(seed)
+    before = [right(model, source) for source in sources]
+    outcome = repair_module(model, sources, quick(layer=layer, seed=seed, fitness=Fitness(kind)))
+    changed = outcome.write(model)
+    assert changed is (outcome.report.status == "repaired")
+    after = [right(model, source) for source in sources]
+    assert not any((old & ~new).any() for old, new in zip(before, after, strict=True))
+    assert changed is bool((~before[1] & after[1]).any())
 
 
 def test_unseen_failures_of_the_target_are_counted_and_never_searched():

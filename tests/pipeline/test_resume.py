@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -103,6 +104,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     assert other.parameters is not None
     assert same(one.parameters, other.parameters)
     if one.adapter is not None:
+        assert other.adapter is not None
         assert one.adapter.config == other.adapter.config
         assert same(one.adapter.state, other.adapter.state)
     assert timeless(json.loads(one.report.to_json())) == timeless(
@@ -159,6 +161,26 @@ def test_another_training_is_another_repair(tmp_path):
         repaired(tmp_path, 17, "auto", origin=["a rate of 0.1"])
     with pytest.raises(Death, match="is from a repair with other training; delete it"):
         repaired(tmp_path, 3, "auto", origin=["a rate of 0.2"])
+
+
+def flip(data: bytes) -> bytes:
+    place = len(data) // 2
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path):
+    with pytest.raises(Death):
+        repaired(tmp_path, 24, "auto")
+    (folder,) = tmp_path.iterdir()
+    files = [path for path in folder.iterdir() if path.suffix != ".json"]
+    assert len(files) >= 2
+    for path in files:
+        path.write_bytes(flip(path.read_bytes()))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found, _, _ = repaired(tmp_path, method="auto")
+    assert any("is not used: the checksum is wrong" in str(one.message) for one in warned)
+    assert_same(whole("auto"), found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks")

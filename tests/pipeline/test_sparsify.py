@@ -83,7 +83,7 @@ class WeightStats(Method):
         return Solution(problem.propose("spread", state))
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 99), loss=st.sampled_from([0.0, 0.3, 0.6]))
 def test_no_more_is_lost_and_broken_than_allowed(seed, loss):
     own = make_problem(trained(), known(), seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from options import with_options
 from ranks import on_ranks
 from torch import Tensor, nn
-from toy_repairs import blobs, known, quick, trained, unseen
+from toy_repairs import blobs, known, quick, right, trained, unseen
 
 from lightning_nrl import (
     ConfigurationError,
@@ -29,6 +30,7 @@ from lightning_nrl.data import Batch
 from lightning_nrl.errors import DataWarning, RepairError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.records import hash_tensors
 from lightning_nrl.search import RandomStream, SearchOrigin
 from lightning_nrl.study import Run, SweepResult, sweep_module
 
@@ -79,9 +81,11 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
     if not chosen.known.repaired_in_target:
         assert report.status == "not repaired"
         return
+    assert report.search is not None
     assert (chosen.value, chosen.iterations) == (report.search.fitness, report.search.iterations)
     assert chosen.patched == report.search.history["patched"][-1]
     assert chosen.intact == report.search.history["intact"][-1]
+    assert outcome.parameters is not None
     for name, value in outcome.parameters.items():
         assert torch.equal(state[name], value)
     for role in ("known", "calibration", "unseen"):
@@ -154,6 +158,26 @@ def test_any_layers_and_any_failures_are_swept(make, shared):
         check_alone(
             model, result, chosen, **{name: shared[name] for name in shared if name != "localizer"}
         )
+
+
+def test_counts_are_those_of_the_model_with_the_weights_written_into_it():
+    model, random = trained(), torch.get_rng_state()
+    original = hash_tensors(model.state_dict())
+    sources = {"known": known(), "calibration": calibration(), "unseen": unseen()}
+    result = run(model, Grid(fitness=["eq1", "eq2"], alpha=[1, 8], n_weights=12), seeds=4)
+    assert hash_tensors(model.state_dict()) == original
+    assert torch.equal(torch.get_rng_state(), random)
+    before = {
+        role: torch.cat([right(model, source) for source in data]) for role, data in sources.items()
+    }
+    for chosen in result.runs:
+        written = copy.deepcopy(model)
+        result.write(written, chosen)
+        for role, data in sources.items():
+            now = torch.cat([right(written, source) for source in data])
+            found = int((now & ~before[role]).sum()), int((~now & before[role]).sum())
+            assert (chosen.counts(role).repaired, chosen.counts(role).broken) == found
+            assert chosen.counts(role).accuracy_after == pytest.approx(now.double().mean().item())
 
 
 def test_known_samples_count_for_nothing_in_unseen_data():

@@ -35,7 +35,6 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_a_suite_a_split_and_a_case_a_rule(tmp_path, files):
     path = tmp_path / "release.xml"
-    path.write_text("<testsuites><testsuite name='forged' tests='1'/></testsuites>")
     rules = ["--rule", "instance", "--rule", "nfr:5% in night"]
     assert main([*files, *rules, "--junit", str(path)]) == 1
     cases = read(path)

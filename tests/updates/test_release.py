@@ -313,6 +313,14 @@ def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
     assert message in capsys.readouterr().err
 
 
+def test_no_fault_ends_with_the_status_of_a_refusal(tmp_path, capsys):
+    good = write(tmp_path / "good.csv", dict.fromkeys(range(4), "1,1"))
+    (tmp_path / "file").write_text("not a folder")
+    assert decide([good, good, "--out", str(tmp_path / "file" / "out")]) == 4
+    assert decide(["--help"]) == 0
+    assert "nfr:1%" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_example_decides(tmp_path, monkeypatch, capsys):
     example = ROOT / "examples" / "release.py"
@@ -340,6 +348,7 @@ def test_every_rule_in_the_how_to_can_be_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("ids.csv").write_text("split,id\ntest,1\n")
     table = re.search(r"\| as text .*?\n\n", HOW_TO.read_text(), re.DOTALL)
+    assert table is not None
     column = "".join(line.split("|")[1] for line in table[0].strip().splitlines()[2:])
     texts = re.findall("`(.*?)`", column)
     assert len(texts) == 17

@@ -15,6 +15,7 @@ from sample_tables import sample_table
 from torchmetrics.functional.classification import binary_calibration_error
 
 from lightning_nrl.data.targets import Target
+from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.records.stats import p_worse, upper_limit
@@ -98,6 +99,29 @@ def test_an_accuracy_may_fall_by_a_margin():
     assert IsNonInferior(0.0065).check(balanced).passed
     assert IsNonInferior(0.0063).check(balanced).verdict == "undecided"
     assert "at most 0.64 points lower" in IsNonInferior(0.01).check(balanced).reason
+
+
+def test_equivalence_forbids_a_rise_too():
+    improved = seen(test="r" * 20 + "k" * 80)
+    assert IsNonInferior(0.01).check(improved).passed
+    assert IsEquivalent(0.01).check(improved).verdict == "NOT satisfied"
+    assert IsEquivalent(0.01).check(seen(test="k" * 299)).passed
+    few = IsEquivalent(0.01).check(seen(test="k" * 298))
+    assert few.verdict == "undecided"
+    assert few.missing.startswith("test: 299 samples would do")
+
+
+def test_two_trainings_show_how_many_flips_are_chance(tmp_path, capsys):
+    words = {"old": "+" * 100, "new": "+" * 98 + "--", "a": "-" * 3 + "+" * 97, "b": "+" * 99 + "-"}
+    for name, word in words.items():
+        lines = [f"test,{at},{int(c == '+')}" for at, c in enumerate(word)]
+        (tmp_path / f"{name}.csv").write_text("split,id,passed\n" + "\n".join(lines) + "\n")
+    old, new, *noise = [str(tmp_path / f"{name}.csv") for name in words]
+    arguments = ["release", old, new, "--rules", "tolerance:5", "--require", "any"]
+    assert main([*arguments, "--noise", *noise]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    # 3 samples are right in b alone, and 1 in a alone.
+    assert "in test, 2 of 100 samples break by chance" in shown
 
 
 def test_each_split_and_each_slice_is_held_to_the_limit():
@@ -346,6 +370,7 @@ def test_rules_are_read_from_what_they_are_shown_as(text, rule):
             "HINT: write 0.95 for 95 %; 0.05 is its error",
         ),
         (lambda: NoSliceWorse(level=0.9), "`level=0.9` is no error probability of at most 50 %"),
+        (lambda: parse_rule("floor:96%:5%"), "`confidence=0.05` is no confidence"),
         (lambda: parse_rule("tolerance:1.0"), "'1.0' may be a number or a share"),
         (lambda: NoSliceWorse("p"), "`by='p'` is unknown"),
         (lambda: AtMostBroken("instance-in-target"), "needs a target, but none is given"),

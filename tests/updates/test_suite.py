@@ -136,14 +136,14 @@ def add_many(folder: Path, *ids: int) -> None:
 
 
 def test_two_processes_that_add_lose_nothing(tmp_path):
-    ranges = range(8), range(8, 16)
+    ranges = range(30), range(30, 60)
     writers = [server().Process(target=add_many, args=(tmp_path, *ids)) for ids in ranges]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert len(RegressionSuite.read("suite.csv").samples) == 16
+    assert len(RegressionSuite.read("suite.csv").samples) == 60
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ were.
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 from contextlib import nullcontext
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_repairs import known, quick, trained, unseen
 
+from lightning_nrl import Target, repair_module
 from lightning_nrl._utils.preserve import eval_mode, preserve_state, random_state
 from lightning_nrl._utils.state import (
     between,
@@ -27,6 +30,7 @@ from lightning_nrl._utils.state import (
     write,
 )
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.localization import AllWeights
 
 
 class Shared(nn.Module):
@@ -142,6 +146,93 @@ def test_hash_takes_sparse_tensors_and_sees_values_and_places():
     rows = ([1.0, 0.0, 2.0], [1.0, 0.0, 3.0], [1.0, 2.0, 0.0])
     hashes = [hash_tensors({"w": torch.tensor([row]).to_sparse_csr()}) for row in (*rows, rows[0])]
     assert len(set(hashes)) == 3
+
+
+class Counting(nn.Module):
+    """Counts its calls in one buffer in place, replaces another, and draws a random number, in
+    evaluation mode too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.detach().sum()[None]
+        torch.rand(2)
+        return x
+
+
+def network() -> nn.Sequential:
+    """Everything that a careless look would change: norms, dropout, own counters, frozen parts,
+    modes and gradients.
+    """
+    model = nn.Sequential(
+        trained()[0], nn.BatchNorm1d(12), nn.ReLU(), Counting(), nn.Dropout(0.5), trained()[2]
+    )
+    model.train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones(3)
+    return model
+
+
+def picture(model: nn.Module) -> list[Any]:
+    """All that a user may notice, by identity and by value."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
+    return [
+        [(name, id(x), x.detach().clone(), x.requires_grad) for name, x in tensors],
+        [copy.deepcopy(p.grad) for p in model.parameters()],
+        [(module.training, sorted(vars(module))) for module in model.modules()],
+        str(hooks),
+        torch.get_rng_state(),
+        torch.is_grad_enabled(),
+    ]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("layer", ["auto", ["0", "5"]])
+def test_a_repair_leaves_no_trace(layer):
+    model = network()
+    before = picture(model)
+    outcome = repair_module(
+        model, known(), quick(layer=layer, localizer=AllWeights()), unseen=unseen()
+    )
+    assert outcome.report.search is not None
+    assert same(picture(model), before)
+
+
+class OutOfMemory(Exception):
+    pass
+
+
+class FailingLocalizer(AllWeights):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise OutOfMemory
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ({"localizer": FailingLocalizer()}, OutOfMemory),
+        ({"target": Target.where(lambda batch: batch[7])}, ValueError),
+    ],
+)
+def test_a_repair_that_raises_leaves_no_trace(part, error):
+    model = network()
+    before = picture(model)
+    with pytest.raises(error):
+        repair_module(model, known(), quick(**part))
+    assert same(picture(model), before)
 
 
 def draw() -> tuple[float, float, float]:
