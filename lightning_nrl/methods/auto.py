@@ -10,7 +10,7 @@ from typing import ClassVar
 import lightning_nrl.methods.budget as budget
 from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.formatting import plural
-from lightning_nrl._utils.state import changed, current_state
+from lightning_nrl._utils.state import changed, current_state, parked
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.evaluation.sample_results import NO_COUNTS, TargetCounts
@@ -400,11 +400,15 @@ class _Climb:
                 return solution
             steps = solution.steps
             if rows is not None:
+                # Rarely read by now, and large.
+                state = {name: parked(value) for name, value in proposal.state.items()}
+                proposal = replace(proposal, state=state)
+                solution = replace(solution, proposal=None)
                 joined = self._push_from(left, proposal)
                 proposal = joined.proposal
                 steps = (*steps, *joined.steps)
         if proposal is None:
-            return replace(solution, proposal=None, steps=steps, held_out=held_out)
+            return replace(solution, steps=steps, held_out=held_out)
         new = problem.counted(proposal.name, {**base.state, **proposal.state}, proposal.after)
         return replace(solution, proposal=new, steps=steps, held_out=held_out, tried=())
 

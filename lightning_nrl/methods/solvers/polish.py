@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.formatting import plural
-from lightning_nrl._utils.state import State, between, current_state
+from lightning_nrl._utils.state import State, between, current_state, device_of
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.evaluation.evaluator import Need, check_needs
@@ -108,12 +108,13 @@ def polish(
     If steps do not suffice, the weights move back toward the original weights until this holds.
     Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter, only
     weights marked there move. The last forward passes over known data may end after `deadline`.
-    `after` are the results of `state`; if None, they are measured. If `enforce` is True, steps push
-    all failing targets; if False, they push only nearly right targets. Steps make about
-    `visits` visits at most, by default `POLISH_SHARE` times those of a training.
+    `state` may be on another device. `after` are its results; if None, they are measured. If
+    `enforce` is True, steps push all failing targets; if False, they push only nearly right
+    targets. Steps make about `visits` visits at most, by default `POLISH_SHARE` times those of a
+    training.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the
-    scope and one that is `parked`, and at most 256 MiB for the logits of the working set.
+    scope and two that are `parked`, and at most 256 MiB for the logits of the working set.
     """
     check_needs(NEEDS, problem.before, problem.evaluator.task)
     return problem.work.once(
@@ -175,7 +176,8 @@ class _Polish:
         visits: float | None,
     ) -> None:
         self.problem = problem
-        self.state = state
+        device = device_of(problem.model)
+        self.state: State = {name: value.to(device) for name, value in state.items()}
         self.masks = masks
         self.best: PolishResult | None = None
         self.course: list[TargetCounts] = []
