@@ -2,6 +2,7 @@
 
     python examples/studies/defaults.py --seeds 10   # six small problems, 10 minutes on one core
     python examples/studies/defaults.py --new --seeds 10   # three problems made after the default
+    python examples/studies/defaults.py --pretrained --seeds 1   # two pretrained networks
     python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.5 2 --problems "digits, drift"
     python examples/studies/defaults.py --seeds 3 --fits   # the quickstart and the weak digit
 
@@ -27,17 +28,18 @@ import torch
 from default_problems import SMALL, SPLITS
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from new_problems import NEW
+from pretrained import PRETRAINED
 from problems import PROBLEMS, RUNS, Problem, State, markdown, quiet_trainer, start
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, Settings, TensorSource, repair_module
-from lightning_nrl.methods.budget import LEAST_EPOCHS, SMALL_BUDGET
+from lightning_nrl.methods.budget import LEAST_EPOCHS, SMALL_BUDGET, SMALL_NETWORK
 from lightning_nrl.records.stats import interval
 
 OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
 """Networks of `--fits`."""
-ALL = {**SMALL, **NEW, **OWNERS}
+ALL = {**SMALL, **NEW, **PRETRAINED, **OWNERS}
 FITS = {"rate 0": (0.0, None), "one epoch": (None, 1), "rate 1e-4": (1e-4, 3)}
 """Fits that start from the trained weights: a constant rate and the epochs; None: as in the
 training.
@@ -111,7 +113,8 @@ class Study:
             known = ConcatDataset([loader.dataset, self.data.data["repair"]])
             batches = DataLoader(known, loader.batch_size, shuffle=True, drop_last=loader.drop_last)
             began = time.process_time()
-            least = min(LEAST_EPOCHS, SMALL_BUDGET // len(known))
+            size = max(1.0, sum(p.numel() for p in model.parameters()) / SMALL_NETWORK)
+            least = min(LEAST_EPOCHS, int(SMALL_BUDGET / (len(known) * size)))
             epochs = FINE_TUNINGS[method] * max(self.problem.epochs, least)
             quiet_trainer(epochs, accelerator="cpu").fit(model, batches)
             return self.counted(self.state, model, time.process_time() - began)
@@ -268,6 +271,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--problems", nargs="+", choices=ALL, help="default: all of the study")
     parser.add_argument("--new", action="store_true", help="problems made after the default")
+    parser.add_argument("--pretrained", action="store_true", help="two pretrained networks")
     parser.add_argument(
         "--max-times", nargs="+", type=float, help="time limits, as shares of the fit's time"
     )
@@ -288,6 +292,8 @@ def main() -> None:
         problems = OWNERS
     elif chosen.new:
         problems = NEW
+    elif chosen.pretrained:
+        problems = PRETRAINED
     for name in chosen.problems or problems:
         seeds = range(chosen.first, chosen.first + chosen.seeds)
         runs = [runs_of(name, ALL[name], seed, methods, chosen.out) for seed in seeds]
