@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from lightning_nrl._utils.state import State, changed, temporary_weights
+from lightning_nrl._utils.state import State, changed, live_tensors, temporary_weights
 from lightning_nrl.data.batch import Batch, Source, WrappedSource
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.head_features import MAX_BYTES, HeadRecorder
@@ -35,28 +35,28 @@ class _Pass:
         return cls(after, tensors, cache)
 
     @property
-    def state(self) -> State | None:
-        """The weights of the pass; None if some were freed or changed in place since."""
+    def state(self) -> State:
+        """The weights of the pass, without those that were freed or changed in place since."""
         state = {}
         for name, (reference, version) in self.tensors.items():
             tensor = reference()
-            if tensor is None or tensor._version != version:
-                return None
-            state[name] = tensor
+            if tensor is not None and tensor._version == version:
+                state[name] = tensor
         return state
 
-    def has_weights(self, model: nn.Module, state: State) -> bool:
-        """True if the pass was made by the model with the tensors of `state`, bit for bit."""
-        passed_state = self.state
-        if passed_state is None:
-            return False
-        tested, wanted = changed(model, passed_state), changed(model, state)
-        if tested.keys() != wanted.keys():
-            return False
-        for name, value in wanted.items():
-            if value.dtype != tested[name].dtype or not torch.equal(value, tested[name]):
-                return False
-        return True
+    def differences(self, model: nn.Module, state: State) -> set[str]:
+        """Returns the names of tensors that the pass did not have as the model has with `state`.
+
+        Bits are compared. What was freed or changed in place since counts as different.
+        """
+        kept, live = self.state, live_tensors(model)
+        lost = {id(live[name]) for name in self.tensors.keys() - kept.keys()}
+        was, wanted = changed(model, kept), changed(model, state)
+        names = was.keys() ^ wanted.keys()
+        for name in was.keys() & wanted.keys():
+            if was[name].dtype != wanted[name].dtype or not torch.equal(was[name], wanted[name]):
+                names.add(name)
+        return names | {name for name, value in live.items() if id(value) in lost}
 
 
 @dataclass
@@ -84,11 +84,11 @@ class KnownRecord:
 
         Columns that are equal to those of `before` are kept in memory once.
         """
-        if not self.covers(evaluator.model, state):
+        cache = self._near(evaluator.model, state) if self.is_trusted else None
+        if cache is None:
             return self.deployed(evaluator, state, known, before)
-        assert self.cache is not None
         with temporary_weights(evaluator.model, state):
-            return _shared(_replayed(self.cache, known), before)
+            return _shared(_replayed(cache, known), before)
 
     def deployed(
         self, evaluator: Evaluator, state: State, known: Sequence[Source], before: SampleResults
@@ -98,9 +98,9 @@ class KnownRecord:
         The pass is recorded, too.
         """
         for earlier in self.passes:
-            if earlier.has_weights(evaluator.model, state):
+            if not earlier.differences(evaluator.model, state):
                 return earlier.after
-        in_use = [earlier for earlier in self.passes if earlier.state is not None]
+        in_use = [earlier for earlier in self.passes if len(earlier.state) == len(earlier.tensors)]
         # Only the last cache is kept, to limit memory.
         self.passes[:] = [replace(earlier, cache=None) for earlier in in_use]
         head = None if self.cache is None else self.cache.space.sites[0].module
@@ -120,26 +120,37 @@ class KnownRecord:
 
     def covers(self, model: nn.Module, state: State) -> bool:
         """True if the results with the tensors of `state` follow from the record."""
-        return self.is_trusted and self._changes_last_layer(model, state)
+        return self.is_trusted and self._near(model, state) is not None
+
+    def covers_path(self, model: nn.Module, state: State) -> bool:
+        """True if so do those on the way from the model's weights to `state`."""
+        if self.cache is None or not self.is_trusted:
+            return False
+        return changed(model, state).keys() <= _last_layer(self.cache)
 
     def at(self, model: nn.Module, state: State) -> KnownRecord:
         """Returns the record of the model with the tensors of `state`, as far as it is known."""
-        cache = None
-        if self._changes_last_layer(model, state):
-            assert self.cache is not None
+        cache = self._near(model, state)
+        if cache is not None:
             with temporary_weights(model, state):
-                cache = _with_present_outputs(self.cache)
-        for earlier in self.passes:
-            if cache is None and earlier.has_weights(model, state):
-                cache = earlier.cache
+                cache = _with_present_outputs(cache)
         return replace(self, cache=cache, start={**self.start, **state})
 
-    def _changes_last_layer(self, model: nn.Module, state: State) -> bool:
-        if self.cache is None:
-            return False
-        site = self.cache.space.sites[0]
-        prefix = f"{site.name}." if site.name else ""
-        return changed(model, state).keys() <= {f"{prefix}weight", f"{prefix}bias"}
+    def _near(self, model: nn.Module, state: State) -> ActivationCache | None:
+        """Returns the record of a pass with weights that differ from `state` in the last layer."""
+        if self.cache is not None and changed(model, state).keys() <= _last_layer(self.cache):
+            return self.cache
+        for earlier in self.passes:
+            cache = earlier.cache
+            if cache is not None and earlier.differences(model, state) <= _last_layer(cache):
+                return cache
+        return None
+
+
+def _last_layer(cache: ActivationCache) -> set[str]:
+    site = cache.space.sites[0]
+    prefix = f"{site.name}." if site.name else ""
+    return {f"{prefix}weight", f"{prefix}bias"}
 
 
 def _shared(after: SampleResults, before: SampleResults) -> SampleResults:

@@ -202,7 +202,7 @@ def line_search(
     has_margins = problem.before.has_margins  # without them there is no polish
     path = PatchPath(problem, patch, gate, calibration, may_polish and has_margins)
     strengths = PATH_STRENGTHS
-    if calibration is None and not problem.record.covers(problem.model, patch):
+    if calibration is None and not problem.record.covers_path(problem.model, patch):
         # Without calibration data the points are only reported, which is worth no pass.
         strengths = (1.0,)
     if fixed is not None:

@@ -64,7 +64,7 @@ def test_a_pass_with_other_weights_is_recorded_too():
     problem = recorded_problem(trained())
     state = jittered(problem.model, 1, 0.1)
     start = problem.propose("start", state)
-    assert not problem.record.covers(problem.model, state)
+    assert not problem.record.covers_path(problem.model, state)
     with problem.starting_at(start) as moved:
         head = {name: x for name, x in jittered(moved.model, 2, 0.3).items() if name[0] == "2"}
         assert moved.record.covers(moved.model, head)
