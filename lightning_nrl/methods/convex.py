@@ -11,24 +11,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.evaluator import Need, check_needs
-from lightning_nrl.evaluation.head_features import head_features
 from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
-from lightning_nrl.methods.search_samples import choose_samples
 from lightning_nrl.methods.solution import Proposal, Solution
-from lightning_nrl.methods.solvers.convex_head import (
-    MAX_MOMENT_RANK,
-    ConvexHead,
-    regularization_path,
-)
+from lightning_nrl.methods.solvers.convex_head import MAX_MOMENT_RANK, regularization_path
+from lightning_nrl.methods.solvers.known_head import KnownHead, head_state, not_last
 from lightning_nrl.records.steps import CUT, Step
 from lightning_nrl.search.scoring.activation_cache import ActivationCache
 from lightning_nrl.search.scoring.replay_plan import ReplayPlan
@@ -80,7 +74,7 @@ class Convex(Method):
         _check_layers(recording.space)
         for group in recording.groups:
             if not (isinstance(group.plan, ReplayPlan) and group.plan.is_last_layer):
-                raise _not_last(recording.space)
+                raise not_last(recording.space)
 
     def __call__(self, problem: Problem) -> Solution:
         """Solves at each price and takes the price that does best on held-out samples."""
@@ -95,7 +89,7 @@ class Convex(Method):
         if not end.leaves(passes * clock.one_pass):
             return Solution(None, NO_TIME_TO_SOLVE)
         with clock.stage("record"):
-            known = _KnownHead.record(problem)
+            known = KnownHead.record(problem)
         with clock.stage("solve"):
             # Time is kept to count the chosen change in the deployed model.
             end = end.earlier(clock.one_pass)
@@ -185,17 +179,9 @@ def _check_layers(space: ParameterSpace) -> None:
         )
 
 
-def _not_last(space: ParameterSpace) -> ConfigurationError:
-    layer = space.sites[0].name
-    return ConfigurationError(
-        f"`method='convex'`: the output of `layer={layer!r}` is not the model's logits.",
-        "name the last Linear layer, or use `method='finetune-polish'`.",
-    )
-
-
 @torch.no_grad()
 def _solve(
-    problem: Problem, known: _KnownHead, method: Convex, end: Deadline
+    problem: Problem, known: KnownHead, method: Convex, end: Deadline
 ) -> list[tuple[Tensor, Tensor]]:
     """Collects the results of `_path`, which runs on the first rank, on all ranks."""
     collective = problem.collective
@@ -208,7 +194,7 @@ def _solve(
 
 
 def _path(
-    problem: Problem, known: _KnownHead, method: Convex, end: Deadline
+    problem: Problem, known: KnownHead, method: Convex, end: Deadline
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields for each price the change, `C x d`, and a mask of samples, `N` bool.
 
@@ -278,99 +264,7 @@ def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]
     for fraction in DEPLOYED_FRACTIONS:
         if fraction < 1 and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
             break
-        proposal = problem.propose("convex", _state(problem, fraction * change))
+        proposal = problem.propose("convex", head_state(problem, fraction * change))
         if not proposal.broken:
             return (proposal if proposal.repaired else None), fraction
     return None, 0.0
-
-
-def _state(problem: Problem, change: Tensor) -> State:
-    site = problem.space.sites[0]
-    layer = site.module
-    weight = layer.weight.detach()
-    n_in = weight.shape[1]
-    if len(weight) == 1:
-        change = change[1:] - change[:1]
-    name = next(iter(site.parameters))
-    state = {name: (weight + change[:, :n_in]).to(weight.dtype)}
-    if layer.bias is not None and _may_change_bias(problem):
-        state[_bias_of(name)] = (layer.bias.detach() + change[:, n_in]).to(weight.dtype)
-    return state
-
-
-def _may_change_bias(problem: Problem) -> bool:
-    site = problem.space.sites[0]
-    is_in_scope = _bias_of(next(iter(site.parameters))) in problem.scope
-    return site.module.bias is not None and (is_in_scope or site.include_bias)
-
-
-def _bias_of(weight: str) -> str:
-    return weight.removesuffix("weight") + "bias"
-
-
-@dataclass(frozen=True)
-class _KnownHead:
-    """The recorded layer on the known samples, or on `Problem.n_scored` of them."""
-
-    passed: Tensor  # N bool, before a change
-    recorded: Tensor  # N bool
-    rows: Tensor  # N bool, recorded samples that passed or are targets
-    head: ConvexHead  # the layer on these samples
-    remaining: ConvexHead  # the layer on all other recorded samples
-    note: str  # how many samples are recorded; empty if all are
-
-    @classmethod
-    def record(cls, problem: Problem) -> _KnownHead:
-        """Runs the model once.
-
-        Raises a `ConfigurationError` on all ranks if the layer's output is not the logits.
-        """
-        before = problem.before
-        keep = torch.ones_like(before.passed)
-        note = ""
-        if len(before) > problem.n_scored:
-            choice = choose_samples(before, before.passed, problem.n_scored, problem.seed)
-            keep, note = choice.recorded, choice.note
-        features, logits = _recorded(problem, keep)
-        label = before.label[keep].to(features.device)
-        targeted = before.targeted[keep].to(features.device)
-        weight = before.weight[keep].to(features)
-        has_bias = _may_change_bias(problem)
-
-        def head(mask: Tensor) -> ConvexHead:
-            rows = mask[keep].nonzero().flatten().to(features.device)
-            return ConvexHead(
-                features, logits, rows, label[rows], targeted[rows], weight[rows], has_bias
-            )
-
-        used = keep & (before.passed | before.targeted)
-        return cls(before.passed, keep, used, head(used), head(keep & ~used), note)
-
-    def right(self, change: Tensor) -> Tensor:
-        """Marks the known samples that are right, `N` bool, after a change of the weights.
-
-        Samples that are not recorded count as unchanged.
-        """
-        right = self.passed.clone()
-        right[self.rows] = self.head.right(change).cpu()
-        remaining = self.remaining
-        blocks = remaining.blocks(remaining.all)
-        predicted = torch.cat([remaining.changed(change, block).argmax(1) for block in blocks])
-        right[self.recorded & ~self.rows] = (predicted == remaining.label).cpu()
-        return right
-
-
-@torch.no_grad()
-def _recorded(problem: Problem, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the layer's inputs, `n x d`, and logits, `n x C`, of the `n` known samples to keep.
-
-    They are in the order of the results.
-    """
-    head = problem.space.sites[0].module
-    assert isinstance(head, torch.nn.Linear)
-    record = None if problem.record.cache is None else problem.record.cache.head
-    rows = keep.nonzero().flatten()
-    features = head_features(problem.evaluator, problem.known, head, problem.before, rows, record)
-    if features is None:
-        raise _not_last(problem.space)
-    return features.inputs, features.logits

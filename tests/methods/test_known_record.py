@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from toy_problems import jittered, on_ranks, shares
 from toy_repairs import known, mlp, quick, right, trained
 
 from lightning_nrl import ParticleSwarm, SearchOptions, Settings, repair_module
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.methods import Problem
+from lightning_nrl.methods.solvers.known_head import restored_by_head
+from lightning_nrl.methods.solvers.polish import polish
 from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import scope_of
 from lightning_nrl.pipeline.problem_builder import build_problem
@@ -75,6 +78,45 @@ def test_a_pass_with_other_weights_is_recorded_too():
     state["0.weight"] += 1
     moved_on = problem.deployed(state)
     assert not torch.equal(moved_on.loss, start.after.loss)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_head_restores_what_a_training_breaks_without_a_pass(seed):
+    problem = recorded_problem(trained())
+    before = problem.before
+    start = problem.propose("fit", jittered(problem.model, seed, 0.3))
+    calls = []
+    with problem.model.get_submodule("0").register_forward_hook(lambda *call: calls.append(call)):
+        restored = restored_by_head(problem, start, price=32.0)
+    assert not calls
+    by_pass = problem.evaluator.run_with(restored.state, problem.known)
+    assert torch.equal(restored.after.passed, by_pass.passed)
+    assert start.broken > restored.broken == int((before.passed & ~by_pass.passed).sum()) == 0
+    kept = start.after.right & (before.passed | before.targeted)
+    assert bool(by_pass.passed[kept].all())
+    assert {name for name, x in restored.state.items() if x is not start.state[name]} == {
+        "2.weight",
+        "2.bias",
+    }
+
+
+def test_a_head_that_may_not_change_restores_nothing():
+    problem = replace(recorded_problem(trained()), scope=("0.weight", "0.bias"))
+    start = problem.propose("fit", jittered(problem.model, 1, 0.1))
+    assert restored_by_head(problem, start, price=32.0) is start
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.7])
+def test_a_polish_without_time_for_steps_leaves_what_is_broken_to_the_head(scale):
+    problem = recorded_problem(trained())
+    start = problem.propose("fit", jittered(problem.model, 0, scale))
+    no_time = Deadline(0.0)
+    result = polish(problem, start.state, deadline=no_time, after=start.after)
+    assert (result.rounds, result.strength, result.was_cut) == (0, 1.0, True)
+    assert 0 < result.by_head < start.broken  # a lower price has restored some before
+    assert "restored by the last layer" in result.note
+    assert result.broken == problem.counted("", {}, problem.deployed(result.state)).broken == 0
+    assert result.repaired >= start.repaired > 0
 
 
 class Drifting(nn.Module):

@@ -3,7 +3,8 @@
 New weights repair much and break a little. The broken samples lie near the boundary; steps on
 samples near it restore them and keep what is repaired. The result is the best iterate that breaks
 nothing, counted on all known samples, or else the original weights. Below, "nothing is broken"
-means that no more samples are broken than the gate allows.
+means that no more samples are broken than the gate allows. The last layer may restore samples
+before the steps and after them, which takes no pass (`known_head`).
 
 On request a polish **enforces** all failing targets, also targets far from right
 (`TargetSchedule`). In limited time it stops pushing targets that are still wrong after some rounds,
@@ -48,6 +49,7 @@ from lightning_nrl.methods.solvers.active_set import (
     TargetSchedule,
 )
 from lightning_nrl.methods.solvers.descent import Descent
+from lightning_nrl.methods.solvers.known_head import restored_by_head
 from lightning_nrl.methods.solvers.mini_batches import BATCH_SIZE
 from lightning_nrl.records.steps import CUT, Step
 
@@ -63,6 +65,9 @@ FEW_VIOLATED = 4
 TAKEN_BACK_FACTOR, RESTORING_FACTOR, STALLED_FACTOR = 1 / 4, 1.25, 2.0
 MOST_LENGTH = 16.0
 BISECTIONS = 6  # of the way back, on samples known to be broken
+# Prices of a broken sample's missing margin in `restored_by_head`, before steps and after them. The
+# first restores most with hardly a change; the second, what time is too short for.
+PRICE_BEFORE, PRICE_AFTER = 1.0, 32.0
 # Evaluations of all known samples on the way back; each may reveal more broken samples.
 MAX_COUNTS = 6
 
@@ -76,6 +81,7 @@ class PolishResult(Proposal):
 
     rounds: int = 0
     strength: float = 1.0  # part of the change that is kept; 0 for the original weights
+    by_head: int = 0  # samples that the last layer restored in the end
     course: tuple[TargetCounts, ...] = ()  # flips at each evaluation of all known samples
     stopped: str = ""  # why the rounds ended early; empty if they did not
 
@@ -88,6 +94,8 @@ class PolishResult(Proposal):
         note = plural(self.rounds, "round")
         if self.stopped:
             note += f", {self.stopped}"
+        if self.by_head:
+            note += f", then {plural(self.by_head, 'broken sample')} restored by the last layer"
         if self.strength < 1:
             note += f", then scaled back to {self.strength:.0%} of the change"
         return note
@@ -105,13 +113,14 @@ def polish(
 ) -> PolishResult:
     """Makes small steps from `state` until no more passed samples break than the gate allows.
 
-    If steps do not suffice, the weights move back toward the original weights until this holds.
-    Only parameters in `problem.scope` move. If `masks` has a bool tensor for a parameter, only
-    weights marked there move. The last forward passes over known data may end after `deadline`.
-    `state` may be on another device. `after` are its results; if None, they are measured. If
-    `enforce` is True, steps push all failing targets; if False, they push only nearly right
-    targets. Steps make about `visits` visits at most, by default `POLISH_SHARE` times those of a
-    training.
+    First the last layer restores most broken samples, if it may change (`restored_by_head`). If
+    steps do not suffice, it restores the others, or else the weights move back toward the original
+    weights until this holds. Only parameters in `problem.scope` move. If `masks` has a bool tensor
+    for a parameter, only weights marked there move. The last forward passes over known data may end
+    after `deadline`. `state` may be on another device. `after` are its results; if None, they are
+    measured. If `enforce` is True, steps push all failing targets; if False, they push only nearly
+    right targets. Steps make about `visits` visits at most, by default `POLISH_SHARE` times those
+    of a training.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the
     scope and two that are `parked`, and at most 256 MiB for the logits of the working set.
@@ -204,6 +213,8 @@ class _Polish:
         self.targets = TargetSchedule(problem, pushed, takes_turns=takes_turns)
         self.targets.begin(self._end_of_rounds)
         self._n_first = 0  # violated samples at the first start
+        self._by_head = 0
+        self._restore(PRICE_BEFORE)
 
     def result(self) -> PolishResult:
         phase: Phase | None = self.start
@@ -348,12 +359,18 @@ class _Polish:
         return self._scale_back
 
     def _scale_back(self) -> None:
-        """Goes back towards the original weights until nothing is broken.
+        """Restores what is broken by the last layer, or goes back until nothing is broken.
 
-        Bisects on samples known to be broken, then evaluates all samples. This may reveal broken
-        samples for the next bisection. Ends at the original weights after `MAX_COUNTS` evaluations,
-        or if time runs out after the first.
+        On the way back to the original weights, bisects on samples known to be broken, then
+        evaluates all samples. This may reveal broken samples for the next bisection. Ends at the
+        original weights after `MAX_COUNTS` evaluations, or if time runs out after the first.
         """
+        self.after = self._count(self.state)
+        self._by_head = self._restore(PRICE_AFTER)
+        self.active_set.update(self.after)
+        if self._is_satisfied(self.active_set.broken):
+            self._keep(self.state)
+            return
         original = current_state(self.problem.model)
         strength = 1.0
         rows = self.active_set.broken.nonzero().flatten()
@@ -371,6 +388,15 @@ class _Polish:
             rows = torch.cat([rows, self.active_set.broken.nonzero().flatten()]).unique()
         self.after = self.problem.before
         self._keep(between(original, self.state, 0.0), 0.0)
+
+    def _restore(self, price: float) -> int:
+        """Restores broken samples by the last layer, as far as it may, and returns how many."""
+        start = self.problem.counted("polish", self.state, self.after)
+        restored = start
+        if self.masks is None:
+            restored = restored_by_head(self.problem, start, price)
+        self.state, self.after = restored.state, restored.after
+        return start.broken - restored.broken
 
     def _largest_strength(self, original: State, rows: Tensor, most: float) -> float:
         """Bisects for the largest part of the change, below `most`, that breaks none of `rows`."""
@@ -415,12 +441,14 @@ class _Polish:
         proposal = self.problem.counted("polish", state, self.after)
         is_better = self.best is None or proposal.value > self.best.value
         if is_better:
-            self.best = PolishResult(**vars(proposal), rounds=self.rounds, strength=strength)
+            self.best = PolishResult(
+                **vars(proposal), rounds=self.rounds, strength=strength, by_head=self._by_head
+            )
         return is_better
 
     def _count(self, state: State) -> SampleResults:
         began = self._deadline.clock()
         after = self.problem.evaluate(state)
         self.course.append(self.problem.target_counts(after))
-        self._one_pass = self._deadline.clock() - began
+        self._one_pass = max(self._deadline.clock() - began, self.problem.clock.one_pass)
         return after
