@@ -58,7 +58,7 @@ class Auto(Method):
     - `exact` runs if the whole network or only one layer may change. It repairs the chosen layer
       with `Convex`. If only one layer may change and `Convex` does not suit it, `FineTunePolish`
       is used.
-    - If `max_time` is too short for `FEW_EPOCHS` of training, `exact` comes before it.
+    - If `max_time` is too short for `EPOCHS_BEFORE_EXACT` of training, `exact` comes before it.
     - `push` takes small steps from there until the targets that are left are right (`Polish`).
     - `polish` replaces all rungs but `search` in an update, where a new model replaces an old one.
       Small steps from the new model restore all samples that the old model got right (`Polish`).
@@ -238,7 +238,8 @@ class _Climb:
                 rungs.append(("training", self._training))
             if self.problem.whole_network or self._is_one_layer:
                 rungs.append(("exact", self._exact))
-            if self._is_hurried:
+            seconds = least_seconds(self.problem, budget.EPOCHS_BEFORE_EXACT)
+            if not self.problem.deadline_of_method().leaves(seconds):
                 rungs.reverse()
             for name, solve in (*rungs, ("push", self._push)):
                 self._climb(name, solve)

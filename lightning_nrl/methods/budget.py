@@ -15,8 +15,9 @@ pass visits all known samples once.
 If there is time for fewer than `FEW_EPOCHS` of training, the searches get
 `HURRIED_SEARCH_TIME_SHARE`. If no training fits, they get all time. A search that was cut runs
 again if the training leaves time. The reserve for the polish is `POLISH_PASSES`, but at most the
-pass that counts its result and `POLISH_TIME_SHARE` of the other time left. An update polishes for
-`UPDATE_TIME_SHARE` of the time left, then searches.
+pass that counts its result and `POLISH_TIME_SHARE` of the other time left. Where a recorded head
+restores what is broken, it is that pass alone. An update polishes for `UPDATE_TIME_SHARE` of the
+time left, then searches.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ TIME_SHARE_OF_PARTS = 0.7  # to repair the parts; the search of the coefficients
 # Searches and the exact solution in the default
 SEARCH_TIME_SHARE = 0.1
 HURRIED_SEARCH_TIME_SHARE = 0.5  # if there is time for fewer than `FEW_EPOCHS` of training
+EPOCHS_BEFORE_EXACT = 2  # if so many do not fit, the exact solution comes before the training
 FEW_EPOCHS = 8  # of a training with fewer epochs, a tenth of the time is too short for a search
 LONE_SEARCH_TIME_SHARE = 1 / 4  # if no training follows
 # Of the time left, with its polish; `exact` and `push` get the rest. If there is time for fewer

@@ -223,7 +223,8 @@ def _deadline_of_training(problem: Problem, deadline: Deadline) -> Deadline:
     left = deadline.agreed_seconds_left() - count_seconds
     if not deadline.is_set:
         return deadline
-    return deadline.earlier(min(polish_seconds, count_seconds + budget.POLISH_TIME_SHARE * left))
+    share = budget.POLISH_TIME_SHARE if problem.record.cache is None else 0.0
+    return deadline.earlier(min(polish_seconds, count_seconds + share * left))
 
 
 def least_seconds(problem: Problem, epochs: int = 1) -> float:
@@ -308,13 +309,15 @@ class TrainingRounds:
         self._n_counts = 0
         self._gain = 0.0  # in total
         self._gain_of_round = 0.0
+        self._is_short = False  # for a round without the held-out samples
 
     def run(self, *, is_last: bool) -> FineTuned | None:
         """Makes all rounds; stops after a poor first one unless this is the last recipe to try.
 
         Returns None if the training is impossible or no time is left.
         """
-        while self._has_time_for_two() and self._round(self._used, is_last=False):
+        self._is_short = not self._has_time_for_more()
+        while self._has_time_for_more() and self._round(self._used, is_last=False):
             self._count()
             if len(self._rounds) == 1 and not (is_last or self._does_well()):
                 return self._result(is_done=False)
@@ -327,9 +330,9 @@ class TrainingRounds:
             self._count()
         return self._result(is_done=is_done) if self._rounds else None
 
-    def _has_time_for_two(self) -> bool:
-        """True if an epoch and its counts fit twice, as the last round needs one too."""
-        return self.deadline.leaves(2 * (budget.FORWARD_BACKWARD + 1) * self.problem.clock.one_pass)
+    def _has_time_for_more(self) -> bool:
+        """True if an epoch and its count fit three times, as the last round needs some too."""
+        return self.deadline.leaves(3 * (budget.FORWARD_BACKWARD + 1) * self.problem.clock.one_pass)
 
     def _round(self, used: Tensor, *, is_last: bool) -> bool:
         """Trains for one round on the samples marked in `used`; False if it cannot."""
@@ -418,7 +421,7 @@ class TrainingRounds:
         """Returns the sampling weights of all known samples, `N`, for the next round."""
         before, after = self.problem.before, self._proposal.after
         weight = sample_weight(before)
-        if not self._rounds:
+        if not self._rounds and not self._is_short:
             return weight
         weight[_easy_samples(before, after)] *= budget.EASY_VISITS
         weight[before.passed & ~after.passed] *= budget.BROKEN_VISITS
