@@ -91,8 +91,8 @@ class Convex(Method):
         with clock.stage("record"):
             known = KnownHead.record(problem)
         with clock.stage("solve"):
-            # Time is kept to count the chosen change in the deployed model.
-            end = end.earlier(clock.one_pass)
+            if problem.record.cache is None:  # the chosen change takes a pass to count
+                end = end.earlier(clock.one_pass)
             solved = _solve(problem, known, self, end)
             is_cut = problem.deadline.is_set and len(solved) < len(PRICES) and end.is_over()
             alternatives = []
