@@ -66,8 +66,9 @@ TAKEN_BACK_FACTOR, RESTORING_FACTOR, STALLED_FACTOR = 1 / 4, 1.25, 2.0
 MOST_LENGTH = 16.0
 BISECTIONS = 6  # of the way back, on samples known to be broken
 # Prices of a broken sample's missing margin in `restored_by_head`, before steps and after them. The
-# first restores most with hardly a change; the second, what time is too short for.
-PRICE_BEFORE, PRICE_AFTER = 1.0, 32.0
+# first restores what takes hardly a change; the second, what time is too short for, though that
+# breaks more unseen samples than steps do.
+PRICE_BEFORE, PRICE_AFTER = 1 / 4, 32.0
 # Evaluations of all known samples on the way back; each may reveal more broken samples.
 MAX_COUNTS = 6
 
@@ -113,14 +114,14 @@ def polish(
 ) -> PolishResult:
     """Makes small steps from `state` until no more passed samples break than the gate allows.
 
-    First the last layer restores most broken samples, if it may change (`restored_by_head`). If
-    steps do not suffice, it restores the others, or else the weights move back toward the original
-    weights until this holds. Only parameters in `problem.scope` move. If `masks` has a bool tensor
-    for a parameter, only weights marked there move. The last forward passes over known data may end
-    after `deadline`. `state` may be on another device. `after` are its results; if None, they are
-    measured. If `enforce` is True, steps push all failing targets; if False, they push only nearly
-    right targets. Steps make about `visits` visits at most, by default `POLISH_SHARE` times those
-    of a training.
+    First the last layer, if it may change, restores what it can at a low price
+    (`restored_by_head`). If steps do not suffice, it restores the others, or else the weights move
+    back toward the original weights until this holds. Only parameters in `problem.scope` move. If
+    `masks` has a bool tensor for a parameter, only weights marked there move. The last forward
+    passes over known data may end after `deadline`. `state` may be on another device. `after` are
+    its results; if None, they are measured. If `enforce` is True, steps push all failing targets;
+    if False, they push only nearly right targets. Steps make about `visits` visits at most, by
+    default `POLISH_SHARE` times those of a training.
 
     Memory: a forward and backward pass of at most 128 samples, four copies of the weights in the
     scope and two that are `parked`, and at most 256 MiB for the logits of the working set.
