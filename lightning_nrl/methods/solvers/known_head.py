@@ -51,7 +51,10 @@ def _restoring_head(
 
     with problem.starting_at(start) as moved:
         moved = replace(moved, before=replace(moved.before, passed=kept, targeted=broken))
-        known = KnownHead.record(moved)
+        try:
+            known = KnownHead.record(moved)
+        except ConfigurationError:  # with these weights, the layer does not give the logits
+            return {}
         changes = []
         if problem.collective.rank == 0:
             every = torch.ones_like(known.head.targeted)
