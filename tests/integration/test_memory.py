@@ -116,4 +116,6 @@ def test_a_training_and_a_polish_hold_few_bytes_by_sample(tmp_path):
         trainer.fit(Narrow(), DataLoader(train, 128, shuffle=True), DataLoader(val, 128))
     assert callback.report.status == "repaired"
     # The samples take 24 bytes, the logits of the polish 16, the last layer's record of a pass 48.
-    assert tensors.most / n - (24 + 16 + 3 * 48) < 160
+    # The programme reads 8 inputs and a constant in single and double precision. Of more than
+    # 65,536 samples it holds no more at once.
+    assert tensors.most / n - (24 + 16 + 3 * 48 + 9 * (4 + 8)) < 160

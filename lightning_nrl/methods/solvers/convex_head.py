@@ -176,15 +176,17 @@ class ConvexHead:
         if self.n_features > MAX_MOMENT_RANK:
             spread = torch.linspace(0, len(passed) - 1, min(len(passed), MAX_MOMENT_RANK))
             return LowRankRoot.of(self.inputs(passed[spread.long()]).to(self.dtype))
+        # In float64, and with a ridge above the rounding of the sum, so that a factor exists.
+        ridge = HEAD_RIDGE + self.n_features * torch.finfo(self.dtype).eps
+        root = whitening_root(self._moment(passed).to("cpu", torch.float64), ridge)
+        return TriangularRoot(root.to(self.features.device, self.dtype))
+
+    def _moment(self, rows: Tensor) -> Tensor:
         moment = self.features.new_zeros(self.n_features, self.n_features, dtype=self.dtype)
-        for block in self.blocks(passed):
+        for block in self.blocks(rows):
             features = self.inputs(block).to(self.dtype)
             moment += features.T @ features
-        moment /= len(passed)
-        # In float64, and with a ridge above the rounding of the sum, so that a factor exists.
-        ridge = HEAD_RIDGE + len(moment) * torch.finfo(self.dtype).eps
-        root = whitening_root(moment.to("cpu", torch.float64), ridge)
-        return TriangularRoot(root.to(self.features.device, self.dtype))
+        return moment / len(rows)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -355,9 +357,9 @@ def whitening_root(moment: Tensor, ridge: float) -> Tensor:
     """
     moment.diagonal().add_(ridge * moment.diagonal().mean().clamp_min(1e-30))
     factor = torch.linalg.cholesky(moment)
-    root: Tensor = torch.linalg.solve_triangular(
-        factor.T, torch.eye(len(moment)).to(moment), upper=True
-    )
+    del moment  # which may be large
+    root = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    torch.linalg.solve_triangular(factor.T, root, upper=True, out=root)
     return root
 
 
