@@ -160,13 +160,13 @@ class NamedLoader(NamedTuple):
 class DataRequest:
     """The user's choice of known, unseen and calibration data, before their loaders are found."""
 
-    known: DataOptions
+    options: DataOptions
     unseen: DataChoice = None
     calibration: DataChoice = None
 
     def __post_init__(self) -> None:
-        fits = isinstance(self.known, DataOptions)
-        check_kind("data", self.known, fits, "DataOptions", "data=DataOptions(...)")
+        fits = isinstance(self.options, DataOptions)
+        check_kind("data", self.options, fits, "DataOptions", "data=DataOptions(...)")
         for argument, choice in (("unseen", self.unseen), ("calibration", self.calibration)):
             object.__setattr__(self, argument, check_data(argument, choice, optional=True))
 
@@ -176,9 +176,9 @@ class DataRequest:
         Refuses unseen data if all samples are known, and calibration data that share a sample with
         other data.
         """
-        passed = find_data("passed", self.known.passed, loaders, ("train",))
-        failed = find_data("failed", self.known.failed, loaders, ("repair", "val", "train"))
-        if self.known.failed == "auto" and failed[0].split == "train":
+        passed = find_data("passed", self.options.passed, loaders, ("train",))
+        failed = find_data("failed", self.options.failed, loaders, ("repair", "val", "train"))
+        if self.options.failed == "auto" and failed[0].split == "train":
             rank_zero_warn(
                 DataWarning(
                     "no `repair_dataloader()` or `val_dataloader()`: failures of the train data "
@@ -227,7 +227,7 @@ class DataRequest:
 
         `limit` and `whole` are as in `make_source`.
         """
-        passed, failed, unseen, calibration = self.find(loaders)
+        passed_loaders, failed_loaders, unseen, calibration = self.find(loaders)
 
         def make(named: NamedLoader, *, passed: bool = False, failed: bool = False) -> LoaderSource:
             n_batches = limit
@@ -241,24 +241,25 @@ class DataRequest:
                 model=loaders.model,
                 passed=passed,
                 failed=failed,
-                adapter=cast(Adapter, self.known.adapter),
+                adapter=cast(Adapter, self.options.adapter),
                 seed=seed,
                 limit=n_batches,
                 whole=whole,
             )
             source = with_validation_view(source, partial(loaders.get, "val"))
-            if is_known and self.known.draws > 1 and draws_at_random(source):
-                return source.with_draws(self.known.draws)
+            if is_known and self.options.draws > 1 and draws_at_random(source):
+                return source.with_draws(self.options.draws)
             return source
 
         # A loader that gives both passed and failed samples becomes one source.
         known = []
-        for passed_loader in passed:
-            same_data = [loader for loader in failed if loader.has_data_of(passed_loader)]
-            failed = [loader for loader in failed if loader not in same_data]
+        only_failed = failed_loaders
+        for passed_loader in passed_loaders:
+            same_data = [loader for loader in only_failed if loader.has_data_of(passed_loader)]
+            only_failed = [loader for loader in only_failed if loader not in same_data]
             named = _best_named(passed_loader, same_data)
             known.append(make(named, passed=True, failed=bool(same_data)))
-        known += [make(loader, failed=True) for loader in failed]
+        known += [make(loader, failed=True) for loader in only_failed]
         return known, [make(loader) for loader in unseen], [make(loader) for loader in calibration]
 
 

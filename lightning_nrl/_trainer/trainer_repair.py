@@ -108,7 +108,7 @@ class TrainerRepair:
         """
         settings = self.settings
         with random_state(), validating(trainer):
-            loaders = SplitLoaders(trainer, model, self.data.known.stream_limit)
+            loaders = SplitLoaders(trainer, model, self.data.options.stream_limit)
             first = self._open_data(loaders, ASSUMED_EPOCHS, limit=1, whole=False)
             failing = [source.split for source in first.known if source.failed]
             settings = _in_trainer(settings, trainer, failing)
@@ -161,7 +161,7 @@ class TrainerRepair:
             classes = names_in(trained.known, "classes")
             report = replace(outcome.report, reason=reason, class_names=classes)
             if trainer.is_global_zero:
-                render = cast(Render | None, self.data.known.render)
+                render = cast(Render | None, self.data.options.render)
                 views = sample_views(report, trained.sources, render, model=trained.model)
                 outcome = replace(outcome, views=views)
             return replace(outcome, report=report)
@@ -175,7 +175,7 @@ class TrainerRepair:
         With `whole`, ranks read all samples.
         """
         with random_state(), validating(trainer), closing(RepairProgress(trainer)) as progress:
-            loaders = SplitLoaders(trainer, model, self.data.known.stream_limit)
+            loaders = SplitLoaders(trainer, model, self.data.options.stream_limit)
             trained = self._open_data(loaders, epochs, limit=batch_limit(trainer), whole=whole)
             sentences = [
                 loaders.not_counted(trained.sources),
@@ -226,7 +226,7 @@ class TrainerRepair:
             epochs,
             self.left_out,
             loaders.for_training(),
-            augment=cast(Augment | None, self.data.known.augment),
+            augment=cast(Augment | None, self.data.options.augment),
         )
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
 
