@@ -226,18 +226,9 @@ def choose_prediction(
     """
     if isinstance(adapter, ModelAdapter):
         return Choice()
-    task = evaluator.task
-    name = type(model).__name__
     args, kwargs, target = adapter(raw)
-
-    def result_or_error(call: Callable[[], ModelOutput]) -> ModelOutput:
-        try:
-            with evaluation_context(evaluator):
-                return call()
-        except Exception as error:
-            return error
-
-    forward = result_or_error(partial(run_model, model, args, kwargs))
+    forward = _output_or_error(evaluator, partial(run_model, model, args, kwargs))
+    name = type(model).__name__
     if not overrides(model, "predict_step"):
         if isinstance(forward, NotImplementedError) and 'required "forward"' in str(forward):
             raise ConfigurationError(
@@ -247,36 +238,42 @@ def choose_prediction(
             ) from forward
         return Choice()  # the evaluation reports any other problem
     for on_inputs in (False, True):
-        call = DeployedCall(adapter, task, Choice(by_predict_step=True, on_inputs=on_inputs))
-        output = result_or_error(partial(call, model, raw))
+        choice = Choice(by_predict_step=True, on_inputs=on_inputs)
+        call = DeployedCall(adapter, evaluator.task, choice)
+        output = _output_or_error(evaluator, partial(call, model, raw))
         if not isinstance(output, Exception):
-            break
-    else:
-        if isinstance(forward, Exception):
-            error = f"{type(forward).__name__}: {first_line(forward)}"
-            raise ConfigurationError(
-                f"`model`: {name} can run neither `predict_step` nor `forward` ({error}).",
-                ADAPTER_HINT,
-            ) from forward
-        _warn("raises an error on these batches")
-        return Choice()
+            return _compare_with_forward(name, evaluator.task, choice, output, forward, target)
+    if isinstance(forward, Exception):
+        error = f"{type(forward).__name__}: {first_line(forward)}"
+        raise ConfigurationError(
+            f"`model`: {name} can run neither `predict_step` nor `forward` ({error}).",
+            ADAPTER_HINT,
+        ) from forward
+    _warn("raises an error on these batches")
+    return Choice()
+
+
+def _output_or_error(evaluator: Evaluator, call: Callable[[], ModelOutput]) -> ModelOutput:
+    try:
+        with evaluation_context(evaluator):
+            return call()
+    except Exception as error:
+        return error
+
+
+def _compare_with_forward(
+    name: str,
+    task: Task,
+    by_predict_step: Choice,
+    output: ModelOutput,
+    forward: ModelOutput,
+    target: Any,
+) -> Choice:
+    """Chooses between the output of a module's `predict_step` and the result of its `forward`."""
     forward_logits = _logits(task, forward, target)
     logits = _logits(task, output, target)
     if isinstance(logits, Exception):
-        kind = type(output).__name__
-        if isinstance(output, Tensor):
-            kind = f"{output.dtype} {list(output.shape)}"
-        elif outputs_in(output):
-            kind += f" that the task refuses ({first_line(logits)})"
-        if isinstance(forward_logits, Exception) or not _predicts(
-            output, task.prediction(forward_logits)
-        ):
-            raise ConfigurationError(
-                f"`model`: `predict_step` of {name} returns {kind}, no logits, and nothing shows "
-                "that `forward` predicts the same.",
-                ADAPTER_HINT,
-            )
-        _warn(f"returns {kind}, no logits")
+        _check_same_prediction(name, task, output, logits, forward_logits)
         return Choice(is_shown=True)
     are_probabilities = _are_probabilities(logits, task)
     if not isinstance(forward_logits, Exception) and forward_logits.shape == logits.shape:
@@ -286,7 +283,29 @@ def choose_prediction(
             probabilities = class_logits(forward_logits).softmax(1)[:, -logits.shape[1] :]
             if is_close(probabilities, logits, SAME_OUTPUT_TOLERANCE):
                 return Choice(is_shown=True)
-    return Choice(True, on_inputs, are_probabilities, is_shown=are_probabilities)
+    return replace(
+        by_predict_step, gives_probabilities=are_probabilities, is_shown=are_probabilities
+    )
+
+
+def _check_same_prediction(
+    name: str, task: Task, output: ModelOutput, error: Exception, forward_logits: Tensor | Exception
+) -> None:
+    """Refuses an output without logits, by the task's error, unless `forward` predicts the same."""
+    kind = type(output).__name__
+    if isinstance(output, Tensor):
+        kind = f"{output.dtype} {list(output.shape)}"
+    elif outputs_in(output):
+        kind += f" that the task refuses ({first_line(error)})"
+    if isinstance(forward_logits, Exception) or not _predicts(
+        output, task.prediction(forward_logits)
+    ):
+        raise ConfigurationError(
+            f"`model`: `predict_step` of {name} returns {kind}, no logits, and nothing shows "
+            "that `forward` predicts the same.",
+            ADAPTER_HINT,
+        )
+    _warn(f"returns {kind}, no logits")
 
 
 def _logits(task: Task, output: ModelOutput, target: Any) -> Tensor | Exception:
