@@ -188,9 +188,9 @@ class ContinuedTraining(Training):
             epochs = min(epochs, math.ceil(affordable))
             share = min(1.0, affordable / epochs)
         budget = TimeBudget(end, collective, clock)
-        state = self._fit(budget, epochs, run, folder, share)
+        weights = self._fit(budget, epochs, run, folder, share)
         state = {
-            name: collective.agreed(value.to(self.model.device)) for name, value in state.items()
+            name: collective.agreed(value.to(self.model.device)) for name, value in weights.items()
         }
         if not all(bool(value.isfinite().all()) for value in state.values()):
             return None
@@ -230,14 +230,16 @@ class ContinuedTraining(Training):
             # Each rank draws its own dropout and augmentation.
             seed_all((run.seed + outer.global_rank) % 2**32)
             model, trainer, loader = budget.on_all_ranks(copies)
-            fit = partial(trainer.fit, model, loader)
             data = data_module_of(outer)
-            if data is not None:
-                fit = partial(trainer.fit, model, datamodule=copied_data_module(data, loader))
-            budget.on_all_ranks(fit)
+            if data is None:
+                budget.on_all_ranks(partial(trainer.fit, model, loader))
+            else:
+                copied_data = copied_data_module(data, loader)
+                budget.on_all_ranks(partial(trainer.fit, model, datamodule=copied_data))
+                del copied_data
             # `eval` merges LoRA weights, as they are merged in the model to repair.
             state = shared_tensors(self.model, current_state(budget.on_all_ranks(model.eval)))
-            del model, trainer, loader, fit
+            del model, trainer, loader
         return state
 
     def _loader(self, run: _TrainingRun) -> Loaders:
