@@ -122,9 +122,9 @@ class TrainerRepair:
         trainer: Trainer,
         model: LightningModule,
         epochs: int,
-        work: ResumeStore | None = None,
-        began: float | None = None,
-        logged: Mapping[str, Mapping[str, float]] | None = None,
+        store: ResumeStore,
+        began: float | None,
+        logged: Mapping[str, Mapping[str, float]] | None,
     ) -> Outcome:
         """Searches for a repair of a model that was trained for `epochs` epochs.
 
@@ -133,7 +133,6 @@ class TrainerRepair:
         """
         began = began or time.perf_counter()
         settings = _in_trainer(self.settings, trainer, None)
-        work = work or ResumeStore()
         with self.opened(trainer, model, epochs) as trained:
             suite = self._read_suite(trained)
             trained = replace(trained, evaluator=replace(trained.evaluator, logged=logged or {}))
@@ -149,7 +148,7 @@ class TrainerRepair:
                         reference=self.reference,
                         suite=suite,
                         observer=trained.observer,
-                        work=work,
+                        work=store,
                         began=began,
                     )
                     break

@@ -189,7 +189,7 @@ class RegressionFreeRepair(CallbackBase):
         self._pending = False
         self._ran = False
         self._validated_at: int | None = None  # step of the last validation of all data
-        self._work, self._name = ResumeStore(), "repair"
+        self._store, self._name = ResumeStore(), "repair"
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
@@ -385,9 +385,9 @@ class RegressionFreeRepair(CallbackBase):
         moment of `time.perf_counter`, or else from now. `logged` is as in `Evaluator`.
         """
         save_every = self.settings.search.save_every
-        self._work = folders.resume_store(self._folder, trainer, save_every, self._name)
+        self._store = folders.resume_store(self._folder, trainer, save_every, self._name)
         return self.trainer_repair.run(
-            trainer, pl_module, epochs or epochs_of(trainer), self._work, began, logged
+            trainer, pl_module, epochs or epochs_of(trainer), self._store, began, logged
         )
 
     def save_outcome(
@@ -427,7 +427,7 @@ class RegressionFreeRepair(CallbackBase):
                     self._report, self._pending = report, False
                     if start is not None:
                         start.keep = parameters is not None
-                    self._work.done()
+                    self._store.done()
                 report = self._report = saved.warn_missing(report, parameters is not None)
             if trainer.is_global_zero:
                 self._box.put(report.to_json)
@@ -458,7 +458,7 @@ class RegressionFreeRepair(CallbackBase):
 
         The repair stops within seconds.
         """
-        return handle_signals(trainer, lambda: self.report is not None, lambda: self._work.place)
+        return handle_signals(trainer, lambda: self.report is not None, lambda: self._store.place)
 
     def is_repaired(self, pl_module: LightningModule) -> bool:
         """True if the model is as the last accepted repair left it."""
