@@ -100,7 +100,7 @@ def dry_fit(
 
 @contextmanager
 def without_training(
-    trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
+    trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool
 ) -> Iterator[None]:
     """Makes the next `fit` run `work` instead of training.
 
