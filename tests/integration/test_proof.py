@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_nrl import (
     DataOptions,
+    ParticleSwarm,
     RegressionMetrics,
     ReleaseGate,
     compare,
@@ -172,78 +173,60 @@ def n_right(model: Any, kind: type[Module], *seeds: int) -> int:
 
 Use = Callable[..., int]
 """Uses the package with a trained model, and returns the right samples that it counts."""
+SWARM = ParticleSwarm(particles=4, iterations=2)
+
+
+def fit(path: Path, callback: Any, kind: type[Module], model: Any) -> Any:
+    """A training that changes nothing."""
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)
+    trainer = quiet_trainer(path, callback, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(model, loader(kind), loader(kind, seed=1))
+    return trainer
+
+
+def called(
+    function: Any, path: Path, kind: type[Module], model: Any, options: dict[str, Any], **more: Any
+) -> Any:
+    """What `repair`, `diagnose` or `compare` returns for the loaders of both seeds."""
+    loaders = loader(kind), loader(kind, seed=1)
+    more |= {"task": options.pop("task", None), "data": DataOptions(**options)}
+    return function(quiet_trainer(path), model, *loaders, **more)
 
 
 def passed_in(report: Any) -> int:
-    return sum(split.counts.kept + split.counts.broken for split in report.splits)
+    return sum(split.counts.passed for split in report.splits)
 
 
 def by_callback(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
     task = options.pop("task", None)
-    callback = quick_repair(task=task, data=DataOptions(**options))
-    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)
-    trainer = quiet_trainer(path / "fit", callback, max_epochs=1)
-    trainer.fit(model, loader(kind), loader(kind, seed=1))
+    callback = quick_repair(task=task, data=DataOptions(**options), method=SWARM)
+    fit(path, callback, kind, model)
     return passed_in(callback.report)
 
 
 def by_repair(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
-    task = options.pop("task", None)
-    report = repair(
-        quiet_trainer(path / "repair"),
-        model,
-        loader(kind),
-        loader(kind, seed=1),
-        task=task,
-        method="swarm",
-        data=DataOptions(**options),
-        verbose=False,
-    )
-    return passed_in(report)
+    return passed_in(called(repair, path, kind, model, options, method=SWARM, verbose=False))
 
 
 def by_gate(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
     gate = ReleaseGate(deepcopy(model), verbose=False, require="any", **options)
-    quiet_trainer(path / "gate", gate).validate(model, loader(kind, seed=1), verbose=False)
-    assert gate.report is not None
+    quiet_trainer(path, gate).validate(model, loader(kind, seed=1), verbose=False)
     (row,) = gate.report.rows
-    return row.counts.kept + row.counts.broken
+    return row.counts.passed
 
 
 def by_metrics(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
-    trainer = quiet_trainer(path / "metrics", RegressionMetrics(model, **options), max_epochs=1)
-    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), 0.0)
-    trainer.fit(model, loader(kind), loader(kind, seed=1))
+    trainer = fit(path, RegressionMetrics(model, **options), kind, model)
     return round(200 * float(trainer.callback_metrics["regression/reference_accuracy"]))
 
 
 def by_diagnose(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
-    task = options.pop("task", None)
-    diagnosis = diagnose(
-        quiet_trainer(path / "diagnose"),
-        model,
-        loader(kind),
-        loader(kind, seed=1),
-        task=task,
-        data=DataOptions(**options),
-    )
-    return diagnosis.known["passed"]
+    return called(diagnose, path, kind, model, options).known["passed"]
 
 
 def by_compare(path: Path, kind: type[Module], model: Any, **options: Any) -> int:
-    task = options.pop("task", None)
-    comparison = compare(
-        quiet_trainer(path / "compare"),
-        model,
-        loader(kind),
-        loader(kind, seed=1),
-        unseen=None,
-        methods=["swarm"],
-        task=task,
-        data=DataOptions(**options),
-    )
-    known = comparison.entries[0].curve[0].known
-    return known.kept + known.broken
+    comparison = called(compare, path, kind, model, options, unseen=None, methods=[SWARM])
+    return comparison.entries[0].curve[0].known.passed
 
 
 COUNTED = {"gate": (1,), "metrics": (1,)}
