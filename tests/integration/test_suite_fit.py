@@ -95,11 +95,26 @@ def repaired(trained: Classifier, folder: Path, suite: Path) -> RepairReport:
     )
 
 
+HEADER = "split,id,label,since,reason,key\n"
+
+
 def test_samples_that_a_repair_cannot_protect_are_named(trained, tmp_path):
     suite = tmp_path / "suite.csv"
     suite.write_text("split,id\ntest,3\nrepair,1\n")
     with pytest.warns(DataWarning, match=r"its samples of 'test' are not known data"):
         repaired(trained, tmp_path, suite)
+
+
+@pytest.fixture(scope="module")
+def entries(trained_path, tmp_path_factory) -> dict[str, object]:
+    """What a suite says of sample 3 of the repair data: its label, another one, and its key."""
+    data, folder = Digits(), tmp_path_factory.mktemp("predictions")
+    gate = ReleaseGate(trained_path, loaders={"repair": data.repair_dataloader()}, verbose=False)
+    trained = Classifier.load_from_checkpoint(trained_path)
+    quiet_trainer(folder, gate).test(trained, datamodule=data, verbose=False)
+    keys = Predictions.read(gate.report.files["predictions"]).keys
+    label = int(data.repair.tensors[1][3])
+    return {"label": label, "other": (label + 1) % 10, "key": keys["repair", 3]}
 
 
 @pytest.mark.parametrize(
@@ -113,20 +128,17 @@ def test_samples_that_a_repair_cannot_protect_are_named(trained, tmp_path):
     ],
 )
 def test_another_sample_in_its_place_is_an_error_in_a_repair_too(
-    line, message, trained, trained_path, tmp_path
+    line, message, entries, trained, tmp_path
 ):
-    data = Digits()
-    gate = ReleaseGate(trained_path, loaders={"repair": data.repair_dataloader()}, verbose=False)
-    quiet_trainer(tmp_path, gate).test(trained, datamodule=data, verbose=False)
-    keys = Predictions.read(gate.report.files["predictions"]).keys
-    label = int(data.repair.tensors[1][3])
-    values = {"label": label, "other": (label + 1) % 10, "key": keys["repair", 3]}
     suite = tmp_path / "suite.csv"
-    header = "split,id,label,since,reason,key\n"
-    suite.write_text(header + line.format(**values) + "\n")
+    suite.write_text(HEADER + line.format(**entries) + "\n")
     with pytest.raises(ConfigurationError, match=message):
         repaired(trained, tmp_path, suite)
-    suite.write_text(header + "repair,3,{label},,,{key}\n".format(**values))
+
+
+def test_the_label_and_the_key_of_a_sample_are_those_of_a_gate(entries, trained, tmp_path):
+    suite = tmp_path / "suite.csv"
+    suite.write_text(HEADER + "repair,3,{label},,,{key}\n".format(**entries))
     assert repaired(trained, tmp_path, suite).status == "repaired"
 
 
