@@ -6,11 +6,10 @@ import copy
 from pathlib import Path
 
 import pytest
-from digit_models import Classifier, Digits, quiet_trainer
+from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
 
 from lightning_nrl import (
     ConfigurationError,
-    RegressionFreeRepair,
     RegressionSuite,
     ReleaseGate,
     RepairReport,
@@ -19,14 +18,13 @@ from lightning_nrl import (
 )
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import DataWarning
-from lightning_nrl.methods import Convex
 from lightning_nrl.updates import Predictions
 
 
 def test_what_a_repair_repairs_is_protected_from_then_on(trained_path, tmp_path):
     trained = Classifier.load_from_checkpoint(trained_path)
     suite = tmp_path / "suite.csv"
-    arguments = {"datamodule": Digits(), "method": Convex(), "verbose": False, "suite": suite}
+    arguments = {"datamodule": Digits(), "suite": suite, **QUICK}
     report = repair(quiet_trainer(tmp_path / "a"), trained, target="label 3", **arguments)
     assert report.status == "repaired"
     samples = RegressionSuite.read(suite).samples
@@ -89,9 +87,8 @@ def repaired(trained: Classifier, folder: Path, suite: Path) -> RepairReport:
         quiet_trainer(folder),
         copy.deepcopy(trained),
         datamodule=Digits(),
-        method=Convex(),
         suite=suite,
-        verbose=False,
+        **QUICK,
     )
 
 
@@ -146,16 +143,14 @@ def test_an_unknown_split_is_found_before_training(tmp_path):
     suite = tmp_path / "suite.csv"
     suite.write_text("split,id\ntset,3\n")
     model = Classifier()
-    trainer = quiet_trainer(tmp_path, RegressionFreeRepair(suite=suite, verbose=False))
+    trainer = quiet_trainer(tmp_path, quick_repair(suite=suite))
     with pytest.raises(ConfigurationError, match="is unknown"):
         trainer.fit(model, datamodule=Digits())
     assert trainer.global_step == 0
 
 
 def test_a_second_repair_protects_what_was_added_since(trained, tmp_path):
-    callback = RegressionFreeRepair(
-        suite=tmp_path / "suite.csv", method=Convex(), target="label 3", verbose=False
-    )
+    callback = quick_repair(suite=tmp_path / "suite.csv", target="label 3")
     for n_repairs in range(2):
         report = repair(
             quiet_trainer(tmp_path),
