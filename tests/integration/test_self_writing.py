@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, nobody, quick_repair, quiet_trainer, right
+from digit_models import QUICK, Classifier, Few, nobody, quick_repair, quiet_trainer, right
 from lightning_package import Callback, Trainer
 from self_writing import SELF_WRITING, NothingAtAll, classifier, fingerprint
+from torch import Tensor
 
-from lightning_nrl import Target, diagnose, repair
+from lightning_nrl import RepairReport, Target, diagnose, repair
 from lightning_nrl.methods import Polish
 from lightning_nrl.pipeline import Patch
 
@@ -46,7 +48,7 @@ ENDS = {
 def test_a_fit_leaves_the_weights_as_training_left_them(tmp_path, kind, status):
     model, before, after = classifier(kind), Watch(), Watch()
     callback = quick_repair(**ENDS[status])
-    quiet_trainer(tmp_path, before, callback, after, max_epochs=1).fit(model, datamodule=Digits())
+    quiet_trainer(tmp_path, before, callback, after, max_epochs=1).fit(model, datamodule=Few())
     assert callback.report.status == status
     # At the start there is the sanity check alone.
     assert before.prints == after.prints
@@ -59,10 +61,10 @@ def test_a_call_that_repairs_nothing_leaves_the_model_as_it_was(tmp_path, kind):
     model = classifier(kind)
     before = fingerprint(model)
     for status, arguments in ENDS.items():
-        report = repair(quiet_trainer(tmp_path), model, datamodule=Digits(), **QUICK, **arguments)
+        report = repair(quiet_trainer(tmp_path), model, datamodule=Few(), **QUICK, **arguments)
         assert report.status == status
         assert fingerprint(model) == before
-    diagnose(quiet_trainer(tmp_path), model, datamodule=Digits())
+    diagnose(quiet_trainer(tmp_path), model, datamodule=Few())
     assert fingerprint(model) == before
 
 
@@ -76,53 +78,52 @@ def merged_in_training(model: Classifier) -> Classifier:
     return model
 
 
-@pytest.mark.parametrize("start", [Classifier.eval, merged_in_training])
-def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(tmp_path, start):
-    model, data = classifier("merge"), Digits()
-    quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(model, datamodule=data)
-    start(model)
-    before = right(model, data.repair)
-    start(model)
-    patched, loaded = copy.deepcopy(model), classifier("merge")
-    report = repair(
-        quiet_trainer(tmp_path),
-        model,
-        datamodule=data,
-        method=Polish(),
-        verbose=False,
-        dirpath=tmp_path,
-    )
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a network with an adapter, beside the weight."""
+    folder, model = tmp_path_factory.mktemp("fitted"), classifier("merge")
+    trainer = quiet_trainer(folder, max_epochs=2, enable_checkpointing=False)
+    trainer.fit(model, datamodule=Few())
+    model.train()
+    trainer.save_checkpoint(folder / "fitted.ckpt")
+    return folder / "fitted.ckpt"
+
+
+def loaded(path: Any) -> Classifier:
+    model = classifier("merge")
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return model
+
+
+def polished(model: Classifier, folder: Path, **arguments: Any) -> RepairReport:
+    """A repair that moves the weight with the adapter."""
+    arguments |= {"datamodule": Few(), "method": Polish(), "target": "label 3", "verbose": False}
+    report = repair(quiet_trainer(folder), model, **arguments)
+    assert report.status == "repaired"
+    assert "network.1.weight" in Patch.load(report.files["patch"]).names
+    return report
+
+
+def check_flips(report: RepairReport, before: Tensor, after: Tensor) -> None:
+    """The samples that are right before and after are those that the report counts."""
     (counts,) = [split.counts for split in report.splits if split.split == "repair"]
-    assert (report.status, counts.broken) == ("repaired", 0)
-    loaded.load_state_dict(torch.load(report.files["checkpoint"], weights_only=True)["state_dict"])
+    flips = int((before & ~after).sum()), int((after & ~before).sum())
+    assert flips == (counts.broken, counts.repaired) == (0, counts.repaired)
+
+
+@pytest.mark.parametrize("start", [Classifier.eval, merged_in_training])
+def test_what_a_merged_adapter_computes_after_a_repair_is_what_was_counted(tmp_path, fitted, start):
+    model = start(loaded(fitted))
+    before = right(model, Few().repair)
+    patched = copy.deepcopy(start(model))
+    report = polished(model, tmp_path)
     Patch.load(report.files["patch"]).apply(patched)
-    for deployed in (model, loaded, patched):
-        after = right(deployed, data.repair)
-        assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
+    for deployed in (model, loaded(report.files["checkpoint"]), patched):
+        check_flips(report, before, right(deployed, Few().repair))
 
 
 @pytest.mark.parametrize("start", [Classifier.train, Classifier.eval, merged_in_training])
-def test_a_checkpoint_that_is_loaded_into_a_merged_module_is_counted(tmp_path, start):
-    model, data = classifier("merge"), Digits()
-    trainer = quiet_trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
-    trainer.fit(model, datamodule=data)
-    model.train()
-    trainer.save_checkpoint(tmp_path / "fitted.ckpt")
-    deployed = []
-    start(model)
-    report = repair(
-        quiet_trainer(tmp_path),
-        model,
-        datamodule=data,
-        ckpt_path=tmp_path / "fitted.ckpt",
-        method=Polish(),
-        verbose=False,
-        dirpath=tmp_path,
-    )
-    for path in (tmp_path / "fitted.ckpt", report.files["checkpoint"]):
-        loaded = classifier("merge")
-        loaded.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-        deployed.append(right(loaded, data.repair))
-    before, after = deployed
-    (counts,) = [split.counts for split in report.splits if split.split == "repair"]
-    assert (int((before & ~after).sum()), int((after & ~before).sum())) == (0, counts.repaired)
+def test_a_checkpoint_that_is_loaded_into_a_merged_module_is_counted(tmp_path, fitted, start):
+    report = polished(start(loaded(fitted)), tmp_path, ckpt_path=fitted)
+    paths = fitted, report.files["checkpoint"]
+    check_flips(report, *(right(loaded(path), Few().repair) for path in paths))
