@@ -11,6 +11,7 @@ import torch
 from digit_models import Classifier, Digits, quiet_trainer
 from lightning_package import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_nrl import BoundOptions, ParticleSwarm, RegressionFreeRepair
 from lightning_nrl.records.splits import by_role
@@ -19,10 +20,13 @@ HEAD = "network.3"
 SWARM = ParticleSwarm(particles=20, iterations=20)
 
 
-class Many(Digits):
-    """So many samples that checks on single batches hardly count."""
+class SmallBatches(Digits):
+    """Has batches so small that checks on single ones hardly count."""
 
-    sizes = (1000, 60, 650, 60)
+    sizes = (400, 60, 260, 60)
+
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(self.repair, self.batch_size)
 
 
 class Counted(RegressionFreeRepair):
@@ -44,7 +48,7 @@ class Counted(RegressionFreeRepair):
 def repaired(path: Path, **arguments: Any) -> tuple[float, Counted]:
     """The passes of a repair over the known data, without gradients, and the callback."""
     callback = Counted(dirpath=path, verbose=False, **arguments)
-    quiet_trainer(path, callback).fit(Classifier(), datamodule=Many())
+    quiet_trainer(path, callback).fit(Classifier(), datamodule=SmallBatches(16))
     assert callback.report.status == "repaired"
     known = sum(split.n for split in by_role(callback.report.splits)["known"])
     return callback.visits["passes"] / known, callback
