@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Digits, quiet_trainer, right
+from digit_models import Few, quiet_trainer, right
 from task_models import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,7 +55,7 @@ class Network(Net):
     ids=["SGD", "Adam", "AdamW, pretrained"],
 )
 def test_a_repair_holds_at_any_rate(tmp_path, gain, pretrained, optimizer, method):
-    model, data = Network(gain, optimizer), Digits()
+    model, data = Network(gain, optimizer), Few()
     trainer = quiet_trainer(tmp_path, enable_checkpointing=False, max_epochs=15 + pretrained)
     trainer.fit(model, datamodule=data)
     parts = (data.train, data.repair)
