@@ -57,7 +57,7 @@ class Scripted(Classifier):
 
 
 def in_training(**arguments: Any) -> RepairInTraining:
-    return RepairInTraining(**{"method": "convex", "verbose": False, **arguments})
+    return RepairInTraining(**{**QUICK, **arguments})
 
 
 def fit(folder: Path, *callbacks: Any, model: Any = None, epochs: int = 4, **more: Any) -> Any:
@@ -123,7 +123,7 @@ def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_valida
 
 
 def test_the_last_step_is_not_repaired_twice(tmp_path):
-    repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files", **QUICK)
+    repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files")
     fit(tmp_path, repair, epochs=1)
     assert [Path(report.files["json"]).parent for report in repair.reports] == [
         tmp_path / "files" / "repair-step-12"
@@ -152,9 +152,8 @@ def test_what_the_module_does_when_an_epoch_ends_is_in_the_file(tmp_path):
         ModelCheckpoint(tmp_path, monitor="counted", filename="{epoch}", save_top_k=-1),
     )
     # The metric is one that the module logs in the very hook.
-    first = in_training(
-        monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "first"
-    )
+    arguments = {"monitor": "counted", "at_end": False, "target": "label 8", "method": "convex"}
+    first = in_training(dirpath=tmp_path / "first", **arguments)
     twin = in_training(every_n_epochs=2, at_end=False, dirpath=tmp_path / "twin")
     fit(tmp_path, first, twin, saved, model=model, epochs=2)
     assert "on_train_epoch_end" not in vars(model)
@@ -168,9 +167,7 @@ def test_what_the_module_does_when_an_epoch_ends_is_in_the_file(tmp_path):
     assert same(model, last)
     # A training that goes on from the file begins with the next epoch.
     again, path = Counting(), str(tmp_path / "first" / "repair-step-24" / "repaired.ckpt")
-    resumed = in_training(
-        monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "again"
-    )
+    resumed = in_training(dirpath=tmp_path / "again", **arguments)
     quiet_trainer(tmp_path, resumed, max_epochs=3).fit(again, datamodule=Digits(), ckpt_path=path)
     assert resumed.reports == []
     assert (int(again.epochs), len(again.moved)) == (3, 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer, same, state_of
+from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer, same, state_of
 from distributed_fit import Frozen
 from lightning_package import CSVLogger, ModelCheckpoint
 from torch.nn import functional as F
@@ -139,7 +139,7 @@ def on_rank(folder: Path) -> dict[str, torch.Tensor]:
     """The weights after a training with its record and with repairs in it, by a rank of two."""
     history = TrainingHistory(["train", "val", "repair"], layers="all", dirpath=folder / "history")
     when = {"every_n_epochs": 1, "monitor": "val_loss", "min_delta": 1000.0, "at_end": False}
-    repair = RepairInTraining(**when, method="convex", dirpath=folder / "files", verbose=False)
+    repair = RepairInTraining(**when, dirpath=folder / "files", **QUICK)
     trainer = quiet_trainer(folder, history, repair, devices=2, strategy="ddp", max_epochs=2)
     # Only repairs move its weights, so that what each sample met in training can be found again.
     trainer.fit(model := Frozen(), datamodule=Odd())
