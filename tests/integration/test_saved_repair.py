@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from digit_models import QUICK, Classifier, Digits, quiet_trainer, same
+from digit_models import QUICK, Classifier, Few, quiet_trainer, same
 from lightning_package import loggers
 from options import with_options
 from torch import Tensor
@@ -36,9 +36,9 @@ class Mortal(Classifier):
 
     def forward(self, images: Tensor) -> Tensor:
         Mortal.passes_since += 1
-        # Known data have 17 batches: after a round, all of them are evaluated once. The rung after
+        # Known data have 7 batches: after a round, all of them are evaluated once. The rung after
         # the training makes steps of its own.
-        if Mortal.dies and Mortal.steps and Mortal.passes_since > 25:
+        if Mortal.dies and Mortal.steps and Mortal.passes_since > 12:
             raise Death
         return super().forward(images)
 
@@ -47,7 +47,7 @@ def repaired(folder: Path, trained_path: Path) -> tuple[Classifier, RepairReport
     model = Mortal.load_from_checkpoint(trained_path)
     settings = {**QUICK, "method": Auto(QUICK["method"]), "save_every": 0}
     trainer = quiet_trainer(folder, logger=loggers.CSVLogger(folder))
-    return model, repair(trainer, model, datamodule=Digits(), **with_options(settings))
+    return model, repair(trainer, model, datamodule=Few(), **with_options(settings))
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, trained_path):

@@ -14,6 +14,7 @@ from digit_models import (
     QUICK,
     Classifier,
     Digits,
+    Few,
     Untrainable,
     quick_repair,
     quiet_trainer,
@@ -146,7 +147,7 @@ class OnTwoLoaders(Classifier):
 
 
 def test_the_default_method_trains_on_streams(tmp_path):
-    data = Digits()
+    data = Few()
     callback = RegressionFreeRepair(verbose=False)
     trainer = quiet_trainer(tmp_path, callback, num_sanity_val_steps=0)
     streams = {"a": DataLoader(Stream(data.train), 32), "b": DataLoader(Stream(data.train), 64)}
