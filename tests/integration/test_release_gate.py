@@ -39,6 +39,15 @@ def gate_of(reference: Any, **arguments: Any) -> ReleaseGate:
     )
 
 
+def report_of(
+    gate: ReleaseGate, model: LightningModule, folder: Path, data: Any = None, **arguments: Any
+) -> ReleaseReport:
+    """The report after a test of the model, on `Digits` unless other data are given."""
+    trainer = quiet_trainer(folder, gate, enable_checkpointing=False, **arguments)
+    trainer.test(model, Digits() if data is None else data, verbose=False)
+    return gate.report
+
+
 def test_the_test_is_followed_by_a_verdict(old, new, trained_path, tmp_path, capsys):
     data = Digits()
     was, now = right(old, data.test), right(new, data.test)
@@ -64,7 +73,7 @@ def test_predictions_of_the_user_are_not_replaced(old, tmp_path):
     (tmp_path / "predictions.csv").write_text("split,id,prediction\n")
     gate = gate_of(old, rules="instance", dirpath=tmp_path)
     with pytest.raises(ConfigurationError, match=r"predictions\.csv is no file of this package"):
-        quiet_trainer(tmp_path, gate, enable_checkpointing=False).test(old, datamodule=Digits())
+        report_of(gate, old, tmp_path)
 
 
 def test_validate_and_test_are_judged_and_fit_is_not(old, new, trained_path, tmp_path):
@@ -134,9 +143,9 @@ def test_each_data_loader_is_a_split(names, old, tmp_path):
     model = Plain()
     model.load_state_dict(old.state_dict())
     gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"])
-    quiet_trainer(tmp_path, gate).test(model, datamodule=Several(names), verbose=False)
-    assert gate.report.accepted
-    assert [(row.split, row.counts.n) for row in gate.report.rows if not row.slice] == [
+    report = report_of(gate, model, tmp_path, Several(names))
+    assert report.accepted
+    assert [(row.split, row.counts.n) for row in report.rows if not row.slice] == [
         (names[0], 100),
         (names[1], 300),
     ]
@@ -144,37 +153,34 @@ def test_each_data_loader_is_a_split(names, old, tmp_path):
 
 def test_a_report_is_kept_beside_the_next_and_a_fast_run_writes_none(old, tmp_path):
     gate = gate_of(old, junit=tmp_path / "release.xml")
-    quiet_trainer(tmp_path, gate, fast_dev_run=True).test(old, datamodule=Digits(), verbose=False)
-    assert gate.report.rows[0].counts.n == 64
-    assert not gate.report.files
+    fast = report_of(gate, old, tmp_path, fast_dev_run=True)
+    assert fast.rows[0].counts.n == 64
+    assert not fast.files
     assert not list(tmp_path.glob("release*"))
-    trainer = quiet_trainer(tmp_path, gate)
-    for _ in range(2):
-        trainer.test(old, datamodule=Digits(), verbose=False)
-    assert Path(gate.report.files["json"]).parent == tmp_path / "release-1"
+    _, second = (report_of(gate, old, tmp_path) for _ in range(2))
+    assert Path(second.files["json"]).parent == tmp_path / "release-1"
     assert (tmp_path / "release" / "report.json").exists()
     assert (tmp_path / "release.xml").exists()
 
 
 def test_tensorboard_shows_the_page_and_the_numbers(old, new, tmp_path):
-    gate, logger = gate_of(old), TensorBoardLogger(tmp_path)
-    quiet_trainer(tmp_path, gate, logger=logger).test(new, datamodule=Digits(), verbose=False)
+    logger = TensorBoardLogger(tmp_path)
+    report = report_of(gate_of(old), new, tmp_path, logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()
     (page,) = events.Tensors("release/report/text_summary")
-    assert page.tensor_proto.string_val[0].decode() == gate.report.to_markdown()
+    assert page.tensor_proto.string_val[0].decode() == report.to_markdown()
     (point,) = events.Scalars("release/test/nfr_upper")
-    assert point.value == pytest.approx(gate.report.rows[0].upper)
-    assert Path(gate.report.files["json"]).parent == Path(logger.log_dir) / "release"
+    assert point.value == pytest.approx(report.rows[0].upper)
+    assert Path(report.files["json"]).parent == Path(logger.log_dir) / "release"
 
 
 def test_it_is_the_deployed_precision_that_is_judged(old, new, tmp_path):
-    gate, data = gate_of(old), Digits()
-    trainer = quiet_trainer(tmp_path, gate, precision="bf16-mixed")
-    trainer.test(new, datamodule=data, verbose=False)
-    assert gate.report.precision == "float32 on cpu, autocast to bfloat16"
+    data = Digits()
+    report = report_of(gate_of(old), new, tmp_path, data, precision="bf16-mixed")
+    assert report.precision == "float32 on cpu, autocast to bfloat16"
     with torch.autocast("cpu", torch.bfloat16):
         broken = right(old, data.test) & ~right(new, data.test)
-    assert gate.report.rows[0].counts.broken == int(broken.sum())
+    assert report.rows[0].counts.broken == int(broken.sum())
 
 
 class Untested(Classifier):
@@ -210,9 +216,7 @@ def test_a_stream_and_loaders_of_ones_own_are_judged(old, new, tmp_path, monkeyp
     reports = []
     for data in (DataLoader(Digits().test, 16), stream, whole_batches):
         gate = gate_of(tmp_path / "old.pt", rules=rules, loaders={"suite": data})
-        trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
-        trainer.test(changed, DataLoader(Stream(100), 50), verbose=False)
-        reports.append(gate.report)
+        reports.append(report_of(gate, changed, tmp_path, DataLoader(Stream(100), 50)))
     assert not any("random" in str(warning.message) for warning in recwarn)
     expected = reports[0]
     assert expected.rows[0].counts.broken == int(
@@ -225,35 +229,25 @@ def test_a_stream_and_loaders_of_ones_own_are_judged(old, new, tmp_path, monkeyp
 
 @pytest.mark.parametrize("data", [Digits().test, Stream()])
 def test_a_limited_test_says_how_much_was_seen(data, old, new, tmp_path):
-    gate = gate_of(old)
-    trainer = quiet_trainer(tmp_path, gate, limit_test_batches=2)
-    trainer.test(new, DataLoader(data, 10), verbose=False)
+    report = report_of(gate_of(old), new, tmp_path, DataLoader(data, 10), limit_test_batches=2)
     seen = "20 samples" if isinstance(data, Stream) else "20 of 300 samples"
-    assert f"{seen} were compared: limit_test_batches=2." in gate.report.to_markdown()
+    assert f"{seen} were compared: limit_test_batches=2." in report.to_markdown()
     with pytest.raises(ConfigurationError, match="is no mapping of data loaders"):
         gate_of(old, loaders=DataLoader(data))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "loader", "message"),
+    ("arguments", "message"),
     [
-        (
-            {"rules": "instance in suite"},
-            None,
-            r"names the split 'suite', but the data have \['test'\]",
-        ),
-        ({"rules": "slices", "slices": None}, None, "the rule `slices` needs slices"),
-        ({"loaders": {"night": DataLoader(Stream(0))}}, None, "`night` data are empty"),
-        ({"loaders": {"night": Stream()}}, None, "`night` data: found Stream, not a DataLoader"),
+        ({"rules": "instance in suite"}, r"names the split 'suite', but the data have \['test'\]"),
+        ({"rules": "slices", "slices": None}, "the rule `slices` needs slices"),
+        ({"loaders": {"night": DataLoader(Stream(0))}}, "`night` data are empty"),
+        ({"loaders": {"night": Stream()}}, "`night` data: found Stream, not a DataLoader"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(arguments, loader, message, old, tmp_path):
-    data = Digits()
-    if loader is not None:
-        data.test_dataloader = lambda: loader
-    trainer = quiet_trainer(tmp_path, gate_of(old, **arguments))
+def test_what_cannot_be_judged_is_refused(arguments, message, old, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
-        trainer.test(Untested(), datamodule=data, verbose=False)
+        report_of(gate_of(old, **arguments), Untested(), tmp_path)
 
 
 class Odd(Digits):
@@ -273,10 +267,7 @@ def judged(folder: Path, name: str, strategy: str = "auto", devices: int = 1) ->
         model.network[3].weight.mul_(torch.linspace(0.5, 1.5, 10)[:, None])
     rules = [*RULES, ProtectedIntact(where=is_noisy)]
     gate = gate_of(folder / "trained.ckpt", rules=rules, dirpath=folder / name)
-    quiet_trainer(folder, gate, strategy=strategy, devices=devices).test(
-        model, datamodule=Odd(), verbose=False
-    )
-    return gate.report
+    return report_of(gate, model, folder, Odd(), strategy=strategy, devices=devices)
 
 
 def test_two_processes_judge_as_one(trained_path):
@@ -314,9 +305,9 @@ class Torn(Dataset):
 
 
 def error_of(folder: Path) -> str:
-    trainer = quiet_trainer(folder, gate_of(Classifier()), strategy="ddp", devices=2)
+    gate = gate_of(Classifier())
     with pytest.raises((OSError, OtherRankError)) as error:
-        trainer.test(Classifier(), datamodule=TornOnRank1(), verbose=False)
+        report_of(gate, Classifier(), folder, TornOnRank1(), strategy="ddp", devices=2)
     return str(error.value)
 
 
@@ -342,41 +333,28 @@ class Reordered(Digits):
 
 
 def test_predictions_of_other_samples_are_refused(old, new, tmp_path):
-    gate = gate_of(old)
-    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
-    trainer.test(old, datamodule=Digits(), verbose=False)
-    file = gate.report.files["predictions"]
-    trainer = quiet_trainer(tmp_path, gate := gate_of(file), enable_checkpointing=False)
-    trainer.test(new, datamodule=Digits(batch_size=5), verbose=False)
-    by_file, report = gate.report, release_of(old, new, tmp_path)
+    file = report_of(gate_of(old), old, tmp_path).files["predictions"]
+    by_file = report_of(gate_of(file), new, tmp_path, Digits(batch_size=5))
+    report = report_of(gate_of(old), new, tmp_path)
     assert (by_file.findings, by_file.rows) == (report.findings, report.rows)
     # A row inserted at 7 is found in the first batch of 64, before the test.
     for change, n in (("exchanged", 2), ("inserted", 57)):
         message = rf"`reference`: {n} samples of `test` are not those that were predicted"
         with pytest.raises(ConfigurationError, match=message):
-            trainer.test(new, datamodule=Reordered(change), verbose=False)
+            report_of(gate_of(file), new, tmp_path, Reordered(change))
     # Without the identities, `passed` contradicts the labels.
     lines = Path(file).read_text().splitlines()
     Path(file).write_text("\n".join([line.rpartition(",")[0] for line in lines]))
     with pytest.raises(ConfigurationError, match="have a label that contradicts `passed`"):
-        quiet_trainer(tmp_path, gate_of(file)).test(new, datamodule=Reordered("inserted"))
-
-
-def release_of(old: Classifier, new: Classifier, folder: Path) -> ReleaseReport:
-    gate = gate_of(old)
-    trainer = quiet_trainer(folder, gate, enable_checkpointing=False)
-    trainer.test(new, datamodule=Digits(), verbose=False)
-    return gate.report
+        report_of(gate_of(file), new, tmp_path, Reordered("inserted"))
 
 
 def test_a_test_of_nothing_leaves_no_earlier_verdict(old, tmp_path):
     gate = gate_of(old)
     with pytest.warns(DataWarning, match="`reference` is the tested model itself"):
-        quiet_trainer(tmp_path, gate).test(old, datamodule=Digits(), verbose=False)
-    assert gate.report.accepted
-    trainer = quiet_trainer(tmp_path, gate, limit_test_batches=0)
+        assert report_of(gate, old, tmp_path).accepted
     with pytest.raises(ConfigurationError, match=r"no sample was read \(limit_test_batches=0\)"):
-        trainer.test(old, datamodule=Digits(), verbose=False)
+        report_of(gate, old, tmp_path, limit_test_batches=0)
     assert gate.report is None
 
 
@@ -386,15 +364,13 @@ class Pickled:
 
 def test_a_reference_that_cannot_be_read_is_refused_before_the_test(tmp_path):
     torch.save({"state_dict": {}, "settings": Pickled()}, tmp_path / "old.ckpt")
-    trainer = quiet_trainer(tmp_path, gate_of(tmp_path / "old.ckpt"))
     with pytest.raises(ConfigurationError, match="`reference"):
-        trainer.test(Untested(), datamodule=Digits(), verbose=False)
+        report_of(gate_of(tmp_path / "old.ckpt"), Untested(), tmp_path)
 
 
 def test_a_reference_that_cannot_run_is_refused_before_the_test(tmp_path):
-    trainer = quiet_trainer(tmp_path, gate_of(nn.Linear(3, 10)))
     with pytest.raises(ModelError, match="`reference`: Linear raised RuntimeError on batch 0 of"):
-        trainer.test(Untested(), datamodule=Digits(), verbose=False)
+        report_of(gate_of(nn.Linear(3, 10)), Untested(), tmp_path)
 
 
 class Words(LightningModule):
@@ -413,10 +389,9 @@ class Words(LightningModule):
 
 def test_a_word_that_the_old_model_does_not_know_is_named(tmp_path):
     loader = DataLoader(TensorDataset(torch.arange(60), torch.arange(60) % 3), 8)
-    trainer = quiet_trainer(tmp_path, ReleaseGate(Words(50)))
     message = "`reference`: Words raised IndexError on batch 6 of `test` data, from sample 48 on"
     with pytest.raises(ModelError, match=message) as error:
-        trainer.test(Words(60), loader, verbose=False)
+        report_of(ReleaseGate(Words(50)), Words(60), tmp_path, loader)
     assert isinstance(error.value.__cause__, IndexError)
 
 
@@ -433,4 +408,4 @@ class Once(IterableDataset):
 def test_a_stream_that_ends_before_it_is_judged_is_refused(old, tmp_path):
     gate = gate_of(old, loaders={"night": DataLoader(Once(), 8)})
     with pytest.raises(ConfigurationError, match=r"`night` data are empty\.\nHINT: .*once"):
-        quiet_trainer(tmp_path, gate).test(Untested(), DataLoader(Stream(), 50), verbose=False)
+        report_of(gate, Untested(), tmp_path, DataLoader(Stream(), 50))
