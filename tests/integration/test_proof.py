@@ -247,22 +247,6 @@ def check_counts(path: Path, use: str, kind: type[Module], **options: Any) -> No
     assert USES[use](path, kind, deepcopy(model), **options) == expected
 
 
-@pytest.mark.parametrize("use", USES)
-def test_an_embedding_as_wide_as_the_classes_is_refused(tmp_path, use):
-    problem = r"your `cross_entropy` .*compares \[64, 5\], which is no output[\s\S]*HINT.*adapter"
-    with pytest.raises(ConfigurationError, match=problem):
-        USES[use](tmp_path, Embedding, deepcopy(trained(Embedding)))
-    check_counts(tmp_path, use, Embedding, adapter=embedded)
-
-
-@pytest.mark.parametrize("use", USES)
-def test_outputs_of_which_the_smallest_counts_are_refused(tmp_path, use):
-    problem = r"ranks the classes the other way round[\s\S]*HINT[\s\S]*logits = -module\(x\)"
-    with pytest.raises(ConfigurationError, match=problem):
-        USES[use](tmp_path, Distances, deepcopy(trained(Distances)))
-    check_counts(tmp_path, use, Distances, adapter=nearest)
-
-
 @pytest.mark.filterwarnings("error::lightning_nrl.errors.DataWarning")
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("kind", [Labels, Probability, Thresholds])
@@ -295,12 +279,31 @@ class Negative(Hidden):
         return self(x).argmin(1)
 
 
+REFUSED = {
+    # An embedding as wide as the classes.
+    Embedding: (
+        r"your `cross_entropy` .*compares \[64, 5\], which is no output[\s\S]*HINT.*adapter",
+        {"adapter": embedded},
+    ),
+    # Outputs of which the smallest counts.
+    Distances: (
+        r"ranks the classes the other way round[\s\S]*HINT[\s\S]*logits = -module\(x\)",
+        {"adapter": nearest},
+    ),
+    Hidden: (
+        r"\d+ of the first 64 samples of `val` are right.*\nHINT: .*`output='logits'`",
+        {"output": "logits"},
+    ),
+}
+
+
 @pytest.mark.parametrize("use", USES)
-def test_the_user_is_asked_if_nothing_is_seen(tmp_path, use):
-    question = r"\d+ of the first 64 samples of `val` are right.*\nHINT: .*`output='logits'`"
-    with pytest.raises(ConfigurationError, match=question):
-        USES[use](tmp_path, Hidden, deepcopy(trained(Hidden)))
-    check_counts(tmp_path, use, Hidden, output="logits")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_proven_is_refused_until_it_is_said(tmp_path, use, kind):
+    problem, options = REFUSED[kind]
+    with pytest.raises(ConfigurationError, match=problem):
+        USES[use](tmp_path, kind, deepcopy(trained(kind)))
+    check_counts(tmp_path, use, kind, **options)
 
 
 class Metric(Hidden):
@@ -460,12 +463,6 @@ def tokens(batch: list[Tensor]) -> Any:
     return (batch[0],), {}, batch[1][:, None].expand(-1, 6)
 
 
-def test_a_decoder_is_not_sent_back_to_its_logits(tmp_path):
-    problem = r"By the largest logit, [\s\S]*HINT: .*decoder.*F\.one_hot"
-    with pytest.raises(ConfigurationError, match=problem):
-        by_gate(tmp_path, Decoded, Decoded(), task="sequence", adapter=tokens)
-
-
 class Cached(Module):
     """Keeps in evaluation mode what it has computed from its weights."""
 
@@ -537,12 +534,6 @@ class Windows(Focal):
         self.log("val_loss", self.loss(logits, batch[1]))
 
 
-def test_another_prediction_of_the_validation_is_refused(tmp_path):
-    problem = r"your `softmax` \(in `validation_step`\) takes \[64, 5\], which is no output"
-    with pytest.raises(ConfigurationError, match=problem):
-        by_gate(tmp_path, Windows, deepcopy(trained(Windows)))
-
-
 def test_an_adapter_that_the_loss_contradicts_is_said(tmp_path):
     with pytest.warns(
         DataWarning, match=r"`cross_entropy` [\s\S]*HINT: make sure that the adapter"
@@ -584,8 +575,19 @@ class Tokens(Module):
         (Spread, {}, r"returns a distribution, Categorical[\s\S]*HINT: .*`module\(x\)\.mean`"),
         (Strided, {"task": "sequence", "adapter": tokens}, r"\[64, 1, 5\] for labels \[64, 6\]"),
         (Tokens, {}, r"\[64, 6, 5\][\s\S]*HINT: .*`task='sequence'`"),
+        # A decoder is not sent back to its logits.
+        (
+            Decoded,
+            {"task": "sequence", "adapter": tokens},
+            r"By the largest logit, [\s\S]*HINT: .*decoder.*F\.one_hot",
+        ),
+        (
+            Windows,
+            {},
+            r"your `softmax` \(in `validation_step`\) takes \[64, 5\], which is no output",
+        ),
     ],
-)  # fmt: skip
-def test_an_output_without_logits_says_what_to_write(tmp_path, kind, options, problem):
+)
+def test_an_output_that_is_not_what_counts_says_what_to_write(tmp_path, kind, options, problem):
     with pytest.raises(ConfigurationError, match=problem):
         by_gate(tmp_path, kind, kind(), **options)
