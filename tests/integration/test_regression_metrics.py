@@ -101,25 +101,25 @@ class Witness(Callback):
         self.right = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.passes is not None and not trainer.sanity_checking:
-            self.passes.append(pl_module.passes)
-        if not trainer.sanity_checking:
-            self.right.append(right(pl_module, self.data))
-            self.logged.append(
-                {name: float(value) for name, value in trainer.callback_metrics.items()}
-            )
-        else:
+        if trainer.sanity_checking:
             assert not logged(trainer.callback_metrics)
+            return
+        if self.passes is not None:
+            self.passes.append(pl_module.passes)
+        self.right.append(right(pl_module, self.data))
+        self.logged.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
 
 def fit(
-    folder: Path, metrics: RegressionMetrics, *more: Callback, data: Any = None, **arguments: Any
+    folder: Path,
+    *callbacks: Callback,
+    data: Any = None,
+    model: LightningModule | None = None,
+    **arguments: Any,
 ) -> Trainer:
-    model = arguments.pop("model") if "model" in arguments else Classifier(lr=0.02)
-    trainer = quiet_trainer(
-        folder, metrics, *more, **{"enable_checkpointing": False, "max_epochs": 2, **arguments}
-    )
-    trainer.fit(model, datamodule=data or Noisy())
+    arguments = {"enable_checkpointing": False, "max_epochs": 2, **arguments}
+    trainer = quiet_trainer(folder, *callbacks, **arguments)
+    trainer.fit(model or Classifier(lr=0.02), datamodule=data or Noisy())
     return trainer
 
 
@@ -318,15 +318,10 @@ def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dic
         metrics = RegressionMetrics(OldModel(folder / "trained.ckpt"), slices=digit)
         model = Still()
         model.inside = inside
-        means = {
-            "max_epochs": 1,
-            "limit_train_batches": 1,
-            "enable_checkpointing": False,
-        }
-        trainer = quiet_trainer(folder, metrics, strategy=strategy, devices=devices, **means)
+        where = {"strategy": strategy, "devices": devices, "limit_train_batches": 1}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="`validation_step` does not call")
-            trainer.fit(model, datamodule=Noisy(n))
+            trainer = fit(folder, metrics, data=Noisy(n), model=model, max_epochs=1, **where)
         found[str(n)] = {
             name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name
         }

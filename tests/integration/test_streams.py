@@ -117,11 +117,9 @@ def rights(model: Classifier, stream: IterableDataset) -> list[bool]:
 
 
 def test_streams_are_repaired_like_the_same_samples_by_index(tmp_path):
-    indexed, expected = fitted(tmp_path / "index", [by_index] * 3)
+    _, expected = fitted(tmp_path / "index", [by_index] * 3)
     streamed, repaired = fitted(tmp_path / "streams", [Stream] * 3)
     assert same(expected, repaired)
-    assert indexed.report is not None
-    assert streamed.report is not None
     assert streamed.report.status == "repaired"
     assert "`train` is a stream: its 400 samples were read once" in streamed.report.reason
     assert "`unseen` is a stream: its 300 samples" in streamed.report.reason
@@ -156,7 +154,6 @@ def test_the_default_method_trains_on_streams(tmp_path):
         trainer.fit(
             OnTwoLoaders(), CombinedLoader(streams, "min_size"), DataLoader(Stream(data.repair), 64)
         )
-    assert callback.report is not None
     assert callback.report.known_counts.repaired_in_target
 
 
@@ -172,7 +169,6 @@ def test_the_default_method_trains_on_streams(tmp_path):
 def test_a_stream_that_changes_is_noticed(tmp_path, kind, words):
     with pytest.warns(DataWarning, match=rf"`train` data: {words}.*(.|\n)*neither shuffles"):
         callback, _ = fitted(tmp_path, [kind, Stream, Stream])
-    assert callback.report is not None
     assert "No guarantee for `train`: " in callback.report.reason
     assert "No guarantee for `val`: " not in callback.report.reason
 
@@ -211,7 +207,6 @@ def test_a_fast_dev_run_reads_only_its_batches(tmp_path):
     trainer.fit(
         Classifier(), DataLoader(Endless(data.train), 32), DataLoader(Endless(data.repair), 32)
     )
-    assert callback.report is not None
     assert "`train` is a stream: its 64 samples" in callback.report.reason
 
 
@@ -236,6 +231,5 @@ def test_data_sets_of_hugging_face_are_read(tmp_path, streamed):
         return data.to_iterable_dataset() if streamed else data
 
     callback, _ = fitted(tmp_path, [columns] * 3, NamedColumns())
-    assert callback.report is not None
     assert callback.report.status == "repaired"
     assert ("is a stream" in callback.report.reason) == streamed

@@ -81,11 +81,9 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
     if not chosen.known.repaired_in_target:
         assert report.status == "not repaired"
         return
-    assert report.search is not None
     assert (chosen.value, chosen.iterations) == (report.search.fitness, report.search.iterations)
     assert chosen.patched == report.search.history["patched"][-1]
     assert chosen.intact == report.search.history["intact"][-1]
-    assert outcome.parameters is not None
     for name, value in outcome.parameters.items():
         assert torch.equal(state[name], value)
     for role in ("known", "calibration", "unseen"):
