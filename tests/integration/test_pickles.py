@@ -4,6 +4,7 @@ by name.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +52,23 @@ def fit(callback: Any, tmp_path: Path) -> None:
     quiet_trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), datamodule=Digits())
 
 
+def call(function: Any, path: Path, folder: Path, plugins: Any = None, **arguments: Any) -> Any:
+    trainer = quiet_trainer(folder, plugins=plugins)
+    return function(trainer, Classifier(), datamodule=Digits(), ckpt_path=path, **arguments)
+
+
 READERS = {
-    "repair, asynchronous": lambda path, tmp: repair(
-        quiet_trainer(tmp, plugins=[AsyncCheckpointIO()]),
-        Classifier(),
-        datamodule=Digits(),
-        ckpt_path=path,
-        **QUICK,
+    "repair, asynchronous": lambda path, tmp: call(
+        repair, path, tmp, plugins=[AsyncCheckpointIO()], **QUICK
     ),
-    "diagnose": lambda path, tmp: diagnose(
-        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path
-    ),
-    "compare": lambda path, tmp: compare(
-        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path
-    ),
-    "sweep": lambda path, tmp: sweep(
-        quiet_trainer(tmp),
-        Classifier(),
-        datamodule=Digits(),
-        ckpt_path=path,
-        settings={"alpha": 6},
-        seeds=1,
-    ),
+    "diagnose": partial(call, diagnose),
+    "compare": partial(call, compare),
+    "sweep": partial(call, sweep, settings={"alpha": 6}, seeds=1),
     "reference": lambda path, tmp: fit(quick_repair(reference=path), tmp),
     "OldModel": lambda path, tmp: fit(quick_repair(reference=OldModel(path)), tmp),
     "congruent": lambda path, tmp: fit(PositiveCongruentTraining(path), tmp),
     "interpolation": lambda path, tmp: fit(WeightInterpolation(path, verbose=False), tmp),
-    "Polish": lambda path, tmp: repair(
-        quiet_trainer(tmp), Classifier(), datamodule=Digits(), method=Polish(path), verbose=False
-    ),
+    "Polish": lambda path, tmp: call(repair, None, tmp, method=Polish(path), verbose=False),
 }
 
 

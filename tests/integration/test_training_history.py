@@ -28,11 +28,10 @@ from lightning_nrl.published import (
 )
 
 
-def fit(folder: Path, *callbacks: Any, epochs: int = 3, **more: Any) -> Any:
-    checkpoint = more.pop("ckpt_path", None)
+def fit(folder: Path, *callbacks: Any, epochs: int = 3, ckpt_path: Any = None, **more: Any) -> Any:
     torch.manual_seed(0)
     trainer = quiet_trainer(folder, *callbacks, max_epochs=epochs, **more)
-    trainer.fit(Classifier(), datamodule=Digits(), ckpt_path=checkpoint)
+    trainer.fit(Classifier(), datamodule=Digits(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -44,6 +43,18 @@ def outputs(weights: dict[str, torch.Tensor], split: str) -> tuple[torch.Tensor,
     with torch.no_grad():
         logits = model(images)
     return logits.argmax(1) == labels, F.cross_entropy(logits, labels, reduction="none")
+
+
+def check_points(record: TrainingRecord, **sizes: int) -> None:
+    """Each point is what its weights do on every sample of the splits."""
+    for split, n in sizes.items():
+        found = record.splits[split]
+        assert found.index.tolist() == list(range(n))
+        assert found.passed.shape == (len(record.points), n)
+        for i, point in enumerate(record.points):
+            right, loss = (x[:n] for x in outputs(dict(point.weights), split))
+            assert torch.equal(found.passed[i], right)
+            torch.testing.assert_close(found.loss[i].float(), loss, rtol=2e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +73,7 @@ def recorded(
 def test_each_point_is_what_its_weights_do_on_every_sample(recorded):
     _, record, _ = recorded
     assert [point.epoch for point in record.points] == [0, 1, 2]
-    for i, point in enumerate(record.points):
-        for split, n in (("train", 400), ("val", 100)):
-            found = record.splits[split]
-            right, loss = outputs(dict(point.weights), split)
-            assert found.index.tolist() == list(range(n))
-            assert torch.equal(found.passed[i], right)
-            torch.testing.assert_close(found.loss[i].float(), loss, rtol=2e-3, atol=1e-6)
+    check_points(record, train=400, val=100)
 
 
 def test_the_training_does_not_notice(recorded, tmp_path):
@@ -159,11 +164,4 @@ def test_two_processes_record_each_sample_once(tmp_path):
     assert not same(first, second)
     assert same(saved[0], second)
     assert same(saved[-1], states[0])
-    for split, n in (("train", 101), ("val", 100), ("repair", 203)):
-        for i, point in enumerate(record.points):
-            right, loss = (x[:n] for x in outputs(dict(point.weights), split))
-            assert record.splits[split].passed.shape == (2, n)
-            assert torch.equal(record.splits[split].passed[i], right)
-            torch.testing.assert_close(
-                record.splits[split].loss[i].float(), loss, rtol=2e-3, atol=1e-6
-            )
+    check_points(record, train=101, val=100, repair=203)
