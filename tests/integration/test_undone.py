@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,23 +48,27 @@ class Swap(Callback):
             pl_module.network[-1].weight.mul_(0.9)
 
 
+def fit(folder: Path, *callbacks: Callback, model: Any = None) -> None:
+    quiet_trainer(folder, *callbacks, max_epochs=2).fit(model or Classifier(), datamodule=Few())
+
+
 def undone(recwarn: pytest.WarningsRecorder) -> list[str]:
     return [str(w.message) for w in recwarn if "the fit ends with other weights" in str(w.message)]
 
 
 @pytest.mark.parametrize("in_training", [False, True])
 def test_a_repair_follows_the_modules_own_hook(tmp_path, in_training, recwarn):
-    data, model = Few(), Averaged()
+    model = Averaged()
     model.swaps_in = "on_train_end"
     callback = quick_repair(**QUICK)
     if in_training:
         callback = RepairInTraining(every_n_epochs=9, **QUICK)
-    quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, datamodule=data)
+    fit(tmp_path, callback, model=model)
     assert callback.report.status == "repaired"
     assert same(model, callback.repaired_model_path)
-    old, new = Classifier(), right(model, data.train)
+    old, new = Classifier(), right(model, Few().train)
     old.load_state_dict(model.average)
-    assert new[right(old, data.train)].all()
+    assert new[right(old, Few().train)].all()
     assert not undone(recwarn)
     assert "on_train_end" not in vars(model)
 
@@ -73,7 +78,7 @@ def test_a_later_hook_of_the_module_is_said(tmp_path, hook):
     model, callback = Averaged(), quick_repair(**QUICK)
     model.swaps_in = hook
     with pytest.warns(TrainingWarning, match="other weights than the repaired") as record:
-        quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, datamodule=Few())
+        fit(tmp_path, callback, model=model)
     assert callback.repaired_model_path in str(record[-1].message)
     assert not same(model, callback.repaired_model_path)
 
@@ -81,13 +86,13 @@ def test_a_later_hook_of_the_module_is_said(tmp_path, hook):
 def test_a_later_callback_is_said(tmp_path, recwarn):
     for callbacks in ([Swap(), quick_repair(**QUICK)], [quick_repair(**QUICK), Swap()]):
         assert not undone(recwarn)
-        quiet_trainer(tmp_path, *callbacks, max_epochs=1).fit(Classifier(), datamodule=Few())
+        fit(tmp_path, *callbacks)
     assert len(undone(recwarn)) == 1
 
 
 def test_a_second_repair_undoes_nothing(tmp_path, recwarn):
     callbacks = [quick_repair(target=f"label {label}", **QUICK) for label in (3, 8)]
-    quiet_trainer(tmp_path, *callbacks, max_epochs=1).fit(Classifier(), datamodule=Few())
+    fit(tmp_path, *callbacks)
     assert any(callback.repaired_model_path for callback in callbacks)
     assert not undone(recwarn)
 
