@@ -299,12 +299,18 @@ def test_what_is_required_needs_unseen_data(folder, capsys):
     assert "`require=better`" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(folder, capsys):
+@pytest.fixture
+def worse(folder: Path) -> str:
+    """A checkpoint that takes nothing for a 3."""
     state = torch.load("best.ckpt", weights_only=True)
     state["state_dict"]["network.3.bias"][3] = -9.0
     torch.save(state, "worse.ckpt")
+    return "worse.ckpt"
+
+
+def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(worse, capsys):
     shown = ["--junit", "release.xml", "--summary", "summary.md"]
-    both = ["--old", "best.ckpt", "--new", "worse.ckpt"]
+    both = ["--old", "best.ckpt", "--new", worse]
     assert main(["compare", "--config", "config.yaml", *both, *shown]) == 1
     assert "REFUSED" in capsys.readouterr().out
     assert Path("summary.md").read_text().startswith("# Refused\n")
@@ -313,13 +319,10 @@ def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(folde
     assert "HINT: give --old" in capsys.readouterr().err
 
 
-def test_an_accepted_checkpoint_leaves_a_suite_alone_that_may_not_grow(folder):
-    state = torch.load("best.ckpt", weights_only=True)
-    state["state_dict"]["network.3.bias"][3] = -9.0
-    torch.save(state, "worse.ckpt")
+def test_an_accepted_checkpoint_leaves_a_suite_alone_that_may_not_grow(worse):
     text = "split,id\ntest,0\n"
     Path("suite.csv").write_text(text)
-    both = ["--old", "worse.ckpt", "--new", "best.ckpt", "--suite", "suite.csv"]
+    both = ["--old", worse, "--new", "best.ckpt", "--suite", "suite.csv"]
     command = ["compare", "--config", "config.yaml", *both, "--rules", "[tolerance:50%]"]
     assert main([*command, "--grow", "false"]) == 0
     assert Path("suite.csv").read_text() == text

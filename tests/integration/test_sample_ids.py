@@ -193,9 +193,13 @@ def test_a_refused_release_names_the_broken_samples(trained, tmp_path, monkeypat
     new.load_state_dict(trained.state_dict())
     with torch.no_grad():
         new.network[3].bias[4] += 2
-    gate = ReleaseGate(trained, sample_id="key", verbose=False, dirpath=tmp_path)
-    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
-    trainer.test(new, DataLoader(kind(Digits().test, "night"), 16), verbose=False)
+    data = DataLoader(kind(Digits().test, "night"), 16)
+
+    def release(sample_id: str) -> None:
+        gate = ReleaseGate(trained, sample_id=sample_id, verbose=False, dirpath=tmp_path)
+        quiet_trainer(tmp_path, gate, enable_checkpointing=False).test(new, data, verbose=False)
+
+    release("key")
     report = ReleaseReport.from_json((tmp_path / "report.json").read_text())
     broken = report.broken_ids["test"]
     assert len(broken) > 5
@@ -204,7 +208,5 @@ def test_a_refused_release_names_the_broken_samples(trained, tmp_path, monkeypat
     assert title in (tmp_path / "report.html").read_text()
     assert title in to_junit(report)
     assert "night/" not in (tmp_path / "predictions.csv").read_text()
-    gate = ReleaseGate(trained, sample_id="url", verbose=False, dirpath=tmp_path)
-    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
     with pytest.raises(ConfigurationError, match=r"(?s)`sample_id` raised LookupError.*'image'"):
-        trainer.test(new, DataLoader(kind(Digits().test, "night"), 16), verbose=False)
+        release("url")
