@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from digit_models import Classifier, Few, quiet_trainer
+from digit_models import Classifier, Digits, quiet_trainer
 from lightning_package import ModelCheckpoint
 
 from lightning_nrl import RegressionFreeRepair, SearchOptions, TrainingHistory, repair
@@ -23,7 +23,7 @@ def test_every_published_method_runs_after_a_fit_and_on_a_checkpoint(method, tmp
     keep = ModelCheckpoint(tmp_path / "kept", monitor="val_loss", save_top_k=3)
     callback = RegressionFreeRepair(**arguments)
     trainer = quiet_trainer(tmp_path, history, keep, callback)
-    trainer.fit(Classifier(), datamodule=Few())
+    trainer.fit(Classifier(), datamodule=Digits())
     if method == "neurecover":
         localizer = NeuRecover(history=str(tmp_path / "history"))
         arguments["search"] = SearchOptions(localizer=localizer)
@@ -32,7 +32,7 @@ def test_every_published_method_runs_after_a_fit_and_on_a_checkpoint(method, tmp
     report = repair(
         quiet_trainer(tmp_path),
         Classifier(),
-        datamodule=Few(),
+        datamodule=Digits(),
         ckpt_path=keep.best_model_path,
         **arguments,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Few, quiet_trainer, right
+from digit_models import Digits, Few, quiet_trainer, right
 from task_models import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,16 +46,16 @@ class Network(Net):
 
 @pytest.mark.parametrize("method", ["finetune-polish", Polish()], ids=["training", "steps"])
 @pytest.mark.parametrize(
-    ("gain", "pretrained", "optimizer"),
+    ("data", "gain", "pretrained", "optimizer"),
     [
-        (1, 0, lambda parameters: torch.optim.SGD(parameters, 0.1)),
-        (1, 0, lambda parameters: torch.optim.Adam(parameters, 1e-3)),
-        (GAIN, 20, lambda parameters: torch.optim.AdamW(parameters, 1e-2 / GAIN)),
+        (Few(), 1, 0, lambda parameters: torch.optim.SGD(parameters, 0.1)),
+        (Few(), 1, 0, lambda parameters: torch.optim.Adam(parameters, 1e-3)),
+        (Digits(), GAIN, 20, lambda parameters: torch.optim.AdamW(parameters, 1e-2 / GAIN)),
     ],
     ids=["SGD", "Adam", "AdamW, pretrained"],
 )
-def test_a_repair_holds_at_any_rate(tmp_path, gain, pretrained, optimizer, method):
-    model, data = Network(gain, optimizer), Few()
+def test_a_repair_holds_at_any_rate(tmp_path, data, gain, pretrained, optimizer, method):
+    model = Network(gain, optimizer)
     trainer = quiet_trainer(tmp_path, enable_checkpointing=False, max_epochs=15 + pretrained)
     trainer.fit(model, datamodule=data)
     parts = (data.train, data.repair)
