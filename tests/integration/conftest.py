@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,16 +45,21 @@ def trained_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint for each of `CASES`, after twelve epochs."""
+def trained_task(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of one of `CASES` after twelve epochs, trained when first asked for."""
     folder = tmp_path_factory.mktemp("tasks")
-    for name, case in CASES.items():
-        seed_everything(0, verbose=False)
-        data, model = case.make()
-        trainer = quiet_trainer(folder, max_epochs=12, enable_checkpointing=False)
-        trainer.fit(model, datamodule=data)
-        trainer.save_checkpoint(folder / f"{name}.ckpt")
-    return {name: folder / f"{name}.ckpt" for name in CASES}
+
+    def checkpoint(name: str) -> Path:
+        path = folder / f"{name}.ckpt"
+        if not path.exists():
+            seed_everything(0, verbose=False)
+            data, model = CASES[name].make()
+            trainer = quiet_trainer(folder, max_epochs=12, enable_checkpointing=False)
+            trainer.fit(model, datamodule=data)
+            trainer.save_checkpoint(path)
+        return path
+
+    return checkpoint
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,14 @@ def make_all(folder: Path, checkpoints: dict[str, Path], devices: int) -> Made:
 
 @pytest.fixture(scope="module")
 def found(
-    tmp_path_factory: pytest.TempPathFactory, trained_path: Path, trained_tasks: dict[str, Path]
+    tmp_path_factory: pytest.TempPathFactory,
+    trained_path: Path,
+    trained_task: Callable[[str], Path],
 ) -> tuple[Made, list[Made]]:
     """What one process makes, and each of two."""
     folder = tmp_path_factory.mktemp("repairs")
-    checkpoints = {name: trained_tasks.get(name, trained_path) for name in (*EXACT, DRAWN)}
+    checkpoints = dict.fromkeys(USED_OPTIONS, trained_path)
+    checkpoints |= {name: trained_task(name) for name in METHODS}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two
     try:

@@ -39,12 +39,12 @@ SWARM = ParticleSwarm(particles=12, iterations=8)
 
 
 @pytest.fixture
-def learned(trained_tasks: dict[str, Path]) -> Callable[[str], tuple[Case, Data, Net]]:
+def learned(trained_task: Callable[[str], Path]) -> Callable[[str], tuple[Case, Data, Net]]:
     """A case by its name, its data, and its trained model."""
 
     def load(name: str) -> tuple[Case, Data, Net]:
         data, model = CASES[name].make()
-        model.load_state_dict(torch.load(trained_tasks[name], weights_only=True)["state_dict"])
+        model.load_state_dict(torch.load(trained_task(name), weights_only=True)["state_dict"])
         return CASES[name], data, model
 
     return load
