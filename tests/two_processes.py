@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,7 @@ def _on_rank(
     found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
     os.environ.update(found, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    sys.modules["matplotlib"] = None  # a report's figures take a second
     torch.save(function(*args), file)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

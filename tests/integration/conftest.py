@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from digit_models import Classifier, Digits, quiet_trainer
@@ -18,11 +19,23 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def figures_are_left_out() -> Iterator[ModuleType | None]:
+    """They take a second for each repair, those of a module's fixtures included."""
+    matplotlib = sys.modules.get("matplotlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield matplotlib
+
+
 @pytest.fixture(autouse=True)
-def figures_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest) -> None:
-    """Elsewhere a repair leaves them out: they take a second each time."""
-    if request.node.get_closest_marker("figures") is None:
-        request.getfixturevalue("without_figures")
+def figures_are_drawn_where_they_are_looked_at(
+    request: pytest.FixtureRequest,
+    figures_are_left_out: ModuleType | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if request.node.get_closest_marker("figures") is not None:
+        monkeypatch.setitem(sys.modules, "matplotlib", figures_are_left_out)
 
 
 @pytest.fixture(autouse=True)
