@@ -7,7 +7,16 @@ import sys
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right, same, state_of
+from digit_models import (
+    Classifier,
+    Digits,
+    Few,
+    quick_repair,
+    quiet_trainer,
+    right,
+    same,
+    state_of,
+)
 from self_writing import classifier
 from torch import Tensor, nn
 
@@ -19,7 +28,7 @@ from lightning_nrl.methods import FineTunePolish
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_the_checkpoint_and_the_folder_give_the_same_predictions(tmp_path, network):
     peft = pytest.importorskip("peft")
-    model, data = Classifier(network), Digits()
+    model, data = Classifier(network), Few()
     quiet_trainer(tmp_path, max_epochs=3).fit(model, datamodule=data)
     old = copy.deepcopy(model)
     callback = RegressionFreeRepair(lora=4, dirpath=tmp_path / "repair", verbose=False)
