@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,21 @@ from lightning_package import pl
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import RegressionFreeRepair
 
 WIDTH = 700  # a matrix of more than `parked` copies into memory
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors among arguments of an operator, which may be lists of tensors."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
 
 
 class LivingTensors(TorchDispatchMode):
@@ -37,17 +45,15 @@ class LivingTensors(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         output = func(*args, **(kwargs or {}))
-        new = [x for x in pytree.tree_leaves((args, output)) if self.is_new(x)]
+        new = [x for x in tensors_in((args, output)) if self.is_new(x)]
         if new:
             self.living = {at: x for at, x in self.living.items() if not x[0].expired()}
             self.most = max(self.most, sum(size for _, size in self.living.values()))
         return output
 
-    def is_new(self, x: object) -> bool:
-        if not isinstance(x, Tensor) or x.untyped_storage().nbytes() < self.least:
-            return False
+    def is_new(self, x: Tensor) -> bool:
         storage = x.untyped_storage()
-        if storage.is_shared():  # mapped from a file
+        if storage.nbytes() < self.least or storage.is_shared():  # mapped from a file
             return False
         at = storage._cdata
         if at in self.living and not self.living[at][0].expired():
