@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl import ParticleSwarm, RegressionFreeRepair, SearchOptions
+from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairReport, SearchOptions
 from lightning_nrl.localization import NeuRecoverLite
 
 OVERWRITING = {
@@ -146,6 +146,18 @@ def flattened(batch: Any) -> Any:
     return (batch[0].flatten(1),), {}, batch[1]
 
 
+class Manual(Classifier):
+    """Takes its steps by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
 class Untrainable(Classifier):
     """Fails the test if training begins."""
 
@@ -229,3 +241,14 @@ def right(model: LightningModule, data: TensorDataset) -> Tensor:
     for module, flag in training.items():
         module.training = flag
     return found
+
+
+def assert_counted(report: RepairReport, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """The counts are those of what was right in each split, and nothing known broke."""
+    for split in report.splits:
+        before, after = old[split.split], new[split.split]
+        assert split.kept == int((before & after).sum())
+        assert split.broken == int((before & ~after).sum())
+        assert split.repaired == int((~before & after).sum())
+        assert split.failing == int((~before & ~after).sum())
+        assert not split.broken or split.role == "unseen"

@@ -15,6 +15,7 @@ from digit_models import (
     Classifier,
     Digits,
     Few,
+    Manual,
     overwriting,
     quick_repair,
     quiet_trainer,
@@ -48,16 +49,6 @@ class Scheduled(Classifier):
         return [optimizer], [
             torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=int(steps))
         ]
-
-
-class Manual(Classifier):
-    automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 class Averaging(Classifier):

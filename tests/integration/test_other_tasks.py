@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import quiet_trainer
+from digit_models import assert_counted, quiet_trainer
 from lightning_package import seed_everything
 from options import with_options
 from task_models import CASES, Case, Data, Net, Tokens, dim, rows_of_digits
@@ -25,7 +25,6 @@ from lightning_nrl import (
     PositiveCongruentTraining,
     RegressionFreeRepair,
     RegressionMetrics,
-    RepairReport,
     Target,
     diagnose,
     repair,
@@ -64,19 +63,6 @@ def by_split(case: Case, model: Net, data: Data) -> dict[str, Tensor]:
     return {name: case.counted(model, getattr(data, name)) for name in ("train", "repair", "test")}
 
 
-def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    for split in report.splits:
-        before, after = old[split.split], new[split.split]
-        counts = [
-            (a & b).sum()
-            for a, b in ((before, after), (before, ~after), (~before, after), (~before, ~after))
-        ]
-        assert [split.kept, split.broken, split.repaired, split.failing] == [
-            int(count) for count in counts
-        ]
-        assert not split.broken or split.role == "unseen"
-
-
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -95,7 +81,7 @@ def test_each_task_is_repaired(tmp_path, learned, name, method):
     report = repair(quiet_trainer(tmp_path), model, datamodule=data, **settings)
     assert report.status == "repaired", report.reason
     assert not any("it raised" in rung.note for rung in report.rungs)
-    check_counts(report, old, by_split(case, model, data))
+    assert_counted(report, old, by_split(case, model, data))
     assert f"right means: {case.task}" in re.sub(r"[*`|]", "", report.to_markdown())
 
 
