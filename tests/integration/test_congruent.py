@@ -13,6 +13,7 @@ from digit_models import (
     Classifier,
     Digits,
     Flat,
+    Manual,
     cnn,
     flattened,
     quiet_trainer,
@@ -81,16 +82,8 @@ class OneLine(Classifier):
         assert regression_loss(self, batch, self(batch[0])) == 0
 
 
-class Manual(OneLine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
+class OneLineByHand(Manual, OneLine):
+    """Has the term in a step by hand."""
 
 
 class PlainAndFlipped(Classifier):
@@ -133,7 +126,7 @@ def test_the_term_is_added_as_if_written_by_hand(form, by_hand, trained_path, tm
 def test_the_term_of_a_manual_optimisation(trained_path, tmp_path):
     by_hand = ByHand(Classifier.load_from_checkpoint(trained_path))
     fit(tmp_path, by_hand)
-    fit(tmp_path, model := Manual(), PositiveCongruentTraining(trained_path))
+    fit(tmp_path, model := OneLineByHand(), PositiveCongruentTraining(trained_path))
     torch.testing.assert_close(
         list(model.parameters()), list(by_hand.parameters()), rtol=1e-3, atol=1e-4
     )
@@ -259,15 +252,6 @@ class Twice(Classifier):
         return F.cross_entropy(self(batch[0].flip(2)) + self(batch[0].flip(3)), batch[1])
 
 
-class ByItself(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.manual_backward(super().training_step(batch, batch_idx))
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -276,7 +260,7 @@ class ByItself(Classifier):
             r"calls the model 2 times, .*\n"
             r"HINT: add `loss = loss \+ regression_loss\(self, batch, logits\)`",
         ),
-        (ByItself, r"uses manual optimisation, .*\nHINT: add `loss = loss \+"),
+        (Manual, r"uses manual optimisation, .*\nHINT: add `loss = loss \+"),
     ],
 )
 def test_a_step_that_it_cannot_be_added_to_is_refused(kind, message, old, tmp_path):
