@@ -15,6 +15,7 @@ from packaging.version import Version
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairReport, SearchOptions
@@ -156,6 +157,18 @@ class Manual(Classifier):
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
+
+
+class Scheduled(Classifier):
+    """Its schedule asks how long training is; one step more than that raises."""
+
+    def steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters())
+        schedule = OneCycleLR(optimizer, 1e-2, total_steps=self.steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Untrainable(Classifier):

@@ -122,6 +122,11 @@ class Continued(Method):
         return Solution(problem.propose("fit", trained.state))
 
 
+def continued(**arguments: Any) -> RegressionFreeRepair:
+    defaults = {"method": Continued(), "gate": "accuracy", "verbose": False}
+    return RegressionFreeRepair(**{**defaults, **arguments})
+
+
 class Later(Classifier):
     """Takes no step under a trainer with a repair, so that one process and two go on from the same
     weights.
@@ -135,9 +140,7 @@ class Later(Classifier):
 def fit_continued(folder: Path, strategy: Any = "auto", devices: int = 1) -> None:
     """Repairs by training three more epochs, each of one batch of all samples."""
     folder.mkdir(exist_ok=True)
-    callback = RegressionFreeRepair(
-        method=Continued(folder, weighs=True), gate="accuracy", dirpath=folder, verbose=False
-    )
+    callback = continued(method=Continued(folder, weighs=True), dirpath=folder)
     trainer, data, model = (
         trainer_on(folder, strategy, devices, callback, Leave(callback)),
         FewRepairs(203),

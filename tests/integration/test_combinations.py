@@ -16,6 +16,7 @@ from digit_models import (
     Digits,
     Few,
     Manual,
+    Scheduled,
     overwriting,
     quick_repair,
     quiet_trainer,
@@ -41,14 +42,6 @@ class TwoValidationLoaders(Few):
 
     def val_dataloader(self) -> list[DataLoader]:
         return [DataLoader(self.val, 64), DataLoader(self.repair, 64)]
-
-
-class Scheduled(Classifier):
-    def configure_optimizers(self) -> Any:
-        optimizer, steps = super().configure_optimizers(), self.trainer.estimated_stepping_batches
-        return [optimizer], [
-            torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=int(steps))
-        ]
 
 
 class Averaging(Classifier):

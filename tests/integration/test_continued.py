@@ -20,18 +20,13 @@ from digit_models import (
     same,
     state_of,
 )
-from distributed_fit import Continued
+from distributed_fit import continued
 from self_writing import NothingAtAll
 from two_processes import in_two_processes
 
-from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, repair
+from lightning_nrl import ConfigurationError, repair
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.pipeline import Patch
-
-
-def continued(**arguments: Any) -> RegressionFreeRepair:
-    defaults = {"method": Continued(), "gate": Gate.accuracy(), "verbose": False}
-    return RegressionFreeRepair(**{**defaults, **arguments})
 
 
 def test_the_whole_network_is_repaired_statistics_included(tmp_path):

@@ -11,24 +11,29 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
-from distributed_fit import Continued
+from digit_models import (
+    Classifier,
+    Digits,
+    Scheduled,
+    Untrainable,
+    quick_repair,
+    quiet_trainer,
+    right,
+)
+from distributed_fit import continued
 from self_writing import LowRank
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, RepairReport
+from lightning_nrl import ConfigurationError, RepairReport
 from lightning_nrl.errors import TrainingWarning
 
 
-def continued(path: Path, model: Classifier, data: Any = None, **arguments: Any) -> RepairReport:
+def report_of_continued(path: Path, model: Classifier, **arguments: Any) -> RepairReport:
     """The report of a fit after which the training goes on."""
-    callback = RegressionFreeRepair(method=Continued(), gate=Gate.accuracy(), verbose=False)
+    callback = continued()
     defaults = {"max_epochs": 2, "enable_checkpointing": False}
-    quiet_trainer(path, callback, **{**defaults, **arguments}).fit(
-        model, datamodule=data or Digits()
-    )
+    quiet_trainer(path, callback, **{**defaults, **arguments}).fit(model, datamodule=Digits())
     return callback.report
 
 
@@ -59,18 +64,6 @@ class ByHand(Classifier):
         self.manual_backward(loss)
         for optimizer in self.optimizers():
             optimizer.step()
-
-
-class Scheduled(Classifier):
-    """Its schedule asks how long training is; one step more than that raises."""
-
-    def steps(self) -> int:
-        return int(self.trainer.estimated_stepping_batches)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters())
-        schedule = OneCycleLR(optimizer, 1e-2, total_steps=self.steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class ScheduledBySteps(Scheduled):
@@ -106,7 +99,7 @@ class Uncopyable(Classifier):
     ],
 )
 def test_the_training_goes_on(tmp_path, kind, arguments):
-    report = continued(tmp_path, kind(), **arguments)
+    report = report_of_continued(tmp_path, kind(), **arguments)
     assert report.status == "repaired"
     assert report.splits[1].repaired > 20
     assert_loads(report, kind())
@@ -125,7 +118,7 @@ class Closed(Classifier):
 
 def test_a_training_that_does_not_go_on_is_warned_of(tmp_path):
     with pytest.warns(TrainingWarning, match="changed nothing"):
-        assert continued(tmp_path, Closed()).status == "not repaired"
+        assert report_of_continued(tmp_path, Closed()).status == "not repaired"
 
 
 class Merged(Classifier):
@@ -143,7 +136,7 @@ def test_merged_adapters_are_judged_as_they_are_loaded(tmp_path):
     """Lightning ends a validation by flags alone: what `eval()` merged stays merged, and would be
     merged again.
     """
-    assert_loads(continued(tmp_path / "continued", Merged()), Merged())
+    assert_loads(report_of_continued(tmp_path / "continued", Merged()), Merged())
     searched, model = quick_repair(), Merged()
     trainer = quiet_trainer(tmp_path / "fit", searched, max_epochs=2, enable_checkpointing=False)
     trainer.fit(model, datamodule=Digits())
