@@ -66,12 +66,14 @@ class TensorChange:
             pair = " and ".join(f"{value.dtype} {list(value.shape)}" for value in (old, new))
             raise ConfigurationError(f"`{name}` is {pair}.", "give two states of the same model.")
         old, new = _plain(old), _plain(new)
-        index = (_bytes(old) != _bytes(new)).any(1).nonzero().flatten()
-        if not len(index):
+        differs = (_bytes(old) != _bytes(new)).any(1)
+        n_changed = int(differs.sum())
+        if not n_changed:
             return None
         shape, hashes = tuple(old.shape), (hash_tensor(old), hash_tensor(new))
-        if len(index) > WHOLE_TENSOR_SHARE * old.numel():
+        if n_changed > WHOLE_TENSOR_SHARE * old.numel():
             return cls(shape, None, plain_copy(old), plain_copy(new), *hashes)
+        index = differs.nonzero().flatten()
         old_values = _bytes(old)[index].view(old.dtype).flatten()
         new_values = _bytes(new)[index].view(new.dtype).flatten()
         if old.numel() < 2**31:
