@@ -281,12 +281,7 @@ def _finish(
         reason = f"at strength {result.chosen:g} no weight changes."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judge(problem, patch, builder)
-    old = current_state(model)
-    changes = {
-        name: (new.cpu().double() - old[name].cpu()).float()
-        for name, new in patch.items()
-        if new.is_floating_point()
-    }
+    changes = _changes(current_state(model), patch)
     if report.status != "repaired":
         return Outcome(report, changes=changes)
     adapter = solution.adapter
@@ -295,6 +290,16 @@ def _finish(
         step = _recount_attached(problem, adapter, patch)
         report = replace(report, steps=(*report.steps, step))
     return Outcome(report, loaded, patch, changes, adapter=adapter)
+
+
+def _changes(old: State, patch: State) -> dict[str, Tensor]:
+    """Returns new minus old weights as float32, on the CPU."""
+    changes = {}
+    for name, new in patch.items():
+        if new.is_floating_point():
+            exact = torch.promote_types(new.dtype, torch.float32)
+            changes[name] = (new.cpu().to(exact) - old[name].cpu()).float()
+    return changes
 
 
 def _confirmed(problem: Problem, state: State) -> tuple[State, tuple[Step, ...]]:

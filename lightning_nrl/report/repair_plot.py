@@ -370,12 +370,12 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
     with its sign.
     """
     n_rows = len(change)
-    rows = change.reshape(1, n_rows, -1).double()
+    rows = change.reshape(1, n_rows, -1)
     size = min(n_rows, GRID_ROWS), min(rows.shape[2], GRID_COLUMNS)
     highest = adaptive_max_pool2d(rows, size)[0]
     lowest = -adaptive_max_pool2d(-rows, size)[0]
-    grid: npt.NDArray[np.float64] = torch.where(highest >= -lowest, highest, lowest).numpy()
-    return grid
+    grid = torch.where(highest >= -lowest, highest, lowest)
+    return grid.double().numpy()
 
 
 class SummaryCell(NamedTuple):
