@@ -1,8 +1,8 @@
 """Repairs Magika, a deployed classifier of files: Octave files that it takes for Julia.
 
     python -m pip install -e ".[plots]" --group file_types
-    python examples/file_types/collect.py                         # downloads packages into `packages/`
-    python examples/file_types/repair.py                          # repairs the last layer
+    python examples/file_types/collect.py     # downloads packages into `packages/`
+    python examples/file_types/repair.py      # repairs the last layer
 
 Known are the files of one half of the packages, unseen those of the other half. The repaired
 weights are written into the ONNX file, and onnxruntime counts all files again.
