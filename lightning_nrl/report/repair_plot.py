@@ -283,7 +283,7 @@ def _search_panels(report: RepairRecord) -> dict[str, Draw]:
     panels: dict[str, Draw] = {}
     recorded = {} if report.search is None else report.search.curves
     is_dropped = any(rung.name == "search" and not rung.kept for rung in report.rungs)
-    note = "its result is not part of the repair" if is_dropped else ""
+    across = "iteration (result not kept)" if is_dropped else "iteration"
     for title, labels in SEARCH_PANELS.items():
         curves = {}
         for name, label in labels.items():
@@ -291,16 +291,17 @@ def _search_panels(report: RepairRecord) -> dict[str, Draw]:
             if len(curve) > 1:  # a single value is no curve
                 curves[label] = curve
         if curves:
-            panels[title] = partial(_draw_search, title, curves, note)
+            panels[title] = partial(_draw_search, title, curves, across)
     return panels
 
 
-def _draw_search(title: str, curves: Mapping[str, Sequence[float]], note: str, axes: Axes) -> None:
-    axes.set_title(note, color=INK, fontsize=9, loc="left")
+def _draw_search(
+    title: str, curves: Mapping[str, Sequence[float]], across: str, axes: Axes
+) -> None:
     styles = ((GREEN, "-"), (RED, "--"))
     for (label, curve), (colour, line) in zip(curves.items(), styles, strict=False):
         axes.plot(curve, line, color=colour, label=label)
-    _finish_curves(axes, "iteration", "scored samples" if title == COUNTS_TITLE else "")
+    _finish_curves(axes, across, "scored samples" if title == COUNTS_TITLE else "")
     if "best so far" in curves:  # hides the start, where the mean is far below the best
         values = [value for value in curves["best so far"] if math.isfinite(value)] or [0.0]
         axes.set_ylim(bottom=min(values) - 0.15 * (max(values) - min(values)))

@@ -176,7 +176,7 @@ def test_the_tensors_that_moved_are_listed_by_how_far():
 
 def test_the_course_of_a_search_says_if_its_result_was_dropped():
     rung = Rung("search", 1, 1, 0, weights_changed=4, seconds=0.5, kept=False)
-    for kept, title in ((False, "its result is not part of the repair"), (True, "")):
+    for kept, label in ((False, "iteration (result not kept)"), (True, "iteration")):
         report = replace(REPORT, rungs=(replace(rung, kept=kept),))
         axes = repair_figures(report)["Course of the search"].axes[0]
-        assert axes.get_title("left") == title
+        assert axes.get_xlabel() == label
