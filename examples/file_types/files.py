@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from classifier import CONFIG, LABEL_INDEX
+from classifier import CONFIG, LABEL_INDEX, LABELS
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -54,6 +54,7 @@ EXTENSIONS = {
     ".zig": "zig",
 }
 LEAST_BYTES = 32
+SHOWN_BYTES = 400
 
 
 class PackageFiles(LightningDataModule):
@@ -74,6 +75,8 @@ class PackageFiles(LightningDataModule):
             split: TensorDataset(inputs[rows], labels[rows], numbers[rows])
             for split, rows in {"train": known, "test": ~known}.items()
         }
+        for dataset in self.data.values():
+            dataset.classes = LABELS
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.data["train"], 128, shuffle=True)
@@ -86,6 +89,12 @@ def package(batch: tuple[Tensor, Tensor, Tensor]) -> list[str]:
     """Returns the package of each file, for `SampleOptions(groups=...)`."""
     _files, _labels, packages = batch
     return [f"package {number}" for number in packages.tolist()]
+
+
+def beginning(sample: tuple[Tensor, Tensor, Tensor]) -> str:
+    """Returns the first bytes of a file as text, for `DataOptions(render=...)`."""
+    files, _label, _package = sample
+    return bytes(byte for byte in files[:SHOWN_BYTES].tolist() if byte < 256).decode("latin-1")
 
 
 def features(path: Path) -> Tensor:

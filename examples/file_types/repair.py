@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from classifier import LABEL_INDEX, LABELS, MODEL, Magika
-from files import PackageFiles, package
+from files import PackageFiles, beginning, package
 from lightning.pytorch import seed_everything
 from matplotlib.figure import Figure
 from onnxruntime import InferenceSession
@@ -29,7 +29,7 @@ from output import quiet_trainer, start, summary
 from rich import box, print
 from rich.table import Table
 
-from lightning_nrl import RepairReport, SampleOptions, Target, repair
+from lightning_nrl import DataOptions, RepairReport, SampleOptions, Target, repair
 from lightning_nrl.updates import Predictions, recount
 
 LARGE_DIFFERENCE = 1e-4  # of probabilities
@@ -158,6 +158,7 @@ if __name__ == "__main__":
         target=Target.confusion(OCTAVE, JULIA),
         layer="classifier",
         samples=SampleOptions(groups=package),
+        data=DataOptions(render=beginning),
         unseen="test",
         verbose=False,
     )
