@@ -47,7 +47,7 @@ def test_a_repaired_model_breaks_nothing_that_is_known(tmp_path, network, argume
     report, after = repair.report, by_split(model)
     assert_counted(report, before.right, after)
     if "method" in arguments:
-        assert report.pooled("known").repaired_in_target >= 0.4 * report.pooled("known").targeted
+        assert report.pooled("known").repaired_in_target >= 0.3 * report.pooled("known").targeted
         assert report.status == "repaired"
     if report.status == "repaired":
         flipped = (~before.right["repair"] & after["repair"]).nonzero().flatten().tolist()

@@ -361,7 +361,7 @@ def test_it_stops_at_twice_the_visits_of_the_training():
     assert result.repaired == 1
 
 
-@pytest.mark.parametrize("visits", [None, 200_000.0])
+@pytest.mark.parametrize("visits", [None, 400_000.0])
 def test_many_targets_that_are_out_of_reach_are_repaired_all(visits):
     problem = memorised(400, 16, 256, n_wrong=60)
     assert int(problem.before.targeted.sum()) == 60
