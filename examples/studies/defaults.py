@@ -2,7 +2,7 @@
 
     python examples/studies/defaults.py --seeds 10   # six small problems, 10 minutes on one core
     python examples/studies/defaults.py --new --seeds 10   # three problems made after the default
-    python examples/studies/defaults.py --pretrained --seeds 1   # two pretrained networks
+    python examples/studies/defaults.py --pretrained --seeds 1   # a pretrained network
     python examples/studies/defaults.py --seeds 2 --max-times 0.1 0.5 2 --problems "digits, drift"
     python examples/studies/defaults.py --seeds 3 --fits   # the quickstart and the weak digit
 
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--problems", nargs="+", choices=ALL, help="default: all of the study")
     parser.add_argument("--new", action="store_true", help="problems made after the default")
-    parser.add_argument("--pretrained", action="store_true", help="two pretrained networks")
+    parser.add_argument("--pretrained", action="store_true", help="a pretrained network")
     parser.add_argument(
         "--max-times", nargs="+", type=float, help="time limits, as shares of the fit's time"
     )
