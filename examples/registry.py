@@ -25,7 +25,7 @@ from output import quiet_trainer, start
 from torch.utils.data import DataLoader, Subset
 
 from lightning_nrl import ReleaseGate
-from lightning_nrl.updates import ReleaseReport
+from lightning_nrl.release import ReleaseReport
 
 STORE = "sqlite:///mlflow.db"  # for a team, the address of its server
 MODEL, ALIAS = "digits", "champion"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_nrl import ReleaseGate, Target, repair
-from lightning_nrl.updates import ProtectedIntact
+from lightning_nrl.release import ProtectedIntact
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import ReleaseGate, repair
-from lightning_nrl.updates import ReleaseReport
+from lightning_nrl.release import ReleaseReport
 
 RULES = [
     "instance in suite",  # no sample of the suite may break

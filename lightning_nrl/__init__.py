@@ -23,10 +23,11 @@ _PACKAGES = {
     "gate": "Gate",
     "pipeline": "BoundOptions SearchOptions Settings repair_module",
     "published": "TrainingHistory",
+    "release": "RegressionSuite",
     "report": "RepairReport",
     "search": "ParticleSwarm",
     "study": "Grid sweep",
-    "updates": "OldModel RegressionSuite",
+    "updates": "OldModel",
 }
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names.split()}
 

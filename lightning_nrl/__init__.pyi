@@ -14,10 +14,11 @@ from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
 from lightning_nrl.published import TrainingHistory
+from lightning_nrl.release import RegressionSuite
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.study import Grid, sweep
-from lightning_nrl.updates import OldModel, RegressionSuite
+from lightning_nrl.updates import OldModel
 
 __version__: str
 

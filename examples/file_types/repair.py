@@ -30,7 +30,8 @@ from rich import box, print
 from rich.table import Table
 
 from lightning_nrl import DataOptions, RepairReport, SampleOptions, Target, repair
-from lightning_nrl.updates import Predictions, recount
+from lightning_nrl.release import recount
+from lightning_nrl.updates import Predictions
 
 LARGE_DIFFERENCE = 1e-4  # of probabilities
 OCTAVE, JULIA = LABEL_INDEX["matlab"], LABEL_INDEX["julia"]

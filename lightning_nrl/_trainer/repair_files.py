@@ -26,9 +26,9 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.methods.lora import WEIGHTS_FILE
 from lightning_nrl.pipeline import PATCH_NAME, Patch
+from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
-from lightning_nrl.updates import ReleaseReport
 
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "html": "report.html"}

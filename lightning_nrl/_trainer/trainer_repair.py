@@ -36,9 +36,9 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.methods import Method
 from lightning_nrl.pipeline import Outcome, Settings, repair_module
 from lightning_nrl.pipeline.input_checks import run_sanity_check
+from lightning_nrl.release.suite import RegressionSuite
 from lightning_nrl.tasks import Task
 from lightning_nrl.updates import Reference
-from lightning_nrl.updates.suite import RegressionSuite
 
 MAX_EXCLUSION_RUNS = 6
 """Number of reruns of a repair without samples that turned out to be unusable."""

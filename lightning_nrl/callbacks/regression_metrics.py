@@ -43,10 +43,10 @@ from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_w
 from lightning_nrl.evaluation.sample_results import FlipCounts, flip_masks
 from lightning_nrl.evaluation.slices import SliceRecorder, slice_tags
 from lightning_nrl.pipeline.input_checks import check_accuracy, check_classes
+from lightning_nrl.release.model_pair import evaluate_pieces
+from lightning_nrl.release.release_report import check_reference
 from lightning_nrl.tasks import Task
-from lightning_nrl.updates.model_pair import evaluate_pieces
 from lightning_nrl.updates.old_model import AnyReference, in_memory
-from lightning_nrl.updates.release import check_reference
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 

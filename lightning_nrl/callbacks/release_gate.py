@@ -50,21 +50,21 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, check_whole
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.input_checks import check_classes
 from lightning_nrl.records.provenance import today
-from lightning_nrl.tasks import Task
-from lightning_nrl.updates import RegressionSuite, ReleaseReport, Rule
-from lightning_nrl.updates.accepted import predictions_beside
-from lightning_nrl.updates.junit import write_error, write_junit
-from lightning_nrl.updates.model_pair import ModelPair, evaluate_pieces
-from lightning_nrl.updates.old_model import AnyReference, OldModel, in_memory
-from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.release import (
+from lightning_nrl.release import RegressionSuite, ReleaseReport, Rule
+from lightning_nrl.release.accepted import predictions_beside
+from lightning_nrl.release.junit import write_error, write_junit
+from lightning_nrl.release.model_pair import ModelPair, evaluate_pieces
+from lightning_nrl.release.release_report import (
     Criteria,
     OnUndecided,
     check_reference,
     judge_pair,
 )
-from lightning_nrl.updates.rule_parsing import Require
-from lightning_nrl.updates.suite import released_samples
+from lightning_nrl.release.rule_parsing import Require
+from lightning_nrl.release.suite import released_samples
+from lightning_nrl.tasks import Task
+from lightning_nrl.updates.old_model import AnyReference, OldModel, in_memory
+from lightning_nrl.updates.predictions import Predictions
 
 TRAINING_SAMPLES = 1000
 """Number of training samples whose contents are sought in the tested data, to limit time."""
@@ -83,7 +83,7 @@ class ReleaseGate(DataCallback):
         reference: the model in use: a module, the path of its checkpoint or of its predictions
             (CSV), or an `OldModel`.
         rules: the rules to satisfy, as texts such as `nfr:1%` or as objects; see
-            `lightning_nrl.updates.release`.
+            `lightning_nrl.release.release_report`.
         require: a further condition for each split: `not-worse` (no more samples broken than
             repaired), `better` (a gain that is significant at 5 % in the sign test), or `any` (no
             condition).
@@ -97,12 +97,12 @@ class ReleaseGate(DataCallback):
         seed: seed for random transforms of the data.
         dirpath: folder for the files. None means `<log_dir>/release`.
         verbose: if True, prints the decision.
-        on_undecided: as in `lightning_nrl.updates.release`.
+        on_undecided: as in `lightning_nrl.release.release_report`.
         junit: file for the decision as JUnit XML, for CI services; see `to_junit`.
         suite: samples that must stay right: a `RegressionSuite` or the path of its CSV file, which
             grows by the samples that an accepted release repairs or breaks.
-        sample_id: as in `lightning_nrl.updates.release`.
-        noise: as in `lightning_nrl.updates.release`.
+        sample_id: as in `lightning_nrl.release.release_report`.
+        noise: as in `lightning_nrl.release.release_report`.
 
     Attributes:
         report: the `ReleaseReport` with the decision. None until the test has ended.

@@ -56,11 +56,11 @@ from lightning_nrl.gate import Gate
 from lightning_nrl.methods import METHODS, AnyMethod, with_lora
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.pipeline.input_checks import check_limit
+from lightning_nrl.release.suite import RegressionSuite, protecting, repaired_samples
 from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.old_model import AnyReference, parse_reference
-from lightning_nrl.updates.suite import RegressionSuite, protecting, repaired_samples
 
 
 class RegressionFreeRepair(CallbackBase):

@@ -53,15 +53,11 @@ from lightning_nrl.errors import ConfigurationError, RepairError, UnwritableFold
 from lightning_nrl.pipeline import Patch, patch_checkpoint
 from lightning_nrl.records import installed_versions
 from lightning_nrl.records.provenance import today
-from lightning_nrl.report import RepairReport, Report
-from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
-from lightning_nrl.report.side_by_side import side_by_side
-from lightning_nrl.updates import recount
-from lightning_nrl.updates.accepted import reports_in
-from lightning_nrl.updates.junit import errors_in_junit, write_junit
-from lightning_nrl.updates.model_pair import check_missing, pair_from_files
-from lightning_nrl.updates.predictions import Predictions, read_slices
-from lightning_nrl.updates.release import (
+from lightning_nrl.release import recount
+from lightning_nrl.release.accepted import reports_in
+from lightning_nrl.release.junit import errors_in_junit, write_junit
+from lightning_nrl.release.model_pair import check_missing, pair_from_files
+from lightning_nrl.release.release_report import (
     ACTIONS,
     Criteria,
     Identity,
@@ -69,8 +65,12 @@ from lightning_nrl.updates.release import (
     ReleaseReport,
     make_report,
 )
-from lightning_nrl.updates.rule_parsing import REQUIRED, RULES, Require
-from lightning_nrl.updates.suite import RegressionSuite, released_samples
+from lightning_nrl.release.rule_parsing import REQUIRED, RULES, Require
+from lightning_nrl.release.suite import RegressionSuite, released_samples
+from lightning_nrl.report import RepairReport, Report
+from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table
+from lightning_nrl.report.side_by_side import side_by_side
+from lightning_nrl.updates.predictions import Predictions, read_slices
 
 __all__ = ["COMMANDS", "main"]
 

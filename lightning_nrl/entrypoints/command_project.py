@@ -19,8 +19,8 @@ from lightning_nrl._utils.registry import import_function
 from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.entrypoints.arguments import OPTION_CLASSES, is_used
 from lightning_nrl.errors import ConfigurationError, RepairError
-from lightning_nrl.updates.release import OnUndecided
-from lightning_nrl.updates.rule_parsing import Require
+from lightning_nrl.release.release_report import OnUndecided
+from lightning_nrl.release.rule_parsing import Require
 
 if TYPE_CHECKING:  # an optional dependency
     import jsonargparse

@@ -8,16 +8,16 @@ from typing import Any
 
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.records.provenance import today
-from lightning_nrl.report import RepairReport
-from lightning_nrl.updates import Predictions
-from lightning_nrl.updates.model_pair import pair_from_files
-from lightning_nrl.updates.suite import (
+from lightning_nrl.release.model_pair import pair_from_files
+from lightning_nrl.release.suite import (
     RegressionSuite,
     Samples,
     SuiteSample,
     repaired_samples,
     rows_of,
 )
+from lightning_nrl.report import RepairReport
+from lightning_nrl.updates import Predictions
 
 SUITE: Mapping[str, Mapping[str, Any]] = {
     "action": {"choices": ("add", "list", "check")},

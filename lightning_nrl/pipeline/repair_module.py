@@ -46,10 +46,10 @@ from lightning_nrl.pipeline.sparse_patch import sparsify
 from lightning_nrl.pipeline.strength import line_search
 from lightning_nrl.records import CalibrationBounds, Step
 from lightning_nrl.records.stats import limit_after
+from lightning_nrl.release.suite import RegressionSuite, protecting, rows_of
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.updates import Reference
-from lightning_nrl.updates.suite import RegressionSuite, protecting, rows_of
 
 
 @dataclass(frozen=True)

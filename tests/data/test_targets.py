@@ -27,7 +27,7 @@ from lightning_nrl.data.targets import (
     target_in,
 )
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.updates import ProtectedIntact, parse_rules
+from lightning_nrl.release import ProtectedIntact, parse_rules
 
 LABEL = torch.tensor([3, 3, 5, 3, 0])
 PREDICTION = torch.tensor([5, 3, 3, 0, 0])

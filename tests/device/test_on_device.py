@@ -18,8 +18,8 @@ from lightning_nrl import Gate, Grid, OldModel, Target, TensorSource, repair_mod
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.pipeline import Outcome
+from lightning_nrl.release import release
 from lightning_nrl.study import sweep_module
-from lightning_nrl.updates import release
 
 STRICT = "strict_cuda" in sys.modules
 pytestmark = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from repository import ROOT
 
-from lightning_nrl.updates import ReleaseReport
+from lightning_nrl.release import ReleaseReport
 
 EXAMPLES = ROOT / "examples"
 FILES = {"report.json", "report.md", "report.html", "predictions.csv"}

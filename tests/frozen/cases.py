@@ -31,11 +31,12 @@ from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.evaluation import Evaluator, Focal
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Polish
+from lightning_nrl.release import ProtectedIntact, release
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Fitness, ParticleSwarm
 from lightning_nrl.study import TABLE_II, Grid, sweep_module
 from lightning_nrl.tasks import Regression, Sequence
-from lightning_nrl.updates import FocalDistillation, MarginHinge, OldModel, ProtectedIntact, release
+from lightning_nrl.updates import FocalDistillation, MarginHinge, OldModel
 
 from . import calls, data
 from .data import Classifier, Digits, blobs, quiet_trainer, trained

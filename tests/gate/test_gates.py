@@ -14,8 +14,8 @@ from sample_tables import sample_table
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.gate import GATES, Accuracy, Gate, Instance, Tolerance, judge
-from lightning_nrl.updates import AtMostBroken
-from lightning_nrl.updates.rule_parsing import parse_rule
+from lightning_nrl.release import AtMostBroken
+from lightning_nrl.release.rule_parsing import parse_rule
 
 
 @pytest.mark.parametrize(

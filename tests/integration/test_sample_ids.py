@@ -17,10 +17,10 @@ from lightning_nrl import ConfigurationError, ReleaseGate, RepairReport, SampleO
 from lightning_nrl._trainer import loaders
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.pipeline import Settings, repair_module
+from lightning_nrl.release import ReleaseReport
+from lightning_nrl.release.junit import to_junit
 from lightning_nrl.report.tensorboard_plugin.repair_folders import RepairFolder
 from lightning_nrl.report.tensorboard_plugin.tab_data import LoadedRepair
-from lightning_nrl.updates import ReleaseReport
-from lightning_nrl.updates.junit import to_junit
 
 
 class Table(Dataset):

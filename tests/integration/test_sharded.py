@@ -18,7 +18,8 @@ from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
 from lightning_nrl.errors import OtherRankError
-from lightning_nrl.updates import Predictions, ReleaseReport
+from lightning_nrl.release import ReleaseReport
+from lightning_nrl.updates import Predictions
 
 
 class Sharded(Classifier):

@@ -45,10 +45,10 @@ from lightning_nrl.records import (
 )
 from lightning_nrl.records.provenance import DataIdentity, Provenance
 from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+from lightning_nrl.release.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.release.rules import RuleResult
 from lightning_nrl.report import RepairReport
 from lightning_nrl.study import Run, SweepResult
-from lightning_nrl.updates.release import Identity, ReleaseReport, ReleaseRow
-from lightning_nrl.updates.rules import RuleResult
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
 GROUPS = GroupCounts(3, 1, 2, 2, 1, 1, 2)

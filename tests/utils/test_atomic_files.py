@@ -35,8 +35,8 @@ from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.pipeline import Patch
 from lightning_nrl.published import TrainingRecord
 from lightning_nrl.published.training_record import write_point
+from lightning_nrl.release import RegressionSuite
 from lightning_nrl.study.run_store import Run, RunStore, StoredRun
-from lightning_nrl.updates import RegressionSuite
 from lightning_nrl.updates.predictions import Predictions, read_slices
 
 STATE = {

@@ -45,11 +45,11 @@ from lightning_nrl._trainer.tracking.tags import (
     tag,
 )
 from lightning_nrl.errors import LoggingWarning
+from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.figures import image_of
 from lightning_nrl.report.page import FactList, Heading, Page
 from lightning_nrl.report.tables import FLIPPED_COLUMNS, flipped_rows
-from lightning_nrl.updates import ReleaseReport
 
 LONGEST_TEXT = 60  # characters; more would widen the table of the HParams tab
 MOST_ROWS = 10_000  # W&B shows no more of a table

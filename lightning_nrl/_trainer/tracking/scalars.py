@@ -24,8 +24,8 @@ from lightning_nrl.evaluation import FlipCounts
 from lightning_nrl.evaluation.rates import UPDATE_RATES
 from lightning_nrl.evaluation.slices import slice_tags
 from lightning_nrl.records import Rung, SplitReport, pool
+from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
-from lightning_nrl.updates import ReleaseReport
 from lightning_nrl.updates.interpolation import InterpolationChoice
 
 Scalars = dict[str, float]

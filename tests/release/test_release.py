@@ -22,7 +22,8 @@ from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.records import hash_tensors
-from lightning_nrl.updates import Predictions, ProtectedIntact, ReleaseReport, parse_rules, release
+from lightning_nrl.release import ProtectedIntact, ReleaseReport, parse_rules, release
+from lightning_nrl.updates import Predictions
 
 HOW_TO = ROOT / "docs" / "release.md"
 RULES = ["accuracy", "nfr:20%", "slices", "slices:count"]

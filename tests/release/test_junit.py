@@ -9,7 +9,7 @@ import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
 
 from lightning_nrl.entrypoints.command_line import main
-from lightning_nrl.updates import ReleaseReport, RuleResult, to_junit
+from lightning_nrl.release import ReleaseReport, RuleResult, to_junit
 
 
 def read(path: Path) -> dict[tuple[str, str], list[str]]:

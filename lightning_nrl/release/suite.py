@@ -19,8 +19,8 @@ from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl.errors import ConfigurationError, visible
 from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.sample_options import SampleOptions
+from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.report import RepairReport
-from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.predictions import Line, read_csv, refuse_samples
 
 NEEDED_COLUMNS = ("split", "id")

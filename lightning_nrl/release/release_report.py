@@ -25,18 +25,18 @@ from lightning_nrl.evaluation.rates import UPDATE_RATES
 from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.records.provenance import Provenance
 from lightning_nrl.records.stats import Bound, p_worse, percent_up, show_confidence
+from lightning_nrl.release.accepted import check_accepted
+from lightning_nrl.release.model_pair import ModelPair, check_missing, evaluate_pieces
+from lightning_nrl.release.protected import ProtectedIntact
+from lightning_nrl.release.rule_parsing import Require, parse_rules
+from lightning_nrl.release.rules import Rule, RuleResult, limited_to
+from lightning_nrl.release.statistical_rules import MaxNegativeFlipRate
+from lightning_nrl.release.suite import RegressionSuite
+from lightning_nrl.release.traits import common_traits
 from lightning_nrl.report.html import Report
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text, Tone
-from lightning_nrl.updates.accepted import check_accepted
-from lightning_nrl.updates.model_pair import ModelPair, check_missing, evaluate_pieces
 from lightning_nrl.updates.old_model import OldModel, Reference, in_memory, parse_reference
 from lightning_nrl.updates.predictions import Predictions
-from lightning_nrl.updates.protected import ProtectedIntact
-from lightning_nrl.updates.rule_parsing import Require, parse_rules
-from lightning_nrl.updates.rules import Rule, RuleResult, limited_to
-from lightning_nrl.updates.statistical_rules import MaxNegativeFlipRate
-from lightning_nrl.updates.suite import RegressionSuite
-from lightning_nrl.updates.traits import common_traits
 
 Status = Literal["accepted", "refused", "undecided"]
 OnUndecided = Literal["refuse", "accept"]
@@ -73,7 +73,7 @@ def release(
         data: one source or a list of sources, such as a `TensorSource`; each is a split. The
             report's limits of flip rates hold for future data only if neither training nor the
             choice of a model used the split.
-        rules: one or several rules: `protected:ids.csv`; rules of `lightning_nrl.updates`;
+        rules: one or several rules: `protected:ids.csv`; rules of `lightning_nrl.release`;
             `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`, `slices` or
             `slices:count`. The text of every rule but `protected` may end with ` in SPLIT`, which
             limits the rule to one split.

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_nrl._utils.formatting import list_ids, plural
 from lightning_nrl.data.targets import Predicate, Target, target_in
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.updates.model_pair import ModelPair, check_splits
+from lightning_nrl.release.model_pair import ModelPair, check_splits
+from lightning_nrl.release.rules import Rule, RuleResult, Verdict, ids_in
+from lightning_nrl.release.suite import RegressionSuite, Samples, SuiteSample, rows_of
 from lightning_nrl.updates.predictions import Ids
-from lightning_nrl.updates.rules import Rule, RuleResult, Verdict, ids_in
-from lightning_nrl.updates.suite import RegressionSuite, Samples, SuiteSample, rows_of
 
 
 @dataclass(frozen=True, eq=False)

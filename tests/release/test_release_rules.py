@@ -19,7 +19,7 @@ from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.records.stats import p_worse, upper_limit
-from lightning_nrl.updates import (
+from lightning_nrl.release import (
     AtMostBroken,
     IsBetter,
     IsEquivalent,
@@ -33,9 +33,9 @@ from lightning_nrl.updates import (
     Rule,
     RuleResult,
 )
-from lightning_nrl.updates.calibration import Calibration
-from lightning_nrl.updates.release import Criteria, Identity, ReleaseReport, make_report
-from lightning_nrl.updates.rule_parsing import parse_rule, parse_rules
+from lightning_nrl.release.calibration import Calibration
+from lightning_nrl.release.release_report import Criteria, Identity, ReleaseReport, make_report
+from lightning_nrl.release.rule_parsing import parse_rule, parse_rules
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
 

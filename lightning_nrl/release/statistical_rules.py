@@ -25,9 +25,9 @@ from lightning_nrl.records.stats import (
     show_confidence,
     upper_limit,
 )
-from lightning_nrl.updates.calibration import Calibration
-from lightning_nrl.updates.model_pair import ModelPair
-from lightning_nrl.updates.rules import Part, SplitRule, accuracies
+from lightning_nrl.release.calibration import Calibration
+from lightning_nrl.release.model_pair import ModelPair
+from lightning_nrl.release.rules import Part, SplitRule, accuracies
 
 LISTED_SLICES = 5
 
@@ -294,7 +294,7 @@ class IsEquivalent(IsNonInferior):
 class MaxCalibrationRise(LimitRule):
     """Requires in each split that the expected calibration error rises by at most `limit`.
 
-    The error has 15 bins. Its rise has a bootstrap interval (`updates.calibration.Calibration`).
+    The error has 15 bins. Its rise has a bootstrap interval (`release.calibration.Calibration`).
 
     Attributes:
         limit: largest allowed rise, in (0, 1).

@@ -11,9 +11,9 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.targets import target_in
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import GATES
-from lightning_nrl.updates.protected import ProtectedIntact
-from lightning_nrl.updates.rules import AtMostBroken, Rule
-from lightning_nrl.updates.statistical_rules import (
+from lightning_nrl.release.protected import ProtectedIntact
+from lightning_nrl.release.rules import AtMostBroken, Rule
+from lightning_nrl.release.statistical_rules import (
     IsBetter,
     IsEquivalent,
     IsNonInferior,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.records.stats import binomial_cdf, p_of_overlap
-from lightning_nrl.updates.model_pair import ModelPair
+from lightning_nrl.release.model_pair import ModelPair
 
 MAX_TRAITS = 5
 LEVEL = 0.05  # largest p-value, corrected for the number of traits

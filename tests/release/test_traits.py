@@ -6,9 +6,9 @@ import torch
 from sample_tables import sample_table
 from torch import Tensor
 
-from lightning_nrl.updates import Identity, ModelPair, parse_rules
-from lightning_nrl.updates.release import Criteria, make_report
-from lightning_nrl.updates.traits import MAX_TRAITS, common_traits
+from lightning_nrl.release import Identity, ModelPair, parse_rules
+from lightning_nrl.release.release_report import Criteria, make_report
+from lightning_nrl.release.traits import MAX_TRAITS, common_traits
 
 
 def pair_of(label: Tensor, prediction: Tensor, slices: str = "") -> ModelPair:

@@ -21,8 +21,8 @@ from lightning_nrl import ConfigurationError, RegressionFreeRepair, ReleaseGate
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import UnwritableFolderError
 from lightning_nrl.evaluation import SampleResults
-from lightning_nrl.updates import ReleaseReport
-from lightning_nrl.updates.model_pair import near_copies
+from lightning_nrl.release import ReleaseReport
+from lightning_nrl.release.model_pair import near_copies
 
 pytestmark = [pytest.mark.filterwarnings("ignore:[\\s\\S]*deprecated")]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.report import RepairReport
-from lightning_nrl.updates.model_pair import ModelPair
 from lightning_nrl.updates.old_model import OldModel, Reference
 from lightning_nrl.updates.predictions import Predictions
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.updates.model_pair import ModelPair
+from lightning_nrl.release.model_pair import ModelPair
 
 BINS = 15  # as in torchmetrics
 RESAMPLES = 1000

@@ -13,8 +13,8 @@ from two_processes import server
 
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.updates import ProtectedIntact, RegressionSuite
-from lightning_nrl.updates.suite import SuiteSample
+from lightning_nrl.release import ProtectedIntact, RegressionSuite
+from lightning_nrl.release.suite import SuiteSample
 
 ROOT = Path(__file__).parents[2]
 HEADER = "split,id,prediction,passed,key\n"

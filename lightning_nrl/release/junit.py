@@ -12,7 +12,7 @@ from xml.sax.saxutils import quoteattr
 from lightning_nrl._utils.atomic_files import must_be_written, write_text
 from lightning_nrl._utils.formatting import list_ids
 from lightning_nrl.errors import visible
-from lightning_nrl.updates.release import ReleaseReport
+from lightning_nrl.release.release_report import ReleaseReport
 
 ALL_SPLITS = "all splits"
 """Test suite of rules that do not say which splits they judged."""
