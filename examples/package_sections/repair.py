@@ -1,7 +1,7 @@
 """Repairs MiniLM, a text encoder: packages that it sorts into a wrong section.
 
     python -m pip install -e ".[lora,plots]" --group package_sections
-    python examples/package_sections/repair.py      # trains and repairs, 25 minutes
+    python examples/package_sections/repair.py      # trains and repairs, half an hour
 
 Fine-tunes MiniLM on descriptions of Debian's packages (`apt-cache dumpavail`, needs `apt-get
 update`) and repairs what it gets wrong among later ones: by its last layer, by adapters (LoRA), and

@@ -218,7 +218,7 @@ def solve_duals(gram: Tensor, required: Tensor, max_value: float) -> tuple[Tenso
     right = (vectors.mT @ required[:, :, None] / root)[:, :, 0]
     most = EXCHANGES_PER_ROW * required.shape[1]
     solved = [nnls(factor, b, maxiter=most)[0] for factor, b in zip(factors, right, strict=True)]
-    values = torch.tensor(np.stack(solved))  # a copy in aligned memory: it decides how MKL rounds
+    values = torch.tensor(np.stack(solved))  # a copy: MKL rounds by alignment, and numpy's varies
     # The best multiple.
     rise = (required * values).sum(1)
     curve = (values * _times(exact, values)).sum(1)
