@@ -15,7 +15,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.evaluation.sample_results import Flips
-from lightning_nrl.localization import LOCALIZERS, KnownData, Localizer
+from lightning_nrl.localization import LOCALIZERS, KnownData, Localization, Localizer
 from lightning_nrl.methods.method import Method
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import (
@@ -41,7 +41,7 @@ SUFFICIENT_MARGIN = 0.04
 class LocalSearchResult:
     """The result of `localize_and_search`."""
 
-    solution: Solution  # what was searched, without a proposal
+    localization: Localization
     search: SearchResult  # the best values found, and the log of the search
     state: State | None  # whole tensors with the best values; None if the original values are best
     notes: tuple[str, ...]  # how the recording is stored, and how many samples are used
@@ -52,7 +52,7 @@ class LocalSearchResult:
         size = f"{len(search.values):,} weights, {search.iterations:,} iterations"
         note = "; ".join(filter(None, [size, CUT if was_cut else "", *self.notes]))
         step = proposal.step(search.seconds, note, was_cut=was_cut)
-        return replace(self.solution, proposal=proposal, steps=(step,))
+        return Solution(proposal, "", (step,), localization=self.localization, search=search)
 
 
 def parse_parts(method: Method, prefix: str, /, **registries: Registry[Any]) -> None:
@@ -129,7 +129,7 @@ class LocalSearch(Method):
         best = localize_and_search(problem, searcher, end, problem.rounding_reserve)
         if best.state is None:
             reason = "the search found nothing better than the original weights."
-            return replace(best.solution, reason=reason)
+            return Solution(None, reason, localization=best.localization, search=best.search)
         with clock.stage("judge"):
             return best.solved_by(problem.propose(searcher.label, best.state))
 
@@ -209,11 +209,4 @@ def _localize_and_search(
         result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)
     state = None if torch.equal(values, space.flat()[where]) else space.changed(where, values)
-    solution = Solution(
-        None,
-        localization=localization,
-        result=result,
-        n_failed=int(failed.sum()),
-        n_passed=n_passed,
-    )
-    return LocalSearchResult(solution, result, state, (recording.storage, choice.note))
+    return LocalSearchResult(localization, result, state, (recording.storage, choice.note))

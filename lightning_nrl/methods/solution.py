@@ -70,10 +70,7 @@ class Solution:
         tried: counts of the known samples under weights that are not kept. `Auto` uses them in
             `price`.
         localization: the weights that a search could change; None if there was no search.
-        result: the log of the search.
-        n_failed: number of targets that the search scored; None means all.
-        n_passed: number of passed samples that the search scored; None means all in
-            `Problem.passed`.
+        search: the log of the search; None if there was no search.
         held_out: flip counts of known samples that the method could not use; None if they were not
             counted.
         n_choices: number of results among which held-out samples chose.
@@ -91,9 +88,7 @@ class Solution:
     steps: Sequence[Step] = ()
     tried: Sequence[TargetCounts] = ()
     localization: Localization | None = None
-    result: SearchResult | None = None
-    n_failed: int | None = None
-    n_passed: int | None = None
+    search: SearchResult | None = None
     held_out: TargetCounts | None = None
     n_choices: int = 1
     rungs: tuple[Rung, ...] = ()

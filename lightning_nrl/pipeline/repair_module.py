@@ -250,8 +250,6 @@ def _finish(
             work = partial(sparsify, problem, solution.proposal, settings.bounds.sparse)
             sparse, step = problem.work.once("sparse", work, tuple[Proposal, Step])
         solution = replace(solution, proposal=sparse, steps=(*solution.steps, step))
-    if solution.n_passed is None:
-        solution = replace(solution, n_passed=int(problem.passed.sum()))
     builder = replace(builder, solution=solution, near_copies=near_copies)
     proposal = solution.proposal
     patch = changed(model, proposal.state) if proposal is not None else {}

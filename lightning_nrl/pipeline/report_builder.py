@@ -184,19 +184,17 @@ class ReportBuilder:
         return {stage: round(n, 3) for stage, n in zip(stages, passes, strict=True) if n}
 
     def _search(self) -> SearchReport | None:
-        result, n_failed = self.solution.result, self.solution.n_failed
+        result = self.solution.search
         if result is None:
             return None
-        if n_failed is None:
-            n_failed = int(self.baseline.known.targeted.sum())
         return SearchReport(
             iterations=result.iterations,
             stopped=result.stopped,
             fitness=float(result.fitness),
             original_fitness=float(result.original_fitness),
             history={name: curve.tolist() for name, curve in fields_of(result.history).items()},
-            n_failed=n_failed,
-            n_passed=self.solution.n_passed,
+            n_failed=result.n_failed,
+            n_passed=result.n_passed,
         )
 
     def _set_aside(self) -> tuple[SetAside, ...]:

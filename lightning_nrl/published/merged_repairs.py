@@ -138,7 +138,7 @@ class MergedRepairs(Method):
             return Solution(
                 None, "no mix of the repairs is better than the original weights.", steps
             )
-        return Solution(best, "", steps, result=result)
+        return Solution(best, "", steps, search=result)
 
     def _choose_parts(self, problem: Problem) -> dict[str, Tensor]:
         before = problem.before

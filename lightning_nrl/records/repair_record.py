@@ -61,23 +61,21 @@ class SearchReport:
 
     `fitness` is the fitness of the best candidate. `history` has the curves of `SearchHistory`,
     with one value per iteration. `n_failed` and `n_passed` are the numbers of samples in I_neg and
-    I_pos, or None if they are unknown.
+    I_pos.
     """
 
     iterations: int
     stopped: str
     fitness: float
     original_fitness: float
-    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    n_failed: int | None = None
-    n_passed: int | None = None
+    history: Mapping[str, Sequence[float]]
+    n_failed: int
+    n_passed: int
 
     @property
     def curves(self) -> dict[str, Sequence[float]]:
-        """The curves of `history`, and `broken`: `n_passed` minus `intact`, if both are known."""
-        intact = self.history.get("intact")
-        if self.n_passed is None or intact is None:
-            return dict(self.history)
+        """The curves of `history`, and `broken`: `n_passed` minus `intact`."""
+        intact = self.history.get("intact", ())
         return {**self.history, "broken": [self.n_passed - value for value in intact]}
 
 

@@ -168,8 +168,7 @@ def _search(search: SearchReport, seconds: float | None) -> str:
     text = plural(search.iterations, "iteration")
     if seconds is not None:
         text += f" in {seconds:,.1f} s"
-    if search.n_failed is not None and search.n_passed is not None:
-        text += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
+    text += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
     fitness = f"{number(search.original_fitness)} -> {number(search.fitness)}"
     return f"{text}, fitness {fitness}; stopped: {search.stopped}"
 

@@ -113,6 +113,8 @@ def search(
         stopped=_stop_reason(method, iterations, n_stale),
         history=history,
         seconds=time.perf_counter() - began,
+        n_failed=before.n_failed,
+        n_passed=before.n_passed,
     )
 
 

@@ -42,6 +42,8 @@ class SearchResult:
     stopped: str  # reason why the search ended, in words
     history: SearchHistory
     seconds: float  # wall time
+    n_failed: int  # |I_neg|
+    n_passed: int  # |I_pos|
 
 
 # The fields of `SearchHistory`, and the number of iterations since the last improvement.

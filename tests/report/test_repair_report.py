@@ -15,7 +15,7 @@ from lightning_nrl.report import RepairReport
 
 
 def test_what_is_not_finite_is_null_and_comes_back_as_nan():
-    search = SearchReport(3, "stopped", math.nan, -math.inf, {"best": [1.0, math.nan]})
+    search = SearchReport(3, "stopped", math.nan, -math.inf, {"best": [1.0, math.nan]}, 4, 9)
     odd = replace(REPAIRED, search=search, change=WeightChange(0, 4, 0.0, math.nan, 0.0))
     data = json.loads(odd.to_json())
     assert data["search"]["fitness"] is data["change"]["relative"] is None

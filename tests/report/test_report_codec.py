@@ -85,7 +85,7 @@ REPORTS = {
         ),
         set_aside=(SetAside("train", 3, 1, 0, "its label looks wrong"),),
         localization=LocalizationReport(8, 20, {"localized": 8}),
-        search=SearchReport(3, "patience", 0.5, math.nan, {"best": [0.5, math.nan]}, 4),
+        search=SearchReport(3, "patience", 0.5, math.nan, {"best": [0.5, math.nan]}, 4, 9),
         steps=(Step("fit", 2, 1, 0.5),),
         strength=(StrengthPoint(0.5, 1, FLIPS), StrengthPoint(1.0, 2, FLIPS, FLIPS, True, 1.5)),
         chosen_strength=1.0,
