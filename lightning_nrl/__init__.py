@@ -13,7 +13,7 @@ __version__ = "0.2.0.dev0"
 # TensorBoard imports this package for its tab, without torch. So each name, and torch with it, is
 # imported on first access only. Type checkers read `__init__.pyi`.
 _PACKAGES = {
-    "_trainer.data_splits": "DataOptions",
+    "_trainer.reading.data_splits": "DataOptions",
     "callbacks": "PositiveCongruentTraining RegressionFreeRepair RegressionMetrics ReleaseGate "
     "RepairInTraining WeightInterpolation",
     "data": "Target TensorSource",

@@ -1,4 +1,4 @@
-from lightning_nrl._trainer.data_splits import DataOptions
+from lightning_nrl._trainer.reading.data_splits import DataOptions
 from lightning_nrl.callbacks import (
     PositiveCongruentTraining,
     RegressionFreeRepair,

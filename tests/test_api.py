@@ -20,7 +20,8 @@ MODULES = (
     "lightning_nrl.entrypoints.command_line",
     "lightning_nrl.errors",
     "lightning_nrl.evaluation.metrics",
-    "lightning_nrl.records.stats",
+    "lightning_nrl.evaluation.stats",
+    "lightning_nrl.gate",
 )
 """Public modules that are no packages."""
 

@@ -11,7 +11,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from lightning_nrl.records.stats import Bound
+from lightning_nrl.evaluation.stats import Bound
 
 HERE = Path(__file__).parent
 INK, FAINT, RIGHT, WRONG, REPAIRED, BROKEN = (

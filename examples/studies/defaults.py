@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, Settings, TensorSource, repair_module
+from lightning_nrl.evaluation.stats import interval
 from lightning_nrl.methods.budget import LEAST_EPOCHS, SMALL_BUDGET, SMALL_NETWORK
-from lightning_nrl.records.stats import interval
 
 OWNERS = {"quickstart": PROBLEMS["slashed-zeros"], "weak digit": PROBLEMS["weak-digit"]}
 """Networks of `--fits`."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import data_module_of
-from lightning_nrl._trainer.module_copy import copied_module
-from lightning_nrl._trainer.random_transforms import innermost_datasets
+from lightning_nrl._trainer.reading.data_splits import find_loader
+from lightning_nrl._trainer.reading.random_transforms import innermost_datasets
+from lightning_nrl._trainer.training.module_copy import copied_module
 from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.preserve import eval_mode
 from lightning_nrl._utils.state import State, device_of, write

@@ -8,9 +8,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
-from lightning_nrl._trainer.continue_training import Augment, ContinuedTraining
-from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
-from lightning_nrl._trainer.flipped_samples import Render, names_in, sample_views
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
@@ -20,11 +17,14 @@ from lightning_nrl._trainer.lightning.private_parts import (
     batch_limit,
     validating,
 )
-from lightning_nrl._trainer.loaders import SPLITS, LoaderSource
-from lightning_nrl._trainer.prediction import describe_uncounted_outputs, open_sources
-from lightning_nrl._trainer.progress import RepairProgress
-from lightning_nrl._trainer.random_transforms import report_stability
+from lightning_nrl._trainer.output.flipped_samples import Render, names_in, sample_views
+from lightning_nrl._trainer.output.progress import RepairProgress
+from lightning_nrl._trainer.reading.data_splits import DataRequest, SplitLoaders, describe_limits
+from lightning_nrl._trainer.reading.loaders import SPLITS, LoaderSource
+from lightning_nrl._trainer.reading.random_transforms import report_stability
+from lightning_nrl._trainer.steps.prediction import describe_uncounted_outputs, open_sources
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
+from lightning_nrl._trainer.training.continue_training import Augment, ContinuedTraining
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.errors import (

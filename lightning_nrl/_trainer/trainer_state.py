@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.inner_trainer import NullLogger
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
+from lightning_nrl._trainer.lightning.null_logger import NullLogger
 from lightning_nrl._trainer.lightning.packages import (
     Callback,
     Checkpoint,
@@ -31,8 +31,7 @@ from lightning_nrl._trainer.lightning.packages import (
     rank_zero_warn,
 )
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
-from lightning_nrl._trainer.module_copy import DROPPED_CALLBACKS
-from lightning_nrl._trainer.step_outputs import no_op
+from lightning_nrl._trainer.lightning.step_outputs import no_op
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import interruptible
 from lightning_nrl._utils.preserve import (
@@ -46,6 +45,11 @@ from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
+DROPPED_CALLBACKS = callback_kinds(
+    "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder "
+    "LearningRateMonitor ModelSummary ProgressBar Timer"
+)
+"""Callbacks that tune, save, print or stop training. A copied module trains without them."""
 TUNING_CALLBACKS = callback_kinds("BatchSizeFinder LearningRateFinder WeightAveraging")
 """Callbacks that train before `fit` does, or load other weights than a checkpoint's state dict."""
 ASSUMED_EPOCHS = 20

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._trainer import step_outputs
+from lightning_nrl._trainer.lightning import step_outputs
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import (
     callbacks_of_class,
     trainer_of,
     validating,
 )
-from lightning_nrl._trainer.loaders import length_of
+from lightning_nrl._trainer.reading.loaders import length_of
 from lightning_nrl._trainer.reference_copy import (
     check_other_model,
     parse_teacher,

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import Loaders
-from lightning_nrl._trainer.loaders import LoaderSource, make_source, parse_adapter
-from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.reading.loaders import LoaderSource, make_source, parse_adapter
+from lightning_nrl._trainer.steps.prediction import open_sources
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.data import Adapter

@@ -28,9 +28,14 @@ from lightning_nrl._trainer.lightning.private_parts import (
     validating,
     validation_loaders,
 )
-from lightning_nrl._trainer.loaders import check_loader, check_loaders, loader_like, pieces_of
-from lightning_nrl._trainer.proof import logged_accuracies
-from lightning_nrl._trainer.step_outputs import OutputCapture, Probe, logits_of
+from lightning_nrl._trainer.lightning.step_outputs import OutputCapture, Probe, logits_of
+from lightning_nrl._trainer.reading.loaders import (
+    check_loader,
+    check_loaders,
+    loader_like,
+    pieces_of,
+)
+from lightning_nrl._trainer.steps.proof import logged_accuracies
 from lightning_nrl._trainer.tracking.scalars import Scalars, update_numbers
 from lightning_nrl._trainer.tracking.tags import NUMBER_TAG, PART_TAG, parse_prefix, tagged
 from lightning_nrl._trainer.trainer_state import forward_context

@@ -9,9 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_nrl._trainer.announcement import show
-from lightning_nrl._trainer.data_splits import SplitLoaders
-from lightning_nrl._trainer.folders import check_folder, report_files
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
@@ -23,7 +20,11 @@ from lightning_nrl._trainer.lightning.private_parts import (
     batch_limits,
     data_module_of,
 )
-from lightning_nrl._trainer.loaders import (
+from lightning_nrl._trainer.output.announcement import show
+from lightning_nrl._trainer.output.folders import check_folder, report_files
+from lightning_nrl._trainer.output.repair_files import RELEASE_FILES, write_report
+from lightning_nrl._trainer.reading.data_splits import SplitLoaders
+from lightning_nrl._trainer.reading.loaders import (
     SPLITS,
     LoaderSource,
     StreamSource,
@@ -35,8 +36,7 @@ from lightning_nrl._trainer.loaders import (
     pieces_of,
     split_and_loader,
 )
-from lightning_nrl._trainer.proof import logged_accuracies
-from lightning_nrl._trainer.repair_files import RELEASE_FILES, write_report
+from lightning_nrl._trainer.steps.proof import logged_accuracies
 from lightning_nrl._trainer.tracking.loggers import track_release
 from lightning_nrl._trainer.tracking.scalars import release_numbers
 from lightning_nrl._utils.atomic_files import check_writable

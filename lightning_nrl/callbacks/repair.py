@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_nrl._trainer import announcement, folders, repair_files, trainer_checks
-from lightning_nrl._trainer.data_splits import DataChoice, DataOptions, DataRequest
+from lightning_nrl._trainer import trainer_checks
 from lightning_nrl._trainer.lightning.packages import (
     CallbackBase,
     LightningModule,
@@ -27,9 +26,11 @@ from lightning_nrl._trainer.lightning.private_parts import (
     logged_hparams,
     state_key_of,
 )
-from lightning_nrl._trainer.proof import logged_accuracies
-from lightning_nrl._trainer.result_box import ResultBox
-from lightning_nrl._trainer.step_outputs import follow_hook, follow_own_hook, release_hook
+from lightning_nrl._trainer.lightning.step_outputs import follow_hook, follow_own_hook, release_hook
+from lightning_nrl._trainer.output import announcement, folders, repair_files
+from lightning_nrl._trainer.output.result_box import ResultBox
+from lightning_nrl._trainer.reading.data_splits import DataChoice, DataOptions, DataRequest
+from lightning_nrl._trainer.steps.proof import logged_accuracies
 from lightning_nrl._trainer.tracking.loggers import declare
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import (

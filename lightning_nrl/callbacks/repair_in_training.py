@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import CheckpointState, rerun_validation
-from lightning_nrl._trainer.step_outputs import follow_hook, release_hook
+from lightning_nrl._trainer.lightning.step_outputs import follow_hook, release_hook
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.callbacks.repair import RegressionFreeRepair

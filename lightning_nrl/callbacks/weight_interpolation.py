@@ -8,11 +8,16 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.announcement import show
-from lightning_nrl._trainer.data_splits import DataChoice, SplitLoaders, find_calibration, find_one
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import CheckpointState, batch_limit, validating
-from lightning_nrl._trainer.loaders import LoaderSource, check_data
+from lightning_nrl._trainer.output.announcement import show
+from lightning_nrl._trainer.reading.data_splits import (
+    DataChoice,
+    SplitLoaders,
+    find_calibration,
+    find_one,
+)
+from lightning_nrl._trainer.reading.loaders import LoaderSource, check_data
 from lightning_nrl._trainer.reference_copy import check_other_model, parse_with_weights
 from lightning_nrl._trainer.tracking.loggers import track_numbers
 from lightning_nrl._trainer.tracking.scalars import interpolation_numbers

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_nrl._trainer.data_splits import DataOptions
 from lightning_nrl._trainer.lightning.packages import LightningModule
 from lightning_nrl._trainer.lightning.private_parts import original_module
+from lightning_nrl._trainer.reading.data_splits import DataOptions
 from lightning_nrl.callbacks.repair import RegressionFreeRepair
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.options import OPTIONS, changed_options

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_nrl._trainer.announcement import show
 from lightning_nrl._trainer.lightning.checkpoint_files import reading_checkpoints
 from lightning_nrl._trainer.lightning.private_parts import callbacks_of, set_callbacks
-from lightning_nrl._trainer.repair_files import (
+from lightning_nrl._trainer.output.announcement import show
+from lightning_nrl._trainer.output.repair_files import (
     REPORT_FILES,
     foreign_file,
     refuse_foreign,

@@ -14,6 +14,7 @@ from lightning_nrl._utils.state import changed, current_state, parked
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.evaluation.sample_results import NO_COUNTS, TargetCounts
+from lightning_nrl.evaluation.stats import net_repairs_in_standard_errors
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import (
     FineTunePolish,
@@ -29,7 +30,6 @@ from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.methods.solvers.polish import polish, polished
 from lightning_nrl.records.repair_record import WeightChange
-from lightning_nrl.records.stats import net_repairs_in_standard_errors
 from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.search import SEARCHERS, ParticleSwarm, Searcher
 

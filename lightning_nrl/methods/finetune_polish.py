@@ -17,6 +17,7 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
+from lightning_nrl.evaluation.stats import CHANCE_STANDARD_ERRORS, net_repairs_in_standard_errors
 from lightning_nrl.methods.adapted_problem import solve_with_adapters
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.lora import Lora, LoraAdapter, check_lora
@@ -27,7 +28,6 @@ from lightning_nrl.methods.solvers.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl.methods.solvers.distill import distill, trusted_rate
 from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.records import CautionPoint, Step
-from lightning_nrl.records.stats import CHANCE_STANDARD_ERRORS, net_repairs_in_standard_errors
 
 # Learning rate of AdamW with the user's `training_step`, at most (`trusted_rate`). This is tried if
 # the user's optimizers repair too little.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
-from lightning_nrl.methods.problem import Problem
-from lightning_nrl.records.stats import (
+from lightning_nrl.evaluation.stats import (
     CHANCE_STANDARD_ERRORS,
     variance_of_net_rate,
 )
+from lightning_nrl.methods.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 2  # of each kind of sample: targets, other failures, passed samples
 # Maximum share of all known passed samples. Where it applies, fewer samples of the other kinds are

@@ -8,11 +8,11 @@ from typing import Any
 from lightning_nrl._utils.resume import SAVE_EVERY
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
+from lightning_nrl.evaluation.stats import check_confidence
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.methods.problem import N_SCORED
 from lightning_nrl.pipeline.plain_values import fields_of
-from lightning_nrl.records.stats import check_confidence
 from lightning_nrl.search import FITNESSES, Fitness, FitnessFunction
 
 

@@ -25,10 +25,12 @@ from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotR
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 from lightning_nrl.evaluation.slices import required_repairs
+from lightning_nrl.evaluation.stats import limit_after
 from lightning_nrl.gate import Gate, GateDecision, check_protected, judge
 from lightning_nrl.methods import Auto, Problem, Proposal, Solution, Training, better, solve
 from lightning_nrl.methods.budget import JUDGING_PASSES, POLISH_PASSES, QUOTA_ROUNDS
 from lightning_nrl.methods.lora import LoraAdapter
+from lightning_nrl.methods.near_copies import has_near_copies
 from lightning_nrl.methods.solvers.polish import polished
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import (
@@ -38,14 +40,12 @@ from lightning_nrl.pipeline.input_checks import (
     scope_of,
 )
 from lightning_nrl.pipeline.loaded_weights import to_be_loaded
-from lightning_nrl.pipeline.near_copies import has_near_copies
 from lightning_nrl.pipeline.problem_builder import build_problem, origin_of, passed_rows
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparse_patch import sparsify
 from lightning_nrl.pipeline.strength import line_search
 from lightning_nrl.records import CalibrationBounds, Step
-from lightning_nrl.records.stats import limit_after
 from lightning_nrl.release.suite import RegressionSuite, protecting, rows_of
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView

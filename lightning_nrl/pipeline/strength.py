@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
+from lightning_nrl.evaluation.stats import Selection
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import Problem
 from lightning_nrl.methods.budget import MAX_POLISHES
 from lightning_nrl.methods.solvers.polish import polish
 from lightning_nrl.pipeline.baseline import EvaluatedData
 from lightning_nrl.records import StrengthPoint
-from lightning_nrl.records.stats import Selection
 
 # The most informative first.
 PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)

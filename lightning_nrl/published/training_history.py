@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
-from lightning_nrl._trainer.folders import base_folder
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
-from lightning_nrl._trainer.loaders import check_data
+from lightning_nrl._trainer.output.folders import base_folder
+from lightning_nrl._trainer.reading.data_splits import SplitLoaders, find_splits, run_splits
+from lightning_nrl._trainer.reading.loaders import check_data
 from lightning_nrl._trainer.tracking.loggers import track_figures, track_numbers
 from lightning_nrl._trainer.tracking.tags import parse_prefix
 from lightning_nrl._utils.distributed import Collective

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.evaluation.stats import Evidence, evidence_of, sign_test
 from lightning_nrl.records.repair_record import RepairRecord
-from lightning_nrl.records.stats import Evidence, evidence_of, sign_test
 from lightning_nrl.records.steps import PricePoint
 
 EvidenceSource = Literal["unseen", "held-out", "none"]

@@ -14,6 +14,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, GroupCounts, TargetCounts
+from lightning_nrl.evaluation.stats import Bound, upper_limit
 from lightning_nrl.records.provenance import Provenance, installed_versions
 from lightning_nrl.records.splits import (
     Role,
@@ -26,7 +27,6 @@ from lightning_nrl.records.splits import (
     pool_by_role,
     pool_updates,
 )
-from lightning_nrl.records.stats import Bound, upper_limit
 from lightning_nrl.records.steps import CautionPoint, PricePoint, Rung, Step
 
 COMPARED_AT_ONCE = 2**16  # values that are compared at once

@@ -23,8 +23,8 @@ from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation import Evaluator, FlipCounts, Flips
 from lightning_nrl.evaluation.rates import UPDATE_RATES
 from lightning_nrl.evaluation.slices import Slices
+from lightning_nrl.evaluation.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.records.provenance import Provenance
-from lightning_nrl.records.stats import Bound, p_worse, percent_up, show_confidence
 from lightning_nrl.release.accepted import check_accepted
 from lightning_nrl.release.model_pair import ModelPair, check_missing, evaluate_pieces
 from lightning_nrl.release.protected import ProtectedIntact

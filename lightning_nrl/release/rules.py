@@ -15,7 +15,7 @@ from lightning_nrl._utils.formatting import percent
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.gate.gates import Gate, allowance
+from lightning_nrl.gate import Gate, allowance
 from lightning_nrl.release.model_pair import ModelPair, check_splits
 from lightning_nrl.updates.predictions import Ids
 

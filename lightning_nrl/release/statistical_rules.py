@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_nrl._utils.formatting import exact_percent, percent
 from lightning_nrl.errors import check_choice, check_real
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.records.stats import (
+from lightning_nrl.evaluation.stats import (
     check_confidence,
     evidence_of,
     largest_fall,
@@ -161,10 +161,10 @@ class LimitRule(SplitRule):
 class MaxNegativeFlipRate(LimitRule):
     """Requires in each split a negative flip rate (broken / all samples) of at most `limit`.
 
-    The upper confidence bound of Clopper and Pearson (`records.stats`) must not exceed `limit`. It
-    is valid for future data only if neither training nor the choice of a model used the split. With
-    several splits or slices, the confidence holds: a model above `limit` in one must pass there
-    too, with a probability of 1 - confidence at most.
+    The upper confidence bound of Clopper and Pearson (`evaluation.stats`) must not exceed `limit`.
+    It is valid for future data only if neither training nor the choice of a model used the split.
+    With several splits or slices, the confidence holds: a model above `limit` in one must pass
+    there too, with a probability of 1 - confidence at most.
 
     Attributes:
         limit: largest allowed rate, in (0, 1).
@@ -236,7 +236,7 @@ class MinAccuracy(LimitRule):
 class IsNonInferior(LimitRule):
     """Requires in each split that the accuracy falls by at most `limit`.
 
-    The upper confidence limit on the fall (`records.stats.largest_fall`) must not exceed `limit`.
+    The upper confidence limit on the fall (`stats.largest_fall`) must not exceed `limit`.
 
     Attributes:
         limit: largest allowed fall, in (0, 1).

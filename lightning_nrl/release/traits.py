@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl.records.stats import binomial_cdf, p_of_overlap
+from lightning_nrl.evaluation.stats import binomial_cdf, p_of_overlap
 from lightning_nrl.release.model_pair import ModelPair
 
 MAX_TRAITS = 5

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lightning_nrl._utils.formatting import number, percent, plural, rough_percent
 from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.evaluation.stats import interval, percent_up, show_confidence
 from lightning_nrl.records import SetAside
 from lightning_nrl.records.repair_record import (
     UNSEEN_CONFIDENCE,
@@ -17,7 +18,6 @@ from lightning_nrl.records.repair_record import (
     SearchReport,
     WeightChange,
 )
-from lightning_nrl.records.stats import interval, percent_up, show_confidence
 from lightning_nrl.records.steps import CUT
 from lightning_nrl.report.tables import Fact
 

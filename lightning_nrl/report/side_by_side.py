@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from lightning_nrl._utils.formatting import list_ids, plural
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.stats import evidence_of, sign_test
 from lightning_nrl.records import RepairRecord
 from lightning_nrl.records.splits import ROLES, Role, SplitReport
-from lightning_nrl.records.stats import evidence_of, sign_test
 from lightning_nrl.report.page import Block, FactList, Heading, Page, Row, Table, Text
 from lightning_nrl.report.tables import flipped_splits
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_nrl._utils.formatting import plural
 from lightning_nrl.evaluation.sample_results import GroupCounts, TargetCounts
+from lightning_nrl.evaluation.stats import Evidence
 from lightning_nrl.records import RepairRecord, pool
 from lightning_nrl.records.evidence import (
     EvidenceSource,
@@ -14,7 +15,6 @@ from lightning_nrl.records.evidence import (
     evidence_on,
     worthwhile_price,
 )
-from lightning_nrl.records.stats import Evidence
 from lightning_nrl.report.page import Tone
 from lightning_nrl.report.tables import Fact
 

@@ -6,8 +6,9 @@ terms that make negative flips rare; and interpolated weights.
 """
 
 from lightning_nrl.updates.interpolation import choose_interpolation, interpolate
-from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge, Oversampler
+from lightning_nrl.updates.loss_terms import FocalDistillation, MarginHinge
 from lightning_nrl.updates.old_model import OldModel, Reference
+from lightning_nrl.updates.oversampler import Oversampler
 from lightning_nrl.updates.predictions import Predictions
 
 __all__ = [

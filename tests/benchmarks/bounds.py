@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from lightning_nrl.records.stats import binomial_cdf, upper_limit
+from lightning_nrl.evaluation.stats import binomial_cdf, upper_limit
 
 DRAWS = 1000
 CONFIDENCE = 0.95

@@ -20,18 +20,18 @@ from lightning_nrl import Gate, TensorSource
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
-from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Problem
-from lightning_nrl.pipeline.baseline import EvaluatedData
-from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, PatchPath, line_search
-from lightning_nrl.records import StrengthPoint
-from lightning_nrl.records.stats import (
+from lightning_nrl.evaluation.stats import (
     ORDERED_LEVEL_SHARE,
     binomial_cdf,
     limit_after,
     limit_at_level,
     upper_limit,
 )
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Problem
+from lightning_nrl.pipeline.baseline import EvaluatedData
+from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, PatchPath, line_search
+from lightning_nrl.records import StrengthPoint
 from lightning_nrl.search import Fitness
 
 DRAWS, CONFIDENCE = 1000, 0.95

@@ -38,7 +38,7 @@ from lightning_nrl import (
     Target,
     repair,
 )
-from lightning_nrl._trainer.loaders import SeededDataset
+from lightning_nrl._trainer.reading.loaders import SeededDataset
 from lightning_nrl.errors import DataWarning
 
 

@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from two_processes import server
 
 from lightning_nrl import RegressionFreeRepair, RepairReport
-from lightning_nrl._trainer import announcement
+from lightning_nrl._trainer.output import announcement
 from lightning_nrl._utils import atomic_files as whole_files
 from lightning_nrl.errors import ConfigurationError, FilesWarning, RepairWarning
 from lightning_nrl.pipeline import Outcome, Patch

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, RegressionMetrics, ReleaseGate
-from lightning_nrl._trainer import loaders
+from lightning_nrl._trainer.reading import loaders
 from lightning_nrl.errors import DataWarning, ModelError, OtherRankError
 from lightning_nrl.release import ProtectedIntact, ReleaseReport
 from lightning_nrl.updates import Predictions

@@ -14,7 +14,7 @@ from lightning_package import LightningModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_nrl import ConfigurationError, ReleaseGate, RepairReport, SampleOptions, TensorSource
-from lightning_nrl._trainer import loaders
+from lightning_nrl._trainer.reading import loaders
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.pipeline import Settings, repair_module
 from lightning_nrl.release import ReleaseReport

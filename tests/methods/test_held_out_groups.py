@@ -13,11 +13,11 @@ from toy_repairs import known, trained
 from lightning_nrl import ParticleSwarm
 from lightning_nrl._utils.resume import from_bytes, to_bytes
 from lightning_nrl.evaluation.sample_results import FlipCounts, GroupCounts
+from lightning_nrl.evaluation.stats import net_repairs_in_standard_errors, variance_of_net_rate
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Convex, Problem, Solution
 from lightning_nrl.methods.convex import N_FOLDS, _folds
 from lightning_nrl.methods.held_out import draw_held_out_rows
-from lightning_nrl.records.stats import net_repairs_in_standard_errors, variance_of_net_rate
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
 

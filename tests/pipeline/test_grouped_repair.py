@@ -11,8 +11,8 @@ from options import with_options
 from toy_repairs import QUICK, blobs, known, mlp, quick, trained, unseen
 
 from lightning_nrl import RepairReport, Settings, TensorSource, repair_module
+from lightning_nrl.evaluation.stats import limit_at_level, upper_limit
 from lightning_nrl.methods import Auto
-from lightning_nrl.records.stats import limit_at_level, upper_limit
 from lightning_nrl.updates import OldModel
 
 

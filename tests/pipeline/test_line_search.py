@@ -16,10 +16,10 @@ from toy_repairs import blobs, known, quick, trained
 from lightning_nrl import ConfigurationError, Gate, TensorSource, repair_module
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation import Evaluator, FlipCounts
+from lightning_nrl.evaluation.stats import Selection, binomial_cdf, limit_after, limit_at_level
 from lightning_nrl.methods import Method, Problem, Solution
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline.strength import LIMIT_STATES, LineSearchResult, line_search
-from lightning_nrl.records.stats import Selection, binomial_cdf, limit_after, limit_at_level
 
 WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")
 RIGHT = line(0.9, 1.2, 1.25, 9, split="right", label=0)

@@ -18,7 +18,7 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.entrypoints.command_line import main
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.records.stats import p_worse, upper_limit
+from lightning_nrl.evaluation.stats import p_worse, upper_limit
 from lightning_nrl.release import (
     AtMostBroken,
     IsBetter,

@@ -16,6 +16,7 @@ from test_report_codec import REPORTS
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.stats import upper_limit
 from lightning_nrl.records import Judge
 from lightning_nrl.records.repair_record import (
     Hashes,
@@ -25,7 +26,6 @@ from lightning_nrl.records.repair_record import (
     WeightChange,
 )
 from lightning_nrl.records.splits import ClassCounts, ConfusionCell, FlippedSample, SplitReport
-from lightning_nrl.records.stats import upper_limit
 from lightning_nrl.records.steps import CUT, CautionPoint, PricePoint, Rung, Step
 from lightning_nrl.report import repair_report
 from lightning_nrl.report.repair_report import RepairReport

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lightning_nrl.evaluation.sample_results import GroupCounts, TargetCounts
+from lightning_nrl.evaluation.stats import sign_test, upper_limit
 from lightning_nrl.records import PricePoint, Rung, SplitReport, Step, UpdateSplit
-from lightning_nrl.records.stats import sign_test, upper_limit
 from lightning_nrl.report import RepairReport
 
 KNOWN = SplitReport("train", "known", TargetCounts(1038, 0, 5, 15, 20, 5))

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from toy_repairs import blobs
 from two_processes import spawning
 
-from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.lightning.private_parts import validating
-from lightning_nrl._trainer.loaders import make_source
+from lightning_nrl._trainer.reading.loaders import make_source
+from lightning_nrl._trainer.training.continue_training import ContinuedTraining
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.timing import StageTimer

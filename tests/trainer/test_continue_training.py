@@ -34,9 +34,9 @@ from torch.utils.data import (
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
-from lightning_nrl._trainer.continue_training import ContinuedTraining, ShuffledSampler
 from lightning_nrl._trainer.lightning.private_parts import validating
-from lightning_nrl._trainer.loaders import make_source
+from lightning_nrl._trainer.reading.loaders import make_source
+from lightning_nrl._trainer.training.continue_training import ContinuedTraining, ShuffledSampler
 from lightning_nrl._utils.preserve import preserve_state
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning

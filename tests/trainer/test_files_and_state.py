@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.folders import check_folder, report_files
-from lightning_nrl._trainer.repair_files import REPORT_FILES, SavedFiles
-from lightning_nrl._trainer.result_box import ResultBox
+from lightning_nrl._trainer.output.folders import check_folder, report_files
+from lightning_nrl._trainer.output.repair_files import REPORT_FILES, SavedFiles
+from lightning_nrl._trainer.output.result_box import ResultBox
 from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
 from lightning_nrl.errors import UnwritableFolderError
 from lightning_nrl.report.sample_views import SampleView

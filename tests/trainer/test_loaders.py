@@ -26,8 +26,8 @@ from torch.utils.data import (
 )
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl._trainer.data_splits import DataOptions, DataRequest, SplitLoaders
-from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset, make_source
+from lightning_nrl._trainer.reading.data_splits import DataOptions, DataRequest, SplitLoaders
+from lightning_nrl._trainer.reading.loaders import LoaderSource, SeededDataset, make_source
 from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.sample_identity import is_among

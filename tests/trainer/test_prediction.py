@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._trainer.called_layers import called_layers
+from lightning_nrl._trainer.steps.called_layers import called_layers
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.layers import find_scope, last_linear
 

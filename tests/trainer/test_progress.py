@@ -22,7 +22,7 @@ from lightning_package import (
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_nrl
-from lightning_nrl._trainer.progress import STAGES, RepairProgress
+from lightning_nrl._trainer.output.progress import STAGES, RepairProgress
 
 BARS = pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 

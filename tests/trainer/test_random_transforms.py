@@ -21,8 +21,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
-from lightning_nrl._trainer.random_transforms import (
+from lightning_nrl._trainer.reading.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.reading.random_transforms import (
     check_stability,
     report_stability,
     with_validation_view,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_nrl._trainer.flipped_samples import (
+from lightning_nrl._trainer.output.flipped_samples import (
     display,
     find_normalization,
     names_in,
     sample_views,
     to_pixels,
 )
-from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.reading.loaders import LoaderSource, SeededDataset
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.records import SplitReport

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning_nrl._utils.formatting import percent, sentence
 from lightning_nrl._utils.json_records import to_plain
+from lightning_nrl.evaluation.stats import percent_up
 from lightning_nrl.records.splits import SplitReport, pool_by_role
-from lightning_nrl.records.stats import percent_up
 from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
 from lightning_nrl.report.repair_facts import layer_text, unseen_facts

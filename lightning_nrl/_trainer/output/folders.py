@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning_nrl._trainer.lightning.packages import Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import batch_limit
-from lightning_nrl._trainer.repair_files import (
+from lightning_nrl._trainer.output.repair_files import (
     REPAIRED_FILES,
     foreign_file,
     refuse_foreign,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.records.stats import Bound, binomial_cdf, interval, lower_limit, upper_limit
+from lightning_nrl.evaluation.stats import Bound, binomial_cdf, interval, lower_limit, upper_limit
 
 HOW_TO = ROOT / "docs" / "gates.md"
 CONFIDENCES = (0.5, 0.7, 0.9, 0.95, 0.999, 1 - 1e-9)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, StackDataset, Subset
 
-from lightning_nrl._trainer.inner_trainer import inner_trainer, quiet
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     ModelPruning,
@@ -30,15 +29,16 @@ from lightning_nrl._trainer.lightning.private_parts import (
     combined_like,
     data_module_of,
 )
-from lightning_nrl._trainer.loaders import (
+from lightning_nrl._trainer.reading.loaders import (
     LoaderSource,
     batch_size_of,
     is_stream,
     loader_like,
     loaders_in,
 )
-from lightning_nrl._trainer.module_copy import copied_data_module, copied_module
-from lightning_nrl._trainer.time_budget import (
+from lightning_nrl._trainer.training.inner_trainer import inner_trainer, quiet
+from lightning_nrl._trainer.training.module_copy import copied_data_module, copied_module
+from lightning_nrl._trainer.training.time_budget import (
     CannotTrainError,
     TimeBudget,
     TrainingTrial,

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_nrl._trainer.lightning.private_parts import Loader
-from lightning_nrl._trainer.loaders import Sample, batch_size_of, loader_like
+from lightning_nrl._trainer.reading.loaders import Sample, batch_size_of, loader_like
 from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl.errors import ConfigurationError
 

@@ -14,11 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._trainer.called_layers import evaluation_context
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.proof import (
+from lightning_nrl._trainer.lightning.step_outputs import (
+    Probe,
+    Step,
+    call_step,
+    forward_hooks,
+    loss_in,
+    no_op,
+)
+from lightning_nrl._trainer.reading.loaders import LoaderSource
+from lightning_nrl._trainer.steps.called_layers import evaluation_context
+from lightning_nrl._trainer.steps.proof import (
     Evidence,
     Prediction,
     ScoreUse,
@@ -26,14 +34,6 @@ from lightning_nrl._trainer.proof import (
     recorded_uses,
     show_probabilities,
     weigh,
-)
-from lightning_nrl._trainer.step_outputs import (
-    Probe,
-    Step,
-    call_step,
-    forward_hooks,
-    loss_in,
-    no_op,
 )
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import preserve_attributes, replaced, seed_all

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._trainer.called_layers import call_order, called_layers, evaluation_context
 from lightning_nrl._trainer.lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.lightning.private_parts import overrides
-from lightning_nrl._trainer.loaders import LoaderSource, length_of
-from lightning_nrl._trainer.proof import (
+from lightning_nrl._trainer.lightning.step_outputs import call_step
+from lightning_nrl._trainer.reading.loaders import LoaderSource, length_of
+from lightning_nrl._trainer.steps.called_layers import call_order, called_layers, evaluation_context
+from lightning_nrl._trainer.steps.proof import (
     FEWEST_PROBABILITIES,
     Evidence,
     has_labels,
     is_close,
 )
-from lightning_nrl._trainer.step_check import check_step
-from lightning_nrl._trainer.step_outputs import call_step
+from lightning_nrl._trainer.steps.step_check import check_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import outside_inference_mode, seed_all
 from lightning_nrl._utils.sharded import is_sharded

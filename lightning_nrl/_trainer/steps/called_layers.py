@@ -9,7 +9,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._trainer.step_outputs import forward_hooks
+from lightning_nrl._trainer.lightning.step_outputs import forward_hooks
 from lightning_nrl._utils.preserve import preserve_attributes, preserve_state, seed_all
 from lightning_nrl.data.batch import Adapter, RawBatch, run_model
 from lightning_nrl.evaluation import Evaluator

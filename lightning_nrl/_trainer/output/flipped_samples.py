@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._trainer.lightning.packages import rank_zero_warn
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.random_transforms import innermost_datasets
+from lightning_nrl._trainer.reading.loaders import LoaderSource
+from lightning_nrl._trainer.reading.random_transforms import innermost_datasets
 from lightning_nrl._utils.formatting import writable
 from lightning_nrl.data.batch import tensors_in
 from lightning_nrl.errors import DataWarning, first_line

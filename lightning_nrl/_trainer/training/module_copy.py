@@ -15,22 +15,17 @@ from lightning_nrl._trainer.lightning.packages import (
     Callback,
     LightningDataModule,
     LightningModule,
-    callback_kinds,
 )
 from lightning_nrl._trainer.lightning.private_parts import (
     Loaders,
     release_copy,
     shared_with_copies,
 )
-from lightning_nrl._trainer.step_outputs import no_op
+from lightning_nrl._trainer.lightning.step_outputs import no_op
+from lightning_nrl._trainer.trainer_state import DROPPED_CALLBACKS
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.methods.solvers.distill import WEIGHT_DECAY
 
-DROPPED_CALLBACKS = callback_kinds(
-    "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder "
-    "LearningRateMonitor ModelSummary ProgressBar Timer"
-)
-"""Callbacks that tune, save, print or stop training. A copied module trains without them."""
 WARM_UP_SHARE = 0.1  # share of the steps in which the learning rate of `_adamw` rises
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from lightning_nrl._trainer.kept_streams import KeptStream
 from lightning_nrl._trainer.lightning.packages import rank_zero_info, rank_zero_warn
-from lightning_nrl._trainer.loaders import (
+from lightning_nrl._trainer.reading.kept_streams import KeptStream
+from lightning_nrl._trainer.reading.loaders import (
     AnyDataset,
     LoaderSource,
     Sample,

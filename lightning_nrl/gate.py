@@ -1,4 +1,4 @@
-"""Gates, their text form, and the decision on a repair."""
+"""Gates: limits on the known samples that a repair may break, their text form, and the decision."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 from lightning_nrl.evaluation.slices import missed_quotas
+
+__all__ = [
+    "GATES",
+    "Accuracy",
+    "Gate",
+    "GateDecision",
+    "Instance",
+    "InstanceInTarget",
+    "Tolerance",
+    "check_protected",
+    "judge",
+]
 
 
 @dataclass(frozen=True)

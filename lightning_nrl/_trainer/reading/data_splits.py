@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.kept_streams import STREAM_LIMIT, KeptStream
 from lightning_nrl._trainer.lightning.packages import (
     LightningModule,
     Trainer,
@@ -29,7 +28,8 @@ from lightning_nrl._trainer.lightning.private_parts import (
     overfit_batches,
     validating,
 )
-from lightning_nrl._trainer.loaders import (
+from lightning_nrl._trainer.reading.kept_streams import STREAM_LIMIT, KeptStream
+from lightning_nrl._trainer.reading.loaders import (
     SPLITS,
     LoaderSource,
     batch_size_of,
@@ -43,7 +43,7 @@ from lightning_nrl._trainer.loaders import (
     sample_index,
     split_and_loader,
 )
-from lightning_nrl._trainer.random_transforms import draws_at_random, with_validation_view
+from lightning_nrl._trainer.reading.random_transforms import draws_at_random, with_validation_view
 from lightning_nrl._trainer.trainer_state import least_samples_of_epoch, make_evaluator
 from lightning_nrl._utils.preserve import preserve_state, random_state
 from lightning_nrl._utils.registry import import_function
