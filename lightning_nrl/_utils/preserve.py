@@ -202,6 +202,11 @@ def mixed_seed(seed: int, i: int) -> int:
     return z ^ (z >> 31)
 
 
+def shuffled(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns a tensor with its rows in random order."""
+    return x[torch.randperm(len(x), generator=generator)]
+
+
 @contextmanager
 def replaced(owner: object, **attributes: object) -> Iterator[None]:
     """Replaces attributes of an object for a block."""

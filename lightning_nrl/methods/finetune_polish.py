@@ -283,6 +283,8 @@ class TrainingRounds:
 
     Other failures are no targets, and may have wrong labels. Easy samples are the passed ones with
     the lowest losses. Without held-out samples there are `FEWEST_ROUNDS` before the last.
+
+    Of the last three rows, `distill` follows only `none`: it chooses easy samples by itself.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.preserve import shuffled
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.evaluation.stats import (
     CHANCE_STANDARD_ERRORS,
@@ -51,7 +52,7 @@ def draw_held_out_rows(problem: Problem) -> Tensor | None:
         for kind in (before.targeted, other_failures, before.passed):
             rows = (eligible & kind).nonzero().flatten()
             n = int(fraction * len(rows))
-            held_out[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
+            held_out[shuffled(rows, generator)[:n]] = True
     n_targets = int((held_out & before.targeted).sum())
     if n_targets < MIN_HELD_OUT_FAILURES or not (held_out & before.passed).any():
         return None
@@ -79,7 +80,7 @@ def _draw_groups(
     total = torch.zeros_like(most)
     drawn = torch.zeros(len(groups), dtype=torch.bool)
     candidates = place[eligible].unique()
-    for number in candidates[torch.randperm(len(candidates), generator=generator)].tolist():
+    for number in shuffled(candidates, generator).tolist():
         if (total + sizes[number] <= most).all():
             total += sizes[number]
             drawn[number] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.preserve import shuffled
 from lightning_nrl.evaluation.head_features import HeadRecord, head_features
 from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.methods import Problem
@@ -53,4 +54,4 @@ def has_near_copies(problem: Problem, record: HeadRecord | None) -> bool:
 
 def _draw(mask: Tensor, most: int) -> Tensor:
     rows = mask.nonzero()[:, 0]
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]
+    return shuffled(rows, torch.Generator().manual_seed(0))[:most]

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.preserve import shuffled
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.evaluation.head_features import all_batches, row_batches
@@ -93,7 +94,7 @@ def choose_samples(before: SampleResults, passed: Tensor, most: int, seed: int) 
     recorded[nearest(distance, failed, n_failed)] = True
     recorded[nearest(distance, passed, n_passed - n_drawn)] = True
     far = (passed & ~recorded).nonzero().flatten()
-    drawn = far[torch.randperm(len(far), generator=torch.Generator().manual_seed(seed))][:n_drawn]
+    drawn = shuffled(far, torch.Generator().manual_seed(seed))[:n_drawn]
     recorded[drawn] = True
     representative = passed
     if bool((passed & ~recorded).any()):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.preserve import shuffled
 from lightning_nrl._utils.state import current_state, hash_tensors
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
@@ -111,7 +112,7 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
         warnings.warn(DataWarning(problem, hint), stacklevel=2)
     generator = torch.Generator().manual_seed(settings.seed)
     drawn = torch.zeros_like(mask)
-    drawn[rows[torch.randperm(len(rows), generator=generator)[:n_passed]]] = True
+    drawn[shuffled(rows, generator)[:n_passed]] = True
     return drawn
 
 

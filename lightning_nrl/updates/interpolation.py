@@ -18,7 +18,7 @@ from lightning_nrl._utils.checkpoint import read_fitting
 from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.formatting import percent
-from lightning_nrl._utils.preserve import preserve_state
+from lightning_nrl._utils.preserve import preserve_state, shuffled
 from lightning_nrl._utils.state import State, between, device_of, snapshot, temporary_weights, write
 from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
@@ -396,7 +396,7 @@ def _random_batches(
     per_rank = torch.cat(collective.gather(torch.tensor([len(positions)])))
     n_batches = -(-int(per_rank.max()) // max(batch_size, MIN_BATCH_SIZE))  # rounded up
     generator = torch.Generator().manual_seed(seed)
-    order = positions[torch.randperm(len(positions), generator=generator)]
+    order = shuffled(positions, generator)
     parts = [part for part in order.tensor_split(max(n_batches, 1)) if len(part)]
     return iter(source.draw(parts[:batches]))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_nrl._utils.preserve import preserve_state
+from lightning_nrl._utils.preserve import preserve_state, shuffled
 from lightning_nrl.data.adapters import unpack
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import (
@@ -114,7 +114,7 @@ class Oversampler(Sampler[int]):
         rows = torch.arange(len(self.times)).repeat_interleave(self.times)
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         self.epoch += 1
-        yield from rows[torch.randperm(len(rows), generator=generator)].tolist()
+        yield from shuffled(rows, generator).tolist()
 
     def __len__(self) -> int:
         return int(self.times.sum())

@@ -45,7 +45,7 @@ from lightning_nrl._trainer.training.time_budget import (
     describe_failure,
 )
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import random_state, seed_all
+from lightning_nrl._utils.preserve import random_state, seed_all, shuffled
 from lightning_nrl._utils.state import State, current_state, shared_tensors
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import RawBatch
@@ -432,7 +432,7 @@ class ShuffledSampler(Sampler[int]):
         weight = (weight / weight.mean())[order]
         chance = torch.rand(len(order), generator=self.generator, dtype=torch.float64)
         drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
-        drawn = drawn[torch.randperm(len(drawn), generator=self.generator)]
+        drawn = shuffled(drawn, self.generator)
         if len(drawn) < self._n:
             n_repeats = -(-self._n // max(1, len(allowed)))
             drawn = torch.cat([drawn, allowed.repeat(n_repeats)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.device import widest
+from lightning_nrl._utils.preserve import shuffled
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.diagnosis.findings import (
     Binding,
@@ -167,7 +168,7 @@ def _check_held_out(
     """
     if len(held_out) < 2 or not len(checked):
         return None
-    halves = held_out[torch.randperm(len(held_out), generator=generator)].chunk(2)
+    halves = shuffled(held_out, generator).chunk(2)
     broken, repaired = torch.zeros(len(checked)), torch.zeros(len(checked))
     is_itself = checked[:, None] == targets
     for half in halves:

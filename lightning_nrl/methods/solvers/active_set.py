@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._utils.preserve import shuffled
 from lightning_nrl._utils.state import State, temporary_weights
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data import Batch
@@ -114,7 +115,7 @@ class ActiveSet:
         self.margin = _margins(after)
         self.working = self._close()
         far = (before.passed & before.has_margin & ~self.working).nonzero().flatten()
-        self.working[self._drawn(far, MAX_REHEARSED)] = True
+        self.working[shuffled(far, self._generator)[:MAX_REHEARSED]] = True
 
     @property
     def broken(self) -> Tensor:
@@ -161,7 +162,7 @@ class ActiveSet:
         is_active = self.working & ((before.passed & near) | attempted)
         active = is_active.nonzero().flatten()
         inactive = (self.working & ~is_active).nonzero().flatten()
-        rehearsed = self._drawn(inactive, len(active))
+        rehearsed = shuffled(inactive, self._generator)[: len(active)]
         is_pushed = before.passed | self.enforced
         weight = self._weight * torch.where(is_pushed, self.multiplier, attempted.float())
         is_taught = (self._right | before.passed).float()
@@ -211,9 +212,6 @@ class ActiveSet:
     def _rate(self) -> float:
         factor = RATE_PER_VIOLATED_TARGET if self.enforced.any() else RATE_PER_BROKEN_SAMPLE
         return POLISH_RATE * min(max(1.0, factor * int(self.violated.sum())), MAX_RATE_FACTOR)
-
-    def _drawn(self, rows: Tensor, most: int) -> Tensor:
-        return rows[torch.randperm(len(rows), generator=self._generator)[:most]]
 
     def _close(self) -> Tensor:
         """Marks enforced targets and the samples nearest to the boundary."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.interrupts import poll
+from lightning_nrl._utils.preserve import shuffled
 from lightning_nrl.data import Batch, Source
 from lightning_nrl.methods.problem import Problem
 
@@ -23,8 +24,8 @@ def shuffled_batches(rows: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Splits rows in random order into mini-batches of similar size, at most `BATCH_SIZE`."""
     if not len(rows):
         return []
-    shuffled = rows[torch.randperm(len(rows), generator=generator)]
-    return list(shuffled.tensor_split(math.ceil(len(rows) / BATCH_SIZE)))
+    n_batches = math.ceil(len(rows) / BATCH_SIZE)
+    return list(shuffled(rows, generator).tensor_split(n_batches))
 
 
 def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
