@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -303,7 +304,7 @@ class Comparison(Report, Plotted):
         shown = self._shown
         blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(self, shown))]
         if shown:
-            blocks.append(_table(self, shown))
+            blocks += [_table(self, shown), Text(FRONTIER_NOTE.format(", ".join(self.frontier)))]
         if any(entry.scaled_back for entry in shown):
             blocks.append(Text(SCALED_NOTE))
         left_out = [(entry.method, entry.note) for entry in self.entries if not entry.curve]
@@ -316,6 +317,21 @@ class Comparison(Report, Plotted):
     def _shown(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.curve]
 
+    @property
+    def frontier(self) -> list[str]:
+        """The methods that no other dominates, from the fewest broken samples to the most.
+
+        A method dominates another if it gains at least as many points of accuracy on unseen data
+        and breaks no more of them. Without unseen data, known data count.
+        """
+        frontier, most = [], -math.inf
+        for entry in _ranked(self._shown):
+            points = _judged(entry).points
+            if points > most:
+                frontier.append(entry.method)
+                most = points
+        return frontier
+
     def figure(self) -> Figure:
         shown = self._shown
         figure = new_figure(11, 5)
@@ -326,6 +342,9 @@ class Comparison(Report, Plotted):
         panels = figure.subplots(1, len(roles), squeeze=False)[0]
         for axes, role in zip(panels, roles, strict=True):
             _panel(axes, role, shown)
+        ends = [_judged(self[name]) for name in self.frontier]
+        x, y = [end.broken for end in ends], [end.repaired for end in ends]
+        panels[-1].plot(x, y, color=INK, linestyle=":", linewidth=1, zorder=1)
         if shown:
             handles, labels = panels[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
@@ -394,6 +413,7 @@ def _csv_line(method: str, weights: str, seconds: float, point: CurvePoint) -> t
     )
 
 
+FRONTIER_NOTE = "No other method gains as many points and breaks no more: {}."
 SCALED_NOTE = (
     "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
 )
@@ -428,7 +448,8 @@ def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
         return Row(label, [*cells, f"{seconds:,.1f}"])
 
     rows = []
-    for entry in shown:
+    frontier = comparison.frontier
+    for entry in sorted(_ranked(shown), key=lambda entry: entry.method not in frontier):
         rows.append(row(entry.method, entry.seconds, entry.curve[-1]))
         scaled = entry.scaled_back
         if scaled is not None:
@@ -437,13 +458,24 @@ def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
     return Table((*columns, ("time", "s")), rows)
 
 
+def _judged(entry: Entry) -> FlipCounts:
+    """Returns the counts of a method's weights on unseen data, or else on known data."""
+    end = entry.curve[-1]
+    return end.unseen if end.unseen.n else end.known
+
+
+def _ranked(entries: Sequence[Entry]) -> list[Entry]:
+    """Sorts methods by what they break, then by what they gain."""
+    return sorted(entries, key=lambda entry: (_judged(entry).broken, -_judged(entry).points))
+
+
 def _has_unseen(shown: Sequence[Entry]) -> bool:
     return any(entry.curve[0].unseen.n for entry in shown)
 
 
 LEGEND = (
     "Dot: result of a method; ring: scaled back until no known sample is broken; dashed: a "
-    "baseline; thin line: as many broken as repaired"
+    "baseline\nthin line: as many broken as repaired; dotted: none gains more and breaks no more"
 )
 
 
