@@ -249,7 +249,7 @@ def test_every_known_passed_sample_counts_however_few_were_drawn():
     assert of_few.broken > 0
     solution = constrained_search(few, QUICK, Deadline())
     assert total(solution)[0] == 0
-    assert solution.n_passed == int(problem.before.passed.sum())
+    assert solution.search.n_passed == int(problem.before.passed.sum())
 
 
 def test_passed_samples_keep_half_of_their_margin_or_what_is_enough():
