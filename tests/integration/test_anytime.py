@@ -115,8 +115,15 @@ def repaired(
     return int((~before[1] & after[1]).sum())
 
 
-@pytest.mark.parametrize("layer", ["network.head", "auto"])
-@pytest.mark.parametrize("make", [noisy_digits, drifted_clusters, quadrants])
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        (noisy_digits, "network.head"),
+        (noisy_digits, "auto"),
+        (drifted_clusters, "auto"),
+        (quadrants, "network.head"),
+    ],
+)
 def test_a_short_limit_repairs_and_a_longer_one_no_less(tmp_path, monkeypatch, make, layer):
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
