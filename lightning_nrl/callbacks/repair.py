@@ -6,7 +6,7 @@ import pkgutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,18 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.tasks import Task
 from lightning_nrl.tasks.custom import task_of_output
 from lightning_nrl.updates.old_model import AnyReference, parse_reference
+
+
+@dataclass
+class AcceptedWeights:
+    """New weights, and those that they replace. `hashes` is empty until the model has the new ones.
+
+    It then has the hash of each of the model's tensors.
+    """
+
+    parameters: State
+    evaluated: State
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 class RegressionFreeRepair(CallbackBase):
@@ -184,10 +196,7 @@ class RegressionFreeRepair(CallbackBase):
         self.verbose = verbose
         self._report: RepairReport | None = None
         self._box = ResultBox()
-        self._parameters: State | None = None
-        self._evaluated: State = {}
-        self._written: dict[str, str] = {}  # hashes of all tensors after the repair
-        self._pending = False
+        self._accepted: AcceptedWeights | None = None
         self._ran = False
         self._validated_at: int | None = None  # step of the last validation of all data
         self._store, self._name = ResumeStore(), "repair"
@@ -253,7 +262,7 @@ class RegressionFreeRepair(CallbackBase):
         self._ran = True
         # It may be left from a training that ended without calling the hook.
         release_hook(pl_module, "on_train_end")
-        self._report = self._parameters = None
+        self._report = self._accepted = None
         folders.check_folder(self.dirpath, trainer)
         self.trainer_repair.check(trainer, pl_module)
 
@@ -291,16 +300,19 @@ class RegressionFreeRepair(CallbackBase):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The module's own `teardown` is the last hook of a fit.
-        if stage == "fit" and self._parameters:
-            follow_hook(pl_module, "teardown", partial(self._warn_if_undone, trainer, pl_module))
+        if stage == "fit" and self._accepted is not None:
+            warn = partial(self._warn_if_undone, trainer, pl_module, self._accepted.hashes)
+            follow_hook(pl_module, "teardown", warn)
 
-    def _warn_if_undone(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _warn_if_undone(
+        self, trainer: Trainer, pl_module: LightningModule, hashes: Mapping[str, str]
+    ) -> None:
         # A later repair may have changed the weights again.
         repairs = (self, *callbacks_of_class(trainer, RegressionFreeRepair))
         if any(repair.is_repaired(pl_module) for repair in repairs):
             return
         current = _hashes(pl_module)
-        names = [name for name, digest in self._written.items() if current.get(name) != digest]
+        names = [name for name, digest in hashes.items() if current.get(name) != digest]
         rank_zero_warn(
             TrainingWarning(
                 "the fit ends with other weights than the repaired ones: a hook that ran after "
@@ -323,12 +335,13 @@ class RegressionFreeRepair(CallbackBase):
         if self.report is not None:
             states = checkpoint.setdefault("callbacks", {})
             states.setdefault(self.state_key, {})["report"] = self.report.to_json()
-        if self._parameters and (self._pending or not self._is_changed(pl_module)):
+        accepted = self._accepted
+        if accepted is not None and (not accepted.hashes or not self._is_changed(pl_module)):
             state = checkpoint.get("current_model_state") or checkpoint["state_dict"]
             checkpoint["state_dict"] = state
             saved = saved_names(pl_module)
-            for key in (*saved, *(self._parameters.keys() - saved.values())):
-                value = self._parameters.get(saved.get(key, key))
+            for key in (*saved, *(accepted.parameters.keys() - saved.values())):
+                value = accepted.parameters.get(saved.get(key, key))
                 if value is not None:
                     state[key] = value.to(state.get(key, value).device, copy=True)
 
@@ -359,7 +372,7 @@ class RegressionFreeRepair(CallbackBase):
         """
         began = time.perf_counter()
         self._name = name
-        self._report = self._parameters = None
+        self._report = self._accepted = None
         with (
             self.handle_signals(trainer),
             starting_weights(start_from, trainer, pl_module) as start,
@@ -410,8 +423,10 @@ class RegressionFreeRepair(CallbackBase):
         files, name = folders.report_files(self._folder, trainer, self._name, kinds)
         provenance = outcome.report.provenance.loaded_from(checkpoint)
         report = self._report = replace(outcome.report, files=files, provenance=provenance)
-        self._parameters, self._evaluated = parameters, outcome.evaluated or {}
-        self._pending = True
+        self._accepted = accepted = None
+        if parameters is not None:
+            self._accepted = accepted = AcceptedWeights(parameters, outcome.evaluated or {})
+        is_saved = False
         try:
             file_names = ("adapter", *repair_files.REPAIRED_FILES.values())
             with repair_files.SavedFiles(files, trainer, file_names) as saved:
@@ -423,9 +438,9 @@ class RegressionFreeRepair(CallbackBase):
                 report = saved.reports(report, outcome.views, outcome.changes)
                 with defer_signals():
                     saved.commit()
-                    if outcome.write(pl_module):
-                        self._written = _hashes(pl_module)
-                    self._report, self._pending = report, False
+                    if outcome.write(pl_module) and accepted is not None:
+                        accepted.hashes = _hashes(pl_module)
+                    self._report, is_saved = report, True
                     if start is not None:
                         start.keep = parameters is not None
                     self._store.done()
@@ -435,11 +450,9 @@ class RegressionFreeRepair(CallbackBase):
                 if self.suite is not None and report.files:
                     self.suite.grow_by(repaired_samples(report))
         except BaseException:
-            if self._pending:
-                self._report = self._parameters = None
+            if not is_saved:
+                self._report = self._accepted = None
             raise
-        finally:
-            self._pending = False
         return name
 
     def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
@@ -463,13 +476,14 @@ class RegressionFreeRepair(CallbackBase):
 
     def is_repaired(self, pl_module: LightningModule) -> bool:
         """True if the model is as the last accepted repair left it."""
-        return bool(self._parameters) and self._written == _hashes(pl_module)
+        return self._accepted is not None and self._accepted.hashes == _hashes(pl_module)
 
     def _is_changed(self, pl_module: LightningModule) -> bool:
         """True if the model has neither the repaired weights nor those that were evaluated."""
-        if not self._parameters or not changed(pl_module, self._parameters):
+        accepted = self._accepted
+        if accepted is None or not changed(pl_module, accepted.parameters):
             return False
-        return bool(changed(pl_module, self._evaluated))
+        return bool(changed(pl_module, accepted.evaluated))
 
     @property
     def _folder(self) -> str | Path | None:

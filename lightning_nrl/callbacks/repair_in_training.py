@@ -120,7 +120,7 @@ class RepairInTraining(RegressionFreeRepair):
         if self.at_end and self._last_step != trainer.global_step:
             super().on_train_end(trainer, pl_module)
         elif self._is_changed(pl_module):  # by training after the last repair
-            self._parameters = None
+            self._accepted = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._last_step == trainer.global_step:
