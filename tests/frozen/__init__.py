@@ -1,1 +1,0 @@
-"""Results that a change of form must not change; see `python -m tests.frozen --help`."""
