@@ -1,6 +1,8 @@
-"""Fashion-MNIST with drift: a view that was rare in training becomes common in operation.
+"""Fashion-MNIST, with drift and with growth.
 
-As in the paper's EXP-C; 2 % of the training images are upside down, and 40 % of the later images.
+With drift, a view that was rare in training becomes common in operation, as in the paper's EXP-C:
+2 % of the training images are upside down, and 40 % of the later images. With growth, four times as
+many images of the same kind come later.
 """
 
 from __future__ import annotations
@@ -62,6 +64,58 @@ class DriftingFashion(Splits):
             strict=True,
         )
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
+
+
+class GrowingFashion(Splits):
+    """Batches of `(image, garment)`: a fifth of the official training images, the others, the test.
+
+    The seed decides which images the fifth has.
+    """
+
+    batch_size = 128
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        images, labels = load_images()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.cat(
+            [torch.randperm(60_000, generator=generator), torch.arange(60_000, 70_000)]
+        )
+        parts = zip(("train", "repair", "test"), order.split([12_000, 48_000, 10_000]), strict=True)
+        self.data = {
+            split: TensorDataset(images[rows].float() / 255, labels[rows]) for split, rows in parts
+        }
+
+
+class LeNet5(LightningModule):
+    """LeNet-5 (LeCun et al. 1998) with ReLU and largest values for pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(400, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(84, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
 class FashionNet(LightningModule):

@@ -2,8 +2,8 @@
 
 - `slashed-zeros` is the quickstart. `weak-digit` is MNIST with too few eights. `toolkit` has the
   same digits, split for about as many targets and known samples as in the public toolkit's figures.
-- `fashion` has upside-down garments, rare in training and common later (Debian's
-  dataset-fashion-mnist).
+- `fashion` has upside-down garments, rare in training and common later; `fashion-growth` has more
+  of the same images later (both need Debian's dataset-fashion-mnist).
 - `vehicles-A` has partly occluded vehicles, `vehicles-B` front and back views, `vehicles-C` the
   same, rare in training.
 """
@@ -33,7 +33,7 @@ from scipy import stats
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in (".", "case_study"))
 from digits import DigitNet, SlashedZeros, slashed_zero
-from fashion_mnist import DriftingFashion, FashionNet
+from fashion_mnist import DriftingFashion, FashionNet, GrowingFashion, LeNet5
 from network import EPOCHS, TARGETS, VehicleNet, Vehicles
 from weak_digit import SPLITS, WEAK, DigitCNN, WeakDigit
 
@@ -152,5 +152,6 @@ PROBLEMS = {
         Target.where(lambda batch: batch[2], name="upside down"),
         ("classifier", "features.17", "features.11"),
     ),
+    "fashion-growth": Problem(GrowingFashion, LeNet5, 10, Target.all()),
     **{f"vehicles-{experiment}": _vehicles(experiment) for experiment in "ABC"},
 }

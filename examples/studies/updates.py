@@ -2,14 +2,16 @@
 
     python examples/studies/updates.py --seeds 10   # vehicles C
     python examples/studies/updates.py --problem fashion --seeds 10   # Fashion-MNIST with drift
+    python examples/studies/updates.py --problem fashion-growth --seeds 3   # and with more data
     python examples/studies/updates.py --updates "from scratch"
 
-The old network has seen few front and back views, or few upside-down garments. The new one is
-trained on all data, from scratch or from the old weights, with or without focal distillation, a
-loss term that keeps it right where the old one is. A repair then fixes its regressions. Networks
-that started from the old weights are also interpolated with them, by a strength chosen on a quarter
-of the test data, and repaired again. Counts are of the rest of the test data. Earlier runs are read
-from `runs/`.
+The old network has seen few front and back views, few upside-down garments, or few data. The new
+one is trained on all data, from scratch or from the old weights, with or without a loss term: focal
+distillation keeps it right where the old one is, distillation keeps it near all outputs of the old
+one, smoothing keeps its outputs small. A repair then fixes its regressions. Networks that started
+from the old weights are also interpolated with them, by a strength chosen on a quarter of the test
+data, and repaired again. `repaired` repairs the old network on all data instead of an update.
+Counts are of the rest of the test data. Earlier runs are read from `runs/`.
 """
 
 from __future__ import annotations
@@ -21,23 +23,47 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from problems import PROBLEMS, RUNS, markdown, quiet_trainer, start, trained
+from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lightning_nrl import DataOptions, PositiveCongruentTraining, RepairReport, repair
-from lightning_nrl.updates import choose_interpolation, interpolate
+from lightning_nrl.tasks import Task
+from lightning_nrl.updates import FocalDistillation, choose_interpolation, interpolate
+from lightning_nrl.updates.loss_terms import OldAnswers, Term
 
 UPDATES = (
     "from scratch",
     "from scratch, congruent",
     "from the old weights",
     "from the old weights, congruent",
+    "from scratch, distilled",
+    "from scratch, smoothed",
+    "repaired",
 )
 BETWEEN = (0.9, 0.8, 0.7)
 """Strengths that are shown in addition to the chosen one."""
+
+
+class Smoothing(Term):
+    """Label smoothing of 0.1, as a term beside the module's own loss."""
+
+    name = "smoothing"
+
+    def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
+        return -output.log_softmax(1).mean(1) / 9
+
+
+TERMS = {
+    "congruent": FocalDistillation(),
+    "distilled": FocalDistillation(base=1.0, focus=0.0),
+    "smoothed": Smoothing(),
+}
+"""Loss terms by the last word of an update."""
 
 Row = tuple[float, ...]
 """Accuracy, repaired and broken relative to the old model, unseen samples, known broken, repair
@@ -89,10 +115,12 @@ class InUse:
 def updated(update: str, in_use: InUse) -> dict[str, Row]:
     """Runs one update; returns rows for the trained, the repaired and the interpolated model."""
     folder, old = in_use.folder(update), in_use.load(in_use.checkpoint)
+    if update == "repaired":
+        return {update: _repaired(folder, old, in_use)}
     if not (folder / "update.ckpt").exists():
         if not (folder / "trained.ckpt").exists():
             _train(update, old, in_use)
-        _repair(folder, in_use.load(folder / "trained.ckpt"), in_use)
+        _repair(folder, in_use.load(folder / "trained.ckpt"), in_use, in_use.checkpoint)
     new = in_use.load(folder / "update.ckpt")
     rows = _rows(update, folder)
     if not update.startswith("from the old weights"):
@@ -106,7 +134,7 @@ def updated(update: str, in_use: InUse) -> dict[str, Row]:
         between = deepcopy(new)
         choice = choose_interpolation(old, new, DataLoader(in_use.quarters[0], 512), known)
         choice.write(between)
-        _repair(folder / "interpolated", between, in_use)
+        _repair(folder / "interpolated", between, in_use, in_use.checkpoint)
     return rows | _rows(f"{update}, interpolated", folder / "interpolated")
 
 
@@ -117,23 +145,35 @@ def _train(update: str, old: LightningModule, in_use: InUse) -> None:
         if update.startswith("from the old weights")
         else PROBLEMS[in_use.problem].network()
     )
-    congruent = (
-        [PositiveCongruentTraining(in_use.checkpoint)] if update.endswith("congruent") else []
-    )
-    trainer = quiet_trainer(in_use.epochs, *congruent)
+    callbacks = [
+        PositiveCongruentTraining(in_use.checkpoint, term)
+        for name, term in TERMS.items()
+        if update.endswith(name)
+    ]
+    trainer = quiet_trainer(in_use.epochs, *callbacks)
     trainer.fit(new, DataLoader(in_use.everything, 128, shuffle=True, drop_last=True))
     trainer.save_checkpoint(in_use.folder(update) / "trained.ckpt")
 
 
-def _repair(folder: Path, model: LightningModule, in_use: InUse) -> None:
-    """Repairs the regressions of an update and saves the model with its report."""
-    trainer = quiet_trainer()
+def _repaired(folder: Path, old: LightningModule, in_use: InUse) -> Row:
+    """Returns the row of the old network, repaired on all data."""
+    if not (folder / "update.ckpt").exists():
+        _repair(folder, deepcopy(old), in_use, None)
+    report = RepairReport.from_json((folder / "report.json").read_text())
+    row = _against(old, in_use.load(folder / "update.ckpt"), in_use.quarters[1])
+    broken = report.pooled("known").counts.broken
+    return (*row[:4], broken, sum(report.seconds.values()))
+
+
+def _repair(folder: Path, model: LightningModule, in_use: InUse, reference: Path | None) -> None:
+    """Repairs the regressions of an update, or all failures, and saves model and report."""
+    trainer = quiet_trainer(1 if reference else in_use.epochs)
     passed, failed = (DataLoader(in_use.data[split], 128) for split in ("train", "repair"))
     repair(
         trainer,
         model,
         DataLoader(in_use.everything, 128, shuffle=True, drop_last=True),
-        reference=in_use.checkpoint,
+        reference=reference,
         data=DataOptions(passed=passed, failed=failed),
         unseen=DataLoader(in_use.quarters[1], 128),
         seed=in_use.seed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation import Evaluator, FlipCounts, Flips, SampleOptions
 from lightning_nrl.evaluation.layers import find_scope, layer_names
+from lightning_nrl.evaluation.stats import pareto_front
 from lightning_nrl.methods import METHODS, AnyMethod, Problem, Solution, Training, solve
 from lightning_nrl.pipeline import Settings
 from lightning_nrl.pipeline.baseline import EvaluatedData, evaluate_baseline
@@ -304,7 +304,8 @@ class Comparison(Report, Plotted):
         shown = self._shown
         blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(self, shown))]
         if shown:
-            blocks += [_table(self, shown), Text(FRONTIER_NOTE.format(", ".join(self.frontier)))]
+            names = ", ".join(entry.method for entry in self.pareto())
+            blocks += [_table(self, shown), Text(FRONT_NOTE.format(names))]
         if any(entry.scaled_back for entry in shown):
             blocks.append(Text(SCALED_NOTE))
         left_out = [(entry.method, entry.note) for entry in self.entries if not entry.curve]
@@ -317,20 +318,14 @@ class Comparison(Report, Plotted):
     def _shown(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.curve]
 
-    @property
-    def frontier(self) -> list[str]:
-        """The methods that no other dominates, from the fewest broken samples to the most.
+    def pareto(self) -> tuple[Entry, ...]:
+        """Returns the Pareto front on unseen data (few broken, many points), fewest broken first.
 
-        A method dominates another if it gains at least as many points of accuracy on unseen data
-        and breaks no more of them. Without unseen data, known data count.
+        Without unseen data, known data count.
         """
-        frontier, most = [], -math.inf
-        for entry in _ranked(self._shown):
-            points = _judged(entry).points
-            if points > most:
-                frontier.append(entry.method)
-                most = points
-        return frontier
+        return pareto_front(
+            self._shown, lambda entry: _judged(entry).broken, lambda entry: _judged(entry).points
+        )
 
     def figure(self) -> Figure:
         shown = self._shown
@@ -342,7 +337,7 @@ class Comparison(Report, Plotted):
         panels = figure.subplots(1, len(roles), squeeze=False)[0]
         for axes, role in zip(panels, roles, strict=True):
             _panel(axes, role, shown)
-        ends = [_judged(self[name]) for name in self.frontier]
+        ends = [_judged(entry) for entry in self.pareto()]
         x, y = [end.broken for end in ends], [end.repaired for end in ends]
         panels[-1].plot(x, y, color=INK, linestyle=":", linewidth=1, zorder=1)
         if shown:
@@ -413,7 +408,7 @@ def _csv_line(method: str, weights: str, seconds: float, point: CurvePoint) -> t
     )
 
 
-FRONTIER_NOTE = "No other method gains as many points and breaks no more: {}."
+FRONT_NOTE = "No other method gains as many points and breaks no more: {}."
 SCALED_NOTE = (
     "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
 )
@@ -448,8 +443,8 @@ def _table(comparison: Comparison, shown: Sequence[Entry]) -> Table:
         return Row(label, [*cells, f"{seconds:,.1f}"])
 
     rows = []
-    frontier = comparison.frontier
-    for entry in sorted(_ranked(shown), key=lambda entry: entry.method not in frontier):
+    front = comparison.pareto()
+    for entry in (*front, *(entry for entry in shown if entry not in front)):
         rows.append(row(entry.method, entry.seconds, entry.curve[-1]))
         scaled = entry.scaled_back
         if scaled is not None:
@@ -462,11 +457,6 @@ def _judged(entry: Entry) -> FlipCounts:
     """Returns the counts of a method's weights on unseen data, or else on known data."""
     end = entry.curve[-1]
     return end.unseen if end.unseen.n else end.known
-
-
-def _ranked(entries: Sequence[Entry]) -> list[Entry]:
-    """Sorts methods by what they break, then by what they gain."""
-    return sorted(entries, key=lambda entry: (_judged(entry).broken, -_judged(entry).points))
 
 
 def _has_unseen(shown: Sequence[Entry]) -> bool:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from operator import index
-from typing import Literal, SupportsIndex
+from typing import Literal, SupportsIndex, TypeVar
 
 from scipy.special import bdtr, betainccinv
 from scipy.stats import hypergeom
@@ -36,10 +36,12 @@ __all__ = [
     "limit_after",
     "lower_limit",
     "p_worse",
+    "pareto_front",
     "sign_test",
     "upper_limit",
 ]
 
+T = TypeVar("T")
 Evidence = Literal["better", "no difference shown", "worse"]
 """Comparison of a model with an earlier model, by a test on repaired and broken samples."""
 EVIDENCE_LEVEL = 0.05  # largest p-value of the sign test for a difference to count as shown
@@ -227,6 +229,20 @@ class Bound:
             f"broken {self.broken:,} of {n} ({100 * self.rate:.2f} %); "
             f"with {confidence} confidence at most {percent_up(self.upper)} of such {units}"
         )
+
+
+def pareto_front(
+    items: Iterable[T], cost: Callable[[T], float], gain: Callable[[T], float]
+) -> tuple[T, ...]:
+    """Returns the items for which no other has at most their cost and at least their gain.
+
+    They are sorted by cost. Of equal items the first is returned.
+    """
+    front: list[T] = []
+    for item in sorted(items, key=lambda item: (cost(item), -gain(item))):
+        if not front or gain(item) > gain(front[-1]):
+            front.append(item)
+    return tuple(front)
 
 
 def least_number(start: int, is_enough: Callable[[int], bool]) -> int:

@@ -20,6 +20,7 @@ from lightning_nrl._utils.json_records import UNWRITTEN, to_plain
 from lightning_nrl._utils.state import write
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.evaluation.layers import with_values
+from lightning_nrl.evaluation.stats import pareto_front
 from lightning_nrl.gate import Gate
 from lightning_nrl.records.splits import ROLES, Role
 from lightning_nrl.report import Report
@@ -86,15 +87,11 @@ class SweepResult(Report):
                 f"`role={role!r}`: the sweep had no {role} data.", f"give `sweep` {role} data."
             )
 
-        def best_first(run: Run) -> tuple[int, int]:
-            counts = run.counts(role)
-            return counts.broken, -counts.repaired
-
-        front: list[Run] = []
-        for run in sorted(self.runs, key=best_first):
-            if not front or run.counts(role).repaired > front[-1].counts(role).repaired:
-                front.append(run)
-        return tuple(front)
+        return pareto_front(
+            self.runs,
+            lambda run: run.counts(role).broken,
+            lambda run: run.counts(role).repaired,
+        )
 
     def best(self, under: str | Gate = "instance") -> Run | None:
         """Returns the best run by known and calibration data, or None if no run can win.

@@ -211,7 +211,8 @@ def test_the_table_has_a_second_line_where_weights_are_scaled_back():
     assert ["scaled", "to", "0.50", "120", "120", "4", "95", "40", "+6.2", "15.0"] in lines
     starts = [line[0] for line in lines if len(line) > 6]
     assert starts.index("fine-tuning") > starts.index("finetune-polish")
-    assert COMPARISON.frontier == ["interpolation", "finetune-polish"]
+    front = [entry.method for entry in COMPARISON.pareto()]
+    assert front == ["interpolation", "finetune-polish"]
     assert "breaks no more: interpolation,\nfinetune-polish." in page
     assert "350 failures to repair, 5,000 of 5,400 known samples right before" in page
     assert "| fine-tuning | 211 |" in COMPARISON.to_markdown()
