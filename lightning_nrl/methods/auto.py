@@ -366,10 +366,9 @@ class _Climb:
     def _extend(
         self, name: str, solve: Callable[[Problem], Solution], *, holds_out: bool = False
     ) -> Solution | None:
-        """Repairs what is left from where the climb stands.
+        """Repairs what is left from where the climb stands; returns None if nothing is left.
 
-        Unless it holds samples out itself, `solve` runs without some; unless it harms these, small
-        steps go on with them. Returns None if nothing is left.
+        `holds_out` is True if `solve` holds samples out itself.
         """
         problem = self.problem
         if self._is_doubtful:
@@ -382,34 +381,43 @@ class _Climb:
         with problem.starting_at(base) as left:
             if not left.before.targeted.any():
                 return None
-            rows = None if holds_out else draw_held_out_rows(left)
-            used = left if rows is None else left.without(rows)
-            work = partial(_safely, used, partial(solve, used), name=name)
-            solution = problem.work.once(name, work, Solution)
-            proposal, held_out = solution.proposal, solution.held_out
-            if proposal is not None and rows is not None:
-                held_out = estimate(left.before, proposal.after, rows)
-            if held_out is not None and held_out.broken > held_out.repaired:
-                reason = (
-                    f"it breaks {held_out.broken:,} of the samples that it does not use "
-                    f"and repairs {held_out.repaired:,}."
-                )
-                return Solution(None, reason, solution.steps, held_out=held_out)
-            if proposal is None:
-                return solution
-            steps = solution.steps
-            if rows is not None:
-                # Rarely read by now, and large.
-                state = {name: parked(value) for name, value in proposal.state.items()}
-                proposal = replace(proposal, state=state)
-                solution = replace(solution, proposal=None)
-                joined = self._push_from(left, proposal)
-                proposal = joined.proposal
-                steps = (*steps, *joined.steps)
+            solution = self._solve_left(left, name, solve, holds_out=holds_out)
+        proposal = solution.proposal
         if proposal is None:
-            return replace(solution, steps=steps, held_out=held_out)
+            return solution
         new = problem.counted(proposal.name, {**base.state, **proposal.state}, proposal.after)
-        return replace(solution, proposal=new, steps=steps, held_out=held_out, tried=())
+        return replace(solution, proposal=new, tried=())
+
+    def _solve_left(
+        self,
+        left: Problem,
+        name: str,
+        solve: Callable[[Problem], Solution],
+        *,
+        holds_out: bool,
+    ) -> Solution:
+        """Solves without some samples; unless it harms these, small steps go on with them."""
+        rows = None if holds_out else draw_held_out_rows(left)
+        used = left if rows is None else left.without(rows)
+        work = partial(_safely, used, partial(solve, used), name=name)
+        solution = self.problem.work.once(name, work, Solution)
+        if rows is not None and solution.proposal is not None:
+            held_out = estimate(left.before, solution.proposal.after, rows)
+            solution = replace(solution, held_out=held_out)
+        counts = solution.held_out
+        if counts is not None and counts.broken > counts.repaired:
+            reason = (
+                f"it breaks {counts.broken:,} of the samples that it does not use "
+                f"and repairs {counts.repaired:,}."
+            )
+            return Solution(None, reason, solution.steps, held_out=counts)
+        if rows is None or solution.proposal is None:
+            return solution
+        # Rarely read by now, and large.
+        state = {name: parked(value) for name, value in solution.proposal.state.items()}
+        solution = replace(solution, proposal=replace(solution.proposal, state=state))
+        joined = self._push_from(left, solution.proposal)
+        return replace(solution, proposal=joined.proposal, steps=(*solution.steps, *joined.steps))
 
 
 def _why_none(results: Sequence[RungResult]) -> str:
