@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,6 @@ import defaults  # noqa: E402
 import low_rank  # noqa: E402
 import new_problems  # noqa: E402
 import problems  # noqa: E402
-import updates  # noqa: E402
 
 PROBLEMS = {**default_problems.SMALL, **new_problems.NEW}
 
@@ -63,7 +63,7 @@ def printed(
     script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> list[list]:
     """The rows of the table that a command prints."""
-    monkeypatch.setattr(sys, "argv", [script, *line.split(" ")])
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(line)])
     module = sys.modules.get(script.removesuffix(".py"))
     if hasattr(module, "main"):
         module.main()
@@ -79,8 +79,13 @@ COMMANDS = {
         ["default, seed 0", "default, seed 1", "default"],
     ),
     "updates.py": (
-        "--problem fashion --seeds 1 --updates from_the_old_weights",
-        ["", ", repaired", ", interpolated 0.9", ", interpolated 0.8", ", interpolated 0.7"],
+        "--problem fashion --seeds 1 --updates 'from the old weights' repaired",
+        [
+            "",
+            ", repaired",
+            *(f", interpolated {strength}" for strength in (0.9, 0.8, 0.7)),
+            *(", interpolated", ", interpolated, repaired", "repaired"),
+        ],
     ),
     "congruent.py": (
         "--start old --terms plain --interpolate --seeds 1",
@@ -98,8 +103,8 @@ COMMANDS = {
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys):
     line, names = COMMANDS[script]
-    monkeypatch.setattr(updates, "UPDATES", ("from_the_old_weights", "from the old weights"))
     rows = printed(script, line, monkeypatch, capsys)
+    assert len(rows) >= len(names)
     for row, name in zip(rows, names, strict=False):
         assert row[0].endswith(name)
     monkeypatch.setattr(problems.Trainer, "fit", None)
@@ -126,7 +131,7 @@ def test_adapters_are_compared_with_all_weights(monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_the_cost_of_a_repair_is_measured_by_stage(monkeypatch, capsys):
     line = "cost.py --axis classes --most 10 --max-time 60"
-    monkeypatch.setattr(sys, "argv", line.split())
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
     runpy.run_path(str(STUDIES / "cost.py"), run_name="__main__")
     text = capsys.readouterr().out
     repaired, broken, megabytes = re.findall(r"^\| 10 \| (\d+) \| (\d+) .* (\d+) \|$", text, re.M)[
